@@ -1,0 +1,49 @@
+//! Original destinations, and flows that pass untouched.
+
+use crate::{address::Address, plain_data};
+
+/// An address and a port: where an application wanted to go.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Destination {
+    pub address: Address,
+    /// Host byte order.
+    pub port: u16,
+    /// Always zero.
+    pub pad: u16,
+}
+
+/// A connection as its opener sees it. Key of `original_dst` (value [`Destination`]), of
+/// `tunnel_flows` and of `probe_flows` (value one byte, 1).
+///
+/// In `original_dst` the remote end is the pod's own address (the redirect's target), which no two
+/// pods of a node share; so a pod can only ever write keys of its own.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow {
+    pub local: Address,
+    pub remote: Address,
+    /// Host byte order.
+    pub local_port: u16,
+    /// Host byte order.
+    pub remote_port: u16,
+}
+
+/// What the programs remember of one socket, in a socket storage map: it lives and dies with the
+/// socket, so it can be neither evicted nor mistaken for another's.
+///
+/// * on an application's socket: where it wanted to go, set by connect, read by getpeername
+/// * on the tunnel's listeners: the netns, set when they are created (cloned to accepted sockets)
+/// * on a socket that the tunnel accepted: the original destination, moved there from `original_dst`
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketState {
+    /// The cookie of the netns that the socket was created in; 0: not noted.
+    pub netns_cookie: u64,
+    /// Where the application wanted to go; port 0: not redirected.
+    pub original: Destination,
+    /// Where it was redirected to instead.
+    pub redirect: Destination,
+}
+
+plain_data!(Destination: 20, Flow: 36, SocketState: 48);

@@ -1,0 +1,29 @@
+//! What the kernel programs and user space share: the keys and values of the maps.
+//!
+//! * [`address`]: one 16-byte form for both address families
+//! * [`pods`]: which cgroup is which pod, and what is done with its traffic
+//! * [`flows`]: original destinations, and flows that pass untouched
+//! * [`settings`]: what holds for the whole node, switchable at run time
+//! * [`trace`]: one record per verdict, while somebody watches
+//!
+//! Integers and byte arrays only, every layout asserted: kernel and user space are compiled apart.
+#![no_std]
+
+pub mod address;
+pub mod flows;
+pub mod pods;
+pub mod settings;
+pub mod trace;
+
+/// Marks a type as plain data for aya, in user space only.
+macro_rules! plain_data {
+    ($($type:ty: $size:literal),+ $(,)?) => {$(
+        const _: () = assert!(size_of::<$type>() == $size);
+        // SAFETY: `repr(C)`, integers and byte arrays only; the size asserted above is the sum of the
+        // fields, so there is no implicit padding.
+        #[cfg(feature = "user")]
+        #[expect(unsafe_code, reason = "aya's marker for plain data is an unsafe trait")]
+        unsafe impl aya::Pod for $type {}
+    )+};
+}
+pub(crate) use plain_data;

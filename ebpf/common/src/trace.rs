@@ -1,0 +1,90 @@
+//! One record per verdict, in ring buffer `trace`, while [`crate::settings::Settings::debug`] is on.
+
+use crate::{address::Address, plain_data};
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TraceRecord {
+    /// The cgroup id of the calling task; 0 where none calls (`sk_lookup`).
+    pub cgroup_id: u64,
+    pub local: Address,
+    pub remote: Address,
+    /// Host byte order.
+    pub local_port: u16,
+    pub remote_port: u16,
+    /// A [`Hook`].
+    pub hook: u16,
+    /// A [`Rule`].
+    pub rule: u16,
+}
+
+plain_data!(TraceRecord: 48);
+
+/// Numbers with names: what is stored is the number, what people read is the name.
+macro_rules! numbered {
+    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $number:literal, $text:literal;)+ }) => {
+        $(#[$meta])*
+        #[repr(u16)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum $name { $($(#[$doc])* $variant = $number,)+ }
+        impl $name {
+            /// All of them, in order.
+            pub const ALL: &[Self] = &[$(Self::$variant),+];
+            /// As logs, metrics and commands print it.
+            #[must_use]
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text,)+ }
+            }
+            #[must_use]
+            pub const fn from_number(number: u16) -> Option<Self> {
+                match number { $($number => Some(Self::$variant),)+ _ => None }
+            }
+        }
+    };
+}
+
+numbered! {
+    /// Where a verdict was given.
+    Hook {
+        Connect4 = 0, "connect4";
+        Connect6 = 1, "connect6";
+        SkLookup = 2, "sk_lookup";
+    }
+}
+
+numbered! {
+    /// The rule that decided, by the lists of `decide.rs`.
+    Rule {
+        NotTcp = 0, "leave: not TCP";
+        Loopback = 1, "leave: loopback";
+        Tunnel = 2, "leave: caller is the tunnel";
+        NotEnrolled = 3, "leave: caller is not enrolled";
+        OwnAddress = 4, "leave: the pod's own address";
+        ExcludedPort = 5, "leave: port excluded";
+        ExcludedCidr = 6, "leave: CIDR excluded";
+        FailOpen = 7, "leave: tunnel away, pod fails open";
+        FailClosed = 8, "refuse: tunnel away, pod fails closed";
+        NoAddress = 9, "refuse: pod has no address of this family";
+        NotRecorded = 10, "refuse: original destination cannot be recorded";
+        Redirect = 11, "redirect to the tunnel";
+        SameHost = 12, "pass: from the pod itself";
+        NotedFlow = 13, "pass: the tunnel's own flow";
+        Unknown = 14, "pass: no enrolled pod has this address";
+        SteerHbone = 15, "steer to HBONE";
+        SteerPlain = 16, "steer to plaintext inbound";
+        DropReserved = 17, "refuse: reserved port";
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_rule_is_found_by_its_number() {
+        for rule in Rule::ALL {
+            assert_eq!(Rule::from_number(*rule as u16), Some(*rule), "{}", rule.as_str());
+        }
+        assert_eq!(Rule::from_number(999), None);
+    }
+}

@@ -1,0 +1,25 @@
+//! The wire contracts that several parts share: protobuf definitions and the types generated from
+//! them, no behaviour.
+//!
+//! * [`zds`]: watcher (or Istio's CNI agent) → tunnel
+//! * [`ca`]: tunnel → certificate service; the server half is for control planes and tests
+
+/// Generated code, held to its generator's style and not to ours.
+macro_rules! generated {
+    ($(#[$meta:meta])* $module:ident, $package:literal) => {
+        $(#[$meta])*
+        #[allow(clippy::all, clippy::pedantic, unused_qualifications, missing_debug_implementations)]
+        pub mod $module {
+            tonic::include_proto!($package);
+        }
+    };
+}
+
+generated!(
+    /// Which pods the tunnel serves, one packet per message.
+    zds, "istio.workload.zds"
+);
+generated!(
+    /// Certificates by CSR.
+    ca, "istio.v1.auth"
+);
