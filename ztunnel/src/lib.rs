@@ -11,6 +11,7 @@
 //! * [`route`], [`policy`]: where to, and whether; pure
 //! * [`mesh`]: what is known of others: workloads, services, policies
 //! * [`identity`]: who we are: SPIFFE ids, certificates, whom to trust
+//! * [`logging`]: the log and its filter
 //! * [`config`]: what all of them rest on
 //!
 //! A module uses only modules below it in this list.
@@ -22,6 +23,7 @@ pub mod hbone;
 pub mod identity;
 pub mod inbound;
 pub mod inbound_plain;
+pub mod logging;
 pub mod mesh;
 pub mod metrics;
 pub mod outbound;

@@ -1,1 +1,156 @@
-//! .
+//! What is known of others: workloads, services and policies, as one immutable snapshot.
+//!
+//! * [`workloads`], [`services`], [`policies`]: what there is, one type each
+//! * [`store`]: the current snapshot, swapped as a whole; a connection takes one and sees one truth
+//! * [`local_file`]: the source without a control plane, watched for edits
+//! * [`baggage`]: how a workload is told about to a peer
+
+pub mod baggage;
+pub mod local_file;
+pub mod policies;
+pub mod services;
+pub mod store;
+pub mod workloads;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
+
+pub use policies::{Policy, PolicyKey};
+pub use services::{Endpoint, Service, ServiceKey};
+pub use store::Store;
+pub use workloads::{Protocol, Workload};
+
+/// Everything known at one moment, indexed for the questions that a connection asks.
+#[derive(Debug, Default)]
+pub struct Mesh {
+    /// By uid.
+    workloads: BTreeMap<Arc<str>, Arc<Workload>>,
+    by_address: ByNetworkAddress<Workload>,
+    /// By namespace, then name.
+    by_name: HashMap<Arc<str>, HashMap<Arc<str>, Vec<Arc<Workload>>>>,
+    services: BTreeMap<ServiceKey, Arc<Service>>,
+    by_vip: ByNetworkAddress<Service>,
+    by_hostname: HashMap<Arc<str>, Vec<Arc<Service>>>,
+    endpoints: HashMap<ServiceKey, Vec<Endpoint>>,
+    policies: BTreeMap<PolicyKey, Arc<Policy>>,
+    global_policies: Vec<Arc<Policy>>,
+    namespace_policies: HashMap<Arc<str>, Vec<Arc<Policy>>>,
+}
+
+/// By network, then address. Nested, so that a look-up needs no owned key.
+type ByNetworkAddress<T> = HashMap<Arc<str>, HashMap<IpAddr, Arc<T>>>;
+
+impl Mesh {
+    /// Of two workloads or services with one key or address the later one counts.
+    pub fn new(
+        workloads: impl IntoIterator<Item = Workload>,
+        services: impl IntoIterator<Item = Service>,
+        policies: impl IntoIterator<Item = Policy>,
+    ) -> Self {
+        let mut mesh = Self::default();
+        for service in services {
+            mesh.services.insert(service.key(), Arc::new(service));
+        }
+        for workload in workloads {
+            mesh.workloads.insert(Arc::clone(&workload.uid), Arc::new(workload));
+        }
+        for policy in policies {
+            mesh.policies.insert(policy.key.clone(), Arc::new(policy));
+        }
+        mesh.index();
+        mesh
+    }
+
+    fn index(&mut self) {
+        for service in self.services.values() {
+            self.by_hostname.entry(Arc::clone(&service.hostname)).or_default().push(Arc::clone(service));
+            for (network, vip) in &service.vips {
+                let by_ip = self.by_vip.entry(Arc::clone(network)).or_default();
+                by_ip.insert(vip.to_canonical(), Arc::clone(service));
+            }
+        }
+        for workload in self.workloads.values() {
+            let by_name = self.by_name.entry(Arc::clone(&workload.namespace)).or_default();
+            by_name.entry(Arc::clone(&workload.name)).or_default().push(Arc::clone(workload));
+            // The addresses of host-network pods are the node's: they tell nothing about who it is.
+            if !workload.host_network {
+                let by_ip = self.by_address.entry(Arc::clone(&workload.network)).or_default();
+                for ip in &workload.addresses {
+                    by_ip.insert(ip.to_canonical(), Arc::clone(workload));
+                }
+            }
+            for (key, ports) in &workload.services {
+                if let Some(service) = self.services.get(key) {
+                    let endpoint = Endpoint::new(workload, service, ports);
+                    self.endpoints.entry(key.clone()).or_default().push(endpoint);
+                }
+            }
+        }
+        for policy in self.policies.values() {
+            match policy.scope {
+                policies::Scope::Global => self.global_policies.push(Arc::clone(policy)),
+                policies::Scope::Namespace => {
+                    let namespace = Arc::clone(&policy.key.namespace);
+                    self.namespace_policies.entry(namespace).or_default().push(Arc::clone(policy));
+                }
+                policies::Scope::WorkloadSelector => {} // named by the workloads
+            }
+        }
+    }
+
+    /// The workload that has `ip`. Never one on the host's network.
+    pub fn workload_by_address(&self, network: &str, ip: IpAddr) -> Option<&Arc<Workload>> {
+        self.by_address.get(network)?.get(&ip.to_canonical())
+    }
+
+    /// The workload of a pod of this node, by what the node agent tells of it.
+    pub fn workload_by_name(&self, namespace: &str, name: &str, service_account: &str) -> Option<&Arc<Workload>> {
+        let named = self.by_name.get(namespace)?.get(name)?;
+        named.iter().find(|workload| &*workload.service_account == service_account)
+    }
+
+    pub fn service_by_vip(&self, network: &str, ip: IpAddr) -> Option<&Arc<Service>> {
+        self.by_vip.get(network)?.get(&ip.to_canonical())
+    }
+
+    /// The service of that name. Several namespaces may define one name: the one in `namespace` is preferred,
+    /// then the one that calls itself canonical.
+    pub fn service_by_hostname(&self, hostname: &str, namespace: &str) -> Option<&Arc<Service>> {
+        let named = self.by_hostname.get(hostname)?;
+        let preferred = named.iter().find(|service| &*service.namespace == namespace);
+        preferred.or_else(|| named.iter().find(|service| service.canonical)).or_else(|| named.first())
+    }
+
+    /// Every endpoint of a service, healthy or not.
+    pub fn endpoints(&self, service: &ServiceKey) -> &[Endpoint] {
+        self.endpoints.get(service).map_or(&[], Vec::as_slice)
+    }
+
+    pub fn policy(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {
+        self.policies.get(key)
+    }
+
+    /// Those that hold for every workload, then those of its namespace.
+    pub fn policies_by_scope(&self, namespace: &str) -> impl Iterator<Item = &Arc<Policy>> {
+        let of_namespace = self.namespace_policies.get(namespace).map_or(&[][..], Vec::as_slice);
+        self.global_policies.iter().chain(of_namespace)
+    }
+
+    pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.values()
+    }
+
+    pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.services.values()
+    }
+
+    pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
+        self.policies.values()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,309 @@
+//! One valid certificate per local identity: fetched once, shared by whoever waits, renewed at half life.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use rand::Rng;
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinSet,
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use super::{Credentials, Identity, IdentityError, ca_client::CaClient, development_ca::DevelopmentCa};
+use crate::config::{Ca, Config};
+
+/// Fetches at the same time. A control plane serves many nodes that all start at once.
+const MAX_FETCHES: usize = 8;
+/// Between failed fetches: doubled from the first to the last, with a fifth of jitter either way.
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const LAST_RETRY: Duration = Duration::from_secs(150);
+
+pub(super) type Issuing = Pin<Box<dyn Future<Output = Result<Credentials, IdentityError>> + Send>>;
+
+/// Whoever signs certificates.
+pub(super) trait Authority: Send + Sync {
+    fn issue(&self, identity: &Identity) -> Issuing;
+}
+
+/// The certificates of the workloads that this process serves. [`run`](Self::run) does all fetching: nothing is
+/// fetched before it runs or after it ended.
+pub struct Certificates {
+    authority: Box<dyn Authority>,
+    slots: Mutex<HashMap<Identity, Slot>>,
+    /// There may be something to fetch.
+    wanted: Notify,
+    stopped: CancellationToken,
+}
+
+impl fmt::Debug for Certificates {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Certificates").field("known", &self.known()).finish_non_exhaustive()
+    }
+}
+
+/// What is known of one identity's certificate.
+#[derive(Clone, Debug, Default)]
+enum State {
+    /// The first fetch has not ended yet.
+    #[default]
+    Pending,
+    Valid(Arc<Credentials>),
+    /// Fetched in vain so far; retried by itself.
+    Failed(IdentityError),
+}
+
+/// Who waits decides who comes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Urgency {
+    /// A connection waits.
+    RealTime,
+    /// A workload that may connect soon.
+    Warmup,
+    /// A valid certificate that wants renewal.
+    Background,
+}
+
+struct Slot {
+    state: watch::Sender<State>,
+    /// The last failure to renew a certificate that is still held.
+    renewal_error: Option<IdentityError>,
+    /// When the certificate in `state` ends.
+    expires: Instant,
+    /// When to fetch next. `None` while a fetch is under way.
+    due: Option<Instant>,
+    urgency: Urgency,
+    failures: u32,
+}
+
+impl Slot {
+    fn new(urgency: Urgency) -> Self {
+        let now = Instant::now();
+        Self {
+            state: watch::Sender::default(),
+            renewal_error: None,
+            expires: now,
+            due: Some(now),
+            urgency,
+            failures: 0,
+        }
+    }
+
+    /// Takes what a fetch brought.
+    fn settle(&mut self, fetched: Result<Credentials, IdentityError>) {
+        let now = Instant::now();
+        match fetched {
+            Ok(credentials) => {
+                let clock = SystemTime::now();
+                // A certificate that arrives past its half life must not be fetched in a tight loop.
+                let half_life = credentials.half_life_from(clock).max(FIRST_RETRY);
+                self.due = Some(now + half_life);
+                self.expires = now + credentials.expires_in(clock);
+                self.failures = 0;
+                self.renewal_error = None;
+                self.state.send_replace(State::Valid(Arc::new(credentials)));
+            }
+            Err(error) => {
+                self.due = Some(now + backoff(self.failures, &mut rand::rng()));
+                self.failures += 1;
+                if matches!(*self.state.borrow(), State::Valid(_)) && now < self.expires {
+                    self.renewal_error = Some(error);
+                } else {
+                    self.state.send_replace(State::Failed(error));
+                }
+            }
+        }
+        self.urgency = Urgency::Background;
+    }
+}
+
+/// One identity in a dump.
+#[derive(Clone, Debug)]
+pub struct Known {
+    pub identity: Identity,
+    pub credentials: Option<Arc<Credentials>>,
+    pub error: Option<String>,
+}
+
+impl Certificates {
+    /// With the authority that `config` names. The development CA makes or loads its root here.
+    pub fn new(config: &Config) -> Result<Arc<Self>, IdentityError> {
+        let authority: Box<dyn Authority> = match &config.ca {
+            Ca::Service(service) => Box::new(CaClient::new(service.clone(), config.secret_ttl)),
+            Ca::Development { folder } => Box::new(DevelopmentCa::open(folder, config.secret_ttl)?),
+        };
+        Ok(Self::with_authority(authority))
+    }
+
+    fn with_authority(authority: Box<dyn Authority>) -> Arc<Self> {
+        Arc::new(Self {
+            authority,
+            slots: Mutex::default(),
+            wanted: Notify::new(),
+            stopped: CancellationToken::new(),
+        })
+    }
+
+    /// The certificate of `identity`: at once if it is held, else when the fetch ends. Errors come from the last
+    /// fetch; the next one happens by itself after a pause, not because somebody asks.
+    pub async fn get(&self, identity: &Identity) -> Result<Arc<Credentials>, IdentityError> {
+        let mut state = {
+            let mut slots = self.slots();
+            let slot = match slots.get_mut(identity) {
+                Some(slot) => slot,
+                None => slots.entry(identity.clone()).or_insert_with(|| Slot::new(Urgency::RealTime)),
+            };
+            if matches!(*slot.state.borrow(), State::Valid(_)) && Instant::now() < slot.expires {
+                return ready(&slot.state.borrow()).unwrap_or(Err(IdentityError::Stopped));
+            }
+            if matches!(*slot.state.borrow(), State::Valid(_)) {
+                let source = slot.renewal_error.clone().map(Arc::new);
+                return Err(IdentityError::Expired { identity: identity.clone(), source });
+            }
+            slot.urgency = Urgency::RealTime;
+            slot.state.subscribe()
+        };
+        self.wanted.notify_one();
+        tokio::select! {
+            biased;
+            settled = state.wait_for(|state| ready(state).is_some()) => match settled {
+                Ok(state) => ready(&state).unwrap_or(Err(IdentityError::Stopped)),
+                Err(_) => Err(IdentityError::Stopped), // the identity was forgotten
+            },
+            () = self.stopped.cancelled() => Err(IdentityError::Stopped),
+        }
+    }
+
+    /// Fetches the certificate of a workload that may connect soon.
+    pub fn prefetch(&self, identity: &Identity) {
+        let mut slots = self.slots();
+        if !slots.contains_key(identity) {
+            slots.insert(identity.clone(), Slot::new(Urgency::Warmup));
+            self.wanted.notify_one();
+        }
+    }
+
+    /// Forgets every other identity.
+    pub fn retain(&self, wanted: &HashSet<Identity>) {
+        self.slots().retain(|identity, _| wanted.contains(identity));
+    }
+
+    /// Everything held, in order.
+    pub fn known(&self) -> Vec<Known> {
+        let known = |(identity, slot): (&Identity, &Slot)| {
+            let (credentials, failed) = match &*slot.state.borrow() {
+                State::Pending => (None, None),
+                State::Valid(credentials) => (Some(Arc::clone(credentials)), None),
+                State::Failed(error) => (None, Some(error.to_string())),
+            };
+            let error = failed.or_else(|| slot.renewal_error.as_ref().map(ToString::to_string));
+            Known { identity: identity.clone(), credentials, error }
+        };
+        let mut all: Vec<_> = self.slots().iter().map(known).collect();
+        all.sort_by(|a, b| a.identity.cmp(&b.identity));
+        all
+    }
+
+    /// Fetches and renews until `stop`.
+    pub async fn run(self: Arc<Self>, stop: CancellationToken) {
+        let _stopped = self.stopped.clone().drop_guard();
+        let mut fetches = JoinSet::new();
+        loop {
+            let next = self.start_due(&mut fetches);
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                Some(ended) = fetches.join_next() => match ended {
+                    Ok((identity, fetched)) => self.settle(&identity, fetched),
+                    Err(error) => warn!(%error, "fetching a certificate ended early"),
+                },
+                () = self.wanted.notified() => {}
+                () = sleep_until(next) => {}
+            }
+        }
+    }
+
+    /// Starts what is due, the most urgent first, and returns when the next one is due. While all fetches are in
+    /// use there is nothing to wait for but their end.
+    fn start_due(&self, fetches: &mut JoinSet<(Identity, Result<Credentials, IdentityError>)>) -> Option<Instant> {
+        let mut slots = self.slots();
+        let now = Instant::now();
+        let mut waiting: Vec<_> = slots.iter_mut().filter(|(_, slot)| slot.due.is_some()).collect();
+        waiting.sort_by_key(|(_, slot)| (slot.due > Some(now), slot.urgency, slot.due));
+        for (identity, slot) in waiting {
+            if slot.due > Some(now) {
+                return slot_minimum(&slots);
+            }
+            if fetches.len() >= MAX_FETCHES {
+                return None;
+            }
+            slot.due = None;
+            debug!(%identity, urgency = ?slot.urgency, "fetching a certificate");
+            let (identity, issuing) = (identity.clone(), self.authority.issue(identity));
+            fetches.spawn(async move { (identity, issuing.await) });
+        }
+        None
+    }
+
+    fn settle(&self, identity: &Identity, fetched: Result<Credentials, IdentityError>) {
+        match &fetched {
+            Ok(credentials) => info!(%identity, not_after = ?credentials.not_after, "certificate fetched"),
+            Err(error) => warn!(%identity, error = %chain(error), "fetching a certificate failed, will retry"),
+        }
+        // Nobody there: forgotten while the fetch was under way.
+        if let Some(slot) = self.slots().get_mut(identity) {
+            slot.settle(fetched);
+        }
+    }
+
+    fn slots(&self) -> MutexGuard<'_, HashMap<Identity, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn ready(state: &State) -> Option<Result<Arc<Credentials>, IdentityError>> {
+    match state {
+        State::Pending => None,
+        State::Valid(credentials) => Some(Ok(Arc::clone(credentials))),
+        State::Failed(error) => Some(Err(error.clone())),
+    }
+}
+
+fn slot_minimum(slots: &HashMap<Identity, Slot>) -> Option<Instant> {
+    slots.values().filter_map(|slot| slot.due).min()
+}
+
+fn backoff(failures: u32, rng: &mut impl Rng) -> Duration {
+    let doubled = FIRST_RETRY.saturating_mul(1 << failures.min(16));
+    doubled.min(LAST_RETRY).mul_f64(rng.random_range(0.8..=1.2)).min(LAST_RETRY)
+}
+
+async fn sleep_until(next: Option<Instant>) {
+    match next {
+        Some(next) => tokio::time::sleep_until(next).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// An error with its causes, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        cause = error.source();
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests;

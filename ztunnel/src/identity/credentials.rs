@@ -1,0 +1,173 @@
+//! A certificate with its key, as TLS configuration for both roles.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use rustls::{
+    ClientConfig, RootCertStore, ServerConfig,
+    client::Resumption,
+    pki_types::{CertificateDer, PrivateKeyDer},
+    sign::CertifiedKey,
+};
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use super::{
+    Identity, IdentityError,
+    trust::{self, ExpectedServer, TrustedClient},
+};
+
+const H2: &[u8] = b"h2";
+
+/// Distinct sets of expected servers to keep a configuration for. Each is a service or a workload that pods
+/// of this identity talk to; past it, the cache starts anew.
+const MAX_CLIENT_CONFIGS: usize = 4096;
+
+/// TLS sessions kept per set of expected servers.
+const RESUMABLE_SESSIONS: usize = 32;
+
+/// What proves an identity. Immutable: a renewal makes new ones.
+pub struct Credentials {
+    pub identity: Identity,
+    pub not_before: SystemTime,
+    pub not_after: SystemTime,
+    certified: Arc<CertifiedKey>,
+    roots: Arc<RootCertStore>,
+    root_certs: Vec<CertificateDer<'static>>,
+    server: Arc<ServerConfig>,
+    clients: Mutex<HashMap<Vec<Identity>, Arc<ClientConfig>>>,
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials")
+            .field("identity", &self.identity)
+            .field("not_after", &self.not_after)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Credentials {
+    /// `chain` is the leaf and its intermediates. Refused unless the leaf bears `identity` and belongs to `key`.
+    pub(super) fn new(
+        identity: Identity,
+        chain: Vec<CertificateDer<'static>>,
+        key: &PrivateKeyDer<'_>,
+        root_certs: Vec<CertificateDer<'static>>,
+    ) -> Result<Self, IdentityError> {
+        let leaf = chain
+            .first()
+            .ok_or_else(|| IdentityError::Malformed { what: "the certificate chain is empty".to_owned() })?;
+        let names = trust::uri_names(leaf);
+        if names != [identity.to_string()] {
+            return Err(IdentityError::Mismatch { asked: identity, got: format!("{names:?}") });
+        }
+        let (_, parsed) =
+            X509Certificate::from_der(leaf).map_err(IdentityError::unusable("the signed certificate"))?;
+        let not_before = system_time(parsed.validity().not_before.timestamp());
+        let not_after = system_time(parsed.validity().not_after.timestamp());
+
+        let mut roots = RootCertStore::empty();
+        for root in &root_certs {
+            roots.add(root.clone()).map_err(IdentityError::unusable("a root certificate"))?;
+        }
+        if roots.is_empty() {
+            return Err(IdentityError::Malformed { what: "no root certificate was given".to_owned() });
+        }
+        let roots = Arc::new(roots);
+
+        let provider = trust::provider();
+        let signer = provider
+            .key_provider
+            .load_private_key(key.clone_key())
+            .map_err(IdentityError::unusable("the private key"))?;
+        let certified = Arc::new(CertifiedKey::new(chain, signer));
+        certified.keys_match().map_err(IdentityError::unusable("the signed certificate"))?;
+
+        let verifier = TrustedClient::new(Arc::clone(&roots), Arc::clone(&identity.trust_domain))?;
+        let mut server = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(IdentityError::unusable("the TLS provider"))?
+            .with_client_cert_verifier(Arc::new(verifier))
+            .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(Arc::clone(&certified))));
+        server.alpn_protocols = vec![H2.to_vec()];
+
+        Ok(Self {
+            identity,
+            not_before,
+            not_after,
+            certified,
+            roots,
+            root_certs,
+            server: Arc::new(server),
+            clients: Mutex::default(),
+        })
+    }
+
+    /// To accept with: TLS 1.3, `h2`, a client certificate of the own trust domain is required.
+    pub fn server(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.server)
+    }
+
+    /// To connect with, to a server that has to be one of `expected`. No SNI is sent.
+    ///
+    /// Sessions are resumed only within one set of expected servers, since a resumed handshake shows no
+    /// certificate to check. Use the peer's address as the server name: it keys the sessions.
+    pub fn client(&self, expected: &[Identity]) -> Arc<ClientConfig> {
+        let mut key = expected.to_vec();
+        key.sort_unstable();
+        key.dedup();
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(config) = clients.get(&key) {
+            return Arc::clone(config);
+        }
+        if clients.len() >= MAX_CLIENT_CONFIGS {
+            clients.clear();
+        }
+        let config = Arc::new(self.client_config(key.clone()));
+        clients.insert(key, Arc::clone(&config));
+        config
+    }
+
+    fn client_config(&self, expected: Vec<Identity>) -> ClientConfig {
+        let verifier = ExpectedServer::new(Arc::clone(&self.roots), expected);
+        let mut config = ClientConfig::builder_with_provider(trust::provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .expect("the same provider made the server's configuration")
+            .dangerous() // a verifier of our own, stricter than the default one but for the host name
+            .with_custom_certificate_verifier(Arc::new(verifier))
+            .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(Arc::clone(
+                &self.certified,
+            ))));
+        config.alpn_protocols = vec![H2.to_vec()];
+        config.enable_sni = false;
+        config.resumption = Resumption::in_memory_sessions(RESUMABLE_SESSIONS);
+        config
+    }
+
+    /// The leaf and its intermediates.
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.certified.cert
+    }
+
+    pub fn roots(&self) -> &[CertificateDer<'static>] {
+        &self.root_certs
+    }
+
+    /// How long from `now` until half of the life time has passed.
+    pub(super) fn half_life_from(&self, now: SystemTime) -> Duration {
+        let life = self.not_after.duration_since(self.not_before).unwrap_or_default();
+        (self.not_before + life / 2).duration_since(now).unwrap_or_default()
+    }
+
+    pub(super) fn expires_in(&self, now: SystemTime) -> Duration {
+        self.not_after.duration_since(now).unwrap_or_default()
+    }
+}
+
+fn system_time(unix_seconds: i64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(unix_seconds).unwrap_or_default())
+}

@@ -1,0 +1,97 @@
+//! How a workload is told about to a peer: the `baggage` header of HBONE, as Istio's tunnel writes it.
+
+use std::{borrow::Cow, sync::Arc};
+
+use super::Workload;
+
+/// What a peer tells about its workload. Claims, for labels only: never for policy.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Baggage {
+    pub cluster_id: Option<Arc<str>>,
+    pub namespace: Option<Arc<str>>,
+    pub workload_name: Option<Arc<str>>,
+    pub service_name: Option<Arc<str>>,
+    pub revision: Option<Arc<str>>,
+    pub region: Option<Arc<str>>,
+    pub zone: Option<Arc<str>>,
+}
+
+/// A workload as the header's value. Unknown parts are left out.
+pub fn of_workload(workload: &Workload) -> String {
+    let kind = match &*workload.workload_type {
+        known @ ("deployment" | "cronjob" | "job" | "pod") => known,
+        _ => "deployment",
+    };
+    let pairs = [
+        (Cow::from("k8s.cluster.name"), &workload.cluster_id),
+        ("k8s.namespace.name".into(), &workload.namespace),
+        (format!("k8s.{kind}.name").into(), &workload.workload_name),
+        ("service.name".into(), &workload.canonical_name),
+        ("service.version".into(), &workload.canonical_revision),
+        ("cloud.region".into(), &workload.locality.region),
+        ("cloud.availability_zone".into(), &workload.locality.zone),
+    ];
+    let known = pairs.iter().filter(|(_, value)| !value.is_empty());
+    known.map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
+}
+
+/// Reads the header, whose lines may be several. Unknown keys, and what is no pair, say nothing.
+pub fn parse<'a>(lines: impl IntoIterator<Item = &'a str>) -> Baggage {
+    let mut baggage = Baggage::default();
+    for pair in lines.into_iter().flat_map(|line| line.split(',')) {
+        let Some((key, value)) = pair.split_once('=') else { continue };
+        let (key, value) = (key.trim(), value.trim());
+        let field = match key {
+            "k8s.cluster.name" => &mut baggage.cluster_id,
+            "k8s.namespace.name" => &mut baggage.namespace,
+            "k8s.deployment.name" | "k8s.cronjob.name" | "k8s.pod.name" | "k8s.job.name" => {
+                &mut baggage.workload_name
+            }
+            "service.name" => &mut baggage.service_name,
+            "service.version" => &mut baggage.revision,
+            "cloud.region" => &mut baggage.region,
+            "cloud.availability_zone" => &mut baggage.zone,
+            _ => continue,
+        };
+        *field = (!value.is_empty()).then(|| value.into());
+    }
+    baggage
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::tests::workload;
+
+    #[test]
+    fn what_is_known_is_told_in_the_order_of_istio() {
+        let mut web = workload("web-1", "10.0.0.1");
+        web.canonical_name = "web".into();
+        web.canonical_revision = "v1".into();
+        web.workload_name = "web".into();
+        web.workload_type = "deployment".into();
+        web.cluster_id = "Kubernetes".into();
+        assert_eq!(
+            of_workload(&web),
+            "k8s.cluster.name=Kubernetes,k8s.namespace.name=default,k8s.deployment.name=web,\
+             service.name=web,service.version=v1"
+        );
+        web.workload_type = "job".into();
+        web.locality.zone = "a".into();
+        assert!(of_workload(&web).contains(",k8s.job.name=web,"));
+        assert!(of_workload(&web).ends_with(",cloud.availability_zone=a"));
+    }
+
+    #[test]
+    fn several_lines_are_one_and_nonsense_says_nothing() {
+        let lines = ["k8s.namespace.name=shop,k8s.pod.name=web,other=x", "service.name=web,service.version=,,=,a"];
+        let expected = Baggage {
+            namespace: Some("shop".into()),
+            workload_name: Some("web".into()),
+            service_name: Some("web".into()),
+            ..Baggage::default()
+        };
+        assert_eq!(parse(lines), expected);
+        assert_eq!(parse([]), Baggage::default());
+    }
+}

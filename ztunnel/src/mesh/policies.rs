@@ -1,0 +1,171 @@
+//! Who may connect to whom: a policy as it was written. [`crate::policy`] applies it.
+
+use std::{fmt, net::IpAddr, str::FromStr, sync::Arc};
+
+use ipnet::IpNet;
+use serde::{Serialize, Serializer};
+
+use crate::identity::Identity;
+
+/// A policy is known by namespace and name, written `namespace/name`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PolicyKey {
+    pub namespace: Arc<str>,
+    pub name: Arc<str>,
+}
+
+impl fmt::Display for PolicyKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl FromStr for PolicyKey {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once('/') {
+            Some((namespace, name)) if !name.is_empty() => {
+                Ok(Self { namespace: namespace.into(), name: name.into() })
+            }
+            _ => Err(format!("policy {text:?} is not of the form namespace/name")),
+        }
+    }
+}
+
+impl Serialize for PolicyKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Policy {
+    pub key: PolicyKey,
+    pub scope: Scope,
+    pub action: Action,
+    /// Any rule is enough. No rule: nothing matches.
+    pub rules: Vec<Rule>,
+    /// Only logged.
+    pub dry_run: bool,
+}
+
+/// Whom a policy protects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Scope {
+    Global,
+    /// The workloads of its own namespace.
+    Namespace,
+    /// The workloads that name it.
+    WorkloadSelector,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Action {
+    Allow,
+    Deny,
+}
+
+/// All clauses are needed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct Rule(pub Vec<Clause>);
+
+/// Any match is enough. An empty clause matches everything.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct Clause(pub Vec<Match>);
+
+/// All kinds that are given are needed; of the values of a kind one, and of its `not_*` none. A match without any
+/// value matches nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Match {
+    pub namespaces: Vec<StringMatch>,
+    pub not_namespaces: Vec<StringMatch>,
+    pub principals: Vec<StringMatch>,
+    pub not_principals: Vec<StringMatch>,
+    pub service_accounts: Vec<ServiceAccountMatch>,
+    pub not_service_accounts: Vec<ServiceAccountMatch>,
+    pub source_ips: Vec<IpNet>,
+    pub not_source_ips: Vec<IpNet>,
+    pub destination_ips: Vec<IpNet>,
+    pub not_destination_ips: Vec<IpNet>,
+    pub destination_ports: Vec<u16>,
+    pub not_destination_ports: Vec<u16>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub enum StringMatch {
+    Exact(String),
+    Prefix(String),
+    Suffix(String),
+    /// Any text but the empty one.
+    Presence,
+}
+
+impl StringMatch {
+    pub fn accepts(&self, text: &str) -> bool {
+        match self {
+            Self::Exact(exact) => text == exact,
+            Self::Prefix(prefix) => text.starts_with(prefix.as_str()),
+            Self::Suffix(suffix) => text.ends_with(suffix.as_str()),
+            Self::Presence => !text.is_empty(),
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceAccountMatch {
+    pub namespace: String,
+    pub service_account: String,
+}
+
+/// What a policy is asked about.
+#[derive(Clone, Copy, Debug)]
+pub struct Facts<'a> {
+    pub source_ip: IpAddr,
+    /// `None` for plaintext: it has no namespace and no principal, so nothing about these matches.
+    pub source: Option<&'a Identity>,
+    pub destination_ip: IpAddr,
+    pub destination_port: u16,
+}
+
+impl Policy {
+    pub fn matches(&self, facts: &Facts<'_>) -> bool {
+        // A principal is written without the scheme (Istio: `cluster.local/ns/a/sa/b`).
+        let principal = facts.source.map(ToString::to_string);
+        let principal = principal.as_deref().and_then(|id| id.strip_prefix("spiffe://"));
+        let clause = |Clause(matches): &Clause| {
+            matches.is_empty() || matches.iter().any(|one| one.matches(facts, principal))
+        };
+        self.rules.iter().any(|Rule(clauses)| clauses.iter().all(clause))
+    }
+}
+
+impl Match {
+    fn matches(&self, facts: &Facts<'_>, principal: Option<&str>) -> bool {
+        let namespace = facts.source.map(|id| &*id.namespace);
+        let text = |known: Option<&str>, m: &StringMatch| known.is_some_and(|known| m.accepts(known));
+        let account = |m: &ServiceAccountMatch| {
+            facts.source.is_some_and(|id| {
+                *id.namespace == *m.namespace && *id.service_account == *m.service_account
+            })
+        };
+        let within = |ip: IpAddr, net: &IpNet| net.contains(&ip.to_canonical());
+        self != &Self::default()
+            && holds(&self.namespaces, &self.not_namespaces, |m| text(namespace, m))
+            && holds(&self.principals, &self.not_principals, |m| text(principal, m))
+            && holds(&self.service_accounts, &self.not_service_accounts, account)
+            && holds(&self.source_ips, &self.not_source_ips, |net| within(facts.source_ip, net))
+            && holds(&self.destination_ips, &self.not_destination_ips, |net| within(facts.destination_ip, net))
+            && holds(&self.destination_ports, &self.not_destination_ports, |&p| p == facts.destination_port)
+    }
+}
+
+/// Whether one of `wanted` accepts (if any is given) and none of `unwanted` does.
+fn holds<T>(wanted: &[T], unwanted: &[T], accepts: impl Fn(&T) -> bool) -> bool {
+    (wanted.is_empty() || wanted.iter().any(&accepts)) && !unwanted.iter().any(&accepts)
+}

@@ -1,0 +1,77 @@
+//! One pod, as its peers know it.
+
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+use serde::Serialize;
+
+use super::{PolicyKey, ServiceKey, services::PortMap};
+use crate::identity::Identity;
+
+/// A pod (or machine) that has an identity.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Workload {
+    pub uid: Arc<str>,
+    pub name: Arc<str>,
+    pub namespace: Arc<str>,
+    pub service_account: Arc<str>,
+    pub trust_domain: Arc<str>,
+    pub network: Arc<str>,
+    pub node: Arc<str>,
+    pub cluster_id: Arc<str>,
+    #[serde(rename = "workloadIps")]
+    pub addresses: Vec<IpAddr>,
+    pub protocol: Protocol,
+    pub canonical_name: Arc<str>,
+    pub canonical_revision: Arc<str>,
+    /// Of what manages the pod, such as its deployment.
+    pub workload_name: Arc<str>,
+    /// `deployment`, `cronjob`, `job` or `pod`.
+    pub workload_type: Arc<str>,
+    pub locality: Locality,
+    /// The services that it is an endpoint of, with the target port of each port where it differs.
+    pub services: BTreeMap<ServiceKey, PortMap>,
+    /// Policies that select it by name.
+    #[serde(rename = "authorizationPolicies")]
+    pub policies: Vec<PolicyKey>,
+    pub healthy: bool,
+    pub host_network: bool,
+    /// Its weight among the endpoints of a service.
+    pub capacity: u32,
+    /// Traffic to it has to pass a waypoint, which is not supported yet: it must fail, not go around.
+    pub behind_waypoint: bool,
+}
+
+/// How a workload is reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub enum Protocol {
+    #[default]
+    #[serde(rename = "TCP")]
+    Tcp,
+    #[serde(rename = "HBONE")]
+    Hbone,
+}
+
+/// Where it runs. Empty parts are unknown.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Locality {
+    pub region: Arc<str>,
+    pub zone: Arc<str>,
+    pub subzone: Arc<str>,
+}
+
+impl Workload {
+    pub fn identity(&self) -> Identity {
+        Identity {
+            trust_domain: Arc::clone(&self.trust_domain),
+            namespace: Arc::clone(&self.namespace),
+            service_account: Arc::clone(&self.service_account),
+        }
+    }
+
+    /// One of its addresses, of the family of `like` if it has one.
+    pub fn address_like(&self, like: IpAddr) -> Option<IpAddr> {
+        let same_family = |ip: &&IpAddr| ip.is_ipv4() == like.to_canonical().is_ipv4();
+        self.addresses.iter().find(same_family).or(self.addresses.first()).copied()
+    }
+}
