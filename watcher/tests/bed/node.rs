@@ -1,0 +1,253 @@
+//! One node: a network namespace with a bridge for its pods, a watcher and a tunnel.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use super::process::{Process, placed, run, text, wait_for};
+
+#[derive(Debug)]
+pub struct Node {
+    pub name: String,
+    /// Pods of node 1 are 10.77.1.x and fd77:1::x.
+    pub number: u8,
+    pub netns: String,
+    /// `…/adit-<bed>/<node>`; below it `kubepods`, `ztunnel` and `watcher`.
+    pub cgroup: PathBuf,
+    pub dir: PathBuf,
+    /// As the pins are named: two beds on one kernel share no name.
+    pub node_name: String,
+    pub watcher: Option<Process>,
+    pub tunnel: Option<Process>,
+    tunnels_started: usize,
+    pub tunnel_binary: PathBuf,
+}
+
+impl Node {
+    pub fn new(bed: &str, name: &str, number: u8, cgroups: &Path, dir: &Path) -> Self {
+        let netns = format!("{bed}-{name}");
+        let node = Self {
+            name: name.to_owned(),
+            number,
+            cgroup: cgroups.join(name),
+            dir: dir.join(name),
+            node_name: netns.clone(),
+            netns,
+            watcher: None,
+            tunnel: None,
+            tunnels_started: 0,
+            tunnel_binary: binary("ztunnel"),
+        };
+        for below in ["kubepods", "ztunnel", "watcher"] {
+            fs::create_dir_all(node.cgroup.join(below)).expect("cgroup");
+        }
+        fs::create_dir_all(&node.dir).expect("folder");
+        let Self { netns, .. } = &node;
+        run(&format!("ip netns add {netns}"));
+        run(&format!("ip -n {netns} link set lo up"));
+        run(&format!("ip -n {netns} link add pods type bridge"));
+        run(&format!("ip -n {netns} addr add 10.77.{number}.1/24 dev pods"));
+        run(&format!("ip -n {netns} addr add fd77:{number}::1/64 dev pods nodad"));
+        run(&format!("ip -n {netns} link set pods up"));
+        for setting in ["net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"] {
+            run(&format!("ip netns exec {netns} sysctl -qw {setting}"));
+        }
+        node
+    }
+
+    /// Joins two nodes by a veth pair, `link0` at both ends, and routes each one's pods to the other.
+    pub fn join(a: &Self, b: &Self) {
+        run(&format!("ip -n {} link add link0 type veth peer name link0 netns {}", a.netns, b.netns));
+        for (here, there) in [(a, b), (b, a)] {
+            let Self { netns, number, .. } = here;
+            let other = there.number;
+            run(&format!("ip -n {netns} addr add 10.77.0.{number}/24 dev link0"));
+            run(&format!("ip -n {netns} addr add fd77::{number}/64 dev link0 nodad"));
+            run(&format!("ip -n {netns} link set link0 up"));
+            run(&format!("ip -n {netns} route add 10.77.{other}.0/24 via 10.77.0.{other}"));
+            run(&format!("ip -n {netns} -6 route add fd77:{other}::/64 via fd77::{other}"));
+        }
+    }
+
+    pub fn pods_cgroup(&self) -> PathBuf {
+        self.cgroup.join("kubepods")
+    }
+
+    pub fn pods_file(&self) -> PathBuf {
+        self.dir.join("pods.yaml")
+    }
+
+    pub fn start_watcher(&mut self, cgroup2: &Path, bpffs: &Path, more: &[&str]) {
+        let path = |p: &Path| p.to_str().expect("UTF-8 path").to_owned();
+        let (pods, zds, status) =
+            (path(&self.pods_file()), path(&self.zds_socket()), path(&self.status_socket()));
+        let (attach, root, bpffs) = (path(&self.pods_cgroup()), path(cgroup2), path(bpffs));
+        let binary = path(&binary("watcher"));
+        let mut line = vec![binary.as_str(), "run", "--pods", &pods, "--node", &self.node_name];
+        line.extend(["--zds-socket", &zds, "--status-socket", &status]);
+        line.extend(["--bpffs", &bpffs, "--cgroup-root", &root, "--attach", &attach]);
+        line.extend(more);
+        let mut command = placed(&self.cgroup.join("watcher"), &self.netns, &line);
+        command.env("RUST_LOG", "info");
+        self.watcher = Some(Process::spawn("watcher", command, &self.dir.join("watcher.log")));
+        let watcher = self.watcher.as_mut().expect("just started");
+        let log = watcher.log.clone();
+        let (zds, status) = (self.zds_socket(), self.status_socket());
+        wait_for("the watcher to serve", Duration::from_secs(20), || {
+            assert!(
+                watcher.is_running(),
+                "the watcher ended: {}",
+                fs::read_to_string(&log).unwrap_or_default()
+            );
+            (zds.exists() && status.exists()).then_some(())
+        });
+    }
+
+    pub fn zds_socket(&self) -> PathBuf {
+        self.dir.join("zds.sock")
+    }
+
+    pub fn status_socket(&self) -> PathBuf {
+        self.dir.join("status.sock")
+    }
+
+    /// Another tunnel process beside the one there is, as in an upgrade; the caller keeps it.
+    pub fn spawn_tunnel(&mut self, mesh_file: &Path, ca_dir: &Path, env: &[(&str, &str)]) -> Process {
+        // A tunnel's successor has a cgroup of its own, as its pod in a cluster has.
+        let cgroup = self.cgroup.join("ztunnel").join(self.tunnels_started.to_string());
+        self.tunnels_started += 1;
+        fs::create_dir_all(&cgroup).expect("cgroup");
+        let mut command = placed(&cgroup, &self.netns, &[self.tunnel_binary.to_str().expect("UTF-8 path")]);
+        command
+            .env("INPOD_UDS", self.zds_socket())
+            .env("LOCAL_XDS_PATH", mesh_file)
+            .env("DEVELOPMENT_CA_DIR", ca_dir)
+            .env("FAKE_CA", "true")
+            .env("XDS_ADDRESS", "")
+            .env("CA_ADDRESS", "")
+            .env("NODE_NAME", &self.name)
+            .env("CLUSTER_ID", "Kubernetes")
+            .env("ISTIO_META_DNS_CAPTURE", "false")
+            .env("RUST_LOG", "info");
+        for (key, value) in env {
+            command.env(key, value);
+        }
+        Process::spawn("ztunnel", command, &self.dir.join("ztunnel.log"))
+    }
+
+    pub fn start_tunnel(&mut self, mesh_file: &Path, ca_dir: &Path) {
+        self.tunnel = Some(self.spawn_tunnel(mesh_file, ca_dir, &[]));
+        self.wait_tunnel_ready();
+    }
+
+    pub fn wait_tunnel_ready(&mut self) {
+        let netns = self.netns.clone();
+        let log = self.dir.join("ztunnel.log");
+        let tunnel = self.tunnel.as_mut().expect("a tunnel");
+        wait_for(&format!("the tunnel of {netns} to be ready"), Duration::from_secs(20), || {
+            assert!(
+                tunnel.is_running(),
+                "the tunnel ended: {}",
+                fs::read_to_string(&log).unwrap_or_default()
+            );
+            let (code, _) = http(&netns, "http://127.0.0.1:15021/healthz/ready");
+            (code == 200).then_some(())
+        });
+    }
+
+    pub fn tunnel_log(&self) -> String {
+        fs::read_to_string(self.dir.join("ztunnel.log")).unwrap_or_default()
+    }
+
+    pub fn watcher_log(&self) -> String {
+        fs::read_to_string(self.dir.join("watcher.log")).unwrap_or_default()
+    }
+
+    /// The access records that the tunnel has written so far.
+    pub fn access_log(&self) -> Vec<String> {
+        self.tunnel_log().lines().filter(|line| is_access_record(line)).map(plain).collect()
+    }
+
+    pub fn metrics(&self) -> String {
+        http(&self.netns, "http://127.0.0.1:15020/metrics").1
+    }
+
+    /// Runs `watcher …` of this node with `-o json` left to the caller.
+    pub fn watcher_command(&self, words: &[&str]) -> std::process::Output {
+        Command::new(binary("watcher"))
+            .args(words)
+            .args(["--status-socket"])
+            .arg(self.status_socket())
+            .stdin(Stdio::null())
+            .output()
+            .expect("watcher")
+    }
+
+    pub fn status(&self) -> String {
+        text(&self.watcher_command(&["status", "pods", "-o", "json"]))
+    }
+
+    /// What somebody needs to see when a test fails here.
+    pub fn story(&self) -> String {
+        let mut story = String::new();
+        for (what, log) in [("watcher", self.watcher_log()), ("ztunnel", self.tunnel_log())] {
+            let lines: Vec<&str> = log.lines().collect();
+            let _ = writeln!(story, "--- {what} of {} (last lines)", self.netns);
+            for line in &lines[lines.len().saturating_sub(25)..] {
+                let _ = writeln!(story, "{line}");
+            }
+        }
+        story
+    }
+}
+
+fn is_access_record(line: &str) -> bool {
+    let line = plain(line);
+    line.contains(" access") && line.contains("src.addr")
+}
+
+/// A log line without a terminal's colours.
+fn plain(line: &str) -> String {
+    let mut text = String::with_capacity(line.len());
+    let mut characters = line.chars();
+    while let Some(character) = characters.next() {
+        if character == '\u{1b}' {
+            for end in characters.by_ref() {
+                if end.is_ascii_alphabetic() {
+                    break;
+                }
+            }
+        } else {
+            text.push(character);
+        }
+    }
+    text
+}
+
+/// GET inside a netns: status and body; 0 when nobody answers.
+pub fn http(netns: &str, url: &str) -> (u16, String) {
+    let output = Command::new("nsenter")
+        .arg(format!("--net=/run/netns/{netns}"))
+        .args(["curl", "-s", "--noproxy", "*", "-m", "5", "-w", "\n%{http_code}", url])
+        .output()
+        .expect("curl");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let (body, code) = text.rsplit_once('\n').unwrap_or(("", "0"));
+    (code.parse().unwrap_or(0), body.to_owned())
+}
+
+/// A program of this project, built beside this one.
+pub fn binary(name: &str) -> PathBuf {
+    if let Some(path) = std::env::var_os(format!("{}_BIN", name.to_uppercase())) {
+        return path.into();
+    }
+    let here = std::env::current_exe().expect("current_exe");
+    // target/<profile>/{deps,examples}/<this>
+    let path = here.parent().and_then(Path::parent).expect("target folder").join(name);
+    assert!(path.exists(), "{} is not built: cargo build --workspace --bins", path.display());
+    path
+}

@@ -1,0 +1,244 @@
+//! End to end: real watchers, real tunnels, real kernel programs, foreign clients and servers.
+
+mod bed;
+
+use std::{
+    collections::HashSet,
+    fs,
+    time::{Duration, Instant},
+};
+
+use bed::{
+    Bed, Enrol, Pod,
+    cluster::{WEB_V4, WEB_V6},
+    node::http,
+    wait_for,
+};
+use nix::sys::signal::Signal;
+
+/// A client on node a, an enrolled server on node b, both running nginx-unmodified programs.
+fn across_nodes() -> (Bed, Pod, Pod) {
+    let mut bed = Bed::new();
+    let client = bed.pod("client", 0, Enrol::Mesh);
+    let server = bed.pod("server", 1, Enrol::Mesh);
+    bed.serve_web(&server, "hello from server");
+    bed.start();
+    (bed, client, server)
+}
+
+fn record(bed: &Bed, node: usize, parts: &[&str]) -> String {
+    wait_for(&format!("an access record with {parts:?}"), Duration::from_secs(5), || {
+        bed.nodes[node].access_log().into_iter().rev().find(|line| parts.iter().all(|part| line.contains(part)))
+    })
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn both_families_cross_the_nodes_with_identities_and_the_clients_address() {
+    let (bed, client, server) = across_nodes();
+    for (address, source) in [
+        (format!("http://{}:8080/", server.v4), &client.v4),
+        (format!("http://[{}]:8080/", server.v6), &client.v6),
+        (format!("http://{WEB_V4}/"), &client.v4),
+        (format!("http://[{WEB_V6}]/"), &client.v6),
+    ] {
+        let reply = client.curl(&address).expect(&address);
+        assert_eq!(reply, format!("hello from server, client {source}\n"), "{address}");
+    }
+    let identity = |name: &str| format!("spiffe://cluster.local/ns/demo/sa/{name}");
+    for (node, direction) in [(0, "outbound"), (1, "inbound")] {
+        record(&bed, node, &[direction, &identity("client"), &identity("server")]);
+    }
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_plain_client_is_served_through_15006_and_a_strict_policy_refuses_it() {
+    let mut bed = Bed::new();
+    let client = bed.pod("client", 0, Enrol::Mesh);
+    let near = bed.pod("near", 1, Enrol::Plain);
+    let far = bed.pod("far", 0, Enrol::Plain);
+    let server = bed.pod("server", 1, Enrol::Mesh);
+    bed.serve_web(&server, "hello");
+    bed.start();
+    let url = format!("http://{}:8080/", server.v4);
+    for pod in [&near, &far] {
+        assert_eq!(pod.curl(&url), Ok(format!("hello, client {}\n", pod.v4)));
+        let line = record(&bed, 1, &["inbound", &pod.v4]);
+        assert!(!line.contains("src.identity"), "{line}");
+    }
+    bed.policies = "- name: strict\n  namespace: demo\n  scope: Namespace\n  action: Deny\n  \
+                    rules:\n  - - - notPrincipals: [{Presence: []}]\n"
+        .into();
+    bed.publish_mesh();
+    for pod in [&near, &far] {
+        wait_for("the policy to hold", Duration::from_secs(5), || pod.curl(&url).is_err().then_some(()));
+        record(&bed, 1, &[&pod.v4, "explicitly denied by: demo/strict"]);
+    }
+    assert_eq!(client.curl(&url), Ok(format!("hello, client {}\n", client.v4)), "identified clients pass");
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn an_unknown_destination_passes_through_and_a_service_without_endpoints_is_refused() {
+    let mut bed = Bed::new();
+    let client = bed.pod("client", 0, Enrol::Mesh);
+    let plain = bed.pod("plain", 1, Enrol::Plain);
+    bed.serve_web(&plain, "hello");
+    bed.pods.iter_mut().for_each(|pod| pod.serves_web = false);
+    bed.start();
+    assert_eq!(client.curl(&format!("http://{}:8080/", plain.v4)), Ok(format!("hello, client {}\n", client.v4)));
+    client.curl(&format!("http://{WEB_V4}/")).expect_err("no endpoint");
+    record(&bed, 0, &["outbound", "no healthy upstream"]);
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn loopback_and_the_own_address_stay_local_and_the_tunnels_ports_lead_nowhere() {
+    let (_bed, client, server) = across_nodes();
+    assert_eq!(server.curl("http://127.0.0.1:8080/"), Ok("hello from server, client 127.0.0.1\n".into()));
+    assert_eq!(server.curl("http://[::1]:8080/"), Ok("hello from server, client ::1\n".into()));
+    let own = server.curl(&format!("http://{}:8080/", server.v4));
+    assert_eq!(own, Ok(format!("hello from server, client {}\n", server.v4)));
+    for port in [15001, 15006] {
+        for host in ["127.0.0.1", &client.v4, &server.v4] {
+            let url = format!("http://{host}:{port}/");
+            client.curl(&url).expect_err(&url);
+        }
+    }
+    client.curl("http://127.0.0.1:15000/config_dump").expect_err("the tunnel's admin port is the node's");
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn the_label_comes_and_goes_under_load_without_a_failed_request() {
+    let (mut bed, client, _server) = across_nodes();
+    let (stop, log) = (bed.dir.path().join("stop"), bed.dir.path().join("loop.log"));
+    let script = format!(
+        "while [ ! -e {} ]; do curl -sS --noproxy '*' -m 5 -o /dev/null -w '%{{http_code}}\\n' \
+         http://{WEB_V4}/ || echo failed; done",
+        stop.display()
+    );
+    let mut requests = client.spawn("loop", &["bash", "-c", &script], &log);
+    let lines = || fs::read_to_string(&log).unwrap_or_default().lines().count();
+    for _ in 0..5 {
+        for enrol in [Enrol::Plain, Enrol::Mesh] {
+            bed.label(&["client", "server"], enrol);
+            let so_far = lines();
+            wait_for("more requests", Duration::from_secs(10), || (lines() > so_far + 5).then_some(()));
+        }
+    }
+    fs::write(&stop, "").expect("stop file");
+    wait_for("the loop to end", Duration::from_secs(10), || (!requests.is_running()).then_some(()));
+    let text = fs::read_to_string(&log).expect("loop log");
+    let failed: HashSet<&str> = text.lines().filter(|line| *line != "200").collect();
+    assert!(failed.is_empty(), "{failed:?}");
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_killed_tunnel_is_refused_or_passed_by_as_the_pod_chose_and_comes_back() {
+    let mut bed = Bed::new();
+    let closed = bed.pod("closed", 0, Enrol::Mesh);
+    let open = bed.pod("open", 0, Enrol::Mesh);
+    let plain = bed.pod("plain", 1, Enrol::Plain);
+    bed.pods[1].fail_open = true;
+    bed.serve_web(&plain, "hello");
+    bed.start();
+    let url = format!("http://{}:8080/", plain.v4);
+    assert!(closed.curl(&url).is_ok() && open.curl(&url).is_ok());
+
+    bed.nodes[0].tunnel.as_mut().expect("tunnel").signal(Signal::SIGKILL);
+    wait_for("the open pod to pass in clear", Duration::from_secs(2), || open.curl(&url).ok());
+    let since = Instant::now();
+    closed.curl(&url).expect_err("closed");
+    assert!(since.elapsed() < Duration::from_secs(2), "refused at once, not by a timeout");
+
+    let (mesh, ca) = (bed.mesh_file(), bed.ca_dir());
+    bed.nodes[0].start_tunnel(&mesh, &ca);
+    wait_for("the closed pod to be served again", Duration::from_secs(2), || closed.curl(&url).ok());
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn open_connections_survive_enrolling_and_leaving() {
+    let (mut bed, client, server) = across_nodes();
+    let echo = "import socket\ns=socket.socket(socket.AF_INET6)\ns.setsockopt(socket.SOL_SOCKET,socket.SO_REUSEADDR,1)\n\
+                s.bind(('::',9000))\ns.listen()\n\
+                import threading\ndef serve(c):\n  while True:\n    b=c.recv(4096)\n    if not b: return\n    c.sendall(b)\n\
+                while True:\n  c,_=s.accept()\n  threading.Thread(target=serve,args=(c,),daemon=True).start()\n";
+    let echo = server.spawn("echo", &["python3", "-c", echo], &bed.dir.path().join("echo.log"));
+    bed.keep(echo);
+    let go = |name: &str| bed.dir.path().join(name);
+    let (meshed_go, plain_go) = (go("meshed-go"), go("plain-go"));
+    let dial = |log: &str, go: &std::path::Path| {
+        let program = format!(
+            "import socket,time,os\nfor _ in range(200):\n  try:\n    s=socket.create_connection(('{}',9000),5)\n    break\n  \
+             except OSError: time.sleep(0.05)\ns.settimeout(5)\ns.sendall(b'one'); assert s.recv(16)==b'one'\n\
+             print('up',flush=True)\nwhile not os.path.exists('{}'): time.sleep(0.01)\n\
+             s.sendall(b'two'); assert s.recv(16)==b'two'\nprint('survived',flush=True)\n",
+            server.v4,
+            go.display()
+        );
+        client.spawn("dial", &["python3", "-c", &program], &bed.dir.path().join(log))
+    };
+    let says = |log: &str, word: &str| {
+        let log = bed.dir.path().join(log);
+        wait_for(&format!("{word} in {}", log.display()), Duration::from_secs(10), || {
+            let text = fs::read_to_string(&log).ok()?;
+            assert!(!text.contains("Error"), "{text}");
+            text.contains(word).then_some(())
+        });
+    };
+    let meshed = dial("meshed.log", &meshed_go);
+    says("meshed.log", "up");
+    let dir = bed.dir.path().to_owned();
+    bed.label(&["client", "server"], Enrol::Plain);
+    fs::write(&meshed_go, "").expect("go");
+    let says = |log: &str, word: &str| {
+        let log = dir.join(log);
+        wait_for(&format!("{word} in {}", log.display()), Duration::from_secs(10), || {
+            let text = fs::read_to_string(&log).ok()?;
+            assert!(!text.contains("Error"), "{text}");
+            text.contains(word).then_some(())
+        });
+    };
+    says("meshed.log", "survived");
+    drop(meshed);
+
+    let program = format!(
+        "import socket,time,os\ns=socket.create_connection(('{}',9000),5)\ns.settimeout(5)\n\
+         s.sendall(b'one'); assert s.recv(16)==b'one'\nprint('up',flush=True)\n\
+         while not os.path.exists('{}'): time.sleep(0.01)\n\
+         s.sendall(b'two'); assert s.recv(16)==b'two'\nprint('survived',flush=True)\n",
+        server.v4,
+        plain_go.display()
+    );
+    let plain = client.spawn("dial", &["python3", "-c", &program], &dir.join("plain.log"));
+    says("plain.log", "up");
+    bed.label(&["client", "server"], Enrol::Mesh);
+    fs::write(&plain_go, "").expect("go");
+    says("plain.log", "survived");
+    drop(plain);
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn metrics_name_both_ends_and_count_bytes_as_istio_does() {
+    let (bed, client, server) = across_nodes();
+    let url = format!("http://{}:8080/", server.v4);
+    client.curl(&url).expect("reply");
+    for (node, reporter) in [(0, "source"), (1, "destination")] {
+        let line = wait_for("the closed counter", Duration::from_secs(5), || {
+            bed.nodes[node].metrics().lines().find(|line| {
+                line.starts_with("istio_tcp_connections_closed_total")
+                    && line.contains(&format!("reporter=\"{reporter}\""))
+                    && line.contains("source_principal=\"spiffe://cluster.local/ns/demo/sa/client\"")
+                    && line.contains("destination_principal=\"spiffe://cluster.local/ns/demo/sa/server\"")
+                    && line.contains("connection_security_policy=\"mutual_tls\"")
+            }).map(str::to_owned)
+        });
+        assert!(line.ends_with(" 1"), "{line}");
+    }
+    assert_eq!(http(&bed.nodes[0].netns, "http://127.0.0.1:15021/healthz/ready").0, 200);
+}
