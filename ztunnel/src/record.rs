@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tracing::{debug, error, field::DisplayValue, info, warn};
+use tracing::{Level, event, field::DisplayValue};
 
 use crate::{
     identity::Identity,
@@ -166,8 +166,8 @@ impl Record {
         let traffic = metrics.traffic(ends.labels("-"));
         traffic.opened.inc();
         traffic.sockets_open.inc();
-        debug!(
-            target: "access", src.addr = %ends.source, dst.addr = %ends.destination,
+        event!(
+            target: "access", Level::DEBUG, src.addr = %ends.source, dst.addr = %ends.destination,
             direction = ends.direction.as_str(), "connection opened"
         );
         Self { metrics: Arc::clone(metrics), traffic, ends, started, counters: Arc::default(), closed: false }
@@ -232,17 +232,18 @@ pub fn denied_early(metrics: &Metrics, ends: &Ends, failure: &dyn Failure) {
     let direction = ends.direction.as_str();
     metrics.failed(&ends.labels(failure.response_flags()), direction, failure.reason());
     let error = chain(failure);
-    warn!(
-        target: "access", src.addr = %ends.source, dst.addr = %ends.destination, direction, error,
+    event!(
+        target: "access", Level::WARN, src.addr = %ends.source, dst.addr = %ends.destination, direction, error,
         "connection failed"
     );
 }
 
 /// The fields of an access record. `tracing` needs the level at compile time, the fields are the same for all.
 macro_rules! access {
-    ($level:ident, $line:expr, $($last:tt)+) => {
-        $level!(
+    ($level:expr, $line:expr, $($last:tt)+) => {
+        event!(
             target: "access",
+            $level,
             src.addr = %$line.ends.source,
             src.workload = $line.source.name,
             src.namespace = $line.source.namespace,
@@ -308,8 +309,8 @@ fn log(ends: &Ends, sent: u64, received: u64, lasted: Duration, error: Option<&s
         duration: &format!("{}ms", lasted.as_millis()),
     };
     match error {
-        None => access!(info, line, "connection complete"),
-        Some(error) => access!(error, line, error, "connection complete"),
+        None => access!(Level::INFO, line, "connection complete"),
+        Some(error) => access!(Level::ERROR, line, error, "connection complete"),
     }
 }
 

@@ -382,7 +382,7 @@ impl ServiceEntry {
         {
             return Err(invalid(object, "loadBalancer", "only mode Standard without preferences is supported"));
         }
-        let vip = |text: &String| {
+        let vip = |text: &String| -> Result<_, String> {
             let (network, ip) = text.rsplit_once('/').ok_or("is not of the form network/address".to_owned())?;
             let ip = ip.parse::<IpAddr>().map_err(|error| format!("{ip:?}: {error}"))?;
             Ok((network.into(), ip))
