@@ -145,8 +145,7 @@ impl Servers {
             .route("/metrics", get(metrics))
             .route("/stats/prometheus", get(metrics))
             .with_state(Arc::clone(&admin.metrics));
-        let readiness =
-            Router::new().route("/healthz/ready", get(ready)).with_state(admin.readiness.clone());
+        let readiness = Router::new().route("/healthz/ready", get(ready)).with_state(admin.readiness.clone());
         let admin = Router::new()
             .route("/", get(index))
             .route("/config_dump", get(config_dump))
@@ -157,7 +156,11 @@ impl Servers {
             let stopped = stop.clone().cancelled_owned();
             axum::serve(listener, router).with_graceful_shutdown(stopped).into_future()
         };
-        tokio::try_join!(serve(self.admin, admin), serve(self.stats, stats), serve(self.readiness, readiness))?;
+        tokio::try_join!(
+            serve(self.admin, admin),
+            serve(self.stats, stats),
+            serve(self.readiness, readiness)
+        )?;
         Ok(())
     }
 }
@@ -203,10 +206,14 @@ async fn index() -> Html<&'static str> {
 /// The parts of Istio's dump that exist here, under their names there.
 async fn config_dump(State(admin): State<Arc<Admin>>) -> Response {
     let mesh = admin.store.snapshot();
-    let services: Vec<_> = mesh.services().map(|service| {
-        let endpoints: Vec<_> = mesh.endpoints(&service.key()).iter().map(|end| &end.workload.uid).collect();
-        json!({ "service": service, "endpoints": endpoints })
-    }).collect();
+    let services: Vec<_> = mesh
+        .services()
+        .map(|service| {
+            let endpoints: Vec<_> =
+                mesh.endpoints(&service.key()).iter().map(|end| &end.workload.uid).collect();
+            json!({ "service": service, "endpoints": endpoints })
+        })
+        .collect();
     let dump = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "config": &*admin.config,
@@ -252,7 +259,8 @@ impl From<&Known> for CertificateDump {
             (None, Some(_)) => "Unavailable",
             (None, None) => "Initializing",
         };
-        let shown = |certs: Option<&[_]>| certs.unwrap_or_default().iter().filter_map(OneCertificate::new).collect();
+        let shown =
+            |certs: Option<&[_]>| certs.unwrap_or_default().iter().filter_map(OneCertificate::new).collect();
         Self {
             identity: known.identity.to_string(),
             state,

@@ -47,6 +47,14 @@ impl Logging {
         Ok((layer, Self { filter: handle, initial: filter.into() }))
     }
 
+    /// Filters nothing, but answers like one that does.
+    #[cfg(test)]
+    pub(crate) fn for_tests(filter: &str) -> Self {
+        let (layer, logging) = Self::filtered(filter).unwrap();
+        std::mem::forget(layer); // its handle is weak
+        logging
+    }
+
     /// Replaces the filter, such as `info` or `debug,h2=warn`.
     pub fn set(&self, filter: &str) -> Result<(), LoggingError> {
         Ok(self.filter.reload(parse(filter)?)?)

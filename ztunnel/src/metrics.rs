@@ -186,7 +186,11 @@ impl Metrics {
         tcp("received_bytes", "The total number of bytes received from clients", &self.received);
         tcp("sent_bytes", "The total number of bytes sent to clients", &self.sent);
         let sockets = self.sockets_open.clone();
-        self.registry.register("istio_tcp_sockets_open", "The current number of open TCP sockets (unstable)", sockets);
+        self.registry.register(
+            "istio_tcp_sockets_open",
+            "The current number of open TCP sockets (unstable)",
+            sockets,
+        );
         let failures = self.failures.clone();
         self.registry.register("ztunnel_connection_failures", "Failed connections by reason", failures);
     }
@@ -201,7 +205,11 @@ impl Metrics {
         let manager = self.registry.sub_registry_with_prefix("workload_manager");
         let PodMetrics { active, pending, started, stopped } = self.pods.clone();
         manager.register("active_proxy_count", "The number of pods served", active);
-        manager.register("pending_proxy_count", "The number of pods that are to be served and are not yet", pending);
+        manager.register(
+            "pending_proxy_count",
+            "The number of pods that are to be served and are not yet",
+            pending,
+        );
         manager.register("proxies_started", "The total number of pods whose serving began", started);
         manager.register("proxies_stopped", "The total number of pods whose serving ended", stopped);
     }

@@ -205,7 +205,10 @@ const DEVELOPMENT_CA_FOLDER: &str = "/var/lib/adit/development-ca";
 /// Variables of Istio's tunnel that cannot be ignored without weakening or breaking something.
 const NOT_SUPPORTED: [(&str, &str); 5] = [
     ("XDS_ADDRESS", "discovery from a control plane is not supported; use LOCAL_XDS_PATH or LOCAL_XDS"),
-    ("CRL_PATH", "revocation lists are not supported, and without one revoked certificates would be accepted"),
+    (
+        "CRL_PATH",
+        "revocation lists are not supported, and without one revoked certificates would be accepted",
+    ),
     ("TLS12_ENABLED", "only TLS 1.3 is supported"),
     ("COMPLIANCE_POLICY", "compliance policies are not supported"),
     ("ENABLE_PROXY", "the tunnel without its HBONE proxy is not supported"),

@@ -81,7 +81,11 @@ fn dedicated_mode_names_its_workload_and_has_no_mark() {
     let config = config(&[("PROXY_MODE", "dedicated"), ("PROXY_WORKLOAD_INFO", "shop/web-1/web")]).unwrap();
     assert_eq!(
         config.mode,
-        ProxyMode::Dedicated { namespace: "shop".into(), name: "web-1".into(), service_account: "web".into() }
+        ProxyMode::Dedicated {
+            namespace: "shop".into(),
+            name: "web-1".into(),
+            service_account: "web".into()
+        }
     );
     assert_eq!(config.packet_mark, None);
     assert!(refusal(&[("PROXY_MODE", "dedicated")]).starts_with("PROXY_WORKLOAD_INFO is not set"));

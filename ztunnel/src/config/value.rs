@@ -124,8 +124,7 @@ impl Vars {
             Some(port) => port.parse().ok().map(|port| (Ipv4Addr::LOCALHOST, port).into()),
             None => text.parse().ok(),
         };
-        address
-            .ok_or_else(|| ConfigError::invalid(key, text, "an address and port such as 127.0.0.1:15000"))
+        address.ok_or_else(|| ConfigError::invalid(key, text, "an address and port such as 127.0.0.1:15000"))
     }
 }
 

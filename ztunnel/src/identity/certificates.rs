@@ -176,7 +176,7 @@ impl Certificates {
             biased;
             settled = state.wait_for(|state| ready(state).is_some()) => match settled {
                 Ok(state) => ready(&state).unwrap_or(Err(IdentityError::Stopped)),
-                Err(_) => Err(IdentityError::Stopped), // the identity was forgotten
+                Err(_) => Err(IdentityError::Forgotten { identity: identity.clone() }),
             },
             () = self.stopped.cancelled() => Err(IdentityError::Stopped),
         }
@@ -233,7 +233,10 @@ impl Certificates {
 
     /// Starts what is due, the most urgent first, and returns when the next one is due. While all fetches are in
     /// use there is nothing to wait for but their end.
-    fn start_due(&self, fetches: &mut JoinSet<(Identity, Result<Credentials, IdentityError>)>) -> Option<Instant> {
+    fn start_due(
+        &self,
+        fetches: &mut JoinSet<(Identity, Result<Credentials, IdentityError>)>,
+    ) -> Option<Instant> {
         let mut slots = self.slots();
         let now = Instant::now();
         let mut waiting: Vec<_> = slots.iter_mut().filter(|(_, slot)| slot.due.is_some()).collect();
@@ -256,7 +259,9 @@ impl Certificates {
     fn settle(&self, identity: &Identity, fetched: Result<Credentials, IdentityError>) {
         match &fetched {
             Ok(credentials) => info!(%identity, not_after = ?credentials.not_after, "certificate fetched"),
-            Err(error) => warn!(%identity, error = %chain(error), "fetching a certificate failed, will retry"),
+            Err(error) => {
+                warn!(%identity, error = %chain(error), "fetching a certificate failed, will retry")
+            }
         }
         // Nobody there: forgotten while the fetch was under way.
         if let Some(slot) = self.slots().get_mut(identity) {

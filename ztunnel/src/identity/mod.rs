@@ -97,6 +97,8 @@ pub enum IdentityError {
     Mismatch { asked: Identity, got: String },
     #[error("the certificate of {identity} has expired and could not be renewed")]
     Expired { identity: Identity, source: Option<Arc<IdentityError>> },
+    #[error("{identity} is no longer served here")]
+    Forgotten { identity: Identity },
     #[error("the tunnel stops")]
     Stopped,
 }

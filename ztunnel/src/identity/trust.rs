@@ -7,8 +7,8 @@ use std::{
 };
 
 use rustls::{
-    CertificateError, CipherSuite, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore,
-    SignatureScheme,
+    CertificateError, CipherSuite, DigitallySignedStruct, DistinguishedName, Error, OtherError,
+    RootCertStore, SignatureScheme,
     client::{
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
         verify_server_cert_signed_by_trust_anchor,
@@ -68,7 +68,6 @@ pub(super) fn uri_names(cert: &CertificateDer<'_>) -> Vec<String> {
 }
 
 /// A chain that is good, for somebody else.
-#[derive(Debug)]
 struct WrongIdentity {
     expected: String,
     got: Vec<String>,
@@ -76,8 +75,19 @@ struct WrongIdentity {
 
 impl fmt::Display for WrongIdentity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "identity verification error: peer did not present the expected SAN ({}), got [{}]",
-            self.expected, self.got.join(", "))
+        write!(
+            f,
+            "identity verification error: peer did not present the expected SAN ({}), got [{}]",
+            self.expected,
+            self.got.join(", ")
+        )
+    }
+}
+
+/// rustls shows the errors of others by `Debug` only.
+impl fmt::Debug for WrongIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }
 
@@ -201,3 +211,6 @@ impl ClientCertVerifier for TrustedClient {
         self.chain.supported_verify_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -84,7 +84,8 @@ mod tests {
 
     #[test]
     fn several_lines_are_one_and_nonsense_says_nothing() {
-        let lines = ["k8s.namespace.name=shop,k8s.pod.name=web,other=x", "service.name=web,service.version=,,=,a"];
+        let lines =
+            ["k8s.namespace.name=shop,k8s.pod.name=web,other=x", "service.name=web,service.version=,,=,a"];
         let expected = Baggage {
             namespace: Some("shop".into()),
             workload_name: Some("web".into()),

@@ -79,7 +79,9 @@ pub async fn watch(path: PathBuf, defaults: Defaults, store: Arc<Store>, stop: C
                 text = now;
                 apply(&path, &text, &defaults, &store);
             }
-            Err(error) => warn!(path = %path.display(), %error, "cannot read the local state, keeping the last one"),
+            Err(error) => {
+                warn!(path = %path.display(), %error, "cannot read the local state, keeping the last one")
+            }
         }
         // Taken before reading: what was written meanwhile shows as another stamp next time.
         seen = stamp;
@@ -380,10 +382,15 @@ impl ServiceEntry {
             // Preferences without `Strict` or `Failover` mean nothing.
             && (balancer.mode != ModeEntry::Standard || !balancer.routing_preferences.is_empty())
         {
-            return Err(invalid(object, "loadBalancer", "only mode Standard without preferences is supported"));
+            return Err(invalid(
+                object,
+                "loadBalancer",
+                "only mode Standard without preferences is supported",
+            ));
         }
         let vip = |text: &String| -> Result<_, String> {
-            let (network, ip) = text.rsplit_once('/').ok_or("is not of the form network/address".to_owned())?;
+            let (network, ip) =
+                text.rsplit_once('/').ok_or("is not of the form network/address".to_owned())?;
             let ip = ip.parse::<IpAddr>().map_err(|error| format!("{ip:?}: {error}"))?;
             Ok((network.into(), ip))
         };
@@ -394,7 +401,9 @@ impl ServiceEntry {
             vips: self
                 .vips
                 .iter()
-                .map(|text| vip(text).map_err(|reason| invalid(&object, "vips", format!("{text:?}: {reason}"))))
+                .map(|text| {
+                    vip(text).map_err(|reason| invalid(&object, "vips", format!("{text:?}: {reason}")))
+                })
                 .collect::<Result<_, _>>()?,
             subject_alt_names: all(&self.subject_alt_names, "subjectAltNames")?,
             ip_families: match self.ip_families {
@@ -462,7 +471,7 @@ struct MatchEntry {
 
 /// `{Exact: text}` and its like; a bare text is exact.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text, or one of Exact, Prefix, Suffix and Presence")]
 enum StringEntry {
     Exact(String),
     Tagged(TaggedStringEntry),
@@ -543,7 +552,9 @@ impl MatchEntry {
 impl From<StringEntry> for StringMatch {
     fn from(entry: StringEntry) -> Self {
         match entry {
-            StringEntry::Exact(text) | StringEntry::Tagged(TaggedStringEntry::Exact(text)) => Self::Exact(text),
+            StringEntry::Exact(text) | StringEntry::Tagged(TaggedStringEntry::Exact(text)) => {
+                Self::Exact(text)
+            }
             StringEntry::Tagged(TaggedStringEntry::Prefix(text)) => Self::Prefix(text),
             StringEntry::Tagged(TaggedStringEntry::Suffix(text)) => Self::Suffix(text),
             StringEntry::Tagged(TaggedStringEntry::Presence(IgnoredAny)) => Self::Presence,
@@ -559,7 +570,11 @@ fn net(object: &str, key: &'static str, text: &str) -> Result<IpNet, LocalFileEr
     }
 }
 
-fn from_text<T: FromStr<Err: Display>>(object: &str, key: &'static str, text: &str) -> Result<T, LocalFileError> {
+fn from_text<T: FromStr<Err: Display>>(
+    object: &str,
+    key: &'static str,
+    text: &str,
+) -> Result<T, LocalFileError> {
     text.parse().map_err(|error| invalid(object, key, format!("{text:?}: {error}")))
 }
 

@@ -107,7 +107,12 @@ impl Mesh {
     }
 
     /// The workload of a pod of this node, by what the node agent tells of it.
-    pub fn workload_by_name(&self, namespace: &str, name: &str, service_account: &str) -> Option<&Arc<Workload>> {
+    pub fn workload_by_name(
+        &self,
+        namespace: &str,
+        name: &str,
+        service_account: &str,
+    ) -> Option<&Arc<Workload>> {
         let named = self.by_name.get(namespace)?.get(name)?;
         named.iter().find(|workload| &*workload.service_account == service_account)
     }

@@ -150,9 +150,9 @@ impl Match {
         let namespace = facts.source.map(|id| &*id.namespace);
         let text = |known: Option<&str>, m: &StringMatch| known.is_some_and(|known| m.accepts(known));
         let account = |m: &ServiceAccountMatch| {
-            facts.source.is_some_and(|id| {
-                *id.namespace == *m.namespace && *id.service_account == *m.service_account
-            })
+            facts
+                .source
+                .is_some_and(|id| *id.namespace == *m.namespace && *id.service_account == *m.service_account)
         };
         let within = |ip: IpAddr, net: &IpNet| net.contains(&ip.to_canonical());
         self != &Self::default()
@@ -160,7 +160,9 @@ impl Match {
             && holds(&self.principals, &self.not_principals, |m| text(principal, m))
             && holds(&self.service_accounts, &self.not_service_accounts, account)
             && holds(&self.source_ips, &self.not_source_ips, |net| within(facts.source_ip, net))
-            && holds(&self.destination_ips, &self.not_destination_ips, |net| within(facts.destination_ip, net))
+            && holds(&self.destination_ips, &self.not_destination_ips, |net| {
+                within(facts.destination_ip, net)
+            })
             && holds(&self.destination_ports, &self.not_destination_ports, |&p| p == facts.destination_port)
     }
 }

@@ -1,1 +1,202 @@
+use std::{
+    io,
+    sync::{Mutex, MutexGuard},
+};
 
+use tracing::{Level, subscriber::with_default};
+
+use super::*;
+use crate::mesh::tests::{service, workload};
+
+/// What the log shows of `run`, without times.
+fn logged(run: impl FnOnce()) -> String {
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+    impl Lines {
+        fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
+            self.0.lock().unwrap()
+        }
+    }
+    impl io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.lock().write(bytes)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .without_time()
+        .with_ansi(false)
+        .with_max_level(Level::INFO)
+        .with_writer(move || writer.clone())
+        .finish();
+    with_default(subscriber, run);
+    let text = lines.lock().clone();
+    // How long it took is the one thing that differs.
+    let text = String::from_utf8(text).unwrap();
+    match text.split_once("duration=\"") {
+        Some((before, rest)) => {
+            format!("{before}duration=\"{}", rest.trim_start_matches(|c: char| c.is_ascii_digit()))
+        }
+        None => text,
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("connection failed")]
+struct Refused(#[source] io::Error);
+
+impl Failure for Refused {
+    fn reason(&self) -> &'static str {
+        "connect"
+    }
+
+    fn response_flags(&self) -> &'static str {
+        "CONNECT"
+    }
+}
+
+fn refused() -> Refused {
+    Refused(io::Error::new(io::ErrorKind::ConnectionRefused, "refused"))
+}
+
+/// `client` to service `web` over HBONE.
+fn ends(direction: Direction) -> Ends {
+    let (client, web) = (workload("client", "10.0.0.1"), workload("web-1", "10.0.0.2"));
+    Ends {
+        hbone: Some("10.0.0.2:8080".parse().unwrap()),
+        source_identity: Some(client.identity()),
+        source_workload: Some(client.into()),
+        destination_identity: Some(web.identity()),
+        destination_workload: Some(web.into()),
+        destination_service: Some(service("web", "10.96.0.1").into()),
+        ..Ends::new(direction, "10.0.0.1:40000".parse().unwrap(), "10.0.0.2:15008".parse().unwrap())
+    }
+}
+
+#[test]
+fn a_record_has_istios_fields_in_their_order() {
+    let log = logged(|| {
+        let record = Record::open(&Arc::new(Metrics::new()), ends(Direction::Outbound));
+        record.sent(11);
+        record.received(22);
+        record.close(Ok(()));
+    });
+    let expected = " INFO access: connection complete src.addr=10.0.0.1:40000 src.workload=\"client\" \
+        src.namespace=\"default\" src.identity=\"spiffe://cluster.local/ns/default/sa/client\" \
+        src.cluster=\"Kubernetes\" dst.addr=10.0.0.2:15008 dst.hbone_addr=10.0.0.2:8080 \
+        dst.service=\"web.default.svc.cluster.local\" dst.workload=\"web-1\" dst.namespace=\"default\" \
+        dst.identity=\"spiffe://cluster.local/ns/default/sa/web\" dst.cluster=\"Kubernetes\" \
+        direction=\"outbound\" bytes_sent=11 bytes_recv=22 duration=\"ms\"\n";
+    assert_eq!(log, expected);
+}
+
+#[test]
+fn what_is_unknown_is_left_out() {
+    let log = logged(|| {
+        let ends =
+            Ends::new(Direction::Inbound, "10.0.0.1:40000".parse().unwrap(), "10.0.0.2:80".parse().unwrap());
+        Record::open(&Arc::new(Metrics::new()), ends).close(Ok(()));
+    });
+    assert_eq!(
+        log,
+        " INFO access: connection complete src.addr=10.0.0.1:40000 dst.addr=10.0.0.2:80 direction=\"inbound\" \
+         bytes_sent=0 bytes_recv=0 duration=\"ms\"\n"
+    );
+}
+
+#[test]
+fn a_failure_is_an_error_with_its_causes() {
+    let metrics = Arc::new(Metrics::new());
+    let log = logged(|| Record::open(&metrics, ends(Direction::Outbound)).close(Err(&refused())));
+    assert!(log.starts_with("ERROR access: connection complete "), "{log}");
+    assert!(log.ends_with(" error=\"connection failed: refused\"\n"), "{log}");
+    let text = metrics.encode().unwrap();
+    assert!(text.contains("ztunnel_connection_failures_total{direction=\"outbound\",reason=\"connect\"} 1"));
+    let failed = text.lines().find(|line| line.starts_with("istio_tcp_connections_failed_total{")).unwrap();
+    assert!(failed.contains("response_flags=\"CONNECT\"") && failed.ends_with(" 1"), "{failed}");
+}
+
+#[test]
+fn a_record_that_nobody_closed_was_cut() {
+    let metrics = Arc::new(Metrics::new());
+    let log = logged(|| drop(Record::open(&metrics, ends(Direction::Inbound))));
+    assert!(log.ends_with(" error=\"connection cut\"\n"), "{log}");
+    assert!(metrics.encode().unwrap().contains("reason=\"cut\"} 1"));
+}
+
+#[test]
+fn who_is_denied_early_was_never_open() {
+    let metrics = Metrics::new();
+    let ends =
+        Ends::new(Direction::Inbound, "10.0.0.1:1".parse().unwrap(), "10.0.0.2:15008".parse().unwrap());
+    let log = logged(|| denied_early(&metrics, &ends, &refused()));
+    assert_eq!(
+        log,
+        " WARN access: connection failed src.addr=10.0.0.1:1 dst.addr=10.0.0.2:15008 direction=\"inbound\" \
+         error=\"connection failed: refused\"\n"
+    );
+    let text = metrics.encode().unwrap();
+    assert!(!text.contains("istio_tcp_connections_opened_total{"), "{text}");
+    assert!(text.contains("istio_tcp_connections_failed_total{"), "{text}");
+}
+
+#[test]
+fn metrics_tell_from_the_servers_side_at_both_reporters() {
+    let metrics = Arc::new(Metrics::new());
+    for direction in [Direction::Inbound, Direction::Outbound] {
+        let record = Record::open(&metrics, ends(direction));
+        record.counters().sent(11);
+        record.counters().received(22);
+        record.close(Ok(()));
+    }
+    let text = metrics.encode().unwrap();
+    for (name, value) in [
+        ("istio_tcp_received_bytes_total", 11),
+        ("istio_tcp_sent_bytes_total", 22),
+        ("istio_tcp_connections_opened_total", 1),
+        ("istio_tcp_connections_closed_total", 1),
+    ] {
+        for reporter in ["source", "destination"] {
+            let start = format!("{name}{{reporter=\"{reporter}\"");
+            let line =
+                text.lines().find(|line| line.starts_with(&start)).unwrap_or_else(|| panic!("{start}"));
+            assert!(line.ends_with(&format!(" {value}")), "{line}");
+            for label in [
+                "source_workload=\"client\"",
+                "source_principal=\"spiffe://cluster.local/ns/default/sa/client\"",
+                "destination_service=\"web.default.svc.cluster.local\"",
+                "destination_service_name=\"web\"",
+                "destination_app=\"web\"",
+                "destination_version=\"unknown\"",
+                "connection_security_policy=\"mutual_tls\"",
+                "response_flags=\"-\"",
+            ] {
+                assert!(line.contains(label), "{label} in {line}");
+            }
+        }
+    }
+    assert!(text.contains("istio_tcp_sockets_open{reporter=\"source\"} 0"), "{text}");
+}
+
+#[test]
+fn what_is_learnt_later_shows_in_the_record_and_leaves_the_counters_balanced() {
+    let metrics = Arc::new(Metrics::new());
+    let log = logged(|| {
+        let mut early = ends(Direction::Outbound);
+        early.hbone = None;
+        early.destination_workload = None;
+        let mut record = Record::open(&metrics, early);
+        *record.ends_mut() = ends(Direction::Outbound);
+        record.close(Ok(()));
+    });
+    assert!(log.contains("dst.hbone_addr=10.0.0.2:8080") && log.contains("dst.workload=\"web-1\""), "{log}");
+    let text = metrics.encode().unwrap();
+    let count =
+        |name: &str| text.lines().filter(|line| line.starts_with(name) && line.ends_with(" 1")).count();
+    assert_eq!(count("istio_tcp_connections_opened_total"), 1);
+    assert_eq!(count("istio_tcp_connections_closed_total"), 1);
+}

@@ -1,0 +1,200 @@
+use std::time::Duration;
+
+use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection, pki_types::PrivateKeyDer};
+
+use super::{
+    super::{Credentials, development_ca::DevelopmentCa},
+    *,
+};
+
+const HOUR: Duration = Duration::from_hours(1);
+
+fn id(text: &str) -> Identity {
+    text.parse().unwrap()
+}
+
+fn web() -> Identity {
+    id("spiffe://cluster.local/ns/shop/sa/web")
+}
+
+fn client() -> Identity {
+    id("spiffe://cluster.local/ns/shop/sa/client")
+}
+
+struct Ca {
+    ca: DevelopmentCa,
+    _folder: tempfile::TempDir,
+}
+
+impl Ca {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        Self { ca: DevelopmentCa::open(folder.path(), HOUR).unwrap(), _folder: folder }
+    }
+
+    fn sign(&self, identity: &Identity) -> Credentials {
+        use super::super::certificates::Authority;
+        futures_util::FutureExt::now_or_never(self.ca.issue(identity)).unwrap().unwrap()
+    }
+}
+
+struct Shaken {
+    client: ClientConnection,
+    server: ServerConnection,
+}
+
+/// Carries a handshake out in memory. The first error of either side ends it.
+fn shake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Result<Shaken, Error> {
+    let name = ServerName::IpAddress("10.0.0.1".parse::<std::net::IpAddr>().unwrap().into());
+    let mut client = ClientConnection::new(client, name).unwrap();
+    let mut server = ServerConnection::new(server).unwrap();
+    for _ in 0..10 {
+        let mut flight = Vec::new();
+        while client.wants_write() {
+            client.write_tls(&mut flight).unwrap();
+        }
+        server.read_tls(&mut &flight[..]).unwrap();
+        server.process_new_packets()?;
+        let mut flight = Vec::new();
+        while server.wants_write() {
+            server.write_tls(&mut flight).unwrap();
+        }
+        client.read_tls(&mut &flight[..]).unwrap();
+        client.process_new_packets()?;
+    }
+    assert!(!client.is_handshaking() && !server.is_handshaking());
+    Ok(Shaken { client, server })
+}
+
+#[test]
+fn two_of_one_mesh_know_each_other() {
+    let ca = Ca::new();
+    let (server, client_side) = (ca.sign(&web()), ca.sign(&client()));
+    let shaken = shake(client_side.client(&[web()]), server.server()).unwrap();
+    assert_eq!(peer_identity(shaken.server.peer_certificates()), Some(client()));
+    assert_eq!(peer_identity(shaken.client.peer_certificates()), Some(web()));
+    assert_eq!(shaken.server.alpn_protocol(), Some(&b"h2"[..]));
+    assert_eq!(shaken.server.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
+    assert_eq!(shaken.server.server_name(), None);
+}
+
+#[test]
+fn a_second_handshake_is_resumed_and_keeps_the_identity() {
+    let ca = Ca::new();
+    let (server, client_side) = (ca.sign(&web()), ca.sign(&client()));
+    shake(client_side.client(&[web()]), server.server()).unwrap();
+    let again = shake(client_side.client(&[web()]), server.server()).unwrap();
+    assert_eq!(again.server.handshake_kind(), Some(rustls::HandshakeKind::Resumed));
+    assert_eq!(peer_identity(again.server.peer_certificates()), Some(client()));
+    // Who expects somebody else starts anew, and is refused.
+    let error = shake(client_side.client(&[client()]), server.server()).err().unwrap();
+    assert!(error.to_string().contains("expected SAN"), "{error}");
+}
+
+#[test]
+fn a_server_with_another_identity_is_refused_by_name() {
+    let ca = Ca::new();
+    let (server, client_side) = (ca.sign(&web()), ca.sign(&client()));
+    let expected =
+        [id("spiffe://cluster.local/ns/shop/sa/db"), id("spiffe://cluster.local/ns/shop/sa/cache")];
+    let error = shake(client_side.client(&expected), server.server()).err().unwrap().to_string();
+    for name in ["sa/cache or spiffe", "sa/db", "got [spiffe://cluster.local/ns/shop/sa/web]"] {
+        assert!(error.contains(name), "{name} in {error}");
+    }
+    shake(client_side.client(&[expected[0].clone(), web()]), server.server()).unwrap();
+}
+
+#[test]
+fn a_client_of_another_trust_domain_is_refused() {
+    let ca = Ca::new();
+    let foreign = ca.sign(&id("spiffe://other.example/ns/shop/sa/client"));
+    let server = ca.sign(&web());
+    let error = shake(foreign.client(&[web()]), server.server()).err().unwrap().to_string();
+    assert!(error.contains("spiffe://cluster.local/..") && error.contains("other.example"), "{error}");
+}
+
+#[test]
+fn another_root_is_refused_by_both_sides() {
+    let (ours, theirs) = (Ca::new(), Ca::new());
+    let (server, stranger) = (ours.sign(&web()), theirs.sign(&client()));
+    let error = shake(stranger.client(&[web()]), server.server()).err().unwrap();
+    assert!(matches!(error, Error::InvalidCertificate(CertificateError::UnknownIssuer)), "{error}");
+
+    // A client that trusts us, with a certificate that we do not trust.
+    let mut config = (*ours.sign(&client()).client(&[web()])).clone();
+    config.client_auth_cert_resolver = stranger.client(&[web()]).client_auth_cert_resolver.clone();
+    let error = shake(Arc::new(config), server.server()).err().unwrap();
+    assert!(matches!(error, Error::InvalidCertificate(CertificateError::UnknownIssuer)), "{error}");
+}
+
+#[test]
+fn a_client_without_certificate_is_refused() {
+    let ca = Ca::new();
+    let server = ca.sign(&web());
+    let verifier = ExpectedServer::new(Arc::clone(&roots_of(&server)), vec![web()]);
+    let config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_no_client_auth();
+    let error = shake(Arc::new(config), server.server()).err().unwrap();
+    assert!(matches!(error, Error::NoCertificatesPresented), "{error}");
+}
+
+#[test]
+fn no_alpn_is_fine_and_another_protocol_is_not() {
+    let ca = Ca::new();
+    let (server, client_side) = (ca.sign(&web()), ca.sign(&client()));
+    let with = |protocols: Vec<Vec<u8>>| {
+        let mut config = (*client_side.client(&[web()])).clone();
+        config.alpn_protocols = protocols;
+        shake(Arc::new(config), server.server())
+    };
+    with(vec![]).unwrap();
+    let error = with(vec![b"http/1.1".to_vec()]).err().unwrap();
+    assert!(matches!(error, Error::NoApplicationProtocol), "{error}");
+}
+
+#[test]
+fn tls_1_2_and_other_ciphers_are_not_offered() {
+    let suites: Vec<_> = provider().cipher_suites.iter().map(rustls::SupportedCipherSuite::suite).collect();
+    assert_eq!(suites, [CipherSuite::TLS13_AES_256_GCM_SHA384, CipherSuite::TLS13_AES_128_GCM_SHA256]);
+}
+
+#[test]
+fn an_expired_certificate_is_no_identity() {
+    use rcgen::{CertificateParams, KeyPair, SanType, date_time_ymd};
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::default();
+    params.subject_alt_names = vec![SanType::URI(web().to_string().try_into().unwrap())];
+    let valid = params.self_signed(&key).unwrap();
+    assert_eq!(peer_identity(Some(&[valid.der().clone()])), Some(web()));
+    params.not_before = date_time_ymd(2001, 1, 1);
+    params.not_after = date_time_ymd(2001, 1, 2);
+    let expired = params.self_signed(&key).unwrap();
+    assert_eq!(peer_identity(Some(&[expired.der().clone()])), None);
+    assert_eq!(peer_identity(None), None);
+    assert_eq!(peer_identity(Some(&[])), None);
+}
+
+#[test]
+fn credentials_need_their_own_key_and_name() {
+    let ca = Ca::new();
+    let signed = ca.sign(&web());
+    let other_key = PrivateKeyDer::try_from(rcgen::KeyPair::generate().unwrap().serialize_der()).unwrap();
+    let made = |identity, roots: &[_]| {
+        Credentials::new(identity, signed.chain().to_vec(), &other_key, roots.to_vec()).err().unwrap()
+    };
+    assert!(matches!(made(web(), signed.roots()), IdentityError::Unusable { .. }));
+    assert!(matches!(made(client(), signed.roots()), IdentityError::Mismatch { .. }));
+    assert!(matches!(made(web(), &[]), IdentityError::Malformed { .. }));
+}
+
+fn roots_of(credentials: &Credentials) -> Arc<RootCertStore> {
+    let mut roots = RootCertStore::empty();
+    for root in credentials.roots() {
+        roots.add(root.clone()).unwrap();
+    }
+    Arc::new(roots)
+}
