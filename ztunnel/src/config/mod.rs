@@ -22,6 +22,7 @@ pub use value::ConfigError;
 use value::{Vars, seconds};
 
 /// Everything that is decided before the first connection.
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch that operators know")]
 #[derive(Clone, Debug, Serialize)]
 pub struct Config {
     /// Where the node agent hands us pods (`INPOD_UDS`).
@@ -425,7 +426,7 @@ fn keepalive(vars: &Vars) -> Result<Option<Keepalive>, ConfigError> {
 fn drain_deadline(vars: &Vars) -> Result<Duration, ConfigError> {
     let default = match vars.duration_or_seconds("TERMINATION_GRACE_PERIOD_SECONDS")? {
         Some(grace) if grace <= Duration::from_secs(10) => grace.saturating_sub(Duration::from_secs(1)),
-        Some(grace) => grace - Duration::from_secs(5),
+        Some(grace) => grace.saturating_sub(Duration::from_secs(5)),
         None => Duration::from_secs(5),
     };
     vars.duration("CONNECTION_TERMINATION_DEADLINE", default)

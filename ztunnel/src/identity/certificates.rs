@@ -215,13 +215,13 @@ impl Certificates {
     /// Fetches and renews until `stop`.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
         let _stopped = self.stopped.clone().drop_guard();
-        let mut fetches = JoinSet::new();
+        let mut under_way = JoinSet::new();
         loop {
-            let next = self.start_due(&mut fetches);
+            let next = self.start_due(&mut under_way);
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
-                Some(ended) = fetches.join_next() => match ended {
+                Some(ended) = under_way.join_next() => match ended {
                     Ok((identity, fetched)) => self.settle(&identity, fetched),
                     Err(error) => warn!(%error, "fetching a certificate ended early"),
                 },
@@ -260,7 +260,7 @@ impl Certificates {
         match &fetched {
             Ok(credentials) => info!(%identity, not_after = ?credentials.not_after, "certificate fetched"),
             Err(error) => {
-                warn!(%identity, error = %chain(error), "fetching a certificate failed, will retry")
+                warn!(%identity, error = %chain(error), "fetching a certificate failed, will retry");
             }
         }
         // Nobody there: forgotten while the fetch was under way.

@@ -80,7 +80,7 @@ pub async fn watch(path: PathBuf, defaults: Defaults, store: Arc<Store>, stop: C
                 apply(&path, &text, &defaults, &store);
             }
             Err(error) => {
-                warn!(path = %path.display(), %error, "cannot read the local state, keeping the last one")
+                warn!(path = %path.display(), %error, "cannot read the local state, keeping the last one");
             }
         }
         // Taken before reading: what was written meanwhile shows as another stamp next time.

@@ -29,8 +29,7 @@ pub struct Mesh {
     /// By uid.
     workloads: BTreeMap<Arc<str>, Arc<Workload>>,
     by_address: ByNetworkAddress<Workload>,
-    /// By namespace, then name.
-    by_name: HashMap<Arc<str>, HashMap<Arc<str>, Vec<Arc<Workload>>>>,
+    by_name: ByNamespaceAndName<Vec<Arc<Workload>>>,
     services: BTreeMap<ServiceKey, Arc<Service>>,
     by_vip: ByNetworkAddress<Service>,
     by_hostname: HashMap<Arc<str>, Vec<Arc<Service>>>,
@@ -42,6 +41,7 @@ pub struct Mesh {
 
 /// By network, then address. Nested, so that a look-up needs no owned key.
 type ByNetworkAddress<T> = HashMap<Arc<str>, HashMap<IpAddr, Arc<T>>>;
+type ByNamespaceAndName<T> = HashMap<Arc<str>, HashMap<Arc<str>, T>>;
 
 impl Mesh {
     /// Of two workloads or services with one key or address the later one counts.

@@ -219,10 +219,10 @@ fn a_policy_protects_its_scope() {
         let refused = mesh.workloads().filter(|workload| check(&mesh, workload, &connection).is_err());
         refused.map(|workload| workload.name.to_string()).collect()
     };
-    let names = |names: &[&str]| names.iter().map(ToString::to_string).collect::<HashSet<_>>();
-    assert_eq!(denied(Scope::Global), names(&["named", "plain", "elsewhere"]));
-    assert_eq!(denied(Scope::Namespace), names(&["named", "plain"]));
-    assert_eq!(denied(Scope::WorkloadSelector), names(&["named"]));
+    let only = |those: &[&str]| those.iter().map(ToString::to_string).collect::<HashSet<_>>();
+    assert_eq!(denied(Scope::Global), only(&["named", "plain", "elsewhere"]));
+    assert_eq!(denied(Scope::Namespace), only(&["named", "plain"]));
+    assert_eq!(denied(Scope::WorkloadSelector), only(&["named"]));
 }
 
 #[test]
