@@ -160,8 +160,8 @@ fn refuse(accepted: Accepted, error: OutboundError) -> Result<(), OutboundError>
 }
 
 async fn dial(accepted: &Accepted, target: SocketAddr) -> Result<TcpStream, OutboundError> {
-    let options = &accepted.worker.shared.socket;
-    socket::connect(&accepted.pod.netns, target, None, options).await.map_err(OutboundError::Dial)
+    let pod = &accepted.pod;
+    socket::connect(&pod.netns, target, None, &pod.socket).await.map_err(OutboundError::Dial)
 }
 
 async fn open(
@@ -187,7 +187,7 @@ async fn open(
         let (shared, pod, expected) = (Arc::clone(&worker.shared), Arc::clone(pod), expected.to_vec());
         async move {
             let credentials = shared.certificates.get(&pod.identity).await.map_err(ConnectError::Identity)?;
-            let socket = socket::connect(&pod.netns, peer, None, &shared.socket)
+            let socket = socket::connect(&pod.netns, peer, None, &pod.socket)
                 .await
                 .map_err(|source| ConnectError::Tcp { peer, source })?;
             client::handshake(socket, peer, credentials.client(&expected), &shared.config.h2).await

@@ -224,6 +224,26 @@ fn speak_as(socket: &Socket, from: IpAddr) -> io::Result<()> {
     socket.bind(&SocketAddr::new(from, 0).into())
 }
 
+/// Whether packets with `mark` are delivered locally wherever they go, asked in the calling thread's netns.
+///
+/// Two preparations of a pod's netns exist. Istio's CNI exempts all packets with the mark from capture, so every
+/// socket of the tunnel must bear it, and marks the application's answers with another one. Our watcher exempts the
+/// tunnel by its cgroup, and gives the one mark to the answers: there only the last hop may bear it, since anything
+/// else would never leave the pod.
+pub fn mark_stays_local(mark: u32) -> bool {
+    // TEST-NET-1 (RFC 5737) and the documentation prefix (RFC 3849): nobody has them, and no packet is sent. The
+    // source address chosen for a local route is the destination itself.
+    let nowhere =
+        [SocketAddr::from(([192, 0, 2, 1], 9)), SocketAddr::from(([0x2001, 0xdb8, 0, 0, 0, 0, 0, 1], 9))];
+    let stays = |to: SocketAddr| -> io::Result<bool> {
+        let socket = Socket::new(Domain::for_address(to), Type::DGRAM, None)?;
+        socket.set_mark(mark)?;
+        socket.connect(&to.into())?;
+        Ok(socket.local_addr()?.as_socket().is_some_and(|from| from.ip() == to.ip()))
+    };
+    mark != 0 && nowhere.into_iter().any(|to| stays(to).unwrap_or(false))
+}
+
 /// Whether this process may speak from other addresses than its own.
 pub fn may_speak_as_others() -> bool {
     Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))
@@ -288,6 +308,25 @@ mod tests {
         let group = listen(port, 2, true, &options).unwrap();
         assert_eq!(group.len(), 2);
         std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    }
+
+    #[test]
+    #[ignore = "needs root: make test"]
+    fn a_mark_that_stays_local_is_recognised() {
+        let ip = |arguments: &str| {
+            let arguments = arguments.split(' ');
+            std::process::Command::new("ip").args(arguments).status().unwrap().success()
+        };
+        std::thread::spawn(move || {
+            nix::sched::unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            assert!(ip("link set lo up"));
+            assert!(!mark_stays_local(0x539));
+            assert!(ip("route add local default dev lo table 100") && ip("rule add fwmark 0x539 lookup 100"));
+            assert!(mark_stays_local(0x539));
+            assert!(!mark_stays_local(0x111));
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]

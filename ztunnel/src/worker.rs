@@ -46,6 +46,7 @@ pub struct Shared {
     pub store: Arc<Store>,
     pub certificates: Arc<Certificates>,
     pub metrics: Arc<Metrics>,
+    /// As configured; a pod may need it otherwise.
     pub socket: socket::Options,
     /// Whether applications are dialled from their clients' addresses.
     pub original_source: bool,

@@ -24,7 +24,7 @@ use tracing::{info, warn};
 
 use crate::{
     identity::Identity,
-    socket::{Netns, NetnsId},
+    socket::{self, Netns, NetnsId},
     worker::{Shared, Workers},
 };
 
@@ -43,6 +43,8 @@ pub struct Pod {
     pub info: PodInfo,
     pub identity: Identity,
     pub netns: Netns,
+    /// For every socket in it but those to the application.
+    pub socket: socket::Options,
     /// No new connections; the open ones finish.
     pub stop: CancellationToken,
 }
@@ -184,13 +186,19 @@ impl Pods {
     fn start(&mut self, uid: &str, info: PodInfo, netns: OwnedFd) -> io::Result<()> {
         let config = &self.shared.config;
         let netns = Netns::new(netns)?;
-        let listeners = netns.enter(|| listeners::open(self.workers.count(), config, &self.shared.socket))?;
+        let mut socket = self.shared.socket.clone();
+        let listeners = netns.enter(|| {
+            if socket::mark_stays_local(socket.mark) {
+                socket.mark = 0;
+            }
+            listeners::open(self.workers.count(), config, &socket)
+        })?;
         let identity = Identity {
             trust_domain: Arc::clone(&config.trust_domain),
             namespace: Arc::clone(&info.namespace),
             service_account: Arc::clone(&info.service_account),
         };
-        let pod = Pod { uid: uid.to_owned(), info, identity, netns, stop: self.stop.child_token() };
+        let pod = Pod { uid: uid.to_owned(), info, identity, netns, socket, stop: self.stop.child_token() };
         let pod = Arc::new(pod);
         self.workers.serve(&pod, listeners)?;
         info!(pod.uid = uid, pod.name = %pod.info.name, pod.namespace = %pod.info.namespace,
