@@ -1,1 +1,54 @@
-//! .
+//! How the process ends: told to stop, it takes no more connections, lets the open ones finish until the
+//! deadline, and cuts the rest. Pods do the same when they go, each by itself (`worker`).
+
+use std::{io, time::Duration};
+
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+/// What the workers may take past the deadline, to cut what is left.
+const SLACK: Duration = Duration::from_secs(1);
+
+/// Cancels `stop` at the first SIGTERM or SIGINT. Installed when this returns; an operator's
+/// `POST /quitquitquit` cancels the same token.
+pub fn on_signal(stop: &CancellationToken) -> io::Result<()> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let stop = stop.clone();
+    tokio::spawn(async move {
+        let name = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+            () = stop.cancelled() => return,
+        };
+        info!(signal = name, "told to stop");
+        stop.cancel();
+    });
+    Ok(())
+}
+
+/// Waits until all connections have `finished`, which must be by the deadline: by then they are cut.
+pub async fn drained(finished: impl Future<Output = ()>, deadline: Duration) {
+    info!(deadline_secs = deadline.as_secs(), "draining");
+    match timeout(deadline + SLACK, finished).await {
+        Ok(()) => info!("drained"),
+        Err(_) => warn!("connections are left after the drain deadline; ending with them"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_ends_with_the_last_connection_or_at_the_deadline() {
+        let begin = tokio::time::Instant::now();
+        drained(async {}, Duration::from_secs(60)).await;
+        assert_eq!(begin.elapsed(), Duration::ZERO);
+        drained(std::future::pending(), Duration::from_secs(60)).await;
+        assert_eq!(begin.elapsed(), Duration::from_secs(61));
+    }
+}

@@ -1,1 +1,301 @@
-//! .
+//! Follows the connections that come to a served pod through a peer's tunnel, port 15008: is the peer who it must
+//! be, may it, and will the application take it; then copies until it ends.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    rc::Rc,
+    sync::Arc,
+};
+
+use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use tracing::debug;
+
+use crate::{
+    hbone::{
+        BAGGAGE, FORWARDED, InvalidTarget, Target,
+        server::{self, Asked},
+    },
+    identity::{Identity, IdentityError, peer_identity},
+    mesh::{Mesh, Service, Workload, baggage},
+    pods::Pod,
+    policy::{self, Denied},
+    record::{Counters, Direction, Ends, Failure, Record, denied_early},
+    socket,
+    stream::{self, SocketIs, StreamError},
+    worker::{Accepted, Shared, UnknownWorkload, Worker},
+};
+
+/// Why an inbound connection did not come to be, or broke.
+#[derive(Debug, thiserror::Error)]
+pub enum InboundError {
+    #[error("no certificate to answer with")]
+    Identity(#[source] IdentityError),
+    #[error("tls handshake error")]
+    Tls(#[source] io::Error),
+    #[error("http2 connection failed")]
+    Http(#[source] h2::Error),
+    #[error("expected method CONNECT, got {0}")]
+    Method(Method),
+    #[error(transparent)]
+    Authority(#[from] InvalidTarget),
+    #[error("ip mismatch: {connection} != {authority}")]
+    IpMismatch { connection: IpAddr, authority: IpAddr },
+    #[error("no service or workload for hostname {0}")]
+    UnknownHost(String),
+    #[error("requested service {service}:{port} cannot resolve port")]
+    UnknownPort { service: String, port: u16 },
+    #[error("attempted recursive call to ourselves")]
+    Recursive,
+    #[error(transparent)]
+    UnknownWorkload(#[from] UnknownWorkload),
+    #[error("connection closed due to policy rejection")]
+    Denied(#[from] Denied),
+    #[error("connection failed")]
+    Dial(#[source] io::Error),
+    #[error("connection closed due to policy change")]
+    PolicyChange,
+    #[error(transparent)]
+    Stream(StreamError),
+}
+
+impl From<StreamError> for InboundError {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::Cut => Self::PolicyChange,
+            other => Self::Stream(other),
+        }
+    }
+}
+
+impl InboundError {
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Method(_) | Self::Authority(_) | Self::IpMismatch { .. } => StatusCode::BAD_REQUEST,
+            Self::Denied(_) => StatusCode::UNAUTHORIZED,
+            _ => StatusCode::SERVICE_UNAVAILABLE,
+        }
+    }
+}
+
+impl Failure for InboundError {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Identity(_) => "identity",
+            Self::Tls(_) => "tls",
+            Self::Http(_) => "h2",
+            Self::Method(_) => "method",
+            Self::Authority(_) => "authority",
+            Self::IpMismatch { .. } => "ip_mismatch",
+            Self::UnknownHost(_) => "unknown_host",
+            Self::UnknownPort { .. } => "no_such_port",
+            Self::Recursive => "recursive",
+            Self::UnknownWorkload(_) => "unknown_workload",
+            Self::Denied(_) => "denied",
+            Self::Dial(_) => "connect",
+            Self::PolicyChange => "policy_change",
+            Self::Stream(_) => "broken",
+        }
+    }
+
+    fn response_flags(&self) -> &'static str {
+        match self {
+            Self::Identity(_) => "IDENTITY_ERROR",
+            Self::Tls(_) => "TLS_FAILURE",
+            Self::Http(_) => "H2_HANDSHAKE_FAILURE",
+            Self::Denied(_) | Self::PolicyChange => "DENY",
+            Self::Dial(_) => "CONNECT",
+            _ => "-",
+        }
+    }
+}
+
+/// One tunnel of a peer, as its requests see it.
+struct Tunnel {
+    worker: Rc<Worker>,
+    pod: Arc<Pod>,
+    /// The peer that dialled: who it is by its certificate, where by its TCP connection. What it says in
+    /// headers is believed for labels only.
+    peer: SocketAddr,
+    identity: Option<Identity>,
+    /// The address that the peer dialled.
+    local: SocketAddr,
+}
+
+/// A connection that came in on 15008.
+pub async fn serve(accepted: Accepted) {
+    let Accepted { stream, client: peer, pod, worker } = accepted;
+    let Ok(local) = stream.local_addr().map(socket::canonical) else { return };
+    let shared = Arc::clone(&worker.shared);
+    let fail = |error: InboundError| {
+        denied_early(&shared.metrics, &Ends::new(Direction::Inbound, peer, local), &error)
+    };
+    let credentials = match shared.certificates.get(&pod.identity).await {
+        Ok(credentials) => credentials,
+        Err(error) => return fail(InboundError::Identity(error)),
+    };
+    let tls = match server::tls(stream, credentials.server()).await {
+        Ok(tls) => tls,
+        Err(error) => return fail(InboundError::Tls(error)),
+    };
+    let identity = peer_identity(tls.get_ref().1.peer_certificates());
+    let stop = pod.stop.clone();
+    let tunnel = Rc::new(Tunnel { worker, pod, peer, identity, local });
+    let served = server::serve(tls, &shared.config.h2, stop, |asked| request(Rc::clone(&tunnel), asked));
+    if let Err(error) = served.await {
+        // Its streams, if there were any, have their own records.
+        debug!(src.addr = %peer, dst.addr = %local, %error, "tunnel of a peer ended");
+    }
+}
+
+/// What a CONNECT is about, once it is known to be right.
+struct Admitted {
+    mesh: Arc<Mesh>,
+    workload: Arc<Workload>,
+    service: Option<Arc<Service>>,
+    target: SocketAddr,
+}
+
+async fn request(tunnel: Rc<Tunnel>, asked: Asked) {
+    let shared = &tunnel.worker.shared;
+    let admitted = match admit(&tunnel, &asked).await {
+        Ok(admitted) => admitted,
+        Err(error) => {
+            let mut ends = Ends::new(Direction::Inbound, tunnel.peer, tunnel.local);
+            ends.source_identity.clone_from(&tunnel.identity);
+            denied_early(&shared.metrics, &ends, &error);
+            return asked.refuse(error.status());
+        }
+    };
+    let record = Record::open(&shared.metrics, ends(&tunnel, &admitted));
+    let result = carry(&tunnel, &admitted, asked, record.counters()).await;
+    record.close(result.as_ref().map(|()| ()).map_err(|error| error as &dyn Failure));
+}
+
+/// The checks in the order of their answers: 400 for what is malformed, 503 for what leads nowhere, 401.
+async fn admit(tunnel: &Tunnel, asked: &Asked) -> Result<Admitted, InboundError> {
+    let request = &asked.request;
+    if request.method() != Method::CONNECT {
+        return Err(InboundError::Method(request.method().clone()));
+    }
+    let authority = request.uri().authority().ok_or(InvalidTarget)?;
+    let target: Target = authority.as_str().parse()?;
+    if let Target::Address(address) = target
+        && address.ip().to_canonical() != tunnel.local.ip()
+    {
+        return Err(InboundError::IpMismatch { connection: tunnel.local.ip(), authority: address.ip() });
+    }
+    let shared = &tunnel.worker.shared;
+    let (mesh, workload) = shared.workload(&tunnel.pod).await?;
+    let (service, port) = match target {
+        Target::Address(address) => (forwarded_service(&mesh, &workload, request.headers()), address.port()),
+        Target::Host { name, port } => resolve(&mesh, &workload, name, port)?,
+    };
+    if shared.is_own_port(port) {
+        return Err(InboundError::Recursive);
+    }
+    let target = SocketAddr::new(tunnel.local.ip(), port);
+    check(&mesh, &workload, tunnel.peer.ip(), tunnel.identity.as_ref(), target)?;
+    Ok(Admitted { mesh, workload, service, target })
+}
+
+/// A service by name, and the port at which this workload serves it.
+fn resolve(
+    mesh: &Mesh,
+    workload: &Workload,
+    name: String,
+    port: u16,
+) -> Result<(Option<Arc<Service>>, u16), InboundError> {
+    let Some(service) = mesh.service_by_hostname(&name, &workload.namespace) else {
+        return Err(InboundError::UnknownHost(name));
+    };
+    let ours = mesh.endpoints(&service.key()).iter().find(|endpoint| endpoint.workload.uid == workload.uid);
+    match ours.and_then(|endpoint| endpoint.target_port(port)) {
+        Some(target) => Ok((Some(Arc::clone(service)), target)),
+        None => Err(InboundError::UnknownPort { service: name, port }),
+    }
+}
+
+/// The service that the client dialled, as its tunnel says: `forwarded: for="…";host=…`. For labels only.
+fn forwarded_service(mesh: &Mesh, workload: &Workload, headers: &HeaderMap) -> Option<Arc<Service>> {
+    let forwarded = headers.get(FORWARDED)?.to_str().ok()?;
+    let host = forwarded.split(';').find_map(|part| part.trim().strip_prefix("host="))?;
+    mesh.service_by_hostname(host.trim_matches('"'), &workload.namespace).cloned()
+}
+
+/// Whether policy lets `client` reach `target` of `workload`.
+pub(crate) fn check(
+    mesh: &Mesh,
+    workload: &Workload,
+    client: IpAddr,
+    identity: Option<&Identity>,
+    target: SocketAddr,
+) -> Result<(), Denied> {
+    let destination_network = &workload.network;
+    let connection =
+        policy::Connection { source_ip: client, source: identity, destination: target, destination_network };
+    policy::check(mesh, workload, &connection)
+}
+
+/// Ends when a change of policy forbids what was allowed. A workload that is no longer known keeps what it has.
+pub(crate) async fn until_denied(
+    shared: &Shared,
+    pod: &Pod,
+    client: IpAddr,
+    identity: Option<&Identity>,
+    target: SocketAddr,
+) {
+    let mut changes = shared.store.subscribe();
+    loop {
+        changes.mark_unchanged();
+        let mesh = shared.store.snapshot();
+        let info = &pod.info;
+        if let Some(workload) = mesh.workload_by_name(&info.namespace, &info.name, &info.service_account)
+            && check(&mesh, workload, client, identity, target).is_err()
+        {
+            return;
+        }
+        if changes.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+    }
+}
+
+fn ends(tunnel: &Tunnel, admitted: &Admitted) -> Ends {
+    let mut ends = Ends::new(Direction::Inbound, tunnel.peer, tunnel.local);
+    let network = &admitted.workload.network;
+    ends.source_workload = admitted.mesh.workload_by_address(network, tunnel.peer.ip()).cloned();
+    ends.source_identity.clone_from(&tunnel.identity);
+    ends.hbone = Some(admitted.target);
+    ends.destination_workload = Some(Arc::clone(&admitted.workload));
+    ends.destination_identity = Some(tunnel.pod.identity.clone());
+    ends.destination_service.clone_from(&admitted.service);
+    ends
+}
+
+async fn carry(
+    tunnel: &Tunnel,
+    admitted: &Admitted,
+    asked: Asked,
+    counters: &Counters,
+) -> Result<(), InboundError> {
+    let shared = &tunnel.worker.shared;
+    let application = match shared.dial_application(&tunnel.pod, admitted.target, tunnel.peer.ip()).await {
+        Ok(application) => application,
+        Err(error) => {
+            let error = InboundError::Dial(error);
+            asked.refuse(error.status());
+            return Err(error);
+        }
+    };
+    let mut headers = HeaderMap::new();
+    if shared.config.response_baggage
+        && let Ok(value) = HeaderValue::try_from(baggage::of_workload(&admitted.workload))
+    {
+        headers.insert(BAGGAGE, value);
+    }
+    let stream = asked.accept(headers).map_err(InboundError::Http)?;
+    let denied =
+        until_denied(shared, &tunnel.pod, tunnel.peer.ip(), tunnel.identity.as_ref(), admitted.target);
+    Ok(stream::tunnel(application, stream, SocketIs::Server, counters, denied).await?)
+}

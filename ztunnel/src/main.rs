@@ -1,1 +1,145 @@
-fn main() {}
+//! `ztunnel`: parse, load, bind, report ready, serve, drain.
+
+use std::{io::Write, process::ExitCode, sync::Arc};
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand};
+use tokio::{runtime::Builder, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+use ztunnel::{
+    admin::{Admin, Readiness, Servers},
+    config::{Config, LocalState, ProxyMode},
+    drain,
+    identity::Certificates,
+    logging::Logging,
+    mesh::{
+        Store,
+        local_file::{self, Defaults},
+    },
+    metrics::Metrics,
+    pods::{Pods, zds},
+    worker::{Shared, Workers},
+};
+
+/// Carries the TCP connections of a node's enrolled pods over HBONE.
+///
+/// It is configured by the environment variables that Istio's DaemonSet sets; `ztunnel config check` says what they
+/// come to.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Configuration without running.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Prints the configuration that the environment comes to, or what is wrong with it.
+    Check,
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().command {
+        Some(Command::Config(ConfigCommand::Check)) => check(),
+        None => run(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "ztunnel: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn check() -> Result<()> {
+    let config = Config::from_env()?;
+    local_file::load(&config)?;
+    let text = serde_json::to_string_pretty(&config)?;
+    Ok(writeln!(std::io::stdout(), "{text}")?)
+}
+
+fn run() -> Result<()> {
+    let config = Arc::new(Config::from_env()?);
+    let logging = Logging::init(config.log_format, &config.log_filter)?;
+    info!(version = env!("CARGO_PKG_VERSION"), node = %config.node, workers = config.workers, "starting");
+    raise_descriptor_limit();
+    let runtime =
+        Builder::new_current_thread().enable_all().build().context("cannot start the control runtime")?;
+    runtime.block_on(serve(config, logging))
+}
+
+async fn serve(config: Arc<Config>, logging: Logging) -> Result<()> {
+    if config.mode != ProxyMode::Shared {
+        bail!("PROXY_MODE is dedicated; only shared is supported");
+    }
+    // Load.
+    let store = Arc::new(Store::new(local_file::load(&config)?));
+    let certificates = Certificates::new(&config)?;
+    let metrics = Arc::new(Metrics::new());
+    let readiness = Readiness::default();
+    let mut pods_ready = readiness.task("workload proxy manager");
+
+    // Bind.
+    let servers = Servers::bind(&config).await?;
+    let (stop, end) = (CancellationToken::new(), CancellationToken::new());
+    drain::on_signal(&stop)?;
+    let shared = Arc::new(Shared::new(
+        Arc::clone(&config),
+        Arc::clone(&store),
+        Arc::clone(&certificates),
+        Arc::clone(&metrics),
+    ));
+    let workers = Workers::start(&shared).context("cannot start the workers")?;
+    let mut pods = Pods::new(shared, workers, stop.clone());
+
+    // Serve. What the draining connections still need goes on until `end`.
+    let mut services = JoinSet::new();
+    let admin = Admin {
+        config: Arc::clone(&config),
+        store: Arc::clone(&store),
+        certificates: Arc::clone(&certificates),
+        logging,
+        metrics,
+        readiness,
+        workload_state: pods.view(),
+        quit: stop.clone(),
+    };
+    let served = servers.serve(admin, end.clone());
+    services.spawn(async {
+        if let Err(error) = served.await {
+            error!(%error, "the admin, metrics and readiness servers ended");
+        }
+    });
+    services.spawn(certificates.run(end.clone()));
+    if let Some(LocalState::Path(path)) = &config.local_state {
+        services.spawn(local_file::watch(path.clone(), Defaults::from(&*config), store, end.clone()));
+    }
+    zds::run(&config.zds_socket, &mut pods, &mut pods_ready, &stop).await;
+
+    // Drain.
+    pods_ready.pending();
+    drain::drained(pods.finish(), config.drain_deadline).await;
+    end.cancel();
+    services.shutdown().await;
+    info!("ended");
+    Ok(())
+}
+
+/// Each connection takes two descriptors; the default of 1024 would be used up by 500 of them.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        warn!(%error, "cannot raise the limit of open files");
+    }
+}

@@ -1,1 +1,198 @@
-//! .
+//! Follows one connection that an application of a served pod makes: where did it want to go, who is that, and
+//! by which way; then copies until it ends.
+
+use std::{io, net::SocketAddr, sync::Arc};
+
+use tokio::net::TcpStream;
+
+use crate::{
+    hbone::{
+        Connect,
+        client::{self, ConnectError},
+        pool::{Key, Lease},
+    },
+    identity::Identity,
+    mesh::{Workload, baggage},
+    record::{Counters, Direction, Ends, Failure, Record, denied_early},
+    route::{self, OutboundRoute, RouteError, Via},
+    socket,
+    stream::{self, SocketIs, Stream, StreamError},
+    worker::{Accepted, UnknownWorkload},
+};
+
+/// Why an outbound connection did not come to be, or broke.
+#[derive(Debug, thiserror::Error)]
+pub enum OutboundError {
+    #[error("cannot tell what was dialled")]
+    OriginalDst(#[source] io::Error),
+    #[error("attempted recursive call to ourselves")]
+    Recursive,
+    #[error(transparent)]
+    UnknownWorkload(#[from] UnknownWorkload),
+    #[error(transparent)]
+    Route(#[from] RouteError),
+    #[error("connection failed")]
+    Dial(#[source] io::Error),
+    #[error("cannot ask for {authority:?}")]
+    Request { authority: String, source: http::Error },
+    #[error(transparent)]
+    Hbone(#[from] Arc<ConnectError>),
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+}
+
+impl Failure for OutboundError {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::OriginalDst(_) => "no_original_dst",
+            Self::Recursive => "recursive",
+            Self::UnknownWorkload(_) => "unknown_workload",
+            Self::Route(error) => error.reason(),
+            Self::Dial(_) => "connect",
+            Self::Request { .. } => "invalid_request",
+            Self::Hbone(error) => match &**error {
+                ConnectError::Tcp { .. } => "connect",
+                ConnectError::Identity(_) => "identity",
+                ConnectError::Tls { .. } => "tls",
+                ConnectError::Http { .. } => "h2_handshake",
+                ConnectError::Stream { .. } | ConnectError::Abandoned => "h2_stream",
+                ConnectError::Status(_) => "refused_by_peer",
+            },
+            Self::Stream(_) => "broken",
+        }
+    }
+
+    fn response_flags(&self) -> &'static str {
+        match self {
+            Self::Dial(_) => "CONNECT",
+            Self::Hbone(error) => match &**error {
+                ConnectError::Tcp { .. } => "CONNECT",
+                ConnectError::Identity(_) => "IDENTITY_ERROR",
+                ConnectError::Tls { .. } => "TLS_FAILURE",
+                ConnectError::Http { .. } => "H2_HANDSHAKE_FAILURE",
+                ConnectError::Status(http::StatusCode::UNAUTHORIZED) => "DENY",
+                _ => "-",
+            },
+            _ => "-",
+        }
+    }
+}
+
+/// A connection that was captured on 15001.
+pub async fn serve(accepted: Accepted) {
+    let client = accepted.client;
+    let local = accepted.stream.local_addr().map(socket::canonical).unwrap_or(client);
+    let planned = plan(&accepted).await;
+    let (source, route) = match planned {
+        Ok(planned) => planned,
+        Err((original, error)) => {
+            let ends = Ends::new(Direction::Outbound, client, original.unwrap_or(local));
+            denied_early(&accepted.worker.shared.metrics, &ends, &error);
+            return socket::reset(accepted.stream);
+        }
+    };
+    let record = Record::open(&accepted.worker.shared.metrics, ends(&accepted, &source, &route));
+    let result = carry(accepted, &source, &route, record.counters()).await;
+    record.close(result.as_ref().map(|()| ()).map_err(|error| error as &dyn Failure));
+}
+
+/// From which workload to where, and how. Errors come with the original destination if that is known.
+async fn plan(
+    accepted: &Accepted,
+) -> Result<(Arc<Workload>, OutboundRoute), (Option<SocketAddr>, OutboundError)> {
+    let shared = &accepted.worker.shared;
+    let original =
+        socket::original_dst(&accepted.stream).map_err(|error| (None, OutboundError::OriginalDst(error)))?;
+    let failed = |error: OutboundError| (Some(original), error);
+    let (mesh, source) = shared.workload(&accepted.pod).await.map_err(|error| failed(error.into()))?;
+    // Whoever dials the tunnel itself has no destination; carrying it would lead back here.
+    let to_itself = original.ip().is_loopback() || source.addresses.contains(&original.ip());
+    let local = accepted.stream.local_addr().map(|local| local.ip().to_canonical());
+    if shared.is_own_port(original.port()) && (to_itself || local.is_ok_and(|local| local == original.ip())) {
+        return Err(failed(OutboundError::Recursive));
+    }
+    let route =
+        route::outbound(&mesh, &source, original, &mut rand::rng()).map_err(|error| failed(error.into()))?;
+    Ok((source, route))
+}
+
+fn ends(accepted: &Accepted, source: &Arc<Workload>, route: &OutboundRoute) -> Ends {
+    let mut ends = Ends::new(Direction::Outbound, accepted.client, route.target);
+    ends.source_workload = Some(Arc::clone(source));
+    ends.destination_workload.clone_from(&route.workload);
+    ends.destination_service.clone_from(&route.service);
+    if let Via::Hbone { peer, .. } = &route.via {
+        ends.destination = *peer;
+        ends.hbone = Some(route.target);
+        ends.source_identity = Some(accepted.pod.identity.clone());
+        ends.destination_identity = route.workload.as_ref().map(|workload| workload.identity());
+    }
+    ends
+}
+
+async fn carry(
+    accepted: Accepted,
+    source: &Workload,
+    route: &OutboundRoute,
+    counters: &Counters,
+) -> Result<(), OutboundError> {
+    let never = std::future::pending();
+    match &route.via {
+        Via::Plain => match dial(&accepted, route.target).await {
+            Ok(server) => Ok(stream::relay(accepted.stream, server, counters, never).await?),
+            Err(error) => refuse(accepted, error),
+        },
+        Via::Hbone { peer, authority, expected } => {
+            match open(&accepted, source, route, *peer, authority, expected).await {
+                Ok((stream, _lease)) => {
+                    Ok(stream::tunnel(accepted.stream, stream, SocketIs::Client, counters, never).await?)
+                }
+                Err(error) => refuse(accepted, error),
+            }
+        }
+    }
+}
+
+/// Capture accepted the connection before anybody could ask the destination: now it is reset.
+fn refuse(accepted: Accepted, error: OutboundError) -> Result<(), OutboundError> {
+    socket::reset(accepted.stream);
+    Err(error)
+}
+
+async fn dial(accepted: &Accepted, target: SocketAddr) -> Result<TcpStream, OutboundError> {
+    let pod = &accepted.pod;
+    socket::connect(&pod.netns, target, None, &pod.socket).await.map_err(OutboundError::Dial)
+}
+
+async fn open(
+    accepted: &Accepted,
+    source: &Workload,
+    route: &OutboundRoute,
+    peer: SocketAddr,
+    authority: &str,
+    expected: &[Identity],
+) -> Result<(Stream, Lease), OutboundError> {
+    let Accepted { pod, worker, client, .. } = accepted;
+    let connect = Connect {
+        authority,
+        baggage: Some(baggage::of_workload(source)),
+        client: *client,
+        service: route.service.as_ref().map(|service| &*service.hostname),
+    };
+    let request = connect
+        .request()
+        .map_err(|source| OutboundError::Request { authority: authority.to_owned(), source })?;
+    let key = Key { source: pod.identity.clone(), expected: expected.to_vec(), peer, netns: pod.netns.id() };
+    let dial = || {
+        let (shared, pod, expected) = (Arc::clone(&worker.shared), Arc::clone(pod), expected.to_vec());
+        async move {
+            let credentials = shared.certificates.get(&pod.identity).await.map_err(ConnectError::Identity)?;
+            let socket = socket::connect(&pod.netns, peer, None, &pod.socket)
+                .await
+                .map_err(|source| ConnectError::Tcp { peer, source })?;
+            client::handshake(socket, peer, credentials.client(&expected), &shared.config.h2).await
+        }
+    };
+    let (_response, stream, lease) = worker.pool.open(&key, &request, dial).await?;
+    Ok((stream, lease))
+}

@@ -1,1 +1,352 @@
-//! .
+//! The few socket options that carry the design: in which netns a socket lives, which mark it bears,
+//! whose address it speaks from, and what was dialled before a redirect.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    thread::LocalKey,
+    time::Duration,
+};
+
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::socket::{setsockopt, sockopt},
+};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    time::timeout,
+};
+
+use crate::config::Config;
+
+/// How long a TCP connect may take; Istio's tunnel has the same limit.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Large enough that a burst of a thousand clients meets no full queue; the kernel lowers it to
+/// `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;
+
+/// What every socket of the tunnel bears.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// `SO_MARK`, by which the pod's netns tells the tunnel's packets from the application's. 0: none.
+    pub mark: u32,
+    pub keepalive: Option<TcpKeepalive>,
+    pub user_timeout: Option<Duration>,
+    /// Listeners let others in beside them (`SO_REUSEPORT`): the other workers, and another process
+    /// during an upgrade.
+    pub port_reuse: bool,
+}
+
+impl Options {
+    pub fn new(config: &Config) -> Self {
+        Self {
+            mark: config.packet_mark.unwrap_or(0),
+            keepalive: config.keepalive.map(|k| {
+                TcpKeepalive::new().with_time(k.time).with_interval(k.interval).with_retries(k.retries)
+            }),
+            user_timeout: config.user_timeout,
+            port_reuse: config.port_reuse,
+        }
+    }
+
+    fn apply(&self, socket: &Socket) -> io::Result<()> {
+        if self.mark != 0 {
+            socket.set_mark(self.mark)?;
+        }
+        if let Some(keepalive) = &self.keepalive {
+            socket.set_tcp_keepalive(keepalive)?;
+        }
+        socket.set_tcp_user_timeout(self.user_timeout)?;
+        // Set on listeners too: accepted sockets inherit it.
+        socket.set_tcp_nodelay(true)
+    }
+}
+
+/// A network namespace, kept alive by its file descriptor.
+#[derive(Debug)]
+pub struct Netns {
+    fd: OwnedFd,
+    id: NetnsId,
+}
+
+/// Device and inode of the nsfs file: equal for two descriptors exactly if the netns is the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct NetnsId(u64, u64);
+
+thread_local! {
+    /// The netns in which this thread was started; opened the first time that the thread leaves it.
+    static HOME: io::Result<OwnedFd> = std::fs::File::open("/proc/thread-self/ns/net").map(OwnedFd::from);
+}
+
+/// Brings the thread home when dropped, on panic too.
+struct ReturnHome(&'static LocalKey<io::Result<OwnedFd>>);
+
+impl Drop for ReturnHome {
+    fn drop(&mut self) {
+        let back = self.0.with(|home| match home {
+            Ok(fd) => setns(fd, CloneFlags::CLONE_NEWNET).map_err(io::Error::from),
+            Err(error) => Err(copy(error)),
+        });
+        if let Err(error) = back {
+            // The thread would go on in one pod's netns with another pod's work: no pod could trust it.
+            tracing::error!(%error, "cannot return from a pod's netns");
+            std::process::abort();
+        }
+    }
+}
+
+/// `io::Error` is not `Clone`; kind and text are enough here.
+fn copy(error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), error.to_string())
+}
+
+impl Netns {
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        let stat = nix::sys::stat::fstat(&fd)?;
+        Ok(Self { fd, id: NetnsId(stat.st_dev, stat.st_ino) })
+    }
+
+    /// The netns of the calling thread.
+    pub fn current() -> io::Result<Self> {
+        Self::new(std::fs::File::open("/proc/thread-self/ns/net")?.into())
+    }
+
+    pub fn id(&self) -> NetnsId {
+        self.id
+    }
+
+    /// Runs `action` with the calling thread in this netns: what it opens stays there, the thread does not.
+    /// Not `async`, so nothing else can run on the thread meanwhile.
+    pub fn enter<T>(&self, action: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        HOME.with(|home| home.as_ref().map(|_| ()).map_err(copy))?;
+        setns(&self.fd, CloneFlags::CLONE_NEWNET)?;
+        let _home = ReturnHome(&HOME);
+        action()
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// `count` listeners on `port` of every address, in one group; or, where the port may not be shared, `count`
+/// handles of one listener. Call inside the netns that they shall serve.
+pub fn listen(
+    port: u16,
+    count: usize,
+    ipv6: bool,
+    options: &Options,
+) -> io::Result<Vec<std::net::TcpListener>> {
+    let one = || {
+        let v6 =
+            if ipv6 { bind_wildcard(Ipv6Addr::UNSPECIFIED.into(), port, options) } else { Err(no_ipv6()) };
+        let socket = match v6 {
+            // A netns without IPv6: no such family, or no such address.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) => {
+                bind_wildcard(Ipv4Addr::UNSPECIFIED.into(), port, options)?
+            }
+            other => other?,
+        };
+        socket.listen(BACKLOG)?;
+        Ok(std::net::TcpListener::from(socket))
+    };
+    if options.port_reuse {
+        return (0..count).map(|_| one()).collect();
+    }
+    let first = one()?;
+    (0..count).map(|_| first.try_clone()).collect()
+}
+
+fn no_ipv6() -> io::Error {
+    io::Error::from_raw_os_error(libc::EAFNOSUPPORT)
+}
+
+fn bind_wildcard(address: IpAddr, port: u16, options: &Options) -> io::Result<Socket> {
+    let address = SocketAddr::new(address, port);
+    let socket = new_socket(address, options)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(false)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(options.port_reuse)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
+}
+
+fn new_socket(family_of: SocketAddr, options: &Options) -> io::Result<Socket> {
+    let socket =
+        Socket::new(Domain::for_address(family_of), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    options.apply(&socket)?;
+    Ok(socket)
+}
+
+/// Connects to `to` from inside `netns`. With `from`, the peer sees that address (and any port): the kernel
+/// lets us bind an address that is not ours because of `IP_TRANSPARENT`, which needs `CAP_NET_ADMIN`.
+pub async fn connect(
+    netns: &Netns,
+    to: SocketAddr,
+    from: Option<IpAddr>,
+    options: &Options,
+) -> io::Result<TcpStream> {
+    // Another family than the peer's cannot be its source; two equal addresses would be a packet from itself.
+    let from = from.filter(|from| from.is_ipv4() == to.is_ipv4() && *from != to.ip());
+    let socket = netns.enter(|| {
+        let socket = new_socket(to, options)?;
+        if let Some(from) = from {
+            speak_as(&socket, from)?;
+        }
+        Ok(socket)
+    })?;
+    let connecting = TcpSocket::from_std_stream(socket.into()).connect(to);
+    match timeout(CONNECT_TIMEOUT, connecting).await {
+        Ok(connected) => connected,
+        Err(_) => {
+            Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {CONNECT_TIMEOUT:?}")))
+        }
+    }
+}
+
+fn speak_as(socket: &Socket, from: IpAddr) -> io::Result<()> {
+    if from.is_ipv4() {
+        socket.set_ip_transparent_v4(true)?;
+        socket.set_freebind_v4(true)?;
+    } else {
+        socket.set_ip_transparent_v6(true)?;
+        socket.set_freebind_v6(true)?;
+    }
+    // The port is chosen at connect, per destination: else the range would be used up per source address.
+    setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?;
+    socket.bind(&SocketAddr::new(from, 0).into())
+}
+
+/// Whether packets with `mark` are delivered locally wherever they go, asked in the calling thread's netns.
+///
+/// Two preparations of a pod's netns exist. Istio's CNI exempts all packets with the mark from capture, so every
+/// socket of the tunnel must bear it, and marks the application's answers with another one. Our watcher exempts the
+/// tunnel by its cgroup, and gives the one mark to the answers: there only the last hop may bear it, since anything
+/// else would never leave the pod.
+pub fn mark_stays_local(mark: u32) -> bool {
+    // TEST-NET-1 (RFC 5737) and the documentation prefix (RFC 3849): nobody has them, and no packet is sent. The
+    // source address chosen for a local route is the destination itself.
+    let nowhere =
+        [SocketAddr::from(([192, 0, 2, 1], 9)), SocketAddr::from(([0x2001, 0xdb8, 0, 0, 0, 0, 0, 1], 9))];
+    let stays = |to: SocketAddr| -> io::Result<bool> {
+        let socket = Socket::new(Domain::for_address(to), Type::DGRAM, None)?;
+        socket.set_mark(mark)?;
+        socket.connect(&to.into())?;
+        Ok(socket.local_addr()?.as_socket().is_some_and(|from| from.ip() == to.ip()))
+    };
+    mark != 0 && nowhere.into_iter().any(|to| stays(to).unwrap_or(false))
+}
+
+/// Whether this process may speak from other addresses than its own.
+pub fn may_speak_as_others() -> bool {
+    Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))
+        .and_then(|socket| socket.set_ip_transparent_v4(true))
+        .is_ok()
+}
+
+/// What the client dialled before a redirect: asked of netfilter or of our getsockopt program, v4 then v6,
+/// else the address at which it arrived (which under `sk_lookup` and TPROXY is the one dialled).
+pub fn original_dst(stream: &TcpStream) -> io::Result<SocketAddr> {
+    let socket = SockRef::from(stream);
+    let recorded = |answer: io::Result<socket2::SockAddr>| {
+        answer.ok().and_then(|a| a.as_socket()).filter(|a| !a.ip().is_unspecified() && a.port() != 0)
+    };
+    let local = stream.local_addr()?;
+    Ok(canonical(
+        recorded(socket.original_dst_v4()).or_else(|| recorded(socket.original_dst_v6())).unwrap_or(local),
+    ))
+}
+
+/// `::ffff:a.b.c.d`, as a dual-stack listener sees IPv4, is the IPv4 address.
+pub fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// Closes so that the peer sees a reset and not an end.
+pub fn reset(stream: TcpStream) {
+    // Fails only for a socket that is already gone; then there is nobody to tell.
+    let _ = stream.set_zero_linger();
+    drop(stream);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncReadExt;
+
+    #[tokio::test]
+    async fn a_reset_is_seen_as_a_reset() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (server, _) = listener.accept().await.unwrap();
+        reset(server);
+        let error = client.read(&mut [0; 1]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test]
+    async fn without_a_redirect_the_local_address_was_dialled() {
+        let listener = tokio::net::TcpListener::bind("[::]:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let _client = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        let (server, _) = listener.accept().await.unwrap();
+        assert_eq!(original_dst(&server).unwrap(), SocketAddr::from(([127, 0, 0, 1], port)));
+    }
+
+    #[test]
+    fn listeners_share_a_port_and_take_both_families() {
+        let options = Options { port_reuse: true, ..Options::default() };
+        let first = listen(0, 1, true, &options).unwrap();
+        let port = first[0].local_addr().unwrap().port();
+        let group = listen(port, 2, true, &options).unwrap();
+        assert_eq!(group.len(), 2);
+        std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    }
+
+    #[test]
+    #[ignore = "needs root: make test"]
+    fn a_mark_that_stays_local_is_recognised() {
+        let ip = |arguments: &str| {
+            let arguments = arguments.split(' ');
+            std::process::Command::new("ip").args(arguments).status().unwrap().success()
+        };
+        std::thread::spawn(move || {
+            nix::sched::unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            assert!(ip("link set lo up"));
+            assert!(!mark_stays_local(0x539));
+            assert!(ip("route add local default dev lo table 100") && ip("rule add fwmark 0x539 lookup 100"));
+            assert!(mark_stays_local(0x539));
+            assert!(!mark_stays_local(0x111));
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    #[ignore = "needs root: make test"]
+    fn a_panic_inside_a_netns_leaves_the_thread_at_home() {
+        let home = Netns::current().unwrap();
+        let other = std::thread::spawn(|| {
+            nix::sched::unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            Netns::current().unwrap()
+        })
+        .join()
+        .unwrap();
+        assert_ne!(other.id(), home.id());
+        let entered = std::panic::catch_unwind(|| {
+            other.enter::<()>(|| {
+                assert_eq!(Netns::current().unwrap().id(), other.id());
+                panic!("on purpose");
+            })
+        });
+        assert!(entered.is_err());
+        assert_eq!(Netns::current().unwrap().id(), home.id());
+    }
+}

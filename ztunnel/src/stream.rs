@@ -1,1 +1,426 @@
-//! .
+//! Copies both ways until both sides are done, or one breaks.
+//!
+//! * an end (FIN, END_STREAM) passes on, the other direction goes on
+//! * a break stays a break (RFC 9113 §8.5): RST on the socket becomes RST_STREAM(CONNECT_ERROR), and a reset
+//!   stream becomes RST on the socket. Exception: CANCEL and NO_ERROR end cleanly, since Istio's tunnel sends
+//!   them for connections that ended well
+//! * back-pressure holds: nothing is read that could not be passed on
+
+use std::{
+    cell::RefCell,
+    collections::VecDeque,
+    future::{Future, poll_fn},
+    io::{self, IoSlice},
+    net::Shutdown,
+    pin::pin,
+    task::Poll,
+    time::Duration,
+};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use h2::{Reason, RecvStream, SendStream};
+use socket2::SockRef;
+use tokio::{net::TcpStream, time::timeout};
+
+use crate::record::Counters;
+
+/// How long a connection with one direction ended may lie still before it is cut. The same hour that
+/// kube-proxy gives such a connection in conntrack (`--conntrack-tcp-timeout-close-wait`): past it, a
+/// NATed one would be dead anyway.
+pub const HALF_CLOSED_LIMIT: Duration = Duration::from_secs(3600);
+
+/// Buffers start here and grow while reads fill them.
+const SMALL: usize = 16 << 10;
+const LARGE: usize = 256 << 10;
+
+/// Why copying ended before both sides were done.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    #[error("application connection broke")]
+    Socket(#[source] io::Error),
+    #[error("peer reset the stream: {0}")]
+    Reset(Reason),
+    #[error("tunnel broke")]
+    Tunnel(#[source] h2::Error),
+    #[error("half-closed and silent for {:?}", HALF_CLOSED_LIMIT)]
+    HalfClosed,
+    #[error("cut")]
+    Cut,
+}
+
+/// Both halves of an HBONE stream. Dropped before [`finished`](Self::finished) it is reset, as the TCP
+/// connection that it stands for: h2 alone would say CANCEL, which peers take for an end.
+#[derive(Debug)]
+pub struct Stream {
+    send: SendStream<Bytes>,
+    recv: RecvStream,
+    finished: bool,
+}
+
+impl Stream {
+    pub fn new(send: SendStream<Bytes>, recv: RecvStream) -> Self {
+        Self { send, recv, finished: false }
+    }
+
+    fn finished(mut self) {
+        self.finished = true;
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if !self.finished {
+            self.send.send_reset(Reason::CONNECT_ERROR);
+        }
+    }
+}
+
+/// A socket that is reset when dropped, be it that its task or the whole process is cut: to the application a
+/// truncated transfer must not look complete.
+struct Unfinished(TcpStream);
+
+impl Unfinished {
+    fn new(socket: TcpStream) -> Result<Self, StreamError> {
+        socket.set_zero_linger().map_err(StreamError::Socket)?;
+        Ok(Self(socket))
+    }
+
+    /// Closes with whatever is still to be sent.
+    fn finished(self) {
+        // Fails only for a socket that is gone.
+        let _ = SockRef::from(&self.0).set_linger(None);
+    }
+}
+
+/// Whose counters the bytes read from the socket belong to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SocketIs {
+    Client,
+    Server,
+}
+
+/// Copies between a socket and an HBONE stream until both are done or `cut`. At return both are ended, by FIN
+/// or by RST as the case was.
+pub async fn tunnel(
+    socket: TcpStream,
+    mut stream: Stream,
+    side: SocketIs,
+    counters: &Counters,
+    cut: impl Future<Output = ()>,
+) -> Result<(), StreamError> {
+    let from_socket = |n| if side == SocketIs::Client { counters.sent(n) } else { counters.received(n) };
+    let to_socket = |n| if side == SocketIs::Client { counters.received(n) } else { counters.sent(n) };
+    let socket = Unfinished::new(socket)?;
+    let result = both(
+        socket_to_stream(&socket.0, &mut stream.send, from_socket),
+        stream_to_socket(&mut stream.recv, &socket.0, to_socket),
+        || counters.totals(),
+        cut,
+    )
+    .await;
+    match result {
+        Ok(()) | Err(StreamError::Reset(Reason::CANCEL | Reason::NO_ERROR)) => {
+            socket.finished();
+            stream.finished();
+            Ok(())
+        }
+        broken => broken,
+    }
+}
+
+/// Copies between two sockets until both are done or `cut`. At return both are closed, by FIN or by RST as the
+/// case was.
+pub async fn relay(
+    client: TcpStream,
+    server: TcpStream,
+    counters: &Counters,
+    cut: impl Future<Output = ()>,
+) -> Result<(), StreamError> {
+    let (client, server) = (Unfinished::new(client)?, Unfinished::new(server)?);
+    both(
+        socket_to_socket(&client.0, &server.0, |n| counters.sent(n)),
+        socket_to_socket(&server.0, &client.0, |n| counters.received(n)),
+        || counters.totals(),
+        cut,
+    )
+    .await?;
+    client.finished();
+    server.finished();
+    Ok(())
+}
+
+/// Runs both directions to their ends; the first that breaks ends both. With one ended, the other may lie
+/// still for `HALF_CLOSED_LIMIT`.
+async fn both(
+    up: impl Future<Output = Result<(), StreamError>>,
+    down: impl Future<Output = Result<(), StreamError>>,
+    moved: impl Fn() -> (u64, u64),
+    cut: impl Future<Output = ()>,
+) -> Result<(), StreamError> {
+    let (mut up, mut down, mut cut) = (pin!(up), pin!(down), pin!(cut));
+    let up_ended = tokio::select! {
+        result = &mut up => { result?; true }
+        result = &mut down => { result?; false }
+        () = &mut cut => return Err(StreamError::Cut),
+    };
+    loop {
+        let before = moved();
+        let rest = async { if up_ended { down.as_mut().await } else { up.as_mut().await } };
+        tokio::select! {
+            result = timeout(HALF_CLOSED_LIMIT, rest) => match result {
+                Ok(result) => return result,
+                Err(_) if moved() == before => return Err(StreamError::HalfClosed),
+                Err(_) => {}
+            },
+            () = &mut cut => return Err(StreamError::Cut),
+        }
+    }
+}
+
+/// A read buffer that grows while reads fill it and gives up its memory when they stop doing so.
+struct Adaptive {
+    buffer: BytesMut,
+    size: usize,
+}
+
+impl Adaptive {
+    fn new() -> Self {
+        Self { buffer: BytesMut::new(), size: SMALL }
+    }
+
+    /// One read of at most `limit` bytes; `Ok(None)`: nothing there yet. Empty bytes: the end.
+    fn read(&mut self, socket: &TcpStream, limit: usize) -> io::Result<Option<Bytes>> {
+        if self.buffer.capacity() < self.size / 4 {
+            self.buffer = BytesMut::with_capacity(self.size);
+        }
+        let room = self.buffer.capacity().min(limit);
+        match socket.try_read_buf(&mut (&mut self.buffer).limit(room)) {
+            Ok(n) => {
+                if n == self.size.min(limit) {
+                    self.size = (self.size * 2).min(LARGE);
+                } else if n < self.size / 8 && self.size > SMALL {
+                    self.size /= 2;
+                }
+                Ok(Some(self.buffer.split().freeze()))
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if self.buffer.capacity() > SMALL {
+                    self.buffer = BytesMut::new(); // an idle connection holds no large buffer
+                }
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+async fn socket_to_stream(
+    socket: &TcpStream,
+    send: &mut SendStream<Bytes>,
+    moved: impl Fn(u64),
+) -> Result<(), StreamError> {
+    let mut buffer = Adaptive::new();
+    loop {
+        // Also wakes when the peer resets: nobody else looks while the application says nothing.
+        let readable = async {
+            let room = capacity(send, buffer.size).await?;
+            tokio::select! {
+                biased;
+                broken = reset_by_peer(send) => Err(broken),
+                ready = socket.readable() => ready.map(|()| room).map_err(StreamError::Socket),
+            }
+        };
+        let room = match readable.await {
+            // It takes no more, yet what it sent before may still be on its way to the application.
+            Err(StreamError::Reset(Reason::CANCEL | Reason::NO_ERROR)) => return Ok(()),
+            other => other?,
+        };
+        let Some(data) = buffer.read(socket, room).map_err(StreamError::Socket)? else { continue };
+        let (n, ended) = (data.len(), data.is_empty());
+        if let Err(error) = send.send_data(data, ended) {
+            // The stream knows better why it takes no more.
+            return Err(known_reset(send).await.unwrap_or(StreamError::Tunnel(error)));
+        }
+        if ended {
+            return Ok(());
+        }
+        moved(n as u64);
+    }
+}
+
+/// Waits until some of `wanted` bytes may be sent, and says how many.
+async fn capacity(send: &mut SendStream<Bytes>, wanted: usize) -> Result<usize, StreamError> {
+    send.reserve_capacity(wanted);
+    loop {
+        // `poll_capacity` tells of changes only; what is there already must be asked for.
+        let now = send.capacity();
+        if now > 0 {
+            return Ok(now);
+        }
+        let grown = poll_fn(|cx| {
+            if let Poll::Ready(reset) = send.poll_reset(cx) {
+                return Poll::Ready(Err(reset.map_or_else(StreamError::Tunnel, StreamError::Reset)));
+            }
+            send.poll_capacity(cx).map(Ok)
+        });
+        match grown.await? {
+            Some(Ok(_)) => {}
+            Some(Err(error)) => return Err(StreamError::Tunnel(error)),
+            None => {
+                let unknown = StreamError::Reset(Reason::INTERNAL_ERROR);
+                return Err(known_reset(send).await.unwrap_or(unknown));
+            }
+        }
+    }
+}
+
+async fn reset_by_peer(send: &mut SendStream<Bytes>) -> StreamError {
+    match poll_fn(|cx| send.poll_reset(cx)).await {
+        Ok(reason) => StreamError::Reset(reason),
+        Err(error) => StreamError::Tunnel(error),
+    }
+}
+
+/// The reset that has already happened, if there was one.
+async fn known_reset(send: &mut SendStream<Bytes>) -> Option<StreamError> {
+    poll_fn(|cx| {
+        Poll::Ready(match send.poll_reset(cx) {
+            Poll::Ready(Ok(reason)) => Some(StreamError::Reset(reason)),
+            Poll::Ready(Err(error)) => Some(StreamError::Tunnel(error)),
+            Poll::Pending => None,
+        })
+    })
+    .await
+}
+
+async fn stream_to_socket(
+    recv: &mut RecvStream,
+    socket: &TcpStream,
+    moved: impl Fn(u64),
+) -> Result<(), StreamError> {
+    let mut queue = VecDeque::new();
+    loop {
+        let mut ended = match recv.data().await {
+            Some(data) => {
+                queue.push_back(data.map_err(broken_by_peer)?);
+                false
+            }
+            None => true,
+        };
+        // What has also arrived goes with the same write.
+        let mut waiting: usize = queue.iter().map(Bytes::len).sum();
+        let mut broken = None;
+        while !ended && waiting < LARGE {
+            match poll_fn(|cx| Poll::Ready(recv.poll_data(cx))).await {
+                Poll::Ready(Some(Ok(data))) => {
+                    waiting += data.len();
+                    queue.push_back(data);
+                }
+                Poll::Ready(Some(Err(error))) => {
+                    broken = Some(broken_by_peer(error));
+                    break;
+                }
+                Poll::Ready(None) => ended = true,
+                Poll::Pending => break,
+            }
+        }
+        while !queue.is_empty() {
+            let n = write_some(socket, &mut queue).await.map_err(StreamError::Socket)?;
+            moved(n as u64);
+            // Only now may the peer send more. Fails only on a stream that is over, which `recv` will say.
+            let _ = recv.flow_control().release_capacity(n);
+        }
+        if let Some(broken) = broken {
+            return clean_if_compatible(broken, socket);
+        }
+        if ended {
+            return end(socket);
+        }
+    }
+}
+
+/// See the module's exception: the end is passed on before the stream counts as over.
+fn clean_if_compatible(broken: StreamError, socket: &TcpStream) -> Result<(), StreamError> {
+    if let StreamError::Reset(Reason::CANCEL | Reason::NO_ERROR) = broken {
+        let _ = end(socket);
+    }
+    Err(broken)
+}
+
+fn end(socket: &TcpStream) -> Result<(), StreamError> {
+    match SockRef::from(socket).shutdown(Shutdown::Write) {
+        // The other direction has already ended the connection.
+        Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+        other => other.map_err(StreamError::Socket),
+    }
+}
+
+fn broken_by_peer(error: h2::Error) -> StreamError {
+    match error.reason() {
+        Some(reason) if error.is_reset() => StreamError::Reset(reason),
+        _ => StreamError::Tunnel(error),
+    }
+}
+
+/// Writes what the socket takes, straight from the received frames. Returns how many bytes that were.
+async fn write_some(socket: &TcpStream, queue: &mut VecDeque<Bytes>) -> io::Result<usize> {
+    let mut slices = [IoSlice::new(&[]); 64];
+    let count = queue.len().min(slices.len());
+    for (slice, data) in slices.iter_mut().zip(queue.iter()) {
+        *slice = IoSlice::new(data);
+    }
+    let written = loop {
+        match socket.try_write_vectored(&slices[..count]) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.writable().await?,
+            other => break other?,
+        }
+    };
+    let mut left = written;
+    while let Some(first) = queue.front_mut() {
+        if first.len() > left {
+            first.advance(left);
+            break;
+        }
+        left -= first.len();
+        queue.pop_front();
+    }
+    Ok(written)
+}
+
+thread_local! {
+    /// Where `socket_to_socket` reads to. One for all connections of a worker: between two awaits nobody
+    /// else can use it, and idle connections hold no memory.
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; LARGE].into_boxed_slice());
+}
+
+async fn socket_to_socket(from: &TcpStream, to: &TcpStream, moved: impl Fn(u64)) -> Result<(), StreamError> {
+    /// One read, and as much of it written as the other side takes; the rest is returned.
+    fn step(from: &TcpStream, to: &TcpStream) -> io::Result<Option<(usize, Vec<u8>)>> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let n = match from.try_read(scratch) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                other => other?,
+            };
+            if n == 0 {
+                return Ok(Some((0, Vec::new())));
+            }
+            let written = match to.try_write(&scratch[..n]) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                other => other?,
+            };
+            Ok(Some((n, scratch[written..n].to_vec())))
+        })
+    }
+    loop {
+        from.readable().await.map_err(StreamError::Socket)?;
+        let Some((n, rest)) = step(from, to).map_err(StreamError::Socket)? else { continue };
+        if n == 0 {
+            return end(to);
+        }
+        let mut rest = VecDeque::from([Bytes::from(rest)]);
+        while !rest.iter().all(Bytes::is_empty) {
+            write_some(to, &mut rest).await.map_err(StreamError::Socket)?;
+        }
+        moved(n as u64);
+    }
+}

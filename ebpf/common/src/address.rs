@@ -46,6 +46,20 @@ pub const fn is_loopback(address: &Address) -> bool {
     address[15] == 1
 }
 
+/// Whether `address` is `0.0.0.0` or `::`, which connect(2) takes for loopback.
+#[inline(always)]
+#[must_use]
+pub const fn is_unspecified(address: &Address) -> bool {
+    let mut i = if is_v4(address) { 12 } else { 0 };
+    while i < 16 {
+        if address[i] != 0 {
+            return false;
+        }
+        i += 1;
+    }
+    true
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -60,5 +74,14 @@ mod tests {
         assert!(is_loopback(&six) && !is_v4(&six));
         six[0] = 0xfd;
         assert!(!is_loopback(&six));
+    }
+
+    #[test]
+    fn unspecified_is_recognised_in_both_families() {
+        assert!(is_unspecified(&UNSPECIFIED) && is_unspecified(&mapped([0; 4])));
+        assert!(!is_unspecified(&mapped([0, 0, 0, 1])));
+        let mut six = UNSPECIFIED;
+        six[0] = 0xfd;
+        assert!(!is_unspecified(&six));
     }
 }

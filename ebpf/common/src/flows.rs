@@ -13,8 +13,11 @@ pub struct Destination {
     pub pad: u16,
 }
 
-/// A connection as its opener sees it. Key of `original_dst` (value [`Destination`]), of
-/// `tunnel_flows` and of `probe_flows` (value one byte, 1).
+/// A connection as its opener sees it. Key of `original_dst` (value [`Destination`]) and of
+/// `tunnel_flows` (value `u64`: the cookie of the netns that the tunnel's socket lives in).
+///
+/// A flow of `tunnel_flows` passes `sk_lookup` in the netns that it came from only: when the tunnel dials
+/// on behalf of one pod of the node another one, the other's inbound policy must still see it.
 ///
 /// In `original_dst` the remote end is the pod's own address (the redirect's target), which no two
 /// pods of a node share; so a pod can only ever write keys of its own.

@@ -61,8 +61,8 @@ pub struct ListenerKey {
     pub netns_cookie: u64,
     /// Host byte order.
     pub port: u32,
-    /// Always zero.
-    pub pad: u32,
+    /// 4 or 6. A tunnel may have one socket for both families (6, which then serves 4 as well) or two.
+    pub family: u32,
 }
 
 /// Key of `excluded_ports`; the value is one byte, 1.

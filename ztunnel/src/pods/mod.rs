@@ -1,1 +1,249 @@
-//! .
+//! Which netns are served: told by ZDS ([`zds`]), listened in by every worker ([`listeners`]).
+//!
+//! This file keeps the list: what runs, what could not be started yet, and what is to be tried again.
+
+pub mod listeners;
+mod sys;
+pub mod zds;
+
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    os::fd::OwnedFd,
+    sync::Arc,
+    time::Duration,
+};
+
+use serde_json::json;
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    identity::Identity,
+    socket::{self, Netns, NetnsId},
+    worker::{Shared, Workers},
+};
+
+/// Who a pod is, as the node agent says. Its identity follows from nothing else.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodInfo {
+    pub name: Arc<str>,
+    pub namespace: Arc<str>,
+    pub service_account: Arc<str>,
+}
+
+/// A pod that is served.
+#[derive(Debug)]
+pub struct Pod {
+    pub uid: String,
+    pub info: PodInfo,
+    pub identity: Identity,
+    pub netns: Netns,
+    /// For every socket in it but those to the application.
+    pub socket: socket::Options,
+    /// No new connections; the open ones finish.
+    pub stop: CancellationToken,
+}
+
+/// Delays between attempts: doubling, within limits.
+#[derive(Debug)]
+pub struct Backoff(Duration);
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_millis(10);
+    const LAST: Duration = Duration::from_secs(15);
+
+    pub fn new() -> Self {
+        Self(Self::FIRST)
+    }
+
+    pub fn next(&mut self) -> Duration {
+        let delay = self.0;
+        self.0 = (delay * 2).min(Self::LAST);
+        delay
+    }
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A pod whose listeners could not be opened.
+#[derive(Debug)]
+struct Pending {
+    info: PodInfo,
+    netns: OwnedFd,
+    backoff: Backoff,
+    next: Instant,
+}
+
+/// All pods of this process. Its only writer is the ZDS client.
+#[derive(Debug)]
+pub struct Pods {
+    shared: Arc<Shared>,
+    workers: Workers,
+    running: HashMap<String, Arc<Pod>>,
+    pending: HashMap<String, Pending>,
+    stop: CancellationToken,
+    published: watch::Sender<serde_json::Value>,
+}
+
+impl Pods {
+    /// `stop` ends all of them.
+    pub fn new(shared: Arc<Shared>, workers: Workers, stop: CancellationToken) -> Self {
+        let (running, pending) = (HashMap::new(), HashMap::new());
+        Self { shared, workers, running, pending, stop, published: watch::Sender::default() }
+    }
+
+    /// What an operator is shown of the pods, now and whenever it is called.
+    pub fn view(&self) -> Arc<dyn Fn() -> serde_json::Value + Send + Sync> {
+        let view = self.published.subscribe();
+        Arc::new(move || view.borrow().clone())
+    }
+
+    /// Serves `uid` in `netns`. Again for the same netns changes nothing; another netns replaces the old one,
+    /// whose connections finish. What fails is tried again until it works or the pod goes.
+    pub fn add(&mut self, uid: &str, info: PodInfo, netns: OwnedFd) -> io::Result<()> {
+        let id = netns_id(&netns)?;
+        if self.running.get(uid).is_some_and(|pod| pod.netns.id() == id && pod.info == info) {
+            return Ok(());
+        }
+        self.remove(uid);
+        let again = netns.try_clone()?;
+        let started = self.start(uid, info.clone(), netns);
+        self.shared.metrics.pods.started.inc_by(u64::from(started.is_ok()));
+        if let Err(error) = &started {
+            warn!(pod.uid = uid, %error, "cannot serve the pod yet");
+            let mut backoff = Backoff::new();
+            let next = Instant::now() + backoff.next();
+            self.pending.insert(uid.to_owned(), Pending { info, netns: again, backoff, next });
+        }
+        self.publish();
+        started
+    }
+
+    /// Stops serving `uid`, if it was served.
+    pub fn remove(&mut self, uid: &str) {
+        self.pending.remove(uid);
+        if let Some(pod) = self.running.remove(uid) {
+            info!(pod.uid = uid, pod.name = %pod.info.name, "pod removed");
+            pod.stop.cancel();
+            self.shared.metrics.pods.stopped.inc();
+            self.forget_identities();
+        }
+        self.publish();
+    }
+
+    /// Stops serving all pods but `seen`.
+    pub fn keep_only(&mut self, seen: &HashSet<String>) {
+        let known = self.running.keys().chain(self.pending.keys());
+        let gone: Vec<String> = known.filter(|uid| !seen.contains(*uid)).cloned().collect();
+        for uid in gone {
+            self.remove(&uid);
+        }
+    }
+
+    pub fn knows(&self, uid: &str) -> bool {
+        self.running.contains_key(uid) || self.pending.contains_key(uid)
+    }
+
+    /// Whether every pod that was handed over is served.
+    pub fn complete(&self) -> bool {
+        self.pending.is_empty()
+    }
+
+    /// Waits until a failed start is due, and tries it again. Never ends while there is none.
+    pub async fn retry(&mut self) {
+        let due = self.pending.iter().min_by_key(|(_, pending)| pending.next);
+        let Some((uid, next)) = due.map(|(uid, pending)| (uid.clone(), pending.next)) else {
+            return std::future::pending().await;
+        };
+        sleep_until(next).await;
+        let Some(mut pending) = self.pending.remove(&uid) else { return };
+        let started =
+            pending.netns.try_clone().and_then(|netns| self.start(&uid, pending.info.clone(), netns));
+        if let Err(error) = started {
+            tracing::debug!(pod.uid = uid, %error, "still cannot serve the pod");
+            pending.next = Instant::now() + pending.backoff.next();
+            self.pending.insert(uid, pending);
+        } else {
+            self.shared.metrics.pods.started.inc();
+        }
+        self.publish();
+    }
+
+    /// Waits until all connections have finished or were cut; call after `stop` was cancelled.
+    pub async fn finish(self) {
+        self.workers.finish().await;
+    }
+
+    fn start(&mut self, uid: &str, info: PodInfo, netns: OwnedFd) -> io::Result<()> {
+        let config = &self.shared.config;
+        let netns = Netns::new(netns)?;
+        let mut socket = self.shared.socket.clone();
+        let listeners = netns.enter(|| {
+            if socket::mark_stays_local(socket.mark) {
+                socket.mark = 0;
+            }
+            listeners::open(self.workers.count(), config, &socket)
+        })?;
+        let identity = Identity {
+            trust_domain: Arc::clone(&config.trust_domain),
+            namespace: Arc::clone(&info.namespace),
+            service_account: Arc::clone(&info.service_account),
+        };
+        let pod = Pod { uid: uid.to_owned(), info, identity, netns, socket, stop: self.stop.child_token() };
+        let pod = Arc::new(pod);
+        self.workers.serve(&pod, listeners)?;
+        info!(pod.uid = uid, pod.name = %pod.info.name, pod.namespace = %pod.info.namespace,
+            pod.service_account = %pod.info.service_account, "pod added");
+        // The first connection should not have to wait for it.
+        self.shared.certificates.prefetch(&pod.identity);
+        self.running.insert(uid.to_owned(), pod);
+        Ok(())
+    }
+
+    fn publish(&self) {
+        let gauges = &self.shared.metrics.pods;
+        gauges.active.set(self.running.len().try_into().unwrap_or(i64::MAX));
+        gauges.pending.set(self.pending.len().try_into().unwrap_or(i64::MAX));
+        let up = self.running.iter().map(|(uid, pod)| (uid, &pod.info, "Up"));
+        let pending = self.pending.iter().map(|(uid, pending)| (uid, &pending.info, "Pending"));
+        let show = |(uid, info, state): (&String, &PodInfo, &str)| {
+            let PodInfo { name, namespace, service_account } = info;
+            let info =
+                json!({ "name": &**name, "namespace": &**namespace, "serviceAccount": &**service_account });
+            (uid.clone(), json!({ "state": state, "info": info }))
+        };
+        self.published.send_replace(up.chain(pending).map(show).collect());
+    }
+
+    /// Keeps only the certificates that some pod needs.
+    fn forget_identities(&self) {
+        let wanted = self.running.values().map(|pod| pod.identity.clone()).collect();
+        self.shared.certificates.retain(&wanted);
+    }
+}
+
+fn netns_id(fd: &OwnedFd) -> io::Result<NetnsId> {
+    Ok(Netns::new(fd.try_clone()?)?.id())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backoff_doubles_up_to_a_quarter_minute() {
+        let mut backoff = Backoff::new();
+        let delays: Vec<u128> = (0..13).map(|_| backoff.next().as_millis()).collect();
+        assert_eq!(delays[..4], [10, 20, 40, 80]);
+        assert_eq!(delays[11..], [15000, 15000]);
+    }
+}

@@ -1,0 +1,93 @@
+//! Everything that one node has in the kernel.
+
+use std::{
+    fs, io,
+    os::fd::BorrowedFd,
+    path::{Path, PathBuf},
+};
+
+use aya::{Ebpf, EbpfLoader, maps::RingBuf};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+use crate::{KernelError, Trace, links, maps, object};
+
+/// The loaded programs, their links and their maps.
+///
+/// Dropping it changes nothing in the kernel: links and maps are pinned, and links hold the programs.
+#[derive(Debug)]
+pub struct Kernel {
+    pub(crate) object: Ebpf,
+    pins: PathBuf,
+}
+
+impl Kernel {
+    /// Loads the programs, creates maps pinned under `pins` (such as `/sys/fs/bpf/adit/<node>`), or adopts
+    /// those pinned there already, with their contents. Attaches nothing; links that a predecessor left
+    /// run its programs until [`Self::attach_pods`] and its like replace them.
+    pub fn open(pins: &Path) -> Result<Self, KernelError> {
+        let (links_dir, maps_dir) = (links::folder(pins), maps::folder(pins));
+        check_bpffs(pins)?;
+        for dir in [&links_dir, &maps_dir] {
+            fs::create_dir_all(dir).map_err(KernelError::pin("create", dir))?;
+        }
+        maps::unpin_incompatible(&maps_dir)?;
+        let mut loader = EbpfLoader::new();
+        for map in object::MAPS {
+            loader.map_pin_path(map.name, maps_dir.join(map.name));
+        }
+        let mut object =
+            loader.load(object::BYTES).map_err(|source| KernelError::Object { source: Box::new(source) })?;
+        object::load_programs(&mut object)?;
+        Ok(Self { object, pins: pins.to_owned() })
+    }
+
+    /// Attaches the pods' programs (connect, getpeername, getsockopt, sock_ops) to the cgroup that all
+    /// pods are below, and detaches them from where they were before. Idempotent.
+    pub fn attach_pods(&mut self, cgroup_dir: &Path) -> Result<(), KernelError> {
+        links::attach_pods(&self.object, &links::folder(&self.pins), cgroup_dir)
+    }
+
+    /// Attaches the tunnel's programs (sock_create, sock_ops, getsockopt) to a tunnel's cgroup. To be
+    /// called before it opens its listeners: only sockets created after this count. Idempotent.
+    pub fn attach_tunnel(&mut self, cgroup_dir: &Path) -> Result<(), KernelError> {
+        links::attach_tunnel(&self.object, &links::folder(&self.pins), cgroup_dir)
+    }
+
+    /// Fine when it is not attached, or when the cgroup is gone.
+    pub fn detach_tunnel(&mut self, cgroup_dir: &Path) -> Result<(), KernelError> {
+        links::detach_tunnel(&links::folder(&self.pins), cgroup_dir)
+    }
+
+    /// Steers what arrives in a pod's netns. Idempotent.
+    pub fn steer(&mut self, netns_cookie: u64, netns: BorrowedFd<'_>) -> Result<(), KernelError> {
+        links::steer(&self.object, &links::folder(&self.pins), netns_cookie, netns)
+    }
+
+    /// Idempotent.
+    pub fn unsteer(&mut self, netns_cookie: u64) -> Result<(), KernelError> {
+        links::unsteer(&links::folder(&self.pins), netns_cookie)
+    }
+
+    /// The cookies of the netns that are steered, in no order. A netns that has ended stays listed until
+    /// [`Self::unsteer`].
+    pub fn steered(&self) -> Result<Vec<u64>, KernelError> {
+        links::steered(&links::folder(&self.pins))
+    }
+
+    /// A reader of the verdicts, which [`adit_ebpf_common::settings::Settings::debug`] switches on.
+    pub fn trace(&self) -> Result<Trace, KernelError> {
+        let map = maps::trace(&maps::folder(&self.pins))?;
+        RingBuf::try_from(map).map(Trace).map_err(KernelError::map("open", "trace"))
+    }
+}
+
+/// Whether `pins`, or what there is of the way to it, lies on a bpffs.
+fn check_bpffs(pins: &Path) -> Result<(), KernelError> {
+    let not_there = |path: &Path| KernelError::NoBpffs { path: path.to_owned() };
+    let existing = pins.ancestors().find(|dir| dir.exists()).ok_or_else(|| not_there(pins))?;
+    match statfs(existing) {
+        Ok(stat) if stat.filesystem_type() == BPF_FS_MAGIC => Ok(()),
+        Ok(_) => Err(not_there(pins)),
+        Err(error) => Err(KernelError::pin("look at", existing)(io::Error::from(error))),
+    }
+}

@@ -1,0 +1,25 @@
+//! Loads the kernel programs, attaches them, and owns their maps. The only user of aya.
+//!
+//! * [`Kernel`]: everything that one node has in the kernel, pinned in one folder of a bpffs
+//! * [`Trace`]: the verdicts, while somebody watches
+//! * [`preflight`]: what this machine lacks, asked without leaving a trace
+//! * [`KernelError`]: what was tried, on what, and what helps
+//!
+//! Pinned links and maps outlive this process. A successor adopts the maps with their contents and
+//! replaces the programs of the links in place, so that there is neither a gap nor a moment with two.
+
+mod error;
+mod kernel;
+mod links;
+mod maps;
+mod object;
+pub mod preflight;
+mod remove;
+mod sys;
+mod trace;
+
+pub use error::KernelError;
+pub use kernel::Kernel;
+pub use remove::Removed;
+pub use sys::netns_cookie;
+pub use trace::Trace;

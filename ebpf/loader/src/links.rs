@@ -1,0 +1,207 @@
+//! Links: attached once, pinned, replaced in place by a later build.
+//!
+//! A pin's name says what it is attached to, by ids that are never used twice before a reboot:
+//! `pods-<cgroup id>-<program>`, `tunnel-<hash of path>-<cgroup id>-<program>`, `netns-<cookie>`.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    hash::{DefaultHasher, Hash, Hasher},
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use aya::{Ebpf, programs::loaded_programs};
+
+use crate::{
+    KernelError,
+    object::{Attachment, NETNS, PODS, TUNNEL},
+    sys,
+};
+
+/// The folder of links in `pins`.
+pub fn folder(pins: &Path) -> PathBuf {
+    pins.join("links")
+}
+
+/// Attaches the pods' programs to `cgroup`, and to no other any more.
+pub fn attach_pods(object: &Ebpf, folder: &Path, cgroup: &Path) -> Result<(), KernelError> {
+    let (dir, id) = open_cgroup(cgroup)?;
+    let prefix = format!("pods-{id}-");
+    for attachment in PODS {
+        ensure(object, attachment, folder, &format!("{prefix}{}", attachment.program), dir.as_fd(), cgroup)?;
+    }
+    // Only now: a pod below both is never without programs.
+    remove_if(folder, |name| name.starts_with("pods-") && !name.starts_with(&prefix))
+}
+
+pub fn attach_tunnel(object: &Ebpf, folder: &Path, cgroup: &Path) -> Result<(), KernelError> {
+    let (dir, id) = open_cgroup(cgroup)?;
+    let of_path = tunnel_prefix(cgroup);
+    let prefix = format!("{of_path}{id}-");
+    for attachment in TUNNEL {
+        ensure(object, attachment, folder, &format!("{prefix}{}", attachment.program), dir.as_fd(), cgroup)?;
+    }
+    // What was attached to an earlier cgroup at this path died with it.
+    remove_if(folder, |name| name.starts_with(&of_path) && !name.starts_with(&prefix))
+}
+
+/// The cgroup may be gone already: its links are found by its path.
+pub fn detach_tunnel(folder: &Path, cgroup: &Path) -> Result<(), KernelError> {
+    let prefix = tunnel_prefix(cgroup);
+    remove_if(folder, |name| name.starts_with(&prefix))
+}
+
+pub fn steer(object: &Ebpf, folder: &Path, cookie: u64, netns: BorrowedFd<'_>) -> Result<(), KernelError> {
+    let name = format!("netns-{cookie}");
+    ensure(object, NETNS, folder, &name, netns, Path::new(&format!("netns {cookie}")))
+}
+
+pub fn unsteer(folder: &Path, cookie: u64) -> Result<(), KernelError> {
+    let own = format!("netns-{cookie}");
+    remove_if(folder, |name| name == own)
+}
+
+/// The cookies of the netns that have a link.
+pub fn steered(folder: &Path) -> Result<Vec<u64>, KernelError> {
+    let names = names(folder)?;
+    Ok(names.iter().filter_map(|name| name.strip_prefix("netns-")?.parse().ok()).collect())
+}
+
+/// Removes every link in `folder`; how many there were.
+pub fn remove_all(folder: &Path) -> Result<usize, KernelError> {
+    let count = names(folder)?.len();
+    remove_if(folder, |_| true)?;
+    Ok(count)
+}
+
+/// Leaves a link pinned as `name` that runs our `attachment` at `target`.
+fn ensure(
+    object: &Ebpf,
+    attachment: Attachment,
+    folder: &Path,
+    name: &str,
+    target: BorrowedFd<'_>,
+    target_path: &Path,
+) -> Result<(), KernelError> {
+    let path = folder.join(name);
+    let failed =
+        |source| KernelError::Attach { program: attachment.program, target: target_path.to_owned(), source };
+    let program = object.program(attachment.program);
+    let (Some(Ok(id)), Some(Ok(fd))) =
+        (program.map(|program| program.info().map(|info| info.id())), program.map(|program| program.fd()))
+    else {
+        return Err(failed(io::Error::other("the program is not loaded")));
+    };
+    let fd = fd.as_fd();
+    match sys::pinned(&path) {
+        Ok(link) => {
+            if sys::link_program_id(link.as_fd()).map_err(&failed)? == id {
+                return Ok(());
+            }
+            match sys::link_update(link.as_fd(), fd) {
+                Ok(()) => return Ok(()),
+                // What it was attached to is gone, and with it the link's effect.
+                Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => remove_link(&path)?,
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => (),
+        Err(error) => return Err(KernelError::pin("open", path)(error)),
+    }
+    let link = sys::link_create(fd, target, attachment.attach_type).map_err(|source| {
+        match culprit(target_path, attachment.attach_type) {
+            Some(culprit) if source.raw_os_error() == Some(libc::EPERM) => KernelError::Forbidden {
+                program: attachment.program,
+                target: target_path.to_owned(),
+                culprit,
+                source,
+            },
+            _ => failed(source),
+        }
+    })?;
+    sys::pin(link.as_fd(), &path).map_err(KernelError::pin("pin the link", path))
+}
+
+/// The program at `cgroup` or above it which was attached so that no other may be below, in words.
+pub fn culprit(cgroup: &Path, attach_type: u32) -> Option<String> {
+    for dir in cgroup.ancestors() {
+        // Above the mount of cgroup v2 the query fails.
+        let (programs, flags) = File::open(dir).and_then(|dir| sys::attached(&dir, attach_type)).ok()?;
+        if let Some(id) = programs.first()
+            && flags & sys::ALLOW_MULTI == 0
+        {
+            let name = loaded_programs()
+                .filter_map(Result::ok)
+                .find(|program| program.id() == *id)
+                .and_then(|program| program.name_as_str().map(str::to_owned))
+                .unwrap_or_default();
+            return Some(format!(
+                "program {id} ({name}), attached to {} without BPF_F_ALLOW_MULTI; detach it, or have its owner attach it with that flag or by a link",
+                dir.display()
+            ));
+        }
+    }
+    None
+}
+
+fn open_cgroup(path: &Path) -> Result<(File, u64), KernelError> {
+    let opened = File::open(path).and_then(|dir| dir.metadata().map(|meta| (dir, meta)));
+    let (dir, meta) = opened.map_err(|source| KernelError::Cgroup { path: path.to_owned(), source })?;
+    if !meta.is_dir() {
+        let source = io::Error::from(io::ErrorKind::NotADirectory);
+        return Err(KernelError::Cgroup { path: path.to_owned(), source });
+    }
+    Ok((dir, meta.ino()))
+}
+
+/// A path is too long for a file's name, and bpffs takes no dots. Two that collide would share their fate
+/// on detaching only, and `DefaultHasher` has 64 bits and fixed keys.
+fn tunnel_prefix(cgroup: &Path) -> String {
+    let mut hasher = DefaultHasher::new();
+    cgroup.hash(&mut hasher);
+    format!("tunnel-{:016x}-", hasher.finish())
+}
+
+fn names(folder: &Path) -> Result<Vec<String>, KernelError> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(KernelError::pin("list", folder)(error)),
+    };
+    // Sorted by kind, so that removing everything ends redirection before what answers it:
+    // connect first of the pods' programs.
+    let mut sorted = BTreeMap::new();
+    for entry in entries {
+        let name = entry.map_err(KernelError::pin("list", folder))?.file_name();
+        let name = name.to_string_lossy().into_owned();
+        sorted.insert((!name.contains("connect"), name.clone()), name);
+    }
+    Ok(sorted.into_values().collect())
+}
+
+fn remove_if(folder: &Path, matches: impl Fn(&str) -> bool) -> Result<(), KernelError> {
+    for name in names(folder)?.iter().filter(|name| matches(name)) {
+        remove_link(&folder.join(name))?;
+    }
+    Ok(())
+}
+
+/// Detaches and unpins. Already gone is fine.
+fn remove_link(path: &Path) -> Result<(), KernelError> {
+    match sys::pinned(path) {
+        // Unpinning alone would leave it attached as long as anybody holds it. A link whose target is
+        // gone has nothing to detach.
+        Ok(link) => drop(sys::link_detach(link.as_fd())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(KernelError::pin("open", path)(error)),
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(KernelError::pin("unpin", path)(error)),
+        _ => Ok(()),
+    }
+}

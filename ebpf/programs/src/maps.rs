@@ -1,0 +1,166 @@
+//! The maps, and the questions that the programs ask them. Keys and values: `adit-ebpf-common`.
+
+use core::ptr::null_mut;
+
+use adit_ebpf_common::{
+    address::Address,
+    flows::{Destination, Flow, SocketState},
+    pods::{CgroupInfo, ExcludedCidr, ExcludedPort, ListenerKey, PodRecord},
+    settings::Settings,
+};
+use aya_ebpf::{
+    bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_ops},
+    btf_maps::SkStorage,
+    helpers::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id,
+        generated::{bpf_sk_storage_delete, bpf_sk_storage_get, bpf_sock_hash_update},
+    },
+    macros::{btf_map, map},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, RingBuf, SockHash, lpm_trie::Key},
+};
+
+#[map(name = "cgroup_info_map")]
+static CGROUP_INFO: HashMap<u64, CgroupInfo> = HashMap::with_max_entries(16384, 0);
+#[map(name = "pod_by_addr")]
+static POD_BY_ADDR: HashMap<Address, PodRecord> = HashMap::with_max_entries(4096, 0);
+#[map(name = "settings")]
+static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
+#[map(name = "excluded_ports")]
+static EXCLUDED_PORTS: HashMap<ExcludedPort, u8> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
+#[map(name = "excluded_cidrs")]
+static EXCLUDED_CIDRS: LpmTrie<ExcludedCidr, u8> = LpmTrie::with_max_entries(65536, BPF_F_NO_PREALLOC);
+#[map(name = "original_dst")]
+static ORIGINAL_DST: LruHashMap<Flow, Destination> = LruHashMap::with_max_entries(65536, 0);
+#[map(name = "tunnel_flows")]
+static TUNNEL_FLOWS: LruHashMap<Flow, u64> = LruHashMap::with_max_entries(65536, 0);
+#[map(name = "listeners")]
+pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(4096, 0);
+#[map(name = "trace")]
+pub static TRACE: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+#[btf_map(name = "socket_state")]
+static SOCKET_STATE: SkStorage<SocketState> = SkStorage::new();
+
+/// How deep a pod's cgroup may lie. Kubernetes in Kind is at ten.
+const DEEPEST_CGROUP: i32 = 24;
+
+#[inline(always)]
+pub fn settings() -> Option<&'static Settings> {
+    SETTINGS.get(0)
+}
+
+/// What is known of the calling task's cgroup: its own entry, else its nearest ancestor's. So a new
+/// container of a known pod needs no entry of its own, and none can be late.
+#[inline(always)]
+pub fn caller() -> Option<&'static CgroupInfo> {
+    // SAFETY: entries are replaced whole by the watcher; a reader may see an old one, never half of one
+    // whose mixture matters, since addresses change only together with the cgroup id.
+    unsafe {
+        if let Some(info) = CGROUP_INFO.get(bpf_get_current_cgroup_id()) {
+            return Some(info);
+        }
+        let mut level = DEEPEST_CGROUP;
+        while level > 0 {
+            // 0 below the task's own level.
+            let id = bpf_get_current_ancestor_cgroup_id(level);
+            if id != 0
+                && let Some(info) = CGROUP_INFO.get(id)
+            {
+                return Some(info);
+            }
+            level -= 1;
+        }
+    }
+    None
+}
+
+#[inline(always)]
+pub fn pod(address: &Address) -> Option<&'static PodRecord> {
+    // SAFETY: as in `caller`.
+    unsafe { POD_BY_ADDR.get(address) }
+}
+
+#[inline(always)]
+pub fn is_port_excluded(policy_id: u32, port: u16, direction: u16) -> bool {
+    policy_id != 0 && EXCLUDED_PORTS.get_ptr(ExcludedPort { policy_id, port, direction }).is_some()
+}
+
+#[inline(always)]
+pub fn is_cidr_excluded(policy_id: u32, address: &Address) -> bool {
+    let data = ExcludedCidr { policy_id_be: policy_id.to_be_bytes(), address: *address };
+    policy_id != 0 && EXCLUDED_CIDRS.get(Key::new(160, data)).is_some()
+}
+
+/// Publishes where the opener of `flow` wanted to go.
+#[inline(always)]
+pub fn publish_original(flow: &Flow, original: &Destination) {
+    // Failing leaves the tunnel without an answer: it refuses the connection.
+    let _ = ORIGINAL_DST.insert(flow, original, 0);
+}
+
+#[inline(always)]
+pub fn published_original(flow: &Flow) -> Option<Destination> {
+    // SAFETY: one writer per key: the socket that has this flow.
+    unsafe { ORIGINAL_DST.get(flow) }.copied()
+}
+
+#[inline(always)]
+pub fn withdraw_original(flow: &Flow) {
+    let _ = ORIGINAL_DST.remove(flow);
+}
+
+#[inline(always)]
+pub fn note_tunnel_flow(flow: &Flow, netns_cookie: u64) -> Result<(), i32> {
+    TUNNEL_FLOWS.insert(flow, netns_cookie, 0)
+}
+
+/// The netns from which the tunnel opened `flow`.
+#[inline(always)]
+pub fn tunnel_flow(flow: &Flow) -> Option<u64> {
+    // SAFETY: as in `published_original`.
+    unsafe { TUNNEL_FLOWS.get(flow) }.copied()
+}
+
+#[inline(always)]
+pub fn forget_tunnel_flow(flow: &Flow) {
+    let _ = TUNNEL_FLOWS.remove(flow);
+}
+
+/// Registers the listening socket of `ops`. The latest wins, so that a successor takes over by listening.
+#[inline(always)]
+pub fn register_listener(ops: *mut bpf_sock_ops, mut key: ListenerKey) {
+    let map = (&raw const LISTENERS).cast_mut().cast();
+    // SAFETY: `ops` is the program's context, the key is of the map's type and lives on the stack.
+    let _ = unsafe { bpf_sock_hash_update(ops, map, (&raw mut key).cast(), 0) };
+}
+
+/// What is remembered of `socket`, which may be null.
+#[inline(always)]
+pub fn state(socket: *mut bpf_sock) -> Option<&'static mut SocketState> {
+    get_state(socket, 0)
+}
+
+/// What is remembered of `socket`, all zero at first. `None` when memory is short.
+#[inline(always)]
+pub fn state_or_new(socket: *mut bpf_sock) -> Option<&'static mut SocketState> {
+    get_state(socket, u64::from(BPF_SK_STORAGE_GET_F_CREATE))
+}
+
+#[inline(always)]
+fn get_state(socket: *mut bpf_sock, flags: u64) -> Option<&'static mut SocketState> {
+    if socket.is_null() {
+        return None;
+    }
+    let map = (&raw const SOCKET_STATE).cast_mut().cast();
+    // SAFETY: the kernel returns null, or a value of the map's type that lives as long as the socket,
+    // which the context holds; the socket's owner runs programs on it one at a time.
+    unsafe { bpf_sk_storage_get(map, socket.cast(), null_mut(), flags).cast::<SocketState>().as_mut() }
+}
+
+#[inline(always)]
+pub fn forget_state(socket: *mut bpf_sock) {
+    if !socket.is_null() {
+        let map = (&raw const SOCKET_STATE).cast_mut().cast();
+        // SAFETY: a helper that takes any socket; without a state it does nothing.
+        let _ = unsafe { bpf_sk_storage_delete(map, socket.cast()) };
+    }
+}

@@ -1,0 +1,19 @@
+//! `watcher completion`: a script that completes commands in a shell.
+
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory as _};
+use clap_complete::Shell;
+
+/// Print a completion script for a shell
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  watcher completion bash > /etc/bash_completion.d/watcher")]
+pub struct CompletionArgs {
+    shell: Shell,
+}
+
+pub fn run(args: &CompletionArgs) -> anyhow::Result<ExitCode> {
+    clap_complete::generate(args.shell, &mut super::Cli::command(), "watcher", &mut std::io::stdout());
+    Ok(ExitCode::SUCCESS)
+}

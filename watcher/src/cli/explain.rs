@@ -1,0 +1,41 @@
+//! `watcher explain`: why a connection is captured, or not.
+
+use std::{net::SocketAddr, process::ExitCode};
+
+use clap::Args;
+
+use crate::{control::Request, explain::Explanation};
+
+use super::{NodeArgs, Output, ask_once};
+
+/// Name the rule that decides about a connection of a pod
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  watcher explain client 10.0.2.3:80
+  watcher explain demo/client '[fd00::3]:80' -o json")]
+pub struct ExplainArgs {
+    /// The pod that connects: uid, name or namespace/name
+    pod: String,
+    /// Where it connects to
+    #[arg(value_name = "ADDRESS:PORT")]
+    destination: SocketAddr,
+    #[command(flatten)]
+    node: NodeArgs,
+    #[arg(short, long, value_enum, default_value = "human")]
+    output: Output,
+}
+
+pub fn run(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
+    let request = Request::Explain { pod: args.pod.clone(), destination: args.destination };
+    let explanation: Explanation = ask_once(&args.node, &request)?;
+    match args.output {
+        Output::Json => println!("{}", serde_json::to_string(&explanation)?),
+        Output::Human => {
+            println!("{} → {}: {}", explanation.pod, explanation.destination, explanation.outbound);
+            if let Some(inbound) = &explanation.inbound {
+                println!("where it arrives, from others in clear: {inbound}");
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

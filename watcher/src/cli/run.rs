@@ -1,0 +1,99 @@
+//! `watcher run`: enrols pods until it is stopped.
+
+use std::{
+    io::{self, IsTerminal as _},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use anyhow::Context as _;
+use clap::Args;
+use tracing_subscriber::EnvFilter;
+
+use crate::{desired::FailMode, node, observed::cgroups};
+
+use super::{MountArgs, NodeArgs, preflight};
+
+/// Enrol the pods of a file until stopped
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Without --detach the kernel's links stay when the watcher ends, and traffic goes on; \
+`watcher uninstall` undoes everything.
+
+Examples:
+  watcher run --pods pods.yaml --node a
+  watcher run --pods pods.yaml --node a --detach --fail-mode open
+  watcher run --pods pods.yaml --node a --attach /sys/fs/cgroup/pods --zds-socket /run/a/zds.sock"
+)]
+pub struct RunArgs {
+    /// The pods of this node (YAML); watched, so that an edit takes effect at once
+    #[arg(long, value_name = "FILE")]
+    pods: PathBuf,
+    #[command(flatten)]
+    node: NodeArgs,
+    #[command(flatten)]
+    mounts: MountArgs,
+    /// Where tunnels connect
+    #[arg(long, default_value = "/var/run/ztunnel/ztunnel.sock", value_name = "PATH")]
+    zds_socket: PathBuf,
+    /// The cgroup above all pods [default: kubepods or kubepods.slice, else the root]
+    #[arg(long, value_name = "DIR")]
+    attach: Option<PathBuf>,
+    /// What happens to enrolled pods' traffic while no tunnel serves them
+    #[arg(long, value_enum, default_value_t)]
+    fail_mode: FailMode,
+    /// Undo everything on SIGTERM and SIGINT
+    #[arg(long)]
+    detach: bool,
+    /// How log lines are written to stderr; RUST_LOG chooses which
+    #[arg(long, value_enum, default_value = "text")]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
+    start_log(args.log_format)?;
+    let cgroup_root = args.mounts.root();
+    let attach = match args.attach {
+        Some(dir) => cgroup_root.join(dir).components().collect(),
+        None => cgroups::pods_dir(&cgroup_root),
+    };
+    let checks = adit_ebpf_loader::preflight::checks(&args.mounts.bpffs, &cgroup_root, Some(&attach));
+    if checks.iter().any(|check| !check.ok) {
+        preflight::print_human(&mut io::stderr(), checks.iter().filter(|check| !check.ok))?;
+        anyhow::bail!("this node is not ready, nothing was attached");
+    }
+    let config = node::Config {
+        status_socket: args.node.socket(),
+        run_dir: args.node.dir(),
+        pins: args.mounts.pins(&args.node.node),
+        node: args.node.node,
+        pods_file: std::path::absolute(&args.pods).context("the path of the pods file")?,
+        zds_socket: args.zds_socket,
+        cgroup_root,
+        attach,
+        fail_mode: args.fail_mode,
+        detach: args.detach,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(node::run(config))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn start_log(format: LogFormat) -> anyhow::Result<()> {
+    let filter = match std::env::var("RUST_LOG") {
+        Ok(filter) => EnvFilter::try_new(&filter).with_context(|| format!("RUST_LOG is \"{filter}\""))?,
+        Err(_) => EnvFilter::new("info"),
+    };
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    match format {
+        LogFormat::Text => log.with_ansi(io::stderr().is_terminal()).init(),
+        LogFormat::Json => log.json().init(),
+    }
+    Ok(())
+}

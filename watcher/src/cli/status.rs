@@ -1,0 +1,147 @@
+//! `watcher status`: what the running watcher knows.
+
+use std::{fmt::Display, process::ExitCode};
+
+use clap::{Args, ValueEnum};
+use comfy_table::{Table, TableStyle};
+use serde_json::json;
+
+use crate::{
+    control::Request,
+    status::{PodStatus, Status},
+};
+
+use super::{NodeArgs, Output, ask_once};
+
+/// Show what the running watcher knows: pods and their states, tunnels, cgroups
+#[derive(Debug, Args)]
+#[command(
+    after_help = "States of a pod: open (a tunnel carries its traffic), closed (refused until one does), bypassed \
+(passes in clear until one does), refused (cannot be enrolled, with the reason), plain (left alone by its labels).
+
+Examples:
+  watcher status
+  watcher status pods -o json | jq '.pods[] | select(.state != \"open\")'
+  watcher status cgroups"
+)]
+pub struct StatusArgs {
+    /// Only this part
+    #[arg(value_enum)]
+    part: Option<Part>,
+    #[command(flatten)]
+    node: NodeArgs,
+    #[arg(short, long, value_enum, default_value = "human")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Every pod, its state and why
+    Pods,
+    /// Every cgroup of every pod
+    Cgroups,
+}
+
+pub fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
+    let status: Status = ask_once(&args.node, &Request::Status)?;
+    match (args.output, args.part) {
+        (Output::Json, None) => println!("{}", serde_json::to_string(&status)?),
+        (Output::Json, Some(Part::Pods)) => println!("{}", json!({"pods": status.pods})),
+        (Output::Json, Some(Part::Cgroups)) => println!("{}", cgroups_json(&status.pods)),
+        (Output::Human, part) => {
+            if part.is_none() {
+                print_node(&status);
+            }
+            if part != Some(Part::Cgroups) {
+                println!("{}", pods_table(&status.pods));
+            }
+            if part == Some(Part::Cgroups) {
+                println!("{}", cgroups_table(&status.pods));
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_node(status: &Status) {
+    println!("node {}: watcher {}, attached to {}", status.node, status.pid, status.attached.display());
+    if let Some(error) = &status.pods_file.error {
+        println!("pods file not used, the last good one holds: {error}");
+    }
+    for tunnel in &status.tunnels {
+        println!("tunnel {} in {}: serves {} pods", tunnel.pid, tunnel.cgroup.display(), tunnel.pods);
+    }
+    if status.tunnels.is_empty() {
+        println!("no tunnel is connected");
+    }
+    if let Some(reason) = &status.turned_away {
+        println!("a tunnel was turned away ({}): {}", reason.code, reason.text);
+    }
+    for lingering in &status.lingering {
+        println!(
+            "netns {} of pod {} waits for {}",
+            lingering.netns.inode, lingering.uid, lingering.waits_for
+        );
+    }
+    for problem in &status.problems {
+        println!("problem: {problem}");
+    }
+    println!();
+}
+
+fn or_dash(value: Option<impl Display>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+}
+
+fn pods_table(pods: &[PodStatus]) -> Table {
+    let mut table = Table::new();
+    table.load_style(TableStyle::new()).set_header([
+        "NAMESPACE",
+        "NAME",
+        "STATE",
+        "ADDRESSES",
+        "NETNS",
+        "WHY",
+    ]);
+    for pod in pods {
+        let state = serde_json::to_value(pod.state).ok().and_then(|state| state.as_str().map(str::to_owned));
+        let addresses: Vec<String> = pod.addresses.iter().map(ToString::to_string).collect();
+        let mut why: Vec<String> =
+            pod.reason.iter().map(|reason| format!("{}: {}", reason.code, reason.text)).collect();
+        why.extend(pod.notes.iter().cloned());
+        table.add_row([
+            or_dash(pod.namespace.as_ref()),
+            or_dash(pod.name.as_ref().or(pod.uid.as_ref())),
+            or_dash(state),
+            if addresses.is_empty() { "-".to_owned() } else { addresses.join(" ") },
+            or_dash(pod.netns.map(|netns| netns.inode)),
+            why.join("; "),
+        ]);
+    }
+    table
+}
+
+/// Every container of a pod, as one flat list.
+fn cgroups_json(pods: &[PodStatus]) -> serde_json::Value {
+    let list: Vec<_> = pods
+        .iter()
+        .flat_map(|pod| {
+            pod.cgroups.iter().map(move |(path, id)| {
+                json!({"id": id, "path": path, "pod": pod.name, "namespace": pod.namespace, "uid": pod.uid,
+                    "state": pod.state, "addresses": pod.addresses})
+            })
+        })
+        .collect();
+    json!({"cgroups": list})
+}
+
+fn cgroups_table(pods: &[PodStatus]) -> Table {
+    let mut table = Table::new();
+    table.load_style(TableStyle::new()).set_header(["CGROUP ID", "POD", "PATH"]);
+    for pod in pods {
+        for (path, id) in &pod.cgroups {
+            table.add_row([id.to_string(), or_dash(pod.name.as_ref()), path.display().to_string()]);
+        }
+    }
+    table
+}

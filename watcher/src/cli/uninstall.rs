@@ -1,0 +1,88 @@
+//! `watcher uninstall`: undoes everything that a node's watcher ever did.
+
+use std::{
+    fs, io,
+    path::Path,
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
+
+use adit_ebpf_loader::Kernel;
+use anyhow::Context as _;
+use clap::Args;
+use serde_json::json;
+
+use crate::{
+    control::{self, Request},
+    enrol::{records::Records, undo},
+};
+
+use super::{MountArgs, NodeArgs, Output, ask_once};
+
+/// Remove all links, programs, maps, rules, routes and sysctls of a node, whether its watcher runs or not
+#[derive(Debug, Args)]
+#[command(after_help = "A running watcher is told to undo everything and to end. Fine when nothing is there.
+
+Example:
+  watcher uninstall --node a")]
+pub struct UninstallArgs {
+    #[command(flatten)]
+    node: NodeArgs,
+    #[command(flatten)]
+    mounts: MountArgs,
+    #[arg(short, long, value_enum, default_value = "human")]
+    output: Output,
+}
+
+pub fn run(args: &UninstallArgs) -> anyhow::Result<ExitCode> {
+    let socket = args.node.socket();
+    let ran = control::is_served(&socket);
+    if ran {
+        ask_once::<()>(&args.node, &Request::Detach).context("the running watcher cannot undo everything")?;
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while control::is_served(&socket) {
+            anyhow::ensure!(Instant::now() < deadline, "the running watcher does not end");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+    let dir = args.node.dir();
+    let mut records = Records::open(&dir).context("what the watcher noted cannot be read")?;
+    // The links first: they must not lead traffic to where nothing answers any more.
+    let pins = args.mounts.pins(&args.node.node);
+    let removed = Kernel::remove(&pins).context("cannot remove the pinned links and maps")?;
+    let undone = undo::restore_all(&mut records).context("cannot restore the pods' netns")?;
+    for id in records.tunnels().keys().copied().collect::<Vec<_>>() {
+        records.remove_tunnel(id)?;
+    }
+    remove_stale(&socket)?;
+    for empty in [dir.as_path(), &args.node.run_dir, &args.mounts.bpffs.join("adit")] {
+        // Another node's files may be in the shared ones.
+        let _ = fs::remove_dir(empty);
+    }
+    let ok = undone.failed.is_empty();
+    match args.output {
+        Output::Json => println!(
+            "{}",
+            json!({"ok": ok, "watcher_stopped": ran, "pinned": format!("{removed:?}"), "netns": undone})
+        ),
+        Output::Human => {
+            if ran {
+                println!("watcher stopped, which undid what it had done");
+            }
+            println!("links and maps: {removed:?}");
+            println!("netns restored: {}, gone: {}", undone.netns_restored, undone.netns_gone);
+            for problem in &undone.failed {
+                println!("left behind: {problem}");
+            }
+        }
+    }
+    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn remove_stale(socket: &Path) -> io::Result<()> {
+    match fs::remove_file(socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}

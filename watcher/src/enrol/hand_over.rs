@@ -1,0 +1,285 @@
+//! Handing pods to tunnels: the serving side of ZDS (Istio's protocol between node agent and tunnel).
+//!
+//! A unix seqpacket socket, one protobuf message per packet. The tunnel says hello; then every message of
+//! ours is answered by an acknowledgement before the next one is sent: first all pods (`add`, each with
+//! the fd of its netns), then `snapshot_sent`, then changes as they come. Several tunnels may be
+//! connected, as during an upgrade.
+//!
+//! This file speaks the protocol; what is said is decided by [`crate::node`], which gets [`Event`]s and
+//! gives each tunnel [`Command`]s.
+
+use std::{
+    io::{self, IoSlice},
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
+    time::Duration,
+};
+
+use nix::sys::socket::{
+    ControlMessage, MsgFlags, UnixAddr, getsockopt, recv, sendmsg, sockopt::PeerCredentials,
+};
+use prost::Message as _;
+use socket2::{SockRef, Socket, Type};
+use tokio::{
+    io::unix::AsyncFd,
+    sync::{mpsc, oneshot},
+    task::{JoinHandle, JoinSet},
+    time::timeout,
+};
+use tracing::{debug, warn};
+use ztunnel_api::zds::{
+    AddWorkload, DelWorkload, SnapshotSent, Version, WorkloadInfo, WorkloadRequest, WorkloadResponse,
+    ZdsHello, workload_request::Payload as Request, workload_response::Payload as Response,
+};
+
+use crate::{
+    observed::processes,
+    reconcile::Workload,
+    sys::pollable,
+    unix_socket::{Bound, SocketFile},
+};
+
+/// The protocol's limit for one packet.
+const MAX_PACKET: usize = 1024;
+/// A tunnel that does not answer for so long is taken for dead.
+const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
+/// A tunnel's connection.
+pub type Conn = u64;
+
+/// What happens on the tunnels' connections.
+#[derive(Debug)]
+pub enum Event {
+    /// A tunnel is there. Dropping `welcome` turns it away.
+    Hello { conn: Conn, pid: i32, welcome: oneshot::Sender<Welcome> },
+    /// It took the pod, or said why not.
+    Added { conn: Conn, offer: OfferId, error: Option<String> },
+    /// It let go of the pod, or never had it.
+    Withdrawn { conn: Conn, serial: u64 },
+    /// It knows all pods.
+    SnapshotTaken { conn: Conn },
+    /// The connection ended.
+    Gone { conn: Conn, reason: String },
+}
+
+/// What a tunnel gets at the start, and where it gets more from.
+#[derive(Debug)]
+pub struct Welcome {
+    pub snapshot: Vec<Command>,
+    pub commands: mpsc::UnboundedReceiver<Command>,
+}
+
+/// Which offer of which pod: the same uid may be offered, withdrawn and offered again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OfferId {
+    pub uid: String,
+    pub serial: u64,
+}
+
+/// What a tunnel is told.
+#[derive(Clone, Debug)]
+pub enum Command {
+    Add(OfferId, Workload),
+    Del(OfferId),
+}
+
+/// Serves tunnels until it is dropped.
+#[derive(Debug)]
+pub struct Server {
+    accepting: JoinHandle<()>,
+    _file: SocketFile,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Ends the connections too: their tasks belong to this one.
+        self.accepting.abort();
+    }
+}
+
+impl Server {
+    /// Listens at `path`.
+    pub fn bind(path: &Path, events: mpsc::UnboundedSender<Event>) -> io::Result<Self> {
+        let (socket, file) = Bound::new(path, Type::SEQPACKET)?.into_parts();
+        let listener = pollable(socket.into())?;
+        Ok(Self { accepting: tokio::spawn(accept(listener, events)), _file: file })
+    }
+}
+
+async fn accept(listener: AsyncFd<OwnedFd>, events: mpsc::UnboundedSender<Event>) {
+    let mut connections = JoinSet::new();
+    let mut next: Conn = 1;
+    loop {
+        tokio::select! {
+            Some(_) = connections.join_next() => {}
+            accepted = accept_one(&listener) => match accepted {
+                Ok(socket) => {
+                    connections.spawn(connection(next, socket, events.clone()));
+                    next += 1;
+                }
+                Err(error) => {
+                    // Out of fds, most likely: trying again at once would spin.
+                    warn!(%error, "cannot accept a tunnel");
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+            },
+        }
+    }
+}
+
+async fn accept_one(listener: &AsyncFd<OwnedFd>) -> io::Result<Socket> {
+    loop {
+        let mut guard = listener.readable().await?;
+        if let Ok(accepted) = guard.try_io(|listener| SockRef::from(listener).accept()) {
+            let (socket, _) = accepted?;
+            socket.set_nonblocking(true)?;
+            return Ok(socket);
+        }
+    }
+}
+
+async fn connection(conn: Conn, socket: Socket, events: mpsc::UnboundedSender<Event>) {
+    let reason = match serve(conn, socket, &events).await {
+        Ok(()) => "closed by the tunnel".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    debug!(conn, reason, "tunnel connection ended");
+    let _ = events.send(Event::Gone { conn, reason });
+}
+
+async fn serve(conn: Conn, socket: Socket, events: &mpsc::UnboundedSender<Event>) -> io::Result<()> {
+    let pid = getsockopt(&socket, PeerCredentials)?.pid();
+    let peer = Peer { socket: pollable(socket.into())? };
+    let hello = timeout(ANSWER_WITHIN, peer.receive()).await.map_err(|_| invalid("no hello in time"))??;
+    let Some(hello) = hello else { return Ok(()) };
+    let hello =
+        ZdsHello::decode(hello.as_slice()).map_err(|error| invalid(&format!("not a hello: {error}")))?;
+    if hello.version() != Version::V1 {
+        return Err(invalid(&format!("speaks version {}, expected {}", hello.version, Version::V1 as i32)));
+    }
+    let (welcome, welcomed) = oneshot::channel();
+    let _ = events.send(Event::Hello { conn, pid, welcome });
+    let Ok(Welcome { snapshot, mut commands }) = welcomed.await else {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "turned away"));
+    };
+    for command in snapshot {
+        peer.execute(conn, command, events).await?;
+    }
+    let answer = peer.ask(Request::SnapshotSent(SnapshotSent {}), None).await?;
+    if let Some(error) = answer {
+        return Err(invalid(&format!("refused the snapshot: {error}")));
+    }
+    let _ = events.send(Event::SnapshotTaken { conn });
+    loop {
+        tokio::select! {
+            command = commands.recv() => match command {
+                Some(command) => peer.execute(conn, command, events).await?,
+                None => return Ok(()),
+            },
+            unasked = peer.receive() => match unasked? {
+                None => return Ok(()),
+                Some(_) => return Err(invalid("sent something without being asked")),
+            },
+        }
+    }
+}
+
+fn invalid(text: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, text)
+}
+
+struct Peer {
+    socket: AsyncFd<OwnedFd>,
+}
+
+impl Peer {
+    async fn execute(
+        &self,
+        conn: Conn,
+        command: Command,
+        events: &mpsc::UnboundedSender<Event>,
+    ) -> io::Result<()> {
+        let event = match command {
+            Command::Add(offer, workload) => {
+                // Opened only now and closed right after: an fd keeps a netns alive that its pod has left.
+                let error = match processes::open_netns(&workload.pod_cgroup, workload.netns) {
+                    Ok(netns) => self.ask(add(&offer.uid, workload), Some(netns)).await?,
+                    Err(error) => Some(error.to_string()),
+                };
+                Event::Added { conn, offer, error }
+            }
+            Command::Del(offer) => {
+                let request = Request::Del(DelWorkload { uid: offer.uid.clone() });
+                if let Some(error) = self.ask(request, None).await? {
+                    warn!(uid = offer.uid, error, "the tunnel refused to let go of a pod");
+                }
+                Event::Withdrawn { conn, serial: offer.serial }
+            }
+        };
+        let _ = events.send(event);
+        Ok(())
+    }
+
+    /// Sends one message and waits for its answer: the error, if it was refused.
+    async fn ask(&self, request: Request, netns: Option<OwnedFd>) -> io::Result<Option<String>> {
+        let packet = WorkloadRequest { payload: Some(request) }.encode_to_vec();
+        self.send(&packet, netns.as_ref()).await?;
+        drop(netns);
+        let answer = timeout(ANSWER_WITHIN, self.receive())
+            .await
+            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no acknowledgement in time"))??;
+        let answer = answer.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
+        let answer = WorkloadResponse::decode(answer.as_slice())
+            .map_err(|error| invalid(&format!("not an acknowledgement: {error}")))?;
+        match answer.payload {
+            Some(Response::Ack(ack)) => Ok((!ack.error.is_empty()).then_some(ack.error)),
+            None => Err(invalid("an answer without acknowledgement")),
+        }
+    }
+
+    async fn send(&self, packet: &[u8], fd: Option<&OwnedFd>) -> io::Result<()> {
+        let fds: Vec<i32> = fd.iter().map(|fd| fd.as_raw_fd()).collect();
+        let control: &[ControlMessage<'_>] =
+            if fds.is_empty() { &[] } else { &[ControlMessage::ScmRights(&fds)] };
+        loop {
+            let mut guard = self.socket.writable().await?;
+            let sent = guard.try_io(|socket| {
+                let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+                Ok(sendmsg::<UnixAddr>(socket.as_raw_fd(), &[IoSlice::new(packet)], control, flags, None)?)
+            });
+            if let Ok(sent) = sent {
+                return sent.map(drop);
+            }
+        }
+    }
+
+    /// The next packet; `None`: the tunnel closed.
+    async fn receive(&self) -> io::Result<Option<Vec<u8>>> {
+        let mut buffer = [0; MAX_PACKET + 1];
+        loop {
+            let mut guard = self.socket.readable().await?;
+            if let Ok(received) =
+                guard.try_io(|socket| Ok(recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT)?))
+            {
+                return match received {
+                    Ok(0) => Ok(None),
+                    Ok(length) if length > MAX_PACKET => Err(invalid("a packet of more than 1024 bytes")),
+                    Ok(length) => Ok(Some(buffer[..length].to_vec())),
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(None),
+                    Err(error) => Err(error),
+                };
+            }
+        }
+    }
+}
+
+fn add(uid: &str, workload: Workload) -> Request {
+    Request::Add(AddWorkload {
+        uid: uid.to_owned(),
+        workload_info: Some(WorkloadInfo {
+            name: workload.name,
+            namespace: workload.namespace,
+            service_account: workload.service_account,
+        }),
+    })
+}

@@ -1,0 +1,136 @@
+//! What was changed outside the kernel's maps, on disk, so that it can be undone after a crash.
+//!
+//! Written before the change it tells of: a record without its change does no harm, a change without
+//! its record would stay for ever. Lies in a folder that a reboot empties, as everything it tells of.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::observed::{cgroups::CgroupId, netns::NetnsId};
+
+/// A prepared netns.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetnsRecord {
+    pub id: NetnsId,
+    /// The pod that it was prepared for.
+    pub uid: String,
+    /// The sysctl's value before we set it.
+    pub fwmark_accept_before: String,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Content {
+    /// By cookie.
+    netns: BTreeMap<u64, NetnsRecord>,
+    /// Cgroups of tunnels that programs are attached to.
+    tunnels: BTreeMap<CgroupId, PathBuf>,
+}
+
+/// The file, and what is in it.
+#[derive(Debug)]
+pub struct Records {
+    path: PathBuf,
+    content: Content,
+}
+
+impl Records {
+    /// Reads `records.json` in `dir`, the run directory of one node; none yet is fine.
+    pub fn open(dir: &Path) -> io::Result<Self> {
+        let path = dir.join("records.json");
+        let content = match fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text).map_err(|error| {
+                io::Error::new(io::ErrorKind::InvalidData, format!("{}: {error}", path.display()))
+            })?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Content::default(),
+            Err(error) => return Err(error),
+        };
+        Ok(Self { path, content })
+    }
+
+    pub fn netns(&self) -> &BTreeMap<u64, NetnsRecord> {
+        &self.content.netns
+    }
+
+    pub fn tunnels(&self) -> &BTreeMap<CgroupId, PathBuf> {
+        &self.content.tunnels
+    }
+
+    /// Notes a netns; the first record stays, since by the second one the sysctl's value is ours.
+    pub fn add_netns(&mut self, cookie: u64, record: NetnsRecord) -> io::Result<()> {
+        if self.content.netns.contains_key(&cookie) {
+            return Ok(());
+        }
+        self.content.netns.insert(cookie, record);
+        self.save()
+    }
+
+    pub fn remove_netns(&mut self, cookie: u64) -> io::Result<()> {
+        if self.content.netns.remove(&cookie).is_some() { self.save() } else { Ok(()) }
+    }
+
+    pub fn add_tunnel(&mut self, id: CgroupId, dir: &Path) -> io::Result<()> {
+        if self.content.tunnels.insert(id, dir.to_owned()).as_deref() == Some(dir) {
+            return Ok(());
+        }
+        self.save()
+    }
+
+    pub fn remove_tunnel(&mut self, id: CgroupId) -> io::Result<()> {
+        if self.content.tunnels.remove(&id).is_some() { self.save() } else { Ok(()) }
+    }
+
+    /// Whole or not at all: a crash in the middle leaves the old file.
+    fn save(&self) -> io::Result<()> {
+        if self.content.netns.is_empty() && self.content.tunnels.is_empty() {
+            return match fs::remove_file(&self.path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            };
+        }
+        let next = self.path.with_extension("next");
+        fs::write(&next, serde_json::to_vec_pretty(&self.content)?)?;
+        fs::rename(next, &self.path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(before: &str) -> NetnsRecord {
+        NetnsRecord {
+            id: NetnsId { dev: 4, inode: 9 },
+            uid: "u".to_owned(),
+            fwmark_accept_before: before.to_owned(),
+        }
+    }
+
+    #[test]
+    fn records_outlive_the_process_and_the_first_one_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut records = Records::open(dir.path()).unwrap();
+        records.add_netns(7, record("0")).unwrap();
+        records.add_netns(7, record("1")).unwrap();
+        records.add_tunnel(5, Path::new("/c")).unwrap();
+        let mut again = Records::open(dir.path()).unwrap();
+        assert_eq!(again.netns()[&7].fwmark_accept_before, "0");
+        assert_eq!(again.tunnels()[&5], Path::new("/c"));
+        again.remove_netns(7).unwrap();
+        again.remove_tunnel(5).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "an empty record leaves no file");
+    }
+
+    #[test]
+    fn a_broken_file_is_an_error_that_names_it() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("records.json"), "{").unwrap();
+        assert!(Records::open(dir.path()).unwrap_err().to_string().contains("records.json"));
+    }
+}

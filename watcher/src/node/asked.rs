@@ -1,0 +1,321 @@
+//! What commands want to know.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    os::fd::{AsFd, OwnedFd},
+};
+
+use adit_ebpf_common::{
+    address::{Address, UNSPECIFIED},
+    pods::flag,
+    trace::{Hook, Rule, TraceRecord},
+};
+use adit_ebpf_loader::Trace;
+use serde::{Deserialize, Serialize};
+use tokio::io::unix::AsyncFd;
+use tracing::{info, warn};
+
+use crate::{
+    control::{Answer, Answers, Asked, Request},
+    desired::{FailMode, pods_file::BadEntry},
+    explain::{self, Explanation},
+    reconcile::{Judged, Reason, Verdict, address16},
+    status::{NetnsStatus, PodStatus, PodsFileStatus, State, Status},
+    sys::pollable,
+};
+
+use super::{Node, chain};
+
+/// One verdict of the kernel programs, with names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TraceLine {
+    pub hook: String,
+    pub rule: String,
+    pub local: SocketAddr,
+    pub remote: SocketAddr,
+    /// The pod whose process called; none where no process calls, or where it is in no known pod.
+    pub caller: Option<String>,
+    pub local_pod: Option<String>,
+    pub remote_pod: Option<String>,
+}
+
+/// A running `watcher trace`.
+pub(super) struct Tracing {
+    trace: Trace,
+    readable: AsyncFd<OwnedFd>,
+    answers: Answers,
+    /// Only verdicts about these; both empty: all.
+    cgroups: BTreeSet<u64>,
+    addresses: BTreeSet<Address>,
+}
+
+impl Tracing {
+    /// Resolves when there may be records, or the asker hung up; never, where nobody traces.
+    pub async fn ready(tracing: &mut Option<Self>) {
+        let Some(tracing) = tracing else { return std::future::pending().await };
+        tokio::select! {
+            readable = tracing.readable.readable() => {
+                if let Ok(mut guard) = readable {
+                    guard.clear_ready();
+                }
+            }
+            () = tracing.answers.closed() => {}
+        }
+    }
+
+    pub fn is_over(&self) -> bool {
+        self.answers.is_closed()
+    }
+
+    fn concerns(&self, record: &TraceRecord) -> bool {
+        (self.cgroups.is_empty() && self.addresses.is_empty())
+            || self.cgroups.contains(&record.cgroup_id)
+            || self.addresses.contains(&record.local)
+            || self.addresses.contains(&record.remote)
+    }
+}
+
+impl Node {
+    /// Answers; gives back the asker of a detach, who is answered when that is done.
+    pub fn answer(&mut self, asked: Asked) -> Option<Answers> {
+        let Asked { request, answers } = asked;
+        match request {
+            Request::Status => drop(answers.give(&Answer::Ok(self.status()))),
+            Request::Explain { pod, destination } => {
+                let answer = match self.find(&pod) {
+                    Ok(judged) => Answer::Ok(self.explain(judged, destination)),
+                    Err(problem) => Answer::Error(problem),
+                };
+                answers.give(&answer);
+            }
+            Request::Trace { pod, port, address } => {
+                if let Err(problem) = self.start_tracing(&answers, pod.as_deref(), port, address) {
+                    answers.give(&Answer::<TraceLine>::Error(problem));
+                }
+            }
+            Request::Detach => return Some(answers),
+        }
+        None
+    }
+
+    fn find(&self, named: &str) -> Result<&Judged, String> {
+        let fits = |judged: &&Judged| {
+            let pod = &judged.pod;
+            pod.uid == named || pod.name == named || format!("{}/{}", pod.namespace, pod.name) == named
+        };
+        let found: Vec<&Judged> = self.judged.iter().filter(fits).collect();
+        match found.as_slice() {
+            [one] => Ok(one),
+            [] => Err(format!("no pod \"{named}\", expected a uid, name or namespace/name of the pods file")),
+            several => Err(format!("{} pods are called \"{named}\", name one by its uid", several.len())),
+        }
+    }
+
+    fn status(&self) -> Status {
+        let bad = self.bad.iter().map(|bad| bad_status(bad));
+        Status {
+            node: self.config.node.clone(),
+            pid: std::process::id(),
+            attached: self.config.attach.clone(),
+            fail_mode: self.config.fail_mode,
+            pods_file: PodsFileStatus { path: self.config.pods_file.clone(), error: self.file_error.clone() },
+            tunnels: self.tunnels.status(),
+            turned_away: self.tunnels.turned_away.clone(),
+            pods: self.judged.iter().map(|judged| self.pod_status(judged)).chain(bad).collect(),
+            lingering: self.lingering.iter().map(|(cookie, lingering)| lingering.status(*cookie)).collect(),
+            problems: self.node_problems.clone(),
+        }
+    }
+
+    fn pod_status(&self, judged: &Judged) -> PodStatus {
+        let pod = &judged.pod;
+        let flags = judged
+            .observed
+            .cgroups
+            .get(&pod.cgroup)
+            .and_then(|id| self.applied.cgroups.get(id))
+            .map_or(0, |info| info.flags);
+        let (state, reason) = match &judged.verdict {
+            Verdict::Plain => (State::Plain, None),
+            Verdict::Refused { reason, .. } => (State::Refused, Some(reason.clone())),
+            Verdict::Waiting(reason) => (unserved(flags), Some(reason.clone())),
+            Verdict::Verified(_) if flags & flag::READY != 0 && self.tunnel_up() => (State::Open, None),
+            Verdict::Verified(_) => (unserved(flags), Some(self.why_unserved(&pod.uid))),
+        };
+        let facts = match &judged.verdict {
+            Verdict::Verified(facts) => Some(facts),
+            _ => None,
+        };
+        PodStatus {
+            uid: Some(pod.uid.clone()),
+            name: Some(pod.name.clone()),
+            namespace: Some(pod.namespace.clone()),
+            service_account: Some(pod.service_account.clone()),
+            state,
+            reason,
+            fail_mode: Some(pod.fail_mode.unwrap_or(self.config.fail_mode)),
+            addresses: facts.map(|facts| facts.addresses.clone()).unwrap_or_default(),
+            netns: facts.map(|facts| NetnsStatus { inode: facts.id.inode, cookie: facts.cookie }),
+            cgroups: judged.observed.cgroups.clone(),
+            notes: pod.notes.clone(),
+        }
+    }
+
+    fn why_unserved(&self, uid: &str) -> Reason {
+        if let Some(reason) = self.problems.get(uid) {
+            return reason.clone();
+        }
+        if self.tunnels.is_empty() {
+            return Reason::new("no_tunnel", "no tunnel is connected");
+        }
+        match self.tunnels.failure(uid) {
+            Some(error) => Reason::new("tunnel_refused", format!("the tunnel refused it: {error}")),
+            None => Reason::new("not_acknowledged", "the tunnel has not acknowledged it yet"),
+        }
+    }
+
+    fn explain(&self, judged: &Judged, destination: SocketAddr) -> Explanation {
+        let up = self.tunnel_up();
+        let info =
+            judged.observed.cgroups.get(&judged.pod.cgroup).and_then(|id| self.applied.cgroups.get(id));
+        let own = match &judged.verdict {
+            Verdict::Verified(facts) => facts.addresses.as_slice(),
+            _ => &[],
+        };
+        let outbound = explain::outbound(info, own, &judged.pod.exclusions, up, destination);
+        let there = destination.ip().to_canonical();
+        let receiver = self.judged.iter().find(
+            |other| matches!(&other.verdict, Verdict::Verified(facts) if facts.addresses.contains(&there)),
+        );
+        let inbound = receiver.filter(|_| outbound != Rule::OwnAddress).map(|receiver| {
+            let record = self.applied.addresses.get(&address16(there));
+            explain::inbound(record, &receiver.pod.exclusions, up, destination.port()).as_str().to_owned()
+        });
+        Explanation {
+            pod: format!("{}/{}", judged.pod.namespace, judged.pod.name),
+            destination,
+            outbound: outbound.as_str().to_owned(),
+            inbound,
+        }
+    }
+
+    fn start_tracing(
+        &mut self,
+        answers: &Answers,
+        pod: Option<&str>,
+        port: Option<u16>,
+        address: Option<IpAddr>,
+    ) -> Result<(), String> {
+        if self.tracing.as_ref().is_some_and(|tracing| !tracing.is_over()) {
+            return Err("somebody traces already, and there is one filter only".to_owned());
+        }
+        let (cgroups, addresses) = match pod.map(|pod| self.find(pod)).transpose()? {
+            None => Default::default(),
+            Some(judged) => {
+                let addresses = match &judged.verdict {
+                    Verdict::Verified(facts) => facts.addresses.iter().copied().map(address16).collect(),
+                    _ => BTreeSet::new(),
+                };
+                (judged.observed.cgroups.values().copied().collect(), addresses)
+            }
+        };
+        let trace = self.kernel.trace().map_err(|error| chain(&error))?;
+        let readable = trace
+            .as_fd()
+            .try_clone_to_owned()
+            .and_then(pollable)
+            .map_err(|error| format!("cannot wait for records: {error}"))?;
+        let mut tracing = Tracing { trace, readable, answers: answers.clone(), cgroups, addresses };
+        // What an earlier trace left unread is not about this one.
+        while tracing.trace.next().is_some() {}
+        self.tracing = Some(tracing);
+        self.change_settings(|settings| {
+            settings.debug = 1;
+            settings.debug_port = port.map_or(0, u32::from);
+            settings.debug_address = address.map_or(UNSPECIFIED, address16);
+        });
+        info!(pod, port, ?address, "trace on");
+        Ok(())
+    }
+
+    pub fn stop_tracing(&mut self) {
+        if self.tracing.take().is_some() {
+            self.change_settings(|settings| settings.debug = 0);
+            info!("trace off");
+        }
+    }
+
+    pub fn pass_trace_on(&mut self) {
+        let Some(mut tracing) = self.tracing.take() else { return };
+        let names = self.names();
+        while let Some(record) = tracing.trace.next() {
+            if tracing.concerns(&record) && !tracing.answers.give(&Answer::Ok(self.line(&record, &names))) {
+                if tracing.is_over() {
+                    break;
+                }
+                warn!("the reader of the trace is too slow, a record is lost");
+            }
+        }
+        self.tracing = Some(tracing);
+    }
+
+    /// Pods by address.
+    fn names(&self) -> BTreeMap<Address, String> {
+        let mut names = BTreeMap::new();
+        for judged in &self.judged {
+            if let Verdict::Verified(facts) = &judged.verdict {
+                names.extend(facts.addresses.iter().map(|address| (address16(*address), name(judged))));
+            }
+        }
+        names
+    }
+
+    fn line(&self, record: &TraceRecord, names: &BTreeMap<Address, String>) -> TraceLine {
+        let caller = self
+            .judged
+            .iter()
+            .find(|judged| judged.observed.cgroups.values().any(|id| *id == record.cgroup_id));
+        let unknown = |what: &str, number: u16| format!("{what} {number}");
+        TraceLine {
+            hook: Hook::from_number(record.hook)
+                .map_or_else(|| unknown("hook", record.hook), |hook| hook.as_str().to_owned()),
+            rule: Rule::from_number(record.rule)
+                .map_or_else(|| unknown("rule", record.rule), |rule| rule.as_str().to_owned()),
+            local: SocketAddr::new(ip(&record.local), record.local_port),
+            remote: SocketAddr::new(ip(&record.remote), record.remote_port),
+            caller: caller.map(name),
+            local_pod: names.get(&record.local).cloned(),
+            remote_pod: names.get(&record.remote).cloned(),
+        }
+    }
+}
+
+fn name(judged: &Judged) -> String {
+    format!("{}/{}", judged.pod.namespace, judged.pod.name)
+}
+
+fn ip(address: &Address) -> IpAddr {
+    Ipv6Addr::from(*address).to_canonical()
+}
+
+/// What becomes of the traffic of a pod that no tunnel serves.
+fn unserved(flags: u32) -> State {
+    if flags & flag::IN_MESH != 0 && flags & flag::FAIL_OPEN == 0 { State::Closed } else { State::Bypassed }
+}
+
+fn bad_status(bad: &BadEntry) -> PodStatus {
+    PodStatus {
+        uid: bad.uid.clone(),
+        name: bad.name.clone(),
+        namespace: None,
+        service_account: None,
+        state: State::Refused,
+        reason: Some(Reason::new("bad_entry", format!("entry {}: {}", bad.index, bad.problem))),
+        fail_mode: None::<FailMode>,
+        addresses: Vec::new(),
+        netns: None,
+        cgroups: BTreeMap::new(),
+        notes: Vec::new(),
+    }
+}

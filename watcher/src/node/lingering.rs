@@ -1,0 +1,119 @@
+//! Netns of pods that left, while connections still need them.
+//!
+//! A connection from a tunnel to the application that began before the pod left rests on the netns'
+//! rule, route and sysctl until it ends. So these are taken back only when the tunnels have acknowledged
+//! that the pod is gone (they make no new connection then) *and* no socket in the netns is bound to
+//! an address that the netns does not hold: exactly the tunnel's connections are.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use tracing::{info, warn};
+
+use crate::{
+    enrol::{hand_over::Conn, prepare_netns},
+    observed::{
+        netns::{self, NetnsId},
+        processes,
+    },
+    reconcile::Netns,
+    status::{LingeringStatus, NetnsStatus},
+};
+
+use super::Node;
+
+const FIRST: Duration = Duration::from_millis(50);
+const LONGEST: Duration = Duration::from_secs(2);
+
+/// One of them.
+#[derive(Debug)]
+pub struct Lingering {
+    netns: Netns,
+    /// Withdrawals that tunnels have not acknowledged.
+    pub pending: BTreeSet<(Conn, u64)>,
+    sockets: usize,
+    pause: Duration,
+    next: Instant,
+}
+
+impl Lingering {
+    pub fn new(netns: Netns, pending: BTreeSet<(Conn, u64)>) -> Self {
+        Self { netns, pending, sockets: 0, pause: FIRST, next: Instant::now() }
+    }
+
+    pub fn status(&self, cookie: u64) -> LingeringStatus {
+        let waits_for = if self.pending.is_empty() {
+            format!("{} open connections of the tunnel", self.sockets)
+        } else {
+            "the tunnel's acknowledgement".to_owned()
+        };
+        let netns = NetnsStatus { inode: self.netns.id.inode, cookie };
+        LingeringStatus { netns, uid: self.netns.uid.clone(), waits_for }
+    }
+}
+
+impl Node {
+    /// When to look at them again.
+    pub fn next_lingering(&self, now: Instant) -> Option<Instant> {
+        let quiet = self.lingering.values().filter(|lingering| lingering.pending.is_empty());
+        quiet.map(|lingering| lingering.next.max(now)).min()
+    }
+
+    /// Takes back the preparation of every netns that nothing needs any more.
+    pub fn settle_lingering(&mut self) {
+        let now = Instant::now();
+        let due: Vec<u64> = self
+            .lingering
+            .iter()
+            .filter(|(_, lingering)| lingering.pending.is_empty() && lingering.next <= now)
+            .map(|(cookie, _)| *cookie)
+            .collect();
+        for cookie in due {
+            match self.settle(cookie) {
+                Ok(true) => drop(self.lingering.remove(&cookie)),
+                Ok(false) => {}
+                Err(error) => warn!(cookie, %error, "cannot restore the netns of a pod that left"),
+            }
+            if let Some(lingering) = self.lingering.get_mut(&cookie) {
+                lingering.next = now + lingering.pause;
+                lingering.pause = (lingering.pause * 2).min(LONGEST);
+            }
+        }
+    }
+
+    /// Whether it is settled.
+    fn settle(&mut self, cookie: u64) -> io::Result<bool> {
+        let Some(record) = self.records.netns().get(&cookie).cloned() else { return Ok(true) };
+        let Some(lingering) = self.lingering.get_mut(&cookie) else { return Ok(true) };
+        if let Some(netns) = find(&lingering.netns.pod_cgroup, record.id, cookie) {
+            lingering.sockets = prepare_netns::transparent_sockets(netns.as_fd())?;
+            if lingering.sockets > 0 {
+                return Ok(false);
+            }
+            prepare_netns::restore(netns.as_fd(), record.fwmark_accept_before)?;
+            info!(uid = record.uid, inode = record.id.inode, "netns restored");
+        }
+        self.records.remove_netns(cookie)?;
+        Ok(true)
+    }
+}
+
+/// Opens the netns, if anything still holds it: most likely the pod itself does.
+fn find(pod_cgroup: &PathBuf, id: NetnsId, cookie: u64) -> Option<OwnedFd> {
+    let is_it = |fd: &OwnedFd| netns::cookie(fd.as_fd()).is_ok_and(|found| found == cookie);
+    if let Some(found) = processes::open_netns(pod_cgroup, id).ok().filter(is_it) {
+        return Some(found);
+    }
+    let mut found = None;
+    netns::visit_all(|candidate, fd| {
+        if candidate == id && found.is_none() {
+            found = fd.try_clone_to_owned().ok().filter(is_it);
+        }
+    });
+    found
+}

@@ -1,0 +1,114 @@
+//! The cgroup2 tree.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+
+/// The 64-bit inode number of a cgroup2 directory, which is also `bpf_get_current_cgroup_id()` inside
+/// it (Linux 5.5). Not reused before a reboot.
+pub type CgroupId = u64;
+
+/// Where cgroup2 is mounted: `/sys/fs/cgroup` on unified nodes, `/sys/fs/cgroup/unified` on hybrid ones,
+/// else whatever the mount table says.
+pub fn find_root() -> Option<PathBuf> {
+    ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+        .into_iter()
+        .map(PathBuf::from)
+        .find(|dir| is_cgroup2(dir))
+        .or_else(|| {
+            let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+            mounts.lines().find_map(|line| {
+                let mut fields = line.split(' ').skip(1);
+                let (dir, kind) = (fields.next()?, fields.next()?);
+                (kind == "cgroup2").then(|| PathBuf::from(dir))
+            })
+        })
+}
+
+/// Whether `dir` is on a cgroup2 mount.
+pub fn is_cgroup2(dir: &Path) -> bool {
+    statfs(dir).is_ok_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC)
+}
+
+/// Where the kubelet keeps pods, below `root`; `root` itself where there is no kubelet.
+pub fn pods_dir(root: &Path) -> PathBuf {
+    ["kubepods", "kubepods.slice"]
+        .into_iter()
+        .map(|name| root.join(name))
+        .find(|dir| dir.is_dir())
+        .unwrap_or_else(|| root.to_owned())
+}
+
+/// The id of the cgroup2 directory `dir`. `NotFound`: the pod ended before this call.
+pub fn id(dir: &Path) -> io::Result<CgroupId> {
+    Ok(fs::metadata(dir)?.ino())
+}
+
+/// `dir` and every cgroup below it; empty where `dir` is gone.
+pub fn tree(dir: &Path) -> io::Result<BTreeMap<PathBuf, CgroupId>> {
+    let mut found = BTreeMap::new();
+    let mut waiting = vec![dir.to_owned()];
+    while let Some(dir) = waiting.pop() {
+        // Anything may vanish while we look: that is the answer, not an error.
+        let entries = match (id(&dir), fs::read_dir(&dir)) {
+            (Ok(id), Ok(entries)) => {
+                found.insert(dir.clone(), id);
+                entries
+            }
+            (Err(error), _) | (_, Err(error)) if error.kind() == io::ErrorKind::NotFound => continue,
+            (Err(error), _) | (_, Err(error)) => return Err(error),
+        };
+        for entry in entries {
+            let Ok(entry) = entry else { continue };
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                waiting.push(entry.path());
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The cgroup2 directory of process `pid`, below `root`.
+pub fn of_process(root: &Path, pid: i32) -> io::Result<PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::")).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::Unsupported, format!("process {pid} is in no cgroup2 directory"))
+    })?;
+    if path.starts_with("/..") {
+        let message = format!("process {pid} is in {path}, outside this cgroup namespace");
+        return Err(io::Error::new(io::ErrorKind::Unsupported, message));
+    }
+    Ok(root.join(path.trim_start_matches('/')).components().collect())
+}
+
+/// The processes directly in the cgroup `dir`; none where it is gone. A process outside this pid
+/// namespace shows as 0 and is left out.
+pub fn processes(dir: &Path) -> Vec<i32> {
+    let text = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+    text.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid != 0).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vanished_cgroup_is_an_empty_tree() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(tree(&dir.path().join("gone")).unwrap().is_empty());
+        fs::create_dir_all(dir.path().join("pod/container/nested")).unwrap();
+        let tree = tree(&dir.path().join("pod")).unwrap();
+        assert_eq!(tree.len(), 3);
+        assert_eq!(tree[&dir.path().join("pod")], id(&dir.path().join("pod")).unwrap());
+    }
+
+    #[test]
+    fn an_ordinary_folder_is_no_cgroup() {
+        assert!(!is_cgroup2(tempfile::tempdir().unwrap().path()));
+    }
+}

@@ -1,0 +1,34 @@
+//! What is there: cgroups, the processes in them, and their network namespaces.
+//!
+//! * [`cgroups`]: the cgroup2 tree
+//! * [`processes`]: which netns the processes of a pod are in
+//! * [`netns`]: entering a netns and asking it for its addresses
+//! * [`events`]: what changed, as soon as it does
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use self::{cgroups::CgroupId, netns::NetnsFacts};
+
+pub mod cgroups;
+pub mod events;
+pub mod netns;
+pub mod processes;
+
+/// What was seen of one pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// The pod's cgroup and all below it; empty: it does not exist.
+    pub cgroups: BTreeMap<PathBuf, CgroupId>,
+    /// Every netns that a process of the pod is in.
+    pub netns: Vec<Seen>,
+}
+
+/// A netns of a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// The node's own.
+    Host,
+    Pod(NetnsFacts),
+    /// It could not be entered or asked.
+    Unreadable(String),
+}

@@ -1,0 +1,171 @@
+//! Entering a network namespace, and asking it what it is.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io,
+    net::{IpAddr, Ipv6Addr},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::PathBuf,
+    thread,
+};
+
+use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags, sched::CloneFlags, sys::stat::fstat};
+use serde::{Deserialize, Serialize};
+use socket2::{Domain, Socket, Type};
+
+/// Which netns, while something holds it: inode numbers of deleted ones come back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct NetnsId {
+    pub dev: u64,
+    pub inode: u64,
+}
+
+/// What a netns says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetnsFacts {
+    pub id: NetnsId,
+    /// Never reused before a reboot, unlike the inode.
+    pub cookie: u64,
+    /// Addresses by which others reach it (no loopback, no link-local), as the interfaces list them.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// The id of the netns that `netns` is an fd of.
+pub fn id(netns: BorrowedFd<'_>) -> io::Result<NetnsId> {
+    let found = fstat(netns)?;
+    Ok(NetnsId { dev: found.st_dev, inode: found.st_ino })
+}
+
+/// The netns that are the node's and not a pod's: our own, and that of the first process.
+pub fn host() -> BTreeSet<NetnsId> {
+    ["/proc/self/ns/net", "/proc/1/ns/net"]
+        .into_iter()
+        .filter_map(|path| fs::metadata(path).ok())
+        .map(|found| NetnsId { dev: found.dev(), inode: found.ino() })
+        .collect()
+}
+
+/// Runs `work` inside `netns`, on a thread of its own that ends with it: a thread that failed to
+/// return home could otherwise do later work in a stranger's network.
+pub fn run_in<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    thread::scope(|scope| {
+        let worker = thread::Builder::new().name("in-netns".to_owned()).spawn_scoped(scope, move || {
+            nix::sched::setns(netns, CloneFlags::CLONE_NEWNET)?;
+            work()
+        })?;
+        worker.join().unwrap_or_else(|_| Err(io::Error::other("the thread inside the netns panicked")))
+    })
+}
+
+/// Enters `netns` and asks it.
+pub fn facts(netns: BorrowedFd<'_>) -> io::Result<NetnsFacts> {
+    let id = id(netns)?;
+    run_in(netns, move || Ok(NetnsFacts { id, cookie: own_cookie()?, addresses: own_addresses()? }))
+}
+
+/// The cookie of the calling thread's netns. A unix socket serves too, and needs no interface to be up.
+fn own_cookie() -> io::Result<u64> {
+    let socket = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
+    adit_ebpf_loader::netns_cookie(socket.as_fd())
+}
+
+/// The cookie of `netns`.
+pub fn cookie(netns: BorrowedFd<'_>) -> io::Result<u64> {
+    run_in(netns, own_cookie)
+}
+
+/// The addresses of the calling thread's netns by which others reach it.
+fn own_addresses() -> io::Result<Vec<IpAddr>> {
+    let mut addresses = Vec::new();
+    for interface in getifaddrs()? {
+        if interface.flags.contains(InterfaceFlags::IFF_LOOPBACK) {
+            continue;
+        }
+        if let Some(address) = interface.address.as_ref().and_then(ip_of).filter(is_reachable)
+            && !addresses.contains(&address)
+        {
+            addresses.push(address);
+        }
+    }
+    Ok(addresses)
+}
+
+/// Every address of the calling thread's netns, loopback included.
+pub fn all_own_addresses() -> io::Result<BTreeSet<IpAddr>> {
+    Ok(getifaddrs()?.filter_map(|interface| interface.address.as_ref().and_then(ip_of)).collect())
+}
+
+fn ip_of(address: &nix::sys::socket::SockaddrStorage) -> Option<IpAddr> {
+    address
+        .as_sockaddr_in()
+        .map(|v4| IpAddr::V4(v4.ip()))
+        .or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+}
+
+fn is_reachable(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local() && !v4.is_unspecified(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !is_link_local(v6) && !v6.is_unspecified(),
+    }
+}
+
+fn is_link_local(address: &Ipv6Addr) -> bool {
+    address.segments()[0] & 0xffc0 == 0xfe80
+}
+
+/// Every netns that a process is in or that is mounted somewhere, the node's own excepted. Each is
+/// opened only while `visit` looks at it.
+pub fn visit_all(mut visit: impl FnMut(NetnsId, BorrowedFd<'_>)) {
+    let mut seen = host();
+    let processes = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .filter_map(Result::ok)
+        .filter(|entry| entry.file_name().to_string_lossy().bytes().all(|byte| byte.is_ascii_digit()))
+        .map(|entry| entry.path().join("ns/net"));
+    // `mount id, parent, device, root within the filesystem, mount point, …`: root names the netns.
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mounted = mounts.lines().filter_map(|line| {
+        let mut fields = line.split(' ').skip(3);
+        let (root, point) = (fields.next()?, fields.next()?);
+        root.starts_with("net:[").then(|| PathBuf::from(point))
+    });
+    for path in processes.chain(mounted) {
+        let Ok(netns) = File::open(path).map(OwnedFd::from) else { continue };
+        let Ok(id) = id(netns.as_fd()) else { continue };
+        if seen.insert(id) {
+            visit(id, netns.as_fd());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn link_local_and_loopback_are_not_reachable() {
+        for (text, reachable) in [
+            ("10.0.0.1", true),
+            ("127.0.0.2", false),
+            ("169.254.1.1", false),
+            ("fd00::1", true),
+            ("fe80::1", false),
+            ("febf::1", false),
+            ("fec0::1", true),
+            ("::1", false),
+        ] {
+            assert_eq!(is_reachable(&text.parse().unwrap()), reachable, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_own_netns_counts_as_the_hosts() {
+        let own = File::open("/proc/self/ns/net").unwrap();
+        assert!(host().contains(&id(own.as_fd()).unwrap()));
+    }
+}

@@ -1,0 +1,87 @@
+//! Which netns the processes of a pod are in.
+//!
+//! A pid alone may be another process a moment later. So each is pinned by an fd of its `/proc/PID`
+//! directory, which never leads to another process, *before* the cgroup's members are read again: a pid
+//! that is still a member then is a process of this pod, and what is opened through the fd is its own.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{OFlag, openat},
+    sys::stat::Mode,
+};
+
+use super::{
+    Observed, Seen,
+    cgroups::{self, CgroupId},
+    netns::{self, NetnsId},
+};
+
+/// A process that cannot be mistaken for another.
+struct Pinned {
+    pid: i32,
+    dir: OwnedFd,
+}
+
+impl Pinned {
+    fn new(pid: i32) -> io::Result<Self> {
+        Ok(Self { pid, dir: File::open(format!("/proc/{pid}"))?.into() })
+    }
+
+    fn netns(&self) -> io::Result<OwnedFd> {
+        Ok(openat(&self.dir, "ns/net", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?)
+    }
+}
+
+/// The processes in `cgroups`, pinned.
+fn members<'a>(cgroups: impl Iterator<Item = &'a PathBuf> + Clone) -> Vec<Pinned> {
+    let list = || cgroups.clone().flat_map(|dir| cgroups::processes(dir)).collect::<BTreeSet<_>>();
+    let pinned: Vec<Pinned> = list().into_iter().filter_map(|pid| Pinned::new(pid).ok()).collect();
+    if pinned.is_empty() {
+        return pinned;
+    }
+    let still = list();
+    pinned.into_iter().filter(|process| still.contains(&process.pid)).collect()
+}
+
+/// Looks at the pod whose directory is `cgroup`. Each netns is entered every time: neither its id nor its
+/// addresses may be taken from memory, since both come back with other pods.
+pub fn observe(cgroup: &Path, host: &BTreeSet<NetnsId>) -> io::Result<Observed> {
+    let cgroups: BTreeMap<PathBuf, CgroupId> = cgroups::tree(cgroup)?;
+    let mut found: BTreeMap<NetnsId, Seen> = BTreeMap::new();
+    for process in members(cgroups.keys()) {
+        // A process that ended, or a zombie, has no netns any more.
+        let Ok(netns) = process.netns() else { continue };
+        let id = netns::id(netns.as_fd())?;
+        found.entry(id).or_insert_with(|| {
+            if host.contains(&id) {
+                return Seen::Host;
+            }
+            netns::facts(netns.as_fd())
+                .map_or_else(|error| Seen::Unreadable(format!("process {}: {error}", process.pid)), Seen::Pod)
+        });
+    }
+    Ok(Observed { cgroups, netns: found.into_values().collect() })
+}
+
+/// Opens netns `id` through a process of the pod whose directory is `cgroup`.
+///
+/// # Errors
+/// `NotFound`: no process of the pod is in it any more.
+pub fn open_netns(cgroup: &Path, id: NetnsId) -> io::Result<OwnedFd> {
+    let cgroups = cgroups::tree(cgroup)?;
+    members(cgroups.keys())
+        .into_iter()
+        .filter_map(|process| process.netns().ok())
+        .find(|netns| netns::id(netns.as_fd()).is_ok_and(|found| found == id))
+        .ok_or_else(|| {
+            let message = format!("no process of {} is in netns {} any more", cgroup.display(), id.inode);
+            io::Error::new(io::ErrorKind::NotFound, message)
+        })
+}

@@ -1,0 +1,230 @@
+//! Desired × observed × applied → steps. Pure: no kernel, no clock, no socket.
+//!
+//! 1. [`judge`](crate::reconcile::judge::judge) says of each pod whether it can be enrolled, and if not, why
+//! 2. [`wanted`] derives what the maps, the netns and the tunnels should hold
+//! 3. [`steps`] compares that with what they do hold
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::PathBuf,
+};
+
+use adit_ebpf_common::{
+    address::{Address, UNSPECIFIED, mapped},
+    pods::{CgroupInfo, PodRecord, flag},
+};
+
+use crate::{
+    desired::{FailMode, exclusions::Exclusions},
+    observed::{cgroups::CgroupId, netns::NetnsId},
+};
+
+pub use self::judge::{Judged, Reason, Verdict};
+
+pub mod judge;
+
+/// Where the tunnel takes outbound connections, inside each pod's netns (Istio's number).
+pub const OUTBOUND_PORT: u16 = 15001;
+/// Where it takes inbound connections in clear.
+pub const INBOUND_PORT: u16 = 15006;
+/// Where it takes HBONE.
+pub const HBONE_PORT: u16 = 15008;
+
+/// What the maps, netns and tunnels hold, or should hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    pub policies: BTreeMap<u32, Exclusions>,
+    pub cgroups: BTreeMap<CgroupId, CgroupInfo>,
+    pub addresses: BTreeMap<Address, PodRecord>,
+    /// Prepared and steered netns, by cookie.
+    pub netns: BTreeMap<u64, Netns>,
+    /// Handed over to the tunnels, by uid.
+    pub workloads: BTreeMap<String, Workload>,
+}
+
+/// A pod's netns, and how to find it again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Netns {
+    pub id: NetnsId,
+    pub pod_cgroup: PathBuf,
+    /// The uid of its pod.
+    pub uid: String,
+    /// Whether the pod has an IPv6 address, so that IPv6 must work there.
+    pub v6: bool,
+}
+
+/// What a tunnel is told of a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workload {
+    pub name: String,
+    pub namespace: String,
+    pub service_account: String,
+    pub cookie: u64,
+    pub netns: NetnsId,
+    pub pod_cgroup: PathBuf,
+}
+
+/// What [`wanted`] needs to know besides the pods.
+pub struct Circumstances<'a> {
+    pub default_fail_mode: FailMode,
+    /// Whether a connected tunnel acknowledged this uid's netns, by cookie.
+    pub ready: &'a dyn Fn(&str, u64) -> bool,
+    /// Pods that ran in clear until now: they go on so until the tunnel has them, since a label put on a
+    /// running pod must not fail a single connection.
+    pub lenient: &'a BTreeSet<String>,
+    /// The policy id of each pod that has exclusions.
+    pub policies: &'a BTreeMap<String, u32>,
+    /// The cgroups of tunnels.
+    pub tunnels: &'a BTreeSet<CgroupId>,
+}
+
+impl std::fmt::Debug for Circumstances<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Circumstances").field("lenient", &self.lenient).finish_non_exhaustive()
+    }
+}
+
+/// `address` as the maps have it.
+pub fn address16(address: IpAddr) -> Address {
+    match address {
+        IpAddr::V4(v4) => mapped(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+/// What everything should hold.
+pub fn wanted(judged: &[Judged], circumstances: &Circumstances<'_>) -> Plan {
+    let mut plan = Plan::default();
+    for Judged { pod, observed, verdict } in judged {
+        let fail_open = pod.fail_mode.unwrap_or(circumstances.default_fail_mode) == FailMode::Open;
+        let closed = flag::IN_MESH | if fail_open { flag::FAIL_OPEN } else { 0 };
+        let info = match verdict {
+            Verdict::Plain | Verdict::Refused { keeps_closed: false, .. } => continue,
+            Verdict::Waiting(_) | Verdict::Refused { keeps_closed: true, .. } => cgroup_info(closed, 0, &[]),
+            Verdict::Verified(facts) => {
+                let ready = (circumstances.ready)(&pod.uid, facts.cookie);
+                let lenient = !ready && circumstances.lenient.contains(&pod.uid);
+                let flags =
+                    closed | if ready { flag::READY } else { 0 } | if lenient { flag::FAIL_OPEN } else { 0 };
+                let policy_id = circumstances.policies.get(&pod.uid).copied().unwrap_or(0);
+                if policy_id != 0 {
+                    plan.policies.insert(policy_id, pod.exclusions.clone());
+                }
+                let record = PodRecord { netns_cookie: facts.cookie, flags, policy_id };
+                plan.addresses.extend(facts.addresses.iter().map(|address| (address16(*address), record)));
+                plan.netns.insert(
+                    facts.cookie,
+                    Netns {
+                        id: facts.id,
+                        pod_cgroup: pod.cgroup.clone(),
+                        uid: pod.uid.clone(),
+                        v6: facts.addresses.iter().any(IpAddr::is_ipv6),
+                    },
+                );
+                plan.workloads.insert(
+                    pod.uid.clone(),
+                    Workload {
+                        name: pod.name.clone(),
+                        namespace: pod.namespace.clone(),
+                        service_account: pod.service_account.clone(),
+                        cookie: facts.cookie,
+                        netns: facts.id,
+                        pod_cgroup: pod.cgroup.clone(),
+                    },
+                );
+                cgroup_info(flags, policy_id, &facts.addresses)
+            }
+        };
+        plan.cgroups.extend(observed.cgroups.values().map(|id| (*id, info)));
+    }
+    let tunnel = cgroup_info(flag::TUNNEL, 0, &[]);
+    plan.cgroups.extend(circumstances.tunnels.iter().map(|id| (*id, tunnel)));
+    plan
+}
+
+/// The map's value; the first address of each family is the one that the pod is redirected to.
+pub fn cgroup_info(flags: u32, policy_id: u32, addresses: &[IpAddr]) -> CgroupInfo {
+    let first = |v4: bool| {
+        addresses
+            .iter()
+            .find(|address| address.is_ipv4() == v4)
+            .map_or(UNSPECIFIED, |address| address16(*address))
+    };
+    let (v4, v6) = (first(true), first(false));
+    CgroupInfo {
+        v4,
+        v6,
+        redirect_v4: v4,
+        redirect_v6: v6,
+        flags,
+        detected: 0,
+        policy_id,
+        redirect_port: OUTBOUND_PORT,
+        pad: 0,
+    }
+}
+
+/// One change, in the order in which they are done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    RemoveCgroup(CgroupId),
+    RemoveAddress(Address),
+    Unsteer(u64),
+    /// Tell the tunnels to let go of this uid.
+    Withdraw(String),
+    /// Take the preparation back once nothing needs it any more.
+    Release(u64),
+    SetPolicy(u32, Exclusions),
+    SetCgroup(CgroupId, CgroupInfo),
+    SetAddress(Address, PodRecord),
+    Prepare(u64, Netns),
+    Steer(u64, Netns),
+    Offer(String, Workload),
+    ClearPolicy(u32),
+}
+
+/// The steps from `applied` to `wanted`.
+///
+/// Whoever leaves goes first, from the outside in: new connections must find the way past the tunnel
+/// before the tunnel stops serving. Whoever comes gets its entries before its netns is touched, so that
+/// a new pod is closed from the first moment on, and is offered to the tunnel last.
+pub fn steps(applied: &Plan, wanted: &Plan) -> Vec<Step> {
+    let mut steps = Vec::new();
+    steps.extend(gone(&applied.cgroups, &wanted.cgroups).map(|id| Step::RemoveCgroup(*id)));
+    steps.extend(gone(&applied.addresses, &wanted.addresses).map(|address| Step::RemoveAddress(*address)));
+    steps.extend(gone(&applied.netns, &wanted.netns).map(|cookie| Step::Unsteer(*cookie)));
+    steps.extend(gone(&applied.workloads, &wanted.workloads).map(|uid| Step::Withdraw(uid.clone())));
+    steps.extend(gone(&applied.netns, &wanted.netns).map(|cookie| Step::Release(*cookie)));
+    steps.extend(changed(&applied.policies, &wanted.policies).map(|(id, lists)| Step::SetPolicy(id, lists)));
+    steps.extend(changed(&applied.cgroups, &wanted.cgroups).map(|(id, info)| Step::SetCgroup(id, info)));
+    steps.extend(
+        changed(&applied.addresses, &wanted.addresses).map(|(at, record)| Step::SetAddress(at, record)),
+    );
+    for (cookie, netns) in changed(&applied.netns, &wanted.netns) {
+        steps.push(Step::Prepare(cookie, netns.clone()));
+        steps.push(Step::Steer(cookie, netns));
+    }
+    steps.extend(
+        changed(&applied.workloads, &wanted.workloads).map(|(uid, workload)| Step::Offer(uid, workload)),
+    );
+    steps.extend(gone(&applied.policies, &wanted.policies).map(|id| Step::ClearPolicy(*id)));
+    steps
+}
+
+fn gone<'a, K: Ord, V>(applied: &'a BTreeMap<K, V>, wanted: &BTreeMap<K, V>) -> impl Iterator<Item = &'a K> {
+    applied.keys().filter(|key| !wanted.contains_key(key))
+}
+
+fn changed<K: Ord + Clone, V: PartialEq + Clone>(
+    applied: &BTreeMap<K, V>,
+    wanted: &BTreeMap<K, V>,
+) -> impl Iterator<Item = (K, V)> {
+    wanted
+        .iter()
+        .filter(|(key, value)| applied.get(key) != Some(value))
+        .map(|(key, value)| (key.clone(), value.clone()))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,91 @@
+//! What a running watcher tells of itself. Both ends of the control socket use these types.
+
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{desired::FailMode, reconcile::Reason};
+
+/// The whole of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    pub node: String,
+    pub pid: u32,
+    /// Where the pods' programs are attached.
+    pub attached: PathBuf,
+    pub fail_mode: FailMode,
+    pub pods_file: PodsFileStatus,
+    pub tunnels: Vec<TunnelStatus>,
+    /// Why the last tunnel that was turned away was.
+    pub turned_away: Option<Reason>,
+    pub pods: Vec<PodStatus>,
+    /// Netns of pods that left, kept prepared for the connections that they still have.
+    pub lingering: Vec<LingeringStatus>,
+    /// What the watcher could not do for the node as a whole, and tries again.
+    pub problems: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodsFileStatus {
+    pub path: PathBuf,
+    /// Why the present file is not used; the last good one is.
+    pub error: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelStatus {
+    pub pid: i32,
+    pub cgroup: PathBuf,
+    pub cgroup_id: u64,
+    /// How many pods it serves.
+    pub pods: usize,
+}
+
+/// What becomes of a pod's traffic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// A tunnel carries it.
+    Open,
+    /// It is refused until a tunnel serves the pod.
+    Closed,
+    /// It passes in clear until a tunnel serves the pod.
+    Bypassed,
+    /// The pod cannot be enrolled.
+    Refused,
+    /// The pod's labels leave it alone.
+    Plain,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodStatus {
+    pub uid: Option<String>,
+    pub name: Option<String>,
+    pub namespace: Option<String>,
+    pub service_account: Option<String>,
+    pub state: State,
+    /// Why it is not open.
+    pub reason: Option<Reason>,
+    pub fail_mode: Option<FailMode>,
+    pub addresses: Vec<IpAddr>,
+    pub netns: Option<NetnsStatus>,
+    /// The pod's cgroup and every container's below it, with their ids.
+    pub cgroups: BTreeMap<PathBuf, u64>,
+    /// What in its entry is wrong and was ignored.
+    pub notes: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetnsStatus {
+    pub inode: u64,
+    pub cookie: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LingeringStatus {
+    pub netns: NetnsStatus,
+    /// The uid of the pod that left.
+    pub uid: String,
+    /// What is waited for.
+    pub waits_for: String,
+}

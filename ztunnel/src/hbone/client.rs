@@ -1,0 +1,84 @@
+//! One tunnel to a peer: TCP from the pod's netns, mutual TLS as the pod, HTTP/2.
+
+use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc};
+
+use bytes::Bytes;
+use h2::client::SendRequest;
+use http::StatusCode;
+use rustls_pki_types::{IpAddr, Ipv4Addr, ServerName};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, BufReader},
+    net::TcpStream,
+    time::timeout,
+};
+use tokio_rustls::TlsConnector;
+
+use super::{HANDSHAKE_TIMEOUT, client_settings, until_dead};
+use crate::{config::H2, identity::IdentityError};
+
+/// TLS records are read from the socket in such pieces; rustls alone would ask for 4 KiB at a time.
+pub(super) const TLS_READ: usize = 64 << 10;
+
+/// Why no stream to a peer came to be.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    #[error("connection failed")]
+    Tcp { peer: SocketAddr, source: io::Error },
+    #[error("no certificate to speak with")]
+    Identity(#[source] IdentityError),
+    #[error("tls handshake error")]
+    Tls { peer: SocketAddr, source: io::Error },
+    #[error("http2 handshake with {peer} failed")]
+    Http { peer: SocketAddr, source: h2::Error },
+    #[error("http stream to {peer} failed")]
+    Stream { peer: SocketAddr, source: h2::Error },
+    #[error("http status: {0}")]
+    Status(StatusCode),
+    #[error("the tunnel's task ended before it was connected")]
+    Abandoned,
+}
+
+/// A tunnel that was just opened. It lives as long as `driver` is polled, which ends when every clone of
+/// `requests` and every stream are gone, or when the peer is.
+pub struct Tunnel {
+    pub requests: SendRequest<Bytes>,
+    pub driver: Pin<Box<dyn Future<Output = Result<(), h2::Error>>>>,
+}
+
+impl std::fmt::Debug for Tunnel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tunnel").field("requests", &self.requests).finish_non_exhaustive()
+    }
+}
+
+/// TLS and HTTP/2 over a TCP connection to `peer`.
+pub async fn handshake(
+    socket: TcpStream,
+    peer: SocketAddr,
+    tls: Arc<rustls::ClientConfig>,
+    h2: &H2,
+) -> Result<Tunnel, ConnectError> {
+    // No name is checked or sent: the peer is who its SPIFFE id says.
+    let nobody = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0, 0, 0, 0])));
+    let tls = TlsConnector::from(tls).connect(nobody, BufReader::with_capacity(TLS_READ, socket));
+    let late = || io::Error::new(io::ErrorKind::TimedOut, format!("not done within {HANDSHAKE_TIMEOUT:?}"));
+    let tls = timeout(HANDSHAKE_TIMEOUT, tls).await.unwrap_or_else(|_| Err(late()));
+    http(tls.map_err(|source| ConnectError::Tls { peer, source })?, peer, h2).await
+}
+
+/// HTTP/2 alone. The client's half of the handshake does not wait for the server's.
+pub(super) async fn http<T>(io: T, peer: SocketAddr, h2: &H2) -> Result<Tunnel, ConnectError>
+where
+    T: AsyncRead + AsyncWrite + Unpin + 'static,
+{
+    let (requests, mut connection) =
+        client_settings(h2).handshake(io).await.map_err(|source| ConnectError::Http { peer, source })?;
+    let alive = until_dead(connection.ping_pong());
+    let driver = Box::pin(async move {
+        tokio::select! {
+            ended = &mut connection => ended,
+            () = alive => Ok(()),
+        }
+    });
+    Ok(Tunnel { requests, driver })
+}

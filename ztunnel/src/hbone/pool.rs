@@ -1,0 +1,285 @@
+//! Tunnels shared by the connections of one worker.
+//!
+//! Only tunnels with the same [`Key`] are shared. A tunnel with all streams taken, or that its server is
+//! leaving (GOAWAY), is passed over; requests that find none share one handshake. Nothing is locked while
+//! anything waits: a worker is one thread.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    future::Future,
+    net::SocketAddr,
+    rc::{Rc, Weak},
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use futures_util::{
+    FutureExt,
+    future::{LocalBoxFuture, Shared},
+};
+use h2::{Reason, client::SendRequest};
+use http::{Request, Response, StatusCode};
+use tokio::{
+    task::spawn_local,
+    time::{Instant, sleep_until},
+};
+
+use super::client::{ConnectError, Tunnel};
+use crate::{config, identity::Identity, socket::NetnsId, stream::Stream};
+
+/// What two connections must have in common to share a tunnel.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    pub source: Identity,
+    pub expected: Vec<Identity>,
+    pub peer: SocketAddr,
+    /// The tunnel's socket lives in the netns of one pod, whose address it speaks from.
+    pub netns: NetnsId,
+}
+
+/// A request that lost its tunnel before it was answered is sent again, at most so often in all.
+const ATTEMPTS: usize = 4;
+
+#[derive(Clone, Debug)]
+pub struct Pool(Rc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    limits: config::Pool,
+    groups: RefCell<HashMap<Key, Rc<Group>>>,
+}
+
+/// The tunnels of one key.
+#[derive(Default)]
+struct Group {
+    members: RefCell<Vec<Rc<Member>>>,
+    opening: RefCell<Option<Opening>>,
+}
+
+/// The handshake under way. It runs in a task of its own: no impatient client can stall the others.
+type Opening = Shared<LocalBoxFuture<'static, Result<(), Arc<ConnectError>>>>;
+
+impl std::fmt::Debug for Group {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Group").field("members", &self.members).finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug)]
+struct Member {
+    requests: SendRequest<Bytes>,
+    streams: Cell<u32>,
+    unused_since: Cell<Instant>,
+    /// Whether the server ever answered: till then it may still refuse our certificate.
+    proven: Cell<bool>,
+}
+
+/// One stream's place in a tunnel; to be kept as long as the stream.
+#[derive(Debug)]
+pub struct Lease(Rc<Member>);
+
+impl Lease {
+    fn new(member: &Rc<Member>) -> Self {
+        member.streams.set(member.streams.get() + 1);
+        Self(Rc::clone(member))
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.0.streams.set(self.0.streams.get() - 1);
+        self.0.unused_since.set(Instant::now());
+    }
+}
+
+impl Pool {
+    pub fn new(limits: config::Pool) -> Self {
+        Self(Rc::new(Inner { limits, groups: RefCell::default() }))
+    }
+
+    /// Sends a CONNECT through a tunnel of `key`, which `dial` opens if there is none with room.
+    pub async fn open<F>(
+        &self,
+        key: &Key,
+        request: &Request<()>,
+        dial: impl Fn() -> F,
+    ) -> Result<(Response<()>, Stream, Lease), Arc<ConnectError>>
+    where
+        F: Future<Output = Result<Tunnel, ConnectError>> + 'static,
+    {
+        let peer = key.peer;
+        let mut attempt = 1;
+        loop {
+            let lease = self.lease(key, &dial).await?;
+            let error = match send(&lease, request.clone()).await {
+                Ok((response, stream)) if response.status() == StatusCode::OK => {
+                    return Ok((response, stream, lease));
+                }
+                Ok((response, _)) => return Err(Arc::new(ConnectError::Status(response.status()))),
+                Err(error) => error,
+            };
+            if attempt == ATTEMPTS || !may_be_repeated(&error, &lease) {
+                return Err(Arc::new(ConnectError::Stream { peer, source: error.into() }));
+            }
+            attempt += 1;
+            self.0.remove(key, &lease.0);
+        }
+    }
+
+    /// Lets go of all tunnels from `netns`, so that it can end; streams that are open finish by themselves.
+    pub fn forget(&self, netns: NetnsId) {
+        self.0.groups.borrow_mut().retain(|key, _| key.netns != netns);
+    }
+
+    /// How many tunnels are held for `key`.
+    pub fn tunnels(&self, key: &Key) -> usize {
+        self.0.groups.borrow().get(key).map_or(0, |group| group.members.borrow().len())
+    }
+
+    async fn lease<F>(&self, key: &Key, dial: &impl Fn() -> F) -> Result<Lease, Arc<ConnectError>>
+    where
+        F: Future<Output = Result<Tunnel, ConnectError>> + 'static,
+    {
+        loop {
+            let group = Rc::clone(self.0.groups.borrow_mut().entry(key.clone()).or_default());
+            if let Some(lease) = self.0.room(&group) {
+                return Ok(lease);
+            }
+            let opening = group
+                .opening
+                .borrow_mut()
+                .get_or_insert_with(|| self.0.start_opening(key.clone(), &group, dial()))
+                .clone();
+            if let Err(error) = opening.await {
+                self.0.prune(key);
+                return Err(error);
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn room(&self, group: &Group) -> Option<Lease> {
+        let members = group.members.borrow();
+        let free = |member: &&Rc<Member>| {
+            let peers_limit = member.requests.current_max_send_streams();
+            (member.streams.get() as usize) < peers_limit.min(self.limits.max_streams as usize)
+        };
+        members.iter().find(free).map(Lease::new)
+    }
+
+    fn start_opening(
+        self: &Rc<Self>,
+        key: Key,
+        group: &Rc<Group>,
+        dialling: impl Future<Output = Result<Tunnel, ConnectError>> + 'static,
+    ) -> Opening {
+        let (pool, group) = (Rc::clone(self), Rc::clone(group));
+        let task = spawn_local(async move {
+            let dialled = dialling.await;
+            // Before anybody who waited is woken: whoever comes next starts anew.
+            group.opening.borrow_mut().take();
+            let Tunnel { requests, driver } = dialled?;
+            let member = Rc::new(Member {
+                requests,
+                streams: Cell::new(0),
+                unused_since: Cell::new(Instant::now()),
+                proven: Cell::new(false),
+            });
+            let watched = Rc::downgrade(&member);
+            group.members.borrow_mut().push(member);
+            spawn_local(drive(Rc::downgrade(&pool), key, watched, driver));
+            Ok(())
+        });
+        task.map(|ended| ended.unwrap_or(Err(ConnectError::Abandoned)).map_err(Arc::new))
+            .boxed_local()
+            .shared()
+    }
+
+    fn remove(&self, key: &Key, member: &Rc<Member>) {
+        if let Some(group) = self.groups.borrow().get(key) {
+            group.members.borrow_mut().retain(|other| !Rc::ptr_eq(other, member));
+        }
+        self.prune(key);
+    }
+
+    /// Forgets a key without tunnels.
+    fn prune(&self, key: &Key) {
+        let mut groups = self.groups.borrow_mut();
+        let Some(group) = groups.get(key) else { return };
+        if group.members.borrow().is_empty() && group.opening.borrow().is_none() {
+            groups.remove(key);
+        }
+    }
+}
+
+/// Drives one tunnel to its end; takes it out of the pool when it was unused for long.
+async fn drive(
+    pool: Weak<Inner>,
+    key: Key,
+    member: Weak<Member>,
+    mut driver: impl Future<Output = Result<(), h2::Error>> + Unpin,
+) {
+    let unused = async {
+        loop {
+            // Gone: forgotten by the pool, or about to end.
+            let (Some(pool), Some(member)) = (pool.upgrade(), member.upgrade()) else { return };
+            let since = if member.streams.get() == 0 { member.unused_since.get() } else { Instant::now() };
+            let until = since + pool.limits.idle;
+            if until <= Instant::now() {
+                return pool.remove(&key, &member);
+            }
+            drop((pool, member)); // while asleep we must not be what keeps the tunnel
+            sleep_until(until).await;
+        }
+    };
+    let ended = tokio::select! {
+        ended = &mut driver => ended,
+        // With no handle left, the driver says goodbye to the peer as soon as the last stream is done.
+        () = unused => driver.await,
+    };
+    if let Err(error) = ended {
+        tracing::debug!(peer = %key.peer, %error, "tunnel ended");
+    }
+    if let (Some(pool), Some(member)) = (pool.upgrade(), member.upgrade()) {
+        pool.remove(&key, &member);
+    }
+}
+
+enum SendError {
+    /// The tunnel took no request.
+    NotSent(h2::Error),
+    NotAnswered(h2::Error),
+}
+
+impl From<SendError> for h2::Error {
+    fn from(error: SendError) -> Self {
+        let (SendError::NotSent(error) | SendError::NotAnswered(error)) = error;
+        error
+    }
+}
+
+async fn send(lease: &Lease, request: Request<()>) -> Result<(Response<()>, Stream), SendError> {
+    let mut requests = lease.0.requests.clone().ready().await.map_err(SendError::NotSent)?;
+    let (response, send) = requests.send_request(request, false).map_err(SendError::NotSent)?;
+    let (head, recv) = response.await.map_err(SendError::NotAnswered)?.into_parts();
+    lease.0.proven.set(true);
+    Ok((Response::from_parts(head, ()), Stream::new(send, recv)))
+}
+
+/// Whether the server did nothing for the request, so that it may be sent again: it left before
+/// (RFC 9113 §6.8), or refused the stream unseen (§8.7). A tunnel that broke may have connected the
+/// application already, but not one byte of this client has gone out: again is safe here too.
+fn may_be_repeated(error: &SendError, lease: &Lease) -> bool {
+    let proven = lease.0.proven.get();
+    match error {
+        SendError::NotSent(error) => proven || error.is_go_away(),
+        SendError::NotAnswered(error) => {
+            error.is_go_away() || error.reason() == Some(Reason::REFUSED_STREAM) || (proven && error.is_io())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

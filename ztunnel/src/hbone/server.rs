@@ -1,0 +1,103 @@
+//! Takes the CONNECT requests of one tunnel.
+
+use std::{future::Future, io};
+
+use bytes::Bytes;
+use h2::{Reason, RecvStream, server::SendResponse};
+use http::{Request, Response, StatusCode};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, BufReader},
+    net::TcpStream,
+    task::JoinSet,
+    time::timeout,
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_util::sync::CancellationToken;
+
+use super::{HANDSHAKE_TIMEOUT, client::TLS_READ, server_settings, until_dead};
+use crate::{config::H2, stream::Stream};
+
+/// A CONNECT and the way to answer it.
+#[derive(Debug)]
+pub struct Asked {
+    pub request: Request<RecvStream>,
+    respond: SendResponse<Bytes>,
+}
+
+impl Asked {
+    /// Answers 200; from now on the stream carries the connection.
+    pub fn accept(mut self, headers: http::HeaderMap) -> Result<Stream, h2::Error> {
+        let mut response = Response::new(());
+        *response.headers_mut() = headers;
+        let send = self.respond.send_response(response, false)?;
+        Ok(Stream::new(send, self.request.into_body()))
+    }
+
+    /// Answers `status` and nothing else. Fails only if the tunnel is gone, which its owner learns anyway.
+    pub fn refuse(mut self, status: StatusCode) {
+        let mut response = Response::new(());
+        *response.status_mut() = status;
+        let _ = self.respond.send_response(response, true);
+    }
+}
+
+/// The server's half of the TLS handshake.
+pub async fn tls(
+    socket: TcpStream,
+    config: std::sync::Arc<rustls::ServerConfig>,
+) -> io::Result<TlsStream<BufReader<TcpStream>>> {
+    let socket = BufReader::with_capacity(TLS_READ, socket);
+    match timeout(HANDSHAKE_TIMEOUT, TlsAcceptor::from(config).accept(socket)).await {
+        Ok(done) => done,
+        Err(_) => {
+            Err(io::Error::new(io::ErrorKind::TimedOut, format!("not done within {HANDSHAKE_TIMEOUT:?}")))
+        }
+    }
+}
+
+/// Runs `handle` for every request until the peer leaves. After `stop` the peer is told to leave (GOAWAY),
+/// and the open streams finish. Dropped, it ends all of them.
+pub async fn serve<T, F>(
+    io: T,
+    h2: &H2,
+    stop: CancellationToken,
+    handle: impl Fn(Asked) -> F,
+) -> Result<(), h2::Error>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+    F: Future<Output = ()> + 'static,
+{
+    let handshake = timeout(HANDSHAKE_TIMEOUT, server_settings(h2).handshake::<_, Bytes>(io)).await;
+    let mut connection = handshake.unwrap_or_else(|_| Err(Reason::SETTINGS_TIMEOUT.into()))?;
+    let dead = until_dead(connection.ping_pong());
+    tokio::pin!(dead);
+    let mut streams = JoinSet::new();
+    let (mut leaving, mut result) = (false, Ok(()));
+    loop {
+        tokio::select! {
+            next = connection.accept() => match next {
+                Some(Ok((request, respond))) => {
+                    streams.spawn_local(handle(Asked { request, respond }));
+                }
+                Some(Err(error)) => {
+                    result = Err(error);
+                    break;
+                }
+                None => break,
+            },
+            Some(_) = streams.join_next() => {}
+            () = stop.cancelled(), if !leaving => {
+                leaving = true;
+                connection.graceful_shutdown();
+            }
+            () = &mut dead => {
+                connection.abrupt_shutdown(Reason::NO_ERROR);
+                result = Err(Reason::NO_ERROR.into());
+                break;
+            }
+        }
+    }
+    drop(connection); // what the streams still wait for will not come
+    while streams.join_next().await.is_some() {}
+    result
+}

@@ -1,0 +1,198 @@
+//! The node agent's messages: which pods to serve (`ztunnel/api/proto/zds.proto`).
+//!
+//! The agent waits for the answer to each message. A lost agent changes nothing for the pods that are served;
+//! after the next snapshot those that it no longer names are removed.
+
+use std::{
+    collections::HashSet,
+    io::{self, IoSliceMut},
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
+};
+
+use nix::sys::socket::{
+    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg, send,
+    socket,
+};
+use prost::Message;
+use tokio::{io::unix::AsyncFd, time::sleep};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+use ztunnel_api::zds::{
+    AddWorkload, Version, WorkloadRequest, WorkloadResponse, ZdsHello, workload_request::Payload,
+    workload_response,
+};
+
+use super::{Backoff, PodInfo, Pods, sys};
+use crate::admin::ReadyGuard;
+
+/// No message is longer.
+const PACKET: usize = 1024;
+/// Room to notice that there were too many.
+const DESCRIPTORS: usize = 8;
+
+/// Follows the node agent at `path` until `stop`. `ready` holds while it is there and all its pods are served.
+pub async fn run(path: &Path, pods: &mut Pods, ready: &mut ReadyGuard, stop: &CancellationToken) {
+    let mut backoff = Backoff::new();
+    loop {
+        let session = async {
+            let link = Link::open(path)?;
+            link.send(&ZdsHello { version: Version::V1.into() }.encode_to_vec()).await?;
+            info!(path = %path.display(), "node agent connected");
+            backoff = Backoff::new();
+            serve(&link, pods, ready).await
+        };
+        tokio::select! {
+            () = stop.cancelled() => return,
+            Err(error) = session => warn!(path = %path.display(), %error, "no node agent"),
+        }
+        ready.pending();
+        let mut pause = std::pin::pin!(sleep(backoff.next()));
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = &mut pause => break,
+                () = pods.retry() => {}
+            }
+        }
+    }
+}
+
+/// One session: up to the first error, which may be that the agent left.
+async fn serve(link: &Link, pods: &mut Pods, ready: &mut ReadyGuard) -> io::Result<std::convert::Infallible> {
+    let mut session = Session { seen: HashSet::new(), snapshot: false };
+    loop {
+        if session.snapshot && pods.complete() {
+            ready.ready();
+        } else {
+            ready.pending();
+        }
+        let packet = tokio::select! {
+            packet = link.receive() => packet?,
+            () = pods.retry() => continue,
+        };
+        let error = session.handle(packet, pods).err().unwrap_or_default();
+        if !error.is_empty() {
+            warn!(error, "message of the node agent refused");
+        }
+        let ack = workload_response::Payload::Ack(ztunnel_api::zds::Ack { error });
+        link.send(&WorkloadResponse { payload: Some(ack) }.encode_to_vec()).await?;
+    }
+}
+
+struct Session {
+    /// Pods named since the session began.
+    seen: HashSet<String>,
+    snapshot: bool,
+}
+
+impl Session {
+    /// What goes wrong is the text of the refusal.
+    fn handle(&mut self, packet: Packet, pods: &mut Pods) -> Result<(), String> {
+        if packet.truncated {
+            return Err(format!(
+                "message longer than {PACKET} bytes, or with more than {DESCRIPTORS} descriptors"
+            ));
+        }
+        let request =
+            WorkloadRequest::decode(&*packet.data).map_err(|e| format!("not a WorkloadRequest: {e}"))?;
+        let payload = request.payload.ok_or("message without a known payload")?;
+        debug!(?payload, descriptors = packet.descriptors.len(), "node agent says");
+        let add = match payload {
+            Payload::Add(add) => add,
+            _ if !packet.descriptors.is_empty() => return Err("only add carries a descriptor".into()),
+            Payload::Keep(keep) => {
+                if self.snapshot {
+                    return Err("keep after the snapshot".into());
+                }
+                if !pods.knows(&keep.uid) {
+                    return Err(format!("keep of unknown pod {}", keep.uid));
+                }
+                self.seen.insert(keep.uid);
+                return Ok(());
+            }
+            Payload::Del(del) => {
+                self.seen.remove(&del.uid);
+                pods.remove(&del.uid);
+                return Ok(());
+            }
+            Payload::SnapshotSent(_) => {
+                self.snapshot = true;
+                pods.keep_only(&self.seen);
+                return Ok(());
+            }
+        };
+        let (uid, info) = valid(add)?;
+        let count = packet.descriptors.len();
+        let [netns] = <[OwnedFd; 1]>::try_from(packet.descriptors)
+            .map_err(|_| format!("add of {uid} must carry one netns descriptor, has {count}"))?;
+        self.seen.insert(uid.clone());
+        pods.add(&uid, info, netns).map_err(|error| format!("cannot serve {uid}, trying on: {error}"))
+    }
+}
+
+fn valid(add: AddWorkload) -> Result<(String, PodInfo), String> {
+    let AddWorkload { uid, workload_info } = add;
+    if uid.is_empty() {
+        return Err("add without uid".into());
+    }
+    let info = workload_info.ok_or_else(|| format!("add of {uid} without workload_info"))?;
+    let info = PodInfo {
+        name: info.name.into(),
+        namespace: info.namespace.into(),
+        service_account: info.service_account.into(),
+    };
+    if info.namespace.is_empty() || info.service_account.is_empty() || info.name.is_empty() {
+        return Err(format!("workload_info of {uid} lacks name, namespace or service account"));
+    }
+    Ok((uid, info))
+}
+
+struct Packet {
+    data: Vec<u8>,
+    descriptors: Vec<OwnedFd>,
+    truncated: bool,
+}
+
+/// A seqpacket connection: one message per packet.
+struct Link(AsyncFd<OwnedFd>);
+
+impl Link {
+    fn open(path: &Path) -> io::Result<Self> {
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+        connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+        sys::register(fd).map(Self)
+    }
+
+    async fn send(&self, message: &[u8]) -> io::Result<()> {
+        let write = |fd: &OwnedFd| Ok(send(fd.as_raw_fd(), message, MsgFlags::MSG_NOSIGNAL)?);
+        self.0.async_io(tokio::io::Interest::WRITABLE, write).await.map(|_| ())
+    }
+
+    async fn receive(&self) -> io::Result<Packet> {
+        self.0.async_io(tokio::io::Interest::READABLE, receive).await
+    }
+}
+
+fn receive(fd: &OwnedFd) -> io::Result<Packet> {
+    let mut data = vec![0; PACKET];
+    let mut control = nix::cmsg_space!([std::os::fd::RawFd; DESCRIPTORS]);
+    let mut slices = [IoSliceMut::new(&mut data)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<UnixAddr>(fd.as_raw_fd(), &mut slices, Some(&mut control), flags)?;
+    let mut descriptors = Vec::new();
+    for part in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(received) = part {
+            descriptors.extend(sys::own(received));
+        }
+    }
+    let truncated = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
+    let length = message.bytes;
+    // No message is empty in this protocol: zero bytes are the end.
+    if length == 0 {
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the node agent closed the connection"));
+    }
+    data.truncate(length);
+    Ok(Packet { data, descriptors, truncated })
+}

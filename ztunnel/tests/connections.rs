@@ -1,0 +1,228 @@
+//! What applications see of the mesh.
+
+mod bed;
+
+use std::{
+    io::{ErrorKind, Read, Write},
+    net::Shutdown,
+};
+
+use bed::{Bed, Pod, Tunnel, read_all, read_line, wait_for};
+
+/// One exchange of 11 bytes against 22, and the client's address as the server sees it.
+fn exchange(client: &Pod, server: &Pod) -> String {
+    let mut stream = client.space.connect(server.at(8080));
+    let seen = read_line(&mut stream).expect("greeting");
+    stream.write_all(b"hello tunne").expect("write");
+    stream.shutdown(Shutdown::Write).expect("shutdown");
+    assert_eq!(read_all(&mut stream).expect("answer"), b"hello tunnehello tunne");
+    seen
+}
+
+fn assert_meshed(source: &Tunnel, destination: &Tunnel, greeting: u64) {
+    let outbound = &source.records(1, &["\"direction\":\"outbound\""])[0];
+    let inbound = &destination.records(1, &["\"direction\":\"inbound\""])[0];
+    for record in [outbound, inbound] {
+        assert_eq!(record["src.identity"], "spiffe://cluster.local/ns/demo/sa/client", "{record}");
+        assert_eq!(record["dst.identity"], "spiffe://cluster.local/ns/demo/sa/server", "{record}");
+        assert_eq!(
+            (&record["bytes_sent"], &record["bytes_recv"]),
+            (&11.into(), &(22 + greeting).into()),
+            "{record}"
+        );
+        assert!(record.get("error").is_none_or(serde_json::Value::is_null), "{record}");
+    }
+    for (tunnel, reporter) in [(source, "reporter=\"source\""), (destination, "reporter=\"destination\"")] {
+        let labels = [reporter, "connection_security_policy=\"mutual_tls\""];
+        for (name, value) in [
+            ("istio_tcp_connections_opened_total", 1),
+            ("istio_tcp_connections_closed_total", 1),
+            ("istio_tcp_received_bytes_total", 11),
+            ("istio_tcp_sent_bytes_total", 22 + greeting),
+        ] {
+            assert_eq!(tunnel.metric(name, &labels), Some(value), "{name} of {reporter}");
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn captured_client_reaches_captured_server_of_its_node_over_hbone() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("a", "server"));
+    server.serve_double_echo(8080);
+    let node = bed.node("a", &[&client, &server]);
+    let seen = exchange(&client, &server);
+    assert_eq!(seen, client.ip.to_string(), "the application sees the client's address");
+    assert_meshed(&node, &node, seen.len() as u64 + 1);
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn captured_client_reaches_captured_server_of_another_node_over_hbone() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("b", "server"));
+    server.serve_double_echo(8080);
+    let (a, b) = (bed.node("a", &[&client]), bed.node("b", &[&server]));
+    let seen = exchange(&client, &server);
+    assert_eq!(seen, client.ip.to_string(), "the application sees the client's address");
+    assert_meshed(&a, &b, seen.len() as u64 + 1);
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn captured_client_reaches_plain_server_as_plain_tcp() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.plain("a", "server"));
+    server.serve_double_echo(8080);
+    let node = bed.node("a", &[&client]);
+    assert_eq!(exchange(&client, &server), client.ip.to_string());
+    let record = &node.records(1, &["\"direction\":\"outbound\""])[0];
+    assert!(record.get("src.identity").is_none(), "{record}");
+    assert_eq!(record["dst.workload"], "server");
+    let labels = ["reporter=\"source\"", "connection_security_policy=\"unknown\""];
+    assert_eq!(node.metric("istio_tcp_connections_closed_total", &labels), Some(1));
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn plain_client_reaches_captured_server_through_15006() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.plain("a", "client"), bed.enrolled("a", "server"));
+    server.serve_double_echo(8080);
+    let node = bed.node("a", &[&server]);
+    assert_eq!(exchange(&client, &server), client.ip.to_string());
+    let record = &node.records(1, &["\"direction\":\"inbound\""])[0];
+    assert!(record.get("src.identity").is_none(), "{record}");
+    assert_eq!(record["dst.addr"], server.at(8080).to_string());
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn destination_that_nobody_knows_is_passed_through() {
+    let mut bed = Bed::new();
+    let client = bed.enrolled("a", "client");
+    let node = bed.node("a", &[&client]);
+    let mut outside = Bed::new(); // its pods are in no mesh file of ours
+    let stranger = outside.plain("x", "stranger");
+    drop(stranger);
+    // Nobody listens at the router: the refusal passes through as well.
+    let error = client.space.connect(([169, 254, 1, 1], 9)).read(&mut [0; 1]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    assert_eq!(node.records(1, &["169.254.1.1:9", "connection failed"]).len(), 1);
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn service_leads_to_its_endpoint_and_without_healthy_endpoint_nowhere() {
+    let mut bed = Bed::new();
+    let client = bed.enrolled("a", "client");
+    let server = bed.enrolled("a", "server");
+    bed.services.push_str(
+        "- name: web\n  namespace: demo\n  hostname: web.demo.svc.cluster.local\n  vips: [\"/10.96.0.1\"]\n  \
+         ports: {80: 8080}\n- name: none\n  namespace: demo\n  hostname: none.demo.svc.cluster.local\n  \
+         vips: [\"/10.96.0.2\"]\n  ports: {80: 8080}\n",
+    );
+    bed.add_to_last_workload("  services:\n    demo/web.demo.svc.cluster.local:\n      80: 8080\n");
+    server.serve_double_echo(8080);
+    let node = bed.node("a", &[&client, &server]);
+
+    let mut stream = client.space.connect(([10, 96, 0, 1], 80));
+    assert_eq!(read_line(&mut stream).expect("greeting"), client.ip.to_string());
+    drop(stream);
+    for direction in ["outbound", "inbound"] {
+        let record = &node.records(1, &[&format!("\"direction\":\"{direction}\"")])[0];
+        assert_eq!(record["dst.service"], "web.demo.svc.cluster.local", "{record}");
+    }
+
+    let error = client.space.connect(([10, 96, 0, 2], 80)).read(&mut [0; 1]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    node.records(1, &["no healthy upstream"]);
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn half_close_passes_on_both_ways() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("a", "server"));
+    // Says everything that it heard, once it has heard the end.
+    server.serve(8080, |mut stream, _| {
+        let heard = read_all(&mut stream).unwrap_or_default();
+        let _ = stream.write_all(&heard);
+    });
+    // Ends first, and goes on listening.
+    server.serve(8081, |mut stream, _| {
+        let _ = stream.write_all(b"bye").and_then(|()| stream.shutdown(Shutdown::Write));
+        let _ = read_all(&mut stream);
+    });
+    let node = bed.node("a", &[&client, &server]);
+    let data: Vec<u8> = (0..3_000_000u32).map(|n| n.to_le_bytes()[0] ^ n.to_le_bytes()[1]).collect();
+    let mut stream = client.space.connect(server.at(8080));
+    stream.write_all(&data).expect("write");
+    stream.shutdown(Shutdown::Write).expect("shutdown");
+    assert!(read_all(&mut stream).expect("echo") == data, "the echo differs");
+
+    let mut stream = client.space.connect(server.at(8081));
+    assert_eq!(read_all(&mut stream).expect("bye"), b"bye");
+    stream.write_all(b"late").expect("the other direction is still open");
+    drop(stream);
+    let record = &node.records(2, &["\"direction\":\"inbound\""])[1];
+    assert_eq!((&record["bytes_sent"], &record["bytes_recv"]), (&4.into(), &3.into()));
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn reset_arrives_as_reset_both_ways() {
+    let mut bed = Bed::new();
+    let (client, server, plain) =
+        (bed.enrolled("a", "client"), bed.enrolled("b", "server"), bed.plain("b", "plain"));
+    let (told, tell) = std::sync::mpsc::channel();
+    for pod in [&server, &plain] {
+        pod.serve(8080, |mut stream, _| {
+            // Half a transfer, then a reset.
+            let _ = stream.write_all(&[7; 1000]).and_then(|()| stream.read_exact(&mut [0]));
+            let _ = socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO));
+        });
+        let told = told.clone();
+        pod.serve(8081, move |mut stream, _| {
+            let _ = stream.write_all(b"x");
+            let _ = told.send(read_all(&mut stream).map_err(|error| error.kind()));
+        });
+    }
+    let (_a, _b) = (bed.node("a", &[&client]), bed.node("b", &[&server]));
+    for pod in [&server, &plain] {
+        let mut stream = client.space.connect(pod.at(8080));
+        stream.read_exact(&mut [0; 1000]).expect("half a transfer");
+        stream.write_all(b"x").expect("write");
+        assert_eq!(read_all(&mut stream).unwrap_err().kind(), ErrorKind::ConnectionReset, "to the client");
+
+        let mut stream = client.space.connect(pod.at(8081));
+        stream.read_exact(&mut [0]).expect("greeting");
+        socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO)).expect("linger");
+        drop(stream);
+        let heard = tell.recv_timeout(bed::LIMIT).expect("the server hears the end");
+        assert_eq!(heard, Err(ErrorKind::ConnectionReset), "to the server");
+    }
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn tunnels_own_ports_lead_nowhere() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("a", "server"));
+    let node = bed.node("a", &[&client, &server]);
+    for port in [15001, 15006] {
+        for to in [client.at(port), ([127, 0, 0, 1], port).into(), server.at(port)] {
+            let mut stream = match client.space.try_connect(to) {
+                Ok(stream) => stream,
+                Err(_) => continue, // refused is fine, too
+            };
+            let _ = stream.write_all(b"GET / HTTP/1.0\r\n\r\n");
+            let answer = read_all(&mut stream).unwrap_or_default();
+            assert_eq!(answer, b"", "{to} answers");
+        }
+    }
+    assert!(node.records(4, &["recursive"]).len() >= 4);
+    let opened = wait_for("metrics", || Some(node.metrics()));
+    assert!(!opened.contains("connections_opened_total{reporter=\"destination\""), "{opened}");
+}
