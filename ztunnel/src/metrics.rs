@@ -247,11 +247,6 @@ impl Metrics {
         self.failures.get_or_create(&FailureLabels { direction, reason }).inc();
     }
 
-    /// For metrics of other modules, before the metrics are shared.
-    pub fn registry_mut(&mut self) -> &mut Registry {
-        &mut self.registry
-    }
-
     /// Everything, in the text format of OpenMetrics, which Prometheus' own parser reads too.
     pub fn encode(&self) -> Result<String, fmt::Error> {
         let mut text = String::new();
