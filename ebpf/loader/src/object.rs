@@ -38,8 +38,13 @@ pub const PODS: [Attachment; 6] = [
 ];
 
 /// To a tunnel's cgroup. Sockets are noted before they can listen.
-pub const TUNNEL: [Attachment; 3] =
-    [attachment("adit_sock_create", 2), attachment("adit_tunnel_ops", 3), attachment("adit_getsockopt", 21)];
+pub const TUNNEL: [Attachment; 5] = [
+    attachment("adit_sock_create", 2),
+    attachment("adit_tunnel_ops", 3),
+    attachment("adit_getsockopt", 21),
+    attachment("adit_tunnel_mark4", 10),
+    attachment("adit_tunnel_mark6", 11),
+];
 
 /// To a pod's netns.
 pub const NETNS: Attachment = attachment("adit_sk_lookup", 36);

@@ -83,7 +83,7 @@ unsafe fn run(ctx: *mut bpf_sock_addr, address: Address, hook: Hook) -> Result<O
         Outbound::Leave(rule) => {
             // What an earlier connect on this socket recorded does not hold any more.
             if call.is_tcp {
-                maps::forget_state(call.socket);
+                maps::forget_redirect(call.socket);
             }
             (rule, Ok(None))
         }

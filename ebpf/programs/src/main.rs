@@ -5,6 +5,7 @@
 //! * [`sk_lookup`]: asks the second list when a connection arrives in a pod's netns, and steers
 //! * [`sock_ops`]: hands the original destination over to the tunnel; notes its flows and listeners
 //! * [`original_dst`]: answers SO_ORIGINAL_DST to the tunnel, and getpeername to the application
+//! * [`tunnel_mark`]: keeps the tunnel's mark to connections that spend the client's address
 //! * [`trace`]: says what was decided, while somebody watches
 //! * [`address`], [`maps`]: what all of them rest on
 //!
@@ -20,6 +21,7 @@ mod original_dst;
 mod sk_lookup;
 mod sock_ops;
 mod trace;
+mod tunnel_mark;
 
 /// The kernel lets only programs under the GPL use some helpers. This crate may be had under either of
 /// its two licences; what is loaded is under this one.

@@ -13,7 +13,7 @@ use aya_ebpf::{
     btf_maps::SkStorage,
     helpers::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id,
-        generated::{bpf_sk_storage_delete, bpf_sk_storage_get, bpf_sock_hash_update},
+        generated::{bpf_sk_storage_get, bpf_sock_hash_update},
     },
     macros::{btf_map, map},
     maps::{Array, HashMap, LpmTrie, LruHashMap, RingBuf, SockHash, lpm_trie::Key},
@@ -156,11 +156,12 @@ fn get_state(socket: *mut bpf_sock, flags: u64) -> Option<&'static mut SocketSta
     unsafe { bpf_sk_storage_get(map, socket.cast(), null_mut(), flags).cast::<SocketState>().as_mut() }
 }
 
+/// What an earlier connect on `socket` recorded does not hold any more. The rest of the state stays: on a
+/// tunnel's socket, which may live below the pods' cgroup, it tells the netns.
 #[inline(always)]
-pub fn forget_state(socket: *mut bpf_sock) {
-    if !socket.is_null() {
-        let map = (&raw const SOCKET_STATE).cast_mut().cast();
-        // SAFETY: a helper that takes any socket; without a state it does nothing.
-        let _ = unsafe { bpf_sk_storage_delete(map, socket.cast()) };
+pub fn forget_redirect(socket: *mut bpf_sock) {
+    if let Some(state) = state(socket) {
+        state.original.port = 0;
+        state.redirect.port = 0;
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Nothing is rewritten: the socket that the tunnel accepts has the dialled address as its own.
 
-use adit_ebpf_common::{address::Address, flows::Flow, pods::ListenerKey, trace::Rule};
+use adit_ebpf_common::{flows::Flow, pods::ListenerKey, trace::Rule};
 use aya_ebpf::{bindings::bpf_sk_lookup, macros::sk_lookup, programs::SkLookupContext};
 
 use crate::{
@@ -68,18 +68,17 @@ unsafe fn read(ctx: *mut bpf_sk_lookup) -> Option<Arrival> {
             return None;
         }
         let is_v4 = (&raw const (*ctx).family).read_volatile() == AF_INET;
-        let (local, remote): (Address, Address) = if is_v4 {
-            (
-                from_v4_word((&raw const (*ctx).remote_ip4).read_volatile()),
-                from_v4_word((&raw const (*ctx).local_ip4).read_volatile()),
-            )
+        // Both families' words before it is known which count: see `sock_ops::flow`.
+        let remote_v4 = (&raw const (*ctx).remote_ip4).read_volatile();
+        let local_v4 = (&raw const (*ctx).local_ip4).read_volatile();
+        let theirs = |index: usize| (&raw const (*ctx).remote_ip6[index]).read_volatile();
+        let ours = |index: usize| (&raw const (*ctx).local_ip6[index]).read_volatile();
+        let remote_v6 = [theirs(0), theirs(1), theirs(2), theirs(3)];
+        let local_v6 = [ours(0), ours(1), ours(2), ours(3)];
+        let (local, remote) = if is_v4 {
+            (from_v4_word(remote_v4), from_v4_word(local_v4))
         } else {
-            let theirs = |index: usize| (&raw const (*ctx).remote_ip6[index]).read_volatile();
-            let ours = |index: usize| (&raw const (*ctx).local_ip6[index]).read_volatile();
-            (
-                from_words([theirs(0), theirs(1), theirs(2), theirs(3)]),
-                from_words([ours(0), ours(1), ours(2), ours(3)]),
-            )
+            (from_words(remote_v6), from_words(local_v6))
         };
         let flow = Flow {
             local,

@@ -177,18 +177,19 @@ unsafe fn flow(ops: *mut bpf_sock_ops) -> Option<Flow> {
         let local_port = (&raw const (*ops).local_port).read_volatile() as u16;
         let remote_port = u32::from_be((&raw const (*ops).remote_port).read_volatile()) as u16;
         let family = (&raw const (*ops).family).read_volatile();
-        if family == AF_INET {
-            let local = from_v4_word((&raw const (*ops).local_ip4).read_volatile());
-            let remote = from_v4_word((&raw const (*ops).remote_ip4).read_volatile());
-            return Some(Flow { local, remote, local_port, remote_port });
-        }
-        if family != AF_INET6 {
-            return None;
-        }
+        // Both families' words are read before it is known which count. Read in branches, the compiler
+        // would make one load at a computed offset of them, which the verifier refuses.
+        let local_v4 = (&raw const (*ops).local_ip4).read_volatile();
+        let remote_v4 = (&raw const (*ops).remote_ip4).read_volatile();
         let ours = |index: usize| (&raw const (*ops).local_ip6[index]).read_volatile();
         let theirs = |index: usize| (&raw const (*ops).remote_ip6[index]).read_volatile();
-        let local = from_words([ours(0), ours(1), ours(2), ours(3)]);
-        let remote = from_words([theirs(0), theirs(1), theirs(2), theirs(3)]);
+        let local_v6 = [ours(0), ours(1), ours(2), ours(3)];
+        let remote_v6 = [theirs(0), theirs(1), theirs(2), theirs(3)];
+        let (local, remote) = match family {
+            AF_INET => (from_v4_word(local_v4), from_v4_word(remote_v4)),
+            AF_INET6 => (from_words(local_v6), from_words(remote_v6)),
+            _ => return None,
+        };
         Some(Flow { local, remote, local_port, remote_port })
     }
 }

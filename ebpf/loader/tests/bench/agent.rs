@@ -1,0 +1,273 @@
+//! A process that does what it is told: in its own cgroup and netns it opens, dials and accepts.
+//!
+//! It is this test binary once more, running only the test `agent`; commands and answers are lines on a
+//! socket pair, which it has as its standard input.
+
+use std::{
+    collections::HashMap,
+    fmt::Display,
+    fs,
+    io::{self, BufRead, BufReader, Write},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::Path,
+    process::{Child, Command, Stdio},
+    str::FromStr,
+    time::Duration,
+};
+
+use nix::sched::{CloneFlags, setns, unshare};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+
+use super::sys;
+
+const ROLE: &str = "ADIT_TEST_AGENT";
+/// Longer than any loaded machine takes for a handshake on a veth pair.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Our end.
+#[derive(Debug)]
+pub struct Agent {
+    child: Child,
+    commands: BufReader<UnixStream>,
+    task: u32,
+}
+
+/// How to dial.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    Tcp,
+    Mptcp,
+    NonBlocking,
+    Udp,
+}
+
+/// One end of a connection, as its process sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct End {
+    pub handle: u32,
+    pub local: SocketAddr,
+    pub peer: SocketAddr,
+    /// What SO_ORIGINAL_DST answers at level SOL_IP, else at SOL_IPV6.
+    pub original: Option<SocketAddr>,
+}
+
+impl Agent {
+    pub fn start() -> Self {
+        let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+        ours.set_read_timeout(Some(4 * PATIENCE)).expect("a timeout");
+        let child = Command::new(std::env::current_exe().expect("our own path"))
+            .args(["agent", "--exact", "--include-ignored", "--test-threads=1", "--quiet"])
+            .env(ROLE, "1")
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("the agent starts");
+        let mut agent = Self { child, commands: BufReader::new(ours), task: 0 };
+        agent.task = agent.tell("task").expect("the agent's thread").parse().expect("its id");
+        agent
+    }
+
+    /// The thread that obeys, which alone changes its netns.
+    pub fn task(&self) -> u32 {
+        self.task
+    }
+
+    pub fn enter_cgroup(&mut self, dir: &Path) {
+        self.tell(format_args!("cgroup {}", dir.display())).expect("the agent enters its cgroup");
+    }
+
+    pub fn new_netns(&mut self) {
+        self.tell("unshare").expect("the agent gets a netns");
+    }
+
+    pub fn enter_netns_of(&mut self, other: &Agent) {
+        self.tell(format_args!("setns /proc/{}/ns/net", other.task)).expect("the agent enters a netns");
+    }
+
+    pub fn cookie(&mut self) -> u64 {
+        self.tell("cookie").expect("a netns cookie").parse().expect("a number")
+    }
+
+    /// A TCP listener, in the family of `address`.
+    pub fn listen(&mut self, address: &str) -> u32 {
+        self.tell(format_args!("listen {address}")).expect("a listener").parse().expect("a handle")
+    }
+
+    /// `Err` is an errno.
+    pub fn dial(&mut self, how: How, to: SocketAddr) -> Result<End, i32> {
+        self.tell(format_args!("dial {how:?} {to}")).map(|answer| end(&answer))
+    }
+
+    /// As [`Self::dial`] from `from`, by an AF_INET6 socket if `from` is `[::]`.
+    pub fn redial(&mut self, handle: u32, to: SocketAddr) -> Result<End, i32> {
+        self.tell(format_args!("redial {handle} {to}")).map(|answer| end(&answer))
+    }
+
+    pub fn accept(&mut self, listener: u32) -> End {
+        let accepted = self.tell(format_args!("accept {listener}"));
+        end(&accepted
+            .unwrap_or_else(|errno| panic!("nothing to accept: {}", io::Error::from_raw_os_error(errno))))
+    }
+
+    /// Whether nothing waits to be accepted.
+    pub fn is_idle(&mut self, listener: u32) -> bool {
+        self.tell(format_args!("poll {listener}")).expect("a listener") == "idle"
+    }
+
+    pub fn close(&mut self, handle: u32) {
+        self.tell(format_args!("close {handle}")).expect("an open handle");
+    }
+
+    fn tell(&mut self, command: impl Display) -> Result<String, i32> {
+        writeln!(self.commands.get_mut(), "{command}").expect("the agent listens");
+        let mut answer = String::new();
+        self.commands.read_line(&mut answer).expect("the agent answers");
+        let (kind, rest) = answer.trim_end().split_once(' ').unwrap_or((answer.trim_end(), ""));
+        match kind {
+            "ok" => Ok(rest.to_owned()),
+            "err" => Err(rest.parse().expect("an errno")),
+            _ => panic!("the agent ended at {command}"),
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn end(answer: &str) -> End {
+    let mut words = answer.split(' ');
+    let mut next = || words.next().expect("four words");
+    End {
+        handle: next().parse().expect("a handle"),
+        local: next().parse().expect("an address"),
+        peer: next().parse().expect("an address"),
+        original: next().parse().ok(),
+    }
+}
+
+/// The body of test `agent`: serves until its starter hangs up; nothing unless started by [`Agent::start`].
+pub fn serve() {
+    if std::env::var_os(ROLE).is_none() {
+        return;
+    }
+    let stdin = io::stdin().as_fd().try_clone_to_owned().expect("standard input");
+    let mut answers = UnixStream::from(stdin);
+    let commands = BufReader::new(answers.try_clone().expect("a second handle"));
+    let mut sockets = Sockets::default();
+    for command in commands.lines() {
+        let Ok(command) = command else { return };
+        let answer = match sockets.obey(&command) {
+            Ok(text) => format!("ok {text}\n"),
+            Err(error) => format!("err {}\n", error.raw_os_error().unwrap_or(0)),
+        };
+        if answers.write_all(answer.as_bytes()).is_err() {
+            return;
+        }
+    }
+}
+
+#[derive(Default)]
+struct Sockets {
+    open: HashMap<u32, Socket>,
+    last: u32,
+}
+
+impl Sockets {
+    fn obey(&mut self, command: &str) -> io::Result<String> {
+        let words: Vec<&str> = command.split(' ').collect();
+        match words[..] {
+            ["cgroup", dir] => fs::write(Path::new(dir).join("cgroup.procs"), "0").map(|()| String::new()),
+            ["task"] => Ok(nix::unistd::gettid().to_string()),
+            ["unshare"] => Ok(unshare(CloneFlags::CLONE_NEWNET).map(|()| String::new())?),
+            ["setns", path] => {
+                Ok(setns(fs::File::open(path)?, CloneFlags::CLONE_NEWNET).map(|()| String::new())?)
+            }
+            ["cookie"] => {
+                let socket = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
+                adit_ebpf_loader::netns_cookie(socket.as_fd()).map(|cookie| cookie.to_string())
+            }
+            ["listen", address] => {
+                let address: SocketAddr = parse(address)?;
+                let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+                socket.set_reuse_address(true)?;
+                socket.bind(&address.into())?;
+                socket.set_read_timeout(Some(PATIENCE))?;
+                socket.listen(16)?;
+                Ok(self.keep(socket).to_string())
+            }
+            ["dial", how, to] => {
+                let to: SocketAddr = parse(to)?;
+                let (kind, protocol) = match how {
+                    "Udp" => (Type::DGRAM, Protocol::UDP),
+                    "Mptcp" => (Type::STREAM, Protocol::MPTCP),
+                    _ => (Type::STREAM, Protocol::TCP),
+                };
+                let socket = Socket::new(Domain::for_address(to), kind, Some(protocol))?;
+                if how == "NonBlocking" {
+                    socket.connect_timeout(&to.into(), PATIENCE)?;
+                } else {
+                    socket.set_write_timeout(Some(PATIENCE))?;
+                    socket.connect(&to.into())?;
+                }
+                self.describe(socket)
+            }
+            ["redial", handle, to] => {
+                let to: SocketAddr = parse(to)?;
+                let socket = self.open.remove(&parse(handle)?).ok_or(io::ErrorKind::NotFound)?;
+                sys::dissolve(socket.as_fd())?;
+                socket.connect(&to.into())?;
+                self.describe(socket)
+            }
+            ["accept", handle] => {
+                let (accepted, _) = self.get(handle)?.accept()?;
+                self.describe(accepted)
+            }
+            ["poll", handle] => {
+                let listener = self.get(handle)?;
+                listener.set_nonblocking(true)?;
+                let accepted = listener.accept();
+                listener.set_nonblocking(false)?;
+                Ok(if accepted.is_ok() { "busy" } else { "idle" }.to_owned())
+            }
+            ["close", handle] => {
+                self.open.remove(&parse(handle)?);
+                Ok(String::new())
+            }
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+
+    fn get(&self, handle: &str) -> io::Result<&Socket> {
+        self.open.get(&parse(handle)?).ok_or(io::ErrorKind::NotFound.into())
+    }
+
+    fn keep(&mut self, socket: Socket) -> u32 {
+        self.last += 1;
+        self.open.insert(self.last, socket);
+        self.last
+    }
+
+    fn describe(&mut self, socket: Socket) -> io::Result<String> {
+        let nowhere = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
+        let local = socket.local_addr()?.as_socket().unwrap_or(nowhere);
+        let peer = socket.peer_addr()?.as_socket().unwrap_or(nowhere);
+        let asked = SockRef::from(&socket);
+        let original = asked.original_dst_v4().or_else(|_| asked.original_dst_v6());
+        let original = original.ok().and_then(|address| address.as_socket());
+        let original = original.map_or_else(|| "none".to_owned(), |address| address.to_string());
+        let handle = self.keep(socket);
+        Ok(format!("{handle} {local} {peer} {original}"))
+    }
+}
+
+fn parse<T: FromStr>(word: &str) -> io::Result<T> {
+    word.parse().map_err(|_| io::ErrorKind::InvalidInput.into())
+}

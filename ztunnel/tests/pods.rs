@@ -1,0 +1,147 @@
+//! What the node agent sees, and how the process ends.
+
+mod bed;
+
+use std::{
+    io::{Read, Write},
+    net::Shutdown,
+    time::{Duration, Instant},
+};
+
+use bed::{Bed, Pod, read_all, read_line, wait_for};
+use nix::sys::signal::Signal;
+use ztunnel_api::zds::{AddWorkload, workload_request::Payload};
+
+/// Whether the tunnel listens in the pod.
+fn is_served(pod: &Pod) -> bool {
+    let listeners = pod.space.output("ss", &["-Htln"]);
+    let ports = ["15001", "15006", "15008"].map(|port| listeners.matches(&format!(":{port} ")).count());
+    assert!(ports.iter().all(|&count| count == ports[0]), "all ports or none:\n{listeners}");
+    ports[0] > 0
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn node_agent_is_answered_as_the_protocol_says() {
+    let mut bed = Bed::new();
+    let (one, two) = (bed.enrolled("a", "one"), bed.enrolled("a", "two"));
+    let mut node = bed.node_without_pods("a");
+    assert_eq!(node.hello, [8, 1]);
+    assert!(!node.is_ready(), "before the snapshot");
+    assert_eq!(node.agent().add(&one), "");
+    assert!(is_served(&one), "listening when acknowledged");
+    assert_eq!(node.agent().add(&one), "", "again");
+    assert!(node.agent().add_as("x", "x", &[]).contains("one netns descriptor"));
+    assert!(node.agent().add_as("x", "x", &[one.space.fd(), two.space.fd()]).contains("has 2"));
+    let nameless = Payload::Add(AddWorkload { uid: "x".into(), workload_info: None });
+    assert!(node.agent().ask(nameless, &[two.space.fd()]).contains("without workload_info"));
+    assert!(node.agent().keep("x").contains("unknown pod"));
+    assert!(node.agent().ask_raw(&[0xff, 0xff], &[]).contains("not a WorkloadRequest"));
+    assert_eq!(node.agent().snapshot(), "");
+    node.wait_ready();
+
+    // Another netns under the same uid: there, and no longer here.
+    assert_eq!(node.agent().add_as("one", "one", &[two.space.fd()]), "");
+    assert!(is_served(&two));
+    wait_for("the old netns to be left", || (!is_served(&one)).then_some(()));
+    assert_eq!(node.agent().delete("one"), "");
+    wait_for("the pod to be left", || (!is_served(&two)).then_some(()));
+    assert_eq!(node.agent().delete("one"), "", "again");
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn lost_node_agent_leaves_the_pods_served_and_its_next_snapshot_counts() {
+    let mut bed = Bed::new();
+    let (one, two) = (bed.enrolled("a", "one"), bed.enrolled("a", "two"));
+    let mut node = bed.node("a", &[&one, &two]);
+    node.agent().hang_up();
+    wait_for("not ready", || (!node.is_ready()).then_some(()));
+    assert!(is_served(&one) && is_served(&two));
+    assert_eq!(node.agent().accept(), [8, 1]);
+    assert_eq!(node.agent().keep("one"), "");
+    assert!(is_served(&two), "until the snapshot");
+    assert_eq!(node.agent().snapshot(), "");
+    wait_for("the pod that was not named to be left", || (!is_served(&two)).then_some(()));
+    assert!(is_served(&one));
+    node.wait_ready();
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn pod_whose_port_is_taken_is_refused_and_tried_again() {
+    let mut bed = Bed::new();
+    let pod = bed.enrolled("a", "pod");
+    let squatter = pod.space.netns.enter(|| std::net::TcpListener::bind("0.0.0.0:15006")).expect("bind");
+    let mut node = bed.node_without_pods("a");
+    assert!(node.agent().add(&pod).contains("in use"));
+    assert_eq!(node.agent().snapshot(), "");
+    assert!(!node.is_ready(), "while a pod is pending");
+    drop(squatter);
+    wait_for("the pod to be served", || is_served(&pod).then_some(()));
+    node.wait_ready();
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn open_connection_outlives_the_stop_until_it_ends() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("a", "server"));
+    server.serve_double_echo(8080);
+    let mut node = bed.node("a", &[&client, &server]);
+    let mut stream = client.space.connect(server.at(8080));
+    read_line(&mut stream).expect("greeting");
+    node.signal(Signal::SIGTERM);
+    wait_for("the listeners to close", || (!is_served(&client) && !is_served(&server)).then_some(()));
+    stream.write_all(b"still here").expect("write");
+    stream.shutdown(Shutdown::Write).expect("shutdown");
+    assert_eq!(read_all(&mut stream).expect("echo"), b"still herestill here");
+    assert!(node.is_running());
+    let end = Instant::now();
+    assert!(node.wait_exit().success());
+    assert!(end.elapsed() < Duration::from_secs(1), "ended {:?} after the last connection", end.elapsed());
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn drain_deadline_cuts_with_a_reset() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("a", "server"));
+    server.serve_double_echo(8080);
+    let mut node = bed.node("a", &[&client, &server]);
+    let mut stream = client.space.connect(server.at(8080));
+    read_line(&mut stream).expect("greeting");
+    let begin = Instant::now();
+    node.signal(Signal::SIGTERM);
+    assert!(
+        stream.read_exact(&mut [0]).is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionReset)
+    );
+    assert!(begin.elapsed() >= Duration::from_secs(4), "cut after {:?}", begin.elapsed());
+    assert!(node.wait_exit().success());
+    assert!(begin.elapsed() < Duration::from_secs(9), "ended after {:?}", begin.elapsed());
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn killed_tunnel_resets_and_does_not_end_connections() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("b", "server"));
+    server.serve_double_echo(8080);
+    let (_a, b) = (bed.node("a", &[&client]), bed.node("b", &[&server]));
+    let mut stream = client.space.connect(server.at(8080));
+    read_line(&mut stream).expect("greeting");
+    b.signal(Signal::SIGKILL);
+    assert!(read_all(&mut stream).is_err(), "a truncated transfer must not look complete");
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn quitquitquit_ends_an_idle_tunnel_at_once() {
+    let bed = Bed::new();
+    let mut node = bed.node("a", &[]);
+    let answer = node.space.http("POST", ([127, 0, 0, 1], 15000), "/quitquitquit").expect("answer");
+    assert!(answer.starts_with("HTTP/1.0 200"), "{answer}");
+    let begin = Instant::now();
+    assert!(node.wait_exit().success());
+    assert!(begin.elapsed() < Duration::from_secs(2));
+}
