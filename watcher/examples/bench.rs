@@ -39,9 +39,24 @@ const MEASUREMENTS: &[Measurement] = &[
     Measurement { name: "bulk, 1 stream", unit: "Gbit/s", cpu_unit: "ms/GB", run: |v, s| iperf3(v, 1, s) },
     Measurement { name: "bulk, 8 streams", unit: "Gbit/s", cpu_unit: "ms/GB", run: |v, s| iperf3(v, 8, s) },
     Measurement { name: "keep-alive, 1", unit: "req/s", cpu_unit: "us/req", run: |v, s| wrk(v, 1, false, s) },
-    Measurement { name: "keep-alive, 32", unit: "req/s", cpu_unit: "us/req", run: |v, s| wrk(v, 32, false, s) },
-    Measurement { name: "new connections, 1", unit: "conn/s", cpu_unit: "us/conn", run: |v, s| wrk(v, 1, true, s) },
-    Measurement { name: "new connections, 16", unit: "conn/s", cpu_unit: "us/conn", run: |v, s| wrk(v, 16, true, s) },
+    Measurement {
+        name: "keep-alive, 32",
+        unit: "req/s",
+        cpu_unit: "us/req",
+        run: |v, s| wrk(v, 32, false, s),
+    },
+    Measurement {
+        name: "new connections, 1",
+        unit: "conn/s",
+        cpu_unit: "us/conn",
+        run: |v, s| wrk(v, 1, true, s),
+    },
+    Measurement {
+        name: "new connections, 16",
+        unit: "conn/s",
+        cpu_unit: "us/conn",
+        run: |v, s| wrk(v, 16, true, s),
+    },
 ];
 
 fn main() -> ExitCode {
@@ -77,7 +92,8 @@ fn main() -> ExitCode {
         for samples in &mut samples {
             samples.sort_by(|a, b| a.rate.total_cmp(&b.rate));
             let median = samples[samples.len() / 2];
-            let mut cell = format!("{:.*} {}", usize::from(median.rate < 100.0), median.rate, measurement.unit);
+            let mut cell =
+                format!("{:.*} {}", usize::from(median.rate < 100.0), median.rate, measurement.unit);
             if let Some(direct) = direct {
                 cell += &format!(" ({:.2}x)", median.rate / direct);
                 cell += &format!(" {:.0}+{:.0} {}", median.cpu[0], median.cpu[1], measurement.cpu_unit);
@@ -124,14 +140,13 @@ fn measure(variant: &Variant, measurement: &Measurement, seconds: u32) -> Sample
 }
 
 fn tunnels(variant: &Variant) -> [Option<u32>; 2] {
-    [0, 1].map(|node| variant.bed.nodes[node].tunnel.as_ref().map(bed::Process::pid))
+    [0, 1].map(|node| variant.bed.nodes[node].tunnel.as_ref().map(bed::process::Process::pid))
 }
 
 /// Gbit/s, and GB moved.
 fn iperf3(variant: &Variant, streams: u32, seconds: u32) -> (f64, f64) {
     let (streams, seconds) = (streams.to_string(), seconds.to_string());
-    let words =
-        ["iperf3", "-J", "-c", &variant.server.v4, "-p", "5201", "-P", &streams, "-t", &seconds];
+    let words = ["iperf3", "-J", "-c", &variant.server.v4, "-p", "5201", "-P", &streams, "-t", &seconds];
     let output = variant.client.exec(&words);
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
     let received = &report["end"]["sum_received"];

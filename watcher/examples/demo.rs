@@ -17,9 +17,9 @@ use std::{
 };
 
 use bed::{
-    Bed, Enrol, Pod, Process,
+    Bed, Enrol, Pod,
     cluster::{WEB_V4, WEB_V6},
-    process::placed,
+    process::{Process, placed},
     wait_for,
 };
 
@@ -101,9 +101,14 @@ fn show(bed: &mut Bed) -> Result<(), Ended> {
     }
     for pod in &bed.pods {
         let label = if pod.enrol == Enrol::Mesh { "istio.io/dataplane-mode=ambient" } else { "(no label)" };
-        say(&format!("node {}  {:<13} {:<12} {:<12} {label}", bed.nodes[pod.node].name, pod.name, pod.v4, pod.v6));
+        say(&format!(
+            "node {}  {:<13} {:<12} {:<12} {label}",
+            bed.nodes[pod.node].name, pod.name, pod.v4, pod.v6
+        ));
     }
-    say(&format!("service web: {WEB_V4} and {WEB_V6}, port 80 -> web-v1 (node a) and web-v2 (node b), port 8080"));
+    say(&format!(
+        "service web: {WEB_V4} and {WEB_V6}, port 80 -> web-v1 (node a) and web-v2 (node b), port 8080"
+    ));
 
     step("On each node a watcher and a tunnel; the label enrols the running pods")?;
     bed.start();
@@ -137,15 +142,14 @@ fn both_greetings(bed: &Bed, client: &Pod) -> Result<(), Ended> {
         }
     }
     step("The tunnels' records of one such connection across the nodes: the identities at either end")?;
-    let across = |node: usize, direction: &str| {
-        wait_for("an access record", Duration::from_secs(5), || {
-            bed.nodes[node]
-                .access_log()
-                .into_iter()
-                .rev()
-                .find(|line| line.contains(&format!("direction=\"{direction}\"")) && line.contains("web-v2"))
-        })
-    };
+    let across =
+        |node: usize, direction: &str| {
+            wait_for("an access record", Duration::from_secs(5), || {
+                bed.nodes[node].access_log().into_iter().rev().find(|line| {
+                    line.contains(&format!("direction=\"{direction}\"")) && line.contains("web-v2")
+                })
+            })
+        };
     for (node, direction) in [(0, "outbound"), (1, "inbound")] {
         say(&format!("node {}: {}", bed.nodes[node].name, identities(&across(node, direction))));
     }
@@ -228,6 +232,7 @@ fn kernel_lines(bed: &Bed, client: &Pod, v2: &Pod) -> Result<(), Ended> {
     let node = &bed.nodes[0];
     let log = bed.dir.path().join("trace.log");
     let (watcher, bpffs) = (bed::node::binary("watcher"), bed.bpffs());
+    let (run_dir, status) = (node.dir.join("run"), node.status_socket());
     let port = "8080";
     let words = [
         watcher.to_str().ok_or_else(|| "path".to_owned())?,
@@ -236,6 +241,10 @@ fn kernel_lines(bed: &Bed, client: &Pod, v2: &Pod) -> Result<(), Ended> {
         &node.node_name,
         "--bpffs",
         bpffs.to_str().ok_or_else(|| "path".to_owned())?,
+        "--run-dir",
+        run_dir.to_str().ok_or_else(|| "path".to_owned())?,
+        "--status-socket",
+        status.to_str().ok_or_else(|| "path".to_owned())?,
         "--port",
         port,
     ];
@@ -282,7 +291,8 @@ fn read_capture(file: &std::path::Path) -> Result<(usize, usize), Ended> {
 
 /// The fields of an access record that tell who spoke with whom.
 fn identities(record: &str) -> String {
-    let wanted = ["src.addr=", "src.identity=", "dst.addr=", "dst.hbone_addr=", "dst.identity=", "direction="];
+    let wanted =
+        ["src.addr=", "src.identity=", "dst.addr=", "dst.hbone_addr=", "dst.identity=", "direction="];
     let fields: Vec<&str> =
         record.split_whitespace().filter(|field| wanted.iter().any(|name| field.starts_with(name))).collect();
     fields.join("\n        ")

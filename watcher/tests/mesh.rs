@@ -28,7 +28,11 @@ fn across_nodes() -> (Bed, Pod, Pod) {
 
 fn record(bed: &Bed, node: usize, parts: &[&str]) -> String {
     wait_for(&format!("an access record with {parts:?}"), Duration::from_secs(5), || {
-        bed.nodes[node].access_log().into_iter().rev().find(|line| parts.iter().all(|part| line.contains(part)))
+        bed.nodes[node]
+            .access_log()
+            .into_iter()
+            .rev()
+            .find(|line| parts.iter().all(|part| line.contains(part)))
     })
 }
 
@@ -87,7 +91,10 @@ fn an_unknown_destination_passes_through_and_a_service_without_endpoints_is_refu
     bed.serve_web(&plain, "hello");
     bed.pods.iter_mut().for_each(|pod| pod.serves_web = false);
     bed.start();
-    assert_eq!(client.curl(&format!("http://{}:8080/", plain.v4)), Ok(format!("hello, client {}\n", client.v4)));
+    assert_eq!(
+        client.curl(&format!("http://{}:8080/", plain.v4)),
+        Ok(format!("hello, client {}\n", client.v4))
+    );
     client.curl(&format!("http://{WEB_V4}/")).expect_err("no endpoint");
     record(&bed, 0, &["outbound", "no healthy upstream"]);
 }
@@ -230,15 +237,88 @@ fn metrics_name_both_ends_and_count_bytes_as_istio_does() {
     client.curl(&url).expect("reply");
     for (node, reporter) in [(0, "source"), (1, "destination")] {
         let line = wait_for("the closed counter", Duration::from_secs(5), || {
-            bed.nodes[node].metrics().lines().find(|line| {
-                line.starts_with("istio_tcp_connections_closed_total")
-                    && line.contains(&format!("reporter=\"{reporter}\""))
-                    && line.contains("source_principal=\"spiffe://cluster.local/ns/demo/sa/client\"")
-                    && line.contains("destination_principal=\"spiffe://cluster.local/ns/demo/sa/server\"")
-                    && line.contains("connection_security_policy=\"mutual_tls\"")
-            }).map(str::to_owned)
+            bed.nodes[node]
+                .metrics()
+                .lines()
+                .find(|line| {
+                    line.starts_with("istio_tcp_connections_closed_total")
+                        && line.contains(&format!("reporter=\"{reporter}\""))
+                        && line.contains("source_principal=\"spiffe://cluster.local/ns/demo/sa/client\"")
+                        && line.contains("destination_principal=\"spiffe://cluster.local/ns/demo/sa/server\"")
+                        && line.contains("connection_security_policy=\"mutual_tls\"")
+                })
+                .map(str::to_owned)
         });
         assert!(line.ends_with(" 1"), "{line}");
     }
     assert_eq!(http(&bed.nodes[0].netns, "http://127.0.0.1:15021/healthz/ready").0, 200);
+}
+
+/// What a client gets to hear is the address that the server was reached under.
+const TELL_ADDRESS: &str = "
+import socket, threading
+s = socket.socket()
+s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+s.bind(('0.0.0.0', 7000)); s.listen(1024)
+def serve():
+    while True:
+        c, _ = s.accept()
+        try: c.sendall(c.getsockname()[0].encode())
+        except OSError: pass
+        c.close()
+for _ in range(3): threading.Thread(target=serve, daemon=True).start()
+serve()
+";
+
+/// argv: own address, connects. 64 local ports, 500 destinations, each port reused at once (a reset
+/// leaves no TIME_WAIT), so that whatever is left of the last connection would be met by the next.
+const DIAL_MANY: &str = "
+import socket, struct, sys, threading, random
+me, connects = sys.argv[1], int(sys.argv[2])
+wrong, failed, right = [], [], [0]
+lock = threading.Lock()
+def dial(ports, count):
+    rng = random.Random(ports[0])
+    good = 0
+    for i in range(count):
+        number = rng.randrange(500)
+        there = '10.78.%d.%d' % (number // 250, 1 + number % 250)
+        s = socket.socket()
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        s.settimeout(10)
+        try:
+            s.bind((me, ports[i % len(ports)]))
+            s.connect((there, 7000))
+            got = s.recv(64).decode()
+            if got == there: good += 1
+            else: wrong.append((there, got))
+        except OSError as error: failed.append((there, str(error)))
+        s.close()
+    with lock: right[0] += good
+threads = [threading.Thread(target=dial, args=(list(range(20000 + 8 * t, 20008 + 8 * t)), connects // 8)) for t in range(8)]
+[t.start() for t in threads]; [t.join() for t in threads]
+print('right', right[0], 'wrong', len(wrong), wrong[:3], 'failed', len(failed), failed[:3])
+";
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn ten_thousand_connects_from_few_ports_to_many_destinations_are_never_mistaken() {
+    let mut bed = Bed::new();
+    let client = bed.pod("client", 0, Enrol::Mesh);
+    let plain = bed.pod("plain", 1, Enrol::Plain);
+    for (netns, gateway) in [(&bed.nodes[0].netns, "10.77.0.2"), (&bed.nodes[1].netns, &plain.v4)] {
+        bed::process::run(&format!("ip -n {netns} route add 10.78.0.0/16 via {gateway}"));
+    }
+    bed::process::run(&format!("ip -n {} route add local 10.78.0.0/16 dev lo", plain.netns));
+    bed.start();
+    let server = plain.spawn("tell", &["python3", "-c", TELL_ADDRESS], &bed.dir.path().join("tell.log"));
+    bed.keep(server);
+    wait_for("the server", Duration::from_secs(10), || {
+        plain.exec(&["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/7000"]).status.success().then_some(())
+    });
+    let connects = std::env::var("CONNECTS").unwrap_or_else(|_| "10000".into());
+    let output = client.exec(&["python3", "-c", DIAL_MANY, &client.v4, &connects]);
+    let said = bed::process::text(&output);
+    assert!(said.contains(&format!("right {connects} wrong 0")), "{said}");
 }

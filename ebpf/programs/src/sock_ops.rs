@@ -26,6 +26,7 @@ use aya_ebpf::{
 use crate::{
     address::{from_v4_word, from_words, same},
     maps,
+    tunnel_mark::clear_mark,
 };
 
 const AF_INET: u32 = 2;
@@ -119,6 +120,9 @@ fn register(ops: *mut bpf_sock_ops) {
         let family = if is_v4 { 4 } else { 6 };
         let key = ListenerKey { netns_cookie: state.netns_cookie, port: u32::from(port), family };
         maps::register_listener(ops, key);
+        // What it accepts would inherit the mark.
+        // SAFETY: the program's context.
+        unsafe { clear_mark(ops.cast()) };
     }
 }
 

@@ -266,7 +266,8 @@ impl Bed {
     /// The same with another binary for the tunnel.
     pub fn start_with(&mut self, tunnel: &Path) {
         self.publish();
-        let (cgroup2, bpffs, mesh, ca) = (self.cgroup2.clone(), self.bpffs(), self.mesh_file(), self.ca_dir());
+        let (cgroup2, bpffs, mesh, ca) =
+            (self.cgroup2.clone(), self.bpffs(), self.mesh_file(), self.ca_dir());
         for node in &mut self.nodes {
             node.start_watcher(&cgroup2, &bpffs, &["--detach"]);
             tunnel.clone_into(&mut node.tunnel_binary);

@@ -15,5 +15,4 @@ pub mod node;
 pub mod process;
 
 pub use cluster::{Bed, Enrol, Pod};
-pub use node::Node;
-pub use process::{Process, wait_for};
+pub use process::wait_for;

@@ -89,14 +89,15 @@ impl Node {
         let binary = path(&binary("watcher"));
         let mut line = vec![binary.as_str(), "run", "--pods", &pods, "--node", &self.node_name];
         line.extend(["--zds-socket", &zds, "--status-socket", &status]);
+        let run_dir = path(&self.dir.join("run"));
+        line.extend(["--run-dir", &run_dir]);
         line.extend(["--bpffs", &bpffs, "--cgroup-root", &root, "--attach", &attach]);
         line.extend(more);
         let mut command = placed(&self.cgroup.join("watcher"), &self.netns, &line);
         command.env("RUST_LOG", "info");
-        self.watcher = Some(Process::spawn("watcher", command, &self.dir.join("watcher.log")));
-        let watcher = self.watcher.as_mut().expect("just started");
-        let log = watcher.log.clone();
         let (zds, status) = (self.zds_socket(), self.status_socket());
+        let log = self.dir.join("watcher.log");
+        let watcher = self.watcher.insert(Process::spawn("watcher", command, &log));
         wait_for("the watcher to serve", Duration::from_secs(20), || {
             assert!(
                 watcher.is_running(),
