@@ -53,6 +53,8 @@ pub struct End {
     pub peer: SocketAddr,
     /// What SO_ORIGINAL_DST answers at level SOL_IP, else at SOL_IPV6.
     pub original: Option<SocketAddr>,
+    /// SO_MARK.
+    pub mark: u32,
 }
 
 impl Agent {
@@ -92,6 +94,11 @@ impl Agent {
         self.tell("cookie").expect("a netns cookie").parse().expect("a number")
     }
 
+    /// Marks the TCP sockets that it makes from now on.
+    pub fn mark(&mut self, mark: u32) {
+        self.tell(format_args!("mark {mark}")).expect("a mark");
+    }
+
     /// A TCP listener, in the family of `address`.
     pub fn listen(&mut self, address: &str) -> u32 {
         self.tell(format_args!("listen {address}")).expect("a listener").parse().expect("a handle")
@@ -102,7 +109,12 @@ impl Agent {
         self.tell(format_args!("dial {how:?} {to}")).map(|answer| end(&answer))
     }
 
-    /// As [`Self::dial`] from `from`, by an AF_INET6 socket if `from` is `[::]`.
+    /// By TCP, from a given address.
+    pub fn dial_from(&mut self, from: SocketAddr, to: SocketAddr) -> Result<End, i32> {
+        self.tell(format_args!("dial-from {from} {to}")).map(|answer| end(&answer))
+    }
+
+    /// Dissolves a connection and dials with the same socket.
     pub fn redial(&mut self, handle: u32, to: SocketAddr) -> Result<End, i32> {
         self.tell(format_args!("redial {handle} {to}")).map(|answer| end(&answer))
     }
@@ -144,12 +156,13 @@ impl Drop for Agent {
 
 fn end(answer: &str) -> End {
     let mut words = answer.split(' ');
-    let mut next = || words.next().expect("four words");
+    let mut next = || words.next().expect("five words");
     End {
         handle: next().parse().expect("a handle"),
         local: next().parse().expect("an address"),
         peer: next().parse().expect("an address"),
         original: next().parse().ok(),
+        mark: next().parse().expect("a mark"),
     }
 }
 
@@ -178,6 +191,7 @@ pub fn serve() {
 struct Sockets {
     open: HashMap<u32, Socket>,
     last: u32,
+    mark: u32,
 }
 
 impl Sockets {
@@ -190,6 +204,10 @@ impl Sockets {
             ["setns", path] => {
                 Ok(setns(fs::File::open(path)?, CloneFlags::CLONE_NEWNET).map(|()| String::new())?)
             }
+            ["mark", mark] => {
+                self.mark = parse(mark)?;
+                Ok(String::new())
+            }
             ["cookie"] => {
                 let socket = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
                 adit_ebpf_loader::netns_cookie(socket.as_fd()).map(|cookie| cookie.to_string())
@@ -198,9 +216,10 @@ impl Sockets {
                 let address: SocketAddr = parse(address)?;
                 let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
                 socket.set_reuse_address(true)?;
+                socket.set_mark(self.mark)?;
                 socket.bind(&address.into())?;
                 socket.set_read_timeout(Some(PATIENCE))?;
-                socket.listen(16)?;
+                socket.listen(128)?;
                 Ok(self.keep(socket).to_string())
             }
             ["dial", how, to] => {
@@ -211,12 +230,22 @@ impl Sockets {
                     _ => (Type::STREAM, Protocol::TCP),
                 };
                 let socket = Socket::new(Domain::for_address(to), kind, Some(protocol))?;
+                socket.set_mark(self.mark)?;
                 if how == "NonBlocking" {
                     socket.connect_timeout(&to.into(), PATIENCE)?;
                 } else {
                     socket.set_write_timeout(Some(PATIENCE))?;
                     socket.connect(&to.into())?;
                 }
+                self.describe(socket)
+            }
+            ["dial-from", from, to] => {
+                let (from, to): (SocketAddr, SocketAddr) = (parse(from)?, parse(to)?);
+                let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+                socket.set_write_timeout(Some(PATIENCE))?;
+                socket.set_mark(self.mark)?;
+                socket.bind(&from.into())?;
+                socket.connect(&to.into())?;
                 self.describe(socket)
             }
             ["redial", handle, to] => {
@@ -263,8 +292,9 @@ impl Sockets {
         let original = asked.original_dst_v4().or_else(|_| asked.original_dst_v6());
         let original = original.ok().and_then(|address| address.as_socket());
         let original = original.map_or_else(|| "none".to_owned(), |address| address.to_string());
+        let mark = socket.mark()?;
         let handle = self.keep(socket);
-        Ok(format!("{handle} {local} {peer} {original}"))
+        Ok(format!("{handle} {local} {peer} {original} {mark}"))
     }
 }
 

@@ -1,0 +1,172 @@
+//! The second decision list, rule by rule, and who may be steered to.
+
+use std::net::SocketAddr;
+
+use adit_ebpf_common::{
+    pods::{ExcludedPort, INBOUND as IS_DIALLED, flag},
+    trace::{Hook, Rule},
+};
+
+use crate::bench::{Bench, HBONE, INBOUND, OUTBOUND, READY, agent::How, at, eventually};
+
+const OPEN: u32 = flag::FAIL_OPEN;
+
+/// Who accepts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gets {
+    App,
+    Plain,
+    Hbone,
+    Nobody,
+}
+use Gets::{App, Hbone, Nobody, Plain};
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn the_first_rule_that_holds_decides() {
+    let mut bench = Bench::new();
+    bench.kernel.exclude_port(&ExcludedPort { policy_id: 7, port: 9090, direction: IS_DIALLED }).unwrap();
+    let app = [bench.app.listen("[::]:8080"), bench.app.listen("[::]:9090")];
+    let plain = bench.tunnel.listen(&format!("[::]:{INBOUND}"));
+    let hbone = bench.tunnel.listen(&format!("[::]:{HBONE}"));
+    bench.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+
+    for (flags, up, port, rule, gets) in [
+        (READY, true, 8080, Rule::SteerPlain, Plain),
+        // Nobody listens there: the tunnel decides what becomes of it.
+        (READY, true, 4444, Rule::SteerPlain, Plain),
+        (READY, true, HBONE, Rule::SteerHbone, Hbone),
+        (READY, true, OUTBOUND, Rule::DropReserved, Nobody),
+        (READY, true, INBOUND, Rule::DropReserved, Nobody),
+        (READY, true, 9090, Rule::ExcludedPort, App),
+        (READY, false, 9090, Rule::ExcludedPort, App),
+        (READY, false, 8080, Rule::FailClosed, Nobody),
+        (READY, false, HBONE, Rule::FailClosed, Nobody),
+        (flag::IN_MESH, true, 8080, Rule::FailClosed, Nobody),
+        (READY | OPEN, true, 8080, Rule::SteerPlain, Plain),
+        (READY | OPEN, false, 8080, Rule::FailOpen, App),
+        (flag::IN_MESH | OPEN, true, 8080, Rule::FailOpen, App),
+        (flag::IN_MESH | OPEN, true, OUTBOUND, Rule::DropReserved, Nobody),
+    ] {
+        bench.set(flags, up);
+        for to in [at("10.99.0.1", port), at("fd99::1", port), at("::ffff:10.99.0.1", port)] {
+            bench.rules(port);
+            let case = format!("flags {flags} up {up} to {to}");
+            let dialled = bench.world.dial(How::Tcp, to);
+            // A SYN that is refused at first is answered, so one rule per connection.
+            assert_eq!(bench.rules(port), [(Hook::SkLookup, rule)], "{case}");
+            let accepted = match gets {
+                Nobody => {
+                    assert_eq!(dialled.unwrap_err(), libc::ECONNREFUSED, "{case}");
+                    continue;
+                }
+                Plain => bench.tunnel.accept(plain),
+                Hbone => bench.tunnel.accept(hbone),
+                App => bench.app.accept(app[usize::from(port == 9090)]),
+            };
+            let dialled = dialled.unwrap();
+            assert_eq!(canonical(accepted.local), canonical(to), "getsockname is what was dialled");
+            assert_eq!(canonical(accepted.peer), canonical(dialled.local), "and getpeername the client");
+            assert_eq!(accepted.original, None, "{case}");
+            bench.world.close(dialled.handle);
+        }
+    }
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn the_pod_reaches_itself() {
+    let mut bench = Bench::new();
+    let app = bench.app.listen("[::]:8080");
+    bench.tunnel.listen(&format!("[::]:{INBOUND}"));
+    for to in ["127.0.0.1", "::1", "10.99.0.1", "fd99::1"] {
+        bench.app.dial(How::Tcp, at(to, 8080)).unwrap();
+        bench.app.accept(app);
+    }
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn an_address_of_no_enrolled_pod_passes() {
+    let mut bench = Bench::new();
+    let app = bench.app.listen("[::]:8080");
+    bench.tunnel.listen(&format!("[::]:{INBOUND}"));
+    bench.kernel.remove_pod(crate::bench::address("10.99.0.1")).unwrap();
+    bench.world.dial(How::Tcp, at("10.99.0.1", 8080)).unwrap();
+    bench.app.accept(app);
+    assert_eq!(bench.rules(8080), [(Hook::SkLookup, Rule::Unknown)]);
+    bench.kernel.unsteer(bench.cookie).unwrap();
+    bench.world.dial(How::Tcp, at("fd99::1", 8080)).unwrap();
+    bench.app.accept(app);
+    assert_eq!(bench.rules(8080), [], "nothing decides any more");
+}
+
+/// The tunnel dials the application from the pod's netns as the client, so neither address nor netns tell.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn the_tunnel_reaches_the_application_and_only_from_the_pods_own_netns() {
+    let mut bench = Bench::new();
+    let app = bench.app.listen("[::]:8080");
+    let plain = bench.tunnel.listen(&format!("[::]:{INBOUND}"));
+    for (client, to) in [("127.0.0.1", "10.99.0.1"), ("::1", "fd99::1")] {
+        // From the pod's own address it would pass anyway.
+        let dialled = bench.tunnel.dial_from(at(client, 0), at(to, 8080)).unwrap();
+        bench.app.accept(app);
+        bench.tunnel.close(dialled.handle);
+    }
+    // A tunnel's socket of another netns: the pod's inbound policy must see it.
+    let mut other = crate::bench::agent::Agent::start();
+    other.enter_cgroup(&bench.cgroups.dir("tunnel"));
+    other.enter_netns_of(&bench.world);
+    bench.rules(8080);
+    other.dial(How::Tcp, at("10.99.0.1", 8080)).unwrap();
+    bench.tunnel.accept(plain);
+    assert_eq!(bench.rules(8080), [(Hook::SkLookup, Rule::SteerPlain)]);
+}
+
+/// A pod that listens on the tunnel's port itself is not taken for the tunnel.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_listener_of_another_cgroup_is_not_steered_to() {
+    let mut bench = Bench::new();
+    let impostor = bench.app.listen(&format!("[::]:{INBOUND}"));
+    assert_eq!(bench.world.dial(How::Tcp, at("10.99.0.1", 8080)).unwrap_err(), libc::ECONNREFUSED);
+    assert_eq!(bench.rules(8080), [(Hook::SkLookup, Rule::FailClosed)]);
+    assert!(bench.app.is_idle(impostor));
+}
+
+/// One listener for both families, or one for each; the latest serves, and none is not a hang.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn listeners_come_and_go() {
+    let mut bench = Bench::new();
+    let app = bench.app.listen("[::]:8080");
+    let (v4, v6) = (at("10.99.0.1", 8080), at("fd99::1", 8080));
+    let first = bench.tunnel.listen(&format!("0.0.0.0:{INBOUND}"));
+    bench.world.dial(How::Tcp, v4).unwrap();
+    bench.tunnel.accept(first);
+    assert_eq!(bench.world.dial(How::Tcp, v6).unwrap_err(), libc::ECONNREFUSED, "no listener of this family");
+
+    let second = bench.tunnel.listen(&format!("[fd99::1]:{INBOUND}"));
+    bench.world.dial(How::Tcp, v6).unwrap();
+    bench.tunnel.accept(second);
+    bench.world.dial(How::Tcp, v4).unwrap();
+    bench.tunnel.accept(first);
+
+    bench.tunnel.close(first);
+    bench.tunnel.close(second);
+    eventually("closed listeners are forgotten", || {
+        bench.world.dial(How::Tcp, v4).is_err_and(|errno| errno == libc::ECONNREFUSED)
+    });
+    bench.set(READY | OPEN, true);
+    bench.world.dial(How::Tcp, v4).unwrap();
+    bench.app.accept(app);
+
+    let third = bench.tunnel.listen(&format!("[::]:{INBOUND}"));
+    bench.world.dial(How::Tcp, v4).unwrap();
+    bench.tunnel.accept(third);
+}
+
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}

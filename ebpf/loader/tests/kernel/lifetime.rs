@@ -1,0 +1,284 @@
+//! What outlives a process, what is replaced in place, what goes, and what is said when it does not work.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    os::fd::AsFd,
+};
+
+use adit_ebpf_common::{
+    flows::{Destination, Flow},
+    pods::{ExcludedPort, INBOUND as IS_DIALLED, OUTBOUND as DIALS, flag},
+};
+use adit_ebpf_loader::{Kernel, KernelError, preflight};
+use aya::{
+    EbpfLoader,
+    maps::{HashMap, Map, MapData, MapInfo},
+    programs::loaded_links,
+};
+
+use crate::bench::{Bench, Bpffs, Cgroups, INBOUND, OUTBOUND, address, agent::How, at, empty, sys};
+
+/// Of the pods' cgroup, of a tunnel's, of a netns.
+const ALL_LINKS: usize = 6 + 5 + 1;
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn pins_outlive_their_loader_and_a_successor_adopts_them() {
+    let mut bench = Bench::new();
+    let tunnel = bench.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    let inbound = bench.tunnel.listen(&format!("[::]:{INBOUND}"));
+    let to = at("192.0.2.1", 80);
+    let (pins, links) = (bench.bpffs.pins(), pinned(&bench));
+    assert_eq!(links.len(), ALL_LINKS, "{links:#?}");
+    let (cgroups, pods) = (bench.kernel.cgroups().unwrap(), bench.kernel.pods().unwrap());
+
+    // The successor is there before the predecessor goes, or after: alike.
+    let successor = Kernel::open(&pins).unwrap();
+    drop(std::mem::replace(&mut bench.kernel, successor));
+    bench.app.dial(How::Tcp, to).expect("the predecessor's links work");
+    assert_eq!(bench.tunnel.accept(tunnel).original, Some(to));
+
+    let programs = programs_of(&links);
+    let netns = File::open(format!("/proc/{}/ns/net", bench.app.task())).unwrap();
+    for _ in 0..2 {
+        bench.kernel.attach_pods(&bench.cgroups.dir("pods")).unwrap();
+        bench.kernel.attach_tunnel(&bench.cgroups.dir("tunnel")).unwrap();
+        bench.kernel.steer(bench.cookie, netns.as_fd()).unwrap();
+    }
+    assert_eq!(pinned(&bench), links, "the same links");
+    assert!(programs.is_disjoint(&programs_of(&links)), "with the successor's programs");
+    assert_eq!(bench.kernel.steered().unwrap(), [bench.cookie]);
+    assert_eq!(bench.kernel.cgroups().unwrap(), cgroups);
+    assert_eq!(bench.kernel.pods().unwrap(), pods);
+
+    // Listeners of before are still registered.
+    bench.app.dial(How::Tcp, to).unwrap();
+    assert_eq!(bench.tunnel.accept(tunnel).original, Some(to));
+    bench.world.dial(How::Tcp, at("10.99.0.1", 8080)).unwrap();
+    bench.tunnel.accept(inbound);
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn removing_leaves_nothing() {
+    let mut bench = Bench::new();
+    bench.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    let links = pinned(&bench);
+    let programs = programs_of(&links);
+    let maps: BTreeSet<u32> = fs::read_dir(bench.bpffs.pins().join("maps"))
+        .unwrap()
+        .map(|entry| MapInfo::from_pin(entry.unwrap().path()).unwrap().id())
+        .collect();
+    let removed = Kernel::remove(&bench.bpffs.pins()).unwrap();
+    assert_eq!((removed.links, removed.maps), (ALL_LINKS, 10));
+    assert_eq!(bench.app.dial(How::Udp, at("10.99.0.2", 53)).map(|_| ()), Ok(()));
+    bench.world.listen("0.0.0.0:8080");
+    bench
+        .app
+        .dial(How::Tcp, at("10.99.0.2", 8080))
+        .expect("no program decides any more, although we hold them");
+    assert!(!bench.bpffs.path().join("adit").exists(), "no pin, no folder");
+    assert_eq!(Kernel::remove(&bench.bpffs.pins()).unwrap(), adit_ebpf_loader::Removed::default());
+
+    let Bench { kernel, trace, .. } = bench;
+    drop((kernel, trace));
+    crate::bench::eventually("links, programs and maps are gone", || {
+        loaded_links().filter_map(Result::ok).all(|link| !links.iter().any(|(_, id)| *id == link.id()))
+            && aya::programs::loaded_programs()
+                .filter_map(Result::ok)
+                .all(|program| !programs.contains(&program.id()))
+            && aya::maps::loaded_maps().filter_map(Result::ok).all(|map| !maps.contains(&map.id()))
+    });
+}
+
+/// A reused port must neither find another's destination nor pass as the tunnel's.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn nothing_is_remembered_of_closed_connections() {
+    let mut bench = Bench::new();
+    let maps = bench.bpffs.pins().join("maps");
+    let entries = |name: &str| {
+        let data = MapData::from_pin(maps.join(name)).unwrap();
+        match Map::from_map_data(data).unwrap() {
+            Map::LruHashMap(data) if name == "tunnel_flows" => {
+                HashMap::<_, Flow, u64>::try_from(Map::LruHashMap(data)).unwrap().keys().count()
+            }
+            map => HashMap::<_, Flow, Destination>::try_from(map).unwrap().keys().count(),
+        }
+    };
+    let tunnel = bench.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    let dialled = bench.app.dial(How::Tcp, at("192.0.2.1", 80)).unwrap();
+    let accepted = bench.tunnel.accept(tunnel);
+    assert_eq!(entries("original_dst"), 0, "moved into the accepted socket");
+    bench.app.close(dialled.handle);
+    bench.tunnel.close(accepted.handle);
+
+    bench.tunnel.close(tunnel);
+    assert_eq!(bench.app.dial(How::Tcp, at("192.0.2.1", 80)).unwrap_err(), libc::ECONNREFUSED);
+    assert_eq!(entries("original_dst"), 0, "withdrawn, since nobody took it");
+
+    bench.world.listen("[::]:8080");
+    let flow = bench.tunnel.dial(How::Tcp, at("10.99.0.2", 8080)).unwrap();
+    assert_eq!(entries("tunnel_flows"), 1);
+    bench.tunnel.close(flow.handle);
+    crate::bench::eventually("closed flows are forgotten", || entries("tunnel_flows") == 0);
+}
+
+/// The mark routes answers back to the host: a connection that does not spend the client's address, or a
+/// listener, must not have it.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn the_tunnels_mark_stays_on_the_last_hop() {
+    let mut bench = Bench::new();
+    bench.tunnel.mark(0x539);
+    bench.app.listen("[::]:8080");
+    let inbound = bench.tunnel.listen(&format!("[::]:{INBOUND}"));
+    bench.world.listen("[::]:8080");
+    for (own, away) in [("10.99.0.1", "10.99.0.2"), ("fd99::1", "fd99::2")] {
+        assert_eq!(bench.tunnel.dial(How::Tcp, at(away, 8080)).unwrap().mark, 0);
+        assert_eq!(bench.tunnel.dial_from(at(own, 0), at(own, 8080)).unwrap().mark, 0x539);
+        bench.world.dial(How::Tcp, at(own, 8080)).unwrap();
+        assert_eq!(bench.tunnel.accept(inbound).mark, 0);
+    }
+    bench.app.mark(0x539);
+    assert_eq!(
+        bench.app.dial(How::Tcp, at("127.0.0.1", 8080)).unwrap().mark,
+        0x539,
+        "others' marks are theirs"
+    );
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn maps_hold_what_was_written() {
+    let bpffs = Bpffs::new();
+    let mut kernel = Kernel::open(&bpffs.pins()).unwrap();
+    kernel.set_cgroup(5, &empty()).unwrap();
+    kernel.remove_cgroup(5).unwrap();
+    kernel.remove_cgroup(5).expect("missing is fine");
+    kernel.remove_pod(address("10.0.0.1")).expect("missing is fine");
+    assert_eq!(kernel.cgroups().unwrap(), []);
+    kernel.unsteer(99).expect("missing is fine");
+    for policy_id in [1, 2] {
+        kernel.exclude_port(&ExcludedPort { policy_id, port: 80, direction: DIALS }).unwrap();
+        kernel.exclude_port(&ExcludedPort { policy_id, port: 80, direction: IS_DIALLED }).unwrap();
+        kernel.exclude_cidr(policy_id, 0, [0; 16]).unwrap();
+        kernel.exclude_cidr(policy_id, 104, address("10.0.0.0")).unwrap();
+    }
+    kernel.clear_policy(1).unwrap();
+    kernel.clear_policy(1).unwrap();
+    assert!(kernel.exclude_cidr(3, 129, [0; 16]).is_err(), "longer than an address");
+}
+
+/// Another build's map of another layout is replaced, the others are kept.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_map_of_another_layout_is_replaced() {
+    let bpffs = Bpffs::new();
+    let mut kernel = Kernel::open(&bpffs.pins()).unwrap();
+    kernel.set_cgroup(5, &empty()).unwrap();
+    drop(kernel);
+    let maps = bpffs.pins().join("maps");
+    fs::rename(maps.join("settings"), maps.join("pod_by_addr")).unwrap();
+    let kernel = Kernel::open(&bpffs.pins()).unwrap();
+    assert_eq!(kernel.pods().unwrap(), []);
+    assert_eq!(kernel.cgroups().unwrap(), [(5, empty())]);
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn attaching_elsewhere_detaches_here() {
+    let mut bench = Bench::new();
+    bench.kernel.attach_pods(&bench.cgroups.dir("pods/plain")).unwrap();
+    assert_eq!(pinned(&bench).len(), ALL_LINKS);
+    bench.world.listen("0.0.0.0:8080");
+    bench.app.dial(How::Tcp, at("10.99.0.2", 8080)).expect("not redirected any more");
+    bench.kernel.detach_tunnel(&bench.cgroups.dir("tunnel")).unwrap();
+    bench.kernel.detach_tunnel(&bench.cgroups.dir("tunnel")).expect("missing is fine");
+    assert_eq!(pinned(&bench).len(), 6 + 1);
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn what_stands_in_the_way_is_named() {
+    let (cgroups, bpffs) = (Cgroups::new(), Bpffs::new());
+    let mut object =
+        EbpfLoader::new().load(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/adit.o"))).unwrap();
+    let program: &mut aya::programs::CgroupSockAddr =
+        object.program_mut("adit_connect4").unwrap().try_into().unwrap();
+    program.load().unwrap();
+    let root = File::open(cgroups.root()).unwrap();
+    let fd = program.fd().unwrap();
+    sys::attach_alone(root.as_fd(), fd.as_fd(), 10, true).unwrap();
+
+    let mut kernel = Kernel::open(&bpffs.pins()).unwrap();
+    let error = kernel.attach_pods(&cgroups.dir("pods")).unwrap_err();
+    assert!(matches!(error, KernelError::Forbidden { program: "adit_connect4", .. }), "{error:?}");
+    let text = error.to_string();
+    assert!(text.contains("(adit_connect4)") && text.contains(&*cgroups.root().to_string_lossy()), "{text}");
+
+    let checks = preflight::checks(bpffs.path(), cgroups.root(), Some(&cgroups.dir("pods")));
+    let failed: Vec<_> = checks.iter().filter(|check| !check.ok).collect();
+    assert!(failed.len() == 1 && failed[0].name == "other programs", "{checks:#?}");
+    assert!(failed[0].found.contains("adit_connect4") && !failed[0].advice.is_empty());
+
+    sys::attach_alone(root.as_fd(), fd.as_fd(), 10, false).unwrap();
+    kernel.attach_pods(&cgroups.dir("pods")).unwrap();
+    assert!(preflight::checks(bpffs.path(), cgroups.root(), None).iter().all(|check| check.ok));
+    Kernel::remove(&bpffs.pins()).unwrap();
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn preflight_says_what_is_missing() {
+    let checks = preflight::checks("/proc".as_ref(), "/tmp".as_ref(), Some("/nonexistent".as_ref()));
+    let missing: Vec<&str> = checks.iter().filter(|check| !check.ok).map(|check| check.name).collect();
+    assert_eq!(missing, ["cgroup v2", "bpffs", "other programs"]);
+    assert!(checks.iter().all(|check| check.ok == check.advice.is_empty()));
+    let refused = Kernel::open("/tmp/adit-no-bpffs".as_ref());
+    assert!(matches!(refused, Err(KernelError::NoBpffs { .. })));
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn the_trace_follows_its_filter() {
+    let mut bench = Bench::new();
+    bench.set(flag::IN_MESH, true);
+    let mut settings = bench.kernel.settings().unwrap();
+    for (port, address, seen) in
+        [(0, [0; 16], 2), (81, [0; 16], 1), (0, address("192.0.2.2"), 1), (80, address("192.0.2.2"), 0)]
+    {
+        (settings.debug, settings.debug_port, settings.debug_address) = (1, port, address);
+        bench.kernel.set_settings(&settings).unwrap();
+        let _ = bench.app.dial(How::Tcp, at("192.0.2.1", 80));
+        let _ = bench.app.dial(How::Tcp, at("192.0.2.2", 81));
+        let records = std::iter::from_fn(|| bench.trace.next()).count();
+        assert_eq!(records, seen, "port {port}");
+    }
+    settings.debug = 0;
+    bench.kernel.set_settings(&settings).unwrap();
+    let _ = bench.app.dial(How::Tcp, at("192.0.2.1", 80));
+    assert!(bench.trace.next().is_none());
+}
+
+/// The pins of links, with the links' ids.
+fn pinned(bench: &Bench) -> BTreeSet<(String, u32)> {
+    fs::read_dir(bench.bpffs.pins().join("links"))
+        .unwrap()
+        .map(|entry| {
+            let path = entry.unwrap().path();
+            let link = aya::programs::links::PinnedLink::from_pin(&path).unwrap();
+            let id = aya::programs::links::FdLink::from(link).info().unwrap().id();
+            (path.file_name().unwrap().to_string_lossy().into_owned(), id)
+        })
+        .collect()
+}
+
+fn programs_of(links: &BTreeSet<(String, u32)>) -> BTreeSet<u32> {
+    loaded_links()
+        .filter_map(Result::ok)
+        .filter(|link| links.iter().any(|(_, id)| *id == link.id()))
+        .map(|link| link.program_id())
+        .collect()
+}
