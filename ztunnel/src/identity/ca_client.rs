@@ -86,23 +86,20 @@ impl Service {
 
     /// Tries the service by each of its names; a refusal by the service itself is final.
     async fn call(&self, request: IstioCertificateRequest) -> Result<Vec<String>, IdentityError> {
-        let mut last = None;
+        let mut unreachable = tonic::Status::unavailable("no name to call it by");
+        let address = || self.config.address.clone();
         for channel in self.channels()? {
             let mut call = Request::new(request.clone());
             self.authenticate(&mut call)?;
             match IstioCertificateServiceClient::new(channel).create_certificate(call).await {
                 Ok(answer) => return Ok(answer.into_inner().cert_chain),
+                Err(status) if status.code() == tonic::Code::Unavailable => unreachable = status,
                 Err(status) => {
-                    let answered = status.code() != tonic::Code::Unavailable;
-                    last = Some(status);
-                    if answered {
-                        break;
-                    }
+                    return Err(IdentityError::Refused { address: address(), status: Arc::new(status) });
                 }
             }
         }
-        let status = last.unwrap_or_else(|| tonic::Status::unavailable("no name to call it by"));
-        Err(IdentityError::Refused { address: self.config.address.clone(), status: Arc::new(status) })
+        Err(IdentityError::Unreachable { address: address(), source: Arc::new(unreachable) })
     }
 
     fn channels(&self) -> Result<Vec<Channel>, IdentityError> {
@@ -128,13 +125,13 @@ impl Service {
 
     fn channel_by(&self, name: String, root: &str) -> Result<Channel, IdentityError> {
         let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(root)).domain_name(name);
-        let unreachable = |source| IdentityError::Unreachable {
+        let unusable = |source| IdentityError::Endpoint {
             address: self.config.address.clone(),
             source: Arc::new(source),
         };
         let endpoint = Endpoint::from_shared(self.config.address.clone())
             .and_then(|endpoint| endpoint.tls_config(tls))
-            .map_err(unreachable)?;
+            .map_err(unusable)?;
         Ok(endpoint
             .connect_timeout(CONNECT_TIMEOUT)
             .http2_keep_alive_interval(PING_INTERVAL)

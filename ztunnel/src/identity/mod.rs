@@ -87,8 +87,10 @@ pub enum IdentityError {
     Unusable { what: &'static str, source: Arc<dyn std::error::Error + Send + Sync> },
     #[error("{what}")]
     Malformed { what: String },
+    #[error("cannot call the certificate service at {address}")]
+    Endpoint { address: String, source: Arc<tonic::transport::Error> },
     #[error("cannot reach the certificate service at {address}")]
-    Unreachable { address: String, source: Arc<tonic::transport::Error> },
+    Unreachable { address: String, source: Arc<tonic::Status> },
     #[error("the certificate service at {address} refuses: {status}")]
     Refused { address: String, status: Arc<tonic::Status> },
     #[error("the certificate service at {address} did not answer in time")]

@@ -39,3 +39,21 @@ impl Store {
         self.version.send_modify(|version| *version += 1);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::tests::workload;
+
+    #[test]
+    fn who_is_told_of_a_change_finds_it_and_old_snapshots_stay_as_they_were() {
+        let store = Store::default();
+        let (before, mut versions) = (store.snapshot(), store.subscribe());
+        assert!(!versions.has_changed().unwrap());
+        store.replace(Mesh::new([workload("web-1", "10.0.0.1")], [], []));
+        assert!(versions.has_changed().unwrap());
+        assert_eq!(*versions.borrow_and_update(), 1);
+        assert_eq!(store.snapshot().workloads().count(), 1);
+        assert_eq!(before.workloads().count(), 0);
+    }
+}

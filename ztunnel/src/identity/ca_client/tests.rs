@@ -159,10 +159,10 @@ async fn an_answer_without_root_is_refused() {
 async fn a_service_by_another_name_or_root_is_not_told_the_token() {
     let ca = Running::start(Answer::Signed).await;
     let other = CaService { alt_name: None, ..ca.config() };
-    assert!(matches!(issue(other).await, Err(IdentityError::Refused { .. })));
+    assert!(matches!(issue(other).await, Err(IdentityError::Unreachable { .. })));
     let stranger = Running::start(Answer::Signed).await;
     let other = CaService { root: RootSource::File(stranger.path("root.pem")), ..ca.config() };
-    assert!(matches!(issue(other).await, Err(IdentityError::Refused { .. })));
+    assert!(matches!(issue(other).await, Err(IdentityError::Unreachable { .. })));
 }
 
 #[tokio::test]
