@@ -198,8 +198,8 @@ impl Node {
         for (what, log) in [("watcher", self.watcher_log()), ("ztunnel", self.tunnel_log())] {
             let lines: Vec<&str> = log.lines().collect();
             let _ = writeln!(story, "--- {what} of {} (last lines)", self.netns);
-            for line in &lines[lines.len().saturating_sub(25)..] {
-                let _ = writeln!(story, "{line}");
+            for line in &lines[lines.len().saturating_sub(12)..] {
+                let _ = writeln!(story, "{}", line.chars().take(400).collect::<String>());
             }
         }
         story
