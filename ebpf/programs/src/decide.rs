@@ -108,8 +108,12 @@ pub enum Inbound {
     Pass(Rule),
     /// The opener sees a reset.
     Drop(Rule),
-    /// To the tunnel's listener of this key, if it is registered, else as `otherwise` says.
-    Steer { to: ListenerKey, rule: Rule, fail_open: bool },
+    /// To the tunnel's listener of this key, if it is registered, else as the fail mode says.
+    Steer {
+        to: ListenerKey,
+        rule: Rule,
+        fail_open: bool,
+    },
 }
 
 /// What becomes of an inbound TCP connection:

@@ -92,9 +92,16 @@ fn print(record: &TraceRecord) {
             (false, true) => {
                 bpf_printk!(c"adit: connect to %pI4:%u: %s", record.remote.as_ptr().add(12), port, name)
             }
-            (false, false) => bpf_printk!(c"adit: connect to [%pI6]:%u: %s", record.remote.as_ptr(), port, name),
+            (false, false) => {
+                bpf_printk!(c"adit: connect to [%pI6]:%u: %s", record.remote.as_ptr(), port, name)
+            }
             (true, true) => {
-                bpf_printk!(c"adit: arrival from %pI4 at port %u: %s", record.remote.as_ptr().add(12), port, name)
+                bpf_printk!(
+                    c"adit: arrival from %pI4 at port %u: %s",
+                    record.remote.as_ptr().add(12),
+                    port,
+                    name
+                )
             }
             (true, false) => {
                 bpf_printk!(c"adit: arrival from %pI6 at port %u: %s", record.remote.as_ptr(), port, name)
