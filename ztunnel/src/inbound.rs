@@ -128,7 +128,7 @@ pub async fn serve(accepted: Accepted) {
     let Ok(local) = stream.local_addr().map(socket::canonical) else { return };
     let shared = Arc::clone(&worker.shared);
     let fail = |error: InboundError| {
-        denied_early(&shared.metrics, &Ends::new(Direction::Inbound, peer, local), &error)
+        denied_early(&shared.metrics, &Ends::new(Direction::Inbound, peer, local), &error);
     };
     let credentials = match shared.certificates.get(&pod.identity).await {
         Ok(credentials) => credentials,
@@ -169,7 +169,7 @@ async fn request(tunnel: Rc<Tunnel>, asked: Asked) {
     };
     let record = Record::open(&shared.metrics, ends(&tunnel, &admitted));
     let result = carry(&tunnel, &admitted, asked, record.counters()).await;
-    record.close(result.as_ref().map(|()| ()).map_err(|error| error as &dyn Failure));
+    record.close(result.as_ref().copied().map_err(|error| error as &dyn Failure));
 }
 
 /// The checks in the order of their answers: 400 for what is malformed, 503 for what leads nowhere, 401.

@@ -28,7 +28,7 @@ pub async fn serve(accepted: Accepted) {
     ends.destination_workload = Some(workload);
     let record = Record::open(&metrics, ends);
     let result = carry(accepted, target, record.counters()).await;
-    record.close(result.as_ref().map(|()| ()).map_err(|error| error as &dyn Failure));
+    record.close(result.as_ref().copied().map_err(|error| error as &dyn Failure));
 }
 
 async fn admit(accepted: &Accepted, target: SocketAddr) -> Result<(Arc<Mesh>, Arc<Workload>), InboundError> {

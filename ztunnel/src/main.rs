@@ -74,7 +74,10 @@ fn run() -> Result<()> {
     raise_descriptor_limit();
     let runtime =
         Builder::new_current_thread().enable_all().build().context("cannot start the control runtime")?;
-    runtime.block_on(serve(config, logging))
+    let done = runtime.block_on(serve(config, logging));
+    // Past the drain deadline a worker may still hang: dropping the runtime would wait for it.
+    runtime.shutdown_background();
+    done
 }
 
 async fn serve(config: Arc<Config>, logging: Logging) -> Result<()> {

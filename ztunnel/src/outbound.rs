@@ -81,7 +81,7 @@ impl Failure for OutboundError {
 /// A connection that was captured on 15001.
 pub async fn serve(accepted: Accepted) {
     let client = accepted.client;
-    let local = accepted.stream.local_addr().map(socket::canonical).unwrap_or(client);
+    let local = accepted.stream.local_addr().map_or(client, socket::canonical);
     let planned = plan(&accepted).await;
     let (source, route) = match planned {
         Ok(planned) => planned,
@@ -93,7 +93,7 @@ pub async fn serve(accepted: Accepted) {
     };
     let record = Record::open(&accepted.worker.shared.metrics, ends(&accepted, &source, &route));
     let result = carry(accepted, &source, &route, record.counters()).await;
-    record.close(result.as_ref().map(|()| ()).map_err(|error| error as &dyn Failure));
+    record.close(result.as_ref().copied().map_err(|error| error as &dyn Failure));
 }
 
 /// From which workload to where, and how. Errors come with the original destination if that is known.

@@ -232,12 +232,17 @@ fn speak_as(socket: &Socket, from: IpAddr) -> io::Result<()> {
 /// else would never leave the pod.
 pub fn mark_stays_local(mark: u32) -> bool {
     // TEST-NET-1 (RFC 5737) and the documentation prefix (RFC 3849): nobody has them, and no packet is sent. The
-    // source address chosen for a local route is the destination itself.
+    // source address chosen for a local route is the destination itself, which only a transparent socket may take.
     let nowhere =
         [SocketAddr::from(([192, 0, 2, 1], 9)), SocketAddr::from(([0x2001, 0xdb8, 0, 0, 0, 0, 0, 1], 9))];
     let stays = |to: SocketAddr| -> io::Result<bool> {
         let socket = Socket::new(Domain::for_address(to), Type::DGRAM, None)?;
         socket.set_mark(mark)?;
+        if to.is_ipv4() {
+            socket.set_ip_transparent_v4(true)?;
+        } else {
+            socket.set_ip_transparent_v6(true)?;
+        }
         socket.connect(&to.into())?;
         Ok(socket.local_addr()?.as_socket().is_some_and(|from| from.ip() == to.ip()))
     };

@@ -27,7 +27,7 @@ use crate::record::Counters;
 /// How long a connection with one direction ended may lie still before it is cut. The same hour that
 /// kube-proxy gives such a connection in conntrack (`--conntrack-tcp-timeout-close-wait`): past it, a
 /// NATed one would be dead anyway.
-pub const HALF_CLOSED_LIMIT: Duration = Duration::from_secs(3600);
+pub const HALF_CLOSED_LIMIT: Duration = Duration::from_hours(1);
 
 /// Buffers start here and grow while reads fill them.
 const SMALL: usize = 16 << 10;
@@ -422,5 +422,115 @@ async fn socket_to_socket(from: &TcpStream, to: &TcpStream, moved: impl Fn(u64))
             write_some(to, &mut rest).await.map_err(StreamError::Socket)?;
         }
         moved(n as u64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+        task::{LocalSet, spawn_local},
+    };
+
+    async fn sockets() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let dialled = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        (dialled, listener.accept().await.unwrap().0)
+    }
+
+    /// An application socket whose other end is carried over HTTP/2, and the peer's half of that stream.
+    async fn carried()
+    -> (TcpStream, (SendStream<Bytes>, RecvStream), tokio::task::JoinHandle<Result<(), StreamError>>) {
+        let (near, far) = tokio::io::duplex(1 << 20);
+        let (mut requests, connection) = h2::client::handshake(near).await.unwrap();
+        spawn_local(connection);
+        let server = spawn_local(async move {
+            let mut connection = h2::server::handshake(far).await.unwrap();
+            let (request, mut respond) = connection.accept().await.unwrap().unwrap();
+            let send = respond.send_response(http::Response::new(()), false).unwrap();
+            spawn_local(async move { while connection.accept().await.is_some() {} });
+            (send, request.into_body())
+        });
+        let request = http::Request::builder().method("CONNECT").uri("a:1").body(()).unwrap();
+        let (response, send) = requests.send_request(request, false).unwrap();
+        let recv = response.await.unwrap().into_body();
+        let (application, ours) = sockets().await;
+        let task = spawn_local(async move {
+            let counters = Counters::default();
+            let result =
+                tunnel(ours, Stream::new(send, recv), SocketIs::Client, &counters, std::future::pending())
+                    .await;
+            drop(requests);
+            result
+        });
+        (application, server.await.unwrap(), task)
+    }
+
+    #[tokio::test]
+    async fn reset_stream_resets_the_socket_and_cancel_ends_it() {
+        let test = async {
+            for (reason, reset) in
+                [(Reason::CONNECT_ERROR, true), (Reason::INTERNAL_ERROR, true), (Reason::CANCEL, false)]
+            {
+                let (mut application, (mut send, _recv), task) = carried().await;
+                send.send_data(Bytes::from_static(b"half"), false).unwrap();
+                application.read_exact(&mut [0; 4]).await.unwrap();
+                send.send_reset(reason);
+                let end = application.read(&mut [0]).await.map_err(|error| error.kind());
+                assert_eq!(end, if reset { Err(io::ErrorKind::ConnectionReset) } else { Ok(0) }, "{reason}");
+                assert_eq!(task.await.unwrap().is_err(), reset, "{reason}");
+            }
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
+    async fn reset_socket_resets_the_stream_and_so_does_a_task_that_is_cut() {
+        let test = async {
+            for cut in [false, true] {
+                let (mut application, (_send, mut recv), task) = carried().await;
+                application.write_all(b"half").await.unwrap();
+                assert_eq!(recv.data().await.unwrap().unwrap(), "half");
+                if cut {
+                    task.abort();
+                } else {
+                    crate::socket::reset(application);
+                }
+                let error = recv.data().await.unwrap().unwrap_err();
+                assert_eq!(error.reason(), Some(Reason::CONNECT_ERROR), "cut: {cut}");
+            }
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
+    async fn reader_that_stands_still_stops_the_writer() {
+        let test = async {
+            let (mut application, (_send, recv), task) = carried().await;
+            let mut written = 0;
+            let chunk = vec![0; 1 << 16];
+            let endless = async {
+                loop {
+                    written += application.write(&chunk).await.unwrap();
+                }
+            };
+            // Nobody reads `recv`: the stream's window, one send buffer and the kernel's buffers fill up, no more.
+            let _ = timeout(Duration::from_millis(300), endless).await;
+            assert!(written < 16 << 20, "{written} bytes went nowhere");
+            drop((recv, task));
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn half_closed_and_silent_is_cut_in_the_end() {
+        let (mut client, near) = sockets().await;
+        let (_server, far) = sockets().await;
+        client.shutdown().await.unwrap();
+        let counters = Counters::default();
+        let result = relay(near, far, &counters, std::future::pending()).await;
+        assert!(matches!(result, Err(StreamError::HalfClosed)), "{result:?}");
     }
 }

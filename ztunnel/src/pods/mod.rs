@@ -61,7 +61,7 @@ impl Backoff {
         Self(Self::FIRST)
     }
 
-    pub fn next(&mut self) -> Duration {
+    pub fn delay(&mut self) -> Duration {
         let delay = self.0;
         self.0 = (delay * 2).min(Self::LAST);
         delay
@@ -121,7 +121,7 @@ impl Pods {
         if let Err(error) = &started {
             warn!(pod.uid = uid, %error, "cannot serve the pod yet");
             let mut backoff = Backoff::new();
-            let next = Instant::now() + backoff.next();
+            let next = Instant::now() + backoff.delay();
             self.pending.insert(uid.to_owned(), Pending { info, netns: again, backoff, next });
         }
         self.publish();
@@ -170,7 +170,7 @@ impl Pods {
             pending.netns.try_clone().and_then(|netns| self.start(&uid, pending.info.clone(), netns));
         if let Err(error) = started {
             tracing::debug!(pod.uid = uid, %error, "still cannot serve the pod");
-            pending.next = Instant::now() + pending.backoff.next();
+            pending.next = Instant::now() + pending.backoff.delay();
             self.pending.insert(uid, pending);
         } else {
             self.shared.metrics.pods.started.inc();
@@ -242,7 +242,7 @@ mod tests {
     #[test]
     fn backoff_doubles_up_to_a_quarter_minute() {
         let mut backoff = Backoff::new();
-        let delays: Vec<u128> = (0..13).map(|_| backoff.next().as_millis()).collect();
+        let delays: Vec<u128> = (0..13).map(|_| backoff.delay().as_millis()).collect();
         assert_eq!(delays[..4], [10, 20, 40, 80]);
         assert_eq!(delays[11..], [15000, 15000]);
     }

@@ -47,7 +47,7 @@ pub async fn run(path: &Path, pods: &mut Pods, ready: &mut ReadyGuard, stop: &Ca
             Err(error) = session => warn!(path = %path.display(), %error, "no node agent"),
         }
         ready.pending();
-        let mut pause = std::pin::pin!(sleep(backoff.next()));
+        let mut pause = std::pin::pin!(sleep(backoff.delay()));
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,

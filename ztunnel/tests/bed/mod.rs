@@ -84,7 +84,27 @@ impl Space {
         self.try_connect(to).expect("connect")
     }
 
-    /// Answers to an HTTP/1.0 request.
+    /// Accepts connections for ever, each in a thread of its own. The socket, and so the thread, ends with the
+    /// test process.
+    pub fn serve(&self, port: u16, each: impl Fn(TcpStream, IpAddr) + Send + Clone + 'static) {
+        let listener = self.netns.enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))).expect("listen");
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (each, peer) = (each.clone(), stream.peer_addr());
+                thread::spawn(move || peer.map(|peer| each(stream, peer.ip())));
+            }
+        });
+    }
+
+    /// How a connection that must come to nothing ends: the reset may be there before connect(2) looks.
+    pub fn refusal(&self, to: impl Into<SocketAddr>) -> io::ErrorKind {
+        match self.try_connect(to).and_then(|mut stream| stream.read_exact(&mut [0])) {
+            Ok(()) => panic!("served"),
+            Err(error) => error.kind(),
+        }
+    }
+
+    /// The answer to an HTTP/1.0 request.
     pub fn http(&self, method: &str, to: impl Into<SocketAddr>, path: &str) -> io::Result<String> {
         let mut stream = self.try_connect(to)?;
         write!(stream, "{method} {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
@@ -117,17 +137,8 @@ impl Pod {
         (self.ip, port).into()
     }
 
-    /// Accepts connections for ever, each in a thread of its own. The socket, and so the thread, ends with the
-    /// test process.
     pub fn serve(&self, port: u16, each: impl Fn(TcpStream, IpAddr) + Send + Clone + 'static) {
-        let listener =
-            self.space.netns.enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))).expect("listen");
-        thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let (each, peer) = (each.clone(), stream.peer_addr());
-                thread::spawn(move || peer.map(|peer| each(stream, peer.ip())));
-            }
-        });
+        self.space.serve(port, each);
     }
 
     /// Sends every byte back twice, after the client's address in a line of its own.
@@ -167,7 +178,8 @@ pub fn read_line(stream: &mut TcpStream) -> io::Result<String> {
 /// Two nodes, pods on one network, and what the tunnels are told of them.
 pub struct Bed {
     id: String,
-    router: Space,
+    /// Between the pods; outside the mesh.
+    pub router: Space,
     pods: u8,
     workloads: String,
     pub services: String,
@@ -217,6 +229,30 @@ impl Bed {
             chain out {
                 type nat hook output priority -100
                 meta l4proto tcp meta mark != 0x539 fib daddr type != local redirect to :15001
+            }
+            chain in {
+                type nat hook prerouting priority -100
+                iifname != \"lo\" tcp dport != 15008 meta l4proto tcp redirect to :15006
+            }
+        }";
+        let file = self.dir.path().join("capture.nft");
+        fs::write(&file, rules).expect("write");
+        pod.space.run(&format!("nft -f {}", file.display()));
+        pod
+    }
+
+    /// A pod prepared as our watcher does it. In place of its kernel programs, which know the tunnel's flows by
+    /// cgroup, the redirects leave 15008 and the last hop alone.
+    pub fn prepared_by_watcher(&mut self, node: &str, name: &str) -> Pod {
+        let pod = self.pod(node, name, true);
+        pod.space.run(
+            "sysctl -qw net.ipv4.tcp_fwmark_accept=1 net.ipv4.conf.all.rp_filter=0; \
+             ip rule add fwmark 0x539 lookup 1337; ip route add local default dev lo table 1337",
+        );
+        let rules = "table ip capture {
+            chain out {
+                type nat hook output priority -100
+                tcp dport != 15008 fib daddr type != local redirect to :15001
             }
             chain in {
                 type nat hook prerouting priority -100

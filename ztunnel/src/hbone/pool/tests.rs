@@ -1,0 +1,176 @@
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use http::Method;
+use tokio::{task::LocalSet, time::sleep};
+
+use super::*;
+use crate::{config::H2, hbone::client};
+
+const H2: H2 = H2 { stream_window: 1 << 20, connection_window: 4 << 20, frame: 1 << 20 };
+
+/// What a server does with its connection.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Server {
+    /// Answers 200 to everything, and keeps the streams.
+    Good,
+    /// Says GOAWAY after the first answer; that stream goes on.
+    Leaves,
+    /// Answers once, and breaks at the second request.
+    Breaks,
+}
+
+struct Bed {
+    pool: Pool,
+    dials: Rc<Cell<usize>>,
+}
+
+impl Bed {
+    fn new(max_streams: u32, idle: Duration) -> Self {
+        Self { pool: Pool::new(config::Pool { max_streams, idle }), dials: Rc::default() }
+    }
+
+    async fn open(&self, key: &Key, server: Server) -> Result<(Stream, Lease), Arc<ConnectError>> {
+        let request = Request::builder().method(Method::CONNECT).uri("10.0.0.1:80").body(()).unwrap();
+        let dial = || {
+            let dials = Rc::clone(&self.dials);
+            async move {
+                dials.set(dials.get() + 1);
+                sleep(Duration::from_millis(5)).await;
+                let (ours, theirs) = tokio::io::duplex(64 << 10);
+                spawn_local(serve(theirs, server));
+                client::http(ours, "10.0.0.1:15008".parse().unwrap(), &H2).await
+            }
+        };
+        self.pool.open(key, &request, dial).await.map(|(_, stream, lease)| (stream, lease))
+    }
+}
+
+async fn serve(io: tokio::io::DuplexStream, server: Server) {
+    let mut connection = h2::server::Builder::new().handshake::<_, Bytes>(io).await.unwrap();
+    let mut streams = Vec::new();
+    while let Some(Ok((request, mut respond))) = connection.accept().await {
+        if server == Server::Breaks && !streams.is_empty() {
+            return;
+        }
+        streams.push((respond.send_response(Response::new(()), false).unwrap(), request));
+        if server == Server::Leaves {
+            connection.graceful_shutdown();
+        }
+    }
+}
+
+fn key(source: &str) -> Key {
+    let id = |name: &str| format!("spiffe://td/ns/a/sa/{name}").parse().unwrap();
+    let netns = crate::socket::Netns::current().unwrap().id();
+    Key { source: id(source), expected: vec![id("server")], peer: "10.0.0.1:15008".parse().unwrap(), netns }
+}
+
+async fn local(test: impl Future<Output = ()>) {
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn concurrent_first_requests_share_one_handshake() {
+    let test = async {
+        let bed = Bed::new(100, Duration::from_mins(5));
+        let key = key("a");
+        let opened = join_all((0..50).map(|_| bed.open(&key, Server::Good))).await;
+        assert!(opened.iter().all(Result::is_ok));
+        assert_eq!((bed.dials.get(), bed.pool.tunnels(&key)), (1, 1));
+    };
+    local(test).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn full_tunnel_is_joined_by_another_and_keys_do_not_share() {
+    let test = async {
+        let bed = Bed::new(2, Duration::from_mins(5));
+        let mut leases = Vec::new();
+        for _ in 0..5 {
+            leases.push(bed.open(&key("a"), Server::Good).await.unwrap());
+        }
+        assert_eq!(bed.dials.get(), 3);
+        leases.clear();
+        let _again = bed.open(&key("a"), Server::Good).await.unwrap();
+        assert_eq!(bed.dials.get(), 3, "room again");
+        let _other = bed.open(&key("b"), Server::Good).await.unwrap();
+        assert_eq!(bed.dials.get(), 4);
+    };
+    local(test).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn server_that_leaves_gets_no_new_streams_and_none_is_lost() {
+    let test = async {
+        let bed = Bed::new(100, Duration::from_mins(5));
+        for round in 1..=3 {
+            let _stays_open = bed.open(&key("a"), Server::Leaves).await.unwrap();
+            assert_eq!(bed.dials.get(), round);
+        }
+    };
+    local(test).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn request_that_lost_its_tunnel_is_sent_again() {
+    let test = async {
+        let bed = Bed::new(100, Duration::from_mins(5));
+        let _first = bed.open(&key("a"), Server::Breaks).await.unwrap();
+        let _second = bed.open(&key("a"), Server::Breaks).await.unwrap();
+        assert_eq!(bed.dials.get(), 2);
+    };
+    local(test).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn unused_tunnel_is_closed_and_a_used_one_is_kept() {
+    let test = async {
+        let bed = Bed::new(100, Duration::from_mins(1));
+        let (idle, busy) = (key("idle"), key("busy"));
+        drop(bed.open(&idle, Server::Good).await.unwrap());
+        let kept = bed.open(&busy, Server::Good).await.unwrap();
+        sleep(Duration::from_secs(59)).await;
+        assert_eq!((bed.pool.tunnels(&idle), bed.pool.tunnels(&busy)), (1, 1));
+        sleep(Duration::from_hours(1)).await;
+        assert_eq!((bed.pool.tunnels(&idle), bed.pool.tunnels(&busy)), (0, 1));
+        drop(kept);
+        sleep(Duration::from_secs(61)).await;
+        assert_eq!(bed.pool.tunnels(&busy), 0);
+    };
+    local(test).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn failed_handshake_fails_all_who_wait_and_is_tried_anew_for_the_next() {
+    let test = async {
+        let pool = Pool::new(config::Pool { max_streams: 100, idle: Duration::from_mins(1) });
+        let request = Request::builder().method(Method::CONNECT).uri("10.0.0.1:80").body(()).unwrap();
+        let dials = Rc::new(Cell::new(0));
+        let dial = || {
+            dials.set(dials.get() + 1);
+            async { Err(ConnectError::Abandoned) }
+        };
+        let key = key("a");
+        let opened = join_all((0..10).map(|_| pool.open(&key, &request, dial))).await;
+        assert!(opened.iter().all(Result::is_err));
+        assert_eq!(dials.get(), 1);
+        assert!(pool.open(&key, &request, dial).await.is_err());
+        assert_eq!(dials.get(), 2);
+        assert!(pool.0.groups.borrow().is_empty(), "no trace of keys that failed");
+    };
+    local(test).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn forgotten_netns_keeps_no_tunnel() {
+    let test = async {
+        let bed = Bed::new(100, Duration::from_mins(5));
+        let key = key("a");
+        drop(bed.open(&key, Server::Good).await.unwrap());
+        bed.pool.forget(key.netns);
+        assert_eq!(bed.pool.tunnels(&key), 0);
+    };
+    local(test).await;
+}
