@@ -4,6 +4,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     os::fd::AsFd,
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use adit_ebpf_common::{
@@ -57,6 +58,42 @@ fn pins_outlive_their_loader_and_a_successor_adopts_them() {
     assert_eq!(bench.tunnel.accept(tunnel).original, Some(to));
     bench.world.dial(How::Tcp, at("10.99.0.1", 8080)).unwrap();
     bench.tunnel.accept(inbound);
+}
+
+/// While successors take over one after another, every connection is redirected, and by one program.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn taking_over_leaves_no_gap() {
+    let Bench { mut app, mut tunnel, cgroups, bpffs, mut trace, kernel, plain, world, .. } = Bench::new();
+    let listener = tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    let to = at("192.0.2.1", 80);
+    let done = AtomicBool::new(false);
+    let dialled = std::thread::scope(|scope| {
+        let dialling = scope.spawn(|| {
+            let mut count = 0;
+            while !done.load(Ordering::Relaxed) {
+                let dialled = app.dial(How::Tcp, to).expect("never refused");
+                let accepted = tunnel.accept(listener);
+                assert_eq!(accepted.original, Some(to));
+                app.close(dialled.handle);
+                tunnel.close(accepted.handle);
+                count += 1;
+            }
+            count
+        });
+        for _ in 0..5 {
+            let mut successor = Kernel::open(&bpffs.pins()).unwrap();
+            successor.attach_pods(&cgroups.dir("pods")).unwrap();
+            successor.attach_tunnel(&cgroups.dir("tunnel")).unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+        dialling.join().unwrap()
+    });
+    assert!(dialled > 0);
+    let records = std::iter::from_fn(|| trace.next()).filter(|record| record.remote_port == 80).count();
+    assert_eq!(records, dialled);
+    // Processes before the cgroups that they are in.
+    drop((kernel, plain, world, app, tunnel));
 }
 
 #[test]
