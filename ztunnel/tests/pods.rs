@@ -145,3 +145,43 @@ fn quitquitquit_ends_an_idle_tunnel_at_once() {
     assert!(node.wait_exit().success());
     assert!(begin.elapsed() < Duration::from_secs(2));
 }
+
+#[test]
+#[ignore = "needs root: make test"]
+fn successor_takes_over_without_a_lost_connection() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("a", "server"));
+    server.serve_double_echo(8080);
+    let mut old = bed.node("a", &[&client, &server]);
+    let mut long = client.space.connect(server.at(8080));
+    read_line(&mut long).expect("greeting");
+    let _new = bed.node("a", &[&client, &server]);
+    old.signal(Signal::SIGTERM);
+    for round in 0..100 {
+        let mut stream = client.space.connect(server.at(8080));
+        read_line(&mut stream).unwrap_or_else(|error| panic!("connection {round}: {error}"));
+    }
+    long.write_all(b"old").expect("write");
+    long.shutdown(Shutdown::Write).expect("shutdown");
+    assert_eq!(read_all(&mut long).expect("echo"), b"oldold");
+    assert!(old.wait_exit().success());
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn address_in_use_is_a_reason_not_to_start() {
+    let bed = Bed::new();
+    for (port, purpose) in [(15000, "admin"), (15020, "metrics"), (15021, "readiness")] {
+        let taken = bed.router.netns.enter(|| std::net::TcpListener::bind(("0.0.0.0", port))).expect("bind");
+        let output = std::process::Command::new("nsenter")
+            .arg(format!("--net=/run/netns/{}", bed.router.name))
+            .arg(env!("CARGO_BIN_EXE_ztunnel"))
+            .env("LOCAL_XDS_PATH", bed.mesh_file())
+            .env("DEVELOPMENT_CA_DIR", bed.ca_dir())
+            .output()
+            .expect("start");
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && error.contains(purpose) && error.contains("in use"), "{error}");
+        drop(taken);
+    }
+}
