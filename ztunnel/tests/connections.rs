@@ -117,6 +117,21 @@ fn pods_that_our_watcher_prepared_are_served_too() {
 
 #[test]
 #[ignore = "needs root: make test"]
+fn everything_holds_for_ipv6() {
+    let mut bed = Bed::new();
+    let (plain, client, server) =
+        (bed.plain("a", "plain"), bed.enrolled("a", "client"), bed.enrolled("b", "server"));
+    server.serve_double_echo(8080);
+    let (_a, b) = (bed.node("a", &[&client]), bed.node("b", &[&server]));
+    for pod in [&plain, &client] {
+        let mut stream = pod.space.connect((server.ip6, 8080));
+        assert_eq!(read_line(&mut stream).expect("greeting"), pod.ip6.to_string(), "the client's address");
+    }
+    b.records(1, &["\"direction\":\"inbound\"", &format!("[{}]:15008", server.ip6), "sa/client"]);
+}
+
+#[test]
+#[ignore = "needs root: make test"]
 fn destination_that_nobody_knows_is_passed_through() {
     let mut bed = Bed::new();
     let client = bed.enrolled("a", "client");

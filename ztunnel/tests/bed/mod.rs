@@ -11,7 +11,7 @@ use std::{
     fmt::Write as _,
     fs::{self, File},
     io::{self, Read, Write},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     os::fd::OwnedFd,
     path::PathBuf,
     process::Command,
@@ -87,11 +87,11 @@ impl Space {
     /// Accepts connections for ever, each in a thread of its own. The socket, and so the thread, ends with the
     /// test process.
     pub fn serve(&self, port: u16, each: impl Fn(TcpStream, IpAddr) + Send + Clone + 'static) {
-        let listener = self.netns.enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))).expect("listen");
+        let listener = self.netns.enter(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))).expect("listen");
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let (each, peer) = (each.clone(), stream.peer_addr());
-                thread::spawn(move || peer.map(|peer| each(stream, peer.ip())));
+                thread::spawn(move || peer.map(|peer| each(stream, peer.ip().to_canonical())));
             }
         });
     }
@@ -128,6 +128,7 @@ pub struct Pod {
     pub space: Space,
     pub name: String,
     pub ip: Ipv4Addr,
+    pub ip6: Ipv6Addr,
     enrolled: bool,
     node: String,
 }
@@ -193,7 +194,7 @@ impl Bed {
     pub fn new() -> Self {
         let id = format!("zt{}x{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let router = Space::new(format!("{id}r"));
-        router.run("sysctl -qw net.ipv4.ip_forward=1");
+        router.run("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1");
         let dir = tempfile::Builder::new().prefix(&id).tempdir().expect("temporary folder");
         let bed = Self {
             id,
@@ -215,9 +216,11 @@ impl Bed {
         // application's answers to the tunnel although they go to the client's address.
         pod.space.run(
             "sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.lo.route_localnet=1; \
-             ip rule add fwmark 0x111/0xfff lookup 100; ip route add local default dev lo table 100",
+             \
+             for f in -4 -6; do ip $f rule add fwmark 0x111/0xfff lookup 100; \
+             ip $f route add local default dev lo table 100; done",
         );
-        let rules = "table ip capture {
+        let rules = "table inet capture {
             chain note {
                 type filter hook prerouting priority mangle
                 meta mark & 0xfff == 0x539 ct mark set 0x111
@@ -247,9 +250,11 @@ impl Bed {
         let pod = self.pod(node, name, true);
         pod.space.run(
             "sysctl -qw net.ipv4.tcp_fwmark_accept=1 net.ipv4.conf.all.rp_filter=0; \
-             ip rule add fwmark 0x539 lookup 1337; ip route add local default dev lo table 1337",
+             \
+             for f in -4 -6; do ip $f rule add fwmark 0x539 lookup 1337; \
+             ip $f route add local default dev lo table 1337; done",
         );
-        let rules = "table ip capture {
+        let rules = "table inet capture {
             chain out {
                 type nat hook output priority -100
                 tcp dport != 15008 fib daddr type != local redirect to :15001
@@ -273,6 +278,7 @@ impl Bed {
     fn pod(&mut self, node: &str, name: &str, enrolled: bool) -> Pod {
         self.pods += 1;
         let ip = Ipv4Addr::new(10, 77, 0, self.pods);
+        let ip6 = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, self.pods.into());
         let space = Space::new(format!("{}p{}", self.id, self.pods));
         let (pod, router, link) = (&space.name, &self.router.name, format!("p{}", self.pods));
         run(&format!(
@@ -280,17 +286,20 @@ impl Bed {
              ip -n {router} addr add 169.254.1.1/32 dev {link}; ip -n {router} link set {link} up; \
              ip -n {pod} addr add {ip}/32 dev eth0; ip -n {pod} link set eth0 up; \
              ip -n {pod} route add 169.254.1.1 dev eth0; ip -n {pod} route add default via 169.254.1.1; \
-             ip -n {router} route add {ip} dev {link}"
+             ip -n {router} route add {ip} dev {link}; \
+             ip -n {router} addr add fd77::ffff/128 dev {link} nodad; ip -n {pod} addr add {ip6}/128 dev eth0 nodad; \
+             ip -n {pod} route add fd77::ffff dev eth0; ip -n {pod} route add default via fd77::ffff; \
+             ip -n {router} route add {ip6} dev {link}"
         ));
         let protocol = if enrolled { "HBONE" } else { "TCP" };
         let _ = write!(
             self.workloads,
             "- uid: Kubernetes//Pod/demo/{name}\n  name: {name}\n  namespace: demo\n  serviceAccount: {name}\n  \
-             workloadIps: [\"{ip}\"]\n  protocol: {protocol}\n  node: {node}\n  canonicalName: {name}\n  \
+             workloadIps: [\"{ip}\", \"{ip6}\"]\n  protocol: {protocol}\n  node: {node}\n  canonicalName: {name}\n  \
              canonicalRevision: v1\n  workloadName: {name}\n  workloadType: deployment\n  clusterId: Kubernetes\n"
         );
         self.publish();
-        Pod { space, name: name.to_owned(), ip, enrolled, node: node.to_owned() }
+        Pod { space, name: name.to_owned(), ip, ip6, enrolled, node: node.to_owned() }
     }
 
     /// More lines of the workload that was made last.
