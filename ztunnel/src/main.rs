@@ -22,6 +22,11 @@ use ztunnel::{
     worker::{Shared, Workers},
 };
 
+/// Buffers of 256 KiB come and go with every read: glibc gives such memory back to the kernel each time and
+/// pays for it in page faults, a third of the time of a bulk transfer.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// Carries the TCP connections of a node's enrolled pods over HBONE.
 ///
 /// It is configured by the environment variables that Istio's DaemonSet sets; `ztunnel config check` says what they
