@@ -118,6 +118,9 @@ fn variant(name: &'static str, tunnel: Option<std::path::PathBuf>) -> Variant {
     let client = bed.pod("client", 0, enrol);
     let server = bed.pod("server", 1, enrol);
     bed.serve_web(&server, "hello");
+    // Enough ports that connections a second apart never wait for one.
+    let ports = "sysctl -qw net.ipv4.ip_local_port_range=1024\\ 65535";
+    client.exec(&["bash", "-c", ports]);
     let log = bed.dir.path().join("iperf3.log");
     let iperf3 = server.spawn("iperf3", &["iperf3", "-s", "-p", "5201"], &log);
     bed.keep(iperf3);

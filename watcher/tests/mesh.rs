@@ -324,3 +324,100 @@ fn ten_thousand_connects_from_few_ports_to_many_destinations_are_never_mistaken(
     let said = bed::process::text(&output);
     assert!(said.contains(&format!("right {connects} wrong 0")), "{said}");
 }
+
+/// What a pod's netns looks like from inside, and what is pinned.
+fn traces(bed: &Bed) -> Vec<String> {
+    let mut seen = Vec::new();
+    for pod in &bed.pods {
+        for line in [
+            "ip rule show",
+            "ip -6 rule show",
+            "ip route show table all",
+            "ip -6 route show table all",
+            "ss -Hltn",
+            "sysctl net.ipv4.tcp_fwmark_accept net.ipv4.tcp_migrate_req",
+        ] {
+            let output = pod.exec(&line.split(' ').collect::<Vec<_>>());
+            // Route caches and neighbour states come and go by themselves.
+            let text = bed::process::text(&output);
+            let lines = text.lines().filter(|line| !line.contains("cache"));
+            seen.extend(lines.map(|entry| format!("{} {line}: {entry}", pod.name)));
+        }
+    }
+    for entry in fs::read_dir(bed.bpffs()).expect("bpffs").flatten() {
+        seen.push(format!("pinned: {}", entry.path().display()));
+    }
+    seen.sort();
+    seen
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn after_killing_everything_uninstall_leaves_nothing() {
+    let mut bed = Bed::new();
+    let client = bed.pod("client", 0, Enrol::Mesh);
+    let server = bed.pod("server", 1, Enrol::Mesh);
+    bed.serve_web(&server, "hello");
+    let before = traces(&bed);
+    bed.start();
+    let url = format!("http://{}:8080/", server.v4);
+    assert_eq!(client.curl(&url), Ok(format!("hello, client {}\n", client.v4)));
+    assert_ne!(traces(&bed), before, "enrolling leaves traces to be removed");
+    for node in &mut bed.nodes {
+        for program in [&mut node.tunnel, &mut node.watcher] {
+            program.as_mut().expect("running").kill();
+        }
+    }
+    client.curl(&url).expect_err("still closed");
+    for node in &bed.nodes {
+        let (bpffs, run_dir) = (bed.bpffs(), node.dir.join("run"));
+        let path = |path: &std::path::Path| path.to_str().expect("UTF-8 path").to_owned();
+        let (bpffs, run_dir) = (path(&bpffs), path(&run_dir));
+        let line =
+            ["uninstall", "--node", &node.node_name, "--bpffs", &bpffs, "--run-dir", &run_dir];
+        let output = node.watcher_command(&line);
+        assert!(output.status.success(), "{}", bed::process::text(&output));
+    }
+    assert_eq!(traces(&bed), before);
+    assert_eq!(client.curl(&url), Ok(format!("hello, client {}\n", client.v4)), "in clear");
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_tunnels_successor_takes_over_under_load_without_a_failed_request() {
+    let (mut bed, client, server) = across_nodes();
+    let (stop, log) = (bed.dir.path().join("stop"), bed.dir.path().join("loop.log"));
+    let script = format!(
+        "while [ ! -e {} ]; do curl -sS --noproxy '*' -m 5 -o /dev/null -w '%{{http_code}}\\n' \
+         http://{}:8080/ || echo failed; done",
+        stop.display(),
+        server.v4
+    );
+    let mut requests = client.spawn("loop", &["bash", "-c", &script], &log);
+    let lines = || fs::read_to_string(&log).unwrap_or_default().lines().count();
+    let (mesh, ca) = (bed.mesh_file(), bed.ca_dir());
+    for node in 0..2 {
+        let so_far = lines();
+        wait_for("requests", Duration::from_secs(10), || (lines() > so_far + 10).then_some(()));
+        // In a cluster each has a network of its own; here they share the node's.
+        let addresses = [
+            ("ADMIN_ADDR", "127.0.0.1:16000"),
+            ("STATS_ADDR", "127.0.0.1:16020"),
+            ("READINESS_ADDR", "127.0.0.1:16021"),
+        ];
+        let node = &mut bed.nodes[node];
+        let successor = node.spawn_tunnel(&mesh, &ca, &addresses);
+        wait_for("the successor to be ready", Duration::from_secs(10), || {
+            (http(&node.netns, "http://127.0.0.1:16021/healthz/ready").0 == 200).then_some(())
+        });
+        let mut first = node.tunnel.replace(successor).expect("the first tunnel");
+        assert!(first.stop(Duration::from_secs(10)), "the first tunnel did not end by itself");
+        let so_far = lines();
+        wait_for("requests", Duration::from_secs(10), || (lines() > so_far + 10).then_some(()));
+    }
+    fs::write(&stop, "").expect("stop file");
+    wait_for("the loop to end", Duration::from_secs(10), || (!requests.is_running()).then_some(()));
+    let text = fs::read_to_string(&log).expect("loop log");
+    let failed: HashSet<&str> = text.lines().filter(|line| *line != "200").collect();
+    assert!(failed.is_empty(), "{failed:?} of {}", text.lines().count());
+}

@@ -19,6 +19,9 @@ use crate::{config::H2, identity::IdentityError};
 /// TLS records are read from the socket in such pieces; rustls alone would ask for 4 KiB at a time.
 pub(super) const TLS_READ: usize = 64 << 10;
 
+/// So much plaintext is encrypted before it is written to the socket; by itself rustls stops at 64 KiB.
+pub(super) const TLS_WRITE: usize = 256 << 10;
+
 /// Why no stream to a peer came to be.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
@@ -63,7 +66,9 @@ pub async fn handshake(
     let tls = TlsConnector::from(tls).connect(nobody, BufReader::with_capacity(TLS_READ, socket));
     let late = || io::Error::new(io::ErrorKind::TimedOut, format!("not done within {HANDSHAKE_TIMEOUT:?}"));
     let tls = timeout(HANDSHAKE_TIMEOUT, tls).await.unwrap_or_else(|_| Err(late()));
-    http(tls.map_err(|source| ConnectError::Tls { peer, source })?, peer, h2).await
+    let mut tls = tls.map_err(|source| ConnectError::Tls { peer, source })?;
+    tls.get_mut().1.set_buffer_limit(Some(TLS_WRITE));
+    http(tls, peer, h2).await
 }
 
 /// HTTP/2 alone. The client's half of the handshake does not wait for the server's.

@@ -14,7 +14,7 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
 
-use super::{HANDSHAKE_TIMEOUT, client::TLS_READ, server_settings, until_dead};
+use super::{HANDSHAKE_TIMEOUT, client::{TLS_READ, TLS_WRITE}, server_settings, until_dead};
 use crate::{config::H2, stream::Stream};
 
 /// A CONNECT and the way to answer it.
@@ -48,7 +48,10 @@ pub async fn tls(
 ) -> io::Result<TlsStream<BufReader<TcpStream>>> {
     let socket = BufReader::with_capacity(TLS_READ, socket);
     match timeout(HANDSHAKE_TIMEOUT, TlsAcceptor::from(config).accept(socket)).await {
-        Ok(done) => done,
+        Ok(done) => done.map(|mut tls| {
+            tls.get_mut().1.set_buffer_limit(Some(TLS_WRITE));
+            tls
+        }),
         Err(_) => {
             Err(io::Error::new(io::ErrorKind::TimedOut, format!("not done within {HANDSHAKE_TIMEOUT:?}")))
         }
