@@ -14,7 +14,11 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
 
-use super::{HANDSHAKE_TIMEOUT, client::{TLS_READ, TLS_WRITE}, server_settings, until_dead};
+use super::{
+    HANDSHAKE_TIMEOUT,
+    client::{TLS_READ, TLS_WRITE},
+    server_settings, until_dead,
+};
 use crate::{config::H2, stream::Stream};
 
 /// A CONNECT and the way to answer it.
