@@ -92,12 +92,15 @@ fn main() -> ExitCode {
         for samples in &mut samples {
             samples.sort_by(|a, b| a.rate.total_cmp(&b.rate));
             let median = samples[samples.len() / 2];
-            let mut cell =
-                format!("{:.*} {}", usize::from(median.rate < 100.0), median.rate, measurement.unit);
-            if let Some(direct) = direct {
-                cell += &format!(" ({:.2}x)", median.rate / direct);
-                cell += &format!(" {:.0}+{:.0} {}", median.cpu[0], median.cpu[1], measurement.cpu_unit);
-            }
+            let rate = format!("{:.*} {}", usize::from(median.rate < 100.0), median.rate, measurement.unit);
+            let cell = direct.map_or_else(
+                || rate.clone(),
+                |direct: f64| {
+                    let [client, server] = median.cpu;
+                    let ratio = median.rate / direct;
+                    format!("{rate} ({ratio:.2}x) {client:.0}+{server:.0} {}", measurement.cpu_unit)
+                },
+            );
             direct = direct.or(Some(median.rate));
             print!("{cell:<44}");
         }

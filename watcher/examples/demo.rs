@@ -240,7 +240,7 @@ fn kernel_lines(bed: &Bed, client: &Pod, v2: &Pod) -> Result<(), Ended> {
             watcher.to_str().ok_or_else(|| "path".to_owned())?,
             "trace",
             "--node",
-            &node.node_name,
+            &node.pins_name,
             "--status-socket",
             status.to_str().ok_or_else(|| "path".to_owned())?,
             "--port",

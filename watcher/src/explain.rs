@@ -34,18 +34,25 @@ pub fn outbound(
     destination: SocketAddr,
 ) -> Rule {
     let address = destination.ip().to_canonical();
-    if address.is_loopback() {
+    let local = address.is_loopback() || address.is_unspecified();
+    let reserved = matches!(destination.port(), OUTBOUND_PORT | INBOUND_PORT | HBONE_PORT);
+    if local && !reserved {
         return Rule::Loopback;
     }
-    let Some(info) = info else { return Rule::NotEnrolled };
+    let Some(info) = info else { return if local { Rule::Loopback } else { Rule::NotEnrolled } };
     if info.flags & flag::TUNNEL != 0 {
         return Rule::Tunnel;
     }
-    if info.flags & flag::IN_MESH == 0 {
+    if info.flags & flag::IN_MESH == 0 || (info.flags | info.detected) & flag::SIDECAR != 0 {
         return Rule::NotEnrolled;
     }
-    if own.contains(&address) {
-        return Rule::OwnAddress;
+    let ready = tunnel_up && info.flags & flag::READY != 0;
+    if local || own.contains(&address) {
+        return match (ready && reserved, local) {
+            (true, _) => Rule::DropReserved,
+            (false, true) => Rule::Loopback,
+            (false, false) => Rule::OwnAddress,
+        };
     }
     if exclusions.outbound_ports.contains(&destination.port()) {
         return Rule::ExcludedPort;
@@ -53,7 +60,7 @@ pub fn outbound(
     if exclusions.outbound_cidrs.iter().any(|cidr| cidr.contains(&address)) {
         return Rule::ExcludedCidr;
     }
-    if !tunnel_up || info.flags & flag::READY == 0 {
+    if !ready {
         return if info.flags & flag::FAIL_OPEN == 0 { Rule::FailClosed } else { Rule::FailOpen };
     }
     if !own.iter().any(|held| held.is_ipv4() == address.is_ipv4()) {
@@ -65,17 +72,16 @@ pub fn outbound(
 /// The rule of `sk_lookup` for a connection from another pod or node to `port` of a pod of this node.
 pub fn inbound(record: Option<&PodRecord>, exclusions: &Exclusions, tunnel_up: bool, port: u16) -> Rule {
     let Some(record) = record else { return Rule::Unknown };
+    if matches!(port, OUTBOUND_PORT | INBOUND_PORT) {
+        return Rule::DropReserved;
+    }
     if exclusions.inbound_ports.contains(&port) {
         return Rule::ExcludedPort;
     }
     if !tunnel_up || record.flags & flag::READY == 0 {
         return if record.flags & flag::FAIL_OPEN == 0 { Rule::FailClosed } else { Rule::FailOpen };
     }
-    match port {
-        HBONE_PORT => Rule::SteerHbone,
-        OUTBOUND_PORT | INBOUND_PORT => Rule::DropReserved,
-        _ => Rule::SteerPlain,
-    }
+    if port == HBONE_PORT { Rule::SteerHbone } else { Rule::SteerPlain }
 }
 
 #[cfg(test)]
@@ -102,6 +108,12 @@ mod tests {
         for (flags, up, to, expected) in [
             (ready, true, "127.0.0.2:80", Rule::Loopback),
             (ready, true, "[::1]:80", Rule::Loopback),
+            (ready, true, "0.0.0.0:80", Rule::Loopback),
+            (ready, true, "127.0.0.1:15001", Rule::DropReserved),
+            (ready, true, "10.0.0.1:15008", Rule::DropReserved),
+            (ready, false, "127.0.0.1:15001", Rule::Loopback),
+            (None, true, "127.0.0.1:15001", Rule::Loopback),
+            (Some(IN_MESH | READY | flag::SIDECAR), true, "10.0.0.2:80", Rule::NotEnrolled),
             (None, true, "10.0.0.2:80", Rule::NotEnrolled),
             (Some(flag::TUNNEL), true, "10.0.0.2:80", Rule::Tunnel),
             (ready, true, "10.0.0.1:80", Rule::OwnAddress),

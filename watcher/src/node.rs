@@ -27,6 +27,7 @@ use crate::{
     control,
     desired::{
         FailMode,
+        exclusions::Exclusions,
         pods_file::{BadEntry, Entry},
     },
     enrol::{hand_over, records::Records},
@@ -120,9 +121,9 @@ struct Node {
     applied: Plan,
     /// What could not be done for a pod, by uid.
     problems: BTreeMap<String, Reason>,
-    /// What could not be done for the node.
-    node_problems: Vec<String>,
-    policies: BTreeMap<String, (u32, crate::desired::exclusions::Exclusions)>,
+    /// What could not be done for the node as a whole.
+    unsettled: Vec<String>,
+    policies: BTreeMap<String, (u32, Exclusions)>,
     last_policy: u32,
     /// Pods that were seen before, so that only a pod that ran in clear until now is treated leniently.
     met: BTreeSet<String>,
@@ -225,10 +226,13 @@ impl Node {
         };
         kernel.set_settings(&settings).map_err(kernel_error("write the settings"))?;
 
-        let mut applied = Plan::default();
-        applied.cgroups =
-            kernel.cgroups().map_err(kernel_error("read the cgroups' map"))?.into_iter().collect();
-        applied.addresses = kernel.pods().map_err(kernel_error("read the pods' map"))?.into_iter().collect();
+        let cgroups = kernel.cgroups().map_err(kernel_error("read the cgroups' map"))?;
+        let addresses = kernel.pods().map_err(kernel_error("read the pods' map"))?;
+        let mut applied = Plan {
+            cgroups: cgroups.into_iter().collect(),
+            addresses: addresses.into_iter().collect(),
+            ..Plan::default()
+        };
         let policy_ids: BTreeSet<u32> = applied
             .cgroups
             .values()
@@ -237,7 +241,7 @@ impl Node {
             .filter(|id| *id != 0)
             .collect();
         let last_policy = policy_ids.last().copied().unwrap_or(0);
-        applied.policies = policy_ids.into_iter().map(|id| (id, Default::default())).collect();
+        applied.policies = policy_ids.into_iter().map(|id| (id, Exclusions::default())).collect();
         let steered = kernel.steered().map_err(kernel_error("list the netns links"))?;
         kernel.attach_pods(&config.attach).map_err(kernel_error("attach the pods' programs"))?;
 
@@ -275,7 +279,7 @@ impl Node {
             eager_until: Instant::now(),
             applied,
             problems: BTreeMap::new(),
-            node_problems: Vec::new(),
+            unsettled: Vec::new(),
             policies: BTreeMap::new(),
             last_policy,
             met: BTreeSet::new(),

@@ -373,7 +373,7 @@ fn after_killing_everything_uninstall_leaves_nothing() {
         let (bpffs, run_dir) = (bed.bpffs(), node.dir.join("run"));
         let path = |path: &std::path::Path| path.to_str().expect("UTF-8 path").to_owned();
         let (bpffs, run_dir) = (path(&bpffs), path(&run_dir));
-        let line = ["uninstall", "--node", &node.node_name, "--bpffs", &bpffs, "--run-dir", &run_dir];
+        let line = ["uninstall", "--node", &node.pins_name, "--bpffs", &bpffs, "--run-dir", &run_dir];
         let output = node.watcher_command(&line);
         assert!(output.status.success(), "{}", bed::process::text(&output));
     }

@@ -13,7 +13,7 @@ pub struct CompletionArgs {
     shell: Shell,
 }
 
-pub fn run(args: &CompletionArgs) -> anyhow::Result<ExitCode> {
+pub fn run(args: &CompletionArgs) -> ExitCode {
     clap_complete::generate(args.shell, &mut super::Cli::command(), "watcher", &mut std::io::stdout());
-    Ok(ExitCode::SUCCESS)
+    ExitCode::SUCCESS
 }

@@ -123,7 +123,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Explain(args) => explain::run(&args),
         Command::Trace(args) => trace::run(&args),
         Command::Uninstall(args) => uninstall::run(&args),
-        Command::Completion(args) => completion::run(&args),
+        Command::Completion(args) => Ok(completion::run(&args)),
     };
     match result {
         Ok(code) => code,

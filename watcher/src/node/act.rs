@@ -1,7 +1,7 @@
 //! From what was seen to steps, and doing them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     os::fd::{AsFd, OwnedFd},
     time::{Duration, Instant},
@@ -138,7 +138,10 @@ impl Node {
                                 self.applied.netns.insert(*cookie, netns.clone());
                             }
                             Err(error) => {
-                                self.note_problem(&netns.uid, Reason::new("netns_not_steered", chain(&error)))
+                                self.note_problem(
+                                    &netns.uid,
+                                    Reason::new("netns_not_steered", chain(&error)),
+                                );
                             }
                         }
                     }
@@ -160,11 +163,11 @@ impl Node {
             }
         }
         for problem in &problems {
-            if !self.node_problems.contains(problem) {
+            if !self.unsettled.contains(problem) {
                 error!(problem, "a step failed and is tried again");
             }
         }
-        self.node_problems = problems;
+        self.unsettled = problems;
         self.problems.retain(|uid, _| self.judged.iter().any(|judged| judged.pod.uid == *uid));
     }
 
@@ -215,7 +218,7 @@ impl Node {
 
     fn release(&mut self, cookie: u64) {
         if let Some(netns) = self.applied.netns.remove(&cookie) {
-            self.lingering.entry(cookie).or_insert_with(|| Lingering::new(netns, Default::default()));
+            self.lingering.entry(cookie).or_insert_with(|| Lingering::new(netns, BTreeSet::default()));
         }
     }
 

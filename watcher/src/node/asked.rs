@@ -113,7 +113,7 @@ impl Node {
     }
 
     fn status(&self) -> Status {
-        let bad = self.bad.iter().map(|bad| bad_status(bad));
+        let bad = self.bad.iter().map(bad_status);
         Status {
             node: self.config.node.clone(),
             pid: std::process::id(),
@@ -124,7 +124,7 @@ impl Node {
             turned_away: self.tunnels.turned_away.clone(),
             pods: self.judged.iter().map(|judged| self.pod_status(judged)).chain(bad).collect(),
             lingering: self.lingering.iter().map(|(cookie, lingering)| lingering.status(*cookie)).collect(),
-            problems: self.node_problems.clone(),
+            problems: self.unsettled.clone(),
         }
     }
 

@@ -9,7 +9,7 @@ use std::{
     collections::BTreeSet,
     io,
     os::fd::{AsFd, OwnedFd},
-    path::PathBuf,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -104,7 +104,7 @@ impl Node {
 }
 
 /// Opens the netns, if anything still holds it: most likely the pod itself does.
-fn find(pod_cgroup: &PathBuf, id: NetnsId, cookie: u64) -> Option<OwnedFd> {
+fn find(pod_cgroup: &Path, id: NetnsId, cookie: u64) -> Option<OwnedFd> {
     let is_it = |fd: &OwnedFd| netns::cookie(fd.as_fd()).is_ok_and(|found| found == cookie);
     if let Some(found) = processes::open_netns(pod_cgroup, id).ok().filter(is_it) {
         return Some(found);

@@ -40,8 +40,8 @@ impl Pinned {
 }
 
 /// The processes in `cgroups`, pinned.
-fn members<'a>(cgroups: impl Iterator<Item = &'a PathBuf> + Clone) -> Vec<Pinned> {
-    let list = || cgroups.clone().flat_map(|dir| cgroups::processes(dir)).collect::<BTreeSet<_>>();
+fn members(cgroups: &BTreeMap<PathBuf, CgroupId>) -> Vec<Pinned> {
+    let list = || cgroups.keys().flat_map(|dir| cgroups::processes(dir)).collect::<BTreeSet<_>>();
     let pinned: Vec<Pinned> = list().into_iter().filter_map(|pid| Pinned::new(pid).ok()).collect();
     if pinned.is_empty() {
         return pinned;
@@ -55,7 +55,7 @@ fn members<'a>(cgroups: impl Iterator<Item = &'a PathBuf> + Clone) -> Vec<Pinned
 pub fn observe(cgroup: &Path, host: &BTreeSet<NetnsId>) -> io::Result<Observed> {
     let cgroups: BTreeMap<PathBuf, CgroupId> = cgroups::tree(cgroup)?;
     let mut found: BTreeMap<NetnsId, Seen> = BTreeMap::new();
-    for process in members(cgroups.keys()) {
+    for process in members(&cgroups) {
         // A process that ended, or a zombie, has no netns any more.
         let Ok(netns) = process.netns() else { continue };
         let id = netns::id(netns.as_fd())?;
@@ -76,7 +76,7 @@ pub fn observe(cgroup: &Path, host: &BTreeSet<NetnsId>) -> io::Result<Observed> 
 /// `NotFound`: no process of the pod is in it any more.
 pub fn open_netns(cgroup: &Path, id: NetnsId) -> io::Result<OwnedFd> {
     let cgroups = cgroups::tree(cgroup)?;
-    members(cgroups.keys())
+    members(&cgroups)
         .into_iter()
         .filter_map(|process| process.netns().ok())
         .find(|netns| netns::id(netns.as_fd()).is_ok_and(|found| found == id))

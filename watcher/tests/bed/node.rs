@@ -20,7 +20,7 @@ pub struct Node {
     pub cgroup: PathBuf,
     pub dir: PathBuf,
     /// As the pins are named: two beds on one kernel share no name.
-    pub node_name: String,
+    pub pins_name: String,
     pub watcher: Option<Process>,
     pub tunnel: Option<Process>,
     tunnels_started: usize,
@@ -35,7 +35,7 @@ impl Node {
             number,
             cgroup: cgroups.join(name),
             dir: dir.join(name),
-            node_name: netns.clone(),
+            pins_name: netns.clone(),
             netns,
             watcher: None,
             tunnel: None,
@@ -87,7 +87,7 @@ impl Node {
             (path(&self.pods_file()), path(&self.zds_socket()), path(&self.status_socket()));
         let (attach, root, bpffs) = (path(&self.pods_cgroup()), path(cgroup2), path(bpffs));
         let binary = path(&binary("watcher"));
-        let mut line = vec![binary.as_str(), "run", "--pods", &pods, "--node", &self.node_name];
+        let mut line = vec![binary.as_str(), "run", "--pods", &pods, "--node", &self.pins_name];
         line.extend(["--zds-socket", &zds, "--status-socket", &status]);
         let run_dir = path(&self.dir.join("run"));
         line.extend(["--run-dir", &run_dir]);
