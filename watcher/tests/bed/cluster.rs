@@ -53,6 +53,12 @@ impl Pod {
         Process::spawn(name, placed(&self.cgroup, &self.netns, program), log)
     }
 
+    /// Ends the pod as a kubelet does: its processes, then its cgroups, then its netns.
+    pub fn end(&self) {
+        remove_cgroups(self.cgroup.parent().expect("pod cgroup"));
+        run_quietly(&format!("ip netns del {}", self.netns));
+    }
+
     /// GETs `url`: the body, or what curl said.
     pub fn curl(&self, url: &str) -> Result<String, String> {
         let output = self.exec(&["curl", "-sS", "--noproxy", "*", "-m", "10", url]);
