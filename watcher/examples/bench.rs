@@ -128,6 +128,8 @@ fn variant(name: &'static str, tunnel: Option<std::path::PathBuf>) -> Variant {
     let iperf3 = server.spawn("iperf3", &["iperf3", "-s", "-p", "5201"], &log);
     bed.keep(iperf3);
     if let Some(tunnel) = tunnel {
+        // Foreign tunnels have no development CA; what the others have, ours gets too.
+        bed.use_certificate_service();
         bed.start_with(&tunnel);
     }
     let url = format!("http://{}:8080/", server.v4);

@@ -420,3 +420,18 @@ fn a_tunnels_successor_takes_over_under_load_without_a_failed_request() {
     let failed: HashSet<&str> = text.lines().filter(|line| *line != "200").collect();
     assert!(failed.is_empty(), "{failed:?} of {}", text.lines().count());
 }
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn certificates_come_from_a_certificate_service_where_there_is_one() {
+    let mut bed = Bed::new();
+    let client = bed.pod("client", 0, Enrol::Mesh);
+    let server = bed.pod("server", 1, Enrol::Mesh);
+    bed.serve_web(&server, "hello");
+    bed.use_certificate_service();
+    bed.start();
+    let url = format!("http://{}:8080/", server.v4);
+    assert_eq!(client.curl(&url), Ok(format!("hello, client {}\n", client.v4)));
+    record(&bed, 1, &["inbound", "spiffe://cluster.local/ns/demo/sa/client"]);
+    assert!(!bed.ca_dir().exists(), "no development CA was made");
+}

@@ -12,6 +12,7 @@ use std::{
 use tempfile::TempDir;
 
 use super::{
+    ca::CarelessCa,
     node::Node,
     process::{Process, placed, run, run_quietly, wait_for},
 };
@@ -85,6 +86,7 @@ pub struct Bed {
     pub policies: String,
     pub cgroup2: PathBuf,
     cgroup: PathBuf,
+    ca_service: Option<CarelessCa>,
     pub dir: TempDir,
 }
 
@@ -110,6 +112,7 @@ impl Bed {
             policies: String::new(),
             cgroup2,
             cgroup,
+            ca_service: None,
             id,
             dir,
         };
@@ -261,6 +264,16 @@ impl Bed {
         );
         let _ = write!(yaml, "policies:{}", if self.policies.is_empty() { " []\n" } else { "\n" });
         yaml + &self.policies
+    }
+
+    /// The tunnels ask a certificate service, as they would ask Istio's.
+    pub fn use_certificate_service(&mut self) {
+        let folder = self.dir.path().join("ca-service");
+        let netns: Vec<&str> = self.nodes.iter().map(|node| node.netns.as_str()).collect();
+        self.ca_service = Some(CarelessCa::start(&folder, &netns));
+        for node in &mut self.nodes {
+            node.ca_service = Some(folder.clone());
+        }
     }
 
     /// Publishes, then starts the watcher and the tunnel of each node, and waits for the pods to be open.

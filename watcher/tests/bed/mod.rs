@@ -10,6 +10,7 @@
 //! Every bed has names of its own, so beds can stand side by side; dropping it removes all of it.
 #![allow(dead_code, reason = "each program that includes this uses a part of it")]
 
+pub mod ca;
 pub mod cluster;
 pub mod node;
 pub mod process;

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use super::ca::CarelessCa;
 use super::process::{Process, placed, run, text, wait_for};
 
 #[derive(Debug)]
@@ -25,6 +26,8 @@ pub struct Node {
     pub tunnel: Option<Process>,
     tunnels_started: usize,
     pub tunnel_binary: PathBuf,
+    /// The folder of the certificate service to be asked, instead of a development CA.
+    pub ca_service: Option<PathBuf>,
 }
 
 impl Node {
@@ -41,6 +44,7 @@ impl Node {
             tunnel: None,
             tunnels_started: 0,
             tunnel_binary: binary("ztunnel"),
+            ca_service: None,
         };
         for below in ["kubepods", "ztunnel", "watcher"] {
             fs::create_dir_all(node.cgroup.join(below)).expect("cgroup");
@@ -126,14 +130,15 @@ impl Node {
         command
             .env("INPOD_UDS", self.zds_socket())
             .env("LOCAL_XDS_PATH", mesh_file)
-            .env("DEVELOPMENT_CA_DIR", ca_dir)
-            .env("FAKE_CA", "true")
             .env("XDS_ADDRESS", "")
-            .env("CA_ADDRESS", "")
             .env("NODE_NAME", &self.name)
             .env("CLUSTER_ID", "Kubernetes")
             .env("ISTIO_META_DNS_CAPTURE", "false")
             .env("RUST_LOG", "info");
+        match &self.ca_service {
+            Some(folder) => command.envs(CarelessCa::env(folder)),
+            None => command.env("DEVELOPMENT_CA_DIR", ca_dir),
+        };
         for (key, value) in env {
             command.env(key, value);
         }
