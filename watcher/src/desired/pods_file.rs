@@ -93,7 +93,10 @@ pub fn parse(text: &str, cgroup_root: &Path) -> Result<Vec<Entry>, String> {
         // A writer that truncates before it writes would otherwise un-enrol every pod for a moment.
         return Err("the file is empty, expected the key `pods` (`pods: []` for none)".to_owned());
     }
-    let file: FileSection = serde_saphyr::from_str(text).map_err(|error| first_line(&error.to_string()))?;
+    // `y`, `n` and `on` are names that a pod may have, not booleans (as they are in YAML 1.1).
+    let options = serde_saphyr::options! { strict_booleans: true };
+    let file: FileSection =
+        serde_saphyr::from_str_with_options(text, options).map_err(|error| first_line(&error.to_string()))?;
     let pods = file.pods.unwrap_or_default();
     Ok(pods.into_iter().enumerate().map(|(index, value)| entry(index, value, cgroup_root)).collect())
 }
