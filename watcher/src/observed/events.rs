@@ -39,8 +39,9 @@ impl Events {
             Some(dir) if dir != Path::new("") => dir,
             _ => Path::new("."),
         };
+        // Not on each write: a file half written may well parse, with half of the pods.
         // ConfigMap volumes change by a symlink that is moved, hence any name in the directory counts.
-        let mask = WatchMask::CLOSE_WRITE | WatchMask::MOVED_TO | WatchMask::CREATE | WatchMask::MODIFY;
+        let mask = WatchMask::CLOSE_WRITE | WatchMask::MOVED_TO | WatchMask::CREATE;
         let pods_dir = watches.add(dir, mask)?;
         let stream = inotify.into_event_stream([0; 4096])?;
         Ok(Self { stream, watches, pods_file: pods_file.to_owned(), pods_dir, cgroups: BTreeMap::new() })
