@@ -10,7 +10,7 @@ mod bed;
 
 use std::{env, fs, path::Path, process::ExitCode, time::Duration};
 
-use bed::{Bed, Enrol, Pod, wait_for};
+use bed::{Bed, Enrol, Pod, interrupt, wait_for};
 
 struct Variant {
     name: &'static str,
@@ -64,6 +64,7 @@ fn main() -> ExitCode {
         eprintln!("The benchmark loads kernel programs and makes network namespaces: run it as root.");
         return ExitCode::FAILURE;
     }
+    interrupt::watch();
     let number = |name: &str, default: u32| {
         env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
     };
@@ -84,6 +85,10 @@ fn main() -> ExitCode {
         let mut samples: Vec<Vec<Sample>> = variants.iter().map(|_| Vec::new()).collect();
         for _ in 0..rounds {
             for (variant, samples) in variants.iter().zip(&mut samples) {
+                if interrupt::interrupted() {
+                    println!("\nInterrupted. Removed everything it made.");
+                    return ExitCode::from(130);
+                }
                 samples.push(measure(variant, measurement, seconds));
             }
         }

@@ -12,29 +12,23 @@ use std::{
     fs,
     io::IsTerminal as _,
     process::{Command, ExitCode},
-    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
 use bed::{
     Bed, Enrol, Pod,
     cluster::{WEB_V4, WEB_V6},
+    interrupt,
     process::{Process, placed},
     wait_for,
 };
-
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("The demo loads kernel programs and makes network namespaces: run it as root.");
         return ExitCode::FAILURE;
     }
-    std::thread::spawn(|| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
-        runtime.block_on(async { tokio::signal::ctrl_c().await.expect("signal handler") });
-        INTERRUPTED.store(true, Ordering::Relaxed);
-    });
+    interrupt::watch();
     let started = Instant::now();
     let mut bed = Bed::new();
     let shown = show(&mut bed);
@@ -63,12 +57,12 @@ enum Ended {
 impl From<String> for Ended {
     fn from(why: String) -> Self {
         // A program that Ctrl-C ended fails; that is not why the demo ends.
-        if INTERRUPTED.load(Ordering::Relaxed) { Self::Interrupted } else { Self::Failed(why) }
+        if interrupt::interrupted() { Self::Interrupted } else { Self::Failed(why) }
     }
 }
 
 fn step(title: &str) -> Result<(), Ended> {
-    if INTERRUPTED.load(Ordering::Relaxed) {
+    if interrupt::interrupted() {
         return Err(Ended::Interrupted);
     }
     if std::io::stdout().is_terminal() {
@@ -204,7 +198,7 @@ fn label_off_and_on(bed: &mut Bed, client: &Pod, v2: &Pod) -> Result<(), Ended> 
     let mut slowest = Duration::ZERO;
     for _ in 0..5 {
         for enrol in [Enrol::Plain, Enrol::Mesh] {
-            if INTERRUPTED.load(Ordering::Relaxed) {
+            if interrupt::interrupted() {
                 return Err(Ended::Interrupted);
             }
             let since = Instant::now();

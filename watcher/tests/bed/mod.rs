@@ -12,6 +12,7 @@
 
 pub mod ca;
 pub mod cluster;
+pub mod interrupt;
 pub mod node;
 pub mod process;
 
