@@ -130,11 +130,11 @@ fn the_label_comes_and_goes_under_load_without_a_failed_request() {
     );
     let mut requests = client.spawn("loop", &["bash", "-c", &script], &log);
     let lines = || fs::read_to_string(&log).unwrap_or_default().lines().count();
-    for _ in 0..5 {
+    for _ in 0..25 {
         for enrol in [Enrol::Plain, Enrol::Mesh] {
             bed.label(&["client", "server"], enrol);
             let so_far = lines();
-            wait_for("more requests", Duration::from_secs(10), || (lines() > so_far + 5).then_some(()));
+            wait_for("more requests", Duration::from_secs(10), || (lines() > so_far + 2).then_some(()));
         }
     }
     fs::write(&stop, "").expect("stop file");
@@ -305,7 +305,7 @@ print('right', right[0], 'wrong', len(wrong), wrong[:3], 'failed', len(failed), 
 
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
-fn ten_thousand_connects_from_few_ports_to_many_destinations_are_never_mistaken() {
+fn a_hundred_thousand_connects_from_few_ports_to_many_destinations_are_never_mistaken() {
     let mut bed = Bed::new();
     let client = bed.pod("client", 0, Enrol::Mesh);
     let plain = bed.pod("plain", 1, Enrol::Plain);
@@ -319,8 +319,8 @@ fn ten_thousand_connects_from_few_ports_to_many_destinations_are_never_mistaken(
     wait_for("the server", Duration::from_secs(10), || {
         plain.exec(&["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/7000"]).status.success().then_some(())
     });
-    let connects = std::env::var("CONNECTS").unwrap_or_else(|_| "10000".into());
-    let output = client.exec(&["python3", "-c", DIAL_MANY, &client.v4, &connects]);
+    let connects = "100000";
+    let output = client.exec(&["python3", "-c", DIAL_MANY, &client.v4, connects]);
     let said = bed::process::text(&output);
     assert!(said.contains(&format!("right {connects} wrong 0")), "{said}");
 }
