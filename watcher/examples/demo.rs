@@ -19,6 +19,7 @@ use bed::{
     Bed, Enrol, Pod,
     cluster::{WEB_V4, WEB_V6},
     interrupt,
+    load::RequestLoop,
     process::{Process, placed},
     wait_for,
 };
@@ -184,16 +185,9 @@ fn plain_peers(
 
 fn label_off_and_on(bed: &mut Bed, client: &Pod, v2: &Pod) -> Result<(), Ended> {
     step("The label is taken off and put back, five times, while a loop of requests runs")?;
-    let stop = bed.dir.path().join("stop-loop");
-    let log = bed.dir.path().join("loop.log");
-    let script = format!(
-        "while [ ! -e {} ]; do curl -sS --noproxy '*' -m 5 -o /dev/null -w '%{{http_code}}\\n' \
-         http://{}:8080/ || echo failed; done",
-        // Not the service's address: outside the mesh nobody serves that here.
-        stop.display(),
-        v2.v4
-    );
-    let mut requests = client.spawn("loop", &["bash", "-c", &script], &log);
+    // Not the service's address: outside the mesh nobody serves that here.
+    let url = format!("http://{}:8080/", v2.v4);
+    let requests = RequestLoop::start(client, &url, &bed.dir.path().join("loop"));
     let names = ["client", "web-v1", "web-v2"];
     let mut slowest = Duration::ZERO;
     for _ in 0..5 {
@@ -204,23 +198,16 @@ fn label_off_and_on(bed: &mut Bed, client: &Pod, v2: &Pod) -> Result<(), Ended> 
             let since = Instant::now();
             bed.label(&names, enrol);
             slowest = slowest.max(since.elapsed());
-            let so_far = fs::read_to_string(&log).unwrap_or_default().lines().count();
-            wait_for("more requests", Duration::from_secs(10), || {
-                let now = fs::read_to_string(&log).unwrap_or_default().lines().count();
-                (now > so_far + 10).then_some(())
-            });
+            requests.more(10);
         }
     }
-    fs::write(&stop, "").map_err(|e| e.to_string())?;
-    wait_for("the loop to end", Duration::from_secs(10), || (!requests.is_running()).then_some(()));
-    let lines = fs::read_to_string(&log).map_err(|e| e.to_string())?;
-    let (all, good) = (lines.lines().count(), lines.lines().filter(|line| *line == "200").count());
+    let (all, failed) = requests.finish();
     say(&format!(
         "{all} requests, {} failed; the slowest change took {} ms, everything included",
-        all - good,
+        failed.len(),
         slowest.as_millis()
     ));
-    if all == good { Ok(()) } else { Err(format!("failed requests:\n{lines}").into()) }
+    if failed.is_empty() { Ok(()) } else { Err(format!("failed requests: {failed:?}").into()) }
 }
 
 fn kernel_lines(bed: &Bed, client: &Pod, v2: &Pod) -> Result<(), Ended> {

@@ -3,7 +3,6 @@
 mod bed;
 
 use std::{
-    collections::HashSet,
     fs,
     time::{Duration, Instant},
 };
@@ -11,6 +10,7 @@ use std::{
 use bed::{
     Bed, Enrol, Pod,
     cluster::{WEB_V4, WEB_V6},
+    load::RequestLoop,
     node::http,
     wait_for,
 };
@@ -120,28 +120,17 @@ fn loopback_and_the_own_address_stay_local_and_the_tunnels_ports_lead_nowhere() 
 #[ignore = "loads eBPF, needs root: make test"]
 fn the_label_comes_and_goes_under_load_without_a_failed_request() {
     let (mut bed, client, server) = across_nodes();
-    let (stop, log) = (bed.dir.path().join("stop"), bed.dir.path().join("loop.log"));
-    let script = format!(
-        "while [ ! -e {} ]; do curl -sS --noproxy '*' -m 5 -o /dev/null -w '%{{http_code}}\\n' \
-         http://{}:8080/ || echo failed; done",
-        // Not the service's address: outside the mesh nobody serves that here.
-        stop.display(),
-        server.v4
-    );
-    let mut requests = client.spawn("loop", &["bash", "-c", &script], &log);
-    let lines = || fs::read_to_string(&log).unwrap_or_default().lines().count();
+    // Not the service's address: outside the mesh nobody serves that here.
+    let url = format!("http://{}:8080/", server.v4);
+    let requests = RequestLoop::start(&client, &url, &bed.dir.path().join("loop"));
     for _ in 0..25 {
         for enrol in [Enrol::Plain, Enrol::Mesh] {
             bed.label(&["client", "server"], enrol);
-            let so_far = lines();
-            wait_for("more requests", Duration::from_secs(10), || (lines() > so_far + 2).then_some(()));
+            requests.more(3);
         }
     }
-    fs::write(&stop, "").expect("stop file");
-    wait_for("the loop to end", Duration::from_secs(10), || (!requests.is_running()).then_some(()));
-    let text = fs::read_to_string(&log).expect("loop log");
-    let failed: HashSet<&str> = text.lines().filter(|line| *line != "200").collect();
-    assert!(failed.is_empty(), "{failed:?}");
+    let (count, failed) = requests.finish();
+    assert!(failed.is_empty(), "{failed:?} of {count}");
 }
 
 #[test]
@@ -385,19 +374,11 @@ fn after_killing_everything_uninstall_leaves_nothing() {
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_tunnels_successor_takes_over_under_load_without_a_failed_request() {
     let (mut bed, client, server) = across_nodes();
-    let (stop, log) = (bed.dir.path().join("stop"), bed.dir.path().join("loop.log"));
-    let script = format!(
-        "while [ ! -e {} ]; do curl -sS --noproxy '*' -m 5 -o /dev/null -w '%{{http_code}}\\n' \
-         http://{}:8080/ || echo failed; done",
-        stop.display(),
-        server.v4
-    );
-    let mut requests = client.spawn("loop", &["bash", "-c", &script], &log);
-    let lines = || fs::read_to_string(&log).unwrap_or_default().lines().count();
+    let url = format!("http://{}:8080/", server.v4);
+    let requests = RequestLoop::start(&client, &url, &bed.dir.path().join("loop"));
     let (mesh, ca) = (bed.mesh_file(), bed.ca_dir());
     for node in 0..2 {
-        let so_far = lines();
-        wait_for("requests", Duration::from_secs(10), || (lines() > so_far + 10).then_some(()));
+        requests.more(10);
         // In a cluster each has a network of its own; here they share the node's.
         let addresses = [
             ("ADMIN_ADDR", "127.0.0.1:16000"),
@@ -411,14 +392,10 @@ fn a_tunnels_successor_takes_over_under_load_without_a_failed_request() {
         });
         let mut first = node.tunnel.replace(successor).expect("the first tunnel");
         assert!(first.stop(Duration::from_secs(10)), "the first tunnel did not end by itself");
-        let so_far = lines();
-        wait_for("requests", Duration::from_secs(10), || (lines() > so_far + 10).then_some(()));
+        requests.more(10);
     }
-    fs::write(&stop, "").expect("stop file");
-    wait_for("the loop to end", Duration::from_secs(10), || (!requests.is_running()).then_some(()));
-    let text = fs::read_to_string(&log).expect("loop log");
-    let failed: HashSet<&str> = text.lines().filter(|line| *line != "200").collect();
-    assert!(failed.is_empty(), "{failed:?} of {}", text.lines().count());
+    let (count, failed) = requests.finish();
+    assert!(failed.is_empty(), "{failed:?} of {count}");
 }
 
 #[test]

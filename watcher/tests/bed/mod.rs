@@ -13,6 +13,7 @@
 pub mod ca;
 pub mod cluster;
 pub mod interrupt;
+pub mod load;
 pub mod node;
 pub mod process;
 
