@@ -117,7 +117,10 @@ fn read(path: &Path) -> Result<String, LocalFileError> {
 /// Reads a document as a whole.
 pub fn parse(document: &str, defaults: &Defaults) -> Result<Mesh, LocalFileError> {
     // An empty file is an empty mesh; to serde it would be a missing value.
-    let document: Option<Document> = serde_saphyr::from_str(document).map_err(Box::new)?;
+    // `y`, `n` and `on` are names that a workload may have, not booleans (as they are in YAML 1.1).
+    let options = serde_saphyr::options! { strict_booleans: true };
+    let document: Option<Document> =
+        serde_saphyr::from_str_with_options(document, options).map_err(Box::new)?;
     let Document { workloads, services, policies } = document.unwrap_or_default();
     let policies = policies.into_iter().map(PolicyEntry::check).collect::<Result<Vec<_>, _>>()?;
     let services = services.into_iter().map(ServiceEntry::check).collect::<Result<Vec<_>, _>>()?;
