@@ -327,6 +327,8 @@ fn traces(bed: &Bed) -> Vec<String> {
             "sysctl net.ipv4.tcp_fwmark_accept net.ipv4.tcp_migrate_req",
         ] {
             let output = pod.exec(&line.split(' ').collect::<Vec<_>>());
+            // A question that fails would answer alike before and after.
+            assert!(output.status.success(), "{line}: {}", bed::process::text(&output));
             // Link-local addresses and their routes come by themselves, some time after the interface.
             let text = bed::process::text(&output);
             let lines = text.lines().filter(|line| !line.contains("fe80:"));
