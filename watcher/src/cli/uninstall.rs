@@ -64,13 +64,13 @@ pub fn run(args: &UninstallArgs) -> anyhow::Result<ExitCode> {
     match args.output {
         Output::Json => println!(
             "{}",
-            json!({"ok": ok, "watcher_stopped": ran, "pinned": format!("{removed:?}"), "netns": undone})
+            json!({"ok": ok, "watcher_stopped": ran, "links": removed.links, "maps": removed.maps, "netns": undone})
         ),
         Output::Human => {
             if ran {
                 println!("watcher stopped, which undid what it had done");
             }
-            println!("links and maps: {removed:?}");
+            println!("links removed: {}, maps removed: {}", removed.links, removed.maps);
             println!("netns restored: {}, gone: {}", undone.netns_restored, undone.netns_gone);
             for problem in &undone.failed {
                 println!("left behind: {problem}");
