@@ -133,7 +133,7 @@ pub fn wanted(judged: &[Judged], circumstances: &Circumstances<'_>) -> Plan {
                         pod_cgroup: pod.cgroup.clone(),
                     },
                 );
-                cgroup_info(flags, policy_id, &facts.addresses)
+                CgroupInfo { netns_cookie: facts.cookie, ..cgroup_info(flags, policy_id, &facts.addresses) }
             }
         };
         plan.cgroups.extend(observed.cgroups.values().map(|id| (*id, info)));
@@ -157,6 +157,7 @@ pub fn cgroup_info(flags: u32, policy_id: u32, addresses: &[IpAddr]) -> CgroupIn
         v6,
         redirect_v4: v4,
         redirect_v6: v6,
+        netns_cookie: 0,
         flags,
         detected: 0,
         policy_id,

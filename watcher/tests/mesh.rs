@@ -159,6 +159,28 @@ fn a_killed_tunnel_is_refused_or_passed_by_as_the_pod_chose_and_comes_back() {
 
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
+fn pods_follow_their_fail_mode_also_when_watcher_and_tunnel_are_both_killed() {
+    let mut bed = Bed::new();
+    let closed = bed.pod("closed", 0, Enrol::Mesh);
+    let open = bed.pod("open", 0, Enrol::Mesh);
+    let plain = bed.pod("plain", 1, Enrol::Plain);
+    bed.pods[1].fail_open = true;
+    bed.serve_web(&plain, "hello");
+    bed.serve_web(&open, "open");
+    bed.start();
+    let url = format!("http://{}:8080/", plain.v4);
+    assert!(closed.curl(&url).is_ok() && open.curl(&url).is_ok());
+
+    bed.nodes[0].watcher.as_mut().expect("watcher").signal(Signal::SIGKILL);
+    bed.nodes[0].tunnel.as_mut().expect("tunnel").signal(Signal::SIGKILL);
+    wait_for("the open pod to pass in clear", Duration::from_secs(2), || open.curl(&url).ok());
+    let inbound = format!("http://{}:8080/", open.v4);
+    wait_for("the open pod to be reached in clear", Duration::from_secs(2), || plain.curl(&inbound).ok());
+    closed.curl(&url).expect_err("closed");
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
 fn open_connections_survive_enrolling_and_leaving() {
     let (mut bed, client, server) = across_nodes();
     let echo = "import socket\ns=socket.socket(socket.AF_INET6)\ns.setsockopt(socket.SOL_SOCKET,socket.SO_REUSEADDR,1)\n\

@@ -29,6 +29,8 @@ pub struct CgroupInfo {
     pub redirect_v4: Address,
     /// Where an IPv6 connect is redirected to.
     pub redirect_v6: Address,
+    /// The pod's netns: first half of the key of its [`ListenerKey`]s.
+    pub netns_cookie: u64,
     /// What was asked for: bits of [`flag`].
     pub flags: u32,
     /// What was found by looking at the pod (such as a sidecar): bits of [`flag`].
@@ -46,7 +48,7 @@ pub struct CgroupInfo {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PodRecord {
-    /// First half of the key of the pod's [`ListenerKey`]s.
+    /// As in [`CgroupInfo`].
     pub netns_cookie: u64,
     /// Bits of [`flag`].
     pub flags: u32,
@@ -91,4 +93,4 @@ pub struct ExcludedCidr {
     pub address: Address,
 }
 
-plain_data!(CgroupInfo: 80, PodRecord: 16, ListenerKey: 16, ExcludedPort: 8, ExcludedCidr: 20);
+plain_data!(CgroupInfo: 88, PodRecord: 16, ListenerKey: 16, ExcludedPort: 8, ExcludedCidr: 20);

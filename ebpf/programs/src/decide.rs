@@ -1,7 +1,8 @@
 //! The two decision lists. In each the first rule that holds wins.
 //!
 //! *Ready*: a tunnel is connected and has acknowledged the pod. A pod that is not ready follows its fail
-//! mode: open passes in clear, closed is refused.
+//! mode: open passes in clear, closed is refused. So does one whose tunnel's listener is gone, which needs no
+//! watcher to tell.
 
 use adit_ebpf_common::{
     address::{Address, UNSPECIFIED, is_loopback, is_unspecified, is_v4},
@@ -38,8 +39,9 @@ pub enum Outbound {
 /// 6. excluded by port or by CIDR: leave
 /// 7. the pod is not ready: as its fail mode says
 /// 8. the pod has no address of this family, so nothing to redirect to: refuse
-/// 9. the original destination cannot be recorded, so the tunnel could not tell it: refuse
-/// 10. redirect to the tunnel
+/// 9. the tunnel's listener is gone: as its fail mode says
+/// 10. the original destination cannot be recorded, so the tunnel could not tell it: refuse
+/// 11. redirect to the tunnel
 ///
 /// `info` is what is known of the caller's cgroup; loopback to another port never asks.
 #[inline(always)]
@@ -76,15 +78,14 @@ pub fn outbound(call: &Connect, settings: &Settings, info: Option<&CgroupInfo>) 
         return Outbound::Leave(Rule::ExcludedCidr);
     }
     if !ready {
-        return if info.flags & flag::FAIL_OPEN != 0 {
-            Outbound::Leave(Rule::FailOpen)
-        } else {
-            Outbound::Refuse(Rule::FailClosed)
-        };
+        return leave_or_refuse(info);
     }
     let tunnel = if is_v4(&to.address) { info.redirect_v4 } else { info.redirect_v6 };
     if same(&tunnel, &UNSPECIFIED) {
         return Outbound::Refuse(Rule::NoAddress);
+    }
+    if !has_listener(info, is_v4(&to.address)) {
+        return leave_or_refuse(info);
     }
     let redirect = Destination { address: tunnel, port: info.redirect_port, pad: 0 };
     let Some(state) = maps::state_or_new(call.socket) else {
@@ -94,6 +95,16 @@ pub fn outbound(call: &Connect, settings: &Settings, info: Option<&CgroupInfo>) 
     state.original = *to;
     state.redirect = redirect;
     Outbound::Redirect(redirect)
+}
+
+/// What becomes of a connect while the tunnel is away.
+#[inline(always)]
+fn leave_or_refuse(info: &CgroupInfo) -> Outbound {
+    if info.flags & flag::FAIL_OPEN != 0 {
+        Outbound::Leave(Rule::FailOpen)
+    } else {
+        Outbound::Refuse(Rule::FailClosed)
+    }
 }
 
 /// A connection that arrives at a pod's netns.
@@ -171,6 +182,14 @@ fn steer(pod: &PodRecord, arrival: &Arrival, port: u16, rule: Rule) -> Inbound {
 #[inline(always)]
 fn is_ready(settings: &Settings, flags: u32) -> bool {
     settings.tunnel_up != 0 && flags & flag::READY != 0
+}
+
+/// Whether the tunnel's outbound listener is there. One of IPv6 may serve IPv4 as well.
+#[inline(always)]
+fn has_listener(info: &CgroupInfo, is_v4: bool) -> bool {
+    let port = u32::from(info.redirect_port);
+    let key = |family| ListenerKey { netns_cookie: info.netns_cookie, port, family };
+    is_v4 && maps::is_listening(key(4)) || maps::is_listening(key(6))
 }
 
 #[inline(always)]

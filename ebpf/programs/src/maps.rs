@@ -12,8 +12,8 @@ use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_ops},
     btf_maps::SkStorage,
     helpers::{
-        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id,
-        generated::{bpf_sk_storage_get, bpf_sock_hash_update},
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_sk_release,
+        generated::{bpf_map_lookup_elem, bpf_sk_storage_get, bpf_sock_hash_update},
     },
     macros::{btf_map, map},
     maps::{Array, HashMap, LpmTrie, LruHashMap, RingBuf, SockHash, lpm_trie::Key},
@@ -131,6 +131,21 @@ pub fn register_listener(ops: *mut bpf_sock_ops, mut key: ListenerKey) {
     let map = (&raw const LISTENERS).cast_mut().cast();
     // SAFETY: `ops` is the program's context, the key is of the map's type and lives on the stack.
     let _ = unsafe { bpf_sock_hash_update(ops, map, (&raw mut key).cast(), 0) };
+}
+
+/// Whether the tunnel's listener of `key` is there. Its entry goes with the socket, however the tunnel ended.
+#[inline(always)]
+pub fn is_listening(mut key: ListenerKey) -> bool {
+    let map = (&raw const LISTENERS).cast_mut().cast();
+    // SAFETY: the key is of the map's type and lives on the stack; a socket that was found is held until it
+    // is released.
+    unsafe {
+        let socket = bpf_map_lookup_elem(map, (&raw mut key).cast());
+        !socket.is_null() && {
+            bpf_sk_release(socket);
+            true
+        }
+    }
 }
 
 /// What is remembered of `socket`, which may be null.

@@ -109,6 +109,14 @@ fn without_a_tunnel_the_fail_mode_holds_at_once() {
         bench.app.close(direct.handle);
     }
     assert!(bench.tunnel.is_idle(tunnel));
+    // Nobody told the programs that the tunnel is gone: its listener is.
+    bench.tunnel.close(tunnel);
+    bench.set(READY | OPEN, true);
+    let direct = bench.app.dial(How::Tcp, to).unwrap();
+    assert_eq!(bench.rules(8080), [(Hook::Connect4, Rule::FailOpen)]);
+    bench.app.close(direct.handle);
+    bench.set(READY, true);
+    assert_eq!(bench.app.dial(How::Tcp, to).unwrap_err(), libc::EPERM);
     bench.set(READY, false);
     assert_eq!(bench.app.dial(How::Tcp, to).unwrap_err(), libc::EPERM);
     bench.app.close(redirected.handle);

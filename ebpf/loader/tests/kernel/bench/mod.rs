@@ -89,6 +89,7 @@ impl Bench {
             redirect_v6: v6,
             flags,
             policy_id: 7,
+            netns_cookie: self.cookie,
             redirect_port: OUTBOUND,
             ..empty()
         };
@@ -129,6 +130,7 @@ pub const fn empty() -> CgroupInfo {
         v6: UNSPECIFIED,
         redirect_v4: UNSPECIFIED,
         redirect_v6: UNSPECIFIED,
+        netns_cookie: 0,
         flags: 0,
         detected: 0,
         policy_id: 0,
