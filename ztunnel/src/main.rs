@@ -1,9 +1,12 @@
 //! `ztunnel`: parse, load, bind, report ready, serve, drain.
 
-use std::{io::Write, process::ExitCode, sync::Arc};
+mod cli;
+
+use std::{io::Write, path::Path, process::ExitCode, sync::Arc};
 
 use anyhow::{Context, Result, bail};
-use clap::{Parser, Subcommand};
+use clap::Parser;
+use cli::{Arguments, Command};
 use tokio::{runtime::Builder, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -27,34 +30,11 @@ use ztunnel::{
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
-/// Carries the TCP connections of a node's enrolled pods over HBONE.
-///
-/// It is configured by the environment variables that Istio's DaemonSet sets; `ztunnel config check` says what they
-/// come to.
-#[derive(Parser)]
-#[command(version)]
-struct Arguments {
-    #[command(subcommand)]
-    command: Option<Command>,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Configuration without running.
-    #[command(subcommand)]
-    Config(ConfigCommand),
-}
-
-#[derive(Subcommand)]
-enum ConfigCommand {
-    /// Prints the configuration that the environment comes to, or what is wrong with it.
-    Check,
-}
-
 fn main() -> ExitCode {
-    let done = match Arguments::parse().command {
-        Some(Command::Config(ConfigCommand::Check)) => check(),
-        None => run(),
+    let Arguments { config, command } = Arguments::parse();
+    let done = match command {
+        Some(Command::Config(command)) => cli::config::run(command, config),
+        None => run(config.as_deref()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -65,17 +45,11 @@ fn main() -> ExitCode {
     }
 }
 
-fn check() -> Result<()> {
-    let config = Config::from_env()?;
-    local_file::load(&config)?;
-    let text = serde_json::to_string_pretty(&config)?;
-    Ok(writeln!(std::io::stdout(), "{text}")?)
-}
-
-fn run() -> Result<()> {
-    let config = Arc::new(Config::from_env()?);
+fn run(file: Option<&Path>) -> Result<()> {
+    let config = Arc::new(Config::load(file)?);
     let logging = Logging::init(config.log_format, &config.log_filter)?;
     info!(version = env!("CARGO_PKG_VERSION"), node = %config.node, workers = config.workers, "starting");
+    info!(config = %serde_json::to_string(&*config)?, "effective configuration");
     raise_descriptor_limit();
     let runtime =
         Builder::new_current_thread().enable_all().build().context("cannot start the control runtime")?;

@@ -1,12 +1,17 @@
-//! What the tunnel is told at start, by the environment variables that Istio's DaemonSet sets.
+//! What the tunnel is told at start: by a file, and by the environment variables that Istio's DaemonSet sets, which
+//! override it.
 //!
 //! Read once, checked as a whole, passed down by section. A variable that Istio's tunnel honours and this one
 //! does not is refused where ignoring it would weaken security, and ignored where it would not.
 //!
-//! * [`environment`]: which variable means what
-//! * [`value`]: one variable → one typed value, or an error that names key, value and expectation
+//! * [`resolve`]: what the keys come to together
+//! * [`settings`]: what was set and where; unknown keys and bad values are refused
+//! * [`keys`]: the table of all keys
+//! * [`value`]: text → one typed value
 
-mod environment;
+pub mod keys;
+mod resolve;
+mod settings;
 mod value;
 
 use std::{
@@ -15,7 +20,7 @@ use std::{
 
 use serde::Serialize;
 
-pub use value::ConfigError;
+pub use settings::{ConfigError, Effective, Origin};
 use value::seconds;
 
 /// Everything that is decided before the first connection.
@@ -60,6 +65,9 @@ pub struct Config {
     pub log_format: LogFormat,
     /// A `RUST_LOG` filter.
     pub log_filter: String,
+    /// Every key of the file with its value and where that comes from; for `config print` and the start's log.
+    #[serde(skip)]
+    pub effective: Arc<[Effective]>,
 }
 
 /// Whom one process serves.

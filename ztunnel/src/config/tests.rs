@@ -1,3 +1,5 @@
+use std::fmt::Write;
+
 use super::*;
 
 fn config(vars: &[(&str, &str)]) -> Result<Config, ConfigError> {
@@ -29,12 +31,25 @@ fn an_ill_formed_value_is_named_with_what_was_expected() {
         ("IPV6_ENABLED", "maybe", r#"IPV6_ENABLED="maybe": expected true or false"#),
         ("PROXY_MODE", "node", r#"PROXY_MODE="node": expected shared or dedicated"#),
         ("PACKET_MARK", "-1", r#"PACKET_MARK="-1": expected a number of 32 bits"#),
-        ("SECRET_TTL", "24", r#"SECRET_TTL="24": expected a duration such as 500ms, 30s, 5m or 1h30m"#),
-        ("SECRET_TTL", "1s", r#"SECRET_TTL="1s": expected at least 10s"#),
+        (
+            "SECRET_TTL",
+            "24",
+            r#"SECRET_TTL="24": expected a duration of at least 10s, such as 30s, 5m or 1h30m"#,
+        ),
+        (
+            "POOL_UNUSED_RELEASE_TIMEOUT",
+            "5",
+            r#"POOL_UNUSED_RELEASE_TIMEOUT="5": expected a duration such as 500ms, 30s, 5m or 1h30m"#,
+        ),
+        (
+            "SECRET_TTL",
+            "1s",
+            r#"SECRET_TTL="1s": expected a duration of at least 10s, such as 30s, 5m or 1h30m"#,
+        ),
         ("ADMIN_ADDR", "0.0.0.0:15000", r#"ADMIN_ADDR="0.0.0.0:15000": expected a loopback address"#),
         ("CA_ADDRESS", "http://ca:1", r#"CA_ADDRESS="http://ca:1": expected an https address"#),
         ("KEEPALIVE_RETRIES", "0", r#"KEEPALIVE_RETRIES="0": expected a number from 1 to 127"#),
-        ("HTTP2_FRAME_SIZE", "100", r#"HTTP2_FRAME_SIZE="100": expected 16384 to 16777215"#),
+        ("HTTP2_FRAME_SIZE", "100", r#"HTTP2_FRAME_SIZE="100": expected a number from 16384 to 16777215"#),
     ] {
         assert_eq!(refusal(&[(key, value)]), message);
     }
@@ -138,4 +153,142 @@ fn secrets_are_not_shown() {
     assert!(!serde_json::to_string(&config).unwrap().contains("very-secret"));
     let Ca::Service(service) = config.ca else { unreachable!("CA_ADDRESS is set") };
     assert!(!format!("{service:?}").contains("very-secret"));
+}
+
+fn from_file(text: &str, vars: &[(&str, &str)]) -> Result<Config, ConfigError> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), text).unwrap();
+    let vars = vars.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+    Config::from_file_and_vars(Some(file.path()), vars)
+}
+
+/// The message without the file's name, which differs from run to run.
+fn file_refusal(text: &str) -> String {
+    let message = from_file(text, &[]).expect_err("must be refused").to_string();
+    let lines = message.lines().map(|line| line.split_once(": ").map_or(line, |(_, rest)| rest));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn the_file_sets_keys_and_the_environment_overrides_them() {
+    let text = "
+node: {name: from-file, network: n1}
+pool:
+  idle: 7s
+  max_streams: 3
+socket: {original_source: false, mark: 0x10}
+ca:
+  address: https://ca:1
+  headers: {tenant: from-file, region: north}
+";
+    let vars = [("NODE_NAME", "from-environment"), ("CA_HEADER_tenant", "from-environment")];
+    let config = from_file(text, &vars).unwrap();
+    assert_eq!(&*config.node, "from-environment");
+    assert_eq!(&*config.network, "n1");
+    assert_eq!(config.pool.idle, Duration::from_secs(7));
+    assert_eq!(config.pool.max_streams, 3);
+    assert_eq!(config.original_source, Some(false));
+    assert_eq!(config.packet_mark, Some(16));
+    let Ca::Service(ca) = &config.ca else { panic!("ca.address is set") };
+    let headers = [("tenant", "from-environment"), ("region", "north")];
+    assert_eq!(ca.headers.0, headers.map(|(k, v)| (k.to_owned(), v.to_owned())).into());
+    let origin = |name| config.effective.iter().find(|key| key.key == name).unwrap().origin;
+    assert_eq!(origin("node.name"), Origin::Environment);
+    assert_eq!(origin("pool.idle"), Origin::File);
+    assert_eq!(origin("pool.max_streams"), Origin::File);
+    assert_eq!(origin("log.filter"), Origin::Default);
+}
+
+#[test]
+fn an_empty_file_is_a_file_that_sets_nothing() {
+    for text in ["", "# nothing\n", "pool:\n", "node:\n  name: ''\n  network:\n"] {
+        assert_eq!(&*from_file(text, &[]).unwrap().node, "", "{text}");
+    }
+}
+
+#[test]
+fn an_unknown_key_is_refused_with_the_nearest_known_one() {
+    for (text, message) in [
+        ("pool: {ilde: 5m}", "unknown key pool.ilde, did you mean pool.idle?"),
+        ("pol: {idle: 5m}", "unknown key pol, did you mean pool.idle?"),
+        ("NODE_NAME: a", "unknown key NODE_NAME, did you mean node.name?"),
+        ("max_streams: 5", "unknown key max_streams, did you mean pool.max_streams?"),
+        ("xyzzy: 5", "unknown key xyzzy"),
+    ] {
+        assert_eq!(file_refusal(text), message, "{text}");
+    }
+}
+
+#[test]
+fn everything_that_is_wrong_with_a_file_is_said_at_once_with_key_and_expectation() {
+    let text = "
+pool: {idle: 5, max_streams: many}
+node: name
+ca: {headers: [a]}
+log: {format: {x: y}}
+";
+    let message = file_refusal(text);
+    for part in [
+        r#"pool.idle="5": expected a duration such as 500ms, 30s, 5m or 1h30m"#,
+        r#"pool.max_streams="many": expected a number from 1"#,
+        r#"node="\"name\"": expected a section with keys"#,
+        "ca.headers=",
+        "log.format=",
+    ] {
+        assert!(message.contains(part), "{part} in\n{message}");
+    }
+    assert_eq!(message.lines().count(), 5, "{message}");
+    assert!(from_file("- a\n", &[]).unwrap_err().to_string().contains("is no YAML mapping"));
+    assert!(from_file("a: [", &[]).unwrap_err().to_string().contains("is no YAML mapping"));
+    let missing = Config::from_file_and_vars(Some("/does/not/exist".as_ref()), []).unwrap_err();
+    assert_eq!(missing.to_string(), "cannot read /does/not/exist");
+}
+
+#[test]
+fn a_secret_is_hidden_wherever_it_was_written_wrongly_or_rightly() {
+    let text = "ca: {address: https://ca:1, token: very-secret, headers: {authorization: very-secret}}";
+    let config = from_file(text, &[]).unwrap();
+    assert!(!serde_json::to_string(&config.effective).unwrap().contains("very-secret"));
+    let wrong = from_file("ca: {token: [very-secret], headers: [very-secret]}", &[]).unwrap_err();
+    assert!(!wrong.to_string().contains("very-secret"), "{wrong}");
+}
+
+#[test]
+fn every_row_is_read_and_has_a_default_that_fits() {
+    let source = include_str!("resolve.rs");
+    let mut names = std::collections::BTreeSet::new();
+    for key in keys::KEYS {
+        assert!(names.insert(key.name) && names.insert(key.variable), "{} is there twice", key.name);
+        assert!(source.contains(&format!("\"{}\"", key.name)), "nobody reads {}", key.name);
+        if let keys::Unset::Is(text) = key.default {
+            assert!(text.is_empty() || value::fits(key.kind, text), "{}: {text}", key.name);
+        }
+    }
+}
+
+/// The table in the documentation is made from the rows: `UPDATE_DOCS=1 cargo test -p ztunnel documentation`.
+#[test]
+fn the_documentation_has_a_line_for_every_key() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/configuration.md");
+    let (begin, end) = ("<!-- keys: made from ztunnel/src/config/keys.rs -->\n", "<!-- end of keys -->\n");
+    let mut table = "| key | variable | value | default | |\n|---|---|---|---|---|\n".to_owned();
+    for key in keys::KEYS {
+        let default = match key.default {
+            keys::Unset::Is("") | keys::Unset::Nothing => "–".to_owned(),
+            keys::Unset::Is(text) => format!("`{text}`"),
+            keys::Unset::Depends(words) => words.to_owned(),
+        };
+        let (variable, kind) = match key.kind {
+            keys::Kind::Map => (format!("`{}*`", key.variable), key.kind.expectation()),
+            kind => (format!("`{}`", key.variable), kind.expectation()),
+        };
+        let _ = writeln!(table, "| `{}` | {variable} | {kind} | {default} | {} |", key.name, key.about);
+    }
+    let document = std::fs::read_to_string(path).unwrap();
+    let (head, rest) = document.split_once(begin).expect("the marker before the table");
+    let (written, tail) = rest.split_once(end).expect("the marker behind the table");
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        return std::fs::write(path, format!("{head}{begin}{table}{end}{tail}")).unwrap();
+    }
+    assert!(written == table, "docs/configuration.md is out of date: UPDATE_DOCS=1 cargo test documentation");
 }

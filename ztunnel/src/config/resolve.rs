@@ -1,0 +1,237 @@
+//! Settings → [`Config`]: what the keys come to together, and what does not go together.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    num::NonZeroUsize,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use super::{
+    Ca, CaService, Config, ConfigError, H2, Headers, Keepalive, LocalState, LogFormat, Pool, Ports,
+    ProxyMode, RootSource, Token, settings::Settings, value,
+};
+
+/// Past this many workers, more of them only add listening sockets to every pod.
+const MAX_DEFAULT_WORKERS: usize = 16;
+
+/// Variables of Istio's tunnel that cannot be ignored without weakening or breaking something.
+const NOT_SUPPORTED: [(&str, &str); 5] = [
+    ("XDS_ADDRESS", "discovery from a control plane is not supported; use LOCAL_XDS_PATH or LOCAL_XDS"),
+    (
+        "CRL_PATH",
+        "revocation lists are not supported, and without one revoked certificates would be accepted",
+    ),
+    ("TLS12_ENABLED", "only TLS 1.3 is supported"),
+    ("COMPLIANCE_POLICY", "compliance policies are not supported"),
+    ("ENABLE_PROXY", "the tunnel without its HBONE proxy is not supported"),
+];
+
+impl Config {
+    /// From `file`, if there is one, and the environment of this process, which overrides it.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        Self::from_file_and_vars(file, std::env::vars())
+    }
+
+    /// From variables only.
+    pub fn from_vars(vars: impl IntoIterator<Item = (String, String)>) -> Result<Self, ConfigError> {
+        Self::from_file_and_vars(None, vars)
+    }
+
+    /// From any file and variables. An empty value counts as absent.
+    pub fn from_file_and_vars(
+        file: Option<&Path>,
+        vars: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, ConfigError> {
+        let vars: Vec<_> = vars.into_iter().filter(|(_, value)| !value.is_empty()).collect();
+        refuse_unsupported(&vars)?;
+        let in_kubernetes = vars.iter().any(|(key, _)| key == "KUBERNETES_SERVICE_HOST");
+        let settings = Settings::read(file, vars)?;
+        resolve(&settings, in_kubernetes)
+    }
+
+    /// An address on every interface, in the widest family that this node has.
+    pub fn any_address(&self, port: u16) -> SocketAddr {
+        let any = if self.ipv6 { IpAddr::from(Ipv6Addr::UNSPECIFIED) } else { Ipv4Addr::UNSPECIFIED.into() };
+        SocketAddr::new(any, port)
+    }
+}
+
+fn resolve(settings: &Settings, in_kubernetes: bool) -> Result<Config, ConfigError> {
+    let mode = proxy_mode(settings)?;
+    let cluster_id = settings.text("node.cluster");
+    let ipv6 = settings.bool("socket.ipv6")? && ipv6_available();
+    let any = if ipv6 { IpAddr::from(Ipv6Addr::UNSPECIFIED) } else { Ipv4Addr::UNSPECIFIED.into() };
+    let keepalive = keepalive(settings)?;
+    Ok(Config {
+        zds_socket: settings.path("zds.socket"),
+        ports: Ports::default(),
+        packet_mark: match settings.optional_number("socket.mark")? {
+            None if mode == ProxyMode::Shared => Some(1337),
+            mark => mark,
+        },
+        port_reuse: settings.bool("zds.port_reuse")?,
+        ipv6,
+        original_source: settings.optional_bool("socket.original_source")?,
+        network: settings.text("node.network"),
+        node: settings.text("node.name"),
+        cluster_domain: settings.text("node.cluster_domain"),
+        trust_domain: settings.text("node.trust_domain"),
+        local_state: local_state(settings)?,
+        ca: ca(settings, &mode, &cluster_id, in_kubernetes)?,
+        secret_ttl: settings.duration("ca.secret_ttl")?,
+        workers: workers(settings),
+        pool: Pool {
+            max_streams: settings.number("pool.max_streams")?,
+            idle: settings.duration("pool.idle")?,
+        },
+        h2: H2 {
+            stream_window: settings.number("h2.stream_window_bytes")?,
+            connection_window: settings.number("h2.connection_window_bytes")?,
+            frame: settings.number("h2.frame_bytes")?,
+        },
+        user_timeout: match (&keepalive, settings.bool("socket.user_timeout")?) {
+            (Some(k), true) => Some(k.time + k.interval * k.retries),
+            _ => None,
+        },
+        keepalive,
+        drain_deadline: drain_deadline(settings)?,
+        admin_address: admin_address(settings)?,
+        stats_address: settings.address("stats.address")?.unwrap_or(SocketAddr::new(any, 15020)),
+        readiness_address: settings.address("readiness.address")?.unwrap_or(SocketAddr::new(any, 15021)),
+        response_baggage: settings.bool("hbone.response_baggage")?,
+        log_format: match settings.choice("log.format")? {
+            "json" => LogFormat::Json,
+            _ => LogFormat::Text,
+        },
+        log_filter: settings.text("log.filter").to_string(),
+        cluster_id,
+        mode,
+        effective: settings.effective().into(),
+    })
+}
+
+fn refuse_unsupported(vars: &[(String, String)]) -> Result<(), ConfigError> {
+    for (key, reason) in NOT_SUPPORTED {
+        // What asks for nothing asks for nothing special: `TLS12_ENABLED=false`, `ENABLE_PROXY=true`.
+        let harmless = if key == "ENABLE_PROXY" { "true" } else { "false" };
+        if let Some((_, value)) = vars.iter().find(|(name, _)| name == key)
+            && value != harmless
+        {
+            return Err(ConfigError::NotSupported { key, value: value.clone(), reason });
+        }
+    }
+    Ok(())
+}
+
+fn proxy_mode(settings: &Settings) -> Result<ProxyMode, ConfigError> {
+    if settings.choice("mode")? == "shared" {
+        return Ok(ProxyMode::Shared);
+    }
+    let key = "workload";
+    let expected = "namespace/name/service-account, since the mode is dedicated";
+    let missing = || ConfigError::Missing { key: settings.written_as(key), expected };
+    let info = settings.get(key).ok_or_else(missing)?;
+    match info.split('/').collect::<Vec<_>>()[..] {
+        [namespace, name, service_account] if ![namespace, name, service_account].contains(&"") => {
+            Ok(ProxyMode::Dedicated {
+                namespace: namespace.into(),
+                name: name.into(),
+                service_account: service_account.into(),
+            })
+        }
+        _ => Err(settings.invalid(key, expected)),
+    }
+}
+
+fn local_state(settings: &Settings) -> Result<Option<LocalState>, ConfigError> {
+    match (settings.get("mesh.file"), settings.get("mesh.inline")) {
+        (Some(_), Some(_)) => Err(settings
+            .invalid("mesh.file", "only one of mesh.file (LOCAL_XDS_PATH) and mesh.inline (LOCAL_XDS)")),
+        (Some(path), None) => Ok(Some(LocalState::Path(path.into()))),
+        (None, Some(document)) => Ok(Some(LocalState::Inline(document.to_owned()))),
+        (None, None) => Ok(None),
+    }
+}
+
+/// The address decides, except that `ca.development` always means the development CA. Inside Kubernetes nobody gets
+/// the development CA without asking for it: there the default is Istio's own, as for its tunnel.
+fn ca(
+    settings: &Settings,
+    mode: &ProxyMode,
+    cluster_id: &Arc<str>,
+    in_kubernetes: bool,
+) -> Result<Ca, ConfigError> {
+    let development = settings.bool("ca.development")?;
+    let asked_for_development = development || settings.get("ca.development_dir").is_some();
+    let address = match settings.get("ca.address") {
+        Some(address) if !development => address,
+        None if !asked_for_development && in_kubernetes => "https://istiod.istio-system.svc:15012",
+        _ => return Ok(Ca::Development { folder: settings.path("ca.development_dir") }),
+    };
+    let address = match address.split_once("://") {
+        None => format!("https://{address}"),
+        Some(("https", _)) => address.to_owned(),
+        Some(_) => return Err(settings.invalid("ca.address", "an https address")),
+    };
+    let root = match &*settings.text("ca.root") {
+        "SYSTEM" => RootSource::System,
+        pem if pem.contains("-----BEGIN") => RootSource::Pem(pem.to_owned()),
+        path => RootSource::File(path.into()),
+    };
+    // The alphabet of a JWT (RFC 7515, base64url) has no slash.
+    let token = match &*settings.text("ca.token") {
+        path if path.contains('/') => Token::File(path.into()),
+        literal => Token::Literal(literal.to_owned()),
+    };
+    Ok(Ca::Service(CaService {
+        address,
+        root,
+        token,
+        cluster_id: Arc::clone(cluster_id),
+        alt_name: settings.get("ca.alt_name").map(str::to_owned),
+        headers: Headers(settings.map("ca.headers")),
+        impersonate: *mode == ProxyMode::Shared,
+    }))
+}
+
+fn workers(settings: &Settings) -> NonZeroUsize {
+    let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let asked = settings.get("workers").and_then(|text| value::workers(text, cores.get()));
+    let default = cores.min(const { NonZeroUsize::new(MAX_DEFAULT_WORKERS).unwrap() });
+    asked.and_then(NonZeroUsize::new).unwrap_or(default)
+}
+
+fn keepalive(settings: &Settings) -> Result<Option<Keepalive>, ConfigError> {
+    let keepalive = Keepalive {
+        time: settings.duration("socket.keepalive.time")?,
+        interval: settings.duration("socket.keepalive.interval")?,
+        retries: settings.number("socket.keepalive.retries")?,
+    };
+    Ok(settings.bool("socket.keepalive.enabled")?.then_some(keepalive))
+}
+
+/// Before the kubelet kills us, with some time left to end in order.
+fn drain_deadline(settings: &Settings) -> Result<Duration, ConfigError> {
+    let default = match settings.optional_duration("drain.grace_period")? {
+        Some(grace) if grace <= Duration::from_secs(10) => grace.saturating_sub(Duration::from_secs(1)),
+        Some(grace) => grace.saturating_sub(Duration::from_secs(5)),
+        None => Duration::from_secs(5),
+    };
+    Ok(settings.optional_duration("drain.deadline")?.unwrap_or(default))
+}
+
+fn admin_address(settings: &Settings) -> Result<SocketAddr, ConfigError> {
+    let key = "admin.address";
+    let address = settings.address(key)?.unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 15000));
+    if !address.ip().is_loopback() {
+        // It can stop the process and shows the whole mesh.
+        return Err(settings.invalid(key, "a loopback address"));
+    }
+    Ok(address)
+}
+
+fn ipv6_available() -> bool {
+    Path::new("/proc/net/if_inet6").exists()
+}

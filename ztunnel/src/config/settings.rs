@@ -1,0 +1,338 @@
+//! What was set, and where: the file's keys, and the environment, which overrides them.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use serde::Serialize;
+
+use super::{
+    keys::{KEYS, Key, Kind, Unset, row},
+    value,
+};
+
+/// Why the configuration is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("{key}={value:?}: expected {expected}")]
+    Invalid { key: String, value: String, expected: String },
+    #[error("{key} is not set: expected {expected}")]
+    Missing { key: String, expected: &'static str },
+    #[error("{key}={value:?}: {reason}")]
+    NotSupported { key: &'static str, value: String, reason: &'static str },
+    #[error("{file}: unknown key {key}{}", nearest.map(|name| format!(", did you mean {name}?")).unwrap_or_default())]
+    UnknownKey { file: String, key: String, nearest: Option<&'static str> },
+    #[error("cannot read {file}")]
+    Unreadable { file: String, source: std::io::Error },
+    #[error("{file} is no YAML mapping: {reason}")]
+    NoMapping { file: String, reason: String },
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
+    Several(Vec<ConfigError>),
+}
+
+/// Where a value comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    Default,
+    File,
+    Environment,
+}
+
+/// One key as it is in force; for whoever asks what that is.
+#[derive(Clone, Debug, Serialize)]
+pub struct Effective {
+    pub key: &'static str,
+    pub variable: &'static str,
+    /// `None`: not set, and no fixed default. Secrets show as `(hidden)`.
+    pub value: Option<String>,
+    #[serde(skip)]
+    pub hidden: bool,
+    pub origin: Origin,
+}
+
+const HIDDEN: &str = "(hidden)";
+
+/// The values that were set. Empty ones count as absent: Helm templates often set what they do not fill.
+#[derive(Debug)]
+pub struct Settings {
+    file: Option<String>,
+    set: BTreeMap<&'static str, (Origin, Value)>,
+}
+
+#[derive(Debug)]
+enum Value {
+    Text(String),
+    Map(BTreeMap<String, String>),
+}
+
+impl Settings {
+    /// Reads `file`, if there is one, then `variables` over it. Everything that is wrong is told at once.
+    pub fn read(
+        file: Option<&Path>,
+        variables: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, ConfigError> {
+        let mut errors = Vec::new();
+        let mut settings = Self { file: file.map(|path| path.display().to_string()), set: BTreeMap::new() };
+        if let Some(path) = file {
+            settings.read_file(path, &mut errors)?;
+        }
+        settings.read_variables(variables);
+        settings.check(&mut errors);
+        match errors.len() {
+            0 => Ok(settings),
+            1 => Err(errors.swap_remove(0)),
+            _ => Err(ConfigError::Several(errors)),
+        }
+    }
+
+    fn read_file(&mut self, path: &Path, errors: &mut Vec<ConfigError>) -> Result<(), ConfigError> {
+        let file = path.display().to_string();
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Unreadable { file: file.clone(), source })?;
+        // `y`, `n` and `on` are names that a node may have, not booleans (as they are in YAML 1.1).
+        let options = serde_saphyr::options! { strict_booleans: true };
+        let document: Option<serde_json::Value> = serde_saphyr::from_str_with_options(&text, options)
+            .map_err(|error| ConfigError::NoMapping { file: file.clone(), reason: error.to_string() })?;
+        match document.unwrap_or_default() {
+            serde_json::Value::Null => Ok(()),
+            serde_json::Value::Object(section) => {
+                self.read_section(&file, "", section, errors);
+                Ok(())
+            }
+            other => Err(ConfigError::NoMapping { file, reason: format!("it holds {other}") }),
+        }
+    }
+
+    fn read_section(
+        &mut self,
+        file: &str,
+        prefix: &str,
+        section: serde_json::Map<String, serde_json::Value>,
+        errors: &mut Vec<ConfigError>,
+    ) {
+        for (name, value) in section {
+            let name = if prefix.is_empty() { name } else { format!("{prefix}.{name}") };
+            let row = KEYS.iter().find(|key| key.name == name);
+            let is_section = || KEYS.iter().any(|key| starts_section(key.name, &name));
+            match (row, value) {
+                (_, serde_json::Value::Null) if row.is_some() || is_section() => {}
+                (Some(Key { kind: Kind::Map, name, .. }), serde_json::Value::Object(map)) => {
+                    let text = |(name, value)| scalar(&value).map(|value| (name, value));
+                    match map.into_iter().map(text).collect::<Option<_>>() {
+                        Some(map) => drop(self.set.insert(name, (Origin::File, Value::Map(map)))),
+                        None => errors.push(in_file(file, name, HIDDEN, Kind::Map)),
+                    }
+                }
+                (Some(key), value) => match scalar(&value) {
+                    Some(text) if key.kind != Kind::Map => {
+                        if !text.is_empty() {
+                            self.set.insert(key.name, (Origin::File, Value::Text(text)));
+                        }
+                    }
+                    _ if key.kind == Kind::Map || key.kind == Kind::Secret => {
+                        errors.push(in_file(file, key.name, HIDDEN, key.kind));
+                    }
+                    _ => errors.push(in_file(file, key.name, &value.to_string(), key.kind)),
+                },
+                (None, serde_json::Value::Object(section)) if is_section() => {
+                    self.read_section(file, &name, section, errors);
+                }
+                (None, value) if is_section() => errors.push(ConfigError::Invalid {
+                    key: format!("{file}: {name}"),
+                    value: value.to_string(),
+                    expected: "a section with keys".to_owned(),
+                }),
+                (None, _) => {
+                    let nearest = nearest(&name);
+                    errors.push(ConfigError::UnknownKey { file: file.to_owned(), key: name, nearest });
+                }
+            }
+        }
+    }
+
+    fn read_variables(&mut self, variables: impl IntoIterator<Item = (String, String)>) {
+        let maps = || KEYS.iter().filter(|key| key.kind == Kind::Map);
+        for (variable, text) in variables.into_iter().filter(|(_, text)| !text.is_empty()) {
+            if let Some(key) = KEYS.iter().find(|key| key.variable == variable && key.kind != Kind::Map) {
+                self.set.insert(key.name, (Origin::Environment, Value::Text(text)));
+            } else if let Some((key, name)) =
+                maps().find_map(|key| Some((key, variable.strip_prefix(key.variable)?)))
+            {
+                let entry = self.set.entry(key.name).or_insert((Origin::File, Value::Map(BTreeMap::new())));
+                entry.0 = Origin::Environment;
+                if let Value::Map(map) = &mut entry.1 {
+                    map.insert(name.to_owned(), text);
+                }
+            }
+        }
+    }
+
+    fn check(&self, errors: &mut Vec<ConfigError>) {
+        for (name, (_, value)) in &self.set {
+            let key = row(name);
+            if let Value::Text(text) = value
+                && !value::fits(key.kind, text)
+            {
+                errors.push(self.invalid(name, key.kind.expectation()));
+            }
+        }
+    }
+
+    /// The key in the words of whoever set it: the variable's name, or file and key.
+    pub fn written_as(&self, name: &str) -> String {
+        match (self.set.get(name), &self.file) {
+            (Some((Origin::File, _)), Some(file)) => format!("{file}: {name}"),
+            _ => row(name).variable.to_owned(),
+        }
+    }
+
+    /// That the value of `name` is not what is expected.
+    pub fn invalid(&self, name: &str, expected: impl Into<String>) -> ConfigError {
+        let value = if row(name).kind == Kind::Secret { HIDDEN } else { self.get(name).unwrap_or_default() };
+        ConfigError::Invalid {
+            key: self.written_as(name),
+            value: value.to_owned(),
+            expected: expected.into(),
+        }
+    }
+
+    /// What was set; defaults do not count.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        match self.set.get(row(name).name) {
+            Some((_, Value::Text(text))) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// What was set, or the default.
+    fn or_default(&self, name: &str) -> Option<&str> {
+        self.get(name).or(match row(name).default {
+            Unset::Is(text) => Some(text),
+            Unset::Depends(_) | Unset::Nothing => None,
+        })
+    }
+
+    /// A value of which [`check`](Self::check) has seen that it fits.
+    fn checked<T>(&self, name: &str, parse: impl Fn(&str) -> Option<T>) -> Result<Option<T>, ConfigError> {
+        let Some(text) = self.or_default(name) else { return Ok(None) };
+        let parsed = parse(text).ok_or_else(|| self.invalid(name, row(name).kind.expectation()))?;
+        Ok(Some(parsed))
+    }
+
+    fn required<T>(&self, name: &str, parse: impl Fn(&str) -> Option<T>) -> Result<T, ConfigError> {
+        let missing = || ConfigError::Missing { key: self.written_as(name), expected: row(name).about };
+        self.checked(name, parse)?.ok_or_else(missing)
+    }
+
+    pub fn text(&self, name: &str) -> Arc<str> {
+        self.or_default(name).unwrap_or_default().into()
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.or_default(name).unwrap_or_default().into()
+    }
+
+    pub fn bool(&self, name: &str) -> Result<bool, ConfigError> {
+        self.required(name, value::bool)
+    }
+
+    pub fn optional_bool(&self, name: &str) -> Result<Option<bool>, ConfigError> {
+        self.checked(name, value::bool)
+    }
+
+    /// One of the row's choices, in its spelling.
+    pub fn choice(&self, name: &str) -> Result<&'static str, ConfigError> {
+        let Kind::Choice(names) = row(name).kind else { return Ok("") };
+        self.required(name, |text| names.iter().find(|choice| choice.eq_ignore_ascii_case(text)).copied())
+    }
+
+    pub fn number(&self, name: &str) -> Result<u32, ConfigError> {
+        self.required(name, value::number)
+    }
+
+    pub fn optional_number(&self, name: &str) -> Result<Option<u32>, ConfigError> {
+        self.checked(name, value::number)
+    }
+
+    pub fn duration(&self, name: &str) -> Result<Duration, ConfigError> {
+        self.required(name, value::duration)
+    }
+
+    pub fn optional_duration(&self, name: &str) -> Result<Option<Duration>, ConfigError> {
+        let seconds_too = row(name).kind == Kind::DurationOrSeconds;
+        self.checked(name, if seconds_too { value::duration_or_seconds } else { value::duration })
+    }
+
+    pub fn address(&self, name: &str) -> Result<Option<SocketAddr>, ConfigError> {
+        self.checked(name, value::address)
+    }
+
+    pub fn map(&self, name: &str) -> BTreeMap<String, String> {
+        match self.set.get(name) {
+            Some((_, Value::Map(map))) => map.clone(),
+            _ => BTreeMap::new(),
+        }
+    }
+
+    /// Every key with what it comes to.
+    pub fn effective(&self) -> Vec<Effective> {
+        KEYS.iter().map(|key| self.effective_key(key)).collect()
+    }
+
+    fn effective_key(&self, key: &'static Key) -> Effective {
+        let (origin, value) = match self.set.get(key.name) {
+            Some((origin, Value::Map(map))) => {
+                let names: Vec<_> = map.keys().map(String::as_str).collect();
+                (*origin, Some(names.join(" ")))
+            }
+            Some((origin, Value::Text(text))) => (*origin, Some(text.clone())),
+            None => (Origin::Default, self.or_default(key.name).map(str::to_owned)),
+        };
+        // A path says where a secret is, not what.
+        let hidden = match &value {
+            Some(value) => key.kind == Kind::Map || key.kind == Kind::Secret && !value.contains('/'),
+            None => false,
+        };
+        let value = value.map(|value| match hidden {
+            true if key.kind == Kind::Map => format!("{value} {HIDDEN}"),
+            true => HIDDEN.to_owned(),
+            false => value,
+        });
+        Effective { key: key.name, variable: key.variable, value, hidden, origin }
+    }
+}
+
+fn starts_section(name: &str, section: &str) -> bool {
+    name.strip_prefix(section).is_some_and(|rest| rest.starts_with('.'))
+}
+
+fn scalar(value: &serde_json::Value) -> Option<String> {
+    match value {
+        serde_json::Value::String(text) => Some(text.clone()),
+        serde_json::Value::Bool(_) | serde_json::Value::Number(_) => Some(value.to_string()),
+        _ => None,
+    }
+}
+
+fn in_file(file: &str, name: &str, value: &str, kind: Kind) -> ConfigError {
+    let key = format!("{file}: {name}");
+    ConfigError::Invalid { key, value: value.to_owned(), expected: kind.expectation() }
+}
+
+/// The known key that was probably meant: the most similar one, if it is similar at all. Who writes a variable's
+/// name into the file is told the key.
+fn nearest(name: &str) -> Option<&'static str> {
+    let likeness = |key: &Key| {
+        let last = key.name.rsplit('.').next().unwrap_or(key.name);
+        strsim::jaro_winkler(key.name, name)
+            .max(strsim::jaro_winkler(key.variable, name))
+            .max(strsim::jaro_winkler(last, name) * 0.95)
+    };
+    let best = KEYS.iter().map(|key| (likeness(key), key)).max_by(|a, b| a.0.total_cmp(&b.0));
+    best.filter(|(likeness, _)| *likeness > 0.8).map(|(_, key)| key.name)
+}
