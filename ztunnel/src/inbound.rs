@@ -6,6 +6,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::Arc,
+    time::Instant,
 };
 
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
@@ -134,7 +135,10 @@ pub async fn serve(accepted: Accepted) {
         Ok(credentials) => credentials,
         Err(error) => return fail(InboundError::Identity(error)),
     };
-    let tls = match server::tls(stream, credentials.server()).await {
+    let began = Instant::now();
+    let tls = server::tls(stream, credentials.server()).await;
+    shared.metrics.tls_handshake(Direction::Inbound.as_str(), began.elapsed());
+    let tls = match tls {
         Ok(tls) => tls,
         Err(error) => return fail(InboundError::Tls(error)),
     };
@@ -279,7 +283,7 @@ async fn carry(
     asked: Asked,
     counters: &Counters,
 ) -> Result<(), InboundError> {
-    let shared = &tunnel.worker.shared;
+    let (shared, began) = (&tunnel.worker.shared, Instant::now());
     let application = match shared.dial_application(&tunnel.pod, admitted.target, tunnel.peer.ip()).await {
         Ok(application) => application,
         Err(error) => {
@@ -288,6 +292,7 @@ async fn carry(
             return Err(error);
         }
     };
+    shared.metrics.connected(Direction::Inbound.as_str(), began.elapsed());
     let mut headers = HeaderMap::new();
     if shared.config.response_baggage
         && let Ok(value) = HeaderValue::try_from(baggage::of_workload(&admitted.workload))

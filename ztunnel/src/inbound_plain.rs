@@ -1,7 +1,7 @@
 //! Follows one connection that comes to a served pod as it is, without a tunnel: port 15006. Policy holds here
 //! too, only that nobody is proven to be anybody.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use crate::{
     inbound::{InboundError, check, until_denied},
@@ -43,7 +43,7 @@ async fn admit(accepted: &Accepted, target: SocketAddr) -> Result<(Arc<Mesh>, Ar
 
 async fn carry(accepted: Accepted, target: SocketAddr, counters: &Counters) -> Result<(), InboundError> {
     let Accepted { stream, client, pod, worker } = accepted;
-    let shared = &worker.shared;
+    let (shared, began) = (&worker.shared, Instant::now());
     let application = match shared.dial_application(&pod, target, client.ip()).await {
         Ok(application) => application,
         Err(error) => {
@@ -51,6 +51,7 @@ async fn carry(accepted: Accepted, target: SocketAddr, counters: &Counters) -> R
             return Err(InboundError::Dial(error));
         }
     };
+    shared.metrics.connected(Direction::Inbound.as_str(), began.elapsed());
     let denied = until_denied(shared, &pod, client.ip(), None, target);
     Ok(stream::relay(stream, application, counters, denied).await?)
 }

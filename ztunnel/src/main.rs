@@ -20,7 +20,7 @@ use ztunnel::{
         Store,
         local_file::{self, Defaults},
     },
-    metrics::Metrics,
+    metrics::{Metrics, certificates::CertificateExpiry},
     pods::{Pods, zds},
     worker::{Shared, Workers},
 };
@@ -66,7 +66,9 @@ async fn serve(config: Arc<Config>, logging: Logging) -> Result<()> {
     // Load.
     let store = Arc::new(Store::new(local_file::load(&config)?));
     let certificates = Certificates::new(&config)?;
-    let metrics = Arc::new(Metrics::new());
+    let mut metrics = Metrics::new();
+    metrics.collect(Box::new(CertificateExpiry(Arc::clone(&certificates))));
+    let metrics = Arc::new(metrics);
     let readiness = Readiness::default();
     let mut pods_ready = readiness.task("workload proxy manager");
 

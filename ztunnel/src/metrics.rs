@@ -1,24 +1,48 @@
 //! The counters that operators see: names and labels as Istio's tunnel has them, since dashboards rely on them.
+//!
+//! To add a metric: a field here if connections count it, registered in a `register_*`; a [`Collector`] of its own, given
+//! to [`Metrics::collect`], if it is asked for at each scrape.
+//!
+//! * [`traffic`]: what is counted of connections, and under which labels
+//! * [`open`]: the connections that are open now
+//! * [`certificates`], [`process`], [`runtime`]: asked at each scrape
+
+pub mod certificates;
+pub mod open;
+mod process;
+mod runtime;
+mod traffic;
 
 use std::{
     collections::HashMap,
     fmt,
     hash::{BuildHasher, RandomState},
     sync::{Arc, PoisonError, RwLock, atomic::AtomicU64},
+    time::Duration,
 };
 
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeLabel, EncodeLabelSet, EncodeMetric, LabelSetEncoder},
+    encoding::EncodeLabelSet,
     metrics::{
         counter::Counter,
         family::Family,
-        gauge::{ConstGauge, Gauge},
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
     },
-    registry::Registry,
+    registry::{Registry, Unit},
 };
 
+use open::Open;
+pub use runtime::Runtimes;
+pub use traffic::{EndLabels, Traffic, TrafficLabels};
+
 type U64Counter = Counter<u64, AtomicU64>;
+
+/// Latencies from half a millisecond to 16 s.
+fn latency() -> Histogram {
+    Histogram::new(exponential_buckets(0.0005, 2.0, 16))
+}
 
 /// The registry and every family in it. Shared by all workers.
 pub struct Metrics {
@@ -30,11 +54,16 @@ pub struct Metrics {
     sent: Family<TrafficLabels, U64Counter>,
     sockets_open: Family<ReporterLabels, Gauge>,
     failures: Family<FailureLabels, U64Counter>,
+    connect: Family<DirectionLabels, Histogram, fn() -> Histogram>,
+    tls_handshake: Family<DirectionLabels, Histogram, fn() -> Histogram>,
     /// One handle per label set, by the hash of the labels: see [`Metrics::traffic`].
     handles: RwLock<HashMap<u64, Vec<Arc<Traffic>>>>,
     hasher: RandomState,
     /// Pods served, pods still to be served, and their coming and going.
     pub pods: PodMetrics,
+    pub pool: PoolMetrics,
+    pub runtimes: Runtimes,
+    pub open: Open,
 }
 
 impl fmt::Debug for Metrics {
@@ -52,76 +81,11 @@ pub struct PodMetrics {
     pub stopped: U64Counter,
 }
 
-/// Istio's traffic labels. Empty values show as `unknown`, except the localities, which are left out.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct TrafficLabels {
-    pub reporter: &'static str,
-    pub source: EndLabels,
-    pub destination: EndLabels,
-    pub destination_service: Arc<str>,
-    pub destination_service_namespace: Arc<str>,
-    pub destination_service_name: Arc<str>,
-    pub response_flags: &'static str,
-    pub mutual_tls: bool,
-}
-
-/// What is known of one end.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct EndLabels {
-    pub workload: Arc<str>,
-    pub canonical_service: Arc<str>,
-    pub canonical_revision: Arc<str>,
-    pub namespace: Arc<str>,
-    pub principal: Arc<str>,
-    pub cluster: Arc<str>,
-    pub region: Arc<str>,
-    pub zone: Arc<str>,
-}
-
-impl EncodeLabelSet for TrafficLabels {
-    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
-        let Self { source, destination, .. } = self;
-        let policy = if self.mutual_tls { "mutual_tls" } else { "unknown" };
-        let all: [(&str, &str); 23] = [
-            ("reporter", self.reporter),
-            ("source_workload", &source.workload),
-            ("source_canonical_service", &source.canonical_service),
-            ("source_canonical_revision", &source.canonical_revision),
-            ("source_workload_namespace", &source.namespace),
-            ("source_principal", &source.principal),
-            ("source_app", &source.canonical_service),
-            ("source_version", &source.canonical_revision),
-            ("source_cluster", &source.cluster),
-            ("destination_service", &self.destination_service),
-            ("destination_service_namespace", &self.destination_service_namespace),
-            ("destination_service_name", &self.destination_service_name),
-            ("destination_workload", &destination.workload),
-            ("destination_canonical_service", &destination.canonical_service),
-            ("destination_canonical_revision", &destination.canonical_revision),
-            ("destination_workload_namespace", &destination.namespace),
-            ("destination_principal", &destination.principal),
-            ("destination_app", &destination.canonical_service),
-            ("destination_version", &destination.canonical_revision),
-            ("destination_cluster", &destination.cluster),
-            ("request_protocol", "tcp"),
-            ("response_flags", self.response_flags),
-            ("connection_security_policy", policy),
-        ];
-        for (key, value) in all {
-            let value = if value.is_empty() { "unknown" } else { value };
-            (key, value).encode(encoder.encode_label())?;
-        }
-        let localities = [
-            ("source_region", &source.region),
-            ("source_zone", &source.zone),
-            ("destination_region", &destination.region),
-            ("destination_zone", &destination.zone),
-        ];
-        for (key, value) in localities.into_iter().filter(|(_, value)| !value.is_empty()) {
-            (key, &**value).encode(encoder.encode_label())?;
-        }
-        Ok(())
-    }
+/// HBONE tunnels held for reuse, and what goes through them.
+#[derive(Clone, Debug, Default)]
+pub struct PoolMetrics {
+    pub connections: Gauge,
+    pub streams: Gauge,
 }
 
 /// Which end of a connection counts.
@@ -137,17 +101,10 @@ struct FailureLabels {
     reason: &'static str,
 }
 
-/// The counters of one label set.
-#[derive(Debug)]
-pub struct Traffic {
-    labels: TrafficLabels,
-    pub opened: U64Counter,
-    pub closed: U64Counter,
-    /// Bytes from the client: Istio's convention, at both reporters.
-    pub received: U64Counter,
-    /// Bytes to the client.
-    pub sent: U64Counter,
-    pub sockets_open: Gauge,
+/// `inbound` or `outbound`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DirectionLabels {
+    direction: &'static str,
 }
 
 impl Default for Metrics {
@@ -167,11 +124,17 @@ impl Metrics {
             sent: Family::default(),
             sockets_open: Family::default(),
             failures: Family::default(),
+            connect: Family::new_with_constructor(latency),
+            tls_handshake: Family::new_with_constructor(latency),
             handles: RwLock::default(),
             hasher: RandomState::new(),
             pods: PodMetrics::default(),
+            pool: PoolMetrics::default(),
+            runtimes: Runtimes::default(),
+            open: Open::default(),
         };
         metrics.register_traffic();
+        metrics.register_tunnels();
         metrics.register_process();
         metrics
     }
@@ -195,12 +158,25 @@ impl Metrics {
         self.registry.register("ztunnel_connection_failures", "Failed connections by reason", failures);
     }
 
+    fn register_tunnels(&mut self) {
+        let ours = self.registry.sub_registry_with_prefix("ztunnel");
+        let (connect, handshake) = (self.connect.clone(), self.tls_handshake.clone());
+        let help = "From the decision where to until the destination was connected";
+        ours.register_with_unit("connect_duration", help, Unit::Seconds, connect);
+        let help = "TLS handshakes that came to an end, by who began: inbound ones are a peer's";
+        ours.register_with_unit("tls_handshake_duration", help, Unit::Seconds, handshake);
+        let PoolMetrics { connections, streams } = self.pool.clone();
+        ours.register("pool_connections", "HBONE connections held for reuse", connections);
+        ours.register("pool_streams", "Streams open in them", streams);
+    }
+
     fn register_process(&mut self) {
         let build = Family::<Vec<(&'static str, &'static str)>, Gauge>::default();
         let labels = vec![("component", "ztunnel"), ("tag", env!("CARGO_PKG_VERSION"))];
         build.get_or_create(&labels).set(1);
         self.registry.register("istio_build", "Istio component build info", build);
-        self.registry.register_collector(Box::new(FileDescriptors));
+        self.registry.register_collector(Box::new(process::Process));
+        self.registry.register_collector(Box::new(self.runtimes.clone()));
 
         let manager = self.registry.sub_registry_with_prefix("workload_manager");
         let PodMetrics { active, pending, started, stopped } = self.pods.clone();
@@ -247,38 +223,33 @@ impl Metrics {
         self.failures.get_or_create(&FailureLabels { direction, reason }).inc();
     }
 
+    /// Counts a connection whose destination took `lasted` to connect. `direction` as in the access log.
+    pub fn connected(&self, direction: &'static str, lasted: Duration) {
+        self.connect.get_or_create(&DirectionLabels { direction }).observe(lasted.as_secs_f64());
+    }
+
+    /// Counts a TLS handshake, be it with success or not.
+    pub fn tls_handshake(&self, direction: &'static str, lasted: Duration) {
+        self.tls_handshake.get_or_create(&DirectionLabels { direction }).observe(lasted.as_secs_f64());
+    }
+
+    /// Asks `collector` at each scrape.
+    pub fn collect(&mut self, collector: Box<dyn Collector>) {
+        self.registry.register_collector(collector);
+    }
+
+    /// The registry, for what other modules count by themselves.
+    pub fn registry_mut(&mut self) -> &mut Registry {
+        &mut self.registry
+    }
+
     /// Everything, in the text format of OpenMetrics, which Prometheus' own parser reads too.
     pub fn encode(&self) -> Result<String, fmt::Error> {
+        self.open.count();
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.registry)?;
         Ok(text)
     }
-}
-
-/// `process_open_fds` and `process_max_fds`, counted when somebody asks.
-#[derive(Debug)]
-struct FileDescriptors;
-
-impl Collector for FileDescriptors {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let mut gauge = |name, help, value: Option<u64>| {
-            let Some(value) = value.and_then(|value| i64::try_from(value).ok()) else { return Ok(()) };
-            let gauge = ConstGauge::new(value);
-            gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)
-        };
-        gauge("process_open_fds", "Number of open file descriptors", open_fds())?;
-        gauge("process_max_fds", "Maximum number of open file descriptors", max_fds())
-    }
-}
-
-fn open_fds() -> Option<u64> {
-    // One of them is the listing's own.
-    u64::try_from(std::fs::read_dir("/proc/self/fd").ok()?.count()).ok()?.checked_sub(1)
-}
-
-fn max_fds() -> Option<u64> {
-    let (soft, _hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).ok()?;
-    Some(soft)
 }
 
 #[cfg(test)]
@@ -319,15 +290,40 @@ mod tests {
 
     #[test]
     fn the_process_and_the_build_are_described() {
-        let text = Metrics::new().encode().unwrap();
+        let metrics = Metrics::new();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        metrics.runtimes.add(runtime.metrics());
+        let text = metrics.encode().unwrap();
         for name in [
             "istio_build{component=\"ztunnel\"",
             "process_open_fds ",
             "process_max_fds ",
+            "process_cpu_seconds_total ",
+            "process_resident_memory_bytes ",
+            "tokio_num_workers 1",
+            "tokio_worker_park_count{worker=\"0\"} ",
+            "tokio_worker_total_busy_duration_seconds_total{worker=\"0\"} ",
+            "ztunnel_pool_connections 0",
             "workload_manager_active_proxy_count 0",
             "workload_manager_proxies_started_total 0",
         ] {
             assert!(text.contains(&format!("\n{name}")), "{name} in {text}");
+        }
+    }
+
+    #[test]
+    fn latencies_fall_into_buckets_by_direction() {
+        let metrics = Metrics::new();
+        metrics.connected("outbound", Duration::from_millis(3));
+        metrics.tls_handshake("inbound", Duration::from_mins(1));
+        let text = metrics.encode().unwrap();
+        for line in [
+            "ztunnel_connect_duration_seconds_bucket{le=\"0.002\",direction=\"outbound\"} 0",
+            "ztunnel_connect_duration_seconds_bucket{le=\"0.004\",direction=\"outbound\"} 1",
+            "ztunnel_tls_handshake_duration_seconds_bucket{le=\"16.384\",direction=\"inbound\"} 0",
+            "ztunnel_tls_handshake_duration_seconds_count{direction=\"inbound\"} 1",
+        ] {
+            assert!(text.contains(line), "{line} in {text}");
         }
     }
 }

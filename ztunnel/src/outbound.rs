@@ -1,7 +1,7 @@
 //! Follows one connection that an application of a served pod makes: where did it want to go, who is that, and
 //! by which way; then copies until it ends.
 
-use std::{io, net::SocketAddr, sync::Arc};
+use std::{io, net::SocketAddr, sync::Arc, time::Instant};
 
 use tokio::net::TcpStream;
 
@@ -137,13 +137,15 @@ async fn carry(
     counters: &Counters,
 ) -> Result<(), OutboundError> {
     let never = std::future::pending();
+    let (metrics, began) = (Arc::clone(&accepted.worker.shared.metrics), Instant::now());
+    let connected = || metrics.connected(Direction::Outbound.as_str(), began.elapsed());
     match &route.via {
-        Via::Plain => match dial(&accepted, route.target).await {
+        Via::Plain => match dial(&accepted, route.target).await.inspect(|_| connected()) {
             Ok(server) => Ok(stream::relay(accepted.stream, server, counters, never).await?),
             Err(error) => refuse(accepted, error),
         },
         Via::Hbone { peer, authority, expected } => {
-            match open(&accepted, source, route, *peer, authority, expected).await {
+            match open(&accepted, source, route, *peer, authority, expected).await.inspect(|_| connected()) {
                 Ok((stream, _lease)) => {
                     Ok(stream::tunnel(accepted.stream, stream, SocketIs::Client, counters, never).await?)
                 }
@@ -190,7 +192,11 @@ async fn open(
             let socket = socket::connect(&pod.netns, peer, None, &pod.socket)
                 .await
                 .map_err(|source| ConnectError::Tcp { peer, source })?;
-            client::handshake(socket, peer, credentials.client(&expected), &shared.config.h2).await
+            let began = Instant::now();
+            let tunnel =
+                client::handshake(socket, peer, credentials.client(&expected), &shared.config.h2).await;
+            shared.metrics.tls_handshake(Direction::Outbound.as_str(), began.elapsed());
+            tunnel
         }
     };
     let (_response, stream, lease) = worker.pool.open(&key, &request, dial).await?;

@@ -6,7 +6,7 @@ use std::{
     error::Error,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -17,7 +17,10 @@ use tracing::{Level, event, field::DisplayValue};
 use crate::{
     identity::Identity,
     mesh::{Service, Workload},
-    metrics::{EndLabels, Metrics, Traffic, TrafficLabels},
+    metrics::{
+        EndLabels, Metrics, Traffic, TrafficLabels,
+        open::{Live, Place, View},
+    },
 };
 
 /// As the workload sees it whose netns the connection was accepted in.
@@ -143,15 +146,72 @@ impl Counters {
     }
 }
 
+/// An open connection, as the table of open connections holds it.
+#[derive(Debug)]
+struct Shown {
+    /// Of the ends as they were at the opening, so that what was opened is closed.
+    traffic: Arc<Traffic>,
+    ends: Mutex<Ends>,
+    started: Instant,
+    counters: Counters,
+    /// What the metrics know already: sent and received. Whoever holds it counts.
+    counted: Mutex<(u64, u64)>,
+}
+
+impl Shown {
+    fn ends(&self) -> MutexGuard<'_, Ends> {
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Live for Shown {
+    fn count(&self) {
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let (sent, received) = self.counters.totals();
+        // Istio's metrics are told from the server's side, its logs from the client's.
+        self.traffic.received.inc_by(sent - counted.0);
+        self.traffic.sent.inc_by(received - counted.1);
+        *counted = (sent, received);
+    }
+
+    fn view(&self) -> View {
+        let (bytes_sent, bytes_received) = self.counters.totals();
+        let ends = self.ends();
+        let (ours, peer, peer_identity) = match ends.direction {
+            Direction::Inbound => (&ends.destination_workload, &ends.source_workload, &ends.source_identity),
+            Direction::Outbound => {
+                (&ends.source_workload, &ends.destination_workload, &ends.destination_identity)
+            }
+        };
+        let pod = ours.as_ref().map(|pod| (Arc::clone(&pod.namespace), Arc::clone(&pod.name)));
+        let (dialled, actual) = match (ends.hbone, ends.direction) {
+            (Some(target), Direction::Inbound) => (ends.destination, target),
+            (Some(target), Direction::Outbound) => (target, ends.destination),
+            (None, _) => (ends.destination, ends.destination),
+        };
+        View {
+            src: ends.source,
+            original_dst: Some(dialled.to_string()),
+            actual_dst: actual.to_string(),
+            protocol: if ends.hbone.is_some() { "HBONE" } else { "TCP" },
+            direction: ends.direction.as_str(),
+            pod: pod.unwrap_or_default(),
+            peer: peer.as_ref().map(|peer| format!("{}/{}", peer.namespace, peer.name)),
+            peer_identity: peer_identity.as_ref().map(ToString::to_string),
+            service: ends.destination_service.as_ref().map(|service| Arc::clone(&service.hostname)),
+            bytes_sent,
+            bytes_received,
+            age: self.started.elapsed(),
+        }
+    }
+}
+
 /// One connection from open to close. Dropped without [`close`](Self::close), it was cut.
 #[derive(Debug)]
 pub struct Record {
     metrics: Arc<Metrics>,
-    /// Of the ends as they were at the opening, so that what was opened is closed.
-    traffic: Arc<Traffic>,
-    ends: Ends,
-    started: Instant,
-    counters: Arc<Counters>,
+    shown: Arc<Shown>,
+    place: Place,
     closed: bool,
 }
 
@@ -170,28 +230,27 @@ impl Record {
             target: "access", Level::DEBUG, src.addr = %ends.source, dst.addr = %ends.destination,
             direction = ends.direction.as_str(), "connection opened"
         );
-        Self { metrics: Arc::clone(metrics), traffic, ends, started, counters: Arc::default(), closed: false }
+        let (ends, counters, counted) = (Mutex::new(ends), Counters::default(), Mutex::default());
+        let shown = Arc::new(Shown { traffic, ends, started, counters, counted });
+        let place = metrics.open.add(Arc::<Shown>::clone(&shown));
+        Self { metrics: Arc::clone(metrics), shown, place, closed: false }
     }
 
-    pub fn counters(&self) -> &Arc<Counters> {
-        &self.counters
+    pub fn counters(&self) -> &Counters {
+        &self.shown.counters
     }
 
     pub fn sent(&self, bytes: u64) {
-        self.counters.sent(bytes);
+        self.shown.counters.sent(bytes);
     }
 
     pub fn received(&self, bytes: u64) {
-        self.counters.received(bytes);
-    }
-
-    pub fn ends(&self) -> &Ends {
-        &self.ends
+        self.shown.counters.received(bytes);
     }
 
     /// To add what was learnt after the opening. It shows in the access record; the counters' labels stay.
-    pub fn ends_mut(&mut self) -> &mut Ends {
-        &mut self.ends
+    pub fn ends_mut(&mut self) -> MutexGuard<'_, Ends> {
+        self.shown.ends()
     }
 
     /// Writes the access record.
@@ -203,19 +262,22 @@ impl Record {
     }
 
     fn fail(&mut self, error: &str, response_flags: &'static str, reason: &'static str) {
-        self.metrics.failed(&self.ends.labels(response_flags), self.ends.direction.as_str(), reason);
-        self.finish(Some(error));
+        let (labels, direction) = {
+            let ends = self.shown.ends();
+            (ends.labels(response_flags), ends.direction.as_str())
+        };
+        self.metrics.failed(&labels, direction, reason);
+        self.finish(Some((error, reason)));
     }
 
-    fn finish(&mut self, error: Option<&str>) {
+    fn finish(&mut self, failure: Option<(&str, &'static str)>) {
         self.closed = true;
-        let (sent, received) = self.counters.totals();
-        // Istio's metrics are told from the server's side, its logs from the client's.
-        self.traffic.received.inc_by(sent);
-        self.traffic.sent.inc_by(received);
-        self.traffic.closed.inc();
-        self.traffic.sockets_open.dec();
-        log(&self.ends, sent, received, self.started.elapsed(), error);
+        self.metrics.open.remove(self.place);
+        self.shown.count();
+        self.shown.traffic.closed.inc();
+        self.shown.traffic.sockets_open.dec();
+        let (sent, received) = self.shown.counters.totals();
+        log(&self.shown.ends(), sent, received, self.shown.started.elapsed(), failure);
     }
 }
 
@@ -234,7 +296,7 @@ pub fn denied_early(metrics: &Metrics, ends: &Ends, failure: &dyn Failure) {
     let error = chain(failure);
     event!(
         target: "access", Level::WARN, src.addr = %ends.source, dst.addr = %ends.destination, direction, error,
-        "connection failed"
+        reason = failure.reason(), "connection failed"
     );
 }
 
@@ -295,7 +357,7 @@ struct Line<'a> {
     duration: &'a str,
 }
 
-fn log(ends: &Ends, sent: u64, received: u64, lasted: Duration, error: Option<&str>) {
+fn log(ends: &Ends, sent: u64, received: u64, lasted: Duration, failure: Option<(&str, &str)>) {
     let identities = [&ends.source_identity, &ends.destination_identity]
         .map(|identity| identity.as_ref().map(ToString::to_string));
     let line = Line {
@@ -308,9 +370,9 @@ fn log(ends: &Ends, sent: u64, received: u64, lasted: Duration, error: Option<&s
         received,
         duration: &format!("{}ms", lasted.as_millis()),
     };
-    match error {
+    match failure {
         None => access!(Level::INFO, line, "connection complete"),
-        Some(error) => access!(Level::ERROR, line, error, "connection complete"),
+        Some((error, reason)) => access!(Level::ERROR, line, error, reason, "connection complete"),
     }
 }
 

@@ -144,6 +144,7 @@ impl Workers {
         let start = |number: usize| {
             let (orders, todo) = mpsc::unbounded_channel();
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            shared.metrics.runtimes.add(runtime.metrics());
             let shared = Arc::clone(shared);
             let thread = std::thread::Builder::new()
                 .name(format!("worker-{number}"))
@@ -179,7 +180,7 @@ impl Workers {
 }
 
 async fn work(shared: Arc<Shared>, mut orders: mpsc::UnboundedReceiver<Serve>) {
-    let worker = Rc::new(Worker { pool: Pool::new(shared.config.pool), shared });
+    let worker = Rc::new(Worker { pool: Pool::new(shared.config.pool, shared.metrics.pool.clone()), shared });
     let mut pods = JoinSet::new();
     loop {
         tokio::select! {

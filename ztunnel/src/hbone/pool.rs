@@ -26,7 +26,7 @@ use tokio::{
 };
 
 use super::client::{ConnectError, Tunnel};
-use crate::{config, identity::Identity, socket::NetnsId, stream::Stream};
+use crate::{config, identity::Identity, metrics::PoolMetrics, socket::NetnsId, stream::Stream};
 
 /// What two connections must have in common to share a tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -47,6 +47,7 @@ pub struct Pool(Rc<Inner>);
 #[derive(Debug)]
 struct Inner {
     limits: config::Pool,
+    metrics: PoolMetrics,
     groups: RefCell<HashMap<Key, Rc<Group>>>,
 }
 
@@ -73,6 +74,13 @@ struct Member {
     unused_since: Cell<Instant>,
     /// Whether the server ever answered: till then it may still refuse our certificate.
     proven: Cell<bool>,
+    metrics: PoolMetrics,
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.metrics.connections.dec();
+    }
 }
 
 /// One stream's place in a tunnel; to be kept as long as the stream.
@@ -82,6 +90,7 @@ pub struct Lease(Rc<Member>);
 impl Lease {
     fn new(member: &Rc<Member>) -> Self {
         member.streams.set(member.streams.get() + 1);
+        member.metrics.streams.inc();
         Self(Rc::clone(member))
     }
 }
@@ -89,13 +98,14 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         self.0.streams.set(self.0.streams.get() - 1);
+        self.0.metrics.streams.dec();
         self.0.unused_since.set(Instant::now());
     }
 }
 
 impl Pool {
-    pub fn new(limits: config::Pool) -> Self {
-        Self(Rc::new(Inner { limits, groups: RefCell::default() }))
+    pub fn new(limits: config::Pool, metrics: PoolMetrics) -> Self {
+        Self(Rc::new(Inner { limits, metrics, groups: RefCell::default() }))
     }
 
     /// Sends a CONNECT through a tunnel of `key`, which `dial` opens if there is none with room.
@@ -181,7 +191,9 @@ impl Inner {
             // Before anybody who waited is woken: whoever comes next starts anew.
             group.opening.borrow_mut().take();
             let Tunnel { requests, driver } = dialled?;
+            pool.metrics.connections.inc();
             let member = Rc::new(Member {
+                metrics: pool.metrics.clone(),
                 requests,
                 streams: Cell::new(0),
                 unused_since: Cell::new(Instant::now()),

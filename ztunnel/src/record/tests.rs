@@ -113,7 +113,7 @@ fn a_failure_is_an_error_with_its_causes() {
     let metrics = Arc::new(Metrics::new());
     let log = logged(|| Record::open(&metrics, ends(Direction::Outbound)).close(Err(&refused())));
     assert!(log.starts_with("ERROR access: connection complete "), "{log}");
-    assert!(log.ends_with(" error=\"connection failed: refused\"\n"), "{log}");
+    assert!(log.ends_with(" error=\"connection failed: refused\" reason=\"connect\"\n"), "{log}");
     let text = metrics.encode().unwrap();
     assert!(text.contains("ztunnel_connection_failures_total{direction=\"outbound\",reason=\"connect\"} 1"));
     let failed = text.lines().find(|line| line.starts_with("istio_tcp_connections_failed_total{")).unwrap();
@@ -124,7 +124,7 @@ fn a_failure_is_an_error_with_its_causes() {
 fn a_record_that_nobody_closed_was_cut() {
     let metrics = Arc::new(Metrics::new());
     let log = logged(|| drop(Record::open(&metrics, ends(Direction::Inbound))));
-    assert!(log.ends_with(" error=\"connection cut\"\n"), "{log}");
+    assert!(log.ends_with(" error=\"connection cut\" reason=\"cut\"\n"), "{log}");
     assert!(metrics.encode().unwrap().contains("reason=\"cut\"} 1"));
 }
 
@@ -137,7 +137,7 @@ fn who_is_denied_early_was_never_open() {
     assert_eq!(
         log,
         " WARN access: connection failed src.addr=10.0.0.1:1 dst.addr=10.0.0.2:15008 direction=\"inbound\" \
-         error=\"connection failed: refused\"\n"
+         error=\"connection failed: refused\" reason=\"connect\"\n"
     );
     let text = metrics.encode().unwrap();
     assert!(!text.contains("istio_tcp_connections_opened_total{"), "{text}");
@@ -199,4 +199,46 @@ fn what_is_learnt_later_shows_in_the_record_and_leaves_the_counters_balanced() {
         |name: &str| text.lines().filter(|line| line.starts_with(name) && line.ends_with(" 1")).count();
     assert_eq!(count("istio_tcp_connections_opened_total"), 1);
     assert_eq!(count("istio_tcp_connections_closed_total"), 1);
+}
+
+#[test]
+fn what_is_open_is_counted_while_it_lives_and_shown_until_it_ends() {
+    let metrics = Arc::new(Metrics::new());
+    let record = Record::open(&metrics, ends(Direction::Outbound));
+    record.sent(11);
+    record.received(22);
+    let scraped = |name: &str| {
+        let text = metrics.encode().unwrap();
+        let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+        line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()
+    };
+    assert_eq!(scraped("istio_tcp_received_bytes_total"), 11);
+    assert_eq!(scraped("istio_tcp_sent_bytes_total"), 22);
+    record.sent(1);
+    let (views, all) = metrics.open.views(10);
+    assert_eq!(all, 1);
+    let shown = serde_json::to_value(&views[0]).unwrap();
+    assert_eq!(shown["src"], "10.0.0.1:40000");
+    assert_eq!(shown["originalDst"], "10.0.0.2:8080");
+    assert_eq!(shown["actualDst"], "10.0.0.2:15008");
+    assert_eq!(shown["protocol"], "HBONE");
+    assert_eq!(shown["bytesSent"], 12);
+    assert_eq!(shown["peer"], "default/web-1");
+    assert_eq!(&*views[0].pod.1, "client");
+    record.close(Ok(()));
+    assert_eq!(scraped("istio_tcp_received_bytes_total"), 12);
+    assert_eq!(metrics.open.views(10).1, 0);
+}
+
+#[test]
+fn a_table_of_open_connections_shows_as_many_as_asked_and_counts_all() {
+    let metrics = Arc::new(Metrics::new());
+    let open = |_| Record::open(&metrics, ends(Direction::Inbound));
+    let elsewhere =
+        std::thread::scope(|scope| scope.spawn(|| (0..3).map(open).collect::<Vec<_>>()).join().unwrap());
+    let here: Vec<_> = (0..4).map(open).collect();
+    let (views, all) = metrics.open.views(5);
+    assert_eq!((views.len(), all), (5, 7));
+    drop((elsewhere, here));
+    assert_eq!(metrics.open.views(5).1, 0);
 }

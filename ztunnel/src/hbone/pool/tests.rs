@@ -28,7 +28,10 @@ struct Bed {
 
 impl Bed {
     fn new(max_streams: u32, idle: Duration) -> Self {
-        Self { pool: Pool::new(config::Pool { max_streams, idle }), dials: Rc::default() }
+        Self {
+            pool: Pool::new(config::Pool { max_streams, idle }, PoolMetrics::default()),
+            dials: Rc::default(),
+        }
     }
 
     async fn open(&self, key: &Key, server: Server) -> Result<(Stream, Lease), Arc<ConnectError>> {
@@ -145,7 +148,10 @@ async fn unused_tunnel_is_closed_and_a_used_one_is_kept() {
 #[tokio::test(start_paused = true)]
 async fn failed_handshake_fails_all_who_wait_and_is_tried_anew_for_the_next() {
     let test = async {
-        let pool = Pool::new(config::Pool { max_streams: 100, idle: Duration::from_mins(1) });
+        let pool = Pool::new(
+            config::Pool { max_streams: 100, idle: Duration::from_mins(1) },
+            PoolMetrics::default(),
+        );
         let request = Request::builder().method(Method::CONNECT).uri("10.0.0.1:80").body(()).unwrap();
         let dials = Rc::new(Cell::new(0));
         let dial = || {
