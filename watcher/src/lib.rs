@@ -1,13 +1,14 @@
 //! The watcher: knows which processes are which pod, keeps the kernel's maps and links in step with
 //! that, and hands each enrolled pod's netns to the node's tunnel. It never touches traffic.
 //!
-//! * [`desired`]: what should be, from a pods file
+//! * [`desired`]: what should be, from a source of pods
 //! * [`observed`]: what is there, from cgroups and `/proc`
 //! * [`reconcile`]: desired × observed × applied → steps; pure
 //! * [`enrol`]: how a step is done: netns, maps, links, hand-over to the tunnel (ZDS)
 //! * [`node`]: the loop that owns all state and drives the above
 //! * [`control`]: the socket by which commands ask a running watcher
 //! * [`status`], [`explain`]: what is asked
+//! * [`reason`]: why something is not as wished
 //! * [`unix_socket`]: sockets that replace a dead one and leave no file
 //! * [`cli`]: one file per command
 //!
@@ -21,6 +22,7 @@ pub mod enrol;
 pub mod explain;
 pub mod node;
 pub mod observed;
+pub mod reason;
 pub mod reconcile;
 pub mod status;
 mod sys;

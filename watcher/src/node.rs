@@ -1,6 +1,6 @@
 //! The loop that owns all state: looks, compares, acts, and answers.
 //!
-//! * `look`: the pods file and what is there of its pods
+//! * `look`: the pods, and what is there of them
 //! * `act`: from what was seen to steps, and doing them
 //! * `tunnels`: who is connected, and who acknowledged what
 //! * `lingering`: netns of pods that left, while connections still need them
@@ -25,15 +25,11 @@ use tracing::{error, info, warn};
 
 use crate::{
     control,
-    desired::{
-        FailMode,
-        exclusions::Exclusions,
-        pods_file::{BadEntry, Entry},
-    },
+    desired::{BadEntry, Entry, FailMode, Outcome, Outcomes, Source, exclusions::Exclusions},
     enrol::{hand_over, records::Records},
     observed::{
         cgroups::{self, CgroupId},
-        events::{Change, Events},
+        events::Events,
         netns::{self, NetnsId},
     },
     reconcile::{HBONE_PORT, INBOUND_PORT, Judged, OUTBOUND_PORT, Plan, Reason},
@@ -61,7 +57,6 @@ const ADOPTION: Duration = Duration::from_secs(20);
 #[derive(Clone, Debug)]
 pub struct Config {
     pub node: String,
-    pub pods_file: PathBuf,
     pub zds_socket: PathBuf,
     pub status_socket: PathBuf,
     /// Where this node's maps and links are pinned.
@@ -81,6 +76,8 @@ pub struct Config {
 pub enum NodeError {
     #[error("cannot {what}")]
     Io { what: String, source: io::Error },
+    #[error("{source_name} ended, which it never should; restart the watcher")]
+    SourceEnded { source_name: String },
     #[error("cannot {what}")]
     Kernel { what: &'static str, source: KernelError },
 }
@@ -109,9 +106,12 @@ struct Node {
     /// Netns that no pod may claim.
     host: BTreeSet<NetnsId>,
     own_cgroup: Option<PathBuf>,
-    /// The last good content of the pods file.
+    source_name: String,
+    /// What the source told last; `None`: nothing yet.
     entries: Option<Vec<Entry>>,
-    file_error: Option<String>,
+    source_error: Option<String>,
+    listener: Option<mpsc::UnboundedSender<(String, Option<Outcome>)>>,
+    outcomes: Outcomes,
     bad: Vec<BadEntry>,
     judged: Vec<Judged>,
     /// Since when an enrolled pod has no process.
@@ -135,13 +135,12 @@ struct Node {
 }
 
 /// Runs until a signal or a `detach` request ends it.
-pub async fn run(config: Config) -> Result<(), NodeError> {
+pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
     fs::create_dir_all(&config.run_dir)
         .map_err(cannot(format!("make the run directory {}", config.run_dir.display())))?;
     let mut stop = signal(SignalKind::terminate()).map_err(cannot("handle SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot("handle SIGINT"))?;
-    let mut events = Events::new(&config.pods_file)
-        .map_err(cannot(format!("watch the directory of {}", config.pods_file.display())))?;
+    let mut events = Events::new().map_err(cannot("watch cgroups"))?;
     // The sockets first: a second watcher of this node must end before it touches anything.
     let (asked_sender, mut asked) = mpsc::channel(16);
     let control =
@@ -149,9 +148,7 @@ pub async fn run(config: Config) -> Result<(), NodeError> {
     let (zds_sender, mut zds_events) = mpsc::unbounded_channel();
     let zds = hand_over::Server::bind(&config.zds_socket, zds_sender).map_err(cannot("serve tunnels"))?;
 
-    let mut node = Node::new(config)?;
-    node.load_file();
-    node.look(look::Which::All);
+    let mut node = Node::new(config, &source)?;
     node.act();
     events.watch_cgroups(&node.watched());
     info!(node = node.config.node, pods = node.judged.len(), attached = %node.config.attach.display(), "watching");
@@ -163,12 +160,14 @@ pub async fn run(config: Config) -> Result<(), NodeError> {
             _ = stop.recv() => break node.config.detach,
             _ = interrupt.recv() => break node.config.detach,
             Some(event) = zds_events.recv() => node.on_tunnel(event),
-            change = events.next() => {
-                if change == Change::PodsFile {
-                    node.load_file();
+            () = events.next() => node.look(look::Which::All),
+            update = source.updates.recv() => match update {
+                Some(update) => {
+                    node.take(update);
+                    node.look(look::Which::All);
                 }
-                node.look(look::Which::All);
-            }
+                None => return Err(NodeError::SourceEnded { source_name: node.source_name }),
+            },
             Some(asked) = asked.recv() => {
                 if let Some(waiting) = node.answer(asked) {
                     let result = node.detach(&mut zds_events).await;
@@ -185,8 +184,6 @@ pub async fn run(config: Config) -> Result<(), NodeError> {
             () = asked::Tracing::ready(&mut node.tracing) => node.pass_trace_on(),
             () = tokio::time::sleep_until(wake.into()) => {
                 if Instant::now() >= next_scan {
-                    // A file on a volume that tells no events is seen here.
-                    node.load_file();
                     node.look(look::Which::All);
                     node.repair();
                     next_scan = Instant::now() + SCAN_EVERY;
@@ -196,6 +193,7 @@ pub async fn run(config: Config) -> Result<(), NodeError> {
             }
         }
         node.act();
+        node.tell_outcomes();
         events.watch_cgroups(&node.watched());
     };
     node.stop_tracing();
@@ -210,7 +208,7 @@ pub async fn run(config: Config) -> Result<(), NodeError> {
 }
 
 impl Node {
-    fn new(config: Config) -> Result<Self, NodeError> {
+    fn new(config: Config, source: &Source) -> Result<Self, NodeError> {
         let records = Records::open(&config.run_dir).map_err(cannot("read what an earlier run noted"))?;
         let kernel_error = |what| move |source| NodeError::Kernel { what, source };
         let mut kernel = Kernel::open(&config.pins).map_err(kernel_error("load the programs and maps"))?;
@@ -271,8 +269,11 @@ impl Node {
             records,
             settings,
             host: netns::host(),
+            source_name: source.name.clone(),
             entries: None,
-            file_error: None,
+            source_error: None,
+            listener: source.outcomes.clone(),
+            outcomes: Outcomes::default(),
             bad: Vec::new(),
             judged: Vec::new(),
             empty_since: BTreeMap::new(),

@@ -20,7 +20,8 @@ use crate::{
     observed::{cgroups::CgroupId, netns::NetnsId},
 };
 
-pub use self::judge::{Judged, Reason, Verdict};
+pub use self::judge::{Judged, Verdict};
+pub use crate::reason::Reason;
 
 pub mod judge;
 
@@ -97,10 +98,11 @@ pub fn address16(address: IpAddr) -> Address {
 pub fn wanted(judged: &[Judged], circumstances: &Circumstances<'_>) -> Plan {
     let mut plan = Plan::default();
     for Judged { pod, observed, verdict } in judged {
+        let pod_cgroup = || observed.dir.clone().unwrap_or_default();
         let fail_open = pod.fail_mode.unwrap_or(circumstances.default_fail_mode) == FailMode::Open;
         let closed = flag::IN_MESH | if fail_open { flag::FAIL_OPEN } else { 0 };
         let info = match verdict {
-            Verdict::Plain | Verdict::Refused { keeps_closed: false, .. } => continue,
+            Verdict::Plain(_) | Verdict::Refused { keeps_closed: false, .. } => continue,
             Verdict::Waiting(_) | Verdict::Refused { keeps_closed: true, .. } => cgroup_info(closed, 0, &[]),
             Verdict::Verified(facts) => {
                 let ready = (circumstances.ready)(&pod.uid, facts.cookie);
@@ -117,7 +119,7 @@ pub fn wanted(judged: &[Judged], circumstances: &Circumstances<'_>) -> Plan {
                     facts.cookie,
                     Netns {
                         id: facts.id,
-                        pod_cgroup: pod.cgroup.clone(),
+                        pod_cgroup: pod_cgroup(),
                         uid: pod.uid.clone(),
                         v6: facts.addresses.iter().any(IpAddr::is_ipv6),
                     },
@@ -130,7 +132,7 @@ pub fn wanted(judged: &[Judged], circumstances: &Circumstances<'_>) -> Plan {
                         service_account: pod.service_account.clone(),
                         cookie: facts.cookie,
                         netns: facts.id,
-                        pod_cgroup: pod.cgroup.clone(),
+                        pod_cgroup: pod_cgroup(),
                     },
                 );
                 CgroupInfo { netns_cookie: facts.cookie, ..cgroup_info(flags, policy_id, &facts.addresses) }

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{desired::FailMode, reconcile::Reason};
+use crate::{desired::FailMode, reason::Reason};
 
 /// The whole of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -14,7 +14,7 @@ pub struct Status {
     /// Where the pods' programs are attached.
     pub attached: PathBuf,
     pub fail_mode: FailMode,
-    pub pods_file: PodsFileStatus,
+    pub source: SourceStatus,
     pub tunnels: Vec<TunnelStatus>,
     /// Why the last tunnel that was turned away was.
     pub turned_away: Option<Reason>,
@@ -26,9 +26,12 @@ pub struct Status {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PodsFileStatus {
-    pub path: PathBuf,
-    /// Why the present file is not used; the last good one is.
+pub struct SourceStatus {
+    /// What it is, such as `pods file /etc/pods.yaml`.
+    pub name: String,
+    /// Whether it has told of all pods at least once.
+    pub synced: bool,
+    /// Why it cannot be used at present; what it told last holds.
     pub error: Option<String>,
 }
 

@@ -103,7 +103,7 @@ fn a_file_that_is_no_yaml_leaves_the_last_good_one_in_force() {
     let error = wait_for("the complaint", Duration::from_secs(5), || {
         let status = bed.nodes[0].watcher_command(&["status", "-o", "json"]).stdout;
         let status: serde_json::Value = serde_json::from_slice(&status).ok()?;
-        status.pointer("/pods_file/error")?.as_str().map(str::to_owned)
+        status.pointer("/source/error")?.as_str().map(str::to_owned)
     });
     assert!(error.contains("pods.yaml"), "names the file: {error}");
     wait_for_state(&bed, "client", "open", "");

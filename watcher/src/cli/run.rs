@@ -10,7 +10,11 @@ use anyhow::Context as _;
 use clap::Args;
 use tracing_subscriber::EnvFilter;
 
-use crate::{desired::FailMode, node, observed::cgroups};
+use crate::{
+    desired::{FailMode, file_source},
+    node,
+    observed::cgroups,
+};
 
 use super::{MountArgs, NodeArgs, preflight};
 
@@ -68,12 +72,12 @@ pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         preflight::print_human(&mut io::stderr(), checks.iter().filter(|check| !check.ok))?;
         anyhow::bail!("this node is not ready, nothing was attached");
     }
+    let pods_file = std::path::absolute(&args.pods).context("the path of the pods file")?;
     let config = node::Config {
         status_socket: args.node.socket(),
         run_dir: args.node.dir(),
         pins: args.mounts.pins(&args.node.node),
         node: args.node.node,
-        pods_file: std::path::absolute(&args.pods).context("the path of the pods file")?,
         zds_socket: args.zds_socket,
         cgroup_root,
         attach,
@@ -81,7 +85,11 @@ pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         detach: args.detach,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(node::run(config))?;
+    runtime.block_on(async {
+        let what = format!("watch the directory of {}", pods_file.display());
+        let source = file_source::start(pods_file, config.cgroup_root.clone()).map_err(node::cannot(what))?;
+        node::run(config, source).await
+    })?;
     Ok(ExitCode::SUCCESS)
 }
 

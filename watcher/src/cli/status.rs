@@ -65,8 +65,13 @@ pub fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
 
 fn print_node(status: &Status) {
     println!("node {}: watcher {}, attached to {}", status.node, status.pid, status.attached.display());
-    if let Some(error) = &status.pods_file.error {
-        println!("pods file not used, the last good one holds: {error}");
+    let source = &status.source;
+    match &source.error {
+        Some(error) => {
+            println!("pods from {}: cannot be used, what it told last holds: {error}", source.name);
+        }
+        None if source.synced => println!("pods from {}", source.name),
+        None => println!("pods from {}: nothing told yet", source.name),
     }
     for tunnel in &status.tunnels {
         println!("tunnel {} in {}: serves {} pods", tunnel.pid, tunnel.cgroup.display(), tunnel.pods);

@@ -6,7 +6,7 @@
 //!   name: client
 //!   namespace: demo                        # default: default
 //!   serviceAccount: client                 # default: default
-//!   cgroup: kubepods/pod8a4b0c1e           # absolute, or relative to the cgroup2 root
+//!   cgroup: kubepods/pod8a4b0c1e           # absolute, or below the cgroup2 root; default: found by the uid
 //!   labels: {istio.io/dataplane-mode: ambient}
 //!   addresses: [10.0.1.2]                  # optional: the netns must hold them
 //!   failMode: open                         # optional: closed, open
@@ -23,12 +23,13 @@ use std::{
     fmt::Write as _,
     io,
     path::{Component, Path, PathBuf},
+    sync::Arc,
 };
 
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
-use super::{Pod, exclusions, exclusions::Exclusions};
+use super::{BadEntry, Entry, Pod, exclusions, exclusions::Exclusions, selection};
 
 const KEYS: [&str; 11] = [
     "uid",
@@ -46,24 +47,6 @@ const KEYS: [&str; 11] = [
 
 /// The names of a pod travel in one ZDS packet of at most 1024 bytes; this leaves room for the rest.
 const MAX_NAMES: usize = 900;
-
-/// One entry of the file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Entry {
-    Pod(Pod),
-    Bad(BadEntry),
-}
-
-/// An entry that could not be read, with as much of it as is needed to name it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BadEntry {
-    /// Position in the list, from 0.
-    pub index: usize,
-    pub uid: Option<String>,
-    pub name: Option<String>,
-    /// The key and what is wrong with it.
-    pub problem: String,
-}
 
 /// Why a file was refused as a whole.
 #[derive(Debug, thiserror::Error)]
@@ -108,13 +91,13 @@ fn first_line(text: &str) -> String {
 fn entry(index: usize, value: Value, cgroup_root: &Path) -> Entry {
     let Value::Object(mut keys) = value else {
         let problem = "expected the keys of a pod".to_owned();
-        return Entry::Bad(BadEntry { index, uid: None, name: None, problem });
+        return Entry::Bad(BadEntry { index: Some(index), uid: None, name: None, problem });
     };
     let text_of = |key| keys.get(key).and_then(Value::as_str).map(str::to_owned);
     let (uid, name) = (text_of("uid"), text_of("name"));
     match pod(&mut keys, cgroup_root) {
-        Ok(pod) => Entry::Pod(pod),
-        Err(problem) => Entry::Bad(BadEntry { index, uid, name, problem }),
+        Ok(pod) => Entry::Pod(Arc::new(pod)),
+        Err(problem) => Entry::Bad(BadEntry { index: Some(index), uid, name, problem }),
     }
 }
 
@@ -133,8 +116,10 @@ fn pod(keys: &mut Map<String, Value>, cgroup_root: &Path) -> Result<Pod, String>
         name: required(keys, "name")?,
         namespace: text(keys, "namespace")?.unwrap_or_else(|| "default".to_owned()),
         service_account: text(keys, "serviceAccount")?.unwrap_or_else(|| "default".to_owned()),
-        cgroup: cgroup(&required(keys, "cgroup")?, cgroup_root)?,
-        labels: take::<BTreeMap<String, String>>(keys, "labels")?.unwrap_or_default(),
+        cgroup: text(keys, "cgroup")?.map(|given| cgroup(&given, cgroup_root)).transpose()?,
+        selection: selection::by_labels(
+            &take::<BTreeMap<String, String>>(keys, "labels")?.unwrap_or_default(),
+        ),
         fail_mode: take(keys, "failMode")?,
         addresses: take(keys, "addresses")?.unwrap_or_default(),
         exclusions,
@@ -235,7 +220,7 @@ pods:
         assert_eq!(first.exclusions.inbound_ports, [9090].into());
         assert_eq!(first.notes.len(), 1, "{:?}", first.notes);
         assert_eq!((second.uid.as_str(), second.namespace.as_str()), ("12", "default"));
-        assert_eq!(second.cgroup, root().join("kubepods/second"));
+        assert_eq!(second.cgroup, Some(root().join("kubepods/second")));
     }
 
     #[test]
@@ -243,7 +228,6 @@ pods:
         for (bad, says) in [
             ("{uid: b, name: bad, cgroup: c, cgruop: d}", "cgruop: unknown key"),
             ("{name: bad, cgroup: c}", "uid: missing"),
-            ("{uid: b, name: bad}", "cgroup: missing"),
             ("{uid: b, name: bad, cgroup: /elsewhere}", "not below"),
             ("{uid: b, name: bad, cgroup: ../up}", "not below"),
             ("{uid: b, name: bad, cgroup: /sys/fs/cgroup/unified}", "not below"),

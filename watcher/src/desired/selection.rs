@@ -1,37 +1,36 @@
 //! Whether a pod is enrolled: by Istio's label.
 
-use super::Pod;
+use std::collections::BTreeMap;
+
+use super::Selection;
 
 /// The label that says who carries a pod's traffic.
 pub const LABEL: &str = "istio.io/dataplane-mode";
 
-/// Whether `pod` is enrolled: only by the value `ambient`, so `none`, a typing error or no label at
-/// all leave it alone.
-pub fn is_enrolled(pod: &Pod) -> bool {
-    pod.labels.get(LABEL).is_some_and(|mode| mode == "ambient")
+/// What a pod's own labels ask for: only the value `ambient` enrols, so `none`, a typing error or no label
+/// at all leave it alone.
+pub fn by_labels(labels: &BTreeMap<String, String>) -> Selection {
+    match labels.get(LABEL) {
+        Some(mode) if mode == "ambient" => Selection::Enrolled,
+        _ => Selection::Plain,
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
-    use crate::desired::pods_file::{Entry, parse};
-
     use super::*;
 
     #[test]
     fn only_the_value_ambient_enrols() {
-        for (labels, enrolled) in [
-            ("{istio.io/dataplane-mode: ambient}", true),
-            ("{istio.io/dataplane-mode: none}", false),
-            ("{istio.io/dataplane-mode: Ambient}", false),
-            ("{dataplane-mode: ambient}", false),
-            ("{}", false),
+        for (key, value, selection) in [
+            ("istio.io/dataplane-mode", "ambient", Selection::Enrolled),
+            ("istio.io/dataplane-mode", "none", Selection::Plain),
+            ("istio.io/dataplane-mode", "Ambient", Selection::Plain),
+            ("dataplane-mode", "ambient", Selection::Plain),
         ] {
-            let text = format!("pods: [{{uid: u, name: n, cgroup: c, labels: {labels}}}]");
-            let entries = parse(&text, Path::new("/cgroup")).unwrap();
-            let [Entry::Pod(pod)] = entries.as_slice() else { panic!("{entries:?}") };
-            assert_eq!(is_enrolled(pod), enrolled, "{labels}");
+            let labels = [(key.to_owned(), value.to_owned())].into();
+            assert_eq!(by_labels(&labels), selection, "{key}: {value}");
         }
+        assert_eq!(by_labels(&BTreeMap::new()), Selection::Plain);
     }
 }

@@ -55,9 +55,11 @@ impl Node {
     fn meet(&mut self, now: Instant) {
         let mut met = std::mem::take(&mut self.met);
         met.retain(|uid| {
-            self.judged.iter().any(|judged| judged.pod.uid == *uid && judged.verdict != Verdict::Plain)
+            self.judged
+                .iter()
+                .any(|judged| judged.pod.uid == *uid && !matches!(judged.verdict, Verdict::Plain(_)))
         });
-        for judged in self.judged.iter().filter(|judged| judged.verdict != Verdict::Plain) {
+        for judged in self.judged.iter().filter(|judged| !matches!(judged.verdict, Verdict::Plain(_))) {
             let first_seen = met.insert(judged.pod.uid.clone());
             let runs = matches!(judged.verdict, Verdict::Verified(_));
             let known = judged.observed.cgroups.values().any(|id| self.applied.cgroups.contains_key(id));

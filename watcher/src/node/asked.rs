@@ -8,7 +8,7 @@ use std::{
 
 use adit_ebpf_common::{
     address::{Address, UNSPECIFIED},
-    pods::flag,
+    pods::{CgroupInfo, flag},
     trace::{Hook, Rule, TraceRecord},
 };
 use adit_ebpf_loader::Trace;
@@ -18,10 +18,10 @@ use tracing::{info, warn};
 
 use crate::{
     control::{Answer, Answers, Asked, Request},
-    desired::{FailMode, pods_file::BadEntry},
+    desired::{BadEntry, FailMode, Outcome, Pod},
     explain::{self, Explanation},
     reconcile::{Judged, Reason, Verdict, address16},
-    status::{NetnsStatus, PodStatus, PodsFileStatus, State, Status},
+    status::{NetnsStatus, PodStatus, SourceStatus, State, Status},
     sys::pollable,
 };
 
@@ -107,7 +107,7 @@ impl Node {
         let found: Vec<&Judged> = self.judged.iter().filter(fits).collect();
         match found.as_slice() {
             [one] => Ok(one),
-            [] => Err(format!("no pod \"{named}\", expected a uid, name or namespace/name of the pods file")),
+            [] => Err(format!("no pod \"{named}\", expected a uid, name or namespace/name")),
             several => Err(format!("{} pods are called \"{named}\", name one by its uid", several.len())),
         }
     }
@@ -119,7 +119,11 @@ impl Node {
             pid: std::process::id(),
             attached: self.config.attach.clone(),
             fail_mode: self.config.fail_mode,
-            pods_file: PodsFileStatus { path: self.config.pods_file.clone(), error: self.file_error.clone() },
+            source: SourceStatus {
+                name: self.source_name.clone(),
+                synced: self.entries.is_some(),
+                error: self.source_error.clone(),
+            },
             tunnels: self.tunnels.status(),
             turned_away: self.tunnels.turned_away.clone(),
             pods: self.judged.iter().map(|judged| self.pod_status(judged)).chain(bad).collect(),
@@ -130,19 +134,7 @@ impl Node {
 
     fn pod_status(&self, judged: &Judged) -> PodStatus {
         let pod = &judged.pod;
-        let flags = judged
-            .observed
-            .cgroups
-            .get(&pod.cgroup)
-            .and_then(|id| self.applied.cgroups.get(id))
-            .map_or(0, |info| info.flags);
-        let (state, reason) = match &judged.verdict {
-            Verdict::Plain => (State::Plain, None),
-            Verdict::Refused { reason, .. } => (State::Refused, Some(reason.clone())),
-            Verdict::Waiting(reason) => (unserved(flags), Some(reason.clone())),
-            Verdict::Verified(_) if flags & flag::READY != 0 && self.tunnel_up() => (State::Open, None),
-            Verdict::Verified(_) => (unserved(flags), Some(self.why_unserved(&pod.uid))),
-        };
+        let (state, reason) = self.state(judged);
         let facts = match &judged.verdict {
             Verdict::Verified(facts) => Some(facts),
             _ => None,
@@ -162,6 +154,49 @@ impl Node {
         }
     }
 
+    fn info(&self, judged: &Judged) -> Option<&CgroupInfo> {
+        let id = judged.observed.cgroups.get(judged.observed.dir.as_ref()?)?;
+        self.applied.cgroups.get(id)
+    }
+
+    /// What becomes of the pod's traffic, and why it is not open.
+    fn state(&self, judged: &Judged) -> (State, Option<Reason>) {
+        let flags = self.info(judged).map_or(0, |info| info.flags);
+        match &judged.verdict {
+            Verdict::Plain(reason) => (State::Plain, reason.clone()),
+            Verdict::Refused { reason, .. } => (State::Refused, Some(reason.clone())),
+            Verdict::Waiting(reason) => (unserved(flags), Some(reason.clone())),
+            Verdict::Verified(_) if flags & flag::READY != 0 && self.tunnel_up() => (State::Open, None),
+            Verdict::Verified(_) => (unserved(flags), Some(self.why_unserved(&judged.pod.uid))),
+        }
+    }
+
+    /// Tells the source what became of its pods.
+    pub fn tell_outcomes(&mut self) {
+        let Some(listener) = self.listener.clone() else { return };
+        let mut outcomes = std::mem::take(&mut self.outcomes);
+        for judged in &self.judged {
+            let (state, reason) = self.state(judged);
+            let addresses = match &judged.verdict {
+                Verdict::Verified(facts) => facts.addresses.clone(),
+                _ => Vec::new(),
+            };
+            let Pod { name, namespace, .. } = judged.pod.as_ref();
+            let outcome =
+                Outcome { name: name.clone(), namespace: namespace.clone(), state, reason, addresses };
+            outcomes.tell(&listener, &judged.pod.uid, Some(outcome));
+        }
+        let gone: Vec<String> = outcomes
+            .told()
+            .filter(|uid| !self.judged.iter().any(|judged| judged.pod.uid == **uid))
+            .cloned()
+            .collect();
+        for uid in gone {
+            outcomes.tell(&listener, &uid, None);
+        }
+        self.outcomes = outcomes;
+    }
+
     fn why_unserved(&self, uid: &str) -> Reason {
         if let Some(reason) = self.problems.get(uid) {
             return reason.clone();
@@ -177,8 +212,7 @@ impl Node {
 
     fn explain(&self, judged: &Judged, destination: SocketAddr) -> Explanation {
         let up = self.tunnel_up();
-        let info =
-            judged.observed.cgroups.get(&judged.pod.cgroup).and_then(|id| self.applied.cgroups.get(id));
+        let info = self.info(judged);
         let own = match &judged.verdict {
             Verdict::Verified(facts) => facts.addresses.as_slice(),
             _ => &[],
@@ -305,13 +339,17 @@ fn unserved(flags: u32) -> State {
 }
 
 fn bad_status(bad: &BadEntry) -> PodStatus {
+    let text = match bad.index {
+        Some(index) => format!("entry {index}: {}", bad.problem),
+        None => bad.problem.clone(),
+    };
     PodStatus {
         uid: bad.uid.clone(),
         name: bad.name.clone(),
         namespace: None,
         service_account: None,
         state: State::Refused,
-        reason: Some(Reason::new("bad_entry", format!("entry {}: {}", bad.index, bad.problem))),
+        reason: Some(Reason::new("bad_entry", text)),
         fail_mode: None::<FailMode>,
         addresses: Vec::new(),
         netns: None,

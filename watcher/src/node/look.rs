@@ -1,24 +1,21 @@
-//! The pods file, and what is there of its pods.
+//! The pods, and what is there of them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use tracing::{info, warn};
 
 use crate::{
-    desired::{
-        Pod,
-        pods_file::{self, Entry},
-        selection,
-    },
-    observed::{Observed, processes},
+    desired::{BadEntry, Entry, Selection, Update},
+    observed::{Observed, cgroups, processes},
     reconcile::{Netns, Verdict, judge::judge},
 };
 
-use super::{EAGER, Node, chain};
+use super::{EAGER, Node};
 
 /// An enrolled pod without any process keeps its netns for so long: between two containers there may be
 /// a moment without one.
@@ -33,74 +30,75 @@ pub enum Which {
 }
 
 impl Node {
-    /// Reads the pods file again. One that cannot be used leaves the last good one in force, and so does
-    /// an entry that cannot be used: a typing error must not take a pod out of the mesh.
-    pub fn load_file(&mut self) {
-        match pods_file::read(&self.config.pods_file, &self.config.cgroup_root) {
-            Ok(entries) => {
-                let entries = keep_last_good(entries, self.entries.as_deref().unwrap_or_default());
-                if self.file_error.take().is_some() {
-                    info!("the pods file can be used again");
-                }
-                if self.entries.as_ref() != Some(&entries) {
-                    self.take_entries(entries);
-                }
+    /// Takes over what the source says.
+    pub fn take(&mut self, update: Update) {
+        match update {
+            Update::All(entries) => {
+                info!(pods = entries.len(), source = self.source_name, "pods told");
+                self.entries = Some(entries);
+                self.source_error = None;
             }
-            Err(error) => {
-                let error = chain(&error);
-                if self.file_error.as_ref() != Some(&error) {
-                    warn!(
-                        error,
-                        kept_pods = self.judged.len(),
-                        "pods file not used, the last good one holds"
-                    );
-                    self.file_error = Some(error);
+            Update::Changed(changes) => {
+                let entries = self.entries.get_or_insert_default();
+                for (uid, change) in changes {
+                    let place = entries.iter().position(|entry| uid_of(entry) == Some(&uid));
+                    match (place, change) {
+                        (Some(place), Some(entry)) => entries[place] = entry,
+                        (Some(place), None) => drop(entries.remove(place)),
+                        (None, Some(entry)) => entries.push(entry),
+                        (None, None) => {}
+                    }
                 }
+                self.source_error = None;
             }
-        }
-    }
-
-    fn take_entries(&mut self, entries: Vec<Entry>) {
-        self.bad.clear();
-        for entry in &entries {
-            if let Entry::Bad(bad) = entry {
-                warn!(
-                    index = bad.index,
-                    uid = bad.uid,
-                    name = bad.name,
-                    problem = bad.problem,
-                    "entry refused"
-                );
-                self.bad.push(bad.clone());
+            Update::Unusable(error) => {
+                warn!(source = self.source_name, error, "pods cannot be told, what was told last holds");
+                self.source_error = Some(error);
+                return;
             }
         }
-        info!(pods = entries.len() - self.bad.len(), refused = self.bad.len(), "pods file read");
-        self.entries = Some(entries);
+        let bad = self.entries.iter().flatten().filter_map(|entry| match entry {
+            Entry::Bad(bad) => Some(bad.clone()),
+            Entry::Pod(_) => None,
+        });
+        let bad: Vec<BadEntry> = bad.collect();
+        for bad in bad.iter().filter(|bad| !self.bad.contains(bad)) {
+            let BadEntry { index, uid, name, problem } = bad;
+            warn!(index, uid, name, problem, "entry refused");
+        }
+        self.bad = bad;
         self.eager_until = Instant::now() + EAGER;
     }
 
     /// Looks at the pods and judges them.
     pub fn look(&mut self, which: Which) {
         let Some(entries) = &self.entries else { return };
+        let unplaced = |entry: &Entry| matches!(entry, Entry::Pod(pod) if pod.cgroup.is_none());
+        let places =
+            if entries.iter().any(unplaced) { cgroups::pods(&self.config.attach) } else { BTreeMap::new() };
         let mut before: BTreeMap<String, (Observed, bool)> = std::mem::take(&mut self.judged)
             .into_iter()
             .map(|judged| {
                 let settled = !is_unsettled(&judged.verdict);
-                (judged.pod.uid, (judged.observed, settled))
+                (judged.pod.uid.clone(), (judged.observed, settled))
             })
             .collect();
         let mut pods = Vec::with_capacity(entries.len());
         for entry in entries {
             let Entry::Pod(pod) = entry else { continue };
             let earlier = before.remove(&pod.uid);
-            let observed = match earlier {
-                _ if !selection::is_enrolled(pod) => Observed::default(),
-                Some((observed, true)) if which == Which::Unsettled => observed,
-                earlier => {
-                    observe(pod, earlier.map(|(observed, _)| observed), &self.host, &mut self.empty_since)
+            let dir = pod.cgroup.as_ref().or_else(|| places.get(&pod.uid)).cloned();
+            let mut observed = match (earlier, &dir) {
+                _ if pod.selection != Selection::Enrolled => Observed::default(),
+                (_, None) => Observed::default(),
+                (Some((observed, true)), _) if which == Which::Unsettled => observed,
+                (earlier, Some(dir)) => {
+                    let earlier = earlier.map(|(observed, _)| observed);
+                    observe(&pod.uid, dir, earlier, &self.host, &mut self.empty_since)
                 }
             };
-            pods.push((pod.clone(), observed));
+            observed.dir = dir;
+            pods.push((Arc::clone(pod), observed));
         }
         let current: BTreeMap<String, u64> =
             self.applied.netns.iter().map(|(cookie, netns)| (netns.uid.clone(), *cookie)).collect();
@@ -114,13 +112,17 @@ impl Node {
 
     /// The directories whose changes matter: every cgroup of the pods, and where a pod's is made.
     pub fn watched(&self) -> BTreeSet<PathBuf> {
-        let enrolled = self.judged.iter().filter(|judged| judged.verdict != Verdict::Plain);
-        enrolled
+        let enrolled = self.judged.iter().filter(|judged| !matches!(judged.verdict, Verdict::Plain(_)));
+        let mut watched: BTreeSet<PathBuf> = enrolled
             .flat_map(|judged| {
-                let parent = judged.pod.cgroup.parent().map(PathBuf::from);
+                let parent = judged.observed.dir.as_ref().and_then(|dir| dir.parent()).map(PathBuf::from);
                 judged.observed.cgroups.keys().cloned().chain(parent)
             })
-            .collect()
+            .collect();
+        if self.judged.iter().any(|judged| judged.pod.cgroup.is_none()) {
+            watched.extend(cgroups::above_pods(&self.config.attach));
+        }
+        watched
     }
 
     /// Takes over what a predecessor left in netns, so that what is not wanted any more is undone.
@@ -143,20 +145,21 @@ impl Node {
 }
 
 fn observe(
-    pod: &Pod,
+    uid: &str,
+    dir: &Path,
     earlier: Option<Observed>,
     host: &BTreeSet<crate::observed::netns::NetnsId>,
     empty_since: &mut BTreeMap<String, Instant>,
 ) -> Observed {
-    let mut observed = processes::observe(&pod.cgroup, host).unwrap_or_else(|error| {
-        warn!(uid = pod.uid, %error, "cannot look at the pod's cgroup");
+    let mut observed = processes::observe(dir, host).unwrap_or_else(|error| {
+        warn!(uid, %error, "cannot look at the pod's cgroup");
         Observed::default()
     });
     let Some(earlier) = earlier.filter(|_| observed.netns.is_empty() && !observed.cgroups.is_empty()) else {
-        empty_since.remove(&pod.uid);
+        empty_since.remove(uid);
         return observed;
     };
-    let since = *empty_since.entry(pod.uid.clone()).or_insert_with(Instant::now);
+    let since = *empty_since.entry(uid.to_owned()).or_insert_with(Instant::now);
     if since.elapsed() < EMPTY_FOR {
         observed.netns = earlier.netns;
     }
@@ -166,7 +169,7 @@ fn observe(
 /// Whether time alone may change the verdict.
 fn is_unsettled(verdict: &Verdict) -> bool {
     match verdict {
-        Verdict::Plain | Verdict::Verified(_) => false,
+        Verdict::Plain(_) | Verdict::Verified(_) => false,
         Verdict::Waiting(_) => true,
         Verdict::Refused { reason, .. } => !matches!(
             reason.code.as_str(),
@@ -175,41 +178,9 @@ fn is_unsettled(verdict: &Verdict) -> bool {
     }
 }
 
-/// `entries`, where a bad one gives way to the good one of the same uid before it.
-fn keep_last_good(entries: Vec<Entry>, before: &[Entry]) -> Vec<Entry> {
-    let earlier = |uid: &str| {
-        before.iter().find_map(|entry| match entry {
-            Entry::Pod(pod) if pod.uid == uid => Some(pod.clone()),
-            _ => None,
-        })
-    };
-    entries
-        .into_iter()
-        .map(|entry| {
-            let Entry::Bad(bad) = &entry else { return entry };
-            let Some(mut pod) = bad.uid.as_deref().and_then(earlier) else { return entry };
-            pod.notes = vec![format!("entry not used, the last good one holds: {}", bad.problem)];
-            Entry::Pod(pod)
-        })
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use super::*;
-
-    #[test]
-    fn a_bad_entry_gives_way_to_the_last_good_one() {
-        let parse = |text: &str| pods_file::parse(text, Path::new("/cgroup")).unwrap();
-        let good = parse("pods: [{uid: a, name: a, cgroup: a}]");
-        let bad = "pods: [{uid: a, name: a, cgruop: a}, {uid: b, name: b}]";
-        let kept = keep_last_good(parse(bad), &good);
-        let [Entry::Pod(pod), Entry::Bad(_)] = kept.as_slice() else { panic!("{kept:?}") };
-        assert_eq!(pod.cgroup, Path::new("/cgroup/a"));
-        assert!(pod.notes[0].contains("cgruop") || pod.notes[0].contains("cgroup"), "{:?}", pod.notes);
-        // And once more, when it is the kept one that came before.
-        assert!(matches!(keep_last_good(parse(bad), &kept)[0], Entry::Pod(_)));
+fn uid_of(entry: &Entry) -> Option<&String> {
+    match entry {
+        Entry::Pod(pod) => Some(&pod.uid),
+        Entry::Bad(bad) => bad.uid.as_ref(),
     }
 }

@@ -13,7 +13,7 @@ use tracing::{info, warn};
 use crate::{
     enrol::hand_over::{Command, Conn, Event, OfferId, Welcome},
     observed::cgroups::{self, CgroupId},
-    reconcile::{Reason, Workload, cgroup_info},
+    reconcile::{Judged, Reason, Workload, cgroup_info},
     status::TunnelStatus,
 };
 
@@ -248,7 +248,9 @@ impl Node {
         if self.own_cgroup.as_ref().is_some_and(|own| own.starts_with(&cgroup)) {
             return shared("contains the watcher");
         }
-        if let Some(judged) = self.judged.iter().find(|judged| cgroup.starts_with(&judged.pod.cgroup)) {
+        let is_pods =
+            |judged: &&Judged| judged.observed.dir.as_ref().is_some_and(|dir| cgroup.starts_with(dir));
+        if let Some(judged) = self.judged.iter().find(is_pods) {
             return shared(&format!("is pod {}'s", judged.pod.name));
         }
         let attached = self.attach_tunnel(&cgroup);

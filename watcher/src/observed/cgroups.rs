@@ -1,11 +1,13 @@
 //! The cgroup2 tree.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
+
+use super::cgroup_path;
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
@@ -93,6 +95,43 @@ pub fn processes(dir: &Path) -> Vec<i32> {
     text.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid != 0).collect()
 }
 
+/// The pods' directories below `base`, by uid. Of two with one uid, which no kubelet makes, the one that
+/// comes first by path counts.
+pub fn pods(base: &Path) -> BTreeMap<String, PathBuf> {
+    let mut found: BTreeMap<String, PathBuf> = BTreeMap::new();
+    visit_above_pods(base, &mut |dir, uid| {
+        if let Some(uid) = uid
+            && found.get(&uid).is_none_or(|other| *other > dir)
+        {
+            found.insert(uid, dir);
+        }
+    });
+    found
+}
+
+/// `base` and every directory below it in which a pod's directory may be made.
+pub fn above_pods(base: &Path) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::from([base.to_owned()]);
+    visit_above_pods(base, &mut |dir, uid| {
+        if uid.is_none() {
+            found.insert(dir);
+        }
+    });
+    found
+}
+
+/// Directories below `base`, those inside pods excepted, each with the uid that it is named by.
+fn visit_above_pods(base: &Path, visit: &mut impl FnMut(PathBuf, Option<String>)) {
+    let entries = fs::read_dir(base).into_iter().flatten().filter_map(Result::ok);
+    for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+        let uid = cgroup_path::pod_uid(&entry.file_name());
+        if uid.is_none() {
+            visit_above_pods(&entry.path(), visit);
+        }
+        visit(entry.path(), uid);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,6 +144,22 @@ mod tests {
         let tree = tree(&dir.path().join("pod")).unwrap();
         assert_eq!(tree.len(), 3);
         assert_eq!(tree[&dir.path().join("pod")], id(&dir.path().join("pod")).unwrap());
+    }
+
+    #[test]
+    fn pods_are_found_by_uid_wherever_below_and_never_inside_a_pod() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, two) = ("0123456789abcdef0123456789abcdef", "fedcba9876543210fedcba9876543210");
+        for path in [format!("burstable/pod{one}/c/kubepods/pod{two}"), "besteffort".to_owned()] {
+            fs::create_dir_all(dir.path().join(path)).unwrap();
+        }
+        let found = pods(dir.path());
+        assert_eq!(found, [(one.to_owned(), dir.path().join(format!("burstable/pod{one}")))].into());
+        let above: Vec<_> = above_pods(dir.path()).into_iter().collect();
+        assert_eq!(
+            above,
+            [dir.path().to_owned(), dir.path().join("besteffort"), dir.path().join("burstable")]
+        );
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What is there: cgroups, the processes in them, and their network namespaces.
 //!
 //! * [`cgroups`]: the cgroup2 tree
+//! * [`cgroup_path`]: which pod and container a cgroup's path names
 //! * [`processes`]: which netns the processes of a pod are in
 //! * [`netns`]: entering a netns and asking it for its addresses
 //! * [`events`]: what changed, as soon as it does
@@ -9,6 +10,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use self::{cgroups::CgroupId, netns::NetnsFacts};
 
+pub mod cgroup_path;
 pub mod cgroups;
 pub mod events;
 pub mod netns;
@@ -17,7 +19,9 @@ pub mod processes;
 /// What was seen of one pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
-    /// The pod's cgroup and all below it; empty: it does not exist.
+    /// The pod's directory: as its source says, or as it was found by the uid.
+    pub dir: Option<PathBuf>,
+    /// That cgroup and all below it; empty: it does not exist.
     pub cgroups: BTreeMap<PathBuf, CgroupId>,
     /// Every netns that a process of the pod is in.
     pub netns: Vec<Seen>,

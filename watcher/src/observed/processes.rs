@@ -19,6 +19,7 @@ use nix::{
 
 use super::{
     Observed, Seen,
+    cgroup_path::{self, Below},
     cgroups::{self, CgroupId},
     netns::{self, NetnsId},
 };
@@ -39,9 +40,17 @@ impl Pinned {
     }
 }
 
-/// The processes in `cgroups`, pinned.
-fn members(cgroups: &BTreeMap<PathBuf, CgroupId>) -> Vec<Pinned> {
-    let list = || cgroups.keys().flat_map(|dir| cgroups::processes(dir)).collect::<BTreeSet<_>>();
+/// The processes in `cgroups`, all at or below `pod_dir`, pinned. CRI-O's conmon is none of the pod's, although
+/// it is in its cgroup: it lives in the node's own netns.
+fn members(cgroups: &BTreeMap<PathBuf, CgroupId>, pod_dir: &Path) -> Vec<Pinned> {
+    let is_conmon = |dir: &Path| {
+        let name = dir.strip_prefix(pod_dir).ok().and_then(|below| below.iter().next());
+        name.is_some_and(|name| cgroup_path::below(name) == Below::Conmon)
+    };
+    let list = || {
+        let dirs = cgroups.keys().filter(|dir| !is_conmon(dir));
+        dirs.flat_map(|dir| cgroups::processes(dir)).collect::<BTreeSet<_>>()
+    };
     let pinned: Vec<Pinned> = list().into_iter().filter_map(|pid| Pinned::new(pid).ok()).collect();
     if pinned.is_empty() {
         return pinned;
@@ -55,7 +64,7 @@ fn members(cgroups: &BTreeMap<PathBuf, CgroupId>) -> Vec<Pinned> {
 pub fn observe(cgroup: &Path, host: &BTreeSet<NetnsId>) -> io::Result<Observed> {
     let cgroups: BTreeMap<PathBuf, CgroupId> = cgroups::tree(cgroup)?;
     let mut found: BTreeMap<NetnsId, Seen> = BTreeMap::new();
-    for process in members(&cgroups) {
+    for process in members(&cgroups, cgroup) {
         // A process that ended, or a zombie, has no netns any more.
         let Ok(netns) = process.netns() else { continue };
         let id = netns::id(netns.as_fd())?;
@@ -67,7 +76,7 @@ pub fn observe(cgroup: &Path, host: &BTreeSet<NetnsId>) -> io::Result<Observed> 
                 .map_or_else(|error| Seen::Unreadable(format!("process {}: {error}", process.pid)), Seen::Pod)
         });
     }
-    Ok(Observed { cgroups, netns: found.into_values().collect() })
+    Ok(Observed { dir: Some(cgroup.to_owned()), cgroups, netns: found.into_values().collect() })
 }
 
 /// Opens netns `id` through a process of the pod whose directory is `cgroup`.
@@ -76,7 +85,7 @@ pub fn observe(cgroup: &Path, host: &BTreeSet<NetnsId>) -> io::Result<Observed> 
 /// `NotFound`: no process of the pod is in it any more.
 pub fn open_netns(cgroup: &Path, id: NetnsId) -> io::Result<OwnedFd> {
     let cgroups = cgroups::tree(cgroup)?;
-    members(&cgroups)
+    members(&cgroups, cgroup)
         .into_iter()
         .filter_map(|process| process.netns().ok())
         .find(|netns| netns::id(netns.as_fd()).is_ok_and(|found| found == id))

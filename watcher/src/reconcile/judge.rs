@@ -4,33 +4,20 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     path::{Path, PathBuf},
+    sync::Arc,
 };
-
-use serde::{Deserialize, Serialize};
 
 use crate::{
-    desired::{Pod, selection},
+    desired::{Pod, Selection},
     observed::{Observed, Seen, netns::NetnsFacts},
+    reason::Reason,
 };
-
-/// Why something is not as wished: a stable code for programs, a sentence for people.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Reason {
-    pub code: String,
-    pub text: String,
-}
-
-impl Reason {
-    pub fn new(code: &str, text: impl Into<String>) -> Self {
-        Self { code: code.to_owned(), text: text.into() }
-    }
-}
 
 /// What is to be done with a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Its labels leave it alone.
-    Plain,
+    /// It is left alone; a reason where there is more to say than that no label asks for it.
+    Plain(Option<Reason>),
     /// It shall be enrolled and is in order, but not there yet; its cgroup is closed meanwhile.
     Waiting(Reason),
     /// It shall be enrolled and cannot be. `keeps_closed`: its cgroup is surely its own, and what runs in
@@ -43,7 +30,7 @@ pub enum Verdict {
 /// A pod and what became of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Judged {
-    pub pod: Pod,
+    pub pod: Arc<Pod>,
     pub observed: Observed,
     pub verdict: Verdict,
 }
@@ -63,7 +50,11 @@ struct Claims {
 /// `attached` is the cgroup that the programs are attached to. `current` is the cookie of the netns that
 /// a uid is enrolled with: a pod stays with it as long as one of its processes does, or any process
 /// could leave the mesh by `unshare`.
-pub fn judge(pods: Vec<(Pod, Observed)>, attached: &Path, current: &BTreeMap<String, u64>) -> Vec<Judged> {
+pub fn judge(
+    pods: Vec<(Arc<Pod>, Observed)>,
+    attached: &Path,
+    current: &BTreeMap<String, u64>,
+) -> Vec<Judged> {
     let mut claims = Claims::default();
     pods.into_iter()
         .map(|(pod, observed)| {
@@ -80,25 +71,36 @@ fn verdict(
     current: &BTreeMap<String, u64>,
     claims: &mut Claims,
 ) -> Verdict {
-    // Before it claims anything: a directory above all pods would claim them all.
-    let outside = !pod.cgroup.starts_with(attached) || pod.cgroup == attached;
-    if !outside && let Err(reason) = claims.place(pod) {
-        return Verdict::Refused { reason, keeps_closed: false };
+    let refused = |reason| Verdict::Refused { reason, keeps_closed: false };
+    let outside = observed.dir.as_ref().filter(|dir| !dir.starts_with(attached) || *dir == attached);
+    if outside.is_none()
+        && let Err(reason) = claims.place(pod, observed.dir.as_deref())
+    {
+        return refused(reason);
     }
-    if !selection::is_enrolled(pod) {
-        return Verdict::Plain;
+    match &pod.selection {
+        Selection::Enrolled => {}
+        Selection::Plain => return Verdict::Plain(None),
+        Selection::LeftAlone(reason) => return Verdict::Plain(Some(reason.clone())),
     }
-    if outside {
+    if let Some(dir) = outside {
         let text = format!(
             "cgroup {} is not below {}, where the programs are attached",
-            pod.cgroup.display(),
+            dir.display(),
             attached.display()
         );
-        return Verdict::Refused { reason: Reason::new("cgroup_outside", text), keeps_closed: false };
+        return refused(Reason::new("cgroup_outside", text));
     }
     if observed.cgroups.is_empty() {
-        let text = format!("cgroup {} does not exist", pod.cgroup.display());
-        return Verdict::Refused { reason: Reason::new("cgroup_gone", text), keeps_closed: false };
+        return match &pod.cgroup {
+            Some(dir) => {
+                refused(Reason::new("cgroup_gone", format!("cgroup {} does not exist", dir.display())))
+            }
+            None => Verdict::Waiting(Reason::new(
+                "no_cgroup",
+                format!("no cgroup below {} is called by its uid yet", attached.display()),
+            )),
+        };
     }
     match netns(pod, observed, current.get(&pod.uid).copied()).and_then(|facts| claims.netns(pod, facts)) {
         Ok(facts) => Verdict::Verified(facts),
@@ -120,7 +122,7 @@ fn netns(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<NetnsFa
         .map_or(observed.netns.as_slice(), |seen| std::slice::from_ref(seen))
     {
         [] => {
-            return Err(Reason::new("no_process", format!("no process in cgroup {}", pod.cgroup.display())));
+            return Err(Reason::new("no_process", "no process in its cgroup"));
         }
         [Seen::Host] => {
             return Err(Reason::new("host_netns", "its processes are in the node's own network namespace"));
@@ -158,24 +160,27 @@ fn netns(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<NetnsFa
 
 impl Claims {
     /// Claims the uid and the cgroup.
-    fn place(&mut self, pod: &Pod) -> Result<(), Reason> {
+    fn place(&mut self, pod: &Pod, dir: Option<&Path>) -> Result<(), Reason> {
         if self.uids.contains(&pod.uid) {
             return Err(Reason::new("duplicate_uid", format!("uid {} is an earlier pod's", pod.uid)));
         }
-        if let Some(other) = self.cgroups.get(&pod.cgroup) {
-            let text = format!("cgroup {} is that of pod {other}", pod.cgroup.display());
+        let Some(dir) = dir else {
+            self.uids.insert(pod.uid.clone());
+            return Ok(());
+        };
+        if let Some(other) = self.cgroups.get(dir) {
+            let text = format!("cgroup {} is that of pod {other}", dir.display());
             return Err(Reason::new("duplicate_cgroup", text));
         }
-        let above = pod.cgroup.ancestors().find_map(|dir| self.cgroups.get_key_value(dir));
+        let above = dir.ancestors().find_map(|above| self.cgroups.get_key_value(above));
         // Paths sort by component, so what lies below a directory follows it directly.
-        let below =
-            self.cgroups.range(pod.cgroup.clone()..).next().filter(|(dir, _)| dir.starts_with(&pod.cgroup));
-        if let Some((dir, other)) = above.or(below) {
-            let text = format!("cgroup {} overlaps {} of pod {other}", pod.cgroup.display(), dir.display());
+        let below = self.cgroups.range(dir.to_owned()..).next().filter(|(below, _)| below.starts_with(dir));
+        if let Some((taken, other)) = above.or(below) {
+            let text = format!("cgroup {} overlaps {} of pod {other}", dir.display(), taken.display());
             return Err(Reason::new("cgroup_overlaps", text));
         }
         self.uids.insert(pod.uid.clone());
-        self.cgroups.insert(pod.cgroup.clone(), full_name(pod));
+        self.cgroups.insert(dir.to_owned(), full_name(pod));
         Ok(())
     }
 

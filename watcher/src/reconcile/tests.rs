@@ -1,9 +1,9 @@
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use adit_ebpf_common::pods::flag::{FAIL_OPEN, IN_MESH, READY, TUNNEL};
 
 use crate::{
-    desired::Pod,
+    desired::{Pod, Selection},
     observed::{Observed, Seen, netns::NetnsFacts},
 };
 
@@ -17,8 +17,8 @@ fn pod(uid: &str) -> Pod {
         name: uid.to_owned(),
         namespace: "demo".to_owned(),
         service_account: "sa".to_owned(),
-        cgroup: Path::new(ATTACHED).join(uid),
-        labels: [("istio.io/dataplane-mode".to_owned(), "ambient".to_owned())].into(),
+        cgroup: Some(Path::new(ATTACHED).join(uid)),
+        selection: Selection::Enrolled,
         fail_mode: None,
         addresses: BTreeSet::new(),
         exclusions: Exclusions::default(),
@@ -38,20 +38,32 @@ fn facts(n: u8) -> NetnsFacts {
 fn seen(n: u8, netns: Vec<Seen>) -> Observed {
     let id = u64::from(n) * 10;
     let dir = PathBuf::from(format!("/observed/{n}"));
-    Observed { cgroups: [(dir.join("c"), id + 1), (dir, id)].into(), netns }
+    Observed { dir: None, cgroups: [(dir.join("c"), id + 1), (dir, id)].into(), netns }
 }
 
 fn in_order(n: u8) -> Observed {
     seen(n, vec![Seen::Pod(facts(n))])
 }
 
+/// Each pod with its own directory, as the node gives it.
+fn placed(pods: Vec<(Pod, Observed)>) -> Vec<(Arc<Pod>, Observed)> {
+    let place = |(pod, observed): (Pod, Observed)| {
+        let observed = Observed { dir: pod.cgroup.clone(), ..observed };
+        (Arc::new(pod), observed)
+    };
+    pods.into_iter().map(place).collect()
+}
+
 fn verdicts(pods: Vec<(Pod, Observed)>) -> Vec<Verdict> {
-    judge(pods, Path::new(ATTACHED), &BTreeMap::new()).into_iter().map(|judged| judged.verdict).collect()
+    judge(placed(pods), Path::new(ATTACHED), &BTreeMap::new())
+        .into_iter()
+        .map(|judged| judged.verdict)
+        .collect()
 }
 
 fn code(verdict: &Verdict) -> &str {
     match verdict {
-        Verdict::Plain => "plain",
+        Verdict::Plain(_) => "plain",
         Verdict::Verified(_) => "verified",
         Verdict::Waiting(reason) | Verdict::Refused { reason, .. } => &reason.code,
     }
@@ -67,9 +79,13 @@ fn each_bad_pod_is_refused_with_its_reason_and_the_others_are_not() {
     let table: Vec<(&str, Pod, Observed)> = vec![
         ("duplicate_uid", with(&|bad| bad.uid = "a".to_owned()), in_order(3)),
         ("duplicate_cgroup", with(&|bad| bad.cgroup = pod("a").cgroup), in_order(3)),
-        ("cgroup_overlaps", with(&|bad| bad.cgroup = pod("a").cgroup.join("below")), in_order(3)),
-        ("cgroup_outside", with(&|bad| bad.cgroup = ATTACHED.into()), in_order(3)),
-        ("cgroup_outside", with(&|bad| bad.cgroup = "/cgroup/elsewhere".into()), in_order(3)),
+        (
+            "cgroup_overlaps",
+            with(&|bad| bad.cgroup = pod("a").cgroup.map(|dir| dir.join("below"))),
+            in_order(3),
+        ),
+        ("cgroup_outside", with(&|bad| bad.cgroup = Some(ATTACHED.into())), in_order(3)),
+        ("cgroup_outside", with(&|bad| bad.cgroup = Some("/cgroup/elsewhere".into())), in_order(3)),
         ("cgroup_gone", pod("bad"), Observed::default()),
         ("host_netns", pod("bad"), seen(3, vec![Seen::Host])),
         ("netns_disagree", pod("bad"), seen(3, vec![Seen::Host, Seen::Pod(facts(3))])),
@@ -91,7 +107,7 @@ fn each_bad_pod_is_refused_with_its_reason_and_the_others_are_not() {
 fn a_pod_stays_in_its_netns_while_one_process_does() {
     let observed = seen(1, vec![Seen::Pod(facts(9)), Seen::Pod(facts(1)), Seen::Host]);
     let current = [("a".to_owned(), facts(1).cookie)].into();
-    let judged = judge(vec![(pod("a"), observed)], Path::new(ATTACHED), &current);
+    let judged = judge(placed(vec![(pod("a"), observed)]), Path::new(ATTACHED), &current);
     assert_eq!(judged[0].verdict, Verdict::Verified(facts(1)));
 }
 
@@ -114,7 +130,7 @@ struct Setting {
 
 impl Setting {
     fn plan(&self, pods: Vec<(Pod, Observed)>) -> Plan {
-        let judged = judge(pods, Path::new(ATTACHED), &BTreeMap::new());
+        let judged = judge(placed(pods), Path::new(ATTACHED), &BTreeMap::new());
         wanted(
             &judged,
             &Circumstances {
@@ -237,5 +253,8 @@ fn a_new_netns_of_the_same_pod_replaces_without_a_withdrawal() {
     let before = Setting::default().plan(vec![(pod("a"), in_order(1))]);
     let moved = seen(1, vec![Seen::Pod(NetnsFacts { cookie: 5, ..facts(1) })]);
     let after = Setting::default().plan(vec![(pod("a"), moved)]);
-    assert_eq!(kinds(&before, &after), ["unsteer", "release", "set address", "prepare", "steer", "offer"]);
+    assert_eq!(
+        kinds(&before, &after),
+        ["unsteer", "release", "set cgroup", "set address", "prepare", "steer", "offer"]
+    );
 }
