@@ -1,13 +1,13 @@
 //! The first decision list, rule by rule, and what a redirected connection looks like from both ends.
 
-use std::net::SocketAddr;
+use std::{fs::File, net::SocketAddr, os::fd::AsFd as _};
 
 use adit_ebpf_common::{
     pods::{ExcludedPort, OUTBOUND as DIALS, flag},
     trace::{Hook, Rule},
 };
 
-use crate::bench::{Bench, HBONE, INBOUND, OUTBOUND, READY, address, agent::How, at, empty};
+use crate::bench::{Bench, HBONE, INBOUND, OUTBOUND, READY, address, agent::How, at, empty, sys};
 
 const OPEN: u32 = flag::FAIL_OPEN;
 
@@ -262,4 +262,28 @@ fn nobody_gets_an_original_destination_without_a_redirect() {
 
 fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// Such programs are hooked at the root of the cgroups, and ours, below it, run first (K11).
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_load_balancer_above_hides_no_service_address() {
+    let mut bench = Bench::new();
+    bench.world.listen("[::]:8080");
+    let tunnel = bench.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    let service = at("192.0.2.77", 8080);
+    let root = File::open(bench.cgroups.root()).unwrap();
+    let links = sys::attach_balancer(root.as_fd(), [192, 0, 2, 77].into(), [10, 99, 0, 2].into()).unwrap();
+
+    let dialled = bench.app.dial(How::Tcp, service).unwrap();
+    assert_eq!(bench.tunnel.accept(tunnel).original, Some(service));
+    assert_eq!(dialled.peer, service);
+    // Whoever is not enrolled is balanced as before.
+    bench.rules(8080);
+    bench.set(0, true);
+    let balanced = bench.app.dial(How::Tcp, service).unwrap();
+    assert_eq!(bench.rules(8080), [(Hook::Connect4, Rule::NotEnrolled)]);
+    assert!(bench.tunnel.is_idle(tunnel));
+    bench.app.close(balanced.handle);
+    drop(links);
 }
