@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use super::{
     ca::CarelessCa,
     node::Node,
-    process::{Process, placed, run, run_quietly, wait_for},
+    process::{Process, placed_inside, run, run_quietly, wait_for},
 };
 
 /// Whether a pod carries the label that enrols it.
@@ -37,6 +37,8 @@ pub struct Pod {
     /// The versions of service `web` have it: `web` is served by these pods.
     pub serves_web: bool,
     pub fail_open: bool,
+    /// The node's process, where the node is a container.
+    pub inside: Option<u32>,
 }
 
 impl Pod {
@@ -46,12 +48,16 @@ impl Pod {
 
     /// Runs a program in the pod until it ends.
     pub fn exec(&self, program: &[&str]) -> Output {
-        placed(&self.cgroup, &self.netns, program).stderr(Stdio::piped()).output().expect("bash")
+        self.placed(program).stderr(Stdio::piped()).output().expect("bash")
     }
 
     /// Starts a program in the pod.
     pub fn spawn(&self, name: &str, program: &[&str], log: &Path) -> Process {
-        Process::spawn(name, placed(&self.cgroup, &self.netns, program), log)
+        Process::spawn(name, self.placed(program), log)
+    }
+
+    fn placed(&self, program: &[&str]) -> std::process::Command {
+        placed_inside(self.inside, &self.cgroup, &self.netns, program)
     }
 
     /// Ends the pod as a kubelet does: its processes, then its cgroups, then its netns.
@@ -151,6 +157,7 @@ impl Bed {
             enrol,
             serves_web: false,
             fail_open: false,
+            inside: on.inside(),
             netns,
         };
         let (netns, outside) = (&pod.netns, format!("p{host}"));
@@ -225,7 +232,7 @@ impl Bed {
                 yaml,
                 "- uid: {}\n  name: {name}\n  namespace: demo\n  serviceAccount: {name}\n  cgroup: {}\n",
                 pod.uid(),
-                pod.cgroup.parent().expect("pod cgroup").display(),
+                self.nodes[node].as_seen_inside(pod.cgroup.parent().expect("pod cgroup")).display(),
                 name = pod.name,
             );
             if pod.enrol == Enrol::Mesh {
@@ -288,7 +295,8 @@ impl Bed {
         let (cgroup2, bpffs, mesh, ca) =
             (self.cgroup2.clone(), self.bpffs(), self.mesh_file(), self.ca_dir());
         for node in &mut self.nodes {
-            node.start_watcher(&cgroup2, &bpffs, &["--detach"]);
+            let root = node.as_seen_inside(&node.cgroup_root(&cgroup2));
+            node.start_watcher(&root, &bpffs, &["--detach"]);
             tunnel.clone_into(&mut node.tunnel_binary);
             node.start_tunnel(&mesh, &ca);
         }
@@ -409,6 +417,7 @@ impl Drop for Bed {
         for node in &mut self.nodes {
             node.tunnel = None;
             node.watcher = None;
+            node.container = None;
         }
         for pod in &self.pods {
             run_quietly(&format!("ip netns del {}", pod.netns));

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Every bed has names of its own, so beds can stand side by side; dropping it removes all of it.
-#![allow(dead_code, reason = "each program that includes this uses a part of it")]
+#![allow(dead_code, unused_imports, reason = "each program that includes this uses a part of it")]
 
 pub mod ca;
 pub mod cluster;

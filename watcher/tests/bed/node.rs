@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::ca::CarelessCa;
-use super::process::{Process, placed, run, text, wait_for};
+use super::process::{Process, placed, placed_inside, run, text, wait_for};
 
 #[derive(Debug)]
 pub struct Node {
@@ -26,8 +26,20 @@ pub struct Node {
     pub tunnel: Option<Process>,
     tunnels_started: usize,
     pub tunnel_binary: PathBuf,
+    /// Where the node is a container: what holds its namespaces.
+    pub container: Option<Container>,
     /// The folder of the certificate service to be asked, instead of a development CA.
     pub ca_service: Option<PathBuf>,
+}
+
+/// A container that is a node.
+#[derive(Debug)]
+pub struct Container {
+    _process: Process,
+    /// Its first process, as seen from outside.
+    pid: u32,
+    /// Where it has mounted its own cgroup tree.
+    mount: PathBuf,
 }
 
 impl Node {
@@ -44,6 +56,7 @@ impl Node {
             tunnel: None,
             tunnels_started: 0,
             tunnel_binary: binary("ztunnel"),
+            container: None,
             ca_service: None,
         };
         for below in ["kubepods", "ztunnel", "watcher"] {
@@ -81,6 +94,55 @@ impl Node {
         self.cgroup.join("kubepods")
     }
 
+    /// Makes the node a container, as Kind's nodes are: pid, mount and cgroup namespaces of its own, the
+    /// last with its own mount of the tree. To be called before anything runs on it.
+    pub fn contain(&mut self, cgroup2: &Path) {
+        // One tree is not mounted over itself.
+        let script = "umount -l \"$0\" && mount -t cgroup2 cgroup2 \"$0\" && exec sleep infinity";
+        let words = [
+            "unshare",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "--cgroup",
+            "--propagation",
+            "slave",
+            "sh",
+            "-c",
+            script,
+            cgroup2.to_str().expect("UTF-8 path"),
+        ];
+        let command = placed(&self.cgroup, &self.netns, &words);
+        let process = Process::spawn("node", command, &self.dir.join("node.log"));
+        let pid = wait_for("the node's container", Duration::from_secs(10), || {
+            let members = fs::read_to_string(self.cgroup.join("cgroup.procs")).ok()?;
+            members.lines().filter_map(|pid| pid.parse().ok()).find(|pid: &u32| {
+                fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "sleep")
+            })
+        });
+        self.container = Some(Container { _process: process, pid, mount: cgroup2.to_owned() });
+    }
+
+    pub fn inside(&self) -> Option<u32> {
+        self.container.as_ref().map(|container| container.pid)
+    }
+
+    /// The root of the cgroup tree that the node's programs see, as a path on the outside.
+    pub fn cgroup_root(&self, cgroup2: &Path) -> PathBuf {
+        if self.container.is_some() { self.cgroup.clone() } else { cgroup2.to_owned() }
+    }
+
+    /// A cgroup's path as the node's programs see it.
+    pub fn as_seen_inside(&self, cgroup: &Path) -> PathBuf {
+        match &self.container {
+            Some(container) => {
+                container.mount.join(cgroup.strip_prefix(&self.cgroup).expect("a cgroup of this node"))
+            }
+            None => cgroup.to_owned(),
+        }
+    }
+
     pub fn pods_file(&self) -> PathBuf {
         self.dir.join("pods.yaml")
     }
@@ -89,7 +151,8 @@ impl Node {
         let path = |p: &Path| p.to_str().expect("UTF-8 path").to_owned();
         let (pods, zds, status) =
             (path(&self.pods_file()), path(&self.zds_socket()), path(&self.status_socket()));
-        let (attach, root, bpffs) = (path(&self.pods_cgroup()), path(cgroup2), path(bpffs));
+        let (attach, root, bpffs) =
+            (path(&self.as_seen_inside(&self.pods_cgroup())), path(cgroup2), path(bpffs));
         let binary = path(&binary("watcher"));
         let mut line = vec![binary.as_str(), "run", "--pods", &pods, "--node", &self.pins_name];
         line.extend(["--zds-socket", &zds, "--status-socket", &status]);
@@ -97,7 +160,7 @@ impl Node {
         line.extend(["--run-dir", &run_dir]);
         line.extend(["--bpffs", &bpffs, "--cgroup-root", &root, "--attach", &attach]);
         line.extend(more);
-        let mut command = placed(&self.cgroup.join("watcher"), &self.netns, &line);
+        let mut command = placed_inside(self.inside(), &self.cgroup.join("watcher"), &self.netns, &line);
         command.env("RUST_LOG", "info");
         let (zds, status) = (self.zds_socket(), self.status_socket());
         let log = self.dir.join("watcher.log");
@@ -126,7 +189,8 @@ impl Node {
         let cgroup = self.cgroup.join("ztunnel").join(self.tunnels_started.to_string());
         self.tunnels_started += 1;
         fs::create_dir_all(&cgroup).expect("cgroup");
-        let mut command = placed(&cgroup, &self.netns, &[self.tunnel_binary.to_str().expect("UTF-8 path")]);
+        let binary = self.tunnel_binary.to_str().expect("UTF-8 path");
+        let mut command = placed_inside(self.inside(), &cgroup, &self.netns, &[binary]);
         command
             .env("INPOD_UDS", self.zds_socket())
             .env("LOCAL_XDS_PATH", mesh_file)

@@ -27,11 +27,19 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> O
 /// cgroup, then becomes `nsenter`, then the program, so that not one instruction of it runs elsewhere.
 /// (`ip netns exec` would hide the cgroup mounts.)
 pub fn placed(cgroup: &Path, netns: &str, program: &[&str]) -> Command {
+    placed_inside(None, cgroup, netns, program)
+}
+
+/// The same on a node that is a container: in the pid, mount and cgroup namespaces of process `node`.
+pub fn placed_inside(node: Option<u32>, cgroup: &Path, netns: &str, program: &[&str]) -> Command {
     let mut command = Command::new("bash");
+    let netns = format!("--net=/run/netns/{netns}");
+    command.args(["-c", "echo $$ > \"$0/cgroup.procs\" && exec nsenter \"$@\""]).arg(cgroup).arg(netns);
+    if let Some(pid) = node {
+        command.args(["--target", &pid.to_string(), "--pid", "--mount", "--cgroup"]);
+    }
     command
-        .args(["-c", "echo $$ > \"$0/cgroup.procs\" && exec nsenter --net=\"$1\" -- \"${@:2}\""])
-        .arg(cgroup)
-        .arg(format!("/run/netns/{netns}"))
+        .arg("--")
         .args(program)
         .stdin(Stdio::null())
         // A Ctrl-C at the terminal is for the bed, which then ends its programs in order.

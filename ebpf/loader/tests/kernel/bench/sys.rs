@@ -32,6 +32,23 @@ pub fn attach_alone(
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// The head of the kernel's union for BPF_PROG_LOAD.
+#[repr(C)]
+struct Load {
+    kind: u32,
+    count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+    kernel: u32,
+    flags: u32,
+    name: [u8; 16],
+    interface: u32,
+    attach: u32,
+}
+
 /// A foreign load balancer in eight instructions: whoever connects to the IPv4 address `service` reaches `endpoint`.
 /// Attached at `cgroup` by a link, as such programs are, until the returned descriptor is closed.
 #[expect(unsafe_code, reason = "a program that nobody here compiled: the raw system call")]
@@ -56,21 +73,6 @@ pub fn attach_balancer(
         code(0xb7, 0x00, 0, 1),              // return 1: allow
         code(0x95, 0, 0, 0),
     ];
-    #[repr(C)]
-    struct Load {
-        kind: u32,
-        count: u32,
-        instructions: u64,
-        license: u64,
-        log_level: u32,
-        log_size: u32,
-        log: u64,
-        kernel: u32,
-        flags: u32,
-        name: [u8; 16],
-        interface: u32,
-        attach: u32,
-    }
     let load = Load {
         kind: 18, // BPF_PROG_TYPE_CGROUP_SOCK_ADDR
         count: u32::try_from(program.len()).unwrap_or(0),
@@ -91,7 +93,7 @@ pub fn attach_balancer(
         unsafe {
             match libc::syscall(libc::SYS_bpf, command, attr, size) {
                 -1 => Err(io::Error::last_os_error()),
-                fd => Ok(OwnedFd::from_raw_fd(fd as i32)),
+                fd => Ok(OwnedFd::from_raw_fd(i32::try_from(fd).unwrap_or(-1))),
             }
         }
     };
