@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use rand::Rng;
+use rand::{Rng, RngExt};
 
 use crate::{
     config::Ports,

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rand::Rng;
+use rand::{Rng, RngExt};
 use tokio::{
     sync::{Notify, watch},
     task::JoinSet,
