@@ -1,90 +1,41 @@
 //! What operators ask the process: readiness, metrics, and on loopback only its state and its end.
+//!
+//! * [`readiness`]: what is still pending
+//! * [`overview`]: pods, connections, certificates and failures at a glance, as JSON; [`page`]: the same for a browser
+//! * [`dump`]: all that is known, under Istio's names
+//! * [`profile`]: where time and memory go
+
+mod dump;
+mod overview;
+mod page;
+mod profile;
+mod readiness;
+
+pub use overview::Overview;
+pub use readiness::{Readiness, ReadyGuard};
 
 use std::{
-    collections::BTreeMap,
     fmt, io,
-    net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::SystemTime,
 };
 
 use axum::{
-    Router,
-    extract::{Query, State},
-    http::{HeaderMap, StatusCode, header},
+    Json, Router,
+    extract::{Query, Request, State},
+    http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
+    middleware::{self, Next},
     response::{Html, IntoResponse, Response},
     routing::{get, post},
 };
-use base64::{Engine, prelude::BASE64_STANDARD};
-use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde::Deserialize;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use tower_http::compression::CompressionLayer;
 use tracing::info;
 
-use crate::{
-    config::Config,
-    identity::{Certificates, Known},
-    logging::Logging,
-    mesh::Store,
-    metrics::Metrics,
-};
-
-/// What has to be done before this process counts as ready, by name.
-#[derive(Clone, Debug, Default)]
-pub struct Readiness(Arc<Mutex<BTreeMap<&'static str, usize>>>);
-
-impl Readiness {
-    /// Not ready, until the guard says so or is dropped. Tasks may share a name: then all of them count.
-    pub fn task(&self, name: &'static str) -> ReadyGuard {
-        let mut guard = ReadyGuard { readiness: self.clone(), name, pending: false };
-        guard.pending();
-        guard
-    }
-
-    /// What is still to be done, in order. Nothing: ready.
-    pub fn pending(&self) -> Vec<&'static str> {
-        self.tasks().keys().copied().collect()
-    }
-
-    fn tasks(&self) -> MutexGuard<'_, BTreeMap<&'static str, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// One task of [`Readiness`].
-#[derive(Debug)]
-pub struct ReadyGuard {
-    readiness: Readiness,
-    name: &'static str,
-    pending: bool,
-}
-
-impl ReadyGuard {
-    pub fn ready(&mut self) {
-        if std::mem::take(&mut self.pending) {
-            let mut tasks = self.readiness.tasks();
-            if let Some(count) = tasks.get_mut(self.name) {
-                *count -= 1;
-                if *count == 0 {
-                    tasks.remove(self.name);
-                }
-            }
-        }
-    }
-
-    pub fn pending(&mut self) {
-        if !std::mem::replace(&mut self.pending, true) {
-            *self.readiness.tasks().entry(self.name).or_default() += 1;
-        }
-    }
-}
-
-impl Drop for ReadyGuard {
-    fn drop(&mut self) {
-        self.ready();
-    }
-}
+use crate::{config::Config, identity::Certificates, logging::Logging, mesh::Store, metrics::Metrics};
 
 /// What the admin server shows and does.
 #[derive(Clone)]
@@ -99,6 +50,7 @@ pub struct Admin {
     pub workload_state: Arc<dyn Fn() -> serde_json::Value + Send + Sync>,
     /// Ends the process in order.
     pub quit: CancellationToken,
+    pub started: SystemTime,
 }
 
 impl fmt::Debug for Admin {
@@ -144,13 +96,20 @@ impl Servers {
         let stats = Router::new()
             .route("/metrics", get(metrics))
             .route("/stats/prometheus", get(metrics))
+            .layer(CompressionLayer::new())
             .with_state(Arc::clone(&admin.metrics));
         let readiness = Router::new().route("/healthz/ready", get(ready)).with_state(admin.readiness.clone());
         let admin = Router::new()
             .route("/", get(index))
+            .route("/status", get(status))
             .route("/config_dump", get(config_dump))
             .route("/logging", post(logging))
             .route("/quitquitquit", post(quit))
+            .route("/debug/pprof/profile", get(profile::cpu))
+            .route("/debug/pprof/heap", get(profile::heap))
+            .route("/debug/pprof/heap/profiling", get(profile::heap_profiling).post(profile::heap_profiling))
+            .layer(CompressionLayer::new())
+            .layer(middleware::from_fn(refuse_other_sites))
             .with_state(Arc::new(admin));
         let serve = |listener, router: Router| {
             let stopped = stop.clone().cancelled_owned();
@@ -194,100 +153,38 @@ async fn metrics(State(metrics): State<Arc<Metrics>>, headers: HeaderMap) -> Res
     }
 }
 
-async fn index() -> Html<&'static str> {
-    Html(
-        "<!DOCTYPE html><title>Adit ztunnel</title><h1>Adit ztunnel</h1><ul>\
-         <li><a href=\"config_dump\">config_dump</a>: workloads, services, policies, certificates, pods\
-         <li>POST logging: the log's filter; <code>?level=debug</code> sets, <code>?reset</code> resets it\
-         <li>POST quitquitquit: drain and exit</ul>\n",
-    )
+async fn index(State(admin): State<Arc<Admin>>) -> Html<String> {
+    Html(page::page(&Overview::new(&admin)))
 }
 
-/// The parts of Istio's dump that exist here, under their names there.
+async fn status(State(admin): State<Arc<Admin>>) -> Json<Overview> {
+    Json(Overview::new(&admin))
+}
+
 async fn config_dump(State(admin): State<Arc<Admin>>) -> Response {
-    let mesh = admin.store.snapshot();
-    let services: Vec<_> = mesh
-        .services()
-        .map(|service| {
-            let endpoints: Vec<_> =
-                mesh.endpoints(&service.key()).iter().map(|end| &end.workload.uid).collect();
-            json!({ "service": service, "endpoints": endpoints })
-        })
-        .collect();
-    let dump = json!({
-        "version": env!("CARGO_PKG_VERSION"),
-        "config": &*admin.config,
-        "workloads": mesh.workloads().collect::<Vec<_>>(),
-        "services": services,
-        "policies": mesh.policies().collect::<Vec<_>>(),
-        "certificates": admin.certificates.known().iter().map(CertificateDump::from).collect::<Vec<_>>(),
-        "workloadState": (admin.workload_state)(),
-    });
-    match serde_json::to_string_pretty(&dump) {
-        Ok(text) => ([(header::CONTENT_TYPE, "application/json")], text).into_response(),
+    match tokio::task::spawn_blocking(move || dump::dump(&admin)).await {
+        Ok(Ok(text)) => ([(header::CONTENT_TYPE, "application/json")], text).into_response(),
+        Ok(Err(error)) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }
 }
 
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct CertificateDump {
-    identity: String,
-    state: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<String>,
-    cert_chain: Vec<OneCertificate>,
-    root_certs: Vec<OneCertificate>,
-}
-
-/// Base64 of the PEM, as Istio's tunnel shows it.
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct OneCertificate {
-    pem: String,
-    serial_number: String,
-    valid_from: String,
-    expiration_time: String,
-}
-
-impl From<&Known> for CertificateDump {
-    fn from(known: &Known) -> Self {
-        let credentials = known.credentials.as_deref();
-        let state = match (credentials, &known.error) {
-            (Some(credentials), _) if credentials.not_after < SystemTime::now() => "Expired",
-            (Some(_), _) => "Available",
-            (None, Some(_)) => "Unavailable",
-            (None, None) => "Initializing",
-        };
-        let shown =
-            |certs: Option<&[_]>| certs.unwrap_or_default().iter().filter_map(OneCertificate::new).collect();
-        Self {
-            identity: known.identity.to_string(),
-            state,
-            error: known.error.clone(),
-            cert_chain: shown(credentials.map(crate::identity::Credentials::chain)),
-            root_certs: shown(credentials.map(crate::identity::Credentials::roots)),
-        }
+/// A web page that the operator visits must not be able to change anything here: browsers say where a request comes
+/// from, everybody else says nothing.
+async fn refuse_other_sites(request: Request, next: Next) -> Response {
+    let own = |origin: &HeaderValue| {
+        let uri = origin.to_str().ok().and_then(|origin| origin.parse::<Uri>().ok());
+        uri.and_then(|uri| uri.host().map(is_loopback)).unwrap_or(false)
+    };
+    if request.headers().get(header::ORIGIN).is_some_and(|origin| !own(origin)) {
+        return (StatusCode::FORBIDDEN, "requests from other sites are refused\n").into_response();
     }
+    next.run(request).await
 }
 
-impl OneCertificate {
-    fn new(cert: &rustls::pki_types::CertificateDer<'static>) -> Option<Self> {
-        let (_, parsed) = x509_parser::parse_x509_certificate(cert).ok()?;
-        let body = BASE64_STANDARD.encode(cert);
-        let mut pem = "-----BEGIN CERTIFICATE-----\n".to_owned();
-        for line in body.as_bytes().chunks(64) {
-            pem.push_str(&String::from_utf8_lossy(line));
-            pem.push('\n');
-        }
-        pem.push_str("-----END CERTIFICATE-----\n");
-        Some(Self {
-            pem: BASE64_STANDARD.encode(pem),
-            serial_number: parsed.raw_serial_as_string().replace(':', ""),
-            valid_from: parsed.validity().not_before.to_rfc2822().ok()?,
-            expiration_time: parsed.validity().not_after.to_rfc2822().ok()?,
-        })
-    }
+fn is_loopback(host: &str) -> bool {
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    host == "localhost" || address.is_ok_and(|address| address.is_loopback())
 }
 
 #[derive(Deserialize)]
@@ -297,9 +194,9 @@ struct LoggingQuery {
 }
 
 async fn logging(State(admin): State<Arc<Admin>>, Query(query): Query<LoggingQuery>) -> Response {
-    let changed = match (&query.level, &query.reset) {
-        (_, Some(_)) => admin.logging.reset(),
-        (Some(level), None) => admin.logging.set(level),
+    let changed = match (query.level.as_deref(), &query.reset) {
+        (level, Some(_)) => admin.logging.reset().and_then(|()| admin.logging.add(level.unwrap_or(""))),
+        (Some(level), None) => admin.logging.add(level),
         (None, None) => Ok(()),
     };
     match changed.and_then(|()| admin.logging.current()) {

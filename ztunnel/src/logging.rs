@@ -1,7 +1,13 @@
 //! The log: its format, and its filter, which can be changed while running.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric},
+    metrics::{MetricType, counter::ConstCounter},
+};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
     EnvFilter, Layer, Registry,
     layer::SubscriberExt,
@@ -18,6 +24,34 @@ pub struct Logging {
     initial: Arc<str>,
 }
 
+/// Lines that may wait to be written: some megabytes.
+const WAITING_LINES: usize = 16 << 10;
+
+/// The thread that writes the log, as long as this lives.
+#[derive(Debug)]
+pub struct Written {
+    /// For the metrics.
+    pub lost: Lost,
+    _guard: WorkerGuard,
+}
+
+/// Lines that found no place to wait: `ztunnel_log_lines_lost_total`.
+#[derive(Clone, Debug)]
+pub struct Lost(ErrorCounter);
+
+impl Collector for Lost {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> std::fmt::Result {
+        let counter = ConstCounter::new(u64::try_from(self.0.dropped_lines()).unwrap_or(u64::MAX));
+        let help = "Log lines lost since writing them could not keep up";
+        counter.encode(encoder.encode_descriptor(
+            "ztunnel_log_lines_lost",
+            help,
+            None,
+            MetricType::Counter,
+        )?)
+    }
+}
+
 /// Why a filter was not taken.
 #[derive(Debug, thiserror::Error)]
 pub enum LoggingError {
@@ -30,16 +64,21 @@ pub enum LoggingError {
 }
 
 impl Logging {
-    /// Writes the records of this process to standard output.
-    pub fn init(format: LogFormat, filter: &str) -> Result<Self, LoggingError> {
+    /// Writes the records of this process to standard output, from a thread of its own: whoever logs never waits for
+    /// the disk or the pipe behind it. Past [`WAITING_LINES`] records are lost, and counted. What waits is written when
+    /// the guard is dropped.
+    pub fn init(format: LogFormat, filter: &str) -> Result<(Self, Written), LoggingError> {
         let (layer, logging) = Self::filtered(filter)?;
+        let (writer, guard) =
+            NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES).finish(io::stdout());
+        let written = Written { lost: Lost(writer.error_counter()), _guard: guard };
         let registry = tracing_subscriber::registry().with(layer);
-        let writer = tracing_subscriber::fmt::layer().with_ansi(false);
+        let writer = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(writer);
         match format {
             LogFormat::Text => registry.with(writer).try_init()?,
             LogFormat::Json => registry.with(writer.json().flatten_event(true)).try_init()?,
         }
-        Ok(logging)
+        Ok((logging, written))
     }
 
     fn filtered(filter: &str) -> Result<(impl Layer<Registry>, Self), LoggingError> {
@@ -53,6 +92,17 @@ impl Logging {
         let (layer, logging) = Self::filtered(filter).unwrap();
         std::mem::forget(layer); // its handle is weak
         logging
+    }
+
+    /// Adds to the filter; what it says of the same part before no longer counts. `debug` alone is for all parts that
+    /// are not named. Nothing changes nothing.
+    pub fn add(&self, directives: &str) -> Result<(), LoggingError> {
+        if directives.is_empty() {
+            return Ok(());
+        }
+        // By itself first, so that the error names what was asked for.
+        parse(directives)?;
+        self.set(&format!("{},{directives}", self.current()?))
     }
 
     /// Replaces the filter, such as `info` or `debug,h2=warn`.
@@ -87,5 +137,8 @@ mod tests {
         assert_eq!(logging.current().unwrap(), "debug");
         logging.reset().unwrap();
         assert!(logging.current().unwrap().contains("h2=warn"));
+        logging.add("h2=error").unwrap();
+        logging.add("debug").unwrap();
+        assert_eq!(logging.current().unwrap(), "h2=error,debug");
     }
 }

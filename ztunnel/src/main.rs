@@ -1,8 +1,9 @@
 //! `ztunnel`: parse, load, bind, report ready, serve, drain.
 
+mod allocator;
 mod cli;
 
-use std::{io::Write, path::Path, process::ExitCode, sync::Arc};
+use std::{io::Write, path::Path, process::ExitCode, sync::Arc, time::SystemTime};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
@@ -15,7 +16,7 @@ use ztunnel::{
     config::{Config, LocalState, ProxyMode},
     drain,
     identity::Certificates,
-    logging::Logging,
+    logging::{Logging, Lost},
     mesh::{
         Store,
         local_file::{self, Defaults},
@@ -24,11 +25,6 @@ use ztunnel::{
     pods::{Pods, zds},
     worker::{Shared, Workers},
 };
-
-/// Buffers of 256 KiB come and go with every read: glibc gives such memory back to the kernel each time and
-/// pays for it in page faults, a third of the time of a bulk transfer.
-#[global_allocator]
-static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
     let Arguments { config, command } = Arguments::parse();
@@ -47,19 +43,19 @@ fn main() -> ExitCode {
 
 fn run(file: Option<&Path>) -> Result<()> {
     let config = Arc::new(Config::load(file)?);
-    let logging = Logging::init(config.log_format, &config.log_filter)?;
+    let (logging, written) = Logging::init(config.log_format, &config.log_filter)?;
     info!(version = env!("CARGO_PKG_VERSION"), node = %config.node, workers = config.workers, "starting");
     info!(config = %serde_json::to_string(&*config)?, "effective configuration");
     raise_descriptor_limit();
     let runtime =
         Builder::new_current_thread().enable_all().build().context("cannot start the control runtime")?;
-    let done = runtime.block_on(serve(config, logging));
+    let done = runtime.block_on(serve(config, logging, written.lost.clone()));
     // Past the drain deadline a worker may still hang: dropping the runtime would wait for it.
     runtime.shutdown_background();
     done
 }
 
-async fn serve(config: Arc<Config>, logging: Logging) -> Result<()> {
+async fn serve(config: Arc<Config>, logging: Logging, lost_lines: Lost) -> Result<()> {
     if config.mode != ProxyMode::Shared {
         bail!("PROXY_MODE is dedicated; only shared is supported");
     }
@@ -68,6 +64,7 @@ async fn serve(config: Arc<Config>, logging: Logging) -> Result<()> {
     let certificates = Certificates::new(&config)?;
     let mut metrics = Metrics::new();
     metrics.collect(Box::new(CertificateExpiry(Arc::clone(&certificates))));
+    metrics.collect(Box::new(lost_lines));
     let metrics = Arc::new(metrics);
     let readiness = Readiness::default();
     let mut pods_ready = readiness.task("workload proxy manager");
@@ -96,6 +93,7 @@ async fn serve(config: Arc<Config>, logging: Logging) -> Result<()> {
         readiness,
         workload_state: pods.view(),
         quit: stop.clone(),
+        started: SystemTime::now(),
     };
     let served = servers.serve(admin, end.clone());
     services.spawn(async {

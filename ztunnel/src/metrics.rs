@@ -4,10 +4,11 @@
 //! to [`Metrics::collect`], if it is asked for at each scrape.
 //!
 //! * [`traffic`]: what is counted of connections, and under which labels
-//! * [`open`]: the connections that are open now
+//! * [`open`], [`failures`]: the connections that are open now, and the last ones that failed
 //! * [`certificates`], [`process`], [`runtime`]: asked at each scrape
 
 pub mod certificates;
+pub mod failures;
 pub mod open;
 mod process;
 mod runtime;
@@ -33,6 +34,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
+use failures::{Failed, Failures};
 use open::Open;
 pub use runtime::Runtimes;
 pub use traffic::{EndLabels, Traffic, TrafficLabels};
@@ -64,6 +66,7 @@ pub struct Metrics {
     pub pool: PoolMetrics,
     pub runtimes: Runtimes,
     pub open: Open,
+    pub failed_connections: Failures,
 }
 
 impl fmt::Debug for Metrics {
@@ -132,6 +135,7 @@ impl Metrics {
             pool: PoolMetrics::default(),
             runtimes: Runtimes::default(),
             open: Open::default(),
+            failed_connections: Failures::default(),
         };
         metrics.register_traffic();
         metrics.register_tunnels();
@@ -218,9 +222,11 @@ impl Metrics {
     }
 
     /// Counts a failure. Rare, so that it needs no handle.
-    pub fn failed(&self, labels: &TrafficLabels, direction: &'static str, reason: &'static str) {
+    pub fn failed(&self, labels: &TrafficLabels, failed: Failed) {
+        let Failed { direction, reason, .. } = failed;
         self.failed.get_or_create(labels).inc();
         self.failures.get_or_create(&FailureLabels { direction, reason }).inc();
+        self.failed_connections.add(failed);
     }
 
     /// Counts a connection whose destination took `lasted` to connect. `direction` as in the access log.

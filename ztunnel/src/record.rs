@@ -9,7 +9,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tracing::{Level, event, field::DisplayValue};
@@ -19,6 +19,7 @@ use crate::{
     mesh::{Service, Workload},
     metrics::{
         EndLabels, Metrics, Traffic, TrafficLabels,
+        failures::Failed,
         open::{Live, Place, View},
     },
 };
@@ -75,6 +76,17 @@ impl Ends {
             destination_workload: None,
             destination_identity: None,
             destination_service: None,
+        }
+    }
+
+    fn failed(&self, error: &str, reason: &'static str) -> Failed {
+        Failed {
+            at: SystemTime::now(),
+            direction: self.direction.as_str(),
+            reason,
+            src: self.source,
+            dst: self.hbone.unwrap_or(self.destination),
+            error: error.to_owned(),
         }
     }
 
@@ -262,11 +274,11 @@ impl Record {
     }
 
     fn fail(&mut self, error: &str, response_flags: &'static str, reason: &'static str) {
-        let (labels, direction) = {
+        let (labels, failed) = {
             let ends = self.shown.ends();
-            (ends.labels(response_flags), ends.direction.as_str())
+            (ends.labels(response_flags), ends.failed(error, reason))
         };
-        self.metrics.failed(&labels, direction, reason);
+        self.metrics.failed(&labels, failed);
         self.finish(Some((error, reason)));
     }
 
@@ -292,8 +304,8 @@ impl Drop for Record {
 /// Records a connection that ended before its ends were known: it counts as failed, never as opened.
 pub fn denied_early(metrics: &Metrics, ends: &Ends, failure: &dyn Failure) {
     let direction = ends.direction.as_str();
-    metrics.failed(&ends.labels(failure.response_flags()), direction, failure.reason());
     let error = chain(failure);
+    metrics.failed(&ends.labels(failure.response_flags()), ends.failed(&error, failure.reason()));
     event!(
         target: "access", Level::WARN, src.addr = %ends.source, dst.addr = %ends.destination, direction, error,
         reason = failure.reason(), "connection failed"

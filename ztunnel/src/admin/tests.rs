@@ -4,6 +4,9 @@ use tokio::{
     task::JoinHandle,
 };
 
+use base64::{Engine, prelude::BASE64_STANDARD};
+use serde_json::json;
+
 use super::*;
 use crate::{
     identity::Identity,
@@ -11,6 +14,7 @@ use crate::{
         Mesh,
         tests::{service, workload},
     },
+    record::{Direction, Ends, Record},
 };
 
 struct Bench {
@@ -49,8 +53,12 @@ impl Bench {
             logging: Logging::for_tests("info"),
             metrics: Arc::new(Metrics::new()),
             readiness: Readiness::default(),
-            workload_state: Arc::new(|| json!({ "uid-1": { "state": "Up" } })),
+            workload_state: Arc::new(|| {
+                let info = json!({ "name": "web-1", "namespace": "default", "serviceAccount": "web" });
+                json!({ "uid-1": { "state": "Up", "info": info } })
+            }),
             quit: CancellationToken::new(),
+            started: SystemTime::now(),
             config: Arc::clone(&config),
         };
         let servers = Servers::bind(&config).await.unwrap();
@@ -140,6 +148,7 @@ async fn the_log_filter_is_shown_changed_and_reset() {
     let logging = |query: &'static str| bench.ask(ADMIN, "POST", query, "");
     assert_eq!(logging("/logging").await.2, "current log level is info\n");
     assert_eq!(logging("/logging?level=debug").await.2, "current log level is debug\n");
+    assert_eq!(logging("/logging?level=h2%3Dwarn").await.2, "current log level is h2=warn,debug\n");
     let (status, _, body) = logging("/logging?level=h2%3Dloud").await;
     assert_eq!(status, 400);
     assert!(body.contains("h2=loud"), "{body}");
@@ -169,4 +178,98 @@ async fn an_address_in_use_is_named() {
     let config = Config { stats_address: taken.local_addr().unwrap(), ..config(folder.path()) };
     let error = Servers::bind(&config).await.unwrap_err().to_string();
     assert_eq!(error, format!("cannot listen on {} for metrics", config.stats_address));
+}
+
+/// A connection of pod `default/web-1` to itself.
+fn open(bench: &Bench) -> Record {
+    let web = Arc::new(workload("web-1", "10.0.0.2"));
+    let mut ends =
+        Ends::new(Direction::Outbound, "10.0.0.2:4000".parse().unwrap(), "10.0.0.2:80".parse().unwrap());
+    ends.source_workload = Some(Arc::clone(&web));
+    ends.destination_workload = Some(web);
+    Record::open(&bench.admin.metrics, ends)
+}
+
+#[tokio::test]
+async fn the_dump_shows_connections_at_their_pod_while_they_are_open() {
+    let bench = Bench::start().await;
+    let record = open(&bench);
+    record.sent(7);
+    let dump = || async {
+        let (_, body) = bench.get(ADMIN, "/config_dump").await;
+        serde_json::from_str::<serde_json::Value>(&body).unwrap()["workloadState"]["uid-1"]["connections"]
+            .clone()
+    };
+    let connections = dump().await;
+    let shown = &connections["outbound"][0];
+    assert_eq!(shown["src"], "10.0.0.2:4000");
+    assert_eq!(shown["originalDst"], "10.0.0.2:80");
+    assert_eq!(shown["protocol"], "TCP");
+    assert_eq!(shown["bytesSent"], 7);
+    assert_eq!(connections["inbound"], json!([]));
+    record.close(Ok(()));
+    assert_eq!(dump().await["outbound"], json!([]));
+}
+
+#[tokio::test]
+async fn the_status_and_the_page_show_the_same_and_names_cannot_break_out() {
+    let bench = Bench::start().await;
+    let _state = bench.admin.readiness.task("state manager");
+    let record = open(&bench);
+    drop(open(&bench)); // cut
+    let (status, body) = bench.get(ADMIN, "/status").await;
+    assert_eq!(status, 200);
+    let overview: serde_json::Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(overview["ready"], false);
+    assert_eq!(overview["pending"], json!(["state manager"]));
+    assert_eq!(overview["pods"][0]["outbound"], 1);
+    assert_eq!(overview["connectionsOpen"], 1);
+    assert_eq!(overview["failures"], json!([{ "direction": "outbound", "reason": "cut", "count": 1 }]));
+    assert_eq!(overview["lastFailures"][0]["error"], "connection cut");
+    let (status, head, page) = bench.ask(ADMIN, "GET", "/", "").await;
+    assert_eq!(status, 200);
+    assert!(head.contains("content-type: text/html"), "{head}");
+    for part in ["not ready: state manager", "node-a", "default/web-1", "10.0.0.2:4000", "<code>cut</code>"] {
+        assert!(page.contains(part), "{part} in {page}");
+    }
+    assert!(!page.contains("src=") && !page.contains("@import") && !page.contains("http"), "loads nothing");
+    drop(record);
+}
+
+#[tokio::test]
+async fn metrics_are_compressed_as_asked() {
+    let bench = Bench::start().await;
+    for encoding in ["gzip", "br", "zstd", "deflate"] {
+        let mut stream = TcpStream::connect(bench.addresses[STATS]).await.unwrap();
+        let request = format!(
+            "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAccept-Encoding: {encoding}\r\n\r\n"
+        );
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.unwrap();
+        let head = String::from_utf8_lossy(&answer).to_lowercase();
+        assert!(head.contains(&format!("content-encoding: {encoding}\r\n")), "{head}");
+        assert!(!head.contains("istio_build"), "{encoding} left it readable");
+    }
+}
+
+#[tokio::test]
+async fn a_page_of_another_site_cannot_change_anything() {
+    let bench = Bench::start().await;
+    let quit = |origin: &'static str| bench.ask(ADMIN, "POST", "/quitquitquit", origin);
+    for origin in ["https://example.org", "null", "http://10.0.0.1:15000", "http://localhost.example.org"] {
+        let header: &'static str = Box::leak(format!("Origin: {origin}\r\n").into_boxed_str());
+        assert_eq!(quit(header).await.0, 403, "{origin}");
+    }
+    assert!(!bench.admin.quit.is_cancelled());
+    assert_eq!(quit("Origin: http://localhost:15000\r\n").await.0, 200);
+}
+
+#[tokio::test]
+async fn profiles_want_sane_arguments() {
+    let bench = Bench::start().await;
+    for query in ["seconds=0", "seconds=301", "frequency=0", "frequency=1001", "seconds=x"] {
+        assert_eq!(bench.get(ADMIN, &format!("/debug/pprof/profile?{query}")).await.0, 400, "{query}");
+    }
+    assert_eq!(bench.get(STATS, "/debug/pprof/heap").await.0, 404);
 }

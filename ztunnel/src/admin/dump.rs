@@ -1,0 +1,118 @@
+//! `/config_dump`: all that the process knows, under the names of Istio's dump, so that `istioctl ztunnel-config` reads it.
+
+use std::time::SystemTime;
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use serde::Serialize;
+use serde_json::{Value, json};
+use time::format_description::well_known::Rfc3339;
+
+use super::Admin;
+use crate::{identity::Known, metrics::open::View};
+
+/// More connections than these are counted, not listed: the dump must stay readable, and its making short.
+const CONNECTIONS: usize = 10_000;
+
+/// Costs as much as there is; not for a thread that has other things to do.
+pub(super) fn dump(admin: &Admin) -> serde_json::Result<String> {
+    let mesh = admin.store.snapshot();
+    let services: Vec<_> = mesh
+        .services()
+        .map(|service| {
+            let endpoints: Vec<_> =
+                mesh.endpoints(&service.key()).iter().map(|end| &end.workload.uid).collect();
+            json!({ "service": service, "endpoints": endpoints })
+        })
+        .collect();
+    let (connections, all) = admin.metrics.open.views(CONNECTIONS);
+    serde_json::to_string_pretty(&json!({
+        "version": { "version": env!("CARGO_PKG_VERSION") },
+        "config": &*admin.config,
+        "configKeys": &*admin.config.effective,
+        "staticConfig": { "source": &admin.config.local_state },
+        "workloads": mesh.workloads().collect::<Vec<_>>(),
+        "services": services,
+        "policies": mesh.policies().collect::<Vec<_>>(),
+        "certificates": admin.certificates.known().iter().map(CertificateDump::from).collect::<Vec<_>>(),
+        "workloadState": with_connections((admin.workload_state)(), &connections),
+        "openConnections": { "total": all, "listed": connections.len() },
+    }))
+}
+
+/// The pods' state, each with the connections that are open in it.
+fn with_connections(mut pods: Value, connections: &[View]) -> Value {
+    for pod in pods.as_object_mut().into_iter().flat_map(|pods| pods.values_mut()) {
+        let is = |key: &str, text: &str| pod["info"][key] == text;
+        let of = |direction: &str| -> Vec<&View> {
+            let own = |view: &&View| is("namespace", &view.pod.0) && is("name", &view.pod.1);
+            connections.iter().filter(|view| view.direction == direction).filter(own).collect()
+        };
+        pod["connections"] = json!({ "inbound": of("inbound"), "outbound": of("outbound") });
+    }
+    pods
+}
+
+/// In Istio's words.
+pub(super) fn state(known: &Known) -> &'static str {
+    match (&known.credentials, &known.error) {
+        (Some(credentials), _) if credentials.not_after < SystemTime::now() => "Expired",
+        (Some(_), _) => "Available",
+        (None, Some(_)) => "Unavailable",
+        (None, None) => "Initializing",
+    }
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct CertificateDump {
+    identity: String,
+    state: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    cert_chain: Vec<OneCertificate>,
+    root_certs: Vec<OneCertificate>,
+}
+
+/// Base64 of the PEM, as Istio's tunnel shows it.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct OneCertificate {
+    pem: String,
+    serial_number: String,
+    valid_from: String,
+    expiration_time: String,
+}
+
+impl From<&Known> for CertificateDump {
+    fn from(known: &Known) -> Self {
+        let credentials = known.credentials.as_deref();
+        let shown =
+            |certs: Option<&[_]>| certs.unwrap_or_default().iter().filter_map(OneCertificate::new).collect();
+        Self {
+            identity: known.identity.to_string(),
+            state: state(known),
+            error: known.error.clone(),
+            cert_chain: shown(credentials.map(crate::identity::Credentials::chain)),
+            root_certs: shown(credentials.map(crate::identity::Credentials::roots)),
+        }
+    }
+}
+
+impl OneCertificate {
+    fn new(cert: &rustls::pki_types::CertificateDer<'static>) -> Option<Self> {
+        let (_, parsed) = x509_parser::parse_x509_certificate(cert).ok()?;
+        let body = BASE64_STANDARD.encode(cert);
+        let mut pem = "-----BEGIN CERTIFICATE-----\n".to_owned();
+        for line in body.as_bytes().chunks(64) {
+            pem.push_str(&String::from_utf8_lossy(line));
+            pem.push('\n');
+        }
+        pem.push_str("-----END CERTIFICATE-----\n");
+        Some(Self {
+            pem: BASE64_STANDARD.encode(pem),
+            serial_number: parsed.raw_serial_as_string().replace(':', ""),
+            valid_from: parsed.validity().not_before.to_datetime().format(&Rfc3339).ok()?,
+            expiration_time: parsed.validity().not_after.to_datetime().format(&Rfc3339).ok()?,
+        })
+    }
+}

@@ -1,0 +1,60 @@
+//! Connections that failed: how many by reason, and the last ones, for whoever looks.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::SocketAddr,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
+};
+
+use serde::Serialize;
+
+/// So many are kept.
+const LAST: usize = 50;
+
+/// A connection that failed, as its access record says it.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Failed {
+    #[serde(skip)]
+    pub at: SystemTime,
+    pub direction: &'static str,
+    pub reason: &'static str,
+    pub src: SocketAddr,
+    pub dst: SocketAddr,
+    pub error: String,
+}
+
+#[derive(Debug, Default)]
+pub struct Failures(Mutex<Tally>);
+
+#[derive(Debug, Default)]
+struct Tally {
+    counts: BTreeMap<(&'static str, &'static str), u64>,
+    last: VecDeque<Failed>,
+}
+
+impl Failures {
+    pub fn add(&self, failed: Failed) {
+        let mut tally = self.tally();
+        *tally.counts.entry((failed.direction, failed.reason)).or_default() += 1;
+        if tally.last.len() == LAST {
+            tally.last.pop_front();
+        }
+        tally.last.push_back(failed);
+    }
+
+    /// How many by direction and reason.
+    pub fn counts(&self) -> BTreeMap<(&'static str, &'static str), u64> {
+        self.tally().counts.clone()
+    }
+
+    /// The last ones, the latest first.
+    pub fn last(&self) -> Vec<Failed> {
+        self.tally().last.iter().rev().cloned().collect()
+    }
+
+    fn tally(&self) -> MutexGuard<'_, Tally> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
