@@ -29,11 +29,12 @@ use ztunnel::{
 fn main() -> ExitCode {
     let Arguments { config, command } = Arguments::parse();
     let done = match command {
-        Some(Command::Config(command)) => cli::config::run(command, config),
-        None => run(config.as_deref()),
+        Some(Command::Config(command)) => cli::config::run(command, config).map(|()| ExitCode::SUCCESS),
+        Some(Command::Status(status)) => cli::status::run(&status),
+        None => run(config.as_deref()).map(|()| ExitCode::SUCCESS),
     };
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "ztunnel: {error:#}");
             ExitCode::FAILURE

@@ -1,8 +1,10 @@
 //! The commands. `ztunnel` alone runs the tunnel; every other command asks and ends.
 //!
 //! * [`config`]: what the configuration comes to, without running
+//! * [`status`]: what the running tunnel says of itself
 
 pub mod config;
+pub mod status;
 
 use std::path::PathBuf;
 
@@ -18,6 +20,7 @@ use clap::{Parser, Subcommand, ValueEnum};
     after_help = "Examples:
   ztunnel --config /etc/adit/ztunnel.yaml        run
   ztunnel config check /etc/adit/ztunnel.yaml    say what is wrong with it, if anything
+  ztunnel status                                 what the tunnel of this node does now
   ztunnel config print                           every key, its value and where that comes from"
 )]
 pub struct Arguments {
@@ -33,6 +36,7 @@ pub enum Command {
     /// Configuration without running.
     #[command(subcommand)]
     Config(config::ConfigCommand),
+    Status(status::Status),
 }
 
 /// How an answer is written.

@@ -1,0 +1,169 @@
+//! What operators see of a running tunnel: status, dump, page, profiles, and the commands of the program.
+
+mod bed;
+
+use std::{
+    io::{Read, Write},
+    net::SocketAddr,
+    process::{Command, Output},
+};
+
+use bed::{Bed, Tunnel, read_line, tunnel::local, wait_for};
+
+/// `ztunnel arguments` beside the tunnel.
+fn ztunnel(tunnel: &Tunnel, arguments: &[&str]) -> Output {
+    Command::new("nsenter")
+        .arg(format!("--net=/run/netns/{}", tunnel.space.name))
+        .arg(env!("CARGO_BIN_EXE_ztunnel"))
+        .args(arguments)
+        .env_clear()
+        .output()
+        .expect("ztunnel")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn status(tunnel: &Tunnel) -> serde_json::Value {
+    let output = ztunnel(tunnel, &["status", "-o", "json"]);
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(&output.stderr)))
+}
+
+fn body(tunnel: &Tunnel, to: SocketAddr, method: &str, path: &str) -> (String, String) {
+    let answer = tunnel.space.http(method, to, path).expect("answer");
+    let (head, body) = answer.split_once("\r\n\r\n").expect("HTTP");
+    (head.to_owned(), body.to_owned())
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn open_connection_is_shown_and_counted_while_it_lives() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("b", "server"));
+    bed.publish();
+    server.serve_double_echo(8080);
+    let (a, _b) = (bed.node("a", &[&client]), bed.node("b", &[&server]));
+    let mut stream = client.space.connect(server.at(8080));
+    read_line(&mut stream).expect("the greeting");
+    stream.write_all(b"hello world").expect("write");
+    stream.read_exact(&mut [0; 22]).expect("both echoes");
+
+    let shown = wait_for("the connection in the status", || {
+        let status = status(&a);
+        let found = status["connections"].as_array()?.iter().find(|one| one["bytesSent"] == 11)?.clone();
+        Some(found)
+    });
+    assert_eq!(shown["protocol"], "HBONE");
+    assert_eq!(shown["originalDst"], server.at(8080).to_string());
+    assert_eq!(shown["peer"], "demo/server");
+    assert_eq!(shown["peerIdentity"], "spiffe://cluster.local/ns/demo/sa/server");
+    let labels = ["reporter=\"source\"", "destination_workload=\"server\""];
+    assert_eq!(a.metric("istio_tcp_received_bytes_total", &labels), Some(11), "before it ends");
+    let status = status(&a);
+    assert_eq!(status["tunnels"], 1);
+    assert_eq!(status["streams"], 1);
+    let pod = &status["pods"][0];
+    assert_eq!((&pod["name"], &pod["outbound"], &pod["state"]), (&"client".into(), &1.into(), &"Up".into()));
+    let dump: serde_json::Value =
+        serde_json::from_str(&body(&a, local(15000), "GET", "/config_dump").1).expect("JSON");
+    let open = &dump["workloadState"]["client"]["connections"]["outbound"][0];
+    assert_eq!(open["actualDst"], server.at(15008).to_string());
+
+    drop(stream);
+    wait_for("the connection to go", || (self::status(&a)["connectionsOpen"] == 0).then_some(()));
+    for name in ["ztunnel_connect_duration_seconds_count", "ztunnel_tls_handshake_duration_seconds_count"] {
+        assert_eq!(a.metric(name, &["direction=\"outbound\""]), Some(1), "{name}");
+    }
+    let expiry = a.metric("ztunnel_certificate_expiration_timestamp_seconds", &["sa/client"]);
+    assert!(expiry.is_some_and(|at| at > 1_600_000_000), "{expiry:?}");
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn failure_has_one_reason_in_log_metric_and_status() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("a", "server"));
+    bed.publish();
+    let a = bed.node("a", &[&client, &server]);
+    client.space.refusal(server.at(8080)); // nobody listens there
+    let record = &a.records(1, &["outbound", "\"reason\""])[0];
+    let reason = record["reason"].as_str().expect("a reason").to_owned();
+    let labels = [format!("reason=\"{reason}\""), "direction=\"outbound\"".to_owned()];
+    let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
+    assert_eq!(a.metric("ztunnel_connection_failures_total", &labels), Some(1));
+    let human = text(&ztunnel(&a, &["status"]).stdout);
+    let line = human.lines().find(|line| line.contains("outbound") && line.contains(&reason));
+    assert!(line.is_some(), "{reason} in {human}");
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn status_says_what_is_pending_by_text_and_exit_code() {
+    let bed = Bed::new();
+    let mut a = bed.node_without_pods("a");
+    let output =
+        wait_for("an answer", || Some(ztunnel(&a, &["status"])).filter(|o| o.status.code() != Some(1)));
+    assert_eq!(output.status.code(), Some(3));
+    assert!(text(&output.stdout).contains("not ready, pending: workload proxy manager"), "{output:?}");
+    assert_eq!(a.agent().snapshot(), "");
+    a.wait_ready();
+    assert_eq!(ztunnel(&a, &["status"]).status.code(), Some(0));
+    let nobody = ztunnel(&a, &["status", "--admin", "127.0.0.1:1"]);
+    assert_eq!(nobody.status.code(), Some(1));
+    assert!(text(&nobody.stderr).contains("cannot ask the tunnel at 127.0.0.1:1"), "{nobody:?}");
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn profiles_of_processor_and_memory_are_taken_from_the_running_tunnel() {
+    let bed = Bed::new();
+    let a = bed.node("a", &[]);
+    let gzip = |path: &str| {
+        let url = format!("http://127.0.0.1:15000{path}");
+        let file = bed.dir.path().join("profile.gz");
+        a.space.run(&format!("curl -sf -o {} \"{url}\"", file.display()));
+        std::fs::read(file).expect("profile")
+    };
+    let cpu = gzip("/debug/pprof/profile?seconds=1&frequency=500");
+    assert_eq!(cpu[..2], [0x1f, 0x8b], "gzip");
+    let (head, why) = body(&a, local(15000), "GET", "/debug/pprof/heap");
+    assert!(head.contains("409") && why.contains("activate=true"), "{head} {why}");
+    let activate = "/debug/pprof/heap/profiling?activate=true";
+    assert_eq!(body(&a, local(15000), "POST", activate).1, "heap profiling is active\n");
+    assert_eq!(gzip("/debug/pprof/heap")[..2], [0x1f, 0x8b]);
+    let deactivate = "/debug/pprof/heap/profiling?activate=false";
+    assert_eq!(body(&a, local(15000), "POST", deactivate).1, "heap profiling is inactive\n");
+}
+
+#[test]
+fn configuration_is_checked_and_printed_without_running() {
+    let file = tempfile::NamedTempFile::new().expect("file");
+    std::fs::write(file.path(), "pool: {idle: 7s}\nnode: {name: n1}\nca: {token: s3cret}\n").expect("write");
+    let path = file.path().to_str().expect("path");
+    let ztunnel = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ztunnel"));
+        command.env_clear().env("NODE_NAME", "n2").args(arguments).output().expect("ztunnel")
+    };
+    let good = ztunnel(&["config", "check", path]);
+    assert!(good.status.success(), "{good:?}");
+    assert!(text(&good.stdout).contains("2 keys from"), "{good:?}");
+    let printed = ztunnel(&["--config", path, "config", "print", "-o", "json"]);
+    assert!(!text(&printed.stdout).contains("s3cret"));
+    let keys: Vec<serde_json::Value> = serde_json::from_slice(&printed.stdout).expect("JSON");
+    let key = |name: &str| keys.iter().find(|key| key["key"] == name).expect("key");
+    assert_eq!(
+        (&key("node.name")["value"], &key("node.name")["origin"]),
+        (&"n2".into(), &"environment".into())
+    );
+    assert_eq!((&key("pool.idle")["value"], &key("pool.idle")["origin"]), (&"7s".into(), &"file".into()));
+    // What is printed as YAML is a configuration with the same effect.
+    let yaml = ztunnel(&["--config", path, "config", "print", "-o", "yaml"]);
+    std::fs::write(file.path(), &yaml.stdout).expect("write");
+    let again = ztunnel(&["config", "check", path]);
+    assert!(again.status.success(), "{again:?}\n{}", text(&yaml.stdout));
+    std::fs::write(file.path(), "pool: {ilde: 7s}\n").expect("write");
+    let bad = ztunnel(&["config", "check", path]);
+    assert_eq!(bad.status.code(), Some(1));
+    assert!(text(&bad.stderr).contains("unknown key pool.ilde, did you mean pool.idle?"), "{bad:?}");
+}
