@@ -1,6 +1,7 @@
 //! The loop that owns all state: looks, compares, acts, and answers.
 //!
-//! * `look`: the pods, and what is there of them
+//! * `pods`: the pods that the source told of, and what is known of each
+//! * `look`: what is there of them
 //! * `act`: from what was seen to steps, and doing them
 //! * `tunnels`: who is connected, and who acknowledged what
 //! * `lingering`: netns of pods that left, while connections still need them
@@ -11,7 +12,9 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
+    os::fd::OwnedFd,
     path::PathBuf,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -25,30 +28,29 @@ use tracing::{error, info, warn};
 
 use crate::{
     control,
-    desired::{BadEntry, Entry, FailMode, Outcome, Outcomes, Source, exclusions::Exclusions},
+    desired::{FailMode, Outcome, Outcomes, Source, exclusions::Exclusions},
     enrol::{hand_over, records::Records},
     observed::{
         cgroups::{self, CgroupId},
         events::Events,
         netns::{self, NetnsId},
     },
-    reconcile::{HBONE_PORT, INBOUND_PORT, Judged, OUTBOUND_PORT, Plan, Reason},
+    reconcile::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, Plan, Reason},
 };
 
 mod act;
 mod asked;
 mod lingering;
 mod look;
+mod pods;
 mod tunnels;
+
+use self::pods::Pods;
 
 pub use self::asked::TraceLine;
 
-/// How long a pod that cannot be enrolled yet is looked at again and again: its processes are just
-/// starting, most likely.
-const EAGER: Duration = Duration::from_secs(5);
-const EAGER_EVERY: Duration = Duration::from_millis(20);
-/// The scan that makes up for lost events. With it, what is gone is forgotten within two seconds.
-const SCAN_EVERY: Duration = Duration::from_secs(1);
+/// The scan of everything, which makes up for lost events and for what others did to our maps.
+const SCAN_EVERY: Duration = Duration::from_secs(30);
 /// After a restart the tunnel's pods count as served for so long without it: tunnels try to connect
 /// again at least every 15 s, and carry on meanwhile.
 const ADOPTION: Duration = Duration::from_secs(20);
@@ -97,6 +99,24 @@ struct Adopted {
     until: Instant,
 }
 
+/// What has to be done, and for whom.
+#[derive(Debug, Default)]
+struct Dirty {
+    /// Pods to look at, and then to act on.
+    look: BTreeSet<String>,
+    /// Pods to act on.
+    act: BTreeSet<String>,
+    /// Everything is compared with what is applied.
+    all: bool,
+}
+
+/// What was told, and what had to be found.
+#[derive(Clone, Copy, Debug, Default)]
+struct EventCounts {
+    /// What a scan found to be otherwise than events had told.
+    corrections: u64,
+}
+
 /// All state of the node.
 struct Node {
     config: Config,
@@ -107,27 +127,22 @@ struct Node {
     host: BTreeSet<NetnsId>,
     own_cgroup: Option<PathBuf>,
     source_name: String,
-    /// What the source told last; `None`: nothing yet.
-    entries: Option<Vec<Entry>>,
     source_error: Option<String>,
     listener: Option<mpsc::UnboundedSender<(String, Option<Outcome>)>>,
     outcomes: Outcomes,
-    bad: Vec<BadEntry>,
-    judged: Vec<Judged>,
-    /// Since when an enrolled pod has no process.
-    empty_since: BTreeMap<String, Instant>,
-    /// Until when unsettled pods are looked at eagerly.
-    eager_until: Instant,
+    pods: Pods,
+    /// Directories of pods that are found by their uid.
+    places: BTreeMap<String, PathBuf>,
+    dirty: Dirty,
+    events: EventCounts,
+    /// Netns that were opened when their pods were looked at, by cookie, until they were acted on.
+    opened: BTreeMap<u64, Arc<OwnedFd>>,
+    /// When everything is compared again, since something could not be done.
+    all_due: Option<Instant>,
     applied: Plan,
-    /// What could not be done for a pod, by uid.
-    problems: BTreeMap<String, Reason>,
     /// What could not be done for the node as a whole.
     unsettled: Vec<String>,
-    policies: BTreeMap<String, (u32, Exclusions)>,
     last_policy: u32,
-    /// Pods that were seen before, so that only a pod that ran in clear until now is treated leniently.
-    met: BTreeSet<String>,
-    lenient: BTreeMap<String, Instant>,
     adopted: Option<Adopted>,
     tunnels: tunnels::Tunnels,
     lingering: BTreeMap<u64, lingering::Lingering>,
@@ -149,23 +164,28 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
     let zds = hand_over::Server::bind(&config.zds_socket, zds_sender).map_err(cannot("serve tunnels"))?;
 
     let mut node = Node::new(config, &source)?;
-    node.act();
-    events.watch_cgroups(&node.watched());
-    info!(node = node.config.node, pods = node.judged.len(), attached = %node.config.attach.display(), "watching");
+    info!(node = node.config.node, attached = %node.config.attach.display(), "watching");
 
     let mut next_scan = Instant::now() + SCAN_EVERY;
     let detach = loop {
+        let cause = if Instant::now() >= next_scan {
+            next_scan = Instant::now() + SCAN_EVERY;
+            node.repair();
+            look::Cause::Scan
+        } else {
+            look::Cause::Event
+        };
+        node.look(cause);
+        node.act();
+        events.watch_cgroups(&node.watched());
         let wake = node.wake(next_scan);
         tokio::select! {
             _ = stop.recv() => break node.config.detach,
             _ = interrupt.recv() => break node.config.detach,
             Some(event) = zds_events.recv() => node.on_tunnel(event),
-            () = events.next() => node.look(look::Which::All),
+            path = events.next() => node.stir(&path),
             update = source.updates.recv() => match update {
-                Some(update) => {
-                    node.take(update);
-                    node.look(look::Which::All);
-                }
+                Some(update) => node.take(update),
                 None => return Err(NodeError::SourceEnded { source_name: node.source_name }),
             },
             Some(asked) = asked.recv() => {
@@ -182,19 +202,18 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
                 }
             }
             () = asked::Tracing::ready(&mut node.tracing) => node.pass_trace_on(),
-            () = tokio::time::sleep_until(wake.into()) => {
-                if Instant::now() >= next_scan {
-                    node.look(look::Which::All);
-                    node.repair();
-                    next_scan = Instant::now() + SCAN_EVERY;
-                } else {
-                    node.look(look::Which::Unsettled);
-                }
-            }
+            () = tokio::time::sleep_until(wake.into()) => {}
         }
-        node.act();
-        node.tell_outcomes();
-        events.watch_cgroups(&node.watched());
+        // What is there already is one batch: sixty acknowledgements need not be sixty rounds.
+        while let Ok(event) = zds_events.try_recv() {
+            node.on_tunnel(event);
+        }
+        while let Ok(update) = source.updates.try_recv() {
+            node.take(update);
+        }
+        while let Some(path) = events.ready() {
+            node.stir(&path);
+        }
     };
     node.stop_tracing();
     let result = if detach { node.detach(&mut zds_events).await } else { Ok(()) };
@@ -270,21 +289,18 @@ impl Node {
             settings,
             host: netns::host(),
             source_name: source.name.clone(),
-            entries: None,
             source_error: None,
             listener: source.outcomes.clone(),
             outcomes: Outcomes::default(),
-            bad: Vec::new(),
-            judged: Vec::new(),
-            empty_since: BTreeMap::new(),
-            eager_until: Instant::now(),
+            pods: Pods::default(),
+            places: BTreeMap::new(),
+            dirty: Dirty::default(),
+            events: EventCounts::default(),
+            opened: BTreeMap::new(),
+            all_due: None,
             applied,
-            problems: BTreeMap::new(),
             unsettled: Vec::new(),
-            policies: BTreeMap::new(),
             last_policy,
-            met: BTreeSet::new(),
-            lenient: BTreeMap::new(),
             adopted: Some(adopted),
             tunnels: tunnels::Tunnels::default(),
             lingering: BTreeMap::new(),
@@ -297,11 +313,10 @@ impl Node {
     /// When something is due next.
     fn wake(&self, next_scan: Instant) -> Instant {
         let now = Instant::now();
-        let eager = (now < self.eager_until && self.is_unsettled()).then_some(now + EAGER_EVERY);
-        [eager, self.tunnels.next_retry(), self.next_lingering(now)]
+        [self.all_due, self.tunnels.next_retry(), self.next_lingering(now)]
             .into_iter()
+            .chain(self.pods.all().flat_map(|known| [known.next_look, known.lenient_until]))
             .flatten()
-            .chain(self.lenient.values().copied())
             .chain(self.adopted.as_ref().map(|adopted| adopted.until))
             .fold(next_scan, Instant::min)
     }
@@ -325,9 +340,24 @@ impl Node {
     }
 
     fn note_problem(&mut self, uid: &str, reason: Reason) {
-        if self.problems.get(uid) != Some(&reason) {
+        let Some(known) = self.pods.get_mut(uid) else { return };
+        if known.problem.as_ref() != Some(&reason) {
             warn!(uid, code = reason.code, reason = reason.text, "pod cannot be enrolled yet");
-            self.problems.insert(uid.to_owned(), reason);
+            known.problem = Some(reason);
+        }
+        // Tried again with the next look, which is due soon.
+        known.next_look.get_or_insert(Instant::now() + act::AGAIN);
+    }
+
+    fn forget_problem(&mut self, uid: &str) {
+        if let Some(known) = self.pods.get_mut(uid) {
+            known.problem = None;
+        }
+    }
+
+    fn end_lenience(&mut self, uid: &str) {
+        if let Some(known) = self.pods.get_mut(uid) {
+            known.lenient_until = None;
         }
     }
 }

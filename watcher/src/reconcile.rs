@@ -44,6 +44,66 @@ pub struct Plan {
     pub workloads: BTreeMap<String, Workload>,
 }
 
+/// Which entries of a [`Plan`] are a pod's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Keys {
+    policies: BTreeSet<u32>,
+    cgroups: BTreeSet<CgroupId>,
+    addresses: BTreeSet<Address>,
+    netns: BTreeSet<u64>,
+    workloads: BTreeSet<String>,
+}
+
+impl Keys {
+    pub fn extend(&mut self, other: Self) {
+        self.policies.extend(other.policies);
+        self.cgroups.extend(other.cgroups);
+        self.addresses.extend(other.addresses);
+        self.netns.extend(other.netns);
+        self.workloads.extend(other.workloads);
+    }
+}
+
+impl Plan {
+    pub fn keys(&self) -> Keys {
+        Keys {
+            policies: self.policies.keys().copied().collect(),
+            cgroups: self.cgroups.keys().copied().collect(),
+            addresses: self.addresses.keys().copied().collect(),
+            netns: self.netns.keys().copied().collect(),
+            workloads: self.workloads.keys().cloned().collect(),
+        }
+    }
+
+    /// With everything of `other`, which is about other pods.
+    pub fn extend(&mut self, other: Self) {
+        self.policies.extend(other.policies);
+        self.cgroups.extend(other.cgroups);
+        self.addresses.extend(other.addresses);
+        self.netns.extend(other.netns);
+        self.workloads.extend(other.workloads);
+    }
+
+    /// Only the entries of `keys`, as far as they are there.
+    #[must_use]
+    pub fn part(&self, keys: &Keys) -> Self {
+        Self {
+            policies: part(&self.policies, &keys.policies),
+            cgroups: part(&self.cgroups, &keys.cgroups),
+            addresses: part(&self.addresses, &keys.addresses),
+            netns: part(&self.netns, &keys.netns),
+            workloads: part(&self.workloads, &keys.workloads),
+        }
+    }
+}
+
+fn part<K: Ord + Clone, V: Clone>(of: &BTreeMap<K, V>, keys: &BTreeSet<K>) -> BTreeMap<K, V> {
+    keys.iter()
+        .filter_map(|key| of.get_key_value(key))
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect()
+}
+
 /// A pod's netns, and how to find it again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Netns {
@@ -71,18 +131,18 @@ pub struct Circumstances<'a> {
     pub default_fail_mode: FailMode,
     /// Whether a connected tunnel acknowledged this uid's netns, by cookie.
     pub ready: &'a dyn Fn(&str, u64) -> bool,
-    /// Pods that ran in clear until now: they go on so until the tunnel has them, since a label put on a
+    /// Whether the pod ran in clear until now: it goes on so until the tunnel has it, since a label put on a
     /// running pod must not fail a single connection.
-    pub lenient: &'a BTreeSet<String>,
-    /// The policy id of each pod that has exclusions.
-    pub policies: &'a BTreeMap<String, u32>,
+    pub lenient: &'a dyn Fn(&str) -> bool,
+    /// The policy id of a pod that has exclusions; 0: none.
+    pub policy: &'a dyn Fn(&str) -> u32,
     /// The cgroups of tunnels.
     pub tunnels: &'a BTreeSet<CgroupId>,
 }
 
 impl std::fmt::Debug for Circumstances<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Circumstances").field("lenient", &self.lenient).finish_non_exhaustive()
+        f.debug_struct("Circumstances").field("tunnels", &self.tunnels).finish_non_exhaustive()
     }
 }
 
@@ -94,8 +154,8 @@ pub fn address16(address: IpAddr) -> Address {
     }
 }
 
-/// What everything should hold.
-pub fn wanted(judged: &[Judged], circumstances: &Circumstances<'_>) -> Plan {
+/// What everything should hold, as far as it is about `judged` and the tunnels named in `circumstances`.
+pub fn wanted<'a>(judged: impl IntoIterator<Item = &'a Judged>, circumstances: &Circumstances<'_>) -> Plan {
     let mut plan = Plan::default();
     for Judged { pod, observed, verdict } in judged {
         let pod_cgroup = || observed.dir.clone().unwrap_or_default();
@@ -106,10 +166,10 @@ pub fn wanted(judged: &[Judged], circumstances: &Circumstances<'_>) -> Plan {
             Verdict::Waiting(_) | Verdict::Refused { keeps_closed: true, .. } => cgroup_info(closed, 0, &[]),
             Verdict::Verified(facts) => {
                 let ready = (circumstances.ready)(&pod.uid, facts.cookie);
-                let lenient = !ready && circumstances.lenient.contains(&pod.uid);
+                let lenient = !ready && (circumstances.lenient)(&pod.uid);
                 let flags =
                     closed | if ready { flag::READY } else { 0 } | if lenient { flag::FAIL_OPEN } else { 0 };
-                let policy_id = circumstances.policies.get(&pod.uid).copied().unwrap_or(0);
+                let policy_id = (circumstances.policy)(&pod.uid);
                 if policy_id != 0 {
                     plan.policies.insert(policy_id, pod.exclusions.clone());
                 }
@@ -204,10 +264,9 @@ pub fn steps(applied: &Plan, wanted: &Plan) -> Vec<Step> {
     steps.extend(
         changed(&applied.addresses, &wanted.addresses).map(|(at, record)| Step::SetAddress(at, record)),
     );
-    for (cookie, netns) in changed(&applied.netns, &wanted.netns) {
-        steps.push(Step::Prepare(cookie, netns.clone()));
-        steps.push(Step::Steer(cookie, netns));
-    }
+    // All at once, so that they can be done side by side.
+    steps.extend(changed(&applied.netns, &wanted.netns).map(|(cookie, netns)| Step::Prepare(cookie, netns)));
+    steps.extend(changed(&applied.netns, &wanted.netns).map(|(cookie, netns)| Step::Steer(cookie, netns)));
     steps.extend(
         changed(&applied.workloads, &wanted.workloads).map(|(uid, workload)| Step::Offer(uid, workload)),
     );

@@ -84,7 +84,9 @@ pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         fail_mode: args.fail_mode,
         detach: args.detach,
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // The loop that owns all state is this thread; a second one speaks with tunnels, the source and askers, so
+    // that a tunnel is given its next pod while the loop prepares others.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async {
         let what = format!("watch the directory of {}", pods_file.display());
         let source = file_source::start(pods_file, config.cgroup_root.clone()).map_err(node::cannot(what))?;

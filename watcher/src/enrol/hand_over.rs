@@ -12,6 +12,7 @@ use std::{
     io::{self, IoSlice},
     os::fd::{AsRawFd, OwnedFd},
     path::Path,
+    sync::Arc,
     time::Duration,
 };
 
@@ -79,7 +80,8 @@ pub struct OfferId {
 /// What a tunnel is told.
 #[derive(Clone, Debug)]
 pub enum Command {
-    Add(OfferId, Workload),
+    /// With the pod's netns, where it is open already; else it is found through the pod's processes.
+    Add(OfferId, Workload, Option<Arc<OwnedFd>>),
     Del(OfferId),
 }
 
@@ -200,9 +202,13 @@ impl Peer {
         events: &mpsc::UnboundedSender<Event>,
     ) -> io::Result<()> {
         let event = match command {
-            Command::Add(offer, workload) => {
-                // Opened only now and closed right after: an fd keeps a netns alive that its pod has left.
-                let error = match processes::open_netns(&workload.pod_cgroup, workload.netns) {
+            Command::Add(offer, workload, netns) => {
+                // Closed right after: an fd keeps a netns alive that its pod has left.
+                let opened = match netns {
+                    Some(netns) => Ok(netns),
+                    None => processes::open_netns(&workload.pod_cgroup, workload.netns).map(Arc::new),
+                };
+                let error = match opened {
                     Ok(netns) => self.ask(add(&offer.uid, workload), Some(netns)).await?,
                     Err(error) => Some(error.to_string()),
                 };
@@ -221,9 +227,9 @@ impl Peer {
     }
 
     /// Sends one message and waits for its answer: the error, if it was refused.
-    async fn ask(&self, request: Request, netns: Option<OwnedFd>) -> io::Result<Option<String>> {
+    async fn ask(&self, request: Request, netns: Option<Arc<OwnedFd>>) -> io::Result<Option<String>> {
         let packet = WorkloadRequest { payload: Some(request) }.encode_to_vec();
-        self.send(&packet, netns.as_ref()).await?;
+        self.send(&packet, netns.as_deref()).await?;
         drop(netns);
         let answer = timeout(ANSWER_WITHIN, self.receive())
             .await

@@ -15,14 +15,19 @@ use std::{
 };
 
 use rtnetlink::{
-    Error as NetlinkError, Handle, RouteMessageBuilder,
+    RouteMessageBuilder,
+    packet_core::{
+        NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkBuffer, NetlinkMessage, NetlinkPayload,
+    },
     packet_route::{
+        AddressFamily, RouteNetlinkMessage,
         route::{RouteMessage, RouteScope, RouteType},
         rule::{RuleAction, RuleAttribute, RuleMessage},
     },
+    sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
 
-use crate::observed::netns::{all_own_addresses, run_in};
+use crate::observed::netns::{Visitor, all_own_addresses, run_in};
 
 /// The mark of the tunnel's packets (Istio's number).
 const MARK: u32 = 0x539;
@@ -36,8 +41,8 @@ const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
 const LO: u32 = 1;
 
 /// The sysctl's present value.
-pub fn fwmark_accept(netns: BorrowedFd<'_>) -> io::Result<String> {
-    run_in(netns, || {
+pub fn fwmark_accept(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<String> {
+    visitor.enter(netns, || {
         fs::read_to_string(FWMARK_ACCEPT)
             .map(|text| text.trim().to_owned())
             .map_err(|error| at(FWMARK_ACCEPT, &error))
@@ -45,18 +50,16 @@ pub fn fwmark_accept(netns: BorrowedFd<'_>) -> io::Result<String> {
 }
 
 /// Prepares `netns`. Done again it changes nothing. `v6`: whether IPv6 has to work there.
-pub fn prepare(netns: BorrowedFd<'_>, v6: bool) -> io::Result<()> {
-    run_in(netns, move || {
-        with_netlink(async |handle| {
-            for family in [Family::V4, Family::V6] {
-                match family.add(&handle).await {
-                    // A node may have no IPv6 at all.
-                    Err(_) if family == Family::V6 && !v6 => {}
-                    result => result?,
-                }
-            }
-            Ok(())
-        })?;
+pub fn prepare(visitor: &Visitor, netns: BorrowedFd<'_>, v6: bool) -> io::Result<()> {
+    visitor.enter(netns, || {
+        let mut requests = Vec::new();
+        for family in [Family::V4, Family::V6] {
+            // A node may have no IPv6 at all.
+            let optional = family == Family::V6 && !v6;
+            requests.push(Request::new("rule", RouteNetlinkMessage::NewRule(family.rule()), optional));
+            requests.push(Request::new("route", RouteNetlinkMessage::NewRoute(family.route()), optional));
+        }
+        talk(&requests, NLM_F_CREATE | NLM_F_EXCL, &[libc::EEXIST])?;
         fs::write(FWMARK_ACCEPT, "1").map_err(|error| at(FWMARK_ACCEPT, &error))
     })
 }
@@ -64,12 +67,14 @@ pub fn prepare(netns: BorrowedFd<'_>, v6: bool) -> io::Result<()> {
 /// Takes the preparation back; `fwmark_accept` is the value to put back. What is gone already is fine.
 pub fn restore(netns: BorrowedFd<'_>, fwmark_accept: String) -> io::Result<()> {
     run_in(netns, move || {
-        with_netlink(async |handle| {
-            for family in [Family::V4, Family::V6] {
-                family.remove(&handle).await?;
-            }
-            Ok(())
-        })?;
+        let mut requests = Vec::new();
+        for family in [Family::V4, Family::V6] {
+            requests.push(Request::new("rule", RouteNetlinkMessage::DelRule(family.rule()), false));
+            requests.push(Request::new("route", RouteNetlinkMessage::DelRoute(family.route()), false));
+        }
+        // No rule, no table, or no IPv6 at all.
+        let absent = [libc::ENOENT, libc::ESRCH, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
+        talk(&requests, 0, &absent)?;
         fs::write(FWMARK_ACCEPT, fwmark_accept).map_err(|error| at(FWMARK_ACCEPT, &error))
     })
 }
@@ -120,16 +125,59 @@ fn at(path: &str, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{path}: {error}"))
 }
 
-/// Runs `work` with a netlink socket of the calling thread's netns.
-fn with_netlink<T>(work: impl AsyncFnOnce(Handle) -> io::Result<T>) -> io::Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-    runtime.block_on(async {
-        let (connection, handle, _) = rtnetlink::new_connection()?;
-        let driver = tokio::spawn(connection);
-        let result = work(handle).await;
-        driver.abort();
-        result
-    })
+/// A change, and whether it may fail.
+struct Request {
+    what: &'static str,
+    message: RouteNetlinkMessage,
+    optional: bool,
+}
+
+impl Request {
+    fn new(what: &'static str, message: RouteNetlinkMessage, optional: bool) -> Self {
+        Self { what, message, optional }
+    }
+}
+
+/// Sends all `requests` to the calling thread's netns in one packet: one system call in place of one for each, when
+/// many pods come at once. The kernel does them in order, and has answered each by the time that sending returns.
+/// An error number among `expected` is as good as done.
+fn talk(requests: &[Request], flags: u16, expected: &[i32]) -> io::Result<()> {
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    let mut packet = Vec::with_capacity(512);
+    for (i, request) in requests.iter().enumerate() {
+        let mut message = NetlinkMessage::from(request.message.clone());
+        message.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+        message.header.sequence_number = u32::try_from(i).unwrap_or(u32::MAX);
+        message.finalize();
+        let start = packet.len();
+        packet.resize(start + message.buffer_len().next_multiple_of(4), 0);
+        message.serialize(&mut packet[start..]);
+    }
+    socket.send(&packet, 0)?;
+    let mut answered = 0;
+    let mut problem = None;
+    while answered < requests.len() {
+        let (answers, _) = socket.recv_from_full()?;
+        let mut rest = answers.as_slice();
+        while let Ok(buffer) = NetlinkBuffer::new_checked(rest) {
+            let length = buffer.length() as usize;
+            let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&rest[..length])
+                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+            let NetlinkPayload::Error(error) = answer.payload else { continue };
+            answered += 1;
+            let request = requests.get(answer.header.sequence_number as usize);
+            let fine = error.code.is_none() || expected.contains(&-error.raw_code());
+            if let Some(request) = request.filter(|request| !fine && !request.optional && problem.is_none()) {
+                let error = error.to_io();
+                let text = format!("{} for mark {MARK:#x}: {error}", request.what);
+                problem = Some(io::Error::new(error.kind(), text));
+            }
+        }
+    }
+    problem.map_or(Ok(()), Err)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -139,30 +187,11 @@ enum Family {
 }
 
 impl Family {
-    async fn add(self, handle: &Handle) -> io::Result<()> {
-        let rule =
-            handle.rule().add().action(RuleAction::ToTable).table_id(TABLE).priority(PRIORITY).fw_mark(MARK);
-        let rule = match self {
-            Self::V4 => rule.v4().execute().await,
-            Self::V6 => rule.v6().execute().await,
-        };
-        unless(libc::EEXIST, "rule", rule)?;
-        unless(libc::EEXIST, "route", handle.route().add(self.route()).execute().await)
-    }
-
-    async fn remove(self, handle: &Handle) -> io::Result<()> {
-        // No rule, no table, or no IPv6 at all.
-        let absent = [libc::ENOENT, libc::ESRCH, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
-        let rule = unless_any(&absent, "rule", handle.rule().del(self.rule()).execute().await);
-        let route = unless_any(&absent, "route", handle.route().del(self.route()).execute().await);
-        rule.and(route)
-    }
-
     fn rule(self) -> RuleMessage {
         let mut rule = RuleMessage::default();
         rule.header.family = match self {
-            Self::V4 => rtnetlink::packet_route::AddressFamily::Inet,
-            Self::V6 => rtnetlink::packet_route::AddressFamily::Inet6,
+            Self::V4 => AddressFamily::Inet,
+            Self::V6 => AddressFamily::Inet6,
         };
         rule.header.action = RuleAction::ToTable;
         rule.attributes =
@@ -187,23 +216,6 @@ impl Family {
                 .output_interface(LO)
                 .build(),
         }
-    }
-}
-
-fn unless(expected: i32, what: &str, result: Result<(), NetlinkError>) -> io::Result<()> {
-    unless_any(&[expected], what, result)
-}
-
-/// Takes an error for success if its number is one of `expected`.
-fn unless_any(expected: &[i32], what: &str, result: Result<(), NetlinkError>) -> io::Result<()> {
-    match result {
-        Ok(()) => Ok(()),
-        Err(NetlinkError::NetlinkError(message)) if expected.contains(&-message.raw_code()) => Ok(()),
-        Err(NetlinkError::NetlinkError(message)) => {
-            let error = message.to_io();
-            Err(io::Error::new(error.kind(), format!("{what} for mark {MARK:#x}: {error}")))
-        }
-        Err(error) => Err(io::Error::other(format!("{what} for mark {MARK:#x}: {error}"))),
     }
 }
 

@@ -62,17 +62,23 @@ impl Records {
         &self.content.tunnels
     }
 
-    /// Notes a netns; the first record stays, since by the second one the sysctl's value is ours.
-    pub fn add_netns(&mut self, cookie: u64, record: NetnsRecord) -> io::Result<()> {
-        if self.content.netns.contains_key(&cookie) {
-            return Ok(());
+    /// Notes netns, all in one write; the first record of each stays, since by the second one the sysctl's value
+    /// is ours.
+    pub fn add_netns(&mut self, records: impl IntoIterator<Item = (u64, NetnsRecord)>) -> io::Result<()> {
+        let before = self.content.netns.len();
+        for (cookie, record) in records {
+            self.content.netns.entry(cookie).or_insert(record);
         }
-        self.content.netns.insert(cookie, record);
-        self.save()
+        if self.content.netns.len() == before { Ok(()) } else { self.save() }
     }
 
-    pub fn remove_netns(&mut self, cookie: u64) -> io::Result<()> {
-        if self.content.netns.remove(&cookie).is_some() { self.save() } else { Ok(()) }
+    /// Forgets netns, all in one write.
+    pub fn remove_netns(&mut self, cookies: impl IntoIterator<Item = u64>) -> io::Result<()> {
+        let before = self.content.netns.len();
+        for cookie in cookies {
+            self.content.netns.remove(&cookie);
+        }
+        if self.content.netns.len() == before { Ok(()) } else { self.save() }
     }
 
     pub fn add_tunnel(&mut self, id: CgroupId, dir: &Path) -> io::Result<()> {
@@ -95,7 +101,7 @@ impl Records {
             };
         }
         let next = self.path.with_extension("next");
-        fs::write(&next, serde_json::to_vec_pretty(&self.content)?)?;
+        fs::write(&next, serde_json::to_vec(&self.content)?)?;
         fs::rename(next, &self.path)
     }
 }
@@ -116,13 +122,13 @@ mod tests {
     fn records_outlive_the_process_and_the_first_one_counts() {
         let dir = tempfile::tempdir().unwrap();
         let mut records = Records::open(dir.path()).unwrap();
-        records.add_netns(7, record("0")).unwrap();
-        records.add_netns(7, record("1")).unwrap();
+        records.add_netns([(7, record("0"))]).unwrap();
+        records.add_netns([(7, record("1"))]).unwrap();
         records.add_tunnel(5, Path::new("/c")).unwrap();
         let mut again = Records::open(dir.path()).unwrap();
         assert_eq!(again.netns()[&7].fwmark_accept_before, "0");
         assert_eq!(again.tunnels()[&5], Path::new("/c"));
-        again.remove_netns(7).unwrap();
+        again.remove_netns([7]).unwrap();
         again.remove_tunnel(5).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "an empty record leaves no file");
     }

@@ -48,14 +48,7 @@ pub fn restore_all(records: &mut Records) -> io::Result<Undone> {
     }
     undone.netns_restored = restored.len();
     undone.netns_gone = noted.len() - restored.len() - undone.failed.len();
-    if undone.failed.is_empty() {
-        for cookie in noted.keys() {
-            records.remove_netns(*cookie)?;
-        }
-    } else {
-        for cookie in restored {
-            records.remove_netns(cookie)?;
-        }
-    }
+    let done = if undone.failed.is_empty() { noted.keys().copied().collect() } else { restored };
+    records.remove_netns(done)?;
     Ok(undone)
 }

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     os::fd::{AsFd, OwnedFd},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -13,8 +14,11 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     enrol::{hand_over::Event, prepare_netns, publish, records::NetnsRecord, undo},
-    observed::{netns, processes},
-    reconcile::{Circumstances, Netns, Plan, Reason, Step, Verdict, steps, wanted},
+    observed::{
+        netns::{self, Visitor},
+        processes,
+    },
+    reconcile::{Circumstances, Judged, Netns, Plan, Reason, Step, Verdict, steps, wanted},
 };
 
 use super::{Node, NodeError, cannot, chain, lingering::Lingering};
@@ -23,88 +27,134 @@ use super::{Node, NodeError, cannot, chain, lingering::Lingering};
 const LENIENT_FOR: Duration = Duration::from_secs(5);
 /// How long tunnels have to acknowledge that their pods are gone, when everything is undone.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// When everything is compared again after a step failed.
+pub const AGAIN: Duration = Duration::from_secs(1);
 
 impl Node {
-    /// Does what has to be done now.
+    /// Does what has to be done now: for the pods that something happened to, or for all of them.
     pub fn act(&mut self) {
         let now = Instant::now();
         if self.adopted.as_ref().is_some_and(|adopted| adopted.until <= now) {
             self.adopted = None;
+            self.dirty.all = true;
             if self.tunnels.is_empty() && self.tunnel_up() {
                 warn!("no tunnel came back after the restart");
                 self.change_settings(|settings| settings.tunnel_up = 0);
             }
             self.detach_unused_tunnels();
         }
-        self.lenient.retain(|_, until| *until > now);
-        self.tunnels.retry(&self.applied.workloads);
-        // Before the first usable pods file nothing is known; what an earlier run left stays as it is.
-        if self.entries.is_some() {
-            self.meet(now);
-            self.choose_policies();
-            let wanted = self.wanted();
-            self.execute(steps(&self.applied, &wanted));
+        for (uid, known) in self.pods.all_mut() {
+            if known.lenient_until.is_some_and(|until| until <= now) {
+                known.lenient_until = None;
+                self.dirty.act.insert(uid.clone());
+            }
         }
+        self.tunnels.retry(&self.applied.workloads);
+        // Before the source has told of all pods nothing is known; what an earlier run left stays as it is.
+        if self.pods.synced {
+            let all = std::mem::take(&mut self.dirty.all) || self.all_due.is_some_and(|due| due <= now);
+            let uids = if all { self.pods.uids() } else { std::mem::take(&mut self.dirty.act) };
+            if all || !uids.is_empty() {
+                self.dirty.act.clear();
+                self.act_on(&uids, all, now);
+            }
+        }
+        self.opened.clear();
         self.settle_lingering();
         if self.tracing.as_ref().is_some_and(super::asked::Tracing::is_over) {
             self.stop_tracing();
         }
     }
 
-    /// Decides for each pod that is new how it is treated until a tunnel has it.
-    fn meet(&mut self, now: Instant) {
-        let mut met = std::mem::take(&mut self.met);
-        met.retain(|uid| {
-            self.judged
-                .iter()
-                .any(|judged| judged.pod.uid == *uid && !matches!(judged.verdict, Verdict::Plain(_)))
-        });
-        for judged in self.judged.iter().filter(|judged| !matches!(judged.verdict, Verdict::Plain(_))) {
-            let first_seen = met.insert(judged.pod.uid.clone());
-            let runs = matches!(judged.verdict, Verdict::Verified(_));
-            let known = judged.observed.cgroups.values().any(|id| self.applied.cgroups.contains_key(id));
-            if first_seen && runs && !known && !self.tunnels.is_empty() {
-                self.lenient.insert(judged.pod.uid.clone(), now + LENIENT_FOR);
-            }
+    fn act_on(&mut self, uids: &BTreeSet<String>, all: bool, now: Instant) {
+        let (mut whole, mut keys) = (Plan::default(), std::mem::take(&mut self.pods.gone));
+        for uid in uids {
+            self.meet(uid, now);
+            self.choose_policy(uid);
+            let Some(known) = self.pods.get(uid) else { continue };
+            let plan = self.plan_of(&known.judged, now);
+            let own = plan.keys();
+            let Some(known) = self.pods.get_mut(uid) else { continue };
+            keys.extend(std::mem::replace(&mut known.keys, own.clone()));
+            keys.extend(own);
+            whole.extend(plan);
         }
-        self.met = met;
+        let applied = if all {
+            whole.extend(self.plan_of_tunnels());
+            self.applied.clone()
+        } else {
+            self.applied.part(&keys)
+        };
+        self.execute(steps(&applied, &whole));
+        self.all_due = (!self.unsettled.is_empty()).then(|| now + AGAIN);
+        self.note_states(uids, now);
     }
 
-    /// Gives every pod with exclusions an id; other exclusions get another id, so that the programs see
-    /// the old list or the new one and nothing between.
-    fn choose_policies(&mut self) {
-        let mut before = std::mem::take(&mut self.policies);
-        for judged in &self.judged {
-            let exclusions = &judged.pod.exclusions;
-            if exclusions.is_empty() || self.policies.contains_key(&judged.pod.uid) {
-                continue;
-            }
-            let policy = match before.remove(&judged.pod.uid) {
-                Some(policy) if policy.1 == *exclusions => policy,
-                _ => {
-                    self.last_policy = self.last_policy.wrapping_add(1).max(1);
-                    (self.last_policy, exclusions.clone())
-                }
-            };
-            self.policies.insert(judged.pod.uid.clone(), policy);
+    /// Decides, for a pod that is new, how it is treated until a tunnel has it.
+    fn meet(&mut self, uid: &str, now: Instant) {
+        let tunnels = !self.tunnels.is_empty();
+        let Some(known) = self.pods.get_mut(uid) else { return };
+        if known.is_plain() {
+            (known.met, known.lenient_until, known.asked_at) = (false, None, None);
+            return;
+        }
+        let first_seen = !std::mem::replace(&mut known.met, true);
+        if !first_seen {
+            return;
+        }
+        known.asked_at = Some(now);
+        let runs = matches!(known.judged.verdict, Verdict::Verified(_));
+        let applied = &self.applied.cgroups;
+        let closed = known.judged.observed.cgroups.values().any(|id| applied.contains_key(id));
+        if runs && !closed && tunnels {
+            known.lenient_until = Some(now + LENIENT_FOR);
         }
     }
 
-    fn wanted(&self) -> Plan {
+    /// Gives a pod with exclusions an id; other exclusions get another id, so that the programs see the old
+    /// list or the new one and nothing between.
+    fn choose_policy(&mut self, uid: &str) {
+        let Some(known) = self.pods.get_mut(uid) else { return };
+        let exclusions = &known.judged.pod.exclusions;
+        match &known.policy {
+            _ if exclusions.is_empty() => known.policy = None,
+            Some((_, before)) if before == exclusions => {}
+            _ => {
+                self.last_policy = self.last_policy.wrapping_add(1).max(1);
+                known.policy = Some((self.last_policy, exclusions.clone()));
+            }
+        }
+    }
+
+    fn plan_of(&self, judged: &Judged, now: Instant) -> Plan {
         let ready = |uid: &str, cookie: u64| {
             let served = self.applied.workloads.get(uid).is_some_and(|workload| workload.cookie == cookie)
                 && self.tunnels.serve(uid);
             served || self.adopted.as_ref().is_some_and(|adopted| adopted.ready.contains(&cookie))
         };
-        let mut tunnels = self.tunnels.cgroup_ids();
-        tunnels.extend(self.adopted.iter().flat_map(|adopted| adopted.tunnels.iter().copied()));
+        let known = |uid: &str| self.pods.get(uid);
         wanted(
-            &self.judged,
+            std::iter::once(judged),
             &Circumstances {
                 default_fail_mode: self.config.fail_mode,
                 ready: &ready,
-                lenient: &self.lenient.keys().cloned().collect(),
-                policies: &self.policies.iter().map(|(uid, (id, _))| (uid.clone(), *id)).collect(),
+                lenient: &|uid| known(uid).is_some_and(|known| known.is_lenient(now)),
+                policy: &|uid| known(uid).and_then(|known| known.policy.as_ref()).map_or(0, |(id, _)| *id),
+                tunnels: &BTreeSet::new(),
+            },
+        )
+    }
+
+    fn plan_of_tunnels(&self) -> Plan {
+        let mut tunnels = self.tunnels.cgroup_ids();
+        tunnels.extend(self.adopted.iter().flat_map(|adopted| adopted.tunnels.iter().copied()));
+        wanted(
+            &[],
+            &Circumstances {
+                default_fail_mode: self.config.fail_mode,
+                ready: &|_, _| false,
+                lenient: &|_| false,
+                policy: &|_| 0,
                 tunnels: &tunnels,
             },
         )
@@ -112,7 +162,14 @@ impl Node {
 
     fn execute(&mut self, steps: Vec<Step>) {
         let mut problems = Vec::new();
-        let mut entered: BTreeMap<u64, OwnedFd> = BTreeMap::new();
+        let mut prepared: Option<BTreeMap<u64, Arc<OwnedFd>>> = None;
+        let to_prepare: Vec<(u64, Netns)> = steps
+            .iter()
+            .filter_map(|step| match step {
+                Step::Prepare(cookie, netns) => Some((*cookie, netns.clone())),
+                _ => None,
+            })
+            .collect();
         for step in steps {
             debug!(?step, "step");
             let result = match &step {
@@ -124,19 +181,18 @@ impl Node {
                     self.release(*cookie);
                     Ok(())
                 }
-                Step::Prepare(cookie, netns) => {
-                    match self.prepare(*cookie, netns) {
-                        Ok(fd) => drop(entered.insert(*cookie, fd)),
-                        Err(error) => self
-                            .note_problem(&netns.uid, Reason::new("netns_not_prepared", error.to_string())),
+                // All of them with the first one.
+                Step::Prepare(..) => {
+                    if prepared.is_none() {
+                        prepared = Some(self.prepare(&to_prepare));
                     }
                     Ok(())
                 }
                 Step::Steer(cookie, netns) => {
-                    if let Some(fd) = entered.get(cookie) {
+                    if let Some(fd) = prepared.as_ref().and_then(|prepared| prepared.get(cookie)) {
                         match self.kernel.steer(*cookie, fd.as_fd()) {
                             Ok(()) => {
-                                self.problems.remove(&netns.uid);
+                                self.forget_problem(&netns.uid);
                                 self.applied.netns.insert(*cookie, netns.clone());
                             }
                             Err(error) => {
@@ -152,7 +208,8 @@ impl Node {
                 Step::Offer(uid, workload) => {
                     // Without its netns in order the pod stays closed, and is tried again.
                     if self.applied.netns.contains_key(&workload.cookie) {
-                        self.tunnels.offer(uid, workload);
+                        let netns = prepared.as_ref().and_then(|prepared| prepared.get(&workload.cookie));
+                        self.tunnels.offer(uid, workload, netns);
                         self.applied.workloads.insert(uid.clone(), workload.clone());
                     }
                     Ok(())
@@ -170,7 +227,6 @@ impl Node {
             }
         }
         self.unsettled = problems;
-        self.problems.retain(|uid, _| self.judged.iter().any(|judged| judged.pod.uid == *uid));
     }
 
     /// Takes a step about maps over into what is applied; the others did so themselves.
@@ -192,20 +248,66 @@ impl Node {
         }
     }
 
-    fn prepare(&mut self, cookie: u64, netns: &Netns) -> io::Result<OwnedFd> {
+    /// Prepares netns, side by side; those that are in order now, by cookie.
+    fn prepare(&mut self, wanted: &[(u64, Netns)]) -> BTreeMap<u64, Arc<OwnedFd>> {
+        let mut problems: Vec<(String, io::Error)> = Vec::new();
+        let mut open: Vec<(u64, &Netns, Arc<OwnedFd>)> = Vec::new();
+        for (cookie, netns) in wanted {
+            match self.open(*cookie, netns) {
+                Ok(fd) => open.push((*cookie, netns, fd)),
+                Err(error) => problems.push((netns.uid.clone(), error)),
+            }
+        }
+        // Noted before the change, and all at once: writing a file for each would take longer than the rest.
+        let noted = self.records.netns();
+        let unnoted: Vec<_> = open.iter().filter(|(cookie, ..)| !noted.contains_key(cookie)).collect();
+        let before = netns::visit_each(&unnoted, |visitor, (_, _, fd)| {
+            prepare_netns::fwmark_accept(visitor, fd.as_fd())
+        });
+        let mut records = Vec::new();
+        for ((cookie, netns, _), before) in unnoted.into_iter().zip(before) {
+            match before {
+                Ok(fwmark_accept_before) => {
+                    let (id, uid) = (netns.id, netns.uid.clone());
+                    records.push((*cookie, NetnsRecord { id, uid, fwmark_accept_before }));
+                }
+                Err(error) => problems.push((netns.uid.clone(), error)),
+            }
+        }
+        if let Err(error) = self.records.add_netns(records) {
+            let text = format!("cannot note the netns in {}: {error}", self.config.run_dir.display());
+            problems.extend(
+                open.drain(..).map(|(_, netns, _)| (netns.uid.clone(), io::Error::other(text.clone()))),
+            );
+        }
+        open.retain(|(cookie, ..)| self.records.netns().contains_key(cookie));
+        let results = netns::visit_each(&open, |visitor: &Visitor, (_, netns, fd)| {
+            prepare_netns::prepare(visitor, fd.as_fd(), netns.v6)
+        });
+        let mut prepared = BTreeMap::new();
+        for ((cookie, netns, fd), result) in open.into_iter().zip(results) {
+            self.lingering.remove(&cookie);
+            match result {
+                Ok(()) => drop(prepared.insert(cookie, fd)),
+                Err(error) => problems.push((netns.uid.clone(), error)),
+            }
+        }
+        for (uid, error) in problems {
+            self.note_problem(&uid, Reason::new("netns_not_prepared", error.to_string()));
+        }
+        prepared
+    }
+
+    /// The netns itself: as it was opened when the pod was looked at, else through one of the pod's processes.
+    fn open(&mut self, cookie: u64, netns: &Netns) -> io::Result<Arc<OwnedFd>> {
+        if let Some(fd) = self.opened.get(&cookie) {
+            return Ok(Arc::clone(fd));
+        }
         let fd = processes::open_netns(&netns.pod_cgroup, netns.id)?;
         if netns::cookie(fd.as_fd())? != cookie {
             return Err(io::Error::new(io::ErrorKind::NotFound, "the pod moved to another netns meanwhile"));
         }
-        let record = NetnsRecord {
-            id: netns.id,
-            uid: netns.uid.clone(),
-            fwmark_accept_before: prepare_netns::fwmark_accept(fd.as_fd())?,
-        };
-        self.records.add_netns(cookie, record)?;
-        self.lingering.remove(&cookie);
-        prepare_netns::prepare(fd.as_fd(), netns.v6)?;
-        Ok(fd)
+        Ok(Arc::new(fd))
     }
 
     fn withdraw(&mut self, uid: &str) {
@@ -235,9 +337,18 @@ impl Node {
                     return;
                 }
             };
-        self.applied.cgroups = cgroups.into_iter().collect();
-        self.applied.addresses = pods.into_iter().collect();
+        let before = (self.applied.cgroups.len(), self.applied.addresses.len(), self.applied.netns.len());
+        let (cgroups, addresses) = (cgroups.into_iter().collect(), pods.into_iter().collect());
+        let as_left = cgroups == self.applied.cgroups && addresses == self.applied.addresses;
+        self.applied.cgroups = cgroups;
+        self.applied.addresses = addresses;
         self.applied.netns.retain(|cookie, _| steered.contains(cookie));
+        let after = (self.applied.cgroups.len(), self.applied.addresses.len(), self.applied.netns.len());
+        if !as_left || before.2 != after.2 {
+            self.events.corrections += 1;
+            warn!(?before, ?after, "somebody else changed our maps or links, they are put right");
+        }
+        self.dirty.all = true;
         for cookie in steered {
             if !self.applied.netns.contains_key(&cookie)
                 && let Err(error) = self.kernel.unsteer(cookie)

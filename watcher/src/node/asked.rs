@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
+    time::Instant,
 };
 
 use adit_ebpf_common::{
@@ -14,18 +15,21 @@ use adit_ebpf_common::{
 use adit_ebpf_loader::Trace;
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     control::{Answer, Answers, Asked, Request},
-    desired::{BadEntry, FailMode, Outcome, Pod},
+    desired::{FailMode, Outcome, Pod},
     explain::{self, Explanation},
     reconcile::{Judged, Reason, Verdict, address16},
     status::{NetnsStatus, PodStatus, SourceStatus, State, Status},
     sys::pollable,
 };
 
-use super::{Node, chain};
+use super::{
+    Node, chain,
+    pods::{Known, Refused},
+};
 
 /// One verdict of the kernel programs, with names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,11 +104,11 @@ impl Node {
     }
 
     fn find(&self, named: &str) -> Result<&Judged, String> {
-        let fits = |judged: &&Judged| {
+        let fits = |judged: &Judged| {
             let pod = &judged.pod;
             pod.uid == named || pod.name == named || format!("{}/{}", pod.namespace, pod.name) == named
         };
-        let found: Vec<&Judged> = self.judged.iter().filter(fits).collect();
+        let found: Vec<&Judged> = self.pods.in_order().into_iter().filter(|judged| fits(judged)).collect();
         match found.as_slice() {
             [one] => Ok(one),
             [] => Err(format!("no pod \"{named}\", expected a uid, name or namespace/name")),
@@ -113,7 +117,7 @@ impl Node {
     }
 
     fn status(&self) -> Status {
-        let bad = self.bad.iter().map(bad_status);
+        let refused = self.pods.refused.iter().map(refused_status);
         Status {
             node: self.config.node.clone(),
             pid: std::process::id(),
@@ -121,12 +125,18 @@ impl Node {
             fail_mode: self.config.fail_mode,
             source: SourceStatus {
                 name: self.source_name.clone(),
-                synced: self.entries.is_some(),
+                synced: self.pods.synced,
                 error: self.source_error.clone(),
             },
             tunnels: self.tunnels.status(),
             turned_away: self.tunnels.turned_away.clone(),
-            pods: self.judged.iter().map(|judged| self.pod_status(judged)).chain(bad).collect(),
+            pods: self
+                .pods
+                .in_order()
+                .into_iter()
+                .map(|judged| self.pod_status(judged))
+                .chain(refused)
+                .collect(),
             lingering: self.lingering.iter().map(|(cookie, lingering)| lingering.status(*cookie)).collect(),
             problems: self.unsettled.clone(),
         }
@@ -171,35 +181,42 @@ impl Node {
         }
     }
 
-    /// Tells the source what became of its pods.
-    pub fn tell_outcomes(&mut self) {
-        let Some(listener) = self.listener.clone() else { return };
+    /// Tells the source what became of `uids`, and takes the time of those that are open now.
+    pub fn note_states(&mut self, uids: &BTreeSet<String>, now: Instant) {
         let mut outcomes = std::mem::take(&mut self.outcomes);
-        for judged in &self.judged {
-            let (state, reason) = self.state(judged);
-            let addresses = match &judged.verdict {
-                Verdict::Verified(facts) => facts.addresses.clone(),
-                _ => Vec::new(),
+        for uid in uids {
+            let Some(known) = self.pods.get(uid) else {
+                if let Some(listener) = &self.listener {
+                    outcomes.tell(listener, uid, None);
+                }
+                continue;
             };
-            let Pod { name, namespace, .. } = judged.pod.as_ref();
-            let outcome =
-                Outcome { name: name.clone(), namespace: namespace.clone(), state, reason, addresses };
-            outcomes.tell(&listener, &judged.pod.uid, Some(outcome));
-        }
-        let gone: Vec<String> = outcomes
-            .told()
-            .filter(|uid| !self.judged.iter().any(|judged| judged.pod.uid == **uid))
-            .cloned()
-            .collect();
-        for uid in gone {
-            outcomes.tell(&listener, &uid, None);
+            let judged = &known.judged;
+            let (state, reason) = self.state(judged);
+            if let Some(listener) = &self.listener {
+                let addresses = match &judged.verdict {
+                    Verdict::Verified(facts) => facts.addresses.clone(),
+                    _ => Vec::new(),
+                };
+                let Pod { name, namespace, .. } = judged.pod.as_ref();
+                let outcome =
+                    Outcome { name: name.clone(), namespace: namespace.clone(), state, reason, addresses };
+                outcomes.tell(listener, uid, Some(outcome));
+            }
+            if state == State::Open
+                && let Some(known) = self.pods.get_mut(uid)
+                && let Some(asked_at) = known.asked_at.take()
+            {
+                let took = now.saturating_duration_since(asked_at) + now.elapsed();
+                debug!(uid, took_us = took.as_micros(), "pod open");
+            }
         }
         self.outcomes = outcomes;
     }
 
     fn why_unserved(&self, uid: &str) -> Reason {
-        if let Some(reason) = self.problems.get(uid) {
-            return reason.clone();
+        if let Some(reason) = self.pods.get(uid).and_then(|known| known.problem.clone()) {
+            return reason;
         }
         if self.tunnels.is_empty() {
             return Reason::new("no_tunnel", "no tunnel is connected");
@@ -219,7 +236,7 @@ impl Node {
         };
         let outbound = explain::outbound(info, own, &judged.pod.exclusions, up, destination);
         let there = destination.ip().to_canonical();
-        let receiver = self.judged.iter().find(
+        let receiver = self.pods.all().map(|known| &known.judged).find(
             |other| matches!(&other.verdict, Verdict::Verified(facts) if facts.addresses.contains(&there)),
         );
         let inbound = receiver.filter(|_| outbound != Rule::OwnAddress).map(|receiver| {
@@ -297,7 +314,7 @@ impl Node {
     /// Pods by address.
     fn names(&self) -> BTreeMap<Address, String> {
         let mut names = BTreeMap::new();
-        for judged in &self.judged {
+        for Known { judged, .. } in self.pods.all() {
             if let Verdict::Verified(facts) = &judged.verdict {
                 names.extend(facts.addresses.iter().map(|address| (address16(*address), name(judged))));
             }
@@ -307,8 +324,9 @@ impl Node {
 
     fn line(&self, record: &TraceRecord, names: &BTreeMap<Address, String>) -> TraceLine {
         let caller = self
-            .judged
-            .iter()
+            .pods
+            .all()
+            .map(|known| &known.judged)
             .find(|judged| judged.observed.cgroups.values().any(|id| *id == record.cgroup_id));
         let unknown = |what: &str, number: u16| format!("{what} {number}");
         TraceLine {
@@ -338,18 +356,14 @@ fn unserved(flags: u32) -> State {
     if flags & flag::IN_MESH != 0 && flags & flag::FAIL_OPEN == 0 { State::Closed } else { State::Bypassed }
 }
 
-fn bad_status(bad: &BadEntry) -> PodStatus {
-    let text = match bad.index {
-        Some(index) => format!("entry {index}: {}", bad.problem),
-        None => bad.problem.clone(),
-    };
+fn refused_status(refused: &Refused) -> PodStatus {
     PodStatus {
-        uid: bad.uid.clone(),
-        name: bad.name.clone(),
+        uid: refused.entry.uid.clone(),
+        name: refused.entry.name.clone(),
         namespace: None,
         service_account: None,
         state: State::Refused,
-        reason: Some(Reason::new("bad_entry", text)),
+        reason: Some(refused.reason.clone()),
         fail_mode: None::<FailMode>,
         addresses: Vec::new(),
         netns: None,

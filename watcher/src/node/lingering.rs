@@ -73,9 +73,13 @@ impl Node {
             .filter(|(_, lingering)| lingering.pending.is_empty() && lingering.next <= now)
             .map(|(cookie, _)| *cookie)
             .collect();
+        let mut settled = Vec::new();
         for cookie in due {
             match self.settle(cookie) {
-                Ok(true) => drop(self.lingering.remove(&cookie)),
+                Ok(true) => {
+                    self.lingering.remove(&cookie);
+                    settled.push(cookie);
+                }
                 Ok(false) => {}
                 Err(error) => warn!(cookie, %error, "cannot restore the netns of a pod that left"),
             }
@@ -83,6 +87,9 @@ impl Node {
                 lingering.next = now + lingering.pause;
                 lingering.pause = (lingering.pause * 2).min(LONGEST);
             }
+        }
+        if let Err(error) = self.records.remove_netns(settled) {
+            warn!(%error, "cannot forget the netns of pods that left");
         }
     }
 
@@ -98,7 +105,6 @@ impl Node {
             prepare_netns::restore(netns.as_fd(), record.fwmark_accept_before)?;
             info!(uid = record.uid, inode = record.id.inode, "netns restored");
         }
-        self.records.remove_netns(cookie)?;
         Ok(true)
     }
 }

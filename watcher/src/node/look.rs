@@ -1,7 +1,8 @@
-//! The pods, and what is there of them.
+//! What is there of the pods: looking at some of them, and judging what was seen.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -10,116 +11,214 @@ use std::{
 use tracing::{info, warn};
 
 use crate::{
-    desired::{BadEntry, Entry, Selection, Update},
-    observed::{Observed, cgroups, processes},
-    reconcile::{Netns, Verdict, judge::judge},
+    desired::{Selection, Update},
+    observed::{
+        Observed, cgroup_path, cgroups,
+        netns::{self, NetnsId},
+        processes,
+    },
+    reconcile::{Netns, judge},
 };
 
-use super::{EAGER, Node};
+use super::Node;
 
 /// An enrolled pod without any process keeps its netns for so long: between two containers there may be
 /// a moment without one.
 const EMPTY_FOR: Duration = Duration::from_secs(1);
 
-/// Which pods are looked at.
+/// Why pods are looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Which {
-    All,
-    /// Those that cannot be enrolled yet.
-    Unsettled,
+pub enum Cause {
+    /// Something told of a change.
+    Event,
+    /// The periodic scan: what it finds to be otherwise, an event should have told.
+    Scan,
 }
 
 impl Node {
     /// Takes over what the source says.
     pub fn take(&mut self, update: Update) {
-        match update {
+        match &update {
             Update::All(entries) => {
                 info!(pods = entries.len(), source = self.source_name, "pods told");
-                self.entries = Some(entries);
+                // What an earlier run left and nobody wants is found by a look at everything only.
+                self.dirty.all |= !self.pods.synced;
                 self.source_error = None;
             }
-            Update::Changed(changes) => {
-                let entries = self.entries.get_or_insert_default();
-                for (uid, change) in changes {
-                    let place = entries.iter().position(|entry| uid_of(entry) == Some(&uid));
-                    match (place, change) {
-                        (Some(place), Some(entry)) => entries[place] = entry,
-                        (Some(place), None) => drop(entries.remove(place)),
-                        (None, Some(entry)) => entries.push(entry),
-                        (None, None) => {}
-                    }
-                }
-                self.source_error = None;
-            }
+            Update::Changed(_) => self.source_error = None,
             Update::Unusable(error) => {
                 warn!(source = self.source_name, error, "pods cannot be told, what was told last holds");
-                self.source_error = Some(error);
-                return;
+                self.source_error = Some(error.clone());
             }
         }
-        let bad = self.entries.iter().flatten().filter_map(|entry| match entry {
-            Entry::Bad(bad) => Some(bad.clone()),
-            Entry::Pod(_) => None,
-        });
-        let bad: Vec<BadEntry> = bad.collect();
-        for bad in bad.iter().filter(|bad| !self.bad.contains(bad)) {
-            let BadEntry { index, uid, name, problem } = bad;
-            warn!(index, uid, name, problem, "entry refused");
-        }
-        self.bad = bad;
-        self.eager_until = Instant::now() + EAGER;
+        let changed = self.pods.take(update, Instant::now());
+        self.dirty.look.extend(changed);
     }
 
-    /// Looks at the pods and judges them.
-    pub fn look(&mut self, which: Which) {
-        let Some(entries) = &self.entries else { return };
-        let unplaced = |entry: &Entry| matches!(entry, Entry::Pod(pod) if pod.cgroup.is_none());
-        let places =
-            if entries.iter().any(unplaced) { cgroups::pods(&self.config.attach) } else { BTreeMap::new() };
-        let mut before: BTreeMap<String, (Observed, bool)> = std::mem::take(&mut self.judged)
-            .into_iter()
-            .map(|judged| {
-                let settled = !is_unsettled(&judged.verdict);
-                (judged.pod.uid.clone(), (judged.observed, settled))
+    /// Something happened in the cgroup `path`: its pod is looked at.
+    pub fn stir(&mut self, path: &Path) {
+        if let Some(uid) = self.pods.claims.owner(path) {
+            self.dirty.look.insert(uid.to_owned());
+        } else if let Some(place) = cgroup_path::place(path, &self.config.attach)
+            && self.pods.get(&place.uid).is_some()
+        {
+            self.places.insert(place.uid.clone(), place.pod_dir);
+            self.dirty.look.insert(place.uid);
+        } else {
+            // A directory that the source named, not by its uid, and that is new.
+            let named = self
+                .pods
+                .all()
+                .filter(|known| known.judged.pod.cgroup.as_deref().is_some_and(|dir| path.starts_with(dir)));
+            self.dirty.look.extend(named.map(|known| known.judged.pod.uid.clone()));
+        }
+    }
+
+    /// Looks at the pods that are due and judges them.
+    pub fn look(&mut self, cause: Cause) {
+        let now = Instant::now();
+        let mut uids = std::mem::take(&mut self.dirty.look);
+        if cause == Cause::Scan {
+            uids.extend(self.pods.uids());
+            self.places = cgroups::pods(&self.config.attach);
+        }
+        let due = self.pods.all_mut().filter(|(_, known)| known.next_look.is_some_and(|at| at <= now));
+        uids.extend(due.map(|(uid, _)| uid.clone()));
+        if uids.is_empty() {
+            return;
+        }
+        let freed = self.release_gone(&uids);
+        let seen = self.observe(&uids);
+        let mut freed = self.judge(seen, cause, now) || freed;
+        // What one gave up another may be waiting for.
+        while std::mem::take(&mut freed) {
+            let blocked: Vec<(String, Observed)> = self
+                .pods
+                .all()
+                .filter(|known| judge::is_blocked(&known.judged.verdict))
+                .map(|known| (known.judged.pod.uid.clone(), known.judged.observed.clone()))
+                .collect();
+            freed = self.judge(blocked, Cause::Event, now);
+        }
+        self.dirty.act.extend(uids);
+    }
+
+    /// Whether pods among `uids` that are not known any more gave something up.
+    fn release_gone(&mut self, uids: &BTreeSet<String>) -> bool {
+        let mut freed = false;
+        for uid in uids {
+            if self.pods.get(uid).is_some() {
+                continue;
+            }
+            freed |= self.pods.claims.held(uid) != judge::Held::default();
+            self.pods.claims.release(uid);
+            self.places.remove(uid);
+        }
+        freed
+    }
+
+    /// What is there of the pods `uids`, in the source's order.
+    fn observe(&mut self, uids: &BTreeSet<String>) -> Vec<(String, Observed)> {
+        let wants_place = |uid: &String| {
+            self.pods.get(uid).is_some_and(|known| {
+                known.judged.pod.cgroup.is_none() && self.places.get(uid).is_none_or(|place| !place.exists())
             })
-            .collect();
-        let mut pods = Vec::with_capacity(entries.len());
-        for entry in entries {
-            let Entry::Pod(pod) = entry else { continue };
-            let earlier = before.remove(&pod.uid);
-            let dir = pod.cgroup.as_ref().or_else(|| places.get(&pod.uid)).cloned();
-            let mut observed = match (earlier, &dir) {
-                _ if pod.selection != Selection::Enrolled => Observed::default(),
-                (_, None) => Observed::default(),
-                (Some((observed, true)), _) if which == Which::Unsettled => observed,
-                (earlier, Some(dir)) => {
-                    let earlier = earlier.map(|(observed, _)| observed);
-                    observe(&pod.uid, dir, earlier, &self.host, &mut self.empty_since)
-                }
-            };
-            observed.dir = dir;
-            pods.push((Arc::clone(pod), observed));
+        };
+        if uids.iter().any(wants_place) {
+            self.places = cgroups::pods(&self.config.attach);
         }
-        let current: BTreeMap<String, u64> =
-            self.applied.netns.iter().map(|(cookie, netns)| (netns.uid.clone(), *cookie)).collect();
-        self.judged = judge(pods, &self.config.attach, &current);
-        self.empty_since.retain(|uid, _| self.judged.iter().any(|judged| judged.pod.uid == *uid));
+        let mut seen = Vec::new();
+        let mut to_visit: Vec<(String, PathBuf)> = Vec::new();
+        for uid in self.pods.ranked(uids) {
+            let Some(known) = self.pods.get(&uid) else { continue };
+            let pod = &known.judged.pod;
+            let dir = pod.cgroup.as_ref().or_else(|| self.places.get(&uid)).cloned();
+            match dir {
+                Some(dir) if pod.selection == Selection::Enrolled => to_visit.push((uid, dir)),
+                dir => seen.push((uid, Observed { dir, ..Observed::default() })),
+            }
+        }
+        let host: &BTreeSet<NetnsId> = &self.host;
+        let found = netns::visit_each(&to_visit, |visitor, (_, dir)| processes::observe(visitor, dir, host));
+        for ((uid, dir), found) in to_visit.into_iter().zip(found) {
+            let (observed, opened) = found.unwrap_or_else(|error| {
+                warn!(uid, %error, "cannot look at the pod's cgroup");
+                (Observed { dir: Some(dir), ..Observed::default() }, BTreeMap::new())
+            });
+            self.opened.extend(opened.into_iter().map(|(cookie, fd): (u64, OwnedFd)| (cookie, Arc::new(fd))));
+            let observed = self.keep_empty(&uid, observed);
+            seen.push((uid, observed));
+        }
+        seen
     }
 
-    pub fn is_unsettled(&self) -> bool {
-        self.judged.iter().any(|judged| is_unsettled(&judged.verdict))
+    /// `observed`, with the netns seen before while the pod is only for a moment without any process.
+    fn keep_empty(&mut self, uid: &str, mut observed: Observed) -> Observed {
+        let Some(known) = self.pods.get_mut(uid) else { return observed };
+        let earlier = &known.judged.observed;
+        let emptied = observed.netns.is_empty() && !observed.cgroups.is_empty() && !earlier.netns.is_empty();
+        if !emptied {
+            known.empty_since = None;
+            return observed;
+        }
+        let since = *known.empty_since.get_or_insert_with(Instant::now);
+        if since.elapsed() < EMPTY_FOR {
+            observed.netns.clone_from(&earlier.netns);
+        }
+        observed
     }
 
-    /// The directories whose changes matter: every cgroup of the pods, and where a pod's is made.
+    /// Judges pods by what was seen of them; whether something became free that another pod may wait for.
+    fn judge(&mut self, seen: Vec<(String, Observed)>, cause: Cause, now: Instant) -> bool {
+        let mut freed = false;
+        for (uid, observed) in seen {
+            let Some(known) = self.pods.get(&uid) else { continue };
+            let current = self.current(&uid);
+            let pod = Arc::clone(&known.judged.pod);
+            let before = self.pods.claims.held(&uid);
+            let verdict = self.pods.claims.judge(&pod, &observed, &self.config.attach, current);
+            freed |= before.frees(&self.pods.claims.held(&uid));
+            let Some(known) = self.pods.get_mut(&uid) else { continue };
+            let changed = known.judged.verdict != verdict || known.judged.observed != observed;
+            if changed && cause == Cause::Scan && known.met {
+                self.events.corrections += 1;
+                info!(uid, found = ?verdict, before = ?known.judged.verdict, "the scan found what no event told");
+            }
+            let emptied = known.empty_since.is_some();
+            known.judged.verdict = verdict;
+            known.judged.observed = observed;
+            known.schedule(now, changed);
+            if emptied {
+                known.next_look = Some(now + EMPTY_FOR / 4);
+            }
+            self.dirty.act.insert(uid);
+        }
+        freed
+    }
+
+    /// The cookie of the netns that `uid` is enrolled with, maybe by an earlier run.
+    fn current(&self, uid: &str) -> Option<u64> {
+        let handed_over = self.applied.workloads.get(uid).map(|workload| workload.cookie);
+        handed_over.or_else(|| {
+            let netns = self.applied.netns.iter().find(|(_, netns)| netns.uid == uid);
+            netns.map(|(cookie, _)| *cookie)
+        })
+    }
+
+    /// The directories whose changes matter where nothing tells of cgroups but inotify: every cgroup of the
+    /// pods, and where a pod's is made.
     pub fn watched(&self) -> BTreeSet<PathBuf> {
-        let enrolled = self.judged.iter().filter(|judged| !matches!(judged.verdict, Verdict::Plain(_)));
-        let mut watched: BTreeSet<PathBuf> = enrolled
-            .flat_map(|judged| {
-                let parent = judged.observed.dir.as_ref().and_then(|dir| dir.parent()).map(PathBuf::from);
-                judged.observed.cgroups.keys().cloned().chain(parent)
+        let mut watched: BTreeSet<PathBuf> = self
+            .pods
+            .all()
+            .filter(|known| !known.is_plain())
+            .flat_map(|known| {
+                let observed = &known.judged.observed;
+                let parent = observed.dir.as_ref().and_then(|dir| dir.parent()).map(PathBuf::from);
+                observed.cgroups.keys().cloned().chain(parent)
             })
             .collect();
-        if self.judged.iter().any(|judged| judged.pod.cgroup.is_none()) {
+        if self.pods.all().any(|known| known.judged.pod.cgroup.is_none()) {
             watched.extend(cgroups::above_pods(&self.config.attach));
         }
         watched
@@ -135,52 +234,11 @@ impl Node {
         self.applied.netns = noted.collect();
         for cookie in steered {
             self.applied.netns.entry(cookie).or_insert_with(|| Netns {
-                id: crate::observed::netns::NetnsId { dev: 0, inode: 0 },
+                id: NetnsId { dev: 0, inode: 0 },
                 pod_cgroup: PathBuf::new(),
                 uid: String::new(),
                 v6: false,
             });
         }
-    }
-}
-
-fn observe(
-    uid: &str,
-    dir: &Path,
-    earlier: Option<Observed>,
-    host: &BTreeSet<crate::observed::netns::NetnsId>,
-    empty_since: &mut BTreeMap<String, Instant>,
-) -> Observed {
-    let mut observed = processes::observe(dir, host).unwrap_or_else(|error| {
-        warn!(uid, %error, "cannot look at the pod's cgroup");
-        Observed::default()
-    });
-    let Some(earlier) = earlier.filter(|_| observed.netns.is_empty() && !observed.cgroups.is_empty()) else {
-        empty_since.remove(uid);
-        return observed;
-    };
-    let since = *empty_since.entry(uid.to_owned()).or_insert_with(Instant::now);
-    if since.elapsed() < EMPTY_FOR {
-        observed.netns = earlier.netns;
-    }
-    observed
-}
-
-/// Whether time alone may change the verdict.
-fn is_unsettled(verdict: &Verdict) -> bool {
-    match verdict {
-        Verdict::Plain(_) | Verdict::Verified(_) => false,
-        Verdict::Waiting(_) => true,
-        Verdict::Refused { reason, .. } => !matches!(
-            reason.code.as_str(),
-            "duplicate_uid" | "duplicate_cgroup" | "cgroup_overlaps" | "cgroup_outside"
-        ),
-    }
-}
-
-fn uid_of(entry: &Entry) -> Option<&String> {
-    match entry {
-        Entry::Pod(pod) => Some(&pod.uid),
-        Entry::Bad(bad) => bad.uid.as_ref(),
     }
 }

@@ -2,7 +2,9 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -13,7 +15,7 @@ use tracing::{info, warn};
 use crate::{
     enrol::hand_over::{Command, Conn, Event, OfferId, Welcome},
     observed::cgroups::{self, CgroupId},
-    reconcile::{Judged, Reason, Workload, cgroup_info},
+    reconcile::{Reason, Workload, cgroup_info},
     status::TunnelStatus,
 };
 
@@ -87,13 +89,13 @@ impl Tunnels {
             .collect()
     }
 
-    pub fn offer(&mut self, uid: &str, workload: &Workload) {
+    pub fn offer(&mut self, uid: &str, workload: &Workload, netns: Option<&Arc<OwnedFd>>) {
         self.last_serial += 1;
         self.offers.insert(uid.to_owned(), self.last_serial);
         let offer = OfferId { uid: uid.to_owned(), serial: self.last_serial };
         for tunnel in self.connected.values_mut() {
             tunnel.failed.remove(uid);
-            let _ = tunnel.commands.send(Command::Add(offer.clone(), workload.clone()));
+            let _ = tunnel.commands.send(Command::Add(offer.clone(), workload.clone(), netns.cloned()));
         }
     }
 
@@ -131,7 +133,7 @@ impl Tunnels {
                 {
                     failure.retry_at = None;
                     let offer = OfferId { uid: uid.clone(), serial: *serial };
-                    let _ = tunnel.commands.send(Command::Add(offer, workload.clone()));
+                    let _ = tunnel.commands.send(Command::Add(offer, workload.clone(), None));
                 }
             }
         }
@@ -175,9 +177,10 @@ impl Node {
             Event::Hello { conn, pid, welcome } => self.admit(conn, pid, welcome),
             Event::Added { conn, offer, error } => {
                 if error.is_some() {
-                    self.lenient.remove(&offer.uid);
+                    self.end_lenience(&offer.uid);
                 }
                 self.tunnels.answered(conn, &offer, error);
+                self.dirty.act.insert(offer.uid);
             }
             Event::Withdrawn { conn, serial } => {
                 for lingering in self.lingering.values_mut() {
@@ -185,7 +188,10 @@ impl Node {
                 }
             }
             // From here on its acknowledgements tell who is served, not what a predecessor left.
-            Event::SnapshotTaken { .. } => self.adopted = None,
+            Event::SnapshotTaken { .. } => {
+                self.adopted = None;
+                self.dirty.all = true;
+            }
             Event::Gone { conn, reason } => self.part(conn, &reason),
         }
     }
@@ -209,7 +215,7 @@ impl Node {
             .iter()
             .filter_map(|(uid, workload)| {
                 let serial = *self.tunnels.offers.get(uid)?;
-                Some(Command::Add(OfferId { uid: uid.clone(), serial }, workload.clone()))
+                Some(Command::Add(OfferId { uid: uid.clone(), serial }, workload.clone(), None))
             })
             .collect();
         let tunnel = Tunnel {
@@ -222,6 +228,7 @@ impl Node {
         };
         info!(pid, cgroup = %tunnel.cgroup.display(), pods = self.applied.workloads.len(), "tunnel connected");
         self.tunnels.connected.insert(conn, tunnel);
+        self.dirty.all = true;
         self.change_settings(|settings| settings.tunnel_up = 1);
         let _ = welcome.send(Welcome { snapshot, commands: receiver });
     }
@@ -248,10 +255,8 @@ impl Node {
         if self.own_cgroup.as_ref().is_some_and(|own| own.starts_with(&cgroup)) {
             return shared("contains the watcher");
         }
-        let is_pods =
-            |judged: &&Judged| judged.observed.dir.as_ref().is_some_and(|dir| cgroup.starts_with(dir));
-        if let Some(judged) = self.judged.iter().find(is_pods) {
-            return shared(&format!("is pod {}'s", judged.pod.name));
+        if let Some(known) = self.pods.claims.owner(&cgroup).and_then(|uid| self.pods.get(uid)) {
+            return shared(&format!("is pod {}'s", known.judged.pod.name));
         }
         let attached = self.attach_tunnel(&cgroup);
         attached.map(|id| (cgroup, id)).map_err(|text| Reason::new("tunnel_not_attached", text))
@@ -277,10 +282,13 @@ impl Node {
         if self.tunnels.is_empty() {
             // One write, before anything else: every pod follows its fail mode from here on.
             self.change_settings(|settings| settings.tunnel_up = 0);
-            self.lenient.clear();
+            for (_, known) in self.pods.all_mut() {
+                known.lenient_until = None;
+            }
             self.adopted = None;
         }
         warn!(tunnel.pid, reason, others = self.tunnels.connected.len(), "tunnel gone");
+        self.dirty.all = true;
         self.detach_unused_tunnels();
     }
 

@@ -10,6 +10,7 @@ use std::{
         unix::fs::MetadataExt,
     },
     path::PathBuf,
+    sync::atomic::{AtomicUsize, Ordering},
     thread,
 };
 
@@ -61,10 +62,44 @@ pub fn run_in<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<
     })
 }
 
+/// A thread that goes from netns to netns and does nothing in between: what it finds where it was not sent
+/// to is never believed, since each piece of work begins by entering. It ends with its work.
+#[derive(Debug)]
+pub struct Visitor(());
+
+impl Visitor {
+    /// Runs `work` inside `netns`.
+    pub fn enter<T>(&self, netns: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        nix::sched::setns(netns, CloneFlags::CLONE_NEWNET)?;
+        work()
+    }
+}
+
+/// Does `work` for every item, by as many visitors as there are cores, and gives the results in the items' order.
+/// Entering netns is mostly waiting for the kernel's locks, so more of them would only wait for each other.
+pub fn visit_each<I: Send + Sync, T: Send>(items: &[I], work: impl Fn(&Visitor, &I) -> T + Sync) -> Vec<T> {
+    let next = AtomicUsize::new(0);
+    let cores = thread::available_parallelism().map_or(2, usize::from);
+    let mut results: Vec<(usize, T)> = thread::scope(|scope| {
+        let visit = || {
+            let (visitor, mut done) = (Visitor(()), Vec::new());
+            loop {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                let Some(item) = items.get(i) else { return done };
+                done.push((i, work(&visitor, item)));
+            }
+        };
+        let threads: Vec<_> = (0..cores.min(items.len())).map(|_| scope.spawn(visit)).collect();
+        threads.into_iter().flat_map(|thread| thread.join().expect("a visitor does not panic")).collect()
+    });
+    results.sort_by_key(|(i, _)| *i);
+    results.into_iter().map(|(_, result)| result).collect()
+}
+
 /// Enters `netns` and asks it.
-pub fn facts(netns: BorrowedFd<'_>) -> io::Result<NetnsFacts> {
+pub fn facts(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<NetnsFacts> {
     let id = id(netns)?;
-    run_in(netns, move || Ok(NetnsFacts { id, cookie: own_cookie()?, addresses: own_addresses()? }))
+    visitor.enter(netns, || Ok(NetnsFacts { id, cookie: own_cookie()?, addresses: own_addresses()? }))
 }
 
 /// The cookie of the calling thread's netns. A unix socket serves too, and needs no interface to be up.

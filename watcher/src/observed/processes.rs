@@ -21,7 +21,7 @@ use super::{
     Observed, Seen,
     cgroup_path::{self, Below},
     cgroups::{self, CgroupId},
-    netns::{self, NetnsId},
+    netns::{self, NetnsId, Visitor},
 };
 
 /// A process that cannot be mistaken for another.
@@ -60,23 +60,38 @@ fn members(cgroups: &BTreeMap<PathBuf, CgroupId>, pod_dir: &Path) -> Vec<Pinned>
 }
 
 /// Looks at the pod whose directory is `cgroup`. Each netns is entered every time: neither its id nor its
-/// addresses may be taken from memory, since both come back with other pods.
-pub fn observe(cgroup: &Path, host: &BTreeSet<NetnsId>) -> io::Result<Observed> {
+/// addresses may be taken from memory, since both come back with other pods. Also gives the netns themselves,
+/// by cookie, to whoever goes on at once; kept, they would outlive their pods.
+pub fn observe(
+    visitor: &Visitor,
+    cgroup: &Path,
+    host: &BTreeSet<NetnsId>,
+) -> io::Result<(Observed, BTreeMap<u64, OwnedFd>)> {
     let cgroups: BTreeMap<PathBuf, CgroupId> = cgroups::tree(cgroup)?;
     let mut found: BTreeMap<NetnsId, Seen> = BTreeMap::new();
+    let mut opened = BTreeMap::new();
     for process in members(&cgroups, cgroup) {
         // A process that ended, or a zombie, has no netns any more.
         let Ok(netns) = process.netns() else { continue };
         let id = netns::id(netns.as_fd())?;
-        found.entry(id).or_insert_with(|| {
-            if host.contains(&id) {
-                return Seen::Host;
+        if found.contains_key(&id) {
+            continue;
+        }
+        let seen = if host.contains(&id) {
+            Seen::Host
+        } else {
+            match netns::facts(visitor, netns.as_fd()) {
+                Ok(facts) => {
+                    opened.insert(facts.cookie, netns);
+                    Seen::Pod(facts)
+                }
+                Err(error) => Seen::Unreadable(format!("process {}: {error}", process.pid)),
             }
-            netns::facts(netns.as_fd())
-                .map_or_else(|error| Seen::Unreadable(format!("process {}: {error}", process.pid)), Seen::Pod)
-        });
+        };
+        found.insert(id, seen);
     }
-    Ok(Observed { dir: Some(cgroup.to_owned()), cgroups, netns: found.into_values().collect() })
+    let netns = found.into_values().collect();
+    Ok((Observed { dir: Some(cgroup.to_owned()), cgroups, netns }, opened))
 }
 
 /// Opens netns `id` through a process of the pod whose directory is `cgroup`.

@@ -1,7 +1,7 @@
 //! Whether a pod can be enrolled, and if not, why.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -35,46 +35,99 @@ pub struct Judged {
     pub verdict: Verdict,
 }
 
-/// What earlier entries of the list hold already.
-#[derive(Default)]
-struct Claims {
-    uids: BTreeSet<String>,
-    cgroups: BTreeMap<PathBuf, String>,
-    cookies: BTreeMap<u64, String>,
-    addresses: BTreeMap<IpAddr, String>,
+/// What pods hold that no two may: directories, netns, addresses. Whoever holds something keeps it until it is
+/// released, so that a wrong entry never disturbs a pod that is in order.
+#[derive(Debug, Default)]
+pub struct Claims {
+    cgroups: BTreeMap<PathBuf, Holder>,
+    cookies: BTreeMap<u64, Holder>,
+    addresses: BTreeMap<IpAddr, Holder>,
+    held: BTreeMap<String, Held>,
 }
 
-/// Judges `pods` in their order: of two that claim the same, the first one holds it, so that adding a
-/// wrong entry to the end of a list never disturbs a pod that is in order.
-///
-/// `attached` is the cgroup that the programs are attached to. `current` is the cookie of the netns that
-/// a uid is enrolled with: a pod stays with it as long as one of its processes does, or any process
-/// could leave the mesh by `unshare`.
-pub fn judge(
-    pods: Vec<(Arc<Pod>, Observed)>,
-    attached: &Path,
-    current: &BTreeMap<String, u64>,
-) -> Vec<Judged> {
-    let mut claims = Claims::default();
-    pods.into_iter()
-        .map(|(pod, observed)| {
-            let verdict = verdict(&pod, &observed, attached, current, &mut claims);
-            Judged { pod, observed, verdict }
-        })
-        .collect()
+#[derive(Clone, Debug)]
+struct Holder {
+    uid: String,
+    full_name: String,
+}
+
+/// What one pod holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    cgroup: Option<PathBuf>,
+    cookie: Option<u64>,
+    addresses: Vec<IpAddr>,
+}
+
+impl Held {
+    /// Whether this is something that `later` does not hold any more, so that others may have it.
+    pub fn frees(&self, later: &Self) -> bool {
+        (self.cgroup.is_some() && self.cgroup != later.cgroup)
+            || (self.cookie.is_some() && self.cookie != later.cookie)
+            || self.addresses.iter().any(|address| !later.addresses.contains(address))
+    }
+}
+
+/// Whether another pod's giving something up may change this verdict.
+pub fn is_blocked(verdict: &Verdict) -> bool {
+    const CODES: [&str; 4] = ["duplicate_cgroup", "cgroup_overlaps", "netns_taken", "address_taken"];
+    matches!(verdict, Verdict::Refused { reason, .. } if CODES.contains(&reason.code.as_str()))
+}
+
+impl Claims {
+    /// Judges `pod` by what was observed of it, in place of how it was judged before.
+    ///
+    /// `attached` is the cgroup that the programs are attached to. `current` is the cookie of the netns that
+    /// the pod is enrolled with: it stays with it as long as one of its processes does, or any process
+    /// could leave the mesh by `unshare`.
+    pub fn judge(
+        &mut self,
+        pod: &Pod,
+        observed: &Observed,
+        attached: &Path,
+        current: Option<u64>,
+    ) -> Verdict {
+        self.release(&pod.uid);
+        verdict(pod, observed, attached, current, self)
+    }
+
+    /// What `uid` holds.
+    pub fn held(&self, uid: &str) -> Held {
+        self.held.get(uid).cloned().unwrap_or_default()
+    }
+
+    /// `uid` holds nothing any more.
+    pub fn release(&mut self, uid: &str) {
+        let Some(held) = self.held.remove(uid) else { return };
+        if let Some(dir) = held.cgroup {
+            self.cgroups.remove(&dir);
+        }
+        if let Some(cookie) = held.cookie {
+            self.cookies.remove(&cookie);
+        }
+        for address in held.addresses {
+            self.addresses.remove(&address);
+        }
+    }
+
+    /// The pod in whose directory `path` is.
+    pub fn owner(&self, path: &Path) -> Option<&str> {
+        path.ancestors().find_map(|dir| self.cgroups.get(dir)).map(|holder| holder.uid.as_str())
+    }
 }
 
 fn verdict(
     pod: &Pod,
     observed: &Observed,
     attached: &Path,
-    current: &BTreeMap<String, u64>,
+    current: Option<u64>,
     claims: &mut Claims,
 ) -> Verdict {
     let refused = |reason| Verdict::Refused { reason, keeps_closed: false };
     let outside = observed.dir.as_ref().filter(|dir| !dir.starts_with(attached) || *dir == attached);
     if outside.is_none()
-        && let Err(reason) = claims.place(pod, observed.dir.as_deref())
+        && let Some(dir) = &observed.dir
+        && let Err(reason) = claims.place(pod, dir)
     {
         return refused(reason);
     }
@@ -102,7 +155,7 @@ fn verdict(
             )),
         };
     }
-    match netns(pod, observed, current.get(&pod.uid).copied()).and_then(|facts| claims.netns(pod, facts)) {
+    match netns(pod, observed, current).and_then(|facts| claims.netns(pod, facts)) {
         Ok(facts) => Verdict::Verified(facts),
         Err(reason) if matches!(reason.code.as_str(), "no_process" | "no_address") => {
             Verdict::Waiting(reason)
@@ -159,50 +212,47 @@ fn netns(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<NetnsFa
 }
 
 impl Claims {
-    /// Claims the uid and the cgroup.
-    fn place(&mut self, pod: &Pod, dir: Option<&Path>) -> Result<(), Reason> {
-        if self.uids.contains(&pod.uid) {
-            return Err(Reason::new("duplicate_uid", format!("uid {} is an earlier pod's", pod.uid)));
-        }
-        let Some(dir) = dir else {
-            self.uids.insert(pod.uid.clone());
-            return Ok(());
-        };
+    /// Claims the cgroup.
+    fn place(&mut self, pod: &Pod, dir: &Path) -> Result<(), Reason> {
         if let Some(other) = self.cgroups.get(dir) {
-            let text = format!("cgroup {} is that of pod {other}", dir.display());
+            let text = format!("cgroup {} is that of pod {}", dir.display(), other.full_name);
             return Err(Reason::new("duplicate_cgroup", text));
         }
         let above = dir.ancestors().find_map(|above| self.cgroups.get_key_value(above));
         // Paths sort by component, so what lies below a directory follows it directly.
         let below = self.cgroups.range(dir.to_owned()..).next().filter(|(below, _)| below.starts_with(dir));
         if let Some((taken, other)) = above.or(below) {
-            let text = format!("cgroup {} overlaps {} of pod {other}", dir.display(), taken.display());
+            let (dir, taken, other) = (dir.display(), taken.display(), &other.full_name);
+            let text = format!("cgroup {dir} overlaps {taken} of pod {other}");
             return Err(Reason::new("cgroup_overlaps", text));
         }
-        self.uids.insert(pod.uid.clone());
-        self.cgroups.insert(dir.to_owned(), full_name(pod));
+        self.cgroups.insert(dir.to_owned(), holder(pod));
+        self.held.entry(pod.uid.clone()).or_default().cgroup = Some(dir.to_owned());
         Ok(())
     }
 
     /// Claims the netns and the addresses.
     fn netns(&mut self, pod: &Pod, facts: NetnsFacts) -> Result<NetnsFacts, Reason> {
         if let Some(other) = self.cookies.get(&facts.cookie) {
-            return Err(Reason::new(
-                "netns_taken",
-                format!("netns {} is that of pod {other}", facts.id.inode),
-            ));
+            let text = format!("netns {} is that of pod {}", facts.id.inode, other.full_name);
+            return Err(Reason::new("netns_taken", text));
         }
         if let Some((address, other)) =
             facts.addresses.iter().find_map(|address| self.addresses.get_key_value(address))
         {
-            return Err(Reason::new("address_taken", format!("address {address} is that of pod {other}")));
+            let text = format!("address {address} is that of pod {}", other.full_name);
+            return Err(Reason::new("address_taken", text));
         }
-        self.cookies.insert(facts.cookie, full_name(pod));
-        self.addresses.extend(facts.addresses.iter().map(|address| (*address, full_name(pod))));
+        let held = self.held.entry(pod.uid.clone()).or_default();
+        held.cookie = Some(facts.cookie);
+        held.addresses.clone_from(&facts.addresses);
+        self.cookies.insert(facts.cookie, holder(pod));
+        self.addresses.extend(facts.addresses.iter().map(|address| (*address, holder(pod))));
         Ok(facts)
     }
 }
 
-fn full_name(pod: &Pod) -> String {
-    format!("{}/{} ({})", pod.namespace, pod.name, pod.uid)
+fn holder(pod: &Pod) -> Holder {
+    let full_name = format!("{}/{} ({})", pod.namespace, pod.name, pod.uid);
+    Holder { uid: pod.uid.clone(), full_name }
 }

@@ -7,7 +7,7 @@ use crate::{
     observed::{Observed, Seen, netns::NetnsFacts},
 };
 
-use super::{judge::judge, *};
+use super::{judge::Claims, *};
 
 const ATTACHED: &str = "/cgroup/pods";
 
@@ -54,11 +54,20 @@ fn placed(pods: Vec<(Pod, Observed)>) -> Vec<(Arc<Pod>, Observed)> {
     pods.into_iter().map(place).collect()
 }
 
-fn verdicts(pods: Vec<(Pod, Observed)>) -> Vec<Verdict> {
-    judge(placed(pods), Path::new(ATTACHED), &BTreeMap::new())
-        .into_iter()
-        .map(|judged| judged.verdict)
+/// One after the other.
+fn judge(pods: Vec<(Arc<Pod>, Observed)>, current: &BTreeMap<String, u64>) -> Vec<Judged> {
+    let mut claims = Claims::default();
+    pods.into_iter()
+        .map(|(pod, observed)| {
+            let current = current.get(&pod.uid).copied();
+            let verdict = claims.judge(&pod, &observed, Path::new(ATTACHED), current);
+            Judged { pod, observed, verdict }
+        })
         .collect()
+}
+
+fn verdicts(pods: Vec<(Pod, Observed)>) -> Vec<Verdict> {
+    judge(placed(pods), &BTreeMap::new()).into_iter().map(|judged| judged.verdict).collect()
 }
 
 fn code(verdict: &Verdict) -> &str {
@@ -77,7 +86,6 @@ fn each_bad_pod_is_refused_with_its_reason_and_the_others_are_not() {
         bad
     };
     let table: Vec<(&str, Pod, Observed)> = vec![
-        ("duplicate_uid", with(&|bad| bad.uid = "a".to_owned()), in_order(3)),
         ("duplicate_cgroup", with(&|bad| bad.cgroup = pod("a").cgroup), in_order(3)),
         (
             "cgroup_overlaps",
@@ -104,10 +112,44 @@ fn each_bad_pod_is_refused_with_its_reason_and_the_others_are_not() {
 }
 
 #[test]
+fn whoever_holds_an_address_keeps_it_until_it_is_released() {
+    let mut claims = Claims::default();
+    let judge = |claims: &mut Claims, uid: &str, n: u8, seen: NetnsFacts| {
+        let mut observed = seen_at(n, seen);
+        observed.dir = pod(uid).cgroup;
+        claims.judge(&pod(uid), &observed, Path::new(ATTACHED), None)
+    };
+    let second = NetnsFacts { cookie: 7, ..facts(1) };
+    assert_eq!(code(&judge(&mut claims, "a", 1, facts(1))), "verified");
+    assert_eq!(code(&judge(&mut claims, "b", 2, second.clone())), "address_taken");
+    // Judged again, the first one still has it.
+    assert_eq!(code(&judge(&mut claims, "a", 1, facts(1))), "verified");
+    let held = claims.held("a");
+    claims.release("a");
+    assert!(held.frees(&claims.held("a")));
+    assert_eq!(code(&judge(&mut claims, "b", 2, second)), "verified");
+    assert_eq!(claims.owner(&Path::new(ATTACHED).join("b/container/nested")), Some("b"));
+    assert_eq!(claims.owner(Path::new(ATTACHED)), None);
+}
+
+fn seen_at(n: u8, facts: NetnsFacts) -> Observed {
+    seen(n, vec![Seen::Pod(facts)])
+}
+
+#[test]
+fn the_part_of_one_pod_is_planned_as_the_whole_is() {
+    let setting = Setting { policies: [("a".to_owned(), 1)].into(), ..Setting::default() };
+    let (a, b) = ((pod("a"), in_order(1)), (pod("b"), in_order(2)));
+    let (whole, only_a) = (setting.plan(vec![a.clone(), b]), setting.plan(vec![a]));
+    assert_eq!(whole.part(&only_a.keys()), only_a);
+    assert!(steps(&whole.part(&only_a.keys()), &only_a).is_empty());
+}
+
+#[test]
 fn a_pod_stays_in_its_netns_while_one_process_does() {
     let observed = seen(1, vec![Seen::Pod(facts(9)), Seen::Pod(facts(1)), Seen::Host]);
     let current = [("a".to_owned(), facts(1).cookie)].into();
-    let judged = judge(placed(vec![(pod("a"), observed)]), Path::new(ATTACHED), &current);
+    let judged = judge(placed(vec![(pod("a"), observed)]), &current);
     assert_eq!(judged[0].verdict, Verdict::Verified(facts(1)));
 }
 
@@ -130,14 +172,14 @@ struct Setting {
 
 impl Setting {
     fn plan(&self, pods: Vec<(Pod, Observed)>) -> Plan {
-        let judged = judge(placed(pods), Path::new(ATTACHED), &BTreeMap::new());
+        let judged = judge(placed(pods), &BTreeMap::new());
         wanted(
             &judged,
             &Circumstances {
                 default_fail_mode: self.fail_mode,
                 ready: &|uid, _| self.ready.contains(uid),
-                lenient: &self.lenient,
-                policies: &self.policies,
+                lenient: &|uid| self.lenient.contains(uid),
+                policy: &|uid| self.policies.get(uid).copied().unwrap_or(0),
                 tunnels: &self.tunnels,
             },
         )
