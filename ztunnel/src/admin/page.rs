@@ -200,7 +200,13 @@ fn connections(html: &mut String, overview: &Overview) -> fmt::Result {
         } else {
             "<span class=\"pill\">plain TCP</span>"
         };
-        let towards = view.service.as_deref().or(view.original_dst.as_deref()).unwrap_or_default();
+        // Inside the tunnel, which is what the client wanted; below it, what is on the wire.
+        let dialled = view.original_dst.as_deref().unwrap_or_default();
+        let (target, wire) = match view.direction {
+            "inbound" => (&*view.actual_dst, dialled),
+            _ => (dialled, &*view.actual_dst),
+        };
+        let towards = view.service.as_deref().unwrap_or(target);
         format!(
             "<td>{}</td><td>{arrow}</td><td>{}</td><td>{}<br><small>{} → {}</small></td><td>{secured}</td>\
              <td class=\"n\">{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td>",
@@ -208,7 +214,7 @@ fn connections(html: &mut String, overview: &Overview) -> fmt::Result {
             Text(peer),
             Text(towards),
             Text(view.src),
-            Text(&view.actual_dst),
+            Text(wire),
             Size(view.bytes_sent),
             Size(view.bytes_received),
             Lasts(view.age.as_secs())
