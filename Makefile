@@ -3,7 +3,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
-.PHONY: help setup build demo test test-again bench lint clean
+.PHONY: help setup build demo test test-again bench fuzz lint clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -26,6 +26,9 @@ test-again: ## the tests once more: what the first run left would show
 bench: setup ## direct against through the mesh, side by side; PEER_BIN=… beside another ztunnel (root)
 	@$(CARGO) build --release --locked --workspace --bins --quiet
 	@$(CARGO) run --release --locked --quiet -p watcher --example bench
+
+fuzz: setup ## input that breaks a parser others can reach, each looked for during SECONDS=60
+	@SECONDS_EACH=$(or $(SECONDS),60) .ci/fuzz
 
 lint: ## formatting, clippy, licences
 	$(CARGO) fmt --all --check

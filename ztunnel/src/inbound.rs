@@ -14,7 +14,7 @@ use tracing::debug;
 
 use crate::{
     hbone::{
-        BAGGAGE, FORWARDED, InvalidTarget, Target,
+        BAGGAGE, FORWARDED, InvalidTarget, Target, forwarded_host,
         server::{self, Asked},
     },
     identity::{Identity, IdentityError, peer_identity},
@@ -223,8 +223,7 @@ fn resolve(
 /// The service that the client dialled, as its tunnel says: `forwarded: for="…";host=…`. For labels only.
 fn forwarded_service(mesh: &Mesh, workload: &Workload, headers: &HeaderMap) -> Option<Arc<Service>> {
     let forwarded = headers.get(FORWARDED)?.to_str().ok()?;
-    let host = forwarded.split(';').find_map(|part| part.trim().strip_prefix("host="))?;
-    mesh.service_by_hostname(host.trim_matches('"'), &workload.namespace).cloned()
+    mesh.service_by_hostname(forwarded_host(forwarded)?, &workload.namespace).cloned()
 }
 
 /// Whether policy lets `client` reach `target` of `workload`.

@@ -8,7 +8,12 @@ pub mod client;
 pub mod pool;
 pub mod server;
 
-use std::{future::poll_fn, net::SocketAddr, str::FromStr, time::Duration};
+use std::{
+    future::poll_fn,
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+    time::Duration,
+};
 
 use h2::{Ping, PingPong};
 use http::{HeaderValue, Method, Request, header::HeaderName};
@@ -85,13 +90,27 @@ impl FromStr for Target {
             return if address.port() == 0 { Err(InvalidTarget) } else { Ok(Self::Address(address)) };
         }
         let (name, port) = authority.rsplit_once(':').ok_or(InvalidTarget)?;
+        // Rust reads "+80" as a number, and what is an address must not pass for a name.
+        let digits = port.bytes().all(|byte| byte.is_ascii_digit());
         match port.parse() {
-            Ok(port) if port != 0 && !name.is_empty() && !name.contains([':', '[', ']', '@', '/']) => {
+            Ok(port)
+                if port != 0
+                    && digits
+                    && name.parse::<IpAddr>().is_err()
+                    && !name.is_empty()
+                    && !name.contains([':', '[', ']', '@', '/']) =>
+            {
                 Ok(Self::Host { name: name.to_owned(), port })
             }
             _ => Err(InvalidTarget),
         }
     }
+}
+
+/// The service that the client dialled, as its tunnel says in a `forwarded` header (RFC 7239): `for="…";host=…`.
+pub fn forwarded_host(forwarded: &str) -> Option<&str> {
+    let host = forwarded.split(';').find_map(|part| part.trim().strip_prefix("host="))?;
+    Some(host.trim_matches('"'))
 }
 
 /// Small DATA frames that wait for a slow application count against their connection, and too many close
@@ -155,6 +174,8 @@ mod tests {
             ("10.0.0.7:0", None),
             ("a.b.svc:0", None),
             ("a.b.svc:70000", None),
+            ("10.0.0.7:+80", None),
+            ("a.b.svc:+80", None),
             (":80", None),
             ("fd00::7:80", None),
             ("", None),

@@ -78,10 +78,9 @@ impl Service {
             metadata: self.config.impersonate.then(|| impersonated(identity)),
         };
         let answer = self.call(request).await?;
-        let (chain, roots) = split_chain(&answer)?;
         let key = PrivateKeyDer::try_from(key.serialize_der())
             .map_err(|error| IdentityError::Malformed { what: error.to_owned() })?;
-        Credentials::new(identity.clone(), chain, &key, roots)
+        answered(identity, &key, &answer)
     }
 
     /// Tries the service by each of its names; a refusal by the service itself is final.
@@ -174,6 +173,17 @@ fn csr(identity: &Identity, key: &KeyPair) -> Result<String, IdentityError> {
     params.distinguished_name = DistinguishedName::new();
     params.subject_alt_names = vec![SanType::URI(identity.to_string().try_into()?)];
     Ok(params.serialize_request(key)?.pem()?)
+}
+
+/// Takes the service's answer, texts with certificates in PEM. Refused unless the leaf bears `identity` and belongs to
+/// `key`.
+pub fn answered(
+    identity: &Identity,
+    key: &PrivateKeyDer<'_>,
+    answer: &[String],
+) -> Result<Credentials, IdentityError> {
+    let (chain, roots) = split_chain(answer)?;
+    Credentials::new(identity.clone(), chain, key, roots)
 }
 
 type Certs = Vec<CertificateDer<'static>>;

@@ -13,6 +13,7 @@ mod trust;
 
 use std::{fmt, str::FromStr, sync::Arc};
 
+pub use ca_client::answered;
 pub use certificates::{Certificates, Known};
 pub use credentials::Credentials;
 pub use trust::peer_identity;

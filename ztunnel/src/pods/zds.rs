@@ -14,7 +14,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg, send,
     socket,
 };
-use prost::Message;
+use prost::Message as _;
 use tokio::{io::unix::AsyncFd, time::sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -94,41 +94,61 @@ impl Session {
                 "message longer than {PACKET} bytes, or with more than {DESCRIPTORS} descriptors"
             ));
         }
-        let request =
-            WorkloadRequest::decode(&*packet.data).map_err(|e| format!("not a WorkloadRequest: {e}"))?;
-        let payload = request.payload.ok_or("message without a known payload")?;
-        debug!(?payload, descriptors = packet.descriptors.len(), "node agent says");
-        let add = match payload {
-            Payload::Add(add) => add,
+        let message = decode(&packet.data)?;
+        debug!(?message, descriptors = packet.descriptors.len(), "node agent says");
+        let (uid, info) = match message {
+            Message::Add { uid, info } => (uid, info),
             _ if !packet.descriptors.is_empty() => return Err("only add carries a descriptor".into()),
-            Payload::Keep(keep) => {
+            Message::Keep { uid } => {
                 if self.snapshot {
                     return Err("keep after the snapshot".into());
                 }
-                if !pods.knows(&keep.uid) {
-                    return Err(format!("keep of unknown pod {}", keep.uid));
+                if !pods.knows(&uid) {
+                    return Err(format!("keep of unknown pod {uid}"));
                 }
-                self.seen.insert(keep.uid);
+                self.seen.insert(uid);
                 return Ok(());
             }
-            Payload::Del(del) => {
-                self.seen.remove(&del.uid);
-                pods.remove(&del.uid);
+            Message::Del { uid } => {
+                self.seen.remove(&uid);
+                pods.remove(&uid);
                 return Ok(());
             }
-            Payload::SnapshotSent(_) => {
+            Message::SnapshotSent => {
                 self.snapshot = true;
                 pods.keep_only(&self.seen);
                 return Ok(());
             }
         };
-        let (uid, info) = valid(add)?;
         let count = packet.descriptors.len();
         let [netns] = <[OwnedFd; 1]>::try_from(packet.descriptors)
             .map_err(|_| format!("add of {uid} must carry one netns descriptor, has {count}"))?;
         self.seen.insert(uid.clone());
         pods.add(&uid, info, netns).map_err(|error| format!("cannot serve {uid}, trying on: {error}"))
     }
+}
+
+/// What the node agent says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    Add { uid: String, info: PodInfo },
+    Keep { uid: String },
+    Del { uid: String },
+    SnapshotSent,
+}
+
+/// Reads one packet, but for its descriptors. What is wrong is the text of the refusal.
+pub fn decode(packet: &[u8]) -> Result<Message, String> {
+    let request = WorkloadRequest::decode(packet).map_err(|e| format!("not a WorkloadRequest: {e}"))?;
+    Ok(match request.payload.ok_or("message without a known payload")? {
+        Payload::Add(add) => {
+            let (uid, info) = valid(add)?;
+            Message::Add { uid, info }
+        }
+        Payload::Keep(keep) => Message::Keep { uid: keep.uid },
+        Payload::Del(del) => Message::Del { uid: del.uid },
+        Payload::SnapshotSent(_) => Message::SnapshotSent,
+    })
 }
 
 fn valid(add: AddWorkload) -> Result<(String, PodInfo), String> {

@@ -1,0 +1,106 @@
+//! Every parser of the tunnel that a pod, a peer, the node agent or the control plane can reach, as a function from any
+//! bytes. It must return, in little time, and what it says must agree with itself: that is asserted here.
+//!
+//! `make fuzz` looks for bytes that break this (libFuzzer, by `src/main.rs`); the tests run what is known, `seeds/TARGET/*`.
+
+use std::sync::OnceLock;
+
+use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use ztunnel::{
+    hbone::{Target, forwarded_host},
+    identity::{self, Identity},
+    mesh::{
+        baggage,
+        local_file::{self, Defaults},
+    },
+    pods::zds,
+};
+
+/// A parser and its name.
+pub type Fuzzed = (&'static str, fn(&[u8]));
+
+pub const TARGETS: &[Fuzzed] = &[
+    ("authority", authority),
+    ("baggage", header_baggage),
+    ("ca_answer", ca_answer),
+    ("certificate", certificate),
+    ("forwarded", forwarded),
+    ("identity", spiffe_id),
+    ("mesh_file", mesh_file),
+    ("zds", node_agent),
+];
+
+/// `:authority` of a peer's CONNECT.
+fn authority(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let Ok(target) = text.parse::<Target>() else { return };
+    let (port, written) = match &target {
+        Target::Address(address) => (address.port(), address.to_string()),
+        Target::Host { name, port } => (*port, format!("{name}:{port}")),
+    };
+    assert_ne!(port, 0, "port 0 is nobody's");
+    assert_eq!(written.parse(), Ok(target), "what is written is read as the same");
+}
+
+/// The lines of a peer's `baggage`.
+fn header_baggage(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let told = baggage::parse(text.split('\n'));
+    for value in [&told.cluster_id, &told.namespace, &told.workload_name, &told.service_name] {
+        assert!(value.as_ref().is_none_or(|value| !value.is_empty()), "an empty value is none");
+    }
+}
+
+/// A peer's `forwarded`.
+fn forwarded(data: &[u8]) {
+    // As the header's value comes: what is no header is refused before.
+    let Ok(value) = http::HeaderValue::from_bytes(data) else { return };
+    let Ok(text) = value.to_str() else { return };
+    if let Some(host) = forwarded_host(text) {
+        assert!(text.contains(host), "the host is a part of the header");
+    }
+}
+
+/// A SPIFFE id, as it stands in certificates.
+fn spiffe_id(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    if let Ok(id) = text.parse::<Identity>() {
+        assert_eq!(id.to_string(), text, "two texts are two identities");
+    }
+}
+
+/// A peer's certificate, after TLS has checked who signed it.
+fn certificate(data: &[u8]) {
+    let leaf = [CertificateDer::from(data)];
+    if let Some(id) = identity::peer_identity(Some(&leaf)) {
+        assert_eq!(id.to_string().parse::<Identity>().as_ref(), Ok(&id));
+    }
+}
+
+/// The certificate service's answer: texts, here parted by NUL.
+fn ca_answer(data: &[u8]) {
+    static KEY: OnceLock<PrivateKeyDer<'static>> = OnceLock::new();
+    let key = KEY.get_or_init(|| {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).expect("a key");
+        PrivateKeyDer::try_from(key.serialize_der()).expect("PKCS#8")
+    });
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let asked = "spiffe://cluster.local/ns/default/sa/web".parse().expect("an identity");
+    let answer: Vec<String> = text.split('\0').map(str::to_owned).collect();
+    assert!(identity::answered(&asked, key, &answer).is_err(), "nobody else has a certificate for our key");
+}
+
+/// The mesh file, which may come from a config map that others edit.
+fn mesh_file(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let defaults = Defaults { cluster_id: "Kubernetes".into(), trust_domain: "cluster.local".into() };
+    let _ = local_file::parse(text, &defaults);
+}
+
+/// A packet of the node agent.
+fn node_agent(data: &[u8]) {
+    if let Ok(zds::Message::Add { uid, info }) = zds::decode(data) {
+        assert!(!uid.is_empty() && !info.name.is_empty() && !info.service_account.is_empty());
+    }
+}
