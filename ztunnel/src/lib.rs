@@ -3,6 +3,7 @@
 //! * [`worker`]: one single-threaded runtime per core; a connection lives and dies on its worker
 //! * [`pods`]: which netns are served: told by ZDS, listened in by every worker
 //! * [`outbound`], [`inbound`], [`inbound_plain`]: follow one connection from accept to close
+//! * [`dns`]: answers names of the mesh in each pod's netns
 //! * [`hbone`]: HTTP/2 CONNECT in mutual TLS, as client (pooled) and as server
 //! * [`stream`]: copies both ways until both sides are done, or one breaks
 //! * [`socket`]: the few socket options that carry the design
@@ -18,6 +19,7 @@
 
 pub mod admin;
 pub mod config;
+pub mod dns;
 pub mod drain;
 pub mod hbone;
 pub mod identity;

@@ -14,6 +14,7 @@ use tracing::{error, info, warn};
 use ztunnel::{
     admin::{Admin, Readiness, Servers},
     config::{Config, LocalState, ProxyMode},
+    dns::Dns,
     drain,
     identity::Certificates,
     logging::{Logging, Lost},
@@ -81,7 +82,12 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: Lost) -> Resul
         Arc::clone(&metrics),
     ));
     let workers = Workers::start(&shared).context("cannot start the workers")?;
-    let mut pods = Pods::new(shared, workers, stop.clone());
+    let start_dns = || {
+        let _ready = readiness.task("dns proxy");
+        Dns::start(&shared).context("cannot start the DNS proxy")
+    };
+    let dns = config.dns.enabled.then(start_dns).transpose()?;
+    let mut pods = Pods::new(shared, workers, dns, stop.clone());
 
     // Serve. What the draining connections still need goes on until `end`.
     let mut services = JoinSet::new();

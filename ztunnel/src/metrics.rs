@@ -5,9 +5,11 @@
 //!
 //! * [`traffic`]: what is counted of connections, and under which labels
 //! * [`open`], [`failures`]: the connections that are open now, and the last ones that failed
+//! * [`dns`]: what pods ask the DNS proxy
 //! * [`certificates`], [`process`], [`runtime`]: asked at each scrape
 
 pub mod certificates;
+pub mod dns;
 pub mod failures;
 pub mod open;
 mod process;
@@ -64,6 +66,7 @@ pub struct Metrics {
     /// Pods served, pods still to be served, and their coming and going.
     pub pods: PodMetrics,
     pub pool: PoolMetrics,
+    pub dns: dns::DnsMetrics,
     pub runtimes: Runtimes,
     pub open: Open,
     pub failed_connections: Failures,
@@ -133,6 +136,7 @@ impl Metrics {
             hasher: RandomState::new(),
             pods: PodMetrics::default(),
             pool: PoolMetrics::default(),
+            dns: dns::DnsMetrics::default(),
             runtimes: Runtimes::default(),
             open: Open::default(),
             failed_connections: Failures::default(),
@@ -140,6 +144,7 @@ impl Metrics {
         metrics.register_traffic();
         metrics.register_tunnels();
         metrics.register_process();
+        metrics.dns.register(&mut metrics.registry);
         metrics
     }
 

@@ -51,6 +51,7 @@ pub struct Config {
     pub workers: NonZeroUsize,
     pub pool: Pool,
     pub h2: H2,
+    pub dns: Dns,
     pub keepalive: Option<Keepalive>,
     /// `TCP_USER_TIMEOUT` of every socket (`USER_TIMEOUT_ENABLED`).
     pub user_timeout: Option<Duration>,
@@ -174,6 +175,17 @@ pub struct Pool {
     /// A tunnel unused for so long is closed.
     #[serde(serialize_with = "seconds")]
     pub idle: Duration,
+}
+
+/// The DNS proxy.
+#[derive(Clone, Debug, Serialize)]
+pub struct Dns {
+    pub enabled: bool,
+    /// In each pod's netns.
+    pub address: SocketAddr,
+    pub preferred_namespace: Option<Arc<str>>,
+    /// Who is asked for what is not ours. Empty: the resolvers of /etc/resolv.conf.
+    pub upstream: Vec<SocketAddr>,
 }
 
 /// HTTP/2 flow control, in bytes.

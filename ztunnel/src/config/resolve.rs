@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    Ca, CaService, Config, ConfigError, H2, Headers, Keepalive, LocalState, LogFormat, Pool, Ports,
+    Ca, CaService, Config, ConfigError, Dns, H2, Headers, Keepalive, LocalState, LogFormat, Pool, Ports,
     ProxyMode, RootSource, Token, settings::Settings, value,
 };
 
@@ -86,6 +86,7 @@ fn resolve(settings: &Settings, in_kubernetes: bool) -> Result<Config, ConfigErr
             max_streams: settings.number("pool.max_streams")?,
             idle: settings.duration("pool.idle")?,
         },
+        dns: dns(settings)?,
         h2: H2 {
             stream_window: settings.number("h2.stream_window_bytes")?,
             connection_window: settings.number("h2.connection_window_bytes")?,
@@ -230,6 +231,25 @@ fn admin_address(settings: &Settings) -> Result<SocketAddr, ConfigError> {
         return Err(settings.invalid(key, "a loopback address"));
     }
     Ok(address)
+}
+
+fn dns(settings: &Settings) -> Result<Dns, ConfigError> {
+    let key = "dns.upstream";
+    let resolver = |text: &str| {
+        let with_port = text.parse().map(|ip: IpAddr| SocketAddr::new(ip, 53)).or_else(|_| text.parse());
+        with_port.map_err(|_| settings.invalid(key, "addresses as IP or IP:port, separated by commas"))
+    };
+    let upstream = settings.get(key).map_or(Ok(Vec::new()), |text| {
+        text.split(',').map(str::trim).map(resolver).collect::<Result<_, _>>()
+    })?;
+    Ok(Dns {
+        enabled: settings.bool("dns.enabled")?,
+        address: settings
+            .address("dns.address")?
+            .unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 15053)),
+        preferred_namespace: settings.get("dns.preferred_namespace").map(Into::into),
+        upstream,
+    })
 }
 
 fn ipv6_available() -> bool {

@@ -129,6 +129,11 @@ impl Mesh {
         preferred.or_else(|| named.iter().find(|service| service.canonical)).or_else(|| named.first())
     }
 
+    /// All services of that very name, which may be a wildcard, one of each namespace.
+    pub fn services_named(&self, hostname: &str) -> &[Arc<Service>] {
+        self.by_hostname.get(hostname).map_or(&[], Vec::as_slice)
+    }
+
     /// Every endpoint of a service, healthy or not.
     pub fn endpoints(&self, service: &ServiceKey) -> &[Endpoint] {
         self.endpoints.get(service).map_or(&[], Vec::as_slice)

@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{
+    dns::{Dns, sockets},
     identity::Identity,
     socket::{self, Netns, NetnsId},
     worker::{Shared, Workers},
@@ -88,6 +89,8 @@ struct Pending {
 pub struct Pods {
     shared: Arc<Shared>,
     workers: Workers,
+    /// Unless it is switched off.
+    dns: Option<Dns>,
     running: HashMap<String, Arc<Pod>>,
     pending: HashMap<String, Pending>,
     stop: CancellationToken,
@@ -96,9 +99,9 @@ pub struct Pods {
 
 impl Pods {
     /// `stop` ends all of them.
-    pub fn new(shared: Arc<Shared>, workers: Workers, stop: CancellationToken) -> Self {
+    pub fn new(shared: Arc<Shared>, workers: Workers, dns: Option<Dns>, stop: CancellationToken) -> Self {
         let (running, pending) = (HashMap::new(), HashMap::new());
-        Self { shared, workers, running, pending, stop, published: watch::Sender::default() }
+        Self { shared, workers, dns, running, pending, stop, published: watch::Sender::default() }
     }
 
     /// What an operator is shown of the pods, now and whenever it is called.
@@ -180,18 +183,25 @@ impl Pods {
 
     /// Waits until all connections have finished or were cut; call after `stop` was cancelled.
     pub async fn finish(self) {
-        self.workers.finish().await;
+        let dns = async {
+            if let Some(dns) = self.dns {
+                dns.finish().await;
+            }
+        };
+        tokio::join!(self.workers.finish(), dns);
     }
 
     fn start(&mut self, uid: &str, info: PodInfo, netns: OwnedFd) -> io::Result<()> {
         let config = &self.shared.config;
         let netns = Netns::new(netns)?;
         let mut socket = self.shared.socket.clone();
-        let listeners = netns.enter(|| {
+        let (listeners, names) = netns.enter(|| {
             if socket::mark_stays_local(socket.mark) {
                 socket.mark = 0;
             }
-            listeners::open(self.workers.count(), config, &socket)
+            let listeners = listeners::open(self.workers.count(), config, &socket)?;
+            let names = self.dns.as_ref().map(|_| sockets::listen(config.dns.address, config.ipv6, &socket));
+            Ok((listeners, names))
         })?;
         let identity = Identity {
             trust_domain: Arc::clone(&config.trust_domain),
@@ -201,6 +211,14 @@ impl Pods {
         let pod = Pod { uid: uid.to_owned(), info, identity, netns, socket, stop: self.stop.child_token() };
         let pod = Arc::new(pod);
         self.workers.serve(&pod, listeners)?;
+        // Names are a convenience, connections are not: a pod whose port is taken is served without.
+        match (&self.dns, names) {
+            (Some(dns), Some(Ok(names))) => dns.serve(&pod, names)?,
+            (_, Some(Err(error))) => {
+                warn!(pod.uid = uid, address = %config.dns.address, %error, "cannot serve the pod's DNS");
+            }
+            _ => {}
+        }
         info!(pod.uid = uid, pod.name = %pod.info.name, pod.namespace = %pod.info.namespace,
             pod.service_account = %pod.info.service_account, "pod added");
         // The first connection should not have to wait for it.

@@ -5,6 +5,7 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 pub mod agent;
+pub mod resolver;
 pub mod tunnel;
 
 use std::{
@@ -268,6 +269,20 @@ impl Bed {
         fs::write(&file, rules).expect("write");
         pod.space.run(&format!("nft -f {}", file.display()));
         pod
+    }
+
+    /// Redirects what `pod` asks port 53 of anybody to the tunnel, as Istio's CNI does it.
+    pub fn capture_names(&self, pod: &Pod) {
+        let rules = "table inet names {
+            chain out {
+                type nat hook output priority -101
+                meta mark != 0x539 udp dport 53 redirect to :15053
+                meta mark != 0x539 tcp dport 53 redirect to :15053
+            }
+        }";
+        let file = self.dir.path().join("names.nft");
+        fs::write(&file, rules).expect("write");
+        pod.space.run(&format!("nft -f {}", file.display()));
     }
 
     /// A pod that nobody captures.

@@ -37,6 +37,7 @@ impl Tunnel {
             .env("LOCAL_XDS_PATH", bed.mesh_file())
             .env("DEVELOPMENT_CA_DIR", bed.ca_dir())
             .env("NODE_NAME", node)
+            .env("DNS_UPSTREAM", super::resolver::ADDRESSES.join(","))
             .env("ZTUNNEL_WORKER_THREADS", "2")
             .env("CONNECTION_TERMINATION_DEADLINE", "5s")
             .env("LOG_FORMAT", "json")

@@ -1,0 +1,237 @@
+//! Bytes of a query → bytes of a reply, or the decision to ask somebody else. Pure, and safe on any bytes.
+
+use std::net::IpAddr;
+
+use hickory_proto::{
+    op::{Edns, Message, MessageType, OpCode, ResponseCode},
+    rr::{
+        DNSClass, Name, RData, Record, RecordType,
+        rdata::{A, AAAA, CNAME},
+    },
+};
+use rand::seq::SliceRandom;
+
+use super::names::{self, Client, Family, Zone};
+use crate::mesh::Mesh;
+
+/// How long a client may keep what we say, in seconds. Endpoints of headless services come and go.
+const TTL: u32 = 30;
+/// What a client takes that announces nothing (RFC 1035 §4.2.1).
+const PLAIN_UDP: u16 = 512;
+/// What we take and give by UDP (RFC 6891 §6.2.5). It never leaves the loopback.
+const LARGEST_UDP: u16 = 4096;
+/// Past this many a client gains nothing; and 65,535 bytes hold twice as many of the larger kind.
+const MOST_ADDRESSES: usize = 1000;
+/// RFC 1035 §4.1.1.
+pub const HEADER: usize = 12;
+
+/// How a query came, and so how long its reply may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    Udp,
+    Tcp,
+}
+
+impl Transport {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Udp => "udp",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
+/// What becomes of a query.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// The name is ours, or the query is wrong.
+    Reply(Vec<u8>),
+    /// To be asked of the resolver of the outer world, as it stands.
+    Forward,
+    /// No query at all: who answers answers gets into a circle.
+    Ignore,
+}
+
+/// A query and what becomes of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Handled {
+    /// What is asked for, in a word fit for a label: peers choose it, so that rare ones share `other`.
+    pub query_type: &'static str,
+    pub step: Step,
+}
+
+/// Answers `query` from `mesh`.
+pub fn answer(mesh: &Mesh, zone: &Zone, client: Client<'_>, transport: Transport, query: &[u8]) -> Handled {
+    let handled = |query_type, step| Handled { query_type, step };
+    let failed = |code| handled("other", error(query, code).map_or(Step::Ignore, Step::Reply));
+    if query.len() < HEADER || is_response(query) {
+        return handled("other", Step::Ignore);
+    }
+    let Ok(message) = Message::from_vec(query) else { return failed(ResponseCode::FormErr) };
+    if message.metadata.op_code != OpCode::Query {
+        return failed(ResponseCode::NotImp);
+    }
+    let [question] = &message.queries[..] else { return failed(ResponseCode::FormErr) };
+    let query_type = label(question.query_type());
+    if message.edns.as_ref().is_some_and(|edns| edns.version() != 0) {
+        let reply = reply(&message, ResponseCode::BADVERS);
+        return handled(query_type, encode(&reply, &message, transport));
+    }
+    let family = match question.query_type() {
+        RecordType::A => Family::V4,
+        RecordType::AAAA => Family::V6,
+        _ => return handled(query_type, Step::Forward),
+    };
+    let found = match text(question.name()) {
+        Some(name) if question.query_class() == DNSClass::IN => {
+            names::find(mesh, zone, client, &name, family)
+        }
+        _ => None,
+    };
+    let Some(mut found) = found else { return handled(query_type, Step::Forward) };
+    // Clients take the first.
+    found.addresses.shuffle(&mut rand::rng());
+    found.addresses.truncate(MOST_ADDRESSES);
+    let mut reply = reply(&message, ResponseCode::NoError);
+    reply.metadata.authoritative = true;
+    let mut owner = question.name().clone();
+    if let Some(target) = found.alias_of.and_then(|name| Name::from_ascii(format!("{name}.")).ok())
+        && !found.addresses.is_empty()
+    {
+        reply.add_answer(Record::from_rdata(owner, TTL, RData::CNAME(CNAME(target.clone()))));
+        owner = target;
+    }
+    for ip in found.addresses {
+        let data = match ip {
+            IpAddr::V4(ip) => RData::A(A(ip)),
+            IpAddr::V6(ip) => RData::AAAA(AAAA(ip)),
+        };
+        reply.add_answer(Record::from_rdata(owner.clone(), TTL, data));
+    }
+    handled(query_type, encode(&reply, &message, transport))
+}
+
+/// A reply with nothing but `code`. `None`: there is not even a header to reply to.
+pub fn error(query: &[u8], code: ResponseCode) -> Option<Vec<u8>> {
+    let header = query.get(..HEADER)?;
+    let mut reply = vec![0; HEADER];
+    reply[..2].copy_from_slice(&header[..2]);
+    // QR; opcode and RD as asked; RA; the code.
+    reply[2] = 0x80 | header[2] & 0x79;
+    reply[3] = 0x80 | code.low();
+    // The question belongs to the reply, where it can be told.
+    if let Some(question) = question_end(query).and_then(|end| query.get(HEADER..end))
+        && !question.is_empty()
+    {
+        reply[5] = 1;
+        reply.extend_from_slice(question);
+    }
+    Some(reply)
+}
+
+/// Whether `reply` answers `query`: same question, in whatever case (RFC 5452 §9.1). Errors may leave it out.
+pub fn answers(query: &[u8], reply: &[u8]) -> bool {
+    let count = |message: &[u8]| message.get(4..6).map(|count| [count[0], count[1]]);
+    if reply.len() < HEADER || !is_response(reply) || query.get(..2) != reply.get(..2) {
+        return false;
+    }
+    let is_error = reply[3] & 0x0f != 0;
+    match question_end(query) {
+        Some(end) if count(reply) == Some([0, 1]) => {
+            reply.get(HEADER..end).is_some_and(|question| question.eq_ignore_ascii_case(&query[HEADER..end]))
+        }
+        _ => is_error && count(reply) == Some([0, 0]),
+    }
+}
+
+/// The response code of a reply that has a header.
+pub fn code(reply: &[u8]) -> ResponseCode {
+    ResponseCode::from(0, reply.get(3).copied().unwrap_or_default() & 0x0f)
+}
+
+/// Where the one question of `message` ends; the length of the header if it has none. `None`: unreadable, or several.
+fn question_end(message: &[u8]) -> Option<usize> {
+    match message.get(4..6)? {
+        [0, 0] => return Some(HEADER),
+        [0, 1] => {}
+        _ => return None,
+    }
+    let mut at = HEADER;
+    loop {
+        match *message.get(at)? {
+            0 => break,
+            // A question comes first: there is nothing that a compressed name could point to.
+            length @ 1..=63 => at += 1 + usize::from(length),
+            64.. => return None,
+        }
+    }
+    let end = at + 5;
+    (end <= message.len() && at - HEADER < 255).then_some(end)
+}
+
+fn is_response(message: &[u8]) -> bool {
+    message[2] & 0x80 != 0
+}
+
+fn reply(query: &Message, code: ResponseCode) -> Message {
+    let mut reply = Message::new(query.metadata.id, MessageType::Response, query.metadata.op_code);
+    reply.metadata.recursion_desired = query.metadata.recursion_desired;
+    reply.metadata.recursion_available = true;
+    reply.metadata.response_code = code;
+    reply.add_queries(query.queries.iter().cloned());
+    if query.edns.is_some() {
+        let mut edns = Edns::new();
+        edns.set_max_payload(LARGEST_UDP);
+        reply.set_edns(edns);
+    }
+    reply
+}
+
+/// A reply too long for UDP goes out empty with the flag that sends the client to TCP (RFC 2181 §9).
+fn encode(reply: &Message, query: &Message, transport: Transport) -> Step {
+    let announced = query.edns.as_ref().map_or(PLAIN_UDP, Edns::max_payload);
+    let limit = match transport {
+        Transport::Udp => announced.clamp(PLAIN_UDP, LARGEST_UDP),
+        Transport::Tcp => u16::MAX,
+    };
+    let bytes = match reply.to_vec() {
+        Ok(bytes) if bytes.len() <= usize::from(limit) => Ok(bytes),
+        _ => reply.truncate().to_vec(),
+    };
+    bytes.map_or(Step::Ignore, Step::Reply)
+}
+
+/// A name as the mesh knows names. `None`: no hostname, so nobody's service.
+fn text(name: &Name) -> Option<String> {
+    let mut text = String::with_capacity(name.len());
+    for label in name {
+        if !label.iter().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_')) {
+            return None;
+        }
+        if !text.is_empty() {
+            text.push('.');
+        }
+        text.extend(label.iter().map(|byte| char::from(byte.to_ascii_lowercase())));
+    }
+    (!text.is_empty()).then_some(text)
+}
+
+fn label(query_type: RecordType) -> &'static str {
+    match query_type {
+        RecordType::A => "A",
+        RecordType::AAAA => "AAAA",
+        RecordType::CNAME => "CNAME",
+        RecordType::HTTPS => "HTTPS",
+        RecordType::MX => "MX",
+        RecordType::NS => "NS",
+        RecordType::PTR => "PTR",
+        RecordType::SOA => "SOA",
+        RecordType::SRV => "SRV",
+        RecordType::SVCB => "SVCB",
+        RecordType::TXT => "TXT",
+        _ => "other",
+    }
+}
+
+#[cfg(test)]
+mod tests;

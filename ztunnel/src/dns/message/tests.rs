@@ -1,0 +1,213 @@
+use std::{collections::HashSet, net::Ipv4Addr};
+
+use hickory_proto::op::Query;
+
+use super::*;
+use crate::mesh::{
+    Service,
+    tests::{ip, service},
+};
+
+fn mesh() -> Mesh {
+    let six = Service { vips: vec![("".into(), ip("fd00::1"))], ..service("six", "10.1.0.1") };
+    let vips = (0..100).map(|n| ("".into(), Ipv4Addr::new(10, 2, 0, n).into())).collect();
+    let many = Service { vips, ..service("many", "10.1.0.1") };
+    let far_too_many = (0..5000u32).map(|n| ("".into(), Ipv4Addr::from(0x0a03_0000 + n).into())).collect();
+    let far_too_many = Service { vips: far_too_many, ..service("most", "10.1.0.1") };
+    Mesh::new([], [service("web", "10.1.0.1"), six, many, far_too_many], [])
+}
+
+fn query(name: &str, kind: RecordType) -> Message {
+    let mut message = Message::new(4711, MessageType::Query, OpCode::Query);
+    message.metadata.recursion_desired = true;
+    message.add_query(Query::query(Name::from_ascii(name).unwrap(), kind));
+    message
+}
+
+fn handle(bytes: &[u8], transport: Transport) -> Handled {
+    let zone = Zone::new("cluster.local", None, true);
+    answer(&mesh(), &zone, Client { namespace: "default", network: "" }, transport, bytes)
+}
+
+fn replied(message: &Message, transport: Transport) -> Message {
+    match handle(&message.to_vec().unwrap(), transport).step {
+        Step::Reply(bytes) => Message::from_vec(&bytes).unwrap(),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn addresses(message: &Message) -> Vec<IpAddr> {
+    let address = |record: &Record| match &record.data {
+        RData::A(ip) => Some(ip.0.into()),
+        RData::AAAA(ip) => Some(ip.0.into()),
+        _ => None,
+    };
+    message.answers.iter().filter_map(address).collect()
+}
+
+#[test]
+fn a_service_is_answered_in_the_case_in_which_it_was_asked_for() {
+    let reply = replied(&query("WeB.default.SVC.cluster.local.", RecordType::A), Transport::Udp);
+    assert_eq!(reply.metadata.id, 4711);
+    assert!(
+        reply.metadata.authoritative
+            && reply.metadata.recursion_available
+            && reply.metadata.recursion_desired
+    );
+    assert_eq!(reply.metadata.response_code, ResponseCode::NoError);
+    assert_eq!(reply.queries[0].name().to_ascii(), "WeB.default.SVC.cluster.local.");
+    assert_eq!(addresses(&reply), [ip("10.1.0.1")]);
+    assert_eq!(reply.answers[0].ttl, 30);
+}
+
+#[test]
+fn a_name_without_an_address_of_the_family_exists_all_the_same() {
+    let reply = replied(&query("web.default.svc.cluster.local.", RecordType::AAAA), Transport::Udp);
+    assert_eq!((reply.metadata.response_code, reply.answers.len()), (ResponseCode::NoError, 0));
+    let reply = replied(&query("six.", RecordType::AAAA), Transport::Udp);
+    assert_eq!(addresses(&reply), [ip("fd00::1")]);
+}
+
+#[test]
+fn an_alias_leads_to_the_name_without_the_search_domain() {
+    let reply = replied(&query("web.default.default.svc.cluster.local.", RecordType::A), Transport::Udp);
+    let alias = &reply.answers[0];
+    assert_eq!(alias.data, RData::CNAME(CNAME(Name::from_ascii("web.default.").unwrap())));
+    assert_eq!(reply.answers[1].name.to_ascii(), "web.default.");
+    assert_eq!(addresses(&reply), [ip("10.1.0.1")]);
+}
+
+#[test]
+fn other_names_and_other_types_are_forwarded() {
+    for (name, kind, label) in [
+        ("www.example.org.", RecordType::A, "A"),
+        ("nosuch.default.svc.cluster.local.", RecordType::AAAA, "AAAA"),
+        ("web.default.svc.cluster.local.", RecordType::SRV, "SRV"),
+        ("web.", RecordType::TXT, "TXT"),
+        ("web.", RecordType::Unknown(4242), "other"),
+        (".", RecordType::A, "A"),
+        ("we\\.b.", RecordType::A, "A"),
+    ] {
+        let handled = handle(&query(name, kind).to_vec().unwrap(), Transport::Udp);
+        assert_eq!(handled, Handled { query_type: label, step: Step::Forward }, "{name} {kind}");
+    }
+    let mut other_class = query("web.", RecordType::A);
+    other_class.queries[0].set_query_class(DNSClass::CH);
+    assert_eq!(handle(&other_class.to_vec().unwrap(), Transport::Udp).step, Step::Forward);
+}
+
+#[test]
+fn an_answer_too_long_for_udp_sends_the_client_to_tcp() {
+    let mut query = query("many.", RecordType::A);
+    let reply = replied(&query, Transport::Udp);
+    assert!(reply.metadata.truncation && reply.answers.is_empty());
+    let reply = replied(&query, Transport::Tcp);
+    assert!(!reply.metadata.truncation);
+    assert_eq!(addresses(&reply).len(), 100);
+
+    let mut edns = Edns::new();
+    edns.set_max_payload(4096);
+    query.set_edns(edns);
+    let reply = replied(&query, Transport::Udp);
+    assert!(!reply.metadata.truncation && reply.edns.is_some());
+    assert_eq!(addresses(&reply).len(), 100);
+}
+
+#[test]
+fn addresses_come_in_any_order_and_not_without_limit() {
+    let orders: HashSet<_> =
+        (0..10).map(|_| addresses(&replied(&query("many.", RecordType::A), Transport::Tcp))).collect();
+    assert!(orders.len() > 1);
+    let reply = replied(&query("most.", RecordType::A), Transport::Tcp);
+    assert_eq!(addresses(&reply).len(), 1000);
+}
+
+#[test]
+fn what_is_no_query_is_refused_and_what_is_an_answer_is_ignored() {
+    let mut status = query("web.", RecordType::A);
+    status.metadata.op_code = OpCode::Status;
+    assert_eq!(replied(&status, Transport::Udp).metadata.response_code, ResponseCode::NotImp);
+
+    let mut two = query("web.", RecordType::A);
+    two.add_query(Query::query(Name::from_ascii("six.").unwrap(), RecordType::A));
+    assert_eq!(replied(&two, Transport::Udp).metadata.response_code, ResponseCode::FormErr);
+
+    let mut later = query("web.", RecordType::A);
+    let mut edns = Edns::new();
+    edns.set_version(1);
+    later.set_edns(edns);
+    // 16 is BADSIG too, where a signature is the matter.
+    assert_eq!(
+        u16::from(replied(&later, Transport::Udp).metadata.response_code),
+        u16::from(ResponseCode::BADVERS)
+    );
+
+    let mut response = query("web.", RecordType::A);
+    response.metadata.message_type = MessageType::Response;
+    assert_eq!(handle(&response.to_vec().unwrap(), Transport::Udp).step, Step::Ignore);
+    assert_eq!(handle(b"short", Transport::Udp).step, Step::Ignore);
+}
+
+#[test]
+fn no_bytes_are_too_strange() {
+    let valid = query("web.default.svc.cluster.local.", RecordType::A).to_vec().unwrap();
+    for end in 0..valid.len() {
+        handle(&valid[..end], Transport::Udp);
+    }
+    for at in 0..valid.len() {
+        for value in [0, 1, 0x3f, 0x40, 0x7f, 0x80, 0xc0, 0xff] {
+            let mut bytes = valid.clone();
+            bytes[at] = value;
+            let handled = handle(&bytes, Transport::Tcp);
+            if let Step::Reply(reply) = handled.step {
+                assert!(reply.len() >= HEADER && is_response(&reply), "{bytes:?}");
+                assert_eq!(reply[..2], bytes[..2]);
+            }
+            error(&bytes, ResponseCode::ServFail);
+            answers(&valid, &bytes);
+            answers(&bytes, &valid);
+        }
+    }
+    let cut = handle(&valid[..HEADER + 3], Transport::Udp).step;
+    let Step::Reply(reply) = cut else { panic!("{cut:?}") };
+    assert_eq!(Message::from_vec(&reply).unwrap().metadata.response_code, ResponseCode::FormErr);
+}
+
+#[test]
+fn only_the_answer_to_the_same_question_counts() {
+    let asked = query("www.Example.org.", RecordType::A);
+    let bytes = asked.to_vec().unwrap();
+    let encoded = |message: Message| message.to_vec().unwrap();
+    let good = reply(&query("www.eXample.org.", RecordType::A), ResponseCode::NoError);
+    assert!(answers(&bytes, &encoded(good.clone())));
+    assert!(!answers(&bytes, &bytes), "a query");
+    let mut other = good.clone();
+    other.metadata.id = 1;
+    assert!(!answers(&bytes, &encoded(other)));
+    assert!(!answers(
+        &bytes,
+        &encoded(reply(&query("www.example.com.", RecordType::A), ResponseCode::NoError))
+    ));
+    assert!(!answers(
+        &bytes,
+        &encoded(reply(&query("www.example.org.", RecordType::AAAA), ResponseCode::NoError))
+    ));
+    let mut bare = good;
+    bare.queries.clear();
+    assert!(!answers(&bytes, &encoded(bare.clone())), "no question, and no error");
+    bare.metadata.response_code = ResponseCode::FormErr;
+    assert!(answers(&bytes, &encoded(bare)));
+}
+
+#[test]
+fn an_error_repeats_the_question() {
+    let asked = query("www.example.org.", RecordType::A);
+    let failed =
+        Message::from_vec(&error(&asked.to_vec().unwrap(), ResponseCode::ServFail).unwrap()).unwrap();
+    assert_eq!(failed.metadata.response_code, ResponseCode::ServFail);
+    assert_eq!((failed.metadata.id, failed.queries), (4711, asked.queries.clone()));
+    assert_eq!(
+        code(&error(&asked.to_vec().unwrap(), ResponseCode::ServFail).unwrap()),
+        ResponseCode::ServFail
+    );
+}

@@ -1,0 +1,163 @@
+//! Which service a name stands for, and its addresses. Pure.
+//!
+//! A pod may call a service by any of Kubernetes' short forms, and its resolver appends search domains to whatever
+//! has few dots. So a name is tried as it stands, then completed to a service's full name, then with each search domain
+//! taken off again; each of these also against wildcards.
+
+use std::{net::IpAddr, sync::Arc};
+
+use crate::mesh::{Mesh, Service};
+
+/// Who asks.
+#[derive(Clone, Copy, Debug)]
+pub struct Client<'a> {
+    pub namespace: &'a str,
+    pub network: &'a str,
+}
+
+/// What names of this cluster look like, and what is preferred among equals.
+#[derive(Clone, Debug)]
+pub struct Zone {
+    /// `cluster.local`
+    domain: String,
+    /// `svc.cluster.local`
+    services: String,
+    /// Of services with one name in several namespaces, this namespace's comes after the client's own.
+    preferred_namespace: Option<Arc<str>>,
+    /// Whether IPv6 addresses are given out at all.
+    ipv6: bool,
+}
+
+impl Zone {
+    pub fn new(domain: &str, preferred_namespace: Option<Arc<str>>, ipv6: bool) -> Self {
+        let domain = domain.trim_matches('.').to_ascii_lowercase();
+        Self { services: format!("svc.{domain}"), domain, preferred_namespace, ipv6 }
+    }
+}
+
+/// Which addresses are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+/// What is known of a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// The name without the search domain that the client's resolver appended to it, if there is one.
+    pub alias_of: Option<String>,
+    /// None: the name exists, but has no address of the family.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Looks `name` up: lower case, without the final dot. `None`: not ours to answer.
+pub fn find(mesh: &Mesh, zone: &Zone, client: Client<'_>, name: &str, family: Family) -> Option<Found> {
+    for alias in aliases(zone, client, name) {
+        let service = with_wildcards(&alias.name).find_map(|name| best(mesh, zone, client, &name));
+        if let Some(service) = service {
+            let addresses = addresses(mesh, zone, client, service, family);
+            return Some(Found { alias_of: alias.stripped, addresses });
+        }
+    }
+    None
+}
+
+struct Alias {
+    name: String,
+    /// The name without a search domain, where one was taken off.
+    stripped: Option<String>,
+}
+
+fn aliases(zone: &Zone, client: Client<'_>, name: &str) -> Vec<Alias> {
+    let namespaced = format!("{}.{}", client.namespace, zone.services);
+    let mut aliases: Vec<Alias> = Vec::new();
+    let mut add = |name: String, stripped: Option<&str>| {
+        if !aliases.iter().any(|alias| alias.name == name) {
+            aliases.push(Alias { name, stripped: stripped.map(str::to_owned) });
+        }
+    };
+    add(name.to_owned(), None);
+    if let Some(full) = full_name(zone, &namespaced, name) {
+        add(full, None);
+    }
+    for search in [namespaced.as_str(), &zone.services, &zone.domain] {
+        let stripped = name.strip_suffix(search).and_then(|rest| rest.strip_suffix('.'));
+        let Some(stripped) = stripped.filter(|rest| !rest.is_empty()) else { continue };
+        add(stripped.to_owned(), Some(stripped));
+        if let Some(full) = full_name(zone, &namespaced, stripped) {
+            add(full, Some(stripped));
+        }
+    }
+    aliases
+}
+
+/// `name`, `name.namespace` and `name.namespace.svc`, completed.
+fn full_name(zone: &Zone, namespaced: &str, name: &str) -> Option<String> {
+    let labels: Vec<_> = name.split('.').collect();
+    match labels[..] {
+        [_] => Some(format!("{name}.{namespaced}")),
+        [_, _] => Some(format!("{name}.{}", zone.services)),
+        [_, _, "svc"] => Some(format!("{name}.{}", zone.domain)),
+        _ => None,
+    }
+}
+
+/// `a.b.c`, `*.b.c`, `*.c`.
+fn with_wildcards(name: &str) -> impl Iterator<Item = String> {
+    let parents = name.match_indices('.').map(|(dot, _)| format!("*{}", &name[dot..]));
+    std::iter::once(name.to_owned()).chain(parents)
+}
+
+/// The service that the client means: its own namespace's, the preferred namespace's, the one that calls itself
+/// canonical, any.
+fn best<'a>(mesh: &'a Mesh, zone: &Zone, client: Client<'_>, hostname: &str) -> Option<&'a Arc<Service>> {
+    let rank = |service: &Service| {
+        if &*service.namespace == client.namespace {
+            0
+        } else if zone.preferred_namespace.as_deref() == Some(&*service.namespace) {
+            1
+        } else if service.canonical {
+            2
+        } else {
+            3
+        }
+    };
+    let known = mesh.services_named(hostname).iter();
+    known.filter(|service| answers(zone, service)).min_by_key(|service| rank(service))
+}
+
+/// What has no address of its own is a headless service, if it is Kubernetes'; if it is not, its addresses are for the
+/// resolver of the outer world to tell.
+fn answers(zone: &Zone, service: &Service) -> bool {
+    let of_kubernetes =
+        || service.hostname.strip_suffix(zone.services.as_str()).is_some_and(|rest| rest.ends_with('.'));
+    !service.vips.is_empty() || of_kubernetes()
+}
+
+/// Only those of the client's own network: others are reached by the service's name, not by address.
+fn addresses(mesh: &Mesh, zone: &Zone, client: Client<'_>, service: &Service, family: Family) -> Vec<IpAddr> {
+    let is_wanted = |ip: &IpAddr| match family {
+        Family::V4 => ip.is_ipv4(),
+        Family::V6 => ip.is_ipv6() && zone.ipv6,
+    };
+    let mut addresses: Vec<IpAddr> = if service.vips.is_empty() {
+        let endpoints = mesh.endpoints(&service.key()).iter().map(|endpoint| &endpoint.workload);
+        endpoints
+            .filter(|workload| workload.healthy || service.allow_unhealthy)
+            .filter(|workload| &*workload.network == client.network)
+            .flat_map(|workload| workload.addresses.iter())
+            .map(IpAddr::to_canonical)
+            .filter(|ip| service.ip_families.accept(*ip) && is_wanted(ip))
+            .collect()
+    } else {
+        let own = service.vips.iter().filter(|(network, _)| &**network == client.network);
+        own.map(|(_, ip)| ip.to_canonical()).filter(is_wanted).collect()
+    };
+    addresses.sort_unstable();
+    addresses.dedup();
+    addresses
+}
+
+#[cfg(test)]
+mod tests;

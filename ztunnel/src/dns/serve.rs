@@ -1,0 +1,229 @@
+//! Serves one pod's DNS: takes queries, answers or forwards them, and ends with the pod.
+
+use std::{
+    io,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use hickory_proto::op::ResponseCode;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, UdpSocket},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tracing::{debug, warn};
+
+use super::{
+    Server, forward,
+    message::{self, Handled, Step, Transport},
+    names::Client,
+    sockets::Pair,
+};
+use crate::{metrics::dns::DnsLabels, pods::Pod};
+
+/// Queries of one pod that wait for the outer world. More are told to come again: one pod's flood must take neither
+/// the ports of its netns nor the descriptors of the node's tunnel.
+const MOST_FORWARDED: usize = 256;
+/// Connections of one pod.
+const MOST_CONNECTIONS: usize = 64;
+/// A connection that asks nothing for so long is closed (RFC 7766 §6.2.3).
+const IDLE: Duration = Duration::from_secs(10);
+/// What a query under way may still take when the pod goes.
+const LAST: Duration = Duration::from_secs(5);
+
+/// One pod's share.
+#[derive(Debug)]
+struct PodDns {
+    pod: Arc<Pod>,
+    server: Rc<Server>,
+    forwards: Arc<Semaphore>,
+    connections: Arc<Semaphore>,
+}
+
+/// Serves `pod` on all of `pairs` until it is told to stop.
+pub async fn serve(server: Rc<Server>, pod: Arc<Pod>, pairs: Vec<Pair>) {
+    let pod_dns = Rc::new(PodDns {
+        pod,
+        server,
+        forwards: Arc::new(Semaphore::new(MOST_FORWARDED)),
+        connections: Arc::new(Semaphore::new(MOST_CONNECTIONS)),
+    });
+    let mut tasks = JoinSet::new();
+    for pair in pairs {
+        match (UdpSocket::from_std(pair.udp), TcpListener::from_std(pair.tcp)) {
+            (Ok(udp), Ok(tcp)) => tasks.spawn_local(one_address(Rc::clone(&pod_dns), Rc::new(udp), tcp)),
+            (Err(error), _) | (_, Err(error)) => {
+                warn!(pod.uid = pod_dns.pod.uid, %error, "cannot take the pod's DNS sockets");
+                continue;
+            }
+        };
+    }
+    while let Some(ended) = tasks.join_next().await {
+        super::report(ended);
+    }
+}
+
+async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) {
+    let mut tasks = JoinSet::new();
+    let mut buffer = vec![0; usize::from(u16::MAX)];
+    loop {
+        tokio::select! {
+            biased;
+            () = pod_dns.pod.stop.cancelled() => break,
+            Some(ended) = tasks.join_next() => super::report(ended),
+            received = udp.recv_from(&mut buffer) => match received {
+                Ok((length, client)) => pod_dns.datagram(&udp, &buffer[..length], client, &mut tasks),
+                Err(error) => pause("receive a query", &error).await,
+            },
+            accepted = tcp.accept() => match accepted {
+                Ok((stream, _)) => pod_dns.connection(stream, &mut tasks),
+                Err(error) => pause("accept a connection", &error).await,
+            },
+        }
+    }
+    // This one first: our kernel programs stop sending queries here when it is gone.
+    drop(tcp);
+    while let Ok((length, client)) = udp.try_recv_from(&mut buffer) {
+        pod_dns.datagram(&udp, &buffer[..length], client, &mut tasks);
+    }
+    let finish = async {
+        while let Some(ended) = tasks.join_next().await {
+            super::report(ended);
+        }
+    };
+    if timeout(LAST, finish).await.is_err() {
+        debug!(pod.uid = pod_dns.pod.uid, "queries of a stopped pod are given up");
+    }
+}
+
+/// Out of descriptors or memory: at once would spin.
+async fn pause(attempt: &str, error: &io::Error) {
+    warn!(%error, "cannot {attempt}");
+    sleep(Duration::from_millis(100)).await;
+}
+
+impl PodDns {
+    fn datagram(
+        self: &Rc<Self>,
+        socket: &Rc<UdpSocket>,
+        query: &[u8],
+        client: SocketAddr,
+        tasks: &mut JoinSet<()>,
+    ) {
+        match self.handle(query, Transport::Udp) {
+            Outcome::Nothing => {}
+            Outcome::Reply(reply) => send(socket, &reply, client),
+            Outcome::Ask(labels, permit) => {
+                let (pod_dns, socket, query) = (Rc::clone(self), Rc::clone(socket), query.to_vec());
+                tasks.spawn_local(async move {
+                    if let Some(reply) = pod_dns.ask(&query, Transport::Udp, labels, permit).await {
+                        send(&socket, &reply, client);
+                    }
+                });
+            }
+        }
+    }
+
+    fn connection(self: &Rc<Self>, stream: TcpStream, tasks: &mut JoinSet<()>) {
+        // Closed at once: the client sees it, and may ask by UDP.
+        let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else { return };
+        let pod_dns = Rc::clone(self);
+        tasks.spawn_local(async move {
+            if let Err(error) = pod_dns.talk(stream).await {
+                debug!(pod.uid = pod_dns.pod.uid, %error, "a DNS connection broke");
+            }
+            drop(permit);
+        });
+    }
+
+    /// One query after the other until the client ends, is silent for long, or the pod goes.
+    async fn talk(&self, mut stream: TcpStream) -> io::Result<()> {
+        loop {
+            let length = tokio::select! {
+                biased;
+                () = self.pod.stop.cancelled() => return Ok(()),
+                length = timeout(IDLE, stream.read_u16()) => match length {
+                    Ok(Ok(length)) => length,
+                    Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+                    Ok(Err(error)) => return Err(error),
+                    Err(_) => return Ok(()),
+                },
+            };
+            let mut query = vec![0; usize::from(length)];
+            timeout(IDLE, stream.read_exact(&mut query)).await??;
+            let reply = match self.handle(&query, Transport::Tcp) {
+                Outcome::Nothing => return Ok(()),
+                Outcome::Reply(reply) => Some(reply),
+                Outcome::Ask(labels, permit) => self.ask(&query, Transport::Tcp, labels, permit).await,
+            };
+            let Some(reply) = reply else { return Ok(()) };
+            timeout(IDLE, stream.write_all(&forward::framed(&reply)?)).await??;
+        }
+    }
+
+    fn handle(&self, query: &[u8], transport: Transport) -> Outcome {
+        let (config, info) = (&self.server.shared.config, &self.pod.info);
+        let mesh = self.server.shared.store.snapshot();
+        let client = Client { namespace: &info.namespace, network: &config.network };
+        let Handled { query_type, step } =
+            message::answer(&mesh, &self.server.zone, client, transport, query);
+        if step == Step::Ignore {
+            return Outcome::Nothing;
+        }
+        let workload = mesh.workload_by_name(&info.namespace, &info.name, &info.service_account);
+        let labels = DnsLabels::new(query_type, transport.as_str(), workload.map(|workload| &**workload));
+        self.server.shared.metrics.dns.requests.get_or_create(&labels).inc();
+        match step {
+            Step::Reply(reply) => Outcome::Reply(reply),
+            Step::Forward => match Arc::clone(&self.forwards).try_acquire_owned() {
+                Ok(permit) => Outcome::Ask(labels, permit),
+                Err(_) => {
+                    message::error(query, ResponseCode::ServFail).map_or(Outcome::Nothing, Outcome::Reply)
+                }
+            },
+            Step::Ignore => Outcome::Nothing,
+        }
+    }
+
+    /// The reply of the outer world, or that there is none.
+    async fn ask(
+        &self,
+        query: &[u8],
+        transport: Transport,
+        labels: DnsLabels,
+        _permit: OwnedSemaphorePermit,
+    ) -> Option<Vec<u8>> {
+        let metrics = &self.server.shared.metrics.dns;
+        metrics.upstream_requests.get_or_create(&labels).inc();
+        let started = Instant::now();
+        let asked = forward::ask(&self.pod, &self.server.resolvers, query, transport).await;
+        metrics.upstream_duration.get_or_create(&labels).observe(started.elapsed().as_secs_f64());
+        asked
+            .inspect_err(|error| {
+                metrics.upstream_failures.get_or_create(&labels).inc();
+                let error: &dyn std::error::Error = error;
+                debug!(pod.uid = self.pod.uid, error, "a query was not answered");
+            })
+            .ok()
+            .or_else(|| message::error(query, ResponseCode::ServFail))
+    }
+}
+
+/// What is left to do of a query.
+enum Outcome {
+    Nothing,
+    Reply(Vec<u8>),
+    Ask(DnsLabels, OwnedSemaphorePermit),
+}
+
+/// A reply that does not go out at once is lost, as datagrams are: the client asks again.
+fn send(socket: &UdpSocket, reply: &[u8], client: SocketAddr) {
+    if let Err(error) = socket.try_send_to(reply, client) {
+        debug!(%error, "a reply was lost");
+    }
+}

@@ -1,0 +1,73 @@
+//! The sockets of one pod's DNS, all in its netns.
+
+use std::{
+    io,
+    net::{Ipv6Addr, SocketAddr},
+};
+
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::UdpSocket;
+
+use crate::{pods::Pod, socket::Options};
+
+const BACKLOG: i32 = 256;
+
+/// What one address is served on. Both exist, or neither.
+#[derive(Debug)]
+pub struct Pair {
+    pub udp: std::net::UdpSocket,
+    /// Listening. Our watcher's kernel programs take it as the sign that the tunnel serves DNS here, so it comes after
+    /// the other.
+    pub tcp: std::net::TcpListener,
+}
+
+/// Listens on `address`, and on `::1` beside `127.0.0.1` where the netns has it. Call inside the pod's netns.
+pub fn listen(address: SocketAddr, ipv6: bool, options: &Options) -> io::Result<Vec<Pair>> {
+    let mut pairs = vec![pair(address, options)?];
+    if ipv6 && address.is_ipv4() && address.ip().is_loopback() {
+        match pair(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), address.port()), options) {
+            Ok(second) => pairs.push(second),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(pairs)
+}
+
+fn pair(address: SocketAddr, options: &Options) -> io::Result<Pair> {
+    let bound = |kind, protocol| {
+        let socket = new(address, kind, protocol, options)?;
+        if address.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
+        socket.set_reuse_port(options.port_reuse)?;
+        if kind == Type::STREAM {
+            socket.set_reuse_address(true)?;
+        }
+        socket.bind(&address.into())?;
+        io::Result::Ok(socket)
+    };
+    let udp = bound(Type::DGRAM, Protocol::UDP)?;
+    let tcp = bound(Type::STREAM, Protocol::TCP)?;
+    tcp.listen(BACKLOG)?;
+    Ok(Pair { udp: udp.into(), tcp: tcp.into() })
+}
+
+/// A socket in `pod`'s netns that takes datagrams from `to` only. Its port is the kernel's choice, as random as the
+/// range of ports allows (RFC 5452 §9.2).
+pub fn connected(pod: &Pod, to: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = pod.netns.enter(|| {
+        let socket = new(to, Type::DGRAM, Protocol::UDP, &pod.socket)?;
+        socket.connect(&to.into())?;
+        Ok(socket)
+    })?;
+    UdpSocket::from_std(socket.into())
+}
+
+fn new(family_of: SocketAddr, kind: Type, protocol: Protocol, options: &Options) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(family_of), kind.nonblocking(), Some(protocol))?;
+    if options.mark != 0 {
+        socket.set_mark(options.mark)?;
+    }
+    Ok(socket)
+}
