@@ -10,7 +10,7 @@
 //! Everything runs on one thread, so nothing here needs a lock.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs, io,
     os::fd::OwnedFd,
     path::PathBuf,
@@ -32,7 +32,7 @@ use crate::{
     enrol::{hand_over, records::Records},
     observed::{
         cgroups::{self, CgroupId},
-        events::Events,
+        events::{self, SourceKind},
         netns::{self, NetnsId},
     },
     reconcile::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, Plan, Reason},
@@ -51,6 +51,8 @@ pub use self::asked::TraceLine;
 
 /// The scan of everything, which makes up for lost events and for what others did to our maps.
 const SCAN_EVERY: Duration = Duration::from_secs(30);
+/// How many events are taken before they are acted on.
+const EVENTS_AT_ONCE: usize = 4096;
 /// After a restart the tunnel's pods count as served for so long without it: tunnels try to connect
 /// again at least every 15 s, and carry on meanwhile.
 const ADOPTION: Duration = Duration::from_secs(20);
@@ -69,6 +71,8 @@ pub struct Config {
     /// This node's run directory.
     pub run_dir: PathBuf,
     pub fail_mode: FailMode,
+    /// The source of events; `None`: the best that works.
+    pub events: Option<SourceKind>,
     /// Undo everything at the end.
     pub detach: bool,
 }
@@ -78,6 +82,8 @@ pub struct Config {
 pub enum NodeError {
     #[error("cannot {what}")]
     Io { what: String, source: io::Error },
+    #[error("{reason}")]
+    Events { reason: String },
     #[error("{source_name} ended, which it never should; restart the watcher")]
     SourceEnded { source_name: String },
     #[error("cannot {what}")]
@@ -113,6 +119,11 @@ struct Dirty {
 /// What was told, and what had to be found.
 #[derive(Clone, Copy, Debug, Default)]
 struct EventCounts {
+    source: Option<SourceKind>,
+    told: u64,
+    lost: u64,
+    /// Since the last scan.
+    lost_some: bool,
     /// What a scan found to be otherwise than events had told.
     corrections: u64,
 }
@@ -139,6 +150,10 @@ struct Node {
     opened: BTreeMap<u64, Arc<OwnedFd>>,
     /// When everything is compared again, since something could not be done.
     all_due: Option<Instant>,
+    /// Whether other directories may have to be watched.
+    dirs_changed: bool,
+    /// Pods by the ids of their cgroups.
+    by_cgroup: HashMap<CgroupId, String>,
     applied: Plan,
     /// What could not be done for the node as a whole.
     unsettled: Vec<String>,
@@ -155,7 +170,6 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
         .map_err(cannot(format!("make the run directory {}", config.run_dir.display())))?;
     let mut stop = signal(SignalKind::terminate()).map_err(cannot("handle SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot("handle SIGINT"))?;
-    let mut events = Events::new().map_err(cannot("watch cgroups"))?;
     // The sockets first: a second watcher of this node must end before it touches anything.
     let (asked_sender, mut asked) = mpsc::channel(16);
     let control =
@@ -164,11 +178,16 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
     let zds = hand_over::Server::bind(&config.zds_socket, zds_sender).map_err(cannot("serve tunnels"))?;
 
     let mut node = Node::new(config, &source)?;
+    // Before the first look: what happens after it is told.
+    let mut events =
+        events::open(node.config.events, &mut node.kernel, &node.config.attach, &node.config.cgroup_root)
+            .map_err(|reason| NodeError::Events { reason })?;
+    node.events.source = Some(events.kind());
     info!(node = node.config.node, attached = %node.config.attach.display(), "watching");
 
     let mut next_scan = Instant::now() + SCAN_EVERY;
     let detach = loop {
-        let cause = if Instant::now() >= next_scan {
+        let cause = if Instant::now() >= next_scan || std::mem::take(&mut node.events.lost_some) {
             next_scan = Instant::now() + SCAN_EVERY;
             node.repair();
             look::Cause::Scan
@@ -177,13 +196,15 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
         };
         node.look(cause);
         node.act();
-        events.watch_cgroups(&node.watched());
+        if events.wants_dirs() && std::mem::take(&mut node.dirs_changed) {
+            events.watch(&node.watched());
+        }
         let wake = node.wake(next_scan);
         tokio::select! {
             _ = stop.recv() => break node.config.detach,
             _ = interrupt.recv() => break node.config.detach,
             Some(event) = zds_events.recv() => node.on_tunnel(event),
-            path = events.next() => node.stir(&path),
+            event = events::next(events.as_mut()) => node.on_event(event),
             update = source.updates.recv() => match update {
                 Some(update) => node.take(update),
                 None => return Err(NodeError::SourceEnded { source_name: node.source_name }),
@@ -211,8 +232,9 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
         while let Ok(update) = source.updates.try_recv() {
             node.take(update);
         }
-        while let Some(path) = events.ready() {
-            node.stir(&path);
+        for _ in 0..EVENTS_AT_ONCE {
+            let Some(event) = events::ready(events.as_mut()) else { break };
+            node.on_event(event);
         }
     };
     node.stop_tracing();
@@ -298,6 +320,8 @@ impl Node {
             events: EventCounts::default(),
             opened: BTreeMap::new(),
             all_due: None,
+            dirs_changed: true,
+            by_cgroup: HashMap::new(),
             applied,
             unsettled: Vec::new(),
             last_policy,

@@ -12,11 +12,12 @@ use std::{
 
 use adit_ebpf_common::{
     address::{Address, UNSPECIFIED, mapped},
+    lifecycle::Name,
     pods::{CgroupInfo, PodRecord, flag},
 };
 
 use crate::{
-    desired::{FailMode, exclusions::Exclusions},
+    desired::{FailMode, Pod, Selection, exclusions::Exclusions},
     observed::{cgroups::CgroupId, netns::NetnsId},
 };
 
@@ -36,6 +37,8 @@ pub const HBONE_PORT: u16 = 15008;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     pub policies: BTreeMap<u32, Exclusions>,
+    /// Names of cgroups that are closed as they are made.
+    pub expected: BTreeMap<Name, CgroupInfo>,
     pub cgroups: BTreeMap<CgroupId, CgroupInfo>,
     pub addresses: BTreeMap<Address, PodRecord>,
     /// Prepared and steered netns, by cookie.
@@ -48,6 +51,7 @@ pub struct Plan {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Keys {
     policies: BTreeSet<u32>,
+    expected: BTreeSet<Name>,
     cgroups: BTreeSet<CgroupId>,
     addresses: BTreeSet<Address>,
     netns: BTreeSet<u64>,
@@ -55,8 +59,18 @@ pub struct Keys {
 }
 
 impl Keys {
+    /// Whether cgroups are expected that `earlier` did not name.
+    pub fn expects_more_than(&self, earlier: &Self) -> bool {
+        !self.expected.is_subset(&earlier.expected)
+    }
+
+    pub fn add_cgroup(&mut self, id: CgroupId) {
+        self.cgroups.insert(id);
+    }
+
     pub fn extend(&mut self, other: Self) {
         self.policies.extend(other.policies);
+        self.expected.extend(other.expected);
         self.cgroups.extend(other.cgroups);
         self.addresses.extend(other.addresses);
         self.netns.extend(other.netns);
@@ -68,6 +82,7 @@ impl Plan {
     pub fn keys(&self) -> Keys {
         Keys {
             policies: self.policies.keys().copied().collect(),
+            expected: self.expected.keys().copied().collect(),
             cgroups: self.cgroups.keys().copied().collect(),
             addresses: self.addresses.keys().copied().collect(),
             netns: self.netns.keys().copied().collect(),
@@ -78,6 +93,7 @@ impl Plan {
     /// With everything of `other`, which is about other pods.
     pub fn extend(&mut self, other: Self) {
         self.policies.extend(other.policies);
+        self.expected.extend(other.expected);
         self.cgroups.extend(other.cgroups);
         self.addresses.extend(other.addresses);
         self.netns.extend(other.netns);
@@ -89,6 +105,7 @@ impl Plan {
     pub fn part(&self, keys: &Keys) -> Self {
         Self {
             policies: part(&self.policies, &keys.policies),
+            expected: part(&self.expected, &keys.expected),
             cgroups: part(&self.cgroups, &keys.cgroups),
             addresses: part(&self.addresses, &keys.addresses),
             netns: part(&self.netns, &keys.netns),
@@ -136,6 +153,8 @@ pub struct Circumstances<'a> {
     pub lenient: &'a dyn Fn(&str) -> bool,
     /// The policy id of a pod that has exclusions; 0: none.
     pub policy: &'a dyn Fn(&str) -> u32,
+    /// What the cgroup of a pod that has none yet may be called.
+    pub names: &'a dyn Fn(&Pod) -> Vec<Name>,
     /// The cgroups of tunnels.
     pub tunnels: &'a BTreeSet<CgroupId>,
 }
@@ -161,6 +180,10 @@ pub fn wanted<'a>(judged: impl IntoIterator<Item = &'a Judged>, circumstances: &
         let pod_cgroup = || observed.dir.clone().unwrap_or_default();
         let fail_open = pod.fail_mode.unwrap_or(circumstances.default_fail_mode) == FailMode::Open;
         let closed = flag::IN_MESH | if fail_open { flag::FAIL_OPEN } else { 0 };
+        if pod.selection == Selection::Enrolled && observed.cgroups.is_empty() {
+            let info = cgroup_info(closed, 0, &[]);
+            plan.expected.extend((circumstances.names)(pod).into_iter().map(|name| (name, info)));
+        }
         let info = match verdict {
             Verdict::Plain(_) | Verdict::Refused { keeps_closed: false, .. } => continue,
             Verdict::Waiting(_) | Verdict::Refused { keeps_closed: true, .. } => cgroup_info(closed, 0, &[]),
@@ -239,12 +262,14 @@ pub enum Step {
     /// Take the preparation back once nothing needs it any more.
     Release(u64),
     SetPolicy(u32, Exclusions),
+    SetExpected(Name, CgroupInfo),
     SetCgroup(CgroupId, CgroupInfo),
     SetAddress(Address, PodRecord),
     Prepare(u64, Netns),
     Steer(u64, Netns),
     Offer(String, Workload),
     ClearPolicy(u32),
+    RemoveExpected(Name),
 }
 
 /// The steps from `applied` to `wanted`.
@@ -260,6 +285,7 @@ pub fn steps(applied: &Plan, wanted: &Plan) -> Vec<Step> {
     steps.extend(gone(&applied.workloads, &wanted.workloads).map(|uid| Step::Withdraw(uid.clone())));
     steps.extend(gone(&applied.netns, &wanted.netns).map(|cookie| Step::Release(*cookie)));
     steps.extend(changed(&applied.policies, &wanted.policies).map(|(id, lists)| Step::SetPolicy(id, lists)));
+    steps.extend(changed(&applied.expected, &wanted.expected).map(|(at, info)| Step::SetExpected(at, info)));
     steps.extend(changed(&applied.cgroups, &wanted.cgroups).map(|(id, info)| Step::SetCgroup(id, info)));
     steps.extend(
         changed(&applied.addresses, &wanted.addresses).map(|(at, record)| Step::SetAddress(at, record)),
@@ -271,6 +297,8 @@ pub fn steps(applied: &Plan, wanted: &Plan) -> Vec<Step> {
         changed(&applied.workloads, &wanted.workloads).map(|(uid, workload)| Step::Offer(uid, workload)),
     );
     steps.extend(gone(&applied.policies, &wanted.policies).map(|id| Step::ClearPolicy(*id)));
+    // Only now: its cgroup, if that is why, has its own entry.
+    steps.extend(gone(&applied.expected, &wanted.expected).map(|name| Step::RemoveExpected(*name)));
     steps
 }
 

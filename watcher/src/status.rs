@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{desired::FailMode, reason::Reason};
+use crate::{desired::FailMode, observed::events::SourceKind, reason::Reason};
 
 /// The whole of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,6 +15,9 @@ pub struct Status {
     pub attached: PathBuf,
     pub fail_mode: FailMode,
     pub source: SourceStatus,
+    pub events: EventsStatus,
+    /// Whether every pod that was there at the start has been looked at.
+    pub ready: bool,
     pub tunnels: Vec<TunnelStatus>,
     /// Why the last tunnel that was turned away was.
     pub turned_away: Option<Reason>,
@@ -33,6 +36,16 @@ pub struct SourceStatus {
     pub synced: bool,
     /// Why it cannot be used at present; what it told last holds.
     pub error: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventsStatus {
+    /// Where events come from; `None`: not decided yet.
+    pub source: Option<SourceKind>,
+    pub told: u64,
+    pub lost: u64,
+    /// What a scan found to be otherwise than events had told, and put right.
+    pub corrections: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

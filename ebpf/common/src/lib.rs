@@ -3,6 +3,7 @@
 //! * [`address`]: one 16-byte form for both address families
 //! * [`pods`]: which cgroup is which pod, and what is done with its traffic
 //! * [`flows`]: original destinations, and flows that pass untouched
+//! * [`lifecycle`]: what happens to cgroups and processes
 //! * [`settings`]: what holds for the whole node, switchable at run time
 //! * [`trace`]: one record per verdict, while somebody watches
 //!
@@ -11,6 +12,7 @@
 
 pub mod address;
 pub mod flows;
+pub mod lifecycle;
 pub mod pods;
 pub mod settings;
 pub mod trace;

@@ -21,6 +21,8 @@ pub enum KernelError {
     Forbidden { program: &'static str, target: PathBuf, culprit: String, source: io::Error },
     #[error("cannot attach {program} to {}", target.display())]
     Attach { program: &'static str, target: PathBuf, source: io::Error },
+    #[error("the kernel tells nothing of a cgroup made below {}", path.display())]
+    Silent { path: PathBuf },
     #[error("cannot {action} map {map}")]
     Map { action: &'static str, map: &'static str, source: Box<MapError> },
 }

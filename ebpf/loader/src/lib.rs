@@ -2,14 +2,17 @@
 //!
 //! * [`Kernel`]: everything that one node has in the kernel, pinned in one folder of a bpffs
 //! * [`Trace`]: the verdicts, while somebody watches
+//! * [`Lifecycle`]: what happens to cgroups and processes
 //! * [`preflight`]: what this machine lacks, asked without leaving a trace
 //! * [`KernelError`]: what was tried, on what, and what helps
 //!
 //! Pinned links and maps outlive this process. A successor adopts the maps with their contents and
 //! replaces the programs of the links in place, so that there is neither a gap nor a moment with two.
 
+mod btf;
 mod error;
 mod kernel;
+mod lifecycle;
 mod links;
 mod maps;
 mod object;
@@ -20,6 +23,7 @@ mod trace;
 
 pub use error::KernelError;
 pub use kernel::Kernel;
+pub use lifecycle::{Lifecycle, LifecycleEvent};
 pub use remove::Removed;
 pub use sys::netns_cookie;
 pub use trace::Trace;

@@ -139,13 +139,18 @@ impl Kernel {
         Ok(())
     }
 
-    fn insert<K: Pod, V: Pod>(&mut self, name: &'static str, key: K, value: &V) -> Result<(), KernelError> {
+    pub(crate) fn insert<K: Pod, V: Pod>(
+        &mut self,
+        name: &'static str,
+        key: K,
+        value: &V,
+    ) -> Result<(), KernelError> {
         let failed = |error| KernelError::map("write", name)(error);
         let mut map = HashMap::<_, K, V>::try_from(find_mut(&mut self.object, name)).map_err(failed)?;
         map.insert(key, value, 0).map_err(failed)
     }
 
-    fn take<K: Pod, V: Pod>(&mut self, name: &'static str, key: &K) -> Result<(), KernelError> {
+    pub(crate) fn take<K: Pod, V: Pod>(&mut self, name: &'static str, key: &K) -> Result<(), KernelError> {
         let failed = |error| KernelError::map("write", name)(error);
         let mut map = HashMap::<_, K, V>::try_from(find_mut(&mut self.object, name)).map_err(failed)?;
         missing_is_fine(map.remove(key)).map_err(failed)

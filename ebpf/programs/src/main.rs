@@ -6,6 +6,7 @@
 //! * [`sock_ops`]: hands the original destination over to the tunnel; notes its flows and listeners
 //! * [`original_dst`]: answers SO_ORIGINAL_DST to the tunnel, and getpeername to the application
 //! * [`tunnel_mark`]: keeps the tunnel's mark to connections that spend the client's address
+//! * [`lifecycle`]: tells of cgroups and processes, and closes expected pods as their cgroup is made
 //! * [`trace`]: says what was decided, while somebody watches
 //! * [`address`], [`maps`]: what all of them rest on
 //!
@@ -16,6 +17,7 @@
 mod address;
 mod connect;
 mod decide;
+mod lifecycle;
 mod maps;
 mod original_dst;
 mod sk_lookup;

@@ -73,6 +73,12 @@ pub fn caller() -> Option<&'static CgroupInfo> {
     None
 }
 
+/// Gives a cgroup its entry; whether there was room.
+#[inline(always)]
+pub fn set_cgroup(id: u64, info: &CgroupInfo) -> bool {
+    CGROUP_INFO.insert(id, info, 0).is_ok()
+}
+
 #[inline(always)]
 pub fn pod(address: &Address) -> Option<&'static PodRecord> {
     // SAFETY: as in `caller`.

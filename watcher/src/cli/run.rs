@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     desired::{FailMode, file_source},
     node,
-    observed::cgroups,
+    observed::{cgroups, events::SourceKind},
 };
 
 use super::{MountArgs, NodeArgs, preflight};
@@ -46,6 +46,9 @@ pub struct RunArgs {
     /// What happens to enrolled pods' traffic while no tunnel serves them
     #[arg(long, value_enum, default_value_t)]
     fail_mode: FailMode,
+    /// The source of events [default: the first of these that works here]
+    #[arg(long, value_enum, value_name = "SOURCE")]
+    events: Option<SourceKind>,
     /// Undo everything on SIGTERM and SIGINT
     #[arg(long)]
     detach: bool,
@@ -82,6 +85,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         cgroup_root,
         attach,
         fail_mode: args.fail_mode,
+        events: args.events,
         detach: args.detach,
     };
     // The loop that owns all state is this thread; a second one speaks with tunnels, the source and askers, so

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::{
     control::Request,
+    observed::events::SourceKind,
     status::{PodStatus, Status},
 };
 
@@ -73,6 +74,15 @@ fn print_node(status: &Status) {
         None if source.synced => println!("pods from {}", source.name),
         None => println!("pods from {}: nothing told yet", source.name),
     }
+    let events = &status.events;
+    println!(
+        "events from {}: {} told, {} lost, {} corrections; {}",
+        events.source.map_or("nowhere yet", SourceKind::as_str),
+        events.told,
+        events.lost,
+        events.corrections,
+        if status.ready { "ready" } else { "not ready" }
+    );
     for tunnel in &status.tunnels {
         println!("tunnel {} in {}: serves {} pods", tunnel.pid, tunnel.cgroup.display(), tunnel.pods);
     }

@@ -17,6 +17,8 @@ pub fn apply(kernel: &mut Kernel, step: &Step) -> Result<(), KernelError> {
         Step::RemoveCgroup(id) => kernel.remove_cgroup(*id),
         Step::RemoveAddress(address) => kernel.remove_pod(*address),
         Step::Unsteer(cookie) => kernel.unsteer(*cookie),
+        Step::SetExpected(name, info) => kernel.expect_pod(name, info),
+        Step::RemoveExpected(name) => kernel.expect_pod_no_more(name),
         Step::SetPolicy(id, exclusions) => set_policy(kernel, *id, exclusions),
         Step::SetCgroup(id, info) => kernel.set_cgroup(*id, info),
         Step::SetAddress(address, record) => kernel.set_pod(*address, record),

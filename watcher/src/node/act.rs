@@ -2,19 +2,27 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use adit_ebpf_common::lifecycle::{Name, name};
 use adit_ebpf_loader::Kernel;
 use tokio::sync::mpsc;
 use tracing::{debug, error, info, warn};
 
 use crate::{
+    desired::Pod,
     enrol::{hand_over::Event, prepare_netns, publish, records::NetnsRecord, undo},
     observed::{
+        cgroup_path,
         netns::{self, Visitor},
         processes,
     },
@@ -29,6 +37,16 @@ const LENIENT_FOR: Duration = Duration::from_secs(5);
 const FAREWELL: Duration = Duration::from_secs(2);
 /// When everything is compared again after a step failed.
 pub const AGAIN: Duration = Duration::from_secs(1);
+
+/// What the cgroup of `pod` may be called.
+fn expected_names(pod: &Pod, attached: &Path) -> Vec<Name> {
+    let given = pod.cgroup.as_ref().and_then(|dir| dir.file_name());
+    let names = match given {
+        Some(given) => vec![given.to_owned()],
+        None => cgroup_path::names(&pod.uid, attached).into_iter().map(OsString::from).collect(),
+    };
+    names.iter().filter_map(|given| name(given.as_bytes())).collect()
+}
 
 impl Node {
     /// Does what has to be done now: for the pods that something happened to, or for all of them.
@@ -75,6 +93,10 @@ impl Node {
             let plan = self.plan_of(&known.judged, now);
             let own = plan.keys();
             let Some(known) = self.pods.get_mut(uid) else { continue };
+            if own.expects_more_than(&known.keys) {
+                // Its cgroup may have been made just before it was expected.
+                known.next_look = Some(now);
+            }
             keys.extend(std::mem::replace(&mut known.keys, own.clone()));
             keys.extend(own);
             whole.extend(plan);
@@ -88,6 +110,7 @@ impl Node {
         self.execute(steps(&applied, &whole));
         self.all_due = (!self.unsettled.is_empty()).then(|| now + AGAIN);
         self.note_states(uids, now);
+        self.dirs_changed = true;
     }
 
     /// Decides, for a pod that is new, how it is treated until a tunnel has it.
@@ -140,6 +163,7 @@ impl Node {
                 ready: &ready,
                 lenient: &|uid| known(uid).is_some_and(|known| known.is_lenient(now)),
                 policy: &|uid| known(uid).and_then(|known| known.policy.as_ref()).map_or(0, |(id, _)| *id),
+                names: &|pod| expected_names(pod, &self.config.attach),
                 tunnels: &BTreeSet::new(),
             },
         )
@@ -155,6 +179,7 @@ impl Node {
                 ready: &|_, _| false,
                 lenient: &|_| false,
                 policy: &|_| 0,
+                names: &|_| Vec::new(),
                 tunnels: &tunnels,
             },
         )
@@ -239,6 +264,8 @@ impl Node {
             Step::SetAddress(address, record) => drop(applied.addresses.insert(address, record)),
             Step::SetPolicy(id, exclusions) => drop(applied.policies.insert(id, exclusions)),
             Step::ClearPolicy(id) => drop(applied.policies.remove(&id)),
+            Step::SetExpected(name, info) => drop(applied.expected.insert(name, info)),
+            Step::RemoveExpected(name) => drop(applied.expected.remove(&name)),
             Step::Unsteer(_)
             | Step::Withdraw(_)
             | Step::Release(_)

@@ -22,7 +22,7 @@ use crate::{
     desired::{FailMode, Outcome, Pod},
     explain::{self, Explanation},
     reconcile::{Judged, Reason, Verdict, address16},
-    status::{NetnsStatus, PodStatus, SourceStatus, State, Status},
+    status::{EventsStatus, NetnsStatus, PodStatus, SourceStatus, State, Status},
     sys::pollable,
 };
 
@@ -128,6 +128,13 @@ impl Node {
                 synced: self.pods.synced,
                 error: self.source_error.clone(),
             },
+            events: EventsStatus {
+                source: self.events.source,
+                told: self.events.told,
+                lost: self.events.lost,
+                corrections: self.events.corrections,
+            },
+            ready: self.is_ready(),
             tunnels: self.tunnels.status(),
             turned_away: self.tunnels.turned_away.clone(),
             pods: self
@@ -140,6 +147,11 @@ impl Node {
             lingering: self.lingering.iter().map(|(cookie, lingering)| lingering.status(*cookie)).collect(),
             problems: self.unsettled.clone(),
         }
+    }
+
+    /// Whether every pod that was there at the start has been found, and is enrolled as far as it can be.
+    pub fn is_ready(&self) -> bool {
+        self.pods.synced && !self.dirty.all && self.dirty.look.is_empty()
     }
 
     fn pod_status(&self, judged: &Judged) -> PodStatus {
@@ -171,7 +183,11 @@ impl Node {
 
     /// What becomes of the pod's traffic, and why it is not open.
     fn state(&self, judged: &Judged) -> (State, Option<Reason>) {
-        let flags = self.info(judged).map_or(0, |info| info.flags);
+        let open = judged.pod.fail_mode.unwrap_or(self.config.fail_mode) == FailMode::Open;
+        // Without a cgroup it has no traffic yet, and its first will meet this.
+        let expected = flag::IN_MESH | if open { flag::FAIL_OPEN } else { 0 };
+        let none_yet = judged.observed.cgroups.is_empty();
+        let flags = self.info(judged).map_or(if none_yet { expected } else { 0 }, |info| info.flags);
         match &judged.verdict {
             Verdict::Plain(reason) => (State::Plain, reason.clone()),
             Verdict::Refused { reason, .. } => (State::Refused, Some(reason.clone())),

@@ -2,22 +2,25 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::ffi::OsStrExt as _},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use adit_ebpf_common::lifecycle::name;
 use tracing::{info, warn};
 
 use crate::{
     desired::{Selection, Update},
     observed::{
-        Observed, cgroup_path, cgroups,
+        Observed, cgroup_path,
+        cgroups::{self, CgroupId},
+        events::Event,
         netns::{self, NetnsId},
         processes,
     },
-    reconcile::{Netns, judge},
+    reconcile::{Netns, Verdict, judge},
 };
 
 use super::Node;
@@ -25,6 +28,9 @@ use super::Node;
 /// An enrolled pod without any process keeps its netns for so long: between two containers there may be
 /// a moment without one.
 const EMPTY_FOR: Duration = Duration::from_secs(1);
+
+/// How soon a pod that is in order is looked at again when its processes come and go.
+const AT_EASE: Duration = Duration::from_millis(200);
 
 /// Why pods are looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +59,46 @@ impl Node {
         }
         let changed = self.pods.take(update, Instant::now());
         self.dirty.look.extend(changed);
+    }
+
+    pub fn on_event(&mut self, event: Event) {
+        self.events.told += 1;
+        match event {
+            Event::Cgroup { path, closed } => {
+                if let Some(id) = closed {
+                    self.note_closed(id, &path);
+                }
+                self.stir(&path);
+            }
+            Event::Process { cgroup_id } => {
+                let Some(known) = self.by_cgroup.get(&cgroup_id).and_then(|uid| self.pods.get_mut(uid))
+                else {
+                    return;
+                };
+                // A pod that is in order has nothing to gain: it may well start a thousand programs a second.
+                if matches!(known.judged.verdict, Verdict::Verified(_)) {
+                    let soon = Instant::now() + AT_EASE;
+                    known.next_look = Some(known.next_look.map_or(soon, |next| next.min(soon)));
+                } else {
+                    self.dirty.look.insert(known.judged.pod.uid.clone());
+                }
+            }
+            Event::Lost(count) => {
+                warn!(count, "events were lost, everything is looked at");
+                self.events.lost += count;
+                self.events.lost_some = true;
+            }
+        }
+    }
+
+    /// The kernel gave a new cgroup its entry; whether it stays is decided when its pod is looked at.
+    fn note_closed(&mut self, id: CgroupId, path: &Path) {
+        let name = path.file_name().and_then(|given| name(given.as_bytes()));
+        if let Some(info) = name.and_then(|name| self.applied.expected.get(&name)) {
+            self.applied.cgroups.insert(id, *info);
+            self.pods.gone.add_cgroup(id);
+            self.dirty.act.extend(cgroup_path::place(path, &self.config.attach).map(|place| place.uid));
+        }
     }
 
     /// Something happened in the cgroup `path`: its pod is looked at.
@@ -113,6 +159,7 @@ impl Node {
             freed |= self.pods.claims.held(uid) != judge::Held::default();
             self.pods.claims.release(uid);
             self.places.remove(uid);
+            self.by_cgroup.retain(|_, of| of != uid);
         }
         freed
     }
@@ -185,6 +232,12 @@ impl Node {
                 info!(uid, found = ?verdict, before = ?known.judged.verdict, "the scan found what no event told");
             }
             let emptied = known.empty_since.is_some();
+            if known.judged.observed.cgroups != observed.cgroups {
+                for id in known.judged.observed.cgroups.values() {
+                    self.by_cgroup.remove(id);
+                }
+                self.by_cgroup.extend(observed.cgroups.values().map(|id| (*id, uid.clone())));
+            }
             known.judged.verdict = verdict;
             known.judged.observed = observed;
             known.schedule(now, changed);

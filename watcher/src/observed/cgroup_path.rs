@@ -65,6 +65,22 @@ pub fn pod_uid(name: &OsStr) -> Option<String> {
     is_uid(&given).then_some(given)
 }
 
+/// What the directory of the pod `uid` may be called below `base`: by the systemd driver where that is a slice, whose
+/// name its slices carry on, else by the cgroupfs driver.
+pub fn names(uid: &str, base: &Path) -> Vec<String> {
+    let base = base.file_name().and_then(OsStr::to_str).unwrap_or_default();
+    match base.strip_suffix(".slice") {
+        Some(stem) => {
+            let uid = uid.replace('-', "_");
+            ["", "-burstable", "-besteffort"]
+                .iter()
+                .map(|class| format!("{stem}{class}-pod{uid}.slice"))
+                .collect()
+        }
+        None => vec![format!("pod{uid}")],
+    }
+}
+
 /// A UUID in lower case, or the 32 digits of a static pod's hash.
 fn is_uid(text: &str) -> bool {
     let hex = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
@@ -161,6 +177,16 @@ mod tests {
             assert_eq!((found.uid.as_str(), found.below), (uid, below), "{path}");
             assert!(pod_uid(found.pod_dir.file_name().unwrap()).is_some(), "{path}: {:?}", found.pod_dir);
         }
+    }
+
+    #[test]
+    fn the_names_of_a_pod_name_it() {
+        for base in ["/c/kubepods", "/c/kubepods.slice", "/c/kubelet.slice/kubelet-kubepods.slice", "/c"] {
+            for name in names(UID, Path::new(base)) {
+                assert_eq!(pod_uid(OsStr::new(&name)).as_deref(), Some(UID), "{base}: {name}");
+            }
+        }
+        assert_eq!(names(UID, Path::new("/c/kubepods.slice")).len(), 3);
     }
 
     #[test]

@@ -1,9 +1,12 @@
 use std::{path::Path, sync::Arc};
 
-use adit_ebpf_common::pods::flag::{FAIL_OPEN, IN_MESH, READY, TUNNEL};
+use adit_ebpf_common::{
+    lifecycle::name,
+    pods::flag::{FAIL_OPEN, IN_MESH, READY, TUNNEL},
+};
 
 use crate::{
-    desired::{Pod, Selection},
+    desired::Pod,
     observed::{Observed, Seen, netns::NetnsFacts},
 };
 
@@ -137,6 +140,20 @@ fn seen_at(n: u8, facts: NetnsFacts) -> Observed {
 }
 
 #[test]
+fn a_pod_without_a_cgroup_is_expected_until_it_has_one() {
+    let (nothing, setting) = (Plan::default(), Setting::default());
+    let mut plain = pod("plain");
+    plain.selection = Selection::Plain;
+    let before = setting.plan(vec![(pod("a"), Observed::default()), (plain, Observed::default())]);
+    let expected: Vec<_> = before.expected.iter().map(|(name, info)| (*name, info.flags)).collect();
+    assert_eq!(expected, [(name(b"a").unwrap(), IN_MESH)]);
+    assert_eq!(kinds(&nothing, &before), ["set expected"]);
+    let after = setting.plan(vec![(pod("a"), seen(1, vec![]))]);
+    // The cgroup's own entry is there before its name is forgotten.
+    assert_eq!(kinds(&before, &after), ["set cgroup", "remove expected"]);
+}
+
+#[test]
 fn the_part_of_one_pod_is_planned_as_the_whole_is() {
     let setting = Setting { policies: [("a".to_owned(), 1)].into(), ..Setting::default() };
     let (a, b) = ((pod("a"), in_order(1)), (pod("b"), in_order(2)));
@@ -180,6 +197,7 @@ impl Setting {
                 ready: &|uid, _| self.ready.contains(uid),
                 lenient: &|uid| self.lenient.contains(uid),
                 policy: &|uid| self.policies.get(uid).copied().unwrap_or(0),
+                names: &|pod| vec![name(pod.uid.as_bytes()).unwrap()],
                 tunnels: &self.tunnels,
             },
         )
@@ -249,6 +267,8 @@ fn kind(step: &Step) -> &'static str {
         Step::Withdraw(_) => "withdraw",
         Step::Release(_) => "release",
         Step::SetPolicy(..) => "set policy",
+        Step::SetExpected(..) => "set expected",
+        Step::RemoveExpected(_) => "remove expected",
         Step::SetCgroup(..) => "set cgroup",
         Step::SetAddress(..) => "set address",
         Step::Prepare(..) => "prepare",

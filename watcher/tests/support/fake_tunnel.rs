@@ -71,9 +71,16 @@ impl FakeTunnel {
         let mut buffer = [0; 2048];
         let mut control = cmsg_space!([RawFd; 4]);
         let mut parts = [IoSliceMut::new(&mut buffer)];
-        let received =
-            recvmsg::<UnixAddr>(self.socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::empty())
-                .expect("a message in time");
+        let received = match recvmsg::<UnixAddr>(
+            self.socket.as_raw_fd(),
+            &mut parts,
+            Some(&mut control),
+            MsgFlags::empty(),
+        ) {
+            // It was killed before it read our last word.
+            Err(nix::errno::Errno::ECONNRESET) => return Told::Closed,
+            received => received.expect("a message in time"),
+        };
         let (length, mut fds) = (received.bytes, Vec::new());
         for message in received.cmsgs().expect("control messages") {
             if let ControlMessageOwned::ScmRights(passed) = message {

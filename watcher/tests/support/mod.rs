@@ -3,6 +3,8 @@
 //! For what only the far end of ZDS can see or do (refuse a pod, answer late, hang up). Everything
 //! is removed on drop.
 
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
 use std::{
     fmt::Write as _,
     fs,
@@ -174,18 +176,31 @@ impl Bed {
         arguments.into_iter().map(str::to_owned).collect()
     }
 
-    /// Starts the watcher and waits until it answers.
-    pub fn start(&mut self, more: &[&str]) {
+    /// The words that start the watcher.
+    fn run_words(&self, more: &[&str]) -> Vec<String> {
         let path = |name: &str| self.dir.path().join(name).display().to_string();
         let (pods, zds, bpffs) = (path("pods.yaml"), path("zds.sock"), path("bpf"));
         let attach = self.cgroup.join("pods").display().to_string();
-        let mut words = vec![env!("CARGO_BIN_EXE_watcher"), "run", "--pods", &pods, "--zds-socket", &zds];
-        words.extend(["--bpffs", &bpffs, "--attach", &attach]);
-        words.extend(more);
-        let arguments = self.arguments();
-        words.extend(arguments.iter().map(String::as_str));
+        let words = ["run", "--pods", &pods, "--zds-socket", &zds, "--bpffs", &bpffs, "--attach", &attach];
+        let words = words.iter().chain(more).map(|word| (*word).to_owned());
+        words.chain(self.arguments()).collect()
+    }
+
+    /// What a watcher says that cannot start with these options.
+    pub fn refuses(&self, more: &[&str]) -> String {
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_watcher")).args(self.run_words(more)).output().expect("watcher");
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    /// Starts the watcher and waits until it answers.
+    pub fn start(&mut self, more: &[&str]) {
+        let words = self.run_words(more);
+        let mut line = vec![env!("CARGO_BIN_EXE_watcher")];
+        line.extend(words.iter().map(String::as_str));
         let log = self.dir.path().join("watcher.log");
-        self.watcher = Some(Owned::spawn(&self.cgroup.join("watcher"), &words, &log));
+        self.watcher = Some(Owned::spawn(&self.cgroup.join("watcher"), &line, &log));
         wait_for("the watcher to answer", || self.command(&["status", "-o", "json"]).0.then_some(()));
     }
 

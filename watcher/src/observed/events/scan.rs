@@ -1,27 +1,27 @@
-//! What changed, as soon as it does: inotify on the pods' cgroups.
-//!
-//! Only *that* something changed is told. A watch that cannot be placed, or an overflowing queue, costs
-//! time until the next scan, nothing else.
+//! Events from inotify on the pods' cgroups. A watch that cannot be placed costs time until the next scan.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     io,
     path::PathBuf,
+    task::{Context, Poll, ready},
 };
 
-use futures_util::{FutureExt as _, StreamExt as _};
+use futures_util::StreamExt as _;
 use inotify::{EventMask, EventStream, Inotify, WatchDescriptor, WatchMask, Watches};
+
+use super::{Event, EventSource, SourceKind};
 
 /// All watches of the watcher, on one inotify instance (a node has few of them).
 #[derive(Debug)]
-pub struct Events {
+pub struct Scan {
     stream: EventStream<[u8; 4096]>,
     watches: Watches,
     cgroups: BTreeMap<PathBuf, Vec<WatchDescriptor>>,
     dirs: HashMap<WatchDescriptor, PathBuf>,
 }
 
-impl Events {
+impl Scan {
     pub fn new() -> io::Result<Self> {
         let inotify = Inotify::init()?;
         let watches = inotify.watches();
@@ -34,7 +34,7 @@ impl Events {
     }
 
     /// Watches exactly `wanted` cgroup directories, and whether processes are in them.
-    pub fn watch_cgroups<'a>(&mut self, wanted: impl IntoIterator<Item = &'a PathBuf>) {
+    fn watch_cgroups(&mut self, wanted: &BTreeSet<PathBuf>) {
         let mut before = std::mem::take(&mut self.cgroups);
         for dir in wanted {
             let watches = before.remove(dir).unwrap_or_else(|| {
@@ -58,30 +58,42 @@ impl Events {
         }
     }
 
-    /// The next cgroup in which something changed.
-    pub async fn next(&mut self) -> PathBuf {
-        loop {
-            match self.stream.next().await {
-                Some(Ok(event)) => {
-                    if let Some(path) = self.path(&event) {
-                        return path;
-                    }
-                }
-                Some(Err(_)) | None => std::future::pending().await,
-            }
-        }
-    }
-
-    /// As [`Self::next`], if there is one now.
-    pub fn ready(&mut self) -> Option<PathBuf> {
-        self.next().now_or_never()
-    }
-
     fn path(&self, event: &inotify::EventOwned) -> Option<PathBuf> {
         if event.mask.contains(EventMask::IGNORED) {
             return None;
         }
         let dir = self.dirs.get(&event.wd)?;
         Some(event.name.as_ref().map_or_else(|| dir.clone(), |name| dir.join(name)))
+    }
+}
+
+impl EventSource for Scan {
+    fn kind(&self) -> SourceKind {
+        SourceKind::Scan
+    }
+
+    fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Event> {
+        loop {
+            match ready!(self.stream.poll_next_unpin(context)) {
+                Some(Ok(event)) if event.mask.contains(EventMask::Q_OVERFLOW) => {
+                    return Poll::Ready(Event::Lost(1));
+                }
+                Some(Ok(event)) => {
+                    if let Some(path) = self.path(&event) {
+                        return Poll::Ready(Event::Cgroup { path, closed: None });
+                    }
+                }
+                Some(Err(_)) | None => return Poll::Pending,
+            }
+        }
+    }
+
+    /// Watches exactly `dirs`, and whether processes are in them.
+    fn watch(&mut self, dirs: &BTreeSet<PathBuf>) {
+        self.watch_cgroups(dirs);
+    }
+
+    fn wants_dirs(&self) -> bool {
+        true
     }
 }

@@ -1,0 +1,94 @@
+//! What happens to cgroups and processes, in ring buffer `lifecycle`; and which new cgroups are closed at once.
+
+use crate::plain_data;
+
+/// A path has room for so many bytes, its ending zero included; a longer one is cut.
+pub const PATH_BYTES: usize = 480;
+/// As for a path, of what all paths of interest begin with.
+pub const PREFIX_BYTES: usize = 192;
+/// As for a path, of a directory's own name.
+pub const NAME_BYTES: usize = 96;
+
+/// The name of a cgroup's directory, filled up with zeros. Key of `expected_pods`, whose value is the
+/// `CgroupInfo` that a new cgroup of this name gets before `mkdir(2)` returns.
+pub type Name = [u8; NAME_BYTES];
+
+/// `bytes` as a [`Name`]; `None`: it is too long.
+#[must_use]
+pub fn name(bytes: &[u8]) -> Option<Name> {
+    let mut name = [0; NAME_BYTES];
+    // One zero at the end belongs to it.
+    if bytes.len() >= NAME_BYTES {
+        return None;
+    }
+    name[..bytes.len()].copy_from_slice(bytes);
+    Some(name)
+}
+
+/// What is of interest. Map `lifecycle_scope`, one entry, written by the loader. With a
+/// `prefix_len` of [`PREFIX_BYTES`] nothing is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scope {
+    /// Only cgroups whose path, as the kernel tells it, begins so.
+    pub prefix: [u8; PREFIX_BYTES],
+    pub prefix_len: u32,
+    /// Where in the kernel's `struct cgroup` the pointer `kn` is, and where in `struct kernfs_node` its `id`
+    /// and its `name`; all zero: not known.
+    pub kn_offset: u32,
+    pub id_offset: u32,
+    pub name_offset: u32,
+}
+
+/// One cgroup was made, removed, or given a process.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PathEvent {
+    /// A [`Kind`].
+    pub kind: u32,
+    /// Whether it got its entry in `cgroup_info_map` from `expected_pods`.
+    pub closed: u32,
+    /// 0: not known.
+    pub cgroup_id: u64,
+    /// From the root of its hierarchy, ended by a zero.
+    pub path: [u8; PATH_BYTES],
+}
+
+/// A process (not a thread) began another program, or ended.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessEvent {
+    /// A [`Kind`].
+    pub kind: u32,
+    /// Always zero.
+    pub pad: u32,
+    /// Where it is.
+    pub cgroup_id: u64,
+}
+
+plain_data!(Scope: 208, PathEvent: 496, ProcessEvent: 16);
+
+/// What happened.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Made = 1,
+    Removed = 2,
+    Joined = 3,
+    Executed = 4,
+    Exited = 5,
+}
+
+impl Kind {
+    #[must_use]
+    pub const fn from_number(number: u32) -> Option<Self> {
+        match number {
+            1 => Some(Self::Made),
+            2 => Some(Self::Removed),
+            3 => Some(Self::Joined),
+            4 => Some(Self::Executed),
+            5 => Some(Self::Exited),
+            _ => None,
+        }
+    }
+}

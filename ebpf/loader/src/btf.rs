@@ -1,0 +1,97 @@
+//! Where the running kernel's structures have their members (BTF, `Documentation/bpf/btf.rst`).
+
+use std::fs;
+
+/// The kernel's description of its own types.
+#[derive(Debug)]
+pub struct Btf {
+    data: Vec<u8>,
+    types: (usize, usize),
+    strings: usize,
+}
+
+const STRUCT: u32 = 4;
+
+impl Btf {
+    /// Of the running kernel; `None` where it has none.
+    pub fn of_kernel() -> Option<Self> {
+        Self::parse(fs::read("/sys/kernel/btf/vmlinux").ok()?)
+    }
+
+    fn parse(data: Vec<u8>) -> Option<Self> {
+        const MAGIC: u32 = 0xeb9f;
+        let at = |offset| number(&data, offset);
+        let header = at(4)? as usize;
+        if at(0)? & 0xffff != MAGIC {
+            return None;
+        }
+        let (start, length) = (header + at(8)? as usize, at(12)? as usize);
+        let strings = header + at(16)? as usize;
+        Some(Self { types: (start, start + length), strings, data })
+    }
+
+    /// The offset in bytes of `member` in `struct structure`.
+    pub fn offset(&self, structure: &str, member: &str) -> Option<u32> {
+        let mut at = self.types.0;
+        while at < self.types.1 {
+            let (name, info) = (number(&self.data, at)?, number(&self.data, at + 4)?);
+            let (kind, count) = (info >> 24 & 0x1f, (info & 0xffff) as usize);
+            if kind == STRUCT && self.is_called(name, structure) {
+                let bitfields = info >> 31 == 1;
+                return (0..count).map(|i| at + 12 + i * 12).find_map(|at| {
+                    let bits = number(&self.data, at + 8)?;
+                    let bits = if bitfields { bits & 0x00ff_ffff } else { bits };
+                    self.is_called(number(&self.data, at)?, member).then_some(bits / 8)
+                });
+            }
+            at += 12
+                + match kind {
+                    // integers, variables, declaration tags
+                    1 | 14 | 17 => 4,
+                    // arrays
+                    3 => 12,
+                    // structs, unions, sections, wide enums
+                    STRUCT | 5 | 15 | 19 => count * 12,
+                    // enums, prototypes
+                    6 | 13 => count * 8,
+                    // everything else is what all have in common; what is unknown ends the search
+                    2 | 7..=12 | 16 | 18 => 0,
+                    _ => return None,
+                };
+        }
+        None
+    }
+
+    fn is_called(&self, name: u32, wanted: &str) -> bool {
+        let from = self.strings + name as usize;
+        let found = self.data.get(from..from + wanted.len() + 1);
+        found.is_some_and(|found| &found[..wanted.len()] == wanted.as_bytes() && found[wanted.len()] == 0)
+    }
+}
+
+fn number(data: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(data.get(at..at + 4)?.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members_are_found_and_nonsense_is_none() {
+        assert!(Btf::parse(Vec::new()).is_none());
+        assert!(Btf::parse(vec![0; 64]).is_none());
+        let mut data = Vec::new();
+        for word in [0x0001_eb9f_u32, 24, 0, 12 + 4 + 12 + 12, 40, 16] {
+            data.extend(word.to_ne_bytes());
+        }
+        // int; struct "s" { member "m" at bit 64 }
+        for word in [0, 1 << 24, 4, 0, 1, STRUCT << 24 | 1, 16, 3, 1, 64] {
+            data.extend(u32::to_ne_bytes(word));
+        }
+        data.extend(b"\0s\0m\0");
+        let btf = Btf::parse(data).unwrap();
+        assert_eq!(btf.offset("s", "m"), Some(8));
+        assert_eq!((btf.offset("s", "n"), btf.offset("t", "m")), (None, None));
+    }
+}

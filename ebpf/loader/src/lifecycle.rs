@@ -1,0 +1,218 @@
+//! What happens to cgroups and processes below the pods' cgroup, as the kernel tells it.
+
+use std::{
+    ffi::OsString,
+    fmt, fs,
+    fs::File,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::ffi::OsStringExt as _,
+    },
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use adit_ebpf_common::{
+    lifecycle::{Kind, Name, PATH_BYTES, PREFIX_BYTES, PathEvent, ProcessEvent, Scope},
+    pods::CgroupInfo,
+};
+use aya::{
+    Ebpf,
+    maps::{Array, CgroupArray, Map, MapData, MapError, PerCpuArray, RingBuf},
+    programs::{Program, ProgramError, RawTracePoint},
+};
+
+use crate::{Kernel, KernelError, btf::Btf};
+
+/// The programs, and the tracepoints that they are attached to.
+const PROGRAMS: [(&str, &str); 5] = [
+    ("adit_cgroup_made", "cgroup_mkdir"),
+    ("adit_cgroup_gone", "cgroup_rmdir"),
+    ("adit_cgroup_join", "cgroup_attach_task"),
+    ("adit_exec", "sched_process_exec"),
+    ("adit_exit", "sched_process_exit"),
+];
+const RING: &str = "lifecycle";
+const SCOPE: &str = "lifecycle_scope";
+const BASE: &str = "lifecycle_base";
+const LOST: &str = "lifecycle_lost";
+/// An event of our own making is there at once, or will never be.
+const PROOF_WITHIN: Duration = Duration::from_secs(1);
+
+/// One thing that happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LifecycleEvent {
+    /// To the cgroup at this path of the file system. `closed`: its id, if it was closed as it was made.
+    Cgroup { path: PathBuf, kind: Kind, closed: Option<u64> },
+    /// To a process in the cgroup of this id.
+    Process { cgroup_id: u64, kind: Kind },
+}
+
+/// The reader of what happens. The programs end with the [`Kernel`] that they came from.
+pub struct Lifecycle {
+    ring: RingBuf<MapData>,
+    lost: PerCpuArray<MapData, u64>,
+    base: PathBuf,
+    /// How the kernel calls `base`; longer than the mount's idea of it inside a cgroup namespace.
+    base_in_kernel: Vec<u8>,
+}
+
+impl Kernel {
+    /// Attaches the lifecycle programs, for what is below the cgroup `base`. Proven by an event of our own, so
+    /// that a kernel that accepts the programs and tells nothing is an error here and not a silence later.
+    pub fn lifecycle(&mut self, base: &Path) -> Result<Lifecycle, KernelError> {
+        // Before anything is attached nothing is of interest.
+        self.set_scope(&[0xff; PREFIX_BYTES])?;
+        let dir = File::open(base).map_err(|source| KernelError::Cgroup { path: base.to_owned(), source })?;
+        let mut bases =
+            CgroupArray::try_from(self.map_mut(BASE)?).map_err(KernelError::map("write", BASE))?;
+        bases.set(0, dir, 0).map_err(KernelError::map("write", BASE))?;
+        for (name, tracepoint) in PROGRAMS {
+            attach(&mut self.object, name, tracepoint)?;
+        }
+        let ring = RingBuf::try_from(self.take_map(RING)?).map_err(KernelError::map("open", RING))?;
+        let lost = PerCpuArray::try_from(self.take_map(LOST)?).map_err(KernelError::map("open", LOST))?;
+        let mut lifecycle = Lifecycle { ring, lost, base: base.to_owned(), base_in_kernel: Vec::new() };
+        lifecycle.base_in_kernel = self.prove(&mut lifecycle)?;
+        let mut prefix = lifecycle.base_in_kernel.clone();
+        prefix.push(b'/');
+        self.set_scope(&prefix)?;
+        Ok(lifecycle)
+    }
+
+    /// Closes every cgroup of this name below the scope as it is made, with `info`.
+    pub fn expect_pod(&mut self, name: &Name, info: &CgroupInfo) -> Result<(), KernelError> {
+        self.insert("expected_pods", *name, info)
+    }
+
+    /// A missing entry is fine.
+    pub fn expect_pod_no_more(&mut self, name: &Name) -> Result<(), KernelError> {
+        self.take::<Name, CgroupInfo>("expected_pods", name)
+    }
+
+    fn map_mut(&mut self, name: &'static str) -> Result<&mut Map, KernelError> {
+        self.object.map_mut(name).ok_or_else(|| missing(name))
+    }
+
+    fn take_map(&mut self, name: &'static str) -> Result<Map, KernelError> {
+        self.object.take_map(name).ok_or_else(|| missing(name))
+    }
+
+    fn set_scope(&mut self, prefix: &[u8]) -> Result<(), KernelError> {
+        let btf = Btf::of_kernel();
+        let offset = |structure, member| btf.as_ref()?.offset(structure, member);
+        let offsets = (|| {
+            Some((offset("cgroup", "kn")?, offset("kernfs_node", "id")?, offset("kernfs_node", "name")?))
+        })();
+        let (kn_offset, id_offset, name_offset) = offsets.unwrap_or_default();
+        let mut scope = Scope {
+            prefix: [0; PREFIX_BYTES],
+            prefix_len: u32::try_from(prefix.len()).unwrap_or(u32::MAX),
+            kn_offset,
+            id_offset,
+            name_offset,
+        };
+        let length = prefix.len().min(PREFIX_BYTES);
+        scope.prefix[..length].copy_from_slice(&prefix[..length]);
+        let mut map =
+            Array::<_, Scope>::try_from(self.map_mut(SCOPE)?).map_err(KernelError::map("write", SCOPE))?;
+        map.set(0, scope, 0).map_err(KernelError::map("write", SCOPE))
+    }
+
+    /// Makes a cgroup below the base and sees what the kernel says of it: how it calls the base.
+    fn prove(&mut self, lifecycle: &mut Lifecycle) -> Result<Vec<u8>, KernelError> {
+        let name = format!("adit-{}", std::process::id());
+        let failed = |source| KernelError::Cgroup { path: lifecycle.base.join(&name), source };
+        self.set_scope(b"/")?;
+        fs::create_dir(lifecycle.base.join(&name)).map_err(failed)?;
+        fs::remove_dir(lifecycle.base.join(&name)).map_err(failed)?;
+        let own = format!("/{name}");
+        let deadline = Instant::now() + PROOF_WITHIN;
+        while Instant::now() < deadline {
+            while let Some(event) = lifecycle.ring.next() {
+                if let Some((Kind::Removed, path, _)) = parse_path(&event)
+                    && let Some(base) = path.strip_suffix(own.as_bytes())
+                {
+                    return Ok(base.to_owned());
+                }
+            }
+        }
+        Err(KernelError::Silent { path: lifecycle.base.clone() })
+    }
+}
+
+impl Lifecycle {
+    /// The next event, `None` if there is none now. The file descriptor becomes readable with the next.
+    #[expect(clippy::should_implement_trait, reason = "an iterator that ends would not go on")]
+    pub fn next(&mut self) -> Option<LifecycleEvent> {
+        loop {
+            let event = self.ring.next()?;
+            if let Some((kind, path, closed)) = parse_path(&event) {
+                let below = path.strip_prefix(self.base_in_kernel.as_slice());
+                if let Some(below) = below.and_then(|below| below.strip_prefix(b"/")) {
+                    let path = self.base.join(OsString::from_vec(below.to_vec()));
+                    return Some(LifecycleEvent::Cgroup { path, kind, closed });
+                }
+            } else if let Some((kind, cgroup_id)) = parse_process(&event) {
+                return Some(LifecycleEvent::Process { cgroup_id, kind });
+            }
+        }
+    }
+
+    /// How many events found no room, since the start.
+    pub fn lost(&self) -> Result<u64, KernelError> {
+        let lost = self.lost.get(&0, 0).map_err(KernelError::map("read", LOST))?;
+        Ok(lost.iter().sum())
+    }
+}
+
+impl AsFd for Lifecycle {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
+    }
+}
+
+impl fmt::Debug for Lifecycle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lifecycle").field("base", &self.base).finish_non_exhaustive()
+    }
+}
+
+/// It is not in the object, or was taken from it: the programs are attached once only.
+fn missing(name: &'static str) -> KernelError {
+    KernelError::map("open", name)(MapError::InvalidName { name: name.to_owned() })
+}
+
+fn attach(object: &mut Ebpf, name: &'static str, tracepoint: &str) -> Result<(), KernelError> {
+    let Some(Program::RawTracePoint(program)) = object.program_mut(name) else {
+        unreachable!("program {name} is part of the object that this crate was built with");
+    };
+    let attached: Result<(), ProgramError> = (|program: &mut RawTracePoint| {
+        program.load()?;
+        program.attach(tracepoint).map(drop)
+    })(program);
+    attached.map_err(|source| KernelError::Load { program: name, source: Box::new(source) })
+}
+
+/// Kind, path and, where it was closed at once, id of a cgroup.
+fn parse_path(event: &[u8]) -> Option<(Kind, &[u8], Option<u64>)> {
+    if event.len() != size_of::<PathEvent>() {
+        return None;
+    }
+    let (kind, closed) = (word(event, 0)?, word(event, 4)?);
+    let id = u64::from_ne_bytes(event.get(8..16)?.try_into().ok()?);
+    let path = event.get(16..16 + PATH_BYTES)?;
+    let end = path.iter().position(|byte| *byte == 0)?;
+    Some((Kind::from_number(kind)?, &path[..end], (closed != 0).then_some(id)))
+}
+
+fn parse_process(event: &[u8]) -> Option<(Kind, u64)> {
+    if event.len() != size_of::<ProcessEvent>() {
+        return None;
+    }
+    Some((Kind::from_number(word(event, 0)?)?, u64::from_ne_bytes(event.get(8..16)?.try_into().ok()?)))
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}

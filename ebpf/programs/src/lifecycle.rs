@@ -1,0 +1,164 @@
+//! Tells of cgroups that come and go and of processes in them, and closes expected pods as their cgroup is made:
+//! the entry is in the map before `mkdir(2)` returns, so no process can ever have been in the cgroup without it.
+//!
+//! Raw tracepoints, since these need no tracefs, which a container seldom has. What is not below the scope's
+//! cgroup is dropped here, before it costs anybody a wake-up.
+
+use adit_ebpf_common::lifecycle::{
+    Kind, NAME_BYTES, Name, PATH_BYTES, PREFIX_BYTES, PathEvent, ProcessEvent, Scope,
+};
+use adit_ebpf_common::pods::CgroupInfo;
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    helpers::{
+        bpf_get_current_cgroup_id, bpf_get_current_pid_tgid, bpf_probe_read_kernel,
+        generated::bpf_probe_read_kernel_str,
+    },
+    macros::{map, raw_tracepoint},
+    maps::{Array, CgroupArray, HashMap, PerCpuArray, RingBuf},
+    programs::RawTracePointContext,
+};
+
+use crate::maps;
+
+#[map(name = "lifecycle")]
+static LIFECYCLE: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
+#[map(name = "lifecycle_scope")]
+static SCOPE: Array<Scope> = Array::with_max_entries(1, 0);
+/// The cgroup whose processes are of interest.
+#[map(name = "lifecycle_base")]
+static BASE: CgroupArray = CgroupArray::with_max_entries(1, 0);
+/// How many events found no room.
+#[map(name = "lifecycle_lost")]
+static LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+/// An event is too long for the stack. Programs do not interrupt each other on one CPU here: tracepoints of
+/// tasks, with migration off.
+#[map(name = "lifecycle_event")]
+static EVENT: PerCpuArray<PathEvent> = PerCpuArray::with_max_entries(1, 0);
+#[map(name = "expected_pods")]
+static EXPECTED: HashMap<Name, CgroupInfo> = HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
+
+// The first arguments of all three: `struct cgroup *cgroup, const char *path`.
+
+#[raw_tracepoint(tracepoint = "cgroup_mkdir")]
+pub fn adit_cgroup_made(context: RawTracePointContext) -> i32 {
+    tell_path(&context, Kind::Made)
+}
+
+#[raw_tracepoint(tracepoint = "cgroup_rmdir")]
+pub fn adit_cgroup_gone(context: RawTracePointContext) -> i32 {
+    tell_path(&context, Kind::Removed)
+}
+
+#[raw_tracepoint(tracepoint = "cgroup_attach_task")]
+pub fn adit_cgroup_join(context: RawTracePointContext) -> i32 {
+    tell_path(&context, Kind::Joined)
+}
+
+#[raw_tracepoint(tracepoint = "sched_process_exec")]
+pub fn adit_exec(_context: RawTracePointContext) -> i32 {
+    tell_process(Kind::Executed)
+}
+
+#[raw_tracepoint(tracepoint = "sched_process_exit")]
+pub fn adit_exit(_context: RawTracePointContext) -> i32 {
+    let pid_tgid = bpf_get_current_pid_tgid();
+    // A thread is not a process.
+    if pid_tgid >> 32 == pid_tgid & 0xffff_ffff { tell_process(Kind::Exited) } else { 0 }
+}
+
+#[inline(always)]
+fn tell_process(kind: Kind) -> i32 {
+    if BASE.current_task_under_cgroup(0) != Ok(true) {
+        return 0;
+    }
+    // SAFETY: a helper without arguments.
+    let cgroup_id = unsafe { bpf_get_current_cgroup_id() };
+    let event = ProcessEvent { kind: kind as u32, pad: 0, cgroup_id };
+    if LIFECYCLE.output::<ProcessEvent>(event, 0).is_err() {
+        count_lost();
+    }
+    0
+}
+
+#[inline(always)]
+fn tell_path(context: &RawTracePointContext, kind: Kind) -> i32 {
+    let (Some(scope), Some(event)) = (SCOPE.get(0), EVENT.get_ptr_mut(0)) else { return 0 };
+    // SAFETY: this CPU's own entry, which nobody else uses now.
+    let event = unsafe { &mut *event };
+    let path: *const u8 = context.arg(1);
+    // SAFETY: the destination is as long as is said, and the helper checks the source.
+    let read =
+        unsafe { bpf_probe_read_kernel_str(event.path.as_mut_ptr().cast(), PATH_BYTES as u32, path.cast()) };
+    if read < 0 || !begins_with(&event.path, scope) {
+        return 0;
+    }
+    event.kind = kind as u32;
+    event.closed = 0;
+    event.cgroup_id = 0;
+    if let Some(node) = node(context, scope) {
+        event.cgroup_id = read_at::<u64>(node, scope.id_offset).unwrap_or(0);
+        if matches!(kind, Kind::Made) && close_if_expected(node, scope, event.cgroup_id) {
+            event.closed = 1;
+        }
+    }
+    if LIFECYCLE.output::<PathEvent>(&*event, 0).is_err() {
+        count_lost();
+    }
+    0
+}
+
+#[inline(always)]
+fn begins_with(path: &[u8; PATH_BYTES], scope: &Scope) -> bool {
+    let mut i = 0;
+    while i < PREFIX_BYTES {
+        if i as u32 >= scope.prefix_len {
+            return true;
+        }
+        if path[i] != scope.prefix[i] {
+            return false;
+        }
+        i += 1;
+    }
+    false
+}
+
+/// The `struct kernfs_node` of the cgroup.
+#[inline(always)]
+fn node(context: &RawTracePointContext, scope: &Scope) -> Option<*const u8> {
+    if scope.kn_offset == 0 {
+        return None;
+    }
+    let cgroup: *const u8 = context.arg(0);
+    read_at::<*const u8>(cgroup, scope.kn_offset)
+}
+
+#[inline(always)]
+fn read_at<T>(base: *const u8, offset: u32) -> Option<T> {
+    // SAFETY: the helper checks the address.
+    unsafe { bpf_probe_read_kernel(base.wrapping_add(offset as usize).cast::<T>()) }.ok()
+}
+
+/// Gives the new cgroup its entry, if a pod of its name is expected.
+#[inline(always)]
+fn close_if_expected(node: *const u8, scope: &Scope, cgroup_id: u64) -> bool {
+    let Some(name_at) = read_at::<*const u8>(node, scope.name_offset) else { return false };
+    let mut name: Name = [0; NAME_BYTES];
+    // SAFETY: as in `tell_path`. What is not read stays zero, as in the map's keys.
+    let read =
+        unsafe { bpf_probe_read_kernel_str(name.as_mut_ptr().cast(), NAME_BYTES as u32, name_at.cast()) };
+    if read <= 0 || cgroup_id == 0 {
+        return false;
+    }
+    // SAFETY: entries are replaced whole by the watcher, and a pod is expected only once.
+    let Some(info) = (unsafe { EXPECTED.get(name) }) else { return false };
+    maps::set_cgroup(cgroup_id, info)
+}
+
+#[inline(always)]
+fn count_lost() {
+    if let Some(lost) = LOST.get_ptr_mut(0) {
+        // SAFETY: this CPU's own counter.
+        unsafe { *lost += 1 };
+    }
+}
