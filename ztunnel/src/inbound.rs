@@ -195,7 +195,8 @@ async fn admit(tunnel: &Tunnel, asked: &Asked) -> Result<Admitted, InboundError>
         Target::Address(address) => (forwarded_service(&mesh, &workload, request.headers()), address.port()),
         Target::Host { name, port } => resolve(&mesh, &workload, name, port)?,
     };
-    if shared.is_own_port(port) {
+    let foreign = tunnel.pod.own_port.is_some_and(|own| own != port);
+    if foreign || shared.is_own_port(port) {
         return Err(InboundError::Recursive);
     }
     let target = SocketAddr::new(tunnel.local.ip(), port);

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use ztunnel::{
     admin::{Admin, Readiness, Servers},
-    config::{Config, LocalState, ProxyMode},
+    config::{Config, LocalState, OwnPod, ProxyMode},
     dns::Dns,
     drain,
     identity::Certificates,
@@ -23,7 +23,7 @@ use ztunnel::{
         local_file::{self, Defaults},
     },
     metrics::{Metrics, certificates::CertificateExpiry},
-    pods::{Pods, zds},
+    pods::{PodInfo, Pods, zds},
     worker::{Shared, Workers},
 };
 
@@ -111,6 +111,12 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: Lost) -> Resul
     services.spawn(certificates.run(end.clone()));
     if let Some(LocalState::Path(path)) = &config.local_state {
         services.spawn(local_file::watch(path.clone(), Defaults::from(&*config), store, end.clone()));
+    }
+    if let Some(OwnPod { name, namespace, service_account }) = config.own_pod.clone()
+        && let Err(error) = pods.serve_own(PodInfo { name, namespace, service_account })
+    {
+        // The node's pods matter more than who reads the metrics.
+        warn!(%error, "own metrics cannot be served over HBONE, going on without");
     }
     zds::run(&config.zds_socket, &mut pods, &mut pods_ready, &stop).await;
 

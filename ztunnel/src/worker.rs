@@ -92,7 +92,7 @@ impl Shared {
 
     /// Connects to the application in `pod`, from its client's address if that is to be kept.
     pub async fn dial_application(&self, pod: &Pod, to: SocketAddr, client: IpAddr) -> io::Result<TcpStream> {
-        let from = self.original_source.then_some(client);
+        let from = (self.original_source && pod.own_port.is_none()).then_some(client);
         socket::connect(&pod.netns, to, from, &self.socket).await
     }
 }

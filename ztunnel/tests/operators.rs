@@ -167,3 +167,35 @@ fn configuration_is_checked_and_printed_without_running() {
     assert_eq!(bad.status.code(), Some(1));
     assert!(text(&bad.stderr).contains("unknown key pool.ilde, did you mean pool.idle?"), "{bad:?}");
 }
+
+#[test]
+#[ignore = "needs root: make test"]
+fn own_metrics_are_read_over_hbone_by_a_captured_prometheus() {
+    let mut bed = Bed::new();
+    let prometheus = bed.enrolled("b", "prometheus");
+    let own = bed.own("a", "ztunnel-a");
+    let (metrics, admin, hbone) = (own.at(15020), own.at(15000), own.at(15008));
+    let secret = own.at(9000);
+    own.serve(9000, |mut stream, _| drop(stream.write_all(b"what else the node offers")));
+    let itself = [("POD_NAME", "ztunnel-a"), ("POD_NAMESPACE", "demo"), ("SERVICE_ACCOUNT", "ztunnel-a")];
+    let mut a = Tunnel::start_with(&bed, "a", own.space, &itself);
+    assert_eq!(a.agent().snapshot(), "", "a snapshot without pods does not end it");
+    a.wait_ready();
+    let b = bed.node("b", &[&prometheus]);
+
+    let answer = prometheus.space.http("GET", metrics, "/metrics").expect("metrics");
+    assert!(
+        answer.starts_with("HTTP/1.0 200") && answer.contains("istio_build{component=\"ztunnel\""),
+        "{answer}"
+    );
+    let record = &a.records(1, &["inbound"])[0];
+    assert_eq!(record["dst.identity"], "spiffe://cluster.local/ns/demo/sa/ztunnel-a");
+    assert_eq!(record["src.identity"], "spiffe://cluster.local/ns/demo/sa/prometheus");
+    assert_eq!(record["dst.hbone_addr"], metrics.to_string());
+    let record = &b.records(1, &["outbound"])[0];
+    assert_eq!(record["dst.addr"], hbone.to_string(), "over HBONE");
+
+    for other in [admin, secret, hbone] {
+        prometheus.space.refusal(other);
+    }
+}

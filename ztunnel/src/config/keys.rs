@@ -91,6 +91,10 @@ pub const KEYS: &[Key] = &[
     key("node.cluster_domain", "CLUSTER_DOMAIN", Text, Is("cluster.local"), "the suffix of the cluster's service names"),
     key("node.trust_domain", "TRUST_DOMAIN", Text, Is("cluster.local"), "whose identities are ours"),
 
+    key("own.pod", "POD_NAME", Text, Nothing, "the tunnel's own pod. With namespace and service account its metrics are also served over HBONE, port 15008 of its own netns, under policy"),
+    key("own.namespace", "POD_NAMESPACE", Text, Nothing, "that pod's namespace"),
+    key("own.service_account", "SERVICE_ACCOUNT", Text, Nothing, "that pod's service account"),
+
     key("zds.socket", "INPOD_UDS", Path, Is("/var/run/ztunnel/ztunnel.sock"), "where the node agent (our watcher, or istio-cni) hands pods over"),
     key("zds.port_reuse", "INPOD_PORT_REUSE", Bool, Is("true"), "two tunnels may listen in a pod side by side, so that an upgrade loses nothing"),
 

@@ -43,6 +43,7 @@ pub struct Config {
     pub cluster_id: Arc<str>,
     pub cluster_domain: Arc<str>,
     pub trust_domain: Arc<str>,
+    pub own_pod: Option<OwnPod>,
     pub local_state: Option<LocalState>,
     pub ca: Ca,
     /// Life time to ask certificates for.
@@ -78,6 +79,14 @@ pub enum ProxyMode {
     Shared,
     /// One workload, in whose netns the process runs (`PROXY_WORKLOAD_INFO=ns/name/sa`).
     Dedicated { namespace: Arc<str>, name: Arc<str>, service_account: Arc<str> },
+}
+
+/// The pod that this process runs in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct OwnPod {
+    pub name: Arc<str>,
+    pub namespace: Arc<str>,
+    pub service_account: Arc<str>,
 }
 
 /// Fixed: peers and captured traffic count on them.

@@ -9,8 +9,8 @@ use std::{
 };
 
 use super::{
-    Ca, CaService, Config, ConfigError, Dns, H2, Headers, Keepalive, LocalState, LogFormat, Pool, Ports,
-    ProxyMode, RootSource, Token, settings::Settings, value,
+    Ca, CaService, Config, ConfigError, Dns, H2, Headers, Keepalive, LocalState, LogFormat, OwnPod, Pool,
+    Ports, ProxyMode, RootSource, Token, settings::Settings, value,
 };
 
 /// Past this many workers, more of them only add listening sockets to every pod.
@@ -78,6 +78,7 @@ fn resolve(settings: &Settings, in_kubernetes: bool) -> Result<Config, ConfigErr
         node: settings.text("node.name"),
         cluster_domain: settings.text("node.cluster_domain"),
         trust_domain: settings.text("node.trust_domain"),
+        own_pod: own_pod(settings),
         local_state: local_state(settings)?,
         ca: ca(settings, &mode, &cluster_id, in_kubernetes)?,
         secret_ttl: settings.duration("ca.secret_ttl")?,
@@ -144,6 +145,15 @@ fn proxy_mode(settings: &Settings) -> Result<ProxyMode, ConfigError> {
         }
         _ => Err(settings.invalid(key, expected)),
     }
+}
+
+/// Known only when all of it is: Istio's DaemonSet sets all three, others may set the name for other purposes.
+fn own_pod(settings: &Settings) -> Option<OwnPod> {
+    Some(OwnPod {
+        name: settings.get("own.pod")?.into(),
+        namespace: settings.get("own.namespace")?.into(),
+        service_account: settings.get("own.service_account")?.into(),
+    })
 }
 
 fn local_state(settings: &Settings) -> Result<Option<LocalState>, ConfigError> {

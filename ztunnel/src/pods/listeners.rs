@@ -1,6 +1,13 @@
 //! The sockets on which one worker takes one pod's connections.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{
+    cell::Cell,
+    future::poll_fn,
+    io,
+    net::SocketAddr,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -20,47 +27,57 @@ pub enum Port {
     Hbone,
 }
 
-/// One worker's share of the three groups. Listening from the moment it exists.
-#[derive(Debug)]
-pub struct Listeners([(Port, std::net::TcpListener); 3]);
+/// What an enrolled pod's traffic needs.
+pub const ALL: [Port; 3] = [Port::Outbound, Port::Inbound, Port::Hbone];
 
-/// The listeners of all workers. Call inside the pod's netns.
-pub fn open(workers: usize, config: &Config, options: &socket::Options) -> io::Result<Vec<Listeners>> {
-    let group = |port| socket::listen(port, workers, config.ipv6, options).map(Vec::into_iter);
-    let (outbound, inbound, hbone) =
-        (group(config.ports.outbound)?, group(config.ports.inbound)?, group(config.ports.hbone)?);
-    Ok(outbound
-        .zip(inbound)
-        .zip(hbone)
-        .map(|((outbound, inbound), hbone)| {
-            Listeners([(Port::Outbound, outbound), (Port::Inbound, inbound), (Port::Hbone, hbone)])
-        })
-        .collect())
+/// One worker's share of each group. Listening from the moment it exists.
+#[derive(Debug)]
+pub struct Listeners(Vec<(Port, std::net::TcpListener)>);
+
+/// The listeners of all workers on the ports of `which`. Call inside the pod's netns.
+pub fn open(
+    which: &[Port],
+    workers: usize,
+    config: &Config,
+    options: &socket::Options,
+) -> io::Result<Vec<Listeners>> {
+    let mut all: Vec<_> = (0..workers).map(|_| Listeners(Vec::with_capacity(which.len()))).collect();
+    for &port in which {
+        let number = match port {
+            Port::Outbound => config.ports.outbound,
+            Port::Inbound => config.ports.inbound,
+            Port::Hbone => config.ports.hbone,
+        };
+        let group = socket::listen(number, workers, config.ipv6, options)?;
+        for (Listeners(own), listener) in all.iter_mut().zip(group) {
+            own.push((port, listener));
+        }
+    }
+    Ok(all)
 }
 
 impl Listeners {
     /// Hands the sockets to the calling worker's runtime.
     pub fn activate(self) -> io::Result<Active> {
-        let [a, b, c] = self.0;
         let active = |(port, listener)| TcpListener::from_std(listener).map(|listener| (port, listener));
-        Ok(Active([active(a)?, active(b)?, active(c)?]))
+        let listeners = self.0.into_iter().map(active).collect::<io::Result<_>>()?;
+        Ok(Active { listeners, next: Cell::new(0) })
     }
 }
 
 /// Listeners that are being accepted from.
 #[derive(Debug)]
-pub struct Active([(Port, TcpListener); 3]);
+pub struct Active {
+    listeners: Vec<(Port, TcpListener)>,
+    /// Who is asked first: in turn, so that a busy port does not starve the others.
+    next: Cell<usize>,
+}
 
 impl Active {
     /// The next connection on any of the ports.
     pub async fn accept(&self) -> (Port, TcpStream, SocketAddr) {
-        let [a, b, c] = &self.0;
         loop {
-            let (port, accepted) = tokio::select! {
-                accepted = a.1.accept() => (a.0, accepted),
-                accepted = b.1.accept() => (b.0, accepted),
-                accepted = c.1.accept() => (c.0, accepted),
-            };
+            let (port, accepted) = poll_fn(|cx| self.poll(cx)).await;
             match accepted {
                 Ok((stream, peer)) => return (port, stream, socket::canonical(peer)),
                 Err(error) if is_of_one_connection(&error) => {}
@@ -72,10 +89,23 @@ impl Active {
         }
     }
 
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<(Port, io::Result<(TcpStream, SocketAddr)>)> {
+        let first = self.next.get();
+        self.next.set(first.wrapping_add(1));
+        let count = self.listeners.len();
+        for turn in 0..count {
+            let (port, listener) = &self.listeners[(first % count + turn) % count];
+            if let Poll::Ready(accepted) = listener.poll_accept(cx) {
+                return Poll::Ready((*port, accepted));
+            }
+        }
+        Poll::Pending
+    }
+
     /// Closes the listeners, with the connections that already wait: closing alone would reset them.
     pub fn close(self) -> Vec<(Port, TcpStream, SocketAddr)> {
         let mut waiting = Vec::new();
-        for (port, listener) in self.0 {
+        for (port, listener) in self.listeners {
             let Ok(listener) = listener.into_std() else { continue };
             while let Ok((stream, peer)) = listener.accept() {
                 let stream = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));

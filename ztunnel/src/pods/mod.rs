@@ -8,12 +8,14 @@ pub mod zds;
 
 use std::{
     collections::{HashMap, HashSet},
+    fs::File,
     io,
     os::fd::OwnedFd,
     sync::Arc,
     time::Duration,
 };
 
+use listeners::Port;
 use serde_json::json;
 use tokio::{
     sync::watch,
@@ -46,6 +48,10 @@ pub struct Pod {
     pub netns: Netns,
     /// For every socket in it but those to the application.
     pub socket: socket::Options,
+    /// The one port that peers reach in it, if it is the tunnel's own pod: the metrics', and nothing else of what
+    /// listens beside the tunnel, which may be a whole node. Its netns is prepared for nothing, so that applications
+    /// are not dialled from their clients' addresses there.
+    pub own_port: Option<u16>,
     /// No new connections; the open ones finish.
     pub stop: CancellationToken,
 }
@@ -92,6 +98,8 @@ pub struct Pods {
     /// Unless it is switched off.
     dns: Option<Dns>,
     running: HashMap<String, Arc<Pod>>,
+    /// The tunnel's own pod. Not told by the node agent, and not forgotten by it.
+    own: Option<Arc<Pod>>,
     pending: HashMap<String, Pending>,
     stop: CancellationToken,
     published: watch::Sender<serde_json::Value>,
@@ -101,7 +109,7 @@ impl Pods {
     /// `stop` ends all of them.
     pub fn new(shared: Arc<Shared>, workers: Workers, dns: Option<Dns>, stop: CancellationToken) -> Self {
         let (running, pending) = (HashMap::new(), HashMap::new());
-        Self { shared, workers, dns, running, pending, stop, published: watch::Sender::default() }
+        Self { shared, workers, dns, running, own: None, pending, stop, published: watch::Sender::default() }
     }
 
     /// What an operator is shown of the pods, now and whenever it is called.
@@ -192,15 +200,42 @@ impl Pods {
     }
 
     fn start(&mut self, uid: &str, info: PodInfo, netns: OwnedFd) -> io::Result<()> {
+        let pod = self.listen(uid, info, Netns::new(netns)?, &listeners::ALL, None)?;
+        info!(pod.uid = uid, pod.name = %pod.info.name, pod.namespace = %pod.info.namespace,
+            pod.service_account = %pod.info.service_account, "pod added");
+        self.running.insert(uid.to_owned(), pod);
+        Ok(())
+    }
+
+    /// Serves the tunnel's own pod, that of this process, so that its metrics can be had over HBONE and under policy.
+    pub fn serve_own(&mut self, info: PodInfo) -> io::Result<()> {
+        let netns = Netns::new(File::open("/proc/thread-self/ns/net")?.into())?;
+        let metrics = self.shared.config.stats_address.port();
+        let pod = self.listen("own", info, netns, &[Port::Hbone], Some(metrics))?;
+        info!(pod.name = %pod.info.name, pod.namespace = %pod.info.namespace,
+            pod.service_account = %pod.info.service_account, port = metrics, "own metrics are served over HBONE");
+        self.own = Some(pod);
+        Ok(())
+    }
+
+    fn listen(
+        &self,
+        uid: &str,
+        info: PodInfo,
+        netns: Netns,
+        ports: &[Port],
+        own_port: Option<u16>,
+    ) -> io::Result<Arc<Pod>> {
         let config = &self.shared.config;
-        let netns = Netns::new(netns)?;
         let mut socket = self.shared.socket.clone();
         let (listeners, names) = netns.enter(|| {
             if socket::mark_stays_local(socket.mark) {
                 socket.mark = 0;
             }
-            let listeners = listeners::open(self.workers.count(), config, &socket)?;
-            let names = self.dns.as_ref().map(|_| sockets::listen(config.dns.address, config.ipv6, &socket));
+            let listeners = listeners::open(ports, self.workers.count(), config, &socket)?;
+            // Nobody captures what the tunnel's own pod asks.
+            let dns = self.dns.as_ref().filter(|_| own_port.is_none());
+            let names = dns.map(|_| sockets::listen(config.dns.address, config.ipv6, &socket));
             Ok((listeners, names))
         })?;
         let identity = Identity {
@@ -208,23 +243,20 @@ impl Pods {
             namespace: Arc::clone(&info.namespace),
             service_account: Arc::clone(&info.service_account),
         };
-        let pod = Pod { uid: uid.to_owned(), info, identity, netns, socket, stop: self.stop.child_token() };
-        let pod = Arc::new(pod);
+        let (uid, stop) = (uid.to_owned(), self.stop.child_token());
+        let pod = Arc::new(Pod { uid, info, identity, netns, socket, own_port, stop });
         self.workers.serve(&pod, listeners)?;
         // Names are a convenience, connections are not: a pod whose port is taken is served without.
         match (&self.dns, names) {
             (Some(dns), Some(Ok(names))) => dns.serve(&pod, names)?,
             (_, Some(Err(error))) => {
-                warn!(pod.uid = uid, address = %config.dns.address, %error, "cannot serve the pod's DNS");
+                warn!(pod.uid, address = %config.dns.address, %error, "cannot serve the pod's DNS");
             }
             _ => {}
         }
-        info!(pod.uid = uid, pod.name = %pod.info.name, pod.namespace = %pod.info.namespace,
-            pod.service_account = %pod.info.service_account, "pod added");
         // The first connection should not have to wait for it.
         self.shared.certificates.prefetch(&pod.identity);
-        self.running.insert(uid.to_owned(), pod);
-        Ok(())
+        Ok(pod)
     }
 
     fn publish(&self) {
@@ -244,7 +276,7 @@ impl Pods {
 
     /// Keeps only the certificates that some pod needs.
     fn forget_identities(&self) {
-        let wanted = self.running.values().map(|pod| pod.identity.clone()).collect();
+        let wanted = self.running.values().chain(&self.own).map(|pod| pod.identity.clone()).collect();
         self.shared.certificates.retain(&wanted);
     }
 }

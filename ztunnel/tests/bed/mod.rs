@@ -285,6 +285,11 @@ impl Bed {
         pod.space.run(&format!("nft -f {}", file.display()));
     }
 
+    /// A pod that speaks HBONE itself, such as the tunnel's own: nobody captures it.
+    pub fn own(&mut self, node: &str, name: &str) -> Pod {
+        self.pod(node, name, true)
+    }
+
     /// A pod that nobody captures.
     pub fn plain(&mut self, node: &str, name: &str) -> Pod {
         self.pod(node, name, false)

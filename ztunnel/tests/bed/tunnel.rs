@@ -26,6 +26,11 @@ pub struct Tunnel {
 
 impl Tunnel {
     pub fn start(bed: &Bed, node: &str, space: Space) -> Self {
+        Self::start_with(bed, node, space, &[])
+    }
+
+    /// With more variables.
+    pub fn start_with(bed: &Bed, node: &str, space: Space, variables: &[(&str, &str)]) -> Self {
         let socket = bed.dir.path().join(format!("{}.sock", space.name));
         let log = bed.dir.path().join(format!("{}.log", space.name));
         let mut agent = FakeAgent::listen(&socket);
@@ -42,6 +47,7 @@ impl Tunnel {
             .env("CONNECTION_TERMINATION_DEADLINE", "5s")
             .env("LOG_FORMAT", "json")
             .env("RUST_LOG", "info,ztunnel=debug,access=debug")
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stderr(output.try_clone().expect("log"))
             .stdout(output)
