@@ -8,7 +8,7 @@ use std::{
     process::{Command, Output},
 };
 
-use bed::{Bed, Tunnel, read_line, tunnel::local, wait_for};
+use bed::{Bed, Tunnel, read_line, run, tunnel::local, wait_for};
 
 /// `ztunnel arguments` beside the tunnel.
 fn ztunnel(tunnel: &Tunnel, arguments: &[&str]) -> Output {
@@ -117,21 +117,29 @@ fn status_says_what_is_pending_by_text_and_exit_code() {
 #[test]
 #[ignore = "needs root: make test"]
 fn profiles_of_processor_and_memory_are_taken_from_the_running_tunnel() {
-    let bed = Bed::new();
-    let a = bed.node("a", &[]);
-    let gzip = |path: &str| {
-        let url = format!("http://127.0.0.1:15000{path}");
-        let file = bed.dir.path().join("profile.gz");
-        a.space.run(&format!("curl -sf -o {} \"{url}\"", file.display()));
-        std::fs::read(file).expect("profile")
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.plain("b", "server"));
+    bed.publish();
+    server.serve(8080, |mut stream, _| while stream.read(&mut [0; 4096]).is_ok_and(|n| n > 0) {});
+    let a = bed.node("a", &[&client]);
+    let file = bed.dir.path().join("profile.gz");
+    let profile = |path: &str| {
+        a.space.run(&format!("curl -sf -o {} \"http://127.0.0.1:15000{path}\"", file.display()));
+        assert_eq!(std::fs::read(&file).expect("profile")[..2], [0x1f, 0x8b], "gzip");
     };
-    let cpu = gzip("/debug/pprof/profile?seconds=1&frequency=500");
-    assert_eq!(cpu[..2], [0x1f, 0x8b], "gzip");
+    // While it carries something, so that there is something to see.
+    let mut stream = client.space.connect(server.at(8080));
+    let mut load = stream.try_clone().expect("clone");
+    let sender = std::thread::spawn(move || while load.write_all(&[0; 4096]).is_ok() {});
+    profile("/debug/pprof/profile?seconds=1&frequency=500");
+    let _ = stream.flush().and_then(|()| stream.shutdown(std::net::Shutdown::Both));
+    sender.join().expect("sender");
+    run(&format!("zcat {} | grep -aq ztunnel::stream", file.display())); // functions have their names
     let (head, why) = body(&a, local(15000), "GET", "/debug/pprof/heap");
     assert!(head.contains("409") && why.contains("activate=true"), "{head} {why}");
     let activate = "/debug/pprof/heap/profiling?activate=true";
     assert_eq!(body(&a, local(15000), "POST", activate).1, "heap profiling is active\n");
-    assert_eq!(gzip("/debug/pprof/heap")[..2], [0x1f, 0x8b]);
+    profile("/debug/pprof/heap");
     let deactivate = "/debug/pprof/heap/profiling?activate=false";
     assert_eq!(body(&a, local(15000), "POST", deactivate).1, "heap profiling is inactive\n");
 }
