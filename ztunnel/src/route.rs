@@ -10,7 +10,7 @@ use rand::{Rng, RngExt};
 use crate::{
     config::Ports,
     identity::Identity,
-    mesh::{Endpoint, Mesh, Protocol, Service, Workload},
+    mesh::{Endpoint, Mesh, Protocol, Service, Workload, services::HealthPolicy},
 };
 
 /// What becomes of an outbound connection.
@@ -80,7 +80,7 @@ pub fn outbound(
     let Some(workload) = mesh.workload_by_address(&source.network, original.ip()) else {
         return Ok(OutboundRoute { service: None, workload: None, target: original, via: Via::Plain });
     };
-    if workload.behind_waypoint {
+    if workload.waypoint.is_some() {
         return Err(RouteError::Waypoint { destination: workload.name.to_string() });
     }
     let via = via(workload, original, Vec::new());
@@ -95,7 +95,7 @@ fn to_service(
     rng: &mut impl Rng,
 ) -> Result<OutboundRoute, RouteError> {
     let key = service.key();
-    if service.behind_waypoint {
+    if service.waypoint.is_some() || !service.weighted_waypoints.is_empty() {
         return Err(RouteError::Waypoint { destination: key.to_string() });
     }
     if !service.ports.contains_key(&original.port()) {
@@ -104,7 +104,9 @@ fn to_service(
     let (local, remote): (Vec<_>, Vec<_>) = mesh
         .endpoints(&key)
         .iter()
-        .filter(|endpoint| endpoint.workload.healthy || service.allow_unhealthy)
+        .filter(|endpoint| {
+            endpoint.workload.healthy || service.load_balancing.health_policy == HealthPolicy::AllowAll
+        })
         .filter_map(|endpoint| Some((endpoint, target(endpoint, service, original)?)))
         .partition(|(endpoint, _)| endpoint.workload.network == source.network);
     let Some((endpoint, target)) = choose(&local, rng) else {

@@ -1,9 +1,10 @@
 //! The mesh from a document, in the format of Istio's `LOCAL_XDS_PATH`: `workloads`, `services` and `policies`.
 //!
-//! A key that nobody knows is refused, since a misspelt policy protects nobody. So is, by name, one that Istio's
-//! tunnel honours and this one cannot yet ignore safely.
+//! A key that nobody knows is refused, since a misspelt policy protects nobody.
 
 mod entries;
+mod policies;
+mod services;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -18,7 +19,9 @@ use tracing::{info, warn};
 
 use super::{Mesh, Store, Workload};
 use crate::config::{Config, LocalState};
-use entries::{Document, PolicyEntry, ServiceEntry};
+use entries::Document;
+use policies::PolicyEntry;
+use services::ServiceEntry;
 
 /// How long an edit may take to be seen. The file may be replaced by rename, or be a ConfigMap's symbolic link to
 /// another folder; looking again is right for all of them.

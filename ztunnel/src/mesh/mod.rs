@@ -1,11 +1,12 @@
 //! What is known of others: workloads, services and policies, as one immutable snapshot.
 //!
-//! * [`workloads`], [`services`], [`policies`]: what there is, one type each
+//! * [`workloads`], [`services`], [`policies`]: what there is, one type each; [`gateways`]: ways around
 //! * [`store`]: the current snapshot, swapped as a whole; a connection takes one and sees one truth
 //! * [`local_file`]: the source without a control plane, watched for edits
 //! * [`baggage`]: how a workload is told about to a peer
 
 pub mod baggage;
+pub mod gateways;
 pub mod local_file;
 pub mod policies;
 pub mod services;
@@ -18,6 +19,7 @@ use std::{
     sync::Arc,
 };
 
+pub use gateways::{GatewayAddress, GatewayDestination};
 pub use policies::{Policy, PolicyKey};
 pub use services::{Endpoint, Service, ServiceKey};
 pub use store::Store;

@@ -2,9 +2,10 @@
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, str::FromStr, sync::Arc};
 
+use ipnet::IpNet;
 use serde::{Serialize, Serializer};
 
-use super::Workload;
+use super::{GatewayAddress, Workload, gateways::WeightedWaypoint};
 use crate::identity::Identity;
 
 /// Service port → target port. A target port of 0 is a named port that each workload maps by itself.
@@ -51,16 +52,93 @@ pub struct Service {
     pub hostname: Arc<str>,
     #[serde(serialize_with = "network_addresses")]
     pub vips: Vec<(Arc<str>, IpAddr)>,
+    /// Ranges of addresses that are all its own. Of several that hold an address the narrowest counts.
+    #[serde(serialize_with = "network_addresses", skip_serializing_if = "Vec::is_empty")]
+    pub cidr_vips: Vec<(Arc<str>, IpNet)>,
     pub ports: PortMap,
+    /// What its ports speak, where that is known.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub app_protocols: BTreeMap<u16, AppProtocol>,
     /// Identities that its endpoints may have besides their own.
     pub subject_alt_names: Vec<Identity>,
     pub ip_families: IpFamilies,
     /// Of several services with one hostname, the one to take by default.
     pub canonical: bool,
-    /// Endpoints count even while they are unhealthy.
-    pub allow_unhealthy: bool,
-    /// Traffic to it has to pass a waypoint, which is not supported yet: it must fail, not go around.
-    pub behind_waypoint: bool,
+    #[serde(rename = "loadBalancer")]
+    pub load_balancing: LoadBalancing,
+    /// What its traffic has to pass.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waypoint: Option<GatewayAddress>,
+    /// Several in place of that one; those with weight 0 get nothing.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub weighted_waypoints: Vec<WeightedWaypoint>,
+    pub visibility: Visibility,
+}
+
+/// How one of its endpoints is chosen.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LoadBalancing {
+    /// What an endpoint should have in common with the client, the most important first.
+    #[serde(rename = "routingPreferences")]
+    pub preferences: Vec<LbScope>,
+    pub mode: LbMode,
+    pub health_policy: HealthPolicy,
+}
+
+/// What two workloads may have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum LbScope {
+    Region,
+    Zone,
+    Subzone,
+    Node,
+    Cluster,
+    Network,
+}
+
+/// What the preferences mean.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub enum LbMode {
+    /// Nothing: every endpoint is as good as any other.
+    #[default]
+    Standard,
+    /// Only endpoints that meet all of them count.
+    Strict,
+    /// Those that meet most of them, counted from the first, come first.
+    Failover,
+    /// No endpoint is chosen: the address that was dialled is the destination.
+    Passthrough,
+}
+
+/// Which endpoints count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub enum HealthPolicy {
+    #[default]
+    OnlyHealthy,
+    AllowAll,
+}
+
+/// Who may use its name and addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub enum Visibility {
+    #[default]
+    Public,
+    /// Its own namespace only.
+    Namespace,
+}
+
+/// What a port speaks above TCP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum AppProtocol {
+    #[default]
+    Unknown,
+    Http11,
+    Http2,
+    Grpc,
+    Tcp,
+    Tls,
 }
 
 /// Which addresses of an endpoint may be used.
@@ -85,6 +163,11 @@ impl IpFamilies {
 impl Service {
     pub fn key(&self) -> ServiceKey {
         ServiceKey { namespace: Arc::clone(&self.namespace), hostname: Arc::clone(&self.hostname) }
+    }
+
+    /// Whether workloads of `namespace` may know of it.
+    pub fn is_visible_from(&self, namespace: &str) -> bool {
+        self.visibility == Visibility::Public || *self.namespace == *namespace
     }
 }
 
@@ -111,6 +194,9 @@ impl Endpoint {
     }
 }
 
-fn network_addresses<S: Serializer>(vips: &[(Arc<str>, IpAddr)], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_seq(vips.iter().map(|(network, ip)| format!("{network}/{ip}")))
+fn network_addresses<T: fmt::Display, S: Serializer>(
+    vips: &[(Arc<str>, T)],
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(vips.iter().map(|(network, address)| format!("{network}/{address}")))
 }

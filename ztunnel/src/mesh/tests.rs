@@ -24,7 +24,11 @@ pub fn workload(name: &str, ip: &str) -> Workload {
         healthy: true,
         host_network: false,
         capacity: 1,
-        behind_waypoint: false,
+        native_tunnel: false,
+        waypoint: None,
+        network_gateway: None,
+        hostname: None,
+        application_tunnel: None,
     }
 }
 
@@ -35,12 +39,16 @@ pub fn service(name: &str, vip: &str) -> Service {
         namespace: "default".into(),
         hostname: format!("{name}.default.svc.cluster.local").into(),
         vips: vec![("".into(), vip.parse().unwrap())],
+        cidr_vips: Vec::new(),
         ports: [(80, 8080)].into(),
+        app_protocols: BTreeMap::new(),
         subject_alt_names: Vec::new(),
         ip_families: services::IpFamilies::Any,
         canonical: false,
-        allow_unhealthy: false,
-        behind_waypoint: false,
+        load_balancing: services::LoadBalancing::default(),
+        waypoint: None,
+        weighted_waypoints: Vec::new(),
+        visibility: services::Visibility::Public,
     }
 }
 

@@ -1,10 +1,10 @@
 //! One pod, as its peers know it.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, num::NonZeroU16, sync::Arc};
 
 use serde::Serialize;
 
-use super::{PolicyKey, ServiceKey, services::PortMap};
+use super::{GatewayAddress, PolicyKey, ServiceKey, services::PortMap};
 use crate::identity::Identity;
 
 /// A pod (or machine) that has an identity.
@@ -38,8 +38,38 @@ pub struct Workload {
     pub host_network: bool,
     /// Its weight among the endpoints of a service.
     pub capacity: u32,
-    /// Traffic to it has to pass a waypoint, which is not supported yet: it must fail, not go around.
-    pub behind_waypoint: bool,
+    /// It speaks HBONE by itself, no tunnel of its node does so for it.
+    pub native_tunnel: bool,
+    /// What traffic to its addresses has to pass. What addresses a service goes by that service's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waypoint: Option<Box<GatewayAddress>>,
+    /// The way into its network, for workloads of others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network_gateway: Option<Box<GatewayAddress>>,
+    /// Where it is, if it has no addresses: to be looked up by name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<Arc<str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub application_tunnel: Option<ApplicationTunnel>,
+}
+
+/// How the application wants to be given what was sent through it to others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct ApplicationTunnel {
+    pub protocol: ApplicationProtocol,
+    /// In place of the port that was addressed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port: Option<NonZeroU16>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub enum ApplicationProtocol {
+    #[default]
+    #[serde(rename = "NONE")]
+    None,
+    /// PROXY protocol, version 2.
+    #[serde(rename = "PROXY")]
+    Proxy,
 }
 
 /// How a workload is reached.

@@ -3,7 +3,11 @@ use std::collections::HashMap;
 use rand::{SeedableRng, rngs::StdRng};
 
 use super::*;
-use crate::mesh::tests::{ip, service, workload};
+use crate::mesh::{
+    GatewayAddress,
+    services::LoadBalancing,
+    tests::{ip, service, workload},
+};
 
 /// Endpoints of service `web` at 10.96.0.1:80 → 8080; `change` turns plain ones into what a test needs.
 fn mesh<const N: usize>(change: impl Fn(usize, &mut Workload), addresses: [&str; N]) -> Mesh {
@@ -27,6 +31,10 @@ fn mesh_with<const N: usize>(
 fn routed(mesh: &Mesh, to: &str) -> Result<OutboundRoute, RouteError> {
     let mut rng = StdRng::seed_from_u64(7);
     outbound(mesh, &workload("client", "10.0.9.9"), to.parse().unwrap(), &mut rng)
+}
+
+fn waypoint() -> GatewayAddress {
+    GatewayAddress { destination: "/10.0.8.8".parse().unwrap(), hbone_mtls_port: 15008 }
 }
 
 fn unchanged(_: usize, _: &mut Workload) {}
@@ -106,7 +114,10 @@ fn without_a_healthy_endpoint_there_is_no_way() {
         assert!(error.to_string().starts_with("no healthy upstream"), "{error}");
         assert_eq!(error.reason(), "no_healthy_upstream");
     }
-    let web = Service { allow_unhealthy: true, ..service("web", "10.96.0.1") };
+    let web = Service {
+        load_balancing: LoadBalancing { health_policy: HealthPolicy::AllowAll, ..LoadBalancing::default() },
+        ..service("web", "10.96.0.1")
+    };
     routed(&mesh_with(web, |_, pod| pod.healthy = false, ["10.0.0.1"]), "10.96.0.1:80").unwrap();
 }
 
@@ -134,11 +145,11 @@ fn the_dialled_family_is_preferred_and_the_service_may_force_one() {
 
 #[test]
 fn what_needs_a_waypoint_fails_instead_of_going_around_it() {
-    let mesh = mesh(|_, pod| pod.behind_waypoint = true, ["10.0.0.1"]);
+    let mesh = mesh(|_, pod| pod.waypoint = Some(Box::new(waypoint())), ["10.0.0.1"]);
     assert!(matches!(routed(&mesh, "10.0.0.1:80"), Err(RouteError::Waypoint { .. })));
     // Traffic to a service never uses a workload's waypoint.
     routed(&mesh, "10.96.0.1:80").unwrap();
-    let web = Service { behind_waypoint: true, ..service("web", "10.96.0.1") };
+    let web = Service { waypoint: Some(waypoint()), ..service("web", "10.96.0.1") };
     let mesh = mesh_with(web, unchanged, ["10.0.0.1"]);
     assert!(matches!(routed(&mesh, "10.96.0.1:80"), Err(RouteError::Waypoint { .. })));
 }

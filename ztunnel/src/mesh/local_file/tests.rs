@@ -6,7 +6,7 @@ use super::*;
 use crate::mesh::{
     PolicyKey, Protocol, ServiceKey,
     policies::{Action, Clause, Match, Rule, Scope, ServiceAccountMatch, StringMatch},
-    services::PortMap,
+    services::{AppProtocol, HealthPolicy, LbMode, LbScope, PortMap, Visibility},
     tests::ip,
 };
 
@@ -94,7 +94,7 @@ fn every_key_of_the_format_is_understood() {
     assert_eq!(service.key(), key);
     assert!(Arc::ptr_eq(service, mesh.service_by_vip("east", ip("fd96::1")).unwrap()));
     assert_eq!(service.ports, PortMap::from([(80, 8080), (443, 0)]));
-    assert!(service.allow_unhealthy);
+    assert_eq!(service.load_balancing.health_policy, HealthPolicy::AllowAll);
     assert_eq!(mesh.endpoints(&key).len(), 1);
 
     let policy = mesh.policy(&"default/one".parse().unwrap()).unwrap();
@@ -147,8 +147,9 @@ fn what_is_not_understood_is_refused_by_name() {
         (workload("serviceacount: x"), "serviceacount"),
         (workload("protocol: QUIC"), "QUIC"),
         (workload("workloadIps: [10.0.0.300]"), "10.0.0.300"),
-        (workload("applicationTunnel: {protocol: PROXY}"), "workload b/a: applicationTunnel"),
-        (workload("hostname: a.example"), "workload b/a: hostname"),
+        (workload("applicationTunnel: {protocol: QUIC}"), "QUIC"),
+        (workload("waypoint: {destination: nowhere}"), "workload b/a: waypoint: \"nowhere\""),
+        (workload("networkGateway: {destination: /10.0.0.1, hboneMtlsPort: 0}"), "b/a: networkGateway"),
         (workload("authorizationPolicies: [x]"), "workload b/a: authorizationPolicies"),
         (workload("services: {web: {80: 80}}"), "workload b/a: services: \"web\""),
         (workload("serviceAccount: a/b"), "spiffe://cluster.local/ns/b/sa/a/b"),
@@ -158,7 +159,9 @@ fn what_is_not_understood_is_refused_by_name() {
         (service("ports: {0: 1}"), "port 0"),
         (service("ports: {80: 99999}"), "99999"),
         (service("subjectAltNames: [web]"), "service b/a.b: subjectAltNames: \"web\""),
-        (service("loadBalancer: {routingPreferences: [Zone], mode: Strict}"), "service b/a.b: loadBalancer"),
+        (service("loadBalancer: {routingPreferences: [Rack]}"), "Rack"),
+        (service("vips: [/10.0.0.0/33]"), "10.0.0.0/33"),
+        (service("weightedWaypoints: [{destination: {destination: b/w.b}}]"), "weight"),
         (policy("{namespace: [x]}"), "namespace"),
         (policy("{namespaces: [{Regex: x}]}"), "one of Exact, Prefix, Suffix and Presence"),
         (policy("{sourceIps: [10.0.0.0/33]}"), "policy b/a: sourceIps: \"10.0.0.0/33\""),
@@ -184,14 +187,44 @@ fn two_of_one_name_or_address_are_refused() {
 }
 
 #[test]
-fn a_waypoint_is_remembered() {
-    let waypoint = "waypoint: {destination: {namespace: b, hostname: w}, hboneMtlsPort: 15008}";
-    let mesh = parsed(&format!(
-        "workloads:\n- {{name: a, namespace: b, workloadIp: 10.0.0.1, {waypoint}}}\n\
-         services:\n- {{name: a, namespace: b, hostname: a.b, vips: [/10.0.0.2], {waypoint}}}"
-    ));
-    assert!(mesh.workload_by_address("", ip("10.0.0.1")).unwrap().behind_waypoint);
-    assert!(mesh.service_by_vip("", ip("10.0.0.2")).unwrap().behind_waypoint);
+fn gateways_are_named_by_address_or_host_in_either_spelling() {
+    let gateway = |written: &str| {
+        let mesh = parsed(&format!("workloads:\n- {{name: a, namespace: b, waypoint: {written}}}"));
+        mesh.workloads().next().unwrap().waypoint.as_ref().unwrap().to_string()
+    };
+    for (written, expected) in [
+        ("{destination: {namespace: b, hostname: w}, hboneMtlsPort: 15009}", "b/w:15009"),
+        ("{destination: b/w.b}", "b/w.b:15008"),
+        ("{destination: east/10.0.0.1}", "east/10.0.0.1:15008"),
+        ("{destination: {address: 10.0.0.1}}", "/10.0.0.1:15008"),
+        ("{destination: '/fd00::1'}", "/fd00::1:15008"),
+    ] {
+        assert_eq!(gateway(written), expected, "{written}");
+    }
+}
+
+#[test]
+fn rare_keys_are_understood() {
+    let mesh = parsed(
+        "workloads:\n- {name: a, namespace: b, hostname: a.example, nativeTunnel: true,
+           networkGateway: {destination: east/10.0.0.9}, applicationTunnel: {protocol: PROXY, port: 15088}}
+services:\n- {name: a, namespace: b, hostname: a.b, vips: [east/10.0.0.7/8], visibility: Namespace, ports: {80: 80},
+           appProtocols: {80: HTTP2}, loadBalancer: {routingPreferences: [Network, Zone], mode: Failover},
+           weightedWaypoints: [{destination: {destination: b/w.b}, weight: 7}]}",
+    );
+    let workload = serde_json::to_value(mesh.workloads().next().unwrap()).unwrap();
+    assert_eq!(workload["hostname"], "a.example");
+    assert_eq!(workload["nativeTunnel"], true);
+    assert_eq!(workload["networkGateway"]["destination"], "east/10.0.0.9");
+    assert_eq!(workload["applicationTunnel"], serde_json::json!({"protocol": "PROXY", "port": 15088}));
+    let service = mesh.services().next().unwrap();
+    assert_eq!(service.cidr_vips, [("east".into(), "10.0.0.0/8".parse().unwrap())]);
+    assert_eq!(service.visibility, Visibility::Namespace);
+    assert_eq!(service.app_protocols, [(80, AppProtocol::Http2)].into());
+    assert_eq!(service.load_balancing.mode, LbMode::Failover);
+    assert_eq!(service.load_balancing.preferences, [LbScope::Network, LbScope::Zone]);
+    let [waypoint] = &service.weighted_waypoints[..] else { panic!("{service:?}") };
+    assert_eq!((waypoint.destination.to_string().as_str(), waypoint.weight), ("b/w.b:15008", 7));
 }
 
 fn one(name: &str) -> String {

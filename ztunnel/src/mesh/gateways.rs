@@ -1,0 +1,68 @@
+//! Where traffic takes another way than straight to its target: waypoints, and gateways of other networks.
+
+use std::{fmt, net::IpAddr, str::FromStr, sync::Arc};
+
+use serde::{Serialize, Serializer};
+
+use super::ServiceKey;
+
+/// A tunnel's end that carries traffic for others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GatewayAddress {
+    pub destination: GatewayDestination,
+    /// Where it takes HBONE. Never 0.
+    pub hbone_mtls_port: u16,
+}
+
+/// How a gateway is named. An address may be a workload's or a service's, and so may a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GatewayDestination {
+    Address(Arc<str>, IpAddr),
+    Hostname(ServiceKey),
+}
+
+impl fmt::Display for GatewayDestination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(network, ip) => write!(f, "{network}/{ip}"),
+            Self::Hostname(key) => key.fmt(f),
+        }
+    }
+}
+
+/// `network/address` or `namespace/hostname`: what follows the slash tells which.
+impl FromStr for GatewayDestination {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if let Some((network, ip)) = text.rsplit_once('/')
+            && let Ok(ip) = ip.parse::<IpAddr>()
+        {
+            return Ok(Self::Address(network.into(), ip.to_canonical()));
+        }
+        text.parse()
+            .map(Self::Hostname)
+            .map_err(|_| format!("{text:?} is neither network/address nor namespace/hostname"))
+    }
+}
+
+impl Serialize for GatewayDestination {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl fmt::Display for GatewayAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.destination, self.hbone_mtls_port)
+    }
+}
+
+/// One of several waypoints of a service, which share its traffic by weight.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WeightedWaypoint {
+    pub destination: GatewayAddress,
+    pub weight: u32,
+}
