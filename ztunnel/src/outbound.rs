@@ -1,6 +1,8 @@
 //! Follows one connection that an application of a served pod makes: where did it want to go, who is that, and
 //! by which way; then copies until it ends.
 
+mod gateway;
+
 use std::{io, net::SocketAddr, sync::Arc, time::Instant};
 
 use tokio::net::TcpStream;
@@ -50,14 +52,7 @@ impl Failure for OutboundError {
             Self::Route(error) => error.reason(),
             Self::Dial(_) => "connect",
             Self::Request { .. } => "invalid_request",
-            Self::Hbone(error) => match &**error {
-                ConnectError::Tcp { .. } => "connect",
-                ConnectError::Identity(_) => "identity",
-                ConnectError::Tls { .. } => "tls",
-                ConnectError::Http { .. } => "h2_handshake",
-                ConnectError::Stream { .. } | ConnectError::Abandoned => "h2_stream",
-                ConnectError::Status(_) => "refused_by_peer",
-            },
+            Self::Hbone(error) => connect_reason(error),
             Self::Stream(_) => "broken",
         }
     }
@@ -65,16 +60,33 @@ impl Failure for OutboundError {
     fn response_flags(&self) -> &'static str {
         match self {
             Self::Dial(_) => "CONNECT",
-            Self::Hbone(error) => match &**error {
-                ConnectError::Tcp { .. } => "CONNECT",
-                ConnectError::Identity(_) => "IDENTITY_ERROR",
-                ConnectError::Tls { .. } => "TLS_FAILURE",
-                ConnectError::Http { .. } => "H2_HANDSHAKE_FAILURE",
-                ConnectError::Status(http::StatusCode::UNAUTHORIZED) => "DENY",
-                _ => "-",
-            },
+            Self::Hbone(error) => connect_flags(error),
             _ => "-",
         }
+    }
+}
+
+fn connect_reason(error: &ConnectError) -> &'static str {
+    match error {
+        ConnectError::Tcp { .. } => "connect",
+        ConnectError::Identity(_) => "identity",
+        ConnectError::Tls { .. } => "tls",
+        ConnectError::Http { .. } => "h2_handshake",
+        ConnectError::Stream { .. } | ConnectError::Abandoned => "h2_stream",
+        ConnectError::Status(_) => "refused_by_peer",
+        ConnectError::Inner { source, .. } => connect_reason(source),
+    }
+}
+
+fn connect_flags(error: &ConnectError) -> &'static str {
+    match error {
+        ConnectError::Tcp { .. } => "CONNECT",
+        ConnectError::Identity(_) => "IDENTITY_ERROR",
+        ConnectError::Tls { .. } => "TLS_FAILURE",
+        ConnectError::Http { .. } => "H2_HANDSHAKE_FAILURE",
+        ConnectError::Status(http::StatusCode::UNAUTHORIZED) => "DENY",
+        ConnectError::Inner { source, .. } => connect_flags(source),
+        _ => "-",
     }
 }
 
@@ -91,8 +103,25 @@ pub async fn serve(accepted: Accepted) {
             return socket::reset(accepted.stream);
         }
     };
-    let record = Record::open(&accepted.worker.shared.metrics, ends(&accepted, &source, &route));
-    let result = carry(accepted, &source, &route, record.counters()).await;
+    let metrics = Arc::clone(&accepted.worker.shared.metrics);
+    let open = || Record::open(&metrics, ends(&accepted, &source, &route));
+    let (record, result) = match &route.via {
+        Via::Plain => {
+            let record = open();
+            let result = plain(accepted, route.target, record.counters()).await;
+            (record, result)
+        }
+        Via::Hbone { peer, authority, expected } => {
+            let record = open();
+            let way = Way { peer: *peer, authority, expected };
+            let result = hbone(accepted, &source, &route, &way, record.counters()).await;
+            (record, result)
+        }
+        Via::Gateway { peer, authority, expected, inner_expected } => {
+            let way = Way { peer: *peer, authority, expected };
+            return gateway::carry(accepted, &source, &route, &way, inner_expected).await;
+        }
+    };
     record.close(result.as_ref().copied().map_err(|error| error as &dyn Failure));
 }
 
@@ -121,7 +150,7 @@ fn ends(accepted: &Accepted, source: &Arc<Workload>, route: &OutboundRoute) -> E
     ends.source_workload = Some(Arc::clone(source));
     ends.destination_workload.clone_from(&route.workload);
     ends.destination_service.clone_from(&route.service);
-    if let Via::Hbone { peer, .. } = &route.via {
+    if let Via::Hbone { peer, .. } | Via::Gateway { peer, .. } = &route.via {
         ends.destination = *peer;
         ends.hbone = Some(route.target);
         ends.source_identity = Some(accepted.pod.identity.clone());
@@ -130,28 +159,43 @@ fn ends(accepted: &Accepted, source: &Arc<Workload>, route: &OutboundRoute) -> E
     ends
 }
 
-async fn carry(
+/// The tunnel to go through: who must be at its end, and what to ask for there.
+struct Way<'a> {
+    peer: SocketAddr,
+    authority: &'a str,
+    expected: &'a [Identity],
+}
+
+async fn plain(accepted: Accepted, target: SocketAddr, counters: &Counters) -> Result<(), OutboundError> {
+    let (metrics, began) = (Arc::clone(&accepted.worker.shared.metrics), Instant::now());
+    match dial(&accepted, target).await {
+        Ok(server) => {
+            metrics.connected(Direction::Outbound.as_str(), began.elapsed());
+            Ok(stream::relay(accepted.stream, server, counters, std::future::pending()).await?)
+        }
+        Err(error) => refuse(accepted, error),
+    }
+}
+
+async fn hbone(
     accepted: Accepted,
     source: &Workload,
     route: &OutboundRoute,
+    way: &Way<'_>,
     counters: &Counters,
 ) -> Result<(), OutboundError> {
-    let never = std::future::pending();
     let (metrics, began) = (Arc::clone(&accepted.worker.shared.metrics), Instant::now());
-    let connected = || metrics.connected(Direction::Outbound.as_str(), began.elapsed());
-    match &route.via {
-        Via::Plain => match dial(&accepted, route.target).await.inspect(|_| connected()) {
-            Ok(server) => Ok(stream::relay(accepted.stream, server, counters, never).await?),
-            Err(error) => refuse(accepted, error),
-        },
-        Via::Hbone { peer, authority, expected } => {
-            match open(&accepted, source, route, *peer, authority, expected).await.inspect(|_| connected()) {
-                Ok((stream, _lease)) => {
-                    Ok(stream::tunnel(accepted.stream, stream, SocketIs::Client, counters, never).await?)
-                }
-                Err(error) => refuse(accepted, error),
-            }
+    let opened = match request(&accepted, source, route, way.authority, None) {
+        Ok(request) => pooled(&accepted, &request, way).await,
+        Err(error) => Err(error),
+    };
+    match opened {
+        Ok((stream, _lease)) => {
+            metrics.connected(Direction::Outbound.as_str(), began.elapsed());
+            let never = std::future::pending();
+            Ok(stream::tunnel(accepted.stream, stream, SocketIs::Client, counters, never).await?)
         }
+        Err(error) => refuse(accepted, error),
     }
 }
 
@@ -166,24 +210,32 @@ async fn dial(accepted: &Accepted, target: SocketAddr) -> Result<TcpStream, Outb
     socket::connect(&pod.netns, target, None, &pod.socket).await.map_err(OutboundError::Dial)
 }
 
-async fn open(
+/// `network`: the one that the request leaves.
+fn request(
     accepted: &Accepted,
     source: &Workload,
     route: &OutboundRoute,
-    peer: SocketAddr,
     authority: &str,
-    expected: &[Identity],
-) -> Result<(Stream, Lease), OutboundError> {
-    let Accepted { pod, worker, client, .. } = accepted;
+    network: Option<&str>,
+) -> Result<http::Request<()>, OutboundError> {
     let connect = Connect {
         authority,
         baggage: Some(baggage::of_workload(source)),
-        client: *client,
+        client: accepted.client,
         service: route.service.as_ref().map(|service| &*service.hostname),
+        network,
     };
-    let request = connect
-        .request()
-        .map_err(|source| OutboundError::Request { authority: authority.to_owned(), source })?;
+    connect.request().map_err(|source| OutboundError::Request { authority: authority.to_owned(), source })
+}
+
+/// Sends a request through a tunnel that the connections of the pod share.
+async fn pooled(
+    accepted: &Accepted,
+    request: &http::Request<()>,
+    way: &Way<'_>,
+) -> Result<(Stream, Lease), OutboundError> {
+    let Accepted { pod, worker, .. } = accepted;
+    let Way { peer, expected, .. } = *way;
     let key = Key { source: pod.identity.clone(), expected: expected.to_vec(), peer, netns: pod.netns.id() };
     let dial = || {
         let (shared, pod, expected) = (Arc::clone(&worker.shared), Arc::clone(pod), expected.to_vec());
@@ -199,6 +251,6 @@ async fn open(
             tunnel
         }
     };
-    let (_response, stream, lease) = worker.pool.open(&key, &request, dial).await?;
+    let (_response, stream, lease) = worker.pool.open(&key, request, dial).await?;
     Ok((stream, lease))
 }

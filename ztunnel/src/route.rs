@@ -1,16 +1,18 @@
 //! Where an outbound connection goes, decided from one snapshot of the mesh.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-};
+mod balance;
+mod gateways;
 
-use rand::{Rng, RngExt};
+use std::{net::SocketAddr, sync::Arc};
+
+use rand::Rng;
+
+pub(crate) use gateways::is_gateway;
 
 use crate::{
     config::Ports,
     identity::Identity,
-    mesh::{Endpoint, Mesh, Protocol, Service, Workload, services::HealthPolicy},
+    mesh::{Endpoint, GatewayAddress, Mesh, Protocol, Service, Workload, services::LbMode},
 };
 
 /// What becomes of an outbound connection.
@@ -18,7 +20,7 @@ use crate::{
 pub struct OutboundRoute {
     /// What the application addressed, if it was a service.
     pub service: Option<Arc<Service>>,
-    /// Who will answer. `None`: nobody of the mesh.
+    /// Who answers us: the endpoint, or who stands before it. `None`: nobody of the mesh.
     pub workload: Option<Arc<Workload>>,
     /// The workload's address and target port, or the original destination.
     pub target: SocketAddr,
@@ -35,6 +37,14 @@ pub enum Via {
         authority: String,
         expected: Vec<Identity>,
     },
+    /// Into another network: a tunnel to its gateway at `peer`, and within it one to an endpoint of the gateway's
+    /// choice, which must prove to be one of `inner_expected`. Both are asked for `authority`.
+    Gateway {
+        peer: SocketAddr,
+        authority: String,
+        expected: Vec<Identity>,
+        inner_expected: Vec<Identity>,
+    },
 }
 
 /// Why there is no way.
@@ -44,10 +54,14 @@ pub enum RouteError {
     NoHealthyUpstream { service: String },
     #[error("service {service} has no port {port}")]
     NoPort { service: String, port: u16 },
-    #[error("{destination} must be reached through a waypoint, which is not supported")]
-    Waypoint { destination: String },
-    #[error("{workload} is on network {network:?}, and network gateways are not supported")]
-    RemoteNetwork { workload: String, network: String },
+    #[error(
+        "no healthy upstream: {destination} is behind waypoint {waypoint}, which is unknown or has no healthy endpoint"
+    )]
+    NoWaypoint { destination: String, waypoint: String },
+    #[error("{workload} is on network {network:?}, for which the control plane names no gateway")]
+    NoGateway { workload: String, network: String },
+    #[error("{workload} is behind gateway {gateway}, which is unknown or has no healthy endpoint")]
+    UnknownGateway { workload: String, gateway: String },
 }
 
 impl RouteError {
@@ -56,16 +70,20 @@ impl RouteError {
         match self {
             Self::NoHealthyUpstream { .. } => "no_healthy_upstream",
             Self::NoPort { .. } => "no_such_port",
-            Self::Waypoint { .. } => "waypoint_unsupported",
-            Self::RemoteNetwork { .. } => "remote_network_unsupported",
+            Self::NoWaypoint { .. } => "no_waypoint",
+            Self::NoGateway { .. } => "no_gateway",
+            Self::UnknownGateway { .. } => "unknown_gateway",
         }
     }
 }
 
 /// Follows `original`, the address that an application of `source` dialled. First rule that holds wins:
 ///
-/// 1. it is a service's: one of its healthy endpoints, by chance weighted with their capacity, or an error
-/// 2. it is a workload's: that workload
+/// 1. it is a service's that `source` may know:
+///    a. with a waypoint that `source` is not itself: there, asked for `original`
+///    b. that is passed through: as if it were no service's
+///    c. else: the endpoint that load balancing chooses, or an error
+/// 2. it is a workload's: there, through its waypoint if it has one that `source` is not itself
 /// 3. it is nobody's: straight there
 pub fn outbound(
     mesh: &Mesh,
@@ -74,17 +92,85 @@ pub fn outbound(
     rng: &mut impl Rng,
 ) -> Result<OutboundRoute, RouteError> {
     let original = SocketAddr::new(original.ip().to_canonical(), original.port());
-    if let Some(service) = mesh.service_by_vip(&source.network, original.ip()) {
-        return to_service(mesh, source, service, original, rng);
+    let service = mesh
+        .service_by_vip(&source.network, original.ip())
+        .filter(|service| service.is_visible_from(&source.namespace));
+    if let Some(service) = service {
+        if let Some(route) = to_service_waypoint(mesh, source, service, original, rng)? {
+            return Ok(route);
+        }
+        if service.load_balancing.mode != LbMode::Passthrough {
+            return to_service(mesh, source, service, original, rng);
+        }
     }
     let Some(workload) = mesh.workload_by_address(&source.network, original.ip()) else {
-        return Ok(OutboundRoute { service: None, workload: None, target: original, via: Via::Plain });
+        return Ok(OutboundRoute {
+            service: service.cloned(),
+            workload: None,
+            target: original,
+            via: Via::Plain,
+        });
     };
-    if workload.waypoint.is_some() {
-        return Err(RouteError::Waypoint { destination: workload.name.to_string() });
+    // Traffic to a service never uses a workload's waypoint.
+    if service.is_none()
+        && let Some(waypoint) = &workload.waypoint
+        && !is_gateway(mesh, source, waypoint)
+    {
+        return to_waypoint(mesh, source, waypoint, original, || workload.name.to_string(), rng);
     }
-    let via = via(workload, original, Vec::new());
-    Ok(OutboundRoute { service: None, workload: Some(Arc::clone(workload)), target: original, via })
+    Ok(OutboundRoute {
+        service: service.cloned(),
+        workload: Some(Arc::clone(workload)),
+        target: original,
+        via: direct(workload, original, Vec::new()),
+    })
+}
+
+/// `None`: it has no waypoint, or `source` is it, or one of them: its own traffic must get past itself.
+fn to_service_waypoint(
+    mesh: &Mesh,
+    source: &Workload,
+    service: &Arc<Service>,
+    original: SocketAddr,
+    rng: &mut impl Rng,
+) -> Result<Option<OutboundRoute>, RouteError> {
+    let weighted = service.weighted_waypoints.iter();
+    let all = weighted.clone().map(|waypoint| &waypoint.destination).chain(&service.waypoint);
+    if all.clone().any(|waypoint| is_gateway(mesh, source, waypoint)) {
+        return Ok(None);
+    }
+    let weights = weighted.filter(|waypoint| waypoint.weight > 0);
+    let share = balance::choose(weights.map(|waypoint| (0, waypoint.weight, &waypoint.destination)), rng);
+    let Some(waypoint) = share.or(service.waypoint.as_ref()) else {
+        return match all.clone().next() {
+            None => Ok(None),
+            // All of weight 0 and no other: a waypoint is wanted, and there is none to take.
+            Some(waypoint) => Err(no_waypoint(service.key().to_string(), waypoint)),
+        };
+    };
+    let mut route = to_waypoint(mesh, source, waypoint, original, || service.key().to_string(), rng)?;
+    route.service = Some(Arc::clone(service));
+    Ok(Some(route))
+}
+
+/// A waypoint is asked for what was dialled: choosing the endpoint is its work.
+fn to_waypoint(
+    mesh: &Mesh,
+    source: &Workload,
+    waypoint: &GatewayAddress,
+    original: SocketAddr,
+    destination: impl Fn() -> String,
+    rng: &mut impl Rng,
+) -> Result<OutboundRoute, RouteError> {
+    let Some(gateway) = gateways::resolve(mesh, source, waypoint, original.ip(), rng) else {
+        return Err(no_waypoint(destination(), waypoint));
+    };
+    let via = Via::Hbone { peer: gateway.peer, authority: original.to_string(), expected: gateway.expected };
+    Ok(OutboundRoute { service: None, workload: Some(gateway.workload), target: original, via })
+}
+
+fn no_waypoint(destination: String, waypoint: &GatewayAddress) -> RouteError {
+    RouteError::NoWaypoint { destination, waypoint: waypoint.to_string() }
 }
 
 fn to_service(
@@ -95,69 +181,100 @@ fn to_service(
     rng: &mut impl Rng,
 ) -> Result<OutboundRoute, RouteError> {
     let key = service.key();
-    if service.waypoint.is_some() || !service.weighted_waypoints.is_empty() {
-        return Err(RouteError::Waypoint { destination: key.to_string() });
-    }
     if !service.ports.contains_key(&original.port()) {
         return Err(RouteError::NoPort { service: key.to_string(), port: original.port() });
     }
-    let (local, remote): (Vec<_>, Vec<_>) = mesh
-        .endpoints(&key)
-        .iter()
-        .filter(|endpoint| {
-            endpoint.workload.healthy || service.load_balancing.health_policy == HealthPolicy::AllowAll
-        })
-        .filter_map(|endpoint| Some((endpoint, target(endpoint, service, original)?)))
-        .partition(|(endpoint, _)| endpoint.workload.network == source.network);
-    let Some((endpoint, target)) = choose(&local, rng) else {
-        return Err(match remote.first() {
-            Some((endpoint, _)) => RouteError::RemoteNetwork {
-                workload: endpoint.workload.name.to_string(),
-                network: endpoint.workload.network.to_string(),
-            },
-            None => RouteError::NoHealthyUpstream { service: key.to_string() },
-        });
+    let endpoints = mesh.endpoints(&key);
+    let candidates = endpoints.iter().filter_map(|endpoint| {
+        let rank = balance::rank(source, &endpoint.workload, &service.load_balancing)?;
+        let reach = Reach::of(endpoint, source, service, original)?;
+        Some((rank, endpoint.workload.capacity, (endpoint, reach)))
+    });
+    match balance::choose(candidates, rng) {
+        Some((endpoint, Reach::Here(target))) => Ok(OutboundRoute {
+            service: Some(Arc::clone(service)),
+            workload: Some(Arc::clone(&endpoint.workload)),
+            target,
+            via: direct(&endpoint.workload, target, service.subject_alt_names.clone()),
+        }),
+        Some((endpoint, Reach::Beyond(gateway))) => {
+            to_gateway(mesh, source, service, &endpoint.workload, gateway, original, rng)
+        }
+        None => Err(unreachable(source, service, endpoints)),
+    }
+}
+
+/// Where an endpoint serves the port that was dialled.
+enum Reach<'a> {
+    /// At an address of our network, of the dialled family if it has one.
+    Here(SocketAddr),
+    /// In another network. What addresses it has there are of no use here.
+    Beyond(&'a GatewayAddress),
+}
+
+impl<'a> Reach<'a> {
+    /// `None`: it does not serve the port, or no way leads to it.
+    fn of(
+        endpoint: &'a Endpoint,
+        source: &Workload,
+        service: &Service,
+        original: SocketAddr,
+    ) -> Option<Self> {
+        let (workload, port) = (&endpoint.workload, endpoint.target_port(original.port())?);
+        if workload.network != source.network {
+            return workload.network_gateway.as_deref().map(Self::Beyond);
+        }
+        let ip = balance::address(workload, service.ip_families, original.ip())?;
+        Some(Self::Here(SocketAddr::new(ip, port)))
+    }
+}
+
+/// Addresses mean nothing beyond the gateway, so both tunnels are asked for the service's name.
+fn to_gateway(
+    mesh: &Mesh,
+    source: &Workload,
+    service: &Arc<Service>,
+    endpoint: &Workload,
+    address: &GatewayAddress,
+    original: SocketAddr,
+    rng: &mut impl Rng,
+) -> Result<OutboundRoute, RouteError> {
+    let Some(gateway) = gateways::resolve(mesh, source, address, original.ip(), rng) else {
+        let (workload, gateway) = (endpoint.name.to_string(), address.to_string());
+        return Err(RouteError::UnknownGateway { workload, gateway });
     };
-    let workload = &endpoint.workload;
+    let mut inner_expected = service.subject_alt_names.clone();
+    inner_expected.push(endpoint.identity());
     Ok(OutboundRoute {
         service: Some(Arc::clone(service)),
-        workload: Some(Arc::clone(workload)),
-        target,
-        via: via(workload, target, service.subject_alt_names.clone()),
+        workload: Some(gateway.workload),
+        target: original,
+        via: Via::Gateway {
+            peer: gateway.peer,
+            authority: format!("{}:{}", service.hostname, original.port()),
+            expected: gateway.expected,
+            inner_expected,
+        },
     })
 }
 
-/// The address at which an endpoint serves the port that was dialled, of the dialled family if it has one.
-fn target(endpoint: &Endpoint, service: &Service, original: SocketAddr) -> Option<SocketAddr> {
-    let port = endpoint.target_port(original.port())?;
-    let usable = endpoint.workload.addresses.iter().copied().filter(|&ip| service.ip_families.accept(ip));
-    let preferred = |ip: &IpAddr| ip.is_ipv4() == original.is_ipv4();
-    let ip = usable.clone().find(preferred).or_else(|| usable.clone().next())?;
-    Some(SocketAddr::new(ip, port))
+/// Why none of the endpoints was chosen.
+fn unreachable(source: &Workload, service: &Service, endpoints: &[Endpoint]) -> RouteError {
+    let beyond = endpoints.iter().map(|endpoint| &endpoint.workload).find(|workload| {
+        workload.network != source.network
+            && workload.network_gateway.is_none()
+            && balance::rank(source, workload, &service.load_balancing).is_some()
+    });
+    match beyond {
+        Some(workload) => RouteError::NoGateway {
+            workload: workload.name.to_string(),
+            network: workload.network.to_string(),
+        },
+        None => RouteError::NoHealthyUpstream { service: service.key().to_string() },
+    }
 }
 
-/// One of them, each with the chance that its capacity gives it. A capacity of 0 takes no new connections, unless
-/// nobody else is there.
-fn choose<'a>(
-    endpoints: &[(&'a Endpoint, SocketAddr)],
-    rng: &mut impl Rng,
-) -> Option<(&'a Endpoint, SocketAddr)> {
-    let total: u64 = endpoints.iter().map(|(endpoint, _)| u64::from(endpoint.workload.capacity)).sum();
-    if total == 0 {
-        return endpoints.get(rng.random_range(0..endpoints.len().max(1))).copied();
-    }
-    let mut ticket = rng.random_range(0..total);
-    for &(endpoint, target) in endpoints {
-        let weight = u64::from(endpoint.workload.capacity);
-        if ticket < weight {
-            return Some((endpoint, target));
-        }
-        ticket -= weight;
-    }
-    None
-}
-
-fn via(workload: &Workload, target: SocketAddr, mut expected: Vec<Identity>) -> Via {
+fn direct(workload: &Workload, target: SocketAddr, mut expected: Vec<Identity>) -> Via {
     match workload.protocol {
         Protocol::Tcp => Via::Plain,
         Protocol::Hbone => {

@@ -65,6 +65,20 @@ impl Stream {
     fn finished(mut self) {
         self.finished = true;
     }
+
+    /// To be used as something else than a copy of a socket.
+    pub(crate) fn halves(&mut self) -> (&mut SendStream<Bytes>, &mut RecvStream) {
+        (&mut self.send, &mut self.recv)
+    }
+
+    /// Says that nothing more will be sent. What is dropped afterwards has ended well.
+    pub(crate) fn end(&mut self) -> Result<(), h2::Error> {
+        if !self.finished {
+            self.finished = true;
+            self.send.send_data(Bytes::new(), true)?;
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Stream {

@@ -124,6 +124,7 @@ fn best<'a>(mesh: &'a Mesh, zone: &Zone, client: Client<'_>, hostname: &str) -> 
         }
     };
     let known = mesh.services_named(hostname).iter();
+    let known = known.filter(|service| service.is_visible_from(client.namespace));
     known.filter(|service| answers(zone, service)).min_by_key(|service| rank(service))
 }
 
@@ -144,7 +145,7 @@ fn addresses(mesh: &Mesh, zone: &Zone, client: Client<'_>, service: &Service, fa
     let mut addresses: Vec<IpAddr> = if service.vips.is_empty() {
         let endpoints = mesh.endpoints(&service.key()).iter().map(|endpoint| &endpoint.workload);
         endpoints
-            .filter(|workload| workload.healthy || service.allow_unhealthy)
+            .filter(|workload| workload.healthy || service.allows_unhealthy())
             .filter(|workload| &*workload.network == client.network)
             .flat_map(|workload| workload.addresses.iter())
             .map(IpAddr::to_canonical)

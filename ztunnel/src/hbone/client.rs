@@ -8,13 +8,15 @@ use http::StatusCode;
 use rustls_pki_types::{IpAddr, Ipv4Addr, ServerName};
 use tokio::{
     io::{AsyncRead, AsyncWrite, BufReader},
-    net::TcpStream,
     time::timeout,
 };
 use tokio_rustls::TlsConnector;
 
 use super::{HANDSHAKE_TIMEOUT, client_settings, until_dead};
-use crate::{config::H2, identity::IdentityError};
+use crate::{
+    config::H2,
+    identity::{Identity, IdentityError, peer_identity},
+};
 
 /// TLS records are read from the socket in such pieces; rustls alone would ask for 4 KiB at a time.
 pub(super) const TLS_READ: usize = 64 << 10;
@@ -37,6 +39,9 @@ pub enum ConnectError {
     Stream { peer: SocketAddr, source: h2::Error },
     #[error("http status: {0}")]
     Status(StatusCode),
+    /// In the tunnel within the gateway's.
+    #[error("behind the gateway, to {authority}")]
+    Inner { authority: String, source: Box<ConnectError> },
     #[error("the tunnel's task ended before it was connected")]
     Abandoned,
 }
@@ -45,6 +50,8 @@ pub enum ConnectError {
 /// `requests` and every stream are gone, or when the peer is.
 pub struct Tunnel {
     pub requests: SendRequest<Bytes>,
+    /// Who the peer proved to be.
+    pub identity: Option<Identity>,
     pub driver: Pin<Box<dyn Future<Output = Result<(), h2::Error>>>>,
 }
 
@@ -54,13 +61,16 @@ impl std::fmt::Debug for Tunnel {
     }
 }
 
-/// TLS and HTTP/2 over a TCP connection to `peer`.
-pub async fn handshake(
-    socket: TcpStream,
+/// TLS and HTTP/2 over a connection to `peer`.
+pub async fn handshake<S>(
+    socket: S,
     peer: SocketAddr,
     tls: Arc<rustls::ClientConfig>,
     h2: &H2,
-) -> Result<Tunnel, ConnectError> {
+) -> Result<Tunnel, ConnectError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + 'static,
+{
     // No name is checked or sent: the peer is who its SPIFFE id says.
     let nobody = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0, 0, 0, 0])));
     let tls = TlsConnector::from(tls).connect(nobody, BufReader::with_capacity(TLS_READ, socket));
@@ -68,7 +78,8 @@ pub async fn handshake(
     let tls = timeout(HANDSHAKE_TIMEOUT, tls).await.unwrap_or_else(|_| Err(late()));
     let mut tls = tls.map_err(|source| ConnectError::Tls { peer, source })?;
     tls.get_mut().1.set_buffer_limit(Some(TLS_WRITE));
-    http(tls, peer, h2).await
+    let identity = peer_identity(tls.get_ref().1.peer_certificates());
+    Ok(Tunnel { identity, ..http(tls, peer, h2).await? })
 }
 
 /// HTTP/2 alone. The client's half of the handshake does not wait for the server's.
@@ -85,5 +96,5 @@ where
             () = alive => Ok(()),
         }
     });
-    Ok(Tunnel { requests, driver })
+    Ok(Tunnel { requests, identity: None, driver })
 }

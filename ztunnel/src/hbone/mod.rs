@@ -2,9 +2,11 @@
 //!
 //! * this file: what both ends agree on: request headers, HTTP/2 settings, liveness
 //! * [`client`]: one tunnel to a peer; [`pool`]: tunnels shared by the connections of a worker
+//! * [`nested`]: a tunnel within a stream of another
 //! * [`server`]: takes the CONNECT requests of one tunnel
 
 pub mod client;
+pub mod nested;
 pub mod pool;
 pub mod server;
 
@@ -23,6 +25,8 @@ use crate::config::H2;
 
 pub const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
 pub const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
+/// Which network a request through a gateway comes from.
+pub const FORWARDED_NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
 pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// TLS and HTTP/2 handshakes together; what a stuck peer may hold.
@@ -45,6 +49,8 @@ pub struct Connect<'a> {
     pub client: SocketAddr,
     /// The service that the client dialled, if it dialled one.
     pub service: Option<&'a str>,
+    /// The network that the client is in, if the request leaves it.
+    pub network: Option<&'a str>,
 }
 
 impl Connect<'_> {
@@ -64,6 +70,9 @@ impl Connect<'_> {
         // W3C Trace Context: version, trace, parent, flags "not sampled".
         let trace = format!("00-{:032x}-{:016x}-00", rand::random::<u128>(), rand::random::<u64>());
         headers.insert(TRACEPARENT, HeaderValue::try_from(trace)?);
+        if let Some(network) = self.network {
+            headers.insert(FORWARDED_NETWORK, HeaderValue::try_from(network)?);
+        }
         if let Some(baggage) = self.baggage.as_deref().filter(|b| !b.is_empty()) {
             headers.insert(BAGGAGE, HeaderValue::try_from(baggage)?);
         }
@@ -191,6 +200,7 @@ mod tests {
             baggage: Some("k8s.namespace.name=a".into()),
             client: "10.0.0.1:5".parse().unwrap(),
             service: Some("b.a.svc.cluster.local"),
+            network: Some("east"),
         };
         let request = connect.request().unwrap();
         assert_eq!(request.method(), Method::CONNECT);
@@ -198,9 +208,12 @@ mod tests {
         assert_eq!(request.uri().path_and_query(), None);
         assert_eq!(request.headers()[FORWARDED], "for=\"10.0.0.1:5\";host=b.a.svc.cluster.local");
         assert_eq!(request.headers()[BAGGAGE], "k8s.namespace.name=a");
+        assert_eq!(request.headers()[FORWARDED_NETWORK], "east");
+        let near = Connect { network: None, ..connect };
+        assert!(!near.request().unwrap().headers().contains_key(FORWARDED_NETWORK));
         let trace = request.headers()[TRACEPARENT].to_str().unwrap().to_owned();
         assert_eq!(trace.len(), 55);
         assert!(trace.starts_with("00-") && trace.ends_with("-00"));
-        assert_ne!(connect.request().unwrap().headers()[TRACEPARENT], trace.as_str());
+        assert_ne!(near.request().unwrap().headers()[TRACEPARENT], trace.as_str());
     }
 }

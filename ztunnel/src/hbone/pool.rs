@@ -190,7 +190,7 @@ impl Inner {
             let dialled = dialling.await;
             // Before anybody who waited is woken: whoever comes next starts anew.
             group.opening.borrow_mut().take();
-            let Tunnel { requests, driver } = dialled?;
+            let Tunnel { requests, driver, .. } = dialled?;
             pool.metrics.connections.inc();
             let member = Rc::new(Member {
                 metrics: pool.metrics.clone(),

@@ -2,7 +2,8 @@
 
 use std::{borrow::Cow, sync::Arc};
 
-use super::Workload;
+use super::{Workload, workloads::Locality};
+use crate::identity::Identity;
 
 /// What a peer tells about its workload. Claims, for labels only: never for policy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -14,6 +15,27 @@ pub struct Baggage {
     pub revision: Option<Arc<str>>,
     pub region: Option<Arc<str>>,
     pub zone: Option<Arc<str>>,
+}
+
+impl Baggage {
+    /// The workload as it was told, for labels: what proves who it is comes from its certificate.
+    pub fn into_workload(self, identity: Option<&Identity>) -> Workload {
+        let or = |told: Option<Arc<str>>| told.unwrap_or_default();
+        let proven = |part: fn(&Identity) -> &Arc<str>| identity.map(part).cloned().unwrap_or_default();
+        Workload {
+            namespace: self.namespace.unwrap_or_else(|| proven(|identity| &identity.namespace)),
+            service_account: proven(|identity| &identity.service_account),
+            trust_domain: proven(|identity| &identity.trust_domain),
+            cluster_id: or(self.cluster_id),
+            // The pod's own name is not told.
+            name: self.workload_name.clone().unwrap_or_default(),
+            workload_name: or(self.workload_name),
+            canonical_name: or(self.service_name),
+            canonical_revision: or(self.revision),
+            locality: Locality { region: or(self.region), zone: or(self.zone), ..Locality::default() },
+            ..Workload::default()
+        }
+    }
 }
 
 /// A workload as the header's value. Unknown parts are left out.

@@ -32,6 +32,8 @@ pub struct Mesh {
     workloads: BTreeMap<Arc<str>, Arc<Workload>>,
     by_address: ByNetworkAddress<Workload>,
     by_name: ByNamespaceAndName<Vec<Arc<Workload>>>,
+    /// Workloads that have a host name of their own.
+    named: BTreeMap<ServiceKey, Arc<Workload>>,
     services: BTreeMap<ServiceKey, Arc<Service>>,
     by_vip: ByNetworkAddress<Service>,
     by_hostname: HashMap<Arc<str>, Vec<Arc<Service>>>,
@@ -77,6 +79,11 @@ impl Mesh {
         for workload in self.workloads.values() {
             let by_name = self.by_name.entry(Arc::clone(&workload.namespace)).or_default();
             by_name.entry(Arc::clone(&workload.name)).or_default().push(Arc::clone(workload));
+            if let Some(hostname) = &workload.hostname {
+                let key =
+                    ServiceKey { namespace: Arc::clone(&workload.namespace), hostname: Arc::clone(hostname) };
+                self.named.insert(key, Arc::clone(workload));
+            }
             // The addresses of host-network pods are the node's: they tell nothing about who it is.
             if !workload.host_network {
                 let by_ip = self.by_address.entry(Arc::clone(&workload.network)).or_default();
@@ -117,6 +124,15 @@ impl Mesh {
     ) -> Option<&Arc<Workload>> {
         let named = self.by_name.get(namespace)?.get(name)?;
         named.iter().find(|workload| &*workload.service_account == service_account)
+    }
+
+    /// The workload that bears a host name by itself, as no service of it does.
+    pub fn workload_by_hostname(&self, key: &ServiceKey) -> Option<&Arc<Workload>> {
+        self.named.get(key)
+    }
+
+    pub fn service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
+        self.services.get(key)
     }
 
     pub fn service_by_vip(&self, network: &str, ip: IpAddr) -> Option<&Arc<Service>> {

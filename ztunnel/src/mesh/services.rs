@@ -165,6 +165,11 @@ impl Service {
         ServiceKey { namespace: Arc::clone(&self.namespace), hostname: Arc::clone(&self.hostname) }
     }
 
+    /// Whether its endpoints count even while they are unhealthy.
+    pub fn allows_unhealthy(&self) -> bool {
+        self.load_balancing.health_policy == HealthPolicy::AllowAll
+    }
+
     /// Whether workloads of `namespace` may know of it.
     pub fn is_visible_from(&self, namespace: &str) -> bool {
         self.visibility == Visibility::Public || *self.namespace == *namespace

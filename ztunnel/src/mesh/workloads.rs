@@ -8,7 +8,7 @@ use super::{GatewayAddress, PolicyKey, ServiceKey, services::PortMap};
 use crate::identity::Identity;
 
 /// A pod (or machine) that has an identity.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Workload {
     pub uid: Arc<str>,

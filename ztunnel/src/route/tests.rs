@@ -5,7 +5,8 @@ use rand::{SeedableRng, rngs::StdRng};
 use super::*;
 use crate::mesh::{
     GatewayAddress,
-    services::LoadBalancing,
+    gateways::WeightedWaypoint,
+    services::{HealthPolicy, LbMode, LoadBalancing, Visibility},
     tests::{ip, service, workload},
 };
 
@@ -31,10 +32,6 @@ fn mesh_with<const N: usize>(
 fn routed(mesh: &Mesh, to: &str) -> Result<OutboundRoute, RouteError> {
     let mut rng = StdRng::seed_from_u64(7);
     outbound(mesh, &workload("client", "10.0.9.9"), to.parse().unwrap(), &mut rng)
-}
-
-fn waypoint() -> GatewayAddress {
-    GatewayAddress { destination: "/10.0.8.8".parse().unwrap(), hbone_mtls_port: 15008 }
 }
 
 fn unchanged(_: usize, _: &mut Workload) {}
@@ -143,15 +140,141 @@ fn the_dialled_family_is_preferred_and_the_service_may_force_one() {
     assert_eq!(routed(&mesh, "10.96.0.1:80").unwrap().target.ip(), ip("fd00::1"));
 }
 
+/// A mesh with service `web` of pod 10.0.0.1, a pod `waypoint-0` at 10.0.8.8 and its service at 10.96.8.8.
+fn with_waypoint(change: impl Fn(&mut Service, &mut Workload)) -> Mesh {
+    let (mut web, mut pod) = (service("web", "10.96.0.1"), workload("web-0", "10.0.0.1"));
+    pod.services.insert(web.key(), [].into());
+    change(&mut web, &mut pod);
+    let mut gateway = service("waypoint", "10.96.8.8");
+    gateway.ports = [(15008, 15008)].into();
+    Mesh::new([pod, waypoint_pod()], [web, gateway], [])
+}
+
+fn waypoint_pod() -> Workload {
+    let mut waypoint = workload("waypoint-0", "10.0.8.8");
+    waypoint.services.insert(service("waypoint", "10.96.8.8").key(), [].into());
+    waypoint
+}
+
+fn at(destination: &str) -> GatewayAddress {
+    GatewayAddress { destination: destination.parse().unwrap(), hbone_mtls_port: 15008 }
+}
+
+/// How the waypoint is asked.
+fn asked(route: &OutboundRoute) -> (String, &str, String) {
+    let Via::Hbone { peer, authority, expected } = &route.via else { panic!("{:?}", route.via) };
+    (peer.to_string(), authority, expected.iter().map(ToString::to_string).collect())
+}
+
+const WAYPOINT: &str = "spiffe://cluster.local/ns/default/sa/waypoint";
+const NAMES: [&str; 3] = ["/10.0.8.8", "/10.96.8.8", "default/waypoint.default.svc.cluster.local"];
+
 #[test]
-fn what_needs_a_waypoint_fails_instead_of_going_around_it() {
-    let mesh = mesh(|_, pod| pod.waypoint = Some(Box::new(waypoint())), ["10.0.0.1"]);
-    assert!(matches!(routed(&mesh, "10.0.0.1:80"), Err(RouteError::Waypoint { .. })));
-    // Traffic to a service never uses a workload's waypoint.
-    routed(&mesh, "10.96.0.1:80").unwrap();
-    let web = Service { waypoint: Some(waypoint()), ..service("web", "10.96.0.1") };
-    let mesh = mesh_with(web, unchanged, ["10.0.0.1"]);
-    assert!(matches!(routed(&mesh, "10.96.0.1:80"), Err(RouteError::Waypoint { .. })));
+fn a_pods_waypoint_is_asked_for_the_pods_address() {
+    for name in NAMES {
+        let mesh = with_waypoint(|_, pod| pod.waypoint = Some(Box::new(at(name))));
+        let route = routed(&mesh, "10.0.0.1:9999").unwrap();
+        assert_eq!(asked(&route), ("10.0.8.8:15008".into(), "10.0.0.1:9999", WAYPOINT.into()), "{name}");
+        assert_eq!(&*route.workload.unwrap().name, "waypoint-0");
+        assert!(route.service.is_none());
+    }
+}
+
+#[test]
+fn a_services_waypoint_is_asked_for_the_services_address() {
+    for name in NAMES {
+        let mesh = with_waypoint(|web, _| web.waypoint = Some(at(name)));
+        let route = routed(&mesh, "10.96.0.1:80").unwrap();
+        assert_eq!(asked(&route), ("10.0.8.8:15008".into(), "10.96.0.1:80", WAYPOINT.into()), "{name}");
+        assert_eq!(&*route.service.unwrap().name, "web");
+        // The pod itself has none.
+        let direct = routed(&mesh, "10.0.0.1:80").unwrap();
+        assert_eq!(asked(&direct).0, "10.0.0.1:15008");
+    }
+}
+
+#[test]
+fn a_waypoint_may_be_a_workload_with_a_host_name() {
+    let mut pod = workload("web-0", "10.0.0.1");
+    pod.waypoint = Some(Box::new(at("default/waypoint.example")));
+    let named = Workload { hostname: Some("waypoint.example".into()), ..waypoint_pod() };
+    let mesh = Mesh::new([pod, named], [], []);
+    assert_eq!(asked(&routed(&mesh, "10.0.0.1:80").unwrap()).0, "10.0.8.8:15008");
+}
+
+#[test]
+fn traffic_to_a_service_never_uses_a_pods_waypoint() {
+    let mesh = with_waypoint(|_, pod| pod.waypoint = Some(Box::new(at("/10.0.8.8"))));
+    let route = routed(&mesh, "10.96.0.1:80").unwrap();
+    assert_eq!(asked(&route).0, "10.0.0.1:15008");
+}
+
+#[test]
+fn what_a_waypoint_sends_is_not_sent_back_to_it() {
+    for name in NAMES {
+        let mesh = with_waypoint(|web, pod| {
+            web.waypoint = Some(at(name));
+            pod.waypoint = Some(Box::new(at(name)));
+        });
+        let mut rng = StdRng::seed_from_u64(7);
+        let mut from = |source: &Workload, to: &str| {
+            asked(&outbound(&mesh, source, to.parse().unwrap(), &mut rng).unwrap()).0
+        };
+        for to in ["10.0.0.1:8080", "10.96.0.1:80"] {
+            assert_eq!(from(&waypoint_pod(), to), "10.0.0.1:15008", "{name}");
+            // Another pod with the waypoint's service account is an ordinary client.
+            let mut same_account = workload("waypoint-imitator", "10.0.8.9");
+            assert_eq!(same_account.identity(), waypoint_pod().identity());
+            same_account.services.clear();
+            assert_eq!(from(&same_account, to), "10.0.8.8:15008", "{name}");
+        }
+    }
+}
+
+#[test]
+fn waypoints_share_by_weight_and_without_weights_the_single_one_takes_all() {
+    let (a, b) = (workload("a", "10.0.8.1"), workload("b", "10.0.8.2"));
+    let weighted = |name: &str, weight| WeightedWaypoint { destination: at(name), weight };
+    let route_to = |weights: [u32; 2], single: Option<&str>| {
+        let web = Service {
+            weighted_waypoints: vec![weighted("/10.0.8.1", weights[0]), weighted("/10.0.8.2", weights[1])],
+            waypoint: single.map(at),
+            ..service("web", "10.96.0.1")
+        };
+        let mesh = Mesh::new([a.clone(), b.clone()], [web], []);
+        let mut rng = StdRng::seed_from_u64(3);
+        let mut count = HashMap::new();
+        for _ in 0..2000 {
+            let to = "10.96.0.1:80".parse().unwrap();
+            let key = match outbound(&mesh, &workload("client", "10.0.9.9"), to, &mut rng) {
+                Ok(route) => asked(&route).0,
+                Err(error) => error.reason().to_owned(),
+            };
+            *count.entry(key).or_insert(0_u32) += 1;
+        }
+        count
+    };
+    let shared = route_to([1, 3], None);
+    assert!(shared["10.0.8.1:15008"].abs_diff(500) < 80, "{shared:?}");
+    assert_eq!(shared.len(), 2, "{shared:?}");
+    assert_eq!(route_to([0, 1], None)["10.0.8.2:15008"], 2000);
+    assert_eq!(route_to([0, 0], Some("/10.0.8.2"))["10.0.8.2:15008"], 2000);
+    assert_eq!(route_to([0, 0], None)["no_waypoint"], 2000);
+}
+
+#[test]
+fn a_waypoint_that_is_not_there_is_never_passed_by() {
+    for name in ["/10.0.7.7", "default/nobody.example", "east/10.0.8.8"] {
+        let mesh = with_waypoint(|web, pod| {
+            web.waypoint = Some(at(name));
+            pod.waypoint = Some(Box::new(at(name)));
+        });
+        for to in ["10.96.0.1:80", "10.0.0.1:80"] {
+            let error = routed(&mesh, to).unwrap_err();
+            assert_eq!(error.reason(), "no_waypoint", "{error}");
+            assert!(error.to_string().contains(name), "{error}");
+        }
+    }
 }
 
 #[test]
@@ -166,9 +289,107 @@ fn an_endpoint_of_another_network_serves_nobody_here() {
         assert_eq!(routed(&both, "10.96.0.1:80").unwrap().target.ip(), ip("10.0.0.2"));
     }
     let error = routed(&mesh(east, ["10.0.0.1"]), "10.96.0.1:80").unwrap_err();
-    assert!(matches!(error, RouteError::RemoteNetwork { .. }), "{error}");
+    assert!(matches!(error, RouteError::NoGateway { .. }), "{error}");
     // The same address here is another host.
     assert_eq!(routed(&both, "10.0.0.1:80").unwrap().via, Via::Plain);
+}
+
+/// Endpoints 0 in network `east`, with the gateway that `gateway` names, and 1 here.
+fn two_networks<const N: usize>(gateway: Option<&str>, endpoints: [&str; N]) -> Mesh {
+    let other: Identity = "spiffe://cluster.local/ns/default/sa/other".parse().unwrap();
+    let web = Service { subject_alt_names: vec![other], ..service("web", "10.96.0.1") };
+    let mut pods: Vec<_> = endpoints
+        .iter()
+        .enumerate()
+        .map(|(n, address)| {
+            let mut pod = workload(&format!("web-{n}"), address);
+            pod.services.insert(web.key(), [].into());
+            if n == 0 {
+                pod.network = "east".into();
+                pod.addresses.clear(); // as a control plane sums up another network
+                pod.network_gateway = gateway.map(|name| Box::new(at(name)));
+            }
+            pod
+        })
+        .collect();
+    let mut gate = workload("gateway-0", "192.0.2.1");
+    gate.network = "east".into();
+    let mut entry = service("gateway", "10.96.7.7");
+    entry.ports = [(15008, 15443)].into();
+    gate.services.insert(entry.key(), [].into());
+    pods.push(gate);
+    Mesh::new(pods, [web, entry], [])
+}
+
+#[test]
+fn another_network_is_reached_through_its_gateway_by_the_services_name() {
+    for (name, peer) in [
+        ("east/192.0.2.1", "192.0.2.1:15008"),
+        ("/10.96.7.7", "192.0.2.1:15443"),
+        ("default/gateway.default.svc.cluster.local", "192.0.2.1:15443"),
+    ] {
+        let route = routed(&two_networks(Some(name), ["10.0.0.1"]), "10.96.0.1:80").unwrap();
+        assert_eq!(
+            route.via,
+            Via::Gateway {
+                peer: peer.parse().unwrap(),
+                authority: "web.default.svc.cluster.local:80".to_owned(),
+                expected: vec!["spiffe://cluster.local/ns/default/sa/gateway".parse().unwrap()],
+                inner_expected: ["other", "web"]
+                    .map(|name| format!("spiffe://cluster.local/ns/default/sa/{name}").parse().unwrap())
+                    .into(),
+            },
+            "{name}"
+        );
+        assert_eq!(&*route.workload.unwrap().name, "gateway-0");
+    }
+}
+
+#[test]
+fn another_network_is_the_last_resort() {
+    let both = two_networks(Some("east/192.0.2.1"), ["10.0.0.1", "10.0.0.2"]);
+    for _ in 0..20 {
+        assert_eq!(routed(&both, "10.96.0.1:80").unwrap().target.ip(), ip("10.0.0.2"));
+    }
+}
+
+#[test]
+fn a_gateway_that_is_not_known_is_an_error() {
+    let error = routed(&two_networks(None, ["10.0.0.1"]), "10.96.0.1:80").unwrap_err();
+    assert_eq!(error.reason(), "no_gateway", "{error}");
+    let error = routed(&two_networks(Some("east/192.0.2.9"), ["10.0.0.1"]), "10.96.0.1:80").unwrap_err();
+    assert_eq!(error.reason(), "unknown_gateway", "{error}");
+}
+
+#[test]
+fn a_service_that_is_passed_through_keeps_the_dialled_address() {
+    let passed = |vip: &str| Service {
+        load_balancing: LoadBalancing { mode: LbMode::Passthrough, ..LoadBalancing::default() },
+        ..service("web", vip)
+    };
+    // To a pod's own address: by HBONE, whatever ports the service names.
+    let mesh = mesh_with(passed("10.0.0.2"), unchanged, ["10.0.0.1", "10.0.0.2"]);
+    let route = routed(&mesh, "10.0.0.2:9999").unwrap();
+    assert_eq!(
+        asked(&route),
+        ("10.0.0.2:15008".into(), "10.0.0.2:9999", route.workload.as_ref().unwrap().identity().to_string())
+    );
+    assert_eq!(&*route.service.unwrap().name, "web");
+    // To nobody's: plainly.
+    let mesh = mesh_with(passed("203.0.113.1"), unchanged, ["10.0.0.1"]);
+    let route = routed(&mesh, "203.0.113.1:443").unwrap();
+    assert_eq!((route.target, route.via), ("203.0.113.1:443".parse().unwrap(), Via::Plain));
+}
+
+#[test]
+fn a_service_of_another_namespace_alone_is_not_there() {
+    let hidden = Service { visibility: Visibility::Namespace, ..service("web", "10.96.0.1") };
+    let mesh = mesh_with(hidden, unchanged, ["10.0.0.1"]);
+    assert!(routed(&mesh, "10.96.0.1:80").unwrap().service.is_some());
+    let stranger = Workload { namespace: "shop".into(), ..workload("client", "10.0.9.9") };
+    let mut rng = StdRng::seed_from_u64(7);
+    let route = outbound(&mesh, &stranger, "10.96.0.1:80".parse().unwrap(), &mut rng).unwrap();
+    assert!(route.service.is_none() && route.via == Via::Plain);
 }
 
 #[test]

@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use super::*;
 use crate::mesh::{
     Mesh, Workload,
+    services::{HealthPolicy, Visibility},
     tests::{ip, service, workload},
 };
 
@@ -93,9 +94,18 @@ fn a_headless_service_is_its_healthy_endpoints_of_this_network() {
     assert_eq!(v4(&mesh, "db"), Some(vec![ip("10.0.0.1"), ip("10.0.0.2")]));
     assert_eq!(of(&mesh, "db", Family::V6), Some(vec![ip("fd00::6")]));
 
-    let unready_too = Service { allow_unhealthy: true, ..headless.clone() };
+    let mut unready_too = headless.clone();
+    unready_too.load_balancing.health_policy = HealthPolicy::AllowAll;
     assert_eq!(v4(&Mesh::new(endpoints, [unready_too], []), "db").unwrap().len(), 3);
     assert_eq!(v4(&Mesh::new([], [headless], []), "db"), Some(vec![]), "it exists, though without endpoints");
+}
+
+#[test]
+fn a_service_of_another_namespace_alone_has_no_name_here() {
+    let mut hidden = entry("x.com", "elsewhere", &["10.1.0.1"]);
+    assert_eq!(v4(&Mesh::new([], [hidden.clone()], []), "x.com"), Some(vec![ip("10.1.0.1")]));
+    hidden.visibility = Visibility::Namespace;
+    assert_eq!(v4(&Mesh::new([], [hidden], []), "x.com"), None);
 }
 
 #[test]

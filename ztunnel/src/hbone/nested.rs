@@ -1,0 +1,138 @@
+//! A tunnel within a stream of another: the way through the gateway of another network, which carries the inner
+//! tunnel without being able to read it.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use bytes::{Buf, Bytes};
+use h2::Reason;
+use http::{Request, Response, StatusCode};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    task::spawn_local,
+};
+
+use super::{
+    client::{self, ConnectError},
+    pool::Lease,
+};
+use crate::{config::H2, identity::Identity, stream::Stream};
+
+/// So much is put into one DATA frame; TLS writes in pieces of about this size anyway.
+const CHUNK: usize = 256 << 10;
+
+/// The innermost stream, and who proved to be at its end.
+#[derive(Debug)]
+pub struct Inner {
+    pub response: Response<()>,
+    pub stream: Stream,
+    pub identity: Option<Identity>,
+}
+
+/// Opens a tunnel within `outer` and sends `request` through it. It carries that one stream and ends with it;
+/// `lease` is kept for as long.
+pub async fn open(
+    outer: Stream,
+    lease: Lease,
+    peer: std::net::SocketAddr,
+    tls: Arc<rustls::ClientConfig>,
+    h2: &H2,
+    request: Request<()>,
+) -> Result<Inner, ConnectError> {
+    let tunnel = client::handshake(Pipe::new(outer), peer, tls, h2).await?;
+    let (driver, identity) = (tunnel.driver, tunnel.identity);
+    // Ends with the stream below, which is the only one, or with the gateway's connection: so it needs no owner. It
+    // outlives the stream only to bring its last frames out.
+    spawn_local(async move {
+        if let Err(error) = driver.await {
+            tracing::debug!(%peer, %error, "tunnel through a gateway ended");
+        }
+        drop(lease);
+    });
+    let failed = |source| ConnectError::Stream { peer, source };
+    let mut requests = tunnel.requests.ready().await.map_err(failed)?;
+    let (response, send) = requests.send_request(request, false).map_err(failed)?;
+    let (head, recv) = response.await.map_err(failed)?.into_parts();
+    if head.status != StatusCode::OK {
+        return Err(ConnectError::Status(head.status));
+    }
+    Ok(Inner { response: Response::from_parts(head, ()), stream: Stream::new(send, recv), identity })
+}
+
+/// A stream as the bytes that it carries. Dropped before it was shut down, it is reset.
+struct Pipe {
+    stream: Stream,
+    /// Received, and not read yet.
+    rest: Bytes,
+}
+
+impl Pipe {
+    fn new(stream: Stream) -> Self {
+        Self { stream, rest: Bytes::new() }
+    }
+}
+
+impl AsyncRead for Pipe {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let pipe = &mut *self;
+        let (_, recv) = pipe.stream.halves();
+        while pipe.rest.is_empty() {
+            match std::task::ready!(recv.poll_data(cx)) {
+                Some(data) => pipe.rest = data.map_err(io_error)?,
+                None => return Poll::Ready(Ok(())),
+            }
+        }
+        let n = pipe.rest.len().min(into.remaining());
+        into.put_slice(&pipe.rest[..n]);
+        pipe.rest.advance(n);
+        // Only now may the peer send more. Fails only on a stream that is over, which the next read will say.
+        let _ = recv.flow_control().release_capacity(n);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Pipe {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        if data.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        let (send, _) = self.stream.halves();
+        let wanted = data.len().min(CHUNK);
+        send.reserve_capacity(wanted);
+        // What is there already is not told by `poll_capacity`, which reports changes.
+        while send.capacity() == 0 {
+            match std::task::ready!(send.poll_capacity(cx)) {
+                Some(granted) => granted.map_err(io_error)?,
+                None => return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
+            };
+        }
+        let n = wanted.min(send.capacity());
+        send.send_data(Bytes::copy_from_slice(&data[..n]), false).map_err(io_error)?;
+        Poll::Ready(Ok(n))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(())) // the outer tunnel's task sends
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(self.stream.end().map_err(io_error))
+    }
+}
+
+fn io_error(error: h2::Error) -> io::Error {
+    match error.reason() {
+        Some(Reason::CANCEL | Reason::NO_ERROR | Reason::CONNECT_ERROR) => {
+            io::Error::new(io::ErrorKind::ConnectionReset, error)
+        }
+        _ => io::Error::other(error),
+    }
+}

@@ -1,0 +1,95 @@
+//! From the name of a waypoint or of a network's gateway to the tunnel's end that stands for it.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use rand::Rng;
+
+use super::balance;
+use crate::{
+    identity::Identity,
+    mesh::{GatewayAddress, GatewayDestination, Mesh, Service, Workload, services::IpFamilies},
+};
+
+/// A tunnel's end that carries traffic for others.
+#[derive(Clone, Debug)]
+pub(super) struct Gateway {
+    pub workload: Arc<Workload>,
+    pub peer: SocketAddr,
+    pub expected: Vec<Identity>,
+}
+
+/// What a gateway's name stands for.
+enum Named<'a> {
+    Service(&'a Arc<Service>),
+    Workload(&'a Arc<Workload>),
+}
+
+/// By address: a service's, else a workload's. By host name likewise.
+fn named<'a>(mesh: &'a Mesh, gateway: &GatewayAddress) -> Option<Named<'a>> {
+    match &gateway.destination {
+        GatewayDestination::Address(network, ip) => match mesh.service_by_vip(network, *ip) {
+            Some(service) => Some(Named::Service(service)),
+            None => mesh.workload_by_address(network, *ip).map(Named::Workload),
+        },
+        GatewayDestination::Hostname(key) => match mesh.service(key) {
+            Some(service) => Some(Named::Service(service)),
+            None => mesh.workload_by_hostname(key).map(Named::Workload),
+        },
+    }
+}
+
+/// Whether `workload` itself is (one of) what `gateway` names. Told by what it is, not by its identity alone, which
+/// others may share.
+pub(crate) fn is_gateway(mesh: &Mesh, workload: &Workload, gateway: &GatewayAddress) -> bool {
+    match named(mesh, gateway) {
+        Some(Named::Service(service)) => {
+            let key = service.key();
+            // From the workload's side: it has few services, the service may have many endpoints.
+            workload.services.contains_key(&key)
+        }
+        Some(Named::Workload(named)) => named.uid == workload.uid,
+        None => false,
+    }
+}
+
+/// One of those that `gateway` names, for a client. `None`: nobody knows it, or nobody of it is healthy.
+pub(super) fn resolve(
+    mesh: &Mesh,
+    client: &Workload,
+    gateway: &GatewayAddress,
+    like: IpAddr,
+    rng: &mut impl Rng,
+) -> Option<Gateway> {
+    let port = gateway.hbone_mtls_port;
+    match named(mesh, gateway)? {
+        Named::Workload(workload) => {
+            let ip = match &gateway.destination {
+                GatewayDestination::Address(_, ip) => *ip,
+                GatewayDestination::Hostname(_) => balance::address(workload, IpFamilies::Any, like)?,
+            };
+            Some(Gateway {
+                workload: Arc::clone(workload),
+                peer: SocketAddr::new(ip, port),
+                expected: vec![workload.identity()],
+            })
+        }
+        Named::Service(service) => {
+            let endpoints = mesh.endpoints(&service.key()).iter();
+            let candidates = endpoints.filter_map(|endpoint| {
+                let workload = &endpoint.workload;
+                let ip = balance::address(workload, service.ip_families, like)?;
+                // A gateway takes HBONE whether or not its service lists that port.
+                let peer = SocketAddr::new(ip, endpoint.target_port(port).unwrap_or(port));
+                let rank = balance::rank(client, workload, &service.load_balancing)?;
+                Some((rank, workload.capacity, (workload, peer)))
+            });
+            let (workload, peer) = balance::choose(candidates, rng)?;
+            let mut expected = service.subject_alt_names.clone();
+            expected.push(workload.identity());
+            Some(Gateway { workload: Arc::clone(workload), peer, expected })
+        }
+    }
+}
