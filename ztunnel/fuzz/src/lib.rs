@@ -8,10 +8,14 @@ use std::sync::OnceLock;
 use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use ztunnel::{
+    dns::{
+        message::{self, Step, Transport},
+        names::{Client, Zone},
+    },
     hbone::{Target, forwarded_host},
     identity::{self, Identity},
     mesh::{
-        baggage,
+        Mesh, baggage,
         local_file::{self, Defaults},
     },
     pods::zds,
@@ -25,6 +29,8 @@ pub const TARGETS: &[Fuzzed] = &[
     ("baggage", header_baggage),
     ("ca_answer", ca_answer),
     ("certificate", certificate),
+    ("dns_query", dns_query),
+    ("dns_reply", dns_reply),
     ("forwarded", forwarded),
     ("identity", spiffe_id),
     ("mesh_file", mesh_file),
@@ -91,11 +97,40 @@ fn ca_answer(data: &[u8]) {
     assert!(identity::answered(&asked, key, &answer).is_err(), "nobody else has a certificate for our key");
 }
 
+/// What a pod asks, against a mesh that has something to answer.
+fn dns_query(data: &[u8]) {
+    static MESH: OnceLock<(Mesh, Zone)> = OnceLock::new();
+    let (mesh, zone) = MESH.get_or_init(|| {
+        let document = include_str!("../seeds/mesh_file/full");
+        let mesh = local_file::parse(document, &defaults()).expect("the seed is good");
+        (mesh, Zone::new("cluster.local", None, true))
+    });
+    for transport in [Transport::Udp, Transport::Tcp] {
+        let client = Client { namespace: "demo", network: "" };
+        let Step::Reply(reply) = message::answer(mesh, zone, client, transport, data).step else { continue };
+        assert_eq!(reply[..2], data[..2], "the id");
+        assert_ne!(reply[2] & 0x80, 0, "a reply says that it is one");
+        assert!(transport == Transport::Tcp || reply.len() <= 4096, "a datagram of {} bytes", reply.len());
+    }
+}
+
+/// What the resolver of the outer world, or whoever speaks in its name, sends back: for what we asked, and for itself.
+fn dns_reply(data: &[u8]) {
+    let asked = include_bytes!("../seeds/dns_query/a");
+    if message::answers(asked, data) {
+        assert_eq!(asked[..2], data[..2], "another id answers another question");
+    }
+    let _ = (message::answers(data, data), message::code(data));
+}
+
+fn defaults() -> Defaults {
+    Defaults { cluster_id: "Kubernetes".into(), trust_domain: "cluster.local".into() }
+}
+
 /// The mesh file, which may come from a config map that others edit.
 fn mesh_file(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    let defaults = Defaults { cluster_id: "Kubernetes".into(), trust_domain: "cluster.local".into() };
-    let _ = local_file::parse(text, &defaults);
+    let _ = local_file::parse(text, &defaults());
 }
 
 /// A packet of the node agent.
