@@ -1,7 +1,8 @@
-//! `docs/behaviours.md` keeps its word: every row is there, and every test that it names exists.
+//! `docs/behaviours.md` and `docs/failures.md` keep their word: every row and every reason is there, and every test
+//! that is named exists.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -64,4 +65,30 @@ fn every_behaviour_is_listed_and_its_tests_exist() {
             assert!(known.contains(name), "row {row} names {name}, which is no test");
         }
     }
+}
+
+/// The words that `fn reason` of some error gives, and the one for what is dropped.
+fn reasons_in(folder: &Path, found: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(folder).expect("a folder of the sources").map(|entry| entry.expect("entry")) {
+        let path = entry.path();
+        if path.is_dir() {
+            reasons_in(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") && !path.ends_with("tests.rs") {
+            let text = fs::read_to_string(&path).expect("a source file");
+            for body in text.split("fn reason(&self) -> &'static str {").skip(1) {
+                let end = body.find("\n    }\n").expect("its end");
+                found.extend(body[..end].split('"').skip(1).step_by(2).map(str::to_owned));
+            }
+        }
+    }
+}
+
+#[test]
+fn every_reason_of_a_failure_is_explained() {
+    let mut given = BTreeSet::from(["cut".to_owned()]);
+    reasons_in(&root().join("ztunnel/src"), &mut given);
+    let document = fs::read_to_string(root().join("docs/failures.md")).expect("docs/failures.md");
+    let rows = document.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+    let explained: BTreeSet<String> = rows.map(str::to_owned).collect();
+    assert_eq!(explained, given, "left: docs/failures.md, right: the sources");
 }

@@ -11,6 +11,13 @@ const ROWS: usize = 100;
 
 const STYLE: &str = include_str!("page.css");
 
+/// What a reason means: the second column of its row in `docs/failures.md`.
+fn meaning(reason: &str) -> &'static str {
+    let row = |line: &'static str| line.strip_prefix("| `")?.strip_prefix(reason)?.strip_prefix("` | ");
+    let rest = include_str!("../../../docs/failures.md").lines().find_map(row);
+    rest.and_then(|rest| rest.split(" | ").next()).unwrap_or_default()
+}
+
 /// The whole document.
 pub(super) fn page(overview: &Overview) -> String {
     let mut html = String::new();
@@ -254,8 +261,9 @@ fn certificates(html: &mut String, overview: &Overview) -> fmt::Result {
 fn failures(html: &mut String, overview: &Overview) -> fmt::Result {
     let row = |failure: &super::overview::FailureCount| {
         format!(
-            "<td><code>{}</code></td><td>{}</td><td class=\"n\">{}</td>",
+            "<td><code>{}</code></td><td>{}</td><td>{}</td><td class=\"n\">{}</td>",
             Text(failure.reason),
+            Text(meaning(failure.reason)),
             failure.direction,
             failure.count
         )
@@ -263,7 +271,13 @@ fn failures(html: &mut String, overview: &Overview) -> fmt::Result {
     let rows: Vec<_> = overview.failures.iter().map(row).collect();
     let about = "By reason, since the start: the same words as in the log and in metric \
                  <code>ztunnel_connection_failures_total</code>.";
-    section(html, "Failed connections", about, &["reason", "direction", "how often"], &rows)?;
+    section(
+        html,
+        "Failed connections",
+        about,
+        &["reason", "what happened", "direction", "how often"],
+        &rows,
+    )?;
     let row = |last: &super::overview::LastFailure| {
         format!(
             "<td class=\"n\">{} ago</td><td>{}</td><td>{}</td><td><code>{}</code></td><td>{}</td>",
@@ -293,6 +307,13 @@ mod tests {
         for (bytes, text) in [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (1 << 40, "1.0 TiB")] {
             assert_eq!(Size(bytes).to_string(), text);
         }
+    }
+
+    #[test]
+    fn a_reason_is_explained_and_one_that_begins_like_it_is_another() {
+        assert_eq!(meaning("denied"), "policy forbids it");
+        assert!(meaning("h2").contains("HTTP/2 broke"));
+        assert_eq!(meaning("h"), "");
     }
 
     #[test]
