@@ -12,6 +12,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs, io,
+    net::IpAddr,
     os::fd::OwnedFd,
     path::PathBuf,
     sync::Arc,
@@ -35,7 +36,7 @@ use crate::{
         events::{self, SourceKind},
         netns::{self, NetnsId},
     },
-    reconcile::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, Plan, Reason},
+    reconcile::{HBONE_PORT, INBOUND_PORT, NAMES_PORT, OUTBOUND_PORT, Plan, Reason, address16},
 };
 
 mod act;
@@ -73,6 +74,10 @@ pub struct Config {
     pub fail_mode: FailMode,
     /// The source of events; `None`: the best that works.
     pub events: Option<SourceKind>,
+    /// Whether the pods' DNS queries go to the tunnel, unless a pod asks otherwise.
+    pub dns_capture: bool,
+    /// Only queries to these, three at most. None: all.
+    pub dns_resolvers: Vec<IpAddr>,
     /// Undo everything at the end.
     pub detach: bool,
 }
@@ -254,6 +259,10 @@ impl Node {
         let kernel_error = |what| move |source| NodeError::Kernel { what, source };
         let mut kernel = Kernel::open(&config.pins).map_err(kernel_error("load the programs and maps"))?;
         let before = kernel.settings().map_err(kernel_error("read the settings"))?;
+        let mut resolvers = [UNSPECIFIED; 3];
+        for (place, resolver) in resolvers.iter_mut().zip(&config.dns_resolvers) {
+            *place = address16(*resolver);
+        }
         let settings = Settings {
             outbound_port: OUTBOUND_PORT,
             inbound_port: INBOUND_PORT,
@@ -262,6 +271,9 @@ impl Node {
             debug: 0,
             debug_port: 0,
             debug_address: UNSPECIFIED,
+            resolvers,
+            names_port: NAMES_PORT,
+            pad: 0,
         };
         kernel.set_settings(&settings).map_err(kernel_error("write the settings"))?;
 

@@ -32,6 +32,8 @@ pub const OUTBOUND_PORT: u16 = 15001;
 pub const INBOUND_PORT: u16 = 15006;
 /// Where it takes HBONE.
 pub const HBONE_PORT: u16 = 15008;
+/// Where tunnels answer DNS, on the loopback of each pod.
+pub const NAMES_PORT: u16 = 15053;
 
 /// What the maps, netns and tunnels hold, or should hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -146,6 +148,7 @@ pub struct Workload {
 /// What [`wanted`] needs to know besides the pods.
 pub struct Circumstances<'a> {
     pub default_fail_mode: FailMode,
+    pub default_dns_capture: bool,
     /// Whether a connected tunnel acknowledged this uid's netns, by cookie.
     pub ready: &'a dyn Fn(&str, u64) -> bool,
     /// Whether the pod ran in clear until now: it goes on so until the tunnel has it, since a label put on a
@@ -192,6 +195,8 @@ pub fn wanted<'a>(judged: impl IntoIterator<Item = &'a Judged>, circumstances: &
                 let lenient = !ready && (circumstances.lenient)(&pod.uid);
                 let flags =
                     closed | if ready { flag::READY } else { 0 } | if lenient { flag::FAIL_OPEN } else { 0 };
+                let captures = pod.dns_capture.unwrap_or(circumstances.default_dns_capture);
+                let names = if captures { flag::NAMES } else { 0 };
                 let policy_id = (circumstances.policy)(&pod.uid);
                 if policy_id != 0 {
                     plan.policies.insert(policy_id, pod.exclusions.clone());
@@ -218,7 +223,10 @@ pub fn wanted<'a>(judged: impl IntoIterator<Item = &'a Judged>, circumstances: &
                         pod_cgroup: pod_cgroup(),
                     },
                 );
-                CgroupInfo { netns_cookie: facts.cookie, ..cgroup_info(flags, policy_id, &facts.addresses) }
+                CgroupInfo {
+                    netns_cookie: facts.cookie,
+                    ..cgroup_info(flags | names, policy_id, &facts.addresses)
+                }
             }
         };
         plan.cgroups.extend(observed.cgroups.values().map(|id| (*id, info)));

@@ -14,6 +14,8 @@ pub mod flag {
     pub const READY: u32 = 1 << 3;
     /// While no tunnel serves the pod its traffic passes in clear. Without this flag it is refused.
     pub const FAIL_OPEN: u32 = 1 << 4;
+    /// The pod's DNS queries are redirected to the tunnel, while it answers any.
+    pub const NAMES: u32 = 1 << 8;
 }
 
 /// What a cgroup stands for. Map `cgroup_info_map`, keyed by cgroup id (`u64`): written by the

@@ -18,6 +18,12 @@ pub struct Settings {
     pub debug_port: u32,
     /// Only verdicts about this address (either end); all zero: any.
     pub debug_address: Address,
+    /// Whose DNS queries are captured (mapped where IPv4). The first one unspecified: all resolvers'.
+    pub resolvers: [Address; 3],
+    /// Where the tunnel answers DNS on the loopback of each pod, in host byte order; 0: queries are nobody's affair.
+    pub names_port: u16,
+    /// Always zero.
+    pub pad: u16,
 }
 
-plain_data!(Settings: 32);
+plain_data!(Settings: 84);

@@ -49,6 +49,8 @@ numbered! {
         Connect4 = 0, "connect4";
         Connect6 = 1, "connect6";
         SkLookup = 2, "sk_lookup";
+        Sendmsg4 = 3, "sendmsg4";
+        Sendmsg6 = 4, "sendmsg6";
     }
 }
 
@@ -73,6 +75,7 @@ numbered! {
         SteerHbone = 15, "steer to HBONE";
         SteerPlain = 16, "steer to plaintext inbound";
         DropReserved = 17, "refuse: reserved port";
+        Names = 18, "redirect: DNS query to the tunnel";
     }
 }
 

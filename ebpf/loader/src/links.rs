@@ -174,12 +174,13 @@ fn names(folder: &Path) -> Result<Vec<String>, KernelError> {
         Err(error) => return Err(KernelError::pin("list", folder)(error)),
     };
     // Sorted by kind, so that removing everything ends redirection before what answers it:
-    // connect first of the pods' programs.
+    // connect and sendmsg first of the pods' programs.
     let mut sorted = BTreeMap::new();
     for entry in entries {
         let name = entry.map_err(KernelError::pin("list", folder))?.file_name();
         let name = name.to_string_lossy().into_owned();
-        sorted.insert((!name.contains("connect"), name.clone()), name);
+        let redirects = name.contains("connect") || name.contains("sendmsg");
+        sorted.insert((!redirects, name.clone()), name);
     }
     Ok(sorted.into_values().collect())
 }

@@ -28,11 +28,15 @@ const fn attachment(program: &'static str, attach_type: u32) -> Attachment {
 
 /// To the cgroup above all pods. In this order, so that who is redirected can be answered from the first
 /// moment on: connect comes last.
-pub const PODS: [Attachment; 6] = [
+pub const PODS: [Attachment; 10] = [
     attachment("adit_pods_ops", 3),
     attachment("adit_getsockopt", 21),
     attachment("adit_peername4", 29),
     attachment("adit_peername6", 30),
+    attachment("adit_recvmsg4", 19),
+    attachment("adit_recvmsg6", 20),
+    attachment("adit_sendmsg4", 14),
+    attachment("adit_sendmsg6", 15),
     attachment("adit_connect4", 10),
     attachment("adit_connect6", 11),
 ];

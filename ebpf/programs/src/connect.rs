@@ -3,13 +3,17 @@
 //! The kernel calls `connect6` for every AF_INET6 socket, also when it dials a v4-mapped address; the
 //! redirect of such a call stays mapped, or the kernel would refuse it.
 
-use adit_ebpf_common::{address::Address, flows::Destination, trace::Hook};
+use adit_ebpf_common::{
+    address::Address,
+    flows::Destination,
+    trace::{Hook, Rule},
+};
 use aya_ebpf::{bindings::bpf_sock_addr, macros::cgroup_sock_addr, programs::SockAddrContext};
 
 use crate::{
     address::{from_v4_word, from_words, to_words},
     decide::{self, Connect, Outbound},
-    maps, trace,
+    dns, maps, trace,
 };
 
 const ALLOW: i32 = 1;
@@ -17,6 +21,7 @@ const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
 
 const IPPROTO_TCP: u32 = 6;
+const IPPROTO_UDP: u32 = 17;
 
 #[cgroup_sock_addr(connect4)]
 pub fn adit_connect4(ctx: SockAddrContext) -> i32 {
@@ -70,25 +75,38 @@ struct Refused;
 unsafe fn run(ctx: *mut bpf_sock_addr, address: Address, hook: Hook) -> Result<Option<Destination>, Refused> {
     let Some(settings) = maps::settings() else { return Ok(None) };
     // SAFETY: the caller's.
-    let call = unsafe {
+    let (call, is_udp) = unsafe {
         let port = (&raw const (*ctx).user_port).read_volatile();
-        Connect {
-            is_tcp: (&raw const (*ctx).protocol).read_volatile() == IPPROTO_TCP,
+        let protocol = (&raw const (*ctx).protocol).read_volatile();
+        let call = Connect {
+            is_tcp: protocol == IPPROTO_TCP,
             socket: (&raw const (*ctx).__bindgen_anon_1.sk).read_volatile(),
             destination: Destination { address, port: u16::from_be(port as u16), pad: 0 },
-        }
+        };
+        (call, protocol == IPPROTO_UDP)
     };
-    let info = if call.is_tcp { maps::caller() } else { None };
+    let is_query = call.destination.port == dns::PORT && (call.is_tcp || is_udp);
+    let info = if call.is_tcp || is_query { maps::caller() } else { None };
+    if is_query
+        && let Some(info) = info
+        && let Some(to) = dns::redirect(settings, info, call.socket, &call.destination)
+    {
+        if settings.debug != 0 {
+            let own = decide::own_address(Some(info), &address);
+            trace::outbound(settings, hook, Rule::Names, &own, &call.destination);
+        }
+        return Ok(Some(to));
+    }
     let (rule, result) = match decide::outbound(&call, settings, info) {
         Outbound::Leave(rule) => {
             // What an earlier connect on this socket recorded does not hold any more.
-            if call.is_tcp {
+            if call.is_tcp || is_udp {
                 maps::forget_redirect(call.socket);
             }
             (rule, Ok(None))
         }
         Outbound::Refuse(rule) => (rule, Err(Refused)),
-        Outbound::Redirect(to) => (adit_ebpf_common::trace::Rule::Redirect, Ok(Some(to))),
+        Outbound::Redirect(to) => (Rule::Redirect, Ok(Some(to))),
     };
     if settings.debug != 0 && call.is_tcp {
         trace::outbound(settings, hook, rule, &decide::own_address(info, &address), &call.destination);

@@ -2,6 +2,7 @@
 //!
 //! * [`decide`]: both decision lists, shared by the address families
 //! * [`connect`]: asks the first list when a pod connects, and redirects
+//! * [`dns`]: redirects DNS queries, where that is asked for, and shows the answers as the resolver's
 //! * [`sk_lookup`]: asks the second list when a connection arrives in a pod's netns, and steers
 //! * [`sock_ops`]: hands the original destination over to the tunnel; notes its flows and listeners
 //! * [`original_dst`]: answers SO_ORIGINAL_DST to the tunnel, and getpeername to the application
@@ -17,6 +18,7 @@
 mod address;
 mod connect;
 mod decide;
+mod dns;
 mod lifecycle;
 mod maps;
 mod original_dst;

@@ -126,8 +126,25 @@ unsafe fn succeed(ctx: *mut bpf_sockopt, len: usize) {
 
 #[cgroup_sock_addr(getpeername4)]
 pub fn adit_peername4(ctx: SockAddrContext) -> i32 {
-    let ctx = ctx.sock_addr;
     // SAFETY: the program's context.
+    unsafe { show_original_v4(ctx.sock_addr) }
+    GO_ON
+}
+
+#[cgroup_sock_addr(getpeername6)]
+pub fn adit_peername6(ctx: SockAddrContext) -> i32 {
+    // SAFETY: the program's context.
+    unsafe { show_original_v6(ctx.sock_addr) }
+    GO_ON
+}
+
+/// Puts where the socket wanted to go in place of where it was redirected to, if that is what the context shows.
+///
+/// # Safety
+/// `ctx` is the context of a program that may write an IPv4 address.
+#[inline(always)]
+pub unsafe fn show_original_v4(ctx: *mut bpf_sock_addr) {
+    // SAFETY: the caller's.
     unsafe {
         if let Some(state) = redirected(ctx) {
             let peer = from_v4_word((&raw const (*ctx).user_ip4).read_volatile());
@@ -138,13 +155,15 @@ pub fn adit_peername4(ctx: SockAddrContext) -> i32 {
             }
         }
     }
-    GO_ON
 }
 
-#[cgroup_sock_addr(getpeername6)]
-pub fn adit_peername6(ctx: SockAddrContext) -> i32 {
-    let ctx = ctx.sock_addr;
-    // SAFETY: the program's context.
+/// As [`show_original_v4`].
+///
+/// # Safety
+/// `ctx` is the context of a program that may write an IPv6 address.
+#[inline(always)]
+pub unsafe fn show_original_v6(ctx: *mut bpf_sock_addr) {
+    // SAFETY: the caller's.
     unsafe {
         if let Some(state) = redirected(ctx) {
             let word = |index: usize| (&raw const (*ctx).user_ip6[index]).read_volatile();
@@ -159,7 +178,6 @@ pub fn adit_peername6(ctx: SockAddrContext) -> i32 {
             }
         }
     }
-    GO_ON
 }
 
 /// # Safety

@@ -10,6 +10,7 @@
 //! programs run on a socket; each acts only on states that the other never makes.
 
 use adit_ebpf_common::{
+    address::is_loopback,
     flows::{Destination, Flow},
     pods::ListenerKey,
 };
@@ -43,7 +44,8 @@ pub fn adit_pods_ops(ctx: SockOpsContext) -> u32 {
     }
     let ops = ctx.ops;
     let Some(state) = maps::state(socket(ops)) else { return DONE };
-    if state.original.port == 0 || state.redirect.port == 0 {
+    // A flow on the loopback, as DNS is, is no key: every pod has the same addresses there. Nobody asks for it.
+    if state.original.port == 0 || state.redirect.port == 0 || is_loopback(&state.redirect.address) {
         return DONE;
     }
     // SAFETY: the program's context.
@@ -112,7 +114,8 @@ fn register(ops: *mut bpf_sock_ops) {
         let port = (&raw const (*ops).local_port).read_volatile();
         (port as u16, (&raw const (*ops).family).read_volatile() == AF_INET)
     };
-    if port != settings.outbound_port && port != settings.inbound_port && port != settings.hbone_port {
+    let ours = [settings.outbound_port, settings.inbound_port, settings.hbone_port, settings.names_port];
+    if port != ours[0] && port != ours[1] && port != ours[2] && port != ours[3] {
         return;
     }
     let Some(state) = maps::state(socket(ops)) else { return };

@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, IsTerminal as _},
+    net::IpAddr,
     path::PathBuf,
     process::ExitCode,
 };
@@ -49,6 +50,12 @@ pub struct RunArgs {
     /// The source of events [default: the first of these that works here]
     #[arg(long, value_enum, value_name = "SOURCE")]
     events: Option<SourceKind>,
+    /// Have enrolled pods' DNS queries answered by the tunnel, while it answers any; a pod's own `dnsCapture` wins
+    #[arg(long)]
+    dns_capture: bool,
+    /// Only queries to this resolver, which should be one that the tunnel forwards to [default: all]
+    #[arg(long = "dns-resolver", value_name = "IP")]
+    dns_resolvers: Vec<IpAddr>,
     /// Undo everything on SIGTERM and SIGINT
     #[arg(long)]
     detach: bool,
@@ -64,6 +71,12 @@ enum LogFormat {
 }
 
 pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
+    // As many as resolv.conf(5) may name.
+    anyhow::ensure!(
+        args.dns_resolvers.len() <= 3,
+        "--dns-resolver: {} addresses, expected at most 3",
+        args.dns_resolvers.len()
+    );
     start_log(args.log_format)?;
     let cgroup_root = args.mounts.root();
     let attach = match args.attach {
@@ -86,6 +99,8 @@ pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         attach,
         fail_mode: args.fail_mode,
         events: args.events,
+        dns_capture: args.dns_capture,
+        dns_resolvers: args.dns_resolvers,
         detach: args.detach,
     };
     // The loop that owns all state is this thread; a second one speaks with tunnels, the source and askers, so

@@ -63,6 +63,8 @@ pub struct Pod {
     pub selection: Selection,
     /// `None`: the node's default.
     pub fail_mode: Option<FailMode>,
+    /// Whether its DNS queries go to the tunnel, while that answers any. `None`: the node's default.
+    pub dns_capture: Option<bool>,
     /// Addresses that the pod's netns must hold; empty: whatever it holds.
     pub addresses: BTreeSet<IpAddr>,
     pub exclusions: Exclusions,

@@ -31,7 +31,7 @@ use serde_json::{Map, Value};
 
 use super::{BadEntry, Entry, Pod, exclusions, exclusions::Exclusions, selection};
 
-const KEYS: [&str; 11] = [
+const KEYS: [&str; 12] = [
     "uid",
     "name",
     "namespace",
@@ -40,6 +40,7 @@ const KEYS: [&str; 11] = [
     "labels",
     "addresses",
     "failMode",
+    "dnsCapture",
     "excludeOutboundPorts",
     "excludeOutboundCidrs",
     "excludeInboundPorts",
@@ -121,6 +122,7 @@ fn pod(keys: &mut Map<String, Value>, cgroup_root: &Path) -> Result<Pod, String>
             &take::<BTreeMap<String, String>>(keys, "labels")?.unwrap_or_default(),
         ),
         fail_mode: take(keys, "failMode")?,
+        dns_capture: take(keys, "dnsCapture")?,
         addresses: take(keys, "addresses")?.unwrap_or_default(),
         exclusions,
         notes,

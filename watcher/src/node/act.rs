@@ -160,6 +160,7 @@ impl Node {
             std::iter::once(judged),
             &Circumstances {
                 default_fail_mode: self.config.fail_mode,
+                default_dns_capture: self.config.dns_capture,
                 ready: &ready,
                 lenient: &|uid| known(uid).is_some_and(|known| known.is_lenient(now)),
                 policy: &|uid| known(uid).and_then(|known| known.policy.as_ref()).map_or(0, |(id, _)| *id),
@@ -176,6 +177,7 @@ impl Node {
             &[],
             &Circumstances {
                 default_fail_mode: self.config.fail_mode,
+                default_dns_capture: self.config.dns_capture,
                 ready: &|_, _| false,
                 lenient: &|_| false,
                 policy: &|_| 0,

@@ -23,6 +23,7 @@ fn pod(uid: &str) -> Pod {
         cgroup: Some(Path::new(ATTACHED).join(uid)),
         selection: Selection::Enrolled,
         fail_mode: None,
+        dns_capture: None,
         addresses: BTreeSet::new(),
         exclusions: Exclusions::default(),
         notes: Vec::new(),
@@ -185,6 +186,7 @@ struct Setting {
     policies: BTreeMap<String, u32>,
     tunnels: BTreeSet<CgroupId>,
     fail_mode: FailMode,
+    dns_capture: bool,
 }
 
 impl Setting {
@@ -194,6 +196,7 @@ impl Setting {
             &judged,
             &Circumstances {
                 default_fail_mode: self.fail_mode,
+                default_dns_capture: self.dns_capture,
                 ready: &|uid, _| self.ready.contains(uid),
                 lenient: &|uid| self.lenient.contains(uid),
                 policy: &|uid| self.policies.get(uid).copied().unwrap_or(0),
@@ -319,4 +322,18 @@ fn a_new_netns_of_the_same_pod_replaces_without_a_withdrawal() {
         kinds(&before, &after),
         ["unsteer", "release", "set cgroup", "set address", "prepare", "steer", "offer"]
     );
+}
+
+#[test]
+fn the_pods_own_word_on_its_dns_beats_the_nodes() {
+    use adit_ebpf_common::pods::flag::NAMES;
+    for (node, own, captured) in
+        [(false, None, false), (true, None, true), (false, Some(true), true), (true, Some(false), false)]
+    {
+        let setting = Setting { dns_capture: node, ..Setting::default() };
+        let pod = Pod { dns_capture: own, ..pod("a") };
+        let plan = setting.plan(vec![(pod, in_order(1))]);
+        assert_eq!(plan.cgroups[&10].flags & NAMES != 0, captured, "{node} {own:?}");
+        assert!(plan.addresses.values().all(|record| record.flags & NAMES == 0), "inbound has no use for it");
+    }
 }

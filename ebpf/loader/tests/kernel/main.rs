@@ -5,6 +5,7 @@
 mod bench;
 mod inbound;
 mod lifetime;
+mod names;
 mod outbound;
 
 /// Not a test: what the other tests start as the processes of pods and tunnels.

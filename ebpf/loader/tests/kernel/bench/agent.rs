@@ -119,6 +119,24 @@ impl Agent {
         self.tell(format_args!("redial {handle} {to}")).map(|answer| end(&answer))
     }
 
+    /// A UDP socket bound to `address`.
+    pub fn bind_udp(&mut self, address: &str) -> u32 {
+        self.tell(format_args!("udp {address}")).expect("a UDP socket").parse().expect("a handle")
+    }
+
+    /// To `to`, or to whom the socket is connected.
+    pub fn send(&mut self, handle: u32, to: Option<SocketAddr>, word: &str) {
+        let to = to.map_or_else(|| "peer".to_owned(), |to| to.to_string());
+        self.tell(format_args!("send {handle} {to} {word}")).expect("sent");
+    }
+
+    /// Who sent the next datagram, and the word in it.
+    pub fn receive(&mut self, handle: u32) -> (SocketAddr, String) {
+        let received = self.tell(format_args!("receive {handle}")).expect("a datagram");
+        let (from, word) = received.split_once(' ').expect("two words");
+        (from.parse().expect("an address"), word.to_owned())
+    }
+
     pub fn accept(&mut self, listener: u32) -> End {
         let accepted = self.tell(format_args!("accept {listener}"));
         end(&accepted
@@ -254,6 +272,28 @@ impl Sockets {
                 sys::dissolve(socket.as_fd())?;
                 socket.connect(&to.into())?;
                 self.describe(socket)
+            }
+            ["udp", address] => {
+                let address: SocketAddr = parse(address)?;
+                let socket = Socket::new(Domain::for_address(address), Type::DGRAM, None)?;
+                socket.set_read_timeout(Some(PATIENCE))?;
+                socket.bind(&address.into())?;
+                Ok(self.keep(socket).to_string())
+            }
+            ["send", handle, to, word] => {
+                let socket = self.get(handle)?;
+                let sent = match to {
+                    "peer" => socket.send(word.as_bytes())?,
+                    to => socket.send_to(word.as_bytes(), &parse::<SocketAddr>(to)?.into())?,
+                };
+                Ok(sent.to_string())
+            }
+            ["receive", handle] => {
+                let socket: std::net::UdpSocket = self.get(handle)?.try_clone()?.into();
+                socket.set_read_timeout(Some(PATIENCE))?;
+                let mut buffer = [0; 64];
+                let (length, from) = socket.recv_from(&mut buffer)?;
+                Ok(format!("{from} {}", String::from_utf8_lossy(&buffer[..length])))
             }
             ["accept", handle] => {
                 let (accepted, _) = self.get(handle)?.accept()?;

@@ -33,6 +33,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 pub const OUTBOUND: u16 = 15001;
 pub const INBOUND: u16 = 15006;
 pub const HBONE: u16 = 15008;
+pub const NAMES: u16 = 15053;
 pub const READY: u32 = flag::IN_MESH | flag::READY;
 
 pub struct Bench {
@@ -42,6 +43,8 @@ pub struct Bench {
     pub world: Agent,
     pub tunnel: Agent,
     pub cookie: u64,
+    /// Whose queries are captured; all unspecified: everybody's.
+    pub resolvers: [Address; 3],
     pub kernel: Kernel,
     pub trace: Trace,
     pub cgroups: Cgroups,
@@ -71,7 +74,8 @@ impl Bench {
         kernel.steer(cookie, std::os::fd::AsFd::as_fd(&netns)).unwrap();
 
         let trace = kernel.trace().unwrap();
-        let mut bench = Self { app, plain, world, tunnel, cookie, kernel, trace, cgroups, bpffs };
+        let resolvers = [UNSPECIFIED; 3];
+        let mut bench = Self { app, plain, world, tunnel, cookie, resolvers, kernel, trace, cgroups, bpffs };
         bench.set(READY, true);
         let info = CgroupInfo { flags: flag::TUNNEL, ..empty() };
         let tunnel_id = bench.cgroups.id("tunnel");
@@ -106,6 +110,9 @@ impl Bench {
             debug: 1,
             debug_port: 0,
             debug_address: UNSPECIFIED,
+            resolvers: self.resolvers,
+            names_port: NAMES,
+            pad: 0,
         };
         self.kernel.set_settings(&settings).unwrap();
     }
