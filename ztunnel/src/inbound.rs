@@ -1,6 +1,10 @@
 //! Follows the connections that come to a served pod through a peer's tunnel, port 15008: is the peer who it must
 //! be, may it, and will the application take it; then copies until it ends.
 
+mod delivery;
+mod proxy_protocol;
+mod source;
+
 use std::{
     io,
     net::{IpAddr, SocketAddr},
@@ -9,7 +13,10 @@ use std::{
     time::Instant,
 };
 
+use delivery::{Delivery, Handover, delivery};
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use source::{Asker, source};
+use tokio::{io::AsyncWriteExt, net::TcpStream};
 use tracing::debug;
 
 use crate::{
@@ -154,10 +161,10 @@ pub async fn serve(accepted: Accepted) {
 
 /// What a CONNECT is about, once it is known to be right.
 struct Admitted {
-    mesh: Arc<Mesh>,
     workload: Arc<Workload>,
-    service: Option<Arc<Service>>,
-    target: SocketAddr,
+    /// Who asks, for labels.
+    source: Option<Arc<Workload>>,
+    delivery: Delivery,
 }
 
 async fn request(tunnel: Rc<Tunnel>, asked: Asked) {
@@ -184,41 +191,20 @@ async fn admit(tunnel: &Tunnel, asked: &Asked) -> Result<Admitted, InboundError>
     }
     let authority = request.uri().authority().ok_or(InvalidTarget)?;
     let target: Target = authority.as_str().parse()?;
-    if let Target::Address(address) = target
-        && address.ip().to_canonical() != tunnel.local.ip()
-    {
-        return Err(InboundError::IpMismatch { connection: tunnel.local.ip(), authority: address.ip() });
-    }
     let shared = &tunnel.worker.shared;
     let (mesh, workload) = shared.workload(&tunnel.pod).await?;
-    let (service, port) = match target {
-        Target::Address(address) => (forwarded_service(&mesh, &workload, request.headers()), address.port()),
-        Target::Host { name, port } => resolve(&mesh, &workload, name, port)?,
-    };
-    let foreign = tunnel.pod.own_port.is_some_and(|own| own != port);
-    if foreign || shared.is_own_port(port) {
+    let mut delivery = delivery(&mesh, &workload, tunnel.local, target, shared.config.proxy_to)?;
+    if shared.is_own_port(delivery.target.port()) {
         return Err(InboundError::Recursive);
     }
-    let target = SocketAddr::new(tunnel.local.ip(), port);
-    check(&mesh, &workload, tunnel.peer.ip(), tunnel.identity.as_ref(), target)?;
-    Ok(Admitted { mesh, workload, service, target })
-}
-
-/// A service by name, and the port at which this workload serves it.
-fn resolve(
-    mesh: &Mesh,
-    workload: &Workload,
-    name: String,
-    port: u16,
-) -> Result<(Option<Arc<Service>>, u16), InboundError> {
-    let Some(service) = mesh.service_by_hostname(&name, &workload.namespace) else {
-        return Err(InboundError::UnknownHost(name));
-    };
-    let ours = mesh.endpoints(&service.key()).iter().find(|endpoint| endpoint.workload.uid == workload.uid);
-    match ours.and_then(|endpoint| endpoint.target_port(port)) {
-        Some(target) => Ok((Some(Arc::clone(service)), target)),
-        None => Err(InboundError::UnknownPort { service: name, port }),
+    check(&mesh, &workload, tunnel.peer.ip(), tunnel.identity.as_ref(), delivery.target)?;
+    if delivery.service.is_none() {
+        delivery.service = forwarded_service(&mesh, &workload, request.headers());
     }
+    let peer = Asker { ip: tunnel.peer.ip(), identity: tunnel.identity.as_ref() };
+    let believed = shared.config.response_baggage;
+    let source = source(&mesh, &workload, peer, request.headers(), believed);
+    Ok(Admitted { workload, source, delivery })
 }
 
 /// The service that the client dialled, as its tunnel says: `forwarded: for="…";host=…`. For labels only.
@@ -267,13 +253,12 @@ pub(crate) async fn until_denied(
 
 fn ends(tunnel: &Tunnel, admitted: &Admitted) -> Ends {
     let mut ends = Ends::new(Direction::Inbound, tunnel.peer, tunnel.local);
-    let network = &admitted.workload.network;
-    ends.source_workload = admitted.mesh.workload_by_address(network, tunnel.peer.ip()).cloned();
+    ends.source_workload.clone_from(&admitted.source);
     ends.source_identity.clone_from(&tunnel.identity);
-    ends.hbone = Some(admitted.target);
+    ends.hbone = Some(admitted.delivery.target);
     ends.destination_workload = Some(Arc::clone(&admitted.workload));
     ends.destination_identity = Some(tunnel.pod.identity.clone());
-    ends.destination_service.clone_from(&admitted.service);
+    ends.destination_service.clone_from(&admitted.delivery.service);
     ends
 }
 
@@ -284,7 +269,7 @@ async fn carry(
     counters: &Counters,
 ) -> Result<(), InboundError> {
     let (shared, began) = (&tunnel.worker.shared, Instant::now());
-    let application = match shared.dial_application(&tunnel.pod, admitted.target, tunnel.peer.ip()).await {
+    let application = match dial(tunnel, &admitted.delivery).await {
         Ok(application) => application,
         Err(error) => {
             let error = InboundError::Dial(error);
@@ -300,7 +285,27 @@ async fn carry(
         headers.insert(BAGGAGE, value);
     }
     let stream = asked.accept(headers).map_err(InboundError::Http)?;
-    let denied =
-        until_denied(shared, &tunnel.pod, tunnel.peer.ip(), tunnel.identity.as_ref(), admitted.target);
+    let denied = until_denied(
+        shared,
+        &tunnel.pod,
+        tunnel.peer.ip(),
+        tunnel.identity.as_ref(),
+        admitted.delivery.target,
+    );
     Ok(stream::tunnel(application, stream, SocketIs::Server, counters, denied).await?)
+}
+
+/// The application, told by a PROXY header about the client if it wants that.
+async fn dial(tunnel: &Tunnel, delivery: &Delivery) -> io::Result<TcpStream> {
+    let shared = &tunnel.worker.shared;
+    let (dial, asked) = match delivery.to {
+        Handover::Plain => {
+            return shared.dial_application(&tunnel.pod, delivery.target, tunnel.peer.ip()).await;
+        }
+        Handover::Proxy { dial, asked } => (dial, asked),
+    };
+    let mut application = socket::connect(&tunnel.pod.netns, dial, None, &shared.socket).await?;
+    let header = proxy_protocol::header(tunnel.peer, asked, tunnel.identity.as_ref());
+    application.write_all(&header).await?;
+    Ok(application)
 }

@@ -130,6 +130,7 @@ pub const KEYS: &[Key] = &[
     key("dns.address", "DNS_PROXY_ADDR", Address, Is("localhost:15053"), "where, in each pod's netns; a loopback address of IPv4 brings that of IPv6 with it"),
     key("dns.preferred_namespace", "PREFERED_SERVICE_NAMESPACE", Text, Nothing, "of services with one name, this namespace's are preferred after the client's own"),
     key("dns.upstream", "DNS_UPSTREAM", Text, Depends("the resolvers of `/etc/resolv.conf`"), "who is asked for all other names: `IP:port` or `IP`, several separated by commas"),
+    key("hbone.application_tunnel_loopback", "LOCALHOST_APP_TUNNEL", Bool, Is("true"), "an application that takes PROXY headers is dialled on loopback, else on the pod's address"),
 
     key("drain.grace_period", "TERMINATION_GRACE_PERIOD_SECONDS", DurationOrSeconds, Nothing, "the pod's `terminationGracePeriodSeconds`: past it the kubelet kills us"),
     key("drain.deadline", "CONNECTION_TERMINATION_DEADLINE", TIME, Depends("5 s before the grace period ends (1 s, if that is 10 s or less), else `5s`"), "how long open connections may finish at the end"),

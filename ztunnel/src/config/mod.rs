@@ -64,6 +64,8 @@ pub struct Config {
     pub readiness_address: SocketAddr,
     /// Whether CONNECT replies tell about the server's workload, and the peer's telling is believed.
     pub response_baggage: bool,
+    /// Where an application that takes PROXY headers is dialled.
+    pub proxy_to: ProxyTo,
     pub log_format: LogFormat,
     /// A `RUST_LOG` filter.
     pub log_filter: String,
@@ -174,6 +176,13 @@ impl std::fmt::Debug for Headers {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_set().entries(self.0.keys()).finish()
     }
+}
+
+/// Where an application that takes PROXY headers is dialled: nobody but the tunnel can reach it on loopback.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum ProxyTo {
+    Loopback,
+    PodAddress,
 }
 
 /// HBONE tunnels kept for reuse.

@@ -10,7 +10,7 @@ use std::{
 
 use super::{
     Ca, CaService, Config, ConfigError, Dns, H2, Headers, Keepalive, LocalState, LogFormat, OwnPod, Pool,
-    Ports, ProxyMode, RootSource, Token, settings::Settings, value,
+    Ports, ProxyMode, ProxyTo, RootSource, Token, settings::Settings, value,
 };
 
 /// Past this many workers, more of them only add listening sockets to every pod.
@@ -103,6 +103,11 @@ fn resolve(settings: &Settings, in_kubernetes: bool) -> Result<Config, ConfigErr
         stats_address: settings.address("stats.address")?.unwrap_or(SocketAddr::new(any, 15020)),
         readiness_address: settings.address("readiness.address")?.unwrap_or(SocketAddr::new(any, 15021)),
         response_baggage: settings.bool("hbone.response_baggage")?,
+        proxy_to: if settings.bool("hbone.application_tunnel_loopback")? {
+            ProxyTo::Loopback
+        } else {
+            ProxyTo::PodAddress
+        },
         log_format: match settings.choice("log.format")? {
             "json" => LogFormat::Json,
             _ => LogFormat::Text,

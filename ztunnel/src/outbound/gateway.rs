@@ -60,7 +60,7 @@ async fn open(
     let outer = request(accepted, source, route, authority, None)?;
     let (stream, lease) = pooled(accepted, &outer, way).await?;
     // Behind the gateway our address means nothing: the network tells that the source is to be known by baggage.
-    let inner = request(accepted, source, route, authority, Some(&shared.config.network))?;
+    let inner = request(accepted, source, route, authority, Some(&source.network))?;
     let failed =
         |source| Arc::new(ConnectError::Inner { authority: authority.to_owned(), source: Box::new(source) });
     let credentials = shared.certificates.get(&accepted.pod.identity).await;

@@ -1,0 +1,72 @@
+//! Who asks, for labels. Never for policy, which goes by certificate and address alone.
+
+use std::{net::IpAddr, sync::Arc};
+
+use http::{HeaderMap, HeaderValue};
+
+use crate::{
+    hbone::{BAGGAGE, FORWARDED_NETWORK},
+    identity::Identity,
+    mesh::{Mesh, Workload, baggage},
+};
+
+/// The peer, by its TCP connection and by its certificate.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asker<'a> {
+    pub ip: IpAddr,
+    pub identity: Option<&'a Identity>,
+}
+
+/// By address, unless the request came from another network (`x-forwarded-network`), where that address is the
+/// gateway's: then the client's own word, if that is `believed`, is all there is.
+pub(super) fn source(
+    mesh: &Mesh,
+    workload: &Workload,
+    asker: Asker<'_>,
+    headers: &HeaderMap,
+    believed: bool,
+) -> Option<Arc<Workload>> {
+    let from = headers.get(FORWARDED_NETWORK).map(HeaderValue::as_bytes);
+    if from.is_none_or(|network| network.eq_ignore_ascii_case(workload.network.as_bytes())) {
+        return mesh.workload_by_address(&workload.network, asker.ip).cloned();
+    }
+    if !believed {
+        return None;
+    }
+    let lines = headers.get_all(BAGGAGE).iter().filter_map(|line| line.to_str().ok());
+    Some(Arc::new(baggage::parse(lines).into_workload(asker.identity)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::tests::{ip, workload};
+
+    #[test]
+    fn the_client_is_known_by_address_unless_it_comes_from_another_network() {
+        let mut server = workload("web-0", "10.0.0.1");
+        server.network = "East".into();
+        let near = Workload { network: "East".into(), ..workload("near-0", "10.0.0.2") };
+        let mesh = Mesh::new([server.clone(), near], [], []);
+        let identity = "spiffe://td/ns/shop/sa/far".parse().unwrap();
+        let known_as = |network: Option<&'static str>, believed| {
+            let mut headers = HeaderMap::new();
+            if let Some(network) = network {
+                headers.insert(FORWARDED_NETWORK, HeaderValue::from_static(network));
+            }
+            headers.insert(BAGGAGE, HeaderValue::from_static("k8s.deployment.name=far"));
+            headers.append(BAGGAGE, HeaderValue::from_static("service.name=shop,cloud.region=r"));
+            let asker = Asker { ip: ip("10.0.0.2"), identity: Some(&identity) };
+            source(&mesh, &server, asker, &headers, believed)
+        };
+        for network in [None, Some("East"), Some("eaST")] {
+            assert_eq!(&*known_as(network, true).unwrap().name, "near-0", "{network:?}");
+        }
+        for network in [Some("west"), Some("")] {
+            let told = known_as(network, true).unwrap();
+            assert_eq!((&*told.workload_name, &*told.canonical_name), ("far", "shop"), "{network:?}");
+            assert_eq!((&*told.namespace, &*told.locality.region), ("shop", "r"), "the namespace is proven");
+            assert!(known_as(network, false).is_none());
+        }
+    }
+}
