@@ -7,6 +7,7 @@
 //! * [`enrol`]: how a step is done: netns, maps, links, hand-over to the tunnel (ZDS)
 //! * [`node`]: the loop that owns all state and drives the above
 //! * [`control`]: the socket by which commands ask a running watcher
+//! * [`metrics`]: what operators count, and readiness
 //! * [`status`], [`explain`]: what is asked
 //! * [`reason`]: why something is not as wished
 //! * [`unix_socket`]: sockets that replace a dead one and leave no file
@@ -20,6 +21,7 @@ pub mod control;
 pub mod desired;
 pub mod enrol;
 pub mod explain;
+pub mod metrics;
 pub mod node;
 pub mod observed;
 pub mod reason;

@@ -12,7 +12,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs, io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::OwnedFd,
     path::PathBuf,
     sync::Arc,
@@ -31,6 +31,7 @@ use crate::{
     control,
     desired::{FailMode, Outcome, Outcomes, Source, exclusions::Exclusions},
     enrol::{hand_over, records::Records},
+    metrics::{self, Metrics},
     observed::{
         cgroups::{self, CgroupId},
         events::{self, SourceKind},
@@ -78,6 +79,8 @@ pub struct Config {
     pub dns_capture: bool,
     /// Only queries to these, three at most. None: all.
     pub dns_resolvers: Vec<IpAddr>,
+    /// Where metrics and readiness are served.
+    pub metrics_address: Option<SocketAddr>,
     /// Undo everything at the end.
     pub detach: bool,
 }
@@ -151,6 +154,7 @@ struct Node {
     places: BTreeMap<String, PathBuf>,
     dirty: Dirty,
     events: EventCounts,
+    metrics: Arc<Metrics>,
     /// Netns that were opened when their pods were looked at, by cookie, until they were acted on.
     opened: BTreeMap<u64, Arc<OwnedFd>>,
     /// When everything is compared again, since something could not be done.
@@ -175,6 +179,15 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
         .map_err(cannot(format!("make the run directory {}", config.run_dir.display())))?;
     let mut stop = signal(SignalKind::terminate()).map_err(cannot("handle SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot("handle SIGINT"))?;
+    let metrics = Arc::new(Metrics::new());
+    let _http = match config.metrics_address {
+        Some(address) => Some(
+            metrics::Server::bind(address, Arc::clone(&metrics))
+                .await
+                .map_err(cannot(format!("serve metrics at {address}")))?,
+        ),
+        None => None,
+    };
     // The sockets first: a second watcher of this node must end before it touches anything.
     let (asked_sender, mut asked) = mpsc::channel(16);
     let control =
@@ -182,7 +195,7 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
     let (zds_sender, mut zds_events) = mpsc::unbounded_channel();
     let zds = hand_over::Server::bind(&config.zds_socket, zds_sender).map_err(cannot("serve tunnels"))?;
 
-    let mut node = Node::new(config, &source)?;
+    let mut node = Node::new(config, &source, metrics)?;
     // Before the first look: what happens after it is told.
     let mut events =
         events::open(node.config.events, &mut node.kernel, &node.config.attach, &node.config.cgroup_root)
@@ -201,6 +214,8 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
         };
         node.look(cause);
         node.act();
+        node.metrics.set_tunnels(node.tunnels.len());
+        node.metrics.set_ready(node.is_ready());
         if events.wants_dirs() && std::mem::take(&mut node.dirs_changed) {
             events.watch(&node.watched());
         }
@@ -254,7 +269,7 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
 }
 
 impl Node {
-    fn new(config: Config, source: &Source) -> Result<Self, NodeError> {
+    fn new(config: Config, source: &Source, metrics: Arc<Metrics>) -> Result<Self, NodeError> {
         let records = Records::open(&config.run_dir).map_err(cannot("read what an earlier run noted"))?;
         let kernel_error = |what| move |source| NodeError::Kernel { what, source };
         let mut kernel = Kernel::open(&config.pins).map_err(kernel_error("load the programs and maps"))?;
@@ -330,6 +345,7 @@ impl Node {
             places: BTreeMap::new(),
             dirty: Dirty::default(),
             events: EventCounts::default(),
+            metrics,
             opened: BTreeMap::new(),
             all_due: None,
             dirs_changed: true,

@@ -58,7 +58,7 @@ pub struct TunnelStatus {
 }
 
 /// What becomes of a pod's traffic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// A tunnel carries it.
@@ -71,6 +71,20 @@ pub enum State {
     Refused,
     /// The pod's labels leave it alone.
     Plain,
+}
+
+impl State {
+    pub const ALL: [Self; 5] = [Self::Open, Self::Closed, Self::Bypassed, Self::Refused, Self::Plain];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Closed => "closed",
+            Self::Bypassed => "bypassed",
+            Self::Refused => "refused",
+            Self::Plain => "plain",
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

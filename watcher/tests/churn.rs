@@ -5,6 +5,8 @@ mod support;
 use std::{
     fmt::Write as _,
     fs,
+    io::{Read as _, Write as _},
+    net::TcpStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -164,6 +166,112 @@ fn every_source_of_events_finds_a_new_pod() {
         let adds = told.iter().filter(|told| matches!(told, Told::Add(..))).count();
         assert!(adds == 1 && told.last() == Some(&Told::Del(uid(0))), "{source}: {told:?}");
     }
+}
+
+/// GETs a path of the watcher's own port, which it chose by itself.
+fn http(bed: &Bed, path: &str) -> String {
+    let log = bed.log();
+    let at = log.split("address=").nth(1).expect("the address in the log");
+    let mut stream = TcpStream::connect(at.split_whitespace().next().unwrap()).expect("connect");
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: w\r\nConnection: close\r\n\r\n").expect("request");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("answer");
+    answer
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn ready_means_that_every_pod_of_the_source_was_looked_at() {
+    let mut bed = Bed::new();
+    let network = Network::new(&bed, 0);
+    let _process =
+        Reaped(start_in(&network, &pods_dir(&bed).join(format!("pod{}/main", uid(0))), "sleep 1000"));
+    // A source that cannot say anything yet.
+    fs::write(bed.dir.path().join("pods.yaml"), "pods: [").expect("pods file");
+    bed.start(&["--metrics-address", "127.0.0.1:0"]);
+    assert!(http(&bed, "/healthz/ready").starts_with("HTTP/1.1 503"));
+    assert_eq!(bed.status()["ready"], false);
+    publish(&bed, &[uid(0)], true, "");
+    wait_for("the watcher to be ready", || {
+        http(&bed, "/healthz/ready").starts_with("HTTP/1.1 200").then_some(())
+    });
+    // By then the pod is found, and closed.
+    assert!(http(&bed, "/metrics").contains("adit_watcher_pods{state=\"closed\"} 1"));
+    let told = answer_all(bed.tunnel());
+    bed.wait_state(0, "open", "");
+    let metrics = http(&bed, "/metrics");
+    for line in [
+        "adit_watcher_pods{state=\"open\"} 1",
+        "adit_watcher_pods{state=\"closed\"} 0",
+        "adit_watcher_tunnels 1",
+        "adit_watcher_enrolment_duration_seconds_count 1",
+    ] {
+        assert!(metrics.contains(line), "{line} in {metrics}");
+    }
+    drop(bed);
+    told.join().unwrap();
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_wrong_address_takes_a_pod_out_of_the_mesh_and_is_said() {
+    let mut bed = Bed::new();
+    let network = Network::new(&bed, 0);
+    let dir = pods_dir(&bed).join(format!("pod{}/main", uid(0)));
+    let _process = Reaped(start_in(&network, &dir, "exec sleep infinity"));
+    publish(&bed, &[uid(0)], true, "");
+    bed.start(&[]);
+    let told = answer_all(bed.tunnel());
+    bed.wait_state(0, "open", "");
+    // The source comes to know the address: it is another one.
+    publish(&bed, &[uid(0)], true, "  addresses: [10.9.9.9]\n");
+    bed.wait_state(0, "refused", "address_not_held");
+    publish(&bed, &[uid(0)], true, "  addresses: [10.100.0.1]\n");
+    bed.wait_state(0, "open", "");
+    drop(bed);
+    let told = told.join().unwrap();
+    let kinds: Vec<bool> = told
+        .iter()
+        .filter(|told| matches!(told, Told::Add(..) | Told::Del(_)))
+        .map(|told| matches!(told, Told::Add(..)))
+        .collect();
+    assert_eq!(kinds, [true, false, true], "{told:?}");
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_visit_to_another_pods_netns_changes_nothing() {
+    let mut bed = Bed::new();
+    let networks = [Network::new(&bed, 0), Network::new(&bed, 1)];
+    let pods = pods_dir(&bed);
+    let dir = |number| pods.join(format!("pod{}/main", uid(number)));
+    let _processes: Vec<Reaped> = (0..2)
+        .map(|number| Reaped(start_in(&networks[number], &dir(number), "exec sleep infinity")))
+        .collect();
+    publish(&bed, &[uid(0), uid(1)], true, "");
+    bed.start(&[]);
+    let told = answer_all(bed.tunnel());
+    bed.wait_state(0, "open", "");
+    bed.wait_state(1, "open", "");
+    let before = bed.status()["pods"].clone();
+    // A process of the first pod enters the second one's netns, and one that never was anywhere else does.
+    let enter = format!("nsenter --net=/run/netns/{} sleep 1000 & exec sleep 1000", networks[1].name);
+    let visitor = Reaped(start_in(&networks[0], &dir(0).with_file_name("visitor"), &enter));
+    let second = Reaped(start_in(&networks[1], &dir(0).with_file_name("second"), "exec sleep 1000"));
+    let cgroups = |status: &serde_json::Value| status["cgroups"].as_object().map_or(0, serde_json::Map::len);
+    wait_for("the new containers to be seen", || {
+        (cgroups(&bed.status()["pods"][0]) == cgroups(&before[0]) + 2).then_some(())
+    });
+    for number in 0..2 {
+        let now = bed.status()["pods"][number].clone();
+        for key in ["state", "netns", "addresses"] {
+            assert_eq!(now[key], before[number][key], "{key} of pod {number}");
+        }
+    }
+    drop((visitor, second));
+    drop(bed);
+    let told = told.join().unwrap();
+    assert!(!told.iter().any(|told| matches!(told, Told::Del(_))), "{told:?}");
 }
 
 /// Whether the kernel would answer a LISTEN from here.

@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, IsTerminal as _},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     process::ExitCode,
 };
@@ -56,6 +56,9 @@ pub struct RunArgs {
     /// Only queries to this resolver, which should be one that the tunnel forwards to [default: all]
     #[arg(long = "dns-resolver", value_name = "IP")]
     dns_resolvers: Vec<IpAddr>,
+    /// Where /metrics and /healthz/ready are served, such as 127.0.0.1:15022 [default: nowhere]
+    #[arg(long, value_name = "ADDRESS")]
+    metrics_address: Option<SocketAddr>,
     /// Undo everything on SIGTERM and SIGINT
     #[arg(long)]
     detach: bool,
@@ -101,6 +104,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         events: args.events,
         dns_capture: args.dns_capture,
         dns_resolvers: args.dns_resolvers,
+        metrics_address: args.metrics_address,
         detach: args.detach,
     };
     // The loop that owns all state is this thread; a second one speaks with tunnels, the source and askers, so

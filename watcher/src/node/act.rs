@@ -375,6 +375,7 @@ impl Node {
         let after = (self.applied.cgroups.len(), self.applied.addresses.len(), self.applied.netns.len());
         if !as_left || before.2 != after.2 {
             self.events.corrections += 1;
+            self.metrics.corrected();
             warn!(?before, ?after, "somebody else changed our maps or links, they are put right");
         }
         self.dirty.all = true;

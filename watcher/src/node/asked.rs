@@ -199,6 +199,9 @@ impl Node {
 
     /// Tells the source what became of `uids`, and takes the time of those that are open now.
     pub fn note_states(&mut self, uids: &BTreeSet<String>, now: Instant) {
+        for state in self.pods.gone_states.drain(..) {
+            self.metrics.pod(Some(state), None);
+        }
         let mut outcomes = std::mem::take(&mut self.outcomes);
         for uid in uids {
             let Some(known) = self.pods.get(uid) else {
@@ -219,11 +222,13 @@ impl Node {
                     Outcome { name: name.clone(), namespace: namespace.clone(), state, reason, addresses };
                 outcomes.tell(listener, uid, Some(outcome));
             }
+            let Some(known) = self.pods.get_mut(uid) else { continue };
+            self.metrics.pod(known.state.replace(state), Some(state));
             if state == State::Open
-                && let Some(known) = self.pods.get_mut(uid)
                 && let Some(asked_at) = known.asked_at.take()
             {
                 let took = now.saturating_duration_since(asked_at) + now.elapsed();
+                self.metrics.enrolled_after(took.as_secs_f64());
                 debug!(uid, took_us = took.as_micros(), "pod open");
             }
         }

@@ -63,6 +63,9 @@ impl Node {
 
     pub fn on_event(&mut self, event: Event) {
         self.events.told += 1;
+        if let Some(source) = self.events.source {
+            self.metrics.told(source);
+        }
         match event {
             Event::Cgroup { path, closed } => {
                 if let Some(id) = closed {
@@ -86,6 +89,7 @@ impl Node {
             Event::Lost(count) => {
                 warn!(count, "events were lost, everything is looked at");
                 self.events.lost += count;
+                self.metrics.lost(count);
                 self.events.lost_some = true;
             }
         }
@@ -229,6 +233,7 @@ impl Node {
             let changed = known.judged.verdict != verdict || known.judged.observed != observed;
             if changed && cause == Cause::Scan && known.met {
                 self.events.corrections += 1;
+                self.metrics.corrected();
                 info!(uid, found = ?verdict, before = ?known.judged.verdict, "the scan found what no event told");
             }
             let emptied = known.empty_since.is_some();

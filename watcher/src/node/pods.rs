@@ -13,6 +13,7 @@ use crate::{
     observed::Observed,
     reason::Reason,
     reconcile::{Judged, Keys, Verdict, judge::Claims},
+    status::State,
 };
 
 /// A pod, and everything that is remembered of it.
@@ -36,6 +37,8 @@ pub struct Known {
     changed_at: Instant,
     /// When it is looked at again although nothing told of a change.
     pub next_look: Option<Instant>,
+    /// What was told of it last.
+    pub state: Option<State>,
     /// Since when it should be open and is not.
     pub asked_at: Option<Instant>,
 }
@@ -54,6 +57,7 @@ impl Known {
             problem: None,
             changed_at: now,
             next_look: None,
+            state: None,
             asked_at: None,
         }
     }
@@ -110,6 +114,8 @@ pub struct Pods {
     pub synced: bool,
     /// What is applied still of pods that are not known any more.
     pub gone: Keys,
+    /// The states of those, for whoever counts.
+    pub gone_states: Vec<State>,
     last_rank: u64,
 }
 
@@ -249,6 +255,7 @@ impl Pods {
     fn forget(&mut self, uid: &str) {
         if let Some(known) = self.known.remove(uid) {
             self.gone.extend(known.keys);
+            self.gone_states.extend(known.state);
         }
     }
 }

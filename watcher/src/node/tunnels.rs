@@ -55,6 +55,10 @@ struct Failure {
 }
 
 impl Tunnels {
+    pub fn len(&self) -> usize {
+        self.connected.len()
+    }
+
     pub fn is_empty(&self) -> bool {
         self.connected.is_empty()
     }

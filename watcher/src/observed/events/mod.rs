@@ -23,7 +23,7 @@ pub mod lifecycle;
 pub mod scan;
 
 /// What a source is called in logs, in `watcher status` and on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum SourceKind {
     /// BPF programs on the kernel's tracepoints
