@@ -147,25 +147,32 @@ async fn metrics(State(metrics): State<Arc<Metrics>>, headers: HeaderMap) -> Res
     } else {
         "text/plain; charset=utf-8"
     };
-    match metrics.encode() {
-        Ok(text) => ([(header::CONTENT_TYPE, content_type)], text).into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    match aside(move || metrics.encode()).await {
+        Ok(Ok(text)) => ([(header::CONTENT_TYPE, content_type)], text).into_response(),
+        Ok(Err(error)) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+        Err(failed) => failed,
     }
 }
 
-async fn index(State(admin): State<Arc<Admin>>) -> Html<String> {
-    Html(page::page(&Overview::new(&admin)))
+/// What takes long where there is much must not hold up readiness, nor the ZDS client, which share the thread.
+async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Response> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response())
 }
 
-async fn status(State(admin): State<Arc<Admin>>) -> Json<Overview> {
-    Json(Overview::new(&admin))
+async fn index(State(admin): State<Arc<Admin>>) -> Result<Html<String>, Response> {
+    aside(move || Html(page::page(&Overview::new(&admin)))).await
+}
+
+async fn status(State(admin): State<Arc<Admin>>) -> Result<Json<Overview>, Response> {
+    aside(move || Json(Overview::new(&admin))).await
 }
 
 async fn config_dump(State(admin): State<Arc<Admin>>) -> Response {
-    match tokio::task::spawn_blocking(move || dump::dump(&admin)).await {
+    match aside(move || dump::dump(&admin)).await {
         Ok(Ok(text)) => ([(header::CONTENT_TYPE, "application/json")], text).into_response(),
         Ok(Err(error)) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+        Err(failed) => failed,
     }
 }
 

@@ -7,7 +7,7 @@ use prometheus_client::{
     encoding::{DescriptorEncoder, EncodeMetric},
     metrics::{MetricType, counter::ConstCounter},
 };
-use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
     EnvFilter, Layer, Registry,
     layer::SubscriberExt,
@@ -33,6 +33,13 @@ pub struct Written {
     /// For the metrics.
     pub lost: Lost,
     _guard: WorkerGuard,
+}
+
+/// A way to `sink` that never waits.
+fn aside(sink: impl io::Write + Send + 'static) -> (NonBlocking, Written) {
+    let (writer, guard) = NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES).finish(sink);
+    let lost = Lost(writer.error_counter());
+    (writer, Written { lost, _guard: guard })
 }
 
 /// Lines that found no place to wait: `ztunnel_log_lines_lost_total`.
@@ -69,9 +76,7 @@ impl Logging {
     /// the guard is dropped.
     pub fn init(format: LogFormat, filter: &str) -> Result<(Self, Written), LoggingError> {
         let (layer, logging) = Self::filtered(filter)?;
-        let (writer, guard) =
-            NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES).finish(io::stdout());
-        let written = Written { lost: Lost(writer.error_counter()), _guard: guard };
+        let (writer, written) = aside(io::stdout());
         let registry = tracing_subscriber::registry().with(layer);
         let writer = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(writer);
         match format {
@@ -140,5 +145,31 @@ mod tests {
         logging.add("h2=error").unwrap();
         logging.add("debug").unwrap();
         assert_eq!(logging.current().unwrap(), "h2=error,debug");
+    }
+
+    /// Like a pipe that nobody reads.
+    struct Stuck(std::sync::mpsc::Receiver<()>);
+
+    impl io::Write for Stuck {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let _ = self.0.recv();
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_log_that_nobody_takes_holds_nobody_up_and_what_is_lost_is_counted() {
+        let (unstick, stuck) = std::sync::mpsc::channel();
+        let (mut writer, written) = aside(Stuck(stuck));
+        for _ in 0..WAITING_LINES + 100 {
+            io::Write::write_all(&mut writer, b"line\n").unwrap();
+        }
+        let lost = written.lost.0.dropped_lines();
+        // One may be in the hands of the thread that writes.
+        assert!((99..=100).contains(&lost), "{lost}");
+        drop(unstick);
     }
 }
