@@ -67,7 +67,7 @@ fn every_behaviour_is_listed_and_its_tests_exist() {
     }
 }
 
-/// The words that `fn reason` of some error gives, and the one for what is dropped.
+/// The words that the reasons of errors are, and the one for what is dropped.
 fn reasons_in(folder: &Path, found: &mut BTreeSet<String>) {
     for entry in fs::read_dir(folder).expect("a folder of the sources").map(|entry| entry.expect("entry")) {
         let path = entry.path();
@@ -75,9 +75,14 @@ fn reasons_in(folder: &Path, found: &mut BTreeSet<String>) {
             reasons_in(&path, found);
         } else if path.extension().is_some_and(|extension| extension == "rs") && !path.ends_with("tests.rs") {
             let text = fs::read_to_string(&path).expect("a source file");
-            for body in text.split("fn reason(&self) -> &'static str {").skip(1) {
-                let end = body.find("\n    }\n").expect("its end");
-                found.extend(body[..end].split('"').skip(1).step_by(2).map(str::to_owned));
+            // Functions named `reason` or `…_reason`, to the end of their bodies.
+            for (at, _) in text.match_indices("reason(") {
+                let Some((head, body)) = text[at..].split_once('{') else { continue };
+                if head.len() < 60 && head.ends_with("-> &'static str ") {
+                    let end = ["\n    }\n", "\n}\n"].into_iter().filter_map(|end| body.find(end)).min();
+                    let words = body[..end.expect("its end")].split('"').skip(1).step_by(2);
+                    found.extend(words.map(str::to_owned));
+                }
             }
         }
     }

@@ -219,7 +219,7 @@ fn a_pod_whose_dns_port_is_taken_is_served_without_names() {
     let client = bed.enrolled("a", "client");
     let _taken = client.space.netns.enter(|| UdpSocket::bind(("127.0.0.1", 15053))).expect("bind");
     let node = bed.node("a", &[&client]);
-    assert!(node.log().contains("cannot serve the pod's DNS"), "{}", node.log());
+    wait_for("the log", || node.log().contains("cannot serve the pod's DNS").then_some(()));
 }
 
 #[test]

@@ -131,10 +131,10 @@ fn profiles_of_processor_and_memory_are_taken_from_the_running_tunnel() {
     let mut stream = client.space.connect(server.at(8080));
     let mut load = stream.try_clone().expect("clone");
     let sender = std::thread::spawn(move || while load.write_all(&[0; 4096]).is_ok() {});
-    profile("/debug/pprof/profile?seconds=1&frequency=500");
+    profile("/debug/pprof/profile?seconds=2&frequency=1000");
     let _ = stream.flush().and_then(|()| stream.shutdown(std::net::Shutdown::Both));
     sender.join().expect("sender");
-    run(&format!("zcat {} | grep -aq ztunnel::stream", file.display())); // functions have their names
+    run(&format!("zcat {} | grep -aqE 'ztunnel::|tokio::'", file.display())); // functions have their names
     let (head, why) = body(&a, local(15000), "GET", "/debug/pprof/heap");
     assert!(head.contains("409") && why.contains("activate=true"), "{head} {why}");
     let activate = "/debug/pprof/heap/profiling?activate=true";
