@@ -12,7 +12,7 @@ use aya_ebpf::{bindings::bpf_sock_addr, macros::cgroup_sock_addr, programs::Sock
 
 use crate::{
     address::{from_v4_word, from_words, to_words},
-    decide::{self, Connect, Outbound},
+    decide::{self, Connect, NOWHERE, Outbound},
     dns, maps, trace,
 };
 
@@ -29,16 +29,13 @@ pub fn adit_connect4(ctx: SockAddrContext) -> i32 {
     // SAFETY: the context of a connect4 program; every field is read and written by its own width.
     unsafe {
         let address = from_v4_word((&raw const (*ctx).user_ip4).read_volatile());
-        match run(ctx, address, Hook::Connect4) {
-            Ok(None) => ALLOW,
-            Ok(Some(redirect)) => {
-                let word = to_words(&redirect.address)[3];
-                (&raw mut (*ctx).user_ip4).write_volatile(word);
-                write_port(ctx, redirect.port);
-                ALLOW
-            }
-            Err(Refused) => REFUSE,
+        let (verdict, redirect) = run(ctx, address, Hook::Connect4);
+        if redirect.port != 0 {
+            let word = to_words(&redirect.address)[3];
+            (&raw mut (*ctx).user_ip4).write_volatile(word);
+            write_port(ctx, redirect.port);
         }
+        verdict
     }
 }
 
@@ -49,31 +46,26 @@ pub fn adit_connect6(ctx: SockAddrContext) -> i32 {
     unsafe {
         let word = |index: usize| (&raw const (*ctx).user_ip6[index]).read_volatile();
         let address = from_words([word(0), word(1), word(2), word(3)]);
-        match run(ctx, address, Hook::Connect6) {
-            Ok(None) => ALLOW,
-            Ok(Some(redirect)) => {
-                let words = to_words(&redirect.address);
-                (&raw mut (*ctx).user_ip6[0]).write_volatile(words[0]);
-                (&raw mut (*ctx).user_ip6[1]).write_volatile(words[1]);
-                (&raw mut (*ctx).user_ip6[2]).write_volatile(words[2]);
-                (&raw mut (*ctx).user_ip6[3]).write_volatile(words[3]);
-                write_port(ctx, redirect.port);
-                ALLOW
-            }
-            Err(Refused) => REFUSE,
+        let (verdict, redirect) = run(ctx, address, Hook::Connect6);
+        if redirect.port != 0 {
+            let words = to_words(&redirect.address);
+            (&raw mut (*ctx).user_ip6[0]).write_volatile(words[0]);
+            (&raw mut (*ctx).user_ip6[1]).write_volatile(words[1]);
+            (&raw mut (*ctx).user_ip6[2]).write_volatile(words[2]);
+            (&raw mut (*ctx).user_ip6[3]).write_volatile(words[3]);
+            write_port(ctx, redirect.port);
         }
+        verdict
     }
 }
 
-struct Refused;
-
-/// Where to redirect to, if anywhere.
+/// What to tell the kernel, and where to redirect to; port 0: nowhere.
 ///
 /// # Safety
 /// `ctx` is the program's context.
 #[inline(always)]
-unsafe fn run(ctx: *mut bpf_sock_addr, address: Address, hook: Hook) -> Result<Option<Destination>, Refused> {
-    let Some(settings) = maps::settings() else { return Ok(None) };
+unsafe fn run(ctx: *mut bpf_sock_addr, address: Address, hook: Hook) -> (i32, Destination) {
+    let Some(settings) = maps::settings() else { return (ALLOW, NOWHERE) };
     // SAFETY: the caller's.
     let (call, is_udp) = unsafe {
         let port = (&raw const (*ctx).user_port).read_volatile();
@@ -87,31 +79,31 @@ unsafe fn run(ctx: *mut bpf_sock_addr, address: Address, hook: Hook) -> Result<O
     };
     let is_query = call.destination.port == dns::PORT && (call.is_tcp || is_udp);
     let info = if call.is_tcp || is_query { maps::caller() } else { None };
-    if is_query
-        && let Some(info) = info
-        && let Some(to) = dns::redirect(settings, info, call.socket, &call.destination)
-    {
-        if settings.debug != 0 {
-            let own = decide::own_address(Some(info), &address);
-            trace::outbound(settings, hook, Rule::Names, &own, &call.destination);
+    if is_query && let Some(info) = info {
+        let to = dns::redirect(settings, info, call.socket, &call.destination);
+        if to.port != 0 {
+            if settings.debug != 0 {
+                let own = decide::own_address(Some(info), &address);
+                trace::outbound(settings, hook, Rule::Names, &own, &call.destination);
+            }
+            return (ALLOW, to);
         }
-        return Ok(Some(to));
     }
-    let (rule, result) = match decide::outbound(&call, settings, info) {
+    let (rule, verdict, to) = match decide::outbound(&call, settings, info) {
         Outbound::Leave(rule) => {
             // What an earlier connect on this socket recorded does not hold any more.
             if call.is_tcp || is_udp {
                 maps::forget_redirect(call.socket);
             }
-            (rule, Ok(None))
+            (rule, ALLOW, NOWHERE)
         }
-        Outbound::Refuse(rule) => (rule, Err(Refused)),
-        Outbound::Redirect(to) => (Rule::Redirect, Ok(Some(to))),
+        Outbound::Refuse(rule) => (rule, REFUSE, NOWHERE),
+        Outbound::Redirect(to) => (Rule::Redirect, ALLOW, to),
     };
     if settings.debug != 0 && call.is_tcp {
         trace::outbound(settings, hook, rule, &decide::own_address(info, &address), &call.destination);
     }
-    result
+    (verdict, to)
 }
 
 /// # Safety

@@ -15,6 +15,10 @@ use aya_ebpf::bindings::bpf_sock;
 
 use crate::{address::same, maps};
 
+/// No redirect. A value of its own and no `None`: on older kernels the verifier refuses programs that read stack which
+/// they never wrote (5.10 does), and the compiler makes such a read of a payload that is not there.
+pub const NOWHERE: Destination = Destination { address: UNSPECIFIED, port: 0, pad: 0 };
+
 /// A call of connect(2).
 pub struct Connect {
     pub is_tcp: bool,

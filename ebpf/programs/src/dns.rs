@@ -19,7 +19,8 @@ use aya_ebpf::{
 
 use crate::{
     address::{from_v4_word, from_words, same, to_words},
-    decide, maps,
+    decide::{self, NOWHERE},
+    maps,
     original_dst::{show_original_v4, show_original_v6},
     trace,
 };
@@ -33,7 +34,7 @@ pub const PORT: u16 = 53;
 const LOOPBACK_V4: Address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 0, 0, 1];
 const LOOPBACK_V6: Address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 
-/// Where a query to `resolver` goes instead. First rule that holds wins:
+/// Where a query to `resolver` goes instead, port 0 meaning nowhere. First rule that holds wins:
 ///
 /// 1. the pod's queries are not captured, or its traffic is not the tunnel's: leave
 /// 2. no tunnel is ready for it: leave. DNS is no security boundary: a name that the tunnel does not tell the outer world's
@@ -50,34 +51,34 @@ pub fn redirect(
     info: &CgroupInfo,
     socket: *mut bpf_sock,
     resolver: &Destination,
-) -> Option<Destination> {
+) -> Destination {
     let wanted = flag::IN_MESH | flag::NAMES | flag::READY;
     let foreign = flag::TUNNEL | flag::SIDECAR;
     if info.flags & wanted != wanted || (info.flags | info.detected) & foreign != 0 || settings.tunnel_up == 0
     {
-        return None;
+        return NOWHERE;
     }
     let to = &resolver.address;
     if is_loopback(to) || is_unspecified(to) || is_link_local(to) || is_bound(socket) {
-        return None;
+        return NOWHERE;
     }
     if maps::is_port_excluded(info.policy_id, resolver.port, OUTBOUND)
         || maps::is_cidr_excluded(info.policy_id, to)
         || !is_captured(settings, to)
     {
-        return None;
+        return NOWHERE;
     }
     let (address, family) = if is_v4(to) { (LOOPBACK_V4, 4) } else { (LOOPBACK_V6, 6) };
     // The tunnel listens for TCP once it serves UDP too.
     let port = u32::from(settings.names_port);
     if !maps::is_listening(ListenerKey { netns_cookie: info.netns_cookie, port, family }) {
-        return None;
+        return NOWHERE;
     }
-    let state = maps::state_or_new(socket)?;
+    let Some(state) = maps::state_or_new(socket) else { return NOWHERE };
     let redirect = Destination { address, port: settings.names_port, pad: 0 };
     state.original = *resolver;
     state.redirect = redirect;
-    Some(redirect)
+    redirect
 }
 
 #[inline(always)]
@@ -107,7 +108,8 @@ pub fn adit_sendmsg4(ctx: SockAddrContext) -> i32 {
     // SAFETY: the context of a sendmsg4 program; every field is read and written by its own width.
     unsafe {
         let address = from_v4_word((&raw const (*ctx).user_ip4).read_volatile());
-        if let Some(to) = captured(ctx, address, Hook::Sendmsg4) {
+        let to = captured(ctx, address, Hook::Sendmsg4);
+        if to.port != 0 {
             (&raw mut (*ctx).user_ip4).write_volatile(to_words(&to.address)[3]);
             (&raw mut (*ctx).user_port).write_volatile(u32::from(to.port.to_be()));
         }
@@ -122,7 +124,8 @@ pub fn adit_sendmsg6(ctx: SockAddrContext) -> i32 {
     unsafe {
         let word = |index: usize| (&raw const (*ctx).user_ip6[index]).read_volatile();
         let address = from_words([word(0), word(1), word(2), word(3)]);
-        if let Some(to) = captured(ctx, address, Hook::Sendmsg6) {
+        let to = captured(ctx, address, Hook::Sendmsg6);
+        if to.port != 0 {
             let words = to_words(&to.address);
             (&raw mut (*ctx).user_ip6[0]).write_volatile(words[0]);
             (&raw mut (*ctx).user_ip6[1]).write_volatile(words[1]);
@@ -137,23 +140,23 @@ pub fn adit_sendmsg6(ctx: SockAddrContext) -> i32 {
 /// # Safety
 /// `ctx` is the program's context.
 #[inline(always)]
-unsafe fn captured(ctx: *mut bpf_sock_addr, address: Address, hook: Hook) -> Option<Destination> {
+unsafe fn captured(ctx: *mut bpf_sock_addr, address: Address, hook: Hook) -> Destination {
     // SAFETY: the caller's.
     let (port, socket) = unsafe {
         let port = (&raw const (*ctx).user_port).read_volatile();
         (u16::from_be(port as u16), (&raw const (*ctx).__bindgen_anon_1.sk).read_volatile())
     };
     if port != PORT {
-        return None;
+        return NOWHERE;
     }
-    let settings = maps::settings()?;
-    let info = maps::caller()?;
+    let Some(settings) = maps::settings() else { return NOWHERE };
+    let Some(info) = maps::caller() else { return NOWHERE };
     let resolver = Destination { address, port, pad: 0 };
-    let to = redirect(settings, info, socket, &resolver)?;
-    if settings.debug != 0 {
+    let to = redirect(settings, info, socket, &resolver);
+    if to.port != 0 && settings.debug != 0 {
         trace::outbound(settings, hook, Rule::Names, &decide::own_address(Some(info), &address), &resolver);
     }
-    Some(to)
+    to
 }
 
 /// An answer comes from whom its socket asked last. One that asks several resolvers at once cannot tell which of them
