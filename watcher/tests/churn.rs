@@ -476,3 +476,62 @@ fn sixty_labels_at_once_take_milliseconds() {
         });
     }
 }
+
+/// Processes that the machine has started, and the CPU time of a process, in ticks of 10 ms.
+fn started_and_spent(pid: u64) -> (u64, u64) {
+    let stat = fs::read_to_string("/proc/stat").expect("stat");
+    let started = stat.lines().find_map(|line| line.strip_prefix("processes ")).expect("processes");
+    let own = fs::read_to_string(format!("/proc/{pid}/stat")).expect("stat");
+    // What follows the name, which may hold anything: state, …; the 14th and 15th are user and system time.
+    let fields: Vec<&str> = own.rsplit_once(')').expect("a name").1.split_whitespace().collect();
+    let ticks = |i: usize| fields[i].parse::<u64>().expect("ticks");
+    (started.trim().parse().expect("a number"), ticks(11) + ticks(12))
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_storm_of_processes_hides_no_pod() {
+    let mut bed = Bed::new();
+    let networks: Vec<Network> = (0..6).map(|number| Network::new(&bed, number)).collect();
+    let dir = |bed: &Bed, number| pods_dir(bed).join(format!("pod{}/main", uid(number)));
+    let uids: Vec<String> = (0..networks.len()).map(uid).collect();
+    publish(&bed, &uids, true, "");
+    bed.start(&[]);
+    let told = answer_all(bed.tunnel());
+    let pid = bed.status()["pid"].as_u64().expect("a pid");
+    let mut running = Vec::new();
+    for (place, stormy) in [("a pod", dir(&bed, 0)), ("elsewhere", bed.cgroup.join("watcher/storm"))] {
+        let storms: Vec<Reaped> = (0..2)
+            .map(|_| Reaped(start_in(&networks[0], &stormy, "while :; do /bin/true; (:); done")))
+            .collect();
+        if place == "a pod" {
+            bed.wait_state(0, "open", "");
+        }
+        let (since, before) = (Instant::now(), started_and_spent(pid));
+        let second = usize::from(place != "a pod") * 2;
+        let new: Vec<Reaped> = (1..3)
+            .map(|number| {
+                let dir = dir(&bed, number + second);
+                Reaped(start_in(&networks[number + second], &dir, "exec sleep 1000"))
+            })
+            .collect();
+        for number in 1..3 {
+            bed.wait_state(number + second, "open", "");
+        }
+        // For a while, so that the rate says something.
+        wait_for("three seconds of storm", || (since.elapsed() > Duration::from_secs(3)).then_some(()));
+        let after = started_and_spent(pid);
+        let seconds = since.elapsed().as_secs_f64();
+        #[expect(clippy::cast_precision_loss, reason = "for people")]
+        let (rate, cpu) = ((after.0 - before.0) as f64 / seconds, (after.1 - before.1) as f64 / seconds);
+        eprintln!(
+            "storm in {place}: {rate:.0} processes a second, watcher {cpu:.1} % of a core, {}",
+            bed.status()["events"]
+        );
+        drop(storms);
+        running.extend(new);
+    }
+    drop(running);
+    drop(bed);
+    told.join().unwrap();
+}

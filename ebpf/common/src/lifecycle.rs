@@ -54,7 +54,7 @@ pub struct PathEvent {
     pub path: [u8; PATH_BYTES],
 }
 
-/// A process (not a thread) began another program, or ended.
+/// A process began another program. Not every one is told.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessEvent {
@@ -75,8 +75,9 @@ pub enum Kind {
     Made = 1,
     Removed = 2,
     Joined = 3,
-    Executed = 4,
-    Exited = 5,
+    /// Its first process came, or its last one went.
+    Populated = 4,
+    Executed = 5,
 }
 
 impl Kind {
@@ -86,8 +87,8 @@ impl Kind {
             1 => Some(Self::Made),
             2 => Some(Self::Removed),
             3 => Some(Self::Joined),
-            4 => Some(Self::Executed),
-            5 => Some(Self::Exited),
+            4 => Some(Self::Populated),
+            5 => Some(Self::Executed),
             _ => None,
         }
     }

@@ -29,8 +29,8 @@ const PROGRAMS: [(&str, &str); 5] = [
     ("adit_cgroup_made", "cgroup_mkdir"),
     ("adit_cgroup_gone", "cgroup_rmdir"),
     ("adit_cgroup_join", "cgroup_attach_task"),
+    ("adit_cgroup_full", "cgroup_notify_populated"),
     ("adit_exec", "sched_process_exec"),
-    ("adit_exit", "sched_process_exit"),
 ];
 const RING: &str = "lifecycle";
 const SCOPE: &str = "lifecycle_scope";

@@ -11,15 +11,18 @@ use adit_ebpf_common::pods::CgroupInfo;
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     helpers::{
-        bpf_get_current_cgroup_id, bpf_get_current_pid_tgid, bpf_probe_read_kernel,
+        bpf_get_current_cgroup_id, bpf_ktime_get_ns, bpf_probe_read_kernel,
         generated::bpf_probe_read_kernel_str,
     },
     macros::{map, raw_tracepoint},
-    maps::{Array, CgroupArray, HashMap, PerCpuArray, RingBuf},
+    maps::{Array, CgroupArray, HashMap, LruHashMap, PerCpuArray, RingBuf},
     programs::RawTracePointContext,
 };
 
 use crate::maps;
+
+/// The watcher looks again at a pod that is not in order within this time.
+const QUIET_NS: u64 = 5_000_000;
 
 #[map(name = "lifecycle")]
 static LIFECYCLE: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
@@ -35,10 +38,13 @@ static LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 /// tasks, with migration off.
 #[map(name = "lifecycle_event")]
 static EVENT: PerCpuArray<PathEvent> = PerCpuArray::with_max_entries(1, 0);
+/// When an exec in a cgroup was told last.
+#[map(name = "lifecycle_told")]
+static TOLD: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
 #[map(name = "expected_pods")]
 static EXPECTED: HashMap<Name, CgroupInfo> = HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
 
-// The first arguments of all three: `struct cgroup *cgroup, const char *path`.
+// The first arguments of all four of cgroups: `struct cgroup *cgroup, const char *path`.
 
 #[raw_tracepoint(tracepoint = "cgroup_mkdir")]
 pub fn adit_cgroup_made(context: RawTracePointContext) -> i32 {
@@ -55,30 +61,47 @@ pub fn adit_cgroup_join(context: RawTracePointContext) -> i32 {
     tell_path(&context, Kind::Joined)
 }
 
+/// Its first process came, or its last one went: what sched_process_exit would have to be counted for.
+#[raw_tracepoint(tracepoint = "cgroup_notify_populated")]
+pub fn adit_cgroup_full(context: RawTracePointContext) -> i32 {
+    tell_path(&context, Kind::Populated)
+}
+
 #[raw_tracepoint(tracepoint = "sched_process_exec")]
 pub fn adit_exec(_context: RawTracePointContext) -> i32 {
-    tell_process(Kind::Executed)
+    tell_exec();
+    0
 }
 
-#[raw_tracepoint(tracepoint = "sched_process_exit")]
-pub fn adit_exit(_context: RawTracePointContext) -> i32 {
-    let pid_tgid = bpf_get_current_pid_tgid();
-    // A thread is not a process.
-    if pid_tgid >> 32 == pid_tgid & 0xffff_ffff { tell_process(Kind::Exited) } else { 0 }
-}
-
+/// Tells of an exec, first rule that holds wins:
+///
+/// 1. not below the base: nothing
+/// 2. in a cgroup of a pod that a tunnel serves: nothing, it has all that it needs
+/// 3. one of this cgroup was told a moment ago: nothing, the watcher looks at it again by itself
+/// 4. otherwise: told
+///
+/// So a storm of processes costs what these look-ups cost, and wakes nobody.
 #[inline(always)]
-fn tell_process(kind: Kind) -> i32 {
+fn tell_exec() {
     if BASE.current_task_under_cgroup(0) != Ok(true) {
-        return 0;
+        return;
     }
-    // SAFETY: a helper without arguments.
-    let cgroup_id = unsafe { bpf_get_current_cgroup_id() };
-    let event = ProcessEvent { kind: kind as u32, pad: 0, cgroup_id };
+    // SAFETY: helpers without arguments; entries are replaced whole.
+    let (cgroup_id, now) = unsafe { (bpf_get_current_cgroup_id(), bpf_ktime_get_ns()) };
+    if maps::is_ready(cgroup_id) {
+        return;
+    }
+    // SAFETY: as above; two CPUs that race tell twice.
+    if let Some(told) = unsafe { TOLD.get(cgroup_id) }
+        && now.wrapping_sub(*told) < QUIET_NS
+    {
+        return;
+    }
+    let _ = TOLD.insert(cgroup_id, now, 0);
+    let event = ProcessEvent { kind: Kind::Executed as u32, pad: 0, cgroup_id };
     if LIFECYCLE.output::<ProcessEvent>(event, 0).is_err() {
         count_lost();
     }
-    0
 }
 
 #[inline(always)]

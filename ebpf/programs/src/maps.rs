@@ -5,7 +5,7 @@ use core::ptr::null_mut;
 use adit_ebpf_common::{
     address::Address,
     flows::{Destination, Flow, SocketState},
-    pods::{CgroupInfo, ExcludedCidr, ExcludedPort, ListenerKey, PodRecord},
+    pods::{CgroupInfo, ExcludedCidr, ExcludedPort, ListenerKey, PodRecord, flag},
     settings::Settings,
 };
 use aya_ebpf::{
@@ -71,6 +71,13 @@ pub fn caller() -> Option<&'static CgroupInfo> {
         }
     }
     None
+}
+
+/// Whether a tunnel serves the pod of exactly this cgroup.
+#[inline(always)]
+pub fn is_ready(cgroup_id: u64) -> bool {
+    // SAFETY: as in `caller`.
+    unsafe { CGROUP_INFO.get(cgroup_id) }.is_some_and(|info| info.flags & flag::READY != 0)
 }
 
 /// Gives a cgroup its entry; whether there was room.

@@ -78,7 +78,7 @@ impl Node {
                 else {
                     return;
                 };
-                // A pod that is in order has nothing to gain: it may well start a thousand programs a second.
+                // A pod that is in order has nothing to gain.
                 if matches!(known.judged.verdict, Verdict::Verified(_)) {
                     let soon = Instant::now() + AT_EASE;
                     known.next_look = Some(known.next_look.map_or(soon, |next| next.min(soon)));

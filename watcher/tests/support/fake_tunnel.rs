@@ -146,5 +146,9 @@ impl FakeTunnel {
 
 fn send(socket: &Socket, packet: &[u8]) {
     let parts = [IoSlice::new(packet)];
-    sendmsg::<UnixAddr>(socket.as_raw_fd(), &parts, &[], MsgFlags::MSG_NOSIGNAL, None).expect("send");
+    match sendmsg::<UnixAddr>(socket.as_raw_fd(), &parts, &[], MsgFlags::MSG_NOSIGNAL, None) {
+        // It was killed; whoever listens next is told so.
+        Err(nix::errno::Errno::EPIPE | nix::errno::Errno::ECONNRESET) => {}
+        sent => drop(sent.expect("send")),
+    }
 }

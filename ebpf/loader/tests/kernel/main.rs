@@ -4,6 +4,7 @@
 
 mod bench;
 mod inbound;
+mod lifecycle;
 mod lifetime;
 mod names;
 mod outbound;

@@ -49,7 +49,7 @@ impl SourceKind {
 pub enum Event {
     /// Something happened to this cgroup. `closed`: its id, if it was closed as it was made.
     Cgroup { path: PathBuf, closed: Option<u64> },
-    /// A process of this cgroup began or ended.
+    /// A process of this cgroup began another program.
     Process { cgroup_id: u64 },
     /// So many events were lost: everything has to be looked at.
     Lost(u64),
