@@ -103,6 +103,8 @@ fn names_of_services_are_answered_and_all_else_is_forwarded() {
     assert_eq!(status(&client, &[at, "four.other", "AAAA"]), ("NOERROR".to_owned(), 0), "no such address");
     assert_eq!(status(&client, &[at, "nosuch.demo.svc.cluster.local"]), ("NXDOMAIN".to_owned(), 0));
     assert_eq!(status(&client, &[at, "broken.test"]), ("SERVFAIL".to_owned(), 0));
+    let families: Vec<_> = resolver.asked("broken.test").iter().map(|asked| asked.client.is_ipv4()).collect();
+    assert_eq!(families, [true, false], "the second resolver may know better than the first");
 }
 
 #[test]
@@ -210,6 +212,31 @@ fn nobody_can_guess_how_a_forwarded_query_comes_back() {
     let ids: HashSet<_> = asked.iter().map(|asked| asked.id).collect();
     let ports: HashSet<_> = asked.iter().map(|asked| asked.client.port()).collect();
     assert!(ids.len() > 12 && ports.len() > 12, "ids {ids:?}, ports {ports:?}");
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn a_successor_takes_over_without_a_lost_query() {
+    let mut bed = Bed::new();
+    let (client, _resolver) = captured(&mut bed);
+    let mut old = bed.node("a", &[&client]);
+    let _new = bed.node("a", &[&client]);
+    let query = b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0\x03web\0\0\x01\0\x01";
+    let to = SocketAddr::new(ADDRESSES[0].parse().expect("address"), 53);
+    for round in 0..300 {
+        if round == 100 {
+            old.signal(nix::sys::signal::Signal::SIGTERM);
+        }
+        // Each from a port of its own, so that the kernel spreads them over both.
+        let socket = client.space.netns.enter(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).expect("bind");
+        socket.set_read_timeout(Some(LIMIT)).expect("timeout");
+        socket.send_to(query, to).expect("send");
+        let mut reply = [0; 512];
+        let (length, _) =
+            socket.recv_from(&mut reply).unwrap_or_else(|error| panic!("query {round}: {error}"));
+        assert!(reply[..length].ends_with(&[10, 96, 0, 1]), "query {round}");
+    }
+    assert!(old.wait_exit().success());
 }
 
 #[test]

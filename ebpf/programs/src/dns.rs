@@ -39,7 +39,8 @@ const LOOPBACK_V6: Address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 /// 1. the pod's queries are not captured, or its traffic is not the tunnel's: leave
 /// 2. no tunnel is ready for it: leave. DNS is no security boundary: a name that the tunnel does not tell the outer world's
 ///    resolver does, and the connection that follows meets the pod's fail mode
-/// 3. the resolver is the pod's own (loopback), on the link, or bound to a device: leave, the loopback is not there
+/// 3. the resolver is the pod's own (loopback) or on the link, or the socket is bound to a device, from where the
+///    loopback is out of reach: leave
 /// 4. excluded by port or CIDR: leave
 /// 5. some resolvers are named, and it is none of them: leave, the tunnel would ask others
 /// 6. the tunnel does not serve DNS in this netns: leave, as 2

@@ -33,6 +33,10 @@ const MOST_FORWARDED: usize = 256;
 const MOST_CONNECTIONS: usize = 64;
 /// A connection that asks nothing for so long is closed (RFC 7766 §6.2.3).
 const IDLE: Duration = Duration::from_secs(10);
+/// A port on which nobody speaks (RFC 863).
+const DISCARD: u16 = 9;
+/// How long a connection that is open when the pod goes may still ask.
+const LAST_QUESTION: Duration = Duration::from_millis(500);
 /// What a query under way may still take when the pod goes.
 const LAST: Duration = Duration::from_secs(5);
 
@@ -72,8 +76,8 @@ async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) 
     let mut tasks = JoinSet::new();
     let mut buffer = vec![0; usize::from(u16::MAX)];
     loop {
+        // In no order: a flood of datagrams must not hold up connections.
         tokio::select! {
-            biased;
             () = pod_dns.pod.stop.cancelled() => break,
             Some(ended) = tasks.join_next() => super::report(ended),
             received = udp.recv_from(&mut buffer) => match received {
@@ -86,8 +90,19 @@ async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) 
             },
         }
     }
-    // This one first: our kernel programs stop sending queries here when it is gone.
-    drop(tcp);
+    // This one first: our kernel programs stop sending queries here when it is gone. What waits is served: closing
+    // alone would reset it.
+    if let Ok(tcp) = tcp.into_std() {
+        while let Ok((stream, _)) = tcp.accept() {
+            if let Ok(stream) = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream)) {
+                pod_dns.connection(stream, &mut tasks);
+            }
+        }
+    }
+    // A socket with a peer gets nothing from others any more, so a successor gets it. What waits here is answered.
+    if let Ok(own) = udp.local_addr() {
+        let _ = udp.connect((own.ip(), DISCARD)).await;
+    }
     while let Ok((length, client)) = udp.try_recv_from(&mut buffer) {
         pod_dns.datagram(&udp, &buffer[..length], client, &mut tasks);
     }
@@ -144,9 +159,12 @@ impl PodDns {
     /// One query after the other until the client ends, is silent for long, or the pod goes.
     async fn talk(&self, mut stream: TcpStream) -> io::Result<()> {
         loop {
+            let stopped = async {
+                self.pod.stop.cancelled().await;
+                sleep(LAST_QUESTION).await;
+            };
             let length = tokio::select! {
-                biased;
-                () = self.pod.stop.cancelled() => return Ok(()),
+                () = stopped => return Ok(()),
                 length = timeout(IDLE, stream.read_u16()) => match length {
                     Ok(Ok(length)) => length,
                     Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
