@@ -32,6 +32,10 @@ fn main() -> ExitCode {
     let done = match command {
         Some(Command::Config(command)) => cli::config::run(command, config).map(|()| ExitCode::SUCCESS),
         Some(Command::Status(status)) => cli::status::run(&status),
+        Some(Command::Completion(completion)) => {
+            cli::completion::run(&completion);
+            Ok(ExitCode::SUCCESS)
+        }
         None => run(config.as_deref()).map(|()| ExitCode::SUCCESS),
     };
     match done {

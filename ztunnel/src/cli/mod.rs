@@ -2,7 +2,9 @@
 //!
 //! * [`config`]: what the configuration comes to, without running
 //! * [`status`]: what the running tunnel says of itself
+//! * [`completion`]: what a shell needs to complete all that
 
+pub mod completion;
 pub mod config;
 pub mod status;
 
@@ -37,6 +39,7 @@ pub enum Command {
     #[command(subcommand)]
     Config(config::ConfigCommand),
     Status(status::Status),
+    Completion(completion::Completion),
 }
 
 /// How an answer is written.

@@ -1,0 +1,18 @@
+//! `ztunnel completion`: what a shell needs to complete our commands.
+
+use clap::{Args, CommandFactory};
+use clap_complete::Shell;
+
+/// Prints the completion script of a shell.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  ztunnel completion bash > /etc/bash_completion.d/ztunnel
+  ztunnel completion zsh > \"${fpath[1]}/_ztunnel\"")]
+pub struct Completion {
+    shell: Shell,
+}
+
+pub fn run(completion: &Completion) {
+    let mut command = super::Arguments::command();
+    clap_complete::generate(completion.shell, &mut command, "ztunnel", &mut std::io::stdout());
+}
