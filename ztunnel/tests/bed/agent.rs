@@ -9,8 +9,8 @@ use std::{
 
 use nix::sys::{
     socket::{
-        AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, accept, bind, listen,
-        recv, sendmsg, setsockopt, socket, sockopt,
+        AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind,
+        listen, recv, sendmsg, setsockopt, socket, sockopt,
     },
     time::TimeVal,
 };
@@ -40,7 +40,8 @@ impl FakeAgent {
 
     /// Waits for the tunnel and returns its first packet.
     pub fn accept(&mut self) -> Vec<u8> {
-        let fd = accept(self.listener.as_raw_fd()).expect("the tunnel connects");
+        // Not for the programs that tests start: while one of them held it, nobody could hang up.
+        let fd = accept4(self.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC).expect("the tunnel connects");
         self.connection = Some(own(fd));
         setsockopt(self.connection.as_ref().expect("set"), sockopt::ReceiveTimeout, &time_value(LIMIT))
             .expect("timeout");
