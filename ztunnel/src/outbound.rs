@@ -52,7 +52,7 @@ impl Failure for OutboundError {
             Self::Route(error) => error.reason(),
             Self::Dial(_) => "connect",
             Self::Request { .. } => "invalid_request",
-            Self::Hbone(error) => connect_reason(error),
+            Self::Hbone(error) => error.reason(),
             Self::Stream(_) => "broken",
         }
     }
@@ -60,33 +60,9 @@ impl Failure for OutboundError {
     fn response_flags(&self) -> &'static str {
         match self {
             Self::Dial(_) => "CONNECT",
-            Self::Hbone(error) => connect_flags(error),
+            Self::Hbone(error) => error.response_flags(),
             _ => "-",
         }
-    }
-}
-
-fn connect_reason(error: &ConnectError) -> &'static str {
-    match error {
-        ConnectError::Tcp { .. } => "connect",
-        ConnectError::Identity(_) => "identity",
-        ConnectError::Tls { .. } => "tls",
-        ConnectError::Http { .. } => "h2_handshake",
-        ConnectError::Stream { .. } | ConnectError::Abandoned => "h2_stream",
-        ConnectError::Status(_) => "refused_by_peer",
-        ConnectError::Inner { source, .. } => connect_reason(source),
-    }
-}
-
-fn connect_flags(error: &ConnectError) -> &'static str {
-    match error {
-        ConnectError::Tcp { .. } => "CONNECT",
-        ConnectError::Identity(_) => "IDENTITY_ERROR",
-        ConnectError::Tls { .. } => "TLS_FAILURE",
-        ConnectError::Http { .. } => "H2_HANDSHAKE_FAILURE",
-        ConnectError::Status(http::StatusCode::UNAUTHORIZED) => "DENY",
-        ConnectError::Inner { source, .. } => connect_flags(source),
-        _ => "-",
     }
 }
 

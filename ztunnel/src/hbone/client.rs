@@ -46,6 +46,34 @@ pub enum ConnectError {
     Abandoned,
 }
 
+impl ConnectError {
+    /// A closed set, for logs and metrics.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Tcp { .. } => "connect",
+            Self::Identity(_) => "identity",
+            Self::Tls { .. } => "tls",
+            Self::Http { .. } => "h2_handshake",
+            Self::Stream { .. } | Self::Abandoned => "h2_stream",
+            Self::Status(_) => "refused_by_peer",
+            Self::Inner { source, .. } => source.reason(),
+        }
+    }
+
+    /// Istio's flags for it.
+    pub fn response_flags(&self) -> &'static str {
+        match self {
+            Self::Tcp { .. } => "CONNECT",
+            Self::Identity(_) => "IDENTITY_ERROR",
+            Self::Tls { .. } => "TLS_FAILURE",
+            Self::Http { .. } => "H2_HANDSHAKE_FAILURE",
+            Self::Status(StatusCode::UNAUTHORIZED) => "DENY",
+            Self::Inner { source, .. } => source.response_flags(),
+            Self::Stream { .. } | Self::Abandoned | Self::Status(_) => "-",
+        }
+    }
+}
+
 /// A tunnel that was just opened. It lives as long as `driver` is polled, which ends when every clone of
 /// `requests` and every stream are gone, or when the peer is.
 pub struct Tunnel {
