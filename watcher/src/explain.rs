@@ -14,6 +14,8 @@ use crate::{
     reconcile::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT},
 };
 
+const DNS: u16 = 53;
+
 /// The rules that decide about a connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Explanation {
@@ -25,11 +27,13 @@ pub struct Explanation {
     pub inbound: Option<String>,
 }
 
-/// The rule of `connect4/6` for a caller in a cgroup of `info` (`None`: no entry).
+/// The rule of `connect4/6` for a caller in a cgroup of `info` (`None`: no entry). `resolvers`: whose DNS queries are
+/// captured, where the pod wants that; empty: all. That the tunnel has its listeners is taken for granted.
 pub fn outbound(
     info: Option<&CgroupInfo>,
     own: &[IpAddr],
     exclusions: &Exclusions,
+    resolvers: &[IpAddr],
     tunnel_up: bool,
     destination: SocketAddr,
 ) -> Rule {
@@ -63,10 +67,18 @@ pub fn outbound(
     if !ready {
         return if info.flags & flag::FAIL_OPEN == 0 { Rule::FailClosed } else { Rule::FailOpen };
     }
+    if destination.port() == DNS && info.flags & flag::NAMES != 0 && is_captured(resolvers, address) {
+        return Rule::Names;
+    }
     if !own.iter().any(|held| held.is_ipv4() == address.is_ipv4()) {
         return Rule::NoAddress;
     }
     Rule::Redirect
+}
+
+fn is_captured(resolvers: &[IpAddr], resolver: IpAddr) -> bool {
+    let on_link = matches!(resolver, IpAddr::V6(v6) if v6.is_unicast_link_local());
+    !on_link && (resolvers.is_empty() || resolvers.contains(&resolver))
 }
 
 /// The rule of `sk_lookup` for a connection from another pod or node to `port` of a pod of this node.
@@ -86,7 +98,7 @@ pub fn inbound(record: Option<&PodRecord>, exclusions: &Exclusions, tunnel_up: b
 
 #[cfg(test)]
 mod tests {
-    use adit_ebpf_common::pods::flag::{FAIL_OPEN, IN_MESH, READY};
+    use adit_ebpf_common::pods::flag::{FAIL_OPEN, IN_MESH, NAMES, READY};
 
     use crate::reconcile::cgroup_info;
 
@@ -102,7 +114,8 @@ mod tests {
         };
         let rule = |flags: Option<u32>, up: bool, to: &str| {
             let info = flags.map(|flags| cgroup_info(flags, 0, &own));
-            outbound(info.as_ref(), &own, &exclusions, up, to.parse().unwrap())
+            let resolvers = ["10.96.0.10".parse().unwrap()];
+            outbound(info.as_ref(), &own, &exclusions, &resolvers, up, to.parse().unwrap())
         };
         let ready = Some(IN_MESH | READY);
         for (flags, up, to, expected) in [
@@ -125,6 +138,10 @@ mod tests {
             (Some(IN_MESH | FAIL_OPEN), true, "10.0.0.2:80", Rule::FailOpen),
             (ready, true, "[fd00::2]:80", Rule::NoAddress),
             (ready, true, "10.0.0.2:80", Rule::Redirect),
+            (ready, true, "10.96.0.10:53", Rule::Redirect),
+            (Some(IN_MESH | READY | NAMES), true, "10.96.0.10:53", Rule::Names),
+            (Some(IN_MESH | READY | NAMES), true, "10.96.0.11:53", Rule::Redirect),
+            (Some(IN_MESH | READY | NAMES), true, "10.96.0.10:54", Rule::Redirect),
         ] {
             assert_eq!(rule(flags, up, to), expected, "{flags:?} {up} {to}");
         }

@@ -255,7 +255,8 @@ impl Node {
             Verdict::Verified(facts) => facts.addresses.as_slice(),
             _ => &[],
         };
-        let outbound = explain::outbound(info, own, &judged.pod.exclusions, up, destination);
+        let outbound =
+            explain::outbound(info, own, &judged.pod.exclusions, &self.config.dns_resolvers, up, destination);
         let there = destination.ip().to_canonical();
         let receiver = self.pods.all().map(|known| &known.judged).find(
             |other| matches!(&other.verdict, Verdict::Verified(facts) if facts.addresses.contains(&there)),
