@@ -1,8 +1,9 @@
 //! What is there of the pods: looking at some of them, and judging what was seen.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    os::{fd::OwnedFd, unix::ffi::OsStrExt as _},
+    collections::BTreeSet,
+    net::IpAddr,
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -18,7 +19,7 @@ use crate::{
         cgroups::{self, CgroupId},
         events::Event,
         netns::{self, NetnsId},
-        processes,
+        processes::{self, Look, Sightings},
     },
     reconcile::{Netns, Verdict, judge},
 };
@@ -189,14 +190,26 @@ impl Node {
                 dir => seen.push((uid, Observed { dir, ..Observed::default() })),
             }
         }
-        let host: &BTreeSet<NetnsId> = &self.host;
-        let found = netns::visit_each(&to_visit, |visitor, (_, dir)| processes::observe(visitor, dir, host));
+        let (host, pods) = (&self.host, &self.pods);
+        let known: Vec<(&PathBuf, &BTreeSet<IpAddr>, &Sightings)> = to_visit
+            .iter()
+            .filter_map(|(uid, dir)| {
+                let known = pods.get(uid)?;
+                Some((dir, &known.judged.pod.addresses, &known.sightings))
+            })
+            .collect();
+        let found = netns::visit_each(&known, |visitor, (dir, addresses, sightings)| {
+            processes::observe(visitor, dir, addresses, host, sightings)
+        });
         for ((uid, dir), found) in to_visit.into_iter().zip(found) {
-            let (observed, opened) = found.unwrap_or_else(|error| {
+            let Look { observed, opened, sightings } = found.unwrap_or_else(|error| {
                 warn!(uid, %error, "cannot look at the pod's cgroup");
-                (Observed { dir: Some(dir), ..Observed::default() }, BTreeMap::new())
+                Look { observed: Observed { dir: Some(dir), ..Observed::default() }, ..Look::default() }
             });
-            self.opened.extend(opened.into_iter().map(|(cookie, fd): (u64, OwnedFd)| (cookie, Arc::new(fd))));
+            self.opened.extend(opened.into_iter().map(|(cookie, fd)| (cookie, Arc::new(fd))));
+            if let Some(known) = self.pods.get_mut(&uid) {
+                known.sightings = sightings;
+            }
             let observed = self.keep_empty(&uid, observed);
             seen.push((uid, observed));
         }

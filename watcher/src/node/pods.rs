@@ -10,7 +10,7 @@ use tracing::warn;
 
 use crate::{
     desired::{BadEntry, Entry, Pod, Update, exclusions::Exclusions},
-    observed::Observed,
+    observed::{Observed, processes::Sightings},
     reason::Reason,
     reconcile::{Judged, Keys, Verdict, judge::Claims},
     status::State,
@@ -29,6 +29,8 @@ pub struct Known {
     /// treated leniently.
     pub met: bool,
     pub lenient_until: Option<Instant>,
+    /// Where its young processes were seen.
+    pub sightings: Sightings,
     /// Since when it has no process although it is enrolled.
     pub empty_since: Option<Instant>,
     /// What could not be done for it.
@@ -53,6 +55,7 @@ impl Known {
             policy: None,
             met: false,
             lenient_until: None,
+            sightings: Sightings::default(),
             empty_since: None,
             problem: None,
             changed_at: now,

@@ -7,9 +7,11 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
-    io,
+    io::{self, Read as _},
+    net::IpAddr,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -59,17 +61,39 @@ fn members(cgroups: &BTreeMap<PathBuf, CgroupId>, pod_dir: &Path) -> Vec<Pinned>
     pinned.into_iter().filter(|process| still.contains(&process.pid)).collect()
 }
 
-/// Looks at the pod whose directory is `cgroup`. Each netns is entered every time: neither its id nor its
-/// addresses may be taken from memory, since both come back with other pods. Also gives the netns themselves,
-/// by cookie, to whoever goes on at once; kept, they would outlive their pods.
+/// A container runtime puts a new process into its cgroup before it puts it into its namespaces. So what a process that
+/// is younger than this shows is believed only when it shows it again, after [`SETTLED_AFTER`].
+const YOUNG: Duration = Duration::from_millis(500);
+const SETTLED_AFTER: Duration = Duration::from_millis(20);
+/// The node's own netns is where every process comes from: believed only of one that stayed there.
+const AT_HOME_AFTER: Duration = Duration::from_secs(2);
+
+/// In which netns young processes were seen, and since when. By pid and start, since pids come back.
+pub type Sightings = BTreeMap<(i32, u64), (NetnsId, Instant)>;
+
+/// What a look at a pod gives.
+#[derive(Debug, Default)]
+pub struct Look {
+    pub observed: Observed,
+    /// The netns, by cookie, for whoever goes on at once; kept, they would outlive their pods.
+    pub opened: BTreeMap<u64, OwnedFd>,
+    /// For the next look.
+    pub sightings: Sightings,
+}
+
+/// Looks at the pod whose directory is `cgroup`, and whose netns has to hold `addresses`. Each netns is entered every
+/// time: neither its id nor its addresses may be taken from memory, since both come back with other pods.
 pub fn observe(
     visitor: &Visitor,
     cgroup: &Path,
+    addresses: &BTreeSet<IpAddr>,
     host: &BTreeSet<NetnsId>,
-) -> io::Result<(Observed, BTreeMap<u64, OwnedFd>)> {
+    earlier: &Sightings,
+) -> io::Result<Look> {
     let cgroups: BTreeMap<PathBuf, CgroupId> = cgroups::tree(cgroup)?;
     let mut found: BTreeMap<NetnsId, Seen> = BTreeMap::new();
-    let mut opened = BTreeMap::new();
+    let mut look = Look::default();
+    let uptime = uptime();
     for process in members(&cgroups, cgroup) {
         // A process that ended, or a zombie, has no netns any more.
         let Ok(netns) = process.netns() else { continue };
@@ -77,21 +101,74 @@ pub fn observe(
         if found.contains_key(&id) {
             continue;
         }
-        let seen = if host.contains(&id) {
+        let is_host = host.contains(&id);
+        let settled = process.is_settled(id, is_host, uptime, earlier, &mut look.sightings);
+        let seen = if is_host {
             Seen::Host
         } else {
             match netns::facts(visitor, netns.as_fd()) {
-                Ok(facts) => {
-                    opened.insert(facts.cookie, netns);
-                    Seen::Pod(facts)
-                }
+                Ok(facts) => Seen::Pod(facts),
                 Err(error) => Seen::Unreadable(format!("process {}: {error}", process.pid)),
             }
         };
+        // Nobody else's netns holds the pod's own address: that is proof enough.
+        let proven = matches!(&seen, Seen::Pod(facts) if !addresses.is_empty()
+            && addresses.iter().all(|address| facts.addresses.contains(address)));
+        if !settled && !proven {
+            continue;
+        }
+        if let Seen::Pod(facts) = &seen {
+            look.opened.insert(facts.cookie, netns);
+        }
         found.insert(id, seen);
     }
     let netns = found.into_values().collect();
-    Ok((Observed { dir: Some(cgroup.to_owned()), cgroups, netns }, opened))
+    look.observed = Observed { dir: Some(cgroup.to_owned()), cgroups, netns };
+    Ok(look)
+}
+
+impl Pinned {
+    /// Whether the process will stay in the netns that it is in, as far as one can tell.
+    fn is_settled(
+        &self,
+        id: NetnsId,
+        is_host: bool,
+        uptime: Duration,
+        earlier: &Sightings,
+        sightings: &mut Sightings,
+    ) -> bool {
+        let Some((ticks, started)) = self.started() else { return false };
+        let age = uptime.saturating_sub(started);
+        if age > if is_host { AT_HOME_AFTER } else { YOUNG } {
+            return true;
+        }
+        let now = Instant::now();
+        let since = match earlier.get(&(self.pid, ticks)) {
+            Some((before, since)) if *before == id => *since,
+            _ => now,
+        };
+        sightings.insert((self.pid, ticks), (id, since));
+        !is_host && now.duration_since(since) >= SETTLED_AFTER
+    }
+
+    /// When it was started: in the kernel's ticks, and since boot.
+    fn started(&self) -> Option<(u64, Duration)> {
+        /// What user space is told in, on every architecture.
+        const TICKS_PER_SECOND: u64 = 100;
+        let stat = openat(&self.dir, "stat", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
+        let mut text = String::new();
+        File::from(stat).read_to_string(&mut text).ok()?;
+        // The name, in brackets, may hold anything; what is asked for is the 22nd field, the 20th after it.
+        let ticks: u64 = text.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()?;
+        Some((ticks, Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND)))
+    }
+}
+
+/// How long the machine has been up; zero, and every process young, where that cannot be read.
+fn uptime() -> Duration {
+    let text = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
+    let seconds = text.split_ascii_whitespace().next().and_then(|text| text.parse().ok());
+    Duration::from_secs_f64(seconds.unwrap_or_default())
 }
 
 /// Opens netns `id` through a process of the pod whose directory is `cgroup`.

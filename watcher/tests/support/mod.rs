@@ -156,12 +156,13 @@ impl Bed {
     /// with `more` lines.
     pub fn write_pods(&self, enrolled: &[bool], more: &str) {
         let mut text = "pods:\n".to_owned();
-        for (pod, enrolled) in self.pods.iter().zip(enrolled) {
+        for (number, (pod, enrolled)) in self.pods.iter().zip(enrolled).enumerate() {
             let label = if *enrolled { "ambient" } else { "none" };
-            let Pod { name, cgroup, .. } = pod;
+            let Pod { name, cgroup, address, .. } = pod;
             let _ = write!(
                 text,
-                "- uid: uid-{name}\n  name: {name}\n  cgroup: {}\n  labels: {{istio.io/dataplane-mode: {label}}}\n{more}",
+                "- uid: uid-{name}\n  name: {name}\n  cgroup: {}\n  labels: {{istio.io/dataplane-mode: {label}}}\n  \
+                 addresses: [{address}, \"fd88:{number}::2\"]\n{more}",
                 cgroup.display()
             );
         }
