@@ -9,6 +9,7 @@
 //! * [`socket`]: the few socket options that carry the design
 //! * [`admin`], [`drain`]: what operators see and how the process ends
 //! * [`record`], [`metrics`]: one access record per connection, and the counters
+//! * [`lookup`]: addresses of workloads that are known by name alone
 //! * [`route`], [`policy`]: where to, and whether; pure
 //! * [`mesh`]: what is known of others: workloads, services, policies
 //! * [`identity`]: who we are: SPIFFE ids, certificates, whom to trust
@@ -26,6 +27,7 @@ pub mod identity;
 pub mod inbound;
 pub mod inbound_plain;
 pub mod logging;
+pub mod lookup;
 pub mod mesh;
 pub mod metrics;
 pub mod outbound;

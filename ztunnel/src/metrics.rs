@@ -36,6 +36,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
+use crate::mesh::Workload;
 use failures::{Failed, Failures};
 use open::Open;
 pub use runtime::Runtimes;
@@ -58,6 +59,7 @@ pub struct Metrics {
     sent: Family<TrafficLabels, U64Counter>,
     sockets_open: Family<ReporterLabels, Gauge>,
     failures: Family<FailureLabels, U64Counter>,
+    on_demand_dns: Family<OnDemandDnsLabels, U64Counter>,
     connect: Family<DirectionLabels, Histogram, fn() -> Histogram>,
     tls_handshake: Family<DirectionLabels, Histogram, fn() -> Histogram>,
     /// One handle per label set, by the hash of the labels: see [`Metrics::traffic`].
@@ -107,6 +109,17 @@ struct FailureLabels {
     reason: &'static str,
 }
 
+/// Who wanted which host to be looked up. The hosts are the control plane's, so there are not many.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OnDemandDnsLabels {
+    source_workload: Arc<str>,
+    source_canonical_service: Arc<str>,
+    source_canonical_revision: Arc<str>,
+    source_workload_namespace: Arc<str>,
+    source_cluster: Arc<str>,
+    hostname: Arc<str>,
+}
+
 /// `inbound` or `outbound`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct DirectionLabels {
@@ -130,6 +143,7 @@ impl Metrics {
             sent: Family::default(),
             sockets_open: Family::default(),
             failures: Family::default(),
+            on_demand_dns: Family::default(),
             connect: Family::new_with_constructor(latency),
             tls_handshake: Family::new_with_constructor(latency),
             handles: RwLock::default(),
@@ -165,6 +179,8 @@ impl Metrics {
         );
         let failures = self.failures.clone();
         self.registry.register("ztunnel_connection_failures", "Failed connections by reason", failures);
+        let help = "The total number of look-ups of workloads that have a host name alone (unstable)";
+        self.registry.register("istio_on_demand_dns", help, self.on_demand_dns.clone());
     }
 
     fn register_tunnels(&mut self) {
@@ -232,6 +248,21 @@ impl Metrics {
         self.failed.get_or_create(labels).inc();
         self.failures.get_or_create(&FailureLabels { direction, reason }).inc();
         self.failed_connections.add(failed);
+    }
+
+    /// Counts a look-up of `hostname` for a connection of `source`.
+    pub fn on_demand_dns(&self, source: &Workload, hostname: &Arc<str>) {
+        let or_unknown =
+            |value: &Arc<str>| if value.is_empty() { "unknown".into() } else { Arc::clone(value) };
+        let labels = OnDemandDnsLabels {
+            source_workload: or_unknown(&source.workload_name),
+            source_canonical_service: or_unknown(&source.canonical_name),
+            source_canonical_revision: or_unknown(&source.canonical_revision),
+            source_workload_namespace: or_unknown(&source.namespace),
+            source_cluster: or_unknown(&source.cluster_id),
+            hostname: Arc::clone(hostname),
+        };
+        self.on_demand_dns.get_or_create(&labels).inc();
     }
 
     /// Counts a connection whose destination took `lasted` to connect. `direction` as in the access log.

@@ -14,9 +14,10 @@ use crate::{
         pool::{Key, Lease},
     },
     identity::Identity,
+    lookup::LookupError,
     mesh::{Workload, baggage},
     record::{Counters, Direction, Ends, Failure, Record, denied_early},
-    route::{self, OutboundRoute, RouteError, Via},
+    route::{self, Outbound, OutboundRoute, RouteError, Via},
     socket,
     stream::{self, SocketIs, Stream, StreamError},
     worker::{Accepted, UnknownWorkload},
@@ -33,6 +34,8 @@ pub enum OutboundError {
     UnknownWorkload(#[from] UnknownWorkload),
     #[error(transparent)]
     Route(#[from] RouteError),
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
     #[error("connection failed")]
     Dial(#[source] io::Error),
     #[error("cannot ask for {authority:?}")]
@@ -50,6 +53,7 @@ impl Failure for OutboundError {
             Self::Recursive => "recursive",
             Self::UnknownWorkload(_) => "unknown_workload",
             Self::Route(error) => error.reason(),
+            Self::Lookup(_) => "lookup",
             Self::Dial(_) => "connect",
             Self::Request { .. } => "invalid_request",
             Self::Hbone(error) => error.reason(),
@@ -116,8 +120,17 @@ async fn plan(
     if shared.is_own_port(original.port()) && (to_itself || local.is_ok_and(|local| local == original.ip())) {
         return Err(failed(OutboundError::Recursive));
     }
-    let route =
+    let found =
         route::outbound(&mesh, &source, original, &mut rand::rng()).map_err(|error| failed(error.into()))?;
+    let route = match found {
+        Outbound::Route(route) => route,
+        Outbound::Unlocated(endpoint) => {
+            let (lookups, families) = (&accepted.worker.lookups, endpoint.families());
+            let found = lookups.address(&endpoint.hostname, families, original.ip()).await;
+            shared.metrics.on_demand_dns(&source, &endpoint.hostname);
+            endpoint.located(found.map_err(|error| failed(error.into()))?)
+        }
+    };
     Ok((source, route))
 }
 

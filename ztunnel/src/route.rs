@@ -3,7 +3,10 @@
 mod balance;
 mod gateways;
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use rand::Rng;
 
@@ -12,7 +15,10 @@ pub(crate) use gateways::is_gateway;
 use crate::{
     config::Ports,
     identity::Identity,
-    mesh::{Endpoint, GatewayAddress, Mesh, Protocol, Service, Workload, services::LbMode},
+    mesh::{
+        Endpoint, GatewayAddress, Mesh, Protocol, Service, Workload,
+        services::{IpFamilies, LbMode},
+    },
 };
 
 /// What becomes of an outbound connection.
@@ -45,6 +51,39 @@ pub enum Via {
         expected: Vec<Identity>,
         inner_expected: Vec<Identity>,
     },
+}
+
+/// Where a connection goes, or who must be found first.
+#[derive(Clone, Debug)]
+pub enum Outbound {
+    Route(OutboundRoute),
+    Unlocated(Unlocated),
+}
+
+/// An endpoint whose address is known to its host name alone.
+#[derive(Clone, Debug)]
+pub struct Unlocated {
+    pub hostname: Arc<str>,
+    service: Arc<Service>,
+    workload: Arc<Workload>,
+    port: u16,
+}
+
+impl Unlocated {
+    /// Which of the host's addresses may be used.
+    pub fn families(&self) -> IpFamilies {
+        self.service.ip_families
+    }
+
+    pub fn located(self, ip: IpAddr) -> OutboundRoute {
+        let target = SocketAddr::new(ip, self.port);
+        OutboundRoute {
+            via: direct(&self.workload, target, self.service.subject_alt_names.clone()),
+            service: Some(self.service),
+            workload: Some(self.workload),
+            target,
+        }
+    }
 }
 
 /// Why there is no way.
@@ -90,40 +129,37 @@ pub fn outbound(
     source: &Workload,
     original: SocketAddr,
     rng: &mut impl Rng,
-) -> Result<OutboundRoute, RouteError> {
+) -> Result<Outbound, RouteError> {
     let original = SocketAddr::new(original.ip().to_canonical(), original.port());
     let service = mesh
         .service_by_vip(&source.network, original.ip())
         .filter(|service| service.is_visible_from(&source.namespace));
     if let Some(service) = service {
         if let Some(route) = to_service_waypoint(mesh, source, service, original, rng)? {
-            return Ok(route);
+            return Ok(Outbound::Route(route));
         }
         if service.load_balancing.mode != LbMode::Passthrough {
             return to_service(mesh, source, service, original, rng);
         }
     }
     let Some(workload) = mesh.workload_by_address(&source.network, original.ip()) else {
-        return Ok(OutboundRoute {
-            service: service.cloned(),
-            workload: None,
-            target: original,
-            via: Via::Plain,
-        });
+        let (service, target) = (service.cloned(), original);
+        return Ok(Outbound::Route(OutboundRoute { service, workload: None, target, via: Via::Plain }));
     };
     // Traffic to a service never uses a workload's waypoint.
     if service.is_none()
         && let Some(waypoint) = &workload.waypoint
         && !is_gateway(mesh, source, waypoint)
     {
-        return to_waypoint(mesh, source, waypoint, original, || workload.name.to_string(), rng);
+        let name = || workload.name.to_string();
+        return to_waypoint(mesh, source, waypoint, original, name, rng).map(Outbound::Route);
     }
-    Ok(OutboundRoute {
+    Ok(Outbound::Route(OutboundRoute {
         service: service.cloned(),
         workload: Some(Arc::clone(workload)),
         target: original,
         via: direct(workload, original, Vec::new()),
-    })
+    }))
 }
 
 /// `None`: it has no waypoint, or `source` is it, or one of them: its own traffic must get past itself.
@@ -179,7 +215,7 @@ fn to_service(
     service: &Arc<Service>,
     original: SocketAddr,
     rng: &mut impl Rng,
-) -> Result<OutboundRoute, RouteError> {
+) -> Result<Outbound, RouteError> {
     let key = service.key();
     if !service.ports.contains_key(&original.port()) {
         return Err(RouteError::NoPort { service: key.to_string(), port: original.port() });
@@ -191,14 +227,20 @@ fn to_service(
         Some((rank, endpoint.workload.capacity, (endpoint, reach)))
     });
     match balance::choose(candidates, rng) {
-        Some((endpoint, Reach::Here(target))) => Ok(OutboundRoute {
+        Some((endpoint, Reach::Here(target))) => Ok(Outbound::Route(OutboundRoute {
             service: Some(Arc::clone(service)),
             workload: Some(Arc::clone(&endpoint.workload)),
             target,
             via: direct(&endpoint.workload, target, service.subject_alt_names.clone()),
-        }),
+        })),
+        Some((endpoint, Reach::Named(hostname, port))) => Ok(Outbound::Unlocated(Unlocated {
+            hostname: Arc::clone(hostname),
+            service: Arc::clone(service),
+            workload: Arc::clone(&endpoint.workload),
+            port,
+        })),
         Some((endpoint, Reach::Beyond(gateway))) => {
-            to_gateway(mesh, source, service, &endpoint.workload, gateway, original, rng)
+            to_gateway(mesh, source, service, &endpoint.workload, gateway, original, rng).map(Outbound::Route)
         }
         None => Err(unreachable(source, service, endpoints)),
     }
@@ -208,6 +250,8 @@ fn to_service(
 enum Reach<'a> {
     /// At an address of our network, of the dialled family if it has one.
     Here(SocketAddr),
+    /// In our network, at an address that its host name tells.
+    Named(&'a Arc<str>, u16),
     /// In another network. What addresses it has there are of no use here.
     Beyond(&'a GatewayAddress),
 }
@@ -223,6 +267,9 @@ impl<'a> Reach<'a> {
         let (workload, port) = (&endpoint.workload, endpoint.target_port(original.port())?);
         if workload.network != source.network {
             return workload.network_gateway.as_deref().map(Self::Beyond);
+        }
+        if let (Some(hostname), []) = (&workload.hostname, &workload.addresses[..]) {
+            return Some(Self::Named(hostname, port));
         }
         let ip = balance::address(workload, service.ip_families, original.ip())?;
         Some(Self::Here(SocketAddr::new(ip, port)))

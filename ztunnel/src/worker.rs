@@ -26,6 +26,7 @@ use crate::{
     hbone::pool::Pool,
     identity::Certificates,
     inbound, inbound_plain,
+    lookup::Lookups,
     mesh::{Mesh, Store, Workload},
     metrics::Metrics,
     outbound,
@@ -107,6 +108,7 @@ pub struct UnknownWorkload;
 pub struct Worker {
     pub shared: Arc<Shared>,
     pub pool: Pool,
+    pub lookups: Lookups,
 }
 
 /// A connection that was accepted for a pod.
@@ -180,7 +182,11 @@ impl Workers {
 }
 
 async fn work(shared: Arc<Shared>, mut orders: mpsc::UnboundedReceiver<Serve>) {
-    let worker = Rc::new(Worker { pool: Pool::new(shared.config.pool, shared.metrics.pool.clone()), shared });
+    let worker = Rc::new(Worker {
+        pool: Pool::new(shared.config.pool, shared.metrics.pool.clone()),
+        lookups: Lookups::new(&shared.config.dns.upstream),
+        shared,
+    });
     let mut pods = JoinSet::new();
     loop {
         tokio::select! {

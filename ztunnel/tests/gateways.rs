@@ -180,3 +180,43 @@ fn another_network_is_reached_by_a_tunnel_within_its_gateways() {
     assert_eq!(record["src.workload"], "client", "{record}");
     assert_eq!(record["src.identity"], CLIENT, "{record}");
 }
+
+#[test]
+#[ignore = "needs root: make test"]
+fn an_endpoint_known_by_name_alone_is_looked_up_and_remembered() {
+    let mut bed = Bed::new();
+    let (client, outside) = (bed.enrolled("a", "client"), bed.plain("a", "outside"));
+    for (name, vip) in [("db.outside.test", 1), ("nowhere.test", 2)] {
+        bed.add_to_last_workload(&format!(
+            "- name: {name}\n  namespace: demo\n  hostname: {name}\n  services:\n    demo/{name}: {{}}\n"
+        ));
+        let _ = write!(
+            bed.services,
+            "- name: {name}\n  namespace: demo\n  hostname: {name}\n  vips: [\"/10.96.0.{vip}\"]\n  \
+             ports: {{80: 8080}}\n"
+        );
+    }
+    bed.publish();
+    // What the resolver answers.
+    outside.space.run("ip addr add 192.0.2.0/32 dev eth0");
+    bed.router.run("ip route add 192.0.2.0/32 dev p2");
+    serve_name(&outside, 8080);
+    let a = bed.node("a", &[&client]);
+    a.space.run("ip addr add 169.254.1.1/32 dev lo; ip -6 addr add fd77::ffff/128 dev lo nodad");
+    let resolver = bed::resolver::Resolver::start(&a.space);
+
+    for _ in 0..3 {
+        assert_eq!(who_answers(&client, vip()), "outside");
+    }
+    let record = &a.records(3, &["\"dst.workload\":\"db.outside.test\""])[0];
+    assert_eq!(record["dst.addr"], "192.0.2.0:8080", "{record}");
+    // Three connections would ask six times, for two families each, if nothing were remembered.
+    let asked = resolver.asked("db.outside.test").len();
+    assert!((1..6).contains(&asked), "asked {asked} times");
+    let count = a.metric("istio_on_demand_dns_total", &["hostname=\"db.outside.test\""]);
+    assert_eq!(count, Some(3));
+
+    let nowhere = SocketAddr::from((Ipv4Addr::new(10, 96, 0, 2), 80));
+    client.space.refusal(nowhere);
+    a.records(1, &["cannot look nowhere.test up"]);
+}

@@ -34,6 +34,19 @@ fn routed(mesh: &Mesh, to: &str) -> Result<OutboundRoute, RouteError> {
     outbound(mesh, &workload("client", "10.0.9.9"), to.parse().unwrap(), &mut rng)
 }
 
+/// As most tests want it: to somebody whose address is known.
+fn outbound(
+    mesh: &Mesh,
+    source: &Workload,
+    original: SocketAddr,
+    rng: &mut impl Rng,
+) -> Result<OutboundRoute, RouteError> {
+    super::outbound(mesh, source, original, rng).map(|outbound| match outbound {
+        Outbound::Route(route) => route,
+        Outbound::Unlocated(unlocated) => panic!("{unlocated:?}"),
+    })
+}
+
 fn unchanged(_: usize, _: &mut Workload) {}
 
 #[test]
@@ -135,7 +148,7 @@ fn the_dialled_family_is_preferred_and_the_service_may_force_one() {
     let mesh = mesh_with(web.clone(), both, ["10.0.0.1"]);
     assert_eq!(routed(&mesh, "10.96.0.1:80").unwrap().target.ip(), ip("10.0.0.1"));
     assert_eq!(routed(&mesh, "[fd96::1]:80").unwrap().target.ip(), ip("fd00::1"));
-    let only_v6 = Service { ip_families: crate::mesh::services::IpFamilies::IPv6, ..web };
+    let only_v6 = Service { ip_families: IpFamilies::IPv6, ..web };
     let mesh = mesh_with(only_v6, both, ["10.0.0.1"]);
     assert_eq!(routed(&mesh, "10.96.0.1:80").unwrap().target.ip(), ip("fd00::1"));
 }
@@ -401,4 +414,20 @@ fn a_host_network_pod_is_an_endpoint_but_its_address_is_the_nodes() {
     let mesh = mesh(host, ["192.168.0.1"]);
     assert!(routed(&mesh, "192.168.0.1:80").unwrap().workload.is_none());
     assert_eq!(routed(&mesh, "10.96.0.1:80").unwrap().target, "192.168.0.1:8080".parse().unwrap());
+}
+
+#[test]
+fn an_endpoint_known_by_name_alone_is_to_be_looked_up() {
+    let named = |_: usize, pod: &mut Workload| {
+        pod.addresses.clear();
+        pod.hostname = Some("db.example".into());
+    };
+    let mesh = mesh(named, ["10.0.0.1"]);
+    let (client, mut rng) = (workload("client", "10.0.9.9"), StdRng::seed_from_u64(7));
+    let found = super::outbound(&mesh, &client, "10.96.0.1:80".parse().unwrap(), &mut rng).unwrap();
+    let Outbound::Unlocated(unlocated) = found else { panic!("{found:?}") };
+    assert_eq!(&*unlocated.hostname, "db.example");
+    let route = unlocated.located(ip("192.0.2.7"));
+    assert_eq!(asked(&route).0, "192.0.2.7:15008");
+    assert_eq!(asked(&route).1, "192.0.2.7:8080");
 }
