@@ -194,7 +194,9 @@ async fn admit(tunnel: &Tunnel, asked: &Asked) -> Result<Admitted, InboundError>
     let shared = &tunnel.worker.shared;
     let (mesh, workload) = shared.workload(&tunnel.pod).await?;
     let mut delivery = delivery(&mesh, &workload, tunnel.local, target, shared.config.proxy_to)?;
-    if shared.is_own_port(delivery.target.port()) {
+    let port = delivery.target.port();
+    let foreign = tunnel.pod.own_port.is_some_and(|own| own != port);
+    if foreign || shared.is_own_port(port) {
         return Err(InboundError::Recursive);
     }
     check(&mesh, &workload, tunnel.peer.ip(), tunnel.identity.as_ref(), delivery.target)?;

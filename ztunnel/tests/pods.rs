@@ -72,14 +72,19 @@ fn lost_node_agent_leaves_the_pods_served_and_its_next_snapshot_counts() {
 fn pod_whose_port_is_taken_is_refused_and_tried_again() {
     let mut bed = Bed::new();
     let pod = bed.enrolled("a", "pod");
-    let squatter = pod.space.netns.enter(|| std::net::TcpListener::bind("0.0.0.0:15006")).expect("bind");
     let mut node = bed.node_without_pods("a");
-    assert!(node.agent().add(&pod).contains("in use"));
     assert_eq!(node.agent().snapshot(), "");
-    assert!(!node.is_ready(), "while a pod is pending");
-    drop(squatter);
-    wait_for("the pod to be served", || is_served(&pod).then_some(()));
-    node.wait_ready();
+    for port in [15001, 15006, 15008] {
+        let squatter =
+            pod.space.netns.enter(|| std::net::TcpListener::bind(("0.0.0.0", port))).expect("bind");
+        assert!(node.agent().add(&pod).contains("in use"));
+        assert!(!node.is_ready(), "while a pod is pending");
+        drop(squatter);
+        wait_for("the pod to be served", || is_served(&pod).then_some(()));
+        node.wait_ready();
+        assert_eq!(node.agent().delete("pod"), "");
+        wait_for("the pod to be left", || (!is_served(&pod)).then_some(()));
+    }
 }
 
 #[test]
@@ -93,10 +98,10 @@ fn open_connection_outlives_the_stop_until_it_ends() {
     read_line(&mut stream).expect("greeting");
     node.signal(Signal::SIGTERM);
     wait_for("the listeners to close", || (!is_served(&client) && !is_served(&server)).then_some(()));
+    assert!(node.is_running());
     stream.write_all(b"still here").expect("write");
     stream.shutdown(Shutdown::Write).expect("shutdown");
     assert_eq!(read_all(&mut stream).expect("echo"), b"still herestill here");
-    assert!(node.is_running());
     let end = Instant::now();
     assert!(node.wait_exit().success());
     assert!(end.elapsed() < Duration::from_secs(1), "ended {:?} after the last connection", end.elapsed());

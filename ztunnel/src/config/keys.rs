@@ -125,12 +125,12 @@ pub const KEYS: &[Key] = &[
     key("h2.connection_window_bytes", "HTTP2_CONNECTION_WINDOW_SIZE", WINDOW, Is("16777216"), "of a tunnel, in bytes"),
     key("h2.frame_bytes", "HTTP2_FRAME_SIZE", Number { min: 1 << 14, max: (1 << 24) - 1 }, Is("1048576"), "largest DATA frame, in bytes"),
     key("hbone.response_baggage", "ENABLE_RESPONSE_BAGGAGE", Bool, Is("true"), "CONNECT replies tell about the server's workload, and what peers tell is believed for labels"),
+    key("hbone.application_tunnel_loopback", "LOCALHOST_APP_TUNNEL", Bool, Is("true"), "an application that takes PROXY headers is dialled on loopback, else on the pod's address"),
 
     key("dns.enabled", "ISTIO_META_DNS_CAPTURE", Bool, Is("true"), "answer the pods' DNS queries for services of the mesh"),
     key("dns.address", "DNS_PROXY_ADDR", Address, Is("localhost:15053"), "where, in each pod's netns; a loopback address of IPv4 brings that of IPv6 with it"),
     key("dns.preferred_namespace", "PREFERED_SERVICE_NAMESPACE", Text, Nothing, "of services with one name, this namespace's are preferred after the client's own"),
     key("dns.upstream", "DNS_UPSTREAM", Text, Depends("the resolvers of `/etc/resolv.conf`"), "who is asked for all other names: `IP:port` or `IP`, several separated by commas"),
-    key("hbone.application_tunnel_loopback", "LOCALHOST_APP_TUNNEL", Bool, Is("true"), "an application that takes PROXY headers is dialled on loopback, else on the pod's address"),
 
     key("drain.grace_period", "TERMINATION_GRACE_PERIOD_SECONDS", DurationOrSeconds, Nothing, "the pod's `terminationGracePeriodSeconds`: past it the kubelet kills us"),
     key("drain.deadline", "CONNECTION_TERMINATION_DEADLINE", TIME, Depends("5 s before the grace period ends (1 s, if that is 10 s or less), else `5s`"), "how long open connections may finish at the end"),
