@@ -102,7 +102,7 @@ fn an_unknown_destination_passes_through_and_a_service_without_endpoints_is_refu
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn loopback_and_the_own_address_stay_local_and_the_tunnels_ports_lead_nowhere() {
-    let (_bed, client, server) = across_nodes();
+    let (bed, client, server) = across_nodes();
     assert_eq!(server.curl("http://127.0.0.1:8080/"), Ok("hello from server, client 127.0.0.1\n".into()));
     assert_eq!(server.curl("http://[::1]:8080/"), Ok("hello from server, client ::1\n".into()));
     let own = server.curl(&format!("http://{}:8080/", server.v4));
@@ -113,7 +113,15 @@ fn loopback_and_the_own_address_stay_local_and_the_tunnels_ports_lead_nowhere() 
             client.curl(&url).expect_err(&url);
         }
     }
-    client.curl("http://127.0.0.1:15000/config_dump").expect_err("the tunnel's admin port is the node's");
+    let node = format!("10.77.{}.1", bed.nodes[0].number);
+    for host in ["127.0.0.1", "[::1]", &client.v4, &node] {
+        let url = format!("http://{host}:15000/config_dump");
+        client.curl(&url).expect_err("the tunnel's admin port is the node's");
+    }
+    for port in [15001, 15006, 15008, 15080] {
+        let url = format!("http://{node}:{port}/");
+        client.curl(&url).expect_err(&url);
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::{
     collections::HashMap,
     io::{ErrorKind, Read, Write},
     net::SocketAddr,
+    process::{Command, Stdio},
     sync::Arc,
     time::Duration,
 };
@@ -25,6 +26,8 @@ struct Probe {
     runtime: tokio::runtime::Runtime,
     certificates: Arc<Certificates>,
     h2: H2,
+    /// Whether replies are expected to tell about the server.
+    told: bool,
 }
 
 impl Probe {
@@ -34,7 +37,7 @@ impl Probe {
         let certificates = Certificates::new(&config).expect("CA");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
         runtime.spawn(Arc::clone(&certificates).run(CancellationToken::new()));
-        Self { runtime, certificates, h2: config.h2 }
+        Self { runtime, certificates, h2: config.h2, told: true }
     }
 
     /// Sends one request from `pod` as `who`: the answer's status and headers, or how it failed.
@@ -61,7 +64,7 @@ impl Probe {
             let (response, _send) =
                 requests.send_request(request, false).map_err(|error| error.to_string())?;
             let response = response.await.map_err(|error| error.to_string())?;
-            if response.status() == StatusCode::OK {
+            if response.status() == StatusCode::OK && self.told {
                 let baggage = response.headers()["baggage"].to_str().expect("text");
                 assert_eq!(
                     baggage,
@@ -72,7 +75,9 @@ impl Probe {
                     )
                 );
             } else {
-                assert!(response.body().is_end_stream() && response.headers().is_empty(), "{response:?}");
+                let refused = response.status() != StatusCode::OK;
+                assert_eq!(response.body().is_end_stream(), refused, "{response:?}");
+                assert!(response.headers().is_empty(), "{response:?}");
             }
             driver.abort();
             Ok(response.status())
@@ -219,6 +224,103 @@ fn peers_without_the_right_certificate_get_nowhere() {
     node.records(2, &["tls handshake error"]);
     // Still serving.
     assert_eq!(probe.connect(&client, CLIENT, &server, &authority), Ok(StatusCode::OK));
+}
+
+/// A certificate from the bed's CA, or one of nobody's, made by openssl: the file with key and certificate.
+fn foreign_certificate(bed: &Bed, name: &str, identity: &str, by_our_ca: bool) -> std::path::PathBuf {
+    let (folder, ca) = (bed.dir.path(), bed.ca_dir());
+    let (file, ca) = (folder.join(format!("{name}.pem")), ca.join("root.pem"));
+    let (folder, out, ca) = (folder.display(), file.display(), ca.display());
+    let signer = if by_our_ca { format!("-CA {ca} -CAkey {ca}") } else { "-signkey $1.key".to_owned() };
+    bed::run(&format!(
+        "set -- {folder}/{name}; openssl ecparam -name prime256v1 -genkey -noout -out $1.key; \
+         openssl req -new -key $1.key -subj / -out $1.csr; echo subjectAltName=critical,URI:{identity} > $1.ext; \
+         openssl x509 -req -in $1.csr {signer} -set_serial 7 -days 1 -extfile $1.ext -out $1.crt; \
+         cat $1.key $1.crt > {out}"
+    ));
+    file
+}
+
+/// What openssl's client gets on 15008 with these options: the head of the first HTTP/2 frame, or what it says.
+fn s_client(client: &Pod, server: &Pod, options: &[&str]) -> Result<[u8; 9], String> {
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    let mut child = Command::new("nsenter")
+        .arg(format!("--net=/run/netns/{}", client.space.name))
+        .args(["openssl", "s_client", "-quiet", "-connect", &server.at(15008).to_string()])
+        .args(options)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("openssl");
+    let mut input = child.stdin.take().expect("piped");
+    // Who is refused is gone before.
+    let _ = input.write_all(PREFACE);
+    let mut head = [0; 9];
+    let got = child.stdout.take().expect("piped").read_exact(&mut head);
+    let _ = child.kill();
+    let said = child.wait_with_output().expect("openssl").stderr;
+    got.map(|()| head).map_err(|_| String::from_utf8_lossy(&said).into_owned())
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn foreign_tls_clients_are_answered_by_what_they_offer() {
+    const SETTINGS: u8 = 4;
+    let (bed, client, server, node) = served("");
+    let ours = foreign_certificate(&bed, "ours", CLIENT, true);
+    let elsewhere =
+        foreign_certificate(&bed, "elsewhere", "spiffe://elsewhere.local/ns/demo/sa/client", true);
+    let nobody = foreign_certificate(&bed, "nobody", CLIENT, false);
+    let with = |certificate: &std::path::Path, more: &[&str]| {
+        let mut options = vec!["-cert", certificate.to_str().expect("path")];
+        options.extend(more);
+        s_client(&client, &server, &options)
+    };
+    for alpn in [&[][..], &["-alpn", "h2"]] {
+        let head = with(&ours, alpn).unwrap_or_else(|said| panic!("{alpn:?}: {said}"));
+        assert_eq!(head[3], SETTINGS, "{alpn:?}");
+    }
+    for (refused, why) in [
+        (with(&ours, &["-alpn", "http/1.1"]), "no application protocol"),
+        (with(&ours, &["-tls1_2"]), "protocol version"),
+        (s_client(&client, &server, &["-alpn", "h2"]), "certificate required"),
+        (with(&elsewhere, &["-alpn", "h2"]), "alert"),
+        (with(&nobody, &["-alpn", "h2"]), "alert"),
+    ] {
+        let said = refused.expect_err(why);
+        assert!(said.contains(why), "{why}: {said}");
+    }
+    assert_eq!(node.records(5, &["tls handshake error", "\"reason\":\"tls\""]).len(), 5);
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn an_application_whose_node_is_of_another_trust_domain_sees_a_reset() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("b", "server"));
+    bed.add_to_last_workload("  trustDomain: cluster.local\n");
+    server.serve_double_echo(8080);
+    let mut a = Tunnel::start_with(&bed, "a", bed.space("a"), &[("TRUST_DOMAIN", "elsewhere.local")]);
+    assert_eq!((a.agent().add(&client), a.agent().snapshot()), (String::new(), String::new()));
+    a.wait_ready();
+    let b = bed.node("b", &[&server]);
+    assert_eq!(client.space.refusal(server.at(8080)), ErrorKind::ConnectionReset);
+    b.records(1, &["tls handshake error", "elsewhere.local"]);
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn where_baggage_is_switched_off_replies_tell_nothing() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.plain("a", "client"), bed.enrolled("a", "server"));
+    server.serve_double_echo(8080);
+    let mut node = Tunnel::start_with(&bed, "a", bed.space("a"), &[("ENABLE_RESPONSE_BAGGAGE", "false")]);
+    assert_eq!((node.agent().add(&server), node.agent().snapshot()), (String::new(), String::new()));
+    node.wait_ready();
+    let mut probe = Probe::new(&bed);
+    probe.told = false;
+    assert_eq!(probe.connect(&client, CLIENT, &server, &server.at(8080).to_string()), Ok(StatusCode::OK));
 }
 
 #[test]

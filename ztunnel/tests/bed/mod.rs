@@ -363,8 +363,12 @@ impl Bed {
     }
 
     pub fn node_without_pods(&self, name: &str) -> Tunnel {
-        let space = Space::new(format!("{}n{name}{}", self.id, COUNT.fetch_add(1, Ordering::Relaxed)));
-        Tunnel::start(self, name, space)
+        Tunnel::start(self, name, self.space(name))
+    }
+
+    /// For a node's tunnel to live in.
+    pub fn space(&self, node: &str) -> Space {
+        Space::new(format!("{}n{node}{}", self.id, COUNT.fetch_add(1, Ordering::Relaxed)))
     }
 }
 
