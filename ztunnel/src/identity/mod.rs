@@ -38,6 +38,9 @@ impl fmt::Display for Identity {
 #[error("{0:?} is not of the form spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICE_ACCOUNT")]
 pub struct InvalidIdentity(pub String);
 
+/// Bytes; SPIFFE-ID §2.3. Who writes an id into a field with a length relies on it.
+const MAX_ID: usize = 2048;
+
 impl FromStr for Identity {
     type Err = InvalidIdentity;
 
@@ -52,7 +55,7 @@ impl FromStr for Identity {
             parts.next().is_none().then_some([trust_domain, namespace, service_account])
         };
         match parts() {
-            Some(parts) if parts.iter().all(|part| is_segment(part)) => {
+            Some(parts) if text.len() <= MAX_ID && parts.iter().all(|part| is_segment(part)) => {
                 let [trust_domain, namespace, service_account] = parts.map(Arc::from);
                 Ok(Self { trust_domain, namespace, service_account })
             }
@@ -126,6 +129,15 @@ mod tests {
     fn an_identity_survives_writing_and_reading() {
         let text = "spiffe://cluster.local/ns/shop/sa/web-1.v2";
         assert_eq!(text.parse::<Identity>().unwrap().to_string(), text);
+    }
+
+    #[test]
+    fn an_identity_is_no_longer_than_it_may_be() {
+        let of = |length: usize| {
+            format!("spiffe://td/ns/a/sa/{}", "b".repeat(length - "spiffe://td/ns/a/sa/".len()))
+        };
+        assert!(of(MAX_ID).parse::<Identity>().is_ok());
+        assert!(of(MAX_ID + 1).parse::<Identity>().is_err());
     }
 
     #[test]

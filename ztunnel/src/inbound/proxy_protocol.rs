@@ -33,7 +33,7 @@ pub(super) fn header(client: SocketAddr, target: SocketAddr, identity: Option<&I
     body.extend(target.port().to_be_bytes());
     if let Some(identity) = identity {
         let identity = identity.to_string();
-        // An identity is shorter than 2048 bytes (SPIFFE-ID §2.3), so nothing is cut.
+        // An identity has at most 2048 bytes, so nothing is cut.
         let length = u16::try_from(identity.len()).unwrap_or(u16::MAX);
         body.push(CLIENT_IDENTITY);
         body.extend(length.to_be_bytes());
