@@ -214,6 +214,9 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
         };
         node.look(cause);
         node.act();
+        if node.is_ready() {
+            node.tunnels.welcome(&node.applied.workloads);
+        }
         node.metrics.set_tunnels(node.tunnels.len());
         node.metrics.set_ready(node.is_ready());
         if events.wants_dirs() && std::mem::take(&mut node.dirs_changed) {

@@ -143,6 +143,46 @@ fn the_label_comes_and_goes_under_load_without_a_failed_request() {
 
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
+fn watchers_that_are_killed_while_pods_come_and_go_stop_no_traffic() {
+    let mut bed = Bed::new();
+    let client = bed.pod("client", 0, Enrol::Mesh);
+    let server = bed.pod("server", 1, Enrol::Mesh);
+    let others = ["p0", "p1", "p2", "p3"];
+    for (i, name) in others.iter().enumerate() {
+        bed.pod(name, i % 2, Enrol::Plain);
+    }
+    bed.serve_web(&server, "hello");
+    bed.start();
+    let url = format!("http://{}:8080/", server.v4);
+    let requests = RequestLoop::start(&client, &url, &bed.dir.path().join("loop"));
+    for round in 0..10_usize {
+        // Half of the others change; the watcher dies somewhere in the middle of that.
+        for (i, name) in others.iter().enumerate() {
+            let enrol = if (i / 2 + round) % 2 == 0 { Enrol::Mesh } else { Enrol::Plain };
+            bed.pods.iter_mut().find(|pod| pod.name == *name).expect("pod").enrol = enrol;
+        }
+        let node = round % 2;
+        bed.publish_pods(node);
+        std::thread::sleep(Duration::from_millis(round as u64 * 3));
+        bed.replace_watcher(node, Duration::from_millis(20 * (round as u64 % 3)));
+        bed.publish_pods(1 - node);
+        bed.wait_settled();
+        requests.more(3);
+    }
+    let (count, failed) = requests.finish();
+    assert!(failed.is_empty(), "{failed:?} of {count}");
+    // Not one of them went in clear.
+    let records = || -> (usize, usize) {
+        let log = bed.nodes[1].access_log();
+        let inbound = || log.iter().filter(|line| line.contains("inbound") && line.contains("complete"));
+        (inbound().filter(|line| line.contains("sa/client")).count(), inbound().count())
+    };
+    wait_for("a record of each request", Duration::from_secs(5), || (records().0 == count).then_some(()));
+    assert_eq!(records(), (count, count));
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
 fn a_killed_tunnel_is_refused_or_passed_by_as_the_pod_chose_and_comes_back() {
     let mut bed = Bed::new();
     let closed = bed.pod("closed", 0, Enrol::Mesh);

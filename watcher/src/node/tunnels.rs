@@ -39,10 +39,29 @@ struct Tunnel {
     pid: i32,
     cgroup: PathBuf,
     cgroup_id: CgroupId,
-    commands: mpsc::UnboundedSender<Command>,
+    link: Link,
     /// Offers that it acknowledged, by uid.
     acknowledged: BTreeMap<String, u64>,
     failed: BTreeMap<String, Failure>,
+}
+
+/// What is said to a tunnel.
+#[derive(Debug)]
+enum Link {
+    /// Nothing yet: what it is told first must name every pod, since it lets go of all others; and a tunnel that
+    /// served them for a predecessor would cut them off.
+    Waiting(oneshot::Sender<Welcome>),
+    Told(mpsc::UnboundedSender<Command>),
+}
+
+impl Link {
+    /// Whether the tunnel will hear of this. Who is still waiting will be told by the snapshot.
+    fn send(&self, command: Command) -> bool {
+        match self {
+            Self::Waiting(_) => false,
+            Self::Told(commands) => commands.send(command).is_ok(),
+        }
+    }
 }
 
 /// A pod that a tunnel could not take.
@@ -99,7 +118,7 @@ impl Tunnels {
         let offer = OfferId { uid: uid.to_owned(), serial: self.last_serial };
         for tunnel in self.connected.values_mut() {
             tunnel.failed.remove(uid);
-            let _ = tunnel.commands.send(Command::Add(offer.clone(), workload.clone(), netns.cloned()));
+            tunnel.link.send(Command::Add(offer.clone(), workload.clone(), netns.cloned()));
         }
     }
 
@@ -112,7 +131,7 @@ impl Tunnels {
         for (conn, tunnel) in &mut self.connected {
             tunnel.acknowledged.remove(uid);
             tunnel.failed.remove(uid);
-            if tunnel.commands.send(Command::Del(offer.clone())).is_ok() {
+            if tunnel.link.send(Command::Del(offer.clone())) {
                 pending.insert((*conn, offer.serial));
             }
         }
@@ -137,8 +156,27 @@ impl Tunnels {
                 {
                     failure.retry_at = None;
                     let offer = OfferId { uid: uid.clone(), serial: *serial };
-                    let _ = tunnel.commands.send(Command::Add(offer, workload.clone(), None));
+                    tunnel.link.send(Command::Add(offer, workload.clone(), None));
                 }
+            }
+        }
+    }
+
+    /// Tells those who wait of `workloads`, which are all that there are.
+    pub fn welcome(&mut self, workloads: &BTreeMap<String, Workload>) {
+        for tunnel in self.connected.values_mut() {
+            if matches!(tunnel.link, Link::Told(_)) {
+                continue;
+            }
+            let (commands, receiver) = mpsc::unbounded_channel();
+            let add = |(uid, workload): (&String, &Workload)| {
+                let offer = OfferId { uid: uid.clone(), serial: *self.offers.get(uid)? };
+                Some(Command::Add(offer, workload.clone(), None))
+            };
+            let snapshot: Vec<Command> = workloads.iter().filter_map(add).collect();
+            info!(tunnel.pid, pods = snapshot.len(), "the tunnel is told of the pods");
+            if let Link::Waiting(welcome) = std::mem::replace(&mut tunnel.link, Link::Told(commands)) {
+                let _ = welcome.send(Welcome { snapshot, commands: receiver });
             }
         }
     }
@@ -212,29 +250,18 @@ impl Node {
             }
         };
         self.tunnels.turned_away = None;
-        let (commands, receiver) = mpsc::unbounded_channel();
-        let snapshot = self
-            .applied
-            .workloads
-            .iter()
-            .filter_map(|(uid, workload)| {
-                let serial = *self.tunnels.offers.get(uid)?;
-                Some(Command::Add(OfferId { uid: uid.clone(), serial }, workload.clone(), None))
-            })
-            .collect();
         let tunnel = Tunnel {
             pid,
             cgroup,
             cgroup_id,
-            commands,
+            link: Link::Waiting(welcome),
             acknowledged: BTreeMap::new(),
             failed: BTreeMap::new(),
         };
-        info!(pid, cgroup = %tunnel.cgroup.display(), pods = self.applied.workloads.len(), "tunnel connected");
+        info!(pid, cgroup = %tunnel.cgroup.display(), "tunnel connected");
         self.tunnels.connected.insert(conn, tunnel);
         self.dirty.all = true;
         self.change_settings(|settings| settings.tunnel_up = 1);
-        let _ = welcome.send(Welcome { snapshot, commands: receiver });
     }
 
     /// Finds the cgroup of a tunnel and attaches its programs, before it opens its first socket.

@@ -303,6 +303,18 @@ impl Bed {
         self.wait_settled();
     }
 
+    /// Kills the watcher of a node, and after `pause` starts another one.
+    pub fn replace_watcher(&mut self, node: usize, pause: Duration) {
+        let (cgroup2, bpffs) = (self.cgroup2.clone(), self.bpffs());
+        let node = &mut self.nodes[node];
+        if let Some(mut watcher) = node.watcher.take() {
+            watcher.kill();
+        }
+        std::thread::sleep(pause);
+        let root = node.as_seen_inside(&node.cgroup_root(&cgroup2));
+        node.start_watcher(&root, &bpffs, &["--detach"]);
+    }
+
     /// Labels or unlabels pods, in the order in which a control plane and the node agents do it: peers
     /// stop sending HBONE before the pod leaves, and start after it came.
     pub fn label(&mut self, names: &[&str], enrol: Enrol) {
