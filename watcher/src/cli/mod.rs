@@ -22,6 +22,7 @@ mod uninstall;
     after_help = "Examples:
   watcher preflight
   watcher run --pods pods.yaml --node a
+  NODE_NAME=worker-1 watcher run --kubernetes
   watcher status --node a
   watcher explain client 10.0.2.3:80 --node a
   watcher uninstall --node a"
@@ -45,9 +46,9 @@ enum Command {
 /// Which node, and where its watcher keeps what a reboot may lose.
 #[derive(Clone, Debug, Args)]
 struct NodeArgs {
-    /// The node's name; names the folder of its maps and links
-    #[arg(long, env = "NODE_NAME", default_value_t = hostname(), value_parser = node_name)]
-    node: String,
+    /// The node's name; names the folder of its maps and links [default: the host's name]
+    #[arg(long, env = "NODE_NAME", value_parser = node_name)]
+    node: Option<String>,
     /// The folder for run-time files of all nodes
     #[arg(long, default_value = "/run/adit", value_name = "DIR")]
     run_dir: PathBuf,
@@ -57,8 +58,12 @@ struct NodeArgs {
 }
 
 impl NodeArgs {
+    fn name(&self) -> String {
+        self.node.clone().unwrap_or_else(hostname)
+    }
+
     fn dir(&self) -> PathBuf {
-        self.run_dir.join(&self.node)
+        self.run_dir.join(self.name())
     }
 
     fn socket(&self) -> PathBuf {
@@ -157,7 +162,7 @@ fn ask_once<T: serde::de::DeserializeOwned>(
 }
 
 fn no_watcher(args: &NodeArgs) -> String {
-    format!("no watcher of node {} answers at {}", args.node, args.socket().display())
+    format!("no watcher of node {} answers at {}", args.name(), args.socket().display())
 }
 
 #[cfg(test)]

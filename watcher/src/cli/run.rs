@@ -1,6 +1,7 @@
 //! `watcher run`: enrols pods until it is stopped.
 
 use std::{
+    collections::BTreeSet,
     io::{self, IsTerminal as _},
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -12,28 +13,33 @@ use clap::Args;
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    desired::{FailMode, file_source},
+    desired::{FailMode, Source, file_source, kubernetes, selection::Mode},
     node,
     observed::{cgroups, events::SourceKind},
 };
 
 use super::{MountArgs, NodeArgs, preflight};
 
-/// Enrol the pods of a file until stopped
+/// Enrol pods until stopped: those of this node that the API server knows, or those of a file
 #[derive(Debug, Args)]
 #[command(
     after_help = "Without --detach the kernel's links stay when the watcher ends, and traffic goes on; \
 `watcher uninstall` undoes everything.
 
+In a pod of a cluster --kubernetes is the default; elsewhere the API server is found by KUBECONFIG.
+
 Examples:
   watcher run --pods pods.yaml --node a
+  watcher run --kubernetes --node worker-1 --fail-mode open
   watcher run --pods pods.yaml --node a --detach --fail-mode open
   watcher run --pods pods.yaml --node a --attach /sys/fs/cgroup/pods --zds-socket /run/a/zds.sock"
 )]
 pub struct RunArgs {
     /// The pods of this node (YAML); watched, so that an edit takes effect at once
-    #[arg(long, value_name = "FILE")]
-    pods: PathBuf,
+    #[arg(long, value_name = "FILE", conflicts_with = "kubernetes")]
+    pods: Option<PathBuf>,
+    #[command(flatten)]
+    kubernetes: KubernetesArgs,
     #[command(flatten)]
     node: NodeArgs,
     #[command(flatten)]
@@ -67,6 +73,23 @@ pub struct RunArgs {
     log_format: LogFormat,
 }
 
+/// The API server as the source of pods.
+#[derive(Debug, Args)]
+struct KubernetesArgs {
+    /// The pods of this node, as the API server knows them; needs the node's name
+    #[arg(long)]
+    kubernetes: bool,
+    /// The label of namespaces and pods that enrols; the value `none` on a pod leaves it alone
+    #[arg(long, value_name = "KEY=VALUE", default_value_t)]
+    dataplane_label: Mode,
+    /// A container of this name carries its pod's traffic itself: the pod is left alone, as with Istio's sidecar
+    #[arg(long = "sidecar-container", value_name = "NAME")]
+    sidecar_containers: Vec<String>,
+    /// Write no annotations and no Events
+    #[arg(long)]
+    no_write_back: bool,
+}
+
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum LogFormat {
     Text,
@@ -82,7 +105,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     );
     start_log(args.log_format)?;
     let cgroup_root = args.mounts.root();
-    let attach = match args.attach {
+    let attach = match &args.attach {
         Some(dir) => cgroup_root.join(dir).components().collect(),
         None => cgroups::pods_dir(&cgroup_root),
     };
@@ -91,12 +114,12 @@ pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         preflight::print_human(&mut io::stderr(), checks.iter().filter(|check| !check.ok))?;
         anyhow::bail!("this node is not ready, nothing was attached");
     }
-    let pods_file = std::path::absolute(&args.pods).context("the path of the pods file")?;
+    let wanted = wanted_source(&args)?;
     let config = node::Config {
         status_socket: args.node.socket(),
         run_dir: args.node.dir(),
-        pins: args.mounts.pins(&args.node.node),
-        node: args.node.node,
+        pins: args.mounts.pins(&args.node.name()),
+        node: args.node.name(),
         zds_socket: args.zds_socket,
         cgroup_root,
         attach,
@@ -111,17 +134,56 @@ pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     // that a tunnel is given its next pod while the loop prepares others.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async {
-        let what = format!("watch the directory of {}", pods_file.display());
-        let source = file_source::start(pods_file, config.cgroup_root.clone()).map_err(node::cannot(what))?;
-        node::run(config, source).await
+        let source = wanted.start(config.cgroup_root.clone()).await?;
+        Ok::<_, anyhow::Error>(node::run(config, source).await?)
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Where pods are to come from.
+enum Wanted {
+    PodsFile(PathBuf),
+    Kubernetes(kubernetes::Options),
+}
+
+fn wanted_source(args: &RunArgs) -> anyhow::Result<Wanted> {
+    if let Some(path) = &args.pods {
+        return Ok(Wanted::PodsFile(std::path::absolute(path).context("the path of the pods file")?));
+    }
+    let in_a_pod = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
+    anyhow::ensure!(
+        args.kubernetes.kubernetes || in_a_pod,
+        "nobody tells of pods: expected --pods FILE or --kubernetes"
+    );
+    // The host's name would often do, and where it does not, no pod would ever be found.
+    let node = args.node.node.clone().context(
+        "which node this is: set NODE_NAME (spec.nodeName by the downward API) or --node to its name in Kubernetes",
+    )?;
+    Ok(Wanted::Kubernetes(kubernetes::Options {
+        node,
+        mode: args.kubernetes.dataplane_label.clone(),
+        sidecars: args.kubernetes.sidecar_containers.iter().cloned().collect::<BTreeSet<_>>(),
+        write_back: !args.kubernetes.no_write_back,
+    }))
+}
+
+impl Wanted {
+    async fn start(self, cgroup_root: PathBuf) -> anyhow::Result<Source> {
+        match self {
+            Self::PodsFile(path) => {
+                let what = format!("watch the directory of {}", path.display());
+                Ok(file_source::start(path, cgroup_root).map_err(node::cannot(what))?)
+            }
+            Self::Kubernetes(options) => Ok(kubernetes::start(&kubernetes::config().await?, options)?),
+        }
+    }
 }
 
 fn start_log(format: LogFormat) -> anyhow::Result<()> {
     let filter = match std::env::var("RUST_LOG") {
         Ok(filter) => EnvFilter::try_new(&filter).with_context(|| format!("RUST_LOG is \"{filter}\""))?,
-        Err(_) => EnvFilter::new("info"),
+        // What the client of the API server logs, our own records say too, once and with what to do.
+        Err(_) => EnvFilter::new("info,kube_client=off,kube_runtime=off"),
     };
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     match format {

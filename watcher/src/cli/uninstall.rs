@@ -49,7 +49,7 @@ pub fn run(args: &UninstallArgs) -> anyhow::Result<ExitCode> {
     let dir = args.node.dir();
     let mut records = Records::open(&dir).context("what the watcher noted cannot be read")?;
     // The links first: they must not lead traffic to where nothing answers any more.
-    let pins = args.mounts.pins(&args.node.node);
+    let pins = args.mounts.pins(&args.node.name());
     let removed = Kernel::remove(&pins).context("cannot remove the pinned links and maps")?;
     let undone = undo::restore_all(&mut records).context("cannot restore the pods' netns")?;
     for id in records.tunnels().keys().copied().collect::<Vec<_>>() {

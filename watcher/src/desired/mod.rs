@@ -2,6 +2,7 @@
 //!
 //! * [`pods_file`]: reads the pods from a file
 //! * [`file_source`]: the pods file as a source: read again whenever it may have changed
+//! * [`kubernetes`]: the API server as a source
 //! * [`exclusions`]: ports and ranges of addresses that are left alone
 //! * [`selection`]: whether a pod is enrolled
 //!
@@ -25,8 +26,12 @@ use crate::{reason::Reason, status::State};
 
 pub mod exclusions;
 pub mod file_source;
+pub mod kubernetes;
 pub mod pods_file;
 pub mod selection;
+
+/// The names of a pod travel in one ZDS packet of at most 1024 bytes; this leaves room for the rest.
+const MAX_NAMES: usize = 900;
 
 /// What happens to an enrolled pod's traffic while no tunnel serves it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]

@@ -29,7 +29,7 @@ use std::{
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
-use super::{BadEntry, Entry, Pod, exclusions, exclusions::Exclusions, selection};
+use super::{BadEntry, Entry, MAX_NAMES, Pod, exclusions, exclusions::Exclusions, selection};
 
 const KEYS: [&str; 12] = [
     "uid",
@@ -45,9 +45,6 @@ const KEYS: [&str; 12] = [
     "excludeOutboundCidrs",
     "excludeInboundPorts",
 ];
-
-/// The names of a pod travel in one ZDS packet of at most 1024 bytes; this leaves room for the rest.
-const MAX_NAMES: usize = 900;
 
 /// Why a file was refused as a whole.
 #[derive(Debug, thiserror::Error)]

@@ -40,6 +40,8 @@ static PLACE: Mutex<()> = Mutex::new(());
 #[derive(Debug)]
 pub struct FakeTunnel {
     socket: Socket,
+    /// Whose pods it expects.
+    namespace: String,
 }
 
 impl FakeTunnel {
@@ -63,7 +65,11 @@ impl FakeTunnel {
         // Its first word, or its hanging up, comes after it has looked.
         socket.peek(&mut [std::mem::MaybeUninit::uninit()]).expect("the watcher's first word");
         move_to(&home);
-        Self { socket }
+        Self { socket, namespace: "default".to_owned() }
+    }
+
+    pub fn of_namespace(self, namespace: &str) -> Self {
+        Self { namespace: namespace.to_owned(), ..self }
     }
 
     /// The next message; not answered yet.
@@ -104,7 +110,8 @@ impl FakeTunnel {
             Payload::Add(add) => {
                 let [inode] = inodes.as_slice() else { panic!("{} fds with {add:?}", inodes.len()) };
                 let info = add.workload_info.expect("workload info");
-                assert_eq!((info.namespace.as_str(), info.service_account.as_str()), ("default", "default"));
+                let expected = (self.namespace.as_str(), "default");
+                assert_eq!((info.namespace.as_str(), info.service_account.as_str()), expected);
                 Told::Add(add.uid, *inode)
             }
             other => {

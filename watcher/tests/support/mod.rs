@@ -82,6 +82,8 @@ pub struct Bed {
     pub dir: tempfile::TempDir,
     pub watcher: Option<Owned>,
     pub pods: Vec<Pod>,
+    /// Where its watcher has pods from: `None`: the pods file; else the API server that this kubeconfig leads to.
+    pub kubeconfig: Option<PathBuf>,
 }
 
 /// A pod: a cgroup with one container, whose process is in a netns of its own.
@@ -104,6 +106,7 @@ impl Bed {
             dir: tempfile::tempdir().expect("folder"),
             watcher: None,
             pods: Vec::new(),
+            kubeconfig: None,
         };
         for below in ["pods", "watcher", "tunnel", "other-tunnel"] {
             fs::create_dir_all(bed.cgroup.join(below)).expect("cgroup");
@@ -127,6 +130,11 @@ impl Bed {
 
     /// Makes a pod; the pods file has to name it.
     pub fn pod(&mut self, name: &str) -> usize {
+        self.pod_in(name, name)
+    }
+
+    /// The same, with a cgroup of another name.
+    pub fn pod_in(&mut self, name: &str, cgroup: &str) -> usize {
         let number = self.pods.len();
         let netns = format!("{}-{name}", self.name);
         let address = format!("10.88.{number}.2");
@@ -137,7 +145,7 @@ impl Bed {
         run(&format!("ip -n {netns} addr add fd88:{number}::2/64 dev e0 nodad"));
         run(&format!("ip -n {netns} link set e0 up"));
         run(&format!("ip -n {netns} link set e1 up"));
-        let cgroup = self.cgroup.join("pods").join(name);
+        let cgroup = self.cgroup.join("pods").join(cgroup);
         fs::create_dir_all(cgroup.join("container")).expect("cgroup");
         let net = format!("--net=/run/netns/{netns}");
         let words = ["nsenter", net.as_str(), "sleep", "infinity"];
@@ -182,8 +190,9 @@ impl Bed {
         let path = |name: &str| self.dir.path().join(name).display().to_string();
         let (pods, zds, bpffs) = (path("pods.yaml"), path("zds.sock"), path("bpf"));
         let attach = self.cgroup.join("pods").display().to_string();
-        let words = ["run", "--pods", &pods, "--zds-socket", &zds, "--bpffs", &bpffs, "--attach", &attach];
-        let words = words.iter().chain(more).map(|word| (*word).to_owned());
+        let source: &[&str] = if self.kubeconfig.is_some() { &["--kubernetes"] } else { &["--pods", &pods] };
+        let words = ["--zds-socket", &zds, "--bpffs", &bpffs, "--attach", &attach];
+        let words = ["run"].iter().chain(source).chain(&words).chain(more).map(|word| (*word).to_owned());
         words.chain(self.arguments()).collect()
     }
 
@@ -198,7 +207,9 @@ impl Bed {
     /// Starts the watcher and waits until it answers.
     pub fn start(&mut self, more: &[&str]) {
         let words = self.run_words(more);
-        let mut line = vec![env!("CARGO_BIN_EXE_watcher")];
+        let kubeconfig = self.kubeconfig.as_ref().map(|path| format!("KUBECONFIG={}", path.display()));
+        let mut line: Vec<&str> = kubeconfig.iter().flat_map(|set| ["env", set.as_str()]).collect();
+        line.push(env!("CARGO_BIN_EXE_watcher"));
         line.extend(words.iter().map(String::as_str));
         let log = self.dir.path().join("watcher.log");
         self.watcher = Some(Owned::spawn(&self.cgroup.join("watcher"), &line, &log));

@@ -1,0 +1,280 @@
+//! One kind of object, listed and watched for ever.
+//!
+//! `kube`'s watcher resumes at the last version that it saw, and lists again when that is too old for the
+//! server. Added here: waiting that grows while the server is away, telling when it is back (a resumed watch that has
+//! nothing to say looks like one that hangs), and a way out of a version that the server will never reach.
+
+use std::{
+    fmt::Debug,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::BoxStream};
+use kube::{
+    Api, Client, Config, Resource,
+    client::{Body, ClientBuilder},
+    runtime::watcher::{self, Event},
+};
+use serde::de::DeserializeOwned;
+use tokio::{sync::watch, time::Instant};
+use tracing::debug;
+
+use super::backoff::Backoff;
+
+/// How long one watch lasts. Where the connection has died without a word, it is noticed 5 s after that.
+const WATCH_SECS: u32 = 120;
+/// How long an answer may take to begin, which is longer than a watch may be silent.
+const ANSWER: Duration = Duration::from_secs(WATCH_SECS as u64 + 10);
+/// A server that went on refusing to resume for so long is asked for a list: it may have lost its state, and with
+/// it the version that we want to go on from.
+const REFUSED_FOR: Duration = Duration::from_secs(30);
+/// Since this version every server streams lists (Kubernetes 1.34).
+const STREAMS_LISTS: (u32, u32) = (1, 34);
+
+/// What is told of one kind.
+#[derive(Debug)]
+pub enum Told<K> {
+    Event(Event<K>),
+    /// It cannot be watched at present: why.
+    Failed(String),
+    /// It can again, and nothing was missed.
+    Recovered,
+}
+
+pub struct Watched<K> {
+    /// For messages, such as `pods`.
+    what: &'static str,
+    client: Client,
+    config: watcher::Config,
+    stream: BoxStream<'static, watcher::Result<Event<K>>>,
+    /// Counts answers of the server other than refusals.
+    answers: watch::Receiver<u64>,
+    backoff: Backoff,
+    wait_until: Option<Instant>,
+    failed_at: Option<Instant>,
+    refused_since: Option<Instant>,
+}
+
+impl<K> Debug for Watched<K> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Watched")
+            .field("what", &self.what)
+            .field("failed_at", &self.failed_at)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<K> Watched<K>
+where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    /// `fields`: which of them, as a field selector.
+    pub fn new(what: &'static str, config: &Config, fields: Option<String>) -> Result<Self, kube::Error> {
+        let (counter, answers) = watch::channel(0);
+        let client = ClientBuilder::try_from(super::answering_within(ANSWER, config))?
+            .with_layer(&CountAnswers(Arc::new(counter)))
+            .build();
+        let config = watcher::Config {
+            field_selector: fields,
+            timeout: Some(WATCH_SECS),
+            ..watcher::Config::default()
+        };
+        let stream = watcher::watcher(Api::all(client.clone()), config.clone()).boxed();
+        Ok(Self {
+            what,
+            client,
+            config,
+            stream,
+            answers,
+            backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(15)),
+            wait_until: None,
+            failed_at: None,
+            refused_since: None,
+        })
+    }
+
+    /// What there is to be told next. May be dropped and called again without losing anything.
+    pub async fn next(&mut self) -> Told<K> {
+        if let Some(until) = self.wait_until {
+            tokio::time::sleep_until(until).await;
+            self.wait_until = None;
+            self.answers.mark_unchanged();
+        }
+        loop {
+            tokio::select! {
+                biased;
+                item = self.stream.next() => match item {
+                    Some(Ok(event)) => {
+                        // The beginning of a list says nothing of the server yet.
+                        if !matches!(event, Event::Init) {
+                            self.backoff.reset();
+                            self.refused_since = None;
+                            self.failed_at = None;
+                        }
+                        return Told::Event(event);
+                    }
+                    Some(Err(error)) => return self.on_error(&error),
+                    None => self.restart(),
+                },
+                Ok(()) = self.answers.changed(), if self.failed_at.is_some() => {
+                    self.failed_at = None;
+                    return Told::Recovered;
+                }
+            }
+        }
+    }
+
+    /// What is there already, without waiting.
+    pub fn ready(&mut self) -> Option<Told<K>> {
+        if self.wait_until.is_some() { None } else { self.next().now_or_never() }
+    }
+
+    /// Uses streaming lists if the server is known to have them.
+    pub async fn prefer_streaming_lists(&mut self) {
+        let asked = tokio::time::timeout(Duration::from_secs(5), self.client.apiserver_version()).await;
+        let Ok(Ok(version)) = asked else { return };
+        if has_streaming_lists(&version.major, &version.minor) {
+            self.config = self.config.clone().streaming_lists();
+            self.restart();
+        }
+    }
+
+    /// Begins anew, with a list.
+    fn restart(&mut self) {
+        self.stream = watcher::watcher(Api::all(self.client.clone()), self.config.clone()).boxed();
+        self.refused_since = None;
+    }
+
+    fn on_error(&mut self, error: &watcher::Error) -> Told<K> {
+        let now = Instant::now();
+        self.failed_at = Some(now);
+        self.wait_until = Some(now + self.backoff.next());
+        let status = status(error);
+        let streams = self.config.initial_list_strategy == watcher::InitialListStrategy::StreamingList;
+        match status.map(|status| status.code) {
+            // Switched off by a feature gate, for all that its version says.
+            Some(400 | 422) if streams => {
+                debug!(what = self.what, "the server does not stream lists");
+                self.config.initial_list_strategy = watcher::InitialListStrategy::ListWatch;
+                self.restart();
+            }
+            Some(410) => self.restart(),
+            Some(_) if matches!(error, watcher::Error::WatchStartFailed(_)) => {
+                let since = *self.refused_since.get_or_insert(now);
+                if now.duration_since(since) >= REFUSED_FOR {
+                    self.restart();
+                }
+            }
+            _ => {}
+        }
+        Told::Failed(describe(self.what, error))
+    }
+}
+
+fn has_streaming_lists(major: &str, minor: &str) -> bool {
+    // Some distributions write `34+`.
+    let number = |text: &str| text.trim_end_matches('+').parse::<u32>().ok();
+    number(major).zip(number(minor)).is_some_and(|version| version >= STREAMS_LISTS)
+}
+
+fn status(error: &watcher::Error) -> Option<&kube::core::Status> {
+    use watcher::Error::{InitialListFailed, NoResourceVersion, WatchError, WatchFailed, WatchStartFailed};
+    match error {
+        InitialListFailed(kube::Error::Api(status))
+        | WatchStartFailed(kube::Error::Api(status))
+        | WatchFailed(kube::Error::Api(status))
+        | WatchError(status) => Some(status),
+        InitialListFailed(_) | WatchStartFailed(_) | WatchFailed(_) | NoResourceVersion => None,
+    }
+}
+
+/// What was tried, why it failed, and who must act.
+fn describe(what: &str, error: &watcher::Error) -> String {
+    let tried = match error {
+        watcher::Error::InitialListFailed(_) | watcher::Error::NoResourceVersion => "list",
+        _ => "watch",
+    };
+    match status(error) {
+        Some(status) if status.code == 403 => format!(
+            "{tried} {what}: {}; grant the watcher's service account the verb {tried} on {what}, as its ClusterRole does",
+            status.message
+        ),
+        Some(status) if status.code == 401 => {
+            format!("{tried} {what}: the API server does not accept our credentials: {}", status.message)
+        }
+        Some(status) => format!("{tried} {what}: {}", status.message),
+        None => format!("{tried} {what}: {}", super::cause(error)),
+    }
+}
+
+/// Counts the answers that are no refusals.
+#[derive(Clone)]
+struct CountAnswers(Arc<watch::Sender<u64>>);
+
+impl<S> tower::Layer<S> for CountAnswers {
+    type Service = Counting<S>;
+
+    fn layer(&self, inner: S) -> Counting<S> {
+        Counting { inner, counter: Arc::clone(&self.0) }
+    }
+}
+
+struct Counting<S> {
+    inner: S,
+    counter: Arc<watch::Sender<u64>>,
+}
+
+impl<S, B> tower::Service<http::Request<Body>> for Counting<S>
+where
+    S: tower::Service<http::Request<Body>, Response = http::Response<B>>,
+    S::Future: Send + 'static,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = BoxFuture<'static, Result<S::Response, S::Error>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let answer = self.inner.call(request);
+        let counter = Arc::clone(&self.counter);
+        Box::pin(async move {
+            let answer = answer.await?;
+            if answer.status().is_success() {
+                counter.send_modify(|count| *count += 1);
+            }
+            Ok(answer)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_tell_who_streams_lists() {
+        for (major, minor, has) in [
+            ("1", "34", true),
+            ("1", "36+", true),
+            ("1", "33", false),
+            ("2", "0", true),
+            ("", "", false),
+            ("1", "x", false),
+        ] {
+            assert_eq!(has_streaming_lists(major, minor), has, "{major}.{minor}");
+        }
+    }
+
+    #[test]
+    fn a_missing_grant_is_named_by_its_verb() {
+        let status = kube::core::Status::failure("pods is forbidden", "Forbidden").with_code(403);
+        let error = watcher::Error::InitialListFailed(kube::Error::Api(status.boxed()));
+        let text = describe("pods", &error);
+        assert!(text.contains("pods is forbidden") && text.contains("the verb list on pods"), "{text}");
+    }
+}

@@ -1,0 +1,417 @@
+//! A real API server with its store, on loopback, for as long as somebody holds it.
+//!
+//! The programs are those of `KUBEBUILDER_ASSETS`, else of `PATH`, else what `.ci/kube-tools` built into the cache.
+//! Nothing runs pods: tests create them with a node's name, set their status, and make the processes themselves.
+
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+use std::{
+    env, fs,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::{Duration, Instant},
+};
+
+use k8s_openapi::api::{
+    authentication::v1::TokenRequest,
+    core::v1::{Namespace, Pod, ServiceAccount},
+};
+use kube::{
+    Api, Client, Config,
+    api::{DynamicObject, Patch, PatchParams, PostParams},
+    config::{KubeConfigOptions, Kubeconfig},
+    core::{ApiResource, GroupVersionKind},
+};
+use nix::sys::signal::{Signal, kill};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+};
+use serde_json::{Value, json};
+
+/// What `.ci/kube-tools` builds.
+const VERSION: &str = "1.36.3";
+const LIMIT: Duration = Duration::from_mins(1);
+
+/// The chart's manifest of what the watcher may do.
+pub const RBAC: &str = include_str!("../../../charts/adit/templates/watcher-rbac.yaml");
+
+static SHARED: Mutex<Weak<ApiServer>> = Mutex::new(Weak::new());
+
+pub struct ApiServer {
+    dir: tempfile::TempDir,
+    port: u16,
+    store_port: u16,
+    store: Mutex<Option<Child>>,
+    server: Mutex<Option<Child>>,
+    runtime: tokio::runtime::Runtime,
+    client: Client,
+}
+
+fn program(name: &str) -> PathBuf {
+    let cache = env::var_os("ADIT_CACHE").map(PathBuf::from).or_else(|| {
+        let home = env::var_os("HOME").map(PathBuf::from)?;
+        Some(home.join(".cache/adit"))
+    });
+    let built = cache.map(|cache| cache.join(format!("kubernetes-{VERSION}/bin")));
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::var_os("KUBEBUILDER_ASSETS")
+        .map(PathBuf::from)
+        .into_iter()
+        .chain(env::split_paths(&path))
+        .chain(built)
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_file())
+        .unwrap_or_else(|| {
+            panic!("no {name}: run .ci/setup, or set KUBEBUILDER_ASSETS to a folder that has it")
+        })
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("address").port()
+}
+
+fn log(dir: &Path, name: &str) -> fs::File {
+    fs::File::options().create(true).append(true).open(dir.join(format!("{name}.log"))).expect("log")
+}
+
+fn spawn(dir: &Path, name: &str, arguments: &[String]) -> Child {
+    Command::new(program(name))
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(log(dir, name))
+        .stderr(log(dir, name))
+        .spawn()
+        .expect(name)
+}
+
+impl ApiServer {
+    /// One that all tests of this program share while they run side by side.
+    pub fn shared() -> Arc<Self> {
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(server) = shared.upgrade() {
+            return server;
+        }
+        let server = Arc::new(Self::start());
+        *shared = Arc::downgrade(&server);
+        server
+    }
+
+    /// One of its own, for a test that stops it.
+    pub fn start() -> Self {
+        let dir = tempfile::Builder::new().prefix("adit-api").tempdir().expect("folder");
+        make_keys(dir.path());
+        let (port, store_port) = (free_port(), free_port());
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        let runtime = runtime.expect("runtime");
+        write_kubeconfig(
+            &dir.path().join("admin.kubeconfig"),
+            dir.path(),
+            port,
+            &json!({"client-certificate": dir.path().join("admin.crt"), "client-key": dir.path().join("admin.key")}),
+        );
+        let client = runtime.block_on(client(&dir.path().join("admin.kubeconfig")));
+        let server = Self {
+            dir,
+            port,
+            store_port,
+            store: Mutex::default(),
+            server: Mutex::default(),
+            runtime,
+            client,
+        };
+        server.start_store();
+        server.start_server();
+        server
+    }
+
+    fn start_store(&self) {
+        let (address, peers) =
+            (format!("http://127.0.0.1:{}", self.store_port), format!("http://127.0.0.1:{}", free_port()));
+        let arguments = [
+            format!("--data-dir={}", self.dir.path().join("etcd").display()),
+            "--unsafe-no-fsync".to_owned(),
+            format!("--listen-client-urls={address}"),
+            format!("--advertise-client-urls={address}"),
+            format!("--listen-peer-urls={peers}"),
+            format!("--initial-advertise-peer-urls={peers}"),
+            format!("--initial-cluster=default={peers}"),
+        ];
+        *self.store.lock().expect("store") = Some(spawn(self.dir.path(), "etcd", &arguments));
+    }
+
+    /// Starts the API server and waits until it serves.
+    pub fn start_server(&self) {
+        let path = |name: &str| self.dir.path().join(name).display().to_string();
+        let issuer = "https://kubernetes.default.svc.cluster.local";
+        let arguments = [
+            format!("--etcd-servers=http://127.0.0.1:{}", self.store_port),
+            "--bind-address=127.0.0.1".to_owned(),
+            "--advertise-address=127.0.0.1".to_owned(),
+            format!("--secure-port={}", self.port),
+            format!("--tls-cert-file={}", path("server.crt")),
+            format!("--tls-private-key-file={}", path("server.key")),
+            format!("--client-ca-file={}", path("ca.crt")),
+            format!("--service-account-issuer={issuer}"),
+            format!("--api-audiences={issuer}"),
+            format!("--service-account-key-file={}", path("accounts.pub")),
+            format!("--service-account-signing-key-file={}", path("accounts.key")),
+            "--authorization-mode=Node,RBAC".to_owned(),
+            "--service-cluster-ip-range=10.96.0.0/16".to_owned(),
+            "--allow-privileged=true".to_owned(),
+            "--endpoint-reconciler-type=none".to_owned(),
+            "--profiling=false".to_owned(),
+        ];
+        *self.server.lock().expect("server") = Some(spawn(self.dir.path(), "kube-apiserver", &arguments));
+        self.wait("the API server to serve", || async {
+            let request = http::Request::get("/readyz").body(Vec::new()).expect("request");
+            self.client().request_text(request).await.ok().filter(|text| text == "ok").map(drop)
+        });
+    }
+
+    /// Ends the API server at once, as a crash does; its store stays.
+    pub fn kill_server(&self) {
+        if let Some(mut server) = self.server.lock().expect("server").take() {
+            let _ = server.kill();
+            let _ = server.wait();
+        }
+    }
+
+    pub fn signal_server(&self, signal: Signal) {
+        let server = self.server.lock().expect("server");
+        let pid = server.as_ref().expect("a running server").id();
+        kill(nix::unistd::Pid::from_raw(i32::try_from(pid).expect("a pid")), signal).expect("signal");
+    }
+
+    pub fn client(&self) -> Client {
+        self.client.clone()
+    }
+
+    /// Does what the test needs of the API, and waits for it.
+    pub fn block_on<F: Future>(&self, future: F) -> F::Output {
+        self.runtime.block_on(async { tokio::time::timeout(LIMIT, future).await.expect("an answer in time") })
+    }
+
+    /// Tries until there is something.
+    pub fn wait<T, F: Future<Output = Option<T>>>(&self, what: &str, mut attempt: impl FnMut() -> F) -> T {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let limited =
+                async { tokio::time::timeout(Duration::from_secs(5), attempt()).await.ok().flatten() };
+            if let Some(found) = self.runtime.block_on(limited) {
+                return found;
+            }
+            let ended = |server: &mut Option<Child>| {
+                server.as_mut().is_some_and(|server| !matches!(server.try_wait(), Ok(None)))
+            };
+            if ended(&mut self.server.lock().expect("server")) || Instant::now() > deadline {
+                let log = fs::read_to_string(self.dir.path().join("kube-apiserver.log")).unwrap_or_default();
+                let last: Vec<&str> = log.lines().rev().take(15).collect();
+                panic!(
+                    "waited in vain for {what}\n{}",
+                    last.into_iter().rev().collect::<Vec<_>>().join("\n")
+                );
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Applies every object of `manifest`, as `kubectl apply` would.
+    pub fn apply(&self, manifest: &str) {
+        for document in manifest.split("\n---\n") {
+            let value: Value = serde_saphyr::from_str(document).expect("YAML");
+            let text = |pointer: &str| value.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
+            let (group, version) = text("/apiVersion").split_once('/').unwrap_or(("", text("/apiVersion")));
+            let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, text("/kind")));
+            let api: Api<DynamicObject> = match text("/metadata/namespace") {
+                "" => Api::all_with(self.client(), &resource),
+                namespace => Api::namespaced_with(self.client(), namespace, &resource),
+            };
+            let params = PatchParams::apply("test").force();
+            self.block_on(api.patch(text("/metadata/name"), &params, &Patch::Apply(&value)))
+                .expect("applied");
+        }
+    }
+
+    /// A namespace with these labels, ready for pods.
+    pub fn namespace(&self, name: &str, labels: &Value) {
+        let namespace = json!({"metadata": {"name": name, "labels": labels}});
+        let namespace: Namespace = serde_json::from_value(namespace).expect("a namespace");
+        self.block_on(Api::all(self.client()).create(&PostParams::default(), &namespace)).expect("created");
+        // The controller manager would make it.
+        self.service_account(name, "default");
+    }
+
+    pub fn service_account(&self, namespace: &str, name: &str) {
+        let account = json!({"metadata": {"name": name}});
+        let account: ServiceAccount = serde_json::from_value(account).expect("a service account");
+        let api = Api::namespaced(self.client(), namespace);
+        self.block_on(api.create(&PostParams::default(), &account)).expect("created");
+    }
+
+    /// Sets (or with `null` removes) labels of a namespace.
+    pub fn label_namespace(&self, name: &str, labels: &Value) {
+        let patch = Patch::Merge(json!({"metadata": {"labels": labels}}));
+        let api: Api<Namespace> = Api::all(self.client());
+        self.block_on(api.patch(name, &PatchParams::default(), &patch)).expect("patched");
+    }
+
+    /// Creates a pod of `node`; `more` is merged into it. Its uid.
+    pub fn pod(&self, namespace: &str, name: &str, node: &str, more: &Value) -> String {
+        let mut pod = json!({
+            "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
+            "spec": {"nodeName": node, "containers": [{"name": "main", "image": "none"}]},
+        });
+        merge(&mut pod, more);
+        let pod: Pod = serde_json::from_value(pod).expect("a pod");
+        let api: Api<Pod> = Api::namespaced(self.client(), namespace);
+        // It is refused until the server's own watch has seen the service account.
+        let pod = self.wait("the pod to be taken", || async {
+            api.create(&PostParams::default(), &pod).await.inspect_err(|error| eprintln!("{error}")).ok()
+        });
+        pod.metadata.uid.expect("a uid")
+    }
+
+    pub fn patch_pod(&self, namespace: &str, name: &str, patch: &Value) {
+        let api: Api<Pod> = Api::namespaced(self.client(), namespace);
+        self.block_on(api.patch(name, &PatchParams::default(), &Patch::Merge(patch))).expect("patched");
+    }
+
+    /// What a kubelet would report.
+    pub fn set_status(&self, namespace: &str, name: &str, status: &Value) {
+        let api: Api<Pod> = Api::namespaced(self.client(), namespace);
+        let patch = Patch::Merge(json!({"status": status}));
+        self.block_on(api.patch_status(name, &PatchParams::default(), &patch)).expect("patched");
+    }
+
+    /// Deletes a pod at once.
+    pub fn delete_pod(&self, namespace: &str, name: &str) {
+        let api: Api<Pod> = Api::namespaced(self.client(), namespace);
+        let params = kube::api::DeleteParams::default().grace_period(0);
+        drop(self.block_on(api.delete(name, &params)).expect("deleted"));
+    }
+
+    pub fn annotation(&self, namespace: &str, name: &str, key: &str) -> Option<String> {
+        let api: Api<Pod> = Api::namespaced(self.client(), namespace);
+        let pod = self.block_on(api.get(name)).expect("the pod");
+        pod.metadata.annotations.and_then(|annotations| annotations.get(key).cloned())
+    }
+
+    /// A kubeconfig of the service account `namespace/name`, with a token as pods get it.
+    pub fn kubeconfig_of(&self, namespace: &str, name: &str) -> PathBuf {
+        let api: Api<ServiceAccount> = Api::namespaced(self.client(), namespace);
+        let request: TokenRequest =
+            serde_json::from_value(json!({"spec": {"audiences": []}})).expect("a token request");
+        let made = self.wait("a token", || async {
+            api.create_token_request(name, &PostParams::default(), &request).await.ok()
+        });
+        let path = self.dir.path().join(format!("{namespace}-{name}.kubeconfig"));
+        let token = made.status.expect("a token").token;
+        write_kubeconfig(&path, self.dir.path(), self.port, &json!({"token": token}));
+        path
+    }
+
+    /// The kubeconfig of the chart's service account, with the chart's rights and no others.
+    pub fn watcher_kubeconfig(&self) -> PathBuf {
+        let api: Api<Namespace> = Api::all(self.client());
+        if self.block_on(api.get_opt("adit-system")).expect("an answer").is_none() {
+            self.namespace("adit-system", &json!({}));
+        }
+        self.apply(RBAC);
+        self.kubeconfig_of("adit-system", "adit-watcher")
+    }
+
+    /// Forgets all versions but the last: whoever watches from an older one must list again.
+    pub fn compact(&self) {
+        // The store's own gateway of gRPC, since no client of it is needed otherwise.
+        let base = format!("http://127.0.0.1:{}/v3/kv", self.store_port);
+        let post = |path: &str, body: &Value| -> Value {
+            let output = Command::new("curl")
+                .args([
+                    "-sS",
+                    "--fail",
+                    "--noproxy",
+                    "*",
+                    "-X",
+                    "POST",
+                    &format!("{base}/{path}"),
+                    "-d",
+                    &body.to_string(),
+                ])
+                .output()
+                .expect("curl");
+            assert!(output.status.success(), "{path}: {}", String::from_utf8_lossy(&output.stderr));
+            serde_json::from_slice(&output.stdout).expect("JSON")
+        };
+        let found = post("range", &json!({"key": "AA==", "limit": "1"}));
+        let revision = found["header"]["revision"].as_str().expect("a revision").to_owned();
+        post("compaction", &json!({"revision": revision, "physical": true}));
+    }
+}
+
+impl Drop for ApiServer {
+    fn drop(&mut self) {
+        self.kill_server();
+        if let Some(mut store) = self.store.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            let _ = store.kill();
+            let _ = store.wait();
+        }
+    }
+}
+
+fn merge(into: &mut Value, more: &Value) {
+    match (into, more) {
+        (Value::Object(into), Value::Object(more)) => {
+            for (key, value) in more {
+                merge(into.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (into, more) => *into = more.clone(),
+    }
+}
+
+/// A CA, the server's and the administrator's certificates, and the key that signs tokens of service accounts.
+fn make_keys(dir: &Path) {
+    let write = |name: &str, text: &str| fs::write(dir.join(name), text).expect(name);
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, "the bed's root");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("key")).expect("root");
+    write("ca.crt", &ca.pem());
+    let leaf = |name: &str, organisation: Option<&str>, common_name: &str, names: &[&str], usage| {
+        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        let mut params = CertificateParams::new(names).expect("names");
+        if let Some(organisation) = organisation {
+            params.distinguished_name.push(DnType::OrganizationName, organisation);
+        }
+        params.distinguished_name.push(DnType::CommonName, common_name);
+        params.extended_key_usages = vec![usage];
+        let key = KeyPair::generate().expect("key");
+        let certificate = params.signed_by(&key, &ca).expect("certificate");
+        write(&format!("{name}.crt"), &certificate.pem());
+        write(&format!("{name}.key"), &key.serialize_pem());
+    };
+    leaf("server", None, "kube-apiserver", &["127.0.0.1", "localhost"], ExtendedKeyUsagePurpose::ServerAuth);
+    leaf("admin", Some("system:masters"), "admin", &[], ExtendedKeyUsagePurpose::ClientAuth);
+    let accounts = KeyPair::generate().expect("key");
+    write("accounts.key", &accounts.serialize_pem());
+    write("accounts.pub", &accounts.public_key_pem());
+}
+
+fn write_kubeconfig(path: &Path, dir: &Path, port: u16, user: &Value) {
+    let config = json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "bed",
+        "clusters": [{"name": "bed", "cluster": {
+            "server": format!("https://127.0.0.1:{port}"), "certificate-authority": dir.join("ca.crt")}}],
+        "users": [{"name": "bed", "user": user}],
+        "contexts": [{"name": "bed", "context": {"cluster": "bed", "user": "bed"}}],
+    });
+    fs::write(path, config.to_string()).expect("kubeconfig");
+}
+
+async fn client(kubeconfig: &Path) -> Client {
+    let kubeconfig = Kubeconfig::read_from(kubeconfig).expect("kubeconfig");
+    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
+    Client::try_from(config.expect("configuration")).expect("client")
+}

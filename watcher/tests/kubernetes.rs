@@ -1,0 +1,278 @@
+//! Pods of a real API server are enrolled as their labels say, and what became of them is written back.
+
+mod api_server;
+mod support;
+
+use std::{
+    fs,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use api_server::ApiServer;
+use serde_json::{Value, json};
+use support::{Bed, FakeTunnel, Told, wait_for};
+
+const REDIRECTION: &str = "ambient.istio.io/redirection";
+
+/// A node whose watcher follows the API server.
+struct Node {
+    api: Arc<ApiServer>,
+    bed: Bed,
+    /// A namespace of its own.
+    namespace: String,
+}
+
+impl Node {
+    fn new(labels: &Value) -> Self {
+        let api = ApiServer::shared();
+        let mut bed = Bed::new();
+        bed.kubeconfig = Some(api.watcher_kubeconfig());
+        let namespace = format!("{}-demo", bed.name);
+        api.namespace(&namespace, labels);
+        Self { api, bed, namespace }
+    }
+
+    /// A running pod: of the API, with processes on this node. Its number and uid.
+    fn pod(&mut self, name: &str, more: &Value) -> (usize, String) {
+        let uid = self.api.pod(&self.namespace, name, &self.bed.name, more);
+        let number = self.bed.pod_in(name, &format!("pod{uid}"));
+        self.report(number);
+        (number, uid)
+    }
+
+    /// As the kubelet does once it runs.
+    fn report(&self, number: usize) {
+        let pod = &self.bed.pods[number];
+        let ips = [pod.address.clone(), format!("fd88:{number}::2")];
+        let status = json!({"phase": "Running", "podIP": ips[0], "podIPs": ips.map(|ip| json!({"ip": ip}))});
+        self.api.set_status(&self.namespace, &pod.name, &status);
+    }
+
+    fn tunnel(&self) -> FakeTunnel {
+        self.bed.tunnel().of_namespace(&self.namespace)
+    }
+
+    fn find(&self, name: &str) -> Option<Value> {
+        let status = self.bed.status();
+        status["pods"].as_array()?.iter().find(|pod| pod["name"] == name).cloned()
+    }
+
+    fn wait_state(&self, name: &str, state: &str, code: &str) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut last = None;
+        while Instant::now() < deadline {
+            last = self.find(name);
+            if last.as_ref().is_some_and(|pod| {
+                pod["state"] == state && pod["reason"]["code"].as_str().unwrap_or_default() == code
+            }) {
+                return;
+            }
+        }
+        panic!("{name}: wanted {state} ({code}), found {last:?}\n{}", self.bed.log());
+    }
+
+    fn wait_annotation(&self, name: &str, value: Option<&str>) {
+        wait_for(&format!("the annotation of {name} to be {value:?}"), || {
+            (self.api.annotation(&self.namespace, name, REDIRECTION).as_deref() == value).then_some(())
+        });
+    }
+}
+
+/// Takes whatever it is told, until told to stop.
+fn obliging(tunnel: FakeTunnel) -> std::thread::JoinHandle<()> {
+    std::thread::spawn(move || while tunnel.take() != Told::Closed {})
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn labels_of_namespaces_and_pods_enrol_running_pods_and_take_them_out_again() {
+    let mut node = Node::new(&json!({}));
+    let ambient = json!({"istio.io/dataplane-mode": "ambient"});
+    let (_, uid) = node.pod("plain", &json!({}));
+    node.pod("labelled", &json!({"metadata": {"labels": ambient}}));
+    node.pod("opted-out", &json!({"metadata": {"labels": {"istio.io/dataplane-mode": "none"}}}));
+    node.pod("injected", &json!({"metadata": {"annotations": {"sidecar.istio.io/status": "{}"}}}));
+    let native = json!({"spec": {"initContainers": [{"name": "own-proxy", "image": "none", "restartPolicy": "Always"}]}});
+    node.pod("native", &native);
+    node.api.pod(&node.namespace, "host", &node.bed.name, &json!({"spec": {"hostNetwork": true}}));
+    node.api.pod(&node.namespace, "elsewhere", "another-node", &json!({"metadata": {"labels": ambient}}));
+    node.bed.start(&["--sidecar-container", "own-proxy"]);
+    wait_for("the source to have told of all pods", || node.bed.status()["ready"].as_bool()?.then_some(()));
+    assert!(node.find("elsewhere").is_none(), "another node's pod");
+    let _tunnel = obliging(node.tunnel());
+
+    node.wait_state("labelled", "open", "");
+    for name in ["plain", "opted-out", "injected", "native", "host"] {
+        node.wait_state(name, "plain", "");
+    }
+    node.api.label_namespace(&node.namespace, &ambient);
+    node.wait_state("plain", "open", "");
+    node.wait_state("labelled", "open", "");
+    node.wait_state("opted-out", "plain", "");
+    node.wait_state("injected", "plain", "sidecar");
+    node.wait_state("native", "plain", "sidecar");
+    node.wait_state("host", "plain", "host_network");
+    let pod = node.find("plain").expect("the pod");
+    assert_eq!((pod["uid"].as_str(), pod["service_account"].as_str()), (Some(uid.as_str()), Some("default")));
+    for (name, value) in
+        [("plain", Some("enabled")), ("labelled", Some("enabled")), ("opted-out", None), ("host", None)]
+    {
+        node.wait_annotation(name, value);
+    }
+
+    // A pod may opt out while it runs, and in again.
+    node.api.patch_pod(
+        &node.namespace,
+        "plain",
+        &json!({"metadata": {"labels": {"istio.io/dataplane-mode": "none"}}}),
+    );
+    node.wait_state("plain", "plain", "");
+    node.wait_annotation("plain", None);
+    node.api.patch_pod(
+        &node.namespace,
+        "plain",
+        &json!({"metadata": {"labels": {"istio.io/dataplane-mode": null}}}),
+    );
+    node.wait_state("plain", "open", "");
+    node.wait_annotation("plain", Some("enabled"));
+
+    node.api.label_namespace(&node.namespace, &json!({"istio.io/dataplane-mode": null}));
+    node.wait_state("plain", "plain", "");
+    node.wait_state("labelled", "open", "");
+    node.wait_annotation("plain", None);
+
+    // A pod that ended is none, although the API still has it; nor is one that was deleted.
+    node.api.set_status(&node.namespace, "labelled", &json!({"phase": "Succeeded"}));
+    node.api.delete_pod(&node.namespace, "plain");
+    wait_for("both pods to be gone", || {
+        (node.find("labelled").is_none() && node.find("plain").is_none()).then_some(())
+    });
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn a_pod_of_an_enrolled_namespace_is_closed_before_its_first_process() {
+    let mut node = Node::new(&json!({"istio.io/dataplane-mode": "ambient"}));
+    node.bed.start(&[]);
+    wait_for("the source to have told of all pods", || node.bed.status()["ready"].as_bool()?.then_some(()));
+    let _tunnel = obliging(node.tunnel());
+    let uid = node.api.pod(&node.namespace, "new", &node.bed.name, &json!({}));
+    node.wait_state("new", "closed", "no_cgroup");
+    // No address is known to the API yet: the pod's netns tells.
+    let number = node.bed.pod_in("new", &format!("pod{uid}"));
+    node.wait_state("new", "open", "");
+    node.report(number);
+    node.wait_annotation("new", Some("enabled"));
+    node.wait_state("new", "open", "");
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn what_is_wrong_with_a_pod_is_told_by_events() {
+    let mut node = Node::new(&json!({"istio.io/dataplane-mode": "ambient"}));
+    let (_, taken) = node.pod("taken", &json!({}));
+    let annotations =
+        json!({"ambient.adit.dev/fail-mode": "ajar", "ambient.adit.dev/exclude-outbound-ports": "6379,http"});
+    node.pod("nonsense", &json!({"metadata": {"annotations": annotations}}));
+    node.pod("liar", &json!({}));
+    node.api.set_status(
+        &node.namespace,
+        "liar",
+        &json!({"podIP": "10.99.99.99", "podIPs": [{"ip": "10.99.99.99"}]}),
+    );
+    node.bed.start(&[]);
+    let tunnel = node.tunnel();
+    let refuses = taken.clone();
+    let _tunnel = std::thread::spawn(move || {
+        loop {
+            match tunnel.hear() {
+                Told::Closed => return,
+                Told::Add(uid, _) if uid == refuses => {
+                    tunnel.answer("cannot listen on 15006: address in use");
+                }
+                _ => tunnel.answer(""),
+            }
+        }
+    });
+    node.wait_state("nonsense", "open", "");
+    let pod = node.find("nonsense").expect("the pod");
+    assert_eq!(pod["notes"].as_array().map(Vec::len), Some(2), "{pod}");
+    for (name, reason, part) in [
+        ("nonsense", "BadAnnotation", "\"http\" ignored"),
+        ("taken", "TunnelRefused", "15006: address in use"),
+        ("liar", "AddressNotHeld", "10.99.99.99"),
+    ] {
+        let event = node.api.wait(&format!("an Event {reason} on {name}"), || async {
+            let api = kube::Api::<k8s_openapi::api::events::v1::Event>::namespaced(
+                node.api.client(),
+                &node.namespace,
+            );
+            let events = api.list(&kube::api::ListParams::default()).await.ok()?;
+            events.items.into_iter().find(|event| {
+                event.reason.as_deref() == Some(reason)
+                    && event.regarding.as_ref().is_some_and(|pod| pod.name.as_deref() == Some(name))
+            })
+        });
+        assert!(event.note.as_deref().is_some_and(|note| note.contains(part)), "{event:?}");
+        assert_eq!(event.type_.as_deref(), Some("Warning"));
+        assert_eq!(event.reporting_instance.as_deref(), Some(node.bed.name.as_str()));
+    }
+    node.wait_annotation("nonsense", Some("enabled"));
+    node.wait_annotation("taken", None);
+    node.wait_annotation("liar", None);
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn a_static_pods_cgroup_is_found_by_its_hash() {
+    let mut node = Node::new(&json!({"istio.io/dataplane-mode": "ambient"}));
+    let hash = "0123456789abcdef0123456789abcdef";
+    let annotations = json!({"kubernetes.io/config.mirror": hash, "kubernetes.io/config.hash": hash});
+    node.api.pod(
+        &node.namespace,
+        "static",
+        &node.bed.name,
+        &json!({"metadata": {"annotations": annotations}}),
+    );
+    let number = node.bed.pod_in("static", &format!("pod{hash}"));
+    node.report(number);
+    node.bed.start(&[]);
+    let _tunnel = obliging(node.tunnel());
+    node.wait_state("static", "open", "");
+    node.wait_annotation("static", Some("enabled"));
+    assert_eq!(node.find("static").expect("the pod")["uid"], hash);
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn options_that_cannot_work_are_refused_with_what_to_do() {
+    let mut bed = Bed::new();
+    bed.kubeconfig = Some(bed.dir.path().join("nowhere"));
+    let path = bed.dir.path().join("broken");
+    fs::write(&path, "clusters: 5").expect("file");
+    for (variables, words, says) in [
+        (vec![], vec!["--kubernetes"], "NODE_NAME"),
+        (vec![], vec![], "--pods FILE or --kubernetes"),
+        (vec![("KUBERNETES_SERVICE_HOST", "10.96.0.1".to_owned())], vec![], "NODE_NAME"),
+        (vec![], vec!["--kubernetes", "--node", "a"], "KUBECONFIG"),
+        (vec![("KUBECONFIG", path.display().to_string())], vec!["--kubernetes", "--node", "a"], "KUBECONFIG"),
+        (vec![], vec!["--kubernetes", "--pods", "x"], "cannot be used with"),
+        (vec![], vec!["--kubernetes", "--dataplane-label", "x=none"], "expected KEY=VALUE"),
+    ] {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_watcher"))
+            .env_clear()
+            .envs(variables)
+            .args(["run", "--bpffs"])
+            .arg(bed.bpffs())
+            .arg("--attach")
+            .arg(bed.cgroup.join("pods"))
+            .arg("--run-dir")
+            .arg(bed.dir.path())
+            .args(&words)
+            .output()
+            .expect("watcher");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains(says), "{words:?}: {said}");
+    }
+}
