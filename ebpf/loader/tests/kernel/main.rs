@@ -6,6 +6,7 @@ mod bench;
 mod inbound;
 mod lifecycle;
 mod lifetime;
+mod matrix;
 mod names;
 mod outbound;
 
