@@ -56,7 +56,8 @@ const SCAN_EVERY: Duration = Duration::from_secs(30);
 /// How many events are taken before they are acted on.
 const EVENTS_AT_ONCE: usize = 4096;
 /// After a restart the tunnel's pods count as served for so long without it: tunnels try to connect
-/// again at least every 15 s, and carry on meanwhile.
+/// again at least every 15 s, and carry on meanwhile. Counted from the first word of the source, before which no
+/// tunnel can be told of a pod.
 const ADOPTION: Duration = Duration::from_secs(20);
 
 /// All that the watcher is told.
@@ -372,7 +373,7 @@ impl Node {
             .into_iter()
             .chain(self.pods.all().flat_map(|known| [known.next_look, known.lenient_until]))
             .flatten()
-            .chain(self.adopted.as_ref().map(|adopted| adopted.until))
+            .chain(self.adopted.as_ref().filter(|_| self.pods.synced).map(|adopted| adopted.until))
             .fold(next_scan, Instant::min)
     }
 

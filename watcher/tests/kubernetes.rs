@@ -3,86 +3,11 @@
 mod api_server;
 mod support;
 
-use std::{
-    fs,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::fs;
 
-use api_server::ApiServer;
-use serde_json::{Value, json};
-use support::{Bed, FakeTunnel, Told, wait_for};
-
-const REDIRECTION: &str = "ambient.istio.io/redirection";
-
-/// A node whose watcher follows the API server.
-struct Node {
-    api: Arc<ApiServer>,
-    bed: Bed,
-    /// A namespace of its own.
-    namespace: String,
-}
-
-impl Node {
-    fn new(labels: &Value) -> Self {
-        let api = ApiServer::shared();
-        let mut bed = Bed::new();
-        bed.kubeconfig = Some(api.watcher_kubeconfig());
-        let namespace = format!("{}-demo", bed.name);
-        api.namespace(&namespace, labels);
-        Self { api, bed, namespace }
-    }
-
-    /// A running pod: of the API, with processes on this node. Its number and uid.
-    fn pod(&mut self, name: &str, more: &Value) -> (usize, String) {
-        let uid = self.api.pod(&self.namespace, name, &self.bed.name, more);
-        let number = self.bed.pod_in(name, &format!("pod{uid}"));
-        self.report(number);
-        (number, uid)
-    }
-
-    /// As the kubelet does once it runs.
-    fn report(&self, number: usize) {
-        let pod = &self.bed.pods[number];
-        let ips = [pod.address.clone(), format!("fd88:{number}::2")];
-        let status = json!({"phase": "Running", "podIP": ips[0], "podIPs": ips.map(|ip| json!({"ip": ip}))});
-        self.api.set_status(&self.namespace, &pod.name, &status);
-    }
-
-    fn tunnel(&self) -> FakeTunnel {
-        self.bed.tunnel().of_namespace(&self.namespace)
-    }
-
-    fn find(&self, name: &str) -> Option<Value> {
-        let status = self.bed.status();
-        status["pods"].as_array()?.iter().find(|pod| pod["name"] == name).cloned()
-    }
-
-    fn wait_state(&self, name: &str, state: &str, code: &str) {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        let mut last = None;
-        while Instant::now() < deadline {
-            last = self.find(name);
-            if last.as_ref().is_some_and(|pod| {
-                pod["state"] == state && pod["reason"]["code"].as_str().unwrap_or_default() == code
-            }) {
-                return;
-            }
-        }
-        panic!("{name}: wanted {state} ({code}), found {last:?}\n{}", self.bed.log());
-    }
-
-    fn wait_annotation(&self, name: &str, value: Option<&str>) {
-        wait_for(&format!("the annotation of {name} to be {value:?}"), || {
-            (self.api.annotation(&self.namespace, name, REDIRECTION).as_deref() == value).then_some(())
-        });
-    }
-}
-
-/// Takes whatever it is told, until told to stop.
-fn obliging(tunnel: FakeTunnel) -> std::thread::JoinHandle<()> {
-    std::thread::spawn(move || while tunnel.take() != Told::Closed {})
-}
+use api_server::node::{Node, obliging};
+use serde_json::json;
+use support::{Bed, Told, wait_for};
 
 #[test]
 #[ignore = "needs root: make test"]
@@ -98,7 +23,7 @@ fn labels_of_namespaces_and_pods_enrol_running_pods_and_take_them_out_again() {
     node.api.pod(&node.namespace, "host", &node.bed.name, &json!({"spec": {"hostNetwork": true}}));
     node.api.pod(&node.namespace, "elsewhere", "another-node", &json!({"metadata": {"labels": ambient}}));
     node.bed.start(&["--sidecar-container", "own-proxy"]);
-    wait_for("the source to have told of all pods", || node.bed.status()["ready"].as_bool()?.then_some(()));
+    node.wait_ready();
     assert!(node.find("elsewhere").is_none(), "another node's pod");
     let _tunnel = obliging(node.tunnel());
 
@@ -155,7 +80,7 @@ fn labels_of_namespaces_and_pods_enrol_running_pods_and_take_them_out_again() {
 fn a_pod_of_an_enrolled_namespace_is_closed_before_its_first_process() {
     let mut node = Node::new(&json!({"istio.io/dataplane-mode": "ambient"}));
     node.bed.start(&[]);
-    wait_for("the source to have told of all pods", || node.bed.status()["ready"].as_bool()?.then_some(()));
+    node.wait_ready();
     let _tunnel = obliging(node.tunnel());
     let uid = node.api.pod(&node.namespace, "new", &node.bed.name, &json!({}));
     node.wait_state("new", "closed", "no_cgroup");

@@ -52,7 +52,7 @@ impl Node {
     /// Does what has to be done now: for the pods that something happened to, or for all of them.
     pub fn act(&mut self) {
         let now = Instant::now();
-        if self.adopted.as_ref().is_some_and(|adopted| adopted.until <= now) {
+        if self.pods.synced && self.adopted.as_ref().is_some_and(|adopted| adopted.until <= now) {
             self.adopted = None;
             self.dirty.all = true;
             if self.tunnels.is_empty() && self.tunnel_up() {

@@ -24,7 +24,7 @@ use crate::{
     reconcile::{Netns, Verdict, judge},
 };
 
-use super::Node;
+use super::{ADOPTION, Node};
 
 /// An enrolled pod without any process keeps its netns for so long: between two containers there may be
 /// a moment without one.
@@ -50,6 +50,9 @@ impl Node {
                 info!(pods = entries.len(), source = self.source_name, "pods told");
                 // What an earlier run left and nobody wants is found by a look at everything only.
                 self.dirty.all |= !self.pods.synced;
+                if let Some(adopted) = self.adopted.as_mut().filter(|_| !self.pods.synced) {
+                    adopted.until = Instant::now() + ADOPTION;
+                }
                 self.source_error = None;
             }
             Update::Changed(_) => self.source_error = None,

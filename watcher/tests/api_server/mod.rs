@@ -30,6 +30,8 @@ use rcgen::{
 };
 use serde_json::{Value, json};
 
+pub mod node;
+
 /// What `.ci/kube-tools` builds.
 const VERSION: &str = "1.36.3";
 const LIMIT: Duration = Duration::from_mins(1);
@@ -43,6 +45,7 @@ pub struct ApiServer {
     dir: tempfile::TempDir,
     port: u16,
     store_port: u16,
+    options: Vec<String>,
     store: Mutex<Option<Child>>,
     server: Mutex<Option<Child>>,
     runtime: tokio::runtime::Runtime,
@@ -100,6 +103,11 @@ impl ApiServer {
 
     /// One of its own, for a test that stops it.
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// The same, with more options of the API server.
+    pub fn start_with(options: &[&str]) -> Self {
         let dir = tempfile::Builder::new().prefix("adit-api").tempdir().expect("folder");
         make_keys(dir.path());
         let (port, store_port) = (free_port(), free_port());
@@ -112,7 +120,9 @@ impl ApiServer {
             &json!({"client-certificate": dir.path().join("admin.crt"), "client-key": dir.path().join("admin.key")}),
         );
         let client = runtime.block_on(client(&dir.path().join("admin.kubeconfig")));
+        let options = options.iter().map(|option| (*option).to_owned()).collect();
         let server = Self {
+            options,
             dir,
             port,
             store_port,
@@ -123,6 +133,8 @@ impl ApiServer {
         };
         server.start_store();
         server.start_server();
+        server.namespace("adit-system", &json!({}));
+        server.apply(RBAC);
         server
     }
 
@@ -163,6 +175,7 @@ impl ApiServer {
             "--endpoint-reconciler-type=none".to_owned(),
             "--profiling=false".to_owned(),
         ];
+        let arguments = [arguments.as_slice(), &self.options].concat();
         *self.server.lock().expect("server") = Some(spawn(self.dir.path(), "kube-apiserver", &arguments));
         self.wait("the API server to serve", || async {
             let request = http::Request::get("/readyz").body(Vec::new()).expect("request");
@@ -314,11 +327,6 @@ impl ApiServer {
 
     /// The kubeconfig of the chart's service account, with the chart's rights and no others.
     pub fn watcher_kubeconfig(&self) -> PathBuf {
-        let api: Api<Namespace> = Api::all(self.client());
-        if self.block_on(api.get_opt("adit-system")).expect("an answer").is_none() {
-            self.namespace("adit-system", &json!({}));
-        }
-        self.apply(RBAC);
         self.kubeconfig_of("adit-system", "adit-watcher")
     }
 

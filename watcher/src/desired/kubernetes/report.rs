@@ -35,6 +35,8 @@ use super::{
 const REQUEST: Duration = Duration::from_secs(10);
 /// A reason must last for so long before an Event tells of it: what passes by itself is nobody's business.
 const LASTS: Duration = Duration::from_secs(2);
+/// So many Events tell of one pod, each of something else: annotations can be changed any number of times.
+const EVENTS_A_POD: usize = 16;
 /// What the API takes as an Event's text (1 kB) and reason (128 bytes).
 const NOTE_BYTES: usize = 1024;
 
@@ -184,6 +186,9 @@ impl Known {
         };
         if let Some(marked) = marked.filter(|marked| *marked != seen.marked) {
             return Some((Job::Mark(marked), at_least(now)));
+        }
+        if self.told.len() >= EVENTS_A_POD {
+            return None;
         }
         let nonsense = (!seen.pod.notes.is_empty())
             .then(|| Complaint::new("bad_annotation", &seen.pod.notes.join("; ")));
@@ -338,13 +343,7 @@ impl Reporting {
         match job {
             // Until the watch shows it.
             Job::Mark(marked) => seen.marked = marked,
-            Job::Tell(complaint) => {
-                // Annotations can be changed any number of times.
-                if known.told.len() >= 16 {
-                    known.told.clear();
-                }
-                known.told.insert(complaint);
-            }
+            Job::Tell(complaint) => drop(known.told.insert(complaint)),
         }
     }
 }
@@ -352,7 +351,7 @@ impl Reporting {
 fn cannot(job: &Job) -> &'static str {
     match job {
         Job::Mark(_) => "cannot write the pod's annotation (verb patch on pods/status)",
-        Job::Tell(_) => "cannot write an Event (verbs create and patch on events of events.k8s.io)",
+        Job::Tell(_) => "cannot write an Event (verb create on events of events.k8s.io)",
     }
 }
 

@@ -97,12 +97,12 @@ where
 
     /// What there is to be told next. May be dropped and called again without losing anything.
     pub async fn next(&mut self) -> Told<K> {
-        if let Some(until) = self.wait_until {
-            tokio::time::sleep_until(until).await;
-            self.wait_until = None;
-            self.answers.mark_unchanged();
-        }
         loop {
+            if let Some(until) = self.wait_until {
+                tokio::time::sleep_until(until).await;
+                self.wait_until = None;
+                self.answers.mark_unchanged();
+            }
             tokio::select! {
                 biased;
                 item = self.stream.next() => match item {
@@ -115,7 +115,11 @@ where
                         }
                         return Told::Event(event);
                     }
-                    Some(Err(error)) => return self.on_error(&error),
+                    Some(Err(error)) => {
+                        if let Some(failed) = self.on_error(&error) {
+                            return failed;
+                        }
+                    }
                     None => self.restart(),
                 },
                 Ok(()) = self.answers.changed(), if self.failed_at.is_some() => {
@@ -147,20 +151,24 @@ where
         self.refused_since = None;
     }
 
-    fn on_error(&mut self, error: &watcher::Error) -> Told<K> {
+    /// Decides how to go on. What is part of the game is not told: an old version, a server without streaming lists.
+    fn on_error(&mut self, error: &watcher::Error) -> Option<Told<K>> {
         let now = Instant::now();
-        self.failed_at = Some(now);
-        self.wait_until = Some(now + self.backoff.next());
-        let status = status(error);
+        let pause = self.backoff.next();
+        self.wait_until = Some(now + pause);
+        debug!(what = self.what, %error, ?pause, "the watch broke off");
         let streams = self.config.initial_list_strategy == watcher::InitialListStrategy::StreamingList;
-        match status.map(|status| status.code) {
+        match status(error).map(|status| status.code) {
             // Switched off by a feature gate, for all that its version says.
             Some(400 | 422) if streams => {
-                debug!(what = self.what, "the server does not stream lists");
                 self.config.initial_list_strategy = watcher::InitialListStrategy::ListWatch;
                 self.restart();
+                return None;
             }
-            Some(410) => self.restart(),
+            Some(410) => {
+                self.restart();
+                return None;
+            }
             Some(_) if matches!(error, watcher::Error::WatchStartFailed(_)) => {
                 let since = *self.refused_since.get_or_insert(now);
                 if now.duration_since(since) >= REFUSED_FOR {
@@ -169,7 +177,8 @@ where
             }
             _ => {}
         }
-        Told::Failed(describe(self.what, error))
+        self.failed_at = Some(now);
+        Some(Told::Failed(describe(self.what, error)))
     }
 }
 
@@ -254,6 +263,8 @@ where
 
 #[cfg(test)]
 mod tests {
+    use k8s_openapi::api::core::v1 as api;
+
     use super::*;
 
     #[test]
@@ -276,5 +287,29 @@ mod tests {
         let error = watcher::Error::InitialListFailed(kube::Error::Api(status.boxed()));
         let text = describe("pods", &error);
         assert!(text.contains("pods is forbidden") && text.contains("the verb list on pods"), "{text}");
+    }
+
+    /// An hour of a moved clock: nobody listens at the address.
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_is_away_for_an_hour_is_asked_ever_more_rarely_and_nothing_is_told_of_pods() {
+        let unused = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let config = Config::new(format!("http://{unused}").parse().unwrap());
+        let mut pods = Watched::<api::Pod>::new("pods", &config, None).unwrap();
+        let (since, mut failures, mut listed) = (Instant::now(), Vec::new(), 0);
+        while since.elapsed() < Duration::from_hours(1) {
+            match pods.next().await {
+                Told::Failed(text) => {
+                    assert!(text.starts_with("list pods: "), "{text}");
+                    failures.push(since.elapsed());
+                }
+                Told::Event(Event::Init) => listed += 1,
+                told => panic!("{told:?}"),
+            }
+        }
+        assert!(failures[0] < Duration::from_secs(40), "{:?}", failures[0]);
+        // A list that begins is no sign of the server: the pauses grow although there is one before each failure.
+        assert!(listed >= failures.len() && failures.len() < 500, "{} attempts", failures.len());
+        let longest = failures.windows(2).map(|pair| pair[1].saturating_sub(pair[0])).max().unwrap();
+        assert!(longest < Duration::from_mins(1), "nobody would notice that it is back for {longest:?}");
     }
 }

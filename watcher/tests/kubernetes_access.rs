@@ -1,0 +1,149 @@
+//! The chart's ClusterRole is enough for the watcher, each verb of it is needed, and it is of no use for more.
+
+mod api_server;
+mod support;
+
+use std::collections::BTreeSet;
+
+use api_server::{
+    ApiServer, RBAC,
+    node::{Node, obliging},
+};
+use k8s_openapi::api::core::v1::Pod;
+use kube::{
+    Api, Client, Config,
+    api::{Patch, PatchParams},
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use serde_json::{Value, json};
+use support::wait_for;
+
+/// The chart's rules, one for each resource.
+fn rules() -> Vec<(String, String, Vec<String>)> {
+    let role: Value = RBAC
+        .split("\n---\n")
+        .map(|document| serde_saphyr::from_str::<Value>(document).expect("YAML"))
+        .find(|document| document["kind"] == "ClusterRole")
+        .expect("the ClusterRole");
+    let texts = |value: &Value| -> Vec<String> {
+        value
+            .as_array()
+            .expect("a list")
+            .iter()
+            .map(|text| text.as_str().expect("a text").to_owned())
+            .collect()
+    };
+    let mut rules = Vec::new();
+    for rule in role["rules"].as_array().expect("rules") {
+        for resource in texts(&rule["resources"]) {
+            rules.push((texts(&rule["apiGroups"])[0].clone(), resource, texts(&rule["verbs"])));
+        }
+    }
+    rules
+}
+
+/// A role of the same rights but for `verb` on `resource`, bound to an account of its own: its kubeconfig.
+fn account_without(api: &ApiServer, name: &str, verb: &str, resource: &str) -> std::path::PathBuf {
+    let rules: Vec<Value> = rules()
+        .into_iter()
+        .map(|(group, of, verbs)| {
+            let verbs: Vec<String> =
+                verbs.into_iter().filter(|granted| of != resource || granted != verb).collect();
+            json!({"apiGroups": [group], "resources": [of], "verbs": verbs})
+        })
+        .filter(|rule| rule["verbs"] != json!([]))
+        .collect();
+    let role = json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": name}, "rules": rules});
+    let binding = json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": name},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name},
+        "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": "adit-system"}],
+    });
+    api.service_account("adit-system", name);
+    api.apply(&format!("{role}\n---\n{binding}"));
+    api.kubeconfig_of("adit-system", name)
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn each_verb_of_the_role_is_needed_and_its_absence_is_named() {
+    // Servers that stream lists ask for `watch` alone; all others need `list` too.
+    let api = std::sync::Arc::new(ApiServer::start_with(&["--feature-gates=WatchList=false"]));
+    let mut node = Node::of(api, &json!({"istio.io/dataplane-mode": "ambient"}));
+    let annotations = json!({"ambient.adit.dev/fail-mode": "ajar"});
+    node.pod("pod", &json!({"metadata": {"annotations": annotations}}));
+    let needed_to_read =
+        [("list", "pods"), ("watch", "pods"), ("list", "namespaces"), ("watch", "namespaces")];
+    let needed_to_write = [("patch", "pods/status"), ("create", "events")];
+    let granted: BTreeSet<(String, String)> = rules()
+        .into_iter()
+        .flat_map(|(_, resource, verbs)| verbs.into_iter().map(move |verb| (verb, resource.clone())))
+        .collect();
+    let tested = needed_to_read.iter().chain(&needed_to_write);
+    assert_eq!(
+        granted,
+        tested.map(|(verb, resource)| ((*verb).to_owned(), (*resource).to_owned())).collect()
+    );
+    for (number, (verb, resource)) in needed_to_read.iter().enumerate() {
+        node.bed.kubeconfig = Some(account_without(&node.api, &format!("without-{number}"), verb, resource));
+        node.bed.start(&[]);
+        node.wait_source_error(&[&format!("the verb {verb} on {resource}"), "forbidden"]);
+        node.bed.watcher = None;
+    }
+    for (number, (verb, resource)) in needed_to_write.iter().enumerate() {
+        node.bed.kubeconfig = Some(account_without(&node.api, &format!("mute-{number}"), verb, resource));
+        node.bed.start(&[]);
+        let told = obliging(node.tunnel());
+        // Traffic does not wait for what cannot be written back.
+        node.wait_state("pod", "open", "");
+        wait_for(&format!("a record that {verb} on {resource} is missing"), || {
+            let log = node.bed.log();
+            let named = log.lines().any(|line| {
+                line.contains("forbidden")
+                    && line.contains(&format!("cannot {verb} resource"))
+                    && line.contains(verb)
+            });
+            named.then_some(())
+        });
+        node.bed.watcher = None;
+        told.join().expect("the tunnel");
+        node.api.patch_pod(
+            &node.namespace,
+            "pod",
+            &json!({"metadata": {"annotations": {"ambient.istio.io/redirection": null}}}),
+        );
+    }
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn a_server_that_streams_lists_is_asked_for_watches_alone() {
+    let mut node = Node::new(&json!({}));
+    node.bed.kubeconfig =
+        Some(account_without(&node.api, &format!("{}-streams", node.bed.name), "list", "pods"));
+    node.pod("pod", &json!({}));
+    node.bed.start(&[]);
+    node.wait_ready();
+    assert!(node.find("pod").is_some() && node.source_error().is_none());
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn the_role_does_not_let_anybody_change_what_pods_run() {
+    let mut node = Node::new(&json!({}));
+    node.pod("pod", &json!({}));
+    let kubeconfig = Kubeconfig::read_from(node.api.watcher_kubeconfig()).expect("kubeconfig");
+    let client = node.api.block_on(async {
+        let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
+        Client::try_from(config.expect("configuration")).expect("client")
+    });
+    let pods: Api<Pod> = Api::namespaced(client, &node.namespace);
+    let other = Patch::Strategic(json!({"spec": {"containers": [{"name": "main", "image": "another"}]}}));
+    let params = PatchParams::default();
+    let refused = node.api.block_on(pods.patch("pod", &params, &other)).expect_err("patched");
+    assert!(refused.to_string().contains("forbidden"), "{refused}");
+    let image = |pod: Pod| pod.spec.expect("a spec").containers[0].image.clone();
+    let pod =
+        node.api.block_on(pods.patch_status("pod", &params, &other)).expect("a patch that changes nothing");
+    assert_eq!(image(pod).as_deref(), Some("none"));
+}

@@ -1,0 +1,127 @@
+//! The API server goes away, hangs, forgets and comes back: what it told last holds, and nothing is missed.
+
+mod api_server;
+mod support;
+
+use std::sync::Arc;
+
+use api_server::{
+    ApiServer,
+    node::{Node, obliging},
+};
+use nix::sys::signal::Signal;
+use serde_json::json;
+use support::wait_for;
+
+#[test]
+#[ignore = "needs root: make test"]
+fn while_the_api_server_is_away_nothing_changes_and_then_nothing_was_missed() {
+    let ambient = json!({"istio.io/dataplane-mode": "ambient"});
+    let mut node = Node::of(Arc::new(ApiServer::start()), &ambient);
+    let (running, _) = node.pod("running", &json!({}));
+    node.bed.start(&[]);
+    let told = obliging(node.tunnel());
+    node.wait_state("running", "open", "");
+    node.wait_annotation("running", Some("enabled"));
+
+    node.api.kill_server();
+    node.wait_source_error(&["watch pods", "watch namespaces"]);
+    assert_eq!(node.find("running").expect("the pod")["state"], "open");
+
+    // A watcher that starts meanwhile leaves everything as it was, for as long as it takes, and is not ready.
+    node.bed.watcher.as_ref().expect("watcher").signal(Signal::SIGKILL);
+    node.bed.watcher = None;
+    told.join().expect("the tunnel");
+    node.bed.start(&[]);
+    node.wait_source_error(&["list pods"]);
+    let status = node.bed.status();
+    assert_eq!((&status["ready"], &status["source"]["synced"]), (&json!(false), &json!(false)));
+    assert!(node.bed.pods[running].is_prepared(), "it was taken for gone");
+    let steered = node.bed.pins().iter().filter(|pin| pin.to_string_lossy().contains("links/netns-")).count();
+    assert_eq!(steered, 1, "{:?}", node.bed.pins());
+
+    node.api.start_server();
+    let _told = obliging(node.tunnel());
+    node.wait_state("running", "open", "");
+    wait_for("the source to be in order", || node.source_error().is_none().then_some(()));
+
+    // And once more, resuming a watch; what changed meanwhile is told.
+    node.api.kill_server();
+    node.wait_source_error(&["watch pods", "watch namespaces"]);
+    node.api.start_server();
+    node.api.label_namespace(&node.namespace, &json!({"istio.io/dataplane-mode": null}));
+    node.wait_state("running", "plain", "");
+    node.wait_annotation("running", None);
+    wait_for("the source to be in order", || node.source_error().is_none().then_some(()));
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn a_resumed_watch_that_has_nothing_to_say_is_in_order() {
+    let mut node = Node::of(Arc::new(ApiServer::start()), &json!({}));
+    node.bed.start(&[]);
+    node.wait_ready();
+    node.api.kill_server();
+    node.wait_source_error(&["watch pods", "watch namespaces"]);
+    node.api.start_server();
+    wait_for("the source to be in order", || node.source_error().is_none().then_some(()));
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn a_server_that_hangs_holds_up_nobody_and_goes_on() {
+    let mut node = Node::of(Arc::new(ApiServer::start()), &json!({}));
+    node.pod("running", &json!({}));
+    node.bed.start(&[]);
+    let _told = obliging(node.tunnel());
+    node.wait_state("running", "plain", "");
+    node.api.signal_server(Signal::SIGSTOP);
+    assert_eq!(node.find("running").expect("the pod")["state"], "plain");
+    node.api.signal_server(Signal::SIGCONT);
+    node.api.label_namespace(&node.namespace, &json!({"istio.io/dataplane-mode": "ambient"}));
+    node.wait_state("running", "open", "");
+}
+
+/// What a watcher missed while it was stopped and the server forgot is found by a new list.
+fn expires(options: &[&str]) {
+    let mut node = Node::of(Arc::new(ApiServer::start_with(options)), &json!({}));
+    let ambient = json!({"metadata": {"labels": {"istio.io/dataplane-mode": "ambient"}}});
+    node.pod("stays", &ambient);
+    node.pod("goes", &ambient);
+    node.bed.start(&[]);
+    let _told = obliging(node.tunnel());
+    node.wait_state("stays", "open", "");
+    node.wait_state("goes", "open", "");
+
+    let watcher = node.bed.watcher.as_ref().expect("watcher");
+    watcher.signal(Signal::SIGSTOP);
+    node.api.kill_server();
+    node.api.start_server();
+    node.api.delete_pod(&node.namespace, "goes");
+    let more = json!({"metadata": {"labels": {"istio.io/dataplane-mode": "none"}}});
+    node.api.patch_pod(&node.namespace, "stays", &more);
+    node.api.label_namespace(&node.namespace, &json!({"istio.io/dataplane-mode": "ambient"}));
+    node.api.pod(&node.namespace, "comes", &node.bed.name, &json!({}));
+    node.api.compact();
+    // Its memory of what happened goes with it.
+    node.api.kill_server();
+    node.api.start_server();
+    watcher.signal(Signal::SIGCONT);
+
+    node.wait_state("stays", "plain", "");
+    node.wait_state("comes", "closed", "no_cgroup");
+    assert!(node.find("goes").is_none(), "it was deleted");
+    wait_for("the source to be in order", || node.source_error().is_none().then_some(()));
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn a_version_that_is_too_old_leads_to_a_new_list() {
+    expires(&[]);
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn a_server_that_does_not_stream_lists_is_asked_for_ordinary_ones() {
+    expires(&["--feature-gates=WatchList=false"]);
+}
