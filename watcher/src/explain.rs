@@ -82,7 +82,14 @@ fn is_captured(resolvers: &[IpAddr], resolver: IpAddr) -> bool {
 }
 
 /// The rule of `sk_lookup` for a connection from another pod or node to `port` of a pod of this node.
-pub fn inbound(record: Option<&PodRecord>, exclusions: &Exclusions, tunnel_up: bool, port: u16) -> Rule {
+/// `listens`: whether somebody may listen there.
+pub fn inbound(
+    record: Option<&PodRecord>,
+    exclusions: &Exclusions,
+    tunnel_up: bool,
+    listens: bool,
+    port: u16,
+) -> Rule {
     let Some(record) = record else { return Rule::Unknown };
     if matches!(port, OUTBOUND_PORT | INBOUND_PORT) {
         return Rule::DropReserved;
@@ -93,7 +100,11 @@ pub fn inbound(record: Option<&PodRecord>, exclusions: &Exclusions, tunnel_up: b
     if !tunnel_up || record.flags & flag::READY == 0 {
         return if record.flags & flag::FAIL_OPEN == 0 { Rule::FailClosed } else { Rule::FailOpen };
     }
-    if port == HBONE_PORT { Rule::SteerHbone } else { Rule::SteerPlain }
+    match (port, listens) {
+        (HBONE_PORT, _) => Rule::SteerHbone,
+        (_, false) => Rule::NotListening,
+        (_, true) => Rule::SteerPlain,
+    }
 }
 
 #[cfg(test)]
@@ -152,10 +163,12 @@ mod tests {
             (15001, Rule::DropReserved),
             (15006, Rule::DropReserved),
             (15008, Rule::SteerHbone),
+            (81, Rule::NotListening),
         ] {
-            assert_eq!(inbound(Some(&record), &exclusions, true, port), expected, "{port}");
+            let listens = port == 80;
+            assert_eq!(inbound(Some(&record), &exclusions, true, listens, port), expected, "{port}");
         }
-        assert_eq!(inbound(None, &exclusions, true, 80), Rule::Unknown);
-        assert_eq!(inbound(Some(&record), &exclusions, false, 80), Rule::FailClosed);
+        assert_eq!(inbound(None, &exclusions, true, true, 80), Rule::Unknown);
+        assert_eq!(inbound(Some(&record), &exclusions, false, true, 80), Rule::FailClosed);
     }
 }

@@ -5,6 +5,7 @@
 //! * `act`: from what was seen to steps, and doing them
 //! * `tunnels`: who is connected, and who acknowledged what
 //! * `lingering`: netns of pods that left, while connections still need them
+//! * `listened`: which ports others may dial
 //! * `asked`: what commands want to know
 //!
 //! Everything runs on one thread, so nothing here needs a lock.
@@ -43,6 +44,7 @@ use crate::{
 mod act;
 mod asked;
 mod lingering;
+mod listened;
 mod look;
 mod pods;
 mod tunnels;
@@ -51,8 +53,6 @@ use self::pods::Pods;
 
 pub use self::asked::TraceLine;
 
-/// The scan of everything, which makes up for lost events and for what others did to our maps.
-const SCAN_EVERY: Duration = Duration::from_secs(30);
 /// How many events are taken before they are acted on.
 const EVENTS_AT_ONCE: usize = 4096;
 /// After a restart the tunnel's pods count as served for so long without it: tunnels try to connect
@@ -82,6 +82,9 @@ pub struct Config {
     pub dns_resolvers: Vec<IpAddr>,
     /// Where metrics and readiness are served.
     pub metrics_address: Option<SocketAddr>,
+    /// How often everything is scanned, which makes up for lost events and for what others did to our maps, and finds
+    /// ports that nobody listens on any more.
+    pub rescan: Duration,
     /// Undo everything at the end.
     pub detach: bool,
 }
@@ -204,16 +207,19 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
     node.events.source = Some(events.kind());
     info!(node = node.config.node, attached = %node.config.attach.display(), "watching");
 
-    let mut next_scan = Instant::now() + SCAN_EVERY;
+    let mut next_scan = Instant::now() + node.config.rescan;
     let detach = loop {
         let cause = if Instant::now() >= next_scan || std::mem::take(&mut node.events.lost_some) {
-            next_scan = Instant::now() + SCAN_EVERY;
+            next_scan = Instant::now() + node.config.rescan;
             node.repair();
             look::Cause::Scan
         } else {
             look::Cause::Event
         };
         node.look(cause);
+        if cause == look::Cause::Scan {
+            node.scan_steered();
+        }
         node.act();
         if node.is_ready() {
             node.tunnels.welcome(&node.applied.workloads);

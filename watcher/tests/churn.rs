@@ -371,7 +371,8 @@ fn pods_that_came_and_went_leave_nothing() {
         assert!(!rules.contains("0x539"), "{rules}");
     }
     let (before, after) = (before.unwrap(), holds(&bed));
-    assert_eq!(after.0, before.0, "fds");
+    // One more may have been open for a moment when it was counted first.
+    assert!(after.0 <= before.0, "{} fds, {} before", after.0, before.0);
     assert!(after.1 < before.1 + 8192, "{} kB after {pods} pods, {} kB before", after.1, before.1);
     assert_eq!(bed.status()["events"]["lost"], 0);
     let links = bed.pins().into_iter().filter(|pin| pin.to_string_lossy().contains("links/netns-")).count();

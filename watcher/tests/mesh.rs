@@ -82,6 +82,47 @@ fn a_plain_client_is_served_through_15006_and_a_strict_policy_refuses_it() {
     assert_eq!(client.curl(&url), Ok(format!("hello, client {}\n", client.v4)), "identified clients pass");
 }
 
+/// As without a mesh: refused by connect(2), not accepted and then reset.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_port_that_nobody_listens_on_is_refused_near_and_far() {
+    const REFUSED: &str = "Couldn't connect";
+    let mut bed = Bed::new();
+    let near = bed.pod("near", 1, Enrol::Plain);
+    let far = bed.pod("far", 0, Enrol::Plain);
+    let client = bed.pod("client", 0, Enrol::Mesh);
+    let server = bed.pod("server", 1, Enrol::Mesh);
+    bed.serve_web(&server, "hello");
+    bed.nodes[1].watcher_words = vec!["--rescan".into(), "1".into()];
+    bed.start();
+    let url = |port: u16| format!("http://{}:{port}/", server.v4);
+    for pod in [&near, &far] {
+        assert!(pod.curl(&url(8080)).is_ok(), "it listened before it was enrolled");
+        let error = pod.curl(&url(8090)).expect_err("nobody listens");
+        assert!(error.contains(REFUSED), "{error}");
+    }
+    // A captured client is accepted by its own tunnel, and reset at once.
+    let error = client.curl(&url(8090)).expect_err("nobody listens");
+    assert!(error.contains("reset"), "{error}");
+    let explained = bed.nodes[1].watcher_command(&["explain", "near", &format!("{}:8090", server.v4)]);
+    assert!(String::from_utf8_lossy(&explained.stdout).contains("nobody listens"), "{explained:?}");
+    let log = bed.dir.path().join("late.log");
+    let mut late = server.spawn("late", &["python3", "-m", "http.server", "8090", "--bind", "0.0.0.0"], &log);
+    for pod in [&far, &near] {
+        wait_for("the new listener to be reached", Duration::from_secs(10), || pod.curl(&url(8090)).ok());
+    }
+    let recorded = |line: &&String| line.contains(":8090") && line.contains("complete");
+    wait_for("both to be recorded", Duration::from_secs(5), || {
+        (bed.nodes[1].access_log().iter().filter(recorded).count() == 2).then_some(())
+    });
+    late.kill();
+    for pod in [&near, &far] {
+        wait_for("its end to be found", Duration::from_secs(10), || {
+            pod.curl(&url(8090)).is_err_and(|error| error.contains(REFUSED)).then_some(())
+        });
+    }
+}
+
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn an_unknown_destination_passes_through_and_a_service_without_endpoints_is_refused() {
@@ -394,7 +435,7 @@ fn traces(bed: &Bed) -> Vec<String> {
             "ip route show table all",
             "ip -6 route show table all",
             "ss -Hltn",
-            "sysctl net.ipv4.tcp_fwmark_accept net.ipv4.tcp_migrate_req",
+            "sysctl net.ipv4.tcp_fwmark_accept net.ipv4.fwmark_reflect net.ipv6.fwmark_reflect net.ipv4.tcp_migrate_req",
         ] {
             let output = pod.exec(&line.split(' ').collect::<Vec<_>>());
             // A question that fails would answer alike before and after.

@@ -69,6 +69,25 @@ pub struct ListenerKey {
     pub family: u32,
 }
 
+/// What is known of the ports that applications of a pod listen on. Map `listened`, keyed by [`ListenerKey`] (the value
+/// says nothing): written when one of the pods' sockets listens, and by the watcher, which finds what was there before,
+/// what is not in the pods' cgroups, and what has ended. The tunnel's own listeners may be among them.
+impl ListenerKey {
+    /// No port. With this family an entry's value counts the netns' entries that a program made since the watcher
+    /// counted; without this entry programs make none.
+    pub const COUNT: u32 = 4;
+    /// With this one and no port: everything that listens is known, so that who dials another port is refused.
+    pub const COMPLETE: u32 = 6;
+    /// Of one netns, or a pod could fill the map.
+    pub const MOST_LISTENED: u32 = 1024;
+
+    /// The entry about the netns itself.
+    #[must_use]
+    pub const fn about(netns_cookie: u64, family: u32) -> Self {
+        Self { netns_cookie, port: 0, family }
+    }
+}
+
 /// Key of `excluded_ports`; the value is one byte, 1.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

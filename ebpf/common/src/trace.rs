@@ -76,6 +76,7 @@ numbered! {
         SteerPlain = 16, "steer to plaintext inbound";
         DropReserved = 17, "refuse: reserved port";
         Names = 18, "redirect: DNS query to the tunnel";
+        NotListening = 19, "refuse: nobody listens on the port";
     }
 }
 

@@ -63,9 +63,10 @@ impl Kernel {
         links::steer(&self.object, &links::folder(&self.pins), netns_cookie, netns)
     }
 
-    /// Idempotent.
+    /// Forgets, too, who listens there. Idempotent.
     pub fn unsteer(&mut self, netns_cookie: u64) -> Result<(), KernelError> {
-        links::unsteer(&links::folder(&self.pins), netns_cookie)
+        links::unsteer(&links::folder(&self.pins), netns_cookie)?;
+        self.forget_listened(netns_cookie)
     }
 
     /// The cookies of the netns that are steered, in no order. A netns that has ended stays listed until

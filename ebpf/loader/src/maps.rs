@@ -7,7 +7,7 @@ use std::{
 
 use adit_ebpf_common::{
     address::Address,
-    pods::{CgroupInfo, ExcludedCidr, ExcludedPort, PodRecord},
+    pods::{CgroupInfo, ExcludedCidr, ExcludedPort, ListenerKey, PodRecord},
     settings::Settings,
 };
 use aya::{
@@ -64,6 +64,7 @@ const PODS: &str = "pod_by_addr";
 const SETTINGS: &str = "settings";
 const PORTS: &str = "excluded_ports";
 const CIDRS: &str = "excluded_cidrs";
+const LISTENED: &str = "listened";
 
 /// The maps that the watcher writes.
 impl Kernel {
@@ -137,6 +138,30 @@ impl Kernel {
             missing_is_fine(map.remove(key)).map_err(failed)?;
         }
         Ok(())
+    }
+
+    /// Notes that somebody listens at `key`, or something [about](ListenerKey::about) its netns.
+    pub fn set_listened(&mut self, key: &ListenerKey, value: u32) -> Result<(), KernelError> {
+        self.insert(LISTENED, *key, &value)
+    }
+
+    /// A missing entry is fine.
+    pub fn remove_listened(&mut self, key: &ListenerKey) -> Result<(), KernelError> {
+        self.take::<ListenerKey, u32>(LISTENED, key)
+    }
+
+    /// Forgets who listens in a netns.
+    pub(crate) fn forget_listened(&mut self, netns_cookie: u64) -> Result<(), KernelError> {
+        // First of all, that programs note no more.
+        self.remove_listened(&ListenerKey::about(netns_cookie, ListenerKey::COUNT))?;
+        for key in self.listened()?.iter().filter(|key| key.netns_cookie == netns_cookie) {
+            self.remove_listened(key)?;
+        }
+        Ok(())
+    }
+
+    pub fn listened(&self) -> Result<Vec<ListenerKey>, KernelError> {
+        self.list::<ListenerKey, u32>(LISTENED).map(|all| all.into_iter().map(|(key, _)| key).collect())
     }
 
     pub(crate) fn insert<K: Pod, V: Pod>(

@@ -28,7 +28,9 @@ const fn attachment(program: &'static str, attach_type: u32) -> Attachment {
 
 /// To the cgroup above all pods. In this order, so that who is redirected can be answered from the first
 /// moment on: connect comes last.
-pub const PODS: [Attachment; 10] = [
+pub const PODS: [Attachment; 12] = [
+    attachment("adit_post_bind4", 12),
+    attachment("adit_post_bind6", 13),
     attachment("adit_pods_ops", 3),
     attachment("adit_getsockopt", 21),
     attachment("adit_peername4", 29),
@@ -69,7 +71,7 @@ const fn layout<K, V>(name: &'static str) -> MapLayout {
 #[expect(dead_code, reason = "only its size is asked for")]
 struct LpmKey<T>(u32, T);
 
-pub const MAPS: [MapLayout; 10] = [
+pub const MAPS: [MapLayout; 11] = [
     layout::<u64, CgroupInfo>("cgroup_info_map"),
     layout::<Address, PodRecord>("pod_by_addr"),
     layout::<u32, Settings>("settings"),
@@ -78,6 +80,7 @@ pub const MAPS: [MapLayout; 10] = [
     layout::<Flow, Destination>("original_dst"),
     layout::<Flow, u64>("tunnel_flows"),
     layout::<ListenerKey, u32>("listeners"),
+    layout::<ListenerKey, u32>("listened"),
     layout::<u32, SocketState>("socket_state"),
     layout::<(), ()>("trace"),
 ];

@@ -140,7 +140,8 @@ pub enum Inbound {
 /// 5. the port is excluded: pass
 /// 6. the pod is not ready: as its fail mode says
 /// 7. to the HBONE port: steer to the tunnel's HBONE listener
-/// 8. steer to the tunnel's plaintext listener
+/// 8. steer to the tunnel's plaintext listener; but if that is there and nobody listens on the port, drop: as
+///    without a tunnel in between ([`steered`])
 #[inline(always)]
 pub fn inbound(arrival: &Arrival, settings: &Settings) -> Inbound {
     let flow = &arrival.flow;
@@ -170,6 +171,17 @@ pub fn inbound(arrival: &Arrival, settings: &Settings) -> Inbound {
     }
 }
 
+/// What becomes of an arrival that the tunnel's listener in its netns would take.
+#[inline(always)]
+pub fn steered(arrival: &Arrival, netns_cookie: u64, rule: Rule) -> Inbound {
+    let key = listener(netns_cookie, arrival, arrival.flow.remote_port);
+    if rule as u16 != Rule::SteerPlain as u16 || maps::may_be_listened(key) {
+        Inbound::Pass(rule)
+    } else {
+        Inbound::Drop(Rule::NotListening)
+    }
+}
+
 /// What becomes of an arrival whose tunnel is away.
 #[inline(always)]
 pub fn without_tunnel(fail_open: bool) -> Inbound {
@@ -178,9 +190,14 @@ pub fn without_tunnel(fail_open: bool) -> Inbound {
 
 #[inline(always)]
 fn steer(pod: &PodRecord, arrival: &Arrival, port: u16, rule: Rule) -> Inbound {
+    let fail_open = pod.flags & flag::FAIL_OPEN != 0;
+    Inbound::Steer { to: listener(pod.netns_cookie, arrival, port), rule, fail_open }
+}
+
+#[inline(always)]
+fn listener(netns_cookie: u64, arrival: &Arrival, port: u16) -> ListenerKey {
     let family = if arrival.is_v4 { 4 } else { 6 };
-    let to = ListenerKey { netns_cookie: pod.netns_cookie, port: u32::from(port), family };
-    Inbound::Steer { to, rule, fail_open: pod.flags & flag::FAIL_OPEN != 0 }
+    ListenerKey { netns_cookie, port: u32::from(port), family }
 }
 
 #[inline(always)]

@@ -35,6 +35,8 @@ static ORIGINAL_DST: LruHashMap<Flow, Destination> = LruHashMap::with_max_entrie
 static TUNNEL_FLOWS: LruHashMap<Flow, u64> = LruHashMap::with_max_entries(65536, 0);
 #[map(name = "listeners")]
 pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(4096, 0);
+#[map(name = "listened")]
+static LISTENED: HashMap<ListenerKey, u32> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
 #[map(name = "trace")]
 pub static TRACE: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 #[btf_map(name = "socket_state")]
@@ -159,6 +161,42 @@ pub fn is_listening(mut key: ListenerKey) -> bool {
             true
         }
     }
+}
+
+/// Notes that an application listens at `key`. What cannot be noted makes the netns one of which not everything is
+/// known, where nobody is refused.
+#[inline(always)]
+pub fn note_listened(key: &ListenerKey) {
+    let Some(count) = LISTENED.get_ptr_mut(ListenerKey::about(key.netns_cookie, ListenerKey::COUNT)) else {
+        return;
+    };
+    if LISTENED.get_ptr(key).is_some() {
+        return;
+    }
+    // SAFETY: the kernel frees a value only after the programs that saw it. Two that count at once may count one.
+    let counted = unsafe { count.read_volatile() };
+    if counted < ListenerKey::MOST_LISTENED && LISTENED.insert(key, 1, 0).is_ok() {
+        // SAFETY: as above.
+        unsafe { count.write_volatile(counted + 1) };
+    } else {
+        let _ = LISTENED.remove(ListenerKey::about(key.netns_cookie, ListenerKey::COMPLETE));
+    }
+}
+
+/// Whether an application may listen at `key`: where not everything is known it may.
+#[inline(always)]
+pub fn may_be_listened(mut key: ListenerKey) -> bool {
+    if LISTENED.get_ptr(key).is_some() {
+        return true;
+    }
+    // A socket of IPv6 may serve IPv4 too.
+    if key.family == 4 {
+        key.family = 6;
+        if LISTENED.get_ptr(key).is_some() {
+            return true;
+        }
+    }
+    LISTENED.get_ptr(ListenerKey::about(key.netns_cookie, ListenerKey::COMPLETE)).is_none()
 }
 
 /// What is remembered of `socket`, which may be null.

@@ -24,7 +24,8 @@ pub fn adit_sk_lookup(ctx: SkLookupContext) -> u32 {
     let Some(settings) = maps::settings() else { return SK_PASS };
     let verdict = match decide::inbound(&arrival, settings) {
         Inbound::Steer { to, rule, fail_open } => match steer(&ctx, to) {
-            Ok(()) => Inbound::Pass(rule),
+            // What is dropped is given to nobody, whatever was assigned.
+            Ok(()) => decide::steered(&arrival, to.netns_cookie, rule),
             Err(()) => decide::without_tunnel(fail_open),
         },
         verdict => verdict,

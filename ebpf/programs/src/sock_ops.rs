@@ -35,10 +35,14 @@ const AF_INET6: u32 = 10;
 /// What these programs return is not looked at, unless a callback asks for a value; none of ours does.
 const DONE: u32 = 1;
 
-/// Pods' sockets: publishes original destinations, withdraws what nobody took.
+/// Pods' sockets: publishes original destinations, withdraws what nobody took, notes who listens.
 #[sock_ops]
 pub fn adit_pods_ops(ctx: SockOpsContext) -> u32 {
     let op = ctx.op();
+    if op == BPF_SOCK_OPS_TCP_LISTEN_CB {
+        note_listener(ctx.ops);
+        return DONE;
+    }
     if op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_STATE_CB {
         return DONE;
     }
@@ -84,6 +88,33 @@ pub fn adit_tunnel_ops(ctx: SockOpsContext) -> u32 {
     DONE
 }
 
+/// A pod's socket was bound, as those that listen are: notes its netns, as below. One that listens without it is found
+/// by the watcher.
+#[cgroup_sock(post_bind4)]
+pub fn adit_post_bind4(ctx: SockContext) -> i32 {
+    note_netns(&ctx)
+}
+
+#[cgroup_sock(post_bind6)]
+pub fn adit_post_bind6(ctx: SockContext) -> i32 {
+    note_netns(&ctx)
+}
+
+#[inline(always)]
+fn note_netns(ctx: &SockContext) -> i32 {
+    const ALLOW: i32 = 1;
+    const SOCK_STREAM: u32 = 1;
+    // SAFETY: the program's context.
+    let (kind, cookie) =
+        unsafe { ((&raw const (*ctx.sock).type_).read_volatile(), bpf_get_netns_cookie(ctx.sock.cast())) };
+    if kind == SOCK_STREAM
+        && let Some(state) = maps::state_or_new(ctx.sock)
+    {
+        state.netns_cookie = cookie;
+    }
+    ALLOW
+}
+
 /// The tunnel creates a socket: notes its netns, which no sock_ops program can ask for before Linux 5.15.
 #[cgroup_sock(sock_create)]
 pub fn adit_sock_create(ctx: SockContext) -> i32 {
@@ -103,6 +134,25 @@ fn note(ops: *mut bpf_sock_ops) {
     let Some(flow) = (unsafe { flow(ops) }) else { return };
     if state.netns_cookie != 0 && maps::note_tunnel_flow(&flow, state.netns_cookie).is_ok() {
         tell_of_close(ops);
+    }
+}
+
+#[inline(always)]
+fn note_listener(ops: *mut bpf_sock_ops) {
+    let Some(state) = maps::state(socket(ops)) else { return };
+    // SAFETY: the program's context. Both families' words before it is known which count: see `flow`.
+    let (port, family, local) = unsafe {
+        let port = (&raw const (*ops).local_port).read_volatile();
+        let family = (&raw const (*ops).family).read_volatile();
+        let v4 = (&raw const (*ops).local_ip4).read_volatile();
+        let word = |index: usize| (&raw const (*ops).local_ip6[index]).read_volatile();
+        let v6 = [word(0), word(1), word(2), word(3)];
+        (port, family, if family == AF_INET { from_v4_word(v4) } else { from_words(v6) })
+    };
+    // Who listens on loopback cannot be dialled from outside.
+    if state.netns_cookie != 0 && !is_loopback(&local) {
+        let family = if family == AF_INET { 4 } else { 6 };
+        maps::note_listened(&ListenerKey { netns_cookie: state.netns_cookie, port, family });
     }
 }
 

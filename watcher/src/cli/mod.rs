@@ -34,7 +34,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     Status(status::StatusArgs),
     Preflight(preflight::PreflightArgs),
     Explain(explain::ExplainArgs),
@@ -122,7 +122,7 @@ fn hostname() -> String {
 /// Runs the command; its failure is printed here, once.
 pub fn run(cli: Cli) -> ExitCode {
     let result = match cli.command {
-        Command::Run(args) => run::run(args),
+        Command::Run(args) => run::run(*args),
         Command::Status(args) => status::run(&args),
         Command::Preflight(args) => preflight::run(&args),
         Command::Explain(args) => explain::run(&args),

@@ -6,6 +6,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -65,6 +66,9 @@ pub struct RunArgs {
     /// Where /metrics and /healthz/ready are served, such as 127.0.0.1:15022 [default: nowhere]
     #[arg(long, value_name = "ADDRESS")]
     metrics_address: Option<SocketAddr>,
+    /// Every so many seconds everything is looked at again, whatever events told
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    rescan: u64,
     /// Undo everything on SIGTERM and SIGINT
     #[arg(long)]
     detach: bool,
@@ -128,6 +132,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         dns_capture: args.dns_capture,
         dns_resolvers: args.dns_resolvers,
         metrics_address: args.metrics_address,
+        rescan: Duration::from_secs(args.rescan),
         detach: args.detach,
     };
     // The loop that owns all state is this thread; a second one speaks with tunnels, the source and askers, so

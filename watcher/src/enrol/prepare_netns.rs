@@ -3,12 +3,14 @@
 //! The tunnel dials the application from the client's address, with mark 0x539. Packets with that mark
 //! are delivered locally although the address is not ours (one rule and one `local` route for each
 //! family), and the application's accepted socket inherits the mark (`tcp_fwmark_accept`), so that its
-//! answers come back the same way. Without any one of the three such a connection times out.
+//! answers come back the same way; so does the kernel's refusal where nobody listens (`fwmark_reflect`). Without
+//! any one of them such a connection times out.
 //!
-//! Taken back, all three, when the pod leaves *and no connection needs them any more*: see
+//! Taken back, all of it, when the pod leaves *and no connection needs them any more*: see
 //! [`transparent_sockets`].
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::BorrowedFd,
@@ -35,18 +37,35 @@ const MARK: u32 = 0x539;
 const TABLE: u32 = MARK;
 /// Before everything but the kernel's own `local` rule (0).
 const PRIORITY: u32 = 1337;
-/// One sysctl for both families.
-const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+/// Each is set to 1; the first for both families. A node may have no IPv6 at all.
+const SYSCTLS: [&str; 3] = [
+    "/proc/sys/net/ipv4/tcp_fwmark_accept",
+    "/proc/sys/net/ipv4/fwmark_reflect",
+    "/proc/sys/net/ipv6/fwmark_reflect",
+];
 /// The interface index of `lo`, which is the first one of every netns.
 const LO: u32 = 1;
 
-/// The sysctl's present value.
-pub fn fwmark_accept(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<String> {
+/// The present values of the sysctls that we set, by path.
+pub fn sysctls(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<BTreeMap<String, String>> {
     visitor.enter(netns, || {
-        fs::read_to_string(FWMARK_ACCEPT)
-            .map(|text| text.trim().to_owned())
-            .map_err(|error| at(FWMARK_ACCEPT, &error))
+        let mut values = BTreeMap::new();
+        for path in SYSCTLS {
+            match fs::read_to_string(path) {
+                Ok(text) => drop(values.insert(path.to_owned(), text.trim().to_owned())),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(at(path, &error)),
+            }
+        }
+        Ok(values)
     })
+}
+
+fn set(path: &str, value: &str) -> io::Result<()> {
+    match fs::write(path, value) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result.map_err(|error| at(path, &error)),
+    }
 }
 
 /// Prepares `netns`. Done again it changes nothing. `v6`: whether IPv6 has to work there.
@@ -60,13 +79,13 @@ pub fn prepare(visitor: &Visitor, netns: BorrowedFd<'_>, v6: bool) -> io::Result
             requests.push(Request::new("route", RouteNetlinkMessage::NewRoute(family.route()), optional));
         }
         talk(&requests, NLM_F_CREATE | NLM_F_EXCL, &[libc::EEXIST])?;
-        fs::write(FWMARK_ACCEPT, "1").map_err(|error| at(FWMARK_ACCEPT, &error))
+        SYSCTLS.iter().try_for_each(|path| set(path, "1"))
     })
 }
 
-/// Takes the preparation back; `fwmark_accept` is the value to put back. What is gone already is fine.
-pub fn restore(netns: BorrowedFd<'_>, fwmark_accept: String) -> io::Result<()> {
-    run_in(netns, move || {
+/// Takes the preparation back; `sysctls` are the values to put back. What is gone already is fine.
+pub fn restore(netns: BorrowedFd<'_>, sysctls: &BTreeMap<String, String>) -> io::Result<()> {
+    run_in(netns, || {
         let mut requests = Vec::new();
         for family in [Family::V4, Family::V6] {
             requests.push(Request::new("rule", RouteNetlinkMessage::DelRule(family.rule()), false));
@@ -75,7 +94,9 @@ pub fn restore(netns: BorrowedFd<'_>, fwmark_accept: String) -> io::Result<()> {
         // No rule, no table, or no IPv6 at all.
         let absent = [libc::ENOENT, libc::ESRCH, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
         talk(&requests, 0, &absent)?;
-        fs::write(FWMARK_ACCEPT, fwmark_accept).map_err(|error| at(FWMARK_ACCEPT, &error))
+        // Of those that are ours: the record is a file.
+        let mut ours = sysctls.iter().filter(|(path, _)| SYSCTLS.contains(&path.as_str()));
+        ours.try_for_each(|(path, value)| set(path, value))
     })
 }
 

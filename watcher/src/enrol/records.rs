@@ -20,8 +20,8 @@ pub struct NetnsRecord {
     pub id: NetnsId,
     /// The pod that it was prepared for.
     pub uid: String,
-    /// The sysctl's value before we set it.
-    pub fwmark_accept_before: String,
+    /// The sysctls' values before we set them, by path.
+    pub sysctls_before: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -62,8 +62,8 @@ impl Records {
         &self.content.tunnels
     }
 
-    /// Notes netns, all in one write; the first record of each stays, since by the second one the sysctl's value
-    /// is ours.
+    /// Notes netns, all in one write; the first record of each stays, since by the second one the sysctls'
+    /// values are ours.
     pub fn add_netns(&mut self, records: impl IntoIterator<Item = (u64, NetnsRecord)>) -> io::Result<()> {
         let before = self.content.netns.len();
         for (cookie, record) in records {
@@ -114,7 +114,7 @@ mod tests {
         NetnsRecord {
             id: NetnsId { dev: 4, inode: 9 },
             uid: "u".to_owned(),
-            fwmark_accept_before: before.to_owned(),
+            sysctls_before: BTreeMap::from([("/proc/sys/x".to_owned(), before.to_owned())]),
         }
     }
 
@@ -126,7 +126,7 @@ mod tests {
         records.add_netns([(7, record("1"))]).unwrap();
         records.add_tunnel(5, Path::new("/c")).unwrap();
         let mut again = Records::open(dir.path()).unwrap();
-        assert_eq!(again.netns()[&7].fwmark_accept_before, "0");
+        assert_eq!(again.netns()[&7].sysctls_before["/proc/sys/x"], "0");
         assert_eq!(again.tunnels()[&5], Path::new("/c"));
         again.remove_netns([7]).unwrap();
         again.remove_tunnel(5).unwrap();

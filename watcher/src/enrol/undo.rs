@@ -37,7 +37,7 @@ pub fn restore_all(records: &mut Records) -> io::Result<Undone> {
             else {
                 return;
             };
-            match prepare_netns::restore(fd, record.fwmark_accept_before.clone()) {
+            match prepare_netns::restore(fd, &record.sysctls_before) {
                 Ok(()) => restored.push(*cookie),
                 Err(error) => {
                     warn!(inode = id.inode, %error, "cannot restore a netns");

@@ -23,6 +23,7 @@ use crate::{
     enrol::{hand_over::Event, prepare_netns, publish, records::NetnsRecord, undo},
     observed::{
         cgroup_path,
+        listeners::listening,
         netns::{self, Visitor},
         processes,
     },
@@ -290,15 +291,14 @@ impl Node {
         // Noted before the change, and all at once: writing a file for each would take longer than the rest.
         let noted = self.records.netns();
         let unnoted: Vec<_> = open.iter().filter(|(cookie, ..)| !noted.contains_key(cookie)).collect();
-        let before = netns::visit_each(&unnoted, |visitor, (_, _, fd)| {
-            prepare_netns::fwmark_accept(visitor, fd.as_fd())
-        });
+        let before =
+            netns::visit_each(&unnoted, |visitor, (_, _, fd)| prepare_netns::sysctls(visitor, fd.as_fd()));
         let mut records = Vec::new();
         for ((cookie, netns, _), before) in unnoted.into_iter().zip(before) {
             match before {
-                Ok(fwmark_accept_before) => {
+                Ok(sysctls_before) => {
                     let (id, uid) = (netns.id, netns.uid.clone());
-                    records.push((*cookie, NetnsRecord { id, uid, fwmark_accept_before }));
+                    records.push((*cookie, NetnsRecord { id, uid, sysctls_before }));
                 }
                 Err(error) => problems.push((netns.uid.clone(), error)),
             }
@@ -310,14 +310,19 @@ impl Node {
             );
         }
         open.retain(|(cookie, ..)| self.records.netns().contains_key(cookie));
+        self.begin_listened(open.iter().map(|(cookie, ..)| *cookie));
         let results = netns::visit_each(&open, |visitor: &Visitor, (_, netns, fd)| {
             prepare_netns::prepare(visitor, fd.as_fd(), netns.v6)
+                .map(|()| visitor.enter(fd.as_fd(), listening))
         });
         let mut prepared = BTreeMap::new();
         for ((cookie, netns, fd), result) in open.into_iter().zip(results) {
             self.lingering.remove(&cookie);
             match result {
-                Ok(()) => drop(prepared.insert(cookie, fd)),
+                Ok(found) => {
+                    self.complete_listened(cookie, &found);
+                    prepared.insert(cookie, fd);
+                }
                 Err(error) => problems.push((netns.uid.clone(), error)),
             }
         }

@@ -263,7 +263,11 @@ impl Node {
         );
         let inbound = receiver.filter(|_| outbound != Rule::OwnAddress).map(|receiver| {
             let record = self.applied.addresses.get(&address16(there));
-            explain::inbound(record, &receiver.pod.exclusions, up, destination.port()).as_str().to_owned()
+            let listens =
+                record.is_none_or(|record| self.may_listen(record.netns_cookie, destination.port(), there));
+            explain::inbound(record, &receiver.pod.exclusions, up, listens, destination.port())
+                .as_str()
+                .to_owned()
         });
         Explanation {
             pod: format!("{}/{}", judged.pod.namespace, judged.pod.name),

@@ -102,7 +102,7 @@ impl Node {
             if lingering.sockets > 0 {
                 return Ok(false);
             }
-            prepare_netns::restore(netns.as_fd(), record.fwmark_accept_before)?;
+            prepare_netns::restore(netns.as_fd(), &record.sysctls_before)?;
             info!(uid = record.uid, inode = record.id.inode, "netns restored");
         }
         Ok(true)

@@ -4,6 +4,7 @@
 //! * [`cgroup_path`]: which pod and container a cgroup's path names
 //! * [`processes`]: which netns the processes of a pod are in
 //! * [`netns`]: entering a netns and asking it for its addresses
+//! * [`listeners`]: what listens in a netns
 //! * [`events`]: what changed, as soon as it does
 
 use std::{collections::BTreeMap, path::PathBuf};
@@ -13,6 +14,7 @@ use self::{cgroups::CgroupId, netns::NetnsFacts};
 pub mod cgroup_path;
 pub mod cgroups;
 pub mod events;
+pub mod listeners;
 pub mod netns;
 pub mod processes;
 

@@ -28,6 +28,8 @@ pub struct Node {
     pub tunnel_binary: PathBuf,
     /// Where the node is a container: what holds its namespaces.
     pub container: Option<Container>,
+    /// More words of the watcher's command line.
+    pub watcher_words: Vec<String>,
     /// The folder of the certificate service to be asked, instead of a development CA.
     pub ca_service: Option<PathBuf>,
 }
@@ -58,6 +60,7 @@ impl Node {
             tunnel_binary: binary("ztunnel"),
             container: None,
             ca_service: None,
+            watcher_words: Vec::new(),
         };
         for below in ["kubepods", "ztunnel", "watcher"] {
             fs::create_dir_all(node.cgroup.join(below)).expect("cgroup");
@@ -160,6 +163,7 @@ impl Node {
         line.extend(["--run-dir", &run_dir]);
         line.extend(["--bpffs", &bpffs, "--cgroup-root", &root, "--attach", &attach]);
         line.extend(more);
+        line.extend(self.watcher_words.iter().map(String::as_str));
         let mut command = placed_inside(self.inside(), &self.cgroup.join("watcher"), &self.netns, &line);
         command.env("RUST_LOG", "info");
         let (zds, status) = (self.zds_socket(), self.status_socket());

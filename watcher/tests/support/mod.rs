@@ -277,7 +277,7 @@ impl Pod {
             format!("ip -n {netns} -6 rule"),
             format!("ip -n {netns} route show table all"),
             format!("ip -n {netns} -6 route show table all"),
-            format!("ip netns exec {netns} sysctl net.ipv4.tcp_fwmark_accept"),
+            format!("ip netns exec {netns} sysctl net.ipv4.tcp_fwmark_accept net.ipv4.fwmark_reflect net.ipv6.fwmark_reflect"),
         ]
         .iter()
         .map(|line| run(line))

@@ -250,7 +250,7 @@ impl Bed {
     pub fn prepared_by_watcher(&mut self, node: &str, name: &str) -> Pod {
         let pod = self.pod(node, name, true);
         pod.space.run(
-            "sysctl -qw net.ipv4.tcp_fwmark_accept=1 net.ipv4.conf.all.rp_filter=0; \
+            "sysctl -qw net.ipv4.tcp_fwmark_accept=1 net.ipv4.fwmark_reflect=1 net.ipv6.fwmark_reflect=1 net.ipv4.conf.all.rp_filter=0; \
              \
              for f in -4 -6; do ip $f rule add fwmark 0x539 lookup 1337; \
              ip $f route add local default dev lo table 1337; done",

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use adit_ebpf_common::{
-    pods::{ExcludedPort, INBOUND as IS_DIALLED, flag},
+    pods::{ExcludedPort, INBOUND as IS_DIALLED, ListenerKey, flag},
     trace::{Hook, Rule},
 };
 
@@ -33,7 +33,7 @@ fn the_first_rule_that_holds_decides() {
 
     for (flags, up, port, rule, gets) in [
         (READY, true, 8080, Rule::SteerPlain, Plain),
-        // Nobody listens there: the tunnel decides what becomes of it.
+        // Not everything that listens is known here: the tunnel decides what becomes of it.
         (READY, true, 4444, Rule::SteerPlain, Plain),
         (READY, true, HBONE, Rule::SteerHbone, Hbone),
         (READY, true, OUTBOUND, Rule::DropReserved, Nobody),
@@ -71,6 +71,73 @@ fn the_first_rule_that_holds_decides() {
             bench.world.close(dialled.handle);
         }
     }
+}
+
+/// Who dials a port that nobody listens on is refused, as without us, and not accepted by the tunnel.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_port_that_nobody_listens_on_is_refused() {
+    let mut bench = Bench::new();
+    let plain = bench.tunnel.listen(&format!("[::]:{INBOUND}"));
+    let hbone = bench.tunnel.listen(&format!("[::]:{HBONE}"));
+    let (v4, v6) = ("10.99.0.1", "fd99::1");
+    let about = |family| ListenerKey::about(bench.cookie, family);
+    let (count, complete) = (about(ListenerKey::COUNT), about(ListenerKey::COMPLETE));
+    bench.kernel.set_listened(&count, 0).unwrap();
+    let earlier = bench.app.listen("[::]:8000");
+    bench.world.dial(How::Tcp, at(v4, 4444)).expect("not everything is known");
+    bench.tunnel.accept(plain);
+    bench.kernel.set_listened(&complete, 1).unwrap();
+
+    let _others = [
+        bench.app.listen("[::]:8080"),
+        bench.app.listen("0.0.0.0:8081"),
+        bench.app.listen("127.0.0.1:8082"),
+        bench.app.listen("[::1]:8082"),
+        bench.app.listen(&format!("{v4}:8083")),
+        bench.app.listen_mptcp("[::]:8084"),
+    ];
+    for (port, on_v4, on_v6) in [
+        (8000, true, true),
+        (8080, true, true),
+        (8081, true, false),
+        (8082, false, false),
+        (8083, true, false),
+        (8084, true, true),
+        (4444, false, false),
+        (HBONE, true, true),
+    ] {
+        for (to, listens) in [(v4, on_v4), (v6, on_v6)] {
+            bench.rules(port);
+            let dialled = bench.world.dial(How::Tcp, at(to, port));
+            if listens {
+                dialled.unwrap_or_else(|errno| panic!("{to} {port}: {errno}"));
+                bench.tunnel.accept(if port == HBONE { hbone } else { plain });
+            } else {
+                assert_eq!(dialled.unwrap_err(), libc::ECONNREFUSED, "{to} {port}");
+                assert_eq!(bench.rules(port), [(Hook::SkLookup, Rule::NotListening)], "{to} {port}");
+            }
+        }
+    }
+    // The watcher finds what has ended.
+    bench.app.close(earlier);
+    bench.kernel.remove_listened(&ListenerKey { netns_cookie: bench.cookie, port: 8000, family: 6 }).unwrap();
+    assert_eq!(bench.world.dial(How::Tcp, at(v4, 8000)).unwrap_err(), libc::ECONNREFUSED);
+    bench.app.listen("[::]:8000");
+    bench.world.dial(How::Tcp, at(v4, 8000)).expect("listens again");
+    bench.tunnel.accept(plain);
+    // Who listens on more ports than are noted is not refused anything.
+    bench.kernel.set_listened(&count, ListenerKey::MOST_LISTENED).unwrap();
+    bench.app.listen("[::]:8085");
+    for port in [8085, 4444] {
+        bench.world.dial(How::Tcp, at(v4, port)).expect("not everything is known any more");
+        bench.tunnel.accept(plain);
+    }
+    let of_others = bench.kernel.listened().unwrap();
+    assert!(of_others.iter().all(|key| key.netns_cookie == bench.cookie), "who is not enrolled is not noted");
+    bench.kernel.unsteer(bench.cookie).unwrap();
+    bench.app.listen("[::]:8086");
+    assert_eq!(bench.kernel.listened().unwrap(), [], "who has left leaves nothing");
 }
 
 #[test]

@@ -21,7 +21,7 @@ use aya::{
 use crate::bench::{Bench, Bpffs, Cgroups, INBOUND, OUTBOUND, address, agent::How, at, empty, sys};
 
 /// Of the pods' cgroup, of a tunnel's, of a netns.
-const ALL_LINKS: usize = 10 + 5 + 1;
+const ALL_LINKS: usize = 12 + 5 + 1;
 
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
@@ -108,7 +108,7 @@ fn removing_leaves_nothing() {
         .map(|entry| MapInfo::from_pin(entry.unwrap().path()).unwrap().id())
         .collect();
     let removed = Kernel::remove(&bench.bpffs.pins()).unwrap();
-    assert_eq!((removed.links, removed.maps), (ALL_LINKS, 10));
+    assert_eq!((removed.links, removed.maps), (ALL_LINKS, 11));
     assert_eq!(bench.app.dial(How::Udp, at("10.99.0.2", 53)).map(|_| ()), Ok(()));
     bench.world.listen("0.0.0.0:8080");
     bench
@@ -236,7 +236,7 @@ fn attaching_elsewhere_detaches_here() {
     bench.app.dial(How::Tcp, at("10.99.0.2", 8080)).expect("not redirected any more");
     bench.kernel.detach_tunnel(&bench.cgroups.dir("tunnel")).unwrap();
     bench.kernel.detach_tunnel(&bench.cgroups.dir("tunnel")).expect("missing is fine");
-    assert_eq!(pinned(&bench).len(), 10 + 1);
+    assert_eq!(pinned(&bench).len(), 12 + 1);
 }
 
 #[test]

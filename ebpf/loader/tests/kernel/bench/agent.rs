@@ -104,6 +104,11 @@ impl Agent {
         self.tell(format_args!("listen {address}")).expect("a listener").parse().expect("a handle")
     }
 
+    /// The same of MPTCP.
+    pub fn listen_mptcp(&mut self, address: &str) -> u32 {
+        self.tell(format_args!("listen-mptcp {address}")).expect("a listener").parse().expect("a handle")
+    }
+
     /// `Err` is an errno.
     pub fn dial(&mut self, how: How, to: SocketAddr) -> Result<End, i32> {
         self.tell(format_args!("dial {how:?} {to}")).map(|answer| end(&answer))
@@ -230,9 +235,10 @@ impl Sockets {
                 let socket = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
                 adit_ebpf_loader::netns_cookie(socket.as_fd()).map(|cookie| cookie.to_string())
             }
-            ["listen", address] => {
+            [listen @ ("listen" | "listen-mptcp"), address] => {
                 let address: SocketAddr = parse(address)?;
-                let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+                let protocol = if listen == "listen" { Protocol::TCP } else { Protocol::MPTCP };
+                let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(protocol))?;
                 socket.set_reuse_address(true)?;
                 socket.set_mark(self.mark)?;
                 socket.bind(&address.into())?;
