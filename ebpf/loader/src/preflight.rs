@@ -46,11 +46,11 @@ fn check(name: &'static str, needed: &str, outcome: Result<String, (String, &str
 
 fn kernel_version() -> Check {
     let outcome = match KernelVersion::current() {
-        Ok(version) if version >= KernelVersion::new(5, 14, 0) => Ok(version.to_string()),
+        Ok(version) if version >= KernelVersion::new(5, 10, 0) => Ok(version.to_string()),
         Ok(version) => Err((version.to_string(), "run the node on a newer kernel")),
         Err(error) => Err((error.to_string(), "the kernel says no version that can be read")),
     };
-    check("kernel", "Linux 5.14 or later, for SO_NETNS_COOKIE", outcome)
+    check("kernel", "Linux 5.10 or later", outcome)
 }
 
 fn cgroup2(root: &Path) -> Check {

@@ -14,9 +14,9 @@ use std::{
     thread,
 };
 
+use adit_ebpf_loader::own_netns_cookie;
 use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags, sched::CloneFlags, sys::stat::fstat};
 use serde::{Deserialize, Serialize};
-use socket2::{Domain, Socket, Type};
 
 /// Which netns, while something holds it: inode numbers of deleted ones come back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -99,18 +99,12 @@ pub fn visit_each<I: Send + Sync, T: Send>(items: &[I], work: impl Fn(&Visitor, 
 /// Enters `netns` and asks it.
 pub fn facts(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<NetnsFacts> {
     let id = id(netns)?;
-    visitor.enter(netns, || Ok(NetnsFacts { id, cookie: own_cookie()?, addresses: own_addresses()? }))
-}
-
-/// The cookie of the calling thread's netns. A unix socket serves too, and needs no interface to be up.
-fn own_cookie() -> io::Result<u64> {
-    let socket = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
-    adit_ebpf_loader::netns_cookie(socket.as_fd())
+    visitor.enter(netns, || Ok(NetnsFacts { id, cookie: own_netns_cookie()?, addresses: own_addresses()? }))
 }
 
 /// The cookie of `netns`.
 pub fn cookie(netns: BorrowedFd<'_>) -> io::Result<u64> {
-    run_in(netns, own_cookie)
+    run_in(netns, own_netns_cookie)
 }
 
 /// The addresses of the calling thread's netns by which others reach it.

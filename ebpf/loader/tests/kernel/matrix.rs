@@ -27,3 +27,15 @@ fn linux_6_1() {
 fn linux_6_12() {
     bench_on("6.12");
 }
+
+#[test]
+#[ignore = "boots a kernel: make test"]
+fn linux_5_10() {
+    bench_on("5.10");
+}
+
+#[test]
+#[ignore = "boots a kernel: make test"]
+fn linux_7_2() {
+    bench_on("7.2");
+}

@@ -231,10 +231,7 @@ impl Sockets {
                 self.mark = parse(mark)?;
                 Ok(String::new())
             }
-            ["cookie"] => {
-                let socket = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
-                adit_ebpf_loader::netns_cookie(socket.as_fd()).map(|cookie| cookie.to_string())
-            }
+            ["cookie"] => adit_ebpf_loader::own_netns_cookie().map(|cookie| cookie.to_string()),
             [listen @ ("listen" | "listen-mptcp"), address] => {
                 let address: SocketAddr = parse(address)?;
                 let protocol = if listen == "listen" { Protocol::TCP } else { Protocol::MPTCP };
