@@ -7,7 +7,7 @@ use adit_ebpf_common::{
     trace::{Hook, Rule},
 };
 
-use crate::bench::{Bench, HBONE, INBOUND, OUTBOUND, READY, agent::How, at, eventually};
+use crate::bench::{Bench, HBONE, INBOUND, OUTBOUND, READY, agent::How, at, eventually, has_mptcp};
 
 const OPEN: u32 = flag::FAIL_OPEN;
 
@@ -95,7 +95,7 @@ fn a_port_that_nobody_listens_on_is_refused() {
         bench.app.listen("127.0.0.1:8082"),
         bench.app.listen("[::1]:8082"),
         bench.app.listen(&format!("{v4}:8083")),
-        bench.app.listen_mptcp("[::]:8084"),
+        if has_mptcp() { bench.app.listen_mptcp("[::]:8084") } else { bench.app.listen("[::]:8084") },
     ];
     for (port, on_v4, on_v6) in [
         (8000, true, true),

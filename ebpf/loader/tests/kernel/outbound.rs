@@ -1,13 +1,13 @@
 //! The first decision list, rule by rule, and what a redirected connection looks like from both ends.
 
-use std::{fs::File, net::SocketAddr, os::fd::AsFd as _, path::Path};
+use std::{fs::File, net::SocketAddr, os::fd::AsFd as _};
 
 use adit_ebpf_common::{
     pods::{ExcludedPort, OUTBOUND as DIALS, flag},
     trace::{Hook, Rule},
 };
 
-use crate::bench::{Bench, HBONE, INBOUND, OUTBOUND, READY, address, agent::How, at, empty, sys};
+use crate::bench::{Bench, HBONE, INBOUND, OUTBOUND, READY, address, agent::How, at, empty, has_mptcp, sys};
 
 const OPEN: u32 = flag::FAIL_OPEN;
 
@@ -180,8 +180,8 @@ fn a_redirected_connection_is_none_the_wiser() {
     ] {
         let listener = bench.tunnel.listen(&format!("{tunnel_at}:{OUTBOUND}"));
         for how in [How::Tcp, How::NonBlocking, How::Mptcp] {
-            if how == How::Mptcp && !Path::new("/proc/sys/net/mptcp").exists() {
-                continue; // built without it, as Debian's 5.10 is
+            if how == How::Mptcp && !has_mptcp() {
+                continue;
             }
             let to = at(to, 80);
             let dialled = bench.app.dial(how, to).unwrap_or_else(|errno| panic!("{how:?} {to}: {errno}"));
