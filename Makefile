@@ -3,9 +3,9 @@ SHELL := /bin/bash
 CARGO ?= cargo
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
-.PHONY: help setup build demo test test-again bench fuzz lint clean
+.PHONY: help setup build demo test test-again bench bench-labels fuzz lint clean
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what building and testing need (Debian or Ubuntu, root); says each step
 	@.ci/setup
@@ -26,6 +26,10 @@ test-again: ## the tests once more: what the first run left would show
 bench: setup ## direct against through the mesh, side by side; PEER_BIN=… beside another ztunnel (root)
 	@$(CARGO) build --release --locked --workspace --bins --quiet
 	@$(CARGO) run --release --locked --quiet -p watcher --example bench
+
+bench-labels: setup ## from a label at a real API server to open pods and back, ROUNDS=… of 1, 20 and 60 pods (root)
+	@$(CARGO) build --release --locked -p watcher --bins --quiet
+	@$(CARGO) run --release --locked --quiet -p watcher --example labels
 
 fuzz: setup ## input that breaks a parser others can reach, each looked for during SECONDS=60
 	@SECONDS_EACH=$(or $(SECONDS),60) .ci/fuzz

@@ -7,7 +7,7 @@ use std::fs;
 
 use api_server::node::{Node, obliging};
 use serde_json::json;
-use support::{Bed, Told, wait_for};
+use support::{Bed, Told, wait_for, watcher_binary};
 
 #[test]
 #[ignore = "needs root: make test"]
@@ -185,7 +185,7 @@ fn options_that_cannot_work_are_refused_with_what_to_do() {
         (vec![], vec!["--kubernetes", "--pods", "x"], "cannot be used with"),
         (vec![], vec!["--kubernetes", "--dataplane-label", "x=none"], "expected KEY=VALUE"),
     ] {
-        let output = std::process::Command::new(env!("CARGO_BIN_EXE_watcher"))
+        let output = std::process::Command::new(watcher_binary())
             .env_clear()
             .envs(variables)
             .args(["run", "--bpffs"])

@@ -34,6 +34,19 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// The program: what Cargo built for tests; beside an example, what was built before it.
+pub fn watcher_binary() -> PathBuf {
+    option_env!("CARGO_BIN_EXE_watcher").map_or_else(
+        || {
+            let here = std::env::current_exe().expect("own path");
+            let path = here.parent().and_then(Path::parent).expect("target folder").join("watcher");
+            assert!(path.exists(), "{} is not built: cargo build --workspace --bins", path.display());
+            path
+        },
+        PathBuf::from,
+    )
+}
+
 /// Runs a command line; its output.
 pub fn run(line: &str) -> String {
     let mut words = line.split_ascii_whitespace();
@@ -84,6 +97,8 @@ pub struct Bed {
     pub pods: Vec<Pod>,
     /// Where its watcher has pods from: `None`: the pods file; else the API server that this kubeconfig leads to.
     pub kubeconfig: Option<PathBuf>,
+    /// More variables of its watcher's environment, `NAME=value`.
+    pub env: Vec<String>,
 }
 
 /// A pod: a cgroup with one container, whose process is in a netns of its own.
@@ -107,6 +122,7 @@ impl Bed {
             watcher: None,
             pods: Vec::new(),
             kubeconfig: None,
+            env: Vec::new(),
         };
         for below in ["pods", "watcher", "tunnel", "other-tunnel"] {
             fs::create_dir_all(bed.cgroup.join(below)).expect("cgroup");
@@ -198,8 +214,7 @@ impl Bed {
 
     /// What a watcher says that cannot start with these options.
     pub fn refuses(&self, more: &[&str]) -> String {
-        let output =
-            Command::new(env!("CARGO_BIN_EXE_watcher")).args(self.run_words(more)).output().expect("watcher");
+        let output = Command::new(watcher_binary()).args(self.run_words(more)).output().expect("watcher");
         assert!(!output.status.success());
         String::from_utf8_lossy(&output.stderr).into_owned()
     }
@@ -208,8 +223,10 @@ impl Bed {
     pub fn start(&mut self, more: &[&str]) {
         let words = self.run_words(more);
         let kubeconfig = self.kubeconfig.as_ref().map(|path| format!("KUBECONFIG={}", path.display()));
-        let mut line: Vec<&str> = kubeconfig.iter().flat_map(|set| ["env", set.as_str()]).collect();
-        line.push(env!("CARGO_BIN_EXE_watcher"));
+        let mut line = vec!["env"];
+        line.extend(self.env.iter().chain(&kubeconfig).map(String::as_str));
+        let binary = watcher_binary();
+        line.push(binary.to_str().expect("UTF-8 path"));
         line.extend(words.iter().map(String::as_str));
         let log = self.dir.path().join("watcher.log");
         self.watcher = Some(Owned::spawn(&self.cgroup.join("watcher"), &line, &log));
@@ -218,11 +235,8 @@ impl Bed {
 
     /// Whether a command of this node succeeded, and what it printed.
     pub fn command(&self, words: &[&str]) -> (bool, String) {
-        let output = Command::new(env!("CARGO_BIN_EXE_watcher"))
-            .args(words)
-            .args(self.arguments())
-            .output()
-            .expect("watcher");
+        let output =
+            Command::new(watcher_binary()).args(words).args(self.arguments()).output().expect("watcher");
         (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
