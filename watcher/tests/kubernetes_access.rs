@@ -3,7 +3,7 @@
 mod api_server;
 mod support;
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, path::Path};
 
 use api_server::{
     ApiServer, RBAC,
@@ -40,6 +40,14 @@ fn rules() -> Vec<(String, String, Vec<String>)> {
         }
     }
     rules
+}
+
+fn client(api: &ApiServer, kubeconfig: &Path) -> Client {
+    let kubeconfig = Kubeconfig::read_from(kubeconfig).expect("kubeconfig");
+    api.block_on(async {
+        let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
+        Client::try_from(config.expect("configuration")).expect("client")
+    })
 }
 
 /// A role of the same rights but for `verb` on `resource`, bound to an account of its own: its kubeconfig.
@@ -132,12 +140,7 @@ fn a_server_that_streams_lists_is_asked_for_watches_alone() {
 fn the_role_does_not_let_anybody_change_what_pods_run() {
     let mut node = Node::new(&json!({}));
     node.pod("pod", &json!({}));
-    let kubeconfig = Kubeconfig::read_from(node.api.watcher_kubeconfig()).expect("kubeconfig");
-    let client = node.api.block_on(async {
-        let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
-        Client::try_from(config.expect("configuration")).expect("client")
-    });
-    let pods: Api<Pod> = Api::namespaced(client, &node.namespace);
+    let pods: Api<Pod> = Api::namespaced(client(&node.api, &node.api.watcher_kubeconfig()), &node.namespace);
     let other = Patch::Strategic(json!({"spec": {"containers": [{"name": "main", "image": "another"}]}}));
     let params = PatchParams::default();
     let refused = node.api.block_on(pods.patch("pod", &params, &other)).expect_err("patched");
@@ -146,4 +149,32 @@ fn the_role_does_not_let_anybody_change_what_pods_run() {
     let pod =
         node.api.block_on(pods.patch_status("pod", &params, &other)).expect("a patch that changes nothing");
     assert_eq!(image(pod).as_deref(), Some("none"));
+}
+
+/// What keeps a watcher to its own node, where it is wanted.
+const OWN_NODE: &str = include_str!("../../charts/adit/files/watcher-own-node.yaml");
+
+#[test]
+#[ignore = "needs root: make test"]
+fn with_the_optional_policy_a_watcher_writes_to_its_own_nodes_pods_only() {
+    let api = std::sync::Arc::new(ApiServer::start());
+    api.apply(OWN_NODE);
+    let mut node = Node::of(api, &json!({"istio.io/dataplane-mode": "ambient"}));
+    node.pod("own", &json!({}));
+    node.api.pod(&node.namespace, "foreign", "another-node", &json!({}));
+    let account = json!({"spec": {"serviceAccountName": "adit-watcher"}});
+    let uid = node.api.pod("adit-system", "watcher", &node.bed.name, &account);
+    let kubeconfig = node.api.kubeconfig_of_pod("adit-system", "adit-watcher", Some(("watcher", &uid)));
+
+    let pods: Api<Pod> = Api::namespaced(client(&node.api, &kubeconfig), &node.namespace);
+    let mark = Patch::Merge(json!({"metadata": {"annotations": {"test": "mark"}}}));
+    node.api.wait("the policy to be in force", || async {
+        let patched = pods.patch_status("foreign", &PatchParams::default(), &mark).await;
+        patched.err().filter(|error| error.to_string().contains("its own node only")).map(drop)
+    });
+    node.bed.kubeconfig = Some(kubeconfig);
+    node.bed.start(&[]);
+    let _told = obliging(node.tunnel());
+    node.wait_state("own", "open", "");
+    node.wait_annotation("own", Some("enabled"));
 }

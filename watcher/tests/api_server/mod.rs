@@ -313,13 +313,23 @@ impl ApiServer {
 
     /// A kubeconfig of the service account `namespace/name`, with a token as pods get it.
     pub fn kubeconfig_of(&self, namespace: &str, name: &str) -> PathBuf {
+        self.kubeconfig_of_pod(namespace, name, None)
+    }
+
+    /// The same, with a token that is bound to a pod of that namespace, as those are that pods mount.
+    pub fn kubeconfig_of_pod(&self, namespace: &str, name: &str, pod: Option<(&str, &str)>) -> PathBuf {
         let api: Api<ServiceAccount> = Api::namespaced(self.client(), namespace);
-        let request: TokenRequest =
-            serde_json::from_value(json!({"spec": {"audiences": []}})).expect("a token request");
+        let bound =
+            pod.map(|(name, uid)| json!({"kind": "Pod", "apiVersion": "v1", "name": name, "uid": uid}));
+        let request = json!({"spec": {"audiences": [], "boundObjectRef": bound}});
+        let request: TokenRequest = serde_json::from_value(request).expect("a token request");
         let made = self.wait("a token", || async {
             api.create_token_request(name, &PostParams::default(), &request).await.ok()
         });
-        let path = self.dir.path().join(format!("{namespace}-{name}.kubeconfig"));
+        let path = self
+            .dir
+            .path()
+            .join(format!("{namespace}-{name}-{}.kubeconfig", pod.map_or("", |(name, _)| name)));
         let token = made.status.expect("a token").token;
         write_kubeconfig(&path, self.dir.path(), self.port, &json!({"token": token}));
         path
