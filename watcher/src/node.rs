@@ -242,6 +242,7 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
             Some(asked) = asked.recv() => {
                 if let Some(waiting) = node.answer(asked) {
                     let result = node.detach(&mut zds_events).await;
+                    source.farewell().await;
                     waiting.give(&match &result {
                         Ok(()) => control::Answer::Ok(()),
                         Err(error) => control::Answer::Error(error.to_string()),
@@ -268,7 +269,13 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
         }
     };
     node.stop_tracing();
-    let result = if detach { node.detach(&mut zds_events).await } else { Ok(()) };
+    let result = if detach {
+        let result = node.detach(&mut zds_events).await;
+        source.farewell().await;
+        result
+    } else {
+        Ok(())
+    };
     drop((zds, control));
     if detach {
         info!("everything undone");

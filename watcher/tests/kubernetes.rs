@@ -5,7 +5,7 @@ mod support;
 
 use std::fs;
 
-use api_server::node::{Node, obliging};
+use api_server::node::{Node, REDIRECTION, obliging};
 use serde_json::json;
 use support::{Bed, Told, wait_for, watcher_binary};
 
@@ -199,5 +199,31 @@ fn options_that_cannot_work_are_refused_with_what_to_do() {
             .expect("watcher");
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success() && said.contains(says), "{words:?}: {said}");
+    }
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn who_undoes_everything_takes_the_annotations_back() {
+    let mut node = Node::new(&json!({"istio.io/dataplane-mode": "ambient"}));
+    for name in ["a", "b", "c"] {
+        node.pod(name, &json!({}));
+    }
+    node.bed.start(&["--detach"]);
+    let _told = obliging(node.tunnel());
+    for name in ["a", "b", "c"] {
+        node.wait_state(name, "open", "");
+        node.wait_annotation(name, Some("enabled"));
+    }
+    let mut watcher = node.bed.watcher.take().expect("watcher");
+    watcher.signal(nix::sys::signal::Signal::SIGTERM);
+    assert!(watcher.wait(), "{}", node.bed.log());
+    for name in ["a", "b", "c"] {
+        assert_eq!(
+            node.api.annotation(&node.namespace, name, REDIRECTION),
+            None,
+            "{name}\n{}",
+            node.bed.log()
+        );
     }
 }

@@ -39,7 +39,7 @@ pub fn start(path: PathBuf, cgroup_root: PathBuf) -> io::Result<Source> {
     let name = format!("pods file {}", path.display());
     let reader = Reader { path, cgroup_root, entries: None, error: None };
     tokio::spawn(follow(reader, changes, sender));
-    Ok(Source { name, updates, outcomes: None })
+    Ok(Source { name, updates, outcomes: None, passed_on: None })
 }
 
 struct Reader {

@@ -91,15 +91,15 @@ pub fn start(config: &Config, options: Options) -> Result<Source, KubernetesErro
         updates: sender,
         changes: options.write_back.then_some(changes),
     };
-    let outcomes = if options.write_back {
+    let (outcomes, passed_on) = if options.write_back {
         let client = kube::Client::try_from(report::config(config)).map_err(KubernetesError::Client)?;
-        tokio::spawn(report::run(report::Api::new(client, options.node), told_changes, told_outcomes));
-        Some(outcomes)
+        let api = report::Api::new(client, options.node);
+        (Some(outcomes), Some(tokio::spawn(report::run(api, told_changes, told_outcomes))))
     } else {
-        None
+        (None, None)
     };
     tokio::spawn(follower.run());
-    Ok(Source { name, updates, outcomes })
+    Ok(Source { name, updates, outcomes, passed_on })
 }
 
 struct Follower {

@@ -16,10 +16,12 @@ use std::{
     net::IpAddr,
     path::PathBuf,
     sync::Arc,
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::JoinHandle};
+use tracing::warn;
 
 use self::exclusions::Exclusions;
 use crate::{reason::Reason, status::State};
@@ -116,6 +118,21 @@ pub struct Source {
     /// Where outcomes go. Unbounded, since the loop never waits: whoever takes them takes them at once, and
     /// keeps only the last one of each uid while it cannot pass them on.
     pub outcomes: Option<mpsc::UnboundedSender<(String, Option<Outcome>)>>,
+    /// Ends when the source has passed on the last outcomes, once nobody can send any more.
+    pub passed_on: Option<JoinHandle<()>>,
+}
+
+impl Source {
+    /// Waits until the last outcomes are passed on, as far as that is possible in a moment.
+    pub async fn farewell(mut self) {
+        const PATIENCE: Duration = Duration::from_secs(6);
+        self.outcomes = None;
+        if let Some(passed_on) = self.passed_on.take()
+            && tokio::time::timeout(PATIENCE, passed_on).await.is_err()
+        {
+            warn!(source = self.name, "what became of the pods could not be passed on");
+        }
+    }
 }
 
 /// What became of a pod. Told by uid when it changes; `None`: the pod is not known any more.

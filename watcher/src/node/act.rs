@@ -402,6 +402,7 @@ impl Node {
             self.applied.cgroups.iter().filter(|(id, _)| tunnels.contains(id)).map(|(id, info)| (*id, *info)),
         );
         self.execute(steps(&self.applied, &nothing));
+        self.note_all_left();
         let deadline = Instant::now() + FAREWELL;
         while self.lingering.values().any(|lingering| !lingering.pending.is_empty()) {
             match tokio::time::timeout_at(deadline.into(), events.recv()).await {

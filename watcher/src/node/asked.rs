@@ -235,6 +235,17 @@ impl Node {
         self.outcomes = outcomes;
     }
 
+    /// Tells the source that nobody is in the mesh any more.
+    pub fn note_all_left(&mut self) {
+        let Some(listener) = &self.listener else { return };
+        for known in self.pods.all() {
+            let Pod { uid, name, namespace, .. } = known.judged.pod.as_ref();
+            let (name, namespace) = (name.clone(), namespace.clone());
+            let left = Outcome { name, namespace, state: State::Plain, reason: None, addresses: Vec::new() };
+            self.outcomes.tell(listener, uid, Some(left));
+        }
+    }
+
     fn why_unserved(&self, uid: &str) -> Reason {
         if let Some(reason) = self.pods.get(uid).and_then(|known| known.problem.clone()) {
             return reason;

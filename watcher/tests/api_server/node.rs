@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::ApiServer;
 use crate::support::{Bed, FakeTunnel, Told, wait_for};
 
-const REDIRECTION: &str = "ambient.istio.io/redirection";
+pub const REDIRECTION: &str = "ambient.istio.io/redirection";
 
 /// A node whose watcher follows the API server.
 pub struct Node {

@@ -35,6 +35,10 @@ use super::{
 const REQUEST: Duration = Duration::from_secs(10);
 /// A reason must last for so long before an Event tells of it: what passes by itself is nobody's business.
 const LASTS: Duration = Duration::from_secs(2);
+/// How long the last annotations may take when the watcher undoes everything.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+/// An annotation is written again no sooner than this, in case somebody else writes it too.
+const PAUSE: Duration = Duration::from_millis(500);
 /// So many Events tell of one pod, each of something else: annotations can be changed any number of times.
 const EVENTS_A_POD: usize = 16;
 /// What the API takes as an Event's text (1 kB) and reason (128 bytes).
@@ -255,7 +259,7 @@ pub async fn run(api: Api, mut changes: mpsc::UnboundedReceiver<Change>, mut out
             },
             outcome = outcomes.recv() => match outcome {
                 Some((uid, outcome)) => reporting.on_outcome(&uid, outcome),
-                None => return,
+                None => return reporting.finish(&api).await,
             },
             () = wait => {
                 if let Some((uid, job, _)) = due {
@@ -287,13 +291,31 @@ impl Reporting {
         }
     }
 
-    /// The most urgent job: whose, what, and when.
+    /// Writes the annotations that are still to be written, and tries each for so long only.
+    async fn finish(&mut self, api: &Api) {
+        let end = Instant::now() + LAST_WORDS;
+        let write = async {
+            while let Some((uid, job, at)) = self.next_of(|job| matches!(job, Job::Mark(_)))
+                && at < end
+            {
+                tokio::time::sleep_until(at).await;
+                self.work(api, &uid, job).await;
+            }
+        };
+        let _ = tokio::time::timeout_at(end, write).await;
+    }
+
     fn next(&self) -> Option<(String, Job, Instant)> {
+        self.next_of(|_| true)
+    }
+
+    /// The most urgent job: whose, what, and when.
+    fn next_of(&self, wanted: impl Fn(&Job) -> bool) -> Option<(String, Job, Instant)> {
         let now = Instant::now();
         self.pods
             .iter()
             .filter_map(|(uid, known)| {
-                let (job, at) = known.next(now)?;
+                let (job, at) = known.next(now).filter(|(job, _)| wanted(job))?;
                 let limit = match job {
                     Job::Mark(_) => &self.marks,
                     Job::Tell(_) => &self.events,
@@ -339,7 +361,7 @@ impl Reporting {
             return;
         }
         known.backoff.reset();
-        known.not_before = None;
+        known.not_before = Some(Instant::now() + PAUSE);
         match job {
             // Until the watch shows it.
             Job::Mark(marked) => seen.marked = marked,
