@@ -2,6 +2,7 @@
 //!
 //! * [`worker`]: one single-threaded runtime per core; a connection lives and dies on its worker
 //! * [`pods`]: which netns are served: told by ZDS, listened in by every worker
+//! * [`discovery`]: what there is, from a control plane
 //! * [`outbound`], [`inbound`], [`inbound_plain`]: follow one connection from accept to close
 //! * [`dns`]: answers names of the mesh in each pod's netns
 //! * [`hbone`]: HTTP/2 CONNECT in mutual TLS, as client (pooled) and as server
@@ -13,13 +14,17 @@
 //! * [`route`], [`policy`]: where to, and whether; pure
 //! * [`mesh`]: what is known of others: workloads, services, policies
 //! * [`identity`]: who we are: SPIFFE ids, certificates, whom to trust
+//! * [`control_plane`]: how a control plane is called; [`backoff`]: pauses between attempts
 //! * [`logging`]: the log and its filter
 //! * [`config`]: what all of them rest on
 //!
 //! A module uses only modules below it in this list.
 
 pub mod admin;
+pub mod backoff;
 pub mod config;
+pub mod control_plane;
+pub mod discovery;
 pub mod dns;
 pub mod drain;
 pub mod hbone;

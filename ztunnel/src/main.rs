@@ -14,6 +14,7 @@ use tracing::{error, info, warn};
 use ztunnel::{
     admin::{Admin, Readiness, Servers},
     config::{Config, LocalState, OwnPod, ProxyMode},
+    discovery,
     dns::Dns,
     drain,
     identity::Certificates,
@@ -74,6 +75,10 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: Lost) -> Resul
     let metrics = Arc::new(metrics);
     let readiness = Readiness::default();
     let mut pods_ready = readiness.task("workload proxy manager");
+    let xds = config.xds.as_ref().map(|xds| {
+        let (defaults, ready) = (Defaults::from(&*config), readiness.task("state manager"));
+        discovery::client::Client::new(xds, defaults, Arc::clone(&store), metrics.xds.clone(), ready)
+    });
 
     // Bind.
     let servers = Servers::bind(&config).await?;
@@ -113,6 +118,9 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: Lost) -> Resul
         }
     });
     services.spawn(certificates.run(end.clone()));
+    if let Some(client) = xds {
+        services.spawn(client.run(end.clone()));
+    }
     if let Some(LocalState::Path(path)) = &config.local_state {
         services.spawn(local_file::watch(path.clone(), Defaults::from(&*config), store, end.clone()));
     }

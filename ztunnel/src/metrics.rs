@@ -5,7 +5,7 @@
 //!
 //! * [`traffic`]: what is counted of connections, and under which labels
 //! * [`open`], [`failures`]: the connections that are open now, and the last ones that failed
-//! * [`dns`]: what pods ask the DNS proxy
+//! * [`dns`]: what pods ask the DNS proxy; [`xds`]: what the control plane tells
 //! * [`certificates`], [`process`], [`runtime`]: asked at each scrape
 
 pub mod certificates;
@@ -15,6 +15,7 @@ pub mod open;
 mod process;
 mod runtime;
 mod traffic;
+pub mod xds;
 
 use std::{
     collections::HashMap,
@@ -69,6 +70,7 @@ pub struct Metrics {
     pub pods: PodMetrics,
     pub pool: PoolMetrics,
     pub dns: dns::DnsMetrics,
+    pub xds: xds::XdsMetrics,
     pub runtimes: Runtimes,
     pub open: Open,
     pub failed_connections: Failures,
@@ -151,6 +153,7 @@ impl Metrics {
             pods: PodMetrics::default(),
             pool: PoolMetrics::default(),
             dns: dns::DnsMetrics::default(),
+            xds: xds::XdsMetrics::default(),
             runtimes: Runtimes::default(),
             open: Open::default(),
             failed_connections: Failures::default(),
@@ -159,6 +162,7 @@ impl Metrics {
         metrics.register_tunnels();
         metrics.register_process();
         metrics.dns.register(&mut metrics.registry);
+        metrics.xds.register(&mut metrics.registry);
         metrics
     }
 

@@ -3,6 +3,7 @@
 //!
 //! * [`zds`]: watcher (or Istio's CNI agent) → tunnel
 //! * [`ca`]: tunnel → certificate service; the server half is for control planes and tests
+//! * [`discovery`]: control plane → tunnel, the protocol; [`workload`] and [`security`], what it carries
 
 /// Generated code, held to its generator's style and not to ours.
 macro_rules! generated {
@@ -22,4 +23,16 @@ generated!(
 generated!(
     /// Certificates by CSR.
     ca, "istio.v1.auth"
+);
+generated!(
+    /// Delta discovery.
+    discovery, "envoy.service.discovery.v3"
+);
+generated!(
+    /// Workloads and services.
+    workload, "istio.workload"
+);
+generated!(
+    /// Policies.
+    security, "istio.security"
 );

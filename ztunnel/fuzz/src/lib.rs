@@ -5,9 +5,11 @@
 
 use std::sync::OnceLock;
 
+use prost_types::Any;
 use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use ztunnel::{
+    discovery::{ADDRESS, AUTHORIZATION, Sender},
     dns::{
         message::{self, Step, Transport},
         names::{Client, Zone},
@@ -34,6 +36,8 @@ pub const TARGETS: &[Fuzzed] = &[
     ("forwarded", forwarded),
     ("identity", spiffe_id),
     ("mesh_file", mesh_file),
+    ("xds_address", address_resource),
+    ("xds_policy", policy_resource),
     ("zds", node_agent),
 ];
 
@@ -131,6 +135,24 @@ fn defaults() -> Defaults {
 fn mesh_file(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let _ = local_file::parse(text, &defaults());
+}
+
+/// A workload or service of the control plane.
+fn address_resource(data: &[u8]) {
+    resource(ADDRESS, data);
+}
+
+/// A policy of the control plane.
+fn policy_resource(data: &[u8]) {
+    resource(AUTHORIZATION, data);
+}
+
+fn resource(type_url: &str, data: &[u8]) {
+    let sent = Any { type_url: type_url.to_owned(), value: data.to_vec() };
+    if let Ok(change) = Sender::new(defaults()).read(&sent) {
+        // What was taken can be part of a mesh.
+        let _ = Mesh::default().with([change]);
+    }
 }
 
 /// A packet of the node agent.

@@ -86,6 +86,7 @@ pub const KEYS: &[Key] = &[
     key("workers", "ZTUNNEL_WORKER_THREADS", Workers, Depends("all cores that the cgroup allows, at most 16"), "threads that carry traffic"),
 
     key("node.name", "NODE_NAME", Text, Is(""), "this node"),
+    key("node.instance_ip", "INSTANCE_IP", Text, Nothing, "the tunnel's own address, for the control plane to know it by"),
     key("node.network", "NETWORK", Text, Is(""), "its network; others are reached through gateways"),
     key("node.cluster", "CLUSTER_ID", Text, Is("Kubernetes"), "its cluster"),
     key("node.cluster_domain", "CLUSTER_DOMAIN", Text, Is("cluster.local"), "the suffix of the cluster's service names"),
@@ -100,6 +101,13 @@ pub const KEYS: &[Key] = &[
 
     key("mesh.file", "LOCAL_XDS_PATH", Path, Nothing, "workloads, services and policies from a file (watched)"),
     key("mesh.inline", "LOCAL_XDS", Text, Nothing, "the same, as text in place of a file"),
+
+    key("xds.address", "XDS_ADDRESS", Text, Depends("`https://istiod.istio-system.svc:15012` inside Kubernetes unless `mesh.file` or `mesh.inline` is set or the variable is set and empty, else none"), "the control plane that tells of workloads, services and policies; https"),
+    key("xds.root", "XDS_ROOT_CA", Text, Is("./var/run/secrets/istio/root-cert.pem"), "whom to trust as that: a file, PEM text, or `SYSTEM`"),
+    key("xds.alt_name", "ALT_XDS_HOSTNAME", Text, Nothing, "a name that its certificate may bear instead of the address' own"),
+    key("xds.headers", "XDS_HEADER_", Map, Nothing, "extra gRPC metadata"),
+    key("xds.metadata", "ISTIO_META_", Map, Nothing, "what else it is told of this node, as text"),
+    key("xds.metadata_json", "ISTIO_METAJSON_", Map, Nothing, "the same, as JSON"),
 
     key("ca.address", "CA_ADDRESS", Text, Depends("`https://istiod.istio-system.svc:15012` inside Kubernetes, else none"), "the certificate service; https"),
     key("ca.root", "CA_ROOT_CA", Text, Is("./var/run/secrets/istio/root-cert.pem"), "whom to trust as that: a file, PEM text, or `SYSTEM`"),

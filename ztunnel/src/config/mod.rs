@@ -45,6 +45,8 @@ pub struct Config {
     pub trust_domain: Arc<str>,
     pub own_pod: Option<OwnPod>,
     pub local_state: Option<LocalState>,
+    /// In place of that.
+    pub xds: Option<Xds>,
     pub ca: Ca,
     /// Life time to ask certificates for.
     #[serde(serialize_with = "seconds")]
@@ -117,32 +119,45 @@ pub enum LocalState {
 /// Who signs the workloads' certificates.
 #[derive(Clone, Debug, Serialize)]
 pub enum Ca {
-    Service(CaService),
-    /// A CA inside this process whose root is kept in `folder`. For demonstrations and tests.
-    Development {
-        folder: PathBuf,
+    Service {
+        #[serde(flatten)]
+        service: ControlPlane,
+        /// Whether certificates are asked for in the name of others (shared mode).
+        impersonate: bool,
     },
+    /// A CA inside this process whose root is kept in `folder`. For demonstrations and tests.
+    Development { folder: PathBuf },
 }
 
-/// Istio's certificate service.
+/// Discovery from a control plane (xDS).
 #[derive(Clone, Debug, Serialize)]
-pub struct CaService {
+pub struct Xds {
+    #[serde(flatten)]
+    pub service: ControlPlane,
+    /// `ztunnel~<address>~<pod>.<namespace>~<namespace>.svc.cluster.local`.
+    pub node_id: String,
+    /// What the control plane is told of this node.
+    #[serde(skip)]
+    pub metadata: BTreeMap<String, serde_json::Value>,
+}
+
+/// A control plane, and how it is called.
+#[derive(Clone, Debug, Serialize)]
+pub struct ControlPlane {
     /// Always `https://`.
     pub address: String,
     pub root: RootSource,
     #[serde(skip)]
     pub token: Token,
     pub cluster_id: Arc<str>,
-    /// A name that the service's certificate may bear instead of the address' own.
+    /// A name that its certificate may bear instead of the address' own.
     pub alt_name: Option<String>,
-    /// `CA_HEADER_*`: extra gRPC metadata.
+    /// `CA_HEADER_*`, `XDS_HEADER_*`: extra gRPC metadata.
     #[serde(skip)]
     pub headers: Headers,
-    /// Whether certificates are asked for in the name of others (shared mode).
-    pub impersonate: bool,
 }
 
-/// Whom to trust as the certificate service.
+/// Whom to trust as the control plane.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub enum RootSource {
     File(PathBuf),
@@ -151,7 +166,7 @@ pub enum RootSource {
     System,
 }
 
-/// How we authenticate to the certificate service.
+/// How we authenticate to the control plane.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Token {
     /// Read again at each call, since the kubelet rotates it.

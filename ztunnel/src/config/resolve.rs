@@ -1,6 +1,7 @@
 //! Settings → [`Config`]: what the keys come to together, and what does not go together.
 
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     num::NonZeroUsize,
     path::Path,
@@ -9,8 +10,8 @@ use std::{
 };
 
 use super::{
-    Ca, CaService, Config, ConfigError, Dns, H2, Headers, Keepalive, LocalState, LogFormat, OwnPod, Pool,
-    Ports, ProxyMode, ProxyTo, RootSource, Token, settings::Settings, value,
+    Ca, Config, ConfigError, ControlPlane, Dns, H2, Headers, Keepalive, LocalState, LogFormat, OwnPod, Pool,
+    Ports, ProxyMode, ProxyTo, RootSource, Token, Xds, settings::Settings, value,
 };
 
 /// Past this many workers, more of them only add listening sockets to every pod.
@@ -18,7 +19,7 @@ const MAX_DEFAULT_WORKERS: usize = 16;
 
 /// Variables of Istio's tunnel that cannot be ignored without weakening or breaking something.
 const NOT_SUPPORTED: [(&str, &str); 5] = [
-    ("XDS_ADDRESS", "discovery from a control plane is not supported; use LOCAL_XDS_PATH or LOCAL_XDS"),
+    ("XDS_ON_DEMAND", "the control plane is asked for everything; look-ups on demand are not supported"),
     (
         "CRL_PATH",
         "revocation lists are not supported, and without one revoked certificates would be accepted",
@@ -44,11 +45,13 @@ impl Config {
         file: Option<&Path>,
         vars: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self, ConfigError> {
-        let vars: Vec<_> = vars.into_iter().filter(|(_, value)| !value.is_empty()).collect();
+        let (empty, vars): (Vec<_>, Vec<_>) = vars.into_iter().partition(|(_, value)| value.is_empty());
         refuse_unsupported(&vars)?;
         let in_kubernetes = vars.iter().any(|(key, _)| key == "KUBERNETES_SERVICE_HOST");
+        // The one variable whose emptiness says something: no control plane, where there would be one by default.
+        let without_xds = empty.iter().any(|(key, _)| key == "XDS_ADDRESS");
         let settings = Settings::read(file, vars)?;
-        resolve(&settings, in_kubernetes)
+        resolve(&settings, in_kubernetes, without_xds)
     }
 
     /// An address on every interface, in the widest family that this node has.
@@ -58,7 +61,7 @@ impl Config {
     }
 }
 
-fn resolve(settings: &Settings, in_kubernetes: bool) -> Result<Config, ConfigError> {
+fn resolve(settings: &Settings, in_kubernetes: bool, without_xds: bool) -> Result<Config, ConfigError> {
     let mode = proxy_mode(settings)?;
     let cluster_id = settings.text("node.cluster");
     let ipv6 = settings.bool("socket.ipv6")? && ipv6_available();
@@ -79,6 +82,7 @@ fn resolve(settings: &Settings, in_kubernetes: bool) -> Result<Config, ConfigErr
         cluster_domain: settings.text("node.cluster_domain"),
         trust_domain: settings.text("node.trust_domain"),
         own_pod: own_pod(settings),
+        xds: xds(settings, &cluster_id, in_kubernetes && !without_xds)?,
         local_state: local_state(settings)?,
         ca: ca(settings, &mode, &cluster_id, in_kubernetes)?,
         secret_ttl: settings.duration("ca.secret_ttl")?,
@@ -186,12 +190,27 @@ fn ca(
         None if !asked_for_development && in_kubernetes => "https://istiod.istio-system.svc:15012",
         _ => return Ok(Ca::Development { folder: settings.path("ca.development_dir") }),
     };
+    let service = control_plane(settings, "ca", address, cluster_id)?;
+    Ok(Ca::Service { service, impersonate: *mode == ProxyMode::Shared })
+}
+
+/// The keys of `section` say how.
+fn control_plane(
+    settings: &Settings,
+    section: &'static str,
+    address: &str,
+    cluster_id: &Arc<str>,
+) -> Result<ControlPlane, ConfigError> {
+    let [address_key, root, alt_name, headers] = match section {
+        "ca" => ["ca.address", "ca.root", "ca.alt_name", "ca.headers"],
+        _ => ["xds.address", "xds.root", "xds.alt_name", "xds.headers"],
+    };
     let address = match address.split_once("://") {
         None => format!("https://{address}"),
         Some(("https", _)) => address.to_owned(),
-        Some(_) => return Err(settings.invalid("ca.address", "an https address")),
+        Some(_) => return Err(settings.invalid(address_key, "an https address")),
     };
-    let root = match &*settings.text("ca.root") {
+    let root = match &*settings.text(root) {
         "SYSTEM" => RootSource::System,
         pem if pem.contains("-----BEGIN") => RootSource::Pem(pem.to_owned()),
         path => RootSource::File(path.into()),
@@ -201,15 +220,50 @@ fn ca(
         path if path.contains('/') => Token::File(path.into()),
         literal => Token::Literal(literal.to_owned()),
     };
-    Ok(Ca::Service(CaService {
+    Ok(ControlPlane {
         address,
         root,
         token,
         cluster_id: Arc::clone(cluster_id),
-        alt_name: settings.get("ca.alt_name").map(str::to_owned),
-        headers: Headers(settings.map("ca.headers")),
-        impersonate: *mode == ProxyMode::Shared,
-    }))
+        alt_name: settings.get(alt_name).map(str::to_owned),
+        headers: Headers(settings.map(headers)),
+    })
+}
+
+/// The mesh comes from one source. Inside Kubernetes that is Istio's control plane, unless a file is given.
+fn xds(settings: &Settings, cluster_id: &Arc<str>, by_default: bool) -> Result<Option<Xds>, ConfigError> {
+    let local = settings.get("mesh.file").or_else(|| settings.get("mesh.inline"));
+    let address = match (settings.get("xds.address"), local) {
+        (Some(_), Some(_)) => {
+            let expected = "no control plane beside mesh.file (LOCAL_XDS_PATH) or mesh.inline (LOCAL_XDS)";
+            return Err(settings.invalid("xds.address", expected));
+        }
+        (Some(address), None) => address,
+        (None, None) if by_default => "https://istiod.istio-system.svc:15012",
+        (None, _) => return Ok(None),
+    };
+    let service = control_plane(settings, "xds", address, cluster_id)?;
+    let of = |key| settings.get(key).unwrap_or_default();
+    let (pod, namespace) = (of("own.pod"), of("own.namespace"));
+    let ip = settings.get("node.instance_ip").unwrap_or("1.1.1.1");
+    let node_id = format!("ztunnel~{ip}~{pod}.{namespace}~{namespace}.svc.cluster.local");
+    let text = |text: &str| serde_json::Value::String(text.to_owned());
+    let mut metadata = BTreeMap::from([
+        ("NAME".to_owned(), text(pod)),
+        ("NAMESPACE".to_owned(), text(namespace)),
+        ("INSTANCE_IPS".to_owned(), text(ip)),
+        ("NODE_NAME".to_owned(), text(of("node.name"))),
+        ("CLUSTER_ID".to_owned(), text(cluster_id)),
+    ]);
+    for (key, value) in settings.map("xds.metadata") {
+        metadata.insert(key, serde_json::Value::String(value));
+    }
+    for (key, value) in settings.map("xds.metadata_json") {
+        let value = serde_json::from_str(&value)
+            .map_err(|_| settings.invalid("xds.metadata_json", "values in JSON"))?;
+        metadata.insert(key, value);
+    }
+    Ok(Some(Xds { service, node_id, metadata }))
 }
 
 fn workers(settings: &Settings) -> NonZeroUsize {

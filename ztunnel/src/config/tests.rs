@@ -60,7 +60,7 @@ fn an_ill_formed_value_is_named_with_what_was_expected() {
 
 #[test]
 fn what_cannot_be_ignored_is_refused_and_its_harmless_form_is_not() {
-    for key in ["XDS_ADDRESS", "CRL_PATH", "TLS12_ENABLED", "COMPLIANCE_POLICY"] {
+    for key in ["XDS_ON_DEMAND", "CRL_PATH", "TLS12_ENABLED", "COMPLIANCE_POLICY"] {
         assert!(refusal(&[(key, "true")]).starts_with(key));
     }
     assert!(refusal(&[("ENABLE_PROXY", "false")]).starts_with("ENABLE_PROXY"));
@@ -114,14 +114,13 @@ fn dedicated_mode_names_its_workload_and_has_no_mark() {
 #[test]
 fn who_signs() {
     let service = |vars: &[(&str, &str)]| match config(vars).unwrap().ca {
-        Ca::Service(service) => service,
+        Ca::Service { service, .. } => service,
         other @ Ca::Development { .. } => panic!("{other:?}"),
     };
     let ca = service(&[("CA_ADDRESS", "istiod:15012"), ("AUTH_TOKEN", "a.b.c"), ("CA_HEADER_X_TENANT", "7")]);
     assert_eq!(ca.address, "https://istiod:15012");
     assert_eq!(ca.token, Token::Literal("a.b.c".to_owned()));
     assert_eq!(ca.headers.0, BTreeMap::from([("X_TENANT".to_owned(), "7".to_owned())]));
-    assert!(ca.impersonate);
     // In a cluster the development CA must have been asked for.
     let in_cluster = ("KUBERNETES_SERVICE_HOST", "10.0.0.1");
     assert_eq!(service(&[in_cluster]).address, "https://istiod.istio-system.svc:15012");
@@ -151,7 +150,7 @@ fn secrets_are_not_shown() {
     ])
     .unwrap();
     assert!(!serde_json::to_string(&config).unwrap().contains("very-secret"));
-    let Ca::Service(service) = config.ca else { unreachable!("CA_ADDRESS is set") };
+    let Ca::Service { service, .. } = config.ca else { unreachable!("CA_ADDRESS is set") };
     assert!(!format!("{service:?}").contains("very-secret"));
 }
 
@@ -189,7 +188,7 @@ ca:
     assert_eq!(config.pool.max_streams, 3);
     assert_eq!(config.original_source, Some(false));
     assert_eq!(config.packet_mark, Some(16));
-    let Ca::Service(ca) = &config.ca else { panic!("ca.address is set") };
+    let Ca::Service { service: ca, .. } = &config.ca else { panic!("ca.address is set") };
     let headers = [("tenant", "from-environment"), ("region", "north")];
     assert_eq!(ca.headers.0, headers.map(|(k, v)| (k.to_owned(), v.to_owned())).into());
     let origin = |name| config.effective.iter().find(|key| key.key == name).unwrap().origin;

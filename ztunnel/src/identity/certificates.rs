@@ -137,7 +137,9 @@ impl Certificates {
     /// With the authority that `config` names. The development CA makes or loads its root here.
     pub fn new(config: &Config) -> Result<Arc<Self>, IdentityError> {
         let authority: Box<dyn Authority> = match &config.ca {
-            Ca::Service(service) => Box::new(CaClient::new(service.clone(), config.secret_ttl)),
+            Ca::Service { service, impersonate } => {
+                Box::new(CaClient::new(service.clone(), *impersonate, config.secret_ttl))
+            }
             Ca::Development { folder } => Box::new(DevelopmentCa::open(folder, config.secret_ttl)?),
         };
         Ok(Self::with_authority(authority))

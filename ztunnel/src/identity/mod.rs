@@ -18,6 +18,8 @@ pub use certificates::{Certificates, Known};
 pub use credentials::Credentials;
 pub use trust::peer_identity;
 
+use crate::control_plane::ControlPlaneError;
+
 /// A SPIFFE id of the form `spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICE_ACCOUNT`. No part is empty.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Identity {
@@ -83,6 +85,8 @@ impl serde::Serialize for Identity {
 pub enum IdentityError {
     #[error("cannot read {what} from {path}")]
     Read { what: &'static str, path: String, source: Arc<std::io::Error> },
+    #[error(transparent)]
+    ControlPlane(Arc<ControlPlaneError>),
     #[error("cannot keep the development CA in {path}")]
     Keep { path: String, source: Arc<std::io::Error> },
     #[error("cannot make a key or certificate")]
@@ -107,6 +111,12 @@ pub enum IdentityError {
     Forgotten { identity: Identity },
     #[error("the tunnel stops")]
     Stopped,
+}
+
+impl From<ControlPlaneError> for IdentityError {
+    fn from(source: ControlPlaneError) -> Self {
+        Self::ControlPlane(Arc::new(source))
+    }
 }
 
 impl From<rcgen::Error> for IdentityError {

@@ -1,11 +1,13 @@
 //! What is known of others: workloads, services and policies, as one immutable snapshot.
 //!
 //! * [`workloads`], [`services`], [`policies`]: what there is, one type each; [`gateways`]: ways around
+//! * [`change`]: what a control plane tells, as a difference
 //! * [`store`]: the current snapshot, swapped as a whole; a connection takes one and sees one truth
 //! * [`local_file`]: the source without a control plane, watched for edits
 //! * [`baggage`]: how a workload is told about to a peer
 
 pub mod baggage;
+pub mod change;
 pub mod gateways;
 pub mod local_file;
 pub mod policies;
@@ -19,6 +21,7 @@ use std::{
     sync::Arc,
 };
 
+pub use change::Change;
 pub use gateways::{GatewayAddress, GatewayDestination};
 pub use policies::{Policy, PolicyKey};
 pub use services::{Endpoint, Service, ServiceKey};
@@ -30,6 +33,10 @@ pub use workloads::{Protocol, Workload};
 pub struct Mesh {
     /// By uid.
     workloads: BTreeMap<Arc<str>, Arc<Workload>>,
+    /// Who came when. While an address goes from one workload to the next, the control plane may tell of the new owner
+    /// before it takes the old one back: the later one has it.
+    arrivals: HashMap<Arc<str>, u64>,
+    arrived: u64,
     by_address: ByNetworkAddress<Workload>,
     by_name: ByNamespaceAndName<Vec<Arc<Workload>>>,
     /// Workloads that have a host name of their own.
@@ -59,13 +66,48 @@ impl Mesh {
             mesh.services.insert(service.key(), Arc::new(service));
         }
         for workload in workloads {
-            mesh.workloads.insert(Arc::clone(&workload.uid), Arc::new(workload));
+            mesh.put(workload);
         }
         for policy in policies {
             mesh.policies.insert(policy.key.clone(), Arc::new(policy));
         }
         mesh.index();
         mesh
+    }
+
+    /// The same with `changes`.
+    #[must_use]
+    pub fn with(&self, changes: impl IntoIterator<Item = Change>) -> Self {
+        let mut mesh = Self {
+            workloads: self.workloads.clone(),
+            arrivals: self.arrivals.clone(),
+            arrived: self.arrived,
+            services: self.services.clone(),
+            policies: self.policies.clone(),
+            ..Self::default()
+        };
+        for change in changes {
+            match change {
+                Change::Workload(workload) => mesh.put(workload),
+                Change::Service(service) => drop(mesh.services.insert(service.key(), Arc::new(service))),
+                Change::Policy(policy) => drop(mesh.policies.insert(policy.key.clone(), Arc::new(policy))),
+                Change::NoWorkload(uid) => {
+                    mesh.workloads.remove(&uid);
+                    mesh.arrivals.remove(&uid);
+                }
+                Change::NoService(key) => drop(mesh.services.remove(&key)),
+                Change::NoPolicy(key) => drop(mesh.policies.remove(&key)),
+            }
+        }
+        mesh.index();
+        mesh
+    }
+
+    fn put(&mut self, workload: Workload) {
+        self.arrived += 1;
+        // Who is told of again has not come again.
+        self.arrivals.entry(Arc::clone(&workload.uid)).or_insert(self.arrived);
+        self.workloads.insert(Arc::clone(&workload.uid), Arc::new(workload));
     }
 
     fn index(&mut self) {
@@ -76,7 +118,9 @@ impl Mesh {
                 by_ip.insert(vip.to_canonical(), Arc::clone(service));
             }
         }
-        for workload in self.workloads.values() {
+        let mut workloads: Vec<_> = self.workloads.values().collect();
+        workloads.sort_by_key(|workload| self.arrivals.get(&workload.uid));
+        for workload in workloads {
             let by_name = self.by_name.entry(Arc::clone(&workload.namespace)).or_default();
             by_name.entry(Arc::clone(&workload.name)).or_default().push(Arc::clone(workload));
             if let Some(hostname) = &workload.hostname {

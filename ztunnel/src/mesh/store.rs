@@ -5,7 +5,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
-use super::Mesh;
+use super::{Change, Mesh};
 
 /// Where a connection takes its snapshot from. Read without locks by all workers; written by one source.
 #[derive(Debug)]
@@ -32,6 +32,11 @@ impl Store {
     /// Counts replacements. Whoever is told of one finds it in the next [`snapshot`](Self::snapshot).
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.version.subscribe()
+    }
+
+    /// What is new, changed and gone. For the one writer.
+    pub fn apply(&self, changes: impl IntoIterator<Item = Change>) {
+        self.replace(self.snapshot().with(changes));
     }
 
     pub fn replace(&self, mesh: Mesh) {

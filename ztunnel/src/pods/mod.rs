@@ -12,7 +12,6 @@ use std::{
     io,
     os::fd::OwnedFd,
     sync::Arc,
-    time::Duration,
 };
 
 use listeners::Port;
@@ -25,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{
+    backoff::Backoff,
     dns::{Dns, sockets},
     identity::Identity,
     socket::{self, Netns, NetnsId},
@@ -54,31 +54,6 @@ pub struct Pod {
     pub own_port: Option<u16>,
     /// No new connections; the open ones finish.
     pub stop: CancellationToken,
-}
-
-/// Delays between attempts: doubling, within limits.
-#[derive(Debug)]
-pub struct Backoff(Duration);
-
-impl Backoff {
-    const FIRST: Duration = Duration::from_millis(10);
-    const LAST: Duration = Duration::from_secs(15);
-
-    pub fn new() -> Self {
-        Self(Self::FIRST)
-    }
-
-    pub fn delay(&mut self) -> Duration {
-        let delay = self.0;
-        self.0 = (delay * 2).min(Self::LAST);
-        delay
-    }
-}
-
-impl Default for Backoff {
-    fn default() -> Self {
-        Self::new()
-    }
 }
 
 /// A pod whose listeners could not be opened.

@@ -23,8 +23,9 @@ use ztunnel_api::zds::{
     workload_response,
 };
 
-use super::{Backoff, PodInfo, Pods, sys};
+use super::{PodInfo, Pods, sys};
 use crate::admin::ReadyGuard;
+use crate::backoff::Backoff;
 
 /// No message is longer.
 const PACKET: usize = 1024;

@@ -14,6 +14,7 @@ use ztunnel_api::ca::{
 
 use super::*;
 use crate::config::Headers;
+use crate::config::{RootSource, Token};
 
 const NAME: &str = "istiod.test";
 
@@ -92,15 +93,14 @@ impl Running {
         Self { address, folder, _stop: stop.drop_guard() }
     }
 
-    fn config(&self) -> CaService {
-        CaService {
+    fn config(&self) -> Config {
+        Config {
             address: format!("https://{}", self.address),
             root: RootSource::File(self.path("root.pem")),
             token: Token::File(self.path("token")),
             cluster_id: "Kubernetes".into(),
             alt_name: Some(NAME.to_owned()),
             headers: Headers([("X-Tenant".to_owned(), "7".to_owned())].into()),
-            impersonate: true,
         }
     }
 
@@ -113,8 +113,8 @@ fn identity() -> Identity {
     "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap()
 }
 
-async fn issue(config: CaService) -> Result<Credentials, IdentityError> {
-    CaClient::new(config, Duration::from_hours(1)).issue(&identity()).await
+async fn issue(config: Config) -> Result<Credentials, IdentityError> {
+    CaClient::new(config, true, Duration::from_hours(1)).issue(&identity()).await
 }
 
 #[tokio::test]
@@ -130,7 +130,7 @@ async fn a_certificate_is_asked_for_as_istio_wants_it() {
 #[tokio::test]
 async fn the_token_is_read_again_at_each_call() {
     let ca = Running::start(Answer::Signed).await;
-    let client = CaClient::new(ca.config(), Duration::from_hours(1));
+    let client = CaClient::new(ca.config(), true, Duration::from_hours(1));
     fs::write(ca.path("token"), "expired").unwrap();
     let error = client.issue(&identity()).await.unwrap_err().to_string();
     assert!(error.contains(&ca.address.to_string()) && error.contains("wrong token"), "{error}");
@@ -158,10 +158,10 @@ async fn an_answer_without_root_is_refused() {
 #[tokio::test]
 async fn a_service_by_another_name_or_root_is_not_told_the_token() {
     let ca = Running::start(Answer::Signed).await;
-    let other = CaService { alt_name: None, ..ca.config() };
+    let other = Config { alt_name: None, ..ca.config() };
     assert!(matches!(issue(other).await, Err(IdentityError::Unreachable { .. })));
     let stranger = Running::start(Answer::Signed).await;
-    let other = CaService { root: RootSource::File(stranger.path("root.pem")), ..ca.config() };
+    let other = Config { root: RootSource::File(stranger.path("root.pem")), ..ca.config() };
     assert!(matches!(issue(other).await, Err(IdentityError::Unreachable { .. })));
 }
 
@@ -170,7 +170,7 @@ async fn a_new_root_is_taken_without_a_restart() {
     let (ca, stranger) = (Running::start(Answer::Signed).await, Running::start(Answer::Signed).await);
     let right = fs::read(ca.path("root.pem")).unwrap();
     fs::copy(stranger.path("root.pem"), ca.path("root.pem")).unwrap();
-    let client = CaClient::new(ca.config(), Duration::from_hours(1));
+    let client = CaClient::new(ca.config(), true, Duration::from_hours(1));
     client.issue(&identity()).await.unwrap_err();
     fs::write(ca.path("root.pem"), right).unwrap();
     client.issue(&identity()).await.unwrap();

@@ -1,0 +1,143 @@
+//! How a control plane is called, for certificates and for discovery: TLS to a root that is read again when it changes,
+//! under any of the names that its certificate may bear, with our token.
+
+use std::{
+    io,
+    path::Path,
+    str::FromStr,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use tonic::{
+    Request,
+    metadata::{Ascii, MetadataKey, MetadataValue},
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Uri},
+};
+
+use crate::config::{ControlPlane as Config, RootSource, Token};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Where distributions keep the system's bundle: Debian, Fedora, Alpine and the BSDs.
+const SYSTEM_BUNDLES: [&str; 3] =
+    ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
+
+/// Why it cannot be called at all.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlPlaneError {
+    #[error("cannot read {what} of the control plane from {path}")]
+    Read { what: &'static str, path: String, source: io::Error },
+    #[error("{address} cannot be used as the control plane's address")]
+    Endpoint { address: String, source: tonic::transport::Error },
+    #[error("the control plane's address {address} names no host")]
+    NoHost { address: String },
+    #[error("{what} cannot be sent: it must be visible ASCII")]
+    NotAscii { what: &'static str },
+}
+
+/// One control plane.
+pub struct ControlPlane {
+    config: Config,
+    /// Made anew when the root file changes.
+    channels: Mutex<Option<Connected>>,
+}
+
+impl std::fmt::Debug for ControlPlane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ControlPlane").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+struct Connected {
+    root: String,
+    /// One per name that it may bear, all lazily connected.
+    channels: Vec<Channel>,
+}
+
+impl ControlPlane {
+    pub fn new(config: Config) -> Self {
+        Self { config, channels: Mutex::default() }
+    }
+
+    pub fn address(&self) -> &str {
+        &self.config.address
+    }
+
+    /// One for each name that it may bear, to be tried in this order.
+    pub fn channels(&self) -> Result<Vec<Channel>, ControlPlaneError> {
+        let root = root_pem(&self.config.root)?;
+        let mut held = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(connected) = &*held
+            && connected.root == root
+        {
+            return Ok(connected.channels.clone());
+        }
+        let host = Uri::from_str(&self.config.address).ok().and_then(|uri| uri.host().map(str::to_owned));
+        let host = host.ok_or_else(|| ControlPlaneError::NoHost { address: self.config.address.clone() })?;
+        let channels = [Some(host), self.config.alt_name.clone()]
+            .into_iter()
+            .flatten()
+            .map(|name| self.channel_by(name, &root))
+            .collect::<Result<Vec<_>, _>>()?;
+        *held = Some(Connected { root, channels: channels.clone() });
+        Ok(channels)
+    }
+
+    fn channel_by(&self, name: String, root: &str) -> Result<Channel, ControlPlaneError> {
+        let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(root)).domain_name(name);
+        let endpoint = Endpoint::from_shared(self.config.address.clone())
+            .and_then(|endpoint| endpoint.tls_config(tls))
+            .map_err(|source| ControlPlaneError::Endpoint { address: self.config.address.clone(), source })?;
+        Ok(endpoint
+            .connect_timeout(CONNECT_TIMEOUT)
+            .http2_keep_alive_interval(PING_INTERVAL)
+            .keep_alive_timeout(PING_TIMEOUT)
+            .keep_alive_while_idle(true)
+            .connect_lazy())
+    }
+
+    /// Adds who we are. The token is read at each call, since the kubelet rotates it.
+    pub fn authenticate<T>(&self, call: &mut Request<T>) -> Result<(), ControlPlaneError> {
+        let token = match &self.config.token {
+            Token::Literal(token) => token.clone(),
+            Token::File(path) => read("the token", path)?,
+        };
+        let metadata = call.metadata_mut();
+        metadata.insert("authorization", ascii("the token", &format!("Bearer {}", token.trim()))?);
+        metadata.insert("clusterid", ascii("the cluster's id", &self.config.cluster_id)?);
+        for (name, value) in &self.config.headers.0 {
+            let what = "an extra header";
+            let key = MetadataKey::<Ascii>::from_str(&name.to_lowercase())
+                .map_err(|_| ControlPlaneError::NotAscii { what })?;
+            metadata.insert(key, ascii(what, value)?);
+        }
+        Ok(())
+    }
+}
+
+fn ascii(what: &'static str, text: &str) -> Result<MetadataValue<Ascii>, ControlPlaneError> {
+    text.parse().map_err(|_| ControlPlaneError::NotAscii { what })
+}
+
+fn root_pem(source: &RootSource) -> Result<String, ControlPlaneError> {
+    let what = "the root";
+    match source {
+        RootSource::Pem(pem) => Ok(pem.clone()),
+        RootSource::File(path) => read(what, path),
+        RootSource::System => {
+            let found = SYSTEM_BUNDLES.iter().find(|path| Path::new(path).exists());
+            read(what, Path::new(found.unwrap_or(&SYSTEM_BUNDLES[0])))
+        }
+    }
+}
+
+fn read(what: &'static str, path: &Path) -> Result<String, ControlPlaneError> {
+    std::fs::read_to_string(path).map_err(|source| ControlPlaneError::Read {
+        what,
+        path: path.display().to_string(),
+        source,
+    })
+}

@@ -1,0 +1,57 @@
+//! What comes from the control plane, with Istio's names.
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, EncodeLabelValue},
+    metrics::family::Family,
+    registry::Registry,
+};
+
+use super::U64Counter;
+
+#[derive(Clone, Debug, Default)]
+pub struct XdsMetrics {
+    terminations: Family<ReasonLabels, U64Counter>,
+    messages: Family<UrlLabels, U64Counter>,
+    bytes: Family<UrlLabels, U64Counter>,
+}
+
+/// How a stream ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub enum Termination {
+    ConnectionError,
+    Error,
+    Reconnect,
+    Complete,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabels {
+    reason: Termination,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct UrlLabels {
+    url: String,
+}
+
+impl XdsMetrics {
+    pub(super) fn register(&self, registry: &mut Registry) {
+        let xds = registry.sub_registry_with_prefix("istio_xds");
+        let help = "The total number of ended streams from the control plane (unstable)";
+        xds.register("connection_terminations", help, self.terminations.clone());
+        let help = "The total number of messages received from the control plane (unstable)";
+        xds.register("message", help, self.messages.clone());
+        let help = "The total number of bytes received from the control plane (unstable)";
+        xds.register("message_bytes", help, self.bytes.clone());
+    }
+
+    pub fn terminated(&self, reason: Termination) {
+        self.terminations.get_or_create(&ReasonLabels { reason }).inc();
+    }
+
+    pub fn received(&self, url: &str, bytes: usize) {
+        let labels = UrlLabels { url: url.to_owned() };
+        self.messages.get_or_create(&labels).inc();
+        self.bytes.get_or_create(&labels).inc_by(bytes as u64);
+    }
+}

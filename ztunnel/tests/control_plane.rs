@@ -1,0 +1,274 @@
+//! Discovery from a control plane that shares no line with us: gRPC's own implementation in Python, with definitions
+//! written for it alone.
+
+mod bed;
+
+use std::{
+    io::{BufRead, BufReader, ErrorKind, Write},
+    path::PathBuf,
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::mpsc,
+    thread,
+};
+
+use bed::{Bed, LIMIT, Pod, Space, Tunnel, read_line, wait_for};
+use serde_json::{Value, json};
+
+/// The control plane's process, in a node's netns.
+struct ControlPlane {
+    child: Child,
+    commands: ChildStdin,
+    heard: mpsc::Receiver<Value>,
+    port: u64,
+}
+
+impl ControlPlane {
+    /// On `port` of loopback; 0: a free one.
+    fn start(bed: &Bed, space: &Space, port: u64) -> Self {
+        let home = || PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/adit");
+        let cache = std::env::var_os("ADIT_CACHE").map_or_else(home, PathBuf::from);
+        let python = cache.join("grpc/bin/python");
+        assert!(python.exists(), "{} is missing: make setup", python.display());
+        let (certificate, key) = server_certificate(bed);
+        let mut child = Command::new("nsenter")
+            .arg(format!("--net=/run/netns/{}", space.name))
+            .arg(python)
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/control_plane/control_plane.py"))
+            .args([&certificate, &key])
+            .arg(port.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("python");
+        let (commands, said) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
+        let (sender, heard) = mpsc::channel();
+        thread::spawn(move || {
+            for line in BufReader::new(said).lines().map_while(Result::ok) {
+                let _ = sender.send(serde_json::from_str(&line).expect("JSON"));
+            }
+        });
+        let mut started = Self { child, commands, heard, port };
+        started.port = started.hear("listening")["listening"].as_u64().expect("a port");
+        started
+    }
+
+    /// The next thing that it says of this kind; others are skipped.
+    fn hear(&self, kind: &str) -> Value {
+        loop {
+            let said = self.heard.recv_timeout(LIMIT).unwrap_or_else(|_| panic!("no {kind}"));
+            if said.get(kind).is_some_and(|value| !value.is_null()) {
+                return said;
+            }
+        }
+    }
+
+    /// The next request of that type.
+    fn request(&self, of: &str) -> Value {
+        loop {
+            let request = self.hear("request");
+            if request["request"] == of {
+                return request;
+            }
+        }
+    }
+
+    fn tell(&mut self, command: &Value) {
+        writeln!(self.commands, "{command}").expect("the control plane reads");
+    }
+}
+
+impl Drop for ControlPlane {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// For localhost, from a root of its own.
+fn server_certificate(bed: &Bed) -> (PathBuf, PathBuf) {
+    let folder = bed.dir.path();
+    let (certificate, key) = (folder.join("server.crt"), folder.join("server.key"));
+    if !certificate.exists() {
+        bed::run(&format!(
+            "cd {}; openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout root.key \
+             -out xds-root.pem -subj /O=xds -days 1; openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 \
+             -nodes -keyout server.key -out server.csr -subj /CN=x; echo subjectAltName=DNS:localhost > san; \
+             openssl x509 -req -in server.csr -CA xds-root.pem -CAkey root.key -set_serial 5 -days 1 -extfile san \
+             -out server.crt",
+            folder.display()
+        ));
+    }
+    (certificate, key)
+}
+
+/// A tunnel of node `a` that asks the control plane on `port`.
+fn tunnel(bed: &Bed, space: Space, port: u64, pods: &[&Pod]) -> Tunnel {
+    let address = format!("https://localhost:{port}");
+    let root = bed.dir.path().join("xds-root.pem").display().to_string();
+    let mut tunnel = Tunnel::start_with(
+        bed,
+        "a",
+        space,
+        &[
+            ("LOCAL_XDS_PATH", ""),
+            ("XDS_ADDRESS", &address),
+            ("XDS_ROOT_CA", &root),
+            ("AUTH_TOKEN", "a.b.c"),
+            ("XDS_HEADER_X_TENANT", "seven"),
+            ("ISTIO_META_FLAVOUR", "plain"),
+            ("ISTIO_METAJSON_LABELS", "{\"a\": [1, true]}"),
+            ("INSTANCE_IP", "192.0.2.7"),
+            ("POD_NAME", "ztunnel-a"),
+            ("POD_NAMESPACE", "adit"),
+        ],
+    );
+    for pod in pods {
+        assert_eq!(tunnel.agent().add(pod), "");
+    }
+    assert_eq!(tunnel.agent().snapshot(), "");
+    tunnel
+}
+
+fn name(pod: &Pod) -> String {
+    format!("Kubernetes//Pod/demo/{}", pod.name)
+}
+
+/// A workload as the control plane sends it.
+fn workload(pod: &Pod, version: &str, tunnel_protocol: u32) -> Value {
+    json!([version, {"workload": {
+        "uid": name(pod), "name": pod.name, "namespace": "demo", "addresses": [base64(&pod.ip.octets())],
+        "tunnelProtocol": tunnel_protocol, "serviceAccount": pod.name, "node": "a", "canonicalName": pod.name,
+        "canonicalRevision": "v1", "workloadName": pod.name, "clusterId": "Kubernetes",
+        "services": {"demo/web.demo.svc.cluster.local": {"ports": [{"servicePort": 80, "targetPort": 8080}]}},
+    }}])
+}
+
+fn base64(bytes: &[u8]) -> String {
+    use base64::Engine;
+    base64::engine::general_purpose::STANDARD.encode(bytes)
+}
+
+fn service() -> Value {
+    json!(["1", {"service": {
+        "name": "web", "namespace": "demo", "hostname": "web.demo.svc.cluster.local",
+        "addresses": [{"network": "", "address": base64(&[10, 96, 0, 1])}],
+        "ports": [{"servicePort": 80, "targetPort": 8080}],
+    }}])
+}
+
+const WEB: &str = "demo/web.demo.svc.cluster.local";
+
+#[test]
+#[ignore = "needs root: make test"]
+fn a_foreign_control_plane_tells_and_is_told_what_is_wrong() {
+    let mut bed = Bed::new();
+    let (client, server, bad) =
+        (bed.enrolled("a", "client"), bed.enrolled("a", "server"), bed.plain("a", "bad"));
+    server.serve_double_echo(8080);
+    let space = bed.space("a");
+    let mut control = ControlPlane::start(&bed, &space, 0);
+    control.tell(&json!({"hold": "address", "set": {
+        name(&client): workload(&client, "1", 1), name(&server): workload(&server, "1", 1),
+        name(&bad): workload(&bad, "1", 2), WEB: service(),
+    }}));
+    let node = tunnel(&bed, space, control.port, &[&client, &server]);
+
+    let metadata = control.hear("stream")["stream"].clone();
+    assert_eq!(
+        (&metadata["authorization"], &metadata["clusterid"], &metadata["x_tenant"]),
+        (&json!("Bearer a.b.c"), &json!("Kubernetes"), &json!("seven"))
+    );
+    let first = [control.hear("request"), control.hear("request")];
+    for (request, kind) in first.iter().zip(["address", "authorization"]) {
+        assert_eq!(request["request"], kind);
+        assert_eq!(request["node"], "ztunnel~192.0.2.7~ztunnel-a.adit~adit.svc.cluster.local");
+        let told = &request["metadata"];
+        for (key, value) in [
+            ("NAME", json!("ztunnel-a")),
+            ("NAMESPACE", json!("adit")),
+            ("INSTANCE_IPS", json!("192.0.2.7")),
+            ("NODE_NAME", json!("a")),
+            ("CLUSTER_ID", json!("Kubernetes")),
+            ("FLAVOUR", json!("plain")),
+            ("LABELS", json!({"a": [1.0, true]})),
+        ] {
+            assert_eq!(told[key], value, "{key}");
+        }
+        for (key, nothing) in [("subscribe", json!([])), ("unsubscribe", json!([])), ("versions", json!({}))]
+        {
+            assert_eq!(request[key], nothing, "a wildcard names nobody");
+        }
+    }
+    // The good resources hold, the bad one is refused by name.
+    let error = control.request("address")["error"].as_str().expect("text").to_owned();
+    assert!(error.starts_with(&format!("{}: tunnel_protocol", name(&bad))), "{error}");
+    assert!(!error.contains(&name(&server)), "{error}");
+    node.wait_ready();
+    for to in [server.at(8080), "10.96.0.1:80".parse().expect("address")] {
+        read_line(&mut client.space.connect(to)).expect("greeting");
+    }
+    let carried =
+        node.records(2, &["\"direction\":\"outbound\"", "spiffe://cluster.local/ns/demo/sa/server"]);
+    assert_eq!(carried[0]["dst.workload"], "server");
+
+    // A policy comes and goes.
+    let deny = json!({"demo/deny": ["1", {"name": "deny", "namespace": "demo", "scope": 1, "action": 1,
+        "rules": [{"clauses": [{"matches": [{"principals": [{"exact": "cluster.local/ns/demo/sa/client"}]}]}]}]}]});
+    control.tell(&json!({"push": "authorization", "set": deny}));
+    wait_for("the policy to hold", || {
+        (client.space.try_connect(server.at(8080)).and_then(|mut stream| read_line(&mut stream)))
+            .is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
+            .then_some(())
+    });
+    node.records(1, &["explicitly denied by: demo/deny"]);
+    control.tell(&json!({"push": "authorization", "remove": ["demo/deny"]}));
+    wait_for("the policy to go", || read_line(&mut client.space.connect(server.at(8080))).ok());
+    let metrics = node.metrics();
+    for url in ["istio.workload.Address", "istio.security.Authorization"] {
+        assert!(
+            metrics.contains(&format!("istio_xds_message_total{{url=\"type.googleapis.com/{url}\"}}")),
+            "{metrics}"
+        );
+    }
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn what_is_held_outlives_the_control_plane_and_is_told_when_it_is_back() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("a", "server"));
+    server.serve_double_echo(8080);
+    let space = bed.space("a");
+    let mut control = ControlPlane::start(&bed, &space, 0);
+    let both = json!({name(&client): workload(&client, "1", 1), name(&server): workload(&server, "3", 1)});
+    control.tell(&json!({"hold": "address", "set": both}));
+    let node = tunnel(&bed, space, control.port, &[&client, &server]);
+    node.wait_ready();
+    read_line(&mut client.space.connect(server.at(8080))).expect("greeting");
+    for _ in 0..2 {
+        control.request("address");
+    }
+
+    // It hangs up: the next stream tells what is held.
+    control.tell(&json!({"hang_up": true}));
+    let again = control.request("address");
+    assert_eq!(again["versions"], json!({name(&client): "1", name(&server): "3"}));
+    assert_eq!(again["nonce"], "");
+
+    // It is gone, and nothing changes.
+    let port = control.port;
+    drop(control);
+    wait_for("the loss to be noticed", || node.log().contains("no control plane").then_some(()));
+    assert!(node.is_ready());
+    read_line(&mut client.space.connect(server.at(8080))).expect("greeting");
+
+    // It is back, and one of them left meanwhile.
+    let mut control = ControlPlane::start(&bed, &node.space, port);
+    control.tell(&json!({"hold": "address", "set": {name(&client): workload(&client, "1", 1)}}));
+    let again = control.request("address");
+    assert_eq!(again["versions"], json!({name(&client): "1", name(&server): "3"}));
+    wait_for("who left to be forgotten", || {
+        let dump = node.space.http("GET", ([127, 0, 0, 1], 15000), "/config_dump").expect("dump");
+        (!dump.contains(&name(&server)) && dump.contains(&name(&client))).then_some(())
+    });
+}
