@@ -59,7 +59,11 @@ impl Bound {
     }
 }
 
-fn remove_stale(path: &Path, kind: Type) -> io::Result<()> {
+/// Removes the file of a socket that nobody serves any more. Fine when nothing is there.
+///
+/// # Errors
+/// As of [`Bound::new`]; then nothing was removed.
+pub fn remove_stale(path: &Path, kind: Type) -> io::Result<()> {
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),

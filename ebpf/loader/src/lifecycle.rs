@@ -183,6 +183,20 @@ fn missing(name: &'static str) -> KernelError {
     KernelError::map("open", name)(MapError::InvalidName { name: name.to_owned() })
 }
 
+/// Gives the lifecycle programs to the verifier and attaches none; how many there are.
+///
+/// # Errors
+/// The first that is refused.
+pub fn try_load(object: &mut Ebpf) -> Result<usize, (&'static str, ProgramError)> {
+    for (name, _) in PROGRAMS {
+        let Some(Program::RawTracePoint(program)) = object.program_mut(name) else {
+            unreachable!("program {name} is part of the object that this crate was built with");
+        };
+        program.load().map_err(|error| (name, error))?;
+    }
+    Ok(PROGRAMS.len())
+}
+
 fn attach(object: &mut Ebpf, name: &'static str, tracepoint: &str) -> Result<(), KernelError> {
     let Some(Program::RawTracePoint(program)) = object.program_mut(name) else {
         unreachable!("program {name} is part of the object that this crate was built with");

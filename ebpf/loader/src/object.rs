@@ -100,7 +100,8 @@ pub fn load_programs(object: &mut Ebpf) -> Result<(), KernelError> {
     Ok(())
 }
 
-fn load(program: &mut Program) -> Result<(), ProgramError> {
+/// Gives one program to the kernel's verifier.
+pub fn load(program: &mut Program) -> Result<(), ProgramError> {
     match program {
         Program::CgroupSockAddr(program) => program.load(),
         Program::CgroupSockopt(program) => program.load(),

@@ -1,76 +1,123 @@
 //! What this machine lacks. Asks, tries and takes back; attaches nothing and pins nothing.
+//!
+//! * this file: kernel, cgroups, bpffs, type information
+//! * [`programs`]: every program by trial load, one check per type
+//! * [`rights`]: capabilities, by name
+//! * [`others`]: programs that are not ours where ours will be attached
 
-use std::{
-    fs::{self, File},
-    path::Path,
-};
+use std::{fs, path::Path};
 
-use aya::{EbpfLoader, util::KernelVersion};
+use aya::util::KernelVersion;
 use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, FsType, statfs};
 
-use crate::{
-    links,
-    object::{self, PODS},
-};
+mod others;
+mod programs;
+mod rights;
 
-/// One thing that is needed.
+/// What a check came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    Ok,
+    /// It works, but somebody should know.
+    Warn,
+    /// The node cannot run the watcher.
+    Fail,
+}
+
+impl Level {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Warn => "warn",
+            Self::Fail => "fail",
+        }
+    }
+}
+
+/// One thing that is needed, or good to have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Check {
     pub name: &'static str,
-    pub ok: bool,
+    pub level: Level,
     pub found: String,
     pub needed: String,
-    /// What to do; empty when `ok`.
+    /// What to do; empty when all is well.
     pub advice: String,
+}
+
+impl Check {
+    pub fn ok(name: &'static str, needed: &str, found: impl Into<String>) -> Self {
+        Self { name, level: Level::Ok, found: found.into(), needed: needed.to_owned(), advice: String::new() }
+    }
+
+    pub fn warn(name: &'static str, needed: &str, found: impl Into<String>, advice: &str) -> Self {
+        Self { level: Level::Warn, advice: advice.to_owned(), ..Self::ok(name, needed, found) }
+    }
+
+    pub fn fail(name: &'static str, needed: &str, found: impl Into<String>, advice: &str) -> Self {
+        Self { level: Level::Fail, advice: advice.to_owned(), ..Self::ok(name, needed, found) }
+    }
+
+    pub fn failed(&self) -> bool {
+        self.level == Level::Fail
+    }
 }
 
 /// All checks. `pods_cgroup` is where the pods' programs will be attached, the root of the mount if not known.
 pub fn checks(bpffs: &Path, cgroup_root: &Path, pods_cgroup: Option<&Path>) -> Vec<Check> {
-    vec![
-        kernel_version(),
-        cgroup2(cgroup_root),
-        bpffs_writable(bpffs),
-        type_information(),
-        programs_load(),
-        nobody_in_the_way(pods_cgroup.unwrap_or(cgroup_root)),
-    ]
-}
-
-fn check(name: &'static str, needed: &str, outcome: Result<String, (String, &str)>) -> Check {
-    let (ok, found, advice) = match outcome {
-        Ok(found) => (true, found, String::new()),
-        Err((found, advice)) => (false, found, advice.to_owned()),
-    };
-    Check { name, ok, found, needed: needed.to_owned(), advice }
+    let pods_cgroup = pods_cgroup.unwrap_or(cgroup_root);
+    let mut checks =
+        vec![kernel_version(), rights::capabilities(), cgroups(cgroup_root), bpffs_writable(bpffs)];
+    checks.extend([type_information(), layouts_of_the_kernel()]);
+    checks.extend(programs::load_each());
+    checks.extend([others::nobody_in_the_way(pods_cgroup), others::balancers(cgroup_root, pods_cgroup)]);
+    checks
 }
 
 fn kernel_version() -> Check {
-    let outcome = match KernelVersion::current() {
-        Ok(version) if version >= KernelVersion::new(5, 10, 0) => Ok(version.to_string()),
-        Ok(version) => Err((version.to_string(), "run the node on a newer kernel")),
-        Err(error) => Err((error.to_string(), "the kernel says no version that can be read")),
-    };
-    check("kernel", "Linux 5.10 or later", outcome)
+    let (name, needed) = ("kernel", "Linux 5.10 or later");
+    match KernelVersion::current() {
+        Ok(version) if version >= KernelVersion::new(5, 10, 0) => {
+            Check::ok(name, needed, version.to_string())
+        }
+        Ok(version) => Check::fail(name, needed, version.to_string(), "run the node on a newer kernel"),
+        Err(error) => {
+            Check::fail(name, needed, error.to_string(), "the kernel says no version that can be read")
+        }
+    }
 }
 
-fn cgroup2(root: &Path) -> Check {
-    let advice =
-        "mount cgroup v2 (`mount -t cgroup2 none /sys/fs/cgroup`), or name the folder where it is mounted";
-    let outcome = on(root, CGROUP2_SUPER_MAGIC).map_err(|found| (found, advice));
-    check("cgroup v2", "a cgroup2 mount", outcome)
+fn cgroups(root: &Path) -> Check {
+    let (name, needed) =
+        ("cgroup v2", "a cgroup2 mount, alone (unified) or beside controllers of v1 (hybrid)");
+    let advice = "mount cgroup v2 (`mount -t cgroup2 none /sys/fs/cgroup`), or name the folder where it is mounted (--cgroup-root)";
+    match on(root, CGROUP2_SUPER_MAGIC) {
+        Ok(found) => {
+            let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+            let hybrid = mounts.lines().any(|line| line.split(' ').nth(2) == Some("cgroup"));
+            let layout = if hybrid { "hybrid" } else { "unified" };
+            Check::ok(name, needed, format!("{found}, {layout}"))
+        }
+        Err(found) => Check::fail(name, needed, found, advice),
+    }
 }
 
 fn bpffs_writable(path: &Path) -> Check {
-    let outcome = on(path, BPF_FS_MAGIC)
-        .map_err(|found| (found, "mount one: `mount -t bpf bpf /sys/fs/bpf`"))
-        .and_then(|found| {
-            let probe = path.join(format!("adit-preflight-{}", std::process::id()));
-            match fs::create_dir(&probe).and_then(|()| fs::remove_dir(&probe)) {
-                Ok(()) => Ok(found),
-                Err(error) => Err((format!("{found}, {error}"), "run as root, with the mount writable")),
-            }
-        });
-    check("bpffs", "a writable bpffs mount", outcome)
+    let (name, needed) = ("bpffs", "a writable bpffs mount");
+    let found = match on(path, BPF_FS_MAGIC) {
+        Ok(found) => found,
+        Err(found) => {
+            let advice = format!("mount one: `mount -t bpf bpf {}`", path.display());
+            return Check::fail(name, needed, found, &advice);
+        }
+    };
+    let probe = path.join(format!("adit-preflight-{}", std::process::id()));
+    match fs::create_dir(&probe).and_then(|()| fs::remove_dir(&probe)) {
+        Ok(()) => Check::ok(name, needed, found),
+        Err(error) => {
+            Check::fail(name, needed, format!("{found}, {error}"), "run as root, with the mount writable")
+        }
+    }
 }
 
 /// `path` as found, if it lies on a file system of type `wanted`.
@@ -83,52 +130,23 @@ fn on(path: &Path, wanted: FsType) -> Result<String, String> {
 }
 
 fn type_information() -> Check {
-    let outcome = if aya::features().btf().is_some() {
-        Ok("accepted".to_owned())
+    let (name, needed) = ("BTF", "a kernel that takes type information, for socket storage");
+    if aya::features().btf().is_some() {
+        Check::ok(name, needed, "accepted")
     } else {
-        Err((
-            "refused".to_owned(),
-            "run as root, on a kernel with CONFIG_BPF_SYSCALL and CONFIG_DEBUG_INFO_BTF",
-        ))
-    };
-    check("BTF", "a kernel that takes type information", outcome)
-}
-
-/// Loads every program for good measure; they go when this function returns.
-fn programs_load() -> Check {
-    let advice = "run as root or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; a kernel needs CONFIG_CGROUP_BPF and CONFIG_BPF_STREAM_PARSER";
-    let outcome = match EbpfLoader::new().load(object::BYTES) {
-        Err(error) => Err((chain(&error), advice)),
-        Ok(mut object) => match object::load_programs(&mut object) {
-            Ok(()) => Ok(format!("{} programs accepted", object.programs().count())),
-            Err(error) => Err((chain(&error), advice)),
-        },
-    };
-    check("programs", "a kernel that accepts every program", outcome)
-}
-
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
+        let advice =
+            "run with the capabilities above, on a kernel with CONFIG_BPF_SYSCALL and CONFIG_DEBUG_INFO_BTF";
+        Check::fail(name, needed, "refused", advice)
     }
-    // The verifier's log follows on further lines.
-    text.lines().next().unwrap_or_default().to_owned()
 }
 
-fn nobody_in_the_way(cgroup: &Path) -> Check {
-    let needed = "no program attached without BPF_F_ALLOW_MULTI at the pods' cgroup or above";
-    let outcome = match File::open(cgroup) {
-        Err(error) => {
-            Err((format!("{}: {error}", cgroup.display()), "name the cgroup that the pods are below"))
-        }
-        Ok(_) => match PODS.iter().find_map(|place| links::culprit(cgroup, place.attach_type)) {
-            None => Ok("none".to_owned()),
-            Some(culprit) => Err((culprit, "detach it, or have its owner attach it by a link")),
-        },
-    };
-    check("other programs", needed, outcome)
+fn layouts_of_the_kernel() -> Check {
+    let (name, needed) = ("kernel's BTF", "/sys/kernel/btf/vmlinux, to close a pod's cgroup as it is made");
+    let path = Path::new("/sys/kernel/btf/vmlinux");
+    if path.exists() {
+        Check::ok(name, needed, path.display().to_string())
+    } else {
+        let advice = "use a kernel with CONFIG_DEBUG_INFO_BTF; without, a new pod's cgroup is closed a moment after it was made";
+        Check::warn(name, needed, "not there", advice)
+    }
 }

@@ -17,7 +17,7 @@ const INIT: &str = r"#!/bin/sh
 export PATH=/sbin:/usr/sbin:/usr/bin:/bin:/busybox HOME=/root ADIT_VM=1 RUST_BACKTRACE=0
 for d in proc sys dev tmp run root; do mkdir -p /$d; done
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs run /run
-mkdir -p /run/netns /var/run
+mkdir -p /run/netns /var/run /var/log/nginx /var/lib/nginx
 mount -t cgroup2 cgroup /sys/fs/cgroup; mount -t bpf bpf /sys/fs/bpf; mount -t tracefs trace /sys/kernel/tracing
 while read module; do insmod /modules/$module.ko; done < /modules/modules
 ip link set lo up
@@ -58,6 +58,10 @@ pub fn build(work: &Path, kernel: &Path, programs: &[&Path], command: &str) -> a
             fs::copy(file.path(), root.join("modules").join(file.file_name()))?;
         }
     }
+    // Whoever drops its rights looks up whom to become.
+    fs::create_dir_all(root.join("etc"))?;
+    fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")?;
+    fs::write(root.join("etc/group"), "root:x:0:\nnogroup:x:65534:\n")?;
     fs::write(root.join("command"), command)?;
     fs::write(root.join("init"), INIT)?;
     let made = Command::new("chmod").arg("755").arg(root.join("init")).status()?;

@@ -2,21 +2,21 @@
 
 use std::{
     io::{self, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
-use adit_ebpf_loader::preflight::{Check, checks};
+use adit_ebpf_loader::preflight::{self, Check, Level};
 use clap::Args;
 use serde_json::json;
 
-use crate::observed::cgroups;
+use crate::observed::{cgroups, events};
 
 use super::{MountArgs, Output};
 
 /// Say whether this node can run the watcher, and what it lacks; changes nothing
 #[derive(Debug, Args)]
-#[command(after_help = "Exit code 1: something is missing.
+#[command(after_help = "Exit code 1: something is missing. A warning is no failure.
 
 Examples:
   watcher preflight
@@ -34,8 +34,9 @@ pub struct PreflightArgs {
 pub fn run(args: &PreflightArgs) -> anyhow::Result<ExitCode> {
     let root = args.mounts.root();
     let attach = args.attach.clone().map_or_else(|| cgroups::pods_dir(&root), |dir| root.join(dir));
-    let checks = checks(&args.mounts.bpffs, &root, Some(&attach));
-    let ok = checks.iter().all(|check| check.ok);
+    let mut checks = checks(&args.mounts.bpffs, &root, &attach);
+    checks.push(process_connector());
+    let ok = !checks.iter().any(Check::failed);
     let mut out = io::stdout().lock();
     match args.output {
         Output::Human => print_human(&mut out, checks.iter())?,
@@ -43,8 +44,8 @@ pub fn run(args: &PreflightArgs) -> anyhow::Result<ExitCode> {
             let list: Vec<_> = checks
                 .iter()
                 .map(|check| {
-                    json!({"name": check.name, "ok": check.ok, "found": check.found, "needed": check.needed,
-                        "advice": check.advice})
+                    json!({"name": check.name, "ok": !check.failed(), "level": check.level.as_str(),
+                        "found": check.found, "needed": check.needed, "advice": check.advice})
                 })
                 .collect();
             writeln!(out, "{}", json!({"ok": ok, "checks": list}))?;
@@ -53,14 +54,31 @@ pub fn run(args: &PreflightArgs) -> anyhow::Result<ExitCode> {
     Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// One line per check, and what to do about those that failed.
+/// What `watcher run` asks before it begins.
+pub fn checks(bpffs: &Path, root: &Path, attach: &Path) -> Vec<Check> {
+    preflight::checks(bpffs, root, Some(attach))
+}
+
+/// Only the second best source of events, so nothing fails without it.
+fn process_connector() -> Check {
+    let (name, needed) =
+        ("process connector", "an acknowledged LISTEN, for nodes where tracepoints are refused");
+    match events::connector::probe() {
+        Ok(()) => Check::ok(name, needed, "acknowledged"),
+        Err(reason) => {
+            let found = format!("not available, lifecycle ring buffer is used: {reason}");
+            Check::ok(name, needed, found)
+        }
+    }
+}
+
+/// A line per check: what, found, and where it falls short what is needed and what to do.
 pub fn print_human<'a>(out: &mut dyn Write, checks: impl Iterator<Item = &'a Check>) -> io::Result<()> {
-    for check in checks {
-        let mark = if check.ok { "ok  " } else { "FAIL" };
-        writeln!(out, "{mark} {}: {}", check.name, check.found)?;
-        if !check.ok {
-            writeln!(out, "     needed: {}", check.needed)?;
-            writeln!(out, "     to do:  {}", check.advice)?;
+    for Check { name, level, found, needed, advice } in checks {
+        match level {
+            Level::Ok => writeln!(out, "ok   {name}: {found}")?,
+            Level::Warn => writeln!(out, "warn {name}: {found}; wanted: {needed}; to do: {advice}")?,
+            Level::Fail => writeln!(out, "FAIL {name}: {found}; needed: {needed}; to do: {advice}")?,
         }
     }
     Ok(())

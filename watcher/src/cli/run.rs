@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use adit_ebpf_loader::preflight::{Check, Level};
 use anyhow::Context as _;
 use clap::Args;
 use tracing_subscriber::EnvFilter;
@@ -113,10 +114,13 @@ pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         Some(dir) => cgroup_root.join(dir).components().collect(),
         None => cgroups::pods_dir(&cgroup_root),
     };
-    let checks = adit_ebpf_loader::preflight::checks(&args.mounts.bpffs, &cgroup_root, Some(&attach));
-    if checks.iter().any(|check| !check.ok) {
-        preflight::print_human(&mut io::stderr(), checks.iter().filter(|check| !check.ok))?;
+    let checks = preflight::checks(&args.mounts.bpffs, &cgroup_root, &attach);
+    if checks.iter().any(Check::failed) {
+        preflight::print_human(&mut io::stderr(), checks.iter().filter(|check| check.failed()))?;
         anyhow::bail!("this node is not ready, nothing was attached");
+    }
+    for check in checks.iter().filter(|check| check.level == Level::Warn) {
+        tracing::warn!(check = check.name, found = check.found, advice = check.advice, "preflight");
     }
     let wanted = wanted_source(&args)?;
     let config = node::Config {

@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    path::Path,
+    path::{Path, PathBuf},
     process::ExitCode,
     thread,
     time::{Duration, Instant},
@@ -12,10 +12,12 @@ use adit_ebpf_loader::Kernel;
 use anyhow::Context as _;
 use clap::Args;
 use serde_json::json;
+use socket2::Type;
 
 use crate::{
     control::{self, Request},
     enrol::{records::Records, undo},
+    unix_socket,
 };
 
 use super::{MountArgs, NodeArgs, Output, ask_once};
@@ -31,6 +33,9 @@ pub struct UninstallArgs {
     node: NodeArgs,
     #[command(flatten)]
     mounts: MountArgs,
+    /// Where tunnels connected: the file is removed if nobody serves it any more
+    #[arg(long, default_value = "/var/run/ztunnel/ztunnel.sock", value_name = "PATH")]
+    zds_socket: PathBuf,
     #[arg(short, long, value_enum, default_value = "human")]
     output: Output,
 }
@@ -56,6 +61,8 @@ pub fn run(args: &UninstallArgs) -> anyhow::Result<ExitCode> {
         records.remove_tunnel(id)?;
     }
     remove_stale(&socket)?;
+    // Another watcher, or a CNI agent, may serve it by now: whatever is alive stays.
+    let _ = unix_socket::remove_stale(&args.zds_socket, Type::SEQPACKET);
     for empty in [dir.as_path(), &args.node.run_dir, &args.mounts.bpffs.join("adit")] {
         // Another node's files may be in the shared ones.
         let _ = fs::remove_dir(empty);

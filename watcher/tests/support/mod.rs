@@ -221,10 +221,16 @@ impl Bed {
 
     /// Starts the watcher and waits until it answers.
     pub fn start(&mut self, more: &[&str]) {
+        self.start_under(&[], more);
+    }
+
+    /// The same by another program, which takes the watcher's words as its last ones.
+    pub fn start_under(&mut self, wrapper: &[&str], more: &[&str]) {
         let words = self.run_words(more);
         let kubeconfig = self.kubeconfig.as_ref().map(|path| format!("KUBECONFIG={}", path.display()));
         let mut line = vec!["env"];
         line.extend(self.env.iter().chain(&kubeconfig).map(String::as_str));
+        line.extend(wrapper);
         let binary = watcher_binary();
         line.push(binary.to_str().expect("UTF-8 path"));
         line.extend(words.iter().map(String::as_str));

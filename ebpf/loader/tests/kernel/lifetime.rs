@@ -259,23 +259,52 @@ fn what_stands_in_the_way_is_named() {
     assert!(text.contains("(adit_connect4)") && text.contains(&*cgroups.root().to_string_lossy()), "{text}");
 
     let checks = preflight::checks(bpffs.path(), cgroups.root(), Some(&cgroups.dir("pods")));
-    let failed: Vec<_> = checks.iter().filter(|check| !check.ok).collect();
+    let failed: Vec<_> = checks.iter().filter(|check| check.failed()).collect();
     assert!(failed.len() == 1 && failed[0].name == "other programs", "{checks:#?}");
     assert!(failed[0].found.contains("adit_connect4") && !failed[0].advice.is_empty());
 
     sys::attach_alone(root.as_fd(), fd.as_fd(), 10, false).unwrap();
     kernel.attach_pods(&cgroups.dir("pods")).unwrap();
-    assert!(preflight::checks(bpffs.path(), cgroups.root(), None).iter().all(|check| check.ok));
+    assert!(preflight::checks(bpffs.path(), cgroups.root(), None).iter().all(|check| !check.failed()));
     Kernel::remove(&bpffs.pins()).unwrap();
+}
+
+/// Above the pods' cgroup it runs after ours (K11); at it or below it may hide what was dialled.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_load_balancer_is_named_and_minded_where_it_runs_first() {
+    let (cgroups, bpffs) = (Cgroups::new(), Bpffs::new());
+    let check = |pods: &str| {
+        let checks = preflight::checks(bpffs.path(), cgroups.root(), Some(&cgroups.dir(pods)));
+        checks.into_iter().find(|check| check.name == "socket load balancer").unwrap()
+    };
+    assert_eq!((check("pods").level, &*check("pods").found), (preflight::Level::Ok, "none"));
+    let dir = File::open(cgroups.dir("pods/mesh")).unwrap();
+    let links = sys::attach_balancer(dir.as_fd(), [192, 0, 2, 77].into(), [10, 99, 0, 2].into()).unwrap();
+    for (pods, level) in [
+        ("pods", preflight::Level::Warn),
+        ("pods/mesh", preflight::Level::Warn),
+        ("pods/mesh/container", preflight::Level::Ok),
+        ("world", preflight::Level::Ok),
+    ] {
+        let check = check(pods);
+        assert_eq!(
+            (check.level, check.found.contains("(balancer)")),
+            (level, pods != "world"),
+            "{pods}: {check:?}"
+        );
+    }
+    drop(links);
+    assert_eq!(check("pods").found, "none");
 }
 
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn preflight_says_what_is_missing() {
     let checks = preflight::checks("/proc".as_ref(), "/tmp".as_ref(), Some("/nonexistent".as_ref()));
-    let missing: Vec<&str> = checks.iter().filter(|check| !check.ok).map(|check| check.name).collect();
+    let missing: Vec<&str> = checks.iter().filter(|check| check.failed()).map(|check| check.name).collect();
     assert_eq!(missing, ["cgroup v2", "bpffs", "other programs"]);
-    assert!(checks.iter().all(|check| check.ok == check.advice.is_empty()));
+    assert!(checks.iter().all(|check| (check.level == preflight::Level::Ok) == check.advice.is_empty()));
     let refused = Kernel::open("/tmp/adit-no-bpffs".as_ref());
     assert!(matches!(refused, Err(KernelError::NoBpffs { .. })));
 }

@@ -53,27 +53,7 @@ pub struct Connector {
 impl Connector {
     /// For processes below the cgroup `base`.
     pub fn open(base: &Path, cgroup_root: &Path) -> Result<Self, String> {
-        let failed = |what: &str| {
-            let what = what.to_owned();
-            move |error: io::Error| format!("cannot {what}: {error}")
-        };
-        let mut socket = Socket::new(NETLINK_CONNECTOR).map_err(failed("open a connector socket"))?;
-        let own = SocketAddr::new(0, PROC);
-        socket.bind(&own).map_err(failed("join the process connector, which takes CAP_NET_ADMIN"))?;
-        let fd = socket.as_fd().try_clone_to_owned().map_err(failed("keep the socket"))?;
-        drop(socket);
-        let of = SockRef::from(&fd);
-        of.set_recv_buffer_size(BUFFER).map_err(failed("set the receive buffer"))?;
-        of.attach_filter(&filter()).map_err(failed("attach a socket filter"))?;
-        of.set_read_timeout(Some(ACKNOWLEDGED_WITHIN / 2)).map_err(failed("set a timeout"))?;
-        // With the kernel's own filter first; one that does not know it does not answer.
-        let filtered = listen(&fd, &[MCAST_LISTEN, EXEC]);
-        filtered.or_else(|_| listen(&fd, &[MCAST_LISTEN])).map_err(|error| {
-            format!(
-                "the kernel does not acknowledge LISTEN, as in any but the initial network, pid and user namespace: {error}"
-            )
-        })?;
-        of.set_nonblocking(true).map_err(failed("set non-blocking"))?;
+        let fd = subscribe()?;
         let cgroups = Scan::new().map_err(failed("make an inotify instance"))?;
         let socket = pollable(fd).map_err(failed("wait for the connector"))?;
         Ok(Self { socket, base: base.to_owned(), cgroup_root: cgroup_root.to_owned(), cgroups })
@@ -84,6 +64,41 @@ impl Connector {
         let path = cgroups::of_process(&self.cgroup_root, i32::try_from(pid).ok()?).ok()?;
         path.starts_with(&self.base).then_some(path)
     }
+}
+
+fn failed(what: &str) -> impl FnOnce(io::Error) -> String {
+    let what = what.to_owned();
+    move |error| format!("cannot {what}: {error}")
+}
+
+/// Whether the process connector would tell us anything; asks it, and hangs up.
+///
+/// # Errors
+/// What stands against it, in words.
+pub fn probe() -> Result<(), String> {
+    subscribe().map(drop)
+}
+
+/// A socket that is told of each exec.
+fn subscribe() -> Result<OwnedFd, String> {
+    let mut socket = Socket::new(NETLINK_CONNECTOR).map_err(failed("open a connector socket"))?;
+    let own = SocketAddr::new(0, PROC);
+    socket.bind(&own).map_err(failed("join the process connector, which takes CAP_NET_ADMIN"))?;
+    let fd = socket.as_fd().try_clone_to_owned().map_err(failed("keep the socket"))?;
+    drop(socket);
+    let of = SockRef::from(&fd);
+    of.set_recv_buffer_size(BUFFER).map_err(failed("set the receive buffer"))?;
+    of.attach_filter(&filter()).map_err(failed("attach a socket filter"))?;
+    of.set_read_timeout(Some(ACKNOWLEDGED_WITHIN / 2)).map_err(failed("set a timeout"))?;
+    // With the kernel's own filter first; one that does not know it does not answer.
+    let filtered = listen(&fd, &[MCAST_LISTEN, EXEC]);
+    filtered.or_else(|_| listen(&fd, &[MCAST_LISTEN])).map_err(|error| {
+            format!(
+                "the kernel does not acknowledge LISTEN, as in any but the initial network, pid and user namespace: {error}"
+            )
+        })?;
+    of.set_nonblocking(true).map_err(failed("set non-blocking"))?;
+    Ok(fd)
 }
 
 impl EventSource for Connector {
