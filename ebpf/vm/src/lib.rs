@@ -27,9 +27,12 @@ pub const INSIDE: &str = "ADIT_VM";
 const PATIENCE: Duration = Duration::from_secs(400);
 
 const MEMORY_MIB: &str = "1024";
-/// With cmpxchg16b (cx16), without which no socket storage is to be had from Linux 7.2: its allocator that takes no
-/// lock needs it, and every real processor of the last fifteen years has it.
-const PROCESSOR: &str = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt";
+/// Without cmpxchg16b (cx16): QEMU 7.2 emulates it so that the kernel's allocator, which uses it, corrupts memory.
+const PROCESSOR: &str = "qemu64,-cx16,+ssse3,+sse4.1,+sse4.2,+popcnt";
+/// An oops ends the machine. With the allocator's own checks (F) the kernel from 7.x on gives socket storage to
+/// programs also on a processor without cmpxchg16b.
+const PARAMETERS: &str = "console=ttyS0 panic=-1 oops=panic quiet mitigations=off";
+const PARAMETERS_7: &str = "console=ttyS0 panic=-1 oops=panic quiet mitigations=off slab_debug=F";
 
 /// Whether this process runs in one of these machines.
 pub fn is_inside() -> bool {
@@ -54,7 +57,7 @@ pub fn run(kernel: &str, programs: &[&Path], command: &str) -> anyhow::Result<St
     let machine = Command::new("qemu-system-x86_64")
         .args(["-accel", "tcg", "-cpu", PROCESSOR, "-m", MEMORY_MIB, "-smp", "1"])
         .args(["-display", "none", "-nodefaults", "-no-reboot", "-serial", "stdio"])
-        .args(["-append", "console=ttyS0 panic=-1 quiet mitigations=off"])
+        .args(["-append", if kernel.starts_with('7') { PARAMETERS_7 } else { PARAMETERS }])
         .arg("-kernel")
         .arg(folder.join("vmlinuz"))
         .arg("-initrd")
