@@ -109,6 +109,28 @@ fn open_connection_outlives_the_stop_until_it_ends() {
 
 #[test]
 #[ignore = "needs root: make test"]
+fn a_removed_pod_carries_nothing_more() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("b", "server"));
+    server.serve_double_echo(8080);
+    let (_a, mut b) = (bed.node("a", &[&client]), bed.node("b", &[&server]));
+    let mut long = client.space.connect(server.at(8080));
+    read_line(&mut long).expect("greeting");
+    assert_eq!(b.agent().delete("server"), "");
+    wait_for("the pod to be left", || (!is_served(&server)).then_some(()));
+    // Taken out of the mesh it still has its connections; a new one is taken by the client's tunnel, and fails there.
+    long.write_all(b"still here").expect("write");
+    long.read_exact(&mut [0; 20]).expect("echo");
+    assert_eq!(client.space.refusal(server.at(8080)), std::io::ErrorKind::ConnectionReset);
+    // Deleted it has not even an address.
+    server.space.run("ip link del eth0");
+    let _ = long.write_all(b"anybody");
+    let error = long.read_exact(&mut [0]).expect_err("nobody is there");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "noticed, and not by the test's own limit");
+}
+
+#[test]
+#[ignore = "needs root: make test"]
 fn drain_deadline_cuts_with_a_reset() {
     let mut bed = Bed::new();
     let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("a", "server"));

@@ -12,7 +12,7 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-use super::{HANDSHAKE_TIMEOUT, client_settings, until_dead};
+use super::{HANDSHAKE_TIMEOUT, alive::Listened, client_settings};
 use crate::{
     config::H2,
     identity::{Identity, IdentityError, peer_identity},
@@ -115,9 +115,10 @@ pub(super) async fn http<T>(io: T, peer: SocketAddr, h2: &H2) -> Result<Tunnel, 
 where
     T: AsyncRead + AsyncWrite + Unpin + 'static,
 {
+    let (io, heard) = Listened::new(io);
     let (requests, mut connection) =
         client_settings(h2).handshake(io).await.map_err(|source| ConnectError::Http { peer, source })?;
-    let alive = until_dead(connection.ping_pong());
+    let alive = heard.until_dead(connection.ping_pong());
     let driver = Box::pin(async move {
         tokio::select! {
             ended = &mut connection => ended,

@@ -1,25 +1,23 @@
 //! HBONE: TCP in HTTP/2 CONNECT in mutual TLS, port 15008 of the peer's pod.
 //!
-//! * this file: what both ends agree on: request headers, HTTP/2 settings, liveness
+//! * this file: what both ends agree on: request headers, HTTP/2 settings; [`alive`]: whether the peer still is
 //! * [`client`]: one tunnel to a peer; [`pool`]: tunnels shared by the connections of a worker
 //! * [`nested`]: a tunnel within a stream of another
 //! * [`server`]: takes the CONNECT requests of one tunnel
 
+mod alive;
 pub mod client;
 pub mod nested;
 pub mod pool;
 pub mod server;
 
 use std::{
-    future::poll_fn,
     net::{IpAddr, SocketAddr},
     str::FromStr,
     time::Duration,
 };
 
-use h2::{Ping, PingPong};
 use http::{HeaderValue, Method, Request, header::HeaderName};
-use tokio::time::{sleep, timeout};
 
 use crate::config::H2;
 
@@ -31,10 +29,6 @@ pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// TLS and HTTP/2 handshakes together; what a stuck peer may hold.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// An idle tunnel is asked so often whether it still lives, and given up after so long without an answer.
-const PING_INTERVAL: Duration = Duration::from_secs(10);
-const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Bytes that one stream may have queued for sending: with several streams busy, more than a frame each
 /// only adds latency.
@@ -152,21 +146,6 @@ fn server_settings(config: &H2) -> h2::server::Builder {
         .max_send_buffer_size(SEND_BUFFER)
         .data_frame_budget(data_frame_budget(config));
     builder
-}
-
-/// Ends when the peer no longer answers; never, while it does.
-async fn until_dead(pings: Option<PingPong>) {
-    let Some(mut pings) = pings else { return std::future::pending().await };
-    loop {
-        sleep(PING_INTERVAL).await;
-        if pings.send_ping(Ping::opaque()).is_err() {
-            return;
-        }
-        match timeout(PING_TIMEOUT, poll_fn(|cx| pings.poll_pong(cx))).await {
-            Ok(Ok(_)) => {}
-            _ => return,
-        }
-    }
 }
 
 #[cfg(test)]

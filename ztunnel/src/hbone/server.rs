@@ -16,8 +16,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     HANDSHAKE_TIMEOUT,
+    alive::Listened,
     client::{TLS_READ, TLS_WRITE},
-    server_settings, until_dead,
+    server_settings,
 };
 use crate::{config::H2, stream::Stream};
 
@@ -74,9 +75,10 @@ where
     T: AsyncRead + AsyncWrite + Unpin,
     F: Future<Output = ()> + 'static,
 {
+    let (io, heard) = Listened::new(io);
     let handshake = timeout(HANDSHAKE_TIMEOUT, server_settings(h2).handshake::<_, Bytes>(io)).await;
     let mut connection = handshake.unwrap_or_else(|_| Err(Reason::SETTINGS_TIMEOUT.into()))?;
-    let dead = until_dead(connection.ping_pong());
+    let dead = heard.until_dead(connection.ping_pong());
     tokio::pin!(dead);
     let mut streams = JoinSet::new();
     let (mut leaving, mut result) = (false, Ok(()));

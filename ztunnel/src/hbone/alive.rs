@@ -1,0 +1,176 @@
+//! Whether the peer still lives: something was heard of it lately, or it answers when it is asked.
+//!
+//! Whatever comes counts, not the answer alone: on a slow link the question waits behind the data that is on its way, and
+//! a tunnel that carries something is asked nothing.
+
+use std::{
+    cell::Cell,
+    future::poll_fn,
+    io,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use h2::{Ping, PingPong};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Instant, sleep_until, timeout},
+};
+
+/// After so long without a word the peer is asked, and after so long without an answer given up: 10 s in all at most.
+const SILENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(4);
+
+/// When something was read last.
+#[derive(Clone, Debug)]
+pub(super) struct Heard(Rc<Cell<Instant>>);
+
+/// Notes when something is read.
+#[derive(Debug)]
+pub(super) struct Listened<T> {
+    io: T,
+    heard: Heard,
+}
+
+impl<T> Listened<T> {
+    pub fn new(io: T) -> (Self, Heard) {
+        let heard = Heard(Rc::new(Cell::new(Instant::now())));
+        (Self { io, heard: heard.clone() }, heard)
+    }
+}
+
+impl Heard {
+    fn since(&self, earlier: Instant) -> bool {
+        self.0.get() > earlier
+    }
+
+    /// Ends when the peer lives no longer; never, while it does.
+    pub async fn until_dead(self, pings: Option<PingPong>) {
+        let Some(mut pings) = pings else { return std::future::pending().await };
+        loop {
+            let before = self.0.get();
+            sleep_until(before + SILENCE).await;
+            if self.since(before) {
+                continue;
+            }
+            if pings.send_ping(Ping::opaque()).is_err() {
+                return;
+            }
+            loop {
+                let asked = Instant::now();
+                match timeout(PATIENCE, poll_fn(|cx| pings.poll_pong(cx))).await {
+                    Ok(Ok(_)) => break,
+                    // The answer is late, but something else came.
+                    Err(_) if self.since(asked) => {}
+                    Ok(Err(_)) | Err(_) => return,
+                }
+            }
+        }
+    }
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Listened<T> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.io).poll_read(cx, buffer))?;
+        if buffer.filled().len() > before {
+            self.heard.0.set(Instant::now());
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Listened<T> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, data)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{io::duplex, task::LocalSet};
+
+    use super::*;
+
+    /// How long a tunnel whose other end is `far` lives; `None`: a minute at least.
+    async fn life(far: impl AsyncFnOnce(tokio::io::DuplexStream)) -> Option<Duration> {
+        let (near, other) = duplex(1 << 16);
+        let living = async {
+            let (io, heard) = Listened::new(near);
+            let (_requests, mut connection) = h2::client::handshake(io).await.expect("handshake");
+            let pings = connection.ping_pong();
+            let begun = Instant::now();
+            let dead = async {
+                heard.until_dead(pings).await;
+                Some(begun.elapsed())
+            };
+            tokio::select! {
+                life = dead => life,
+                _ = &mut connection => panic!("the connection ended by itself"),
+                () = sleep_until(begun + Duration::from_mins(1)) => None,
+            }
+        };
+        LocalSet::new()
+            .run_until(async {
+                tokio::select! {
+                    life = living => life,
+                    () = async { far(other).await; std::future::pending().await } => unreachable!(),
+                }
+            })
+            .await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_silent_is_given_up_within_ten_seconds_and_who_answers_is_not() {
+        let silent = life(async |_other| std::future::pending().await).await;
+        assert!(silent.is_some_and(|life| life <= Duration::from_secs(10)), "{silent:?}");
+        let answers = life(async |other| {
+            let mut server = h2::server::handshake(other).await.expect("handshake");
+            while server.accept().await.is_some() {}
+        });
+        assert_eq!(answers.await, None);
+    }
+
+    /// As on a slow link, where the answer waits behind what was sent before.
+    #[tokio::test(start_paused = true)]
+    async fn who_is_heard_of_lives_without_an_answer() {
+        // WINDOW_UPDATE of the connection, one byte (RFC 9113 §6.9), after empty SETTINGS.
+        const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+        const UPDATE: [u8; 13] = [0, 0, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+        let busy = life(async |mut other| {
+            use tokio::io::AsyncWriteExt as _;
+            other.write_all(&SETTINGS).await.expect("write");
+            loop {
+                other.write_all(&UPDATE).await.expect("write");
+                tokio::time::sleep(Duration::from_secs(3)).await;
+            }
+        });
+        assert_eq!(busy.await, None);
+    }
+}
