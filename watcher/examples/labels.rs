@@ -97,12 +97,13 @@ fn main() {
                 node.api.label_namespace(&node.namespace, &json!({"istio.io/dataplane-mode": mode}));
             }
         };
-        let (mut on, mut off) = (Vec::new(), Vec::new());
+        let (mut asked, mut on, mut off) = (Vec::new(), Vec::new(), Vec::new());
         for round in 0..rounds + 3 {
             // Only what comes: reading all of it again and again would take the time that is measured.
             let before = fs::metadata(&log).map_or(0, |found| found.len());
             let since = Timestamp::now();
             ask(json!("ambient"));
+            let requested = Timestamp::now().duration_since(since).as_secs_f64() * 1e3;
             let opened = wait_for("all of them to be open", || {
                 let opened = opened(&text_after(&log, before), since);
                 (opened.len() >= some).then_some(opened)
@@ -124,11 +125,13 @@ fn main() {
             std::thread::sleep(Duration::from_millis(some as u64 * 60));
             // The first ones warm up.
             if round >= 3 {
+                asked.push(requested);
                 on.push(opened.into_iter().fold(0.0, f64::max));
                 off.push(last.duration_since(since).as_secs_f64() * 1e3);
             }
         }
         report(&format!("{some} labelled, all open"), on);
+        report("  until the request returned", asked);
         report(&format!("{some} taken off, all told"), off);
     }
     if let Ok(path) = env::var("KEEP_LOG") {

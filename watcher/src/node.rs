@@ -17,7 +17,7 @@ use std::{
     os::fd::OwnedFd,
     path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use adit_ebpf_common::{address::UNSPECIFIED, pods::flag, settings::Settings};
@@ -102,6 +102,11 @@ pub enum NodeError {
     Kernel { what: &'static str, source: KernelError },
 }
 
+/// Now, as people and other programs count it.
+fn unix_secs() -> u64 {
+    SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs())
+}
+
 /// Takes part of the blame from an [`io::Error`].
 pub(crate) fn cannot(what: impl Into<String>) -> impl FnOnce(io::Error) -> NodeError {
     let what = what.into();
@@ -151,6 +156,8 @@ struct Node {
     own_cgroup: Option<PathBuf>,
     source_name: String,
     source_error: Option<String>,
+    /// Since when the source has been usable, or not.
+    source_since: u64,
     listener: Option<mpsc::UnboundedSender<(String, Option<Outcome>)>>,
     outcomes: Outcomes,
     pods: Pods,
@@ -356,6 +363,7 @@ impl Node {
             host: netns::host(),
             source_name: source.name.clone(),
             source_error: None,
+            source_since: unix_secs(),
             listener: source.outcomes.clone(),
             outcomes: Outcomes::default(),
             pods: Pods::default(),

@@ -36,6 +36,8 @@ pub struct SourceStatus {
     pub synced: bool,
     /// Why it cannot be used at present; what it told last holds.
     pub error: Option<String>,
+    /// Since when it has been so, in seconds since 1970.
+    pub since_unix_secs: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

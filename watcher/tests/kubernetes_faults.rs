@@ -27,6 +27,8 @@ fn while_the_api_server_is_away_nothing_changes_and_then_nothing_was_missed() {
     node.api.kill_server();
     node.wait_source_error(&["watch pods", "watch namespaces"]);
     assert_eq!(node.find("running").expect("the pod")["state"], "open");
+    let said = node.bed.command(&["status"]).1;
+    assert!(said.contains("what it told last holds: watch pods"), "{said}");
 
     // A watcher that starts meanwhile leaves everything as it was, for as long as it takes, and is not ready.
     node.bed.watcher.as_ref().expect("watcher").signal(Signal::SIGKILL);

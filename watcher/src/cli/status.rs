@@ -1,6 +1,6 @@
 //! `watcher status`: what the running watcher knows.
 
-use std::{fmt::Display, process::ExitCode};
+use std::{fmt::Display, process::ExitCode, time::SystemTime};
 
 use clap::{Args, ValueEnum};
 use comfy_table::{Table, TableStyle};
@@ -67,12 +67,17 @@ pub fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
 fn print_node(status: &Status) {
     println!("node {}: watcher {}, attached to {}", status.node, status.pid, status.attached.display());
     let source = &status.source;
+    let now = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
+    let lasted = now.saturating_sub(source.since_unix_secs);
     match &source.error {
         Some(error) => {
-            println!("pods from {}: cannot be used, what it told last holds: {error}", source.name);
+            println!(
+                "pods from {}: cannot be used for {lasted} s, what it told last holds: {error}",
+                source.name
+            );
         }
-        None if source.synced => println!("pods from {}", source.name),
-        None => println!("pods from {}: nothing told yet", source.name),
+        None if source.synced => println!("pods from {}, in order for {lasted} s", source.name),
+        None => println!("pods from {}: nothing told for {lasted} s", source.name),
     }
     let events = &status.events;
     println!(

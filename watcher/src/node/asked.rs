@@ -127,6 +127,7 @@ impl Node {
                 name: self.source_name.clone(),
                 synced: self.pods.synced,
                 error: self.source_error.clone(),
+                since_unix_secs: self.source_since,
             },
             events: EventsStatus {
                 source: self.events.source,

@@ -45,6 +45,7 @@ pub enum Cause {
 impl Node {
     /// Takes over what the source says.
     pub fn take(&mut self, update: Update) {
+        let before = (self.pods.synced, self.source_error.is_some());
         match &update {
             Update::All(entries) => {
                 info!(pods = entries.len(), source = self.source_name, "pods told");
@@ -62,6 +63,9 @@ impl Node {
             }
         }
         let changed = self.pods.take(update, Instant::now());
+        if before != (self.pods.synced, self.source_error.is_some()) {
+            self.source_since = super::unix_secs();
+        }
         self.dirty.look.extend(changed);
     }
 
