@@ -5,7 +5,7 @@ mod cli;
 
 use std::{io::Write, path::Path, process::ExitCode, sync::Arc, time::SystemTime};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Parser;
 use cli::{Arguments, Command};
 use tokio::{runtime::Builder, task::JoinSet};
@@ -63,9 +63,6 @@ fn run(file: Option<&Path>) -> Result<()> {
 }
 
 async fn serve(config: Arc<Config>, logging: Logging, lost_lines: Lost) -> Result<()> {
-    if config.mode != ProxyMode::Shared {
-        bail!("PROXY_MODE is dedicated; only shared is supported");
-    }
     // Load.
     let store = Arc::new(Store::new(local_file::load(&config)?));
     let certificates = Certificates::new(&config)?;
@@ -124,13 +121,23 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: Lost) -> Resul
     if let Some(LocalState::Path(path)) = &config.local_state {
         services.spawn(local_file::watch(path.clone(), Defaults::from(&*config), store, end.clone()));
     }
-    if let Some(OwnPod { name, namespace, service_account }) = config.own_pod.clone()
-        && let Err(error) = pods.serve_own(PodInfo { name, namespace, service_account })
-    {
-        // The node's pods matter more than who reads the metrics.
-        warn!(%error, "own metrics cannot be served over HBONE, going on without");
+    match config.mode.clone() {
+        ProxyMode::Shared => {
+            if let Some(OwnPod { name, namespace, service_account }) = config.own_pod.clone()
+                && let Err(error) = pods.serve_own(PodInfo { name, namespace, service_account })
+            {
+                // The node's pods matter more than who reads the metrics.
+                warn!(%error, "own metrics cannot be served over HBONE, going on without");
+            }
+            zds::run(&config.zds_socket, &mut pods, &mut pods_ready, &stop).await;
+        }
+        ProxyMode::Dedicated { namespace, name, service_account } => {
+            let pod = PodInfo { name, namespace, service_account };
+            pods.serve_here(pod).context("cannot listen for the workload, in whose netns this process is")?;
+            pods_ready.ready();
+            stop.cancelled().await;
+        }
     }
-    zds::run(&config.zds_socket, &mut pods, &mut pods_ready, &stop).await;
 
     // Drain.
     pods_ready.pending();

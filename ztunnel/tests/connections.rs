@@ -71,6 +71,21 @@ fn captured_client_reaches_captured_server_of_another_node_over_hbone() {
 
 #[test]
 #[ignore = "needs root: make test"]
+fn dedicated_tunnels_serve_one_workload_each() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("b", "server"));
+    server.serve_double_echo(8080);
+    let (a, b) = (Tunnel::dedicated(&bed, &client), Tunnel::dedicated(&bed, &server));
+    a.wait_ready();
+    b.wait_ready();
+    assert!(!a.log().contains("certificate fetched"), "nothing is fetched ahead");
+    let seen = exchange(&client, &server);
+    assert_eq!(seen, client.ip.to_string(), "the application sees the client's address");
+    assert_meshed(&a, &b, seen.len() as u64 + 1);
+}
+
+#[test]
+#[ignore = "needs root: make test"]
 fn captured_client_reaches_plain_server_as_plain_tcp() {
     let mut bed = Bed::new();
     let (client, server) = (bed.enrolled("a", "client"), bed.plain("a", "server"));

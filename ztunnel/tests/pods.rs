@@ -196,6 +196,21 @@ fn successor_takes_over_without_a_lost_connection() {
 
 #[test]
 #[ignore = "needs root: make test"]
+fn a_dedicated_tunnel_does_not_start_without_its_ports() {
+    let mut bed = Bed::new();
+    let pod = bed.enrolled("a", "pod");
+    for port in [15001, 15006, 15008] {
+        let taken = pod.space.netns.enter(|| std::net::TcpListener::bind(("0.0.0.0", port))).expect("bind");
+        let mut tunnel = bed::Tunnel::dedicated(&bed, &pod);
+        assert!(!tunnel.wait_exit().success());
+        let log = tunnel.log();
+        assert!(log.contains("in use") && log.contains(&port.to_string()), "{port}: {log}");
+        drop(taken);
+    }
+}
+
+#[test]
+#[ignore = "needs root: make test"]
 fn address_in_use_is_a_reason_not_to_start() {
     let bed = Bed::new();
     for (port, purpose) in [(15000, "admin"), (15020, "metrics"), (15021, "readiness")] {

@@ -25,6 +25,7 @@ use tracing::{info, warn};
 
 use crate::{
     backoff::Backoff,
+    config::ProxyMode,
     dns::{Dns, sockets},
     identity::Identity,
     socket::{self, Netns, NetnsId},
@@ -193,6 +194,16 @@ impl Pods {
         Ok(())
     }
 
+    /// Serves the one workload of a dedicated tunnel, in the netns of this process. It is a reason not to start if
+    /// that cannot be done.
+    pub fn serve_here(&mut self, info: PodInfo) -> io::Result<()> {
+        let netns = File::open("/proc/thread-self/ns/net")?.into();
+        self.start("dedicated", info, netns)?;
+        self.shared.metrics.pods.started.inc();
+        self.publish();
+        Ok(())
+    }
+
     fn listen(
         &self,
         uid: &str,
@@ -229,8 +240,11 @@ impl Pods {
             }
             _ => {}
         }
-        // The first connection should not have to wait for it.
-        self.shared.certificates.prefetch(&pod.identity);
+        // The first connection should not have to wait for it. A dedicated tunnel speaks for itself only, and asks when
+        // it has something to say.
+        if self.shared.config.mode == ProxyMode::Shared {
+            self.shared.certificates.prefetch(&pod.identity);
+        }
         Ok(pod)
     }
 

@@ -50,13 +50,21 @@ pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
 pub struct Space {
     pub name: String,
     pub netns: Netns,
+    /// Whether this is the one that deletes it.
+    owned: bool,
 }
 
 impl Space {
     fn new(name: String) -> Self {
         run(&format!("ip netns add {name}; ip -n {name} link set lo up"));
         let netns = Netns::new(open(&name)).expect("netns");
-        Self { name, netns }
+        Self { name, netns, owned: true }
+    }
+
+    /// The same, for somebody else.
+    pub fn alias(&self) -> Self {
+        let netns = Netns::new(self.fd()).expect("netns");
+        Self { name: self.name.clone(), netns, owned: false }
     }
 
     pub fn fd(&self) -> OwnedFd {
@@ -117,7 +125,9 @@ impl Space {
 
 impl Drop for Space {
     fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "del", &self.name]).output();
+        if self.owned {
+            let _ = Command::new("ip").args(["netns", "del", &self.name]).output();
+        }
     }
 }
 

@@ -14,11 +14,12 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{Bed, FakeAgent, Space, wait_for};
+use super::{Bed, FakeAgent, Pod, Space, wait_for};
 
 pub struct Tunnel {
     pub space: Space,
-    agent: FakeAgent,
+    /// None of a dedicated tunnel.
+    agent: Option<FakeAgent>,
     pub hello: Vec<u8>,
     child: Child,
     log: PathBuf,
@@ -32,13 +33,31 @@ impl Tunnel {
     /// With more variables.
     pub fn start_with(bed: &Bed, node: &str, space: Space, variables: &[(&str, &str)]) -> Self {
         let socket = bed.dir.path().join(format!("{}.sock", space.name));
-        let log = bed.dir.path().join(format!("{}.log", space.name));
         let mut agent = FakeAgent::listen(&socket);
+        let mut variables = variables.to_vec();
+        let path = socket.display().to_string();
+        variables.push(("INPOD_UDS", &path));
+        let (child, log) = Self::spawn(bed, node, &space, &variables);
+        let hello = agent.accept();
+        Self { space, agent: Some(agent), hello, child, log }
+    }
+
+    /// One that serves `pod` alone, in its netns.
+    pub fn dedicated(bed: &Bed, pod: &Pod) -> Self {
+        let info = format!("demo/{0}/{0}", pod.name);
+        let space = pod.space.alias();
+        let variables =
+            [("PROXY_MODE", "dedicated"), ("PROXY_WORKLOAD_INFO", &info), ("PACKET_MARK", "1337")];
+        let (child, log) = Self::spawn(bed, &pod.node, &space, &variables);
+        Self { space, agent: None, hello: Vec::new(), child, log }
+    }
+
+    fn spawn(bed: &Bed, node: &str, space: &Space, variables: &[(&str, &str)]) -> (Child, PathBuf) {
+        let log = bed.dir.path().join(format!("{}.log", space.name));
         let output = File::create(&log).expect("log");
         let child = Command::new("nsenter")
             .arg(format!("--net=/run/netns/{}", space.name))
             .arg(env!("CARGO_BIN_EXE_ztunnel"))
-            .env("INPOD_UDS", &socket)
             .env("LOCAL_XDS_PATH", bed.mesh_file())
             .env("DEVELOPMENT_CA_DIR", bed.ca_dir())
             .env("NODE_NAME", node)
@@ -53,12 +72,11 @@ impl Tunnel {
             .stdout(output)
             .spawn()
             .expect("the tunnel starts");
-        let hello = agent.accept();
-        Self { space, agent, hello, child, log }
+        (child, log)
     }
 
     pub fn agent(&mut self) -> &mut FakeAgent {
-        &mut self.agent
+        self.agent.as_mut().expect("a shared tunnel")
     }
 
     pub fn log(&self) -> String {
