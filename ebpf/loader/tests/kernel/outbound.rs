@@ -7,7 +7,9 @@ use adit_ebpf_common::{
     trace::{Hook, Rule},
 };
 
-use crate::bench::{Bench, HBONE, INBOUND, OUTBOUND, READY, address, agent::How, at, empty, has_mptcp, sys};
+use crate::bench::{
+    Bench, HBONE, INBOUND, OUTBOUND, READY, address, agent::How, at, empty, has_mptcp, repeated, sys,
+};
 
 const OPEN: u32 = flag::FAIL_OPEN;
 
@@ -230,7 +232,7 @@ fn one_socket_may_connect_again_elsewhere() {
 fn no_connection_gets_the_destination_of_another() {
     let mut bench = Bench::new();
     let tunnel = bench.tunnel.listen(&format!("[::]:{OUTBOUND}"));
-    for round in 0..500u16 {
+    for round in 0..repeated(500) {
         let to = at(&format!("192.0.2.{}", round % 250), 1000 + round);
         let dialled = bench.app.dial(How::Tcp, to).unwrap();
         let accepted = bench.tunnel.accept(tunnel);

@@ -181,6 +181,11 @@ fn ip(pid: &str, args: &[&str]) {
     assert!(output.status.success(), "ip {args:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// How often, of `times`: in an emulated machine, which is slow and there for function alone, a fifth of it.
+pub fn repeated(times: u16) -> u16 {
+    if adit_vm::is_inside() { times / 5 } else { times }
+}
+
 /// Debian's 5.10, for one, is built without.
 pub fn has_mptcp() -> bool {
     Path::new("/proc/sys/net/mptcp").exists()
