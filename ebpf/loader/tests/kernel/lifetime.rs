@@ -64,7 +64,18 @@ fn pins_outlive_their_loader_and_a_successor_adopts_them() {
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn taking_over_leaves_no_gap() {
-    let Bench { mut app, mut tunnel, cgroups, bpffs, mut trace, kernel, plain, world, .. } = Bench::new();
+    // Dropped from the last to the first: processes before the cgroups that they are in, also when this panics.
+    let Bench {
+        bpffs,
+        cgroups,
+        kernel: _kernel,
+        mut trace,
+        plain: _plain,
+        world: _world,
+        mut tunnel,
+        mut app,
+        ..
+    } = Bench::new();
     let listener = tunnel.listen(&format!("[::]:{OUTBOUND}"));
     let to = at("192.0.2.1", 80);
     let done = AtomicBool::new(false);
@@ -95,8 +106,6 @@ fn taking_over_leaves_no_gap() {
     });
     assert!(dialled > 0);
     assert_eq!(records, dialled);
-    // Processes before the cgroups that they are in.
-    drop((kernel, plain, world, app, tunnel));
 }
 
 #[test]
