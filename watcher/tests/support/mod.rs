@@ -331,7 +331,15 @@ impl Drop for Bed {
     }
 }
 
+/// Removes `dir` and all below. What still runs there is ended: its owner may be dropped later, or have left it behind.
 fn remove_cgroups(dir: &Path) -> std::io::Result<()> {
+    for pid in fs::read_to_string(dir.join("cgroup.procs"))?.lines().filter_map(|pid| pid.parse::<i32>().ok())
+    {
+        if u32::try_from(pid) != Ok(std::process::id()) {
+            let _ =
+                nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        }
+    }
     for entry in fs::read_dir(dir)?.filter_map(Result::ok) {
         if entry.path().is_dir() {
             remove_cgroups(&entry.path())?;
