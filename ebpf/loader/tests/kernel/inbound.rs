@@ -191,6 +191,30 @@ fn the_tunnel_reaches_the_application_and_only_from_the_pods_own_netns() {
     assert_eq!(bench.rules(8080), [(Hook::SkLookup, Rule::SteerPlain)]);
 }
 
+/// With SYN cookies the kernel remembers nothing of the SYN, and looks the listener up once more for the ACK.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn syn_cookies_change_nothing() {
+    let mut bench = Bench::new();
+    bench.app.sysctl("ipv4/tcp_syncookies", "2");
+    let app = bench.app.listen("[::]:8080");
+    let plain = bench.tunnel.listen(&format!("[::]:{INBOUND}"));
+    let outbound = bench.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    for (own, other) in [("10.99.0.1", "192.0.2.1"), ("fd99::1", "2001:db8::1")] {
+        let dialled = bench.world.dial(How::Tcp, at(own, 8080)).unwrap();
+        let accepted = bench.tunnel.accept(plain);
+        assert_eq!(canonical(accepted.local), at(own, 8080));
+        assert_eq!(canonical(accepted.peer), dialled.local);
+        // The tunnel's own flow passes twice.
+        let loopback = if own.contains(':') { "::1" } else { "127.0.0.1" };
+        bench.tunnel.dial_from(at(loopback, 0), at(own, 8080)).unwrap();
+        bench.app.accept(app);
+        // And what is redirected is still known when it is accepted.
+        bench.app.dial(How::Tcp, at(other, 80)).unwrap();
+        assert_eq!(bench.tunnel.accept(outbound).original, Some(at(other, 80)));
+    }
+}
+
 /// A pod that listens on the tunnel's port itself is not taken for the tunnel.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]

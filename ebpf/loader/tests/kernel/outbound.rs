@@ -174,6 +174,8 @@ fn a_pod_without_an_address_of_the_family_is_refused_there() {
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_redirected_connection_is_none_the_wiser() {
     let mut bench = Bench::new();
+    // Fast Open for client and server, of every listener and without cookies: the SYN carries data.
+    bench.app.sysctl("ipv4/tcp_fastopen", "1543");
     for (tunnel_at, to, own) in [
         ("0.0.0.0", "192.0.2.9", "10.99.0.1"),
         ("[::]", "2001:db8::9", "fd99::1"),
@@ -181,7 +183,7 @@ fn a_redirected_connection_is_none_the_wiser() {
         ("[::]", "192.0.2.9", "10.99.0.1"),
     ] {
         let listener = bench.tunnel.listen(&format!("{tunnel_at}:{OUTBOUND}"));
-        for how in [How::Tcp, How::NonBlocking, How::Mptcp] {
+        for how in [How::Tcp, How::NonBlocking, How::Mptcp, How::FastOpen, How::FastOpenLater] {
             if how == How::Mptcp && !has_mptcp() {
                 continue;
             }

@@ -19,7 +19,10 @@ use std::{
     time::Duration,
 };
 
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::{
+    sched::{CloneFlags, setns, unshare},
+    sys::socket::{setsockopt, sockopt},
+};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::sys;
@@ -42,6 +45,10 @@ pub enum How {
     Tcp,
     Mptcp,
     NonBlocking,
+    /// TCP Fast Open by sendto(2), which connects with the first byte in the SYN.
+    FastOpen,
+    /// TCP Fast Open by the socket option: connect(2) sends nothing, the first write(2) does.
+    FastOpenLater,
     Udp,
 }
 
@@ -97,6 +104,11 @@ impl Agent {
     /// Marks the TCP sockets that it makes from now on.
     pub fn mark(&mut self, mark: u32) {
         self.tell(format_args!("mark {mark}")).expect("a mark");
+    }
+
+    /// Sets a sysctl of its netns, such as `ipv4/tcp_syncookies`.
+    pub fn sysctl(&mut self, name: &str, value: &str) {
+        self.tell(format_args!("sysctl {name} {value}")).expect("a sysctl");
     }
 
     /// A TCP listener, in the family of `address`.
@@ -231,6 +243,9 @@ impl Sockets {
                 self.mark = parse(mark)?;
                 Ok(String::new())
             }
+            ["sysctl", name, value] => {
+                fs::write(Path::new("/proc/sys/net").join(name), value).map(|()| String::new())
+            }
             ["cookie"] => adit_ebpf_loader::own_netns_cookie().map(|cookie| cookie.to_string()),
             [listen @ ("listen" | "listen-mptcp"), address] => {
                 let address: SocketAddr = parse(address)?;
@@ -243,23 +258,7 @@ impl Sockets {
                 socket.listen(128)?;
                 Ok(self.keep(socket).to_string())
             }
-            ["dial", how, to] => {
-                let to: SocketAddr = parse(to)?;
-                let (kind, protocol) = match how {
-                    "Udp" => (Type::DGRAM, Protocol::UDP),
-                    "Mptcp" => (Type::STREAM, Protocol::MPTCP),
-                    _ => (Type::STREAM, Protocol::TCP),
-                };
-                let socket = Socket::new(Domain::for_address(to), kind, Some(protocol))?;
-                socket.set_mark(self.mark)?;
-                if how == "NonBlocking" {
-                    socket.connect_timeout(&to.into(), PATIENCE)?;
-                } else {
-                    socket.set_write_timeout(Some(PATIENCE))?;
-                    socket.connect(&to.into())?;
-                }
-                self.describe(socket)
-            }
+            ["dial", how, to] => self.dial(how, parse(to)?),
             ["dial-from", from, to] => {
                 let (from, to): (SocketAddr, SocketAddr) = (parse(from)?, parse(to)?);
                 let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
@@ -315,6 +314,30 @@ impl Sockets {
             }
             _ => Err(io::ErrorKind::InvalidInput.into()),
         }
+    }
+
+    fn dial(&mut self, how: &str, to: SocketAddr) -> io::Result<String> {
+        let (kind, protocol) = match how {
+            "Udp" => (Type::DGRAM, Protocol::UDP),
+            "Mptcp" => (Type::STREAM, Protocol::MPTCP),
+            _ => (Type::STREAM, Protocol::TCP),
+        };
+        let socket = Socket::new(Domain::for_address(to), kind, Some(protocol))?;
+        socket.set_mark(self.mark)?;
+        socket.set_write_timeout(Some(PATIENCE))?;
+        match how {
+            "NonBlocking" => socket.connect_timeout(&to.into(), PATIENCE)?,
+            "FastOpen" => {
+                socket.send_to_with_flags(b"!", &to.into(), libc::MSG_FASTOPEN)?;
+            }
+            "FastOpenLater" => {
+                setsockopt(&socket, sockopt::TcpFastOpenConnect, &true)?;
+                socket.connect(&to.into())?;
+                socket.send(b"!")?;
+            }
+            _ => socket.connect(&to.into())?,
+        }
+        self.describe(socket)
     }
 
     fn get(&self, handle: &str) -> io::Result<&Socket> {
