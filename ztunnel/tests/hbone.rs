@@ -8,7 +8,6 @@ use std::{
     net::SocketAddr,
     process::{Command, Stdio},
     sync::Arc,
-    time::Duration,
 };
 
 use bed::{Bed, LIMIT, Pod, Tunnel, read_all, read_line};
@@ -123,7 +122,9 @@ fn served(policies: &str) -> (Bed, Pod, Pod, Tunnel) {
         "- name: web\n  namespace: demo\n  hostname: web.demo.svc.cluster.local\n  vips: [\"/10.96.0.1\"]\n  \
          ports: {80: 8080, 81: 0}\n",
     );
-    bed.add_to_last_workload("  services:\n    demo/web.demo.svc.cluster.local:\n      80: 8080\n");
+    bed.add_to_last_workload(
+        "  services:\n    demo/web.demo.svc.cluster.local:\n      80: 8080\n      81: 8080\n",
+    );
     server.serve_double_echo(8080);
     let node = bed.node("a", &[&server]);
     (bed, client, server, node)
@@ -138,6 +139,8 @@ fn connect_is_answered_by_what_it_asks_for() {
     for (authority, status) in [
         (format!("{ip}:8080"), StatusCode::OK),
         ("web.demo.svc.cluster.local:80".to_owned(), StatusCode::OK),
+        // A port that the service names, and each workload maps by itself.
+        ("web.demo.svc.cluster.local:81".to_owned(), StatusCode::OK),
         ("10.77.0.99:8080".to_owned(), StatusCode::BAD_REQUEST),
         (format!("{ip}:9"), StatusCode::SERVICE_UNAVAILABLE),
         (format!("{ip}:15001"), StatusCode::SERVICE_UNAVAILABLE),
@@ -346,23 +349,66 @@ fn server_that_is_somebody_else_is_refused_and_named() {
     );
 }
 
-#[test]
-#[ignore = "needs root: make test"]
-fn connections_share_a_tunnel() {
+/// A client on node a whose tunnel has these variables, and a server on node b.
+fn pooled(variables: &[(&str, &str)]) -> (Bed, Pod, Pod, [Tunnel; 2]) {
     let mut bed = Bed::new();
     let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("b", "server"));
     server.serve_double_echo(8080);
-    let (_a, _b) = (bed.node("a", &[&client]), bed.node("b", &[&server]));
-    let streams: Vec<_> = (0..40)
-        .map(|_| {
-            let mut stream = client.space.connect(server.at(8080));
-            stream.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
-            read_line(&mut stream).expect("greeting");
-            stream
-        })
-        .collect();
-    let tunnels = client.space.output("ss", &["-Htn", "state", "established", "dport", "=", ":15008"]);
-    let count = tunnels.lines().count();
-    assert!((1..=2).contains(&count), "one for each worker at most, not {count}:\n{tunnels}");
+    let mut a = Tunnel::start_with(&bed, "a", bed.space("a"), variables);
+    assert_eq!((a.agent().add(&client), a.agent().snapshot()), (String::new(), String::new()));
+    a.wait_ready();
+    let b = bed.node("b", &[&server]);
+    (bed, client, server, [a, b])
+}
+
+fn greeted(client: &Pod, server: &Pod) -> std::net::TcpStream {
+    let mut stream = client.space.connect(server.at(8080));
+    read_line(&mut stream).expect("greeting");
+    stream
+}
+
+/// Tunnels that are open from the client's netns.
+fn tunnels(client: &Pod) -> usize {
+    let open = client.space.output("ss", &["-Htn", "state", "established", "dport", "=", ":15008"]);
+    open.lines().count()
+}
+
+/// One for each worker, and there are two.
+#[test]
+#[ignore = "needs root: make test"]
+fn connections_share_a_tunnel_and_the_first_ones_its_handshake() {
+    let (_bed, client, server, _nodes) = pooled(&[]);
+    let streams: Vec<_> = std::thread::scope(|scope| {
+        let all: Vec<_> = (0..40).map(|_| scope.spawn(|| greeted(&client, &server))).collect();
+        all.into_iter().map(|one| one.join().expect("greeted")).collect()
+    });
+    assert!((1..=2).contains(&tunnels(&client)), "{} tunnels", tunnels(&client));
     drop(streams);
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn a_full_tunnel_is_joined_by_another_one() {
+    let (_bed, client, server, _nodes) = pooled(&[("POOL_MAX_STREAMS_PER_CONNECTION", "4")]);
+    let streams: Vec<_> = (0..20).map(|_| greeted(&client, &server)).collect();
+    assert!((5..=6).contains(&tunnels(&client)), "{} tunnels", tunnels(&client));
+    drop(streams);
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn an_unused_tunnel_is_closed_and_one_in_use_is_kept() {
+    let (_bed, client, server, _nodes) =
+        pooled(&[("POOL_UNUSED_RELEASE_TIMEOUT", "500ms"), ("POOL_MAX_STREAMS_PER_CONNECTION", "1")]);
+    let mut long = greeted(&client, &server);
+    let short: Vec<_> = (0..3).map(|_| greeted(&client, &server)).collect();
+    assert_eq!(tunnels(&client), 4);
+    drop(short);
+    bed::wait_for("the unused ones to be closed", || (tunnels(&client) == 1).then_some(()));
+    long.write_all(b"on").expect("write");
+    long.read_exact(&mut [0; 4]).expect("echo");
+    drop(long);
+    bed::wait_for("the last one to be closed", || (tunnels(&client) == 0).then_some(()));
+    // And a new one is opened when it is needed.
+    drop(greeted(&client, &server));
 }
