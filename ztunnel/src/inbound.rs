@@ -24,7 +24,7 @@ use crate::{
         BAGGAGE, FORWARDED, InvalidTarget, Target, forwarded_host,
         server::{self, Asked},
     },
-    identity::{Identity, IdentityError, peer_identity},
+    identity::{Chain, Identity, IdentityError, peer_identity},
     mesh::{Mesh, Service, Workload, baggage},
     pods::Pod,
     policy::{self, Denied},
@@ -57,6 +57,8 @@ pub enum InboundError {
     Recursive,
     #[error(transparent)]
     UnknownWorkload(#[from] UnknownWorkload),
+    #[error("a certificate of the peer is revoked")]
+    Revoked,
     #[error("connection closed due to policy rejection")]
     Denied(#[from] Denied),
     #[error("connection failed")]
@@ -80,7 +82,7 @@ impl InboundError {
     fn status(&self) -> StatusCode {
         match self {
             Self::Method(_) | Self::Authority(_) | Self::IpMismatch { .. } => StatusCode::BAD_REQUEST,
-            Self::Denied(_) => StatusCode::UNAUTHORIZED,
+            Self::Denied(_) | Self::Revoked => StatusCode::UNAUTHORIZED,
             _ => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
@@ -100,6 +102,7 @@ impl Failure for InboundError {
             Self::Recursive => "recursive",
             Self::UnknownWorkload(_) => "unknown_workload",
             Self::Denied(_) => "denied",
+            Self::Revoked => "revoked",
             Self::Dial(_) => "connect",
             Self::PolicyChange => "policy_change",
             Self::Stream(_) => "broken",
@@ -113,6 +116,7 @@ impl Failure for InboundError {
             Self::Http(_) => "H2_HANDSHAKE_FAILURE",
             Self::Denied(_) | Self::PolicyChange => "DENY",
             Self::Dial(_) => "CONNECT",
+            Self::Revoked => "CERT_REVOKED",
             _ => "-",
         }
     }
@@ -126,6 +130,7 @@ struct Tunnel {
     /// headers is believed for labels only.
     peer: SocketAddr,
     identity: Option<Identity>,
+    chain: Chain,
     /// The address that the peer dialled.
     local: SocketAddr,
 }
@@ -149,11 +154,31 @@ pub async fn serve(accepted: Accepted) {
         Ok(tls) => tls,
         Err(error) => return fail(InboundError::Tls(error)),
     };
-    let identity = peer_identity(tls.get_ref().1.peer_certificates());
-    let stop = pod.stop.clone();
-    let tunnel = Rc::new(Tunnel { worker, pod, peer, identity, local });
-    let served = server::serve(tls, &shared.config.h2, stop, |asked| request(Rc::clone(&tunnel), asked));
-    if let Err(error) = served.await {
+    let certificates = tls.get_ref().1.peer_certificates();
+    let (identity, chain) = (peer_identity(certificates), Chain::of(certificates));
+    if shared.revocations.is_configured() && chain.is_empty() {
+        shared.metrics.crl.untracked(Direction::Inbound);
+    }
+    if shared.revocations.is_revoked(&chain) {
+        shared.metrics.crl.rejected(Direction::Inbound);
+        return fail(InboundError::Revoked);
+    }
+    let stop = pod.stop.child_token();
+    // No new streams then; those that are open end by themselves, each with its record.
+    let revoked = async {
+        shared.revocations.until_revoked(chain.clone()).await;
+        shared.metrics.crl.rejected(Direction::Inbound);
+        stop.cancel();
+        std::future::pending::<()>().await;
+    };
+    let tunnel = Rc::new(Tunnel { worker, pod, peer, identity, chain: chain.clone(), local });
+    let served =
+        server::serve(tls, &shared.config.h2, stop.clone(), |asked| request(Rc::clone(&tunnel), asked));
+    let served = tokio::select! {
+        served = served => served,
+        () = revoked => return,
+    };
+    if let Err(error) = served {
         // Its streams, if there were any, have their own records.
         debug!(src.addr = %peer, dst.addr = %local, %error, "tunnel of a peer ended");
     }
@@ -192,6 +217,9 @@ async fn admit(tunnel: &Tunnel, asked: &Asked) -> Result<Admitted, InboundError>
     let authority = request.uri().authority().ok_or(InvalidTarget)?;
     let target: Target = authority.as_str().parse()?;
     let shared = &tunnel.worker.shared;
+    if shared.revocations.is_revoked(&tunnel.chain) {
+        return Err(InboundError::Revoked);
+    }
     let (mesh, workload) = shared.workload(&tunnel.pod).await?;
     let mut delivery = delivery(&mesh, &workload, tunnel.local, target, shared.config.proxy_to)?;
     let port = delivery.target.port();
@@ -294,7 +322,16 @@ async fn carry(
         tunnel.identity.as_ref(),
         admitted.delivery.target,
     );
-    Ok(stream::tunnel(application, stream, SocketIs::Server, counters, denied).await?)
+    let cut = async {
+        tokio::select! {
+            () = denied => {}
+            () = shared.revocations.until_revoked(tunnel.chain.clone()) => {}
+        }
+    };
+    match stream::tunnel(application, stream, SocketIs::Server, counters, cut).await {
+        Err(StreamError::Cut) if shared.revocations.is_revoked(&tunnel.chain) => Err(InboundError::Revoked),
+        done => Ok(done?),
+    }
 }
 
 /// The application, told by a PROXY header about the client if it wants that.

@@ -14,7 +14,8 @@
 //! * [`route`], [`policy`]: where to, and whether; pure
 //! * [`mesh`]: what is known of others: workloads, services, policies
 //! * [`identity`]: who we are: SPIFFE ids, certificates, whom to trust
-//! * [`control_plane`]: how a control plane is called; [`backoff`]: pauses between attempts
+//! * [`control_plane`]: how a control plane is called; [`backoff`]: pauses between attempts;
+//!   [`stamp`]: whether a file changed
 //! * [`logging`]: the log and its filter
 //! * [`config`]: what all of them rest on
 //!
@@ -41,5 +42,6 @@ pub mod policy;
 pub mod record;
 pub mod route;
 pub mod socket;
+pub mod stamp;
 pub mod stream;
 pub mod worker;

@@ -17,7 +17,7 @@ use ztunnel::{
     discovery,
     dns::Dns,
     drain,
-    identity::Certificates,
+    identity::{Certificates, Revocations},
     logging::{Logging, Lost},
     mesh::{
         Store,
@@ -66,6 +66,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: Lost) -> Resul
     // Load.
     let store = Arc::new(Store::new(local_file::load(&config)?));
     let certificates = Certificates::new(&config)?;
+    let revocations = Arc::new(Revocations::open(config.crl.clone())?);
     let mut metrics = Metrics::new();
     metrics.collect(Box::new(CertificateExpiry(Arc::clone(&certificates))));
     metrics.collect(Box::new(lost_lines));
@@ -85,6 +86,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: Lost) -> Resul
         Arc::clone(&config),
         Arc::clone(&store),
         Arc::clone(&certificates),
+        Arc::clone(&revocations),
         Arc::clone(&metrics),
     ));
     let workers = Workers::start(&shared).context("cannot start the workers")?;
@@ -115,6 +117,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: Lost) -> Resul
         }
     });
     services.spawn(certificates.run(end.clone()));
+    services.spawn(revocations.watch(end.clone()));
     if let Some(client) = xds {
         services.spawn(client.run(end.clone()));
     }

@@ -5,10 +5,12 @@
 //!
 //! * [`traffic`]: what is counted of connections, and under which labels
 //! * [`open`], [`failures`]: the connections that are open now, and the last ones that failed
-//! * [`dns`]: what pods ask the DNS proxy; [`xds`]: what the control plane tells
+//! * [`dns`]: what pods ask the DNS proxy; [`xds`]: what the control plane tells; [`crl`]: what revocation lists
+//!   came to
 //! * [`certificates`], [`process`], [`runtime`]: asked at each scrape
 
 pub mod certificates;
+mod crl;
 pub mod dns;
 pub mod failures;
 pub mod open;
@@ -71,6 +73,7 @@ pub struct Metrics {
     pub pool: PoolMetrics,
     pub dns: dns::DnsMetrics,
     pub xds: xds::XdsMetrics,
+    pub crl: crl::CrlMetrics,
     pub runtimes: Runtimes,
     pub open: Open,
     pub failed_connections: Failures,
@@ -154,6 +157,7 @@ impl Metrics {
             pool: PoolMetrics::default(),
             dns: dns::DnsMetrics::default(),
             xds: xds::XdsMetrics::default(),
+            crl: crl::CrlMetrics::default(),
             runtimes: Runtimes::default(),
             open: Open::default(),
             failed_connections: Failures::default(),
@@ -163,6 +167,7 @@ impl Metrics {
         metrics.register_process();
         metrics.dns.register(&mut metrics.registry);
         metrics.xds.register(&mut metrics.registry);
+        metrics.crl.register(&mut metrics.registry);
         metrics
     }
 

@@ -3,14 +3,19 @@
 
 mod gateway;
 
-use std::{io, net::SocketAddr, sync::Arc, time::Instant};
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::net::TcpStream;
 
 use crate::{
     hbone::{
         Connect,
-        client::{self, ConnectError},
+        client::{self, ConnectError, Tunnel},
         pool::{Key, Lease},
     },
     identity::Identity,
@@ -20,7 +25,7 @@ use crate::{
     route::{self, Outbound, OutboundRoute, RouteError, Via},
     socket,
     stream::{self, SocketIs, Stream, StreamError},
-    worker::{Accepted, UnknownWorkload},
+    worker::{Accepted, Shared, UnknownWorkload},
 };
 
 /// Why an outbound connection did not come to be, or broke.
@@ -179,10 +184,16 @@ async fn hbone(
         Err(error) => Err(error),
     };
     match opened {
-        Ok((stream, _lease)) => {
+        Ok((stream, lease)) => {
             metrics.connected(Direction::Outbound.as_str(), began.elapsed());
-            let never = std::future::pending();
-            Ok(stream::tunnel(accepted.stream, stream, SocketIs::Client, counters, never).await?)
+            let shared = Arc::clone(&accepted.worker.shared);
+            // A tunnel that must end takes connections for a moment still.
+            if shared.revocations.is_revoked(lease.chain()) {
+                return refuse(accepted, Arc::new(ConnectError::Revoked { peer: way.peer }).into());
+            }
+            let revoked = shared.revocations.until_revoked(lease.chain().clone());
+            let done = stream::tunnel(accepted.stream, stream, SocketIs::Client, counters, revoked).await;
+            done.map_err(|error| cut_or(error, way.peer))
         }
         Err(error) => refuse(accepted, error),
     }
@@ -237,9 +248,48 @@ async fn pooled(
             let tunnel =
                 client::handshake(socket, peer, credentials.client(&expected), &shared.config.h2).await;
             shared.metrics.tls_handshake(Direction::Outbound.as_str(), began.elapsed());
-            tunnel
+            guarded(shared, peer, tunnel?)
         }
     };
     let (_response, stream, lease) = worker.pool.open(&key, request, dial).await?;
     Ok((stream, lease))
+}
+
+/// How long the streams of a tunnel that must end have to end by themselves.
+const FAREWELL: Duration = Duration::from_millis(50);
+
+/// A tunnel that ends when a certificate of its peer is revoked.
+fn guarded(shared: Arc<Shared>, peer: SocketAddr, mut tunnel: Tunnel) -> Result<Tunnel, ConnectError> {
+    if !shared.revocations.is_configured() {
+        return Ok(tunnel);
+    }
+    if tunnel.chain.is_empty() {
+        shared.metrics.crl.untracked(Direction::Outbound);
+    }
+    if shared.revocations.is_revoked(&tunnel.chain) {
+        shared.metrics.crl.rejected(Direction::Outbound);
+        return Err(ConnectError::Revoked { peer });
+    }
+    let (driver, chain) = (tunnel.driver, tunnel.chain.clone());
+    tunnel.driver = Box::pin(async move {
+        let revoked = async {
+            shared.revocations.until_revoked(chain).await;
+            shared.metrics.crl.rejected(Direction::Outbound);
+            // The streams first: they say why they are cut.
+            tokio::time::sleep(FAREWELL).await;
+        };
+        tokio::select! {
+            ended = driver => ended,
+            () = revoked => Ok(()),
+        }
+    });
+    Ok(tunnel)
+}
+
+/// Connections of clients are cut for one reason only.
+fn cut_or(error: StreamError, peer: SocketAddr) -> OutboundError {
+    match error {
+        StreamError::Cut => Arc::new(ConnectError::Revoked { peer }).into(),
+        error => error.into(),
+    }
 }

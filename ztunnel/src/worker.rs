@@ -24,7 +24,7 @@ use tracing::{error, info};
 use crate::{
     config::Config,
     hbone::pool::Pool,
-    identity::Certificates,
+    identity::{Certificates, Revocations},
     inbound, inbound_plain,
     lookup::Lookups,
     mesh::{Mesh, Store, Workload},
@@ -46,6 +46,7 @@ pub struct Shared {
     pub config: Arc<Config>,
     pub store: Arc<Store>,
     pub certificates: Arc<Certificates>,
+    pub revocations: Arc<Revocations>,
     pub metrics: Arc<Metrics>,
     /// As configured; a pod may need it otherwise.
     pub socket: socket::Options,
@@ -58,11 +59,12 @@ impl Shared {
         config: Arc<Config>,
         store: Arc<Store>,
         certificates: Arc<Certificates>,
+        revocations: Arc<Revocations>,
         metrics: Arc<Metrics>,
     ) -> Self {
         let socket = socket::Options::new(&config);
         let original_source = config.original_source.unwrap_or_else(socket::may_speak_as_others);
-        Self { config, store, certificates, metrics, socket, original_source }
+        Self { config, store, certificates, revocations, metrics, socket, original_source }
     }
 
     /// The ports that are the tunnel's own in every netns; traffic to them through the tunnel would go in circles.

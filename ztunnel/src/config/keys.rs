@@ -118,6 +118,8 @@ pub const KEYS: &[Key] = &[
     key("ca.development_dir", "DEVELOPMENT_CA_DIR", Path, Is("/var/lib/adit/development-ca"), "that CA's folder; nodes that share it trust each other. Setting it asks for that CA"),
     key("ca.secret_ttl", "SECRET_TTL", Lasts { min: Duration::from_secs(10) }, Is("24h"), "life to ask certificates for; they are renewed at half of it"),
 
+    key("tls.crl", "CRL_PATH", Path, Nothing, "revocation lists, PEM or DER (watched): what they list is refused, and cut where it is connected"),
+
     key("socket.mark", "PACKET_MARK", ANY, Depends("1337 in shared mode, else none"), "`SO_MARK` of the tunnel's sockets"),
     key("socket.ipv6", "IPV6_ENABLED", Bool, Is("true"), "listen on IPv6 too, where the kernel has it"),
     key("socket.original_source", "ENABLE_ORIG_SRC", Bool, Depends("if the capability is there"), "applications see the client's address"),

@@ -48,6 +48,8 @@ pub struct Config {
     /// In place of that.
     pub xds: Option<Xds>,
     pub ca: Ca,
+    /// Revocation lists (`CRL_PATH`).
+    pub crl: Option<PathBuf>,
     /// Life time to ask certificates for.
     #[serde(serialize_with = "seconds")]
     pub secret_ttl: Duration,

@@ -18,12 +18,8 @@ use super::{
 const MAX_DEFAULT_WORKERS: usize = 16;
 
 /// Variables of Istio's tunnel that cannot be ignored without weakening or breaking something.
-const NOT_SUPPORTED: [(&str, &str); 5] = [
+const NOT_SUPPORTED: [(&str, &str); 4] = [
     ("XDS_ON_DEMAND", "the control plane is asked for everything; look-ups on demand are not supported"),
-    (
-        "CRL_PATH",
-        "revocation lists are not supported, and without one revoked certificates would be accepted",
-    ),
     ("TLS12_ENABLED", "only TLS 1.3 is supported"),
     ("COMPLIANCE_POLICY", "compliance policies are not supported"),
     ("ENABLE_PROXY", "the tunnel without its HBONE proxy is not supported"),
@@ -85,6 +81,7 @@ fn resolve(settings: &Settings, in_kubernetes: bool, without_xds: bool) -> Resul
         xds: xds(settings, &cluster_id, in_kubernetes && !without_xds)?,
         local_state: local_state(settings)?,
         ca: ca(settings, &mode, &cluster_id, in_kubernetes)?,
+        crl: settings.get("tls.crl").map(Into::into),
         secret_ttl: settings.duration("ca.secret_ttl")?,
         workers: workers(settings),
         pool: Pool {

@@ -60,7 +60,7 @@ fn an_ill_formed_value_is_named_with_what_was_expected() {
 
 #[test]
 fn what_cannot_be_ignored_is_refused_and_its_harmless_form_is_not() {
-    for key in ["XDS_ON_DEMAND", "CRL_PATH", "TLS12_ENABLED", "COMPLIANCE_POLICY"] {
+    for key in ["XDS_ON_DEMAND", "TLS12_ENABLED", "COMPLIANCE_POLICY"] {
         assert!(refusal(&[(key, "true")]).starts_with(key));
     }
     assert!(refusal(&[("ENABLE_PROXY", "false")]).starts_with("ENABLE_PROXY"));

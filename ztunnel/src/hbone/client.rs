@@ -15,7 +15,7 @@ use tokio_rustls::TlsConnector;
 use super::{HANDSHAKE_TIMEOUT, alive::Listened, client_settings};
 use crate::{
     config::H2,
-    identity::{Identity, IdentityError, peer_identity},
+    identity::{Chain, Identity, IdentityError, peer_identity},
 };
 
 /// TLS records are read from the socket in such pieces; rustls alone would ask for 4 KiB at a time.
@@ -33,6 +33,8 @@ pub enum ConnectError {
     Identity(#[source] IdentityError),
     #[error("tls handshake error")]
     Tls { peer: SocketAddr, source: io::Error },
+    #[error("the certificate of {peer} is revoked")]
+    Revoked { peer: SocketAddr },
     #[error("http2 handshake with {peer} failed")]
     Http { peer: SocketAddr, source: h2::Error },
     #[error("http stream to {peer} failed")]
@@ -53,6 +55,7 @@ impl ConnectError {
             Self::Tcp { .. } => "connect",
             Self::Identity(_) => "identity",
             Self::Tls { .. } => "tls",
+            Self::Revoked { .. } => "revoked",
             Self::Http { .. } => "h2_handshake",
             Self::Stream { .. } | Self::Abandoned => "h2_stream",
             Self::Status(_) => "refused_by_peer",
@@ -66,6 +69,7 @@ impl ConnectError {
             Self::Tcp { .. } => "CONNECT",
             Self::Identity(_) => "IDENTITY_ERROR",
             Self::Tls { .. } => "TLS_FAILURE",
+            Self::Revoked { .. } => "CERT_REVOKED",
             Self::Http { .. } => "H2_HANDSHAKE_FAILURE",
             Self::Status(StatusCode::UNAUTHORIZED) => "DENY",
             Self::Inner { source, .. } => source.response_flags(),
@@ -80,6 +84,8 @@ pub struct Tunnel {
     pub requests: SendRequest<Bytes>,
     /// Who the peer proved to be.
     pub identity: Option<Identity>,
+    /// By which certificates.
+    pub chain: Chain,
     pub driver: Pin<Box<dyn Future<Output = Result<(), h2::Error>>>>,
 }
 
@@ -106,8 +112,9 @@ where
     let tls = timeout(HANDSHAKE_TIMEOUT, tls).await.unwrap_or_else(|_| Err(late()));
     let mut tls = tls.map_err(|source| ConnectError::Tls { peer, source })?;
     tls.get_mut().1.set_buffer_limit(Some(TLS_WRITE));
-    let identity = peer_identity(tls.get_ref().1.peer_certificates());
-    Ok(Tunnel { identity, ..http(tls, peer, h2).await? })
+    let certificates = tls.get_ref().1.peer_certificates();
+    let (identity, chain) = (peer_identity(certificates), Chain::of(certificates));
+    Ok(Tunnel { identity, chain, ..http(tls, peer, h2).await? })
 }
 
 /// HTTP/2 alone. The client's half of the handshake does not wait for the server's.
@@ -125,5 +132,5 @@ where
             () = alive => Ok(()),
         }
     });
-    Ok(Tunnel { requests, identity: None, driver })
+    Ok(Tunnel { requests, identity: None, chain: Chain::default(), driver })
 }

@@ -20,7 +20,11 @@ use super::{
     client::{self, ConnectError},
     pool::Lease,
 };
-use crate::{config::H2, identity::Identity, stream::Stream};
+use crate::{
+    config::H2,
+    identity::{Chain, Identity},
+    stream::Stream,
+};
 
 /// So much is put into one DATA frame; TLS writes in pieces of about this size anyway.
 const CHUNK: usize = 256 << 10;
@@ -31,6 +35,7 @@ pub struct Inner {
     pub response: Response<()>,
     pub stream: Stream,
     pub identity: Option<Identity>,
+    pub chain: Chain,
 }
 
 /// Opens a tunnel within `outer` and sends `request` through it. It carries that one stream and ends with it;
@@ -44,7 +49,7 @@ pub async fn open(
     request: Request<()>,
 ) -> Result<Inner, ConnectError> {
     let tunnel = client::handshake(Pipe::new(outer), peer, tls, h2).await?;
-    let (driver, identity) = (tunnel.driver, tunnel.identity);
+    let (driver, identity, chain) = (tunnel.driver, tunnel.identity, tunnel.chain);
     // Ends with the stream below, which is the only one, or with the gateway's connection: so it needs no owner. It
     // outlives the stream only to bring its last frames out.
     spawn_local(async move {
@@ -60,7 +65,7 @@ pub async fn open(
     if head.status != StatusCode::OK {
         return Err(ConnectError::Status(head.status));
     }
-    Ok(Inner { response: Response::from_parts(head, ()), stream: Stream::new(send, recv), identity })
+    Ok(Inner { response: Response::from_parts(head, ()), stream: Stream::new(send, recv), identity, chain })
 }
 
 /// A stream as the bytes that it carries. Dropped before it was shut down, it is reset.

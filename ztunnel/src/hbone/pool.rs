@@ -26,7 +26,13 @@ use tokio::{
 };
 
 use super::client::{ConnectError, Tunnel};
-use crate::{config, identity::Identity, metrics::PoolMetrics, socket::NetnsId, stream::Stream};
+use crate::{
+    config,
+    identity::{Chain, Identity},
+    metrics::PoolMetrics,
+    socket::NetnsId,
+    stream::Stream,
+};
 
 /// What two connections must have in common to share a tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -74,6 +80,7 @@ struct Member {
     unused_since: Cell<Instant>,
     /// Whether the server ever answered: till then it may still refuse our certificate.
     proven: Cell<bool>,
+    chain: Chain,
     metrics: PoolMetrics,
 }
 
@@ -92,6 +99,11 @@ impl Lease {
         member.streams.set(member.streams.get() + 1);
         member.metrics.streams.inc();
         Self(Rc::clone(member))
+    }
+
+    /// The certificates of the peer.
+    pub fn chain(&self) -> &Chain {
+        &self.0.chain
     }
 }
 
@@ -190,7 +202,7 @@ impl Inner {
             let dialled = dialling.await;
             // Before anybody who waited is woken: whoever comes next starts anew.
             group.opening.borrow_mut().take();
-            let Tunnel { requests, driver, .. } = dialled?;
+            let Tunnel { requests, driver, chain, .. } = dialled?;
             pool.metrics.connections.inc();
             let member = Rc::new(Member {
                 metrics: pool.metrics.clone(),
@@ -198,6 +210,7 @@ impl Inner {
                 streams: Cell::new(0),
                 unused_since: Cell::new(Instant::now()),
                 proven: Cell::new(false),
+                chain,
             });
             let watched = Rc::downgrade(&member);
             group.members.borrow_mut().push(member);

@@ -2,6 +2,7 @@
 //!
 //! * [`certificates`]: one valid certificate per local identity, fetched once, renewed at half life
 //! * [`ca_client`], [`development_ca`]: the two that sign
+//! * [`revocations`]: whose certificates are not to be believed any more
 //! * [`credentials`]: a certificate with its key, as TLS configuration for both roles
 //! * [`trust`]: what is checked of a peer's certificate
 
@@ -9,6 +10,7 @@ mod ca_client;
 mod certificates;
 mod credentials;
 mod development_ca;
+mod revocations;
 mod trust;
 
 use std::{fmt, str::FromStr, sync::Arc};
@@ -16,6 +18,7 @@ use std::{fmt, str::FromStr, sync::Arc};
 pub use ca_client::answered;
 pub use certificates::{Certificates, Known};
 pub use credentials::Credentials;
+pub use revocations::{Chain, Revocations, RevocationsError};
 pub use trust::peer_identity;
 
 use crate::control_plane::ControlPlaneError;

@@ -11,14 +11,17 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::{Mesh, Store, Workload};
-use crate::config::{Config, LocalState};
+use crate::{
+    config::{Config, LocalState},
+    stamp::Stamp,
+};
 use entries::Document;
 use policies::PolicyEntry;
 use services::ServiceEntry;
@@ -94,22 +97,6 @@ fn apply(path: &Path, text: &str, defaults: &Defaults, store: &Store) {
             store.replace(mesh);
         }
         Err(error) => warn!(path = %path.display(), %error, "local state refused, keeping the last good one"),
-    }
-}
-
-/// What tells two versions of a file apart without reading them.
-#[derive(PartialEq, Eq)]
-struct Stamp {
-    modified: Option<SystemTime>,
-    size: u64,
-    inode: u64,
-}
-
-impl Stamp {
-    fn of(path: &Path) -> Option<Self> {
-        use std::os::unix::fs::MetadataExt;
-        let file = std::fs::metadata(path).ok()?;
-        Some(Self { modified: file.modified().ok(), size: file.len(), inode: file.ino() })
     }
 }
 

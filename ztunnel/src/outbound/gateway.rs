@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use super::{OutboundError, Way, ends, pooled, request};
+use super::{OutboundError, Way, cut_or, ends, pooled, request};
 use crate::{
     hbone::{BAGGAGE, client::ConnectError, nested},
     identity::Identity,
@@ -41,10 +41,11 @@ pub(super) async fn carry(
     }
     ends.destination_identity = inner.identity;
     let record = Record::open_since(&metrics, ends, began);
-    let never = std::future::pending();
+    let shared = Arc::clone(&accepted.worker.shared);
+    let revoked = shared.revocations.until_revoked(inner.chain);
     let result =
-        stream::tunnel(accepted.stream, inner.stream, SocketIs::Client, record.counters(), never).await;
-    let result = result.map_err(OutboundError::from);
+        stream::tunnel(accepted.stream, inner.stream, SocketIs::Client, record.counters(), revoked).await;
+    let result = result.map_err(|error| cut_or(error, way.peer));
     record.close(result.as_ref().copied().map_err(|error| error as &dyn Failure));
 }
 
@@ -66,5 +67,10 @@ async fn open(
     let credentials = shared.certificates.get(&accepted.pod.identity).await;
     let tls = credentials.map_err(|error| failed(ConnectError::Identity(error)))?.client(inner_expected);
     let opened = nested::open(stream, lease, peer, tls, &shared.config.h2, inner).await;
-    Ok(opened.map_err(failed)?)
+    let inner = opened.map_err(failed)?;
+    if shared.revocations.is_revoked(&inner.chain) {
+        shared.metrics.crl.rejected(Direction::Outbound);
+        return Err(failed(ConnectError::Revoked { peer }).into());
+    }
+    Ok(inner)
 }

@@ -1,0 +1,46 @@
+//! What revocation lists came to, with Istio's names.
+
+use prometheus_client::{encoding::EncodeLabelSet, metrics::family::Family, registry::Registry};
+
+use super::U64Counter;
+use crate::record::Direction;
+
+#[derive(Clone, Debug, Default)]
+pub struct CrlMetrics {
+    rejections: Family<ReporterLabels, U64Counter>,
+    untracked: Family<ReporterLabels, U64Counter>,
+}
+
+/// Which end of a connection we are.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReporterLabels {
+    reporter: &'static str,
+}
+
+impl CrlMetrics {
+    pub(super) fn register(&self, registry: &mut Registry) {
+        let crl = registry.sub_registry_with_prefix("istio_crl");
+        let help =
+            "The total number of peers refused or cut since a certificate of theirs is revoked (unstable)";
+        crl.register("policy_rejections", help, self.rejections.clone());
+        let help = "The total number of peers whose certificates could not be told apart by issuer and serial number, so \
+                    that no list could name them (unstable)";
+        crl.register("untracked_connections", help, self.untracked.clone());
+    }
+
+    pub fn rejected(&self, direction: Direction) {
+        self.rejections.get_or_create(&labels(direction)).inc();
+    }
+
+    pub fn untracked(&self, direction: Direction) {
+        self.untracked.get_or_create(&labels(direction)).inc();
+    }
+}
+
+fn labels(direction: Direction) -> ReporterLabels {
+    let reporter = match direction {
+        Direction::Inbound => "destination",
+        Direction::Outbound => "source",
+    };
+    ReporterLabels { reporter }
+}
