@@ -135,11 +135,15 @@ fn name(pod: &Pod) -> String {
 
 /// A workload as the control plane sends it.
 fn workload(pod: &Pod, version: &str, tunnel_protocol: u32) -> Value {
+    let services = match pod.name.as_str() {
+        "server" => json!({WEB: {"ports": [{"servicePort": 80, "targetPort": 8080}]}}),
+        _ => json!({}),
+    };
     json!([version, {"workload": {
         "uid": name(pod), "name": pod.name, "namespace": "demo", "addresses": [base64(&pod.ip.octets())],
         "tunnelProtocol": tunnel_protocol, "serviceAccount": pod.name, "node": "a", "canonicalName": pod.name,
         "canonicalRevision": "v1", "workloadName": pod.name, "clusterId": "Kubernetes",
-        "services": {"demo/web.demo.svc.cluster.local": {"ports": [{"servicePort": 80, "targetPort": 8080}]}},
+        "services": services,
     }}])
 }
 
@@ -220,6 +224,8 @@ fn a_foreign_control_plane_tells_and_is_told_what_is_wrong() {
             .is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
             .then_some(())
     });
+    // The one that showed it may have been open for a moment, and was cut.
+    assert_eq!(client.space.refusal(server.at(8080)), ErrorKind::ConnectionReset);
     node.records(1, &["explicitly denied by: demo/deny"]);
     control.tell(&json!({"push": "authorization", "remove": ["demo/deny"]}));
     wait_for("the policy to go", || read_line(&mut client.space.connect(server.at(8080))).ok());

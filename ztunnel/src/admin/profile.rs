@@ -137,7 +137,9 @@ fn encode(stacks: Vec<Vec<u64>>, frequency: u64) -> Vec<u8> {
     }
     let nanoseconds = (1_000_000_000 / frequency) as f64;
     for stack in stacks {
-        let addrs = stack.into_iter().filter_map(|frame| usize::try_from(frame).ok()).collect();
+        // A stack that could not be followed to its beginning ends in 0, from which nothing can be subtracted.
+        let addrs =
+            stack.into_iter().filter_map(|frame| usize::try_from(frame).ok()).filter(|&at| at != 0).collect();
         profile.push_stack(WeightedStack { addrs, weight: nanoseconds }, None);
     }
     profile.to_pprof(("cpu", "nanoseconds"), ("cpu", "nanoseconds"), None)
