@@ -66,6 +66,18 @@ fn missing_capabilities_are_named_and_what_is_asked_for_is_enough() {
     bed.wait_state(pod, "open", "");
 }
 
+/// A personality of Linux makes uname(2) say 2.6 (uname26, for programs that know no 3).
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_kernel_that_is_too_old_is_named() {
+    let bed = Bed::new();
+    let (ok, checks) = preflight(&bed, &["setarch", std::env::consts::ARCH, "--uname-2.6"]);
+    assert!(!ok && failed(&checks).contains(&"kernel"), "{checks:#?}");
+    assert!(found(&checks, "kernel").starts_with("2.6."), "{checks:#?}");
+    let kernel = checks.iter().find(|check| check["name"] == "kernel").expect("the check");
+    assert!(kernel["needed"].as_str().is_some_and(|needed| needed.contains("5.10")), "{kernel}");
+}
+
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_watcher_that_lacks_something_refuses_by_name_and_attaches_nothing() {
