@@ -16,10 +16,13 @@ pub mod store;
 pub mod workloads;
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, HashMap},
     net::IpAddr,
     sync::Arc,
 };
+
+use ipnet::IpNet;
 
 pub use change::Change;
 pub use gateways::{GatewayAddress, GatewayDestination};
@@ -43,6 +46,7 @@ pub struct Mesh {
     named: BTreeMap<ServiceKey, Arc<Workload>>,
     services: BTreeMap<ServiceKey, Arc<Service>>,
     by_vip: ByNetworkAddress<Service>,
+    by_cidr: HashMap<Arc<str>, Ranges>,
     by_hostname: HashMap<Arc<str>, Vec<Arc<Service>>>,
     endpoints: HashMap<ServiceKey, Vec<Endpoint>>,
     policies: BTreeMap<PolicyKey, Arc<Policy>>,
@@ -52,6 +56,9 @@ pub struct Mesh {
 
 /// By network, then address. Nested, so that a look-up needs no owned key.
 type ByNetworkAddress<T> = HashMap<Arc<str>, HashMap<IpAddr, Arc<T>>>;
+/// Services that have whole ranges, by the ranges' lengths: an address is looked up once for each length that there is,
+/// the longest first.
+type Ranges = BTreeMap<Reverse<u8>, HashMap<IpNet, Arc<Service>>>;
 type ByNamespaceAndName<T> = HashMap<Arc<str>, HashMap<Arc<str>, T>>;
 
 impl Mesh {
@@ -117,6 +124,11 @@ impl Mesh {
                 let by_ip = self.by_vip.entry(Arc::clone(network)).or_default();
                 by_ip.insert(vip.to_canonical(), Arc::clone(service));
             }
+            for (network, range) in &service.cidr_vips {
+                let ranges = self.by_cidr.entry(Arc::clone(network)).or_default();
+                let of_length = ranges.entry(Reverse(range.prefix_len())).or_default();
+                of_length.insert(range.trunc(), Arc::clone(service));
+            }
         }
         let mut workloads: Vec<_> = self.workloads.values().collect();
         workloads.sort_by_key(|workload| self.arrivals.get(&workload.uid));
@@ -179,8 +191,15 @@ impl Mesh {
         self.services.get(key)
     }
 
+    /// The service whose address it is, else the one that has the narrowest range around it.
     pub fn service_by_vip(&self, network: &str, ip: IpAddr) -> Option<&Arc<Service>> {
-        self.by_vip.get(network)?.get(&ip.to_canonical())
+        let ip = ip.to_canonical();
+        self.by_vip.get(network).and_then(|by_ip| by_ip.get(&ip)).or_else(|| {
+            self.by_cidr.get(network)?.iter().find_map(|(Reverse(length), ranges)| {
+                // A length that the address' family does not have is the other one's.
+                ranges.get(&IpNet::new(ip, *length).ok()?.trunc())
+            })
+        })
     }
 
     /// The service of that name. Several namespaces may define one name: the one in `namespace` is preferred,

@@ -118,3 +118,54 @@ fn of_several_services_with_one_name_the_own_namespace_wins_then_the_canonical_o
     assert_eq!([found("c"), found("x")], ["c", "b"]);
     assert!(mesh.service_by_hostname("other.example", "a").is_none());
 }
+
+#[test]
+fn of_ranges_that_hold_an_address_the_narrowest_counts_and_an_address_of_its_own_before_all() {
+    let ranged = |name: &str, vip: &str, ranges: &[&str]| Service {
+        cidr_vips: ranges.iter().map(|range| ("".into(), range.parse().unwrap())).collect(),
+        ..service(name, vip)
+    };
+    let services = [
+        ranged("wide", "192.0.2.1", &["10.0.0.0/8", "fd00::/8"]),
+        ranged("narrow", "192.0.2.2", &["10.1.0.0/16", "fd00:1::/32"]),
+        service("one", "10.1.2.3"),
+    ];
+    let mesh = Mesh::new([], services, []);
+    let found = |network, text| mesh.service_by_vip(network, ip(text)).map(|service| &*service.name);
+    for (text, name) in [
+        ("10.2.0.1", Some("wide")),
+        ("10.1.0.1", Some("narrow")),
+        ("::ffff:10.1.0.1", Some("narrow")),
+        ("10.1.2.3", Some("one")),
+        ("fd00:2::1", Some("wide")),
+        ("fd00:1::1", Some("narrow")),
+        ("11.0.0.1", None),
+        ("2001:db8::1", None),
+    ] {
+        assert_eq!(found("", text), name, "{text}");
+    }
+    assert_eq!(found("east", "10.1.0.1"), None);
+}
+
+#[test]
+fn what_changes_is_all_that_changes_and_a_moved_address_is_its_last_owners() {
+    let mesh = Mesh::new(
+        [workload("z-old", "10.0.0.1"), workload("b", "10.0.0.2")],
+        [service("s", "10.96.0.1")],
+        [],
+    );
+    let told = mesh.with([
+        Change::Workload(workload("a-new", "10.0.0.1")),
+        Change::NoService(service("s", "10.96.0.1").key()),
+    ]);
+    let owner =
+        |mesh: &Mesh| mesh.workload_by_address("", ip("10.0.0.1")).map(|found| found.name.to_string());
+    assert_eq!((owner(&mesh).as_deref(), owner(&told).as_deref()), (Some("z-old"), Some("a-new")));
+    assert!(told.service_by_vip("", ip("10.96.0.1")).is_none());
+    // Told of again, the old one does not become the new one.
+    let again = told.with([Change::Workload(workload("z-old", "10.0.0.1"))]);
+    assert_eq!(owner(&again).as_deref(), Some("a-new"));
+    let left = again.with([Change::NoWorkload("uid-a-new".into())]);
+    assert_eq!(owner(&left).as_deref(), Some("z-old"));
+    assert_eq!(left.workloads().count(), 2);
+}
