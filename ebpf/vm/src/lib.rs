@@ -7,7 +7,7 @@ mod initramfs;
 
 use std::{
     env,
-    fs::{self, File},
+    fs::{self, File, TryLockError},
     io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -51,9 +51,7 @@ pub fn run(kernel: &str, programs: &[&Path], command: &str) -> anyhow::Result<St
     );
     let work = tempfile::Builder::new().prefix("adit-vm").tempdir().context("a folder")?;
     let image = initramfs::build(work.path(), &folder, programs, command)?;
-    // One at a time: what is emulated slowly must not also wait for its neighbour.
-    let turn = File::create(env::temp_dir().join("adit-vm.lock")).context("the lock file")?;
-    turn.lock().context("waiting for our turn")?;
+    let _turn = turn()?;
     let machine = Command::new("qemu-system-x86_64")
         .args(["-accel", "tcg", "-cpu", PROCESSOR, "-m", MEMORY_MIB, "-smp", "1"])
         .args(["-display", "none", "-nodefaults", "-no-reboot", "-serial", "stdio"])
@@ -75,6 +73,24 @@ pub fn run(kernel: &str, programs: &[&Path], command: &str) -> anyhow::Result<St
             bail!("on Linux {kernel} it ended with status {status}:\n{said}")
         }
         None => bail!("Linux {kernel} stopped or took too long:\n{console}"),
+    }
+}
+
+/// As many machines as there are processors: what is emulated slowly must not also wait for its neighbour. Ours ends
+/// with what is returned.
+fn turn() -> anyhow::Result<File> {
+    let places = thread::available_parallelism().map_or(1, usize::from);
+    let place = |number| File::create(env::temp_dir().join(format!("adit-vm-{number}.lock")));
+    let places = (0..places).map(place).collect::<Result<Vec<_>, _>>().context("the lock files")?;
+    loop {
+        for place in &places {
+            match place.try_lock() {
+                Ok(()) => return place.try_clone().context("the lock file"),
+                Err(TryLockError::WouldBlock) => {}
+                Err(TryLockError::Error(error)) => return Err(error).context("waiting for our turn"),
+            }
+        }
+        thread::sleep(Duration::from_millis(100));
     }
 }
 
