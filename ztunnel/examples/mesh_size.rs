@@ -1,0 +1,72 @@
+//! What a large mesh costs: 100,000 workloads as a control plane sends them, read, indexed and held; then one more.
+//!
+//!     cargo run --release -p ztunnel --example mesh_size [WORKLOADS]
+
+use std::{fs, time::Instant};
+
+use prost::Message as _;
+use prost_types::Any;
+use ztunnel::{
+    discovery::{ADDRESS, Sender},
+    mesh::{Change, Store, local_file::Defaults},
+};
+use ztunnel_api::workload::{Address, Port, PortList, TunnelProtocol, Workload, address};
+
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+/// One of a deployment of 20 pods, 50 deployments in a namespace, 1,000 nodes.
+fn workload(number: usize) -> Any {
+    let (deployment, namespace) = (number / 20, number / 1000);
+    let (name, service) = (format!("web-{deployment}-{number:06x}"), format!("web-{deployment}"));
+    let ip = u32::try_from(number).unwrap_or(0) + 0x0a00_0001;
+    let ports = vec![Port { service_port: 80, target_port: 8080, app_protocol: 0 }];
+    let sent = Workload {
+        uid: format!("Kubernetes//Pod/team-{namespace}/{name}"),
+        name,
+        namespace: format!("team-{namespace}"),
+        addresses: vec![ip.to_be_bytes().to_vec()],
+        tunnel_protocol: TunnelProtocol::Hbone.into(),
+        trust_domain: "cluster.local".to_owned(),
+        service_account: service.clone(),
+        node: format!("node-{}", number % 1000),
+        canonical_name: service.clone(),
+        canonical_revision: "latest".to_owned(),
+        workload_name: service.clone(),
+        cluster_id: "Kubernetes".to_owned(),
+        services: [(
+            format!("team-{namespace}/{service}.team-{namespace}.svc.cluster.local"),
+            PortList { ports },
+        )]
+        .into(),
+        ..Workload::default()
+    };
+    let value = Address { r#type: Some(address::Type::Workload(sent)) }.encode_to_vec();
+    Any { type_url: ADDRESS.to_owned(), value }
+}
+
+/// Kilobytes that this process holds.
+fn held() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse().ok()).unwrap_or(0)
+}
+
+fn main() {
+    let count = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(100_000);
+    let sender =
+        Sender::new(Defaults { trust_domain: "cluster.local".into(), cluster_id: "Kubernetes".into() });
+    let store = Store::default();
+    let before = held();
+    let began = Instant::now();
+    // As in a response: read one after the other, applied at once.
+    let changes: Vec<Change> = (0..count).filter_map(|number| sender.read(&workload(number)).ok()).collect();
+    let read = began.elapsed();
+    store.apply(changes);
+    let kilobytes = held().saturating_sub(before);
+    println!("{count} workloads: read in {read:?}, held after {:?}", began.elapsed());
+    println!("{kilobytes} kB, {} bytes each", kilobytes * 1024 / count.max(1) as u64);
+    let began = Instant::now();
+    store.apply(sender.read(&workload(count)).ok());
+    println!("one more: {:?}", began.elapsed());
+}
