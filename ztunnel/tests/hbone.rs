@@ -7,7 +7,11 @@ use std::{
     io::{ErrorKind, Read, Write},
     net::SocketAddr,
     process::{Command, Stdio},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use bed::{Bed, LIMIT, Pod, Tunnel, read_all, read_line};
@@ -411,4 +415,38 @@ fn an_unused_tunnel_is_closed_and_one_in_use_is_kept() {
     bed::wait_for("the last one to be closed", || (tunnels(&client) == 0).then_some(()));
     // And a new one is opened when it is needed.
     drop(greeted(&client, &server));
+}
+
+/// Three streams that nobody reads fill their windows, 4 MiB each; the tunnel's is 16 MiB.
+#[test]
+#[ignore = "needs root: make test"]
+fn streams_that_nobody_reads_do_not_touch_another_one_of_their_tunnel() {
+    let (_bed, client, server, _nodes) = pooled(&[("ZTUNNEL_WORKER_THREADS", "1")]);
+    let sent = Arc::new(AtomicU64::new(0));
+    let counter = Arc::clone(&sent);
+    server.serve(8081, move |mut stream, _| {
+        while stream.write_all(&[0; 1 << 14]).is_ok() {
+            counter.fetch_add(1 << 14, Ordering::Relaxed);
+        }
+    });
+    let slow: Vec<_> = (0..3).map(|_| client.space.connect(server.at(8081))).collect();
+    let (mut before, mut since) = (0, Instant::now());
+    bed::wait_for("the unread streams to stand still", || {
+        let now = sent.load(Ordering::Relaxed);
+        if now != before {
+            (before, since) = (now, Instant::now());
+        }
+        (now >= 12 << 20 && since.elapsed() > Duration::from_millis(300)).then_some(())
+    });
+    let mut quick = greeted(&client, &server);
+    assert_eq!(tunnels(&client), 1);
+    let mut writer = quick.try_clone().expect("clone");
+    let writing = std::thread::spawn(move || {
+        writer.write_all(&vec![7; 16 << 20]).expect("write");
+        writer.shutdown(std::net::Shutdown::Write).expect("shutdown");
+    });
+    assert_eq!(read_all(&mut quick).expect("echo").len(), 32 << 20);
+    writing.join().expect("written");
+    assert_eq!(sent.load(Ordering::Relaxed), before, "the others stood still meanwhile");
+    drop(slow);
 }

@@ -51,6 +51,31 @@ fn node_agent_is_answered_as_the_protocol_says() {
 
 #[test]
 #[ignore = "needs root: make test"]
+fn a_certificate_is_fetched_ahead_and_kept_until_the_last_pod_of_its_account_goes() {
+    let mut bed = Bed::new();
+    let (one, two) = (bed.enrolled("a", "one"), bed.enrolled("a", "two"));
+    let mut node = bed.node("a", &[]);
+    let state = |node: &bed::Tunnel| {
+        let answer = node.space.http("GET", ([127, 0, 0, 1], 15000), "/config_dump").expect("dump");
+        let body = answer.split_once("\r\n\r\n").expect("a body").1;
+        let dump: serde_json::Value = serde_json::from_str(body).expect("JSON");
+        let held = dump["certificates"].as_array().expect("certificates").iter();
+        let mut held = held.filter(|held| held["identity"] == "spiffe://cluster.local/ns/demo/sa/shared");
+        held.next().map(|held| held["state"].clone())
+    };
+    assert_eq!(state(&node), None);
+    assert_eq!(node.agent().add_as("one", "shared", &[one.space.fd()]), "");
+    wait_for("the certificate", || (state(&node)? == "Available").then_some(()));
+    assert_eq!(node.agent().add_as("two", "shared", &[two.space.fd()]), "");
+    assert_eq!(node.agent().delete("one"), "");
+    wait_for("the pod to be left", || (!is_served(&one)).then_some(()));
+    assert_eq!(state(&node), Some("Available".into()), "the other pod needs it");
+    assert_eq!(node.agent().delete("two"), "");
+    wait_for("it to be forgotten", || state(&node).is_none().then_some(()));
+}
+
+#[test]
+#[ignore = "needs root: make test"]
 fn lost_node_agent_leaves_the_pods_served_and_its_next_snapshot_counts() {
     let mut bed = Bed::new();
     let (one, two) = (bed.enrolled("a", "one"), bed.enrolled("a", "two"));
