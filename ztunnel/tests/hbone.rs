@@ -301,6 +301,39 @@ fn foreign_tls_clients_are_answered_by_what_they_offer() {
     assert_eq!(node.records(5, &["tls handshake error", "\"reason\":\"tls\""]).len(), 5);
 }
 
+/// What openssl's client gets from a tunnel with this variable, by these options.
+fn foreign_client(variable: (&str, &str), options: &[&str]) -> Result<[u8; 9], String> {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.plain("a", "client"), bed.enrolled("a", "server"));
+    let mut node = Tunnel::start_with(&bed, "a", bed.space("a"), &[variable]);
+    assert_eq!((node.agent().add(&server), node.agent().snapshot()), (String::new(), String::new()));
+    node.wait_ready();
+    let certificate = foreign_certificate(&bed, "ours", CLIENT, true).display().to_string();
+    let options: Vec<&str> = ["-cert", &certificate, "-alpn", "h2"].iter().chain(options).copied().collect();
+    s_client(&client, &server, &options)
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn tls_1_2_is_spoken_where_it_is_asked_for() {
+    let asked = ("TLS12_ENABLED", "true");
+    for version in ["-tls1_2", "-tls1_3"] {
+        foreign_client(asked, &[version]).unwrap_or_else(|said| panic!("{version}: {said}"));
+    }
+    let said = foreign_client(asked, &["-tls1_2", "-cipher", "ECDHE-ECDSA-CHACHA20-POLY1305"]).unwrap_err();
+    assert!(said.contains("handshake failure"), "{said}");
+}
+
+/// This openssl knows nothing that holds against a quantum computer; our tunnels prefer it anyway.
+#[test]
+#[ignore = "needs root: make test"]
+fn only_post_quantum_key_exchange_where_that_is_asked_for() {
+    let said = foreign_client(("COMPLIANCE_POLICY", "pqc"), &["-groups", "X25519:P-256"]).unwrap_err();
+    assert!(said.contains("handshake failure"), "{said}");
+    let (_bed, client, server, _nodes) = pooled(&[("COMPLIANCE_POLICY", "pqc")]);
+    drop(greeted(&client, &server));
+}
+
 #[test]
 #[ignore = "needs root: make test"]
 fn an_application_whose_node_is_of_another_trust_domain_sees_a_reset() {

@@ -118,6 +118,8 @@ pub const KEYS: &[Key] = &[
     key("ca.development_dir", "DEVELOPMENT_CA_DIR", Path, Is("/var/lib/adit/development-ca"), "that CA's folder; nodes that share it trust each other. Setting it asks for that CA"),
     key("ca.secret_ttl", "SECRET_TTL", Lasts { min: Duration::from_secs(10) }, Is("24h"), "life to ask certificates for; they are renewed at half of it"),
 
+    key("tls.tls12", "TLS12_ENABLED", Bool, Is("false"), "TLS 1.2 beside 1.3"),
+    key("tls.compliance", "COMPLIANCE_POLICY", Choice(&["none", "pqc"]), Is("none"), "`pqc`: no key exchange but X25519MLKEM768, so no peer without it"),
     key("tls.crl", "CRL_PATH", Path, Nothing, "revocation lists, PEM or DER (watched): what they list is refused, and cut where it is connected"),
 
     key("socket.mark", "PACKET_MARK", ANY, Depends("1337 in shared mode, else none"), "`SO_MARK` of the tunnel's sockets"),

@@ -48,6 +48,7 @@ pub struct Config {
     /// In place of that.
     pub xds: Option<Xds>,
     pub ca: Ca,
+    pub tls: Tls,
     /// Revocation lists (`CRL_PATH`).
     pub crl: Option<PathBuf>,
     /// Life time to ask certificates for.
@@ -157,6 +158,15 @@ pub struct ControlPlane {
     /// `CA_HEADER_*`, `XDS_HEADER_*`: extra gRPC metadata.
     #[serde(skip)]
     pub headers: Headers,
+}
+
+/// What is spoken between tunnels.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Tls {
+    /// TLS 1.2 beside 1.3 (`TLS12_ENABLED`).
+    pub tls12: bool,
+    /// No key exchange but X25519MLKEM768 (`COMPLIANCE_POLICY=pqc`).
+    pub only_post_quantum: bool,
 }
 
 /// Whom to trust as the control plane.

@@ -11,17 +11,15 @@ use std::{
 
 use super::{
     Ca, Config, ConfigError, ControlPlane, Dns, H2, Headers, Keepalive, LocalState, LogFormat, OwnPod, Pool,
-    Ports, ProxyMode, ProxyTo, RootSource, Token, Xds, settings::Settings, value,
+    Ports, ProxyMode, ProxyTo, RootSource, Tls, Token, Xds, settings::Settings, value,
 };
 
 /// Past this many workers, more of them only add listening sockets to every pod.
 const MAX_DEFAULT_WORKERS: usize = 16;
 
 /// Variables of Istio's tunnel that cannot be ignored without weakening or breaking something.
-const NOT_SUPPORTED: [(&str, &str); 4] = [
+const NOT_SUPPORTED: [(&str, &str); 2] = [
     ("XDS_ON_DEMAND", "the control plane is asked for everything; look-ups on demand are not supported"),
-    ("TLS12_ENABLED", "only TLS 1.3 is supported"),
-    ("COMPLIANCE_POLICY", "compliance policies are not supported"),
     ("ENABLE_PROXY", "the tunnel without its HBONE proxy is not supported"),
 ];
 
@@ -81,6 +79,7 @@ fn resolve(settings: &Settings, in_kubernetes: bool, without_xds: bool) -> Resul
         xds: xds(settings, &cluster_id, in_kubernetes && !without_xds)?,
         local_state: local_state(settings)?,
         ca: ca(settings, &mode, &cluster_id, in_kubernetes)?,
+        tls: tls(settings)?,
         crl: settings.get("tls.crl").map(Into::into),
         secret_ttl: settings.duration("ca.secret_ttl")?,
         workers: workers(settings),
@@ -122,7 +121,7 @@ fn resolve(settings: &Settings, in_kubernetes: bool, without_xds: bool) -> Resul
 
 fn refuse_unsupported(vars: &[(String, String)]) -> Result<(), ConfigError> {
     for (key, reason) in NOT_SUPPORTED {
-        // What asks for nothing asks for nothing special: `TLS12_ENABLED=false`, `ENABLE_PROXY=true`.
+        // What asks for nothing asks for nothing special: `XDS_ON_DEMAND=false`, `ENABLE_PROXY=true`.
         let harmless = if key == "ENABLE_PROXY" { "true" } else { "false" };
         if let Some((_, value)) = vars.iter().find(|(name, _)| name == key)
             && value != harmless
@@ -261,6 +260,16 @@ fn xds(settings: &Settings, cluster_id: &Arc<str>, by_default: bool) -> Result<O
         metadata.insert(key, value);
     }
     Ok(Some(Xds { service, node_id, metadata }))
+}
+
+fn tls(settings: &Settings) -> Result<Tls, ConfigError> {
+    let only_post_quantum = settings.choice("tls.compliance")? == "pqc";
+    let tls12 = settings.bool("tls.tls12")?;
+    if tls12 && only_post_quantum {
+        // TLS 1.2 knows no such key exchange.
+        return Err(settings.invalid("tls.tls12", "false, since tls.compliance (COMPLIANCE_POLICY) is pqc"));
+    }
+    Ok(Tls { tls12, only_post_quantum })
 }
 
 fn workers(settings: &Settings) -> NonZeroUsize {

@@ -18,7 +18,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use super::{Credentials, Identity, IdentityError, ca_client::CaClient, development_ca::DevelopmentCa};
+use super::{
+    Credentials, Identity, IdentityError, ca_client::CaClient, development_ca::DevelopmentCa, trust,
+};
 use crate::config::{Ca, Config};
 
 /// Fetches at the same time. A control plane serves many nodes that all start at once.
@@ -136,6 +138,7 @@ pub struct Known {
 impl Certificates {
     /// With the authority that `config` names. The development CA makes or loads its root here.
     pub fn new(config: &Config) -> Result<Arc<Self>, IdentityError> {
+        trust::configure(config.tls);
         let authority: Box<dyn Authority> = match &config.ca {
             Ca::Service { service, impersonate } => {
                 Box::new(CaClient::new(service.clone(), *impersonate, config.secret_ttl))

@@ -89,7 +89,7 @@ impl Credentials {
 
         let verifier = TrustedClient::new(Arc::clone(&roots), Arc::clone(&identity.trust_domain))?;
         let mut server = ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])
+            .with_protocol_versions(&trust::versions())
             .map_err(IdentityError::unusable("the TLS provider"))?
             .with_client_cert_verifier(Arc::new(verifier))
             .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(Arc::clone(&certified))));
@@ -135,7 +135,7 @@ impl Credentials {
     fn client_config(&self, expected: Vec<Identity>) -> ClientConfig {
         let verifier = ExpectedServer::new(Arc::clone(&self.roots), expected);
         let mut config = ClientConfig::builder_with_provider(trust::provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])
+            .with_protocol_versions(&trust::versions())
             .expect("the same provider made the server's configuration")
             .dangerous() // a verifier of our own, stricter than the default one but for the host name
             .with_custom_certificate_verifier(Arc::new(verifier))

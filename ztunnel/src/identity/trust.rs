@@ -2,41 +2,67 @@
 
 use std::{
     fmt,
-    sync::{Arc, LazyLock},
+    sync::{Arc, LazyLock, OnceLock},
     time::SystemTime,
 };
 
 use rustls::{
-    CertificateError, CipherSuite, DigitallySignedStruct, DistinguishedName, Error, OtherError,
-    RootCertStore, SignatureScheme,
+    CertificateError, CipherSuite, DigitallySignedStruct, DistinguishedName, Error, NamedGroup, OtherError,
+    RootCertStore, SignatureScheme, SupportedProtocolVersion,
     client::{
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
         verify_server_cert_signed_by_trust_anchor,
     },
-    crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature},
+    crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, ServerName, UnixTime},
     server::{
         ParsedCertificate, WebPkiClientVerifier,
         danger::{ClientCertVerified, ClientCertVerifier},
     },
+    version::{TLS12, TLS13},
 };
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::{Identity, IdentityError};
+use crate::config::Tls;
+
+static OPTIONS: OnceLock<Tls> = OnceLock::new();
+
+/// What this process speaks, for all of its connections. To be called before the first certificate; later calls change
+/// nothing.
+pub(super) fn configure(options: Tls) {
+    let _ = OPTIONS.set(options);
+}
+
+fn options() -> Tls {
+    OPTIONS.get().copied().unwrap_or_default()
+}
 
 /// AES-GCM only, as Istio's tunnel; groups as aws-lc-rs prefers them (X25519MLKEM768 first).
 pub(super) fn provider() -> Arc<CryptoProvider> {
-    static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
-        let mut provider = aws_lc_rs::default_provider();
-        provider.cipher_suites.retain(|suite| {
-            matches!(
-                suite.suite(),
-                CipherSuite::TLS13_AES_256_GCM_SHA384 | CipherSuite::TLS13_AES_128_GCM_SHA256
-            )
-        });
-        Arc::new(provider)
-    });
+    static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| Arc::new(provider_for(options())));
     Arc::clone(&PROVIDER)
+}
+
+fn provider_for(options: Tls) -> CryptoProvider {
+    let mut provider = aws_lc_rs::default_provider();
+    provider.cipher_suites.retain(|suite| match suite.suite() {
+        CipherSuite::TLS13_AES_256_GCM_SHA384 | CipherSuite::TLS13_AES_128_GCM_SHA256 => true,
+        CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384
+        | CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256
+        | CipherSuite::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384
+        | CipherSuite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256 => options.tls12,
+        _ => false,
+    });
+    if options.only_post_quantum {
+        provider.kx_groups.retain(|group| group.name() == NamedGroup::X25519MLKEM768);
+    }
+    provider
+}
+
+/// TLS 1.3, and 1.2 where that is asked for.
+pub(super) fn versions() -> Vec<&'static SupportedProtocolVersion> {
+    if options().tls12 { vec![&TLS13, &TLS12] } else { vec![&TLS13] }
 }
 
 /// The identity of a peer whose handshake succeeded: the first SPIFFE id of its certificate.
@@ -133,11 +159,11 @@ impl ServerCertVerifier for ExpectedServer {
 
     fn verify_tls12_signature(
         &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::General("TLS 1.2 is never offered".to_owned()))
+        verify_tls12_signature(message, cert, dss, &provider().signature_verification_algorithms)
     }
 
     fn verify_tls13_signature(

@@ -133,7 +133,7 @@ fn a_client_without_certificate_is_refused() {
     let server = ca.sign(&web());
     let verifier = ExpectedServer::new(Arc::clone(&roots_of(&server)), vec![web()]);
     let config = ClientConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])
+        .with_protocol_versions(&[&TLS13])
         .unwrap()
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier))
