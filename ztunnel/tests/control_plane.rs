@@ -228,7 +228,7 @@ fn a_foreign_control_plane_tells_and_is_told_what_is_wrong() {
     assert_eq!(client.space.refusal(server.at(8080)), ErrorKind::ConnectionReset);
     node.records(1, &["explicitly denied by: demo/deny"]);
     control.tell(&json!({"push": "authorization", "remove": ["demo/deny"]}));
-    wait_for("the policy to go", || read_line(&mut client.space.connect(server.at(8080))).ok());
+    wait_for("the policy to go", || read_line(&mut client.space.try_connect(server.at(8080)).ok()?).ok());
     let metrics = node.metrics();
     for url in ["istio.workload.Address", "istio.security.Authorization"] {
         assert!(
