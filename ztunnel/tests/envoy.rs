@@ -284,6 +284,9 @@ fn envoy_is_a_client_and_policy_knows_it_by_its_certificate() {
          rules: [[[{principals: [cluster.local/ns/demo/sa/client]}]]]\n",
     );
     bed.publish();
-    wait_for("the policy to hold", || read_line(&mut client.space.connect(to)).is_err().then_some(()));
+    wait_for("the policy to hold", || {
+        let read = client.space.try_connect(to).and_then(|mut stream| read_line(&mut stream));
+        read.is_err().then_some(())
+    });
     b.records(1, &["explicitly denied by: demo/deny"]);
 }
