@@ -6,10 +6,12 @@
 
 pub mod client;
 mod convert;
-mod delta;
+pub mod delta;
 
 use std::{
+    borrow::Borrow,
     collections::HashSet,
+    hash::Hash,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -20,7 +22,7 @@ use ztunnel_api::{
     workload::{Address, address},
 };
 
-use crate::mesh::{Change, local_file::Defaults};
+use crate::mesh::{Change, local_file::Defaults, workloads::Common};
 
 /// Workloads and services.
 pub const ADDRESS: &str = "type.googleapis.com/istio.workload.Address";
@@ -32,12 +34,13 @@ pub const AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authorizatio
 pub struct Sender {
     /// What resources may leave out.
     defaults: Defaults,
-    texts: Texts,
+    texts: Pool<str>,
+    commons: Pool<Common>,
 }
 
 impl Sender {
     pub fn new(defaults: Defaults) -> Self {
-        Self { defaults, texts: Texts::default() }
+        Self { defaults, texts: Pool::default(), commons: Pool::default() }
     }
 
     /// Reads a resource. The error tells the sender what is wrong with it.
@@ -59,23 +62,56 @@ impl Sender {
     }
 }
 
-/// Texts that many resources have in common, such as a namespace, each held once.
-#[derive(Debug, Default)]
-struct Texts(Mutex<HashSet<Arc<str>>>);
+/// What many resources have in common, such as a namespace's name, each held once.
+#[derive(Debug)]
+struct Pool<T: ?Sized>(Mutex<Known<T>>);
 
-impl Texts {
-    fn intern(&self, text: String) -> Arc<str> {
+#[derive(Debug)]
+struct Known<T: ?Sized> {
+    all: HashSet<Arc<T>>,
+    /// How many there may be before those that nobody uses any more are looked for.
+    sweep_at: usize,
+}
+
+impl<T: ?Sized> Default for Pool<T> {
+    fn default() -> Self {
+        Self(Mutex::new(Known { all: HashSet::new(), sweep_at: SMALL_POOL }))
+    }
+}
+
+/// What is not worth sweeping.
+const SMALL_POOL: usize = 1024;
+
+impl<T: ?Sized + Hash + Eq> Pool<T> {
+    fn shared(&self, one: impl Borrow<T> + Into<Arc<T>>) -> Arc<T> {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = known.get(text.as_str()) {
+        if let Some(known) = known.all.get(one.borrow()) {
             return Arc::clone(known);
         }
-        let text: Arc<str> = text.into();
-        known.insert(Arc::clone(&text));
-        text
+        if known.all.len() >= known.sweep_at {
+            known.all.retain(|one| Arc::strong_count(one) > 1);
+            // Doubled, so that each addition pays for a constant share of the sweeps.
+            known.sweep_at = SMALL_POOL.max(known.all.len() * 2);
+        }
+        let one = one.into();
+        known.all.insert(Arc::clone(&one));
+        one
     }
+}
 
-    /// Forgets what nobody uses any more.
-    fn sweep(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|text| Arc::strong_count(text) > 1);
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_ones_are_one_and_what_nobody_uses_is_forgotten() {
+        let pool = Pool::<str>::default();
+        let kept = pool.shared("kept".to_owned());
+        assert!(Arc::ptr_eq(&kept, &pool.shared("kept".to_owned())));
+        for number in 0..5 * SMALL_POOL {
+            pool.shared(number.to_string());
+        }
+        assert!(pool.0.lock().unwrap().all.len() <= SMALL_POOL);
+        assert!(Arc::ptr_eq(&kept, &pool.shared("kept".to_owned())));
     }
 }

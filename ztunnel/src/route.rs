@@ -264,9 +264,9 @@ impl<'a> Reach<'a> {
         service: &Service,
         original: SocketAddr,
     ) -> Option<Self> {
-        let (workload, port) = (&endpoint.workload, endpoint.target_port(original.port())?);
+        let (workload, port) = (&endpoint.workload, endpoint.target_port(service, original.port())?);
         if workload.network != source.network {
-            return workload.network_gateway.as_deref().map(Self::Beyond);
+            return workload.network_gateway.as_ref().map(Self::Beyond);
         }
         if let (Some(hostname), []) = (&workload.hostname, &workload.addresses[..]) {
             return Some(Self::Named(hostname, port));

@@ -16,8 +16,12 @@ const CONNECTIONS: usize = 10_000;
 /// Costs as much as there is; not for a thread that has other things to do.
 pub(super) fn dump(admin: &Admin) -> serde_json::Result<String> {
     let mesh = admin.store.snapshot();
-    let services: Vec<_> = mesh
-        .services()
+    let mut workloads: Vec<_> = mesh.workloads().collect();
+    let mut services: Vec<_> = mesh.services().collect();
+    workloads.sort_by_key(|workload| &workload.uid);
+    services.sort_by_key(|service| (&service.namespace, &service.hostname));
+    let services: Vec<_> = services
+        .into_iter()
         .map(|service| {
             let endpoints: Vec<_> =
                 mesh.endpoints(&service.key()).iter().map(|end| &end.workload.uid).collect();
@@ -30,7 +34,7 @@ pub(super) fn dump(admin: &Admin) -> serde_json::Result<String> {
         "config": &*admin.config,
         "configKeys": &*admin.config.effective,
         "staticConfig": { "source": &admin.config.local_state },
-        "workloads": mesh.workloads().collect::<Vec<_>>(),
+        "workloads": workloads,
         "services": services,
         "policies": mesh.policies().collect::<Vec<_>>(),
         "certificates": admin.certificates.known().iter().map(CertificateDump::from).collect::<Vec<_>>(),

@@ -46,7 +46,7 @@ impl Bench {
         let config = Arc::new(config(folder.path()));
         let mut web = workload("web-1", "10.0.0.2");
         let service = service("web", "10.96.0.1");
-        web.services.insert(service.key(), [].into());
+        web.services.insert(service.key(), Arc::new([].into()));
         let admin = Admin {
             store: Arc::new(Store::new(Mesh::new([web], [service], []))),
             certificates: Certificates::new(&config).unwrap(),

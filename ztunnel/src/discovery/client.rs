@@ -211,12 +211,11 @@ impl State {
         debug!(
             type_url = subscription.type_url(),
             changes = taken.changes.len(),
-            held = subscription.len(),
+            held = subscription.held(),
             "told by the control plane"
         );
         if !taken.changes.is_empty() {
             self.store.apply(taken.changes);
-            self.sender.texts.sweep();
         }
         Some(taken.reply)
     }

@@ -23,7 +23,7 @@ use crate::{
         services::{
             AppProtocol, HealthPolicy, IpFamilies, LbMode, LbScope, LoadBalancing, PortMap, Visibility,
         },
-        workloads::{ApplicationProtocol, ApplicationTunnel, Locality},
+        workloads::{ApplicationProtocol, ApplicationTunnel, Common, Locality},
     },
 };
 
@@ -64,24 +64,20 @@ impl Sender {
         let mut services = BTreeMap::new();
         for (key, ports) in sent.services {
             let key: ServiceKey = key.parse().map_err(|reason: String| refused("services", reason))?;
-            services.insert(key, port_map(&ports.ports)?);
+            services.insert(key, Arc::new(port_map(&ports.ports)?));
         }
-        let gateway = |sent: Option<proto::GatewayAddress>, field| {
-            sent.map(|sent| gateway(sent, field).map(Box::new)).transpose()
-        };
+        let gateway =
+            |sent: Option<proto::GatewayAddress>, field| sent.map(|sent| gateway(sent, field)).transpose();
         let policies = sent.authorization_policies.iter();
         let locality = sent.locality.unwrap_or_default();
-        let workload = Workload {
-            addresses: sent.addresses.iter().map(|bytes| ip(bytes, "addresses")).collect::<Result<_, _>>()?,
+        let common = Common {
             protocol,
             services,
             policies: policies
                 .map(|key| key.parse().map_err(|reason: String| refused("authorization_policies", reason)))
                 .collect::<Result<_, _>>()?,
-            healthy: known::<proto::WorkloadStatus>(sent.status, "status")? == proto::WorkloadStatus::Healthy,
             host_network: known::<proto::NetworkMode>(sent.network_mode, "network_mode")?
                 == proto::NetworkMode::HostNetwork,
-            capacity: sent.capacity.unwrap_or(1),
             waypoint: gateway(sent.waypoint, "waypoint")?,
             network_gateway: gateway(sent.network_gateway, "network_gateway")?,
             application_tunnel: sent.application_tunnel.map(application_tunnel).transpose()?,
@@ -90,20 +86,26 @@ impl Sender {
                 zone: self.shared(locality.zone),
                 subzone: self.shared(locality.subzone),
             },
-            uid: sent.uid.into(),
             workload_name: self.shared(or(sent.workload_name, &sent.name)),
-            name: sent.name.into(),
             namespace: self.shared(sent.namespace),
             service_account: self.shared(or(sent.service_account, "default")),
             trust_domain: self.shared(or(sent.trust_domain, &self.defaults.trust_domain)),
             network: self.shared(sent.network),
-            node: self.shared(sent.node),
             cluster_id: self.shared(or(sent.cluster_id, &self.defaults.cluster_id)),
             canonical_name: self.shared(sent.canonical_name),
             canonical_revision: self.shared(sent.canonical_revision),
             workload_type: self.shared(workload_type.to_owned()),
             native_tunnel: sent.native_tunnel,
             hostname: (!sent.hostname.is_empty()).then(|| sent.hostname.into()),
+        };
+        let workload = Workload {
+            addresses: sent.addresses.iter().map(|bytes| ip(bytes, "addresses")).collect::<Result<_, _>>()?,
+            healthy: known::<proto::WorkloadStatus>(sent.status, "status")? == proto::WorkloadStatus::Healthy,
+            capacity: sent.capacity.unwrap_or(1),
+            uid: sent.uid.into(),
+            name: sent.name.into(),
+            node: self.shared(sent.node),
+            common: self.commons.shared(common),
         };
         let identity = workload.identity().to_string();
         if identity.parse::<Identity>().is_err() {
@@ -348,7 +350,7 @@ fn or(text: String, default: &str) -> String {
 /// Texts that many resources have in common are held once.
 impl Sender {
     fn shared(&self, text: String) -> Arc<str> {
-        self.texts.intern(text)
+        self.texts.shared(text)
     }
 }
 

@@ -17,18 +17,33 @@ const INVALID_ARGUMENT: i32 = 3;
 
 /// All resources of one type.
 #[derive(Debug)]
-pub(super) struct Subscription {
+pub struct Subscription {
     type_url: &'static str,
-    /// By resource name.
-    held: HashMap<String, Held>,
+    /// By resource name. There may be 100,000 of them.
+    held: HashMap<Arc<str>, Held>,
     /// Whether a response was taken at all, in this stream or an earlier one.
     pub answered: bool,
 }
 
 #[derive(Debug)]
 struct Held {
-    version: String,
-    key: Key,
+    version: Arc<str>,
+    /// None: a workload whose uid is the resource's name, as most resources are.
+    key: Option<Box<Key>>,
+}
+
+impl Held {
+    /// And the name under which it is held: where it is a workload's uid, the two are one text.
+    fn new(name: &str, version: Arc<str>, key: Key) -> (Arc<str>, Self) {
+        match key {
+            Key::Workload(uid) if *uid == *name => (uid, Self { version, key: None }),
+            key => (name.into(), Self { version, key: Some(Box::new(key)) }),
+        }
+    }
+
+    fn key(&self, name: &Arc<str>) -> Key {
+        self.key.as_deref().cloned().unwrap_or_else(|| Key::Workload(Arc::clone(name)))
+    }
 }
 
 /// Under which the mesh knows a resource.
@@ -62,7 +77,7 @@ impl Key {
 
 /// What a response comes to.
 #[derive(Debug)]
-pub(super) struct Taken {
+pub struct Taken {
     pub changes: Vec<Change>,
     /// Acknowledges, or says what was refused.
     pub reply: DeltaDiscoveryRequest,
@@ -79,13 +94,13 @@ impl Subscription {
         self.type_url
     }
 
-    pub fn len(&self) -> usize {
+    pub fn held(&self) -> usize {
         self.held.len()
     }
 
     /// The first request of a stream: everything, less what is held. Empty lists of names mean everything.
     pub fn first(&self, node: Node) -> DeltaDiscoveryRequest {
-        let versions = self.held.iter().map(|(name, held)| (name.clone(), held.version.clone()));
+        let versions = self.held.iter().map(|(name, held)| (name.to_string(), held.version.to_string()));
         DeltaDiscoveryRequest {
             node: Some(node),
             type_url: self.type_url.to_owned(),
@@ -94,10 +109,15 @@ impl Subscription {
         }
     }
 
+    /// What was held under that name.
+    fn forget(&mut self, name: &str) -> Option<Key> {
+        self.held.remove_entry(name).map(|(name, held)| held.key(&name))
+    }
+
     pub fn take(&mut self, sender: &Sender, response: DeltaDiscoveryResponse) -> Taken {
         let (mut changes, mut refused) = (Vec::with_capacity(response.resources.len()), Vec::new());
         for name in response.removed_resources {
-            changes.extend(self.held.remove(&name).map(|held| held.key.removed()));
+            changes.extend(self.forget(&name).map(Key::removed));
         }
         for resource in response.resources {
             let read = match &resource.resource {
@@ -113,13 +133,14 @@ impl Subscription {
                     continue;
                 }
             };
-            let held = Held { version: resource.version, key: Key::of(&change) };
-            let key = held.key.clone();
-            if let Some(before) = self.held.insert(resource.name, held)
-                && before.key != key
+            let key = Key::of(&change);
+            if let Some(before) = self.forget(&resource.name)
+                && before != key
             {
-                changes.push(before.key.removed());
+                changes.push(before.removed());
             }
+            let (name, held) = Held::new(&resource.name, sender.texts.shared(resource.version), key);
+            self.held.insert(name, held);
             changes.push(change);
         }
         self.answered = true;
@@ -247,6 +268,6 @@ mod tests {
         let names: BTreeMap<_, _> =
             taken.refused.iter().filter_map(|refused| refused.split_once(": ")).collect();
         assert_eq!(names.keys().copied().collect::<Vec<_>>(), ["c", "e", "n", "o"]);
-        assert_eq!((taken.changes.len(), addresses.len()), (0, 0));
+        assert_eq!((taken.changes.len(), addresses.held()), (0, 0));
     }
 }

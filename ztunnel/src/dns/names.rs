@@ -123,9 +123,10 @@ fn best<'a>(mesh: &'a Mesh, zone: &Zone, client: Client<'_>, hostname: &str) -> 
             3
         }
     };
-    let known = mesh.services_named(hostname).iter();
+    let known = mesh.services_named(hostname);
     let known = known.filter(|service| service.is_visible_from(client.namespace));
-    known.filter(|service| answers(zone, service)).min_by_key(|service| rank(service))
+    let known = known.filter(|service| answers(zone, service));
+    known.min_by_key(|service| (rank(service), &service.namespace))
 }
 
 /// What has no address of its own is a headless service, if it is Kubernetes'; if it is not, its addresses are for the

@@ -93,7 +93,7 @@ fn waypoint_for(mesh: &Mesh, workload: &Workload, asked: IpAddr) -> Waypoint {
     }
     let ours = |waypoint: &GatewayAddress| is_gateway(mesh, workload, waypoint);
     match mesh.workload_by_address(&workload.network, asked) {
-        Some(pod) if pod.waypoint.as_deref().is_some_and(ours) => Waypoint::OfPod,
+        Some(pod) if pod.waypoint.as_ref().is_some_and(ours) => Waypoint::OfPod,
         _ => Waypoint::No,
     }
 }
@@ -117,7 +117,7 @@ fn resolve(
         return Err(InboundError::UnknownHost(name));
     };
     let ours = mesh.endpoints(&service.key()).iter().find(|endpoint| endpoint.workload.uid == workload.uid);
-    if let Some(target) = ours.and_then(|endpoint| endpoint.target_port(port)) {
+    if let Some(target) = ours.and_then(|endpoint| endpoint.target_port(service, port)) {
         return Ok((Some(Arc::clone(service)), target));
     }
     if ours.is_none() && service.ports.contains_key(&port) && is_waypoint_of(mesh, workload, service) {
@@ -141,11 +141,11 @@ mod tests {
         let mut web = service("web", "10.96.0.1");
         web.waypoint = Some(at("/10.0.8.8"));
         let mut pod = workload("web-0", "10.0.0.1");
-        pod.waypoint = Some(Box::new(at("/10.0.8.8")));
+        pod.waypoint = Some(at("/10.0.8.8"));
         let mut named = service("named", "10.96.0.2");
         named.ports = [(80, 8080), (81, 0)].into();
         let mut other = workload("other-0", "10.0.0.2");
-        other.services.insert(named.key(), [(81, 9191)].into());
+        other.services.insert(named.key(), Arc::new([(81, 9191)].into()));
         other.hostname = Some("other.example".into());
         let mut waypoint = workload("waypoint-0", "10.0.8.8");
         waypoint.application_tunnel = tunnel;

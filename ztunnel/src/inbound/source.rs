@@ -40,13 +40,13 @@ pub(super) fn source(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mesh::tests::{ip, workload};
+    use crate::mesh::tests::{but, ip, workload};
 
     #[test]
     fn the_client_is_known_by_address_unless_it_comes_from_another_network() {
         let mut server = workload("web-0", "10.0.0.1");
         server.network = "East".into();
-        let near = Workload { network: "East".into(), ..workload("near-0", "10.0.0.2") };
+        let near = but(workload("near-0", "10.0.0.2"), |common| common.network = "East".into());
         let mesh = Mesh::new([server.clone(), near], [], []);
         let identity = "spiffe://td/ns/shop/sa/far".parse().unwrap();
         let known_as = |network: Option<&'static str>, believed| {

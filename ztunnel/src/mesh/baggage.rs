@@ -2,7 +2,10 @@
 
 use std::{borrow::Cow, sync::Arc};
 
-use super::{Workload, workloads::Locality};
+use super::{
+    Workload,
+    workloads::{Common, Locality},
+};
 use crate::identity::Identity;
 
 /// What a peer tells about its workload. Claims, for labels only: never for policy.
@@ -22,19 +25,19 @@ impl Baggage {
     pub fn into_workload(self, identity: Option<&Identity>) -> Workload {
         let or = |told: Option<Arc<str>>| told.unwrap_or_default();
         let proven = |part: fn(&Identity) -> &Arc<str>| identity.map(part).cloned().unwrap_or_default();
-        Workload {
+        let common = Common {
             namespace: self.namespace.unwrap_or_else(|| proven(|identity| &identity.namespace)),
             service_account: proven(|identity| &identity.service_account),
             trust_domain: proven(|identity| &identity.trust_domain),
             cluster_id: or(self.cluster_id),
-            // The pod's own name is not told.
-            name: self.workload_name.clone().unwrap_or_default(),
-            workload_name: or(self.workload_name),
+            workload_name: or(self.workload_name.clone()),
             canonical_name: or(self.service_name),
             canonical_revision: or(self.revision),
             locality: Locality { region: or(self.region), zone: or(self.zone), ..Locality::default() },
-            ..Workload::default()
-        }
+            ..Common::default()
+        };
+        // The pod's own name is not told.
+        Workload { name: or(self.workload_name), common: Arc::new(common), ..Workload::default() }
     }
 }
 

@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 use super::ServiceKey;
 
 /// A tunnel's end that carries traffic for others.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct GatewayAddress {
     pub destination: GatewayDestination,
@@ -16,7 +16,7 @@ pub struct GatewayAddress {
 }
 
 /// How a gateway is named. An address may be a workload's or a service's, and so may a name.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum GatewayDestination {
     Address(Arc<str>, IpAddr),
     Hostname(ServiceKey),

@@ -92,7 +92,7 @@ fn apply(path: &Path, text: &str, defaults: &Defaults, store: &Store) {
         Ok(mesh) => {
             info!(
                 path = %path.display(), workloads = mesh.workloads.len(), services = mesh.services.len(),
-                policies = mesh.policies.len(), "local state applied"
+                policies = mesh.policies().count(), "local state applied"
             );
             store.replace(mesh);
         }

@@ -2,6 +2,7 @@
 //!
 //! * [`workloads`], [`services`], [`policies`]: what there is, one type each; [`gateways`]: ways around
 //! * [`change`]: what a control plane tells, as a difference
+//! * [`table`]: why a snapshot of much costs little; [`index`]: what is found by what
 //! * [`store`]: the current snapshot, swapped as a whole; a connection takes one and sees one truth
 //! * [`local_file`]: the source without a control plane, watched for edits
 //! * [`baggage`]: how a workload is told about to a peer
@@ -9,20 +10,15 @@
 pub mod baggage;
 pub mod change;
 pub mod gateways;
+mod index;
 pub mod local_file;
 pub mod policies;
 pub mod services;
 pub mod store;
+mod table;
 pub mod workloads;
 
-use std::{
-    cmp::Reverse,
-    collections::{BTreeMap, HashMap},
-    net::IpAddr,
-    sync::Arc,
-};
-
-use ipnet::IpNet;
+use std::{net::IpAddr, sync::Arc};
 
 pub use change::Change;
 pub use gateways::{GatewayAddress, GatewayDestination};
@@ -31,144 +27,153 @@ pub use services::{Endpoint, Service, ServiceKey};
 pub use store::Store;
 pub use workloads::{Protocol, Workload};
 
-/// Everything known at one moment, indexed for the questions that a connection asks.
-#[derive(Debug, Default)]
+use index::{
+    ByAddress, ByName, ByOwnHostname, ByUid, EndpointsOf, ServiceByHostname, ServiceByKey, ServiceByVip,
+};
+use policies::Policies;
+use services::Ranges;
+use table::{Keyed as _, Table};
+
+/// Everything known at one moment, indexed for the questions that a connection asks. A copy shares what it can.
+#[derive(Clone, Debug, Default)]
 pub struct Mesh {
-    /// By uid.
-    workloads: BTreeMap<Arc<str>, Arc<Workload>>,
-    /// Who came when. While an address goes from one workload to the next, the control plane may tell of the new owner
-    /// before it takes the old one back: the later one has it.
-    arrivals: HashMap<Arc<str>, u64>,
+    workloads: Table<ByUid>,
     arrived: u64,
-    by_address: ByNetworkAddress<Workload>,
-    by_name: ByNamespaceAndName<Vec<Arc<Workload>>>,
-    /// Workloads that have a host name of their own.
-    named: BTreeMap<ServiceKey, Arc<Workload>>,
-    services: BTreeMap<ServiceKey, Arc<Service>>,
-    by_vip: ByNetworkAddress<Service>,
-    by_cidr: HashMap<Arc<str>, Ranges>,
-    by_hostname: HashMap<Arc<str>, Vec<Arc<Service>>>,
-    endpoints: HashMap<ServiceKey, Vec<Endpoint>>,
-    policies: BTreeMap<PolicyKey, Arc<Policy>>,
-    global_policies: Vec<Arc<Policy>>,
-    namespace_policies: HashMap<Arc<str>, Vec<Arc<Policy>>>,
+    by_address: Table<ByAddress>,
+    by_name: Table<ByName>,
+    by_own_hostname: Table<ByOwnHostname>,
+    services: Table<ServiceByKey>,
+    by_hostname: Table<ServiceByHostname>,
+    by_vip: Table<ServiceByVip>,
+    ranges: Arc<Ranges>,
+    endpoints: Table<EndpointsOf>,
+    policies: Arc<Policies>,
 }
 
-/// By network, then address. Nested, so that a look-up needs no owned key.
-type ByNetworkAddress<T> = HashMap<Arc<str>, HashMap<IpAddr, Arc<T>>>;
-/// Services that have whole ranges, by the ranges' lengths: an address is looked up once for each length that there is,
-/// the longest first.
-type Ranges = BTreeMap<Reverse<u8>, HashMap<IpNet, Arc<Service>>>;
-type ByNamespaceAndName<T> = HashMap<Arc<str>, HashMap<Arc<str>, T>>;
-
 impl Mesh {
-    /// Of two workloads or services with one key or address the later one counts.
+    /// Of two workloads or services with one key the later one counts.
     pub fn new(
         workloads: impl IntoIterator<Item = Workload>,
         services: impl IntoIterator<Item = Service>,
         policies: impl IntoIterator<Item = Policy>,
     ) -> Self {
-        let mut mesh = Self::default();
-        for service in services {
-            mesh.services.insert(service.key(), Arc::new(service));
-        }
-        for workload in workloads {
-            mesh.put(workload);
-        }
-        for policy in policies {
-            mesh.policies.insert(policy.key.clone(), Arc::new(policy));
-        }
-        mesh.index();
-        mesh
+        let services = services.into_iter().map(Change::Service);
+        let workloads = workloads.into_iter().map(Change::Workload);
+        Self::default().with(services.chain(workloads).chain(policies.into_iter().map(Change::Policy)))
     }
 
-    /// The same with `changes`.
+    /// The same with `changes`. Costs about as much as they are, however much there is.
     #[must_use]
     pub fn with(&self, changes: impl IntoIterator<Item = Change>) -> Self {
-        let mut mesh = Self {
-            workloads: self.workloads.clone(),
-            arrivals: self.arrivals.clone(),
-            arrived: self.arrived,
-            services: self.services.clone(),
-            policies: self.policies.clone(),
-            ..Self::default()
-        };
+        let mut mesh = self.clone();
         for change in changes {
             match change {
-                Change::Workload(workload) => mesh.put(workload),
-                Change::Service(service) => drop(mesh.services.insert(service.key(), Arc::new(service))),
-                Change::Policy(policy) => drop(mesh.policies.insert(policy.key.clone(), Arc::new(policy))),
+                Change::Workload(workload) => mesh.put_workload(&Arc::new(workload)),
+                Change::Service(service) => mesh.put_service(&Arc::new(service)),
+                Change::Policy(policy) => Arc::make_mut(&mut mesh.policies).put(policy),
                 Change::NoWorkload(uid) => {
-                    mesh.workloads.remove(&uid);
-                    mesh.arrivals.remove(&uid);
+                    if let Some(gone) = mesh.workloads.take(&&*uid, |_| true) {
+                        mesh.unlink_workload(&gone.workload);
+                    }
                 }
-                Change::NoService(key) => drop(mesh.services.remove(&key)),
-                Change::NoPolicy(key) => drop(mesh.policies.remove(&key)),
+                Change::NoService(key) => mesh.take_service(&key),
+                Change::NoPolicy(key) => Arc::make_mut(&mut mesh.policies).remove(&key),
             }
         }
-        mesh.index();
         mesh
     }
 
-    fn put(&mut self, workload: Workload) {
-        self.arrived += 1;
+    fn put_workload(&mut self, workload: &Arc<Workload>) {
+        let arrival = self.arrived + 1;
+        let before = self.workloads.get(&&*workload.uid).map(|known| Arc::clone(&known.workload));
         // Who is told of again has not come again.
-        self.arrivals.entry(Arc::clone(&workload.uid)).or_insert(self.arrived);
-        self.workloads.insert(Arc::clone(&workload.uid), Arc::new(workload));
+        let known =
+            self.workloads.get_or_add(&&*workload.uid, || ByUid { workload: Arc::clone(workload), arrival });
+        known.workload = Arc::clone(workload);
+        match before {
+            Some(before) => self.unlink_workload(&before),
+            None => self.arrived = arrival,
+        }
+        self.by_name.add(ByName(Arc::clone(workload)));
+        if workload.hostname.is_some() {
+            self.by_own_hostname.add(ByOwnHostname(Arc::clone(workload)));
+        }
+        // The addresses of host-network pods are the node's: they tell nothing about who it is.
+        if !workload.host_network {
+            for address in 0..workload.addresses.len() {
+                self.by_address.add(ByAddress { workload: Arc::clone(workload), address });
+            }
+        }
+        for (key, ports) in &workload.services {
+            let new = || EndpointsOf { service: key.clone(), endpoints: Arc::default() };
+            let known = self.endpoints.get_or_add(&key.parts(), new);
+            let endpoint = Endpoint { workload: Arc::clone(workload), ports: Arc::clone(ports) };
+            Arc::make_mut(&mut known.endpoints).push(endpoint);
+        }
     }
 
-    fn index(&mut self) {
-        for service in self.services.values() {
-            self.by_hostname.entry(Arc::clone(&service.hostname)).or_default().push(Arc::clone(service));
-            for (network, vip) in &service.vips {
-                let by_ip = self.by_vip.entry(Arc::clone(network)).or_default();
-                by_ip.insert(vip.to_canonical(), Arc::clone(service));
+    /// Takes it out of every table but the one by uid.
+    fn unlink_workload(&mut self, workload: &Arc<Workload>) {
+        let it = |other: &Arc<Workload>| Arc::ptr_eq(workload, other);
+        let by_name = ByName(Arc::clone(workload));
+        self.by_name.take(&by_name.key(), |entry| it(&entry.0));
+        if workload.hostname.is_some() {
+            let by_own_hostname = ByOwnHostname(Arc::clone(workload));
+            self.by_own_hostname.take(&by_own_hostname.key(), |entry| it(&entry.0));
+        }
+        for ip in &workload.addresses {
+            let key = (&*workload.network, ip.to_canonical());
+            self.by_address.take(&key, |entry| it(&entry.workload));
+        }
+        for key in workload.services.keys() {
+            let new = || EndpointsOf { service: key.clone(), endpoints: Arc::default() };
+            let known = self.endpoints.get_or_add(&key.parts(), new);
+            let endpoints = Arc::make_mut(&mut known.endpoints);
+            if let Some(place) = endpoints.iter().position(|endpoint| it(&endpoint.workload)) {
+                endpoints.swap_remove(place);
             }
-            for (network, range) in &service.cidr_vips {
-                let ranges = self.by_cidr.entry(Arc::clone(network)).or_default();
-                let of_length = ranges.entry(Reverse(range.prefix_len())).or_default();
-                of_length.insert(range.trunc(), Arc::clone(service));
+            if endpoints.is_empty() {
+                self.endpoints.take(&key.parts(), |_| true);
             }
         }
-        let mut workloads: Vec<_> = self.workloads.values().collect();
-        workloads.sort_by_key(|workload| self.arrivals.get(&workload.uid));
-        for workload in workloads {
-            let by_name = self.by_name.entry(Arc::clone(&workload.namespace)).or_default();
-            by_name.entry(Arc::clone(&workload.name)).or_default().push(Arc::clone(workload));
-            if let Some(hostname) = &workload.hostname {
-                let key =
-                    ServiceKey { namespace: Arc::clone(&workload.namespace), hostname: Arc::clone(hostname) };
-                self.named.insert(key, Arc::clone(workload));
-            }
-            // The addresses of host-network pods are the node's: they tell nothing about who it is.
-            if !workload.host_network {
-                let by_ip = self.by_address.entry(Arc::clone(&workload.network)).or_default();
-                for ip in &workload.addresses {
-                    by_ip.insert(ip.to_canonical(), Arc::clone(workload));
-                }
-            }
-            for (key, ports) in &workload.services {
-                if let Some(service) = self.services.get(key) {
-                    let endpoint = Endpoint::new(workload, service, ports);
-                    self.endpoints.entry(key.clone()).or_default().push(endpoint);
-                }
-            }
+    }
+
+    fn put_service(&mut self, service: &Arc<Service>) {
+        let key = service.key();
+        self.take_service(&key);
+        self.services.add(ServiceByKey(Arc::clone(service)));
+        self.by_hostname.add(ServiceByHostname(Arc::clone(service)));
+        for vip in 0..service.vips.len() {
+            self.by_vip.add(ServiceByVip { service: Arc::clone(service), vip });
         }
-        for policy in self.policies.values() {
-            match policy.scope {
-                policies::Scope::Global => self.global_policies.push(Arc::clone(policy)),
-                policies::Scope::Namespace => {
-                    let namespace = Arc::clone(&policy.key.namespace);
-                    self.namespace_policies.entry(namespace).or_default().push(Arc::clone(policy));
-                }
-                policies::Scope::WorkloadSelector => {} // named by the workloads
-            }
+        if !service.cidr_vips.is_empty() {
+            Arc::make_mut(&mut self.ranges).put(key, Arc::clone(service));
+        }
+    }
+
+    fn take_service(&mut self, key: &ServiceKey) {
+        let Some(ServiceByKey(service)) = self.services.take(&key.parts(), |_| true) else { return };
+        let it = |other: &Arc<Service>| Arc::ptr_eq(&service, other);
+        self.by_hostname.take(&&*service.hostname, |entry| it(&entry.0));
+        for (network, ip) in &service.vips {
+            self.by_vip.take(&(network, ip.to_canonical()), |entry| it(&entry.service));
+        }
+        if !service.cidr_vips.is_empty() {
+            Arc::make_mut(&mut self.ranges).remove(key);
         }
     }
 
     /// The workload that has `ip`. Never one on the host's network.
     pub fn workload_by_address(&self, network: &str, ip: IpAddr) -> Option<&Arc<Workload>> {
-        self.by_address.get(network)?.get(&ip.to_canonical())
+        let key = (network, ip.to_canonical());
+        let mut owners = self.by_address.all(key).map(|entry| &entry.workload);
+        let (first, second) = (owners.next()?, owners.next());
+        let arrival =
+            |workload: &&Arc<Workload>| self.workloads.get(&&*workload.uid).map_or(0, |known| known.arrival);
+        match second {
+            None => Some(first),
+            Some(second) => [first, second].into_iter().chain(owners).max_by_key(arrival),
+        }
     }
 
     /// The workload of a pod of this node, by what the node agent tells of it.
@@ -178,46 +183,44 @@ impl Mesh {
         name: &str,
         service_account: &str,
     ) -> Option<&Arc<Workload>> {
-        let named = self.by_name.get(namespace)?.get(name)?;
-        named.iter().find(|workload| &*workload.service_account == service_account)
+        let mut named = self.by_name.all((namespace, name)).map(|entry| &entry.0);
+        named.find(|workload| &*workload.service_account == service_account)
     }
 
     /// The workload that bears a host name by itself, as no service of it does.
     pub fn workload_by_hostname(&self, key: &ServiceKey) -> Option<&Arc<Workload>> {
-        self.named.get(key)
+        self.by_own_hostname.get(&key.parts()).map(|entry| &entry.0)
     }
 
     pub fn service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
-        self.services.get(key)
+        self.services.get(&key.parts()).map(|entry| &entry.0)
     }
 
-    /// The service whose address it is, else the one that has the narrowest range around it.
+    /// The service whose address it is, else the one that has the narrowest range around it. Of several the first by
+    /// namespace and name.
     pub fn service_by_vip(&self, network: &str, ip: IpAddr) -> Option<&Arc<Service>> {
         let ip = ip.to_canonical();
-        self.by_vip.get(network).and_then(|by_ip| by_ip.get(&ip)).or_else(|| {
-            self.by_cidr.get(network)?.iter().find_map(|(Reverse(length), ranges)| {
-                // A length that the address' family does not have is the other one's.
-                ranges.get(&IpNet::new(ip, *length).ok()?.trunc())
-            })
-        })
+        let exact = self.by_vip.all((network, ip)).map(|entry| &entry.service);
+        exact
+            .min_by_key(|service| (&service.namespace, &service.hostname))
+            .or_else(|| self.ranges.find(network, ip))
     }
 
     /// The service of that name. Several namespaces may define one name: the one in `namespace` is preferred,
     /// then the one that calls itself canonical.
     pub fn service_by_hostname(&self, hostname: &str, namespace: &str) -> Option<&Arc<Service>> {
-        let named = self.by_hostname.get(hostname)?;
-        let preferred = named.iter().find(|service| &*service.namespace == namespace);
-        preferred.or_else(|| named.iter().find(|service| service.canonical)).or_else(|| named.first())
+        let named = self.services_named(hostname);
+        named.min_by_key(|service| (&*service.namespace != namespace, !service.canonical, &service.namespace))
     }
 
     /// All services of that very name, which may be a wildcard, one of each namespace.
-    pub fn services_named(&self, hostname: &str) -> &[Arc<Service>] {
-        self.by_hostname.get(hostname).map_or(&[], Vec::as_slice)
+    pub fn services_named(&self, hostname: &str) -> impl Iterator<Item = &Arc<Service>> {
+        self.by_hostname.all(hostname).map(|entry| &entry.0)
     }
 
     /// Every endpoint of a service, healthy or not.
     pub fn endpoints(&self, service: &ServiceKey) -> &[Endpoint] {
-        self.endpoints.get(service).map_or(&[], Vec::as_slice)
+        self.endpoints.get(&service.parts()).map_or(&[], |entry| &entry.endpoints)
     }
 
     pub fn policy(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {
@@ -226,20 +229,22 @@ impl Mesh {
 
     /// Those that hold for every workload, then those of its namespace.
     pub fn policies_by_scope(&self, namespace: &str) -> impl Iterator<Item = &Arc<Policy>> {
-        let of_namespace = self.namespace_policies.get(namespace).map_or(&[][..], Vec::as_slice);
-        self.global_policies.iter().chain(of_namespace)
+        self.policies.by_scope(namespace)
     }
 
+    /// In no order.
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
-        self.workloads.values()
+        self.workloads.iter().map(|entry| &entry.workload)
     }
 
+    /// In no order.
     pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
-        self.services.values()
+        self.services.iter().map(|entry| &entry.0)
     }
 
+    /// By namespace and name.
     pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
-        self.policies.values()
+        self.policies.iter()
     }
 }
 

@@ -1,6 +1,12 @@
 //! Who may connect to whom: a policy as it was written. [`crate::policy`] applies it.
 
-use std::{fmt, net::IpAddr, str::FromStr, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    net::IpAddr,
+    str::FromStr,
+    sync::Arc,
+};
 
 use ipnet::IpNet;
 use serde::{Serialize, Serializer};
@@ -170,4 +176,55 @@ impl Match {
 /// Whether one of `wanted` accepts (if any is given) and none of `unwanted` does.
 fn holds<T>(wanted: &[T], unwanted: &[T], accepts: impl Fn(&T) -> bool) -> bool {
     (wanted.is_empty() || wanted.iter().any(&accepts)) && !unwanted.iter().any(&accepts)
+}
+
+/// All of them. There are few beside the workloads: a change copies the lists.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Policies {
+    all: BTreeMap<PolicyKey, Arc<Policy>>,
+    global: Vec<Arc<Policy>>,
+    by_namespace: HashMap<Arc<str>, Vec<Arc<Policy>>>,
+}
+
+impl Policies {
+    pub fn get(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {
+        self.all.get(key)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Policy>> {
+        self.all.values()
+    }
+
+    pub fn by_scope(&self, namespace: &str) -> impl Iterator<Item = &Arc<Policy>> {
+        self.global.iter().chain(self.by_namespace.get(namespace).into_iter().flatten())
+    }
+
+    pub fn put(&mut self, policy: Policy) {
+        self.remove(&policy.key);
+        let policy = Arc::new(policy);
+        if let Some(scope) = self.scope(&policy) {
+            let place = scope.partition_point(|other| other.key < policy.key);
+            scope.insert(place, Arc::clone(&policy));
+        }
+        self.all.insert(policy.key.clone(), policy);
+    }
+
+    pub fn remove(&mut self, key: &PolicyKey) {
+        let Some(policy) = self.all.remove(key) else { return };
+        if let Some(scope) = self.scope(&policy) {
+            scope.retain(|other| other.key != *key);
+        }
+        if self.by_namespace.get(&policy.key.namespace).is_some_and(Vec::is_empty) {
+            self.by_namespace.remove(&policy.key.namespace);
+        }
+    }
+
+    /// The list of its scope, in order of their keys. None for those that workloads name.
+    fn scope(&mut self, policy: &Policy) -> Option<&mut Vec<Arc<Policy>>> {
+        match policy.scope {
+            Scope::Global => Some(&mut self.global),
+            Scope::Namespace => Some(self.by_namespace.entry(Arc::clone(&policy.key.namespace)).or_default()),
+            Scope::WorkloadSelector => None,
+        }
+    }
 }

@@ -1,6 +1,13 @@
 //! A name and addresses that stand for several workloads.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, str::FromStr, sync::Arc};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, HashMap},
+    fmt,
+    net::IpAddr,
+    str::FromStr,
+    sync::Arc,
+};
 
 use ipnet::IpNet;
 use serde::{Serialize, Serializer};
@@ -16,6 +23,12 @@ pub type PortMap = BTreeMap<u16, u16>;
 pub struct ServiceKey {
     pub namespace: Arc<str>,
     pub hostname: Arc<str>,
+}
+
+impl ServiceKey {
+    pub(super) fn parts(&self) -> (&str, &str) {
+        (&self.namespace, &self.hostname)
+    }
 }
 
 impl fmt::Display for ServiceKey {
@@ -180,22 +193,58 @@ impl Service {
 #[derive(Clone, Debug)]
 pub struct Endpoint {
     pub workload: Arc<Workload>,
-    ports: PortMap,
+    /// The target ports that are its own.
+    pub(super) ports: Arc<PortMap>,
 }
 
 impl Endpoint {
-    pub(super) fn new(workload: &Arc<Workload>, service: &Service, own: &PortMap) -> Self {
+    /// Where a port of the service, which is the one that it is an endpoint of, is served. `None`: not by this one.
+    pub fn target_port(&self, service: &Service, port: u16) -> Option<u16> {
         // Only ports of the service count. The workload's own mapping wins; one to 0 takes the service's.
-        let ports = service.ports.iter().filter_map(|(&port, &target)| {
-            let own = own.get(&port).copied().filter(|&own| own != 0);
-            own.or((target != 0).then_some(target)).map(|target| (port, target))
-        });
-        Self { workload: Arc::clone(workload), ports: ports.collect() }
+        let target = service.ports.get(&port).copied()?;
+        let own = self.ports.get(&port).copied().filter(|&own| own != 0);
+        own.or((target != 0).then_some(target))
+    }
+}
+
+/// The services that have whole ranges of addresses: few, so they are indexed anew when one of them changes.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Ranges {
+    services: BTreeMap<ServiceKey, Arc<Service>>,
+    by_network: HashMap<Arc<str>, ByLength>,
+}
+
+/// By the ranges' lengths: an address is looked up once for each length that there is, the longest first.
+type ByLength = BTreeMap<Reverse<u8>, HashMap<IpNet, Arc<Service>>>;
+
+impl Ranges {
+    pub fn put(&mut self, key: ServiceKey, service: Arc<Service>) {
+        self.services.insert(key, service);
+        self.index();
     }
 
-    /// Where a port of the service is served. `None`: this endpoint does not serve it.
-    pub fn target_port(&self, service_port: u16) -> Option<u16> {
-        self.ports.get(&service_port).copied()
+    pub fn remove(&mut self, key: &ServiceKey) {
+        self.services.remove(key);
+        self.index();
+    }
+
+    fn index(&mut self) {
+        self.by_network.clear();
+        for service in self.services.values() {
+            for (network, range) in &service.cidr_vips {
+                let by_length = self.by_network.entry(Arc::clone(network)).or_default();
+                let of_length = by_length.entry(Reverse(range.prefix_len())).or_default();
+                // Of several with one range the first has it.
+                of_length.entry(range.trunc()).or_insert_with(|| Arc::clone(service));
+            }
+        }
+    }
+
+    pub fn find(&self, network: &str, ip: IpAddr) -> Option<&Arc<Service>> {
+        self.by_network.get(network)?.iter().find_map(|(Reverse(length), ranges)| {
+            // A length that the address' family does not have is the other one's.
+            ranges.get(&IpNet::new(ip, *length).ok()?.trunc())
+        })
     }
 }
 

@@ -1,18 +1,16 @@
+use std::collections::BTreeMap;
+
 use super::*;
 
 /// A healthy workload in namespace `default` with service account `NAME`, reached by HBONE.
 pub fn workload(name: &str, ip: &str) -> Workload {
     let account = name.split('-').next().unwrap_or(name);
-    Workload {
-        uid: format!("uid-{name}").into(),
-        name: name.into(),
+    let common = workloads::Common {
         namespace: "default".into(),
         service_account: account.into(),
         trust_domain: "cluster.local".into(),
         network: "".into(),
-        node: "node-a".into(),
         cluster_id: "Kubernetes".into(),
-        addresses: vec![ip.parse().unwrap()],
         protocol: Protocol::Hbone,
         canonical_name: account.into(),
         canonical_revision: "".into(),
@@ -21,15 +19,28 @@ pub fn workload(name: &str, ip: &str) -> Workload {
         locality: workloads::Locality::default(),
         services: BTreeMap::new(),
         policies: Vec::new(),
-        healthy: true,
         host_network: false,
-        capacity: 1,
         native_tunnel: false,
         waypoint: None,
         network_gateway: None,
         hostname: None,
         application_tunnel: None,
+    };
+    Workload {
+        uid: format!("uid-{name}").into(),
+        name: name.into(),
+        node: "node-a".into(),
+        addresses: [ip.parse().unwrap()].into(),
+        capacity: 1,
+        healthy: true,
+        common: Arc::new(common),
     }
+}
+
+/// The same but for what `change` does.
+pub fn but(mut workload: Workload, change: impl FnOnce(&mut workloads::Common)) -> Workload {
+    change(&mut workload);
+    workload
 }
 
 /// `NAME.default.svc.cluster.local` on one address, port 80 to 8080.
@@ -70,7 +81,7 @@ fn a_workload_is_found_by_network_and_address_in_either_form() {
 
 #[test]
 fn host_network_workloads_are_never_found_by_address() {
-    let host = |name| Workload { host_network: true, ..workload(name, "192.168.0.1") };
+    let host = |name| but(workload(name, "192.168.0.1"), |common| common.host_network = true);
     let mesh = Mesh::new([host("a"), host("b")], [], []);
     assert!(mesh.workload_by_address("", ip("192.168.0.1")).is_none());
     assert!(mesh.workload_by_name("default", "a", "a").is_some());
@@ -90,7 +101,7 @@ fn the_mapping_of_the_workload_wins_and_a_named_port_needs_one() {
     web.ports = [(80, 8080), (81, 0), (82, 8082)].into();
     let endpoint = |name, ip, ports: &[(u16, u16)]| {
         let mut workload = workload(name, ip);
-        workload.services.insert(web.key(), ports.iter().copied().collect());
+        workload.services.insert(web.key(), Arc::new(ports.iter().copied().collect()));
         workload
     };
     let key = web.key();
@@ -99,10 +110,13 @@ fn the_mapping_of_the_workload_wins_and_a_named_port_needs_one() {
         endpoint("b", "10.0.0.2", &[(82, 0)]),
         workload("c", "10.0.0.3"),
     ];
-    let mesh = Mesh::new(workloads, [web], []);
+    let mesh = Mesh::new(workloads, [web.clone()], []);
     let [a, b] = mesh.endpoints(&key) else { panic!("c is no endpoint") };
-    assert_eq!([80, 81, 82, 99].map(|port| a.target_port(port)), [Some(9090), Some(9191), Some(8082), None]);
-    assert_eq!([80, 81, 82].map(|port| b.target_port(port)), [Some(8080), None, Some(8082)]);
+    assert_eq!(
+        [80, 81, 82, 99].map(|port| a.target_port(&web, port)),
+        [Some(9090), Some(9191), Some(8082), None]
+    );
+    assert_eq!([80, 81, 82].map(|port| b.target_port(&web, port)), [Some(8080), None, Some(8082)]);
 }
 
 #[test]

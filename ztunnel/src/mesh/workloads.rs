@@ -1,6 +1,6 @@
 //! One pod, as its peers know it.
 
-use std::{collections::BTreeMap, net::IpAddr, num::NonZeroU16, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, num::NonZeroU16, ops::Deref, sync::Arc};
 
 use serde::Serialize;
 
@@ -8,19 +8,32 @@ use super::{GatewayAddress, PolicyKey, ServiceKey, services::PortMap};
 use crate::identity::Identity;
 
 /// A pod (or machine) that has an identity.
+///
+/// A mesh may have 100,000 of them, and the pods of a deployment differ in little: see [`Common`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Workload {
     pub uid: Arc<str>,
     pub name: Arc<str>,
+    pub node: Arc<str>,
+    #[serde(rename = "workloadIps")]
+    pub addresses: Box<[IpAddr]>,
+    /// Its weight among the endpoints of a service.
+    pub capacity: u32,
+    pub healthy: bool,
+    #[serde(flatten)]
+    pub common: Arc<Common>,
+}
+
+/// What a workload has in common with its like, so that it is held once for all of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Common {
     pub namespace: Arc<str>,
     pub service_account: Arc<str>,
     pub trust_domain: Arc<str>,
     pub network: Arc<str>,
-    pub node: Arc<str>,
     pub cluster_id: Arc<str>,
-    #[serde(rename = "workloadIps")]
-    pub addresses: Vec<IpAddr>,
     pub protocol: Protocol,
     pub canonical_name: Arc<str>,
     pub canonical_revision: Arc<str>,
@@ -30,22 +43,19 @@ pub struct Workload {
     pub workload_type: Arc<str>,
     pub locality: Locality,
     /// The services that it is an endpoint of, with the target port of each port where it differs.
-    pub services: BTreeMap<ServiceKey, PortMap>,
+    pub services: BTreeMap<ServiceKey, Arc<PortMap>>,
     /// Policies that select it by name.
     #[serde(rename = "authorizationPolicies")]
     pub policies: Vec<PolicyKey>,
-    pub healthy: bool,
     pub host_network: bool,
-    /// Its weight among the endpoints of a service.
-    pub capacity: u32,
     /// It speaks HBONE by itself, no tunnel of its node does so for it.
     pub native_tunnel: bool,
     /// What traffic to its addresses has to pass. What addresses a service goes by that service's.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub waypoint: Option<Box<GatewayAddress>>,
+    pub waypoint: Option<GatewayAddress>,
     /// The way into its network, for workloads of others.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub network_gateway: Option<Box<GatewayAddress>>,
+    pub network_gateway: Option<GatewayAddress>,
     /// Where it is, if it has no addresses: to be looked up by name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hostname: Option<Arc<str>>,
@@ -53,8 +63,25 @@ pub struct Workload {
     pub application_tunnel: Option<ApplicationTunnel>,
 }
 
+/// All of it is the workload's; only where it is held differs.
+impl Deref for Workload {
+    type Target = Common;
+
+    fn deref(&self) -> &Common {
+        &self.common
+    }
+}
+
+/// Changes it for this one alone. What is read of a control plane does not change any more.
+#[cfg(test)]
+impl std::ops::DerefMut for Workload {
+    fn deref_mut(&mut self) -> &mut Common {
+        Arc::make_mut(&mut self.common)
+    }
+}
+
 /// How the application wants to be given what was sent through it to others.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct ApplicationTunnel {
     pub protocol: ApplicationProtocol,
     /// In place of the port that was addressed.
@@ -62,7 +89,7 @@ pub struct ApplicationTunnel {
     pub port: Option<NonZeroU16>,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 pub enum ApplicationProtocol {
     #[default]
     #[serde(rename = "NONE")]
@@ -73,7 +100,7 @@ pub enum ApplicationProtocol {
 }
 
 /// How a workload is reached.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 pub enum Protocol {
     #[default]
     #[serde(rename = "TCP")]
@@ -83,7 +110,7 @@ pub enum Protocol {
 }
 
 /// Where it runs. Empty parts are unknown.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 pub struct Locality {
     pub region: Arc<str>,
     pub zone: Arc<str>,

@@ -81,7 +81,7 @@ pub(super) fn address(workload: &Workload, families: IpFamilies, like: IpAddr) -
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
+    use std::{collections::HashMap, sync::Arc};
 
     use rand::{SeedableRng, rngs::StdRng};
 
@@ -90,15 +90,16 @@ mod tests {
 
     /// An endpoint by what it has in common with the client, as letters of Network, Cluster, Region, Zone,
     /// Subzone (`s`) and Node (`n`, `c`, `r`, `z`, `s`, `o`).
-    fn endpoint(common: &str) -> Workload {
+    fn endpoint(shared: &str) -> Workload {
         let mut endpoint = workload("web-0", "10.0.0.1");
-        let differs = |letter| !common.contains(letter);
+        let common = Arc::make_mut(&mut endpoint.common);
+        let differs = |letter| !shared.contains(letter);
         for (letter, field) in [
-            ('n', &mut endpoint.network),
-            ('c', &mut endpoint.cluster_id),
-            ('r', &mut endpoint.locality.region),
-            ('z', &mut endpoint.locality.zone),
-            ('s', &mut endpoint.locality.subzone),
+            ('n', &mut common.network),
+            ('c', &mut common.cluster_id),
+            ('r', &mut common.locality.region),
+            ('z', &mut common.locality.zone),
+            ('s', &mut common.locality.subzone),
             ('o', &mut endpoint.node),
         ] {
             if differs(letter) {

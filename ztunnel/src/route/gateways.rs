@@ -82,7 +82,7 @@ pub(super) fn resolve(
                 let workload = &endpoint.workload;
                 let ip = balance::address(workload, service.ip_families, like)?;
                 // A gateway takes HBONE whether or not its service lists that port.
-                let peer = SocketAddr::new(ip, endpoint.target_port(port).unwrap_or(port));
+                let peer = SocketAddr::new(ip, endpoint.target_port(service, port).unwrap_or(port));
                 let rank = balance::rank(client, workload, &service.load_balancing)?;
                 Some((rank, workload.capacity, (workload, peer)))
             });

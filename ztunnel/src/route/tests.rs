@@ -7,7 +7,7 @@ use crate::mesh::{
     GatewayAddress,
     gateways::WeightedWaypoint,
     services::{HealthPolicy, LbMode, LoadBalancing, Visibility},
-    tests::{ip, service, workload},
+    tests::{but, ip, service, workload},
 };
 
 /// Endpoints of service `web` at 10.96.0.1:80 → 8080; `change` turns plain ones into what a test needs.
@@ -22,7 +22,7 @@ fn mesh_with<const N: usize>(
 ) -> Mesh {
     let endpoints = addresses.iter().enumerate().map(|(n, address)| {
         let mut endpoint = workload(&format!("web-{n}"), address);
-        endpoint.services.insert(web.key(), [].into());
+        endpoint.services.insert(web.key(), Arc::new([].into()));
         change(n, &mut endpoint);
         endpoint
     });
@@ -113,7 +113,7 @@ fn without_a_healthy_endpoint_there_is_no_way() {
     for none in [
         mesh(|_, pod| pod.healthy = false, ["10.0.0.1"]),
         mesh(unchanged, []),
-        mesh(|_, pod| pod.addresses.clear(), ["10.0.0.1"]),
+        mesh(|_, pod| pod.addresses = [].into(), ["10.0.0.1"]),
         mesh_with(
             Service { ports: [(80, 0)].into(), ..service("web", "10.96.0.1") },
             unchanged, // and so without a mapping of the named port
@@ -142,7 +142,7 @@ fn a_port_that_the_service_has_not_is_an_error() {
 
 #[test]
 fn the_dialled_family_is_preferred_and_the_service_may_force_one() {
-    let both = |_: usize, pod: &mut Workload| pod.addresses = vec![ip("10.0.0.1"), ip("fd00::1")];
+    let both = |_: usize, pod: &mut Workload| pod.addresses = [ip("10.0.0.1"), ip("fd00::1")].into();
     let mut web = service("web", "10.96.0.1");
     web.vips.push(("".into(), ip("fd96::1")));
     let mesh = mesh_with(web.clone(), both, ["10.0.0.1"]);
@@ -156,7 +156,7 @@ fn the_dialled_family_is_preferred_and_the_service_may_force_one() {
 /// A mesh with service `web` of pod 10.0.0.1, a pod `waypoint-0` at 10.0.8.8 and its service at 10.96.8.8.
 fn with_waypoint(change: impl Fn(&mut Service, &mut Workload)) -> Mesh {
     let (mut web, mut pod) = (service("web", "10.96.0.1"), workload("web-0", "10.0.0.1"));
-    pod.services.insert(web.key(), [].into());
+    pod.services.insert(web.key(), Arc::new([].into()));
     change(&mut web, &mut pod);
     let mut gateway = service("waypoint", "10.96.8.8");
     gateway.ports = [(15008, 15008)].into();
@@ -165,7 +165,7 @@ fn with_waypoint(change: impl Fn(&mut Service, &mut Workload)) -> Mesh {
 
 fn waypoint_pod() -> Workload {
     let mut waypoint = workload("waypoint-0", "10.0.8.8");
-    waypoint.services.insert(service("waypoint", "10.96.8.8").key(), [].into());
+    waypoint.services.insert(service("waypoint", "10.96.8.8").key(), Arc::new([].into()));
     waypoint
 }
 
@@ -185,7 +185,7 @@ const NAMES: [&str; 3] = ["/10.0.8.8", "/10.96.8.8", "default/waypoint.default.s
 #[test]
 fn a_pods_waypoint_is_asked_for_the_pods_address() {
     for name in NAMES {
-        let mesh = with_waypoint(|_, pod| pod.waypoint = Some(Box::new(at(name))));
+        let mesh = with_waypoint(|_, pod| pod.waypoint = Some(at(name)));
         let route = routed(&mesh, "10.0.0.1:9999").unwrap();
         assert_eq!(asked(&route), ("10.0.8.8:15008".into(), "10.0.0.1:9999", WAYPOINT.into()), "{name}");
         assert_eq!(&*route.workload.unwrap().name, "waypoint-0");
@@ -209,15 +209,15 @@ fn a_services_waypoint_is_asked_for_the_services_address() {
 #[test]
 fn a_waypoint_may_be_a_workload_with_a_host_name() {
     let mut pod = workload("web-0", "10.0.0.1");
-    pod.waypoint = Some(Box::new(at("default/waypoint.example")));
-    let named = Workload { hostname: Some("waypoint.example".into()), ..waypoint_pod() };
+    pod.waypoint = Some(at("default/waypoint.example"));
+    let named = but(waypoint_pod(), |common| common.hostname = Some("waypoint.example".into()));
     let mesh = Mesh::new([pod, named], [], []);
     assert_eq!(asked(&routed(&mesh, "10.0.0.1:80").unwrap()).0, "10.0.8.8:15008");
 }
 
 #[test]
 fn traffic_to_a_service_never_uses_a_pods_waypoint() {
-    let mesh = with_waypoint(|_, pod| pod.waypoint = Some(Box::new(at("/10.0.8.8"))));
+    let mesh = with_waypoint(|_, pod| pod.waypoint = Some(at("/10.0.8.8")));
     let route = routed(&mesh, "10.96.0.1:80").unwrap();
     assert_eq!(asked(&route).0, "10.0.0.1:15008");
 }
@@ -227,7 +227,7 @@ fn what_a_waypoint_sends_is_not_sent_back_to_it() {
     for name in NAMES {
         let mesh = with_waypoint(|web, pod| {
             web.waypoint = Some(at(name));
-            pod.waypoint = Some(Box::new(at(name)));
+            pod.waypoint = Some(at(name));
         });
         let mut rng = StdRng::seed_from_u64(7);
         let mut from = |source: &Workload, to: &str| {
@@ -280,7 +280,7 @@ fn a_waypoint_that_is_not_there_is_never_passed_by() {
     for name in ["/10.0.7.7", "default/nobody.example", "east/10.0.8.8"] {
         let mesh = with_waypoint(|web, pod| {
             web.waypoint = Some(at(name));
-            pod.waypoint = Some(Box::new(at(name)));
+            pod.waypoint = Some(at(name));
         });
         for to in ["10.96.0.1:80", "10.0.0.1:80"] {
             let error = routed(&mesh, to).unwrap_err();
@@ -316,11 +316,11 @@ fn two_networks<const N: usize>(gateway: Option<&str>, endpoints: [&str; N]) -> 
         .enumerate()
         .map(|(n, address)| {
             let mut pod = workload(&format!("web-{n}"), address);
-            pod.services.insert(web.key(), [].into());
+            pod.services.insert(web.key(), Arc::new([].into()));
             if n == 0 {
                 pod.network = "east".into();
-                pod.addresses.clear(); // as a control plane sums up another network
-                pod.network_gateway = gateway.map(|name| Box::new(at(name)));
+                pod.addresses = [].into(); // as a control plane sums up another network
+                pod.network_gateway = gateway.map(at);
             }
             pod
         })
@@ -329,7 +329,7 @@ fn two_networks<const N: usize>(gateway: Option<&str>, endpoints: [&str; N]) -> 
     gate.network = "east".into();
     let mut entry = service("gateway", "10.96.7.7");
     entry.ports = [(15008, 15443)].into();
-    gate.services.insert(entry.key(), [].into());
+    gate.services.insert(entry.key(), Arc::new([].into()));
     pods.push(gate);
     Mesh::new(pods, [web, entry], [])
 }
@@ -399,7 +399,7 @@ fn a_service_of_another_namespace_alone_is_not_there() {
     let hidden = Service { visibility: Visibility::Namespace, ..service("web", "10.96.0.1") };
     let mesh = mesh_with(hidden, unchanged, ["10.0.0.1"]);
     assert!(routed(&mesh, "10.96.0.1:80").unwrap().service.is_some());
-    let stranger = Workload { namespace: "shop".into(), ..workload("client", "10.0.9.9") };
+    let stranger = but(workload("client", "10.0.9.9"), |common| common.namespace = "shop".into());
     let mut rng = StdRng::seed_from_u64(7);
     let route = outbound(&mesh, &stranger, "10.96.0.1:80".parse().unwrap(), &mut rng).unwrap();
     assert!(route.service.is_none() && route.via == Via::Plain);
@@ -419,7 +419,7 @@ fn a_host_network_pod_is_an_endpoint_but_its_address_is_the_nodes() {
 #[test]
 fn an_endpoint_known_by_name_alone_is_to_be_looked_up() {
     let named = |_: usize, pod: &mut Workload| {
-        pod.addresses.clear();
+        pod.addresses = [].into();
         pod.hostname = Some("db.example".into());
     };
     let mesh = mesh(named, ["10.0.0.1"]);

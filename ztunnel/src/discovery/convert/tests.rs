@@ -58,13 +58,13 @@ fn a_workload_is_as_it_was_sent_and_what_it_leaves_out_is_the_clusters() {
     sent.authorization_policies.push("istio-system/strict".to_owned());
     sent.application_tunnel = Some(proto::ApplicationTunnel { protocol: 1, port: 15088 });
     let read = sender().workload(sent).unwrap();
-    assert_eq!(read.addresses, ["10.0.0.1".parse::<IpAddr>().unwrap(), "fd00::1".parse().unwrap()]);
+    assert_eq!(*read.addresses, ["10.0.0.1".parse::<IpAddr>().unwrap(), "fd00::1".parse().unwrap()]);
     assert_eq!(
         (read.protocol, read.healthy, read.host_network, read.capacity),
         (Protocol::Hbone, false, true, 7)
     );
-    assert_eq!(read.waypoint.unwrap().to_string(), "n/10.0.0.9:15008");
-    assert_eq!(read.services[&"demo/web.example".parse().unwrap()], [(80, 8080)].into());
+    assert_eq!(read.waypoint.as_ref().unwrap().to_string(), "n/10.0.0.9:15008");
+    assert_eq!(*read.services[&"demo/web.example".parse().unwrap()], [(80, 8080)].into());
     assert_eq!(read.policies, ["istio-system/strict".parse().unwrap()]);
     assert_eq!(read.application_tunnel.unwrap().port.unwrap().get(), 15088);
 }

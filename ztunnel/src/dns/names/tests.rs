@@ -1,10 +1,10 @@
-use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::*;
 use crate::mesh::{
     Mesh, Workload,
     services::{HealthPolicy, Visibility},
-    tests::{ip, service, workload},
+    tests::{but, ip, service, workload},
 };
 
 const CLIENT: Client<'static> = Client { namespace: "default", network: "" };
@@ -82,12 +82,13 @@ fn a_wildcard_stands_for_all_names_below_it_and_a_longer_match_wins() {
 fn a_headless_service_is_its_healthy_endpoints_of_this_network() {
     let mut headless = service("db", "10.1.0.1");
     headless.vips.clear();
-    let endpoint = |name: &str, address: &str| Workload {
-        services: BTreeMap::from([(headless.key(), [(80, 8080)].into())]),
-        ..workload(name, address)
+    let endpoint = |name: &str, address: &str| {
+        but(workload(name, address), |common| {
+            common.services.insert(headless.key(), Arc::new([(80, 8080)].into()));
+        })
     };
     let sick = Workload { healthy: false, ..endpoint("db-3", "10.0.0.3") };
-    let far = Workload { network: "east".into(), ..endpoint("db-4", "10.0.0.4") };
+    let far = but(endpoint("db-4", "10.0.0.4"), |common| common.network = "east".into());
     let endpoints =
         [endpoint("db-1", "10.0.0.1"), endpoint("db-2", "10.0.0.2"), sick, far, endpoint("db-6", "fd00::6")];
     let mesh = Mesh::new(endpoints.clone(), [headless.clone()], []);

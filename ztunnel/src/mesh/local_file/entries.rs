@@ -1,6 +1,6 @@
 //! The document and its workloads as they are written, and what is checked of each.
 
-use std::{collections::BTreeMap, fmt::Display, net::IpAddr, num::NonZeroU16, str::FromStr};
+use std::{collections::BTreeMap, fmt::Display, net::IpAddr, num::NonZeroU16, str::FromStr, sync::Arc};
 
 use serde::Deserialize;
 
@@ -14,7 +14,7 @@ use crate::{
     mesh::{
         Protocol, Workload,
         services::PortMap,
-        workloads::{ApplicationProtocol, ApplicationTunnel, Locality},
+        workloads::{ApplicationProtocol, ApplicationTunnel, Common, Locality},
     },
 };
 
@@ -147,27 +147,24 @@ impl WorkloadEntry {
         let uid = or(self.uid, || format!("{}/{}", self.namespace, self.name));
         let service_account = or(self.service_account, || "default".to_owned());
         let trust_domain = or(self.trust_domain, || defaults.trust_domain.to_string());
-        let gateway = |entry: Option<GatewayEntry>, key| {
-            entry.map(|entry| entry.check(&object, key).map(Box::new)).transpose()
-        };
-        let workload = Workload {
-            services: keys(&object, "services", self.services)?,
+        let gateway =
+            |entry: Option<GatewayEntry>, key| entry.map(|entry| entry.check(&object, key)).transpose();
+        let services: BTreeMap<_, PortMap> = keys(&object, "services", self.services)?;
+        let common = Common {
+            services: services.into_iter().map(|(key, ports)| (key, Arc::new(ports))).collect(),
             policies: self
                 .authorization_policies
                 .iter()
                 .map(|key| key.parse().map_err(|reason| invalid(&object, "authorizationPolicies", reason)))
                 .collect::<Result<_, _>>()?,
-            uid: uid.into(),
             service_account: service_account.into(),
             trust_domain: trust_domain.into(),
-            addresses: self.workload_ips.into_iter().chain(self.workload_ip).collect(),
             protocol: match self.protocol {
                 ProtocolEntry::Tcp => Protocol::Tcp,
                 ProtocolEntry::Hbone => Protocol::Hbone,
             },
             host_network: matches!(self.network_mode, NetworkModeEntry::HostNetwork),
             network: self.network.into(),
-            node: self.node.into(),
             cluster_id: or(self.cluster_id, || defaults.cluster_id.to_string()).into(),
             canonical_name: self.canonical_name.into(),
             canonical_revision: self.canonical_revision.into(),
@@ -178,15 +175,21 @@ impl WorkloadEntry {
                 zone: self.locality.zone.into(),
                 subzone: self.locality.subzone.into(),
             },
-            healthy: matches!(self.status, StatusEntry::Healthy),
-            capacity: self.capacity.unwrap_or(1),
             native_tunnel: self.native_tunnel,
             waypoint: gateway(self.waypoint, "waypoint")?,
             network_gateway: gateway(self.network_gateway, "networkGateway")?,
             hostname: (!self.hostname.is_empty()).then(|| self.hostname.into()),
             application_tunnel: self.application_tunnel.map(ApplicationTunnel::from),
-            name: self.name.into(),
             namespace: self.namespace.into(),
+        };
+        let workload = Workload {
+            uid: uid.into(),
+            name: self.name.into(),
+            node: self.node.into(),
+            addresses: self.workload_ips.into_iter().chain(self.workload_ip).collect(),
+            capacity: self.capacity.unwrap_or(1),
+            healthy: matches!(self.status, StatusEntry::Healthy),
+            common: Arc::new(common),
         };
         let identity = workload.identity().to_string();
         if identity.parse::<Identity>().is_err() {

@@ -1,0 +1,148 @@
+//! What the mesh's tables hold: by which key each of them finds a workload or a service.
+
+use std::{net::IpAddr, sync::Arc};
+
+use super::{Endpoint, Service, ServiceKey, Workload, table::Keyed};
+
+#[derive(Clone, Debug)]
+pub(super) struct ByUid {
+    pub workload: Arc<Workload>,
+    /// Who came when. While an address goes from one workload to the next, the control plane may tell of the new owner
+    /// before it takes the old one back: the later one has it.
+    pub arrival: u64,
+}
+
+impl Keyed for ByUid {
+    type Key<'a> = &'a str;
+
+    fn key(&self) -> &str {
+        &self.workload.uid
+    }
+
+    fn has(&self, key: &&str) -> bool {
+        *self.workload.uid == **key
+    }
+}
+
+/// By network and one of its addresses.
+#[derive(Clone, Debug)]
+pub(super) struct ByAddress {
+    pub workload: Arc<Workload>,
+    /// Which of them.
+    pub address: usize,
+}
+
+impl Keyed for ByAddress {
+    type Key<'a> = (&'a str, IpAddr);
+
+    fn key(&self) -> (&str, IpAddr) {
+        (&self.workload.network, self.workload.addresses[self.address].to_canonical())
+    }
+
+    fn has(&self, key: &(&str, IpAddr)) -> bool {
+        self.key() == *key
+    }
+}
+
+/// By namespace and name.
+#[derive(Clone, Debug)]
+pub(super) struct ByName(pub Arc<Workload>);
+
+impl Keyed for ByName {
+    type Key<'a> = (&'a str, &'a str);
+
+    fn key(&self) -> (&str, &str) {
+        (&self.0.namespace, &self.0.name)
+    }
+
+    fn has(&self, key: &(&str, &str)) -> bool {
+        self.key() == *key
+    }
+}
+
+/// By namespace and the host name that it has of its own.
+#[derive(Clone, Debug)]
+pub(super) struct ByOwnHostname(pub Arc<Workload>);
+
+impl Keyed for ByOwnHostname {
+    type Key<'a> = (&'a str, &'a str);
+
+    fn key(&self) -> (&str, &str) {
+        (&self.0.namespace, self.0.hostname.as_deref().unwrap_or_default())
+    }
+
+    fn has(&self, key: &(&str, &str)) -> bool {
+        self.key() == *key
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct ServiceByKey(pub Arc<Service>);
+
+impl Keyed for ServiceByKey {
+    type Key<'a> = (&'a str, &'a str);
+
+    fn key(&self) -> (&str, &str) {
+        (&self.0.namespace, &self.0.hostname)
+    }
+
+    fn has(&self, key: &(&str, &str)) -> bool {
+        self.key() == *key
+    }
+}
+
+/// By host name, which services of several namespaces may have.
+#[derive(Clone, Debug)]
+pub(super) struct ServiceByHostname(pub Arc<Service>);
+
+impl Keyed for ServiceByHostname {
+    type Key<'a> = &'a str;
+
+    fn key(&self) -> &str {
+        &self.0.hostname
+    }
+
+    fn has(&self, key: &&str) -> bool {
+        *self.0.hostname == **key
+    }
+}
+
+/// By network and one of its addresses.
+#[derive(Clone, Debug)]
+pub(super) struct ServiceByVip {
+    pub service: Arc<Service>,
+    /// Which of them.
+    pub vip: usize,
+}
+
+impl Keyed for ServiceByVip {
+    type Key<'a> = (&'a str, IpAddr);
+
+    fn key(&self) -> (&str, IpAddr) {
+        let (network, ip) = &self.service.vips[self.vip];
+        (network, ip.to_canonical())
+    }
+
+    fn has(&self, key: &(&str, IpAddr)) -> bool {
+        self.key() == *key
+    }
+}
+
+/// What there is of a service's endpoints, whether or not the service itself is known yet.
+#[derive(Clone, Debug)]
+pub(super) struct EndpointsOf {
+    pub service: ServiceKey,
+    pub endpoints: Arc<Vec<Endpoint>>,
+}
+
+impl Keyed for EndpointsOf {
+    type Key<'a> = (&'a str, &'a str);
+
+    fn key(&self) -> (&str, &str) {
+        self.service.parts()
+    }
+
+    fn has(&self, key: &(&str, &str)) -> bool {
+        self.key() == *key
+    }
+}
