@@ -2,11 +2,13 @@
 //!
 //! * [`client`]: calls the control plane, again and again
 //! * [`delta`]: what is asked and answered on one stream, and what is held over several
+//! * [`demand`]: what is asked for only when a connection needs it
 //! * [`convert`]: one resource, checked as a whole
 
 pub mod client;
 mod convert;
 pub mod delta;
+pub mod demand;
 
 use std::{
     borrow::Borrow,

@@ -20,6 +20,7 @@ use tokio::{io::AsyncWriteExt, net::TcpStream};
 use tracing::debug;
 
 use crate::{
+    discovery::demand::Unanswered,
     hbone::{
         BAGGAGE, FORWARDED, InvalidTarget, Target, forwarded_host,
         server::{self, Asked},
@@ -29,7 +30,7 @@ use crate::{
     pods::Pod,
     policy::{self, Denied},
     record::{Counters, Direction, Ends, Failure, Record, denied_early},
-    socket,
+    route, socket,
     stream::{self, SocketIs, StreamError},
     worker::{Accepted, Shared, UnknownWorkload, Worker},
 };
@@ -57,6 +58,8 @@ pub enum InboundError {
     Recursive,
     #[error(transparent)]
     UnknownWorkload(#[from] UnknownWorkload),
+    #[error(transparent)]
+    Unanswered(#[from] Unanswered),
     #[error("a certificate of the peer is revoked")]
     Revoked,
     #[error("connection closed due to policy rejection")]
@@ -101,11 +104,12 @@ impl Failure for InboundError {
             Self::UnknownPort { .. } => "no_such_port",
             Self::Recursive => "recursive",
             Self::UnknownWorkload(_) => "unknown_workload",
+            Self::Unanswered(_) => "unanswered",
             Self::Denied(_) => "denied",
             Self::Revoked => "revoked",
             Self::Dial(_) => "connect",
             Self::PolicyChange => "policy_change",
-            Self::Stream(_) => "broken",
+            Self::Stream(error) => error.reason(),
         }
     }
 
@@ -221,6 +225,8 @@ async fn admit(tunnel: &Tunnel, asked: &Asked) -> Result<Admitted, InboundError>
         return Err(InboundError::Revoked);
     }
     let (mesh, workload) = shared.workload(&tunnel.pod).await?;
+    let missing = |mesh: &Mesh| delivery::missing(mesh, &workload, tunnel.local, &target);
+    let mesh = shared.informed(mesh, missing).await?;
     let mut delivery = delivery(&mesh, &workload, tunnel.local, target, shared.config.proxy_to)?;
     let port = delivery.target.port();
     let foreign = tunnel.pod.own_port.is_some_and(|own| own != port);
@@ -231,10 +237,19 @@ async fn admit(tunnel: &Tunnel, asked: &Asked) -> Result<Admitted, InboundError>
     if delivery.service.is_none() {
         delivery.service = forwarded_service(&mesh, &workload, request.headers());
     }
+    let client = |mesh: &Mesh| unknown_client(mesh, &workload, tunnel.peer.ip());
+    // For labels: without an answer there are none.
+    let mesh = shared.informed(Arc::clone(&mesh), client).await.unwrap_or(mesh);
     let peer = Asker { ip: tunnel.peer.ip(), identity: tunnel.identity.as_ref() };
     let believed = shared.config.response_baggage;
     let source = source(&mesh, &workload, peer, request.headers(), believed);
     Ok(Admitted { workload, source, delivery })
+}
+
+/// The client's name to ask the control plane for, if nobody has told who it is.
+pub(crate) fn unknown_client(mesh: &Mesh, workload: &Workload, client: IpAddr) -> Vec<String> {
+    let known = mesh.workload_by_address(&workload.network, client).is_some();
+    (!known).then(|| route::address_name(&workload.network, client)).into_iter().collect()
 }
 
 /// The service that the client dialled, as its tunnel says: `forwarded: for="…";host=…`. For labels only.
@@ -328,7 +343,7 @@ async fn carry(
             () = shared.revocations.until_revoked(tunnel.chain.clone()) => {}
         }
     };
-    match stream::tunnel(application, stream, SocketIs::Server, counters, cut).await {
+    match stream::tunnel(application, stream, SocketIs::Server, counters, shared.config.limits, cut).await {
         Err(StreamError::Cut) if shared.revocations.is_revoked(&tunnel.chain) => Err(InboundError::Revoked),
         done => Ok(done?),
     }

@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use crate::{
-    inbound::{InboundError, check, until_denied},
+    inbound::{InboundError, check, unknown_client, until_denied},
     mesh::{Mesh, Workload},
     record::{Counters, Direction, Ends, Failure, Record, denied_early},
     socket, stream,
@@ -38,6 +38,9 @@ async fn admit(accepted: &Accepted, target: SocketAddr) -> Result<(Arc<Mesh>, Ar
     }
     let (mesh, workload) = shared.workload(&accepted.pod).await?;
     check(&mesh, &workload, accepted.client.ip(), None, target)?;
+    let client = |mesh: &Mesh| unknown_client(mesh, &workload, accepted.client.ip());
+    // For labels: without an answer there are none.
+    let mesh = shared.informed(Arc::clone(&mesh), client).await.unwrap_or(mesh);
     Ok((mesh, workload))
 }
 
@@ -53,5 +56,5 @@ async fn carry(accepted: Accepted, target: SocketAddr, counters: &Counters) -> R
     };
     shared.metrics.connected(Direction::Inbound.as_str(), began.elapsed());
     let denied = until_denied(shared, &pod, client.ip(), None, target);
-    Ok(stream::relay(stream, application, counters, denied).await?)
+    Ok(stream::relay(stream, application, counters, shared.config.limits, denied).await?)
 }

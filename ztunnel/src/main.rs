@@ -73,9 +73,12 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: Lost) -> Resul
     let metrics = Arc::new(metrics);
     let readiness = Readiness::default();
     let mut pods_ready = readiness.task("workload proxy manager");
+    let on_demand = config.xds.as_ref().is_some_and(|xds| xds.on_demand);
+    let demand = on_demand.then(discovery::demand::Demand::default);
     let xds = config.xds.as_ref().map(|xds| {
         let (defaults, ready) = (Defaults::from(&*config), readiness.task("state manager"));
-        discovery::client::Client::new(xds, defaults, Arc::clone(&store), metrics.xds.clone(), ready)
+        let (store, metrics) = (Arc::clone(&store), metrics.xds.clone());
+        discovery::client::Client::new(xds, defaults, store, demand.clone(), metrics, ready)
     });
 
     // Bind.
@@ -88,6 +91,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: Lost) -> Resul
         Arc::clone(&certificates),
         Arc::clone(&revocations),
         Arc::clone(&metrics),
+        demand,
     ));
     let workers = Workers::start(&shared).context("cannot start the workers")?;
     let start_dns = || {

@@ -13,6 +13,7 @@ use std::{
 use tokio::net::TcpStream;
 
 use crate::{
+    discovery::demand::Unanswered,
     hbone::{
         Connect,
         client::{self, ConnectError, Tunnel},
@@ -20,7 +21,7 @@ use crate::{
     },
     identity::Identity,
     lookup::LookupError,
-    mesh::{Workload, baggage},
+    mesh::{Mesh, Workload, baggage},
     record::{Counters, Direction, Ends, Failure, Record, denied_early},
     route::{self, Outbound, OutboundRoute, RouteError, Via},
     socket,
@@ -41,6 +42,8 @@ pub enum OutboundError {
     Route(#[from] RouteError),
     #[error(transparent)]
     Lookup(#[from] LookupError),
+    #[error(transparent)]
+    Unanswered(#[from] Unanswered),
     #[error("connection failed")]
     Dial(#[source] io::Error),
     #[error("cannot ask for {authority:?}")]
@@ -59,10 +62,11 @@ impl Failure for OutboundError {
             Self::UnknownWorkload(_) => "unknown_workload",
             Self::Route(error) => error.reason(),
             Self::Lookup(_) => "lookup",
+            Self::Unanswered(_) => "unanswered",
             Self::Dial(_) => "connect",
             Self::Request { .. } => "invalid_request",
             Self::Hbone(error) => error.reason(),
-            Self::Stream(_) => "broken",
+            Self::Stream(error) => error.reason(),
         }
     }
 
@@ -125,6 +129,8 @@ async fn plan(
     if shared.is_own_port(original.port()) && (to_itself || local.is_ok_and(|local| local == original.ip())) {
         return Err(failed(OutboundError::Recursive));
     }
+    let missing = |mesh: &Mesh| route::missing(mesh, &source, original);
+    let mesh = shared.informed(mesh, missing).await.map_err(|error| failed(error.into()))?;
     let found =
         route::outbound(&mesh, &source, original, &mut rand::rng()).map_err(|error| failed(error.into()))?;
     let route = match found {
@@ -162,10 +168,11 @@ struct Way<'a> {
 
 async fn plain(accepted: Accepted, target: SocketAddr, counters: &Counters) -> Result<(), OutboundError> {
     let (metrics, began) = (Arc::clone(&accepted.worker.shared.metrics), Instant::now());
+    let limits = accepted.worker.shared.config.limits;
     match dial(&accepted, target).await {
         Ok(server) => {
             metrics.connected(Direction::Outbound.as_str(), began.elapsed());
-            Ok(stream::relay(accepted.stream, server, counters, std::future::pending()).await?)
+            Ok(stream::relay(accepted.stream, server, counters, limits, std::future::pending()).await?)
         }
         Err(error) => refuse(accepted, error),
     }
@@ -192,7 +199,15 @@ async fn hbone(
                 return refuse(accepted, Arc::new(ConnectError::Revoked { peer: way.peer }).into());
             }
             let revoked = shared.revocations.until_revoked(lease.chain().clone());
-            let done = stream::tunnel(accepted.stream, stream, SocketIs::Client, counters, revoked).await;
+            let done = stream::tunnel(
+                accepted.stream,
+                stream,
+                SocketIs::Client,
+                counters,
+                shared.config.limits,
+                revoked,
+            )
+            .await;
             done.map_err(|error| cut_or(error, way.peer))
         }
         Err(error) => refuse(accepted, error),

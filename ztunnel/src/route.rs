@@ -16,7 +16,7 @@ use crate::{
     config::Ports,
     identity::Identity,
     mesh::{
-        Endpoint, GatewayAddress, Mesh, Protocol, Service, Workload,
+        Endpoint, GatewayAddress, GatewayDestination, Mesh, Protocol, Service, Workload,
         services::{IpFamilies, LbMode},
     },
 };
@@ -160,6 +160,32 @@ pub fn outbound(
         target: original,
         via: direct(workload, original, Vec::new()),
     }))
+}
+
+/// What would have to be known to follow `original`, and is not: names to ask the control plane for.
+pub fn missing(mesh: &Mesh, source: &Workload, original: SocketAddr) -> Vec<String> {
+    let service = mesh.service_by_vip(&source.network, original.ip());
+    let workload = mesh.workload_by_address(&source.network, original.ip());
+    if service.is_none() && workload.is_none() {
+        return vec![address_name(&source.network, original.ip())];
+    }
+    let of_service = service.into_iter().flat_map(|service| {
+        let beyond = |endpoint: &&Endpoint| endpoint.workload.network != source.network;
+        let endpoints = mesh.endpoints(&service.key()).iter().filter(beyond);
+        let gateways = endpoints.filter_map(|endpoint| endpoint.workload.network_gateway.as_ref());
+        let weighted = service.weighted_waypoints.iter().map(|waypoint| &waypoint.destination);
+        weighted.chain(&service.waypoint).chain(gateways)
+    });
+    let gateways = of_service.chain(workload.and_then(|workload| workload.waypoint.as_ref()));
+    let mut names: Vec<_> = gateways.filter_map(|gateway| gateways::missing(mesh, gateway)).collect();
+    names.sort_unstable();
+    names.dedup();
+    names
+}
+
+/// What an address is called by the control plane.
+pub fn address_name(network: &str, ip: IpAddr) -> String {
+    GatewayDestination::Address(network.into(), ip.to_canonical()).to_string()
 }
 
 /// `None`: it has no waypoint, or `source` is it, or one of them: its own traffic must get past itself.

@@ -20,14 +20,9 @@ use std::{
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use socket2::SockRef;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::net::TcpStream;
 
-use crate::record::Counters;
-
-/// How long a connection with one direction ended may lie still before it is cut. The same hour that
-/// kube-proxy gives such a connection in conntrack (`--conntrack-tcp-timeout-close-wait`): past it, a
-/// NATed one would be dead anyway.
-pub const HALF_CLOSED_LIMIT: Duration = Duration::from_hours(1);
+use crate::{config::Limits, record::Counters};
 
 /// Buffers start here and grow while reads fill them.
 const SMALL: usize = 16 << 10;
@@ -42,10 +37,24 @@ pub enum StreamError {
     Reset(Reason),
     #[error("tunnel broke")]
     Tunnel(#[source] h2::Error),
-    #[error("half-closed and silent for {:?}", HALF_CLOSED_LIMIT)]
-    HalfClosed,
+    #[error("half-closed and silent for {0:?} (stream.half_closed_limit)")]
+    HalfClosed(Duration),
+    #[error("silent for {0:?} (stream.idle_limit)")]
+    Idle(Duration),
     #[error("cut")]
     Cut,
+}
+
+impl StreamError {
+    /// A closed set, for logs and metrics.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::HalfClosed(_) => "half_closed_limit",
+            Self::Idle(_) => "idle_limit",
+            // What was cut says by itself why.
+            Self::Socket(_) | Self::Reset(_) | Self::Tunnel(_) | Self::Cut => "broken",
+        }
+    }
 }
 
 /// Both halves of an HBONE stream. Dropped before [`finished`](Self::finished) it is reset, as the TCP
@@ -120,6 +129,7 @@ pub async fn tunnel(
     mut stream: Stream,
     side: SocketIs,
     counters: &Counters,
+    limits: Limits,
     cut: impl Future<Output = ()>,
 ) -> Result<(), StreamError> {
     let from_socket = |n| if side == SocketIs::Client { counters.sent(n) } else { counters.received(n) };
@@ -129,6 +139,7 @@ pub async fn tunnel(
         socket_to_stream(&socket.0, &mut stream.send, from_socket),
         stream_to_socket(&mut stream.recv, &socket.0, to_socket),
         || counters.totals(),
+        limits,
         cut,
     )
     .await;
@@ -148,6 +159,7 @@ pub async fn relay(
     client: TcpStream,
     server: TcpStream,
     counters: &Counters,
+    limits: Limits,
     cut: impl Future<Output = ()>,
 ) -> Result<(), StreamError> {
     let (client, server) = (Unfinished::new(client)?, Unfinished::new(server)?);
@@ -155,6 +167,7 @@ pub async fn relay(
         socket_to_socket(&client.0, &server.0, |n| counters.sent(n)),
         socket_to_socket(&server.0, &client.0, |n| counters.received(n)),
         || counters.totals(),
+        limits,
         cut,
     )
     .await?;
@@ -163,32 +176,40 @@ pub async fn relay(
     Ok(())
 }
 
-/// Runs both directions to their ends; the first that breaks ends both. With one ended, the other may lie
-/// still for `HALF_CLOSED_LIMIT`.
+/// Runs both directions to their ends; the first that breaks ends both. A connection that lies still for as long as
+/// `limits` allow is cut, at the latest after twice that time.
 async fn both(
     up: impl Future<Output = Result<(), StreamError>>,
     down: impl Future<Output = Result<(), StreamError>>,
     moved: impl Fn() -> (u64, u64),
+    limits: Limits,
     cut: impl Future<Output = ()>,
 ) -> Result<(), StreamError> {
     let (mut up, mut down, mut cut) = (pin!(up), pin!(down), pin!(cut));
-    let up_ended = tokio::select! {
-        result = &mut up => { result?; true }
-        result = &mut down => { result?; false }
-        () = &mut cut => return Err(StreamError::Cut),
-    };
-    loop {
+    let (mut up_ended, mut down_ended) = (false, false);
+    while !(up_ended && down_ended) {
         let before = moved();
-        let rest = async { if up_ended { down.as_mut().await } else { up.as_mut().await } };
+        let limit = if up_ended || down_ended { Some(limits.half_closed()) } else { limits.idle };
+        let still = async {
+            match limit {
+                Some(limit) => tokio::time::sleep(limit).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
-            result = timeout(HALF_CLOSED_LIMIT, rest) => match result {
-                Ok(result) => return result,
-                Err(_) if moved() == before => return Err(StreamError::HalfClosed),
-                Err(_) => {}
-            },
+            result = &mut up, if !up_ended => { result?; up_ended = true; }
+            result = &mut down, if !down_ended => { result?; down_ended = true; }
             () = &mut cut => return Err(StreamError::Cut),
+            () = still => match limit {
+                Some(limit) if moved() == before => {
+                    let half_closed = up_ended || down_ended;
+                    return Err(if half_closed { StreamError::HalfClosed } else { StreamError::Idle }(limit));
+                }
+                _ => {}
+            },
         }
     }
+    Ok(())
 }
 
 /// A read buffer that grows while reads fill it and gives up its memory when they stop doing so.
@@ -448,6 +469,8 @@ mod tests {
         task::{LocalSet, spawn_local},
     };
 
+    const LIMITS: Limits = Limits { half_closed: Duration::from_secs(60), idle: None };
+
     async fn sockets() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let dialled = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
@@ -473,9 +496,15 @@ mod tests {
         let (application, ours) = sockets().await;
         let task = spawn_local(async move {
             let counters = Counters::default();
-            let result =
-                tunnel(ours, Stream::new(send, recv), SocketIs::Client, &counters, std::future::pending())
-                    .await;
+            let result = tunnel(
+                ours,
+                Stream::new(send, recv),
+                SocketIs::Client,
+                &counters,
+                LIMITS,
+                std::future::pending(),
+            )
+            .await;
             drop(requests);
             result
         });
@@ -531,7 +560,7 @@ mod tests {
                 }
             };
             // Nobody reads `recv`: the stream's window, one send buffer and the kernel's buffers fill up, no more.
-            let _ = timeout(Duration::from_millis(300), endless).await;
+            let _ = tokio::time::timeout(Duration::from_millis(300), endless).await;
             assert!(written < 16 << 20, "{written} bytes went nowhere");
             drop((recv, task));
         };
@@ -539,12 +568,24 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn half_closed_and_silent_is_cut_in_the_end() {
-        let (mut client, near) = sockets().await;
-        let (_server, far) = sockets().await;
-        client.shutdown().await.unwrap();
-        let counters = Counters::default();
-        let result = relay(near, far, &counters, std::future::pending()).await;
-        assert!(matches!(result, Err(StreamError::HalfClosed)), "{result:?}");
+    async fn silent_is_cut_in_the_end_half_closed_or_not_as_the_limits_say() {
+        let day = Duration::from_hours(24);
+        for (half_closed, idle, shut, expected) in [
+            (day, None, true, Some("half-closed and silent for 86400s")),
+            (day, Some(Duration::from_secs(9)), true, Some("half-closed and silent for 9s")),
+            (day, Some(Duration::from_secs(9)), false, Some("silent for 9s")),
+            (day, None, false, None),
+        ] {
+            let ((mut client, near), (_server, far)) = (sockets().await, sockets().await);
+            if shut {
+                client.shutdown().await.unwrap();
+            }
+            let (counters, limits) = (Counters::default(), Limits { half_closed, idle });
+            let relayed = relay(near, far, &counters, limits, std::future::pending());
+            let result = tokio::time::timeout(3 * day, relayed).await;
+            let said = result.ok().map(|result| result.unwrap_err().to_string());
+            assert_eq!(said.is_some(), expected.is_some());
+            assert!(said.unwrap_or_default().starts_with(expected.unwrap_or_default()), "{expected:?}");
+        }
     }
 }

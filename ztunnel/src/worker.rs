@@ -23,6 +23,7 @@ use tracing::{error, info};
 
 use crate::{
     config::Config,
+    discovery::demand::{Demand, Unanswered},
     hbone::pool::Pool,
     identity::{Certificates, Revocations},
     inbound, inbound_plain,
@@ -48,6 +49,8 @@ pub struct Shared {
     pub certificates: Arc<Certificates>,
     pub revocations: Arc<Revocations>,
     pub metrics: Arc<Metrics>,
+    /// Where the mesh is asked for piece by piece.
+    pub demand: Option<Demand>,
     /// As configured; a pod may need it otherwise.
     pub socket: socket::Options,
     /// Whether applications are dialled from their clients' addresses.
@@ -61,10 +64,11 @@ impl Shared {
         certificates: Arc<Certificates>,
         revocations: Arc<Revocations>,
         metrics: Arc<Metrics>,
+        demand: Option<Demand>,
     ) -> Self {
         let socket = socket::Options::new(&config);
         let original_source = config.original_source.unwrap_or_else(socket::may_speak_as_others);
-        Self { config, store, certificates, revocations, metrics, socket, original_source }
+        Self { config, store, certificates, revocations, metrics, demand, socket, original_source }
     }
 
     /// The ports that are the tunnel's own in every netns; traffic to them through the tunnel would go in circles.
@@ -87,10 +91,35 @@ impl Shared {
                 if let Some(workload) = found {
                     return Some((mesh, workload));
                 }
+                if let Some(demand) = &self.demand {
+                    // As Istio's control plane calls a pod; it tells of this node's by itself.
+                    demand.ask(&format!("{}//Pod/{}/{}", self.config.cluster_id, info.namespace, info.name));
+                }
                 changes.changed().await.ok()?;
             }
         };
         timeout(WORKLOAD_TIMEOUT, arrived).await.ok().flatten().ok_or(UnknownWorkload)
+    }
+
+    /// A snapshot that has all of what is `missing` in `mesh`, by name, or of which the control plane said that it is not
+    /// there. Where the mesh is told of as a whole, that is `mesh` itself.
+    pub async fn informed(
+        &self,
+        mut mesh: Arc<Mesh>,
+        missing: impl Fn(&Mesh) -> Vec<String>,
+    ) -> Result<Arc<Mesh>, Unanswered> {
+        let Some(demand) = &self.demand else { return Ok(mesh) };
+        loop {
+            let mut new = false;
+            for name in missing(&mesh) {
+                new |= demand.answer(&name).await?;
+            }
+            // What was told may name others in turn. Ends, since a name is new once.
+            if !new {
+                return Ok(mesh);
+            }
+            mesh = self.store.snapshot();
+        }
     }
 
     /// Connects to the application in `pod`, from its client's address if that is to be kept.

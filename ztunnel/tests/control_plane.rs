@@ -103,25 +103,25 @@ fn server_certificate(bed: &Bed) -> (PathBuf, PathBuf) {
 
 /// A tunnel of node `a` that asks the control plane on `port`.
 fn tunnel(bed: &Bed, space: Space, port: u64, pods: &[&Pod]) -> Tunnel {
+    tunnel_with(bed, space, port, pods, &[])
+}
+
+fn tunnel_with(bed: &Bed, space: Space, port: u64, pods: &[&Pod], more: &[(&str, &str)]) -> Tunnel {
     let address = format!("https://localhost:{port}");
     let root = bed.dir.path().join("xds-root.pem").display().to_string();
-    let mut tunnel = Tunnel::start_with(
-        bed,
-        "a",
-        space,
-        &[
-            ("LOCAL_XDS_PATH", ""),
-            ("XDS_ADDRESS", &address),
-            ("XDS_ROOT_CA", &root),
-            ("AUTH_TOKEN", "a.b.c"),
-            ("XDS_HEADER_X_TENANT", "seven"),
-            ("ISTIO_META_FLAVOUR", "plain"),
-            ("ISTIO_METAJSON_LABELS", "{\"a\": [1, true]}"),
-            ("INSTANCE_IP", "192.0.2.7"),
-            ("POD_NAME", "ztunnel-a"),
-            ("POD_NAMESPACE", "adit"),
-        ],
-    );
+    let variables = [
+        ("LOCAL_XDS_PATH", ""),
+        ("XDS_ADDRESS", &address),
+        ("XDS_ROOT_CA", &root),
+        ("AUTH_TOKEN", "a.b.c"),
+        ("XDS_HEADER_X_TENANT", "seven"),
+        ("ISTIO_META_FLAVOUR", "plain"),
+        ("ISTIO_METAJSON_LABELS", "{\"a\": [1, true]}"),
+        ("INSTANCE_IP", "192.0.2.7"),
+        ("POD_NAME", "ztunnel-a"),
+        ("POD_NAMESPACE", "adit"),
+    ];
+    let mut tunnel = Tunnel::start_with(bed, "a", space, &[&variables, more].concat());
     for pod in pods {
         assert_eq!(tunnel.agent().add(pod), "");
     }
@@ -277,4 +277,89 @@ fn what_is_held_outlives_the_control_plane_and_is_told_when_it_is_back() {
         let dump = node.space.http("GET", ([127, 0, 0, 1], 15000), "/config_dump").expect("dump");
         (!dump.contains(&name(&server)) && dump.contains(&name(&client))).then_some(())
     });
+}
+
+/// The control plane is asked for what connections need, when they need it, and for nothing else.
+#[test]
+#[ignore = "needs root: make test"]
+fn what_a_connection_needs_is_asked_for_and_stays_asked_for() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("a", "server"));
+    let (other, outside) = (bed.enrolled("a", "other"), bed.plain("a", "outside"));
+    for pod in [&server, &other, &outside] {
+        pod.serve_double_echo(8080);
+    }
+    let space = bed.space("a");
+    let mut control = ControlPlane::start(&bed, &space, 0);
+    let all = json!({name(&client): workload(&client, "1", 1), name(&server): workload(&server, "1", 1),
+        name(&other): workload(&other, "1", 1), WEB: service()});
+    control.tell(&json!({"hold": "address", "set": all}));
+    let on_demand = [("XDS_ON_DEMAND", "true"), ("ISTIO_META_DNS_CAPTURE", "false")];
+    let node = tunnel_with(&bed, space, control.port, &[&client, &server, &other], &on_demand);
+    // Nothing is asked for, so there is nothing to wait for.
+    let first = control.request("address");
+    assert_eq!((&first["subscribe"], &first["unsubscribe"]), (&json!(["*"]), &json!(["*"])));
+    node.wait_ready();
+
+    // A pod, a service, and one that leads nowhere; each is asked for once, the pods of this node besides.
+    let asked_for = |control: &ControlPlane, name: &str| loop {
+        let request = control.request("address");
+        let names = request["subscribe"].as_array().expect("names");
+        if names.contains(&json!(name)) {
+            return;
+        }
+        assert!(
+            names.iter().all(|name| name.as_str().is_some_and(|name| name.contains("/demo/"))),
+            "{names:?}"
+        );
+    };
+    for _ in 0..2 {
+        for to in [server.at(8080), "10.96.0.1:80".parse().expect("address"), outside.at(8080)] {
+            read_line(&mut client.space.connect(to)).expect("greeting");
+        }
+    }
+    for asked in [server.ip.to_string(), "10.96.0.1".to_owned(), outside.ip.to_string()] {
+        asked_for(&control, &format!("/{asked}"));
+    }
+    let to_server = ["\"direction\":\"outbound\"", "spiffe://cluster.local/ns/demo/sa/server"];
+    assert_eq!(node.records(4, &to_server)[3]["dst.workload"], "server");
+    let dump = || node.space.http("GET", ([127, 0, 0, 1], 15000), "/config_dump").expect("dump");
+    assert!(!dump().contains(&name(&other)), "nobody asked for that one");
+
+    // While there is no answer nobody is taken for the outer world; what is known goes on.
+    control.tell(&json!({"mute": true}));
+    control.hear("mute");
+    assert_eq!(client.space.refusal(other.at(8080)), ErrorKind::ConnectionReset);
+    node.records(1, &["\"reason\":\"unanswered\"", &format!("/{}", other.ip)]);
+    read_line(&mut client.space.connect(server.at(8080))).expect("greeting");
+    // The answer comes, late, and counts though its asker gave up.
+    control.tell(&json!({"mute": false}));
+    wait_for("the late answer", || dump().contains(&name(&other)).then_some(()));
+    read_line(&mut client.space.connect(other.at(8080))).expect("greeting");
+
+    // Who left is forgotten, who comes to an address that was asked for is told of.
+    control.tell(&json!({"push": "address", "remove": [name(&other)]}));
+    wait_for("who left to be forgotten", || (!dump().contains(&name(&other))).then_some(()));
+    control.tell(&json!({"push": "address", "set": {name(&outside): workload(&outside, "1", 0)}}));
+    wait_for("who came to be known", || dump().contains(&name(&outside)).then_some(()));
+
+    // The next stream asks for the same by itself, and tells what is held.
+    control.tell(&json!({"hang_up": true}));
+    let again = loop {
+        let request = control.request("address");
+        if request["node"] != "" {
+            break request;
+        }
+    };
+    let subscribed = again["subscribe"].as_array().expect("names");
+    for name in
+        ["*".to_owned(), format!("/{}", server.ip), format!("/{}", outside.ip), "/10.96.0.1".to_owned()]
+    {
+        assert!(subscribed.contains(&json!(name)), "{name} in {subscribed:?}");
+    }
+    assert_eq!(again["unsubscribe"], json!(["*"]));
+    let held = again["versions"].as_object().expect("versions");
+    for (name, is_held) in [(name(&server), true), (WEB.to_owned(), true), (name(&other), false)] {
+        assert_eq!(held.contains_key(&name), is_held, "{name} in {held:?}");
+    }
 }

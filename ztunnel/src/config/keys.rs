@@ -106,6 +106,7 @@ pub const KEYS: &[Key] = &[
     key("xds.root", "XDS_ROOT_CA", Text, Is("./var/run/secrets/istio/root-cert.pem"), "whom to trust as that: a file, PEM text, or `SYSTEM`"),
     key("xds.alt_name", "ALT_XDS_HOSTNAME", Text, Nothing, "a name that its certificate may bear instead of the address' own"),
     key("xds.headers", "XDS_HEADER_", Map, Nothing, "extra gRPC metadata"),
+    key("xds.on_demand", "XDS_ON_DEMAND", Bool, Is("false"), "ask for workloads and services when a connection needs them, instead of for all at once; not beside `dns.enabled`"),
     key("xds.metadata", "ISTIO_META_", Map, Nothing, "what else it is told of this node, as text"),
     key("xds.metadata_json", "ISTIO_METAJSON_", Map, Nothing, "the same, as JSON"),
 
@@ -134,8 +135,10 @@ pub const KEYS: &[Key] = &[
     key("pool.max_streams", "POOL_MAX_STREAMS_PER_CONNECTION", Number { min: 1, max: u32::MAX }, Is("100"), "streams per pooled tunnel; above, another one is opened"),
     key("pool.idle", "POOL_UNUSED_RELEASE_TIMEOUT", TIME, Is("5m"), "an unused tunnel is closed after this"),
     key("h2.stream_window_bytes", "HTTP2_STREAM_WINDOW_SIZE", WINDOW, Is("4194304"), "flow control window of a stream, in bytes"),
-    key("h2.connection_window_bytes", "HTTP2_CONNECTION_WINDOW_SIZE", WINDOW, Is("16777216"), "of a tunnel, in bytes"),
+    key("h2.connection_window_bytes", "HTTP2_CONNECTION_WINDOW_SIZE", WINDOW, Depends("200 times that of a stream, at most 2147483647: streams that nobody reads never hold up the others"), "of a tunnel, in bytes"),
     key("h2.frame_bytes", "HTTP2_FRAME_SIZE", Number { min: 1 << 14, max: (1 << 24) - 1 }, Is("1048576"), "largest DATA frame, in bytes"),
+    key("stream.half_closed_limit", "HALF_CLOSED_LIMIT", Lasts { min: Duration::from_secs(1) }, Is("1h"), "a connection with one direction ended that lies still for so long is cut; the default is what kube-proxy gives it in conntrack"),
+    key("stream.idle_limit", "IDLE_LIMIT", Lasts { min: Duration::from_secs(1) }, Nothing, "a connection that lies still for so long is cut; without it, it may for ever"),
     key("hbone.response_baggage", "ENABLE_RESPONSE_BAGGAGE", Bool, Is("true"), "CONNECT replies tell about the server's workload, and what peers tell is believed for labels"),
     key("hbone.application_tunnel_loopback", "LOCALHOST_APP_TUNNEL", Bool, Is("true"), "an application that takes PROXY headers is dialled on loopback, else on the pod's address"),
 

@@ -57,6 +57,7 @@ pub struct Config {
     pub workers: NonZeroUsize,
     pub pool: Pool,
     pub h2: H2,
+    pub limits: Limits,
     pub dns: Dns,
     pub keepalive: Option<Keepalive>,
     /// `TCP_USER_TIMEOUT` of every socket (`USER_TIMEOUT_ENABLED`).
@@ -132,6 +133,22 @@ pub enum Ca {
     Development { folder: PathBuf },
 }
 
+/// How long a connection may lie still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Limits {
+    /// With one direction ended.
+    #[serde(serialize_with = "seconds")]
+    pub half_closed: Duration,
+    /// At all. `None`: as long as both ends like.
+    pub idle: Option<Duration>,
+}
+
+impl Limits {
+    pub fn half_closed(self) -> Duration {
+        self.idle.map_or(self.half_closed, |idle| idle.min(self.half_closed))
+    }
+}
+
 /// Discovery from a control plane (xDS).
 #[derive(Clone, Debug, Serialize)]
 pub struct Xds {
@@ -142,6 +159,8 @@ pub struct Xds {
     /// What the control plane is told of this node.
     #[serde(skip)]
     pub metadata: BTreeMap<String, serde_json::Value>,
+    /// Workloads and services are asked for when a connection needs them, instead of all at once.
+    pub on_demand: bool,
 }
 
 /// A control plane, and how it is called.
@@ -239,6 +258,13 @@ pub struct H2 {
     pub stream_window: u32,
     pub connection_window: u32,
     pub frame: u32,
+}
+
+impl H2 {
+    /// More streams than these no peer may have open in one tunnel, as with Istio's.
+    pub const STREAMS: u32 = 200;
+    /// RFC 9113 §6.9.1.
+    pub const LARGEST_WINDOW: u32 = (1 << 31) - 1;
 }
 
 /// TCP keepalive of every socket.

@@ -10,18 +10,16 @@ use std::{
 };
 
 use super::{
-    Ca, Config, ConfigError, ControlPlane, Dns, H2, Headers, Keepalive, LocalState, LogFormat, OwnPod, Pool,
-    Ports, ProxyMode, ProxyTo, RootSource, Tls, Token, Xds, settings::Settings, value,
+    Ca, Config, ConfigError, ControlPlane, Dns, H2, Headers, Keepalive, Limits, LocalState, LogFormat,
+    OwnPod, Pool, Ports, ProxyMode, ProxyTo, RootSource, Tls, Token, Xds, settings::Settings, value,
 };
 
 /// Past this many workers, more of them only add listening sockets to every pod.
 const MAX_DEFAULT_WORKERS: usize = 16;
 
 /// Variables of Istio's tunnel that cannot be ignored without weakening or breaking something.
-const NOT_SUPPORTED: [(&str, &str); 2] = [
-    ("XDS_ON_DEMAND", "the control plane is asked for everything; look-ups on demand are not supported"),
-    ("ENABLE_PROXY", "the tunnel without its HBONE proxy is not supported"),
-];
+const NOT_SUPPORTED: [(&str, &str); 1] =
+    [("ENABLE_PROXY", "the tunnel without its HBONE proxy is not supported")];
 
 impl Config {
     /// From `file`, if there is one, and the environment of this process, which overrides it.
@@ -61,6 +59,9 @@ fn resolve(settings: &Settings, in_kubernetes: bool, without_xds: bool) -> Resul
     let ipv6 = settings.bool("socket.ipv6")? && ipv6_available();
     let any = if ipv6 { IpAddr::from(Ipv6Addr::UNSPECIFIED) } else { Ipv4Addr::UNSPECIFIED.into() };
     let keepalive = keepalive(settings)?;
+    let stream_window: u32 = settings.number("h2.stream_window_bytes")?;
+    // With room for all streams' windows, those that nobody reads never hold up the others.
+    let all_windows = stream_window.saturating_mul(H2::STREAMS).min(H2::LARGEST_WINDOW);
     Ok(Config {
         zds_socket: settings.path("zds.socket"),
         ports: Ports::default(),
@@ -89,9 +90,13 @@ fn resolve(settings: &Settings, in_kubernetes: bool, without_xds: bool) -> Resul
         },
         dns: dns(settings)?,
         h2: H2 {
-            stream_window: settings.number("h2.stream_window_bytes")?,
-            connection_window: settings.number("h2.connection_window_bytes")?,
+            stream_window,
+            connection_window: settings.optional_number("h2.connection_window_bytes")?.unwrap_or(all_windows),
             frame: settings.number("h2.frame_bytes")?,
+        },
+        limits: Limits {
+            half_closed: settings.duration("stream.half_closed_limit")?,
+            idle: settings.optional_duration("stream.idle_limit")?,
         },
         user_timeout: match (&keepalive, settings.bool("socket.user_timeout")?) {
             (Some(k), true) => Some(k.time + k.interval * k.retries),
@@ -121,7 +126,7 @@ fn resolve(settings: &Settings, in_kubernetes: bool, without_xds: bool) -> Resul
 
 fn refuse_unsupported(vars: &[(String, String)]) -> Result<(), ConfigError> {
     for (key, reason) in NOT_SUPPORTED {
-        // What asks for nothing asks for nothing special: `XDS_ON_DEMAND=false`, `ENABLE_PROXY=true`.
+        // What asks for nothing asks for nothing special: `ENABLE_PROXY=true`.
         let harmless = if key == "ENABLE_PROXY" { "true" } else { "false" };
         if let Some((_, value)) = vars.iter().find(|(name, _)| name == key)
             && value != harmless
@@ -259,7 +264,13 @@ fn xds(settings: &Settings, cluster_id: &Arc<str>, by_default: bool) -> Result<O
             .map_err(|_| settings.invalid("xds.metadata_json", "values in JSON"))?;
         metadata.insert(key, value);
     }
-    Ok(Some(Xds { service, node_id, metadata }))
+    let on_demand = settings.bool("xds.on_demand")?;
+    if on_demand && settings.bool("dns.enabled")? {
+        // A name is looked for among all services that there are.
+        let expected = "false, unless dns.enabled (ISTIO_META_DNS_CAPTURE) is false";
+        return Err(settings.invalid("xds.on_demand", expected));
+    }
+    Ok(Some(Xds { service, node_id, metadata, on_demand }))
 }
 
 fn tls(settings: &Settings) -> Result<Tls, ConfigError> {

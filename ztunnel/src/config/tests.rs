@@ -60,12 +60,15 @@ fn an_ill_formed_value_is_named_with_what_was_expected() {
 
 #[test]
 fn what_cannot_be_ignored_is_refused_and_its_harmless_form_is_not() {
-    for (key, value) in [("XDS_ON_DEMAND", "true"), ("ENABLE_PROXY", "false"), ("COMPLIANCE_POLICY", "fips")]
-    {
+    for (key, value) in [("ENABLE_PROXY", "false"), ("COMPLIANCE_POLICY", "fips")] {
         assert!(refusal(&[(key, value)]).starts_with(key), "{key}");
     }
     let both = refusal(&[("TLS12_ENABLED", "true"), ("COMPLIANCE_POLICY", "pqc")]);
     assert!(both.contains("COMPLIANCE_POLICY"), "{both}");
+    let on_demand = [("XDS_ON_DEMAND", "true"), ("XDS_ADDRESS", "https://x:1")];
+    assert!(refusal(&on_demand).contains("ISTIO_META_DNS_CAPTURE"));
+    let without_dns = [on_demand[0], on_demand[1], ("ISTIO_META_DNS_CAPTURE", "false")];
+    assert!(config(&without_dns).unwrap().xds.unwrap().on_demand);
     config(&[("XDS_ON_DEMAND", "false"), ("ENABLE_PROXY", "true"), ("XDS_ADDRESS", "")]).unwrap();
 }
 

@@ -17,11 +17,11 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Status, Streaming};
 use tracing::{debug, info, warn};
 use ztunnel_api::discovery::{
-    DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node,
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource,
     aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
 };
 
-use super::{ADDRESS, AUTHORIZATION, Sender, delta::Subscription};
+use super::{ADDRESS, AUTHORIZATION, Sender, delta::Subscription, demand::Demand};
 use crate::{
     admin::ReadyGuard,
     backoff::Backoff,
@@ -41,6 +41,8 @@ const REMIND_EVERY: Duration = Duration::from_mins(5);
 pub struct Client {
     control_plane: ControlPlane,
     node: Node,
+    /// Addresses are asked for by name, where it is given.
+    demand: Option<Demand>,
     /// Out on a thread of its own while a response is worked on.
     state: Option<State>,
     metrics: XdsMetrics,
@@ -52,6 +54,7 @@ struct State {
     sender: Sender,
     subscriptions: [Subscription; 2],
     store: Arc<Store>,
+    demand: Option<Demand>,
 }
 
 /// How a stream ended.
@@ -72,6 +75,7 @@ impl Client {
         config: &Xds,
         defaults: Defaults,
         store: Arc<Store>,
+        demand: Option<Demand>,
         metrics: XdsMetrics,
         ready: ReadyGuard,
     ) -> Self {
@@ -81,9 +85,10 @@ impl Client {
             sender: Sender::new(defaults),
             subscriptions: [ADDRESS, AUTHORIZATION].map(Subscription::new),
             store,
+            demand: demand.clone(),
         };
         let control_plane = ControlPlane::new(config.service.clone());
-        Self { control_plane, node, state: Some(state), metrics, ready }
+        Self { control_plane, node, demand, state: Some(state), metrics, ready }
     }
 
     /// Until `stop`.
@@ -127,7 +132,14 @@ impl Client {
             Err(ended) => return ended,
         };
         loop {
-            let response = match responses.message().await {
+            let message = tokio::select! {
+                message = responses.message() => message,
+                request = self.wanted() => {
+                    let _ = requests.send(request);
+                    continue;
+                }
+            };
+            let response = match message {
                 Ok(Some(response)) => response,
                 Ok(None) => return Ended::Closed,
                 Err(status) => return Ended::Broken(Box::new(status)),
@@ -142,6 +154,14 @@ impl Client {
         }
     }
 
+    /// What connections need to know besides, once they do.
+    async fn wanted(&self) -> DeltaDiscoveryRequest {
+        let (Some(demand), Some(state)) = (&self.demand, &self.state) else {
+            return std::future::pending().await;
+        };
+        state.addresses().change(&demand.unsent().await)
+    }
+
     async fn call(
         &self,
     ) -> Result<(mpsc::UnboundedSender<DeltaDiscoveryRequest>, Streaming<DeltaDiscoveryResponse>), Ended>
@@ -149,8 +169,8 @@ impl Client {
         let mut refused = Status::unavailable("no name to call it by");
         for channel in self.control_plane.channels()? {
             let (requests, receiver) = mpsc::unbounded_channel();
-            for subscription in self.state.iter().flat_map(|state| &state.subscriptions) {
-                let _ = requests.send(subscription.first(self.node.clone()));
+            for request in self.state.iter().flat_map(|state| state.first(&self.node)) {
+                let _ = requests.send(request);
             }
             let sent =
                 stream::unfold(receiver, |mut receiver| async { Some((receiver.recv().await?, receiver)) });
@@ -185,7 +205,7 @@ impl Client {
             Ok(done) => done,
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         };
-        if state.subscriptions.iter().all(|subscription| subscription.answered) {
+        if state.is_complete() {
             self.ready.ready();
         }
         self.state = Some(state);
@@ -194,12 +214,32 @@ impl Client {
 }
 
 impl State {
+    fn addresses(&self) -> &Subscription {
+        let [addresses, _] = &self.subscriptions;
+        addresses
+    }
+
+    /// The requests that begin a stream.
+    fn first(&self, node: &Node) -> [DeltaDiscoveryRequest; 2] {
+        let [addresses, policies] = &self.subscriptions;
+        let only = self.demand.as_ref().map(Demand::all);
+        [addresses.first(node.clone(), only), policies.first(node.clone(), None)]
+    }
+
+    /// Whether all that is told without being asked for by name has been told.
+    fn is_complete(&self) -> bool {
+        let [addresses, policies] = &self.subscriptions;
+        policies.answered && (self.demand.is_some() || addresses.answered)
+    }
+
     fn take(&mut self, response: DeltaDiscoveryResponse) -> Option<DeltaDiscoveryRequest> {
         let of_type = |subscription: &&mut Subscription| subscription.type_url() == response.type_url;
         let Some(subscription) = self.subscriptions.iter_mut().find(of_type) else {
             warn!(type_url = response.type_url, "the control plane sent what nobody asked for");
             return None;
         };
+        let answers =
+            self.demand.as_ref().filter(|_| response.type_url == ADDRESS).map(|_| Answers::of(&response));
         let taken = subscription.take(&self.sender, response);
         if !taken.refused.is_empty() {
             warn!(
@@ -217,7 +257,26 @@ impl State {
         if !taken.changes.is_empty() {
             self.store.apply(taken.changes);
         }
+        if let (Some(demand), Some(Answers { there, gone })) = (&self.demand, &answers) {
+            demand.answered(there.iter().map(String::as_str), gone.iter().map(String::as_str));
+        }
         Some(taken.reply)
+    }
+}
+
+/// The names that a response is about: of each resource its own and its aliases, refused or not.
+struct Answers {
+    there: Vec<String>,
+    gone: Vec<String>,
+}
+
+impl Answers {
+    fn of(response: &DeltaDiscoveryResponse) -> Self {
+        let names = |resource: &Resource| {
+            std::iter::once(resource.name.clone()).chain(resource.aliases.iter().cloned()).collect::<Vec<_>>()
+        };
+        let there = response.resources.iter().flat_map(names).collect();
+        Self { there, gone: response.removed_resources.clone() }
     }
 }
 

@@ -9,9 +9,10 @@ use std::{collections::HashMap, sync::Arc};
 
 use ztunnel_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
 
-use super::Sender;
+use super::{Sender, demand::Names};
 use crate::mesh::{Change, PolicyKey, ServiceKey};
 
+const EVERYTHING: &str = "*";
 /// google.rpc.Code of a refusal.
 const INVALID_ARGUMENT: i32 = 3;
 
@@ -98,13 +99,33 @@ impl Subscription {
         self.held.len()
     }
 
-    /// The first request of a stream: everything, less what is held. Empty lists of names mean everything.
-    pub fn first(&self, node: Node) -> DeltaDiscoveryRequest {
+    /// The first request of a stream: everything, less what is held. Empty lists of names mean everything; `only` these
+    /// names are asked for if it is given, by asking for everything and for that no more.
+    pub fn first(&self, node: Node, only: Option<Vec<Arc<str>>>) -> DeltaDiscoveryRequest {
+        let (mut subscribe, mut unsubscribe) = (Vec::new(), Vec::new());
+        if let Some(names) = only {
+            subscribe.push(EVERYTHING.to_owned());
+            subscribe.extend(names.iter().map(ToString::to_string));
+            unsubscribe.push(EVERYTHING.to_owned());
+        }
         let versions = self.held.iter().map(|(name, held)| (name.to_string(), held.version.to_string()));
         DeltaDiscoveryRequest {
             node: Some(node),
             type_url: self.type_url.to_owned(),
             initial_resource_versions: versions.collect(),
+            resource_names_subscribe: subscribe,
+            resource_names_unsubscribe: unsubscribe,
+            ..DeltaDiscoveryRequest::default()
+        }
+    }
+
+    /// A later request of a stream.
+    pub fn change(&self, names: &Names) -> DeltaDiscoveryRequest {
+        let texts = |names: &[Arc<str>]| names.iter().map(ToString::to_string).collect();
+        DeltaDiscoveryRequest {
+            type_url: self.type_url.to_owned(),
+            resource_names_subscribe: texts(&names.subscribe),
+            resource_names_unsubscribe: texts(&names.unsubscribe),
             ..DeltaDiscoveryRequest::default()
         }
     }
@@ -206,7 +227,7 @@ mod tests {
     fn good_resources_hold_and_bad_ones_are_refused_by_name() {
         let (sender, mut addresses) = (sender(), Subscription::new(ADDRESS));
         let node = Node { id: "n".to_owned(), metadata: None };
-        let first = addresses.first(node.clone());
+        let first = addresses.first(node.clone(), None);
         assert!(first.resource_names_subscribe.is_empty() && first.initial_resource_versions.is_empty());
         assert!(!addresses.answered);
 
@@ -220,7 +241,8 @@ mod tests {
         assert_eq!(taken.reply.response_nonce, "n1");
         let error = taken.reply.error_detail.expect("a refusal").message;
         assert!(error.starts_with("b: tunnel_protocol: ") && !error.contains("a:"), "{error}");
-        let versions = |addresses: &Subscription| addresses.first(node.clone()).initial_resource_versions;
+        let versions =
+            |addresses: &Subscription| addresses.first(node.clone(), None).initial_resource_versions;
         assert_eq!(versions(&addresses), [("a".to_owned(), "1".to_owned())].into());
 
         // A bad version of what is held leaves the good one in force.

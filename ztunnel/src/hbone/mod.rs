@@ -116,11 +116,9 @@ pub fn forwarded_host(forwarded: &str) -> Option<&str> {
     Some(host.trim_matches('"'))
 }
 
-/// Small DATA frames that wait for a slow application count against their connection, and too many close
-/// it for all streams. Four times the default allows 262,144 tiny frames to wait, some 50 MiB.
-fn data_frame_budget(config: &H2) -> usize {
-    config.connection_window as usize * 4
-}
+/// Small DATA frames that wait for a slow application count against their connection, 256 bytes each, and too many close
+/// it for all streams. So 262,144 tiny ones may wait, some 50 MiB.
+const DATA_FRAME_BUDGET: usize = 64 << 20;
 
 fn client_settings(config: &H2) -> h2::client::Builder {
     let mut builder = h2::client::Builder::new();
@@ -130,7 +128,7 @@ fn client_settings(config: &H2) -> h2::client::Builder {
         .max_frame_size(config.frame)
         .max_header_list_size(16 << 10)
         .max_send_buffer_size(SEND_BUFFER)
-        .data_frame_budget(data_frame_budget(config))
+        .data_frame_budget(DATA_FRAME_BUDGET)
         .enable_push(false);
     builder
 }
@@ -142,9 +140,9 @@ fn server_settings(config: &H2) -> h2::server::Builder {
         .initial_connection_window_size(config.connection_window)
         .max_frame_size(config.frame)
         .max_header_list_size(64 << 10)
-        .max_concurrent_streams(200)
+        .max_concurrent_streams(H2::STREAMS)
         .max_send_buffer_size(SEND_BUFFER)
-        .data_frame_budget(data_frame_budget(config));
+        .data_frame_budget(DATA_FRAME_BUDGET);
     builder
 }
 

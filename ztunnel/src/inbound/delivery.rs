@@ -11,7 +11,7 @@ use crate::{
     config::ProxyTo,
     hbone::Target,
     mesh::{GatewayAddress, Mesh, Service, Workload, workloads::ApplicationProtocol},
-    route::is_gateway,
+    route::{self, is_gateway},
 };
 
 /// How a connection is handed to the application.
@@ -76,6 +76,20 @@ pub(super) fn delivery(
         Some(ApplicationProtocol::None) | None => Handover::Plain,
     };
     Ok(Delivery { service, target, to })
+}
+
+/// What would have to be known for that, and is not: names to ask the control plane for.
+pub(super) fn missing(mesh: &Mesh, workload: &Workload, local: SocketAddr, target: &Target) -> Vec<String> {
+    match target {
+        Target::Address(asked) if asked.ip().to_canonical() == local.ip() => Vec::new(),
+        // What is asked for names its waypoint: only then that is of interest.
+        Target::Address(asked) => route::missing(mesh, workload, *asked),
+        Target::Host { name, .. } if workload.hostname.as_deref() == Some(&**name) => Vec::new(),
+        Target::Host { name, .. } => match mesh.service_by_hostname(name, &workload.namespace) {
+            Some(_) => Vec::new(),
+            None => vec![format!("{}/{name}", workload.namespace)],
+        },
+    }
 }
 
 /// Whether, and for what, a workload is the waypoint.

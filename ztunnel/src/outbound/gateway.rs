@@ -43,8 +43,15 @@ pub(super) async fn carry(
     let record = Record::open_since(&metrics, ends, began);
     let shared = Arc::clone(&accepted.worker.shared);
     let revoked = shared.revocations.until_revoked(inner.chain);
-    let result =
-        stream::tunnel(accepted.stream, inner.stream, SocketIs::Client, record.counters(), revoked).await;
+    let result = stream::tunnel(
+        accepted.stream,
+        inner.stream,
+        SocketIs::Client,
+        record.counters(),
+        shared.config.limits,
+        revoked,
+    )
+    .await;
     let result = result.map_err(|error| cut_or(error, way.peer));
     record.close(result.as_ref().copied().map_err(|error| error as &dyn Failure));
 }

@@ -41,6 +41,11 @@ fn named<'a>(mesh: &'a Mesh, gateway: &GatewayAddress) -> Option<Named<'a>> {
     }
 }
 
+/// The name to ask the control plane for, if nobody has told what `gateway` is.
+pub(super) fn missing(mesh: &Mesh, gateway: &GatewayAddress) -> Option<String> {
+    named(mesh, gateway).is_none().then(|| gateway.destination.to_string())
+}
+
 /// Whether `workload` itself is (one of) what `gateway` names. Told by what it is, not by its identity alone, which
 /// others may share.
 pub(crate) fn is_gateway(mesh: &Mesh, workload: &Workload, gateway: &GatewayAddress) -> bool {

@@ -4,10 +4,11 @@ stdin, one JSON object a line:
   {"push": TYPE, "set": {NAME: [VERSION, MESSAGE]}, "remove": [NAME]}   one response; also kept for later streams
   {"hold": TYPE, "set": ..., "remove": ...}                              kept only
   {"hang_up": true}                                                      ends the stream
+  {"mute": true}, {"mute": false}                                        names that are asked for are answered only later
 stdout: {"listening": PORT}, {"stream": METADATA}, {"request": ...}, {"ended": true}
 TYPE is "address" or "authorization"; MESSAGE as protobuf's JSON.
 """
-import json, os, queue, sys, tempfile, threading
+import base64, ipaddress, json, os, queue, sys, tempfile, threading
 from concurrent import futures
 
 import grpc
@@ -34,6 +35,8 @@ KINDS = {url: kind for kind, url in URLS.items()}
 state = {kind: {} for kind in URLS}
 lock = threading.Lock()
 streams = []
+unmuted = threading.Event()
+unmuted.set()
 nonce = 0
 
 
@@ -42,10 +45,25 @@ def say(**what):
         print(json.dumps(what), flush=True)
 
 
+def aliases(message):
+    """network/address of each address, by which a workload or service may be asked for too."""
+    if workload := message.get("workload"):
+        pairs = [(workload.get("network", ""), address) for address in workload.get("addresses", [])]
+    else:
+        pairs = [(one["network"], one["address"]) for one in message.get("service", {}).get("addresses", [])]
+    return [f"{network}/{ipaddress.ip_address(base64.b64decode(address))}" for network, address in pairs]
+
+
+def find(kind, names):
+    """What is there of `names`, and which of them lead nowhere."""
+    known = {alias: name for name, (_, message) in state[kind].items() for alias in [name, *aliases(message)]}
+    return sorted({known[name] for name in names if name in known}), [n for n in names if n not in known]
+
+
 def resource(kind, name, version, message):
     content = MESSAGES[kind]()
     json_format.ParseDict(message, content)
-    made = discovery_pb2.Resource(name=name, version=version)
+    made = discovery_pb2.Resource(name=name, version=version, aliases=aliases(message))
     made.resource.type_url = URLS[kind]
     made.resource.value = content.SerializeToString()
     return made
@@ -65,6 +83,7 @@ class Service(discovery_pb2_grpc.AggregatedDiscoveryServiceServicer):
         say(stream=dict(context.invocation_metadata()))
         out = queue.Queue()
         streams.append(out)
+        wanted = {}  # of each type, by name; everything if it is not there
 
         def hear():
             try:
@@ -76,7 +95,18 @@ class Service(discovery_pb2_grpc.AggregatedDiscoveryServiceServicer):
                         subscribe=list(request.resource_names_subscribe),
                         unsubscribe=list(request.resource_names_unsubscribe),
                         versions=held, nonce=request.response_nonce, error=request.error_detail.message)
-                    if not request.response_nonce:
+                    if "*" in request.resource_names_unsubscribe:
+                        wanted[kind] = set()
+                    if kind in wanted:
+                        names = [name for name in request.resource_names_subscribe if name != "*"]
+                        wanted[kind] |= set(names)
+                        wanted[kind] -= set(request.resource_names_unsubscribe)
+                        if names:
+                            unmuted.wait()
+                            found, gone = find(kind, names)
+                            changed = [n for n in found if held.get(n) != state[kind][n][0]]
+                            out.put(response(kind, changed, gone + [n for n in held if n not in state[kind]]))
+                    elif not request.response_nonce:
                         changed = [n for n, (version, _) in state[kind].items() if held.get(n) != version]
                         out.put(response(kind, changed, [n for n in held if n not in state[kind]]))
             except grpc.RpcError:
@@ -99,6 +129,10 @@ server.start()
 say(listening=port)
 for line in sys.stdin:
     command = json.loads(line)
+    if "mute" in command:
+        (unmuted.clear if command["mute"] else unmuted.set)()
+        say(mute=True)
+        continue
     if "hang_up" in command:
         while streams:
             streams.pop().put(None)
