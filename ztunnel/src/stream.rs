@@ -469,7 +469,7 @@ mod tests {
         task::{LocalSet, spawn_local},
     };
 
-    const LIMITS: Limits = Limits { half_closed: Duration::from_secs(60), idle: None };
+    const LIMITS: Limits = Limits { half_closed: Duration::from_mins(1), idle: None };
 
     async fn sockets() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

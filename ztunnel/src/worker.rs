@@ -233,7 +233,19 @@ async fn work(shared: Arc<Shared>, mut orders: mpsc::UnboundedReceiver<Serve>) {
     }
 }
 
-/// Serves one pod until its `stop`, then lets the open connections finish until the deadline.
+/// Why the open connections of a pod that takes no new ones have to end. One that only left the mesh keeps them.
+async fn overdue(pod: &Pod, deadline: Duration) -> &'static str {
+    let deadline = async {
+        pod.end.cancelled().await;
+        tokio::time::sleep(deadline).await;
+    };
+    tokio::select! {
+        () = deadline => "drain deadline",
+        () = pod.deleted() => "the pod was deleted",
+    }
+}
+
+/// Serves one pod until its `stop`, then lets the open connections finish.
 async fn serve(worker: Rc<Worker>, pod: Arc<Pod>, listeners: Listeners) {
     let listeners = match listeners.activate() {
         Ok(listeners) => listeners,
@@ -253,8 +265,12 @@ async fn serve(worker: Rc<Worker>, pod: Arc<Pod>, listeners: Listeners) {
         accept(&mut connections, waiting);
     }
     let deadline = worker.shared.config.drain_deadline;
-    if timeout(deadline, finish(&mut connections)).await.is_err() {
-        info!(pod.uid, connections = connections.len(), "drain deadline: open connections are cut");
+    let why = tokio::select! {
+        () = finish(&mut connections) => None,
+        why = overdue(&pod, deadline) => Some(why),
+    };
+    if let Some(why) = why {
+        info!(pod.uid, connections = connections.len(), why, "open connections are cut");
     }
     connections.shutdown().await;
     worker.pool.forget(pod.netns.id());

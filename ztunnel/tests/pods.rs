@@ -154,6 +154,28 @@ fn a_removed_pod_carries_nothing_more() {
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "noticed, and not by the test's own limit");
 }
 
+/// Out of the mesh at either end, but not deleted: what was open stays open, drain deadline or not.
+#[test]
+#[ignore = "needs root: make test"]
+fn connections_of_pods_that_left_stay_open() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("b", "server"));
+    server.serve_double_echo(8080);
+    let short = [("CONNECTION_TERMINATION_DEADLINE", "100ms")];
+    let (mut a, mut b) = (bed.node_with("a", &[&client], &short), bed.node_with("b", &[&server], &short));
+    let mut stream = client.space.connect(server.at(8080));
+    read_line(&mut stream).expect("greeting");
+    assert_eq!((a.agent().delete("client"), b.agent().delete("server")), (String::new(), String::new()));
+    wait_for("both to be left", || (!is_served(&client) && !is_served(&server)).then_some(()));
+    let left = Instant::now();
+    while left.elapsed() < Duration::from_secs(1) {
+        stream.write_all(b"still here").expect("write");
+        stream.read_exact(&mut [0; 20]).expect("echo");
+    }
+    stream.shutdown(Shutdown::Write).expect("shutdown");
+    assert_eq!(stream.read(&mut [0]).expect("the end"), 0);
+}
+
 #[test]
 #[ignore = "needs root: make test"]
 fn drain_deadline_cuts_with_a_reset() {

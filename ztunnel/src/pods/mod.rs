@@ -7,14 +7,16 @@ mod sys;
 pub mod zds;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     fs::File,
     io,
     os::fd::OwnedFd,
     sync::Arc,
+    time::Duration,
 };
 
 use listeners::Port;
+use nix::net::if_::{Interface, if_nameindex};
 use serde_json::json;
 use tokio::{
     sync::watch,
@@ -31,6 +33,11 @@ use crate::{
     socket::{self, Netns, NetnsId},
     worker::{Shared, Workers},
 };
+
+/// What a dedicated tunnel calls its workload.
+const DEDICATED: &str = "dedicated";
+/// For a pod that left while connections of it are open.
+const LOOK_FOR_LINKS_EVERY: Duration = Duration::from_secs(5);
 
 /// Who a pod is, as the node agent says. Its identity follows from nothing else.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +62,25 @@ pub struct Pod {
     pub own_port: Option<u16>,
     /// No new connections; the open ones finish.
     pub stop: CancellationToken,
+    /// The process ends: they have a deadline.
+    pub end: CancellationToken,
+}
+
+impl Pod {
+    /// Waits until the pod is not only out of the mesh but deleted, by what every CNI plugin then does: nothing leads out
+    /// of its netns any more. (Our own sockets keep the netns itself.)
+    pub async fn deleted(&self) {
+        loop {
+            tokio::time::sleep(LOOK_FOR_LINKS_EVERY).await;
+            if self.netns.enter(|| Ok(if_nameindex()?.iter().all(is_loopback))).unwrap_or(false) {
+                return;
+            }
+        }
+    }
+}
+
+fn is_loopback(link: &Interface) -> bool {
+    link.name().to_bytes() == b"lo"
 }
 
 /// A pod whose listeners could not be opened.
@@ -78,7 +104,8 @@ pub struct Pods {
     own: Option<Arc<Pod>>,
     pending: HashMap<String, Pending>,
     stop: CancellationToken,
-    published: watch::Sender<serde_json::Value>,
+    /// Name and state of each, by uid.
+    published: watch::Sender<BTreeMap<String, serde_json::Value>>,
 }
 
 impl Pods {
@@ -91,7 +118,7 @@ impl Pods {
     /// What an operator is shown of the pods, now and whenever it is called.
     pub fn view(&self) -> Arc<dyn Fn() -> serde_json::Value + Send + Sync> {
         let view = self.published.subscribe();
-        Arc::new(move || view.borrow().clone())
+        Arc::new(move || json!(*view.borrow()))
     }
 
     /// Serves `uid` in `netns`. Again for the same netns changes nothing; another netns replaces the old one,
@@ -111,7 +138,7 @@ impl Pods {
             let next = Instant::now() + backoff.delay();
             self.pending.insert(uid.to_owned(), Pending { info, netns: again, backoff, next });
         }
-        self.publish();
+        self.publish(uid);
         started
     }
 
@@ -124,7 +151,7 @@ impl Pods {
             self.shared.metrics.pods.stopped.inc();
             self.forget_identities();
         }
-        self.publish();
+        self.publish(uid);
     }
 
     /// Stops serving all pods but `seen`.
@@ -158,11 +185,11 @@ impl Pods {
         if let Err(error) = started {
             tracing::debug!(pod.uid = uid, %error, "still cannot serve the pod");
             pending.next = Instant::now() + pending.backoff.delay();
-            self.pending.insert(uid, pending);
+            self.pending.insert(uid.clone(), pending);
         } else {
             self.shared.metrics.pods.started.inc();
         }
-        self.publish();
+        self.publish(&uid);
     }
 
     /// Waits until all connections have finished or were cut; call after `stop` was cancelled.
@@ -198,9 +225,9 @@ impl Pods {
     /// that cannot be done.
     pub fn serve_here(&mut self, info: PodInfo) -> io::Result<()> {
         let netns = File::open("/proc/thread-self/ns/net")?.into();
-        self.start("dedicated", info, netns)?;
+        self.start(DEDICATED, info, netns)?;
         self.shared.metrics.pods.started.inc();
-        self.publish();
+        self.publish(DEDICATED);
         Ok(())
     }
 
@@ -229,8 +256,8 @@ impl Pods {
             namespace: Arc::clone(&info.namespace),
             service_account: Arc::clone(&info.service_account),
         };
-        let (uid, stop) = (uid.to_owned(), self.stop.child_token());
-        let pod = Arc::new(Pod { uid, info, identity, netns, socket, own_port, stop });
+        let (uid, stop, end) = (uid.to_owned(), self.stop.child_token(), self.stop.clone());
+        let pod = Arc::new(Pod { uid, info, identity, netns, socket, own_port, stop, end });
         self.workers.serve(&pod, listeners)?;
         // Names are a convenience, connections are not: a pod whose port is taken is served without.
         match (&self.dns, names) {
@@ -248,19 +275,20 @@ impl Pods {
         Ok(pod)
     }
 
-    fn publish(&self) {
+    /// Shows what became of `uid`.
+    fn publish(&self, uid: &str) {
         let gauges = &self.shared.metrics.pods;
         gauges.active.set(self.running.len().try_into().unwrap_or(i64::MAX));
         gauges.pending.set(self.pending.len().try_into().unwrap_or(i64::MAX));
-        let up = self.running.iter().map(|(uid, pod)| (uid, &pod.info, "Up"));
-        let pending = self.pending.iter().map(|(uid, pending)| (uid, &pending.info, "Pending"));
-        let show = |(uid, info, state): (&String, &PodInfo, &str)| {
-            let PodInfo { name, namespace, service_account } = info;
-            let info =
-                json!({ "name": &**name, "namespace": &**namespace, "serviceAccount": &**service_account });
-            (uid.clone(), json!({ "state": state, "info": info }))
-        };
-        self.published.send_replace(up.chain(pending).map(show).collect());
+        let up = self.running.get(uid).map(|pod| (&pod.info, "Up"));
+        let shown = up.or_else(|| self.pending.get(uid).map(|pending| (&pending.info, "Pending")));
+        self.published.send_modify(|published| match shown {
+            Some((PodInfo { name, namespace, service_account }, state)) => {
+                let info = json!({ "name": &**name, "namespace": &**namespace, "serviceAccount": &**service_account });
+                published.insert(uid.to_owned(), json!({ "state": state, "info": info }));
+            }
+            None => drop(published.remove(uid)),
+        });
     }
 
     /// Keeps only the certificates that some pod needs.

@@ -363,7 +363,12 @@ impl Bed {
 
     /// A node with its agent and tunnel, serving `pods`.
     pub fn node(&self, name: &str, pods: &[&Pod]) -> Tunnel {
-        let mut tunnel = self.node_without_pods(name);
+        self.node_with(name, pods, &[])
+    }
+
+    /// The same, with more variables of its environment.
+    pub fn node_with(&self, name: &str, pods: &[&Pod], more: &[(&str, &str)]) -> Tunnel {
+        let mut tunnel = Tunnel::start_with(self, name, self.space(name), more);
         for pod in pods {
             assert_eq!(tunnel.agent().add(pod), "", "the tunnel refuses {}", pod.name);
         }
