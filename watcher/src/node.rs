@@ -191,14 +191,7 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
     let mut stop = signal(SignalKind::terminate()).map_err(cannot("handle SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot("handle SIGINT"))?;
     let metrics = Arc::new(Metrics::new());
-    let _http = match config.metrics_address {
-        Some(address) => Some(
-            metrics::Server::bind(address, Arc::clone(&metrics))
-                .await
-                .map_err(cannot(format!("serve metrics at {address}")))?,
-        ),
-        None => None,
-    };
+    let _http = serve_metrics(config.metrics_address, &metrics).await?;
     // The sockets first: a second watcher of this node must end before it touches anything.
     let (asked_sender, mut asked) = mpsc::channel(16);
     let control =
@@ -290,6 +283,15 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
         info!("stopped, links and maps stay: running traffic continues");
     }
     result
+}
+
+async fn serve_metrics(
+    address: Option<SocketAddr>,
+    metrics: &Arc<Metrics>,
+) -> Result<Option<metrics::Server>, NodeError> {
+    let Some(address) = address else { return Ok(None) };
+    let server = metrics::Server::bind(address, Arc::clone(metrics)).await;
+    server.map(Some).map_err(cannot(format!("serve metrics at {address}")))
 }
 
 impl Node {

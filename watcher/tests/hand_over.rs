@@ -12,7 +12,7 @@ use std::{
 
 use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
-use support::{Bed, FakeTunnel, Pod, Told, wait_for};
+use support::{Bed, FakeTunnel, Pod, Told, fake_tunnel::within, wait_for};
 use watcher::observed::netns::run_in;
 
 #[test]
@@ -105,7 +105,7 @@ fn a_netns_stays_prepared_while_a_connection_rests_on_it() {
     let tunnel = bed.tunnel();
     tunnel.take_snapshot();
     bed.wait_state(pod, "open", "");
-    let (mut near, mut far) = transparent_connection(&bed.pods[pod]);
+    let (mut near, mut far) = within(&bed.cgroup.join("tunnel"), || transparent_connection(&bed.pods[pod]));
 
     bed.write_pods(&[false], "");
     assert_eq!(tunnel.take(), Told::Del("uid-a".to_owned()));

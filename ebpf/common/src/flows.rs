@@ -37,6 +37,8 @@ pub struct Flow {
 ///
 /// * on an application's socket: where it wanted to go, set by connect, read by getpeername
 /// * on the tunnel's listeners: the netns, set when they are created (cloned to accepted sockets)
+/// * on a socket by which the tunnel dials: whether it is one of `deliveries` (by netns cookie, how many of the tunnel's
+///   connections in that netns speak from an address that is not the pod's: these need the netns prepared)
 /// * on a socket that the tunnel accepted: the original destination, moved there from `original_dst`
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +49,10 @@ pub struct SocketState {
     pub original: Destination,
     /// Where it was redirected to instead.
     pub redirect: Destination,
+    /// 1: counted in `deliveries`.
+    pub delivers: u32,
+    /// Always zero.
+    pub pad: u32,
 }
 
-plain_data!(Destination: 20, Flow: 36, SocketState: 48);
+plain_data!(Destination: 20, Flow: 36, SocketState: 56);

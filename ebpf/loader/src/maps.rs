@@ -65,6 +65,7 @@ const SETTINGS: &str = "settings";
 const PORTS: &str = "excluded_ports";
 const CIDRS: &str = "excluded_cidrs";
 const LISTENED: &str = "listened";
+const DELIVERIES: &str = "deliveries";
 
 /// The maps that the watcher writes.
 impl Kernel {
@@ -104,6 +105,22 @@ impl Kernel {
 
     pub fn pods(&self) -> Result<Vec<(Address, PodRecord)>, KernelError> {
         self.list(PODS)
+    }
+
+    /// How many connections of tunnels in that netns speak from an address that is not its pod's.
+    pub fn deliveries(&self, netns_cookie: u64) -> Result<u64, KernelError> {
+        let failed = |error| KernelError::map("read", DELIVERIES)(error);
+        let map = HashMap::<_, u64, u64>::try_from(find(&self.object, DELIVERIES)).map_err(failed)?;
+        match map.get(&netns_cookie, 0) {
+            Ok(count) => Ok(count),
+            Err(MapError::KeyNotFound) => Ok(0),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    /// For a netns that no tunnel serves any more.
+    pub fn forget_deliveries(&mut self, netns_cookie: u64) -> Result<(), KernelError> {
+        self.take::<u64, u64>(DELIVERIES, &netns_cookie)
     }
 
     pub fn exclude_port(&mut self, key: &ExcludedPort) -> Result<(), KernelError> {

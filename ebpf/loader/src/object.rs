@@ -71,7 +71,7 @@ const fn layout<K, V>(name: &'static str) -> MapLayout {
 #[expect(dead_code, reason = "only its size is asked for")]
 struct LpmKey<T>(u32, T);
 
-pub const MAPS: [MapLayout; 11] = [
+pub const MAPS: [MapLayout; 12] = [
     layout::<u64, CgroupInfo>("cgroup_info_map"),
     layout::<Address, PodRecord>("pod_by_addr"),
     layout::<u32, Settings>("settings"),
@@ -79,6 +79,7 @@ pub const MAPS: [MapLayout; 11] = [
     layout::<LpmKey<ExcludedCidr>, u8>("excluded_cidrs"),
     layout::<Flow, Destination>("original_dst"),
     layout::<Flow, u64>("tunnel_flows"),
+    layout::<u64, u64>("deliveries"),
     layout::<ListenerKey, u32>("listeners"),
     layout::<ListenerKey, u32>("listened"),
     layout::<u32, SocketState>("socket_state"),

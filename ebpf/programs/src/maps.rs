@@ -1,6 +1,6 @@
 //! The maps, and the questions that the programs ask them. Keys and values: `adit-ebpf-common`.
 
-use core::ptr::null_mut;
+use core::{arch::asm, ptr::null_mut};
 
 use adit_ebpf_common::{
     address::Address,
@@ -9,7 +9,7 @@ use adit_ebpf_common::{
     settings::Settings,
 };
 use aya_ebpf::{
-    bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_ops},
+    bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_ops},
     btf_maps::SkStorage,
     helpers::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_sk_release,
@@ -33,6 +33,8 @@ static EXCLUDED_CIDRS: LpmTrie<ExcludedCidr, u8> = LpmTrie::with_max_entries(655
 static ORIGINAL_DST: LruHashMap<Flow, Destination> = LruHashMap::with_max_entries(65536, 0);
 #[map(name = "tunnel_flows")]
 static TUNNEL_FLOWS: LruHashMap<Flow, u64> = LruHashMap::with_max_entries(65536, 0);
+#[map(name = "deliveries")]
+static DELIVERIES: HashMap<u64, u64> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
 #[map(name = "listeners")]
 pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(4096, 0);
 #[map(name = "listened")]
@@ -138,6 +140,31 @@ pub fn tunnel_flow(flow: &Flow) -> Option<u64> {
 #[inline(always)]
 pub fn forget_tunnel_flow(flow: &Flow) {
     let _ = TUNNEL_FLOWS.remove(flow);
+}
+
+/// Counts a connection of the tunnel in that netns. Whether it could.
+#[inline(always)]
+pub fn count_delivery(netns_cookie: u64) -> bool {
+    if DELIVERIES.get_ptr_mut(netns_cookie).is_none() {
+        // Another processor's may be there by now.
+        let _ = DELIVERIES.insert(netns_cookie, 0, u64::from(BPF_NOEXIST));
+    }
+    add_deliveries(netns_cookie, 1)
+}
+
+#[inline(always)]
+pub fn uncount_delivery(netns_cookie: u64) {
+    add_deliveries(netns_cookie, u64::MAX);
+}
+
+#[inline(always)]
+fn add_deliveries(netns_cookie: u64, number: u64) -> bool {
+    let Some(count) = DELIVERIES.get_ptr_mut(netns_cookie) else { return false };
+    // Added as one step, since a socket may close on another processor, or in an interrupt on this one. Without asking
+    // for the sum, which Linux before 5.12 could not give.
+    // SAFETY: an entry of the map, which only these programs change; aligned, as all values of 8 bytes are.
+    unsafe { asm!("lock *(u64 *)({count} + 0) += {number}", count = in(reg) count, number = in(reg) number) };
+    true
 }
 
 /// Registers the listening socket of `ops`. The latest wins, so that a successor takes over by listening.

@@ -82,6 +82,12 @@ pub fn adit_tunnel_ops(ctx: SockOpsContext) -> u32 {
             if let Some(flow) = unsafe { flow(ops) } {
                 maps::forget_tunnel_flow(&flow);
             }
+            if let Some(state) = maps::state(socket(ops))
+                && state.delivers == 1
+            {
+                state.delivers = 0;
+                maps::uncount_delivery(state.netns_cookie);
+            }
         }
         _ => (),
     }
@@ -132,7 +138,15 @@ fn note(ops: *mut bpf_sock_ops) {
     let Some(state) = maps::state(socket(ops)) else { return };
     // SAFETY: the program's context.
     let Some(flow) = (unsafe { flow(ops) }) else { return };
-    if state.netns_cookie != 0 && maps::note_tunnel_flow(&flow, state.netns_cookie).is_ok() {
+    if state.netns_cookie == 0 {
+        return;
+    }
+    let noted = maps::note_tunnel_flow(&flow, state.netns_cookie).is_ok();
+    // Of a pod that is leaving no address is known any more: then every connection counts.
+    let own = maps::pod(&flow.local).is_some_and(|pod| pod.netns_cookie == state.netns_cookie);
+    let delivers = !own && !is_loopback(&flow.local) && maps::count_delivery(state.netns_cookie);
+    state.delivers = u32::from(delivers);
+    if noted || delivers {
         tell_of_close(ops);
     }
 }

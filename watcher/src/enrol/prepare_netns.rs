@@ -6,13 +6,12 @@
 //! answers come back the same way; so does the kernel's refusal where nobody listens (`fwmark_reflect`). Without
 //! any one of them such a connection times out.
 //!
-//! Taken back, all of it, when the pod leaves *and no connection needs them any more*: see
-//! [`transparent_sockets`].
+//! Taken back, all of it, when the pod leaves *and no connection needs them any more*.
 
 use std::{
     collections::BTreeMap,
     fs, io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{Ipv4Addr, Ipv6Addr},
     os::fd::BorrowedFd,
 };
 
@@ -29,7 +28,7 @@ use rtnetlink::{
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
 
-use crate::observed::netns::{Visitor, all_own_addresses, run_in};
+use crate::observed::netns::{Visitor, run_in};
 
 /// The mark of the tunnel's packets (Istio's number).
 const MARK: u32 = 0x539;
@@ -98,48 +97,6 @@ pub fn restore(netns: BorrowedFd<'_>, sysctls: &BTreeMap<String, String>) -> io:
         let mut ours = sysctls.iter().filter(|(path, _)| SYSCTLS.contains(&path.as_str()));
         ours.try_for_each(|(path, value)| set(path, value))
     })
-}
-
-/// How many TCP sockets in `netns` are bound to an address that the netns does not hold. Only the
-/// tunnel's connections to the application are (it dials from the client's address), so while there is
-/// one, a connection that began before the pod left still rests on the rule and the route.
-pub fn transparent_sockets(netns: BorrowedFd<'_>) -> io::Result<usize> {
-    run_in(netns, || {
-        let own = all_own_addresses()?;
-        let mut count = 0;
-        for table in ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"] {
-            let text = match fs::read_to_string(table) {
-                Ok(text) => text,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(at(table, &error)),
-            };
-            count += text.lines().skip(1).filter_map(local_end).filter(|local| !own.contains(local)).count();
-        }
-        Ok(count)
-    })
-}
-
-/// The local address of a line of `/proc/net/tcp{,6}` that is an open connection.
-fn local_end(line: &str) -> Option<IpAddr> {
-    const TIME_WAIT: &str = "06";
-    const LISTEN: &str = "0A";
-    let mut fields = line.split_ascii_whitespace().skip(1);
-    let (local, _remote, state) = (fields.next()?, fields.next()?, fields.next()?);
-    if state == TIME_WAIT || state == LISTEN {
-        return None;
-    }
-    let (address, _port) = local.split_once(':')?;
-    // Words of 32 bits as the machine reads them, of an address in network byte order.
-    let mut bytes = Vec::with_capacity(16);
-    for word in address.as_bytes().chunks(8) {
-        let word = u32::from_str_radix(std::str::from_utf8(word).ok()?, 16).ok()?;
-        bytes.extend_from_slice(&word.to_ne_bytes());
-    }
-    let address = match bytes.len() {
-        4 => IpAddr::from(<[u8; 4]>::try_from(bytes).ok()?),
-        _ => IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?).to_canonical(),
-    };
-    (!address.is_unspecified() && !address.is_loopback()).then_some(address)
 }
 
 fn at(path: &str, error: &io::Error) -> io::Error {
@@ -237,27 +194,5 @@ impl Family {
                 .output_interface(LO)
                 .build(),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_kernels_table_of_sockets_is_read() {
-        let line =
-            |local: &str, state: &str| format!("   0: {local}:1F90 0202000A:D431 {state} 00000000:00000000");
-        let read = |local: &str, state: &str| local_end(&line(local, state)).map(|ip| ip.to_string());
-        // As x86 and ARM in little endian print them.
-        if cfg!(target_endian = "little") {
-            assert_eq!(read("0102000A", "01").as_deref(), Some("10.0.2.1"));
-            assert_eq!(read("000000FD000000000000000002000000", "08").as_deref(), Some("fd00::2"));
-            assert_eq!(read("0000000000000000FFFF00000102000A", "01").as_deref(), Some("10.0.2.1"));
-        }
-        assert_eq!(read("0102000A", "0A"), None, "a listener");
-        assert_eq!(read("0102000A", "06"), None, "TIME_WAIT");
-        assert_eq!(read("0100007F", "01"), None, "loopback");
-        assert_eq!(local_end("nonsense"), None);
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! A connection from a tunnel to the application that began before the pod left rests on the netns'
 //! rule, route and sysctl until it ends. So these are taken back only when the tunnels have acknowledged
-//! that the pod is gone (they make no new connection then) *and* no socket in the netns is bound to
-//! an address that the netns does not hold: exactly the tunnel's connections are.
+//! that the pod is gone (they make no new connection then) *and* the programs count no connection of theirs any more
+//! that speaks from another address than the pod's.
 
 use std::{
     collections::BTreeSet,
@@ -36,19 +36,19 @@ pub struct Lingering {
     netns: Netns,
     /// Withdrawals that tunnels have not acknowledged.
     pub pending: BTreeSet<(Conn, u64)>,
-    sockets: usize,
+    connections: u64,
     pause: Duration,
     next: Instant,
 }
 
 impl Lingering {
     pub fn new(netns: Netns, pending: BTreeSet<(Conn, u64)>) -> Self {
-        Self { netns, pending, sockets: 0, pause: FIRST, next: Instant::now() }
+        Self { netns, pending, connections: 0, pause: FIRST, next: Instant::now() }
     }
 
     pub fn status(&self, cookie: u64) -> LingeringStatus {
         let waits_for = if self.pending.is_empty() {
-            format!("{} open connections of the tunnel", self.sockets)
+            format!("{} open connections of the tunnel", self.connections)
         } else {
             "the tunnel's acknowledgement".to_owned()
         };
@@ -97,14 +97,15 @@ impl Node {
     fn settle(&mut self, cookie: u64) -> io::Result<bool> {
         let Some(record) = self.records.netns().get(&cookie).cloned() else { return Ok(true) };
         let Some(lingering) = self.lingering.get_mut(&cookie) else { return Ok(true) };
+        lingering.connections = self.kernel.deliveries(cookie).map_err(io::Error::other)?;
+        if lingering.connections > 0 {
+            return Ok(false);
+        }
         if let Some(netns) = find(&lingering.netns.pod_cgroup, record.id, cookie) {
-            lingering.sockets = prepare_netns::transparent_sockets(netns.as_fd())?;
-            if lingering.sockets > 0 {
-                return Ok(false);
-            }
             prepare_netns::restore(netns.as_fd(), &record.sysctls_before)?;
             info!(uid = record.uid, inode = record.id.inode, "netns restored");
         }
+        self.kernel.forget_deliveries(cookie).map_err(io::Error::other)?;
         Ok(true)
     }
 }

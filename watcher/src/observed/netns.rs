@@ -123,11 +123,6 @@ fn own_addresses() -> io::Result<Vec<IpAddr>> {
     Ok(addresses)
 }
 
-/// Every address of the calling thread's netns, loopback included.
-pub fn all_own_addresses() -> io::Result<BTreeSet<IpAddr>> {
-    Ok(getifaddrs()?.filter_map(|interface| interface.address.as_ref().and_then(ip_of)).collect())
-}
-
 fn ip_of(address: &nix::sys::socket::SockaddrStorage) -> Option<IpAddr> {
     address
         .as_sockaddr_in()

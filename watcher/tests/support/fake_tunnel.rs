@@ -8,7 +8,7 @@ use std::{
         unix::fs::MetadataExt,
     },
     path::Path,
-    sync::Mutex,
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -37,6 +37,19 @@ pub enum Told {
 /// The watcher looks at the connecting process's cgroup, which this process lends for that moment.
 static PLACE: Mutex<()> = Mutex::new(());
 
+/// Does `work` with this process in `cgroup`, whose the sockets are that it makes.
+pub fn within<T>(cgroup: &Path, work: impl FnOnce() -> T) -> T {
+    let _place = PLACE.lock().unwrap_or_else(PoisonError::into_inner);
+    let root = watcher::observed::cgroups::find_root().expect("cgroup2");
+    let own = i32::try_from(std::process::id()).expect("a pid");
+    let home = watcher::observed::cgroups::of_process(&root, own).expect("own cgroup");
+    let move_to = |dir: &Path| fs::write(dir.join("cgroup.procs"), own.to_string()).expect("move");
+    move_to(cgroup);
+    let done = work();
+    move_to(&home);
+    done
+}
+
 #[derive(Debug)]
 pub struct FakeTunnel {
     socket: Socket,
@@ -48,14 +61,14 @@ impl FakeTunnel {
     /// Connects and says hello from `cgroup`; `None`: from wherever this process is. Returns when the
     /// watcher has looked.
     pub fn connect(zds: &Path, cgroup: Option<&Path>) -> Self {
-        let _place = PLACE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let root = watcher::observed::cgroups::find_root().expect("cgroup2");
-        let own = i32::try_from(std::process::id()).expect("a pid");
-        let home = watcher::observed::cgroups::of_process(&root, own).expect("own cgroup");
-        let move_to = |dir: &Path| fs::write(dir.join("cgroup.procs"), own.to_string()).expect("move");
         if let Some(cgroup) = cgroup {
-            move_to(cgroup);
+            return within(cgroup, || Self::greet(zds));
         }
+        let _place = PLACE.lock().unwrap_or_else(PoisonError::into_inner);
+        Self::greet(zds)
+    }
+
+    fn greet(zds: &Path) -> Self {
         let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None).expect("socket");
         socket.connect(&SockAddr::unix(zds).expect("path")).expect("connect");
         socket.set_read_timeout(Some(Duration::from_secs(15))).expect("timeout");
@@ -64,7 +77,6 @@ impl FakeTunnel {
         send(&socket, &hello);
         // Its first word, or its hanging up, comes after it has looked.
         socket.peek(&mut [std::mem::MaybeUninit::uninit()]).expect("the watcher's first word");
-        move_to(&home);
         Self { socket, namespace: "default".to_owned() }
     }
 

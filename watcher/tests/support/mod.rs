@@ -18,7 +18,7 @@ use std::{
 
 pub use self::fake_tunnel::{FakeTunnel, Told};
 
-mod fake_tunnel;
+pub mod fake_tunnel;
 
 static BEDS: AtomicUsize = AtomicUsize::new(0);
 

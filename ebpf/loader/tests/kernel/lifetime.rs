@@ -120,7 +120,7 @@ fn removing_leaves_nothing() {
         .map(|entry| MapInfo::from_pin(entry.unwrap().path()).unwrap().id())
         .collect();
     let removed = Kernel::remove(&bench.bpffs.pins()).unwrap();
-    assert_eq!((removed.links, removed.maps), (ALL_LINKS, 11));
+    assert_eq!((removed.links, removed.maps), (ALL_LINKS, 12));
     assert_eq!(bench.app.dial(How::Udp, at("10.99.0.2", 53)).map(|_| ()), Ok(()));
     bench.world.listen("0.0.0.0:8080");
     bench
@@ -175,6 +175,29 @@ fn nothing_is_remembered_of_closed_connections() {
     assert_eq!(entries("tunnel_flows"), 1);
     bench.tunnel.close(flow.handle);
     crate::bench::eventually("closed flows are forgotten", || entries("tunnel_flows") == 0);
+}
+
+/// What needs the netns prepared although its pod left: the tunnel's connections that speak from an address that is not,
+/// or not any more, the pod's.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn connections_that_speak_as_others_are_counted_until_they_close() {
+    let mut bench = Bench::new();
+    bench.world.listen("[::]:8080");
+    let cookie = bench.kernel.pods().unwrap()[0].1.netns_cookie;
+    for (own, away) in [("10.99.0.1", "10.99.0.2"), ("fd99::1", "fd99::2")] {
+        let as_the_pod = bench.tunnel.dial(How::Tcp, at(away, 8080)).unwrap();
+        assert_eq!(bench.kernel.deliveries(cookie).unwrap(), 0);
+        bench.kernel.remove_pod(address(own)).unwrap();
+        let others = [(); 3].map(|()| bench.tunnel.dial(How::Tcp, at(away, 8080)).unwrap());
+        assert_eq!(bench.kernel.deliveries(cookie).unwrap(), 3);
+        for other in others.into_iter().chain([as_the_pod]) {
+            bench.tunnel.close(other.handle);
+        }
+        crate::bench::eventually("none is left", || bench.kernel.deliveries(cookie).unwrap() == 0);
+    }
+    bench.kernel.forget_deliveries(cookie).unwrap();
+    bench.kernel.forget_deliveries(cookie).expect("missing is fine");
 }
 
 /// The mark routes answers back to the host: a connection that does not spend the client's address, or a
