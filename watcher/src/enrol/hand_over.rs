@@ -1,19 +1,23 @@
 //! Handing pods to tunnels: the serving side of ZDS (Istio's protocol between node agent and tunnel).
 //!
 //! A unix seqpacket socket, one protobuf message per packet. The tunnel says hello; then every message of
-//! ours is answered by an acknowledgement before the next one is sent: first all pods (`add`, each with
-//! the fd of its netns), then `snapshot_sent`, then changes as they come. Several tunnels may be
-//! connected, as during an upgrade.
+//! ours is answered by an acknowledgement, in their order: first all pods (`add`, each with the fd of its
+//! netns), then `snapshot_sent`, then changes as they come. Several tunnels may be connected, as during an
+//! upgrade.
+//!
+//! Istio's node agent waits for each answer before it says the next thing. We say a number of things at once: a label
+//! may be about a whole node, and for each of its pods two processes would have to be woken in turn.
 //!
 //! This file speaks the protocol; what is said is decided by [`crate::node`], which gets [`Event`]s and
 //! gives each tunnel [`Command`]s.
 
 use std::{
+    collections::VecDeque,
     io::{self, IoSlice},
     os::fd::{AsRawFd, OwnedFd},
     path::Path,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::sys::socket::{
@@ -42,6 +46,8 @@ use crate::{
 
 /// The protocol's limit for one packet.
 const MAX_PACKET: usize = 1024;
+/// Messages that wait for their answers. Few enough for both sides' socket buffers, whatever they are about.
+const AT_ONCE: usize = 64;
 /// A tunnel that does not answer for so long is taken for dead.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
@@ -164,25 +170,119 @@ async fn serve(conn: Conn, socket: Socket, events: &mpsc::UnboundedSender<Event>
     let Ok(Welcome { snapshot, mut commands }) = welcomed.await else {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, "turned away"));
     };
-    for command in snapshot {
-        peer.execute(conn, command, events).await?;
-    }
-    let answer = peer.ask(Request::SnapshotSent(SnapshotSent {}), None).await?;
-    if let Some(error) = answer {
-        return Err(invalid(&format!("refused the snapshot: {error}")));
-    }
-    let _ = events.send(Event::SnapshotTaken { conn });
+    let mut first: VecDeque<Told> =
+        snapshot.into_iter().map(Told::Command).chain([Told::SnapshotSent]).collect();
+    let mut waiting = Waiting::default();
     loop {
+        let next = async {
+            match first.pop_front() {
+                Some(told) => Some(told),
+                None => commands.recv().await.map(Told::Command),
+            }
+        };
         tokio::select! {
-            command = commands.recv() => match command {
-                Some(command) => peer.execute(conn, command, events).await?,
+            // What is answered first, so that `waiting` stays short.
+            biased;
+            answer = peer.receive() => match answer? {
+                Some(answer) => {
+                    let asked = waiting.0.pop_front().map(|(asked, _)| asked);
+                    let asked = asked.ok_or_else(|| invalid("sent something without being asked"))?;
+                    let _ = events.send(asked.answered(conn, error_in(&answer)?)?);
+                }
                 None => return Ok(()),
             },
-            unasked = peer.receive() => match unasked? {
+            told = next, if waiting.0.len() < AT_ONCE => match told {
+                Some(Told::SnapshotSent) => {
+                    peer.tell(Request::SnapshotSent(SnapshotSent {}), None).await?;
+                    waiting.add(Asked::Snapshot);
+                }
+                Some(Told::Command(Command::Del(offer))) => {
+                    peer.tell(Request::Del(DelWorkload { uid: offer.uid.clone() }), None).await?;
+                    waiting.add(Asked::Del(offer));
+                }
+                Some(Told::Command(Command::Add(offer, workload, netns))) => match open(&workload, netns) {
+                    // Closed right after: an fd keeps a netns alive that its pod has left.
+                    Ok(netns) => {
+                        peer.tell(add(&offer.uid, workload), Some(netns)).await?;
+                        waiting.add(Asked::Add(offer));
+                    }
+                    Err(error) => {
+                        let _ = events.send(Event::Added { conn, offer, error: Some(error.to_string()) });
+                    }
+                },
                 None => return Ok(()),
-                Some(_) => return Err(invalid("sent something without being asked")),
             },
+            () = waiting.overdue() => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "no acknowledgement in time"));
+            }
         }
+    }
+}
+
+fn open(workload: &Workload, netns: Option<Arc<OwnedFd>>) -> io::Result<Arc<OwnedFd>> {
+    match netns {
+        Some(netns) => Ok(netns),
+        None => processes::open_netns(&workload.pod_cgroup, workload.netns).map(Arc::new),
+    }
+}
+
+/// What is still to be said.
+enum Told {
+    Command(Command),
+    SnapshotSent,
+}
+
+/// What was said.
+enum Asked {
+    Add(OfferId),
+    Del(OfferId),
+    Snapshot,
+}
+
+impl Asked {
+    /// What it means that the tunnel took it, or refused with `error`.
+    fn answered(self, conn: Conn, error: Option<String>) -> io::Result<Event> {
+        Ok(match self {
+            Self::Add(offer) => Event::Added { conn, offer, error },
+            Self::Del(offer) => {
+                if let Some(error) = error {
+                    warn!(uid = offer.uid, error, "the tunnel refused to let go of a pod");
+                }
+                Event::Withdrawn { conn, serial: offer.serial }
+            }
+            Self::Snapshot => match error {
+                None => Event::SnapshotTaken { conn },
+                Some(error) => return Err(invalid(&format!("refused the snapshot: {error}"))),
+            },
+        })
+    }
+}
+
+/// What has not been answered yet, and since when, the oldest first.
+#[derive(Default)]
+struct Waiting(VecDeque<(Asked, Instant)>);
+
+impl Waiting {
+    fn add(&mut self, asked: Asked) {
+        self.0.push_back((asked, Instant::now()));
+    }
+
+    /// Until the tunnel has to be taken for dead.
+    async fn overdue(&self) {
+        match self.0.front() {
+            Some((_, since)) => tokio::time::sleep_until((*since + ANSWER_WITHIN).into()).await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// What an acknowledgement says to be wrong.
+fn error_in(answer: &[u8]) -> io::Result<Option<String>> {
+    let answer = WorkloadResponse::decode(answer)
+        .map_err(|error| invalid(&format!("not an acknowledgement: {error}")))?;
+    match answer.payload {
+        Some(Response::Ack(ack)) => Ok((!ack.error.is_empty()).then_some(ack.error)),
+        None => Err(invalid("an answer without acknowledgement")),
     }
 }
 
@@ -195,52 +295,9 @@ struct Peer {
 }
 
 impl Peer {
-    async fn execute(
-        &self,
-        conn: Conn,
-        command: Command,
-        events: &mpsc::UnboundedSender<Event>,
-    ) -> io::Result<()> {
-        let event = match command {
-            Command::Add(offer, workload, netns) => {
-                // Closed right after: an fd keeps a netns alive that its pod has left.
-                let opened = match netns {
-                    Some(netns) => Ok(netns),
-                    None => processes::open_netns(&workload.pod_cgroup, workload.netns).map(Arc::new),
-                };
-                let error = match opened {
-                    Ok(netns) => self.ask(add(&offer.uid, workload), Some(netns)).await?,
-                    Err(error) => Some(error.to_string()),
-                };
-                Event::Added { conn, offer, error }
-            }
-            Command::Del(offer) => {
-                let request = Request::Del(DelWorkload { uid: offer.uid.clone() });
-                if let Some(error) = self.ask(request, None).await? {
-                    warn!(uid = offer.uid, error, "the tunnel refused to let go of a pod");
-                }
-                Event::Withdrawn { conn, serial: offer.serial }
-            }
-        };
-        let _ = events.send(event);
-        Ok(())
-    }
-
-    /// Sends one message and waits for its answer: the error, if it was refused.
-    async fn ask(&self, request: Request, netns: Option<Arc<OwnedFd>>) -> io::Result<Option<String>> {
+    async fn tell(&self, request: Request, netns: Option<Arc<OwnedFd>>) -> io::Result<()> {
         let packet = WorkloadRequest { payload: Some(request) }.encode_to_vec();
-        self.send(&packet, netns.as_deref()).await?;
-        drop(netns);
-        let answer = timeout(ANSWER_WITHIN, self.receive())
-            .await
-            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no acknowledgement in time"))??;
-        let answer = answer.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
-        let answer = WorkloadResponse::decode(answer.as_slice())
-            .map_err(|error| invalid(&format!("not an acknowledgement: {error}")))?;
-        match answer.payload {
-            Some(Response::Ack(ack)) => Ok((!ack.error.is_empty()).then_some(ack.error)),
-            None => Err(invalid("an answer without acknowledgement")),
-        }
+        self.send(&packet, netns.as_deref()).await
     }
 
     async fn send(&self, packet: &[u8], fd: Option<&OwnedFd>) -> io::Result<()> {
