@@ -37,6 +37,9 @@ const REQUEST: Duration = Duration::from_secs(10);
 const LASTS: Duration = Duration::from_secs(2);
 /// How long the last annotations may take when the watcher undoes everything.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+/// What became of a pod is written when it has been so for this long: a label may be about every pod of the node, and first
+/// of all these are to be served; what passes by meanwhile is never written.
+const SETTLED: Duration = Duration::from_millis(250);
 /// An annotation is written again no sooner than this, in case somebody else writes it too.
 const PAUSE: Duration = Duration::from_millis(500);
 /// So many Events tell of one pod, each of something else: annotations can be changed any number of times.
@@ -138,6 +141,8 @@ fn camel_case(code: &str) -> String {
 struct Known {
     seen: Option<Seen>,
     outcome: Option<Outcome>,
+    /// Since when it is in that state.
+    since: Instant,
     /// What lasts, and since when.
     complaint: Option<(Complaint, Instant)>,
     /// What Events have told already.
@@ -151,6 +156,7 @@ impl Default for Known {
         Self {
             seen: None,
             outcome: None,
+            since: Instant::now(),
             complaint: None,
             told: BTreeSet::new(),
             backoff: Backoff::new(Duration::from_secs(1), Duration::from_mins(1)),
@@ -175,6 +181,10 @@ impl Known {
         if self.complaint.as_ref().map(|(before, _)| before) != complaint.as_ref() {
             self.complaint = complaint.map(|complaint| (complaint, now));
         }
+        let state = |outcome: &Option<Outcome>| outcome.as_ref().map(|outcome| outcome.state);
+        if state(&self.outcome) != state(&outcome) {
+            self.since = now;
+        }
         self.outcome = outcome;
     }
 
@@ -189,7 +199,7 @@ impl Known {
             Some(State::Closed | State::Bypassed) | None => None,
         };
         if let Some(marked) = marked.filter(|marked| *marked != seen.marked) {
-            return Some((Job::Mark(marked), at_least(now)));
+            return Some((Job::Mark(marked), at_least(self.since + SETTLED)));
         }
         if self.told.len() >= EVENTS_A_POD {
             return None;
