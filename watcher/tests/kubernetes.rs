@@ -1,11 +1,12 @@
 //! Pods of a real API server are enrolled as their labels say, and what became of them is written back.
 
+mod api_node;
 mod api_server;
 mod support;
 
 use std::fs;
 
-use api_server::node::{Node, REDIRECTION, obliging};
+use api_node::{Node, REDIRECTION, obliging};
 use serde_json::json;
 use support::{Bed, Told, wait_for, watcher_binary};
 

@@ -1,14 +1,13 @@
 //! The chart's ClusterRole is enough for the watcher, each verb of it is needed, and it is of no use for more.
 
+mod api_node;
 mod api_server;
 mod support;
 
 use std::{collections::BTreeSet, path::Path};
 
-use api_server::{
-    ApiServer, RBAC,
-    node::{Node, obliging},
-};
+use api_node::{Node, obliging};
+use api_server::{ApiServer, RBAC};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, Client, Config,

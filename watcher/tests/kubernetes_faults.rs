@@ -1,14 +1,13 @@
 //! The API server goes away, hangs, forgets and comes back: what it told last holds, and nothing is missed.
 
+mod api_node;
 mod api_server;
 mod support;
 
 use std::sync::Arc;
 
-use api_server::{
-    ApiServer,
-    node::{Node, obliging},
-};
+use api_node::{Node, obliging};
+use api_server::ApiServer;
 use nix::sys::signal::Signal;
 use serde_json::json;
 use support::wait_for;

@@ -30,8 +30,6 @@ use rcgen::{
 };
 use serde_json::{Value, json};
 
-pub mod node;
-
 /// What `.ci/kube-tools` builds.
 const VERSION: &str = "1.36.3";
 const LIMIT: Duration = Duration::from_mins(1);
@@ -195,6 +193,11 @@ impl ApiServer {
         let server = self.server.lock().expect("server");
         let pid = server.as_ref().expect("a running server").id();
         kill(nix::unistd::Pid::from_raw(i32::try_from(pid).expect("a pid")), signal).expect("signal");
+    }
+
+    /// Of 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     pub fn client(&self) -> Client {

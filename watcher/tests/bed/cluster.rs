@@ -143,10 +143,15 @@ impl Bed {
 
     /// Makes a pod on node `node` (0: a, 1: b): cgroup, netns, address, and a process that holds them.
     pub fn pod(&mut self, name: &str, node: usize, enrol: Enrol) -> Pod {
+        self.pod_as(name, node, enrol, &format!("pod{name}"))
+    }
+
+    /// The same with a cgroup of another name.
+    pub fn pod_as(&mut self, name: &str, node: usize, enrol: Enrol, cgroup: &str) -> Pod {
         let host = 10 + self.pods.len();
         let (on, number) = (&self.nodes[node], self.nodes[node].number);
         let netns = format!("{}-{name}", self.id);
-        let cgroup = on.pods_cgroup().join(format!("pod{name}")).join("main");
+        let cgroup = on.pods_cgroup().join(cgroup).join("main");
         fs::create_dir_all(&cgroup).expect("cgroup");
         let pod = Pod {
             name: name.to_owned(),

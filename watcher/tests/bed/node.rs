@@ -28,6 +28,8 @@ pub struct Node {
     pub tunnel_binary: PathBuf,
     /// Where the node is a container: what holds its namespaces.
     pub container: Option<Container>,
+    /// Where the watcher has pods from the API server that this leads to, instead of the pods file.
+    pub kubeconfig: Option<PathBuf>,
     /// More words of the watcher's command line.
     pub watcher_words: Vec<String>,
     /// The folder of the certificate service to be asked, instead of a development CA.
@@ -60,6 +62,7 @@ impl Node {
             tunnel_binary: binary("ztunnel"),
             container: None,
             ca_service: None,
+            kubeconfig: None,
             watcher_words: Vec::new(),
         };
         for below in ["kubepods", "ztunnel", "watcher"] {
@@ -157,7 +160,11 @@ impl Node {
         let (attach, root, bpffs) =
             (path(&self.as_seen_inside(&self.pods_cgroup())), path(cgroup2), path(bpffs));
         let binary = path(&binary("watcher"));
-        let mut line = vec![binary.as_str(), "run", "--pods", &pods, "--node", &self.pins_name];
+        let mut line = vec![binary.as_str(), "run", "--node", &self.pins_name];
+        match &self.kubeconfig {
+            Some(_) => line.push("--kubernetes"),
+            None => line.extend(["--pods", &pods]),
+        }
         line.extend(["--zds-socket", &zds, "--status-socket", &status]);
         let run_dir = path(&self.dir.join("run"));
         line.extend(["--run-dir", &run_dir]);
@@ -166,6 +173,9 @@ impl Node {
         line.extend(self.watcher_words.iter().map(String::as_str));
         let mut command = placed_inside(self.inside(), &self.cgroup.join("watcher"), &self.netns, &line);
         command.env("RUST_LOG", "info");
+        if let Some(kubeconfig) = &self.kubeconfig {
+            command.env("KUBECONFIG", kubeconfig);
+        }
         let (zds, status) = (self.zds_socket(), self.status_socket());
         let log = self.dir.join("watcher.log");
         let watcher = self.watcher.insert(Process::spawn("watcher", command, &log));

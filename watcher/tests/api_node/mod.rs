@@ -1,5 +1,7 @@
 //! A node whose watcher follows the API server, and whose pods are known to both.
 
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -7,7 +9,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::ApiServer;
+use crate::api_server::ApiServer;
 use crate::support::{Bed, FakeTunnel, Told, wait_for};
 
 pub const REDIRECTION: &str = "ambient.istio.io/redirection";

@@ -1,0 +1,300 @@
+//! A node whose pods are labelled at a real API server while they talk: how long until a pod's connections are of the
+//! new kind, and what the change breaks.
+//!
+//! Each pod runs a [`probe`]: connections one after the other to a server outside the mesh that says which port it sees. It
+//! is the application's own, or else the tunnel's: so every connection tells its kind by itself. Besides, the probe holds
+//! connections of both kinds open and talks on them. While labels change, and until its kind did, a probe is in a hurry;
+//! all of them together make as many connections then as leave the node time for its own work.
+
+#![allow(dead_code, reason = "each program that includes this uses its own part")]
+
+use std::{
+    collections::VecDeque,
+    env, fs,
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    process::{Child, Stdio},
+    sync::{Arc, mpsc},
+    thread,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use nix::sched::{CloneFlags, setns};
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt as _;
+
+use crate::{
+    api_server::ApiServer,
+    bed::{Bed, Enrol, Pod, process::placed},
+};
+
+/// `server address,period in µs`: this process is a probe.
+const PROBE: &str = "ADIT_PROBE";
+/// Connections of all probes in a second while they are in a hurry.
+const HURRIED: usize = 2000;
+/// So much slower it is otherwise.
+const AT_LEISURE: u32 = 10;
+const PORT: u16 = 8080;
+/// Longer than anything here should take.
+const LIMIT: Duration = Duration::from_secs(10);
+const MODE: &str = "istio.io/dataplane-mode";
+
+pub struct Labelled {
+    // In the order in which they may end.
+    probes: Vec<Probe>,
+    bed: Bed,
+    api: Arc<ApiServer>,
+    namespace: String,
+}
+
+struct Probe {
+    process: Child,
+    said: mpsc::Receiver<String>,
+}
+
+/// What a change of labels came to.
+#[derive(Debug, Default)]
+pub struct Flip {
+    /// From the request to each pod's first connection of the new kind.
+    pub took: Vec<Duration>,
+    /// From the request until the API server had answered it.
+    pub requested: Duration,
+    /// What a connection, new or held, said that failed.
+    pub failures: Vec<String>,
+}
+
+impl Labelled {
+    /// `count` pods that talk, none of them in the mesh. `probe`: the arguments that make this program call [`probe`].
+    pub fn new(count: usize, probe: &[&str]) -> Self {
+        let api = ApiServer::shared();
+        let mut bed = Bed::new();
+        let namespace = format!("{}-demo", bed.id);
+        api.namespace(&namespace, &json!({}));
+        let server = bed.pod("server", 0, Enrol::Plain);
+        let address = SocketAddr::new(server.v4.parse().expect("an address"), PORT);
+        serve(&server);
+        let node = bed.nodes[0].pins_name.clone();
+        let pods: Vec<Pod> = (0..count)
+            .map(|number| {
+                let name = format!("p{number}");
+                let uid = api.pod(&namespace, &name, &node, &json!({}));
+                let pod = bed.pod_as(&name, 0, Enrol::Plain, &format!("pod{uid}"));
+                let ips = [&pod.v4, &pod.v6].map(|ip| json!({"ip": ip}));
+                let status = json!({"phase": "Running", "podIP": pod.v4, "podIPs": ips});
+                api.set_status(&namespace, &name, &status);
+                pod
+            })
+            .collect();
+        let mesh: Vec<Value> = pods
+            .iter()
+            .map(|pod| {
+                json!({"uid": pod.name, "name": pod.name, "namespace": namespace, "serviceAccount": "default",
+                    "workloadIps": [pod.v4, pod.v6], "protocol": "TCP"})
+            })
+            .collect();
+        fs::write(bed.mesh_file(), json!({"workloads": mesh}).to_string()).expect("mesh file");
+        let (cgroup2, bpffs, mesh, ca) = (bed.cgroup2.clone(), bed.bpffs(), bed.mesh_file(), bed.ca_dir());
+        let on = &mut bed.nodes[0];
+        on.kubeconfig = Some(api.watcher_kubeconfig());
+        forward(&on.netns, api.port());
+        on.start_watcher(&cgroup2, &bpffs, &["--detach"]);
+        on.start_tunnel(&mesh, &ca);
+        let period = (count * 1_000_000 / HURRIED).max(1000);
+        let probes = pods.iter().map(|pod| Probe::start(pod, probe, address, period)).collect();
+        let mut labelled = Self { probes, bed, api, namespace };
+        let all = labelled.wait_kind("direct", Instant::now());
+        assert_eq!(all.failures, Vec::<String>::new());
+        labelled
+    }
+
+    /// Labels all pods (the one, or their namespace), or takes the label off, and waits until all are of that kind.
+    pub fn flip(&mut self, on: bool) -> Flip {
+        let labels = json!({MODE: if on { json!("ambient") } else { Value::Null }});
+        for probe in &mut self.probes {
+            writeln!(probe.process.stdin.as_ref().expect("piped"), "hurry").expect("a probe");
+        }
+        let began = Instant::now();
+        if self.probes.len() == 1 {
+            self.api.patch_pod(&self.namespace, "p0", &json!({"metadata": {"labels": labels}}));
+        } else {
+            self.api.label_namespace(&self.namespace, &labels);
+        }
+        let requested = began.elapsed();
+        Flip { requested, ..self.wait_kind(if on { "tunnel" } else { "direct" }, began) }
+    }
+
+    fn wait_kind(&mut self, kind: &str, began: Instant) -> Flip {
+        let began = micros() - began.elapsed().as_micros();
+        let mut flip = Flip::default();
+        for (number, probe) in self.probes.iter().enumerate() {
+            let deadline = Instant::now() + LIMIT;
+            loop {
+                let left = deadline.saturating_duration_since(Instant::now());
+                let Ok(line) = probe.said.recv_timeout(left) else {
+                    panic!("p{number} has no connection that is {kind}\n{}", self.bed.nodes[0].story());
+                };
+                let (at, said) = line.split_once(' ').expect("a time");
+                if said == kind {
+                    let took = at.parse::<u128>().expect("a time").saturating_sub(began);
+                    flip.took.push(Duration::from_micros(u64::try_from(took).unwrap_or(u64::MAX)));
+                    break;
+                }
+                if said.starts_with("failed") {
+                    flip.failures.push(format!("p{number}: {said}"));
+                }
+            }
+        }
+        flip
+    }
+
+    /// What failed since the last change.
+    pub fn failures(&self) -> Vec<String> {
+        self.probes
+            .iter()
+            .flat_map(|probe| probe.said.try_iter())
+            .filter(|line| line.contains("failed"))
+            .collect()
+    }
+
+    /// What somebody needs to see when something failed.
+    pub fn story(&self) -> String {
+        self.bed.nodes[0].story()
+    }
+}
+
+impl Probe {
+    fn start(pod: &Pod, arguments: &[&str], server: SocketAddr, period: usize) -> Self {
+        let program = env::current_exe().expect("own path");
+        let words = [&[program.to_str().expect("UTF-8 path")], arguments].concat();
+        let mut command = placed(&pod.cgroup, &pod.netns, &words);
+        command.env(PROBE, format!("{server},{period}")).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut process = command.spawn().expect("a probe");
+        let output = BufReader::new(process.stdout.take().expect("piped"));
+        let (sender, said) = mpsc::channel();
+        thread::spawn(move || {
+            // What the test harness prints around it has no time in front.
+            let lines = output.lines().map_while(Result::ok);
+            for line in lines.filter(|line| line.starts_with(|first: char| first.is_ascii_digit())) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { process, said }
+    }
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// A socket that listens in another netns.
+fn listen(netns: &str, address: (Ipv4Addr, u16)) -> TcpListener {
+    let netns = fs::File::open(format!("/run/netns/{netns}")).expect("netns");
+    let bind = move || {
+        setns(&netns, CloneFlags::CLONE_NEWNET).expect("setns");
+        TcpListener::bind(address).expect("bind")
+    };
+    thread::spawn(bind).join().expect("bound")
+}
+
+/// Carries what is sent to `port` of the node's loopback to the same port of ours, where the API server is.
+fn forward(netns: &str, port: u16) {
+    let listener = listen(netns, (Ipv4Addr::LOCALHOST, port));
+    thread::spawn(move || {
+        for near in listener.incoming().map_while(Result::ok) {
+            // Who is away is away through this, too.
+            let Ok(far) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) else { continue };
+            for (from, to) in [(&near, &far), (&far, &near)] {
+                let (mut from, mut to) = (from.try_clone().expect("clone"), to.try_clone().expect("clone"));
+                thread::spawn(move || {
+                    let _ = io::copy(&mut from, &mut to);
+                    let _ = to.shutdown(Shutdown::Write);
+                });
+            }
+        }
+    });
+}
+
+/// Tells each client in `pod`'s netns the port that it comes from, then echoes.
+fn serve(pod: &Pod) {
+    let listener = listen(&pod.netns, (Ipv4Addr::UNSPECIFIED, PORT));
+    // Ends with this process; it serves nobody any more once the netns' links are gone.
+    listener.set_nonblocking(true).expect("non-blocking");
+    let serve = async move {
+        let listener = tokio::net::TcpListener::from_std(listener).expect("registered");
+        while let Ok((mut stream, client)) = listener.accept().await {
+            tokio::spawn(async move {
+                stream.write_all(&client.port().to_be_bytes()).await?;
+                let (mut from, mut to) = stream.split();
+                tokio::io::copy(&mut from, &mut to).await
+            });
+        }
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+    thread::spawn(move || runtime.block_on(serve));
+}
+
+fn micros() -> u128 {
+    SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_micros()
+}
+
+/// If this process was started as a probe, does not return before nobody listens to it any more. Whether it was.
+pub fn probe() -> bool {
+    let Ok(words) = env::var(PROBE) else { return false };
+    let (server, period) = words.split_once(',').expect("server,period");
+    let period = Duration::from_micros(period.parse().expect("a number"));
+    let _ = talk(server.parse().expect("an address"), period);
+    true
+}
+
+/// Until what is said cannot be heard.
+fn talk(server: SocketAddr, period: Duration) -> io::Result<()> {
+    let say = |what: &str| writeln!(io::stdout(), "{} {what}", micros());
+    let (hurry, hurried) = mpsc::channel();
+    thread::spawn(move || io::stdin().lines().map_while(Result::ok).try_for_each(|_| hurry.send(())));
+    let (mut last, mut in_a_hurry) = ("", true);
+    let mut held: VecDeque<TcpStream> = VecDeque::new();
+    loop {
+        let began = Instant::now();
+        match connect(server) {
+            Ok((kind, stream)) if kind != last => {
+                (last, in_a_hurry) = (kind, false);
+                say(kind)?;
+                // The first of each kind stays, as long as there is room.
+                held.push_back(stream);
+                if held.len() > 4 {
+                    held.pop_front();
+                }
+            }
+            Ok(_) => {}
+            Err(error) => say(&format!("failed to connect: {error}"))?,
+        }
+        // One of those that are held, in turn.
+        if let Some(mut stream) = held.pop_front() {
+            let mut echo = [0];
+            match stream.write_all(&[7]).and_then(|()| stream.read_exact(&mut echo)) {
+                Ok(()) => held.push_back(stream),
+                Err(error) => say(&format!("failed while open: {error}"))?,
+            }
+        }
+        if in_a_hurry {
+            thread::sleep(period.saturating_sub(began.elapsed()));
+        } else {
+            in_a_hurry = hurried.recv_timeout((period * AT_LEISURE).saturating_sub(began.elapsed())).is_ok();
+        }
+    }
+}
+
+/// A connection and its kind.
+fn connect(server: SocketAddr) -> io::Result<(&'static str, TcpStream)> {
+    let mut stream = TcpStream::connect_timeout(&server, LIMIT)?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    let mut seen = [0; 2];
+    stream.read_exact(&mut seen)?;
+    let own = stream.local_addr()?.port();
+    Ok((if u16::from_be_bytes(seen) == own { "direct" } else { "tunnel" }, stream))
+}
