@@ -1,6 +1,8 @@
 //! `make bench-labels`: how long a label takes, from the request to a real API server until a pod's connections are of the
 //! new kind, and back; and what the change breaks.
 //!
+//! Then how long the first connection of a new pod takes, in the mesh and outside it.
+//!
 //! Real watcher, real tunnel, 1, 20 and 60 pods that talk all the while: see `tests/labelled`. `ROUNDS` (30) sizes it.
 
 #[path = "../tests/api_server/mod.rs"]
@@ -10,7 +12,7 @@ mod bed;
 #[path = "../tests/labelled/mod.rs"]
 mod labelled;
 
-use std::{env, time::Duration};
+use std::{collections::BTreeMap, env, time::Duration};
 
 use labelled::Labelled;
 
@@ -53,6 +55,24 @@ fn main() {
         println!("  connections that failed: {}", failures.len());
         for failure in failures.iter().take(5) {
             println!("    {failure}");
+        }
+    }
+    let mut labelled = Labelled::new(1, &[]);
+    for on in [false, true] {
+        if on {
+            labelled.flip_all(on);
+        }
+        for at_once in [1, 10] {
+            let (mut times, mut kinds) = (Vec::new(), BTreeMap::<String, usize>::new());
+            for _ in 0..rounds.div_ceil(at_once).max(3) {
+                for (took, kind) in labelled.arrive(at_once, &[]) {
+                    times.push(took);
+                    *kinds.entry(kind).or_default() += 1;
+                }
+            }
+            let mesh = if on { "in the mesh" } else { "outside it" };
+            report(&format!("first connect, {at_once} new {mesh}"), &mut times);
+            println!("  {kinds:?}");
         }
     }
 }

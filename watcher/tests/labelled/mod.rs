@@ -35,6 +35,13 @@ const HURRIED: usize = 2000;
 /// So much slower it is otherwise.
 const AT_LEISURE: u32 = 10;
 const PORT: u16 = 8080;
+/// The same for a process that connects once, with its very first instructions as it were, and says how long that took.
+const FIRST: &str = "ADIT_FIRST";
+/// How long a container runtime takes, at the very least, from a pod's sandbox (its netns and its first process) to the first
+/// program of its first container.
+const SANDBOX_TO_CONTAINER: Duration = Duration::from_millis(100);
+/// New pods that the tunnel knows of, as a control plane would tell it.
+const NEW_PODS: usize = 1000;
 /// Longer than anything here should take.
 const LIMIT: Duration = Duration::from_secs(10);
 const MODE: &str = "istio.io/dataplane-mode";
@@ -45,6 +52,8 @@ pub struct Labelled {
     bed: Bed,
     api: Arc<ApiServer>,
     namespace: String,
+    server: SocketAddr,
+    new_pods: usize,
 }
 
 struct Probe {
@@ -85,13 +94,9 @@ impl Labelled {
                 pod
             })
             .collect();
-        let mesh: Vec<Value> = pods
-            .iter()
-            .map(|pod| {
-                json!({"uid": pod.name, "name": pod.name, "namespace": namespace, "serviceAccount": "default",
-                    "workloadIps": [pod.v4, pod.v6], "protocol": "TCP"})
-            })
-            .collect();
+        let names = pods.iter().map(|pod| pod.name.clone()).chain((0..NEW_PODS).map(new_pod));
+        let workload = |name| json!({"uid": name, "name": name, "namespace": namespace, "serviceAccount": "default", "protocol": "TCP"});
+        let mesh: Vec<Value> = names.map(workload).collect();
         fs::write(bed.mesh_file(), json!({"workloads": mesh}).to_string()).expect("mesh file");
         let (cgroup2, bpffs, mesh, ca) = (bed.cgroup2.clone(), bed.bpffs(), bed.mesh_file(), bed.ca_dir());
         let on = &mut bed.nodes[0];
@@ -101,20 +106,29 @@ impl Labelled {
         on.start_tunnel(&mesh, &ca);
         let period = (count * 1_000_000 / HURRIED).max(1000);
         let probes = pods.iter().map(|pod| Probe::start(pod, probe, address, period)).collect();
-        let mut labelled = Self { probes, bed, api, namespace };
+        let mut labelled = Self { probes, bed, api, namespace, server: address, new_pods: 0 };
         let all = labelled.wait_kind("direct", Instant::now());
         assert_eq!(all.failures, Vec::<String>::new());
         labelled
     }
 
+    /// Labels the namespace, whatever pods there are.
+    pub fn flip_all(&mut self, on: bool) -> Flip {
+        self.flip_by(on, false)
+    }
+
     /// Labels all pods (the one, or their namespace), or takes the label off, and waits until all are of that kind.
     pub fn flip(&mut self, on: bool) -> Flip {
+        self.flip_by(on, self.probes.len() == 1)
+    }
+
+    fn flip_by(&mut self, on: bool, by_pod: bool) -> Flip {
         let labels = json!({MODE: if on { json!("ambient") } else { Value::Null }});
         for probe in &mut self.probes {
             writeln!(probe.process.stdin.as_ref().expect("piped"), "hurry").expect("a probe");
         }
         let began = Instant::now();
-        if self.probes.len() == 1 {
+        if by_pod {
             self.api.patch_pod(&self.namespace, "p0", &json!({"metadata": {"labels": labels}}));
         } else {
             self.api.label_namespace(&self.namespace, &labels);
@@ -145,6 +159,45 @@ impl Labelled {
             }
         }
         flip
+    }
+
+    /// Starts `count` pods at once, as a kubelet does; how long the first connection of each took, and its kind.
+    pub fn arrive(&mut self, count: usize, arguments: &[&str]) -> Vec<(Duration, String)> {
+        let node = self.bed.nodes[0].pins_name.clone();
+        let names: Vec<String> = (self.new_pods..).take(count).map(new_pod).collect();
+        self.new_pods += count;
+        let uids: Vec<String> =
+            names.iter().map(|name| self.api.pod(&self.namespace, name, &node, &json!({}))).collect();
+        let pods: Vec<Pod> = names
+            .iter()
+            .zip(&uids)
+            .map(|(name, uid)| self.bed.pod_as(name, 0, Enrol::Plain, &format!("pod{uid}")))
+            .collect();
+        // Not to wait for the watcher: a runtime does not either.
+        thread::sleep(SANDBOX_TO_CONTAINER);
+        let program = env::current_exe().expect("own path");
+        let words = [&[program.to_str().expect("UTF-8 path")], arguments].concat();
+        let started: Vec<Child> = pods
+            .iter()
+            .map(|pod| {
+                let mut command = placed(&pod.cgroup, &pod.netns, &words);
+                command.env(FIRST, self.server.to_string()).stdout(Stdio::piped());
+                command.spawn().expect("a pod's program")
+            })
+            .collect();
+        let said = started.into_iter().map(|process| {
+            let output = process.wait_with_output().expect("its output");
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            let line = text.lines().find(|line| line.starts_with(|first: char| first.is_ascii_digit()));
+            let (took, kind) = line.and_then(|line| line.split_once(' ')).expect("a time");
+            (Duration::from_micros(took.parse().expect("a number")), kind.to_owned())
+        });
+        let said = said.collect();
+        for pod in pods {
+            self.api.delete_pod(&self.namespace, &pod.name);
+            pod.end();
+        }
+        said
     }
 
     /// What failed since the last change.
@@ -242,8 +295,21 @@ fn micros() -> u128 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_micros()
 }
 
+fn new_pod(number: usize) -> String {
+    format!("new{number}")
+}
+
 /// If this process was started as a probe, does not return before nobody listens to it any more. Whether it was.
 pub fn probe() -> bool {
+    if let Ok(server) = env::var(FIRST) {
+        let began = Instant::now();
+        let kind = match connect(server.parse().expect("an address")) {
+            Ok((kind, _)) => kind.to_owned(),
+            Err(error) => format!("failed: {error}"),
+        };
+        println!("{} {kind}", began.elapsed().as_micros());
+        return true;
+    }
     let Ok(words) = env::var(PROBE) else { return false };
     let (server, period) = words.split_once(',').expect("server,period");
     let period = Duration::from_micros(period.parse().expect("a number"));
