@@ -280,6 +280,9 @@ pub enum Step {
     RemoveExpected(Name),
 }
 
+/// Netns that are prepared side by side.
+const AT_ONCE: usize = 16;
+
 /// The steps from `applied` to `wanted`.
 ///
 /// Whoever leaves goes first, from the outside in: new connections must find the way past the tunnel
@@ -298,12 +301,18 @@ pub fn steps(applied: &Plan, wanted: &Plan) -> Vec<Step> {
     steps.extend(
         changed(&applied.addresses, &wanted.addresses).map(|(at, record)| Step::SetAddress(at, record)),
     );
-    // All at once, so that they can be done side by side.
-    steps.extend(changed(&applied.netns, &wanted.netns).map(|(cookie, netns)| Step::Prepare(cookie, netns)));
-    steps.extend(changed(&applied.netns, &wanted.netns).map(|(cookie, netns)| Step::Steer(cookie, netns)));
-    steps.extend(
-        changed(&applied.workloads, &wanted.workloads).map(|(uid, workload)| Step::Offer(uid, workload)),
-    );
+    // Several at once, so that they can be done side by side; and then the next, so that the tunnel has something to do
+    // meanwhile.
+    let netns: Vec<_> = changed(&applied.netns, &wanted.netns).collect();
+    let mut offers: Vec<_> = changed(&applied.workloads, &wanted.workloads).collect();
+    for some in netns.chunks(AT_ONCE) {
+        steps.extend(some.iter().map(|(cookie, netns)| Step::Prepare(*cookie, netns.clone())));
+        steps.extend(some.iter().map(|(cookie, netns)| Step::Steer(*cookie, netns.clone())));
+        let are_of = |workload: &Workload| some.iter().any(|(cookie, _)| *cookie == workload.cookie);
+        let theirs = offers.extract_if(.., |(_, workload)| are_of(workload));
+        steps.extend(theirs.map(|(uid, workload)| Step::Offer(uid, workload)));
+    }
+    steps.extend(offers.into_iter().map(|(uid, workload)| Step::Offer(uid, workload)));
     steps.extend(gone(&applied.policies, &wanted.policies).map(|id| Step::ClearPolicy(*id)));
     // Only now: its cgroup, if that is why, has its own entry.
     steps.extend(gone(&applied.expected, &wanted.expected).map(|name| Step::RemoveExpected(*name)));

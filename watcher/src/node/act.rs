@@ -1,7 +1,7 @@
 //! From what was seen to steps, and doing them.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     ffi::OsString,
     io,
     os::{
@@ -190,14 +190,15 @@ impl Node {
 
     fn execute(&mut self, steps: Vec<Step>) {
         let mut problems = Vec::new();
-        let mut prepared: Option<BTreeMap<u64, Arc<OwnedFd>>> = None;
-        let to_prepare: Vec<(u64, Netns)> = steps
-            .iter()
-            .filter_map(|step| match step {
-                Step::Prepare(cookie, netns) => Some((*cookie, netns.clone())),
-                _ => None,
-            })
-            .collect();
+        // Those that stand together are prepared together.
+        let as_netns = |step: &Step| match step {
+            Step::Prepare(cookie, netns) => Some((*cookie, netns.clone())),
+            _ => None,
+        };
+        let runs = steps.chunk_by(|a, b| as_netns(a).is_some() == as_netns(b).is_some());
+        let runs = runs.map(|run| run.iter().filter_map(as_netns).collect::<Vec<(u64, Netns)>>());
+        let mut to_prepare: VecDeque<_> = runs.filter(|run| !run.is_empty()).collect();
+        let mut prepared: BTreeMap<u64, Arc<OwnedFd>> = BTreeMap::new();
         for step in steps {
             debug!(?step, "step");
             let result = match &step {
@@ -209,15 +210,16 @@ impl Node {
                     self.release(*cookie);
                     Ok(())
                 }
-                // All of them with the first one.
-                Step::Prepare(..) => {
-                    if prepared.is_none() {
-                        prepared = Some(self.prepare(&to_prepare));
+                Step::Prepare(cookie, _) => {
+                    if to_prepare.front().is_some_and(|run| run.iter().any(|(first, _)| first == cookie))
+                        && let Some(run) = to_prepare.pop_front()
+                    {
+                        prepared.extend(self.prepare(&run));
                     }
                     Ok(())
                 }
                 Step::Steer(cookie, netns) => {
-                    if let Some(fd) = prepared.as_ref().and_then(|prepared| prepared.get(cookie)) {
+                    if let Some(fd) = prepared.get(cookie) {
                         match self.kernel.steer(*cookie, fd.as_fd()) {
                             Ok(()) => {
                                 self.forget_problem(&netns.uid);
@@ -236,7 +238,7 @@ impl Node {
                 Step::Offer(uid, workload) => {
                     // Without its netns in order the pod stays closed, and is tried again.
                     if self.applied.netns.contains_key(&workload.cookie) {
-                        let netns = prepared.as_ref().and_then(|prepared| prepared.get(&workload.cookie));
+                        let netns = prepared.get(&workload.cookie);
                         self.tunnels.offer(uid, workload, netns);
                         self.applied.workloads.insert(uid.clone(), workload.clone());
                     }
