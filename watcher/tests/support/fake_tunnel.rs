@@ -2,7 +2,8 @@
 
 use std::{
     fs,
-    io::{IoSlice, IoSliceMut},
+    io::{self, IoSlice, IoSliceMut},
+    mem::MaybeUninit,
     os::{
         fd::{AsRawFd, RawFd},
         unix::fs::MetadataExt,
@@ -76,7 +77,7 @@ impl FakeTunnel {
         assert_eq!(hello, [8, 1], "as others send it");
         send(&socket, &hello);
         // Its first word, or its hanging up, comes after it has looked.
-        socket.peek(&mut [std::mem::MaybeUninit::uninit()]).expect("the watcher's first word");
+        socket.peek(&mut [MaybeUninit::uninit()]).expect("the watcher's first word");
         Self { socket, namespace: "default".to_owned() }
     }
 
@@ -89,6 +90,9 @@ impl FakeTunnel {
         let mut buffer = [0; 2048];
         let mut control = cmsg_space!([RawFd; 4]);
         let mut parts = [IoSliceMut::new(&mut buffer)];
+        // Where a timeout is set, the kernel does not go on waiting by itself after an interruption (signal(7)).
+        let is_interrupted = |error: &io::Error| error.kind() == io::ErrorKind::Interrupted;
+        while self.socket.peek(&mut [MaybeUninit::uninit()]).is_err_and(|error| is_interrupted(&error)) {}
         let received = match recvmsg::<UnixAddr>(
             self.socket.as_raw_fd(),
             &mut parts,
