@@ -283,12 +283,15 @@ fn open_connections_survive_enrolling_and_leaving() {
                 while True:\n  c,_=s.accept()\n  threading.Thread(target=serve,args=(c,),daemon=True).start()\n";
     let echo = server.spawn("echo", &["python3", "-c", echo], &bed.dir.path().join("echo.log"));
     bed.keep(echo);
+    wait_for("the echo server to listen", Duration::from_secs(10), || {
+        server.exec(&["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/9000"]).status.success().then_some(())
+    });
     let go = |name: &str| bed.dir.path().join(name);
     let (meshed_go, plain_go) = (go("meshed-go"), go("plain-go"));
     let dial = |log: &str, go: &std::path::Path| {
         let program = format!(
-            "import socket,time,os\nfor _ in range(200):\n  try:\n    s=socket.create_connection(('{}',9000),5)\n    break\n  \
-             except OSError: time.sleep(0.05)\ns.settimeout(5)\ns.sendall(b'one'); assert s.recv(16)==b'one'\n\
+            "import socket,time,os\ns=socket.create_connection(('{}',9000),5)\ns.settimeout(5)\n\
+             s.sendall(b'one'); assert s.recv(16)==b'one'\n\
              print('up',flush=True)\nwhile not os.path.exists('{}'): time.sleep(0.01)\n\
              s.sendall(b'two'); assert s.recv(16)==b'two'\nprint('survived',flush=True)\n",
             server.v4,
