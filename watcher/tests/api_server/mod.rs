@@ -69,8 +69,11 @@ fn program(name: &str) -> PathBuf {
         })
 }
 
+/// A port for a server that is started later. Not one of those that the kernel gives to clients (32768 and up, ip-sysctl):
+/// between now and then somebody's connection could take it.
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("address").port()
+    let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    std::iter::repeat_with(|| rand::random_range(20_000..32_000)).find(is_free).expect("endless")
 }
 
 fn log(dir: &Path, name: &str) -> fs::File {
@@ -149,6 +152,9 @@ impl ApiServer {
             format!("--initial-cluster=default={peers}"),
         ];
         *self.store.lock().expect("store") = Some(spawn(self.dir.path(), "etcd", &arguments));
+        self.wait("the store to listen", || async {
+            tokio::net::TcpStream::connect(("127.0.0.1", self.store_port)).await.ok().map(drop)
+        });
     }
 
     /// Starts the API server and waits until it serves.
