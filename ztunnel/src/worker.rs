@@ -40,6 +40,9 @@ use crate::{
 
 /// A connection may come before the source of workloads has told about its pod.
 const WORKLOAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a pod that left is still accepted for. Nothing new is steered here by then, but the peers of handshakes under
+/// way would be reset.
+const HANDSHAKES: Duration = Duration::from_millis(250);
 
 /// What all workers and the control runtime see.
 #[derive(Debug)]
@@ -260,7 +263,18 @@ async fn serve(worker: Rc<Worker>, pod: Arc<Pod>, listeners: Listeners) {
             Port::Hbone => connections.spawn_local(inbound::serve(accepted)),
         };
     };
-    accept_until_stopped(&pod, &listeners, &mut connections, accept).await;
+    accept_until(pod.stop.cancelled(), &listeners, &mut connections, accept).await;
+    // Where ports are not shared they are wanted back at once. When the process ends, what is new is still steered here,
+    // so that waiting would not help; a successor is given what waits (`tcp_migrate_req`).
+    if worker.shared.config.port_reuse {
+        let handshakes = async {
+            tokio::select! {
+                () = tokio::time::sleep(HANDSHAKES) => {}
+                () = pod.end.cancelled() => {}
+            }
+        };
+        accept_until(handshakes, &listeners, &mut connections, accept).await;
+    }
     for waiting in listeners.close() {
         accept(&mut connections, waiting);
     }
@@ -276,16 +290,17 @@ async fn serve(worker: Rc<Worker>, pod: Arc<Pod>, listeners: Listeners) {
     worker.pool.forget(pod.netns.id());
 }
 
-async fn accept_until_stopped(
-    pod: &Pod,
+async fn accept_until(
+    stop: impl Future<Output = ()>,
     listeners: &Active,
     connections: &mut JoinSet<()>,
     accept: impl Fn(&mut JoinSet<()>, (Port, TcpStream, SocketAddr)),
 ) {
+    tokio::pin!(stop);
     loop {
         tokio::select! {
             biased;
-            () = pod.stop.cancelled() => return,
+            () = &mut stop => return,
             Some(ended) = connections.join_next() => report(ended),
             accepted = listeners.accept() => accept(connections, accepted),
         }

@@ -36,10 +36,12 @@ pub struct Flow {
 /// socket, so it can be neither evicted nor mistaken for another's.
 ///
 /// * on an application's socket: where it wanted to go, set by connect, read by getpeername
-/// * on the tunnel's listeners: the netns, set when they are created (cloned to accepted sockets)
+/// * on the tunnel's listeners: the netns, set when they are created
 /// * on a socket by which the tunnel dials: whether it is one of `deliveries` (by netns cookie, how many of the tunnel's
-///   connections in that netns speak from an address that is not the pod's: these need the netns prepared)
-/// * on a socket that the tunnel accepted: the original destination, moved there from `original_dst`
+///   connections need the netns prepared: those that speak from an address that is not the pod's, and those to the pod,
+///   for which the tunnel is going to dial so)
+/// * on a socket that the tunnel accepted: from the pod, the original destination, moved there from `original_dst`; to
+///   the pod, that it is one of `deliveries`
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketState {

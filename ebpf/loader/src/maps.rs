@@ -107,7 +107,8 @@ impl Kernel {
         self.list(PODS)
     }
 
-    /// How many connections of tunnels in that netns speak from an address that is not its pod's.
+    /// How many connections of tunnels in that netns need it prepared: those that speak from an address that is not its
+    /// pod's, and those to the pod, for which they are going to speak so.
     pub fn deliveries(&self, netns_cookie: u64) -> Result<u64, KernelError> {
         let failed = |error| KernelError::map("read", DELIVERIES)(error);
         let map = HashMap::<_, u64, u64>::try_from(find(&self.object, DELIVERIES)).map_err(failed)?;

@@ -67,14 +67,14 @@ pub fn adit_pods_ops(ctx: SockOpsContext) -> u32 {
 }
 
 /// The tunnel's sockets: registers listeners, notes the flows that it opens, takes over original
-/// destinations for those that it accepts.
+/// destinations for those that it accepts, counts those that need the pod's netns prepared.
 #[sock_ops]
 pub fn adit_tunnel_ops(ctx: SockOpsContext) -> u32 {
     let ops = ctx.ops;
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => note(ops),
         BPF_SOCK_OPS_TCP_LISTEN_CB => register(ops),
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => take_over(ops),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ops),
         // Not before the end of the flow: with SYN cookies the ACK looks the listener up once more. And
         // not after it: another process's connection that reuses the ports must not pass.
         BPF_SOCK_OPS_STATE_CB if is_closing(&ctx) => {
@@ -193,14 +193,22 @@ fn register(ops: *mut bpf_sock_ops) {
     }
 }
 
+/// The tunnel is about to accept.
 #[inline(always)]
-fn take_over(ops: *mut bpf_sock_ops) {
+fn accepted(ops: *mut bpf_sock_ops) {
     let Some(settings) = maps::settings() else { return };
     // SAFETY: the program's context.
     let Some(accepted) = (unsafe { flow(ops) }) else { return };
-    if accepted.local_port != settings.outbound_port {
-        return;
+    if accepted.local_port == settings.outbound_port {
+        take_over(ops, &accepted);
+    } else {
+        count_arrival(ops, &accepted);
     }
+}
+
+/// From the pod: where it wanted to go.
+#[inline(always)]
+fn take_over(ops: *mut bpf_sock_ops, accepted: &Flow) {
     let opened = Flow {
         local: accepted.remote,
         remote: accepted.local,
@@ -214,6 +222,20 @@ fn take_over(ops: *mut bpf_sock_ops) {
         state.redirect = Destination { address: [0; 16], port: 0, pad: 0 };
     }
     maps::withdraw_original(&opened);
+}
+
+/// To the pod: the tunnel is going to dial the application for it, in the client's name, maybe only when the pod has
+/// left.
+#[inline(always)]
+fn count_arrival(ops: *mut bpf_sock_ops, accepted: &Flow) {
+    // Dialled at the pod's address, whatever the port; not the tunnel's own servers.
+    let Some(pod) = maps::pod(&accepted.local) else { return };
+    let Some(state) = maps::state_or_new(socket(ops)) else { return };
+    state.netns_cookie = pod.netns_cookie;
+    if maps::count_delivery(state.netns_cookie) {
+        state.delivers = 1;
+        tell_of_close(ops);
+    }
 }
 
 #[inline(always)]

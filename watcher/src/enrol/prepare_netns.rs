@@ -6,6 +6,9 @@
 //! answers come back the same way; so does the kernel's refusal where nobody listens (`fwmark_reflect`). Without
 //! any one of them such a connection times out.
 //!
+//! `tcp_migrate_req` is for tunnels that replace each other: a connection that waits at a listener that closes, or whose
+//! handshake is under way, goes to the successor's in place of being reset (Linux 5.14).
+//!
 //! Taken back, all of it, when the pod leaves *and no connection needs them any more*.
 
 use std::{
@@ -36,9 +39,10 @@ const MARK: u32 = 0x539;
 const TABLE: u32 = MARK;
 /// Before everything but the kernel's own `local` rule (0).
 const PRIORITY: u32 = 1337;
-/// Each is set to 1; the first for both families. A node may have no IPv6 at all.
-const SYSCTLS: [&str; 3] = [
+/// Each is set to 1; those of TCP are for both families. A node may have no IPv6 at all.
+const SYSCTLS: [&str; 4] = [
     "/proc/sys/net/ipv4/tcp_fwmark_accept",
+    "/proc/sys/net/ipv4/tcp_migrate_req",
     "/proc/sys/net/ipv4/fwmark_reflect",
     "/proc/sys/net/ipv6/fwmark_reflect",
 ];

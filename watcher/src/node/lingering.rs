@@ -1,9 +1,10 @@
 //! Netns of pods that left, while connections still need them.
 //!
-//! A connection from a tunnel to the application that began before the pod left rests on the netns'
-//! rule, route and sysctl until it ends. So these are taken back only when the tunnels have acknowledged
-//! that the pod is gone (they make no new connection then) *and* the programs count no connection of theirs any more
-//! that speaks from another address than the pod's.
+//! A connection from a tunnel to the application rests on the netns' rule, route and sysctls until it ends, and
+//! tunnels go on to dial the application for connections that they accepted before the pod left, or that waited to be
+//! accepted. So these are taken back only when the tunnels have acknowledged that the pod is gone *and* the
+//! programs count neither a connection of theirs that speaks from another address than the pod's nor one that
+//! came to the pod.
 
 use std::{
     collections::BTreeSet,
@@ -27,6 +28,9 @@ use crate::{
 
 use super::Node;
 
+/// A handshake that was under way when the pod left may still end in a connection, which the programs cannot know as the
+/// pod's. It takes a round trip, and a tunnel dials within milliseconds.
+const HANDSHAKES: Duration = Duration::from_millis(500);
 const FIRST: Duration = Duration::from_millis(50);
 const LONGEST: Duration = Duration::from_secs(2);
 
@@ -43,7 +47,7 @@ pub struct Lingering {
 
 impl Lingering {
     pub fn new(netns: Netns, pending: BTreeSet<(Conn, u64)>) -> Self {
-        Self { netns, pending, connections: 0, pause: FIRST, next: Instant::now() }
+        Self { netns, pending, connections: 0, pause: FIRST, next: Instant::now() + HANDSHAKES }
     }
 
     pub fn status(&self, cookie: u64) -> LingeringStatus {

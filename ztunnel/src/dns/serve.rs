@@ -35,6 +35,8 @@ const MOST_CONNECTIONS: usize = 64;
 const IDLE: Duration = Duration::from_secs(10);
 /// A port on which nobody speaks (RFC 863).
 const DISCARD: u16 = 9;
+/// How long the kernel may take to hand over a datagram for which it had already found the socket.
+const LAST_DATAGRAM: Duration = Duration::from_millis(100);
 /// How long a connection that is open when the pod goes may still ask.
 const LAST_QUESTION: Duration = Duration::from_millis(500);
 /// What a query under way may still take when the pod goes.
@@ -99,12 +101,22 @@ async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) 
             }
         }
     }
-    // A socket with a peer gets nothing from others any more, so a successor gets it. What waits here is answered.
+    // A socket with a peer gets nothing from others any more, so a successor gets it. What waits here, or was on its way
+    // here already, is answered.
     if let Ok(own) = udp.local_addr() {
         let _ = udp.connect((own.ip(), DISCARD)).await;
     }
-    while let Ok((length, client)) = udp.try_recv_from(&mut buffer) {
-        pod_dns.datagram(&udp, &buffer[..length], client, &mut tasks);
+    let last = sleep(LAST_DATAGRAM);
+    tokio::pin!(last);
+    loop {
+        tokio::select! {
+            // Not by what the runtime knows to be readable: that is behind what the kernel has.
+            received = udp.recv_from(&mut buffer) => match received {
+                Ok((length, client)) => pod_dns.datagram(&udp, &buffer[..length], client, &mut tasks),
+                Err(_) => break,
+            },
+            () = &mut last => break,
+        }
     }
     let finish = async {
         while let Some(ended) = tasks.join_next().await {

@@ -18,7 +18,9 @@ use aya::{
     programs::loaded_links,
 };
 
-use crate::bench::{Bench, Bpffs, Cgroups, INBOUND, OUTBOUND, address, agent::How, at, empty, repeated, sys};
+use crate::bench::{
+    Bench, Bpffs, Cgroups, HBONE, INBOUND, OUTBOUND, address, agent::How, at, empty, repeated, sys,
+};
 
 /// Of the pods' cgroup, of a tunnel's, of a netns.
 const ALL_LINKS: usize = 12 + 5 + 1;
@@ -198,6 +200,39 @@ fn connections_that_speak_as_others_are_counted_until_they_close() {
     }
     bench.kernel.forget_deliveries(cookie).unwrap();
     bench.kernel.forget_deliveries(cookie).expect("missing is fine");
+}
+
+/// The tunnel dials the application for these, maybe only when the pod has left.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn connections_to_a_pod_are_counted_until_they_close_accepted_or_not() {
+    let mut bench = Bench::new();
+    let cookie = bench.kernel.pods().unwrap()[0].1.netns_cookie;
+    let (plain, hbone) =
+        (bench.tunnel.listen(&format!("[::]:{INBOUND}")), bench.tunnel.listen(&format!("[::]:{HBONE}")));
+    let counted = |bench: &Bench| bench.kernel.deliveries(cookie).unwrap();
+    let mut count = 0;
+    for to in [at("10.99.0.1", 8080), at("fd99::1", 8080), at("10.99.0.1", HBONE), at("fd99::1", HBONE)] {
+        let dialled = bench.world.dial(How::Tcp, to).unwrap();
+        count += 1;
+        crate::bench::eventually("it is counted", || counted(&bench) == count);
+        let listener = if to.port() == HBONE { hbone } else { plain };
+        if to.is_ipv4() {
+            let accepted = bench.tunnel.accept(listener);
+            bench.tunnel.close(accepted.handle);
+            bench.world.close(dialled.handle);
+            count -= 1;
+            crate::bench::eventually("it is not any more", || counted(&bench) == count);
+        }
+    }
+    let outbound = bench.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    let dialled = bench.app.dial(How::Tcp, at("192.0.2.1", 80)).unwrap();
+    bench.tunnel.accept(outbound);
+    assert_eq!(counted(&bench), 2, "what the pod dials speaks as the pod");
+    bench.app.close(dialled.handle);
+    bench.tunnel.close(plain);
+    bench.tunnel.close(hbone);
+    crate::bench::eventually("none that nobody accepted is left", || counted(&bench) == 0);
 }
 
 /// The mark routes answers back to the host: a connection that does not spend the client's address, or a
