@@ -10,6 +10,7 @@ use std::{
 
 use rand::Rng;
 
+use gateways::Within;
 pub(crate) use gateways::is_gateway;
 
 use crate::{
@@ -224,7 +225,8 @@ fn to_waypoint(
     destination: impl Fn() -> String,
     rng: &mut impl Rng,
 ) -> Result<OutboundRoute, RouteError> {
-    let Some(gateway) = gateways::resolve(mesh, source, waypoint, original.ip(), rng) else {
+    let Some(gateway) = gateways::resolve(mesh, source, waypoint, Within::OwnNetwork, original.ip(), rng)
+    else {
         return Err(no_waypoint(destination(), waypoint));
     };
     let via = Via::Hbone { peer: gateway.peer, authority: original.to_string(), expected: gateway.expected };
@@ -312,7 +314,8 @@ fn to_gateway(
     original: SocketAddr,
     rng: &mut impl Rng,
 ) -> Result<OutboundRoute, RouteError> {
-    let Some(gateway) = gateways::resolve(mesh, source, address, original.ip(), rng) else {
+    let Some(gateway) = gateways::resolve(mesh, source, address, Within::AnyNetwork, original.ip(), rng)
+    else {
         let (workload, gateway) = (endpoint.name.to_string(), address.to_string());
         return Err(RouteError::UnknownGateway { workload, gateway });
     };

@@ -21,6 +21,15 @@ pub(super) struct Gateway {
     pub expected: Vec<Identity>,
 }
 
+/// Where a tunnel's end may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Within {
+    /// Where the client is: an address of another network means somebody else here, or nobody.
+    OwnNetwork,
+    /// What leads into a network is of that network.
+    AnyNetwork,
+}
+
 /// What a gateway's name stands for.
 enum Named<'a> {
     Service(&'a Arc<Service>),
@@ -60,17 +69,22 @@ pub(crate) fn is_gateway(mesh: &Mesh, workload: &Workload, gateway: &GatewayAddr
     }
 }
 
-/// One of those that `gateway` names, for a client. `None`: nobody knows it, or nobody of it is healthy.
+/// One of those that `gateway` names, for a client. `None`: nobody knows it, or nobody of it is healthy and within reach.
 pub(super) fn resolve(
     mesh: &Mesh,
     client: &Workload,
     gateway: &GatewayAddress,
+    within: Within,
     like: IpAddr,
     rng: &mut impl Rng,
 ) -> Option<Gateway> {
     let port = gateway.hbone_mtls_port;
+    let is_within = |workload: &Workload| within == Within::AnyNetwork || workload.network == client.network;
     match named(mesh, gateway)? {
         Named::Workload(workload) => {
+            if !is_within(workload) {
+                return None;
+            }
             let ip = match &gateway.destination {
                 GatewayDestination::Address(_, ip) => *ip,
                 GatewayDestination::Hostname(_) => balance::address(workload, IpFamilies::Any, like)?,
@@ -83,14 +97,15 @@ pub(super) fn resolve(
         }
         Named::Service(service) => {
             let endpoints = mesh.endpoints(&service.key()).iter();
-            let candidates = endpoints.filter_map(|endpoint| {
-                let workload = &endpoint.workload;
-                let ip = balance::address(workload, service.ip_families, like)?;
-                // A gateway takes HBONE whether or not its service lists that port.
-                let peer = SocketAddr::new(ip, endpoint.target_port(service, port).unwrap_or(port));
-                let rank = balance::rank(client, workload, &service.load_balancing)?;
-                Some((rank, workload.capacity, (workload, peer)))
-            });
+            let candidates =
+                endpoints.filter(|endpoint| is_within(&endpoint.workload)).filter_map(|endpoint| {
+                    let workload = &endpoint.workload;
+                    let ip = balance::address(workload, service.ip_families, like)?;
+                    // A gateway takes HBONE whether or not its service lists that port.
+                    let peer = SocketAddr::new(ip, endpoint.target_port(service, port).unwrap_or(port));
+                    let rank = balance::rank(client, workload, &service.load_balancing)?;
+                    Some((rank, workload.capacity, (workload, peer)))
+                });
             let (workload, peer) = balance::choose(candidates, rng)?;
             let mut expected = service.subject_alt_names.clone();
             expected.push(workload.identity());

@@ -291,6 +291,29 @@ fn a_waypoint_that_is_not_there_is_never_passed_by() {
 }
 
 #[test]
+fn a_waypoint_of_another_network_is_out_of_reach() {
+    for name in ["east/10.0.8.8", NAMES[1], NAMES[2]] {
+        let mut pod = workload("web-0", "10.0.0.1");
+        pod.waypoint = Some(at(name));
+        let far = but(waypoint_pod(), |common| common.network = "east".into());
+        let near = but(workload("waypoint-1", "10.0.8.9"), |common| {
+            common.services = waypoint_pod().services.clone();
+        });
+        let mesh = |waypoints: &[&Workload]| {
+            let pods = waypoints.iter().map(|waypoint| (*waypoint).clone()).chain([pod.clone()]);
+            Mesh::new(pods, [service("waypoint", "10.96.8.8")], [])
+        };
+        // Its address is another host's here.
+        let error = routed(&mesh(&[&far]), "10.0.0.1:80").unwrap_err();
+        assert_eq!(error.reason(), "no_waypoint", "{name}");
+        if !name.starts_with("east") {
+            let route = routed(&mesh(&[&far, &near]), "10.0.0.1:80").unwrap();
+            assert_eq!(asked(&route).0, "10.0.8.9:15008", "{name}");
+        }
+    }
+}
+
+#[test]
 fn an_endpoint_of_another_network_serves_nobody_here() {
     let east = |n: usize, pod: &mut Workload| {
         if n == 0 {
