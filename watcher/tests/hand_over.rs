@@ -5,9 +5,11 @@ mod support;
 use std::{
     fs,
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    path::Path,
     thread,
+    time::Duration,
 };
 
 use nix::sys::signal::Signal;
@@ -75,22 +77,24 @@ fn the_label_comes_and_goes_and_leaves_nothing() {
     }
 }
 
-/// A connection as a tunnel makes it to the application, from an address that is not the pod's.
-fn transparent_connection(pod: &Pod) -> (TcpStream, TcpStream) {
+/// A connection as a tunnel, which lives in `cgroup`, makes it to the application, from an address that is not the pod's.
+fn transparent_connection(pod: &Pod, cgroup: &Path) -> (TcpStream, TcpStream) {
     let netns = pod.open_netns();
     let address: SocketAddr = format!("{}:8080", pod.address).parse().unwrap();
-    run_in(netns.as_fd(), move || {
-        let listener = std::net::TcpListener::bind(address)?;
-        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-        socket.set_ip_transparent_v4(true)?;
-        socket.set_mark(0x539)?;
-        socket.bind(&"10.99.9.9:0".parse::<SocketAddr>().unwrap().into())?;
-        socket.connect_timeout(&address.into(), std::time::Duration::from_secs(5))?;
-        let (accepted, from) = listener.accept()?;
-        assert_eq!(from.ip().to_string(), "10.99.9.9", "the application sees the client's address");
-        Ok((socket.into(), accepted))
-    })
-    .unwrap()
+    let listener = run_in(netns.as_fd(), move || TcpListener::bind(address)).unwrap();
+    let near = within(cgroup, || {
+        run_in(netns.as_fd(), move || {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+            socket.set_ip_transparent_v4(true)?;
+            socket.set_mark(0x539)?;
+            socket.bind(&"10.99.9.9:0".parse::<SocketAddr>().unwrap().into())?;
+            socket.connect_timeout(&address.into(), Duration::from_secs(5))?;
+            Ok(socket.into())
+        })
+    });
+    let (accepted, from) = listener.accept().unwrap();
+    assert_eq!(from.ip().to_string(), "10.99.9.9", "the application sees the client's address");
+    (near.unwrap(), accepted)
 }
 
 #[test]
@@ -105,7 +109,7 @@ fn a_netns_stays_prepared_while_a_connection_rests_on_it() {
     let tunnel = bed.tunnel();
     tunnel.take_snapshot();
     bed.wait_state(pod, "open", "");
-    let (mut near, mut far) = within(&bed.cgroup.join("tunnel"), || transparent_connection(&bed.pods[pod]));
+    let (mut near, mut far) = transparent_connection(&bed.pods[pod], &bed.cgroup.join("tunnel"));
 
     bed.write_pods(&[false], "");
     assert_eq!(tunnel.take(), Told::Del("uid-a".to_owned()));

@@ -292,16 +292,19 @@ impl Pod {
     /// What the netns holds of what a watcher might change.
     pub fn traces(&self) -> String {
         let Self { netns, .. } = self;
-        [
+        let sysctls = "net.ipv4.tcp_fwmark_accept net.ipv4.fwmark_reflect net.ipv6.fwmark_reflect net.ipv4.tcp_migrate_req";
+        let shown: String = [
             format!("ip -n {netns} rule"),
             format!("ip -n {netns} -6 rule"),
             format!("ip -n {netns} route show table all"),
             format!("ip -n {netns} -6 route show table all"),
-            format!("ip netns exec {netns} sysctl net.ipv4.tcp_fwmark_accept net.ipv4.fwmark_reflect net.ipv6.fwmark_reflect"),
+            format!("ip netns exec {netns} sysctl {sysctls}"),
         ]
         .iter()
         .map(|line| run(line))
-        .collect()
+        .collect();
+        // Link-local addresses and their routes come by themselves, some time after the interface.
+        shown.split_inclusive('\n').filter(|line| !line.contains("fe80:")).collect()
     }
 
     pub fn is_prepared(&self) -> bool {
