@@ -3,7 +3,7 @@
 //!
 //! Then how long the first connection of a new pod takes, in the mesh and outside it.
 //!
-//! Real watcher, real tunnel, 1, 20 and 60 pods that talk all the while: see `tests/labelled`. `ROUNDS` (30) sizes it.
+//! Real watcher, real tunnel, 1, 20 and 60 pods that talk all the while, and how it is measured: see `tests/labelled`. `ROUNDS` (30) sizes it.
 
 #[path = "../tests/api_server/mod.rs"]
 mod api_server;
@@ -14,10 +14,21 @@ mod labelled;
 
 use std::{collections::BTreeMap, env, time::Duration};
 
-use labelled::Labelled;
+use labelled::{Labelled, Sampled};
+
+/// Later than any pod changes.
+const WITHIN: Duration = Duration::from_millis(100);
 
 fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
+}
+
+/// Of pods that connect once each in a round: by when so many of them were of the new kind.
+fn report_sampled(what: &str, sampled: &mut Sampled) {
+    let mut at = |share| {
+        sampled.reached(share).map_or("never".to_owned(), |time| format!("{:.1} ms", milliseconds(time)))
+    };
+    println!("{what:<34} p50 {:>10}   p90 {:>10}   p99 {:>10}", at(0.5), at(0.9), at(0.99));
 }
 
 fn report(what: &str, times: &mut [Duration]) {
@@ -52,6 +63,17 @@ fn main() {
         report(&format!("{pods} labelled, each captured"), on);
         report(&format!("{pods} taken off, each direct"), off);
         report("  until the request was answered", &mut requests);
+        if pods > 1 {
+            let (mut on, mut off) = (Sampled::default(), Sampled::default());
+            for _ in 0..rounds {
+                for (is_on, sampled) in [(true, &mut on), (false, &mut off)] {
+                    failures.extend(labelled.sample(is_on, WITHIN, sampled));
+                    std::thread::sleep(Duration::from_millis(pods as u64 * 20));
+                }
+            }
+            report_sampled(&format!("{pods} labelled, by one connection"), &mut on);
+            report_sampled(&format!("{pods} taken off, by one connection"), &mut off);
+        }
         println!("  connections that failed: {}", failures.len());
         for failure in failures.iter().take(5) {
             println!("    {failure}");

@@ -3,15 +3,21 @@
 //!
 //! Each pod runs a [`probe`]: connections one after the other to a server outside the mesh that says which port it sees. It
 //! is the application's own, or else the tunnel's: so every connection tells its kind by itself. Besides, the probe holds
-//! connections of both kinds open and talks on them. While labels change, and until its kind did, a probe is in a hurry;
-//! all of them together make as many connections then as leave the node time for its own work.
+//! connections of both kinds open and talks on them.
+//!
+//! When a pod changed is asked in two ways. A probe that is in a hurry connects again and again until its kind is new: that
+//! shows whether any connection fails, but many pods that do so leave the node little time for its own work, and their
+//! pace is in the result. Or each connects once ([`Labelled::sample`]), at a time of its own after the request; of many rounds the share of
+//! connections that are of the new kind by a time is known.
 
 #![allow(dead_code, reason = "each program that includes this uses its own part")]
 
+mod probe;
+mod sampled;
+
 use std::{
-    collections::VecDeque,
     env, fs,
-    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    io::{self, BufRead as _, BufReader, Write as _},
     net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     process::{Child, Stdio},
     sync::{Arc, mpsc},
@@ -28,15 +34,12 @@ use crate::{
     bed::{Bed, Enrol, Pod, process::placed},
 };
 
-/// `server address,period in µs`: this process is a probe.
-const PROBE: &str = "ADIT_PROBE";
+pub use probe::probe;
+pub use sampled::Sampled;
+
 /// Connections of all probes in a second while they are in a hurry.
 const HURRIED: usize = 2000;
-/// So much slower it is otherwise.
-const AT_LEISURE: u32 = 10;
 const PORT: u16 = 8080;
-/// The same for a process that connects once, with its very first instructions as it were, and says how long that took.
-const FIRST: &str = "ADIT_FIRST";
 /// How long a container runtime takes, at the very least, from a pod's sandbox (its netns and its first process) to the first
 /// program of its first container.
 const SANDBOX_TO_CONTAINER: Duration = Duration::from_millis(100);
@@ -45,6 +48,8 @@ const NEW_PODS: usize = 1000;
 /// Longer than anything here should take.
 const LIMIT: Duration = Duration::from_secs(10);
 const MODE: &str = "istio.io/dataplane-mode";
+/// From telling the probes when to connect until the first of them does.
+const TOLD_AHEAD: Duration = Duration::from_millis(20);
 
 pub struct Labelled {
     // In the order in which they may end.
@@ -123,18 +128,55 @@ impl Labelled {
     }
 
     fn flip_by(&mut self, on: bool, by_pod: bool) -> Flip {
-        let labels = json!({MODE: if on { json!("ambient") } else { Value::Null }});
         for probe in &mut self.probes {
-            writeln!(probe.process.stdin.as_ref().expect("piped"), "hurry").expect("a probe");
+            probe.tell("hurry");
         }
         let began = Instant::now();
+        self.label(on, by_pod);
+        let requested = began.elapsed();
+        Flip { requested, ..self.wait_kind(kind(on), began) }
+    }
+
+    /// Labels the namespace, or takes the label off. Each pod connects once, at a time of its own, all of them spread
+    /// evenly over the time `within` that begins with the request.
+    pub fn sample(&mut self, on: bool, within: Duration, sampled: &mut Sampled) -> Vec<String> {
+        let began = micros() + TOLD_AHEAD.as_micros();
+        let times = sampled::spread(self.probes.len(), within);
+        for (probe, after) in self.probes.iter_mut().zip(times) {
+            probe.tell(&format!("once {}", began + after.as_micros()));
+        }
+        sleep_until(began);
+        self.label(on, false);
+        let mut failures = Vec::new();
+        for (number, probe) in self.probes.iter().enumerate() {
+            let (mut once, mut settled) = (false, false);
+            while !(once && settled) {
+                let Ok(line) = probe.said.recv_timeout(LIMIT) else {
+                    panic!("p{number} does not become {}\n{}", kind(on), self.bed.nodes[0].story());
+                };
+                let (at, said) = line.split_once(' ').expect("a time");
+                if let Some(said) = said.strip_prefix("once ") {
+                    let after = at.parse::<u128>().expect("a time").saturating_sub(began);
+                    sampled.add(after, said == kind(on));
+                    once = true;
+                } else {
+                    settled |= said == kind(on);
+                }
+                if said.contains("failed") {
+                    failures.push(format!("p{number}: {said}"));
+                }
+            }
+        }
+        failures
+    }
+
+    fn label(&self, on: bool, by_pod: bool) {
+        let labels = json!({MODE: if on { json!("ambient") } else { Value::Null }});
         if by_pod {
             self.api.patch_pod(&self.namespace, "p0", &json!({"metadata": {"labels": labels}}));
         } else {
             self.api.label_namespace(&self.namespace, &labels);
         }
-        let requested = began.elapsed();
-        Flip { requested, ..self.wait_kind(if on { "tunnel" } else { "direct" }, began) }
     }
 
     fn wait_kind(&mut self, kind: &str, began: Instant) -> Flip {
@@ -181,7 +223,7 @@ impl Labelled {
             .iter()
             .map(|pod| {
                 let mut command = placed(&pod.cgroup, &pod.netns, &words);
-                command.env(FIRST, self.server.to_string()).stdout(Stdio::piped());
+                command.env(probe::FIRST, self.server.to_string()).stdout(Stdio::piped());
                 command.spawn().expect("a pod's program")
             })
             .collect();
@@ -220,7 +262,7 @@ impl Probe {
         let program = env::current_exe().expect("own path");
         let words = [&[program.to_str().expect("UTF-8 path")], arguments].concat();
         let mut command = placed(&pod.cgroup, &pod.netns, &words);
-        command.env(PROBE, format!("{server},{period}")).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.env(probe::TALKS, format!("{server},{period}")).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = command.spawn().expect("a probe");
         let output = BufReader::new(process.stdout.take().expect("piped"));
         let (sender, said) = mpsc::channel();
@@ -234,6 +276,10 @@ impl Probe {
             }
         });
         Self { process, said }
+    }
+
+    fn tell(&mut self, what: &str) {
+        writeln!(self.process.stdin.as_ref().expect("piped"), "{what}").expect("a probe");
     }
 }
 
@@ -291,76 +337,20 @@ fn serve(pod: &Pod) {
     thread::spawn(move || runtime.block_on(serve));
 }
 
+/// What connections are of pods that are in the mesh, or not.
+fn kind(on: bool) -> &'static str {
+    if on { "tunnel" } else { "direct" }
+}
+
+fn sleep_until(time: u128) {
+    let left = time.saturating_sub(micros());
+    thread::sleep(Duration::from_micros(left.try_into().unwrap_or(u64::MAX)));
+}
+
 fn micros() -> u128 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_micros()
 }
 
 fn new_pod(number: usize) -> String {
     format!("new{number}")
-}
-
-/// If this process was started as a probe, does not return before nobody listens to it any more. Whether it was.
-pub fn probe() -> bool {
-    if let Ok(server) = env::var(FIRST) {
-        let began = Instant::now();
-        let kind = match connect(server.parse().expect("an address")) {
-            Ok((kind, _)) => kind.to_owned(),
-            Err(error) => format!("failed: {error}"),
-        };
-        println!("{} {kind}", began.elapsed().as_micros());
-        return true;
-    }
-    let Ok(words) = env::var(PROBE) else { return false };
-    let (server, period) = words.split_once(',').expect("server,period");
-    let period = Duration::from_micros(period.parse().expect("a number"));
-    let _ = talk(server.parse().expect("an address"), period);
-    true
-}
-
-/// Until what is said cannot be heard.
-fn talk(server: SocketAddr, period: Duration) -> io::Result<()> {
-    let say = |what: &str| writeln!(io::stdout(), "{} {what}", micros());
-    let (hurry, hurried) = mpsc::channel();
-    thread::spawn(move || io::stdin().lines().map_while(Result::ok).try_for_each(|_| hurry.send(())));
-    let (mut last, mut in_a_hurry) = ("", true);
-    let mut held: VecDeque<TcpStream> = VecDeque::new();
-    loop {
-        let began = Instant::now();
-        match connect(server) {
-            Ok((kind, stream)) if kind != last => {
-                (last, in_a_hurry) = (kind, false);
-                say(kind)?;
-                // The first of each kind stays, as long as there is room.
-                held.push_back(stream);
-                if held.len() > 4 {
-                    held.pop_front();
-                }
-            }
-            Ok(_) => {}
-            Err(error) => say(&format!("failed to connect: {error}"))?,
-        }
-        // One of those that are held, in turn.
-        if let Some(mut stream) = held.pop_front() {
-            let mut echo = [0];
-            match stream.write_all(&[7]).and_then(|()| stream.read_exact(&mut echo)) {
-                Ok(()) => held.push_back(stream),
-                Err(error) => say(&format!("failed while open: {error}"))?,
-            }
-        }
-        if in_a_hurry {
-            thread::sleep(period.saturating_sub(began.elapsed()));
-        } else {
-            in_a_hurry = hurried.recv_timeout((period * AT_LEISURE).saturating_sub(began.elapsed())).is_ok();
-        }
-    }
-}
-
-/// A connection and its kind.
-fn connect(server: SocketAddr) -> io::Result<(&'static str, TcpStream)> {
-    let mut stream = TcpStream::connect_timeout(&server, LIMIT)?;
-    stream.set_read_timeout(Some(LIMIT))?;
-    let mut seen = [0; 2];
-    stream.read_exact(&mut seen)?;
-    let own = stream.local_addr()?.port();
-    Ok((if u16::from_be_bytes(seen) == own { "direct" } else { "tunnel" }, stream))
 }

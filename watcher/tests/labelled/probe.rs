@@ -1,0 +1,101 @@
+//! The pod's side: a process of this program that connects, and says what became of it.
+
+use std::{
+    collections::VecDeque,
+    env,
+    io::{self, Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::{LIMIT, micros, sleep_until};
+
+/// `server address,period in µs`: this process is a probe.
+pub const TALKS: &str = "ADIT_PROBE";
+/// The server's address: this process connects once, with its very first instructions as it were, and says how long that
+/// took.
+pub const FIRST: &str = "ADIT_FIRST";
+/// So many times the period lie between the connections of a probe that is not in a hurry.
+const AT_LEISURE: u32 = 10;
+
+/// If this process was started as a probe, does not return before nobody listens to it any more. Whether it was.
+pub fn probe() -> bool {
+    if let Ok(server) = env::var(FIRST) {
+        let began = Instant::now();
+        let kind = match connect(server.parse().expect("an address")) {
+            Ok((kind, _)) => kind.to_owned(),
+            Err(error) => format!("failed: {error}"),
+        };
+        println!("{} {kind}", began.elapsed().as_micros());
+        return true;
+    }
+    let Ok(words) = env::var(TALKS) else { return false };
+    let (server, period) = words.split_once(',').expect("server,period");
+    let period = Duration::from_micros(period.parse().expect("a number"));
+    let _ = talk(server.parse().expect("an address"), period);
+    true
+}
+
+/// Until what is said cannot be heard.
+fn talk(server: SocketAddr, period: Duration) -> io::Result<()> {
+    let say = |what: &str| writeln!(io::stdout(), "{} {what}", micros());
+    let (hurry, hurried) = mpsc::channel();
+    thread::spawn(move || {
+        for line in io::stdin().lines().map_while(Result::ok) {
+            let Some(at) = line.strip_prefix("once ") else {
+                if hurry.send(()).is_err() {
+                    return;
+                }
+                continue;
+            };
+            sleep_until(at.parse().expect("a time"));
+            let at = micros();
+            let kind = connect(server)
+                .map_or_else(|error| format!("failed to connect: {error}"), |(kind, _)| kind.to_owned());
+            let _ = writeln!(io::stdout(), "{at} once {kind}");
+        }
+    });
+    let (mut last, mut in_a_hurry) = ("", true);
+    let mut held: VecDeque<TcpStream> = VecDeque::new();
+    loop {
+        let began = Instant::now();
+        match connect(server) {
+            Ok((kind, stream)) if kind != last => {
+                (last, in_a_hurry) = (kind, false);
+                say(kind)?;
+                // The first of each kind stays, as long as there is room.
+                held.push_back(stream);
+                if held.len() > 4 {
+                    held.pop_front();
+                }
+            }
+            Ok(_) => {}
+            Err(error) => say(&format!("failed to connect: {error}"))?,
+        }
+        // One of those that are held, in turn.
+        if let Some(mut stream) = held.pop_front() {
+            let mut echo = [0];
+            match stream.write_all(&[7]).and_then(|()| stream.read_exact(&mut echo)) {
+                Ok(()) => held.push_back(stream),
+                Err(error) => say(&format!("failed while open: {error}"))?,
+            }
+        }
+        if in_a_hurry {
+            thread::sleep(period.saturating_sub(began.elapsed()));
+        } else {
+            in_a_hurry = hurried.recv_timeout((period * AT_LEISURE).saturating_sub(began.elapsed())).is_ok();
+        }
+    }
+}
+
+/// A connection and its kind.
+fn connect(server: SocketAddr) -> io::Result<(&'static str, TcpStream)> {
+    let mut stream = TcpStream::connect_timeout(&server, LIMIT)?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    let mut seen = [0; 2];
+    stream.read_exact(&mut seen)?;
+    let own = stream.local_addr()?.port();
+    Ok((if u16::from_be_bytes(seen) == own { "direct" } else { "tunnel" }, stream))
+}
