@@ -95,7 +95,7 @@ pub enum RouteError {
     #[error("service {service} has no port {port}")]
     NoPort { service: String, port: u16 },
     #[error(
-        "no healthy upstream: {destination} is behind waypoint {waypoint}, which is unknown or has no healthy endpoint"
+        "no healthy upstream: {destination} is behind waypoint {waypoint}, which is unknown or has no healthy endpoint in this network"
     )]
     NoWaypoint { destination: String, waypoint: String },
     #[error("{workload} is on network {network:?}, for which the control plane names no gateway")]
