@@ -3,7 +3,7 @@
 //!
 //! Then how long the first connection of a new pod takes, in the mesh and outside it.
 //!
-//! Real watcher, real tunnel, 1, 20 and 60 pods that talk all the while, and how it is measured: see `tests/labelled`. `ROUNDS` (30) sizes it.
+//! Real watcher, real tunnel, 1, 20 and 60 pods that talk all the while, and how it is measured: see `tests/labelled`. `ROUNDS` (30) and `PODS` (`1 20 60`) size it.
 
 #[path = "../tests/api_server/mod.rs"]
 mod api_server;
@@ -42,7 +42,8 @@ fn main() {
         return;
     }
     let rounds: usize = env::var("ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(30);
-    for pods in [1, 20, 60] {
+    let counts = env::var("PODS").unwrap_or_else(|_| "1 20 60".to_owned());
+    for pods in counts.split_whitespace().map(|count| count.parse().expect("PODS: numbers")) {
         let mut labelled = Labelled::new(pods, &[]);
         let (mut times, mut requests, mut failures) = ([Vec::new(), Vec::new()], Vec::new(), Vec::new());
         for round in 0..rounds + 3 {
