@@ -264,7 +264,8 @@ pub fn cgroup_info(flags: u32, policy_id: u32, addresses: &[IpAddr]) -> CgroupIn
 pub enum Step {
     RemoveCgroup(CgroupId),
     RemoveAddress(Address),
-    Unsteer(u64),
+    /// All at once: the kernel is asked once who listens there.
+    Unsteer(BTreeSet<u64>),
     /// Tell the tunnels to let go of this uid.
     Withdraw(String),
     /// Take the preparation back once nothing needs it any more.
@@ -292,7 +293,8 @@ pub fn steps(applied: &Plan, wanted: &Plan) -> Vec<Step> {
     let mut steps = Vec::new();
     steps.extend(gone(&applied.cgroups, &wanted.cgroups).map(|id| Step::RemoveCgroup(*id)));
     steps.extend(gone(&applied.addresses, &wanted.addresses).map(|address| Step::RemoveAddress(*address)));
-    steps.extend(gone(&applied.netns, &wanted.netns).map(|cookie| Step::Unsteer(*cookie)));
+    let unsteered: BTreeSet<u64> = gone(&applied.netns, &wanted.netns).copied().collect();
+    steps.extend((!unsteered.is_empty()).then_some(Step::Unsteer(unsteered)));
     steps.extend(gone(&applied.workloads, &wanted.workloads).map(|uid| Step::Withdraw(uid.clone())));
     steps.extend(gone(&applied.netns, &wanted.netns).map(|cookie| Step::Release(*cookie)));
     steps.extend(changed(&applied.policies, &wanted.policies).map(|(id, lists)| Step::SetPolicy(id, lists)));

@@ -1,6 +1,7 @@
 //! Everything that one node has in the kernel.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     os::fd::BorrowedFd,
     path::{Path, PathBuf},
@@ -63,10 +64,10 @@ impl Kernel {
         links::steer(&self.object, &links::folder(&self.pins), netns_cookie, netns)
     }
 
-    /// Forgets, too, who listens there. Idempotent.
-    pub fn unsteer(&mut self, netns_cookie: u64) -> Result<(), KernelError> {
-        links::unsteer(&links::folder(&self.pins), netns_cookie)?;
-        self.forget_listened(netns_cookie)
+    /// Steers no more what arrives there, and forgets who listens there. Idempotent.
+    pub fn unsteer(&mut self, netns_cookies: &BTreeSet<u64>) -> Result<(), KernelError> {
+        links::unsteer(&links::folder(&self.pins), netns_cookies)?;
+        self.forget_listened(netns_cookies)
     }
 
     /// The cookies of the netns that are steered, in no order. A netns that has ended stays listed until

@@ -4,7 +4,7 @@
 //! `pods-<cgroup id>-<program>`, `tunnel-<hash of path>-<cgroup id>-<program>`, `netns-<cookie>`.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     hash::{DefaultHasher, Hash, Hasher},
     io,
@@ -61,15 +61,19 @@ pub fn steer(object: &Ebpf, folder: &Path, cookie: u64, netns: BorrowedFd<'_>) -
     ensure(object, NETNS, folder, &name, netns, Path::new(&format!("netns {cookie}")))
 }
 
-pub fn unsteer(folder: &Path, cookie: u64) -> Result<(), KernelError> {
-    let own = format!("netns-{cookie}");
-    remove_if(folder, |name| name == own)
+pub fn unsteer(folder: &Path, cookies: &BTreeSet<u64>) -> Result<(), KernelError> {
+    remove_if(folder, |name| netns_of(name).is_some_and(|cookie| cookies.contains(&cookie)))
 }
 
 /// The cookies of the netns that have a link.
 pub fn steered(folder: &Path) -> Result<Vec<u64>, KernelError> {
     let names = names(folder)?;
-    Ok(names.iter().filter_map(|name| name.strip_prefix("netns-")?.parse().ok()).collect())
+    Ok(names.iter().filter_map(|name| netns_of(name)).collect())
+}
+
+/// The netns of the link that is pinned as `name`.
+fn netns_of(name: &str) -> Option<u64> {
+    name.strip_prefix("netns-")?.parse().ok()
 }
 
 /// Removes every link in `folder`; how many there were.

@@ -1,6 +1,7 @@
 //! The maps: adopted by their pins, and typed access for their one writer.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -168,11 +169,13 @@ impl Kernel {
         self.take::<ListenerKey, u32>(LISTENED, key)
     }
 
-    /// Forgets who listens in a netns.
-    pub(crate) fn forget_listened(&mut self, netns_cookie: u64) -> Result<(), KernelError> {
+    /// Forgets who listens in these netns. One pass over the map, however many they are.
+    pub(crate) fn forget_listened(&mut self, netns_cookies: &BTreeSet<u64>) -> Result<(), KernelError> {
         // First of all, that programs note no more.
-        self.remove_listened(&ListenerKey::about(netns_cookie, ListenerKey::COUNT))?;
-        for key in self.listened()?.iter().filter(|key| key.netns_cookie == netns_cookie) {
+        for cookie in netns_cookies {
+            self.remove_listened(&ListenerKey::about(*cookie, ListenerKey::COUNT))?;
+        }
+        for key in self.listened()?.iter().filter(|key| netns_cookies.contains(&key.netns_cookie)) {
             self.remove_listened(key)?;
         }
         Ok(())

@@ -16,7 +16,7 @@ pub fn apply(kernel: &mut Kernel, step: &Step) -> Result<(), KernelError> {
     match step {
         Step::RemoveCgroup(id) => kernel.remove_cgroup(*id),
         Step::RemoveAddress(address) => kernel.remove_pod(*address),
-        Step::Unsteer(cookie) => kernel.unsteer(*cookie),
+        Step::Unsteer(cookies) => kernel.unsteer(cookies),
         Step::SetExpected(name, info) => kernel.expect_pod(name, info),
         Step::RemoveExpected(name) => kernel.expect_pod_no_more(name),
         Step::SetPolicy(id, exclusions) => set_policy(kernel, *id, exclusions),

@@ -386,12 +386,12 @@ impl Node {
             warn!(?before, ?after, "somebody else changed our maps or links, they are put right");
         }
         self.dirty.all = true;
-        for cookie in steered {
-            if !self.applied.netns.contains_key(&cookie)
-                && let Err(error) = self.kernel.unsteer(cookie)
-            {
-                warn!(cookie, error = %chain(&error), "cannot remove the link of a netns");
-            }
+        let left: BTreeSet<u64> =
+            steered.into_iter().filter(|cookie| !self.applied.netns.contains_key(cookie)).collect();
+        if !left.is_empty()
+            && let Err(error) = self.kernel.unsteer(&left)
+        {
+            warn!(netns = ?left, error = %chain(&error), "cannot remove the links of netns");
         }
     }
 

@@ -135,7 +135,7 @@ fn a_port_that_nobody_listens_on_is_refused() {
     }
     let of_others = bench.kernel.listened().unwrap();
     assert!(of_others.iter().all(|key| key.netns_cookie == bench.cookie), "who is not enrolled is not noted");
-    bench.kernel.unsteer(bench.cookie).unwrap();
+    bench.kernel.unsteer(&[bench.cookie].into()).unwrap();
     bench.app.listen("[::]:8086");
     assert_eq!(bench.kernel.listened().unwrap(), [], "who has left leaves nothing");
 }
@@ -162,7 +162,7 @@ fn an_address_of_no_enrolled_pod_passes() {
     bench.world.dial(How::Tcp, at("10.99.0.1", 8080)).unwrap();
     bench.app.accept(app);
     assert_eq!(bench.rules(8080), [(Hook::SkLookup, Rule::Unknown)]);
-    bench.kernel.unsteer(bench.cookie).unwrap();
+    bench.kernel.unsteer(&[bench.cookie].into()).unwrap();
     bench.world.dial(How::Tcp, at("fd99::1", 8080)).unwrap();
     bench.app.accept(app);
     assert_eq!(bench.rules(8080), [], "nothing decides any more");

@@ -269,7 +269,7 @@ fn maps_hold_what_was_written() {
     kernel.remove_cgroup(5).expect("missing is fine");
     kernel.remove_pod(address("10.0.0.1")).expect("missing is fine");
     assert_eq!(kernel.cgroups().unwrap(), []);
-    kernel.unsteer(99).expect("missing is fine");
+    kernel.unsteer(&[99].into()).expect("missing is fine");
     for policy_id in [1, 2] {
         kernel.exclude_port(&ExcludedPort { policy_id, port: 80, direction: DIALS }).unwrap();
         kernel.exclude_port(&ExcludedPort { policy_id, port: 80, direction: IS_DIALLED }).unwrap();
