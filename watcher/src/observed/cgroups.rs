@@ -57,22 +57,31 @@ pub fn tree(dir: &Path) -> io::Result<BTreeMap<PathBuf, CgroupId>> {
     let mut waiting = vec![dir.to_owned()];
     while let Some(dir) = waiting.pop() {
         // Anything may vanish while we look: that is the answer, not an error.
-        let entries = match (id(&dir), fs::read_dir(&dir)) {
-            (Ok(id), Ok(entries)) => {
-                found.insert(dir.clone(), id);
-                entries
+        match below(&dir) {
+            Ok((id, children)) => {
+                waiting.extend(children);
+                found.insert(dir, id);
             }
-            (Err(error), _) | (_, Err(error)) if error.kind() == io::ErrorKind::NotFound => continue,
-            (Err(error), _) | (_, Err(error)) => return Err(error),
-        };
-        for entry in entries {
-            let Ok(entry) = entry else { continue };
-            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                waiting.push(entry.path());
-            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
         }
     }
     Ok(found)
+}
+
+/// The id of the cgroup2 directory `dir`, and the directories in it.
+fn below(dir: &Path) -> io::Result<(CgroupId, Vec<PathBuf>)> {
+    /// Links of a directory without others in it; the kernel counts theirs (`kernfs_refresh_inode`). Listing the forty files
+    /// of such a one, as most are, would take longer than all else that is asked about a pod.
+    const CHILDLESS: u64 = 2;
+    let metadata = fs::metadata(dir)?;
+    let mut children = Vec::new();
+    if metadata.nlink() != CHILDLESS {
+        let entries = fs::read_dir(dir)?.filter_map(Result::ok);
+        let dirs = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        children.extend(dirs.map(|entry| entry.path()));
+    }
+    Ok((metadata.ino(), children))
 }
 
 /// The cgroup2 directory of process `pid`, below `root`.

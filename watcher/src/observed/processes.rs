@@ -93,7 +93,6 @@ pub fn observe(
     let cgroups: BTreeMap<PathBuf, CgroupId> = cgroups::tree(cgroup)?;
     let mut found: BTreeMap<NetnsId, Seen> = BTreeMap::new();
     let mut look = Look::default();
-    let uptime = uptime();
     for process in members(&cgroups, cgroup) {
         // A process that ended, or a zombie, has no netns any more.
         let Ok(netns) = process.netns() else { continue };
@@ -102,7 +101,6 @@ pub fn observe(
             continue;
         }
         let is_host = host.contains(&id);
-        let settled = process.is_settled(id, is_host, uptime, earlier, &mut look.sightings);
         let seen = if is_host {
             Seen::Host
         } else {
@@ -111,10 +109,10 @@ pub fn observe(
                 Err(error) => Seen::Unreadable(format!("process {}: {error}", process.pid)),
             }
         };
-        // Nobody else's netns holds the pod's own address: that is proof enough.
+        // Nobody else's netns holds the pod's own address: that is proof enough, and the usual case.
         let proven = matches!(&seen, Seen::Pod(facts) if !addresses.is_empty()
             && addresses.iter().all(|address| facts.addresses.contains(address)));
-        if !settled && !proven {
+        if !proven && !process.is_settled(id, is_host, earlier, &mut look.sightings) {
             continue;
         }
         if let Seen::Pod(facts) = &seen {
@@ -129,16 +127,9 @@ pub fn observe(
 
 impl Pinned {
     /// Whether the process will stay in the netns that it is in, as far as one can tell.
-    fn is_settled(
-        &self,
-        id: NetnsId,
-        is_host: bool,
-        uptime: Duration,
-        earlier: &Sightings,
-        sightings: &mut Sightings,
-    ) -> bool {
+    fn is_settled(&self, id: NetnsId, is_host: bool, earlier: &Sightings, sightings: &mut Sightings) -> bool {
         let Some((ticks, started)) = self.started() else { return false };
-        let age = uptime.saturating_sub(started);
+        let age = uptime().saturating_sub(started);
         if age > if is_host { AT_HOME_AFTER } else { YOUNG } {
             return true;
         }
