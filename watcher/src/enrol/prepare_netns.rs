@@ -13,7 +13,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs::{File, OpenOptions},
+    io::{self, Read as _, Write as _},
     net::{Ipv4Addr, Ipv6Addr},
     os::fd::BorrowedFd,
 };
@@ -28,10 +29,13 @@ use rtnetlink::{
         route::{RouteMessage, RouteScope, RouteType},
         rule::{RuleAction, RuleAttribute, RuleMessage},
     },
-    sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
+    sys::protocols::NETLINK_ROUTE,
 };
 
-use crate::observed::netns::{Visitor, run_in};
+use crate::observed::{
+    netlink,
+    netns::{LO, Visitor, run_in},
+};
 
 /// The mark of the tunnel's packets (Istio's number).
 const MARK: u32 = 0x539;
@@ -46,15 +50,13 @@ const SYSCTLS: [&str; 4] = [
     "/proc/sys/net/ipv4/fwmark_reflect",
     "/proc/sys/net/ipv6/fwmark_reflect",
 ];
-/// The interface index of `lo`, which is the first one of every netns.
-const LO: u32 = 1;
 
 /// The present values of the sysctls that we set, by path.
 pub fn sysctls(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<BTreeMap<String, String>> {
     visitor.enter(netns, || {
         let mut values = BTreeMap::new();
         for path in SYSCTLS {
-            match fs::read_to_string(path) {
+            match read(path) {
                 Ok(text) => drop(values.insert(path.to_owned(), text.trim().to_owned())),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(at(path, &error)),
@@ -64,8 +66,16 @@ pub fn sysctls(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<BTreeMap<
     })
 }
 
+fn read(path: &str) -> io::Result<String> {
+    let mut value = [0; 64];
+    let length = File::open(path)?.read(&mut value)?;
+    Ok(String::from_utf8_lossy(&value[..length]).into_owned())
+}
+
 fn set(path: &str, value: &str) -> io::Result<()> {
-    match fs::write(path, value) {
+    // Not to be created: asking for that makes the kernel lock the directory, which all who prepare a netns share.
+    let open = OpenOptions::new().write(true).open(path);
+    match open.and_then(|mut file| file.write_all(value.as_bytes())) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result.map_err(|error| at(path, &error)),
     }
@@ -124,9 +134,7 @@ impl Request {
 /// many pods come at once. The kernel does them in order, and has answered each by the time that sending returns.
 /// An error number among `expected` is as good as done.
 fn talk(requests: &[Request], flags: u16, expected: &[i32]) -> io::Result<()> {
-    let mut socket = Socket::new(NETLINK_ROUTE)?;
-    socket.bind_auto()?;
-    socket.connect(&SocketAddr::new(0, 0))?;
+    let socket = netlink::socket(NETLINK_ROUTE)?;
     let mut packet = Vec::with_capacity(512);
     for (i, request) in requests.iter().enumerate() {
         let mut message = NetlinkMessage::from(request.message.clone());
@@ -138,10 +146,13 @@ fn talk(requests: &[Request], flags: u16, expected: &[i32]) -> io::Result<()> {
         message.serialize(&mut packet[start..]);
     }
     socket.send(&packet, 0)?;
+    // An answer holds its request, and not more.
+    let mut answers = Vec::with_capacity(4096);
     let mut answered = 0;
     let mut problem = None;
     while answered < requests.len() {
-        let (answers, _) = socket.recv_from_full()?;
+        answers.clear();
+        socket.recv(&mut answers, 0)?;
         let mut rest = answers.as_slice();
         while let Ok(buffer) = NetlinkBuffer::new_checked(rest) {
             let length = buffer.length() as usize;

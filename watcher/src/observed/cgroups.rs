@@ -2,7 +2,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    fs::{self, File},
+    io::{self, Read as _, Seek as _},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
@@ -97,11 +98,31 @@ pub fn of_process(root: &Path, pid: i32) -> io::Result<PathBuf> {
     Ok(root.join(path.trim_start_matches('/')).components().collect())
 }
 
-/// The processes directly in the cgroup `dir`; none where it is gone. A process outside this pid
-/// namespace shows as 0 and is left out.
+/// The processes directly in one cgroup, to be listed as often as one likes.
+#[derive(Debug)]
+pub struct Processes(File);
+
+impl Processes {
+    /// `NotFound`: the cgroup `dir` is gone.
+    pub fn open(dir: &Path) -> io::Result<Self> {
+        File::open(dir.join("cgroup.procs")).map(Self)
+    }
+
+    /// Those that are in it now; none when it is gone by now. A process outside this pid namespace shows as 0 and is
+    /// left out.
+    pub fn list(&mut self) -> Vec<i32> {
+        let mut text = String::new();
+        // From the beginning the kernel goes through the members anew (`cgroup_procs_start`).
+        if self.0.rewind().and_then(|()| self.0.read_to_string(&mut text)).is_err() {
+            return Vec::new();
+        }
+        text.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid != 0).collect()
+    }
+}
+
+/// The processes directly in the cgroup `dir`; none where it is gone.
 pub fn processes(dir: &Path) -> Vec<i32> {
-    let text = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-    text.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid != 0).collect()
+    Processes::open(dir).map(|mut processes| processes.list()).unwrap_or_default()
 }
 
 /// The pods' directories below `base`, by uid. Of two with one uid, which no kubelet makes, the one that
@@ -169,6 +190,25 @@ mod tests {
             above,
             [dir.path().to_owned(), dir.path().join("besteffort"), dir.path().join("burstable")]
         );
+    }
+
+    #[test]
+    #[ignore = "makes a cgroup, needs root: make test"]
+    fn members_are_listed_anew_each_time() {
+        let dir = find_root().unwrap().join(format!("adit-members-{}", std::process::id()));
+        fs::create_dir(&dir).unwrap();
+        let mut list = Processes::open(&dir).unwrap();
+        let mut seen = vec![list.list()];
+        let mut process = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let moved = fs::write(dir.join("cgroup.procs"), process.id().to_string());
+        seen.push(list.list());
+        process.kill().and_then(|()| process.wait()).unwrap();
+        seen.push(list.list());
+        fs::remove_dir(&dir).unwrap();
+        seen.push(list.list());
+        moved.unwrap();
+        let pid = i32::try_from(process.id()).unwrap();
+        assert_eq!(seen, [vec![], vec![pid], vec![], vec![]]);
     }
 
     #[test]

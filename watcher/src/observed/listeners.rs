@@ -6,10 +6,9 @@ use netlink_packet_sock_diag::{
     AF_INET, AF_INET6, IPPROTO_TCP, SockDiagMessage,
     inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags},
 };
-use rtnetlink::{
-    packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkBuffer, NetlinkMessage, NetlinkPayload},
-    sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG},
-};
+use rtnetlink::sys::protocols::NETLINK_SOCK_DIAG;
+
+use super::netlink;
 
 /// A port that others can dial, and 4 or 6: the family of the socket, which in IPv6 may serve IPv4 too.
 pub type Listening = (u16, u32);
@@ -17,9 +16,7 @@ pub type Listening = (u16, u32);
 /// What listens in the calling thread's netns, but not on loopback alone. Of MPTCP sockets the kernel lists the
 /// TCP sockets below.
 pub fn listening() -> io::Result<BTreeSet<Listening>> {
-    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
-    socket.bind_auto()?;
-    socket.connect(&SocketAddr::new(0, 0))?;
+    let socket = netlink::socket(NETLINK_SOCK_DIAG)?;
     let mut found = BTreeSet::new();
     for (family, any) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
         let request = InetRequest {
@@ -29,35 +26,13 @@ pub fn listening() -> io::Result<BTreeSet<Listening>> {
             states: StateFlags::LISTEN,
             socket_id: any,
         };
-        let mut message = NetlinkMessage::from(SockDiagMessage::InetRequest(request));
-        message.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-        message.finalize();
-        let mut packet = vec![0; message.buffer_len()];
-        message.serialize(&mut packet);
-        socket.send(&packet, 0)?;
-        while !take(&socket.recv_from_full()?.0, &mut found)? {}
-    }
-    Ok(found)
-}
-
-/// Takes one packet of answers over; whether it was the last one.
-fn take(answers: &[u8], found: &mut BTreeSet<Listening>) -> io::Result<bool> {
-    let mut rest = answers;
-    while let Ok(buffer) = NetlinkBuffer::new_checked(rest) {
-        let length = buffer.length() as usize;
-        let answer = NetlinkMessage::<SockDiagMessage>::deserialize(&rest[..length])
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        match answer.payload {
-            NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
+        netlink::dump(&socket, SockDiagMessage::InetRequest(request), |answer| {
+            if let SockDiagMessage::InetResponse(response) = answer {
                 found.extend(dialled_from_outside(&response));
             }
-            NetlinkPayload::Done(_) => return Ok(true),
-            NetlinkPayload::Error(error) => return Err(error.to_io()),
-            _ => {}
-        }
+        })?;
     }
-    Ok(false)
+    Ok(found)
 }
 
 fn dialled_from_outside(response: &InetResponse) -> Option<Listening> {

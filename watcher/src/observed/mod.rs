@@ -15,6 +15,7 @@ pub mod cgroup_path;
 pub mod cgroups;
 pub mod events;
 pub mod listeners;
+pub mod netlink;
 pub mod netns;
 pub mod processes;
 

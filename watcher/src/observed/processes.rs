@@ -22,7 +22,7 @@ use nix::{
 use super::{
     Observed, Seen,
     cgroup_path::{self, Below},
-    cgroups::{self, CgroupId},
+    cgroups::{self, CgroupId, Processes},
     netns::{self, NetnsId, Visitor},
 };
 
@@ -49,10 +49,9 @@ fn members(cgroups: &BTreeMap<PathBuf, CgroupId>, pod_dir: &Path) -> Vec<Pinned>
         let name = dir.strip_prefix(pod_dir).ok().and_then(|below| below.iter().next());
         name.is_some_and(|name| cgroup_path::below(name) == Below::Conmon)
     };
-    let list = || {
-        let dirs = cgroups.keys().filter(|dir| !is_conmon(dir));
-        dirs.flat_map(|dir| cgroups::processes(dir)).collect::<BTreeSet<_>>()
-    };
+    let dirs = cgroups.keys().filter(|dir| !is_conmon(dir));
+    let mut lists: Vec<Processes> = dirs.filter_map(|dir| Processes::open(dir).ok()).collect();
+    let mut list = || lists.iter_mut().flat_map(Processes::list).collect::<BTreeSet<_>>();
     let pinned: Vec<Pinned> = list().into_iter().filter_map(|pid| Pinned::new(pid).ok()).collect();
     if pinned.is_empty() {
         return pinned;
