@@ -129,6 +129,46 @@ fn a_netns_stays_prepared_while_a_connection_rests_on_it() {
     wait_for("the netns to be restored", || (bed.pods[pod].traces() == before).then_some(()));
 }
 
+/// Its connections may be resent into nowhere for minutes.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn nothing_waits_for_the_connections_of_a_deleted_pod() {
+    let mut bed = Bed::new();
+    let pod = bed.pod("a");
+    let before = bed.pods[pod].traces();
+    bed.write_pods(&[true], "  failMode: open\n");
+    bed.start(&[]);
+    let tunnel = bed.tunnel();
+    tunnel.take_snapshot();
+    bed.wait_state(pod, "open", "");
+    let _open = transparent_connection(&bed.pods[pod], &bed.cgroup.join("tunnel"));
+    bed.write_pods(&[false], "");
+    assert_eq!(tunnel.take(), Told::Del("uid-a".to_owned()));
+    wait_for("the watcher to see the connection", || {
+        let waits_for = bed.status()["lingering"][0]["waits_for"].clone();
+        (waits_for == "1 open connections of the tunnel").then_some(())
+    });
+    bed.pods[pod].end();
+    wait_for("nothing to be waited for", || {
+        (bed.status()["lingering"] == serde_json::json!([])).then_some(())
+    });
+    assert_eq!(bed.pods[pod].traces(), before);
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_command_that_nobody_listens_to_ends_without_a_word() {
+    let mut bed = Bed::new();
+    bed.pod("a");
+    bed.write_pods(&[false], "");
+    bed.start(&[]);
+    let mut command = bed.prepared(&["status"]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = command.stdout(writer).output().unwrap();
+    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stderr).as_ref()), (Some(0), ""));
+}
+
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_pod_is_open_as_long_as_one_tunnel_serves_it() {

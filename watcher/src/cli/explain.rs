@@ -1,6 +1,10 @@
 //! `watcher explain`: why a connection is captured, or not.
 
-use std::{net::SocketAddr, process::ExitCode};
+use std::{
+    io::{self, Write as _},
+    net::SocketAddr,
+    process::ExitCode,
+};
 
 use clap::Args;
 
@@ -28,12 +32,13 @@ pub struct ExplainArgs {
 pub fn run(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
     let request = Request::Explain { pod: args.pod.clone(), destination: args.destination };
     let explanation: Explanation = ask_once(&args.node, &request)?;
+    let mut out = io::stdout().lock();
     match args.output {
-        Output::Json => println!("{}", serde_json::to_string(&explanation)?),
+        Output::Json => writeln!(out, "{}", serde_json::to_string(&explanation)?)?,
         Output::Human => {
-            println!("{} → {}: {}", explanation.pod, explanation.destination, explanation.outbound);
+            writeln!(out, "{} → {}: {}", explanation.pod, explanation.destination, explanation.outbound)?;
             if let Some(inbound) = &explanation.inbound {
-                println!("where it arrives, from others in clear: {inbound}");
+                writeln!(out, "where it arrives, from others in clear: {inbound}")?;
             }
         }
     }

@@ -1,6 +1,11 @@
 //! `watcher status`: what the running watcher knows.
 
-use std::{fmt::Display, process::ExitCode, time::SystemTime};
+use std::{
+    fmt::Display,
+    io::{self, Write},
+    process::ExitCode,
+    time::SystemTime,
+};
 
 use clap::{Args, ValueEnum};
 use comfy_table::{Table, TableStyle};
@@ -45,68 +50,72 @@ enum Part {
 
 pub fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     let status: Status = ask_once(&args.node, &Request::Status)?;
+    let mut out = io::stdout().lock();
     match (args.output, args.part) {
-        (Output::Json, None) => println!("{}", serde_json::to_string(&status)?),
-        (Output::Json, Some(Part::Pods)) => println!("{}", json!({"pods": status.pods})),
-        (Output::Json, Some(Part::Cgroups)) => println!("{}", cgroups_json(&status.pods)),
+        (Output::Json, None) => writeln!(out, "{}", serde_json::to_string(&status)?)?,
+        (Output::Json, Some(Part::Pods)) => writeln!(out, "{}", json!({"pods": status.pods}))?,
+        (Output::Json, Some(Part::Cgroups)) => writeln!(out, "{}", cgroups_json(&status.pods))?,
         (Output::Human, part) => {
             if part.is_none() {
-                print_node(&status);
+                print_node(&mut out, &status)?;
             }
             if part != Some(Part::Cgroups) {
-                println!("{}", pods_table(&status.pods));
+                writeln!(out, "{}", pods_table(&status.pods))?;
             }
             if part == Some(Part::Cgroups) {
-                println!("{}", cgroups_table(&status.pods));
+                writeln!(out, "{}", cgroups_table(&status.pods))?;
             }
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn print_node(status: &Status) {
-    println!("node {}: watcher {}, attached to {}", status.node, status.pid, status.attached.display());
+fn print_node(out: &mut dyn Write, status: &Status) -> io::Result<()> {
+    writeln!(out, "node {}: watcher {}, attached to {}", status.node, status.pid, status.attached.display())?;
     let source = &status.source;
     let now = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
     let lasted = now.saturating_sub(source.since_unix_secs);
     match &source.error {
         Some(error) => {
-            println!(
+            writeln!(
+                out,
                 "pods from {}: cannot be used for {lasted} s, what it told last holds: {error}",
                 source.name
-            );
+            )?;
         }
-        None if source.synced => println!("pods from {}, in order for {lasted} s", source.name),
-        None => println!("pods from {}: nothing told for {lasted} s", source.name),
+        None if source.synced => writeln!(out, "pods from {}, in order for {lasted} s", source.name)?,
+        None => writeln!(out, "pods from {}: nothing told for {lasted} s", source.name)?,
     }
     let events = &status.events;
-    println!(
+    writeln!(
+        out,
         "events from {}: {} told, {} lost, {} corrections; {}",
         events.source.map_or("nowhere yet", SourceKind::as_str),
         events.told,
         events.lost,
         events.corrections,
         if status.ready { "ready" } else { "not ready" }
-    );
+    )?;
     for tunnel in &status.tunnels {
-        println!("tunnel {} in {}: serves {} pods", tunnel.pid, tunnel.cgroup.display(), tunnel.pods);
+        writeln!(out, "tunnel {} in {}: serves {} pods", tunnel.pid, tunnel.cgroup.display(), tunnel.pods)?;
     }
     if status.tunnels.is_empty() {
-        println!("no tunnel is connected");
+        writeln!(out, "no tunnel is connected")?;
     }
     if let Some(reason) = &status.turned_away {
-        println!("a tunnel was turned away ({}): {}", reason.code, reason.text);
+        writeln!(out, "a tunnel was turned away ({}): {}", reason.code, reason.text)?;
     }
     for lingering in &status.lingering {
-        println!(
+        writeln!(
+            out,
             "netns {} of pod {} waits for {}",
             lingering.netns.inode, lingering.uid, lingering.waits_for
-        );
+        )?;
     }
     for problem in &status.problems {
-        println!("problem: {problem}");
+        writeln!(out, "problem: {problem}")?;
     }
-    println!();
+    writeln!(out)
 }
 
 fn or_dash(value: Option<impl Display>) -> String {

@@ -1,7 +1,8 @@
 //! `watcher uninstall`: undoes everything that a node's watcher ever did.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
     thread,
@@ -68,19 +69,21 @@ pub fn run(args: &UninstallArgs) -> anyhow::Result<ExitCode> {
         let _ = fs::remove_dir(empty);
     }
     let ok = undone.failed.is_empty();
+    let mut out = io::stdout().lock();
     match args.output {
-        Output::Json => println!(
+        Output::Json => writeln!(
+            out,
             "{}",
             json!({"ok": ok, "watcher_stopped": ran, "links": removed.links, "maps": removed.maps, "netns": undone})
-        ),
+        )?,
         Output::Human => {
             if ran {
-                println!("watcher stopped, which undid what it had done");
+                writeln!(out, "watcher stopped, which undid what it had done")?;
             }
-            println!("links removed: {}, maps removed: {}", removed.links, removed.maps);
-            println!("netns restored: {}, gone: {}", undone.netns_restored, undone.netns_gone);
+            writeln!(out, "links removed: {}, maps removed: {}", removed.links, removed.maps)?;
+            writeln!(out, "netns restored: {}, gone: {}", undone.netns_restored, undone.netns_gone)?;
             for problem in &undone.failed {
-                println!("left behind: {problem}");
+                writeln!(out, "left behind: {problem}")?;
             }
         }
     }

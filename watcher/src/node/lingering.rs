@@ -102,7 +102,9 @@ impl Node {
         let Some(record) = self.records.netns().get(&cookie).cloned() else { return Ok(true) };
         let Some(lingering) = self.lingering.get_mut(&cookie) else { return Ok(true) };
         lingering.connections = self.kernel.deliveries(cookie).map_err(io::Error::other)?;
-        if lingering.connections > 0 {
+        // A pod that was deleted, and not only left, has no application that they could lead to; what is left of them the
+        // kernel may go on resending into a netns without links for minutes.
+        if lingering.connections > 0 && lingering.netns.pod_cgroup.exists() {
             return Ok(false);
         }
         if let Some(netns) = find(&lingering.netns.pod_cgroup, record.id, cookie) {

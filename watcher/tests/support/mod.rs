@@ -108,7 +108,7 @@ pub struct Pod {
     pub netns: String,
     pub cgroup: PathBuf,
     pub address: String,
-    _process: Owned,
+    process: Owned,
 }
 
 impl Bed {
@@ -172,7 +172,7 @@ impl Bed {
             let named = fs::metadata(format!("/run/netns/{netns}")).ok()?;
             (own.ino() == named.ino()).then_some(())
         });
-        self.pods.push(Pod { name: name.to_owned(), netns, cgroup, address, _process: process });
+        self.pods.push(Pod { name: name.to_owned(), netns, cgroup, address, process });
         number
     }
 
@@ -241,9 +241,15 @@ impl Bed {
 
     /// Whether a command of this node succeeded, and what it printed.
     pub fn command(&self, words: &[&str]) -> (bool, String) {
-        let output =
-            Command::new(watcher_binary()).args(words).args(self.arguments()).output().expect("watcher");
+        let output = self.prepared(words).output().expect("watcher");
         (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// The same, not started yet.
+    pub fn prepared(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(watcher_binary());
+        command.args(words).args(self.arguments());
+        command
     }
 
     pub fn status(&self) -> serde_json::Value {
@@ -289,6 +295,14 @@ impl Bed {
 }
 
 impl Pod {
+    /// As when a pod is deleted: its processes and its cgroup end. Its netns stays.
+    pub fn end(&mut self) {
+        let _ = self.process.0.kill().and_then(|()| self.process.0.wait());
+        for dir in [self.cgroup.join("container"), self.cgroup.clone()] {
+            wait_for("the cgroup to be empty", || fs::remove_dir(&dir).ok());
+        }
+    }
+
     /// What the netns holds of what a watcher might change.
     pub fn traces(&self) -> String {
         let Self { netns, .. } = self;

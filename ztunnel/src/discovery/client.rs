@@ -100,7 +100,7 @@ impl Client {
             let Some(ended) = stop.run_until_cancelled(self.stream(&mut took)).await else { return };
             self.metrics.terminated(ended.kind());
             if took {
-                backoff = Backoff::new();
+                backoff.reset();
                 warned = None;
             }
             let pause = backoff.delay();

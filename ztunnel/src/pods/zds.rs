@@ -8,6 +8,7 @@ use std::{
     io::{self, IoSliceMut},
     os::fd::{AsRawFd, OwnedFd},
     path::Path,
+    time::{Duration, Instant},
 };
 
 use nix::sys::socket::{
@@ -29,23 +30,37 @@ use crate::backoff::Backoff;
 
 /// No message is longer.
 const PACKET: usize = 1024;
+/// How long a node agent that came back may wait for us, and new pods with it. Looking for it costs next to nothing, as it
+/// is on this node; Istio's tunnel takes up to 15 s.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// How often it is said that there is none.
+const SAY_AGAIN: Duration = Duration::from_secs(15);
 /// Room to notice that there were too many.
 const DESCRIPTORS: usize = 8;
 
 /// Follows the node agent at `path` until `stop`. `ready` holds while it is there and all its pods are served.
 pub async fn run(path: &Path, pods: &mut Pods, ready: &mut ReadyGuard, stop: &CancellationToken) {
-    let mut backoff = Backoff::new();
+    let mut backoff = Backoff::up_to(LONGEST_PAUSE);
+    let mut warned: Option<Instant> = None;
     loop {
         let session = async {
             let link = Link::open(path)?;
             link.send(&ZdsHello { version: Version::V1.into() }.encode_to_vec()).await?;
             info!(path = %path.display(), "node agent connected");
-            backoff = Backoff::new();
+            backoff.reset();
+            warned = None;
             serve(&link, pods, ready).await
         };
         tokio::select! {
             () = stop.cancelled() => return,
-            Err(error) = session => warn!(path = %path.display(), %error, "no node agent"),
+            Err(error) = session => {
+                if warned.is_none_or(|at| at.elapsed() > SAY_AGAIN) {
+                    warned = Some(Instant::now());
+                    warn!(path = %path.display(), %error, "no node agent");
+                } else {
+                    debug!(path = %path.display(), %error, "no node agent");
+                }
+            }
         }
         ready.pending();
         let mut pause = std::pin::pin!(sleep(backoff.delay()));
