@@ -195,16 +195,23 @@ mod tests {
     #[test]
     #[ignore = "makes a cgroup, needs root: make test"]
     fn members_are_listed_anew_each_time() {
-        let dir = find_root().unwrap().join(format!("adit-members-{}", std::process::id()));
-        fs::create_dir(&dir).unwrap();
-        let mut list = Processes::open(&dir).unwrap();
+        /// Goes however the test ends.
+        struct Made(PathBuf);
+        impl Drop for Made {
+            fn drop(&mut self) {
+                let _ = fs::remove_dir(&self.0);
+            }
+        }
+        let dir = Made(find_root().unwrap().join(format!("adit-members-{}", std::process::id())));
+        fs::create_dir(&dir.0).unwrap();
+        let mut list = Processes::open(&dir.0).unwrap();
         let mut seen = vec![list.list()];
         let mut process = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
-        let moved = fs::write(dir.join("cgroup.procs"), process.id().to_string());
+        let moved = fs::write(dir.0.join("cgroup.procs"), process.id().to_string());
         seen.push(list.list());
         process.kill().and_then(|()| process.wait()).unwrap();
         seen.push(list.list());
-        fs::remove_dir(&dir).unwrap();
+        drop(dir);
         seen.push(list.list());
         moved.unwrap();
         let pid = i32::try_from(process.id()).unwrap();
