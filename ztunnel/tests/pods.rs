@@ -12,12 +12,14 @@ use bed::{Bed, Pod, read_all, read_line, wait_for};
 use nix::sys::signal::Signal;
 use ztunnel_api::zds::{AddWorkload, workload_request::Payload};
 
-/// Whether the tunnel listens in the pod.
+/// Whether the tunnel listens in the pod: on all ports or on none. They are opened and closed one after the other, and a
+/// look may come in between.
 fn is_served(pod: &Pod) -> bool {
-    let listeners = pod.space.output("ss", &["-Htln"]);
-    let ports = ["15001", "15006", "15008"].map(|port| listeners.matches(&format!(":{port} ")).count());
-    assert!(ports.iter().all(|&count| count == ports[0]), "all ports or none:\n{listeners}");
-    ports[0] > 0
+    wait_for("all ports or none", || {
+        let listeners = pod.space.output("ss", &["-Htln"]);
+        let ports = ["15001", "15006", "15008"].map(|port| listeners.matches(&format!(":{port} ")).count());
+        ports.iter().all(|&count| count == ports[0]).then_some(ports[0] > 0)
+    })
 }
 
 #[test]
