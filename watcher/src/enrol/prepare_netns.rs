@@ -21,9 +21,7 @@ use std::{
 
 use rtnetlink::{
     RouteMessageBuilder,
-    packet_core::{
-        NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkBuffer, NetlinkMessage, NetlinkPayload,
-    },
+    packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         route::{RouteMessage, RouteScope, RouteType},
@@ -151,14 +149,8 @@ fn talk(requests: &[Request], flags: u16, expected: &[i32]) -> io::Result<()> {
     let mut answered = 0;
     let mut problem = None;
     while answered < requests.len() {
-        answers.clear();
-        socket.recv(&mut answers, 0)?;
-        let mut rest = answers.as_slice();
-        while let Ok(buffer) = NetlinkBuffer::new_checked(rest) {
-            let length = buffer.length() as usize;
-            let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&rest[..length])
-                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
-            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        for answer in netlink::receive::<RouteNetlinkMessage>(&socket, &mut answers)? {
+            let answer = answer?;
             let NetlinkPayload::Error(error) = answer.payload else { continue };
             answered += 1;
             let request = requests.get(answer.header.sequence_number as usize);

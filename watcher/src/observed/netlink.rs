@@ -1,4 +1,4 @@
-//! Lists that the kernel gives by netlink, of the calling thread's netns.
+//! Talking to the kernel by netlink, in the calling thread's netns: lists, and the answers to anything else.
 
 use std::io;
 
@@ -38,15 +38,8 @@ where
     socket.send(&packet, 0)?;
     let mut answers = Vec::with_capacity(LARGEST);
     loop {
-        answers.clear();
-        socket.recv(&mut answers, 0)?;
-        let mut rest = answers.as_slice();
-        while let Ok(buffer) = NetlinkBuffer::new_checked(rest) {
-            let length = buffer.length() as usize;
-            let answer = NetlinkMessage::<M>::deserialize(&rest[..length])
-                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
-            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-            match answer.payload {
+        for answer in receive(socket, &mut answers)? {
+            match answer?.payload {
                 NetlinkPayload::InnerMessage(answer) => take(answer),
                 NetlinkPayload::Done(_) => return Ok(()),
                 NetlinkPayload::Error(error) => return Err(error.to_io()),
@@ -54,4 +47,21 @@ where
             }
         }
     }
+}
+
+/// Waits for answers, which have to fit into `buffer`: the kernel drops the rest of what does not.
+pub fn receive<'a, M: NetlinkDeserializable + 'a>(
+    socket: &Socket,
+    buffer: &'a mut Vec<u8>,
+) -> io::Result<impl Iterator<Item = io::Result<NetlinkMessage<M>>> + 'a> {
+    buffer.clear();
+    socket.recv(buffer, 0)?;
+    let mut rest = buffer.as_slice();
+    Ok(std::iter::from_fn(move || {
+        let length = NetlinkBuffer::new_checked(rest).ok()?.length() as usize;
+        let answer = NetlinkMessage::deserialize(&rest[..length])
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()));
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some(answer)
+    }))
 }
