@@ -97,10 +97,9 @@ fn transparent_connection(pod: &Pod, cgroup: &Path) -> (TcpStream, TcpStream) {
     (near.unwrap(), accepted)
 }
 
-#[test]
-#[ignore = "loads eBPF, needs root: make test"]
-fn a_netns_stays_prepared_while_a_connection_rests_on_it() {
-    let mut bed = Bed::new();
+/// A pod that left the mesh while the tunnel has a connection to its application, which the watcher waits for; its
+/// traces from before it was in the mesh; the connection's two ends.
+fn left_with_a_connection(bed: &mut Bed) -> (usize, String, FakeTunnel, (TcpStream, TcpStream)) {
     let pod = bed.pod("a");
     let before = bed.pods[pod].traces();
     // No tunnel listens here: only a pod that fails open can be dialled.
@@ -109,14 +108,21 @@ fn a_netns_stays_prepared_while_a_connection_rests_on_it() {
     let tunnel = bed.tunnel();
     tunnel.take_snapshot();
     bed.wait_state(pod, "open", "");
-    let (mut near, mut far) = transparent_connection(&bed.pods[pod], &bed.cgroup.join("tunnel"));
-
+    let ends = transparent_connection(&bed.pods[pod], &bed.cgroup.join("tunnel"));
     bed.write_pods(&[false], "");
     assert_eq!(tunnel.take(), Told::Del("uid-a".to_owned()));
     wait_for("the watcher to see the connection", || {
         let waits_for = bed.status()["lingering"][0]["waits_for"].clone();
         (waits_for == "1 open connections of the tunnel").then_some(())
     });
+    (pod, before, tunnel, ends)
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_netns_stays_prepared_while_a_connection_rests_on_it() {
+    let mut bed = Bed::new();
+    let (pod, before, _tunnel, (mut near, mut far)) = left_with_a_connection(&mut bed);
     assert!(bed.pods[pod].is_prepared());
     let mut buffer = [0; 4];
     near.write_all(b"ping").unwrap();
@@ -134,20 +140,7 @@ fn a_netns_stays_prepared_while_a_connection_rests_on_it() {
 #[ignore = "loads eBPF, needs root: make test"]
 fn nothing_waits_for_the_connections_of_a_deleted_pod() {
     let mut bed = Bed::new();
-    let pod = bed.pod("a");
-    let before = bed.pods[pod].traces();
-    bed.write_pods(&[true], "  failMode: open\n");
-    bed.start(&[]);
-    let tunnel = bed.tunnel();
-    tunnel.take_snapshot();
-    bed.wait_state(pod, "open", "");
-    let _open = transparent_connection(&bed.pods[pod], &bed.cgroup.join("tunnel"));
-    bed.write_pods(&[false], "");
-    assert_eq!(tunnel.take(), Told::Del("uid-a".to_owned()));
-    wait_for("the watcher to see the connection", || {
-        let waits_for = bed.status()["lingering"][0]["waits_for"].clone();
-        (waits_for == "1 open connections of the tunnel").then_some(())
-    });
+    let (pod, before, _tunnel, _open) = left_with_a_connection(&mut bed);
     bed.pods[pod].end();
     wait_for("nothing to be waited for", || {
         (bed.status()["lingering"] == serde_json::json!([])).then_some(())
