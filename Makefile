@@ -27,7 +27,7 @@ bench: setup ## direct against through the mesh, side by side; PEER_BIN=… besi
 	@$(CARGO) build --release --locked --workspace --bins --quiet
 	@$(CARGO) run --release --locked --quiet -p watcher --example bench
 
-bench-labels: setup ## from a label at a real API server to open pods and back, ROUNDS=… of 1, 20 and 60 pods (root)
+bench-labels: setup ## from a label at a real API server to open pods and back, ROUNDS=… of PODS="1 20 60" (root)
 	@$(CARGO) build --release --locked -p watcher --bins --quiet
 	@$(CARGO) run --release --locked --quiet -p watcher --example labels
 

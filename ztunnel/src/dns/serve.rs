@@ -110,7 +110,7 @@ async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) 
     tokio::pin!(last);
     loop {
         tokio::select! {
-            // Not by what the runtime knows to be readable: that is behind what the kernel has.
+            // Not `try_recv_from`, which looks only at what the runtime was told, and leaves what came since.
             received = udp.recv_from(&mut buffer) => match received {
                 Ok((length, client)) => pod_dns.datagram(&udp, &buffer[..length], client, &mut tasks),
                 Err(_) => break,
