@@ -4,7 +4,7 @@
 //! its record would stay for ever. Lies in a folder that a reboot empties, as everything it tells of.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
     fs, io,
     path::{Path, PathBuf},
 };
@@ -65,11 +65,22 @@ impl Records {
     /// Notes netns, all in one write; the first record of each stays, since by the second one the sysctls'
     /// values are ours.
     pub fn add_netns(&mut self, records: impl IntoIterator<Item = (u64, NetnsRecord)>) -> io::Result<()> {
-        let before = self.content.netns.len();
+        let mut new = Vec::new();
         for (cookie, record) in records {
-            self.content.netns.entry(cookie).or_insert(record);
+            if let Entry::Vacant(place) = self.content.netns.entry(cookie) {
+                place.insert(record);
+                new.push(cookie);
+            }
         }
-        if self.content.netns.len() == before { Ok(()) } else { self.save() }
+        if new.is_empty() {
+            return Ok(());
+        }
+        // What is not on disk is not noted.
+        self.save().inspect_err(|_| {
+            for cookie in new {
+                self.content.netns.remove(&cookie);
+            }
+        })
     }
 
     /// Forgets netns, all in one write.
@@ -131,6 +142,22 @@ mod tests {
         again.remove_netns([7]).unwrap();
         again.remove_tunnel(5).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "an empty record leaves no file");
+    }
+
+    #[test]
+    fn what_could_not_be_written_is_not_noted() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("gone");
+        fs::create_dir(&folder).unwrap();
+        let mut records = Records::open(&folder).unwrap();
+        fs::remove_dir(&folder).unwrap();
+        for _ in 0..2 {
+            records.add_netns([(7, record("0"))]).unwrap_err();
+            assert!(records.netns().is_empty());
+        }
+        fs::create_dir(&folder).unwrap();
+        records.add_netns([(7, record("0"))]).unwrap();
+        assert_eq!(Records::open(&folder).unwrap().netns().len(), 1);
     }
 
     #[test]
