@@ -36,7 +36,7 @@ use crate::{
     observed::{
         cgroups::{self, CgroupId},
         events::{self, SourceKind},
-        netns::{self, NetnsId},
+        netns::{self, NetnsId, Visitors},
     },
     reconcile::{HBONE_PORT, INBOUND_PORT, NAMES_PORT, OUTBOUND_PORT, Plan, Reason, address16},
 };
@@ -153,6 +153,7 @@ struct Node {
     settings: Settings,
     /// Netns that no pod may claim.
     host: BTreeSet<NetnsId>,
+    visitors: Visitors,
     own_cgroup: Option<PathBuf>,
     source_name: String,
     source_error: Option<String>,
@@ -168,6 +169,7 @@ struct Node {
     metrics: Arc<Metrics>,
     /// Netns that were opened when their pods were looked at, by cookie, until they were acted on.
     opened: BTreeMap<u64, Arc<OwnedFd>>,
+    unlisted: listened::Unlisted,
     /// When everything is compared again, since something could not be done.
     all_due: Option<Instant>,
     /// Whether other directories may have to be watched.
@@ -175,6 +177,8 @@ struct Node {
     /// Pods by the ids of their cgroups.
     by_cgroup: HashMap<CgroupId, String>,
     applied: Plan,
+    /// Pods that something was done for, until it is noted what became of them.
+    to_note: BTreeSet<String>,
     /// What could not be done for the node as a whole.
     unsettled: Vec<String>,
     last_policy: u32,
@@ -223,6 +227,10 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
         node.act();
         if node.is_ready() {
             node.tunnels.welcome(&node.applied.workloads);
+        }
+        // Telling comes after doing: a pod that a tunnel has just taken need not be told of as waiting for it.
+        if zds_events.is_empty() && source.updates.is_empty() {
+            node.note_states();
         }
         node.metrics.set_tunnels(node.tunnels.len());
         node.metrics.set_ready(node.is_ready());
@@ -363,6 +371,7 @@ impl Node {
             records,
             settings,
             host: netns::host(),
+            visitors: Visitors::new().map_err(cannot("start the threads that visit netns"))?,
             source_name: source.name.clone(),
             source_error: None,
             source_since: unix_secs(),
@@ -374,10 +383,12 @@ impl Node {
             events: EventCounts::default(),
             metrics,
             opened: BTreeMap::new(),
+            unlisted: listened::Unlisted::default(),
             all_due: None,
             dirs_changed: true,
             by_cgroup: HashMap::new(),
             applied,
+            to_note: BTreeSet::new(),
             unsettled: Vec::new(),
             last_policy,
             adopted: Some(adopted),
@@ -392,7 +403,7 @@ impl Node {
     /// When something is due next.
     fn wake(&self, next_scan: Instant) -> Instant {
         let now = Instant::now();
-        [self.all_due, self.tunnels.next_retry(), self.next_lingering(now)]
+        [self.all_due, self.tunnels.next_retry(), self.next_lingering(now), self.unlisted.due()]
             .into_iter()
             .chain(self.pods.all().flat_map(|known| [known.next_look, known.lenient_until]))
             .flatten()

@@ -3,7 +3,7 @@
 //! * [`Kernel`]: everything that one node has in the kernel, pinned in one folder of a bpffs
 //! * [`Trace`]: the verdicts, while somebody watches
 //! * [`Lifecycle`]: what happens to cgroups and processes
-//! * [`own_netns_cookie`]: which netns this thread is in, on old kernels too
+//! * [`own_netns_cookie`], [`own_netns_cookie_by`]: which netns this thread is in, on old kernels too
 //! * [`preflight`]: what this machine lacks, asked without leaving a trace
 //! * [`KernelError`]: what was tried, on what, and what helps
 //!
@@ -26,6 +26,6 @@ mod trace;
 pub use error::KernelError;
 pub use kernel::Kernel;
 pub use lifecycle::{Lifecycle, LifecycleEvent};
-pub use netns_cookie::own_netns_cookie;
+pub use netns_cookie::{own_netns_cookie, own_netns_cookie_by};
 pub use remove::Removed;
 pub use trace::Trace;

@@ -6,7 +6,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
     sync::OnceLock,
 };
@@ -29,7 +29,12 @@ use crate::{
 /// Before Linux 5.14 this attaches a program to this process's own cgroup for the moment of the call, which takes the
 /// capabilities that the other programs take.
 pub fn own_netns_cookie() -> io::Result<u64> {
-    match sys::netns_cookie(new_socket()?.as_fd()) {
+    own_netns_cookie_by(new_socket()?.as_fd())
+}
+
+/// The same, where the caller has a socket of that netns already, of whatever family.
+pub fn own_netns_cookie_by(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    match sys::netns_cookie(socket) {
         Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => noted_cookie(),
         outcome => outcome,
     }

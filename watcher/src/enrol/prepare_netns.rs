@@ -13,12 +13,17 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{File, OpenOptions},
-    io::{self, Read as _, Write as _},
+    fs::File,
+    io::{self, Read as _},
     net::{Ipv4Addr, Ipv6Addr},
-    os::fd::BorrowedFd,
+    os::{fd::BorrowedFd, unix::fs::FileExt as _},
 };
 
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, openat},
+    sys::stat::Mode,
+};
 use rtnetlink::{
     RouteMessageBuilder,
     packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
@@ -41,46 +46,86 @@ const MARK: u32 = 0x539;
 const TABLE: u32 = MARK;
 /// Before everything but the kernel's own `local` rule (0).
 const PRIORITY: u32 = 1337;
-/// Each is set to 1; those of TCP are for both families. A node may have no IPv6 at all.
-const SYSCTLS: [&str; 4] = [
-    "/proc/sys/net/ipv4/tcp_fwmark_accept",
-    "/proc/sys/net/ipv4/tcp_migrate_req",
-    "/proc/sys/net/ipv4/fwmark_reflect",
-    "/proc/sys/net/ipv6/fwmark_reflect",
+/// Folders, and what in them is set to 1; those of TCP are for both families.
+const SYSCTLS: [(&str, &[&str]); 2] = [
+    ("/proc/sys/net/ipv4", &["tcp_fwmark_accept", "tcp_migrate_req", "fwmark_reflect"]),
+    ("/proc/sys/net/ipv6", &["fwmark_reflect"]),
 ];
 
-/// The present values of the sysctls that we set, by path.
-pub fn sysctls(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<BTreeMap<String, String>> {
-    visitor.enter(netns, || {
-        let mut values = BTreeMap::new();
-        for path in SYSCTLS {
-            match read(path) {
-                Ok(text) => drop(values.insert(path.to_owned(), text.trim().to_owned())),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(at(path, &error)),
+/// The sysctls that we set, of one netns, each with its value.
+///
+/// They stay open from reading to writing, and are opened by their folder: every netns has its own `net/ipv4`, and the
+/// kernel goes through all of those by the same name to find one (`proc_sys_compare`), which takes longer than all
+/// else the more pods there are.
+#[derive(Debug)]
+pub struct Sysctls(Vec<Sysctl>);
+
+#[derive(Debug)]
+struct Sysctl {
+    path: String,
+    file: File,
+    value: String,
+}
+
+impl Sysctls {
+    /// Those of `netns`, as they are now.
+    pub fn of(visitor: &Visitor<'_>, netns: BorrowedFd<'_>) -> io::Result<Self> {
+        visitor.enter(netns, Self::own)
+    }
+
+    /// Those of the calling thread's netns. A node may have no IPv6 at all, and an older kernel not all of them.
+    fn own() -> io::Result<Self> {
+        let mut found = Vec::new();
+        for (dir, names) in SYSCTLS {
+            let open =
+                |path: &str, flags: OFlag| nix::fcntl::open(path, flags | OFlag::O_CLOEXEC, Mode::empty());
+            let folder = match open(dir, OFlag::O_PATH | OFlag::O_DIRECTORY) {
+                Err(Errno::ENOENT) => continue,
+                folder => folder.map_err(|error| at(dir, &error.into()))?,
+            };
+            for name in names {
+                let path = format!("{dir}/{name}");
+                match openat(&folder, *name, OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()) {
+                    Err(Errno::ENOENT) => {}
+                    Err(error) => return Err(at(&path, &error.into())),
+                    Ok(file) => {
+                        let mut sysctl = Sysctl { path, file: file.into(), value: String::new() };
+                        sysctl.read().map_err(|error| at(&sysctl.path, &error))?;
+                        found.push(sysctl);
+                    }
+                }
             }
         }
-        Ok(values)
-    })
-}
+        Ok(Self(found))
+    }
 
-fn read(path: &str) -> io::Result<String> {
-    let mut value = [0; 64];
-    let length = File::open(path)?.read(&mut value)?;
-    Ok(String::from_utf8_lossy(&value[..length]).into_owned())
-}
+    /// By path.
+    pub fn values(&self) -> BTreeMap<String, String> {
+        self.0.iter().map(|sysctl| (sysctl.path.clone(), sysctl.value.clone())).collect()
+    }
 
-fn set(path: &str, value: &str) -> io::Result<()> {
-    // Not to be created: asking for that makes the kernel lock the directory, which all who prepare a netns share.
-    let open = OpenOptions::new().write(true).open(path);
-    match open.and_then(|mut file| file.write_all(value.as_bytes())) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result.map_err(|error| at(path, &error)),
+    /// Sets those that `value` gives a value for.
+    fn set<'a>(&self, value: impl Fn(&str) -> Option<&'a str>) -> io::Result<()> {
+        let others = |sysctl: &&Sysctl| value(&sysctl.path).is_some_and(|value| sysctl.value != value);
+        self.0.iter().filter(others).try_for_each(|sysctl| {
+            let value = value(&sysctl.path).unwrap_or_default();
+            // A sysctl is written from its beginning, and whole.
+            sysctl.file.write_all_at(value.as_bytes(), 0).map_err(|error| at(&sysctl.path, &error))
+        })
     }
 }
 
-/// Prepares `netns`. Done again it changes nothing. `v6`: whether IPv6 has to work there.
-pub fn prepare(visitor: &Visitor, netns: BorrowedFd<'_>, v6: bool) -> io::Result<()> {
+impl Sysctl {
+    fn read(&mut self) -> io::Result<()> {
+        let mut text = [0; 64];
+        let length = self.file.read(&mut text)?;
+        String::from_utf8_lossy(&text[..length]).trim().clone_into(&mut self.value);
+        Ok(())
+    }
+}
+
+/// Prepares `netns`, whose sysctls are `sysctls`. Done again it changes nothing. `v6`: whether IPv6 has to work there.
+pub fn prepare(visitor: &Visitor<'_>, netns: BorrowedFd<'_>, sysctls: &Sysctls, v6: bool) -> io::Result<()> {
     visitor.enter(netns, || {
         let mut requests = Vec::new();
         for family in [Family::V4, Family::V6] {
@@ -90,7 +135,7 @@ pub fn prepare(visitor: &Visitor, netns: BorrowedFd<'_>, v6: bool) -> io::Result
             requests.push(Request::new("route", RouteNetlinkMessage::NewRoute(family.route()), optional));
         }
         talk(&requests, NLM_F_CREATE | NLM_F_EXCL, &[libc::EEXIST])?;
-        SYSCTLS.iter().try_for_each(|path| set(path, "1"))
+        sysctls.set(|_| Some("1"))
     })
 }
 
@@ -106,8 +151,7 @@ pub fn restore(netns: BorrowedFd<'_>, sysctls: &BTreeMap<String, String>) -> io:
         let absent = [libc::ENOENT, libc::ESRCH, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
         talk(&requests, 0, &absent)?;
         // Of those that are ours: the record is a file.
-        let mut ours = sysctls.iter().filter(|(path, _)| SYSCTLS.contains(&path.as_str()));
-        ours.try_for_each(|(path, value)| set(path, value))
+        Sysctls::own()?.set(|path| sysctls.get(path).map(String::as_str))
     })
 }
 

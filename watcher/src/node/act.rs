@@ -20,10 +20,15 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     desired::Pod,
-    enrol::{hand_over::Event, prepare_netns, publish, records::NetnsRecord, undo},
+    enrol::{
+        hand_over::Event,
+        prepare_netns::{self, Sysctls},
+        publish,
+        records::NetnsRecord,
+        undo,
+    },
     observed::{
         cgroup_path,
-        listeners::listening,
         netns::{self, Visitor},
         processes,
     },
@@ -79,6 +84,7 @@ impl Node {
             }
         }
         self.opened.clear();
+        self.list_new(now);
         self.settle_lingering();
         if self.tracing.as_ref().is_some_and(super::asked::Tracing::is_over) {
             self.stop_tracing();
@@ -110,7 +116,7 @@ impl Node {
         };
         self.execute(steps(&applied, &whole));
         self.all_due = (!self.unsettled.is_empty()).then(|| now + AGAIN);
-        self.note_states(uids, now);
+        self.to_note.extend(uids.iter().cloned());
         self.dirs_changed = true;
     }
 
@@ -290,41 +296,35 @@ impl Node {
                 Err(error) => problems.push((netns.uid.clone(), error)),
             }
         }
-        // Noted before the change, and all at once: writing a file for each would take longer than the rest.
-        let noted = self.records.netns();
-        let unnoted: Vec<_> = open.iter().filter(|(cookie, ..)| !noted.contains_key(cookie)).collect();
-        let before =
-            netns::visit_each(&unnoted, |visitor, (_, _, fd)| prepare_netns::sysctls(visitor, fd.as_fd()));
-        let mut records = Vec::new();
-        for ((cookie, netns, _), before) in unnoted.into_iter().zip(before) {
-            match before {
-                Ok(sysctls_before) => {
-                    let (id, uid) = (netns.id, netns.uid.clone());
-                    records.push((*cookie, NetnsRecord { id, uid, sysctls_before }));
+        let sysctls = self.visitors.visit_each(&open, |visitor, (_, _, fd)| Sysctls::of(visitor, fd.as_fd()));
+        let (mut records, mut readable) = (Vec::new(), Vec::new());
+        for ((cookie, netns, fd), sysctls) in open.into_iter().zip(sysctls) {
+            match sysctls {
+                Ok(sysctls) => {
+                    let (id, uid, sysctls_before) = (netns.id, netns.uid.clone(), sysctls.values());
+                    records.push((cookie, NetnsRecord { id, uid, sysctls_before }));
+                    readable.push((cookie, netns, fd, sysctls));
                 }
                 Err(error) => problems.push((netns.uid.clone(), error)),
             }
         }
+        // Noted before the change, and all at once: writing a file for each would take longer than the rest.
         if let Err(error) = self.records.add_netns(records) {
             let text = format!("cannot note the netns in {}: {error}", self.config.run_dir.display());
-            problems.extend(
-                open.drain(..).map(|(_, netns, _)| (netns.uid.clone(), io::Error::other(text.clone()))),
-            );
+            let unnoted = readable.drain(..);
+            problems
+                .extend(unnoted.map(|(_, netns, ..)| (netns.uid.clone(), io::Error::other(text.clone()))));
         }
-        open.retain(|(cookie, ..)| self.records.netns().contains_key(cookie));
-        self.begin_listened(open.iter().map(|(cookie, ..)| *cookie));
-        let results = netns::visit_each(&open, |visitor: &Visitor, (_, netns, fd)| {
-            prepare_netns::prepare(visitor, fd.as_fd(), netns.v6)
-                .map(|()| visitor.enter(fd.as_fd(), listening))
-        });
+        self.list_later(readable.iter().map(|(cookie, _, fd, _)| (*cookie, Arc::clone(fd))));
+        let results =
+            self.visitors.visit_each(&readable, |visitor: &Visitor<'_>, (_, netns, fd, sysctls)| {
+                prepare_netns::prepare(visitor, fd.as_fd(), sysctls, netns.v6)
+            });
         let mut prepared = BTreeMap::new();
-        for ((cookie, netns, fd), result) in open.into_iter().zip(results) {
+        for ((cookie, netns, fd, _), result) in readable.into_iter().zip(results) {
             self.lingering.remove(&cookie);
             match result {
-                Ok(found) => {
-                    self.complete_listened(cookie, &found);
-                    prepared.insert(cookie, fd);
-                }
+                Ok(()) => drop(prepared.insert(cookie, fd)),
                 Err(error) => problems.push((netns.uid.clone(), error)),
             }
         }

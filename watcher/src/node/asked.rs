@@ -4,7 +4,6 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
-    time::Instant,
 };
 
 use adit_ebpf_common::{
@@ -198,13 +197,14 @@ impl Node {
         }
     }
 
-    /// Tells the source what became of `uids`, and takes the time of those that are open now.
-    pub fn note_states(&mut self, uids: &BTreeSet<String>, now: Instant) {
+    /// Tells the source what became of the pods that something was done for, and takes the time of those that are open
+    /// now.
+    pub fn note_states(&mut self) {
         for state in self.pods.gone_states.drain(..) {
             self.metrics.pod(Some(state), None);
         }
         let mut outcomes = std::mem::take(&mut self.outcomes);
-        for uid in uids {
+        for uid in &std::mem::take(&mut self.to_note) {
             let Some(known) = self.pods.get(uid) else {
                 if let Some(listener) = &self.listener {
                     outcomes.tell(listener, uid, None);
@@ -228,7 +228,7 @@ impl Node {
             if state == State::Open
                 && let Some(asked_at) = known.asked_at.take()
             {
-                let took = now.saturating_duration_since(asked_at) + now.elapsed();
+                let took = asked_at.elapsed();
                 self.metrics.enrolled_after(took.as_secs_f64());
                 debug!(uid, took_us = took.as_micros(), "pod open");
             }

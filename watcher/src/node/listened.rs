@@ -8,11 +8,12 @@
 //! known of a netns, nobody is refused there.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::IpAddr,
     os::fd::{AsFd as _, OwnedFd},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use adit_ebpf_common::pods::ListenerKey;
@@ -21,7 +22,7 @@ use tracing::{debug, warn};
 
 use crate::observed::{
     listeners::{Listening, listening},
-    netns::visit_each,
+    netns::Visitors,
 };
 
 use super::{Node, chain};
@@ -29,10 +30,52 @@ use super::{Node, chain};
 /// A netns, open.
 pub type Open = (u64, Arc<OwnedFd>);
 
+/// How long a tunnel may take to serve new pods before it is asked anyway who listens there. Their netns are open so long.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// Netns of new pods, whose listeners have still to be asked for.
+#[derive(Debug, Default)]
+pub struct Unlisted {
+    netns: BTreeMap<u64, Arc<OwnedFd>>,
+    until: Option<Instant>,
+}
+
+impl Unlisted {
+    pub fn due(&self) -> Option<Instant> {
+        self.until
+    }
+}
+
 impl Node {
+    /// Has the programs note who begins to listen in `netns`, and leaves it for later to ask who does already: asking goes
+    /// through the listeners of all netns of the node (`tcp_diag_dump`), and nobody comes before a tunnel serves the pod.
+    pub fn list_later(&mut self, netns: impl IntoIterator<Item = Open>) {
+        for (cookie, fd) in netns {
+            self.begin_listened([cookie]);
+            self.unlisted.netns.insert(cookie, fd);
+            self.unlisted.until.get_or_insert_with(|| Instant::now() + PATIENCE);
+        }
+    }
+
+    /// Asks, once a tunnel serves all of those pods.
+    pub fn list_new(&mut self, now: Instant) {
+        let Some(until) = self.unlisted.until else { return };
+        // Who left again meanwhile has nothing noted.
+        self.unlisted.netns.retain(|cookie, _| self.applied.netns.contains_key(cookie));
+        let is_served = |cookie| self.applied.netns.get(cookie).is_some_and(|of| self.tunnels.serve(&of.uid));
+        if until > now && !self.unlisted.netns.keys().all(is_served) {
+            return;
+        }
+        let netns: Vec<Open> = std::mem::take(&mut self.unlisted).netns.into_iter().collect();
+        let found = ask(&self.visitors, &netns);
+        for ((cookie, _), found) in netns.iter().zip(&found) {
+            self.complete_listened(*cookie, found);
+        }
+    }
+
     /// From here on the programs note what begins to listen there. To be called before the kernel is asked for what
     /// listens already.
-    pub fn begin_listened(&mut self, cookies: impl IntoIterator<Item = u64>) {
+    fn begin_listened(&mut self, cookies: impl IntoIterator<Item = u64>) {
         for cookie in cookies {
             let count = ListenerKey::about(cookie, ListenerKey::COUNT);
             if let Err(error) = self.kernel.set_listened(&count, 0) {
@@ -42,7 +85,7 @@ impl Node {
     }
 
     /// Notes what the kernel listed for a netns: it is everything there is.
-    pub fn complete_listened(&mut self, cookie: u64, found: &io::Result<BTreeSet<Listening>>) {
+    fn complete_listened(&mut self, cookie: u64, found: &io::Result<BTreeSet<Listening>>) {
         let complete = ListenerKey::about(cookie, ListenerKey::COMPLETE);
         let noted = match found {
             Ok(found) if found.len() <= ListenerKey::MOST_LISTENED as usize => {
@@ -76,9 +119,9 @@ impl Node {
     }
 
     /// Brings what is noted up to date with what listens in `netns`.
-    pub fn scan_listened(&mut self, netns: &[Open]) {
+    fn scan_listened(&mut self, netns: &[Open]) {
         self.begin_listened(netns.iter().map(|(cookie, _)| *cookie));
-        let found = ask(netns);
+        let found = ask(&self.visitors, netns);
         for ((cookie, _), found) in netns.iter().zip(&found) {
             self.complete_listened(*cookie, found);
         }
@@ -101,7 +144,7 @@ impl Node {
                 again.push((*cookie, Arc::clone(fd)));
             }
         }
-        let found = ask(&again);
+        let found = ask(&self.visitors, &again);
         for ((cookie, _), found) in again.iter().zip(&found) {
             self.complete_listened(*cookie, found);
         }
@@ -124,6 +167,6 @@ impl Node {
     }
 }
 
-fn ask(netns: &[Open]) -> Vec<io::Result<BTreeSet<Listening>>> {
-    visit_each(netns, |visitor, (_, fd)| visitor.enter(fd.as_fd(), listening))
+fn ask(visitors: &Visitors, netns: &[Open]) -> Vec<io::Result<BTreeSet<Listening>>> {
+    visitors.visit_each(netns, |visitor, (_, fd)| visitor.enter(fd.as_fd(), listening))
 }

@@ -18,7 +18,7 @@ use crate::{
         Observed, cgroup_path,
         cgroups::{self, CgroupId},
         events::Event,
-        netns::{self, NetnsId},
+        netns::NetnsId,
         processes::{self, Look, Sightings},
     },
     reconcile::{Netns, Verdict, judge},
@@ -205,7 +205,7 @@ impl Node {
                 Some((dir, &known.judged.pod.addresses, &known.sightings))
             })
             .collect();
-        let found = netns::visit_each(&known, |visitor, (dir, addresses, sightings)| {
+        let found = self.visitors.visit_each(&known, |visitor, (dir, addresses, sightings)| {
             processes::observe(visitor, dir, addresses, host, sightings)
         });
         for ((uid, dir), found) in to_visit.into_iter().zip(found) {

@@ -3,8 +3,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
-    io::{self, Read as _, Seek as _},
-    os::unix::fs::MetadataExt,
+    io,
+    os::unix::fs::{FileExt as _, MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -110,19 +110,32 @@ impl Processes {
 
     /// Those that are in it now; none when it is gone by now. A process outside this pid namespace shows as 0 and is
     /// left out.
-    pub fn list(&mut self) -> Vec<i32> {
-        let mut text = String::new();
-        // From the beginning the kernel goes through the members anew (`cgroup_procs_start`).
-        if self.0.rewind().and_then(|()| self.0.read_to_string(&mut text)).is_err() {
-            return Vec::new();
-        }
+    pub fn list(&self) -> Vec<i32> {
+        let text = self.read().unwrap_or_default();
         text.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid != 0).collect()
+    }
+
+    /// From the beginning, where the kernel goes through the members anew (`cgroup_procs_start`). Not by `read_to_string`, which
+    /// asks for a size that such a file does not have.
+    fn read(&self) -> io::Result<String> {
+        let (mut text, mut filled) = (vec![0; 4096], 0);
+        loop {
+            match self.0.read_at(&mut text[filled..], filled as u64)? {
+                0 => break,
+                length => filled += length,
+            }
+            if filled == text.len() {
+                text.resize(2 * filled, 0);
+            }
+        }
+        text.truncate(filled);
+        String::from_utf8(text).map_err(io::Error::other)
     }
 }
 
 /// The processes directly in the cgroup `dir`; none where it is gone.
 pub fn processes(dir: &Path) -> Vec<i32> {
-    Processes::open(dir).map(|mut processes| processes.list()).unwrap_or_default()
+    Processes::open(dir).map(|processes| processes.list()).unwrap_or_default()
 }
 
 /// The pods' directories below `base`, by uid. Of two with one uid, which no kubelet makes, the one that
@@ -204,7 +217,7 @@ mod tests {
         }
         let dir = Made(find_root().unwrap().join(format!("adit-members-{}", std::process::id())));
         fs::create_dir(&dir.0).unwrap();
-        let mut list = Processes::open(&dir.0).unwrap();
+        let list = Processes::open(&dir.0).unwrap();
         let mut seen = vec![list.list()];
         let mut process = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
         let moved = fs::write(dir.0.join("cgroup.procs"), process.id().to_string());

@@ -10,22 +10,27 @@ use std::{
         unix::fs::MetadataExt,
     },
     path::PathBuf,
-    sync::atomic::{AtomicUsize, Ordering},
     thread,
 };
 
-use adit_ebpf_loader::own_netns_cookie;
+use adit_ebpf_loader::{own_netns_cookie, own_netns_cookie_by};
 use nix::{sched::CloneFlags, sys::stat::fstat};
+use rayon::{
+    ThreadPool, ThreadPoolBuilder,
+    iter::{IndexedParallelIterator as _, IntoParallelRefIterator as _, ParallelIterator as _},
+};
 use rtnetlink::{
     packet_route::{
         RouteNetlinkMessage,
         address::{AddressAttribute, AddressMessage},
     },
-    sys::protocols::NETLINK_ROUTE,
+    sys::{Socket, protocols::NETLINK_ROUTE},
 };
 use serde::{Deserialize, Serialize};
 
 use super::netlink;
+
+const MOST_VISITORS: usize = 4;
 
 /// The interface index of `lo`, which is the first one of every netns.
 pub const LO: u32 = 1;
@@ -74,44 +79,61 @@ pub fn run_in<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<
     })
 }
 
-/// A thread that goes from netns to netns and does nothing in between: what it finds where it was not sent
-/// to is never believed, since each piece of work begins by entering. It ends with its work.
+/// Threads that go from netns to netns. A few: entering netns is mostly waiting for the kernel's locks, so more of them
+/// would only wait for each other.
 #[derive(Debug)]
-pub struct Visitor(());
+pub struct Visitors {
+    threads: ThreadPool,
+    home: OwnedFd,
+}
 
-impl Visitor {
-    /// Runs `work` inside `netns`.
-    pub fn enter<T>(&self, netns: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        nix::sched::setns(netns, CloneFlags::CLONE_NEWNET)?;
-        work()
+impl Visitors {
+    /// At home where the calling thread is.
+    pub fn new() -> io::Result<Self> {
+        let named = ThreadPoolBuilder::new().thread_name(|number| format!("visitor-{number}"));
+        let cores = thread::available_parallelism().map_or(MOST_VISITORS, usize::from);
+        let threads = named.num_threads(cores.min(MOST_VISITORS)).build().map_err(io::Error::other)?;
+        Ok(Self { threads, home: File::open("/proc/thread-self/ns/net")?.into() })
+    }
+
+    /// Does `work` for every item and gives the results in the items' order.
+    pub fn visit_each<I: Sync, T: Send>(
+        &self,
+        items: &[I],
+        work: impl Fn(&Visitor<'_>, &I) -> T + Sync,
+    ) -> Vec<T> {
+        if items.is_empty() {
+            return Vec::new();
+        }
+        let visitor = Visitor { home: &self.home };
+        self.threads.install(|| items.par_iter().with_max_len(1).map(|item| work(&visitor, item)).collect())
     }
 }
 
-/// Does `work` for every item, by as many visitors as there are cores, and gives the results in the items' order.
-/// Entering netns is mostly waiting for the kernel's locks, so more of them would only wait for each other.
-pub fn visit_each<I: Send + Sync, T: Send>(items: &[I], work: impl Fn(&Visitor, &I) -> T + Sync) -> Vec<T> {
-    let next = AtomicUsize::new(0);
-    let cores = thread::available_parallelism().map_or(2, usize::from);
-    let mut results: Vec<(usize, T)> = thread::scope(|scope| {
-        let visit = || {
-            let (visitor, mut done) = (Visitor(()), Vec::new());
-            loop {
-                let i = next.fetch_add(1, Ordering::Relaxed);
-                let Some(item) = items.get(i) else { return done };
-                done.push((i, work(&visitor, item)));
-            }
-        };
-        let threads: Vec<_> = (0..cores.min(items.len())).map(|_| scope.spawn(visit)).collect();
-        threads.into_iter().flat_map(|thread| thread.join().expect("a visitor does not panic")).collect()
-    });
-    results.sort_by_key(|(i, _)| *i);
-    results.into_iter().map(|(_, result)| result).collect()
+/// What one of these threads can do.
+#[derive(Debug)]
+pub struct Visitor<'a> {
+    home: &'a OwnedFd,
+}
+
+impl Visitor<'_> {
+    /// Runs `work` inside `netns`. It goes home after it, since a netns lives on while a thread is in it; nothing is ever
+    /// done where it happens to be, since all work begins by entering.
+    pub fn enter<T>(&self, netns: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        nix::sched::setns(netns, CloneFlags::CLONE_NEWNET)?;
+        let result = work();
+        nix::sched::setns(self.home, CloneFlags::CLONE_NEWNET)?;
+        result
+    }
 }
 
 /// Enters `netns` and asks it.
-pub fn facts(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<NetnsFacts> {
+pub fn facts(visitor: &Visitor<'_>, netns: BorrowedFd<'_>) -> io::Result<NetnsFacts> {
     let id = id(netns)?;
-    visitor.enter(netns, || Ok(NetnsFacts { id, cookie: own_netns_cookie()?, addresses: own_addresses()? }))
+    visitor.enter(netns, || {
+        let socket = netlink::socket(NETLINK_ROUTE)?;
+        Ok(NetnsFacts { id, cookie: own_netns_cookie_by(socket.as_fd())?, addresses: addresses(&socket)? })
+    })
 }
 
 /// The cookie of `netns`.
@@ -119,13 +141,12 @@ pub fn cookie(netns: BorrowedFd<'_>) -> io::Result<u64> {
     run_in(netns, own_netns_cookie)
 }
 
-/// The addresses of the calling thread's netns by which others reach it. Not by getifaddrs(3), which has all interfaces
+/// The addresses of `socket`'s netns by which others reach it. Not by getifaddrs(3), which has all interfaces
 /// described too, and takes three times as long.
-fn own_addresses() -> io::Result<Vec<IpAddr>> {
+fn addresses(socket: &Socket) -> io::Result<Vec<IpAddr>> {
     let mut addresses = Vec::new();
-    let socket = netlink::socket(NETLINK_ROUTE)?;
     let all = RouteNetlinkMessage::GetAddress(AddressMessage::default());
-    netlink::dump(&socket, all, |answer| {
+    netlink::dump(socket, all, |answer| {
         if let RouteNetlinkMessage::NewAddress(message) = answer
             && message.header.index != LO
             && let Some(address) = ip_of(&message.attributes).filter(is_reachable)
@@ -229,7 +250,7 @@ mod tests {
         });
         let netns = netns.join().unwrap().unwrap();
         // On a thread of its own, which ends where it was sent.
-        let mut addresses = run_in(netns.as_fd(), own_addresses).unwrap();
+        let mut addresses = run_in(netns.as_fd(), || addresses(&netlink::socket(NETLINK_ROUTE)?)).unwrap();
         addresses.sort_unstable();
         let expected: Vec<IpAddr> =
             ["10.1.0.2", "10.2.0.2", "fd01::2"].iter().map(|ip| ip.parse().unwrap()).collect();

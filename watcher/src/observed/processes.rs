@@ -50,8 +50,8 @@ fn members(cgroups: &BTreeMap<PathBuf, CgroupId>, pod_dir: &Path) -> Vec<Pinned>
         name.is_some_and(|name| cgroup_path::below(name) == Below::Conmon)
     };
     let dirs = cgroups.keys().filter(|dir| !is_conmon(dir));
-    let mut lists: Vec<Processes> = dirs.filter_map(|dir| Processes::open(dir).ok()).collect();
-    let mut list = || lists.iter_mut().flat_map(Processes::list).collect::<BTreeSet<_>>();
+    let lists: Vec<Processes> = dirs.filter_map(|dir| Processes::open(dir).ok()).collect();
+    let list = || lists.iter().flat_map(Processes::list).collect::<BTreeSet<_>>();
     let pinned: Vec<Pinned> = list().into_iter().filter_map(|pid| Pinned::new(pid).ok()).collect();
     if pinned.is_empty() {
         return pinned;
@@ -83,7 +83,7 @@ pub struct Look {
 /// Looks at the pod whose directory is `cgroup`, and whose netns has to hold `addresses`. Each netns is entered every
 /// time: neither its id nor its addresses may be taken from memory, since both come back with other pods.
 pub fn observe(
-    visitor: &Visitor,
+    visitor: &Visitor<'_>,
     cgroup: &Path,
     addresses: &BTreeSet<IpAddr>,
     host: &BTreeSet<NetnsId>,
