@@ -39,6 +39,11 @@ fn report(what: &str, times: &mut [Duration]) {
     println!("{what:<34} p50 {:>7.1} ms   p99 {:>7.1} ms   max {:>7.1} ms", at(50), at(99), at(100));
 }
 
+/// Waits until what became of so many pods is written back, which should not meet the next request: it would not in real life.
+fn written_back(pods: usize) {
+    std::thread::sleep(Duration::from_millis(300 + 20 * pods as u64));
+}
+
 fn main() {
     if labelled::probe() {
         return;
@@ -57,8 +62,7 @@ fn main() {
                     times.extend(flip.took);
                     requests.push(flip.requested);
                 }
-                // What is written back meanwhile should not meet the next request, as it would not in real life.
-                std::thread::sleep(Duration::from_millis(pods as u64 * 20));
+                written_back(pods);
             }
         }
         failures.extend(labelled.failures());
@@ -71,7 +75,7 @@ fn main() {
             for _ in 0..rounds {
                 for (is_on, sampled) in [(true, &mut on), (false, &mut off)] {
                     failures.extend(labelled.sample(is_on, WITHIN, sampled));
-                    std::thread::sleep(Duration::from_millis(pods as u64 * 20));
+                    written_back(pods);
                 }
             }
             report_sampled(&format!("{pods} labelled, by one connection"), &mut on);

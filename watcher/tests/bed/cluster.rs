@@ -108,6 +108,8 @@ impl Bed {
         let cgroup2 = cgroup2_mount();
         let cgroup = cgroup2.join(&id);
         let dir = tempfile::Builder::new().prefix(&format!("{id}-")).tempdir().expect("temporary folder");
+        // In memory, as a node's /run is: what is noted there is no work for a disk.
+        run(&format!("mount -t tmpfs tmpfs {}", dir.path().display()));
         let bpffs = dir.path().join("bpf");
         fs::create_dir(&bpffs).expect("folder");
         run(&format!("mount -t bpf bpf {}", bpffs.display()));
@@ -442,7 +444,10 @@ impl Drop for Bed {
         for node in &self.nodes {
             run_quietly(&format!("ip netns del {}", node.netns));
         }
-        run_quietly(&format!("umount {}", self.bpffs().display()));
+        for mount in [self.bpffs().as_path(), self.dir.path()] {
+            // Lazily: a program that is still ending may hold its log.
+            run_quietly(&format!("umount --lazy {}", mount.display()));
+        }
         remove_cgroups(&self.cgroup);
     }
 }
