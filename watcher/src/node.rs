@@ -7,13 +7,14 @@
 //! * `lingering`: netns of pods that left, while connections still need them
 //! * `listened`: which ports others may dial
 //! * `asked`: what commands want to know
+//! * `config`: what it was told to do
 //!
 //! Everything runs on one thread, so nothing here needs a lock.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs, io,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     os::fd::OwnedFd,
     path::PathBuf,
     sync::Arc,
@@ -30,7 +31,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     control,
-    desired::{FailMode, Outcome, Outcomes, Source, exclusions::Exclusions},
+    desired::{Outcome, Outcomes, Source, exclusions::Exclusions},
     enrol::{hand_over, records::Records},
     metrics::{self, Metrics},
     observed::{
@@ -43,6 +44,7 @@ use crate::{
 
 mod act;
 mod asked;
+mod config;
 mod lingering;
 mod listened;
 mod look;
@@ -51,7 +53,7 @@ mod tunnels;
 
 use self::pods::Pods;
 
-pub use self::asked::TraceLine;
+pub use self::{asked::TraceLine, config::Config};
 
 /// How many events are taken before they are acted on.
 const EVENTS_AT_ONCE: usize = 4096;
@@ -59,35 +61,6 @@ const EVENTS_AT_ONCE: usize = 4096;
 /// again at least every 15 s, and carry on meanwhile. Counted from the first word of the source, before which no
 /// tunnel can be told of a pod.
 const ADOPTION: Duration = Duration::from_secs(20);
-
-/// All that the watcher is told.
-#[derive(Clone, Debug)]
-pub struct Config {
-    pub node: String,
-    pub zds_socket: PathBuf,
-    pub status_socket: PathBuf,
-    /// Where this node's maps and links are pinned.
-    pub pins: PathBuf,
-    pub cgroup_root: PathBuf,
-    /// Where the pods' programs are attached.
-    pub attach: PathBuf,
-    /// This node's run directory.
-    pub run_dir: PathBuf,
-    pub fail_mode: FailMode,
-    /// The source of events; `None`: the best that works.
-    pub events: Option<SourceKind>,
-    /// Whether the pods' DNS queries go to the tunnel, unless a pod asks otherwise.
-    pub dns_capture: bool,
-    /// Only queries to these, three at most. None: all.
-    pub dns_resolvers: Vec<IpAddr>,
-    /// Where metrics and readiness are served.
-    pub metrics_address: Option<SocketAddr>,
-    /// How often everything is scanned, which makes up for lost events and for what others did to our maps, and finds
-    /// ports that nobody listens on any more.
-    pub rescan: Duration,
-    /// Undo everything at the end.
-    pub detach: bool,
-}
 
 /// Why the watcher could not start or go on.
 #[derive(Debug, thiserror::Error)]
