@@ -4,7 +4,6 @@ use std::{
     fmt::Write as _,
     fs,
     path::{Path, PathBuf},
-    process::{Output, Stdio},
     sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
@@ -13,73 +12,11 @@ use tempfile::TempDir;
 
 use super::{
     ca::CarelessCa,
+    cgroups::{cgroup2_mount, remove_cgroups},
     node::Node,
-    process::{Process, placed_inside, run, run_quietly, wait_for},
+    pod::{Enrol, Pod},
+    process::{Process, run, run_quietly, wait_for},
 };
-
-/// Whether a pod carries the label that enrols it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Enrol {
-    Mesh,
-    Plain,
-}
-
-#[derive(Clone, Debug)]
-pub struct Pod {
-    pub name: String,
-    pub node: usize,
-    pub netns: String,
-    /// The container's cgroup; its parent is the pod's.
-    pub cgroup: PathBuf,
-    pub v4: String,
-    pub v6: String,
-    pub enrol: Enrol,
-    /// The versions of service `web` have it: `web` is served by these pods.
-    pub serves_web: bool,
-    pub fail_open: bool,
-    /// The node's process, where the node is a container.
-    pub inside: Option<u32>,
-}
-
-impl Pod {
-    pub fn uid(&self) -> String {
-        format!("uid-{}", self.name)
-    }
-
-    /// Runs a program in the pod until it ends.
-    pub fn exec(&self, program: &[&str]) -> Output {
-        self.placed(program).stderr(Stdio::piped()).output().expect("bash")
-    }
-
-    /// Starts a program in the pod.
-    pub fn spawn(&self, name: &str, program: &[&str], log: &Path) -> Process {
-        Process::spawn(name, self.placed(program), log)
-    }
-
-    fn placed(&self, program: &[&str]) -> std::process::Command {
-        placed_inside(self.inside, &self.cgroup, &self.netns, program)
-    }
-
-    /// Ends the pod as a kubelet does: its processes, then its cgroups, then its netns.
-    pub fn end(&self) {
-        remove_cgroups(self.cgroup.parent().expect("pod cgroup"));
-        run_quietly(&format!("ip netns del {}", self.netns));
-    }
-
-    /// GETs `url`: the body, or what curl said.
-    pub fn curl(&self, url: &str) -> Result<String, String> {
-        let output = self.exec(&["curl", "-sS", "--noproxy", "*", "-m", "10", url]);
-        if output.status.success() {
-            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-        } else {
-            Err(format!(
-                "curl exits {}: {}",
-                output.status.code().unwrap_or(-1),
-                String::from_utf8_lossy(&output.stderr).trim()
-            ))
-        }
-    }
-}
 
 #[derive(Debug)]
 pub struct Bed {
@@ -418,13 +355,6 @@ fn replace(path: &Path, content: &str) {
     fs::rename(&next, path).expect("rename");
 }
 
-/// Where cgroup2 is mounted: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` beside the controllers of v1.
-pub fn cgroup2_mount() -> PathBuf {
-    let mounts = fs::read_to_string("/proc/self/mounts").expect("/proc/self/mounts");
-    let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"));
-    mount.and_then(|line| line.split(' ').nth(1)).expect("cgroup2 is mounted nowhere").into()
-}
-
 impl Drop for Bed {
     fn drop(&mut self) {
         if std::thread::panicking() {
@@ -449,28 +379,5 @@ impl Drop for Bed {
             run_quietly(&format!("umount --lazy {}", mount.display()));
         }
         remove_cgroups(&self.cgroup);
-    }
-}
-
-/// Ends what is left in the cgroups below `top` (only ours are), then removes them, leaves first.
-fn remove_cgroups(top: &Path) {
-    for entry in fs::read_dir(top).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            remove_cgroups(&entry.path());
-        }
-    }
-    for _ in 0..200 {
-        for pid in fs::read_to_string(top.join("cgroup.procs")).unwrap_or_default().lines() {
-            if let Ok(pid) = pid.parse() {
-                let _ = nix::sys::signal::kill(
-                    nix::unistd::Pid::from_raw(pid),
-                    nix::sys::signal::Signal::SIGKILL,
-                );
-            }
-        }
-        if fs::remove_dir(top).is_ok() || !top.exists() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(10));
     }
 }

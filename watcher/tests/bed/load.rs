@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    cluster::Pod,
+    pod::Pod,
     process::{Process, wait_for},
 };
 

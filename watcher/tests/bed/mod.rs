@@ -11,11 +11,14 @@
 #![allow(dead_code, unused_imports, reason = "each program that includes this uses a part of it")]
 
 pub mod ca;
+pub mod cgroups;
 pub mod cluster;
 pub mod interrupt;
 pub mod load;
 pub mod node;
+pub mod pod;
 pub mod process;
 
-pub use cluster::{Bed, Enrol, Pod};
+pub use cluster::Bed;
+pub use pod::{Enrol, Pod};
 pub use process::wait_for;
