@@ -17,16 +17,16 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, Bytes};
 use h2::{Reason, RecvStream, SendStream};
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
 use crate::{config::Limits, record::Counters};
 
-/// Buffers start here and grow while reads fill them.
-const SMALL: usize = 16 << 10;
-const LARGE: usize = 256 << 10;
+mod adaptive;
+
+use self::adaptive::{Adaptive, LARGE};
 
 /// Why copying ended before both sides were done.
 #[derive(Debug, thiserror::Error)]
@@ -210,43 +210,6 @@ async fn both(
         }
     }
     Ok(())
-}
-
-/// A read buffer that grows while reads fill it and gives up its memory when they stop doing so.
-struct Adaptive {
-    buffer: BytesMut,
-    size: usize,
-}
-
-impl Adaptive {
-    fn new() -> Self {
-        Self { buffer: BytesMut::new(), size: SMALL }
-    }
-
-    /// One read of at most `limit` bytes; `Ok(None)`: nothing there yet. Empty bytes: the end.
-    fn read(&mut self, socket: &TcpStream, limit: usize) -> io::Result<Option<Bytes>> {
-        if self.buffer.capacity() < self.size / 4 {
-            self.buffer = BytesMut::with_capacity(self.size);
-        }
-        let room = self.buffer.capacity().min(limit);
-        match socket.try_read_buf(&mut (&mut self.buffer).limit(room)) {
-            Ok(n) => {
-                if n == self.size.min(limit) {
-                    self.size = (self.size * 2).min(LARGE);
-                } else if n < self.size / 8 && self.size > SMALL {
-                    self.size /= 2;
-                }
-                Ok(Some(self.buffer.split().freeze()))
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if self.buffer.capacity() > SMALL {
-                    self.buffer = BytesMut::new(); // an idle connection holds no large buffer
-                }
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
-    }
 }
 
 async fn socket_to_stream(
@@ -461,131 +424,4 @@ async fn socket_to_socket(from: &TcpStream, to: &TcpStream, moved: impl Fn(u64))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use tokio::{
-        io::{AsyncReadExt, AsyncWriteExt},
-        net::TcpListener,
-        task::{LocalSet, spawn_local},
-    };
-
-    const LIMITS: Limits = Limits { half_closed: Duration::from_mins(1), idle: None };
-
-    async fn sockets() -> (TcpStream, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let dialled = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        (dialled, listener.accept().await.unwrap().0)
-    }
-
-    /// An application socket whose other end is carried over HTTP/2, and the peer's half of that stream.
-    async fn carried()
-    -> (TcpStream, (SendStream<Bytes>, RecvStream), tokio::task::JoinHandle<Result<(), StreamError>>) {
-        let (near, far) = tokio::io::duplex(1 << 20);
-        let (mut requests, connection) = h2::client::handshake(near).await.unwrap();
-        spawn_local(connection);
-        let server = spawn_local(async move {
-            let mut connection = h2::server::handshake(far).await.unwrap();
-            let (request, mut respond) = connection.accept().await.unwrap().unwrap();
-            let send = respond.send_response(http::Response::new(()), false).unwrap();
-            spawn_local(async move { while connection.accept().await.is_some() {} });
-            (send, request.into_body())
-        });
-        let request = http::Request::builder().method("CONNECT").uri("a:1").body(()).unwrap();
-        let (response, send) = requests.send_request(request, false).unwrap();
-        let recv = response.await.unwrap().into_body();
-        let (application, ours) = sockets().await;
-        let task = spawn_local(async move {
-            let counters = Counters::default();
-            let result = tunnel(
-                ours,
-                Stream::new(send, recv),
-                SocketIs::Client,
-                &counters,
-                LIMITS,
-                std::future::pending(),
-            )
-            .await;
-            drop(requests);
-            result
-        });
-        (application, server.await.unwrap(), task)
-    }
-
-    #[tokio::test]
-    async fn reset_stream_resets_the_socket_and_cancel_ends_it() {
-        let test = async {
-            for (reason, reset) in
-                [(Reason::CONNECT_ERROR, true), (Reason::INTERNAL_ERROR, true), (Reason::CANCEL, false)]
-            {
-                let (mut application, (mut send, _recv), task) = carried().await;
-                send.send_data(Bytes::from_static(b"half"), false).unwrap();
-                application.read_exact(&mut [0; 4]).await.unwrap();
-                send.send_reset(reason);
-                let end = application.read(&mut [0]).await.map_err(|error| error.kind());
-                assert_eq!(end, if reset { Err(io::ErrorKind::ConnectionReset) } else { Ok(0) }, "{reason}");
-                assert_eq!(task.await.unwrap().is_err(), reset, "{reason}");
-            }
-        };
-        LocalSet::new().run_until(test).await;
-    }
-
-    #[tokio::test]
-    async fn reset_socket_resets_the_stream_and_so_does_a_task_that_is_cut() {
-        let test = async {
-            for cut in [false, true] {
-                let (mut application, (_send, mut recv), task) = carried().await;
-                application.write_all(b"half").await.unwrap();
-                assert_eq!(recv.data().await.unwrap().unwrap(), "half");
-                if cut {
-                    task.abort();
-                } else {
-                    crate::socket::reset(application);
-                }
-                let error = recv.data().await.unwrap().unwrap_err();
-                assert_eq!(error.reason(), Some(Reason::CONNECT_ERROR), "cut: {cut}");
-            }
-        };
-        LocalSet::new().run_until(test).await;
-    }
-
-    #[tokio::test]
-    async fn reader_that_stands_still_stops_the_writer() {
-        let test = async {
-            let (mut application, (_send, recv), task) = carried().await;
-            let mut written = 0;
-            let chunk = vec![0; 1 << 16];
-            let endless = async {
-                loop {
-                    written += application.write(&chunk).await.unwrap();
-                }
-            };
-            // Nobody reads `recv`: the stream's window, one send buffer and the kernel's buffers fill up, no more.
-            let _ = tokio::time::timeout(Duration::from_millis(300), endless).await;
-            assert!(written < 16 << 20, "{written} bytes went nowhere");
-            drop((recv, task));
-        };
-        LocalSet::new().run_until(test).await;
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn silent_is_cut_in_the_end_half_closed_or_not_as_the_limits_say() {
-        let day = Duration::from_hours(24);
-        for (half_closed, idle, shut, expected) in [
-            (day, None, true, Some("half-closed and silent for 86400s")),
-            (day, Some(Duration::from_secs(9)), true, Some("half-closed and silent for 9s")),
-            (day, Some(Duration::from_secs(9)), false, Some("silent for 9s")),
-            (day, None, false, None),
-        ] {
-            let ((mut client, near), (_server, far)) = (sockets().await, sockets().await);
-            if shut {
-                client.shutdown().await.unwrap();
-            }
-            let (counters, limits) = (Counters::default(), Limits { half_closed, idle });
-            let relayed = relay(near, far, &counters, limits, std::future::pending());
-            let result = tokio::time::timeout(3 * day, relayed).await;
-            let said = result.ok().map(|result| result.unwrap_err().to_string());
-            assert_eq!(said.is_some(), expected.is_some());
-            assert!(said.unwrap_or_default().starts_with(expected.unwrap_or_default()), "{expected:?}");
-        }
-    }
-}
+mod tests;
