@@ -1,0 +1,249 @@
+//! What a peer sees on 15008: statuses, policies, TLS.
+
+#[path = "../bed/mod.rs"]
+mod bed;
+mod pool;
+mod tls;
+
+use std::{
+    collections::HashMap,
+    io::{ErrorKind, Read, Write},
+    net::SocketAddr,
+    process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bed::{Bed, LIMIT, Pod, Tunnel, read_all, read_line};
+use http::{Method, Request, StatusCode};
+use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
+use ztunnel::{
+    config::{Config, H2},
+    hbone::client,
+    identity::{Certificates, Identity},
+};
+
+/// A peer of the mesh that can be told to misbehave, with certificates of the bed's CA.
+struct Probe {
+    runtime: tokio::runtime::Runtime,
+    certificates: Arc<Certificates>,
+    h2: H2,
+    /// Whether replies are expected to tell about the server.
+    told: bool,
+}
+
+impl Probe {
+    fn new(bed: &Bed) -> Self {
+        let vars = HashMap::from([("DEVELOPMENT_CA_DIR".to_owned(), bed.ca_dir().display().to_string())]);
+        let config = Config::from_vars(vars).expect("config");
+        let certificates = Certificates::new(&config).expect("CA");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+        runtime.spawn(Arc::clone(&certificates).run(CancellationToken::new()));
+        Self { runtime, certificates, h2: config.h2, told: true }
+    }
+
+    /// Sends one request from `pod` as `who`: the answer's status and headers, or how it failed.
+    fn ask(
+        &self,
+        pod: &Pod,
+        who: &str,
+        server: &Pod,
+        method: Method,
+        authority: &str,
+    ) -> Result<StatusCode, String> {
+        let local = tokio::task::LocalSet::new();
+        let peer = server.at(15008);
+        let expected = identity(&server.name);
+        let asking = async {
+            let credentials =
+                self.certificates.get(&who.parse().expect("identity")).await.expect("certificate");
+            let socket = dial(pod, peer);
+            let tunnel = client::handshake(socket, peer, credentials.client(&[expected]), &self.h2).await;
+            let tunnel = tunnel.map_err(|error| error.to_string())?;
+            let driver = tokio::task::spawn_local(tunnel.driver);
+            let mut requests = tunnel.requests.ready().await.map_err(|error| error.to_string())?;
+            let request = Request::builder().method(method).uri(authority).body(()).expect("request");
+            let (response, _send) =
+                requests.send_request(request, false).map_err(|error| error.to_string())?;
+            let response = response.await.map_err(|error| error.to_string())?;
+            if response.status() == StatusCode::OK && self.told {
+                let baggage = response.headers()["baggage"].to_str().expect("text");
+                assert_eq!(
+                    baggage,
+                    format!(
+                        "k8s.cluster.name=Kubernetes,k8s.namespace.name=demo,k8s.deployment.name={name},\
+                         service.name={name},service.version=v1",
+                        name = server.name
+                    )
+                );
+            } else {
+                let refused = response.status() != StatusCode::OK;
+                assert_eq!(response.body().is_end_stream(), refused, "{response:?}");
+                assert!(response.headers().is_empty(), "{response:?}");
+            }
+            driver.abort();
+            Ok(response.status())
+        };
+        let limited = async { tokio::time::timeout(LIMIT, asking).await.expect("an answer in time") };
+        self.runtime.block_on(local.run_until(limited))
+    }
+
+    fn connect(&self, pod: &Pod, who: &str, server: &Pod, authority: &str) -> Result<StatusCode, String> {
+        self.ask(pod, who, server, Method::CONNECT, authority)
+    }
+}
+
+fn identity(name: &str) -> Identity {
+    format!("spiffe://cluster.local/ns/demo/sa/{name}").parse().expect("identity")
+}
+
+fn dial(pod: &Pod, peer: SocketAddr) -> TcpStream {
+    let stream = pod.space.connect(peer);
+    stream.set_nonblocking(true).expect("non-blocking");
+    TcpStream::from_std(stream).expect("runtime")
+}
+
+/// For namespace `demo`, by service account.
+fn policy(name: &str, action: &str, accounts: &str) -> String {
+    let principals: Vec<_> =
+        accounts.split(", ").map(|name| format!("cluster.local/ns/demo/sa/{name}")).collect();
+    format!(
+        "- name: {name}\n  namespace: demo\n  scope: Namespace\n  action: {action}\n  \
+         rules: [[[{{principals: [{}]}}]]]\n",
+        principals.join(", ")
+    )
+}
+
+const CLIENT: &str = "spiffe://cluster.local/ns/demo/sa/client";
+
+/// A bed with a peer that nobody captures, and one served pod with an echo on 8080.
+fn served(policies: &str) -> (Bed, Pod, Pod, Tunnel) {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.plain("a", "client"), bed.enrolled("a", "server"));
+    bed.policies.push_str(policies);
+    bed.services.push_str(
+        "- name: web\n  namespace: demo\n  hostname: web.demo.svc.cluster.local\n  vips: [\"/10.96.0.1\"]\n  \
+         ports: {80: 8080, 81: 0}\n",
+    );
+    bed.add_to_last_workload(
+        "  services:\n    demo/web.demo.svc.cluster.local:\n      80: 8080\n      81: 8080\n",
+    );
+    server.serve_double_echo(8080);
+    let node = bed.node("a", &[&server]);
+    (bed, client, server, node)
+}
+
+/// A client on node a whose tunnel has these variables, and a server on node b.
+fn pooled(variables: &[(&str, &str)]) -> (Bed, Pod, Pod, [Tunnel; 2]) {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("b", "server"));
+    server.serve_double_echo(8080);
+    let mut a = Tunnel::start_with(&bed, "a", bed.space("a"), variables);
+    assert_eq!((a.agent().add(&client), a.agent().snapshot()), (String::new(), String::new()));
+    a.wait_ready();
+    let b = bed.node("b", &[&server]);
+    (bed, client, server, [a, b])
+}
+
+fn greeted(client: &Pod, server: &Pod) -> std::net::TcpStream {
+    let mut stream = client.space.connect(server.at(8080));
+    read_line(&mut stream).expect("greeting");
+    stream
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn connect_is_answered_by_what_it_asks_for() {
+    let (bed, client, server, node) = served("");
+    let probe = Probe::new(&bed);
+    let ip = server.ip;
+    for (authority, status) in [
+        (format!("{ip}:8080"), StatusCode::OK),
+        ("web.demo.svc.cluster.local:80".to_owned(), StatusCode::OK),
+        // A port that the service names, and each workload maps by itself.
+        ("web.demo.svc.cluster.local:81".to_owned(), StatusCode::OK),
+        ("10.77.0.99:8080".to_owned(), StatusCode::BAD_REQUEST),
+        (format!("{ip}:9"), StatusCode::SERVICE_UNAVAILABLE),
+        (format!("{ip}:15001"), StatusCode::SERVICE_UNAVAILABLE),
+        (format!("{ip}:15006"), StatusCode::SERVICE_UNAVAILABLE),
+        (format!("{ip}:15008"), StatusCode::SERVICE_UNAVAILABLE),
+        ("unknown.demo.svc.cluster.local:80".to_owned(), StatusCode::SERVICE_UNAVAILABLE),
+        ("web.demo.svc.cluster.local:82".to_owned(), StatusCode::SERVICE_UNAVAILABLE),
+        (format!("{ip}"), StatusCode::BAD_REQUEST),
+    ] {
+        assert_eq!(probe.connect(&client, CLIENT, &server, &authority), Ok(status), "{authority}");
+    }
+    let get = probe.ask(&client, CLIENT, &server, Method::GET, &format!("https://{ip}:8080/"));
+    assert_eq!(get, Ok(StatusCode::BAD_REQUEST));
+    for text in [
+        "ip mismatch: 10.77.0.2 != 10.77.0.99",
+        "attempted recursive call to ourselves",
+        "expected method CONNECT, got GET",
+        "no valid authority pseudo header",
+        "no service or workload for hostname",
+        "cannot resolve port",
+        "connection failed: Connection refused",
+    ] {
+        node.records(1, &[text]);
+    }
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn policies_decide_by_identity() {
+    let allow = policy("allow", "Allow", "client, evil");
+    let deny = policy("deny", "Deny", "evil");
+    let (bed, client, server, node) = served(&format!("{allow}{deny}"));
+    let probe = Probe::new(&bed);
+    let authority = server.at(8080).to_string();
+    let ask = |who: &str| {
+        probe.connect(&client, &format!("spiffe://cluster.local/ns/demo/sa/{who}"), &server, &authority)
+    };
+    assert_eq!(ask("client"), Ok(StatusCode::OK));
+    assert_eq!(ask("stranger"), Ok(StatusCode::UNAUTHORIZED));
+    node.records(1, &["allow policies exist, but none allowed"]);
+    assert_eq!(ask("evil"), Ok(StatusCode::UNAUTHORIZED));
+    node.records(1, &["explicitly denied by: demo/deny"]);
+    // Plaintext is nobody, so nobody allows it.
+    assert_eq!(client.space.refusal(server.at(8080)), ErrorKind::ConnectionReset);
+    assert_eq!(node.records(2, &["none allowed"]).len(), 2);
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn change_of_policy_cuts_what_it_forbids() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("b", "server"));
+    server.serve_double_echo(8080);
+    let (_a, b) = (bed.node("a", &[&client]), bed.node("b", &[&server]));
+    let mut stream = client.space.connect(server.at(8080));
+    read_line(&mut stream).expect("greeting");
+    bed.policies.push_str(&policy("deny", "Deny", "client"));
+    bed.publish();
+    assert!(stream.read_exact(&mut [0]).is_err(), "the connection is cut");
+    b.records(1, &["connection closed due to policy change"]);
+    assert_eq!(client.space.refusal(server.at(8080)), ErrorKind::ConnectionReset);
+    bed.policies.clear();
+    bed.publish();
+    bed::wait_for("the policy to go", || {
+        client.space.try_connect(server.at(8080)).and_then(|mut stream| read_line(&mut stream)).ok()
+    });
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn where_baggage_is_switched_off_replies_tell_nothing() {
+    let mut bed = Bed::new();
+    let (client, server) = (bed.plain("a", "client"), bed.enrolled("a", "server"));
+    server.serve_double_echo(8080);
+    let mut node = Tunnel::start_with(&bed, "a", bed.space("a"), &[("ENABLE_RESPONSE_BAGGAGE", "false")]);
+    assert_eq!((node.agent().add(&server), node.agent().snapshot()), (String::new(), String::new()));
+    node.wait_ready();
+    let mut probe = Probe::new(&bed);
+    probe.told = false;
+    assert_eq!(probe.connect(&client, CLIENT, &server, &server.at(8080).to_string()), Ok(StatusCode::OK));
+}
