@@ -75,14 +75,7 @@ fn killed_at_any_moment_the_watcher_comes_back_to_the_right_state() {
     let (kills, pods) = (count("ADIT_KILLS", 6), 8);
     let uids: Vec<String> = (0..pods).map(uid).collect();
     let networks: Vec<Network> = (0..pods).map(|number| Network::new(&bed, number)).collect();
-    let _processes: Vec<Reaped> = networks
-        .iter()
-        .zip(&uids)
-        .map(|(network, uid)| {
-            let dir = pods_dir(&bed).join(format!("pod{uid}/main"));
-            Reaped(start_in(network, &dir, "exec sleep infinity"))
-        })
-        .collect();
+    let _processes = start_each(&bed, &networks, &uids);
     for round in 0..kills {
         // Half of the pods change with every round, and the watcher dies somewhere in the middle of it.
         publish(&bed, &uids[round % 2 * pods / 2..][..pods / 2], true, "");

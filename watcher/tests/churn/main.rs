@@ -86,6 +86,15 @@ fn start_in(network: &Network, container: &Path, then: &str) -> Child {
         .expect("nsenter")
 }
 
+/// A pod that lasts in each of these.
+fn start_each(bed: &Bed, networks: &[Network], uids: &[String]) -> Vec<Reaped> {
+    let start = |(network, uid): (&Network, &String)| {
+        let dir = pods_dir(bed).join(format!("pod{uid}/main"));
+        Reaped(start_in(network, &dir, "exec sleep infinity"))
+    };
+    networks.iter().zip(uids).map(start).collect()
+}
+
 fn remove(pod: &Path) {
     for dir in [pod.join("main"), pod.to_owned()] {
         wait_for("a cgroup to be empty", || (!dir.exists() || fs::remove_dir(&dir).is_ok()).then_some(()));
@@ -240,14 +249,7 @@ fn sixty_labels_at_once_take_milliseconds() {
     let pods = count("ADIT_LABELS", 60);
     let uids: Vec<String> = (0..pods).map(uid).collect();
     let networks: Vec<Network> = (0..pods).map(|number| Network::new(&bed, number)).collect();
-    let _processes: Vec<Reaped> = networks
-        .iter()
-        .zip(&uids)
-        .map(|(network, uid)| {
-            let dir = pods_dir(&bed).join(format!("pod{uid}/main"));
-            Reaped(start_in(network, &dir, "exec sleep infinity"))
-        })
-        .collect();
+    let _processes = start_each(&bed, &networks, &uids);
     publish(&bed, &uids, false, "");
     bed.start(&[]);
     let tunnel = bed.tunnel();
