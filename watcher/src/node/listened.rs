@@ -30,10 +30,10 @@ use super::{Node, chain};
 /// A netns, open.
 pub type Open = (u64, Arc<OwnedFd>);
 
-/// How long a tunnel may take to serve new pods before it is asked anyway who listens there. Their netns are open so long.
+/// How long new pods may wait for a tunnel before the kernel is asked anyway who listens there; their netns are open meanwhile.
 const PATIENCE: Duration = Duration::from_millis(100);
 
-/// Netns of new pods, whose listeners have still to be asked for.
+/// Netns of new pods, whose listeners have still to be asked for: until then nobody is refused there.
 #[derive(Debug, Default)]
 pub struct Unlisted {
     netns: BTreeMap<u64, Arc<OwnedFd>>,
