@@ -14,7 +14,6 @@ use std::{
     net::Shutdown,
     pin::pin,
     task::Poll,
-    time::Duration,
 };
 
 use bytes::{Buf, Bytes};
@@ -25,37 +24,11 @@ use tokio::net::TcpStream;
 use crate::{config::Limits, record::Counters};
 
 mod adaptive;
+mod error;
 
 use self::adaptive::{Adaptive, LARGE};
 
-/// Why copying ended before both sides were done.
-#[derive(Debug, thiserror::Error)]
-pub enum StreamError {
-    #[error("application connection broke")]
-    Socket(#[source] io::Error),
-    #[error("peer reset the stream: {0}")]
-    Reset(Reason),
-    #[error("tunnel broke")]
-    Tunnel(#[source] h2::Error),
-    #[error("half-closed and silent for {0:?} (stream.half_closed_limit)")]
-    HalfClosed(Duration),
-    #[error("silent for {0:?} (stream.idle_limit)")]
-    Idle(Duration),
-    #[error("cut")]
-    Cut,
-}
-
-impl StreamError {
-    /// A closed set, for logs and metrics.
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Self::HalfClosed(_) => "half_closed_limit",
-            Self::Idle(_) => "idle_limit",
-            // What was cut says by itself why.
-            Self::Socket(_) | Self::Reset(_) | Self::Tunnel(_) | Self::Cut => "broken",
-        }
-    }
-}
+pub use self::error::StreamError;
 
 /// Both halves of an HBONE stream. Dropped before [`finished`](Self::finished) it is reset, as the TCP
 /// connection that it stands for: h2 alone would say CANCEL, which peers take for an end.

@@ -1,9 +1,12 @@
-use super::*;
+use std::time::Duration;
+
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
     task::{LocalSet, spawn_local},
 };
+
+use super::*;
 
 const LIMITS: Limits = Limits { half_closed: Duration::from_mins(1), idle: None };
 
