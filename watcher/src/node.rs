@@ -3,6 +3,7 @@
 //! * `pods`: the pods that the source told of, and what is known of each
 //! * `look`: what is there of them
 //! * `act`: from what was seen to steps, and doing them
+//! * `prepare`: netns made ready for steering
 //! * `tunnels`: who is connected, and who acknowledged what
 //! * `lingering`: netns of pods that left, while connections still need them
 //! * `listened`: which ports others may dial
@@ -13,7 +14,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    fs, io,
+    fs,
     net::SocketAddr,
     os::fd::OwnedFd,
     path::PathBuf,
@@ -22,7 +23,7 @@ use std::{
 };
 
 use adit_ebpf_common::{address::UNSPECIFIED, pods::flag, settings::Settings};
-use adit_ebpf_loader::{Kernel, KernelError};
+use adit_ebpf_loader::Kernel;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
@@ -45,15 +46,18 @@ use crate::{
 mod act;
 mod asked;
 mod config;
+mod error;
 mod lingering;
 mod listened;
 mod look;
 mod pods;
+mod prepare;
 mod tunnels;
 
 use self::pods::Pods;
 
-pub use self::{asked::TraceLine, config::Config};
+pub(crate) use self::error::cannot;
+pub use self::{asked::TraceLine, config::Config, error::NodeError};
 
 /// How many events are taken before they are acted on.
 const EVENTS_AT_ONCE: usize = 4096;
@@ -62,28 +66,9 @@ const EVENTS_AT_ONCE: usize = 4096;
 /// tunnel can be told of a pod.
 const ADOPTION: Duration = Duration::from_secs(20);
 
-/// Why the watcher could not start or go on.
-#[derive(Debug, thiserror::Error)]
-pub enum NodeError {
-    #[error("cannot {what}")]
-    Io { what: String, source: io::Error },
-    #[error("{reason}")]
-    Events { reason: String },
-    #[error("{source_name} ended, which it never should; restart the watcher")]
-    SourceEnded { source_name: String },
-    #[error("cannot {what}")]
-    Kernel { what: &'static str, source: KernelError },
-}
-
 /// Now, as people and other programs count it.
 fn unix_secs() -> u64 {
     SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs())
-}
-
-/// Takes part of the blame from an [`io::Error`].
-pub(crate) fn cannot(what: impl Into<String>) -> impl FnOnce(io::Error) -> NodeError {
-    let what = what.into();
-    move |source| NodeError::Io { what, source }
 }
 
 /// What a predecessor left, while the tunnel has not come back yet.
