@@ -21,13 +21,16 @@ use tracing::warn;
 
 use crate::unix_socket::{Bound, SocketFile};
 
+pub mod explain;
+pub mod status;
+
 /// What can be asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
-    /// One [`crate::status::Status`].
+    /// One [`crate::control::status::Status`].
     Status,
-    /// One [`crate::explain::Explanation`]. `pod`: uid, name or namespace/name.
+    /// One [`crate::control::explain::Explanation`]. `pod`: uid, name or namespace/name.
     Explain { pod: String, destination: SocketAddr },
     /// Records until the asker hangs up; the programs are silent again then.
     Trace { pod: Option<String>, port: Option<u16>, address: Option<IpAddr> },

@@ -1,31 +1,38 @@
 //! The watcher: knows which processes are which pod, keeps the kernel's maps and links in step with
 //! that, and hands each enrolled pod's netns to the node's tunnel. It never touches traffic.
 //!
-//! * [`desired`]: what should be, from a source of pods
-//! * [`observed`]: what is there, from cgroups and `/proc`
-//! * [`reconcile`]: desired × observed × applied → steps; pure
-//! * [`enrol`]: how a step is done: netns, maps, links, hand-over to the tunnel (ZDS)
-//! * [`node`]: the loop that owns all state and drives the above
-//! * [`control`]: the socket by which commands ask a running watcher
-//! * [`metrics`]: what operators count, and readiness
-//! * [`status`], [`explain`]: what is asked
-//! * [`reason`]: why something is not as wished
-//! * [`unix_socket`]: sockets that replace a dead one and leave no file
+//! A module uses only modules below it in this list (a test checks it):
+//!
 //! * [`cli`]: one file per command
+//! * [`agent`]: the loop that owns all state and drives the rest
+//! * [`control`]: the socket by which commands ask a running watcher; status and explain
+//! * [`metrics`]: what operators count, and readiness
+//! * [`apply`]: does what the plan says: netns, maps, links, hand-over to the tunnel (ZDS)
+//! * [`plan`]: pods × observations × what is applied → steps; pure
+//! * [`source`]: where pods come from
+//! * [`observe`]: what is there, from cgroups and `/proc`
+//! * [`unix_socket`]: sockets that replace a dead one and leave no file
+//! * [`model`]: the values that all of them speak in
 //!
 //! Level-triggered: every event leads to a fresh look and a comparison, and a periodic scan makes up
 //! for events that were lost. An event can only make things faster.
 
+pub mod agent;
+pub mod apply;
 pub mod cli;
 pub mod control;
-pub mod desired;
-pub mod enrol;
-pub mod explain;
 pub mod metrics;
-pub mod node;
-pub mod observed;
-pub mod reason;
-pub mod reconcile;
-pub mod status;
+pub mod model;
+pub mod observe;
+pub mod plan;
+pub mod source;
 mod sys;
 pub mod unix_socket;
+
+#[cfg(test)]
+mod order {
+    #[test]
+    fn modules_use_only_what_stands_below_them() {
+        testbed::module_order::assert_one_way(env!("CARGO_MANIFEST_DIR"));
+    }
+}

@@ -31,7 +31,7 @@ use prometheus_client::{
 use tokio::{net::TcpListener, task::JoinHandle};
 use tracing::info;
 
-use crate::{observed::events::SourceKind, status::State};
+use crate::{model::state::State, observe::events::SourceKind};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct StateLabel {

@@ -1,6 +1,5 @@
 //! What operators ask the process: readiness, metrics, and on loopback only its state and its end.
 //!
-//! * [`readiness`]: what is still pending
 //! * [`overview`]: pods, connections, certificates and failures at a glance, as JSON; [`page`]: the same for a browser
 //! * [`dump`]: all that is known, under Istio's names
 //! * [`profile`]: where time and memory go
@@ -9,10 +8,8 @@ mod dump;
 mod overview;
 mod page;
 mod profile;
-mod readiness;
 
 pub use overview::Overview;
-pub use readiness::{Readiness, ReadyGuard};
 
 use std::{
     fmt, io,
@@ -35,7 +32,10 @@ use tokio_util::sync::CancellationToken;
 use tower_http::compression::CompressionLayer;
 use tracing::info;
 
-use crate::{config::Config, identity::Certificates, logging::Logging, mesh::Store, metrics::Metrics};
+use crate::{
+    config::Config, identity::Certificates, logging::Logging, mesh::Store, metrics::Metrics,
+    readiness::Readiness,
+};
 
 /// What the admin server shows and does.
 #[derive(Clone)]

@@ -1,47 +1,63 @@
 //! The node tunnel: carries the TCP connections of enrolled workloads over HBONE.
 //!
+//! A module uses only modules below it in this list (a test checks it):
+//!
+//! * [`admin`]: what operators see
+//! * [`pods`]: which netns are served, as ZDS says
 //! * [`worker`]: one single-threaded runtime per core; a connection lives and dies on its worker
-//! * [`pods`]: which netns are served: told by ZDS, listened in by every worker
-//! * [`discovery`]: what there is, from a control plane
-//! * [`outbound`], [`inbound`], [`inbound_plain`]: follow one connection from accept to close
+//! * [`connection`]: follows one connection from accept to close
 //! * [`dns`]: answers names of the mesh in each pod's netns
+//! * [`workload_lookup`]: what a connection must know before it can be judged
+//! * [`context`]: the handles that a connection is given
 //! * [`hbone`]: HTTP/2 CONNECT in mutual TLS, as client (pooled) and as server
 //! * [`stream`]: copies both ways until both sides are done, or one breaks
-//! * [`socket`]: the few socket options that carry the design
-//! * [`admin`], [`drain`]: what operators see and how the process ends
-//! * [`record`], [`metrics`]: one access record per connection, and the counters
+//! * [`discovery`]: workloads, services and policies from a control plane
+//! * [`record`]: one access record per connection
+//! * [`logging`]: the log and its filter
+//! * [`metrics`]: the counters
 //! * [`lookup`]: addresses of workloads that are known by name alone
 //! * [`route`], [`policy`]: where to, and whether; pure
 //! * [`mesh`]: what is known of others: workloads, services, policies
+//! * [`pod`]: a pod that is served
 //! * [`identity`]: who we are: SPIFFE ids, certificates, whom to trust
-//! * [`control_plane`]: how a control plane is called; [`backoff`]: pauses between attempts;
-//!   [`stamp`]: whether a file changed
-//! * [`logging`]: the log and its filter
+//! * [`control_plane`]: how a control plane is called
+//! * [`socket`]: the few socket options that carry the design
+//! * [`drain`]: how the process ends
+//! * [`readiness`], [`direction`], [`backoff`], [`file_version`]: values that others share
 //! * [`config`]: what all of them rest on
-//!
-//! A module uses only modules below it in this list.
 
 pub mod admin;
 pub mod backoff;
 pub mod config;
+pub mod connection;
+pub mod context;
 pub mod control_plane;
+pub mod direction;
 pub mod discovery;
 pub mod dns;
 pub mod drain;
+pub mod file_version;
 pub mod hbone;
 pub mod identity;
-pub mod inbound;
-pub mod inbound_plain;
 pub mod logging;
 pub mod lookup;
 pub mod mesh;
 pub mod metrics;
-pub mod outbound;
+pub mod pod;
 pub mod pods;
 pub mod policy;
+pub mod readiness;
 pub mod record;
 pub mod route;
 pub mod socket;
-pub mod stamp;
 pub mod stream;
 pub mod worker;
+pub mod workload_lookup;
+
+#[cfg(test)]
+mod order {
+    #[test]
+    fn modules_use_only_what_stands_below_them() {
+        testbed::module_order::assert_one_way(env!("CARGO_MANIFEST_DIR"));
+    }
+}

@@ -12,8 +12,9 @@ use tokio::{runtime::Builder, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use ztunnel::{
-    admin::{Admin, Readiness, Servers},
+    admin::{Admin, Servers},
     config::{Config, LocalState, OwnPod, ProxyMode},
+    context::ProcessContext,
     discovery,
     dns::Dns,
     drain,
@@ -24,8 +25,10 @@ use ztunnel::{
         local_file::{self, Defaults},
     },
     metrics::{Metrics, certificates::CertificateExpiry},
-    pods::{PodInfo, Pods, zds},
-    worker::{Shared, Workers},
+    pod::PodInfo,
+    pods::{Pods, zds},
+    readiness::Readiness,
+    worker::Workers,
 };
 
 fn main() -> ExitCode {
@@ -85,7 +88,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: Lost) -> Resul
     let servers = Servers::bind(&config).await?;
     let (stop, end) = (CancellationToken::new(), CancellationToken::new());
     drain::on_signal(&stop)?;
-    let shared = Arc::new(Shared::new(
+    let shared = Arc::new(ProcessContext::new(
         Arc::clone(&config),
         Arc::clone(&store),
         Arc::clone(&certificates),

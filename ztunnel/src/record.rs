@@ -15,6 +15,7 @@ use std::{
 use tracing::{Level, event, field::DisplayValue};
 
 use crate::{
+    direction::Direction,
     identity::Identity,
     mesh::{Service, Workload},
     metrics::{
@@ -23,29 +24,6 @@ use crate::{
         open::{Live, Place, View},
     },
 };
-
-/// As the workload sees it whose netns the connection was accepted in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
-    Inbound,
-    Outbound,
-}
-
-impl Direction {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Inbound => "inbound",
-            Self::Outbound => "outbound",
-        }
-    }
-
-    fn reporter(self) -> &'static str {
-        match self {
-            Self::Inbound => "destination",
-            Self::Outbound => "source",
-        }
-    }
-}
 
 /// Both ends of a connection, as far as they are known.
 #[derive(Clone, Debug)]

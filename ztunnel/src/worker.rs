@@ -4,155 +4,29 @@
 //! The control runtime (main thread) tells all workers what to serve; each has its own listeners, and the kernel
 //! spreads connections over them.
 
-use std::{
-    io,
-    net::{IpAddr, SocketAddr},
-    rc::Rc,
-    sync::Arc,
-    thread::JoinHandle,
-    time::Duration,
-};
+pub mod listeners;
+
+use std::{io, net::SocketAddr, rc::Rc, sync::Arc, thread::JoinHandle, time::Duration};
 
 use tokio::{
     net::TcpStream,
     sync::mpsc,
     task::{JoinError, JoinSet, LocalSet},
-    time::timeout,
 };
 use tracing::{error, info};
 
 use crate::{
-    config::Config,
-    discovery::demand::{Demand, Unanswered},
+    connection::{inbound, inbound_plain, outbound},
+    context::{Accepted, ProcessContext, WorkerContext},
     hbone::pool::Pool,
-    identity::{Certificates, Revocations},
-    inbound, inbound_plain,
     lookup::Lookups,
-    mesh::{Mesh, Store, Workload},
-    metrics::Metrics,
-    outbound,
-    pods::{
-        Pod,
-        listeners::{Active, Listeners, Port},
-    },
-    socket,
+    pod::Pod,
+    worker::listeners::{Active, Listeners, Port},
 };
 
-/// A connection may come before the source of workloads has told about its pod.
-const WORKLOAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a pod that left is still accepted for. Nothing new is steered here by then, but the peers of handshakes under
 /// way would be reset.
 const HANDSHAKES: Duration = Duration::from_millis(250);
-
-/// What all workers and the control runtime see.
-#[derive(Debug)]
-pub struct Shared {
-    pub config: Arc<Config>,
-    pub store: Arc<Store>,
-    pub certificates: Arc<Certificates>,
-    pub revocations: Arc<Revocations>,
-    pub metrics: Arc<Metrics>,
-    /// Where the mesh is asked for piece by piece.
-    pub demand: Option<Demand>,
-    /// As configured; a pod may need it otherwise.
-    pub socket: socket::Options,
-    /// Whether applications are dialled from their clients' addresses.
-    pub original_source: bool,
-}
-
-impl Shared {
-    pub fn new(
-        config: Arc<Config>,
-        store: Arc<Store>,
-        certificates: Arc<Certificates>,
-        revocations: Arc<Revocations>,
-        metrics: Arc<Metrics>,
-        demand: Option<Demand>,
-    ) -> Self {
-        let socket = socket::Options::new(&config);
-        let original_source = config.original_source.unwrap_or_else(socket::may_speak_as_others);
-        Self { config, store, certificates, revocations, metrics, demand, socket, original_source }
-    }
-
-    /// The ports that are the tunnel's own in every netns; traffic to them through the tunnel would go in circles.
-    pub fn is_own_port(&self, port: u16) -> bool {
-        let ports = &self.config.ports;
-        // 15080: where Istio's tunnel may offer SOCKS.
-        [ports.outbound, ports.inbound, ports.hbone, 15080].contains(&port)
-    }
-
-    /// The pod's workload and the snapshot that has it. Waits for it a little, if it is not there yet.
-    pub async fn workload(&self, pod: &Pod) -> Result<(Arc<Mesh>, Arc<Workload>), UnknownWorkload> {
-        let mut changes = self.store.subscribe();
-        let arrived = async {
-            loop {
-                changes.mark_unchanged();
-                let mesh = self.store.snapshot();
-                let info = &pod.info;
-                let found =
-                    mesh.workload_by_name(&info.namespace, &info.name, &info.service_account).cloned();
-                if let Some(workload) = found {
-                    return Some((mesh, workload));
-                }
-                if let Some(demand) = &self.demand {
-                    // As Istio's control plane calls a pod; it tells of this node's by itself.
-                    demand.ask(&format!("{}//Pod/{}/{}", self.config.cluster_id, info.namespace, info.name));
-                }
-                changes.changed().await.ok()?;
-            }
-        };
-        timeout(WORKLOAD_TIMEOUT, arrived).await.ok().flatten().ok_or(UnknownWorkload)
-    }
-
-    /// A snapshot that has all of what is `missing` in `mesh`, by name, or of which the control plane said that it is not
-    /// there. Where the mesh is told of as a whole, that is `mesh` itself.
-    pub async fn informed(
-        &self,
-        mut mesh: Arc<Mesh>,
-        missing: impl Fn(&Mesh) -> Vec<String>,
-    ) -> Result<Arc<Mesh>, Unanswered> {
-        let Some(demand) = &self.demand else { return Ok(mesh) };
-        loop {
-            let mut new = false;
-            for name in missing(&mesh) {
-                new |= demand.answer(&name).await?;
-            }
-            // What was told may name others in turn. Ends, since a name is new once.
-            if !new {
-                return Ok(mesh);
-            }
-            mesh = self.store.snapshot();
-        }
-    }
-
-    /// Connects to the application in `pod`, from its client's address if that is to be kept.
-    pub async fn dial_application(&self, pod: &Pod, to: SocketAddr, client: IpAddr) -> io::Result<TcpStream> {
-        let from = (self.original_source && pod.own_port.is_none()).then_some(client);
-        socket::connect(&pod.netns, to, from, &self.socket).await
-    }
-}
-
-/// The pod is served, but nobody has told what workload it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("failed to fetch information about local workload")]
-pub struct UnknownWorkload;
-
-/// One worker, as its connections see it.
-#[derive(Debug)]
-pub struct Worker {
-    pub shared: Arc<Shared>,
-    pub pool: Pool,
-    pub lookups: Lookups,
-}
-
-/// A connection that was accepted for a pod.
-#[derive(Debug)]
-pub struct Accepted {
-    pub stream: TcpStream,
-    pub client: SocketAddr,
-    pub pod: Arc<Pod>,
-    pub worker: Rc<Worker>,
-}
 
 struct Serve {
     pod: Arc<Pod>,
@@ -176,7 +50,7 @@ impl std::fmt::Debug for Serve {
 }
 
 impl Workers {
-    pub fn start(shared: &Arc<Shared>) -> io::Result<Self> {
+    pub fn start(shared: &Arc<ProcessContext>) -> io::Result<Self> {
         let start = |number: usize| {
             let (orders, todo) = mpsc::unbounded_channel();
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -215,8 +89,8 @@ impl Workers {
     }
 }
 
-async fn work(shared: Arc<Shared>, mut orders: mpsc::UnboundedReceiver<Serve>) {
-    let worker = Rc::new(Worker {
+async fn work(shared: Arc<ProcessContext>, mut orders: mpsc::UnboundedReceiver<Serve>) {
+    let worker = Rc::new(WorkerContext {
         pool: Pool::new(shared.config.pool, shared.metrics.pool.clone()),
         lookups: Lookups::new(&shared.config.dns.upstream),
         shared,
@@ -249,7 +123,7 @@ async fn overdue(pod: &Pod, deadline: Duration) -> &'static str {
 }
 
 /// Serves one pod until its `stop`, then lets the open connections finish.
-async fn serve(worker: Rc<Worker>, pod: Arc<Pod>, listeners: Listeners) {
+async fn serve(worker: Rc<WorkerContext>, pod: Arc<Pod>, listeners: Listeners) {
     let listeners = match listeners.activate() {
         Ok(listeners) => listeners,
         Err(error) => return error!(pod.uid, %error, "a worker cannot take the pod's listeners"),

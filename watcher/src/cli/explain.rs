@@ -8,7 +8,7 @@ use std::{
 
 use clap::Args;
 
-use crate::{control::Request, explain::Explanation};
+use crate::control::{Request, explain::Explanation};
 
 use super::{NodeArgs, Output, ask_once};
 

@@ -10,7 +10,7 @@ use adit_ebpf_loader::preflight::{self, Check, Level};
 use clap::Args;
 use serde_json::json;
 
-use crate::observed::{cgroups, events};
+use crate::observe::{cgroups, events};
 
 use super::{MountArgs, Output};
 

@@ -15,9 +15,10 @@ use clap::Args;
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    desired::{FailMode, Source, file_source, kubernetes, selection::Mode},
-    node,
-    observed::{cgroups, events::SourceKind},
+    agent,
+    model::pod::FailMode,
+    observe::{cgroups, events::SourceKind},
+    source::{Source, file::watch, kubernetes, selection::Mode},
 };
 
 use super::{MountArgs, NodeArgs, preflight};
@@ -123,7 +124,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         tracing::warn!(check = check.name, found = check.found, advice = check.advice, "preflight");
     }
     let wanted = wanted_source(&args)?;
-    let config = node::Config {
+    let config = agent::Config {
         status_socket: args.node.socket(),
         run_dir: args.node.dir(),
         pins: args.mounts.pins(&args.node.name()),
@@ -144,7 +145,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async {
         let source = wanted.start(config.cgroup_root.clone()).await?;
-        Ok::<_, anyhow::Error>(node::run(config, source).await?)
+        Ok::<_, anyhow::Error>(agent::run(config, source).await?)
     })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -181,7 +182,7 @@ impl Wanted {
         match self {
             Self::PodsFile(path) => {
                 let what = format!("watch the directory of {}", path.display());
-                Ok(file_source::start(path, cgroup_root).map_err(node::cannot(what))?)
+                Ok(watch::start(path, cgroup_root).map_err(agent::cannot(what))?)
             }
             Self::Kubernetes(options) => Ok(kubernetes::start(&kubernetes::config().await?, options)?),
         }

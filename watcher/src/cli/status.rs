@@ -12,9 +12,11 @@ use comfy_table::{Table, TableStyle};
 use serde_json::json;
 
 use crate::{
-    control::Request,
-    observed::events::SourceKind,
-    status::{PodStatus, Status},
+    control::{
+        Request,
+        status::{PodStatus, Status},
+    },
+    observe::events::SourceKind,
 };
 
 use super::{NodeArgs, Output, ask_once};

@@ -10,8 +10,8 @@ use anyhow::Context as _;
 use clap::Args;
 
 use crate::{
+    agent::TraceLine,
     control::{Answer, Request, ask},
-    node::TraceLine,
 };
 
 use super::{NodeArgs, Output, no_watcher};

@@ -16,8 +16,8 @@ use serde_json::json;
 use socket2::Type;
 
 use crate::{
+    apply::{journal::Records, restore},
     control::{self, Request},
-    enrol::{records::Records, undo},
     unix_socket,
 };
 
@@ -57,7 +57,7 @@ pub fn run(args: &UninstallArgs) -> anyhow::Result<ExitCode> {
     // The links first: they must not lead traffic to where nothing answers any more.
     let pins = args.mounts.pins(&args.node.name());
     let removed = Kernel::remove(&pins).context("cannot remove the pinned links and maps")?;
-    let undone = undo::restore_all(&mut records).context("cannot restore the pods' netns")?;
+    let undone = restore::restore_all(&mut records).context("cannot restore the pods' netns")?;
     for id in records.tunnels().keys().copied().collect::<Vec<_>>() {
         records.remove_tunnel(id)?;
     }

@@ -9,12 +9,13 @@ use serde_json::json;
 
 use super::*;
 use crate::{
+    direction::Direction,
     identity::Identity,
     mesh::{
         Mesh,
         tests::{service, workload},
     },
-    record::{Direction, Ends, Record},
+    record::{Ends, Record},
 };
 
 struct Bench {

@@ -23,12 +23,12 @@ use ztunnel_api::discovery::{
 
 use super::{ADDRESS, AUTHORIZATION, Sender, delta::Subscription, demand::Demand};
 use crate::{
-    admin::ReadyGuard,
     backoff::Backoff,
     config::Xds,
     control_plane::{ControlPlane, ControlPlaneError},
     mesh::{Store, local_file::Defaults},
     metrics::xds::{Termination, XdsMetrics},
+    readiness::ReadyGuard,
 };
 
 /// A response with the whole of a large mesh is one message.

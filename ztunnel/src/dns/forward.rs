@@ -15,7 +15,7 @@ use super::{
     message::{self, Transport},
     sockets,
 };
-use crate::{pods::Pod, socket};
+use crate::{pod::Pod, socket};
 
 /// All attempts together. Clients of the C library give up a try after as long.
 const TOTAL: Duration = Duration::from_secs(5);

@@ -24,7 +24,7 @@ use super::{
     names::Client,
     sockets::Pair,
 };
-use crate::{metrics::dns::DnsLabels, pods::Pod};
+use crate::{metrics::dns::DnsLabels, pod::Pod};
 
 /// Queries of one pod that wait for the outer world. More are told to come again: one pod's flood must take neither
 /// the ports of its netns nor the descriptors of the node's tunnel.

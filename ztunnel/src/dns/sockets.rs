@@ -8,7 +8,7 @@ use std::{
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::UdpSocket;
 
-use crate::{pods::Pod, socket::Options};
+use crate::{pod::Pod, socket::Options};
 
 const BACKLOG: i32 = 256;
 

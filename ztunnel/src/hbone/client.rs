@@ -12,7 +12,7 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-use super::{HANDSHAKE_TIMEOUT, alive::Listened, client_settings};
+use super::{HANDSHAKE_TIMEOUT, client_settings, keepalive::Listened};
 use crate::{
     config::H2,
     identity::{Chain, Identity, IdentityError, peer_identity},

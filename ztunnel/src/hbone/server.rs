@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     HANDSHAKE_TIMEOUT,
-    alive::Listened,
     client::{TLS_READ, TLS_WRITE},
+    keepalive::Listened,
     server_settings,
 };
 use crate::{config::H2, stream::Stream};

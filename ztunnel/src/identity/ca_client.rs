@@ -12,7 +12,7 @@ use ztunnel_api::ca::{
 
 use super::{
     Credentials, Identity, IdentityError,
-    certificates::{Authority, Issuing},
+    authority::{Authority, Issuing},
 };
 use crate::{config::ControlPlane as Config, control_plane::ControlPlane};
 

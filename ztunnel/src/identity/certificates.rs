@@ -3,8 +3,6 @@
 use std::{
     collections::{HashMap, HashSet},
     fmt,
-    future::Future,
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -19,7 +17,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::{
-    Credentials, Identity, IdentityError, ca_client::CaClient, development_ca::DevelopmentCa, trust,
+    Credentials, Identity, IdentityError, authority::Authority, ca_client::CaClient,
+    development_ca::DevelopmentCa, trust,
 };
 use crate::config::{Ca, Config};
 
@@ -28,13 +27,6 @@ const MAX_FETCHES: usize = 8;
 /// Between failed fetches: doubled from the first to the last, with a fifth of jitter either way.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(150);
-
-pub(super) type Issuing = Pin<Box<dyn Future<Output = Result<Credentials, IdentityError>> + Send>>;
-
-/// Whoever signs certificates.
-pub(super) trait Authority: Send + Sync {
-    fn issue(&self, identity: &Identity) -> Issuing;
-}
 
 /// The certificates of the workloads that this process serves. [`run`](Self::run) does all fetching: nothing is
 /// fetched before it runs or after it ended.

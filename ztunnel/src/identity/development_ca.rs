@@ -24,7 +24,7 @@ use tracing::info;
 
 use super::{
     Credentials, Identity, IdentityError,
-    certificates::{Authority, Issuing},
+    authority::{Authority, Issuing},
 };
 
 /// The root's key and certificate, PEM.

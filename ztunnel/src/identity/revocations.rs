@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use x509_parser::prelude::{CertificateRevocationList, FromDer, X509Certificate};
 
-use crate::stamp::Stamp;
+use crate::file_version::Stamp;
 
 /// How long a change of the file may take to be seen.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);

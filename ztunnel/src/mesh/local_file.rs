@@ -2,6 +2,7 @@
 //!
 //! A key that nobody knows is refused, since a misspelt policy protects nobody.
 
+mod check;
 mod entries;
 mod policies;
 mod services;
@@ -20,7 +21,7 @@ use tracing::{info, warn};
 use super::{Mesh, Store, Workload};
 use crate::{
     config::{Config, LocalState},
-    stamp::Stamp,
+    file_version::Stamp,
 };
 use entries::Document;
 use policies::PolicyEntry;

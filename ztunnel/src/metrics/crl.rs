@@ -3,7 +3,7 @@
 use prometheus_client::{encoding::EncodeLabelSet, metrics::family::Family, registry::Registry};
 
 use super::U64Counter;
-use crate::record::Direction;
+use crate::direction::Direction;
 
 #[derive(Clone, Debug, Default)]
 pub struct CrlMetrics {
@@ -38,9 +38,5 @@ impl CrlMetrics {
 }
 
 fn labels(direction: Direction) -> ReporterLabels {
-    let reporter = match direction {
-        Direction::Inbound => "destination",
-        Direction::Outbound => "source",
-    };
-    ReporterLabels { reporter }
+    ReporterLabels { reporter: direction.reporter() }
 }

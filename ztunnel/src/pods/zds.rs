@@ -24,9 +24,10 @@ use ztunnel_api::zds::{
     workload_response,
 };
 
-use super::{PodInfo, Pods, sys};
-use crate::admin::ReadyGuard;
+use super::{Pods, sys};
 use crate::backoff::Backoff;
+use crate::pod::PodInfo;
+use crate::readiness::ReadyGuard;
 
 /// No message is longer.
 const PACKET: usize = 1024;

@@ -3,6 +3,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::{task::JoinHandle, time::timeout};
 
 use super::*;
+use crate::identity::authority::Issuing;
 
 const HOUR: Duration = Duration::from_hours(1);
 

@@ -51,7 +51,7 @@ fn a_leaf_bears_the_identity_for_both_roles_and_lives_as_asked() {
     let now = i64::try_from(UnixTime::now().as_secs()).unwrap();
     let left = leaf.validity().not_after.timestamp() - now;
     assert!((3590..=3600).contains(&left), "{left}");
-    assert_eq!(super::super::trust::uri_names(&credentials.chain()[0]), [identity().to_string()]);
+    assert_eq!(crate::identity::trust::uri_names(&credentials.chain()[0]), [identity().to_string()]);
 }
 
 #[test]

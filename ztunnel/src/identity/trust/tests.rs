@@ -2,10 +2,8 @@ use std::time::Duration;
 
 use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection, pki_types::PrivateKeyDer};
 
-use super::{
-    super::{Credentials, development_ca::DevelopmentCa},
-    *,
-};
+use super::*;
+use crate::identity::{Credentials, development_ca::DevelopmentCa};
 
 const HOUR: Duration = Duration::from_hours(1);
 
@@ -33,7 +31,7 @@ impl Ca {
     }
 
     fn sign(&self, identity: &Identity) -> Credentials {
-        use super::super::certificates::Authority;
+        use crate::identity::authority::Authority;
         futures_util::FutureExt::now_or_never(self.ca.issue(identity)).unwrap().unwrap()
     }
 }

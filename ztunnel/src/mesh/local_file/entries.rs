@@ -1,11 +1,13 @@
 //! The document and its workloads as they are written, and what is checked of each.
 
-use std::{collections::BTreeMap, fmt::Display, net::IpAddr, num::NonZeroU16, str::FromStr, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, num::NonZeroU16, sync::Arc};
 
 use serde::Deserialize;
 
 use super::{
-    Defaults, LocalFileError, invalid,
+    Defaults, LocalFileError,
+    check::{keys, or},
+    invalid,
     policies::PolicyEntry,
     services::{GatewayEntry, ServiceEntry},
 };
@@ -198,24 +200,4 @@ impl WorkloadEntry {
         }
         Ok(workload)
     }
-}
-
-pub(super) fn from_text<T: FromStr<Err: Display>>(
-    object: &str,
-    key: &'static str,
-    text: &str,
-) -> Result<T, LocalFileError> {
-    text.parse().map_err(|error| invalid(object, key, format!("{text:?}: {error}")))
-}
-
-fn keys<K: FromStr<Err: Display> + Ord, V>(
-    object: &str,
-    key: &'static str,
-    map: BTreeMap<String, V>,
-) -> Result<BTreeMap<K, V>, LocalFileError> {
-    map.into_iter().map(|(name, value)| Ok((from_text(object, key, &name)?, value))).collect()
-}
-
-fn or(text: String, default: impl FnOnce() -> String) -> String {
-    if text.is_empty() { default() } else { text }
 }

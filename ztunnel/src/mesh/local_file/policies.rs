@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, de::IgnoredAny};
 
-use super::{LocalFileError, entries::from_text, invalid};
+use super::{LocalFileError, check::from_text, invalid};
 use crate::mesh::{
     Policy, PolicyKey,
     policies::{Action, Clause, Match, Rule, Scope, ServiceAccountMatch, StringMatch},

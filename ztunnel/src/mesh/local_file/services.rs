@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt::Display, net::IpAddr, sync::Arc};
 use ipnet::IpNet;
 use serde::{Deserialize, de::IgnoredAny};
 
-use super::{LocalFileError, entries::from_text, invalid};
+use super::{LocalFileError, check::from_text, invalid};
 use crate::mesh::{
     GatewayAddress, GatewayDestination, Service, ServiceKey,
     gateways::WeightedWaypoint,

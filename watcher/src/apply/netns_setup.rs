@@ -1,0 +1,249 @@
+//! What a pod's netns needs so that the application sees the client's address.
+//!
+//! The tunnel dials the application from the client's address, with mark 0x539. Packets with that mark
+//! are delivered locally although the address is not ours (one rule and one `local` route for each
+//! family), and the application's accepted socket inherits the mark (`tcp_fwmark_accept`), so that its
+//! answers come back the same way; so does the kernel's refusal where nobody listens (`fwmark_reflect`). Without
+//! any one of them such a connection times out.
+//!
+//! `tcp_migrate_req` is for tunnels that replace each other: a connection that waits at a listener that closes, or whose
+//! handshake is under way, goes to the successor's in place of being reset (Linux 5.14).
+//!
+//! Taken back, all of it, when the pod leaves *and no connection needs them any more*.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Read as _},
+    net::{Ipv4Addr, Ipv6Addr},
+    os::{fd::BorrowedFd, unix::fs::FileExt as _},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, openat},
+    sys::stat::Mode,
+};
+use rtnetlink::{
+    RouteMessageBuilder,
+    packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
+    packet_route::{
+        AddressFamily, RouteNetlinkMessage,
+        route::{RouteMessage, RouteScope, RouteType},
+        rule::{RuleAction, RuleAttribute, RuleMessage},
+    },
+    sys::protocols::NETLINK_ROUTE,
+};
+
+use crate::observe::{
+    netlink,
+    netns::{LO, Visitor, run_in},
+};
+
+/// The mark of the tunnel's packets (Istio's number).
+const MARK: u32 = 0x539;
+/// Our routing table in the pod's netns: the mark, in decimal 1337.
+const TABLE: u32 = MARK;
+/// Before everything but the kernel's own `local` rule (0).
+const PRIORITY: u32 = 1337;
+/// Folders, and what in them is set to 1; those of TCP are for both families.
+const SYSCTLS: [(&str, &[&str]); 2] = [
+    ("/proc/sys/net/ipv4", &["tcp_fwmark_accept", "tcp_migrate_req", "fwmark_reflect"]),
+    ("/proc/sys/net/ipv6", &["fwmark_reflect"]),
+];
+
+/// The sysctls that we set, of one netns, each with its value.
+///
+/// They stay open from reading to writing, and are opened by their folder: every netns has its own `net/ipv4`, and the
+/// kernel goes through all of those by the same name to find one (`proc_sys_compare`), which takes longer than all
+/// else the more pods there are.
+#[derive(Debug)]
+pub struct Sysctls(Vec<Sysctl>);
+
+#[derive(Debug)]
+struct Sysctl {
+    path: String,
+    file: File,
+    value: String,
+}
+
+impl Sysctls {
+    /// Those of `netns`, as they are now.
+    pub fn of(visitor: &Visitor<'_>, netns: BorrowedFd<'_>) -> io::Result<Self> {
+        visitor.enter(netns, Self::own)
+    }
+
+    /// Those of the calling thread's netns. A node may have no IPv6 at all, and an older kernel not all of them.
+    fn own() -> io::Result<Self> {
+        let mut found = Vec::new();
+        for (dir, names) in SYSCTLS {
+            let open =
+                |path: &str, flags: OFlag| nix::fcntl::open(path, flags | OFlag::O_CLOEXEC, Mode::empty());
+            let folder = match open(dir, OFlag::O_PATH | OFlag::O_DIRECTORY) {
+                Err(Errno::ENOENT) => continue,
+                folder => folder.map_err(|error| at(dir, &error.into()))?,
+            };
+            for name in names {
+                let path = format!("{dir}/{name}");
+                match openat(&folder, *name, OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()) {
+                    Err(Errno::ENOENT) => {}
+                    Err(error) => return Err(at(&path, &error.into())),
+                    Ok(file) => {
+                        let mut sysctl = Sysctl { path, file: file.into(), value: String::new() };
+                        sysctl.read().map_err(|error| at(&sysctl.path, &error))?;
+                        found.push(sysctl);
+                    }
+                }
+            }
+        }
+        Ok(Self(found))
+    }
+
+    /// By path.
+    pub fn values(&self) -> BTreeMap<String, String> {
+        self.0.iter().map(|sysctl| (sysctl.path.clone(), sysctl.value.clone())).collect()
+    }
+
+    /// Sets those that `value` gives a value for.
+    fn set<'a>(&self, value: impl Fn(&str) -> Option<&'a str>) -> io::Result<()> {
+        let others = |sysctl: &&Sysctl| value(&sysctl.path).is_some_and(|value| sysctl.value != value);
+        self.0.iter().filter(others).try_for_each(|sysctl| {
+            let value = value(&sysctl.path).unwrap_or_default();
+            // A sysctl is written from its beginning, and whole.
+            sysctl.file.write_all_at(value.as_bytes(), 0).map_err(|error| at(&sysctl.path, &error))
+        })
+    }
+}
+
+impl Sysctl {
+    fn read(&mut self) -> io::Result<()> {
+        let mut text = [0; 64];
+        let length = self.file.read(&mut text)?;
+        String::from_utf8_lossy(&text[..length]).trim().clone_into(&mut self.value);
+        Ok(())
+    }
+}
+
+/// Prepares `netns`, whose sysctls are `sysctls`. Done again it changes nothing. `v6`: whether IPv6 has to work there.
+pub fn prepare(visitor: &Visitor<'_>, netns: BorrowedFd<'_>, sysctls: &Sysctls, v6: bool) -> io::Result<()> {
+    visitor.enter(netns, || {
+        let mut requests = Vec::new();
+        for family in [Family::V4, Family::V6] {
+            // A node may have no IPv6 at all.
+            let optional = family == Family::V6 && !v6;
+            requests.push(Request::new("rule", RouteNetlinkMessage::NewRule(family.rule()), optional));
+            requests.push(Request::new("route", RouteNetlinkMessage::NewRoute(family.route()), optional));
+        }
+        talk(&requests, NLM_F_CREATE | NLM_F_EXCL, &[libc::EEXIST])?;
+        sysctls.set(|_| Some("1"))
+    })
+}
+
+/// Takes the preparation back; `sysctls` are the values to put back. What is gone already is fine.
+pub fn restore(netns: BorrowedFd<'_>, sysctls: &BTreeMap<String, String>) -> io::Result<()> {
+    run_in(netns, || {
+        let mut requests = Vec::new();
+        for family in [Family::V4, Family::V6] {
+            requests.push(Request::new("rule", RouteNetlinkMessage::DelRule(family.rule()), false));
+            requests.push(Request::new("route", RouteNetlinkMessage::DelRoute(family.route()), false));
+        }
+        // No rule, no table, or no IPv6 at all.
+        let absent = [libc::ENOENT, libc::ESRCH, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
+        talk(&requests, 0, &absent)?;
+        // Of those that are ours: the record is a file.
+        Sysctls::own()?.set(|path| sysctls.get(path).map(String::as_str))
+    })
+}
+
+fn at(path: &str, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{path}: {error}"))
+}
+
+/// A change, and whether it may fail.
+struct Request {
+    what: &'static str,
+    message: RouteNetlinkMessage,
+    optional: bool,
+}
+
+impl Request {
+    fn new(what: &'static str, message: RouteNetlinkMessage, optional: bool) -> Self {
+        Self { what, message, optional }
+    }
+}
+
+/// Sends all `requests` to the calling thread's netns in one packet: one system call in place of one for each, when
+/// many pods come at once. The kernel does them in order, and has answered each by the time that sending returns.
+/// An error number among `expected` is as good as done.
+fn talk(requests: &[Request], flags: u16, expected: &[i32]) -> io::Result<()> {
+    let socket = netlink::socket(NETLINK_ROUTE)?;
+    let mut packet = Vec::with_capacity(512);
+    for (i, request) in requests.iter().enumerate() {
+        let mut message = NetlinkMessage::from(request.message.clone());
+        message.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+        message.header.sequence_number = u32::try_from(i).unwrap_or(u32::MAX);
+        message.finalize();
+        let start = packet.len();
+        packet.resize(start + message.buffer_len().next_multiple_of(4), 0);
+        message.serialize(&mut packet[start..]);
+    }
+    socket.send(&packet, 0)?;
+    // An answer holds its request, and not more.
+    let mut answers = Vec::with_capacity(4096);
+    let mut answered = 0;
+    let mut problem = None;
+    while answered < requests.len() {
+        for answer in netlink::receive::<RouteNetlinkMessage>(&socket, &mut answers)? {
+            let answer = answer?;
+            let NetlinkPayload::Error(error) = answer.payload else { continue };
+            answered += 1;
+            let request = requests.get(answer.header.sequence_number as usize);
+            let fine = error.code.is_none() || expected.contains(&-error.raw_code());
+            if let Some(request) = request.filter(|request| !fine && !request.optional && problem.is_none()) {
+                let error = error.to_io();
+                let text = format!("{} for mark {MARK:#x}: {error}", request.what);
+                problem = Some(io::Error::new(error.kind(), text));
+            }
+        }
+    }
+    problem.map_or(Ok(()), Err)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    fn rule(self) -> RuleMessage {
+        let mut rule = RuleMessage::default();
+        rule.header.family = match self {
+            Self::V4 => AddressFamily::Inet,
+            Self::V6 => AddressFamily::Inet6,
+        };
+        rule.header.action = RuleAction::ToTable;
+        rule.attributes =
+            vec![RuleAttribute::Priority(PRIORITY), RuleAttribute::FwMark(MARK), RuleAttribute::Table(TABLE)];
+        rule
+    }
+
+    /// `local default dev lo`.
+    fn route(self) -> RouteMessage {
+        match self {
+            Self::V4 => RouteMessageBuilder::<Ipv4Addr>::new()
+                .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
+                .table_id(TABLE)
+                .kind(RouteType::Local)
+                .scope(RouteScope::Host)
+                .output_interface(LO)
+                .build(),
+            Self::V6 => RouteMessageBuilder::<Ipv6Addr>::new()
+                .destination_prefix(Ipv6Addr::UNSPECIFIED, 0)
+                .table_id(TABLE)
+                .kind(RouteType::Local)
+                .output_interface(LO)
+                .build(),
+        }
+    }
+}

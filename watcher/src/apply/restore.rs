@@ -1,0 +1,54 @@
+//! Taking everything back that was changed outside the maps, whoever changed it.
+
+use std::io;
+
+use serde::Serialize;
+use tracing::warn;
+
+use crate::observe::netns;
+
+use super::{journal::Records, netns_setup};
+
+/// What was undone in netns.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Undone {
+    /// Netns that were put back as they were.
+    pub netns_restored: usize,
+    /// Noted netns that do not exist any more.
+    pub netns_gone: usize,
+    /// Netns that could not be put back, and why.
+    pub failed: Vec<String>,
+}
+
+/// Restores every netns that `records` tells of, through whatever process or mount holds it. What failed
+/// stays noted.
+pub fn restore_all(records: &mut Records) -> io::Result<Undone> {
+    let noted = records.netns().clone();
+    let mut undone = Undone::default();
+    let mut restored = Vec::new();
+    if !noted.is_empty() {
+        netns::visit_all(|id, fd| {
+            if !noted.values().any(|record| record.id == id) {
+                return;
+            }
+            // The inode may be another netns's by now; the cookie is not.
+            let Some((cookie, record)) =
+                netns::cookie(fd).ok().and_then(|cookie| noted.get_key_value(&cookie))
+            else {
+                return;
+            };
+            match netns_setup::restore(fd, &record.sysctls_before) {
+                Ok(()) => restored.push(*cookie),
+                Err(error) => {
+                    warn!(inode = id.inode, %error, "cannot restore a netns");
+                    undone.failed.push(format!("netns {} of pod {}: {error}", id.inode, record.uid));
+                }
+            }
+        });
+    }
+    undone.netns_restored = restored.len();
+    undone.netns_gone = noted.len() - restored.len() - undone.failed.len();
+    let done = if undone.failed.is_empty() { noted.keys().copied().collect() } else { restored };
+    records.remove_netns(done)?;
+    Ok(undone)
+}

@@ -1,0 +1,70 @@
+//! Events from the kernel's tracepoints, by the lifecycle programs.
+
+use std::{
+    os::fd::{AsFd as _, OwnedFd},
+    path::Path,
+    task::{Context, Poll, ready},
+};
+
+use adit_ebpf_loader::{Kernel, Lifecycle, LifecycleEvent};
+use tokio::io::unix::AsyncFd;
+
+use super::{Event, EventSource, SourceKind};
+use crate::sys::pollable;
+
+/// The ring buffer and its readiness.
+#[derive(Debug)]
+pub struct LifecycleSource {
+    lifecycle: Lifecycle,
+    readable: AsyncFd<OwnedFd>,
+    /// How many lost events were told already.
+    lost: u64,
+}
+
+impl LifecycleSource {
+    /// For what happens below the cgroup `base`.
+    pub fn open(kernel: &mut Kernel, base: &Path) -> Result<Self, String> {
+        let lifecycle = kernel.lifecycle(base).map_err(|error| crate::model::error_chain::chain(&error))?;
+        let fd = lifecycle.as_fd().try_clone_to_owned();
+        let readable =
+            fd.and_then(pollable).map_err(|error| format!("cannot wait for the ring buffer: {error}"))?;
+        Ok(Self { lifecycle, readable, lost: 0 })
+    }
+
+    fn newly_lost(&mut self) -> Option<u64> {
+        // One that cannot be read is no reason to look at everything all the time.
+        let lost = self.lifecycle.lost().unwrap_or(self.lost);
+        let newly = lost.saturating_sub(self.lost);
+        self.lost = lost;
+        (newly > 0).then_some(newly)
+    }
+}
+
+impl EventSource for LifecycleSource {
+    fn kind(&self) -> SourceKind {
+        SourceKind::Lifecycle
+    }
+
+    fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Event> {
+        loop {
+            match self.lifecycle.next() {
+                Some(LifecycleEvent::Cgroup { path, closed, .. }) => {
+                    return Poll::Ready(Event::Cgroup { path, closed });
+                }
+                Some(LifecycleEvent::Process { cgroup_id, .. }) => {
+                    return Poll::Ready(Event::Process { cgroup_id });
+                }
+                None => {}
+            }
+            if let Some(lost) = self.newly_lost() {
+                return Poll::Ready(Event::Lost(lost));
+            }
+            match ready!(self.readable.poll_read_ready(context)) {
+                // Cleared before the ring is read again, so nothing that comes meanwhile is slept over.
+                Ok(mut guard) => guard.clear_ready(),
+                // The runtime ends, and we with it.
+                Err(_) => return Poll::Pending,
+            }
+        }
+    }
+}

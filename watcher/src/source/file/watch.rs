@@ -1,0 +1,170 @@
+//! The pods file as a source: read again whenever it may have changed.
+//!
+//! By inotify on its directory, and every second besides, since some volumes tell no events. A file that
+//! cannot be used leaves the last good one in force, and so does an entry that cannot be used: a typing
+//! error must not take a pod out of the mesh.
+
+use std::{
+    ffi::OsStr,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use futures_util::StreamExt as _;
+use inotify::{EventMask, EventStream, Inotify, WatchMask};
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use super::parse;
+use crate::{
+    model::pod::{Entry, Pod, Update},
+    source::Source,
+};
+
+const READ_EVERY: Duration = Duration::from_secs(1);
+
+/// Begins to read `path`, in a task that ends with the receiver of its updates.
+///
+/// # Errors
+/// The file's directory cannot be watched.
+pub fn start(path: PathBuf, cgroup_root: PathBuf) -> io::Result<Source> {
+    let inotify = Inotify::init()?;
+    let dir = match path.parent() {
+        Some(dir) if dir != Path::new("") => dir,
+        _ => Path::new("."),
+    };
+    // Not on each write: a file half written may well parse, with half of the pods.
+    // ConfigMap volumes change by a symlink that is moved, hence any name in the directory counts.
+    inotify.watches().add(dir, WatchMask::CLOSE_WRITE | WatchMask::MOVED_TO | WatchMask::CREATE)?;
+    let changes = inotify.into_event_stream([0; 4096])?;
+    let (sender, updates) = mpsc::channel(4);
+    let name = format!("pods file {}", path.display());
+    let reader = Reader { path, cgroup_root, entries: None, error: None };
+    tokio::spawn(follow(reader, changes, sender));
+    Ok(Source { name, updates, outcomes: None, passed_on: None })
+}
+
+struct Reader {
+    path: PathBuf,
+    cgroup_root: PathBuf,
+    /// The last good content.
+    entries: Option<Vec<Entry>>,
+    error: Option<String>,
+}
+
+async fn follow(mut reader: Reader, mut changes: EventStream<[u8; 4096]>, updates: mpsc::Sender<Update>) {
+    loop {
+        if let Some(update) = reader.read()
+            && updates.send(update).await.is_err()
+        {
+            return;
+        }
+        tokio::select! {
+            () = reader.changed(&mut changes) => {}
+            () = tokio::time::sleep(READ_EVERY) => {}
+            () = updates.closed() => return,
+        }
+    }
+}
+
+impl Reader {
+    /// What is new, if anything is.
+    fn read(&mut self) -> Option<Update> {
+        match parse::read(&self.path, &self.cgroup_root) {
+            Ok(entries) => {
+                let entries = keep_last_good(entries, self.entries.as_deref().unwrap_or_default());
+                let recovered = self.error.take().is_some();
+                if recovered {
+                    info!("the pods file can be used again");
+                }
+                if !recovered && self.entries.as_ref() == Some(&entries) {
+                    return None;
+                }
+                self.entries = Some(entries.clone());
+                Some(Update::All(entries))
+            }
+            Err(error) => {
+                let error = crate::model::error_chain::chain(&error);
+                if self.error.as_ref() == Some(&error) {
+                    return None;
+                }
+                warn!(error, "pods file not used, the last good one holds");
+                self.error = Some(error.clone());
+                Some(Update::Unusable(error))
+            }
+        }
+    }
+
+    /// Resolves when the file may have changed.
+    async fn changed(&self, changes: &mut EventStream<[u8; 4096]>) {
+        loop {
+            match changes.next().await {
+                Some(Ok(event)) if event.mask.contains(EventMask::Q_OVERFLOW) => return,
+                Some(Ok(event)) if event.name.as_deref().is_none_or(|name| self.concerns(name)) => return,
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => std::future::pending().await,
+            }
+        }
+    }
+
+    fn concerns(&self, name: &OsStr) -> bool {
+        self.path.file_name().is_none_or(|file| file == name) || name == "..data"
+    }
+}
+
+/// `entries`, where a bad one gives way to the good one of the same uid before it.
+fn keep_last_good(entries: Vec<Entry>, before: &[Entry]) -> Vec<Entry> {
+    let earlier = |uid: &str| {
+        before.iter().find_map(|entry| match entry {
+            Entry::Pod(pod) if pod.uid == uid => Some(pod.clone()),
+            _ => None,
+        })
+    };
+    entries
+        .into_iter()
+        .map(|entry| {
+            let Entry::Bad(bad) = &entry else { return entry };
+            let Some(pod) = bad.uid.as_deref().and_then(earlier) else { return entry };
+            let notes = vec![format!("entry not used, the last good one holds: {}", bad.problem)];
+            Entry::Pod(Arc::new(Pod { notes, ..Pod::clone(&pod) }))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bad_entry_gives_way_to_the_last_good_one() {
+        let parse = |text: &str| parse::parse(text, Path::new("/cgroup")).unwrap();
+        let good = parse("pods: [{uid: a, name: a, cgroup: a}]");
+        let bad = "pods: [{uid: a, name: a, cgruop: a}, {uid: b, name: b, cgruop: b}]";
+        let kept = keep_last_good(parse(bad), &good);
+        let [Entry::Pod(pod), Entry::Bad(_)] = kept.as_slice() else { panic!("{kept:?}") };
+        assert_eq!(pod.cgroup.as_deref(), Some(Path::new("/cgroup/a")));
+        assert!(pod.notes[0].contains("cgruop"), "{:?}", pod.notes);
+        // And once more, when it is the kept one that came before.
+        assert!(matches!(keep_last_good(parse(bad), &kept)[0], Entry::Pod(_)));
+    }
+
+    #[tokio::test]
+    async fn an_edit_is_told_at_once_and_an_error_does_not_empty_the_list() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pods.yaml");
+        std::fs::write(&path, "pods: []").unwrap();
+        let mut source = start(path.clone(), PathBuf::from("/cgroup")).unwrap();
+        assert_eq!(source.updates.recv().await, Some(Update::All(Vec::new())));
+        std::fs::write(dir.path().join("next"), "pods: [").unwrap();
+        std::fs::rename(dir.path().join("next"), &path).unwrap();
+        assert!(
+            matches!(source.updates.recv().await, Some(Update::Unusable(error)) if error.contains("pods.yaml"))
+        );
+        // Said again although nothing changed in it, so that whoever was told of the error hears its end.
+        std::fs::write(dir.path().join("next"), "pods: []").unwrap();
+        std::fs::rename(dir.path().join("next"), &path).unwrap();
+        assert_eq!(source.updates.recv().await, Some(Update::All(Vec::new())));
+    }
+}

@@ -1,0 +1,365 @@
+//! What the API told of pods and namespaces, and what follows for the node's loop. Pure: no socket, no clock.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use k8s_openapi::api::core::v1 as api;
+use kube::{core::PartialObjectMeta, runtime::watcher::Event};
+
+use crate::{
+    model::pod::{BadEntry, Entry},
+    source::selection::Asks,
+};
+
+use super::pod::{self, Rules, Seen};
+
+/// What is known of both kinds of objects, each whole only after its first complete list.
+#[derive(Debug)]
+pub struct Cluster {
+    rules: Rules,
+    namespaces: BTreeMap<String, Asks>,
+    /// By the API's uid.
+    pods: BTreeMap<String, Result<Seen, BadEntry>>,
+    /// A list that is not complete yet: what holds meanwhile is what was there before.
+    listing_namespaces: Option<BTreeMap<String, Asks>>,
+    listing_pods: Option<BTreeMap<String, Result<Seen, BadEntry>>>,
+    namespaces_listed: bool,
+    pods_listed: bool,
+    /// Cgroup uids that may have to be told anew.
+    dirty: BTreeSet<String>,
+    /// With the pod behind it, where the entry is a good one.
+    told: BTreeMap<String, (Entry, Option<Seen>)>,
+}
+
+/// One pod's news: its uid as the loop knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    pub uid: String,
+    /// `None`: gone.
+    pub entry: Option<Entry>,
+    /// Whether the entry is another one than before: what else the API tells of a pod is no news to the loop.
+    pub is_news: bool,
+    /// The pod behind it, where its entry is a good one.
+    pub seen: Option<Seen>,
+}
+
+impl Cluster {
+    pub fn new(rules: Rules) -> Self {
+        Self {
+            rules,
+            namespaces: BTreeMap::new(),
+            pods: BTreeMap::new(),
+            listing_namespaces: None,
+            listing_pods: None,
+            namespaces_listed: false,
+            pods_listed: false,
+            dirty: BTreeSet::new(),
+            told: BTreeMap::new(),
+        }
+    }
+
+    /// Whether both have been listed once.
+    pub fn is_whole(&self) -> bool {
+        self.namespaces_listed && self.pods_listed
+    }
+
+    pub fn on_namespace(&mut self, event: Event<PartialObjectMeta<api::Namespace>>) {
+        let read = |namespace: PartialObjectMeta<api::Namespace>| {
+            let asks = self.rules.mode.asks(&namespace.metadata.labels.unwrap_or_default());
+            namespace.metadata.name.map(|name| (name, asks))
+        };
+        match event {
+            Event::Init => self.listing_namespaces = Some(BTreeMap::new()),
+            Event::InitApply(namespace) => {
+                self.listing_namespaces.get_or_insert_default().extend(read(namespace));
+            }
+            Event::InitDone => {
+                let before = std::mem::replace(
+                    &mut self.namespaces,
+                    self.listing_namespaces.take().unwrap_or_default(),
+                );
+                self.namespaces_listed = true;
+                let changed = |name: &String| before.get(name) != self.namespaces.get(name);
+                let names: BTreeSet<String> = before
+                    .keys()
+                    .chain(self.namespaces.keys())
+                    .filter(|name| changed(name))
+                    .cloned()
+                    .collect();
+                self.touch_namespaces(&names);
+            }
+            Event::Apply(namespace) => {
+                if let Some((name, asks)) = read(namespace)
+                    && self.namespaces.insert(name.clone(), asks) != Some(asks)
+                {
+                    self.touch_namespaces(&[name].into());
+                }
+            }
+            Event::Delete(namespace) => {
+                // Its pods went before it, or are about to be told of: nothing follows from this alone.
+                if let Some((name, _)) = read(namespace) {
+                    self.namespaces.remove(&name);
+                }
+            }
+        }
+    }
+
+    pub fn on_pod(&mut self, event: Event<api::Pod>) {
+        match event {
+            Event::Init => self.listing_pods = Some(BTreeMap::new()),
+            Event::InitApply(given) => {
+                if let (Some(api_uid), Some(read)) =
+                    (given.metadata.uid.clone(), pod::read(&given, &self.rules))
+                {
+                    self.listing_pods.get_or_insert_default().insert(api_uid, read);
+                }
+            }
+            Event::InitDone => {
+                let before = std::mem::replace(&mut self.pods, self.listing_pods.take().unwrap_or_default());
+                self.pods_listed = true;
+                self.dirty.extend(before.values().chain(self.pods.values()).filter_map(cgroup_uid));
+            }
+            Event::Apply(given) => {
+                let Some(api_uid) = given.metadata.uid.clone() else { return };
+                let read = pod::read(&given, &self.rules);
+                self.dirty.extend(read.as_ref().and_then(cgroup_uid));
+                let before = match read {
+                    Some(read) => self.pods.insert(api_uid, read),
+                    None => self.pods.remove(&api_uid),
+                };
+                self.dirty.extend(before.as_ref().and_then(cgroup_uid));
+            }
+            Event::Delete(given) => {
+                let before = given.metadata.uid.and_then(|api_uid| self.pods.remove(&api_uid));
+                self.dirty.extend(before.as_ref().and_then(cgroup_uid));
+            }
+        }
+    }
+
+    /// What has changed since the last call; nothing before everything was listed once.
+    pub fn changes(&mut self) -> Vec<Change> {
+        if !self.is_whole() {
+            return Vec::new();
+        }
+        let dirty = std::mem::take(&mut self.dirty);
+        dirty.into_iter().filter_map(|uid| self.change(uid)).collect()
+    }
+
+    /// Everything that was told.
+    pub fn all(&self) -> Vec<Entry> {
+        self.told.values().map(|(entry, _)| entry.clone()).collect()
+    }
+
+    fn change(&mut self, uid: String) -> Option<Change> {
+        let holder = self.holder(&uid);
+        let seen = holder.and_then(|held| held.as_ref().ok()).cloned();
+        let entry = match holder {
+            None => None,
+            Some(Err(bad)) => Some(Entry::Bad(bad.clone())),
+            Some(Ok(seen)) => {
+                // Until its namespace is known, what was said of the pod holds; of a new one nothing is said,
+                // which takes no longer than the watch of namespaces lags behind that of pods.
+                let namespace = self.namespaces.get(&seen.pod.namespace).copied();
+                Some(Entry::Pod(Arc::new(seen.decided(namespace)?)))
+            }
+        };
+        let before = match &entry {
+            Some(entry) => self.told.insert(uid.clone(), (entry.clone(), seen.clone())),
+            None => self.told.remove(&uid),
+        };
+        let is_news = before.as_ref().map(|(entry, _)| entry) != entry.as_ref();
+        let is_other = is_news || before.as_ref().and_then(|(_, seen)| seen.as_ref()) != seen.as_ref();
+        is_other.then_some(Change { uid, entry, is_news, seen })
+    }
+
+    /// Of several pods that claim one cgroup, which only static ones can, the oldest holds it.
+    fn holder(&self, uid: &str) -> Option<&Result<Seen, BadEntry>> {
+        if let Some(own) = self.pods.get(uid).filter(|read| cgroup_uid(read).as_deref() == Some(uid)) {
+            return Some(own);
+        }
+        self.pods
+            .iter()
+            .filter(|(_, read)| cgroup_uid(read).as_deref() == Some(uid))
+            .min_by_key(|(api_uid, read)| (read.as_ref().map_or(i64::MAX, |seen| seen.created), *api_uid))
+            .map(|(_, read)| read)
+    }
+
+    fn touch_namespaces(&mut self, names: &BTreeSet<String>) {
+        let in_them = self.pods.values().filter_map(|read| read.as_ref().ok());
+        self.dirty.extend(
+            in_them.filter(|seen| names.contains(&seen.pod.namespace)).map(|seen| seen.pod.uid.clone()),
+        );
+    }
+}
+
+fn cgroup_uid(read: &Result<Seen, BadEntry>) -> Option<String> {
+    match read {
+        Ok(seen) => Some(seen.pod.uid.clone()),
+        Err(bad) => bad.uid.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use crate::model::pod::Selection;
+
+    use super::*;
+
+    fn pod(uid: &str, namespace: &str, more: &Value) -> api::Pod {
+        let mut value = json!({"metadata": {"uid": uid, "name": format!("n-{uid}"), "namespace": namespace}});
+        merge(&mut value, more);
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn merge(into: &mut Value, more: &Value) {
+        match (into, more) {
+            (Value::Object(into), Value::Object(more)) => {
+                more.iter().for_each(|(key, value)| merge(into.entry(key).or_insert(Value::Null), value));
+            }
+            (into, more) => *into = more.clone(),
+        }
+    }
+
+    fn namespace(name: &str, mode: Option<&str>) -> PartialObjectMeta<api::Namespace> {
+        let labels = mode.map(|mode| json!({"istio.io/dataplane-mode": mode})).unwrap_or(json!({}));
+        serde_json::from_value(
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}),
+        )
+        .unwrap()
+    }
+
+    fn label(mode: &str) -> Value {
+        json!({"metadata": {"labels": {"istio.io/dataplane-mode": mode}}})
+    }
+
+    /// After complete lists of these.
+    fn cluster(namespaces: &[(&str, Option<&str>)], pods: Vec<api::Pod>) -> Cluster {
+        let mut cluster = Cluster::new(Rules::default());
+        list_namespaces(&mut cluster, namespaces);
+        list_pods(&mut cluster, pods);
+        cluster
+    }
+
+    fn list_namespaces(cluster: &mut Cluster, namespaces: &[(&str, Option<&str>)]) {
+        cluster.on_namespace(Event::Init);
+        for (name, mode) in namespaces {
+            cluster.on_namespace(Event::InitApply(namespace(name, *mode)));
+        }
+        cluster.on_namespace(Event::InitDone);
+    }
+
+    fn list_pods(cluster: &mut Cluster, pods: Vec<api::Pod>) {
+        cluster.on_pod(Event::Init);
+        for pod in pods {
+            cluster.on_pod(Event::InitApply(pod));
+        }
+        cluster.on_pod(Event::InitDone);
+    }
+
+    /// uid and whether enrolled; "gone" or "bad".
+    fn told(changes: &[Change]) -> Vec<String> {
+        changes
+            .iter()
+            .map(|change| {
+                let what = match &change.entry {
+                    None => "gone",
+                    Some(Entry::Bad(_)) => "bad",
+                    Some(Entry::Pod(pod)) if pod.selection == Selection::Enrolled => "in",
+                    Some(Entry::Pod(_)) => "out",
+                };
+                format!("{} {what}", change.uid)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn nothing_is_told_before_both_lists_are_complete() {
+        let mut cluster = Cluster::new(Rules::default());
+        list_pods(&mut cluster, vec![pod("a", "demo", &json!({}))]);
+        assert!(!cluster.is_whole() && cluster.changes().is_empty());
+        cluster.on_namespace(Event::Init);
+        cluster.on_namespace(Event::InitApply(namespace("demo", Some("ambient"))));
+        assert!(!cluster.is_whole() && cluster.changes().is_empty());
+        cluster.on_namespace(Event::InitDone);
+        assert_eq!(told(&cluster.changes()), ["a in"]);
+    }
+
+    #[test]
+    fn a_namespaces_label_changes_all_of_its_pods_at_once_but_those_that_opted_out() {
+        let pods = vec![
+            pod("a", "demo", &json!({})),
+            pod("b", "demo", &label("none")),
+            pod("c", "demo", &label("ambient")),
+            pod("d", "other", &json!({})),
+        ];
+        let mut cluster = cluster(&[("demo", None), ("other", None)], pods);
+        assert_eq!(told(&cluster.changes()), ["a out", "b out", "c in", "d out"]);
+        cluster.on_namespace(Event::Apply(namespace("demo", Some("ambient"))));
+        assert_eq!(told(&cluster.changes()), ["a in"], "one batch of all that is other than before");
+        cluster.on_namespace(Event::Apply(namespace("demo", Some("ambient"))));
+        assert!(cluster.changes().is_empty(), "nothing has changed");
+        cluster.on_namespace(Event::Apply(namespace("demo", None)));
+        assert_eq!(told(&cluster.changes()), ["a out"]);
+    }
+
+    #[test]
+    fn a_pod_waits_for_its_namespace_unless_its_own_label_decides() {
+        let mut cluster = cluster(&[], vec![]);
+        cluster.on_pod(Event::Apply(pod("a", "new", &json!({}))));
+        cluster.on_pod(Event::Apply(pod("b", "new", &label("ambient"))));
+        assert_eq!(told(&cluster.changes()), ["b in"]);
+        cluster.on_namespace(Event::Apply(namespace("new", Some("ambient"))));
+        assert_eq!(told(&cluster.changes()), ["a in"]);
+        // A namespace that goes takes nobody out of the mesh by itself.
+        cluster.on_namespace(Event::Delete(namespace("new", Some("ambient"))));
+        cluster.on_pod(Event::Apply(pod("a", "new", &json!({"status": {"podIP": "10.0.0.1"}}))));
+        assert!(cluster.changes().is_empty());
+        cluster.on_pod(Event::Delete(pod("a", "new", &json!({}))));
+        assert_eq!(told(&cluster.changes()), ["a gone"]);
+    }
+
+    #[test]
+    fn while_a_new_list_is_incomplete_the_old_one_holds() {
+        let mut cluster = cluster(
+            &[("demo", Some("ambient"))],
+            vec![pod("a", "demo", &json!({})), pod("b", "demo", &json!({}))],
+        );
+        assert_eq!(cluster.changes().len(), 2);
+        cluster.on_namespace(Event::Init);
+        cluster.on_pod(Event::Init);
+        cluster.on_pod(Event::InitApply(pod("b", "demo", &json!({}))));
+        assert!(cluster.changes().is_empty());
+        // The list breaks off and begins again.
+        cluster.on_pod(Event::Init);
+        cluster.on_pod(Event::InitApply(pod("c", "demo", &json!({}))));
+        cluster.on_pod(Event::InitDone);
+        assert_eq!(told(&cluster.changes()), ["a gone", "b gone", "c in"]);
+        assert_eq!(cluster.all().len(), 1);
+    }
+
+    #[test]
+    fn a_pod_that_ended_is_gone_although_the_api_still_has_it() {
+        let mut cluster = cluster(&[("demo", None)], vec![pod("a", "demo", &json!({}))]);
+        cluster.changes();
+        cluster.on_pod(Event::Apply(pod("a", "demo", &json!({"status": {"phase": "Succeeded"}}))));
+        assert_eq!(told(&cluster.changes()), ["a gone"]);
+    }
+
+    #[test]
+    fn of_two_mirrors_with_one_hash_the_older_holds_it_and_then_the_other() {
+        let hash = "0123456789abcdef0123456789abcdef";
+        let mirror = |uid: &str, created: &str| {
+            let annotations = json!({"kubernetes.io/config.mirror": hash, "kubernetes.io/config.hash": hash});
+            pod(uid, uid, &json!({"metadata": {"annotations": annotations, "creationTimestamp": created}}))
+        };
+        let (old, new) = (mirror("z", "2026-01-01T00:00:00Z"), mirror("a", "2026-01-02T00:00:00Z"));
+        let mut cluster = cluster(&[("a", Some("ambient")), ("z", None)], vec![new, old.clone()]);
+        assert_eq!(told(&cluster.changes()), [format!("{hash} out")]);
+        cluster.on_pod(Event::Delete(old));
+        assert_eq!(told(&cluster.changes()), [format!("{hash} in")]);
+    }
+}

@@ -1,0 +1,336 @@
+//! What one pod of the API is to us: whatever decides its enrolment, and nothing else.
+//!
+//! Annotations are whatever somebody typed: nonsense is noted on the pod and ignored, the rest holds.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use k8s_openapi::api::core::v1 as api;
+use serde_json::Value;
+
+use crate::{
+    model::{
+        exclusions::{self, Exclusions},
+        pod::{BadEntry, FailMode, Pod, Selection},
+    },
+    source::{
+        MAX_NAMES,
+        selection::{self, Asks, Mode},
+    },
+};
+
+/// Before the names of our annotations.
+pub const PREFIX: &str = "ambient.adit.dev/";
+/// Where the result is written, as Istio's agent does.
+pub const REDIRECTION: &str = "ambient.istio.io/redirection";
+pub const REDIRECTION_ENABLED: &str = "enabled";
+
+const FAIL_MODE: &str = "ambient.adit.dev/fail-mode";
+const DNS_CAPTURE: &str = "ambient.adit.dev/dns-capture";
+const OUTBOUND_PORTS: &str = "ambient.adit.dev/exclude-outbound-ports";
+const OUTBOUND_CIDRS: &str = "ambient.adit.dev/exclude-outbound-cidrs";
+const INBOUND_PORTS: &str = "ambient.adit.dev/exclude-inbound-ports";
+const OURS: [&str; 5] = [FAIL_MODE, DNS_CAPTURE, OUTBOUND_PORTS, OUTBOUND_CIDRS, INBOUND_PORTS];
+
+/// Istio's name of the same wish.
+const ISTIO_DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
+/// Set by Istio's injector on every pod that it gave a sidecar.
+const SIDECAR_STATUS: &str = "sidecar.istio.io/status";
+/// A static pod is shown by the API as its mirror, with an uid of its own. The kubelet names its cgroup by
+/// this hash of its manifest.
+const CONFIG_MIRROR: &str = "kubernetes.io/config.mirror";
+const CONFIG_HASH: &str = "kubernetes.io/config.hash";
+
+/// How pods are read.
+#[derive(Clone, Debug, Default)]
+pub struct Rules {
+    pub mode: Mode,
+    /// Containers that carry their pod's traffic themselves.
+    pub sidecars: BTreeSet<String>,
+}
+
+/// A pod as the API has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    pub api_uid: String,
+    /// Seconds since 1970; the older of two that claim the same holds it.
+    pub created: i64,
+    pub asks: Asks,
+    pub host_network: bool,
+    /// What carries its traffic already.
+    pub sidecar: Option<String>,
+    /// Whether it carries [`REDIRECTION`].
+    pub marked: bool,
+    /// As it will be told, but for the selection.
+    pub pod: Pod,
+}
+
+/// Reads `given`. `None`: it has ended, or is no pod that anything could be said of.
+pub fn read(given: &api::Pod, rules: &Rules) -> Option<Result<Seen, BadEntry>> {
+    let phase = given.status.as_ref().and_then(|status| status.phase.as_deref());
+    if matches!(phase, Some("Succeeded" | "Failed")) {
+        return None;
+    }
+    let meta = &given.metadata;
+    let (api_uid, name) = (meta.uid.clone()?, meta.name.clone()?);
+    let namespace = meta.namespace.clone()?;
+    let none = BTreeMap::new();
+    let annotations = meta.annotations.as_ref().unwrap_or(&none);
+    let uid = cgroup_uid(&api_uid, annotations).to_owned();
+    let spec = given.spec.as_ref();
+    let service_account = spec
+        .and_then(|spec| spec.service_account_name.clone())
+        .filter(|name| !name.is_empty())
+        .unwrap_or_else(|| "default".to_owned());
+
+    let names = [&uid, &name, &namespace, &service_account].map(String::len).iter().sum::<usize>();
+    if !is_uid(&uid) || names > MAX_NAMES {
+        let problem = format!(
+            "uid \"{uid}\" or names of {names} bytes, expected a uid of Kubernetes and at most {MAX_NAMES}"
+        );
+        return Some(Err(BadEntry { index: None, uid: Some(uid), name: Some(name), problem }));
+    }
+
+    let mut notes = Vec::new();
+    let pod = Pod {
+        uid,
+        name,
+        namespace,
+        service_account,
+        cgroup: None,
+        selection: Selection::Plain,
+        fail_mode: fail_mode(annotations, &mut notes),
+        dns_capture: dns_capture(annotations, &mut notes),
+        addresses: addresses(given, &mut notes),
+        exclusions: exclusions(annotations, &mut notes),
+        notes: Vec::new(),
+    };
+    for key in annotations.keys().filter(|key| key.starts_with(PREFIX) && !OURS.contains(&key.as_str())) {
+        notes.push(format!("{key}: unknown annotation ignored, expected one of {}", OURS.join(", ")));
+    }
+    Some(Ok(Seen {
+        api_uid,
+        created: meta.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
+        asks: rules.mode.asks(meta.labels.as_ref().unwrap_or(&BTreeMap::new())),
+        host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),
+        sidecar: sidecar(given, annotations, rules),
+        marked: annotations.get(REDIRECTION).is_some_and(|value| value == REDIRECTION_ENABLED),
+        pod: Pod { notes, ..pod },
+    }))
+}
+
+impl Seen {
+    /// The pod with its selection; `None` while it depends on a namespace that is not known.
+    pub fn decided(&self, namespace: Option<Asks>) -> Option<Pod> {
+        let selection = selection::together(self.asks, namespace)?;
+        let selection = selection::unless(selection, self.host_network, self.sidecar.as_deref());
+        Some(Pod { selection, ..self.pod.clone() })
+    }
+}
+
+/// By which uid the kubelet names the pod's cgroup. Anybody may write these annotations on a pod, so a hash
+/// counts only if it looks like one: then it can never be the uid of somebody else's ordinary pod.
+fn cgroup_uid<'a>(api_uid: &'a str, annotations: &'a BTreeMap<String, String>) -> &'a str {
+    let is_hash = |hash: &&String| {
+        hash.len() == 32 && hash.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    };
+    match annotations.get(CONFIG_HASH).filter(is_hash) {
+        Some(hash) if annotations.contains_key(CONFIG_MIRROR) => hash,
+        _ => api_uid,
+    }
+}
+
+/// It becomes part of names of files.
+fn is_uid(uid: &str) -> bool {
+    !uid.is_empty() && uid.len() <= 64 && uid.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+}
+
+fn addresses(given: &api::Pod, notes: &mut Vec<String>) -> BTreeSet<IpAddr> {
+    let Some(status) = &given.status else { return BTreeSet::new() };
+    let listed = status.pod_ips.iter().flatten().map(|entry| entry.ip.as_str());
+    // Old servers and hand-made pods may have the single one alone.
+    let texts: BTreeSet<&str> = listed.chain(status.pod_ip.as_deref()).filter(|ip| !ip.is_empty()).collect();
+    let mut addresses = BTreeSet::new();
+    for text in texts {
+        match text.parse::<IpAddr>() {
+            Ok(address) => drop(addresses.insert(address.to_canonical())),
+            Err(_) => notes.push(format!("status.podIPs: \"{text}\" ignored, expected an address")),
+        }
+    }
+    addresses
+}
+
+/// Init containers that are restarted always are sidecars too (Kubernetes 1.29).
+fn sidecar(given: &api::Pod, annotations: &BTreeMap<String, String>, rules: &Rules) -> Option<String> {
+    if annotations.contains_key(SIDECAR_STATUS) {
+        return Some(format!("it has a sidecar ({SIDECAR_STATUS})"));
+    }
+    let spec = given.spec.as_ref()?;
+    let lasting = spec
+        .init_containers
+        .iter()
+        .flatten()
+        .filter(|container| container.restart_policy.as_deref() == Some("Always"));
+    spec.containers
+        .iter()
+        .chain(lasting)
+        .find(|container| rules.sidecars.contains(&container.name))
+        .map(|container| format!("it has the container {}", container.name))
+}
+
+fn fail_mode(annotations: &BTreeMap<String, String>, notes: &mut Vec<String>) -> Option<FailMode> {
+    let text = annotations.get(FAIL_MODE)?;
+    match text.trim() {
+        "closed" => Some(FailMode::Closed),
+        "open" => Some(FailMode::Open),
+        _ => {
+            notes.push(format!("{FAIL_MODE}: \"{}\" ignored, expected closed or open", short(text)));
+            None
+        }
+    }
+}
+
+fn dns_capture(annotations: &BTreeMap<String, String>, notes: &mut Vec<String>) -> Option<bool> {
+    let key = [DNS_CAPTURE, ISTIO_DNS_CAPTURE].into_iter().find(|key| annotations.contains_key(*key))?;
+    let text = &annotations[key];
+    match text.trim() {
+        "true" => Some(true),
+        "false" => Some(false),
+        _ => {
+            notes.push(format!("{key}: \"{}\" ignored, expected true or false", short(text)));
+            None
+        }
+    }
+}
+
+fn exclusions(annotations: &BTreeMap<String, String>, notes: &mut Vec<String>) -> Exclusions {
+    let value = |key| annotations.get(key).map_or(Value::Null, |text| Value::String(text.clone()));
+    Exclusions {
+        outbound_ports: exclusions::ports(OUTBOUND_PORTS, &value(OUTBOUND_PORTS), notes),
+        outbound_cidrs: exclusions::cidrs(OUTBOUND_CIDRS, &value(OUTBOUND_CIDRS), notes),
+        inbound_ports: exclusions::ports(INBOUND_PORTS, &value(INBOUND_PORTS), notes),
+    }
+}
+
+/// As much of a text as a message needs.
+fn short(text: &str) -> String {
+    text.chars().take(40).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn rules() -> Rules {
+        Rules { sidecars: ["proxy".to_owned()].into(), ..Rules::default() }
+    }
+
+    fn seen(value: Value) -> Option<Seen> {
+        let given: api::Pod = serde_json::from_value(value).unwrap();
+        read(&given, &rules()).map(|read| read.unwrap())
+    }
+
+    fn with_annotations(annotations: &Value) -> Seen {
+        seen(json!({"metadata": {"uid": "u-1", "name": "n", "namespace": "d", "annotations": annotations}}))
+            .unwrap()
+    }
+
+    #[test]
+    fn everything_that_counts_is_read() {
+        let seen = seen(json!({
+            "metadata": {
+                "uid": "8a4b0c1e-0000-4000-8000-000000000001", "name": "web", "namespace": "demo",
+                "labels": {"istio.io/dataplane-mode": "ambient"},
+                "annotations": {
+                    "ambient.adit.dev/fail-mode": "open", "ambient.adit.dev/dns-capture": "false",
+                    "ambient.istio.io/dns-capture": "true",
+                    "ambient.adit.dev/exclude-outbound-ports": "6379, 7000-7001",
+                    "ambient.adit.dev/exclude-outbound-cidrs": "10.0.0.0/8",
+                    "ambient.adit.dev/exclude-inbound-ports": "9090",
+                    "ambient.istio.io/redirection": "enabled",
+                },
+            },
+            "spec": {"containers": [{"name": "web"}], "serviceAccountName": "web-sa"},
+            "status": {"phase": "Running", "podIP": "10.1.0.2", "podIPs": [{"ip": "10.1.0.2"}, {"ip": "fd00::2"}]},
+        }))
+        .unwrap();
+        let Pod { fail_mode, dns_capture, addresses, exclusions, notes, service_account, .. } = &seen.pod;
+        assert_eq!(
+            (seen.asks, seen.marked, seen.host_network, &seen.sidecar),
+            (Asks::Enrol, true, false, &None)
+        );
+        assert_eq!((*fail_mode, *dns_capture), (Some(FailMode::Open), Some(false)));
+        assert_eq!(addresses.len(), 2);
+        assert_eq!(exclusions.outbound_ports, [6379, 7000, 7001].into());
+        assert_eq!((exclusions.outbound_cidrs.len(), exclusions.inbound_ports.len()), (1, 1));
+        assert_eq!((service_account.as_str(), notes.len()), ("web-sa", 0));
+    }
+
+    #[test]
+    fn nonsense_is_noted_and_ignored() {
+        let seen = with_annotations(&json!({
+            "ambient.adit.dev/fail-mode": "ajar",
+            "ambient.adit.dev/dns-capture": "yes",
+            "ambient.adit.dev/exclude-inbound-ports": "9090, http",
+            "ambient.adit.dev/exclude-inbound-port": "1",
+            "elsewhere.dev/fail-mode": "ajar",
+        }));
+        assert_eq!((seen.pod.fail_mode, seen.pod.dns_capture), (None, None));
+        assert_eq!(seen.pod.exclusions.inbound_ports, [9090].into());
+        let notes = seen.pod.notes.join("\n");
+        assert_eq!(seen.pod.notes.len(), 4, "{notes}");
+        for part in ["\"ajar\"", "\"yes\"", "\"http\"", "exclude-inbound-port: unknown"] {
+            assert!(notes.contains(part), "{part} in {notes}");
+        }
+    }
+
+    #[test]
+    fn a_pod_that_ended_is_none() {
+        for (phase, is_there) in
+            [("Pending", true), ("Running", true), ("Succeeded", false), ("Failed", false)]
+        {
+            let pod =
+                json!({"metadata": {"uid": "u", "name": "n", "namespace": "d"}, "status": {"phase": phase}});
+            assert_eq!(seen(pod).is_some(), is_there, "{phase}");
+        }
+    }
+
+    #[test]
+    fn sidecars_are_found_by_annotation_and_by_name_also_among_init_containers() {
+        let pod = |spec: Value| {
+            let spec = seen(json!({"metadata": {"uid": "u", "name": "n", "namespace": "d"}, "spec": spec}));
+            spec.unwrap().sidecar.is_some()
+        };
+        let init = |policy: Value| json!({"containers": [], "initContainers": [{"name": "proxy", "restartPolicy": policy}]});
+        assert!(pod(json!({"containers": [{"name": "web"}, {"name": "proxy"}]})));
+        assert!(pod(init(json!("Always"))));
+        assert!(!pod(init(Value::Null)), "it ends before the others start");
+        assert!(!pod(json!({"containers": [{"name": "proxy-test"}]})));
+        assert!(with_annotations(&json!({"sidecar.istio.io/status": "{}"})).sidecar.is_some());
+    }
+
+    #[test]
+    fn a_static_pods_cgroup_is_named_by_its_hash_and_nobody_elses_uid_can_be_taken() {
+        let hash = "0123456789abcdef0123456789abcdef";
+        let mirror = |hash: &str| {
+            with_annotations(&json!({"kubernetes.io/config.mirror": "x", "kubernetes.io/config.hash": hash}))
+                .pod
+                .uid
+        };
+        assert_eq!(mirror(hash), hash);
+        assert_eq!(mirror("8a4b0c1e-0000-4000-8000-000000000001"), "u-1");
+        assert_eq!(with_annotations(&json!({"kubernetes.io/config.hash": hash})).pod.uid, "u-1");
+    }
+
+    #[test]
+    fn a_uid_that_is_none_is_refused() {
+        for bad in ["", "a/b", "..", &"a".repeat(65)] {
+            let pod = json!({"metadata": {"uid": bad, "name": "n", "namespace": "d"}});
+            assert!(read(&serde_json::from_value(pod).unwrap(), &rules()).unwrap().is_err(), "{bad:?}");
+        }
+    }
+}

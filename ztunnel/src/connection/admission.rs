@@ -1,0 +1,56 @@
+//! Whether a client may reach a pod, and for how long. The same for HBONE and for plaintext.
+
+use std::net::{IpAddr, SocketAddr};
+
+use crate::{
+    context::ProcessContext,
+    identity::Identity,
+    mesh::{Mesh, Workload},
+    pod::Pod,
+    policy::{self, Denied},
+    route,
+};
+
+/// The client's name to ask the control plane for, if nobody has told who it is.
+pub(super) fn unknown_client(mesh: &Mesh, workload: &Workload, client: IpAddr) -> Vec<String> {
+    let known = mesh.workload_by_address(&workload.network, client).is_some();
+    (!known).then(|| route::address_name(&workload.network, client)).into_iter().collect()
+}
+
+/// Whether policy lets `client` reach `target` of `workload`.
+pub(super) fn check(
+    mesh: &Mesh,
+    workload: &Workload,
+    client: IpAddr,
+    identity: Option<&Identity>,
+    target: SocketAddr,
+) -> Result<(), Denied> {
+    let destination_network = &workload.network;
+    let connection =
+        policy::Connection { source_ip: client, source: identity, destination: target, destination_network };
+    policy::check(mesh, workload, &connection)
+}
+
+/// Ends when a change of policy forbids what was allowed. A workload that is no longer known keeps what it has.
+pub(super) async fn until_denied(
+    shared: &ProcessContext,
+    pod: &Pod,
+    client: IpAddr,
+    identity: Option<&Identity>,
+    target: SocketAddr,
+) {
+    let mut changes = shared.store.subscribe();
+    loop {
+        changes.mark_unchanged();
+        let mesh = shared.store.snapshot();
+        let info = &pod.info;
+        if let Some(workload) = mesh.workload_by_name(&info.namespace, &info.name, &info.service_account)
+            && check(&mesh, workload, client, identity, target).is_err()
+        {
+            return;
+        }
+        if changes.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+    }
+}

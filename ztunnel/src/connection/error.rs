@@ -1,0 +1,159 @@
+//! Why a connection did not come to be, or broke.
+
+use std::{io, net::IpAddr, sync::Arc};
+
+use http::{Method, StatusCode};
+
+use crate::{
+    discovery::demand::Unanswered,
+    hbone::{InvalidTarget, client::ConnectError},
+    identity::IdentityError,
+    lookup::LookupError,
+    policy::Denied,
+    record::Failure,
+    route::RouteError,
+    stream::StreamError,
+    workload_lookup::UnknownWorkload,
+};
+
+/// Why an outbound connection did not come to be, or broke.
+#[derive(Debug, thiserror::Error)]
+pub enum OutboundError {
+    #[error("cannot tell what was dialled")]
+    OriginalDst(#[source] io::Error),
+    #[error("attempted recursive call to ourselves")]
+    Recursive,
+    #[error(transparent)]
+    UnknownWorkload(#[from] UnknownWorkload),
+    #[error(transparent)]
+    Route(#[from] RouteError),
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+    #[error(transparent)]
+    Unanswered(#[from] Unanswered),
+    #[error("connection failed")]
+    Dial(#[source] io::Error),
+    #[error("cannot ask for {authority:?}")]
+    Request { authority: String, source: http::Error },
+    #[error(transparent)]
+    Hbone(#[from] Arc<ConnectError>),
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+}
+
+impl Failure for OutboundError {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::OriginalDst(_) => "no_original_dst",
+            Self::Recursive => "recursive",
+            Self::UnknownWorkload(_) => "unknown_workload",
+            Self::Route(error) => error.reason(),
+            Self::Lookup(_) => "lookup",
+            Self::Unanswered(_) => "unanswered",
+            Self::Dial(_) => "connect",
+            Self::Request { .. } => "invalid_request",
+            Self::Hbone(error) => error.reason(),
+            Self::Stream(error) => error.reason(),
+        }
+    }
+
+    fn response_flags(&self) -> &'static str {
+        match self {
+            Self::Dial(_) => "CONNECT",
+            Self::Hbone(error) => error.response_flags(),
+            _ => "-",
+        }
+    }
+}
+
+/// Why an inbound connection did not come to be, or broke.
+#[derive(Debug, thiserror::Error)]
+pub enum InboundError {
+    #[error("no certificate to answer with")]
+    Identity(#[source] IdentityError),
+    #[error("tls handshake error")]
+    Tls(#[source] io::Error),
+    #[error("http2 connection failed")]
+    Http(#[source] h2::Error),
+    #[error("expected method CONNECT, got {0}")]
+    Method(Method),
+    #[error(transparent)]
+    Authority(#[from] InvalidTarget),
+    #[error("ip mismatch: {connection} != {authority}")]
+    IpMismatch { connection: IpAddr, authority: IpAddr },
+    #[error("no service or workload for hostname {0}")]
+    UnknownHost(String),
+    #[error("requested service {service}:{port} cannot resolve port")]
+    UnknownPort { service: String, port: u16 },
+    #[error("attempted recursive call to ourselves")]
+    Recursive,
+    #[error(transparent)]
+    UnknownWorkload(#[from] UnknownWorkload),
+    #[error(transparent)]
+    Unanswered(#[from] Unanswered),
+    #[error("a certificate of the peer is revoked")]
+    Revoked,
+    #[error("connection closed due to policy rejection")]
+    Denied(#[from] Denied),
+    #[error("connection failed")]
+    Dial(#[source] io::Error),
+    #[error("connection closed due to policy change")]
+    PolicyChange,
+    #[error(transparent)]
+    Stream(StreamError),
+}
+
+impl From<StreamError> for InboundError {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::Cut => Self::PolicyChange,
+            other => Self::Stream(other),
+        }
+    }
+}
+
+impl InboundError {
+    /// The answer to the CONNECT.
+    pub(super) fn status(&self) -> StatusCode {
+        match self {
+            Self::Method(_) | Self::Authority(_) | Self::IpMismatch { .. } => StatusCode::BAD_REQUEST,
+            Self::Denied(_) | Self::Revoked => StatusCode::UNAUTHORIZED,
+            _ => StatusCode::SERVICE_UNAVAILABLE,
+        }
+    }
+}
+
+impl Failure for InboundError {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Identity(_) => "identity",
+            Self::Tls(_) => "tls",
+            Self::Http(_) => "h2",
+            Self::Method(_) => "method",
+            Self::Authority(_) => "authority",
+            Self::IpMismatch { .. } => "ip_mismatch",
+            Self::UnknownHost(_) => "unknown_host",
+            Self::UnknownPort { .. } => "no_such_port",
+            Self::Recursive => "recursive",
+            Self::UnknownWorkload(_) => "unknown_workload",
+            Self::Unanswered(_) => "unanswered",
+            Self::Denied(_) => "denied",
+            Self::Revoked => "revoked",
+            Self::Dial(_) => "connect",
+            Self::PolicyChange => "policy_change",
+            Self::Stream(error) => error.reason(),
+        }
+    }
+
+    fn response_flags(&self) -> &'static str {
+        match self {
+            Self::Identity(_) => "IDENTITY_ERROR",
+            Self::Tls(_) => "TLS_FAILURE",
+            Self::Http(_) => "H2_HANDSHAKE_FAILURE",
+            Self::Denied(_) | Self::PolicyChange => "DENY",
+            Self::Dial(_) => "CONNECT",
+            Self::Revoked => "CERT_REVOKED",
+            _ => "-",
+        }
+    }
+}

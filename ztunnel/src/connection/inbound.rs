@@ -1,0 +1,227 @@
+//! Follows the connections that come to a served pod through a peer's tunnel, port 15008: is the peer who it must
+//! be, may it, and will the application take it; then copies until it ends.
+
+mod delivery;
+mod proxy_protocol;
+mod source;
+
+use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
+
+use delivery::{Delivery, Handover, delivery};
+use http::{HeaderMap, HeaderValue, Method};
+use source::{Asker, source};
+use tokio::{io::AsyncWriteExt, net::TcpStream};
+use tracing::debug;
+
+use super::{
+    admission::{check, unknown_client, until_denied},
+    error::InboundError,
+};
+use crate::{
+    context::{Accepted, WorkerContext},
+    direction::Direction,
+    hbone::{
+        BAGGAGE, FORWARDED, InvalidTarget, Target, forwarded_host,
+        server::{self, Asked},
+    },
+    identity::{Chain, Identity, peer_identity},
+    mesh::{Mesh, Service, Workload, baggage},
+    pod::Pod,
+    record::{Counters, Ends, Failure, Record, denied_early},
+    socket,
+    stream::{self, SocketIs, StreamError},
+};
+
+/// One tunnel of a peer, as its requests see it.
+struct Tunnel {
+    worker: Rc<WorkerContext>,
+    pod: Arc<Pod>,
+    /// The peer that dialled: who it is by its certificate, where by its TCP connection. What it says in
+    /// headers is believed for labels only.
+    peer: SocketAddr,
+    identity: Option<Identity>,
+    chain: Chain,
+    /// The address that the peer dialled.
+    local: SocketAddr,
+}
+
+/// A connection that came in on 15008.
+pub async fn serve(accepted: Accepted) {
+    let Accepted { stream, client: peer, pod, worker } = accepted;
+    let Ok(local) = stream.local_addr().map(socket::canonical) else { return };
+    let shared = Arc::clone(&worker.shared);
+    let fail = |error: InboundError| {
+        denied_early(&shared.metrics, &Ends::new(Direction::Inbound, peer, local), &error);
+    };
+    let credentials = match shared.certificates.get(&pod.identity).await {
+        Ok(credentials) => credentials,
+        Err(error) => return fail(InboundError::Identity(error)),
+    };
+    let began = Instant::now();
+    let tls = server::tls(stream, credentials.server()).await;
+    shared.metrics.tls_handshake(Direction::Inbound.as_str(), began.elapsed());
+    let tls = match tls {
+        Ok(tls) => tls,
+        Err(error) => return fail(InboundError::Tls(error)),
+    };
+    let certificates = tls.get_ref().1.peer_certificates();
+    let (identity, chain) = (peer_identity(certificates), Chain::of(certificates));
+    if shared.revocations.is_configured() && chain.is_empty() {
+        shared.metrics.crl.untracked(Direction::Inbound);
+    }
+    if shared.revocations.is_revoked(&chain) {
+        shared.metrics.crl.rejected(Direction::Inbound);
+        return fail(InboundError::Revoked);
+    }
+    let stop = pod.stop.child_token();
+    // No new streams then; those that are open end by themselves, each with its record.
+    let revoked = async {
+        shared.revocations.until_revoked(chain.clone()).await;
+        shared.metrics.crl.rejected(Direction::Inbound);
+        stop.cancel();
+        std::future::pending::<()>().await;
+    };
+    let tunnel = Rc::new(Tunnel { worker, pod, peer, identity, chain: chain.clone(), local });
+    let served =
+        server::serve(tls, &shared.config.h2, stop.clone(), |asked| request(Rc::clone(&tunnel), asked));
+    let served = tokio::select! {
+        served = served => served,
+        () = revoked => return,
+    };
+    if let Err(error) = served {
+        // Its streams, if there were any, have their own records.
+        debug!(src.addr = %peer, dst.addr = %local, %error, "tunnel of a peer ended");
+    }
+}
+
+/// What a CONNECT is about, once it is known to be right.
+struct Admitted {
+    workload: Arc<Workload>,
+    /// Who asks, for labels.
+    source: Option<Arc<Workload>>,
+    delivery: Delivery,
+}
+
+async fn request(tunnel: Rc<Tunnel>, asked: Asked) {
+    let shared = &tunnel.worker.shared;
+    let admitted = match admit(&tunnel, &asked).await {
+        Ok(admitted) => admitted,
+        Err(error) => {
+            let mut ends = Ends::new(Direction::Inbound, tunnel.peer, tunnel.local);
+            ends.source_identity.clone_from(&tunnel.identity);
+            denied_early(&shared.metrics, &ends, &error);
+            return asked.refuse(error.status());
+        }
+    };
+    let record = Record::open(&shared.metrics, ends(&tunnel, &admitted));
+    let result = carry(&tunnel, &admitted, asked, record.counters()).await;
+    record.close(result.as_ref().copied().map_err(|error| error as &dyn Failure));
+}
+
+/// The checks in the order of their answers: 400 for what is malformed, 503 for what leads nowhere, 401.
+async fn admit(tunnel: &Tunnel, asked: &Asked) -> Result<Admitted, InboundError> {
+    let request = &asked.request;
+    if request.method() != Method::CONNECT {
+        return Err(InboundError::Method(request.method().clone()));
+    }
+    let authority = request.uri().authority().ok_or(InvalidTarget)?;
+    let target: Target = authority.as_str().parse()?;
+    let shared = &tunnel.worker.shared;
+    if shared.revocations.is_revoked(&tunnel.chain) {
+        return Err(InboundError::Revoked);
+    }
+    let (mesh, workload) = shared.workload(&tunnel.pod).await?;
+    let missing = |mesh: &Mesh| delivery::missing(mesh, &workload, tunnel.local, &target);
+    let mesh = shared.informed(mesh, missing).await?;
+    let mut delivery = delivery(&mesh, &workload, tunnel.local, target, shared.config.proxy_to)?;
+    let port = delivery.target.port();
+    let foreign = tunnel.pod.own_port.is_some_and(|own| own != port);
+    if foreign || shared.is_own_port(port) {
+        return Err(InboundError::Recursive);
+    }
+    check(&mesh, &workload, tunnel.peer.ip(), tunnel.identity.as_ref(), delivery.target)?;
+    if delivery.service.is_none() {
+        delivery.service = forwarded_service(&mesh, &workload, request.headers());
+    }
+    let client = |mesh: &Mesh| unknown_client(mesh, &workload, tunnel.peer.ip());
+    // For labels: without an answer there are none.
+    let mesh = shared.informed(Arc::clone(&mesh), client).await.unwrap_or(mesh);
+    let peer = Asker { ip: tunnel.peer.ip(), identity: tunnel.identity.as_ref() };
+    let believed = shared.config.response_baggage;
+    let source = source(&mesh, &workload, peer, request.headers(), believed);
+    Ok(Admitted { workload, source, delivery })
+}
+
+/// The service that the client dialled, as its tunnel says: `forwarded: for="…";host=…`. For labels only.
+fn forwarded_service(mesh: &Mesh, workload: &Workload, headers: &HeaderMap) -> Option<Arc<Service>> {
+    let forwarded = headers.get(FORWARDED)?.to_str().ok()?;
+    mesh.service_by_hostname(forwarded_host(forwarded)?, &workload.namespace).cloned()
+}
+
+fn ends(tunnel: &Tunnel, admitted: &Admitted) -> Ends {
+    let mut ends = Ends::new(Direction::Inbound, tunnel.peer, tunnel.local);
+    ends.source_workload.clone_from(&admitted.source);
+    ends.source_identity.clone_from(&tunnel.identity);
+    ends.hbone = Some(admitted.delivery.target);
+    ends.destination_workload = Some(Arc::clone(&admitted.workload));
+    ends.destination_identity = Some(tunnel.pod.identity.clone());
+    ends.destination_service.clone_from(&admitted.delivery.service);
+    ends
+}
+
+async fn carry(
+    tunnel: &Tunnel,
+    admitted: &Admitted,
+    asked: Asked,
+    counters: &Counters,
+) -> Result<(), InboundError> {
+    let (shared, began) = (&tunnel.worker.shared, Instant::now());
+    let application = match dial(tunnel, &admitted.delivery).await {
+        Ok(application) => application,
+        Err(error) => {
+            let error = InboundError::Dial(error);
+            asked.refuse(error.status());
+            return Err(error);
+        }
+    };
+    shared.metrics.connected(Direction::Inbound.as_str(), began.elapsed());
+    let mut headers = HeaderMap::new();
+    if shared.config.response_baggage
+        && let Ok(value) = HeaderValue::try_from(baggage::of_workload(&admitted.workload))
+    {
+        headers.insert(BAGGAGE, value);
+    }
+    let stream = asked.accept(headers).map_err(InboundError::Http)?;
+    let denied = until_denied(
+        shared,
+        &tunnel.pod,
+        tunnel.peer.ip(),
+        tunnel.identity.as_ref(),
+        admitted.delivery.target,
+    );
+    let cut = async {
+        tokio::select! {
+            () = denied => {}
+            () = shared.revocations.until_revoked(tunnel.chain.clone()) => {}
+        }
+    };
+    match stream::tunnel(application, stream, SocketIs::Server, counters, shared.config.limits, cut).await {
+        Err(StreamError::Cut) if shared.revocations.is_revoked(&tunnel.chain) => Err(InboundError::Revoked),
+        done => Ok(done?),
+    }
+}
+
+/// The application, told by a PROXY header about the client if it wants that.
+async fn dial(tunnel: &Tunnel, delivery: &Delivery) -> io::Result<TcpStream> {
+    let shared = &tunnel.worker.shared;
+    let (dial, asked) = match delivery.to {
+        Handover::Plain => {
+            return shared.dial_application(&tunnel.pod, delivery.target, tunnel.peer.ip()).await;
+        }
+        Handover::Proxy { dial, asked } => (dial, asked),
+    };
+    let mut application = socket::connect(&tunnel.pod.netns, dial, None, &shared.socket).await?;
+    let header = proxy_protocol::header(tunnel.peer, asked, tunnel.identity.as_ref());
+    application.write_all(&header).await?;
+    Ok(application)
+}

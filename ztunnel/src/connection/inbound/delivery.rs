@@ -1,0 +1,242 @@
+//! What the authority of a CONNECT means for the pod that it came to: may it be asked for that, and where is the
+//! application dialled. Pure.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+};
+
+use crate::connection::error::InboundError;
+use crate::{
+    config::ProxyTo,
+    hbone::Target,
+    mesh::{GatewayAddress, Mesh, Service, Workload, workloads::ApplicationProtocol},
+    route::{self, is_gateway},
+};
+
+/// How a connection is handed to the application.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Delivery {
+    /// Known if a service's name was asked for, or its address at a waypoint.
+    pub service: Option<Arc<Service>>,
+    /// The pod's own address, and the port in it: what policy is about.
+    pub target: SocketAddr,
+    pub to: Handover,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Handover {
+    /// Dialled at the target, from the client's address if that is kept.
+    Plain,
+    /// Dialled at `dial`, and told by a PROXY header that the client went to `asked`.
+    Proxy { dial: SocketAddr, asked: SocketAddr },
+}
+
+/// `local`: the address at which the pod was reached.
+pub(super) fn delivery(
+    mesh: &Mesh,
+    workload: &Workload,
+    local: SocketAddr,
+    target: Target,
+    proxy_to: ProxyTo,
+) -> Result<Delivery, InboundError> {
+    let (service, asked) = match target {
+        Target::Address(asked) => {
+            let ip = asked.ip().to_canonical();
+            let service = if ip == local.ip() {
+                None
+            } else {
+                match waypoint_for(mesh, workload, ip) {
+                    Waypoint::OfService(service) => Some(service),
+                    Waypoint::OfPod => None,
+                    Waypoint::No => {
+                        return Err(InboundError::IpMismatch { connection: local.ip(), authority: ip });
+                    }
+                }
+            };
+            (service, SocketAddr::new(ip, asked.port()))
+        }
+        Target::Host { name, port } => {
+            let (service, port) = resolve(mesh, workload, name, port)?;
+            (service, SocketAddr::new(local.ip(), port))
+        }
+    };
+    let tunnel = workload.application_tunnel;
+    let port = tunnel.and_then(|tunnel| tunnel.port).map_or(asked.port(), Into::into);
+    let target = SocketAddr::new(local.ip(), port);
+    let to = match tunnel.map(|tunnel| tunnel.protocol) {
+        Some(ApplicationProtocol::Proxy) => {
+            let dial = match (proxy_to, target.is_ipv4()) {
+                (ProxyTo::PodAddress, _) => target,
+                (ProxyTo::Loopback, true) => (Ipv4Addr::LOCALHOST, port).into(),
+                (ProxyTo::Loopback, false) => (Ipv6Addr::LOCALHOST, port).into(),
+            };
+            Handover::Proxy { dial, asked }
+        }
+        Some(ApplicationProtocol::None) | None => Handover::Plain,
+    };
+    Ok(Delivery { service, target, to })
+}
+
+/// What would have to be known for that, and is not: names to ask the control plane for.
+pub(super) fn missing(mesh: &Mesh, workload: &Workload, local: SocketAddr, target: &Target) -> Vec<String> {
+    match target {
+        Target::Address(asked) if asked.ip().to_canonical() == local.ip() => Vec::new(),
+        // What is asked for names its waypoint: only then that is of interest.
+        Target::Address(asked) => route::missing(mesh, workload, *asked),
+        Target::Host { name, .. } if workload.hostname.as_deref() == Some(&**name) => Vec::new(),
+        Target::Host { name, .. } => match mesh.service_by_hostname(name, &workload.namespace) {
+            Some(_) => Vec::new(),
+            None => vec![format!("{}/{name}", workload.namespace)],
+        },
+    }
+}
+
+/// Whether, and for what, a workload is the waypoint.
+enum Waypoint {
+    No,
+    OfService(Arc<Service>),
+    OfPod,
+}
+
+/// Whether what is at `asked` names `workload` as its waypoint.
+fn waypoint_for(mesh: &Mesh, workload: &Workload, asked: IpAddr) -> Waypoint {
+    if let Some(service) = mesh.service_by_vip(&workload.network, asked) {
+        let ours = is_waypoint_of(mesh, workload, service);
+        return if ours { Waypoint::OfService(Arc::clone(service)) } else { Waypoint::No };
+    }
+    let ours = |waypoint: &GatewayAddress| is_gateway(mesh, workload, waypoint);
+    match mesh.workload_by_address(&workload.network, asked) {
+        Some(pod) if pod.waypoint.as_ref().is_some_and(ours) => Waypoint::OfPod,
+        _ => Waypoint::No,
+    }
+}
+
+fn is_waypoint_of(mesh: &Mesh, workload: &Workload, service: &Service) -> bool {
+    let weighted = service.weighted_waypoints.iter().map(|waypoint| &waypoint.destination);
+    weighted.chain(&service.waypoint).any(|waypoint| is_gateway(mesh, workload, waypoint))
+}
+
+/// A service by name, and the port at which this workload serves it, or takes it as its waypoint.
+fn resolve(
+    mesh: &Mesh,
+    workload: &Workload,
+    name: String,
+    port: u16,
+) -> Result<(Option<Arc<Service>>, u16), InboundError> {
+    if workload.hostname.as_deref() == Some(&*name) {
+        return Ok((None, port));
+    }
+    let Some(service) = mesh.service_by_hostname(&name, &workload.namespace) else {
+        return Err(InboundError::UnknownHost(name));
+    };
+    let ours = mesh.endpoints(&service.key()).iter().find(|endpoint| endpoint.workload.uid == workload.uid);
+    if let Some(target) = ours.and_then(|endpoint| endpoint.target_port(service, port)) {
+        return Ok((Some(Arc::clone(service)), target));
+    }
+    if ours.is_none() && service.ports.contains_key(&port) && is_waypoint_of(mesh, workload, service) {
+        return Ok((Some(Arc::clone(service)), port));
+    }
+    Err(InboundError::UnknownPort { service: name, port })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::{
+        tests::{service, workload},
+        workloads::ApplicationTunnel,
+    };
+
+    /// Service `web` at 10.96.0.1 and pod 10.0.0.1, both behind the waypoint at 10.0.8.8; a pod without one at
+    /// 10.0.0.2, which serves `named`.
+    fn mesh(tunnel: Option<ApplicationTunnel>) -> (Mesh, Workload) {
+        let at = |name: &str| GatewayAddress { destination: name.parse().unwrap(), hbone_mtls_port: 15008 };
+        let mut web = service("web", "10.96.0.1");
+        web.waypoint = Some(at("/10.0.8.8"));
+        let mut pod = workload("web-0", "10.0.0.1");
+        pod.waypoint = Some(at("/10.0.8.8"));
+        let mut named = service("named", "10.96.0.2");
+        named.ports = [(80, 8080), (81, 0)].into();
+        let mut other = workload("other-0", "10.0.0.2");
+        other.services.insert(named.key(), Arc::new([(81, 9191)].into()));
+        other.hostname = Some("other.example".into());
+        let mut waypoint = workload("waypoint-0", "10.0.8.8");
+        waypoint.application_tunnel = tunnel;
+        (Mesh::new([pod, other, waypoint.clone()], [web, named], []), waypoint)
+    }
+
+    fn delivered(
+        tunnel: Option<ApplicationTunnel>,
+        authority: &str,
+        proxy_to: ProxyTo,
+    ) -> Result<Delivery, InboundError> {
+        let (mesh, waypoint) = mesh(tunnel);
+        delivery(&mesh, &waypoint, "10.0.8.8:15008".parse().unwrap(), authority.parse().unwrap(), proxy_to)
+    }
+
+    #[test]
+    fn a_waypoint_takes_what_is_addressed_to_those_that_name_it() {
+        for (authority, target) in [
+            ("10.96.0.1:80", Some("10.0.8.8:80")),
+            ("10.0.0.1:8080", Some("10.0.8.8:8080")),
+            ("10.0.8.8:1234", Some("10.0.8.8:1234")),
+            ("web.default.svc.cluster.local:80", Some("10.0.8.8:80")),
+            ("10.0.0.2:8080", None),
+            ("10.96.0.2:80", None),
+            ("10.0.0.3:80", None),
+        ] {
+            match (delivered(None, authority, ProxyTo::Loopback), target) {
+                (Ok(delivery), Some(target)) => {
+                    assert_eq!(delivery.target, target.parse().unwrap(), "{authority}");
+                    assert_eq!(delivery.to, Handover::Plain);
+                }
+                (Err(InboundError::IpMismatch { .. }), None) => {}
+                (other, _) => panic!("{authority}: {other:?}"),
+            }
+        }
+        assert_eq!(
+            &*delivered(None, "10.96.0.1:80", ProxyTo::Loopback).unwrap().service.unwrap().name,
+            "web"
+        );
+    }
+
+    #[test]
+    fn a_waypoint_that_speaks_proxy_is_told_what_was_asked_for() {
+        let tunnel = |port| {
+            Some(ApplicationTunnel {
+                protocol: ApplicationProtocol::Proxy,
+                port: std::num::NonZeroU16::new(port),
+            })
+        };
+        let asked = "10.96.0.1:80".parse().unwrap();
+        for (port, to, dial) in [
+            (15088, ProxyTo::Loopback, "127.0.0.1:15088"),
+            (15088, ProxyTo::PodAddress, "10.0.8.8:15088"),
+            (0, ProxyTo::Loopback, "127.0.0.1:80"),
+        ] {
+            let delivery = delivered(tunnel(port), "10.96.0.1:80", to).unwrap();
+            assert_eq!(delivery.to, Handover::Proxy { dial: dial.parse().unwrap(), asked });
+        }
+        let error = delivered(tunnel(15088), "10.0.0.2:8080", ProxyTo::Loopback).unwrap_err();
+        assert!(matches!(error, InboundError::IpMismatch { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_name_leads_to_the_port_at_which_the_pod_serves_it() {
+        let (mesh, _) = mesh(None);
+        let other = mesh.workloads().find(|pod| &*pod.name == "other-0").unwrap();
+        let at = |authority: &str| {
+            let local = "10.0.0.2:15008".parse().unwrap();
+            delivery(&mesh, other, local, authority.parse().unwrap(), ProxyTo::Loopback)
+                .map(|delivery| delivery.target.port())
+        };
+        assert_eq!(at("named.default.svc.cluster.local:80").unwrap(), 8080);
+        assert_eq!(at("named.default.svc.cluster.local:81").unwrap(), 9191, "by the port's name");
+        assert_eq!(at("other.example:70").unwrap(), 70);
+        assert!(matches!(at("named.default.svc.cluster.local:82"), Err(InboundError::UnknownPort { .. })));
+        assert!(matches!(at("nobody.default.svc.cluster.local:80"), Err(InboundError::UnknownHost(_))));
+        // Another's service, of which it is no waypoint.
+        assert!(matches!(at("web.default.svc.cluster.local:80"), Err(InboundError::UnknownPort { .. })));
+    }
+}

@@ -1,0 +1,147 @@
+//! Follows one connection that an application of a served pod makes: where did it want to go, who is that, and
+//! by which way; then copies until it ends.
+
+mod gateway;
+mod tunnel;
+
+use std::{net::SocketAddr, sync::Arc, time::Instant};
+
+use tokio::net::TcpStream;
+
+use self::tunnel::{Way, cut_or, ends, pooled, request};
+use super::error::OutboundError;
+use crate::{
+    context::Accepted,
+    direction::Direction,
+    hbone::client::ConnectError,
+    mesh::{Mesh, Workload},
+    record::{Counters, Ends, Failure, Record, denied_early},
+    route::{self, Outbound, OutboundRoute, Via},
+    socket,
+    stream::{self, SocketIs},
+};
+
+/// A connection that was captured on 15001.
+pub async fn serve(accepted: Accepted) {
+    let client = accepted.client;
+    let local = accepted.stream.local_addr().map_or(client, socket::canonical);
+    let planned = plan(&accepted).await;
+    let (source, route) = match planned {
+        Ok(planned) => planned,
+        Err((original, error)) => {
+            let ends = Ends::new(Direction::Outbound, client, original.unwrap_or(local));
+            denied_early(&accepted.worker.shared.metrics, &ends, &error);
+            return socket::reset(accepted.stream);
+        }
+    };
+    let metrics = Arc::clone(&accepted.worker.shared.metrics);
+    let open = || Record::open(&metrics, ends(&accepted, &source, &route));
+    let (record, result) = match &route.via {
+        Via::Plain => {
+            let record = open();
+            let result = plain(accepted, route.target, record.counters()).await;
+            (record, result)
+        }
+        Via::Hbone { peer, authority, expected } => {
+            let record = open();
+            let way = Way { peer: *peer, authority, expected };
+            let result = hbone(accepted, &source, &route, &way, record.counters()).await;
+            (record, result)
+        }
+        Via::Gateway { peer, authority, expected, inner_expected } => {
+            let way = Way { peer: *peer, authority, expected };
+            return gateway::carry(accepted, &source, &route, &way, inner_expected).await;
+        }
+    };
+    record.close(result.as_ref().copied().map_err(|error| error as &dyn Failure));
+}
+
+/// From which workload to where, and how. Errors come with the original destination if that is known.
+async fn plan(
+    accepted: &Accepted,
+) -> Result<(Arc<Workload>, OutboundRoute), (Option<SocketAddr>, OutboundError)> {
+    let shared = &accepted.worker.shared;
+    let original =
+        socket::original_dst(&accepted.stream).map_err(|error| (None, OutboundError::OriginalDst(error)))?;
+    let failed = |error: OutboundError| (Some(original), error);
+    let (mesh, source) = shared.workload(&accepted.pod).await.map_err(|error| failed(error.into()))?;
+    // Whoever dials the tunnel itself has no destination; carrying it would lead back here.
+    let to_itself = original.ip().is_loopback() || source.addresses.contains(&original.ip());
+    let local = accepted.stream.local_addr().map(|local| local.ip().to_canonical());
+    if shared.is_own_port(original.port()) && (to_itself || local.is_ok_and(|local| local == original.ip())) {
+        return Err(failed(OutboundError::Recursive));
+    }
+    let missing = |mesh: &Mesh| route::missing(mesh, &source, original);
+    let mesh = shared.informed(mesh, missing).await.map_err(|error| failed(error.into()))?;
+    let found =
+        route::outbound(&mesh, &source, original, &mut rand::rng()).map_err(|error| failed(error.into()))?;
+    let route = match found {
+        Outbound::Route(route) => route,
+        Outbound::Unlocated(endpoint) => {
+            let (lookups, families) = (&accepted.worker.lookups, endpoint.families());
+            let found = lookups.address(&endpoint.hostname, families, original.ip()).await;
+            shared.metrics.on_demand_dns(&source, &endpoint.hostname);
+            endpoint.located(found.map_err(|error| failed(error.into()))?)
+        }
+    };
+    Ok((source, route))
+}
+
+async fn plain(accepted: Accepted, target: SocketAddr, counters: &Counters) -> Result<(), OutboundError> {
+    let (metrics, began) = (Arc::clone(&accepted.worker.shared.metrics), Instant::now());
+    let limits = accepted.worker.shared.config.limits;
+    match dial(&accepted, target).await {
+        Ok(server) => {
+            metrics.connected(Direction::Outbound.as_str(), began.elapsed());
+            Ok(stream::relay(accepted.stream, server, counters, limits, std::future::pending()).await?)
+        }
+        Err(error) => refuse(accepted, error),
+    }
+}
+
+async fn hbone(
+    accepted: Accepted,
+    source: &Workload,
+    route: &OutboundRoute,
+    way: &Way<'_>,
+    counters: &Counters,
+) -> Result<(), OutboundError> {
+    let (metrics, began) = (Arc::clone(&accepted.worker.shared.metrics), Instant::now());
+    let opened = match request(&accepted, source, route, way.authority, None) {
+        Ok(request) => pooled(&accepted, &request, way).await,
+        Err(error) => Err(error),
+    };
+    match opened {
+        Ok((stream, lease)) => {
+            metrics.connected(Direction::Outbound.as_str(), began.elapsed());
+            let shared = Arc::clone(&accepted.worker.shared);
+            // A tunnel that must end takes connections for a moment still.
+            if shared.revocations.is_revoked(lease.chain()) {
+                return refuse(accepted, Arc::new(ConnectError::Revoked { peer: way.peer }).into());
+            }
+            let revoked = shared.revocations.until_revoked(lease.chain().clone());
+            let done = stream::tunnel(
+                accepted.stream,
+                stream,
+                SocketIs::Client,
+                counters,
+                shared.config.limits,
+                revoked,
+            )
+            .await;
+            done.map_err(|error| cut_or(error, way.peer))
+        }
+        Err(error) => refuse(accepted, error),
+    }
+}
+
+/// Capture accepted the connection before anybody could ask the destination: now it is reset.
+fn refuse(accepted: Accepted, error: OutboundError) -> Result<(), OutboundError> {
+    socket::reset(accepted.stream);
+    Err(error)
+}
+
+async fn dial(accepted: &Accepted, target: SocketAddr) -> Result<TcpStream, OutboundError> {
+    let pod = &accepted.pod;
+    socket::connect(&pod.netns, target, None, &pod.socket).await.map_err(OutboundError::Dial)
+}

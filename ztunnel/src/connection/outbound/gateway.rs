@@ -1,0 +1,85 @@
+//! The way into another network: a tunnel to its gateway and, within it, one to an endpoint that the gateway chooses.
+
+use std::{sync::Arc, time::Instant};
+
+use super::tunnel::{Way, cut_or, ends, pooled, request};
+use crate::connection::error::OutboundError;
+use crate::{
+    context::Accepted,
+    direction::Direction,
+    hbone::{BAGGAGE, client::ConnectError, nested},
+    identity::Identity,
+    mesh::{Workload, baggage},
+    record::{Failure, Record},
+    route::OutboundRoute,
+    socket,
+    stream::{self, SocketIs},
+};
+
+/// Follows the connection to its end. Who answers is known only from its answer, so the record is opened after it.
+pub(super) async fn carry(
+    accepted: Accepted,
+    source: &Arc<Workload>,
+    route: &OutboundRoute,
+    way: &Way<'_>,
+    inner_expected: &[Identity],
+) {
+    let began = Instant::now();
+    let metrics = Arc::clone(&accepted.worker.shared.metrics);
+    let mut ends = ends(&accepted, source, route);
+    let inner = match open(&accepted, source, route, way, inner_expected).await {
+        Ok(inner) => inner,
+        Err(error) => {
+            let record = Record::open_since(&metrics, ends, began);
+            socket::reset(accepted.stream);
+            return record.close(Err(&error));
+        }
+    };
+    metrics.connected(Direction::Outbound.as_str(), began.elapsed());
+    if accepted.worker.shared.config.response_baggage {
+        let lines = inner.response.headers().get_all(BAGGAGE).iter();
+        let told = baggage::parse(lines.filter_map(|value| value.to_str().ok()));
+        ends.destination_workload = Some(Arc::new(told.into_workload(inner.identity.as_ref())));
+    }
+    ends.destination_identity = inner.identity;
+    let record = Record::open_since(&metrics, ends, began);
+    let shared = Arc::clone(&accepted.worker.shared);
+    let revoked = shared.revocations.until_revoked(inner.chain);
+    let result = stream::tunnel(
+        accepted.stream,
+        inner.stream,
+        SocketIs::Client,
+        record.counters(),
+        shared.config.limits,
+        revoked,
+    )
+    .await;
+    let result = result.map_err(|error| cut_or(error, way.peer));
+    record.close(result.as_ref().copied().map_err(|error| error as &dyn Failure));
+}
+
+async fn open(
+    accepted: &Accepted,
+    source: &Workload,
+    route: &OutboundRoute,
+    way: &Way<'_>,
+    inner_expected: &[Identity],
+) -> Result<nested::Inner, OutboundError> {
+    let Way { peer, authority, .. } = *way;
+    let shared = &accepted.worker.shared;
+    let outer = request(accepted, source, route, authority, None)?;
+    let (stream, lease) = pooled(accepted, &outer, way).await?;
+    // Behind the gateway our address means nothing: the network tells that the source is to be known by baggage.
+    let inner = request(accepted, source, route, authority, Some(&source.network))?;
+    let failed =
+        |source| Arc::new(ConnectError::Inner { authority: authority.to_owned(), source: Box::new(source) });
+    let credentials = shared.certificates.get(&accepted.pod.identity).await;
+    let tls = credentials.map_err(|error| failed(ConnectError::Identity(error)))?.client(inner_expected);
+    let opened = nested::open(stream, lease, peer, tls, &shared.config.h2, inner).await;
+    let inner = opened.map_err(failed)?;
+    if shared.revocations.is_revoked(&inner.chain) {
+        shared.metrics.crl.rejected(Direction::Outbound);
+        return Err(failed(ConnectError::Revoked { peer }).into());
+    }
+    Ok(inner)
+}

@@ -1,0 +1,134 @@
+//! Streams through the tunnels of peers, which the connections of a pod share.
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    connection::error::OutboundError,
+    context::{Accepted, ProcessContext},
+    direction::Direction,
+    hbone::{
+        Connect,
+        client::{self, ConnectError, Tunnel},
+        pool::{Key, Lease},
+    },
+    identity::Identity,
+    mesh::{Workload, baggage},
+    record::Ends,
+    route::{OutboundRoute, Via},
+    socket,
+    stream::{Stream, StreamError},
+};
+
+/// The tunnel to go through: who must be at its end, and what to ask for there.
+pub(super) struct Way<'a> {
+    pub peer: SocketAddr,
+    pub authority: &'a str,
+    pub expected: &'a [Identity],
+}
+
+/// What the access record says of both ends.
+pub(super) fn ends(accepted: &Accepted, source: &Arc<Workload>, route: &OutboundRoute) -> Ends {
+    let mut ends = Ends::new(Direction::Outbound, accepted.client, route.target);
+    ends.source_workload = Some(Arc::clone(source));
+    ends.destination_workload.clone_from(&route.workload);
+    ends.destination_service.clone_from(&route.service);
+    if let Via::Hbone { peer, .. } | Via::Gateway { peer, .. } = &route.via {
+        ends.destination = *peer;
+        ends.hbone = Some(route.target);
+        ends.source_identity = Some(accepted.pod.identity.clone());
+        ends.destination_identity = route.workload.as_ref().map(|workload| workload.identity());
+    }
+    ends
+}
+
+/// `network`: the one that the request leaves.
+pub(super) fn request(
+    accepted: &Accepted,
+    source: &Workload,
+    route: &OutboundRoute,
+    authority: &str,
+    network: Option<&str>,
+) -> Result<http::Request<()>, OutboundError> {
+    let connect = Connect {
+        authority,
+        baggage: Some(baggage::of_workload(source)),
+        client: accepted.client,
+        service: route.service.as_ref().map(|service| &*service.hostname),
+        network,
+    };
+    connect.request().map_err(|source| OutboundError::Request { authority: authority.to_owned(), source })
+}
+
+/// Sends a request through a tunnel that the connections of the pod share.
+pub(super) async fn pooled(
+    accepted: &Accepted,
+    request: &http::Request<()>,
+    way: &Way<'_>,
+) -> Result<(Stream, Lease), OutboundError> {
+    let Accepted { pod, worker, .. } = accepted;
+    let Way { peer, expected, .. } = *way;
+    let key = Key { source: pod.identity.clone(), expected: expected.to_vec(), peer, netns: pod.netns.id() };
+    let dial = || {
+        let (shared, pod, expected) = (Arc::clone(&worker.shared), Arc::clone(pod), expected.to_vec());
+        async move {
+            let credentials = shared.certificates.get(&pod.identity).await.map_err(ConnectError::Identity)?;
+            let socket = socket::connect(&pod.netns, peer, None, &pod.socket)
+                .await
+                .map_err(|source| ConnectError::Tcp { peer, source })?;
+            let began = Instant::now();
+            let tunnel =
+                client::handshake(socket, peer, credentials.client(&expected), &shared.config.h2).await;
+            shared.metrics.tls_handshake(Direction::Outbound.as_str(), began.elapsed());
+            guarded(shared, peer, tunnel?)
+        }
+    };
+    let (_response, stream, lease) = worker.pool.open(&key, request, dial).await?;
+    Ok((stream, lease))
+}
+
+/// How long the streams of a tunnel that must end have to end by themselves.
+const FAREWELL: Duration = Duration::from_millis(50);
+
+/// A tunnel that ends when a certificate of its peer is revoked.
+fn guarded(
+    shared: Arc<ProcessContext>,
+    peer: SocketAddr,
+    mut tunnel: Tunnel,
+) -> Result<Tunnel, ConnectError> {
+    if !shared.revocations.is_configured() {
+        return Ok(tunnel);
+    }
+    if tunnel.chain.is_empty() {
+        shared.metrics.crl.untracked(Direction::Outbound);
+    }
+    if shared.revocations.is_revoked(&tunnel.chain) {
+        shared.metrics.crl.rejected(Direction::Outbound);
+        return Err(ConnectError::Revoked { peer });
+    }
+    let (driver, chain) = (tunnel.driver, tunnel.chain.clone());
+    tunnel.driver = Box::pin(async move {
+        let revoked = async {
+            shared.revocations.until_revoked(chain).await;
+            shared.metrics.crl.rejected(Direction::Outbound);
+            // The streams first: they say why they are cut.
+            tokio::time::sleep(FAREWELL).await;
+        };
+        tokio::select! {
+            ended = driver => ended,
+            () = revoked => Ok(()),
+        }
+    });
+    Ok(tunnel)
+}
+
+/// Connections of clients are cut for one reason only.
+pub(super) fn cut_or(error: StreamError, peer: SocketAddr) -> OutboundError {
+    match error {
+        StreamError::Cut => Arc::new(ConnectError::Revoked { peer }).into(),
+        error => error.into(),
+    }
+}

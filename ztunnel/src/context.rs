@@ -1,0 +1,83 @@
+//! What a connection is given: the process, its worker, and itself.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    rc::Rc,
+    sync::Arc,
+};
+
+use tokio::net::TcpStream;
+
+use crate::{
+    config::Config,
+    discovery::demand::Demand,
+    hbone::pool::Pool,
+    identity::{Certificates, Revocations},
+    lookup::Lookups,
+    mesh::Store,
+    metrics::Metrics,
+    pod::Pod,
+    socket,
+};
+
+/// What all workers and the control runtime see.
+#[derive(Debug)]
+pub struct ProcessContext {
+    pub config: Arc<Config>,
+    pub store: Arc<Store>,
+    pub certificates: Arc<Certificates>,
+    pub revocations: Arc<Revocations>,
+    pub metrics: Arc<Metrics>,
+    /// Where the mesh is asked for piece by piece.
+    pub demand: Option<Demand>,
+    /// As configured; a pod may need it otherwise.
+    pub socket: socket::Options,
+    /// Whether applications are dialled from their clients' addresses.
+    pub original_source: bool,
+}
+
+impl ProcessContext {
+    pub fn new(
+        config: Arc<Config>,
+        store: Arc<Store>,
+        certificates: Arc<Certificates>,
+        revocations: Arc<Revocations>,
+        metrics: Arc<Metrics>,
+        demand: Option<Demand>,
+    ) -> Self {
+        let socket = socket::Options::new(&config);
+        let original_source = config.original_source.unwrap_or_else(socket::may_speak_as_others);
+        Self { config, store, certificates, revocations, metrics, demand, socket, original_source }
+    }
+
+    /// The ports that are the tunnel's own in every netns; traffic to them through the tunnel would go in circles.
+    pub fn is_own_port(&self, port: u16) -> bool {
+        let ports = &self.config.ports;
+        // 15080: where Istio's tunnel may offer SOCKS.
+        [ports.outbound, ports.inbound, ports.hbone, 15080].contains(&port)
+    }
+
+    /// Connects to the application in `pod`, from its client's address if that is to be kept.
+    pub async fn dial_application(&self, pod: &Pod, to: SocketAddr, client: IpAddr) -> io::Result<TcpStream> {
+        let from = (self.original_source && pod.own_port.is_none()).then_some(client);
+        socket::connect(&pod.netns, to, from, &self.socket).await
+    }
+}
+
+/// One worker, as its connections see it.
+#[derive(Debug)]
+pub struct WorkerContext {
+    pub shared: Arc<ProcessContext>,
+    pub pool: Pool,
+    pub lookups: Lookups,
+}
+
+/// A connection that was accepted for a pod.
+#[derive(Debug)]
+pub struct Accepted {
+    pub stream: TcpStream,
+    pub client: SocketAddr,
+    pub pod: Arc<Pod>,
+    pub worker: Rc<WorkerContext>,
+}

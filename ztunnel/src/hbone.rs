@@ -1,0 +1,196 @@
+//! HBONE: TCP in HTTP/2 CONNECT in mutual TLS, port 15008 of the peer's pod.
+//!
+//! * this file: what both ends agree on: request headers, HTTP/2 settings; [`keepalive`]: whether the peer still is
+//! * [`client`]: one tunnel to a peer; [`pool`]: tunnels shared by the connections of a worker
+//! * [`nested`]: a tunnel within a stream of another
+//! * [`server`]: takes the CONNECT requests of one tunnel
+
+pub mod client;
+mod keepalive;
+pub mod nested;
+pub mod pool;
+pub mod server;
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+    time::Duration,
+};
+
+use http::{HeaderValue, Method, Request, header::HeaderName};
+
+use crate::config::H2;
+
+pub const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
+pub const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
+/// Which network a request through a gateway comes from.
+pub const FORWARDED_NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
+pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+
+/// TLS and HTTP/2 handshakes together; what a stuck peer may hold.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Bytes that one stream may have queued for sending: with several streams busy, more than a frame each
+/// only adds latency.
+const SEND_BUFFER: usize = 1 << 20;
+
+/// What a CONNECT asks for, in the words of its headers.
+#[derive(Debug)]
+pub struct Connect<'a> {
+    pub authority: &'a str,
+    /// The workload that speaks.
+    pub baggage: Option<String>,
+    pub client: SocketAddr,
+    /// The service that the client dialled, if it dialled one.
+    pub service: Option<&'a str>,
+    /// The network that the client is in, if the request leaves it.
+    pub network: Option<&'a str>,
+}
+
+impl Connect<'_> {
+    pub fn request(&self) -> Result<Request<()>, http::Error> {
+        let mut forwarded = format!("for=\"{}\"", self.client);
+        if let Some(host) = self.service {
+            forwarded.push_str(";host=");
+            forwarded.push_str(host);
+        }
+        let mut request = Request::builder()
+            .method(Method::CONNECT)
+            .uri(self.authority)
+            .version(http::Version::HTTP_2)
+            .body(())?;
+        let headers = request.headers_mut();
+        headers.insert(FORWARDED, HeaderValue::try_from(forwarded)?);
+        // W3C Trace Context: version, trace, parent, flags "not sampled".
+        let trace = format!("00-{:032x}-{:016x}-00", rand::random::<u128>(), rand::random::<u64>());
+        headers.insert(TRACEPARENT, HeaderValue::try_from(trace)?);
+        if let Some(network) = self.network {
+            headers.insert(FORWARDED_NETWORK, HeaderValue::try_from(network)?);
+        }
+        if let Some(baggage) = self.baggage.as_deref().filter(|b| !b.is_empty()) {
+            headers.insert(BAGGAGE, HeaderValue::try_from(baggage)?);
+        }
+        Ok(request)
+    }
+}
+
+/// Where a stream wants to go: the `:authority` of its CONNECT (RFC 9113 §8.5). The port is never 0.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    Address(SocketAddr),
+    Host { name: String, port: u16 },
+}
+
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no valid authority pseudo header")]
+pub struct InvalidTarget;
+
+impl FromStr for Target {
+    type Err = InvalidTarget;
+
+    fn from_str(authority: &str) -> Result<Self, InvalidTarget> {
+        if let Ok(address) = authority.parse::<SocketAddr>() {
+            return if address.port() == 0 { Err(InvalidTarget) } else { Ok(Self::Address(address)) };
+        }
+        let (name, port) = authority.rsplit_once(':').ok_or(InvalidTarget)?;
+        // Rust reads "+80" as a number, and what is an address must not pass for a name.
+        let digits = port.bytes().all(|byte| byte.is_ascii_digit());
+        match port.parse() {
+            Ok(port)
+                if port != 0
+                    && digits
+                    && name.parse::<IpAddr>().is_err()
+                    && !name.is_empty()
+                    && !name.contains([':', '[', ']', '@', '/']) =>
+            {
+                Ok(Self::Host { name: name.to_owned(), port })
+            }
+            _ => Err(InvalidTarget),
+        }
+    }
+}
+
+/// The service that the client dialled, as its tunnel says in a `forwarded` header (RFC 7239): `for="…";host=…`.
+pub fn forwarded_host(forwarded: &str) -> Option<&str> {
+    let host = forwarded.split(';').find_map(|part| part.trim().strip_prefix("host="))?;
+    Some(host.trim_matches('"'))
+}
+
+/// Small DATA frames that wait for a slow application count against their connection, 256 bytes each, and too many close
+/// it for all streams. So 262,144 tiny ones may wait, some 50 MiB.
+const DATA_FRAME_BUDGET: usize = 64 << 20;
+
+fn client_settings(config: &H2) -> h2::client::Builder {
+    let mut builder = h2::client::Builder::new();
+    builder
+        .initial_window_size(config.stream_window)
+        .initial_connection_window_size(config.connection_window)
+        .max_frame_size(config.frame)
+        .max_header_list_size(16 << 10)
+        .max_send_buffer_size(SEND_BUFFER)
+        .data_frame_budget(DATA_FRAME_BUDGET)
+        .enable_push(false);
+    builder
+}
+
+fn server_settings(config: &H2) -> h2::server::Builder {
+    let mut builder = h2::server::Builder::new();
+    builder
+        .initial_window_size(config.stream_window)
+        .initial_connection_window_size(config.connection_window)
+        .max_frame_size(config.frame)
+        .max_header_list_size(64 << 10)
+        .max_concurrent_streams(H2::STREAMS)
+        .max_send_buffer_size(SEND_BUFFER)
+        .data_frame_budget(DATA_FRAME_BUDGET);
+    builder
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets() {
+        for (authority, expected) in [
+            ("10.0.0.7:8080", Some(Target::Address("10.0.0.7:8080".parse().unwrap()))),
+            ("[fd00::7]:8080", Some(Target::Address("[fd00::7]:8080".parse().unwrap()))),
+            ("a.b.svc:80", Some(Target::Host { name: "a.b.svc".into(), port: 80 })),
+            ("10.0.0.7", None),
+            ("10.0.0.7:0", None),
+            ("a.b.svc:0", None),
+            ("a.b.svc:70000", None),
+            ("10.0.0.7:+80", None),
+            ("a.b.svc:+80", None),
+            (":80", None),
+            ("fd00::7:80", None),
+            ("", None),
+        ] {
+            assert_eq!(authority.parse().ok(), expected, "{authority}");
+        }
+    }
+
+    #[test]
+    fn a_request_says_who_and_for_whom() {
+        let connect = Connect {
+            authority: "[fd00::7]:80",
+            baggage: Some("k8s.namespace.name=a".into()),
+            client: "10.0.0.1:5".parse().unwrap(),
+            service: Some("b.a.svc.cluster.local"),
+            network: Some("east"),
+        };
+        let request = connect.request().unwrap();
+        assert_eq!(request.method(), Method::CONNECT);
+        assert_eq!(request.uri().authority().unwrap().as_str(), "[fd00::7]:80");
+        assert_eq!(request.uri().path_and_query(), None);
+        assert_eq!(request.headers()[FORWARDED], "for=\"10.0.0.1:5\";host=b.a.svc.cluster.local");
+        assert_eq!(request.headers()[BAGGAGE], "k8s.namespace.name=a");
+        assert_eq!(request.headers()[FORWARDED_NETWORK], "east");
+        let near = Connect { network: None, ..connect };
+        assert!(!near.request().unwrap().headers().contains_key(FORWARDED_NETWORK));
+        let trace = request.headers()[TRACEPARENT].to_str().unwrap().to_owned();
+        assert_eq!(trace.len(), 55);
+        assert!(trace.starts_with("00-") && trace.ends_with("-00"));
+        assert_ne!(near.request().unwrap().headers()[TRACEPARENT], trace.as_str());
+    }
+}

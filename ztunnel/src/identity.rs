@@ -1,0 +1,181 @@
+//! Who we are and whom we trust: SPIFFE ids, the certificates that prove them, and their checks.
+//!
+//! * [`certificates`]: one valid certificate per local identity, fetched once, renewed at half life
+//! * [`ca_client`], [`development_ca`]: the two that sign
+//! * [`revocations`]: whose certificates are not to be believed any more
+//! * [`credentials`]: a certificate with its key, as TLS configuration for both roles
+//! * [`trust`]: what is checked of a peer's certificate
+
+mod authority;
+mod ca_client;
+mod certificates;
+mod credentials;
+mod development_ca;
+mod revocations;
+mod trust;
+
+use std::{fmt, str::FromStr, sync::Arc};
+
+pub use ca_client::answered;
+pub use certificates::{Certificates, Known};
+pub use credentials::Credentials;
+pub use revocations::{Chain, Revocations, RevocationsError};
+pub use trust::peer_identity;
+
+use crate::control_plane::ControlPlaneError;
+
+/// A SPIFFE id of the form `spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICE_ACCOUNT`. No part is empty.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Identity {
+    pub trust_domain: Arc<str>,
+    pub namespace: Arc<str>,
+    pub service_account: Arc<str>,
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { trust_domain, namespace, service_account } = self;
+        write!(f, "spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}")
+    }
+}
+
+/// What is no SPIFFE id of a workload.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not of the form spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICE_ACCOUNT")]
+pub struct InvalidIdentity(pub String);
+
+/// Bytes; SPIFFE-ID §2.3. Who writes an id into a field with a length relies on it.
+const MAX_ID: usize = 2048;
+
+impl FromStr for Identity {
+    type Err = InvalidIdentity;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let parts = || {
+            let mut parts = text.strip_prefix("spiffe://")?.split('/');
+            let trust_domain = parts.next()?;
+            (parts.next()? == "ns").then_some(())?;
+            let namespace = parts.next()?;
+            (parts.next()? == "sa").then_some(())?;
+            let service_account = parts.next()?;
+            parts.next().is_none().then_some([trust_domain, namespace, service_account])
+        };
+        match parts() {
+            Some(parts) if text.len() <= MAX_ID && parts.iter().all(|part| is_segment(part)) => {
+                let [trust_domain, namespace, service_account] = parts.map(Arc::from);
+                Ok(Self { trust_domain, namespace, service_account })
+            }
+            _ => Err(InvalidIdentity(text.to_owned())),
+        }
+    }
+}
+
+/// SPIFFE-ID §2.2: letters, digits, dots, dashes and underscores, and no relative segments.
+fn is_segment(part: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    !matches!(part, "" | "." | "..") && part.chars().all(allowed)
+}
+
+impl serde::Serialize for Identity {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// Why there is no usable certificate for an identity.
+///
+/// Cheap to clone, since everybody who waits for one fetch gets its error.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum IdentityError {
+    #[error("cannot read {what} from {path}")]
+    Read { what: &'static str, path: String, source: Arc<std::io::Error> },
+    #[error(transparent)]
+    ControlPlane(Arc<ControlPlaneError>),
+    #[error("cannot keep the development CA in {path}")]
+    Keep { path: String, source: Arc<std::io::Error> },
+    #[error("cannot make a key or certificate")]
+    Make(#[source] Arc<rcgen::Error>),
+    #[error("{what} is not usable")]
+    Unusable { what: &'static str, source: Arc<dyn std::error::Error + Send + Sync> },
+    #[error("{what}")]
+    Malformed { what: String },
+    #[error("cannot call the certificate service at {address}")]
+    Endpoint { address: String, source: Arc<tonic::transport::Error> },
+    #[error("cannot reach the certificate service at {address}")]
+    Unreachable { address: String, source: Arc<tonic::Status> },
+    #[error("the certificate service at {address} refuses: {status}")]
+    Refused { address: String, status: Arc<tonic::Status> },
+    #[error("the certificate service at {address} did not answer in time")]
+    TimedOut { address: String },
+    #[error("asked for {asked}, the certificate service signed {got}")]
+    Mismatch { asked: Identity, got: String },
+    #[error("the certificate of {identity} has expired and could not be renewed")]
+    Expired { identity: Identity, source: Option<Arc<IdentityError>> },
+    #[error("{identity} is no longer served here")]
+    Forgotten { identity: Identity },
+    #[error("the tunnel stops")]
+    Stopped,
+}
+
+impl From<ControlPlaneError> for IdentityError {
+    fn from(source: ControlPlaneError) -> Self {
+        Self::ControlPlane(Arc::new(source))
+    }
+}
+
+impl From<rcgen::Error> for IdentityError {
+    fn from(error: rcgen::Error) -> Self {
+        Self::Make(Arc::new(error))
+    }
+}
+
+impl IdentityError {
+    fn unusable<E: std::error::Error + Send + Sync + 'static>(what: &'static str) -> impl FnOnce(E) -> Self {
+        move |source| Self::Unusable { what, source: Arc::new(source) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_identity_survives_writing_and_reading() {
+        let text = "spiffe://cluster.local/ns/shop/sa/web-1.v2";
+        assert_eq!(text.parse::<Identity>().unwrap().to_string(), text);
+    }
+
+    #[test]
+    fn an_identity_is_no_longer_than_it_may_be() {
+        let of = |length: usize| {
+            format!("spiffe://td/ns/a/sa/{}", "b".repeat(length - "spiffe://td/ns/a/sa/".len()))
+        };
+        assert!(of(MAX_ID).parse::<Identity>().is_ok());
+        assert!(of(MAX_ID + 1).parse::<Identity>().is_err());
+    }
+
+    #[test]
+    fn nonsense_is_no_identity() {
+        for text in [
+            "",
+            "spiffe://",
+            "cluster.local/ns/a/sa/b",
+            "https://cluster.local/ns/a/sa/b",
+            "spiffe:///ns/a/sa/b",
+            "spiffe://td/ns//sa/b",
+            "spiffe://td/ns/a/sa/",
+            "spiffe://td/ns/a/sa/b/",
+            "spiffe://td/ns/a/sa/b/c",
+            "spiffe://td/sa/b/ns/a",
+            "spiffe://td/ns/a",
+            "spiffe://td/ns/../sa/b",
+            "spiffe://td/ns/a b/sa/b",
+            "spiffe://td:80/ns/a/sa/b",
+            "spiffe://td/ns/a%2f/sa/b",
+            "spiffe://td/ns/a/sa/b?x",
+            "SPIFFE://td/ns/a/sa/b",
+        ] {
+            assert_eq!(text.parse::<Identity>(), Err(InvalidIdentity(text.to_owned())), "{text}");
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! Which netns are served: told by ZDS ([`zds`]), listened in by every worker ([`listeners`](crate::worker::listeners)).
+//!
+//! This file keeps the list: what runs, what could not be started yet, and what is to be tried again.
+
+mod sys;
+pub mod zds;
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fs::File,
+    io,
+    os::fd::OwnedFd,
+    sync::Arc,
+};
+
+use serde_json::json;
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    backoff::Backoff,
+    config::ProxyMode,
+    context::ProcessContext,
+    dns::{Dns, sockets},
+    identity::Identity,
+    pod::{Pod, PodInfo, netns_id},
+    socket::{self, Netns},
+    worker::{
+        Workers,
+        listeners::{self, Port},
+    },
+};
+
+/// What a dedicated tunnel calls its workload.
+const DEDICATED: &str = "dedicated";
+
+/// A pod whose listeners could not be opened.
+#[derive(Debug)]
+struct Pending {
+    info: PodInfo,
+    netns: OwnedFd,
+    backoff: Backoff,
+    next: Instant,
+}
+
+/// All pods of this process. Its only writer is the ZDS client.
+#[derive(Debug)]
+pub struct Pods {
+    shared: Arc<ProcessContext>,
+    workers: Workers,
+    /// Unless it is switched off.
+    dns: Option<Dns>,
+    running: HashMap<String, Arc<Pod>>,
+    /// The tunnel's own pod. Not told by the node agent, and not forgotten by it.
+    own: Option<Arc<Pod>>,
+    pending: HashMap<String, Pending>,
+    stop: CancellationToken,
+    /// Name and state of each, by uid.
+    published: watch::Sender<BTreeMap<String, serde_json::Value>>,
+}
+
+impl Pods {
+    /// `stop` ends all of them.
+    pub fn new(
+        shared: Arc<ProcessContext>,
+        workers: Workers,
+        dns: Option<Dns>,
+        stop: CancellationToken,
+    ) -> Self {
+        let (running, pending) = (HashMap::new(), HashMap::new());
+        Self { shared, workers, dns, running, own: None, pending, stop, published: watch::Sender::default() }
+    }
+
+    /// What an operator is shown of the pods, now and whenever it is called.
+    pub fn view(&self) -> Arc<dyn Fn() -> serde_json::Value + Send + Sync> {
+        let view = self.published.subscribe();
+        Arc::new(move || json!(*view.borrow()))
+    }
+
+    /// Serves `uid` in `netns`. Again for the same netns changes nothing; another netns replaces the old one,
+    /// whose connections finish. What fails is tried again until it works or the pod goes.
+    pub fn add(&mut self, uid: &str, info: PodInfo, netns: OwnedFd) -> io::Result<()> {
+        let id = netns_id(&netns)?;
+        if self.running.get(uid).is_some_and(|pod| pod.netns.id() == id && pod.info == info) {
+            return Ok(());
+        }
+        self.remove(uid);
+        let again = netns.try_clone()?;
+        let started = self.start(uid, info.clone(), netns);
+        self.shared.metrics.pods.started.inc_by(u64::from(started.is_ok()));
+        if let Err(error) = &started {
+            warn!(pod.uid = uid, %error, "cannot serve the pod yet");
+            let mut backoff = Backoff::new();
+            let next = Instant::now() + backoff.delay();
+            self.pending.insert(uid.to_owned(), Pending { info, netns: again, backoff, next });
+        }
+        self.publish(uid);
+        started
+    }
+
+    /// Stops serving `uid`, if it was served.
+    pub fn remove(&mut self, uid: &str) {
+        self.pending.remove(uid);
+        if let Some(pod) = self.running.remove(uid) {
+            info!(pod.uid = uid, pod.name = %pod.info.name, "pod removed");
+            pod.stop.cancel();
+            self.shared.metrics.pods.stopped.inc();
+            self.forget_identities();
+        }
+        self.publish(uid);
+    }
+
+    /// Stops serving all pods but `seen`.
+    pub fn keep_only(&mut self, seen: &HashSet<String>) {
+        let known = self.running.keys().chain(self.pending.keys());
+        let gone: Vec<String> = known.filter(|uid| !seen.contains(*uid)).cloned().collect();
+        for uid in gone {
+            self.remove(&uid);
+        }
+    }
+
+    pub fn knows(&self, uid: &str) -> bool {
+        self.running.contains_key(uid) || self.pending.contains_key(uid)
+    }
+
+    /// Whether every pod that was handed over is served.
+    pub fn complete(&self) -> bool {
+        self.pending.is_empty()
+    }
+
+    /// Waits until a failed start is due, and tries it again. Never ends while there is none.
+    pub async fn retry(&mut self) {
+        let due = self.pending.iter().min_by_key(|(_, pending)| pending.next);
+        let Some((uid, next)) = due.map(|(uid, pending)| (uid.clone(), pending.next)) else {
+            return std::future::pending().await;
+        };
+        sleep_until(next).await;
+        let Some(mut pending) = self.pending.remove(&uid) else { return };
+        let started =
+            pending.netns.try_clone().and_then(|netns| self.start(&uid, pending.info.clone(), netns));
+        if let Err(error) = started {
+            tracing::debug!(pod.uid = uid, %error, "still cannot serve the pod");
+            pending.next = Instant::now() + pending.backoff.delay();
+            self.pending.insert(uid.clone(), pending);
+        } else {
+            self.shared.metrics.pods.started.inc();
+        }
+        self.publish(&uid);
+    }
+
+    /// Waits until all connections have finished or were cut; call after `stop` was cancelled.
+    pub async fn finish(self) {
+        let dns = async {
+            if let Some(dns) = self.dns {
+                dns.finish().await;
+            }
+        };
+        tokio::join!(self.workers.finish(), dns);
+    }
+
+    fn start(&mut self, uid: &str, info: PodInfo, netns: OwnedFd) -> io::Result<()> {
+        let pod = self.listen(uid, info, Netns::new(netns)?, &listeners::ALL, None)?;
+        info!(pod.uid = uid, pod.name = %pod.info.name, pod.namespace = %pod.info.namespace,
+            pod.service_account = %pod.info.service_account, "pod added");
+        self.running.insert(uid.to_owned(), pod);
+        Ok(())
+    }
+
+    /// Serves the tunnel's own pod, that of this process, so that its metrics can be had over HBONE and under policy.
+    pub fn serve_own(&mut self, info: PodInfo) -> io::Result<()> {
+        let netns = Netns::new(File::open("/proc/thread-self/ns/net")?.into())?;
+        let metrics = self.shared.config.stats_address.port();
+        let pod = self.listen("own", info, netns, &[Port::Hbone], Some(metrics))?;
+        info!(pod.name = %pod.info.name, pod.namespace = %pod.info.namespace,
+            pod.service_account = %pod.info.service_account, port = metrics, "own metrics are served over HBONE");
+        self.own = Some(pod);
+        Ok(())
+    }
+
+    /// Serves the one workload of a dedicated tunnel, in the netns of this process. It is a reason not to start if
+    /// that cannot be done.
+    pub fn serve_here(&mut self, info: PodInfo) -> io::Result<()> {
+        let netns = File::open("/proc/thread-self/ns/net")?.into();
+        self.start(DEDICATED, info, netns)?;
+        self.shared.metrics.pods.started.inc();
+        self.publish(DEDICATED);
+        Ok(())
+    }
+
+    fn listen(
+        &self,
+        uid: &str,
+        info: PodInfo,
+        netns: Netns,
+        ports: &[Port],
+        own_port: Option<u16>,
+    ) -> io::Result<Arc<Pod>> {
+        let config = &self.shared.config;
+        let mut socket = self.shared.socket.clone();
+        let (listeners, names) = netns.enter(|| {
+            if socket::mark_stays_local(socket.mark) {
+                socket.mark = 0;
+            }
+            let listeners = listeners::open(ports, self.workers.count(), config, &socket)?;
+            // Nobody captures what the tunnel's own pod asks.
+            let dns = self.dns.as_ref().filter(|_| own_port.is_none());
+            let names = dns.map(|_| sockets::listen(config.dns.address, config.ipv6, &socket));
+            Ok((listeners, names))
+        })?;
+        let identity = Identity {
+            trust_domain: Arc::clone(&config.trust_domain),
+            namespace: Arc::clone(&info.namespace),
+            service_account: Arc::clone(&info.service_account),
+        };
+        let (uid, stop, end) = (uid.to_owned(), self.stop.child_token(), self.stop.clone());
+        let pod = Arc::new(Pod { uid, info, identity, netns, socket, own_port, stop, end });
+        self.workers.serve(&pod, listeners)?;
+        // Names are a convenience, connections are not: a pod whose port is taken is served without.
+        match (&self.dns, names) {
+            (Some(dns), Some(Ok(names))) => dns.serve(&pod, names)?,
+            (_, Some(Err(error))) => {
+                warn!(pod.uid, address = %config.dns.address, %error, "cannot serve the pod's DNS");
+            }
+            _ => {}
+        }
+        // The first connection should not have to wait for it. A dedicated tunnel speaks for itself only, and asks when
+        // it has something to say.
+        if self.shared.config.mode == ProxyMode::Shared {
+            self.shared.certificates.prefetch(&pod.identity);
+        }
+        Ok(pod)
+    }
+
+    /// Shows what became of `uid`.
+    fn publish(&self, uid: &str) {
+        let gauges = &self.shared.metrics.pods;
+        gauges.active.set(self.running.len().try_into().unwrap_or(i64::MAX));
+        gauges.pending.set(self.pending.len().try_into().unwrap_or(i64::MAX));
+        let up = self.running.get(uid).map(|pod| (&pod.info, "Up"));
+        let shown = up.or_else(|| self.pending.get(uid).map(|pending| (&pending.info, "Pending")));
+        self.published.send_modify(|published| match shown {
+            Some((PodInfo { name, namespace, service_account }, state)) => {
+                let info = json!({ "name": &**name, "namespace": &**namespace, "serviceAccount": &**service_account });
+                published.insert(uid.to_owned(), json!({ "state": state, "info": info }));
+            }
+            None => drop(published.remove(uid)),
+        });
+    }
+
+    /// Keeps only the certificates that some pod needs.
+    fn forget_identities(&self) {
+        let wanted = self.running.values().chain(&self.own).map(|pod| pod.identity.clone()).collect();
+        self.shared.certificates.retain(&wanted);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backoff_doubles_up_to_a_quarter_minute() {
+        let mut backoff = Backoff::new();
+        let delays: Vec<u128> = (0..13).map(|_| backoff.delay().as_millis()).collect();
+        assert_eq!(delays[..4], [10, 20, 40, 80]);
+        assert_eq!(delays[11..], [15000, 15000]);
+    }
+}
