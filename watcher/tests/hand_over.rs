@@ -15,7 +15,7 @@ use std::{
 use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
 use support::{Bed, FakeTunnel, Pod, Told, fake_tunnel::within, wait_for};
-use watcher::observed::netns::run_in;
+use watcher::observe::netns::run_in;
 
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]

@@ -29,3 +29,11 @@ macro_rules! plain_data {
     )+};
 }
 pub(crate) use plain_data;
+
+#[cfg(test)]
+mod order {
+    #[test]
+    fn modules_use_only_what_stands_below_them() {
+        testbed::module_order::assert_one_way(env!("CARGO_MANIFEST_DIR"));
+    }
+}

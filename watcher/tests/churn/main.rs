@@ -226,9 +226,9 @@ fn ready_means_that_every_pod_of_the_source_was_looked_at() {
 
 /// Whether the kernel would answer a LISTEN from here.
 fn connector_is_there() -> bool {
-    let root = watcher::observed::cgroups::find_root().expect("cgroup2");
+    let root = watcher::observe::cgroups::find_root().expect("cgroup2");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
-    runtime.block_on(async { watcher::observed::events::connector::Connector::open(&root, &root).is_ok() })
+    runtime.block_on(async { watcher::observe::events::connector::Connector::open(&root, &root).is_ok() })
 }
 
 /// Ends with its owner.

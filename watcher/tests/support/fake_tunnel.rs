@@ -41,9 +41,9 @@ static PLACE: Mutex<()> = Mutex::new(());
 /// Does `work` with this process in `cgroup`, whose the sockets are that it makes.
 pub fn within<T>(cgroup: &Path, work: impl FnOnce() -> T) -> T {
     let _place = PLACE.lock().unwrap_or_else(PoisonError::into_inner);
-    let root = watcher::observed::cgroups::find_root().expect("cgroup2");
+    let root = watcher::observe::cgroups::find_root().expect("cgroup2");
     let own = i32::try_from(std::process::id()).expect("a pid");
-    let home = watcher::observed::cgroups::of_process(&root, own).expect("own cgroup");
+    let home = watcher::observe::cgroups::of_process(&root, own).expect("own cgroup");
     let move_to = |dir: &Path| fs::write(dir.join("cgroup.procs"), own.to_string()).expect("move");
     move_to(cgroup);
     let done = work();

@@ -114,7 +114,7 @@ pub struct Pod {
 impl Bed {
     pub fn new() -> Self {
         let name = format!("adit-w{}-{}", std::process::id(), BEDS.fetch_add(1, Ordering::Relaxed));
-        let root = watcher::observed::cgroups::find_root().expect("cgroup2");
+        let root = watcher::observe::cgroups::find_root().expect("cgroup2");
         let bed = Self {
             cgroup: root.join(&name),
             name,
