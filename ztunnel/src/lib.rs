@@ -23,7 +23,8 @@
 //! * [`control_plane`]: how a control plane is called
 //! * [`socket`]: the few socket options that carry the design
 //! * [`drain`]: how the process ends
-//! * [`readiness`], [`direction`], [`backoff`], [`file_version`]: values that others share
+//! * [`reason`], [`readiness`], [`direction`], [`backoff`], [`file_version`]: values that others
+//!   share
 //! * [`config`]: what all of them rest on
 
 pub mod admin;
@@ -47,6 +48,7 @@ pub mod pod;
 pub mod pods;
 pub mod policy;
 pub mod readiness;
+pub mod reason;
 pub mod record;
 pub mod route;
 pub mod socket;

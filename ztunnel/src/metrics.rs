@@ -255,7 +255,7 @@ impl Metrics {
     pub fn failed(&self, labels: &TrafficLabels, failed: Failed) {
         let Failed { direction, reason, .. } = failed;
         self.failed.get_or_create(labels).inc();
-        self.failures.get_or_create(&FailureLabels { direction, reason }).inc();
+        self.failures.get_or_create(&FailureLabels { direction, reason: reason.code() }).inc();
         self.failed_connections.add(failed);
     }
 

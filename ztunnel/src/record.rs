@@ -23,6 +23,7 @@ use crate::{
         failures::Failed,
         open::{Live, Place, View},
     },
+    reason::FailureReason,
 };
 
 /// Both ends of a connection, as far as they are known.
@@ -57,7 +58,7 @@ impl Ends {
         }
     }
 
-    fn failed(&self, error: &str, reason: &'static str) -> Failed {
+    fn failed(&self, error: &str, reason: FailureReason) -> Failed {
         Failed {
             at: SystemTime::now(),
             direction: self.direction.as_str(),
@@ -102,8 +103,8 @@ fn end_labels(workload: Option<&Workload>, identity: Option<&Identity>) -> EndLa
 
 /// An error that ends a connection. Its `Display` is the record's `error`.
 pub trait Failure: Error {
-    /// A closed set, for metrics.
-    fn reason(&self) -> &'static str;
+    /// For the record, the metrics and the admin page.
+    fn reason(&self) -> FailureReason;
 
     /// Istio's flags: `DENY`, `CONNECT`, `TLS_FAILURE`, `H2_HANDSHAKE_FAILURE`, `NETWORK_POLICY`, `IDENTITY_ERROR`,
     /// or `-` for what none of them says.
@@ -251,13 +252,13 @@ impl Record {
         }
     }
 
-    fn fail(&mut self, error: &str, response_flags: &'static str, reason: &'static str) {
+    fn fail(&mut self, error: &str, response_flags: &'static str, reason: FailureReason) {
         let (labels, failed) = {
             let ends = self.shown.ends();
             (ends.labels(response_flags), ends.failed(error, reason))
         };
         self.metrics.failed(&labels, failed);
-        self.finish(Some((error, reason)));
+        self.finish(Some((error, reason.code())));
     }
 
     fn finish(&mut self, failure: Option<(&str, &'static str)>) {
@@ -274,7 +275,7 @@ impl Record {
 impl Drop for Record {
     fn drop(&mut self) {
         if !self.closed {
-            self.fail("connection cut", "-", "cut");
+            self.fail("connection cut", "-", FailureReason::Cut);
         }
     }
 }
@@ -286,7 +287,7 @@ pub fn denied_early(metrics: &Metrics, ends: &Ends, failure: &dyn Failure) {
     metrics.failed(&ends.labels(failure.response_flags()), ends.failed(&error, failure.reason()));
     event!(
         target: "access", Level::WARN, src.addr = %ends.source, dst.addr = %ends.destination, direction, error,
-        reason = failure.reason(), "connection failed"
+        reason = failure.reason().code(), "connection failed"
     );
 }
 

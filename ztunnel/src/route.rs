@@ -20,6 +20,7 @@ use crate::{
         Endpoint, GatewayAddress, GatewayDestination, Mesh, Protocol, Service, Workload,
         services::{IpFamilies, LbMode},
     },
+    reason::FailureReason,
 };
 
 /// What becomes of an outbound connection.
@@ -105,14 +106,14 @@ pub enum RouteError {
 }
 
 impl RouteError {
-    /// A closed set, for logs and metrics.
-    pub fn reason(&self) -> &'static str {
+    /// For logs and metrics.
+    pub fn reason(&self) -> FailureReason {
         match self {
-            Self::NoHealthyUpstream { .. } => "no_healthy_upstream",
-            Self::NoPort { .. } => "no_such_port",
-            Self::NoWaypoint { .. } => "no_waypoint",
-            Self::NoGateway { .. } => "no_gateway",
-            Self::UnknownGateway { .. } => "unknown_gateway",
+            Self::NoHealthyUpstream { .. } => FailureReason::NoHealthyUpstream,
+            Self::NoPort { .. } => FailureReason::NoSuchPort,
+            Self::NoWaypoint { .. } => FailureReason::NoWaypoint,
+            Self::NoGateway { .. } => FailureReason::NoGateway,
+            Self::UnknownGateway { .. } => FailureReason::UnknownGateway,
         }
     }
 }

@@ -1,8 +1,7 @@
-//! `docs/behaviours.md` and `docs/failures.md` keep their word: every row and every reason is there, and every test
-//! that is named exists.
+//! `docs/behaviours.md` keeps its word: every row is there, and every test that is named exists.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, HashSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -65,35 +64,4 @@ fn every_behaviour_is_listed_and_its_tests_exist() {
             assert!(known.contains(name), "row {row} names {name}, which is no test");
         }
     }
-}
-
-/// The words that the reasons of errors are, and the one for what is dropped.
-fn reasons_in(folder: &Path, found: &mut BTreeSet<String>) {
-    for entry in fs::read_dir(folder).expect("a folder of the sources").map(|entry| entry.expect("entry")) {
-        let path = entry.path();
-        if path.is_dir() {
-            reasons_in(&path, found);
-        } else if path.extension().is_some_and(|extension| extension == "rs") && !path.ends_with("tests.rs") {
-            let text = fs::read_to_string(&path).expect("a source file");
-            // Functions named `reason` or `…_reason`, to the end of their bodies.
-            for (at, _) in text.match_indices("reason(") {
-                let Some((head, body)) = text[at..].split_once('{') else { continue };
-                if head.len() < 60 && head.ends_with("-> &'static str ") {
-                    let end = ["\n    }\n", "\n}\n"].into_iter().filter_map(|end| body.find(end)).min();
-                    let words = body[..end.expect("its end")].split('"').skip(1).step_by(2);
-                    found.extend(words.map(str::to_owned));
-                }
-            }
-        }
-    }
-}
-
-#[test]
-fn every_reason_of_a_failure_is_explained() {
-    let mut given = BTreeSet::from(["cut".to_owned()]);
-    reasons_in(&root().join("ztunnel/src"), &mut given);
-    let document = fs::read_to_string(root().join("docs/failures.md")).expect("docs/failures.md");
-    let rows = document.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
-    let explained: BTreeSet<String> = rows.map(str::to_owned).collect();
-    assert_eq!(explained, given, "left: docs/failures.md, right: the sources");
 }

@@ -12,6 +12,7 @@ use super::{Admin, dump::state};
 use crate::{
     identity::Known,
     metrics::{failures::Failed, open::View},
+    reason::FailureReason,
 };
 
 /// More connections than these are counted, not listed.
@@ -68,7 +69,7 @@ pub struct CertificateOverview {
 #[serde(rename_all = "camelCase")]
 pub struct FailureCount {
     pub direction: &'static str,
-    pub reason: &'static str,
+    pub reason: FailureReason,
     pub count: u64,
 }
 

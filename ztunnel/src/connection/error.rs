@@ -10,6 +10,7 @@ use crate::{
     identity::IdentityError,
     lookup::LookupError,
     policy::Denied,
+    reason::FailureReason,
     record::Failure,
     route::RouteError,
     stream::StreamError,
@@ -42,16 +43,16 @@ pub enum OutboundError {
 }
 
 impl Failure for OutboundError {
-    fn reason(&self) -> &'static str {
+    fn reason(&self) -> FailureReason {
         match self {
-            Self::OriginalDst(_) => "no_original_dst",
-            Self::Recursive => "recursive",
-            Self::UnknownWorkload(_) => "unknown_workload",
+            Self::OriginalDst(_) => FailureReason::NoOriginalDst,
+            Self::Recursive => FailureReason::Recursive,
+            Self::UnknownWorkload(_) => FailureReason::UnknownWorkload,
             Self::Route(error) => error.reason(),
-            Self::Lookup(_) => "lookup",
-            Self::Unanswered(_) => "unanswered",
-            Self::Dial(_) => "connect",
-            Self::Request { .. } => "invalid_request",
+            Self::Lookup(_) => FailureReason::Lookup,
+            Self::Unanswered(_) => FailureReason::Unanswered,
+            Self::Dial(_) => FailureReason::Connect,
+            Self::Request { .. } => FailureReason::InvalidRequest,
             Self::Hbone(error) => error.reason(),
             Self::Stream(error) => error.reason(),
         }
@@ -124,23 +125,23 @@ impl InboundError {
 }
 
 impl Failure for InboundError {
-    fn reason(&self) -> &'static str {
+    fn reason(&self) -> FailureReason {
         match self {
-            Self::Identity(_) => "identity",
-            Self::Tls(_) => "tls",
-            Self::Http(_) => "h2",
-            Self::Method(_) => "method",
-            Self::Authority(_) => "authority",
-            Self::IpMismatch { .. } => "ip_mismatch",
-            Self::UnknownHost(_) => "unknown_host",
-            Self::UnknownPort { .. } => "no_such_port",
-            Self::Recursive => "recursive",
-            Self::UnknownWorkload(_) => "unknown_workload",
-            Self::Unanswered(_) => "unanswered",
-            Self::Denied(_) => "denied",
-            Self::Revoked => "revoked",
-            Self::Dial(_) => "connect",
-            Self::PolicyChange => "policy_change",
+            Self::Identity(_) => FailureReason::Identity,
+            Self::Tls(_) => FailureReason::Tls,
+            Self::Http(_) => FailureReason::H2,
+            Self::Method(_) => FailureReason::Method,
+            Self::Authority(_) => FailureReason::Authority,
+            Self::IpMismatch { .. } => FailureReason::IpMismatch,
+            Self::UnknownHost(_) => FailureReason::UnknownHost,
+            Self::UnknownPort { .. } => FailureReason::NoSuchPort,
+            Self::Recursive => FailureReason::Recursive,
+            Self::UnknownWorkload(_) => FailureReason::UnknownWorkload,
+            Self::Unanswered(_) => FailureReason::Unanswered,
+            Self::Denied(_) => FailureReason::Denied,
+            Self::Revoked => FailureReason::Revoked,
+            Self::Dial(_) => FailureReason::Connect,
+            Self::PolicyChange => FailureReason::PolicyChange,
             Self::Stream(error) => error.reason(),
         }
     }

@@ -16,6 +16,7 @@ use super::{HANDSHAKE_TIMEOUT, client_settings, keepalive::Listened};
 use crate::{
     config::H2,
     identity::{Chain, Identity, IdentityError, peer_identity},
+    reason::FailureReason,
 };
 
 /// TLS records are read from the socket in such pieces; rustls alone would ask for 4 KiB at a time.
@@ -49,16 +50,16 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
-    /// A closed set, for logs and metrics.
-    pub fn reason(&self) -> &'static str {
+    /// For logs and metrics.
+    pub fn reason(&self) -> FailureReason {
         match self {
-            Self::Tcp { .. } => "connect",
-            Self::Identity(_) => "identity",
-            Self::Tls { .. } => "tls",
-            Self::Revoked { .. } => "revoked",
-            Self::Http { .. } => "h2_handshake",
-            Self::Stream { .. } | Self::Abandoned => "h2_stream",
-            Self::Status(_) => "refused_by_peer",
+            Self::Tcp { .. } => FailureReason::Connect,
+            Self::Identity(_) => FailureReason::Identity,
+            Self::Tls { .. } => FailureReason::Tls,
+            Self::Revoked { .. } => FailureReason::Revoked,
+            Self::Http { .. } => FailureReason::H2Handshake,
+            Self::Stream { .. } | Self::Abandoned => FailureReason::H2Stream,
+            Self::Status(_) => FailureReason::RefusedByPeer,
             Self::Inner { source, .. } => source.reason(),
         }
     }

@@ -9,6 +9,8 @@ use std::{
 
 use serde::Serialize;
 
+use crate::reason::FailureReason;
+
 /// So many are kept.
 const LAST: usize = 50;
 
@@ -19,7 +21,7 @@ pub struct Failed {
     #[serde(skip)]
     pub at: SystemTime,
     pub direction: &'static str,
-    pub reason: &'static str,
+    pub reason: FailureReason,
     pub src: SocketAddr,
     pub dst: SocketAddr,
     pub error: String,
@@ -30,7 +32,7 @@ pub struct Failures(Mutex<Tally>);
 
 #[derive(Debug, Default)]
 struct Tally {
-    counts: BTreeMap<(&'static str, &'static str), u64>,
+    counts: BTreeMap<(&'static str, FailureReason), u64>,
     last: VecDeque<Failed>,
 }
 
@@ -45,7 +47,7 @@ impl Failures {
     }
 
     /// How many by direction and reason.
-    pub fn counts(&self) -> BTreeMap<(&'static str, &'static str), u64> {
+    pub fn counts(&self) -> BTreeMap<(&'static str, FailureReason), u64> {
         self.tally().counts.clone()
     }
 

@@ -50,8 +50,8 @@ fn logged(run: impl FnOnce()) -> String {
 struct Refused(#[source] io::Error);
 
 impl Failure for Refused {
-    fn reason(&self) -> &'static str {
-        "connect"
+    fn reason(&self) -> FailureReason {
+        FailureReason::Connect
     }
 
     fn response_flags(&self) -> &'static str {

@@ -134,7 +134,7 @@ fn without_a_healthy_endpoint_there_is_no_way() {
     ] {
         let error = routed(&none, "10.96.0.1:80").unwrap_err();
         assert!(error.to_string().starts_with("no healthy upstream"), "{error}");
-        assert_eq!(error.reason(), "no_healthy_upstream");
+        assert_eq!(error.reason(), FailureReason::NoHealthyUpstream);
     }
     let web = Service {
         load_balancing: LoadBalancing { health_policy: HealthPolicy::AllowAll, ..LoadBalancing::default() },
@@ -245,9 +245,9 @@ fn another_network_is_the_last_resort() {
 #[test]
 fn a_gateway_that_is_not_known_is_an_error() {
     let error = routed(&two_networks(None, ["10.0.0.1"]), "10.96.0.1:80").unwrap_err();
-    assert_eq!(error.reason(), "no_gateway", "{error}");
+    assert_eq!(error.reason(), FailureReason::NoGateway, "{error}");
     let error = routed(&two_networks(Some("east/192.0.2.9"), ["10.0.0.1"]), "10.96.0.1:80").unwrap_err();
-    assert_eq!(error.reason(), "unknown_gateway", "{error}");
+    assert_eq!(error.reason(), FailureReason::UnknownGateway, "{error}");
 }
 
 #[test]

@@ -4,6 +4,8 @@ use std::{io, time::Duration};
 
 use h2::Reason;
 
+use crate::reason::FailureReason;
+
 /// Why copying ended before both sides were done.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
@@ -22,13 +24,13 @@ pub enum StreamError {
 }
 
 impl StreamError {
-    /// A closed set, for logs and metrics.
-    pub fn reason(&self) -> &'static str {
+    /// For logs and metrics.
+    pub fn reason(&self) -> FailureReason {
         match self {
-            Self::HalfClosed(_) => "half_closed_limit",
-            Self::Idle(_) => "idle_limit",
+            Self::HalfClosed(_) => FailureReason::HalfClosedLimit,
+            Self::Idle(_) => FailureReason::IdleLimit,
             // What was cut says by itself why.
-            Self::Socket(_) | Self::Reset(_) | Self::Tunnel(_) | Self::Cut => "broken",
+            Self::Socket(_) | Self::Reset(_) | Self::Tunnel(_) | Self::Cut => FailureReason::Broken,
         }
     }
 }

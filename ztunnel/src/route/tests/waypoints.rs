@@ -99,7 +99,7 @@ fn waypoints_share_by_weight_and_without_weights_the_single_one_takes_all() {
             let to = "10.96.0.1:80".parse().unwrap();
             let key = match outbound(&mesh, &workload("client", "10.0.9.9"), to, &mut rng) {
                 Ok(route) => asked(&route).0,
-                Err(error) => error.reason().to_owned(),
+                Err(error) => error.reason().to_string(),
             };
             *count.entry(key).or_insert(0_u32) += 1;
         }
@@ -122,7 +122,7 @@ fn a_waypoint_that_is_not_there_is_never_passed_by() {
         });
         for to in ["10.96.0.1:80", "10.0.0.1:80"] {
             let error = routed(&mesh, to).unwrap_err();
-            assert_eq!(error.reason(), "no_waypoint", "{error}");
+            assert_eq!(error.reason(), FailureReason::NoWaypoint, "{error}");
             assert!(error.to_string().contains(name), "{error}");
         }
     }
@@ -143,7 +143,7 @@ fn a_waypoint_of_another_network_is_out_of_reach() {
         };
         // Its address is another host's here.
         let error = routed(&mesh(&[&far]), "10.0.0.1:80").unwrap_err();
-        assert_eq!(error.reason(), "no_waypoint", "{name}");
+        assert_eq!(error.reason(), FailureReason::NoWaypoint, "{name}");
         if !name.starts_with("east") {
             let route = routed(&mesh(&[&far, &near]), "10.0.0.1:80").unwrap();
             assert_eq!(asked(&route).0, "10.0.8.9:15008", "{name}");
