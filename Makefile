@@ -1,44 +1,47 @@
-# What people type. Each target says what it does; `make` alone lists them.
+# What people type. Each target installs what it needs and nothing else; `make` alone lists them.
 SHELL := /bin/bash
 CARGO ?= cargo
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
+PROGRAMS := -p watcher -p ztunnel --bins
 
 .PHONY: help setup build demo test test-again bench bench-labels fuzz lint clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## install what building and testing need (Debian or Ubuntu, root); says each step
-	@.ci/setup
+setup: ## install what any target needs (Debian or Ubuntu, root)
+	@.ci/setup/for all
 
-build: setup ## watcher and ztunnel, optimised, in target/release
-	$(CARGO) build --release --locked --workspace --bins
+build: ## watcher and ztunnel, optimised, in target/release
+	@.ci/setup/for build
+	$(CARGO) build --release --locked $(PROGRAMS)
 
-demo: setup ## two nodes, four pods, real kernel programs, real HBONE, on this machine (root)
-	@$(CARGO) build --release --locked --workspace --bins --quiet
-	@$(CARGO) run --release --locked --quiet -p watcher --example demo
+demo: ## two nodes, five pods, real kernel programs, real HBONE, on this machine (root)
+	@.ci/demo
 
-test: setup ## every test, privileged ones too (root)
+test: ## every test, privileged ones too (root)
 	@.ci/test
 
-test-again: ## the tests once more: what the first run left would show
-	@.ci/test
+test-again: ## what leaves traces, once more: what the first run left would show
+	@.ci/test --again
 
-bench: setup ## direct against through the mesh, side by side; PEER_BIN=… beside another ztunnel (root)
-	@$(CARGO) build --release --locked --workspace --bins --quiet
-	@$(CARGO) run --release --locked --quiet -p watcher --example bench
+bench: ## direct against through the mesh, side by side; PEER_BIN=… beside another ztunnel (root)
+	@.ci/setup/for bench
+	@$(CARGO) build --release --locked $(PROGRAMS)
+	@$(CARGO) run --release --locked -p watcher --example bench
 
-bench-labels: setup ## from a label at a real API server to open pods and back, ROUNDS=… of PODS="1 20 60" (root)
-	@$(CARGO) build --release --locked -p watcher --bins --quiet
+bench-labels: ## from a label at a real API server to open pods and back, ROUNDS=… of PODS="1 20 60" (root)
+	@.ci/setup/for bench
+	@$(CARGO) build --release --locked -p watcher --bins
 	@# The API server, on another machine in real life, collects its garbage less often: that would be in the result.
-	@GOGC=400 $(CARGO) run --release --locked --quiet -p watcher --example labels
+	@GOGC=400 $(CARGO) run --release --locked -p watcher --example labels
 
-fuzz: setup ## input that breaks a parser others can reach, each looked for during SECONDS=60
+fuzz: ## input that breaks a parser others can reach, each looked for during SECONDS=60
+	@.ci/setup/for fuzz
 	@SECONDS_EACH=$(or $(SECONDS),60) .ci/fuzz
 
-lint: ## formatting, clippy, licences
-	$(CARGO) fmt --all --check
-	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
-	$(CARGO) deny --offline check licenses bans sources
+lint: ## format, lints, documentation, licences, known vulnerabilities, links
+	@.ci/setup/for lint
+	@.ci/lint
 
 clean: ## remove what was built
 	$(CARGO) clean

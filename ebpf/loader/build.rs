@@ -1,9 +1,9 @@
 //! Builds the kernel programs and hands the object to `src/object.rs`.
 //!
 //! They need a compiler that comes with the sources of `core` (the target has no prebuilt one) and
-//! bpf-linker. Taken is the first of: `ADIT_EBPF_RUSTC` (the path of a rustc with rust-src beside it), a
-//! rustup nightly that has rust-src, Debian's rustc-web with cargo-web and rust-web-src. A released
-//! compiler builds `core` too when told so by RUSTC_BOOTSTRAP.
+//! bpf-linker. The build takes the first of: `ADIT_EBPF_RUSTC` (the path of a rustc with rust-src beside
+//! it), a rustup toolchain that has rust-src (a nightly before others), Debian's rustc-web with cargo-web
+//! and rust-web-src. A released compiler builds `core` too when RUSTC_BOOTSTRAP allows it.
 
 use std::{
     env,
@@ -88,7 +88,7 @@ impl Toolchain {
                 )),
             };
         }
-        rustup_nightlies().into_iter().chain([PathBuf::from("/usr/bin/rustc")]).find_map(Self::at).ok_or_else(
+        rustup_toolchains().into_iter().chain([PathBuf::from("/usr/bin/rustc")]).find_map(Self::at).ok_or_else(
             || format!("no Rust toolchain with the library sources (rust-src) was found; {SETUP}"),
         )
     }
@@ -101,12 +101,13 @@ impl Toolchain {
     }
 }
 
-/// The compilers of rustup's nightly toolchains; none without rustup.
-fn rustup_nightlies() -> Vec<PathBuf> {
+/// The compilers of rustup's toolchains, nightlies first; none without rustup.
+fn rustup_toolchains() -> Vec<PathBuf> {
     let list = output(Command::new("rustup").args(["toolchain", "list"])).unwrap_or_default();
-    let names = list.lines().filter_map(|line| line.split_whitespace().next());
+    let mut names: Vec<_> = list.lines().filter_map(|line| line.split_whitespace().next()).collect();
+    names.sort_by_key(|name| !name.starts_with("nightly"));
     names
-        .filter(|name| name.starts_with("nightly"))
+        .into_iter()
         .filter_map(|name| output(Command::new("rustup").args(["which", "--toolchain", name, "rustc"])))
         .map(|path| PathBuf::from(path.trim()))
         .collect()

@@ -18,12 +18,12 @@ fn identity(name: &str) -> String {
     format!("spiffe://cluster.local/ns/demo/sa/{name}")
 }
 
-/// Where `.ci/setup` puts it.
+/// Where `.ci/setup/envoy` puts it.
 fn binary() -> PathBuf {
     let home = || PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/adit");
     let cache = std::env::var_os("ADIT_CACHE").map_or_else(home, PathBuf::from);
     let binary = cache.join("envoy/envoy");
-    assert!(binary.exists(), "no Envoy at {}: run .ci/setup", binary.display());
+    assert!(binary.exists(), "no Envoy at {}: run make setup", binary.display());
     binary
 }
 

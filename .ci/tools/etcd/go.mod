@@ -1,4 +1,4 @@
-// The store of the API server, for tests (.ci/kube-tools builds it). A module of its own: it and Kubernetes want
+// The store of the API server, for tests (.ci/setup/kube-tools builds it). A module of its own: it and Kubernetes want
 // different versions of what they share.
 module adit/tools/etcd
 

@@ -1,4 +1,4 @@
-// The programs of a Kubernetes control plane and node, for tests (.ci/kube-tools builds them).
+// The programs of a Kubernetes control plane and node, for tests (.ci/setup/kube-tools builds them).
 // The replace lines are those of k8s.io/kubernetes itself, with the published versions in place of its folders.
 module adit/tools/kubernetes
 

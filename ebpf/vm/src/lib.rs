@@ -1,7 +1,7 @@
 //! Boots the kernels of the support range, for tests: one kernel, some programs, one command.
 //!
 //! The machine is emulated in software (TCG), so this works wherever QEMU does, also inside a virtual machine; it is
-//! about twenty times slower than the processor, so it is for function only. `.ci/kernels` fetches the kernels.
+//! about twenty times slower than the processor, so it is for function only. `.ci/setup/kernels` fetches the kernels.
 
 mod initramfs;
 
@@ -46,7 +46,7 @@ pub fn run(kernel: &str, programs: &[&Path], command: &str) -> anyhow::Result<St
     let folder = cache()?.join(kernel);
     ensure!(
         folder.join("release").exists(),
-        "no Linux {kernel} in {}: `.ci/kernels` fetches it",
+        "no Linux {kernel} in {}: `.ci/setup/kernels` fetches it",
         folder.display()
     );
     let work = tempfile::Builder::new().prefix("adit-vm").tempdir().context("a folder")?;
@@ -94,7 +94,7 @@ fn turn() -> anyhow::Result<File> {
     }
 }
 
-/// Where `.ci/kernels` puts them.
+/// Where `.ci/setup/kernels` puts them.
 fn cache() -> anyhow::Result<PathBuf> {
     let cache = env::var_os("ADIT_CACHE")
         .map(PathBuf::from)

@@ -1,6 +1,6 @@
 //! A real API server with its store, on loopback, for as long as somebody holds it.
 //!
-//! The programs are those of `KUBEBUILDER_ASSETS`, else of `PATH`, else what `.ci/kube-tools` built into the cache.
+//! The programs are those of `KUBEBUILDER_ASSETS`, else of `PATH`, else what `.ci/setup/kube-tools` built into the cache.
 //! Nothing runs pods: tests create them with a node's name, set their status, and make the processes themselves.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
@@ -31,7 +31,7 @@ mod keys;
 
 use self::keys::make_keys;
 
-/// What `.ci/kube-tools` builds.
+/// What `.ci/setup/kube-tools` builds.
 const VERSION: &str = "1.36.3";
 const LIMIT: Duration = Duration::from_mins(1);
 
@@ -66,7 +66,7 @@ fn program(name: &str) -> PathBuf {
         .map(|dir| dir.join(name))
         .find(|path| path.is_file())
         .unwrap_or_else(|| {
-            panic!("no {name}: run .ci/setup, or set KUBEBUILDER_ASSETS to a folder that has it")
+            panic!("no {name}: run make setup, or set KUBEBUILDER_ASSETS to a folder that has it")
         })
 }
 
