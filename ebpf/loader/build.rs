@@ -88,9 +88,13 @@ impl Toolchain {
                 )),
             };
         }
-        rustup_toolchains().into_iter().chain([PathBuf::from("/usr/bin/rustc")]).find_map(Self::at).ok_or_else(
-            || format!("no Rust toolchain with the library sources (rust-src) was found; {SETUP}"),
-        )
+        rustup_toolchains()
+            .into_iter()
+            .chain([PathBuf::from("/usr/bin/rustc")])
+            .find_map(Self::at)
+            .ok_or_else(|| {
+                format!("no Rust toolchain with the library sources (rust-src) was found; {SETUP}")
+            })
     }
 
     fn at(rustc: PathBuf) -> Option<Self> {
