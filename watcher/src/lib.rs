@@ -12,6 +12,7 @@
 //! * [`source`]: where pods come from
 //! * [`observe`]: what is there, from cgroups and `/proc`
 //! * [`unix_socket`]: sockets that replace a dead one and leave no file
+//! * `sys`: what needs `unsafe`
 //! * [`model`]: the values that all of them speak in
 //!
 //! Level-triggered: every event leads to a fresh look and a comparison, and a periodic scan makes up

@@ -1,11 +1,13 @@
 //! What the kernel programs and user space share: the keys and values of the maps.
 //!
-//! * [`address`]: one 16-byte form for both address families
+//! A module uses only modules below it in this list (a test checks it):
+//!
 //! * [`pods`]: which cgroup is which pod, and what is done with its traffic
+//! * [`trace`]: one record per verdict, while a tracer is attached
 //! * [`flows`]: original destinations, and flows that pass untouched
-//! * [`lifecycle`]: what happens to cgroups and processes
 //! * [`settings`]: what holds for the whole node, switchable at run time
-//! * [`trace`]: one record per verdict, while somebody watches
+//! * [`lifecycle`]: what happens to cgroups and processes
+//! * [`address`]: one 16-byte form for both address families
 //!
 //! Integers and byte arrays only, every layout asserted: kernel and user space are compiled apart.
 #![no_std]
