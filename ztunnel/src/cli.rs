@@ -1,8 +1,8 @@
-//! The commands. `ztunnel` alone runs the tunnel; every other command asks and ends.
+//! The commands. `ztunnel` and `ztunnel proxy [ztunnel]` run the tunnel; the others print something and exit.
 //!
-//! * [`config`]: what the configuration comes to, without running
-//! * [`status`]: what the running tunnel says of itself
-//! * [`completion`]: what a shell needs to complete all that
+//! * [`config`]: checks and prints the configuration, without running
+//! * [`status`]: prints the state of the running tunnel
+//! * [`completion`]: prints completion scripts for shells
 
 pub mod completion;
 pub mod config;
@@ -14,16 +14,17 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 /// Carries the TCP connections of a node's enrolled pods over HBONE.
 ///
-/// Without a command it runs. It is configured by a file and by the environment variables that Istio's DaemonSet sets;
-/// the environment overrides the file.
+/// Without a command, or with `proxy`, it runs. It is configured by a file and by the environment variables that Istio's
+/// DaemonSet sets; the environment overrides the file.
 #[derive(Parser)]
 #[command(
     version,
     after_help = "Examples:
   ztunnel --config /etc/adit/ztunnel.yaml        run
-  ztunnel config check /etc/adit/ztunnel.yaml    say what is wrong with it, if anything
-  ztunnel status                                 what the tunnel of this node does now
-  ztunnel config print                           every key, its value and where that comes from"
+  ztunnel proxy ztunnel                          run, as Istio's DaemonSet starts it
+  ztunnel config check /etc/adit/ztunnel.yaml    report what is wrong with the file
+  ztunnel status                                 show the state of the tunnel on this node
+  ztunnel config print                           print every key with its value and origin"
 )]
 pub struct Arguments {
     /// The configuration, YAML. Keys: docs/configuration.md, or `ztunnel config print`.
@@ -35,6 +36,15 @@ pub struct Arguments {
 
 #[derive(Subcommand)]
 pub enum Command {
+    /// Runs the tunnel, as no command at all does: the arguments of Istio's DaemonSet are `proxy ztunnel`.
+    #[command(after_help = "Examples:
+  ztunnel proxy ztunnel
+  ztunnel --config /etc/adit/ztunnel.yaml proxy")]
+    Proxy {
+        /// Which proxy to run. This program has one.
+        #[arg(value_name = "ROLE", default_value = "ztunnel", hide_default_value = true)]
+        role: ProxyRole,
+    },
     /// Configuration without running.
     #[command(subcommand)]
     Config(config::ConfigCommand),
@@ -50,4 +60,36 @@ pub enum Output {
     Text,
     Json,
     Yaml,
+}
+
+/// The second word of `ztunnel proxy ztunnel`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ProxyRole {
+    /// The node tunnel.
+    Ztunnel,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    #[test]
+    fn arguments_of_istios_daemonset_run_the_tunnel_and_other_roles_are_refused() {
+        let parse = |arguments: &[&str]| {
+            Arguments::try_parse_from(std::iter::once("ztunnel").chain(arguments.iter().copied()))
+        };
+        for arguments in [&["proxy", "ztunnel"][..], &["proxy"], &["--config", "file.yaml", "proxy", "ztunnel"]] {
+            let parsed = parse(arguments).unwrap_or_else(|error| panic!("{arguments:?}: {error}"));
+            assert!(matches!(parsed.command, Some(Command::Proxy { .. })), "{arguments:?}");
+        }
+        assert!(parse(&[]).is_ok_and(|parsed| parsed.command.is_none()));
+        let Err(error) = parse(&["proxy", "sidecar"]) else { panic!("a second word that is not ztunnel") };
+        assert_eq!(error.kind(), ErrorKind::InvalidValue);
+        let message = error.to_string();
+        assert!(message.contains("'sidecar'") && message.contains("possible values: ztunnel"), "{message}");
+        assert!(parse(&["proxy", "ztunnel", "more"]).is_err());
+        assert!(parse(&["prxy"]).is_err());
+    }
 }

@@ -40,7 +40,7 @@ fn main() -> ExitCode {
             cli::completion::run(&completion);
             Ok(ExitCode::SUCCESS)
         }
-        None => run(config.as_deref()).map(|()| ExitCode::SUCCESS),
+        None | Some(Command::Proxy { .. }) => run(config.as_deref()).map(|()| ExitCode::SUCCESS),
     };
     match done {
         Ok(code) => code,

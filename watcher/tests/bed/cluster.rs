@@ -204,9 +204,12 @@ impl Bed {
                 self.nodes[pod.node].name,
                 name = pod.name,
             );
-            if pod.serves_web {
-                yaml.push_str("  services:\n    demo/web.demo.svc.cluster.local:\n      80: 8080\n");
-            }
+            // Istio's ztunnel refuses a workload without this key.
+            yaml.push_str(if pod.serves_web {
+                "  services:\n    demo/web.demo.svc.cluster.local:\n      80: 8080\n"
+            } else {
+                "  services: {}\n"
+            });
         }
         let _ = write!(
             yaml,
