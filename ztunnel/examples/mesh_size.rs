@@ -11,8 +11,8 @@ use std::{
 use prost::Message as _;
 use prost_types::Any;
 use ztunnel::{
-    discovery::{ADDRESS, Sender, delta::Subscription},
-    mesh::{Store, local_file::Defaults},
+    discovery::{ADDRESS, ResourceDecoder, delta::Subscription},
+    mesh::{Store, local_file::ResourceDefaults},
 };
 use ztunnel_api::{
     discovery::{DeltaDiscoveryResponse, Resource},
@@ -71,8 +71,10 @@ fn held() -> u64 {
 
 fn main() {
     let count: usize = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(100_000);
-    let sender =
-        Sender::new(Defaults { trust_domain: "cluster.local".into(), cluster_id: "Kubernetes".into() });
+    let decoder = ResourceDecoder::new(ResourceDefaults {
+        trust_domain: "cluster.local".into(),
+        cluster_id: "Kubernetes".into(),
+    });
     let store = Store::default();
     let mut addresses = Subscription::new(ADDRESS);
     let before = held();
@@ -83,7 +85,7 @@ fn main() {
         made = numbers.end;
         let response = response(numbers);
         let began = Instant::now();
-        store.apply(addresses.take(&sender, response).changes);
+        store.apply(addresses.apply(&decoder, response).changes);
         took += began.elapsed();
     }
     let kilobytes = held().saturating_sub(before);
@@ -91,6 +93,6 @@ fn main() {
     println!("{kilobytes} kB, {} bytes each", kilobytes * 1024 / count.max(1) as u64);
     let last = response(count..count + 1);
     let began = Instant::now();
-    store.apply(addresses.take(&sender, last).changes);
+    store.apply(addresses.apply(&decoder, last).changes);
     println!("one more: {:?}", began.elapsed());
 }

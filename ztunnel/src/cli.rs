@@ -80,7 +80,9 @@ mod tests {
         let parse = |arguments: &[&str]| {
             Arguments::try_parse_from(std::iter::once("ztunnel").chain(arguments.iter().copied()))
         };
-        for arguments in [&["proxy", "ztunnel"][..], &["proxy"], &["--config", "file.yaml", "proxy", "ztunnel"]] {
+        for arguments in
+            [&["proxy", "ztunnel"][..], &["proxy"], &["--config", "file.yaml", "proxy", "ztunnel"]]
+        {
             let parsed = parse(arguments).unwrap_or_else(|error| panic!("{arguments:?}: {error}"));
             assert!(matches!(parsed.command, Some(Command::Proxy { .. })), "{arguments:?}");
         }

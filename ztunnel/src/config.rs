@@ -29,7 +29,7 @@ pub struct Config {
     /// Where the node agent hands us pods (`INPOD_UDS`).
     pub zds_socket: PathBuf,
     pub mode: ProxyMode,
-    pub ports: Ports,
+    pub ports: PortsConfig,
     /// `SO_MARK` of the tunnel's own sockets (`PACKET_MARK`): 1337 in shared mode, none in dedicated mode.
     pub packet_mark: Option<u32>,
     /// Several processes may listen side by side during an upgrade (`INPOD_PORT_REUSE`).
@@ -46,20 +46,20 @@ pub struct Config {
     pub own_pod: Option<OwnPod>,
     pub local_state: Option<LocalState>,
     /// In place of that.
-    pub xds: Option<Xds>,
-    pub ca: Ca,
-    pub tls: Tls,
+    pub xds: Option<XdsConfig>,
+    pub ca: CaConfig,
+    pub tls: TlsConfig,
     /// Revocation lists (`CRL_PATH`).
     pub crl: Option<PathBuf>,
     /// Life time to ask certificates for.
     #[serde(serialize_with = "seconds")]
     pub secret_ttl: Duration,
     pub workers: NonZeroUsize,
-    pub pool: Pool,
-    pub h2: H2,
-    pub limits: Limits,
-    pub dns: Dns,
-    pub keepalive: Option<Keepalive>,
+    pub pool: PoolConfig,
+    pub h2: H2Config,
+    pub limits: StreamConfig,
+    pub dns: DnsConfig,
+    pub keepalive: Option<KeepaliveConfig>,
     /// `TCP_USER_TIMEOUT` of every socket (`USER_TIMEOUT_ENABLED`).
     pub user_timeout: Option<Duration>,
     /// How long open connections may finish by themselves before they are cut.
@@ -99,13 +99,13 @@ pub struct OwnPod {
 
 /// Fixed: peers and captured traffic count on them.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub struct Ports {
+pub struct PortsConfig {
     pub outbound: u16,
     pub inbound: u16,
     pub hbone: u16,
 }
 
-impl Default for Ports {
+impl Default for PortsConfig {
     fn default() -> Self {
         Self { outbound: 15001, inbound: 15006, hbone: 15008 }
     }
@@ -122,10 +122,10 @@ pub enum LocalState {
 
 /// Who signs the workloads' certificates.
 #[derive(Clone, Debug, Serialize)]
-pub enum Ca {
+pub enum CaConfig {
     Service {
         #[serde(flatten)]
-        service: ControlPlane,
+        service: ControlPlaneConfig,
         /// Whether certificates are asked for in the name of others (shared mode).
         impersonate: bool,
     },
@@ -135,7 +135,7 @@ pub enum Ca {
 
 /// How long a connection may lie still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Limits {
+pub struct StreamConfig {
     /// With one direction ended.
     #[serde(serialize_with = "seconds")]
     pub half_closed: Duration,
@@ -143,7 +143,7 @@ pub struct Limits {
     pub idle: Option<Duration>,
 }
 
-impl Limits {
+impl StreamConfig {
     pub fn half_closed(self) -> Duration {
         self.idle.map_or(self.half_closed, |idle| idle.min(self.half_closed))
     }
@@ -151,9 +151,9 @@ impl Limits {
 
 /// Discovery from a control plane (xDS).
 #[derive(Clone, Debug, Serialize)]
-pub struct Xds {
+pub struct XdsConfig {
     #[serde(flatten)]
-    pub service: ControlPlane,
+    pub service: ControlPlaneConfig,
     /// `ztunnel~<address>~<pod>.<namespace>~<namespace>.svc.cluster.local`.
     pub node_id: String,
     /// What the control plane is told of this node.
@@ -165,7 +165,7 @@ pub struct Xds {
 
 /// A control plane, and how it is called.
 #[derive(Clone, Debug, Serialize)]
-pub struct ControlPlane {
+pub struct ControlPlaneConfig {
     /// Always `https://`.
     pub address: String,
     pub root: RootSource,
@@ -181,7 +181,7 @@ pub struct ControlPlane {
 
 /// What is spoken between tunnels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Tls {
+pub struct TlsConfig {
     /// TLS 1.2 beside 1.3 (`TLS12_ENABLED`).
     pub tls12: bool,
     /// No key exchange but X25519MLKEM768 (`COMPLIANCE_POLICY=pqc`).
@@ -233,7 +233,7 @@ pub enum ProxyTo {
 
 /// HBONE tunnels kept for reuse.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub struct Pool {
+pub struct PoolConfig {
     /// Streams above it open another tunnel.
     pub max_streams: u32,
     /// A tunnel unused for so long is closed.
@@ -243,7 +243,7 @@ pub struct Pool {
 
 /// The DNS proxy.
 #[derive(Clone, Debug, Serialize)]
-pub struct Dns {
+pub struct DnsConfig {
     pub enabled: bool,
     /// In each pod's netns.
     pub address: SocketAddr,
@@ -254,13 +254,13 @@ pub struct Dns {
 
 /// HTTP/2 flow control, in bytes.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub struct H2 {
+pub struct H2Config {
     pub stream_window: u32,
     pub connection_window: u32,
     pub frame: u32,
 }
 
-impl H2 {
+impl H2Config {
     /// More streams than these no peer may have open in one tunnel, as with Istio's.
     pub const STREAMS: u32 = 200;
     /// RFC 9113 §6.9.1.
@@ -269,7 +269,7 @@ impl H2 {
 
 /// TCP keepalive of every socket.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub struct Keepalive {
+pub struct KeepaliveConfig {
     #[serde(serialize_with = "seconds")]
     pub time: Duration,
     #[serde(serialize_with = "seconds")]

@@ -15,7 +15,7 @@ use tonic::{
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Uri},
 };
 
-use crate::config::{ControlPlane as Config, RootSource, Token};
+use crate::config::{ControlPlaneConfig, RootSource, Token};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const PING_INTERVAL: Duration = Duration::from_secs(30);
@@ -40,7 +40,7 @@ pub enum ControlPlaneError {
 
 /// One control plane.
 pub struct ControlPlane {
-    config: Config,
+    config: ControlPlaneConfig,
     /// Made anew when the root file changes.
     channels: Mutex<Option<Connected>>,
 }
@@ -58,7 +58,7 @@ struct Connected {
 }
 
 impl ControlPlane {
-    pub fn new(config: Config) -> Self {
+    pub fn new(config: ControlPlaneConfig) -> Self {
         Self { config, channels: Mutex::default() }
     }
 

@@ -3,13 +3,13 @@
 use std::{os::unix::fs::MetadataExt, path::Path, time::SystemTime};
 
 #[derive(Debug, PartialEq, Eq)]
-pub struct Stamp {
+pub struct FileVersion {
     modified: Option<SystemTime>,
     size: u64,
     inode: u64,
 }
 
-impl Stamp {
+impl FileVersion {
     /// `None`: there is no such file.
     pub fn of(path: &Path) -> Option<Self> {
         let file = std::fs::metadata(path).ok()?;

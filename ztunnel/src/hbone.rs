@@ -19,7 +19,7 @@ use std::{
 
 use http::{HeaderValue, Method, Request, header::HeaderName};
 
-use crate::config::H2;
+use crate::config::H2Config;
 
 pub const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
 pub const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
@@ -120,7 +120,7 @@ pub fn forwarded_host(forwarded: &str) -> Option<&str> {
 /// it for all streams. So 262,144 tiny ones may wait, some 50 MiB.
 const DATA_FRAME_BUDGET: usize = 64 << 20;
 
-fn client_settings(config: &H2) -> h2::client::Builder {
+fn client_settings(config: &H2Config) -> h2::client::Builder {
     let mut builder = h2::client::Builder::new();
     builder
         .initial_window_size(config.stream_window)
@@ -133,14 +133,14 @@ fn client_settings(config: &H2) -> h2::client::Builder {
     builder
 }
 
-fn server_settings(config: &H2) -> h2::server::Builder {
+fn server_settings(config: &H2Config) -> h2::server::Builder {
     let mut builder = h2::server::Builder::new();
     builder
         .initial_window_size(config.stream_window)
         .initial_connection_window_size(config.connection_window)
         .max_frame_size(config.frame)
         .max_header_list_size(64 << 10)
-        .max_concurrent_streams(H2::STREAMS)
+        .max_concurrent_streams(H2Config::STREAMS)
         .max_send_buffer_size(SEND_BUFFER)
         .data_frame_budget(DATA_FRAME_BUDGET);
     builder

@@ -16,10 +16,10 @@ mod trust;
 
 use std::{fmt, str::FromStr, sync::Arc};
 
-pub use ca_client::answered;
-pub use certificates::{Certificates, Known};
+pub use ca_client::credentials_from_response;
+pub use certificates::{CertificateInfo, Certificates};
 pub use credentials::Credentials;
-pub use revocations::{Chain, Revocations, RevocationsError};
+pub use revocations::{CertificateChain, Revocations, RevocationsError};
 pub use trust::peer_identity;
 
 use crate::control_plane::ControlPlaneError;

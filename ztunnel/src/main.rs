@@ -22,7 +22,7 @@ use ztunnel::{
     logging::{Logging, Lost},
     mesh::{
         Store,
-        local_file::{self, Defaults},
+        local_file::{self, ResourceDefaults},
     },
     metrics::{Metrics, certificates::CertificateExpiry},
     pod::PodInfo,
@@ -79,9 +79,9 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: Lost) -> Resul
     let on_demand = config.xds.as_ref().is_some_and(|xds| xds.on_demand);
     let demand = on_demand.then(discovery::demand::Demand::default);
     let xds = config.xds.as_ref().map(|xds| {
-        let (defaults, ready) = (Defaults::from(&*config), readiness.task("state manager"));
+        let (defaults, ready) = (ResourceDefaults::from(&*config), readiness.task("state manager"));
         let (store, metrics) = (Arc::clone(&store), metrics.xds.clone());
-        discovery::client::Client::new(xds, defaults, store, demand.clone(), metrics, ready)
+        discovery::client::DiscoveryClient::new(xds, defaults, store, demand.clone(), metrics, ready)
     });
 
     // Bind.
@@ -129,7 +129,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: Lost) -> Resul
         services.spawn(client.run(end.clone()));
     }
     if let Some(LocalState::Path(path)) = &config.local_state {
-        services.spawn(local_file::watch(path.clone(), Defaults::from(&*config), store, end.clone()));
+        services.spawn(local_file::watch(path.clone(), ResourceDefaults::from(&*config), store, end.clone()));
     }
     match config.mode.clone() {
         ProxyMode::Shared => {

@@ -20,7 +20,7 @@ pub mod workloads;
 
 use std::{net::IpAddr, sync::Arc};
 
-pub use change::Change;
+pub use change::MeshChange;
 pub use gateways::{GatewayAddress, GatewayDestination};
 pub use policies::{Policy, PolicyKey};
 pub use services::{Endpoint, Service, ServiceKey};
@@ -57,27 +57,27 @@ impl Mesh {
         services: impl IntoIterator<Item = Service>,
         policies: impl IntoIterator<Item = Policy>,
     ) -> Self {
-        let services = services.into_iter().map(Change::Service);
-        let workloads = workloads.into_iter().map(Change::Workload);
-        Self::default().with(services.chain(workloads).chain(policies.into_iter().map(Change::Policy)))
+        let services = services.into_iter().map(MeshChange::PutService);
+        let workloads = workloads.into_iter().map(MeshChange::PutWorkload);
+        Self::default().with(services.chain(workloads).chain(policies.into_iter().map(MeshChange::PutPolicy)))
     }
 
     /// The same with `changes`. Costs about as much as they are, however much there is.
     #[must_use]
-    pub fn with(&self, changes: impl IntoIterator<Item = Change>) -> Self {
+    pub fn with(&self, changes: impl IntoIterator<Item = MeshChange>) -> Self {
         let mut mesh = self.clone();
         for change in changes {
             match change {
-                Change::Workload(workload) => mesh.put_workload(&Arc::new(workload)),
-                Change::Service(service) => mesh.put_service(&Arc::new(service)),
-                Change::Policy(policy) => Arc::make_mut(&mut mesh.policies).put(policy),
-                Change::NoWorkload(uid) => {
+                MeshChange::PutWorkload(workload) => mesh.put_workload(&Arc::new(workload)),
+                MeshChange::PutService(service) => mesh.put_service(&Arc::new(service)),
+                MeshChange::PutPolicy(policy) => Arc::make_mut(&mut mesh.policies).put(policy),
+                MeshChange::RemoveWorkload(uid) => {
                     if let Some(gone) = mesh.workloads.take(&&*uid, |_| true) {
                         mesh.unlink_workload(&gone.workload);
                     }
                 }
-                Change::NoService(key) => mesh.take_service(&key),
-                Change::NoPolicy(key) => Arc::make_mut(&mut mesh.policies).remove(&key),
+                MeshChange::RemoveService(key) => mesh.take_service(&key),
+                MeshChange::RemovePolicy(key) => Arc::make_mut(&mut mesh.policies).remove(&key),
             }
         }
         mesh

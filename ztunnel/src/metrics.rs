@@ -40,8 +40,8 @@ use prometheus_client::{
 };
 
 use crate::mesh::Workload;
-use failures::{Failed, Failures};
-use open::Open;
+use failures::{FailedConnection, FailedConnections};
+use open::OpenConnections;
 pub use runtime::Runtimes;
 pub use traffic::{EndLabels, Traffic, TrafficLabels};
 
@@ -75,8 +75,8 @@ pub struct Metrics {
     pub xds: xds::XdsMetrics,
     pub crl: crl::CrlMetrics,
     pub runtimes: Runtimes,
-    pub open: Open,
-    pub failed_connections: Failures,
+    pub open: OpenConnections,
+    pub failed_connections: FailedConnections,
 }
 
 impl fmt::Debug for Metrics {
@@ -159,8 +159,8 @@ impl Metrics {
             xds: xds::XdsMetrics::default(),
             crl: crl::CrlMetrics::default(),
             runtimes: Runtimes::default(),
-            open: Open::default(),
-            failed_connections: Failures::default(),
+            open: OpenConnections::default(),
+            failed_connections: FailedConnections::default(),
         };
         metrics.register_traffic();
         metrics.register_tunnels();
@@ -252,8 +252,8 @@ impl Metrics {
     }
 
     /// Counts a failure. Rare, so that it needs no handle.
-    pub fn failed(&self, labels: &TrafficLabels, failed: Failed) {
-        let Failed { direction, reason, .. } = failed;
+    pub fn failed(&self, labels: &TrafficLabels, failed: FailedConnection) {
+        let FailedConnection { direction, reason, .. } = failed;
         self.failed.get_or_create(labels).inc();
         self.failures.get_or_create(&FailureLabels { direction, reason: reason.code() }).inc();
         self.failed_connections.add(failed);

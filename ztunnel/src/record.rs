@@ -20,8 +20,8 @@ use crate::{
     mesh::{Service, Workload},
     metrics::{
         EndLabels, Metrics, Traffic, TrafficLabels,
-        failures::Failed,
-        open::{Live, Place, View},
+        failures::FailedConnection,
+        open::{ConnectionSlot, ConnectionView, LiveConnection},
     },
     reason::FailureReason,
 };
@@ -58,8 +58,8 @@ impl Ends {
         }
     }
 
-    fn failed(&self, error: &str, reason: FailureReason) -> Failed {
-        Failed {
+    fn failed(&self, error: &str, reason: FailureReason) -> FailedConnection {
+        FailedConnection {
             at: SystemTime::now(),
             direction: self.direction.as_str(),
             reason,
@@ -155,7 +155,7 @@ impl Shown {
     }
 }
 
-impl Live for Shown {
+impl LiveConnection for Shown {
     fn count(&self) {
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         let (sent, received) = self.counters.totals();
@@ -165,7 +165,7 @@ impl Live for Shown {
         *counted = (sent, received);
     }
 
-    fn view(&self) -> View {
+    fn view(&self) -> ConnectionView {
         let (bytes_sent, bytes_received) = self.counters.totals();
         let ends = self.ends();
         let (ours, peer, peer_identity) = match ends.direction {
@@ -180,7 +180,7 @@ impl Live for Shown {
             (Some(target), Direction::Outbound) => (target, ends.destination),
             (None, _) => (ends.destination, ends.destination),
         };
-        View {
+        ConnectionView {
             src: ends.source,
             original_dst: Some(dialled.to_string()),
             actual_dst: actual.to_string(),
@@ -202,7 +202,7 @@ impl Live for Shown {
 pub struct Record {
     metrics: Arc<Metrics>,
     shown: Arc<Shown>,
-    place: Place,
+    slot: ConnectionSlot,
     closed: bool,
 }
 
@@ -223,8 +223,8 @@ impl Record {
         );
         let (ends, counters, counted) = (Mutex::new(ends), Counters::default(), Mutex::default());
         let shown = Arc::new(Shown { traffic, ends, started, counters, counted });
-        let place = metrics.open.add(Arc::<Shown>::clone(&shown));
-        Self { metrics: Arc::clone(metrics), shown, place, closed: false }
+        let slot = metrics.open.add(Arc::<Shown>::clone(&shown));
+        Self { metrics: Arc::clone(metrics), shown, slot, closed: false }
     }
 
     pub fn counters(&self) -> &Counters {
@@ -263,7 +263,7 @@ impl Record {
 
     fn finish(&mut self, failure: Option<(&str, &'static str)>) {
         self.closed = true;
-        self.metrics.open.remove(self.place);
+        self.metrics.open.remove(self.slot);
         self.shown.count();
         self.shown.traffic.closed.inc();
         self.shown.traffic.sockets_open.dec();

@@ -14,7 +14,7 @@ use gateways::Within;
 pub(crate) use gateways::is_gateway;
 
 use crate::{
-    config::Ports,
+    config::PortsConfig,
     identity::Identity,
     mesh::{
         Endpoint, GatewayAddress, GatewayDestination, Mesh, Protocol, Service, Workload,
@@ -356,7 +356,7 @@ fn direct(workload: &Workload, target: SocketAddr, mut expected: Vec<Identity>) 
         Protocol::Tcp => Via::Plain,
         Protocol::Hbone => {
             expected.push(workload.identity());
-            let peer = SocketAddr::new(target.ip(), Ports::default().hbone);
+            let peer = SocketAddr::new(target.ip(), PortsConfig::default().hbone);
             Via::Hbone { peer, authority: target.to_string(), expected }
         }
     }

@@ -21,7 +21,7 @@ use h2::{Reason, RecvStream, SendStream};
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
-use crate::{config::Limits, record::Counters};
+use crate::{config::StreamConfig, record::Counters};
 
 mod adaptive;
 mod error;
@@ -102,7 +102,7 @@ pub async fn tunnel(
     mut stream: Stream,
     side: SocketIs,
     counters: &Counters,
-    limits: Limits,
+    limits: StreamConfig,
     cut: impl Future<Output = ()>,
 ) -> Result<(), StreamError> {
     let from_socket = |n| if side == SocketIs::Client { counters.sent(n) } else { counters.received(n) };
@@ -132,7 +132,7 @@ pub async fn relay(
     client: TcpStream,
     server: TcpStream,
     counters: &Counters,
-    limits: Limits,
+    limits: StreamConfig,
     cut: impl Future<Output = ()>,
 ) -> Result<(), StreamError> {
     let (client, server) = (Unfinished::new(client)?, Unfinished::new(server)?);
@@ -155,7 +155,7 @@ async fn both(
     up: impl Future<Output = Result<(), StreamError>>,
     down: impl Future<Output = Result<(), StreamError>>,
     moved: impl Fn() -> (u64, u64),
-    limits: Limits,
+    limits: StreamConfig,
     cut: impl Future<Output = ()>,
 ) -> Result<(), StreamError> {
     let (mut up, mut down, mut cut) = (pin!(up), pin!(down), pin!(cut));

@@ -6,7 +6,7 @@ use tokio::time::timeout;
 
 use crate::{
     context::ProcessContext,
-    discovery::demand::Unanswered,
+    discovery::demand::UnresolvedName,
     mesh::{Mesh, Workload},
     pod::Pod,
 };
@@ -35,7 +35,10 @@ impl ProcessContext {
                 }
                 if let Some(demand) = &self.demand {
                     // As Istio's control plane calls a pod; it tells of this node's by itself.
-                    demand.ask(&format!("{}//Pod/{}/{}", self.config.cluster_id, info.namespace, info.name));
+                    demand.subscribe(&format!(
+                        "{}//Pod/{}/{}",
+                        self.config.cluster_id, info.namespace, info.name
+                    ));
                 }
                 changes.changed().await.ok()?;
             }
@@ -49,12 +52,12 @@ impl ProcessContext {
         &self,
         mut mesh: Arc<Mesh>,
         missing: impl Fn(&Mesh) -> Vec<String>,
-    ) -> Result<Arc<Mesh>, Unanswered> {
+    ) -> Result<Arc<Mesh>, UnresolvedName> {
         let Some(demand) = &self.demand else { return Ok(mesh) };
         loop {
             let mut new = false;
             for name in missing(&mesh) {
-                new |= demand.answer(&name).await?;
+                new |= demand.resolve(&name).await?;
             }
             // What was told may name others in turn. Ends, since a name is new once.
             if !new {

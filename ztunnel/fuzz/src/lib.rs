@@ -9,7 +9,7 @@ use prost_types::Any;
 use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use ztunnel::{
-    discovery::{ADDRESS, AUTHORIZATION, Sender},
+    discovery::{ADDRESS, AUTHORIZATION, ResourceDecoder},
     dns::{
         message::{self, Step, Transport},
         names::{Client, Zone},
@@ -18,7 +18,7 @@ use ztunnel::{
     identity::{self, Identity},
     mesh::{
         Mesh, baggage,
-        local_file::{self, Defaults},
+        local_file::{self, ResourceDefaults},
     },
     pods::zds,
 };
@@ -98,7 +98,10 @@ fn ca_answer(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let asked = "spiffe://cluster.local/ns/default/sa/web".parse().expect("an identity");
     let answer: Vec<String> = text.split('\0').map(str::to_owned).collect();
-    assert!(identity::answered(&asked, key, &answer).is_err(), "nobody else has a certificate for our key");
+    assert!(
+        identity::credentials_from_response(&asked, key, &answer).is_err(),
+        "nobody else has a certificate for our key"
+    );
 }
 
 /// What a pod asks, against a mesh that has something to answer.
@@ -127,8 +130,8 @@ fn dns_reply(data: &[u8]) {
     let _ = (message::answers(data, data), message::code(data));
 }
 
-fn defaults() -> Defaults {
-    Defaults { cluster_id: "Kubernetes".into(), trust_domain: "cluster.local".into() }
+fn defaults() -> ResourceDefaults {
+    ResourceDefaults { cluster_id: "Kubernetes".into(), trust_domain: "cluster.local".into() }
 }
 
 /// The mesh file, which may come from a config map that others edit.
@@ -149,7 +152,7 @@ fn policy_resource(data: &[u8]) {
 
 fn resource(type_url: &str, data: &[u8]) {
     let sent = Any { type_url: type_url.to_owned(), value: data.to_vec() };
-    if let Ok(change) = Sender::new(defaults()).read(&sent) {
+    if let Ok(change) = ResourceDecoder::new(defaults()).decode(&sent) {
         // What was taken can be part of a mesh.
         let _ = Mesh::default().with([change]);
     }

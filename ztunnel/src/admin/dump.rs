@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use time::format_description::well_known::Rfc3339;
 
 use super::Admin;
-use crate::{identity::Known, metrics::open::View};
+use crate::{identity::CertificateInfo, metrics::open::ConnectionView};
 
 /// More connections than these are counted, not listed: the dump must stay readable, and its making short.
 const CONNECTIONS: usize = 10_000;
@@ -44,11 +44,11 @@ pub(super) fn dump(admin: &Admin) -> serde_json::Result<String> {
 }
 
 /// The pods' state, each with the connections that are open in it.
-fn with_connections(mut pods: Value, connections: &[View]) -> Value {
+fn with_connections(mut pods: Value, connections: &[ConnectionView]) -> Value {
     for pod in pods.as_object_mut().into_iter().flat_map(|pods| pods.values_mut()) {
         let is = |key: &str, text: &str| pod["info"][key] == text;
-        let of = |direction: &str| -> Vec<&View> {
-            let own = |view: &&View| is("namespace", &view.pod.0) && is("name", &view.pod.1);
+        let of = |direction: &str| -> Vec<&ConnectionView> {
+            let own = |view: &&ConnectionView| is("namespace", &view.pod.0) && is("name", &view.pod.1);
             connections.iter().filter(|view| view.direction == direction).filter(own).collect()
         };
         pod["connections"] = json!({ "inbound": of("inbound"), "outbound": of("outbound") });
@@ -57,7 +57,7 @@ fn with_connections(mut pods: Value, connections: &[View]) -> Value {
 }
 
 /// In Istio's words.
-pub(super) fn state(known: &Known) -> &'static str {
+pub(super) fn state(known: &CertificateInfo) -> &'static str {
     match (&known.credentials, &known.error) {
         (Some(credentials), _) if credentials.not_after < SystemTime::now() => "Expired",
         (Some(_), _) => "Available",
@@ -87,8 +87,8 @@ struct OneCertificate {
     expiration_time: String,
 }
 
-impl From<&Known> for CertificateDump {
-    fn from(known: &Known) -> Self {
+impl From<&CertificateInfo> for CertificateDump {
+    fn from(known: &CertificateInfo) -> Self {
         let credentials = known.credentials.as_deref();
         let shown =
             |certs: Option<&[_]>| certs.unwrap_or_default().iter().filter_map(OneCertificate::new).collect();

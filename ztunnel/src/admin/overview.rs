@@ -10,8 +10,8 @@ use serde::Serialize;
 
 use super::{Admin, dump::state};
 use crate::{
-    identity::Known,
-    metrics::{failures::Failed, open::View},
+    identity::CertificateInfo,
+    metrics::{failures::FailedConnection, open::ConnectionView},
     reason::FailureReason,
 };
 
@@ -31,7 +31,7 @@ pub struct Overview {
     pub pods: Vec<PodOverview>,
     pub connections_open: usize,
     /// Of these, the first.
-    pub connections: Vec<View>,
+    pub connections: Vec<ConnectionView>,
     /// HBONE connections to peers' tunnels, held for reuse, and the streams in them.
     pub tunnels: i64,
     pub streams: i64,
@@ -78,7 +78,7 @@ pub struct FailureCount {
 pub struct LastFailure {
     pub seconds_ago: u64,
     #[serde(flatten)]
-    pub failed: Failed,
+    pub failed: FailedConnection,
 }
 
 impl Overview {
@@ -93,7 +93,8 @@ impl Overview {
             .map(|((direction, reason), count)| FailureCount { direction, reason, count })
             .collect();
         failures.sort_by_key(|failure| std::cmp::Reverse(failure.count));
-        let last = |failed: Failed| LastFailure { seconds_ago: since(now, failed.at).as_secs(), failed };
+        let last =
+            |failed: FailedConnection| LastFailure { seconds_ago: since(now, failed.at).as_secs(), failed };
         let pending = admin.readiness.pending();
         Self {
             version: env!("CARGO_PKG_VERSION"),
@@ -113,7 +114,7 @@ impl Overview {
     }
 }
 
-fn pods(state: &serde_json::Value, connections: &[View]) -> Vec<PodOverview> {
+fn pods(state: &serde_json::Value, connections: &[ConnectionView]) -> Vec<PodOverview> {
     let mut open: HashMap<(&str, &str, &str), usize> = HashMap::new();
     for view in connections {
         *open.entry((&view.pod.0, &view.pod.1, view.direction)).or_default() += 1;
@@ -140,7 +141,7 @@ fn pods(state: &serde_json::Value, connections: &[View]) -> Vec<PodOverview> {
     pods
 }
 
-fn certificate(known: &Known, now: SystemTime) -> CertificateOverview {
+fn certificate(known: &CertificateInfo, now: SystemTime) -> CertificateOverview {
     let not_after = known.credentials.as_ref().map(|credentials| credentials.not_after);
     CertificateOverview {
         identity: known.identity.to_string(),

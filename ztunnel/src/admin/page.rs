@@ -4,7 +4,7 @@
 use std::fmt::{self, Display, Write};
 
 use super::overview::Overview;
-use crate::metrics::open::View;
+use crate::metrics::open::ConnectionView;
 
 /// Rows of the table of connections: enough to see, little enough to scroll.
 const ROWS: usize = 100;
@@ -191,7 +191,7 @@ fn pods(html: &mut String, overview: &Overview) -> fmt::Result {
 }
 
 fn connections(html: &mut String, overview: &Overview) -> fmt::Result {
-    let row = |view: &View| {
+    let row = |view: &ConnectionView| {
         let pod = format!("{}/{}", view.pod.0, view.pod.1);
         let peer = view.peer.as_deref().unwrap_or("outside the mesh");
         let arrow = if view.direction == "inbound" { "←" } else { "→" };

@@ -8,20 +8,20 @@ use std::time::Duration;
 
 /// One key.
 #[derive(Debug)]
-pub struct Key {
+pub struct ConfigKey {
     /// In the file, dotted: `pool.idle` is `idle` of section `pool`.
     pub name: &'static str,
     /// Overrides the file. For a map, the prefix of all variables that make it up.
     pub variable: &'static str,
-    pub kind: Kind,
+    pub kind: ValueKind,
     /// As it would be written, or in words where it depends on something else.
-    pub default: Unset,
+    pub default: DefaultValue,
     pub about: &'static str,
 }
 
 /// What a key is when nobody sets it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unset {
+pub enum DefaultValue {
     Is(&'static str),
     /// Decided by what reads it; said in words.
     Depends(&'static str),
@@ -31,7 +31,7 @@ pub enum Unset {
 
 /// What a value may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum ValueKind {
     Text,
     Path,
     /// Never shown.
@@ -58,29 +58,29 @@ pub enum Kind {
     Map,
 }
 
-use Kind::{
+use DefaultValue::{Depends, Is, Nothing};
+use ValueKind::{
     Address, Bool, Choice, Duration as Lasts, DurationOrSeconds, Map, Number, Path, Secret, Text, Workers,
 };
-use Unset::{Depends, Is, Nothing};
 
 /// RFC 9113 §6.5.2: a window is at most 2^31-1.
-const WINDOW: Kind = Number { min: 1, max: (1 << 31) - 1 };
-const ANY: Kind = Number { min: 0, max: u32::MAX };
-const TIME: Kind = Lasts { min: Duration::ZERO };
+const WINDOW: ValueKind = Number { min: 1, max: (1 << 31) - 1 };
+const ANY: ValueKind = Number { min: 0, max: u32::MAX };
+const TIME: ValueKind = Lasts { min: Duration::ZERO };
 
 const fn key(
     name: &'static str,
     variable: &'static str,
-    kind: Kind,
-    default: Unset,
+    kind: ValueKind,
+    default: DefaultValue,
     about: &'static str,
-) -> Key {
-    Key { name, variable, kind, default, about }
+) -> ConfigKey {
+    ConfigKey { name, variable, kind, default, about }
 }
 
 /// In the order in which the documentation lists them.
 #[rustfmt::skip]
-pub const KEYS: &[Key] = &[
+pub const KEYS: &[ConfigKey] = &[
     key("mode", "PROXY_MODE", Choice(&["shared", "dedicated"]), Is("shared"), "whom one process serves: every pod that the node agent hands over, or one workload in its own netns"),
     key("workload", "PROXY_WORKLOAD_INFO", Text, Nothing, "whom a dedicated tunnel serves: `namespace/name/service-account`"),
     key("workers", "ZTUNNEL_WORKER_THREADS", Workers, Depends("all cores that the cgroup allows, at most 16"), "threads that carry traffic"),
@@ -158,12 +158,12 @@ pub const KEYS: &[Key] = &[
 ];
 
 /// The row of `name`, which must be there.
-pub fn row(name: &str) -> &'static Key {
+pub fn row(name: &str) -> &'static ConfigKey {
     let found = KEYS.iter().find(|key| key.name == name);
     found.unwrap_or_else(|| panic!("{name} has no row in config/keys.rs"))
 }
 
-impl Kind {
+impl ValueKind {
     /// What a reader is told that a value must be.
     pub fn expectation(self) -> String {
         match self {

@@ -1,4 +1,4 @@
-//! Settings → [`Config`]: what the keys come to together, and what does not go together.
+//! [`RawSettings`] → [`Config`]: what the keys come to together, and what does not go together.
 
 use std::{
     collections::BTreeMap,
@@ -10,8 +10,9 @@ use std::{
 };
 
 use super::{
-    Ca, Config, ConfigError, ControlPlane, Dns, H2, Headers, Keepalive, Limits, LocalState, LogFormat,
-    OwnPod, Pool, Ports, ProxyMode, ProxyTo, RootSource, Tls, Token, Xds, settings::Settings, value,
+    CaConfig, Config, ConfigError, ControlPlaneConfig, DnsConfig, H2Config, Headers, KeepaliveConfig,
+    LocalState, LogFormat, OwnPod, PoolConfig, PortsConfig, ProxyMode, ProxyTo, RootSource, StreamConfig,
+    TlsConfig, Token, XdsConfig, settings::RawSettings, value,
 };
 
 /// Past this many workers, more of them only add listening sockets to every pod.
@@ -42,7 +43,7 @@ impl Config {
         let in_kubernetes = vars.iter().any(|(key, _)| key == "KUBERNETES_SERVICE_HOST");
         // The one variable whose emptiness says something: no control plane, where there would be one by default.
         let without_xds = empty.iter().any(|(key, _)| key == "XDS_ADDRESS");
-        let settings = Settings::read(file, vars)?;
+        let settings = RawSettings::read(file, vars)?;
         resolve(&settings, in_kubernetes, without_xds)
     }
 
@@ -53,7 +54,7 @@ impl Config {
     }
 }
 
-fn resolve(settings: &Settings, in_kubernetes: bool, without_xds: bool) -> Result<Config, ConfigError> {
+fn resolve(settings: &RawSettings, in_kubernetes: bool, without_xds: bool) -> Result<Config, ConfigError> {
     let mode = proxy_mode(settings)?;
     let cluster_id = settings.text("node.cluster");
     let ipv6 = settings.bool("socket.ipv6")? && ipv6_available();
@@ -61,10 +62,10 @@ fn resolve(settings: &Settings, in_kubernetes: bool, without_xds: bool) -> Resul
     let keepalive = keepalive(settings)?;
     let stream_window: u32 = settings.number("h2.stream_window_bytes")?;
     // With room for all streams' windows, those that nobody reads never hold up the others.
-    let all_windows = stream_window.saturating_mul(H2::STREAMS).min(H2::LARGEST_WINDOW);
+    let all_windows = stream_window.saturating_mul(H2Config::STREAMS).min(H2Config::LARGEST_WINDOW);
     Ok(Config {
         zds_socket: settings.path("zds.socket"),
-        ports: Ports::default(),
+        ports: PortsConfig::default(),
         packet_mark: match settings.optional_number("socket.mark")? {
             None if mode == ProxyMode::Shared => Some(1337),
             mark => mark,
@@ -84,17 +85,17 @@ fn resolve(settings: &Settings, in_kubernetes: bool, without_xds: bool) -> Resul
         crl: settings.get("tls.crl").map(Into::into),
         secret_ttl: settings.duration("ca.secret_ttl")?,
         workers: workers(settings),
-        pool: Pool {
+        pool: PoolConfig {
             max_streams: settings.number("pool.max_streams")?,
             idle: settings.duration("pool.idle")?,
         },
         dns: dns(settings)?,
-        h2: H2 {
+        h2: H2Config {
             stream_window,
             connection_window: settings.optional_number("h2.connection_window_bytes")?.unwrap_or(all_windows),
             frame: settings.number("h2.frame_bytes")?,
         },
-        limits: Limits {
+        limits: StreamConfig {
             half_closed: settings.duration("stream.half_closed_limit")?,
             idle: settings.optional_duration("stream.idle_limit")?,
         },
@@ -137,7 +138,7 @@ fn refuse_unsupported(vars: &[(String, String)]) -> Result<(), ConfigError> {
     Ok(())
 }
 
-fn proxy_mode(settings: &Settings) -> Result<ProxyMode, ConfigError> {
+fn proxy_mode(settings: &RawSettings) -> Result<ProxyMode, ConfigError> {
     if settings.choice("mode")? == "shared" {
         return Ok(ProxyMode::Shared);
     }
@@ -158,7 +159,7 @@ fn proxy_mode(settings: &Settings) -> Result<ProxyMode, ConfigError> {
 }
 
 /// Known only when all of it is: Istio's DaemonSet sets all three, others may set the name for other purposes.
-fn own_pod(settings: &Settings) -> Option<OwnPod> {
+fn own_pod(settings: &RawSettings) -> Option<OwnPod> {
     Some(OwnPod {
         name: settings.get("own.pod")?.into(),
         namespace: settings.get("own.namespace")?.into(),
@@ -166,7 +167,7 @@ fn own_pod(settings: &Settings) -> Option<OwnPod> {
     })
 }
 
-fn local_state(settings: &Settings) -> Result<Option<LocalState>, ConfigError> {
+fn local_state(settings: &RawSettings) -> Result<Option<LocalState>, ConfigError> {
     match (settings.get("mesh.file"), settings.get("mesh.inline")) {
         (Some(_), Some(_)) => Err(settings
             .invalid("mesh.file", "only one of mesh.file (LOCAL_XDS_PATH) and mesh.inline (LOCAL_XDS)")),
@@ -179,29 +180,29 @@ fn local_state(settings: &Settings) -> Result<Option<LocalState>, ConfigError> {
 /// The address decides, except that `ca.development` always means the development CA. Inside Kubernetes nobody gets
 /// the development CA without asking for it: there the default is Istio's own, as for its tunnel.
 fn ca(
-    settings: &Settings,
+    settings: &RawSettings,
     mode: &ProxyMode,
     cluster_id: &Arc<str>,
     in_kubernetes: bool,
-) -> Result<Ca, ConfigError> {
+) -> Result<CaConfig, ConfigError> {
     let development = settings.bool("ca.development")?;
     let asked_for_development = development || settings.get("ca.development_dir").is_some();
     let address = match settings.get("ca.address") {
         Some(address) if !development => address,
         None if !asked_for_development && in_kubernetes => "https://istiod.istio-system.svc:15012",
-        _ => return Ok(Ca::Development { folder: settings.path("ca.development_dir") }),
+        _ => return Ok(CaConfig::Development { folder: settings.path("ca.development_dir") }),
     };
     let service = control_plane(settings, "ca", address, cluster_id)?;
-    Ok(Ca::Service { service, impersonate: *mode == ProxyMode::Shared })
+    Ok(CaConfig::Service { service, impersonate: *mode == ProxyMode::Shared })
 }
 
 /// The keys of `section` say how.
 fn control_plane(
-    settings: &Settings,
+    settings: &RawSettings,
     section: &'static str,
     address: &str,
     cluster_id: &Arc<str>,
-) -> Result<ControlPlane, ConfigError> {
+) -> Result<ControlPlaneConfig, ConfigError> {
     let [address_key, root, alt_name, headers] = match section {
         "ca" => ["ca.address", "ca.root", "ca.alt_name", "ca.headers"],
         _ => ["xds.address", "xds.root", "xds.alt_name", "xds.headers"],
@@ -221,7 +222,7 @@ fn control_plane(
         path if path.contains('/') => Token::File(path.into()),
         literal => Token::Literal(literal.to_owned()),
     };
-    Ok(ControlPlane {
+    Ok(ControlPlaneConfig {
         address,
         root,
         token,
@@ -232,7 +233,11 @@ fn control_plane(
 }
 
 /// The mesh comes from one source. Inside Kubernetes that is Istio's control plane, unless a file is given.
-fn xds(settings: &Settings, cluster_id: &Arc<str>, by_default: bool) -> Result<Option<Xds>, ConfigError> {
+fn xds(
+    settings: &RawSettings,
+    cluster_id: &Arc<str>,
+    by_default: bool,
+) -> Result<Option<XdsConfig>, ConfigError> {
     let local = settings.get("mesh.file").or_else(|| settings.get("mesh.inline"));
     let address = match (settings.get("xds.address"), local) {
         (Some(_), Some(_)) => {
@@ -270,28 +275,28 @@ fn xds(settings: &Settings, cluster_id: &Arc<str>, by_default: bool) -> Result<O
         let expected = "false, unless dns.enabled (ISTIO_META_DNS_CAPTURE) is false";
         return Err(settings.invalid("xds.on_demand", expected));
     }
-    Ok(Some(Xds { service, node_id, metadata, on_demand }))
+    Ok(Some(XdsConfig { service, node_id, metadata, on_demand }))
 }
 
-fn tls(settings: &Settings) -> Result<Tls, ConfigError> {
+fn tls(settings: &RawSettings) -> Result<TlsConfig, ConfigError> {
     let only_post_quantum = settings.choice("tls.compliance")? == "pqc";
     let tls12 = settings.bool("tls.tls12")?;
     if tls12 && only_post_quantum {
         // TLS 1.2 knows no such key exchange.
         return Err(settings.invalid("tls.tls12", "false, since tls.compliance (COMPLIANCE_POLICY) is pqc"));
     }
-    Ok(Tls { tls12, only_post_quantum })
+    Ok(TlsConfig { tls12, only_post_quantum })
 }
 
-fn workers(settings: &Settings) -> NonZeroUsize {
+fn workers(settings: &RawSettings) -> NonZeroUsize {
     let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let asked = settings.get("workers").and_then(|text| value::workers(text, cores.get()));
     let default = cores.min(const { NonZeroUsize::new(MAX_DEFAULT_WORKERS).unwrap() });
     asked.and_then(NonZeroUsize::new).unwrap_or(default)
 }
 
-fn keepalive(settings: &Settings) -> Result<Option<Keepalive>, ConfigError> {
-    let keepalive = Keepalive {
+fn keepalive(settings: &RawSettings) -> Result<Option<KeepaliveConfig>, ConfigError> {
+    let keepalive = KeepaliveConfig {
         time: settings.duration("socket.keepalive.time")?,
         interval: settings.duration("socket.keepalive.interval")?,
         retries: settings.number("socket.keepalive.retries")?,
@@ -300,7 +305,7 @@ fn keepalive(settings: &Settings) -> Result<Option<Keepalive>, ConfigError> {
 }
 
 /// Before the kubelet kills us, with some time left to end in order.
-fn drain_deadline(settings: &Settings) -> Result<Duration, ConfigError> {
+fn drain_deadline(settings: &RawSettings) -> Result<Duration, ConfigError> {
     let default = match settings.optional_duration("drain.grace_period")? {
         Some(grace) if grace <= Duration::from_secs(10) => grace.saturating_sub(Duration::from_secs(1)),
         Some(grace) => grace.saturating_sub(Duration::from_secs(5)),
@@ -309,7 +314,7 @@ fn drain_deadline(settings: &Settings) -> Result<Duration, ConfigError> {
     Ok(settings.optional_duration("drain.deadline")?.unwrap_or(default))
 }
 
-fn admin_address(settings: &Settings) -> Result<SocketAddr, ConfigError> {
+fn admin_address(settings: &RawSettings) -> Result<SocketAddr, ConfigError> {
     let key = "admin.address";
     let address = settings.address(key)?.unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 15000));
     if !address.ip().is_loopback() {
@@ -319,7 +324,7 @@ fn admin_address(settings: &Settings) -> Result<SocketAddr, ConfigError> {
     Ok(address)
 }
 
-fn dns(settings: &Settings) -> Result<Dns, ConfigError> {
+fn dns(settings: &RawSettings) -> Result<DnsConfig, ConfigError> {
     let key = "dns.upstream";
     let resolver = |text: &str| {
         let with_port = text.parse().map(|ip: IpAddr| SocketAddr::new(ip, 53)).or_else(|_| text.parse());
@@ -328,7 +333,7 @@ fn dns(settings: &Settings) -> Result<Dns, ConfigError> {
     let upstream = settings.get(key).map_or(Ok(Vec::new()), |text| {
         text.split(',').map(str::trim).map(resolver).collect::<Result<_, _>>()
     })?;
-    Ok(Dns {
+    Ok(DnsConfig {
         enabled: settings.bool("dns.enabled")?,
         address: settings
             .address("dns.address")?

@@ -11,7 +11,7 @@ use std::{
 use serde::Serialize;
 
 use super::{
-    keys::{KEYS, Key, Kind, Unset, row},
+    keys::{ConfigKey, DefaultValue, KEYS, ValueKind, row},
     value,
 };
 
@@ -59,7 +59,7 @@ const HIDDEN: &str = "(hidden)";
 
 /// The values that were set. Empty ones count as absent: Helm templates often set what they do not fill.
 #[derive(Debug)]
-pub struct Settings {
+pub struct RawSettings {
     file: Option<String>,
     set: BTreeMap<&'static str, (Origin, Value)>,
 }
@@ -70,7 +70,7 @@ enum Value {
     Map(BTreeMap<String, String>),
 }
 
-impl Settings {
+impl RawSettings {
     /// Reads `file`, if there is one, then `variables` over it. Everything that is wrong is told at once.
     pub fn read(
         file: Option<&Path>,
@@ -121,20 +121,20 @@ impl Settings {
             let is_section = || KEYS.iter().any(|key| starts_section(key.name, &name));
             match (row, value) {
                 (_, serde_json::Value::Null) if row.is_some() || is_section() => {}
-                (Some(Key { kind: Kind::Map, name, .. }), serde_json::Value::Object(map)) => {
+                (Some(ConfigKey { kind: ValueKind::Map, name, .. }), serde_json::Value::Object(map)) => {
                     let text = |(name, value)| scalar(&value).map(|value| (name, value));
                     match map.into_iter().map(text).collect::<Option<_>>() {
                         Some(map) => drop(self.set.insert(name, (Origin::File, Value::Map(map)))),
-                        None => errors.push(in_file(file, name, HIDDEN, Kind::Map)),
+                        None => errors.push(in_file(file, name, HIDDEN, ValueKind::Map)),
                     }
                 }
                 (Some(key), value) => match scalar(&value) {
-                    Some(text) if key.kind != Kind::Map => {
+                    Some(text) if key.kind != ValueKind::Map => {
                         if !text.is_empty() {
                             self.set.insert(key.name, (Origin::File, Value::Text(text)));
                         }
                     }
-                    _ if key.kind == Kind::Map || key.kind == Kind::Secret => {
+                    _ if key.kind == ValueKind::Map || key.kind == ValueKind::Secret => {
                         errors.push(in_file(file, key.name, HIDDEN, key.kind));
                     }
                     _ => errors.push(in_file(file, key.name, &value.to_string(), key.kind)),
@@ -156,9 +156,10 @@ impl Settings {
     }
 
     fn read_variables(&mut self, variables: impl IntoIterator<Item = (String, String)>) {
-        let maps = || KEYS.iter().filter(|key| key.kind == Kind::Map);
+        let maps = || KEYS.iter().filter(|key| key.kind == ValueKind::Map);
         for (variable, text) in variables.into_iter().filter(|(_, text)| !text.is_empty()) {
-            if let Some(key) = KEYS.iter().find(|key| key.variable == variable && key.kind != Kind::Map) {
+            if let Some(key) = KEYS.iter().find(|key| key.variable == variable && key.kind != ValueKind::Map)
+            {
                 self.set.insert(key.name, (Origin::Environment, Value::Text(text)));
             } else if let Some((key, name)) =
                 maps().find_map(|key| Some((key, variable.strip_prefix(key.variable)?)))
@@ -193,7 +194,8 @@ impl Settings {
 
     /// That the value of `name` is not what is expected.
     pub fn invalid(&self, name: &str, expected: impl Into<String>) -> ConfigError {
-        let value = if row(name).kind == Kind::Secret { HIDDEN } else { self.get(name).unwrap_or_default() };
+        let value =
+            if row(name).kind == ValueKind::Secret { HIDDEN } else { self.get(name).unwrap_or_default() };
         ConfigError::Invalid {
             key: self.written_as(name),
             value: value.to_owned(),
@@ -212,8 +214,8 @@ impl Settings {
     /// What was set, or the default.
     fn or_default(&self, name: &str) -> Option<&str> {
         self.get(name).or(match row(name).default {
-            Unset::Is(text) => Some(text),
-            Unset::Depends(_) | Unset::Nothing => None,
+            DefaultValue::Is(text) => Some(text),
+            DefaultValue::Depends(_) | DefaultValue::Nothing => None,
         })
     }
 
@@ -247,7 +249,7 @@ impl Settings {
 
     /// One of the row's choices, in its spelling.
     pub fn choice(&self, name: &str) -> Result<&'static str, ConfigError> {
-        let Kind::Choice(names) = row(name).kind else { return Ok("") };
+        let ValueKind::Choice(names) = row(name).kind else { return Ok("") };
         self.required(name, |text| names.iter().find(|choice| choice.eq_ignore_ascii_case(text)).copied())
     }
 
@@ -264,7 +266,7 @@ impl Settings {
     }
 
     pub fn optional_duration(&self, name: &str) -> Result<Option<Duration>, ConfigError> {
-        let seconds_too = row(name).kind == Kind::DurationOrSeconds;
+        let seconds_too = row(name).kind == ValueKind::DurationOrSeconds;
         self.checked(name, if seconds_too { value::duration_or_seconds } else { value::duration })
     }
 
@@ -284,7 +286,7 @@ impl Settings {
         KEYS.iter().map(|key| self.effective_key(key)).collect()
     }
 
-    fn effective_key(&self, key: &'static Key) -> Effective {
+    fn effective_key(&self, key: &'static ConfigKey) -> Effective {
         let (origin, value) = match self.set.get(key.name) {
             Some((origin, Value::Map(map))) => {
                 let names: Vec<_> = map.keys().map(String::as_str).collect();
@@ -295,11 +297,13 @@ impl Settings {
         };
         // A path says where a secret is, not what.
         let hidden = match &value {
-            Some(value) => key.kind == Kind::Map || key.kind == Kind::Secret && !value.contains('/'),
+            Some(value) => {
+                key.kind == ValueKind::Map || key.kind == ValueKind::Secret && !value.contains('/')
+            }
             None => false,
         };
         let value = value.map(|value| match hidden {
-            true if key.kind == Kind::Map => format!("{value} {HIDDEN}"),
+            true if key.kind == ValueKind::Map => format!("{value} {HIDDEN}"),
             true => HIDDEN.to_owned(),
             false => value,
         });
@@ -319,7 +323,7 @@ fn scalar(value: &serde_json::Value) -> Option<String> {
     }
 }
 
-fn in_file(file: &str, name: &str, value: &str, kind: Kind) -> ConfigError {
+fn in_file(file: &str, name: &str, value: &str, kind: ValueKind) -> ConfigError {
     let key = format!("{file}: {name}");
     ConfigError::Invalid { key, value: value.to_owned(), expected: kind.expectation() }
 }
@@ -327,7 +331,7 @@ fn in_file(file: &str, name: &str, value: &str, kind: Kind) -> ConfigError {
 /// The known key that was probably meant: the most similar one, if it is similar at all. Who writes a variable's
 /// name into the file is told the key.
 fn nearest(name: &str) -> Option<&'static str> {
-    let likeness = |key: &Key| {
+    let likeness = |key: &ConfigKey| {
         let last = key.name.rsplit('.').next().unwrap_or(key.name);
         strsim::jaro_winkler(key.name, name)
             .max(strsim::jaro_winkler(key.variable, name))

@@ -22,7 +22,7 @@ fn nothing_set_is_a_shared_tunnel_with_a_development_ca() {
     assert_eq!(config.drain_deadline, Duration::from_secs(5));
     assert_eq!(config.admin_address, "127.0.0.1:15000".parse().unwrap());
     assert_eq!(config.stats_address.port(), 15020);
-    assert!(matches!(config.ca, Ca::Development { folder } if folder.ends_with("adit/development-ca")));
+    assert!(matches!(config.ca, CaConfig::Development { folder } if folder.ends_with("adit/development-ca")));
 }
 
 #[test]
@@ -119,8 +119,8 @@ fn dedicated_mode_names_its_workload_and_has_no_mark() {
 #[test]
 fn who_signs() {
     let service = |vars: &[(&str, &str)]| match config(vars).unwrap().ca {
-        Ca::Service { service, .. } => service,
-        other @ Ca::Development { .. } => panic!("{other:?}"),
+        CaConfig::Service { service, .. } => service,
+        other @ CaConfig::Development { .. } => panic!("{other:?}"),
     };
     let ca = service(&[("CA_ADDRESS", "istiod:15012"), ("AUTH_TOKEN", "a.b.c"), ("CA_HEADER_X_TENANT", "7")]);
     assert_eq!(ca.address, "https://istiod:15012");
@@ -130,10 +130,10 @@ fn who_signs() {
     let in_cluster = ("KUBERNETES_SERVICE_HOST", "10.0.0.1");
     assert_eq!(service(&[in_cluster]).address, "https://istiod.istio-system.svc:15012");
     for asked in [("DEVELOPMENT_CA_DIR", "/ca"), ("FAKE_CA", "true")] {
-        assert!(matches!(config(&[in_cluster, asked]).unwrap().ca, Ca::Development { .. }));
+        assert!(matches!(config(&[in_cluster, asked]).unwrap().ca, CaConfig::Development { .. }));
     }
     let both = [("FAKE_CA", "true"), ("CA_ADDRESS", "https://ca:1")];
-    assert!(matches!(config(&both).unwrap().ca, Ca::Development { .. }));
+    assert!(matches!(config(&both).unwrap().ca, CaConfig::Development { .. }));
 }
 
 #[test]
@@ -155,7 +155,7 @@ fn secrets_are_not_shown() {
     ])
     .unwrap();
     assert!(!serde_json::to_string(&config).unwrap().contains("very-secret"));
-    let Ca::Service { service, .. } = config.ca else { unreachable!("CA_ADDRESS is set") };
+    let CaConfig::Service { service, .. } = config.ca else { unreachable!("CA_ADDRESS is set") };
     assert!(!format!("{service:?}").contains("very-secret"));
 }
 
@@ -193,7 +193,7 @@ ca:
     assert_eq!(config.pool.max_streams, 3);
     assert_eq!(config.original_source, Some(false));
     assert_eq!(config.packet_mark, Some(16));
-    let Ca::Service { service: ca, .. } = &config.ca else { panic!("ca.address is set") };
+    let CaConfig::Service { service: ca, .. } = &config.ca else { panic!("ca.address is set") };
     let headers = [("tenant", "from-environment"), ("region", "north")];
     assert_eq!(ca.headers.0, headers.map(|(k, v)| (k.to_owned(), v.to_owned())).into());
     let origin = |name| config.effective.iter().find(|key| key.key == name).unwrap().origin;
@@ -264,7 +264,7 @@ fn every_row_is_read_and_has_a_default_that_fits() {
     for key in keys::KEYS {
         assert!(names.insert(key.name) && names.insert(key.variable), "{} is there twice", key.name);
         assert!(source.contains(&format!("\"{}\"", key.name)), "nobody reads {}", key.name);
-        if let keys::Unset::Is(text) = key.default {
+        if let keys::DefaultValue::Is(text) = key.default {
             assert!(text.is_empty() || value::fits(key.kind, text), "{}: {text}", key.name);
         }
     }
@@ -278,12 +278,12 @@ fn the_documentation_has_a_line_for_every_key() {
     let mut table = "| key | variable | value | default | |\n|---|---|---|---|---|\n".to_owned();
     for key in keys::KEYS {
         let default = match key.default {
-            keys::Unset::Is("") | keys::Unset::Nothing => "–".to_owned(),
-            keys::Unset::Is(text) => format!("`{text}`"),
-            keys::Unset::Depends(words) => words.to_owned(),
+            keys::DefaultValue::Is("") | keys::DefaultValue::Nothing => "–".to_owned(),
+            keys::DefaultValue::Is(text) => format!("`{text}`"),
+            keys::DefaultValue::Depends(words) => words.to_owned(),
         };
         let (variable, kind) = match key.kind {
-            keys::Kind::Map => (format!("`{}*`", key.variable), key.kind.expectation()),
+            keys::ValueKind::Map => (format!("`{}*`", key.variable), key.kind.expectation()),
             kind => (format!("`{}`", key.variable), kind.expectation()),
         };
         let _ = writeln!(table, "| `{}` | {variable} | {kind} | {default} | {} |", key.name, key.about);

@@ -7,19 +7,19 @@ use std::{
 
 use serde::Serializer;
 
-use super::keys::Kind;
+use super::keys::ValueKind;
 
 /// Whether `text` may stand for `kind`.
-pub(super) fn fits(kind: Kind, text: &str) -> bool {
+pub(super) fn fits(kind: ValueKind, text: &str) -> bool {
     match kind {
-        Kind::Text | Kind::Path | Kind::Secret | Kind::Map => true,
-        Kind::Bool => bool(text).is_some(),
-        Kind::Choice(names) => names.iter().any(|name| name.eq_ignore_ascii_case(text)),
-        Kind::Number { min, max } => number(text).is_some_and(|number| (min..=max).contains(&number)),
-        Kind::Duration { min } => duration(text).is_some_and(|duration| duration >= min),
-        Kind::DurationOrSeconds => duration_or_seconds(text).is_some(),
-        Kind::Address => address(text).is_some(),
-        Kind::Workers => workers(text, 1).is_some(),
+        ValueKind::Text | ValueKind::Path | ValueKind::Secret | ValueKind::Map => true,
+        ValueKind::Bool => bool(text).is_some(),
+        ValueKind::Choice(names) => names.iter().any(|name| name.eq_ignore_ascii_case(text)),
+        ValueKind::Number { min, max } => number(text).is_some_and(|number| (min..=max).contains(&number)),
+        ValueKind::Duration { min } => duration(text).is_some_and(|duration| duration >= min),
+        ValueKind::DurationOrSeconds => duration_or_seconds(text).is_some(),
+        ValueKind::Address => address(text).is_some(),
+        ValueKind::Workers => workers(text, 1).is_some(),
     }
 }
 

@@ -5,7 +5,7 @@ use std::{io, net::IpAddr, sync::Arc};
 use http::{Method, StatusCode};
 
 use crate::{
-    discovery::demand::Unanswered,
+    discovery::demand::UnresolvedName,
     hbone::{InvalidTarget, client::ConnectError},
     identity::IdentityError,
     lookup::LookupError,
@@ -31,7 +31,7 @@ pub enum OutboundError {
     #[error(transparent)]
     Lookup(#[from] LookupError),
     #[error(transparent)]
-    Unanswered(#[from] Unanswered),
+    Unanswered(#[from] UnresolvedName),
     #[error("connection failed")]
     Dial(#[source] io::Error),
     #[error("cannot ask for {authority:?}")]
@@ -91,7 +91,7 @@ pub enum InboundError {
     #[error(transparent)]
     UnknownWorkload(#[from] UnknownWorkload),
     #[error(transparent)]
-    Unanswered(#[from] Unanswered),
+    Unanswered(#[from] UnresolvedName),
     #[error("a certificate of the peer is revoked")]
     Revoked,
     #[error("connection closed due to policy rejection")]

@@ -24,7 +24,7 @@ use crate::{
         BAGGAGE, FORWARDED, InvalidTarget, Target, forwarded_host,
         server::{self, Asked},
     },
-    identity::{Chain, Identity, peer_identity},
+    identity::{CertificateChain, Identity, peer_identity},
     mesh::{Mesh, Service, Workload, baggage},
     pod::Pod,
     record::{Counters, Ends, Failure, Record, denied_early},
@@ -40,7 +40,7 @@ struct Tunnel {
     /// headers is believed for labels only.
     peer: SocketAddr,
     identity: Option<Identity>,
-    chain: Chain,
+    chain: CertificateChain,
     /// The address that the peer dialled.
     local: SocketAddr,
 }
@@ -65,7 +65,7 @@ pub async fn serve(accepted: Accepted) {
         Err(error) => return fail(InboundError::Tls(error)),
     };
     let certificates = tls.get_ref().1.peer_certificates();
-    let (identity, chain) = (peer_identity(certificates), Chain::of(certificates));
+    let (identity, chain) = (peer_identity(certificates), CertificateChain::of(certificates));
     if shared.revocations.is_configured() && chain.is_empty() {
         shared.metrics.crl.untracked(Direction::Inbound);
     }

@@ -1,7 +1,7 @@
-//! Calls the control plane, and applies what it tells, until the process ends.
+//! The xDS client: keeps a stream to the control plane open and applies its responses to the [`Store`].
 //!
-//! While the control plane is away what was told last holds. Attempts are paused as Istio's tunnel pauses them; the log
-//! gets a line when it goes, one every few minutes, and one when it is back.
+//! While the control plane is unreachable the last known state stays in force. Retries back off as in Istio's tunnel.
+//! The log gets a line when the control plane becomes unreachable, one every 5 minutes, and one when it is back.
 
 use std::{
     collections::BTreeMap,
@@ -21,59 +21,60 @@ use ztunnel_api::discovery::{
     aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
 };
 
-use super::{ADDRESS, AUTHORIZATION, Sender, delta::Subscription, demand::Demand};
+use super::{ADDRESS, AUTHORIZATION, ResourceDecoder, delta::Subscription, demand::Demand};
 use crate::{
     backoff::Backoff,
-    config::Xds,
+    config::XdsConfig,
     control_plane::{ControlPlane, ControlPlaneError},
-    mesh::{Store, local_file::Defaults},
+    mesh::{Store, local_file::ResourceDefaults},
     metrics::xds::{Termination, XdsMetrics},
     readiness::ReadyGuard,
 };
 
-/// A response with the whole of a large mesh is one message.
+/// Bytes. A response with all resources of a large mesh is one message.
 const LARGEST_MESSAGE: usize = 200 << 20;
-/// How often the log says that the control plane is still away.
+/// How often the log repeats that the control plane is unreachable.
 const REMIND_EVERY: Duration = Duration::from_mins(5);
 
-/// The one who keeps [`Store`] as the control plane tells.
+/// Updates a [`Store`] from the control plane. [`run`](Self::run) does all the work.
 #[derive(Debug)]
-pub struct Client {
+pub struct DiscoveryClient {
     control_plane: ControlPlane,
     node: Node,
-    /// Addresses are asked for by name, where it is given.
+    /// With on-demand discovery, the names to subscribe to.
     demand: Option<Demand>,
-    /// Out on a thread of its own while a response is worked on.
-    state: Option<State>,
+    /// `None` while a blocking thread applies a response.
+    state: Option<DiscoveryState>,
     metrics: XdsMetrics,
     ready: ReadyGuard,
 }
 
 #[derive(Debug)]
-struct State {
-    sender: Sender,
+struct DiscoveryState {
+    decoder: ResourceDecoder,
     subscriptions: [Subscription; 2],
     store: Arc<Store>,
     demand: Option<Demand>,
 }
 
-/// How a stream ended.
+/// Why a stream ended.
 #[derive(Debug, thiserror::Error)]
-enum Ended {
+enum StreamEnd {
     #[error(transparent)]
     Unusable(#[from] ControlPlaneError),
-    #[error("cannot call the control plane at {address}")]
+    #[error("cannot open a stream to the control plane at {address}")]
     NotBegun { address: String, source: Box<Status> },
-    #[error("the control plane broke the stream")]
+    #[error("control plane stream failed")]
     Broken(#[source] Box<Status>),
-    #[error("the control plane closed the stream")]
+    #[error("control plane closed the stream")]
     Closed,
 }
 
-impl Client {
+impl DiscoveryClient {
+    /// Connects to nothing yet. `ready` becomes ready when all subscribed resources were received once.
     pub fn new(
-        config: &Xds,
-        defaults: Defaults,
+        config: &XdsConfig,
+        defaults: ResourceDefaults,
         store: Arc<Store>,
         demand: Option<Demand>,
         metrics: XdsMetrics,
@@ -81,8 +82,8 @@ impl Client {
     ) -> Self {
         let metadata = config.metadata.iter().map(|(key, value)| (key.clone(), proto_value(value)));
         let node = Node { id: config.node_id.clone(), metadata: Some(Struct { fields: metadata.collect() }) };
-        let state = State {
-            sender: Sender::new(defaults),
+        let state = DiscoveryState {
+            decoder: ResourceDecoder::new(defaults),
             subscriptions: [ADDRESS, AUTHORIZATION].map(Subscription::new),
             store,
             demand: demand.clone(),
@@ -91,33 +92,33 @@ impl Client {
         Self { control_plane, node, demand, state: Some(state), metrics, ready }
     }
 
-    /// Until `stop`.
+    /// Runs until `stop`, and opens a new stream whenever one ends.
     pub async fn run(mut self, stop: CancellationToken) {
         let mut backoff = Backoff::new();
         let mut warned: Option<Instant> = None;
         loop {
-            let mut took = false;
-            let Some(ended) = stop.run_until_cancelled(self.stream(&mut took)).await else { return };
+            let mut received = false;
+            let Some(ended) = stop.run_until_cancelled(self.stream(&mut received)).await else { return };
             self.metrics.terminated(ended.kind());
-            if took {
+            if received {
                 backoff.reset();
                 warned = None;
             }
             let pause = backoff.delay();
             let error = chain(&ended);
-            if matches!(ended, Ended::Closed) {
+            if matches!(ended, StreamEnd::Closed) {
                 debug!(
                     address = self.control_plane.address(),
-                    "the control plane closed the stream, calling again"
+                    "control plane closed the stream; reconnecting"
                 );
             } else if warned.is_none_or(|at| at.elapsed() >= REMIND_EVERY) {
                 warned = Some(Instant::now());
                 warn!(
                     address = self.control_plane.address(),
-                    error, "no control plane: what it told last holds, and it is called again and again"
+                    error, "control plane unreachable; keeping last known state, retrying"
                 );
             } else {
-                debug!(error, retry_ms = pause.as_millis(), "still no control plane");
+                debug!(error, retry_ms = pause.as_millis(), "control plane still unreachable");
             }
             if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
                 return;
@@ -125,8 +126,8 @@ impl Client {
         }
     }
 
-    /// One stream from its first request to its end. `took`: whether a response was taken.
-    async fn stream(&mut self, took: &mut bool) -> Ended {
+    /// Runs one stream from its first request to its end. Sets `received` at the first response.
+    async fn stream(&mut self, received: &mut bool) -> StreamEnd {
         let (requests, mut responses) = match self.call().await {
             Ok(streams) => streams,
             Err(ended) => return ended,
@@ -134,39 +135,39 @@ impl Client {
         loop {
             let message = tokio::select! {
                 message = responses.message() => message,
-                request = self.wanted() => {
+                request = self.demanded() => {
                     let _ = requests.send(request);
                     continue;
                 }
             };
             let response = match message {
                 Ok(Some(response)) => response,
-                Ok(None) => return Ended::Closed,
-                Err(status) => return Ended::Broken(Box::new(status)),
+                Ok(None) => return StreamEnd::Closed,
+                Err(status) => return StreamEnd::Broken(Box::new(status)),
             };
-            if !std::mem::replace(took, true) {
+            if !std::mem::replace(received, true) {
                 info!(address = self.control_plane.address(), "connected to the control plane");
             }
             if let Some(reply) = self.respond(response).await {
-                // Its receiver is the call, which would have ended.
+                // The receiver is the call itself: if it is gone, `message` above reports why.
                 let _ = requests.send(reply);
             }
         }
     }
 
-    /// What connections need to know besides, once they do.
-    async fn wanted(&self) -> DeltaDiscoveryRequest {
+    /// The next request of on-demand discovery. Waits until a connection needs a new name.
+    async fn demanded(&self) -> DeltaDiscoveryRequest {
         let (Some(demand), Some(state)) = (&self.demand, &self.state) else {
             return std::future::pending().await;
         };
-        state.addresses().change(&demand.unsent().await)
+        state.addresses().update_request(&demand.unsent().await)
     }
 
     async fn call(
         &self,
-    ) -> Result<(mpsc::UnboundedSender<DeltaDiscoveryRequest>, Streaming<DeltaDiscoveryResponse>), Ended>
+    ) -> Result<(mpsc::UnboundedSender<DeltaDiscoveryRequest>, Streaming<DeltaDiscoveryResponse>), StreamEnd>
     {
-        let mut refused = Status::unavailable("no name to call it by");
+        let mut refused = Status::unavailable("no server name to try");
         for channel in self.control_plane.channels()? {
             let (requests, receiver) = mpsc::unbounded_channel();
             for request in self.state.iter().flat_map(|state| state.first(&self.node)) {
@@ -181,7 +182,7 @@ impl Client {
                 .max_encoding_message_size(LARGEST_MESSAGE);
             match service.delta_aggregated_resources(call).await {
                 Ok(responses) => return Ok((requests, responses.into_inner())),
-                // It may bear another name.
+                // Its certificate may have another name: try the next channel.
                 Err(status) if status.code() == Code::Unavailable => refused = status,
                 Err(status) => {
                     refused = status;
@@ -189,16 +190,19 @@ impl Client {
                 }
             }
         }
-        Err(Ended::NotBegun { address: self.control_plane.address().to_owned(), source: Box::new(refused) })
+        Err(StreamEnd::NotBegun {
+            address: self.control_plane.address().to_owned(),
+            source: Box::new(refused),
+        })
     }
 
-    /// Applies a response; what to answer.
+    /// Applies a response and returns the ACK or NACK.
     async fn respond(&mut self, response: DeltaDiscoveryResponse) -> Option<DeltaDiscoveryRequest> {
         self.metrics.received(&response.type_url, response.encoded_len());
         let mut state = self.state.take()?;
-        // A whole mesh takes seconds, and this runtime has others to serve.
+        // A large mesh takes seconds, and this runtime also serves readiness and ZDS.
         let worked = tokio::task::spawn_blocking(move || {
-            let reply = state.take(response);
+            let reply = state.apply(response);
             (state, reply)
         });
         let (state, reply) = match worked.await {
@@ -213,64 +217,67 @@ impl Client {
     }
 }
 
-impl State {
+impl DiscoveryState {
     fn addresses(&self) -> &Subscription {
         let [addresses, _] = &self.subscriptions;
         addresses
     }
 
-    /// The requests that begin a stream.
+    /// The requests that open a stream.
     fn first(&self, node: &Node) -> [DeltaDiscoveryRequest; 2] {
         let [addresses, policies] = &self.subscriptions;
         let only = self.demand.as_ref().map(Demand::all);
-        [addresses.first(node.clone(), only), policies.first(node.clone(), None)]
+        [addresses.initial_request(node.clone(), only), policies.initial_request(node.clone(), None)]
     }
 
-    /// Whether all that is told without being asked for by name has been told.
+    /// Whether every subscription by wildcard has had its first response.
     fn is_complete(&self) -> bool {
         let [addresses, policies] = &self.subscriptions;
-        policies.answered && (self.demand.is_some() || addresses.answered)
+        policies.received && (self.demand.is_some() || addresses.received)
     }
 
-    fn take(&mut self, response: DeltaDiscoveryResponse) -> Option<DeltaDiscoveryRequest> {
+    fn apply(&mut self, response: DeltaDiscoveryResponse) -> Option<DeltaDiscoveryRequest> {
         let of_type = |subscription: &&mut Subscription| subscription.type_url() == response.type_url;
         let Some(subscription) = self.subscriptions.iter_mut().find(of_type) else {
-            warn!(type_url = response.type_url, "the control plane sent what nobody asked for");
+            warn!(type_url = response.type_url, "control plane sent a type without a subscription");
             return None;
         };
-        let answers =
-            self.demand.as_ref().filter(|_| response.type_url == ADDRESS).map(|_| Answers::of(&response));
-        let taken = subscription.take(&self.sender, response);
-        if !taken.refused.is_empty() {
+        let answers = self
+            .demand
+            .as_ref()
+            .filter(|_| response.type_url == ADDRESS)
+            .map(|_| ResponseNames::of(&response));
+        let outcome = subscription.apply(&self.decoder, response);
+        if !outcome.refused.is_empty() {
             warn!(
                 type_url = subscription.type_url(),
-                resources = taken.refused.join("; "),
-                "resources of the control plane are refused, what was held of them stays in force"
+                resources = outcome.refused.join("; "),
+                "resources refused; their previous versions stay in force"
             );
         }
         debug!(
             type_url = subscription.type_url(),
-            changes = taken.changes.len(),
+            changes = outcome.changes.len(),
             held = subscription.held(),
-            "told by the control plane"
+            "xDS response applied"
         );
-        if !taken.changes.is_empty() {
-            self.store.apply(taken.changes);
+        if !outcome.changes.is_empty() {
+            self.store.apply(outcome.changes);
         }
-        if let (Some(demand), Some(Answers { there, gone })) = (&self.demand, &answers) {
-            demand.answered(there.iter().map(String::as_str), gone.iter().map(String::as_str));
+        if let (Some(demand), Some(ResponseNames { there, gone })) = (&self.demand, &answers) {
+            demand.record_answers(there.iter().map(String::as_str), gone.iter().map(String::as_str));
         }
-        Some(taken.reply)
+        Some(outcome.reply)
     }
 }
 
-/// The names that a response is about: of each resource its own and its aliases, refused or not.
-struct Answers {
+/// The names that a response answers: each resource's own name and its aliases, refused or not.
+struct ResponseNames {
     there: Vec<String>,
     gone: Vec<String>,
 }
 
-impl Answers {
+impl ResponseNames {
     fn of(response: &DeltaDiscoveryResponse) -> Self {
         let names = |resource: &Resource| {
             std::iter::once(resource.name.clone()).chain(resource.aliases.iter().cloned()).collect::<Vec<_>>()
@@ -280,7 +287,7 @@ impl Answers {
     }
 }
 
-impl Ended {
+impl StreamEnd {
     fn kind(&self) -> Termination {
         match self {
             Self::Unusable(_) | Self::NotBegun { .. } => Termination::ConnectionError,

@@ -13,7 +13,7 @@ use ztunnel_api::{
     workload::{self as proto, load_balancing},
 };
 
-use super::Sender;
+use super::ResourceDecoder;
 use crate::{
     identity::Identity,
     mesh::{
@@ -30,29 +30,29 @@ use crate::{
 /// Why a resource is refused: the field, and what is wrong with it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {reason}")]
-pub struct Refused {
+pub struct InvalidResource {
     field: &'static str,
     reason: String,
 }
 
-fn refused(field: &'static str, reason: impl Into<String>) -> Refused {
-    Refused { field, reason: reason.into() }
+fn invalid(field: &'static str, reason: impl Into<String>) -> InvalidResource {
+    InvalidResource { field, reason: reason.into() }
 }
 
-impl Sender {
+impl ResourceDecoder {
     /// A workload. What it leaves out is as the sender's cluster has it.
-    pub(super) fn workload(&self, sent: proto::Workload) -> Result<Workload, Refused> {
+    pub(super) fn workload(&self, sent: proto::Workload) -> Result<Workload, InvalidResource> {
         if sent.uid.is_empty() {
-            return Err(refused("uid", "is empty"));
+            return Err(invalid("uid", "is empty"));
         }
         if sent.name.is_empty() || sent.namespace.is_empty() {
-            return Err(refused("name, namespace", "may not be empty"));
+            return Err(invalid("name, namespace", "may not be empty"));
         }
         let protocol = match known(sent.tunnel_protocol, "tunnel_protocol")? {
             proto::TunnelProtocol::None => Protocol::Tcp,
             proto::TunnelProtocol::Hbone => Protocol::Hbone,
             proto::TunnelProtocol::LegacyIstioMtls => {
-                return Err(refused("tunnel_protocol", "LEGACY_ISTIO_MTLS is not spoken here"));
+                return Err(invalid("tunnel_protocol", "LEGACY_ISTIO_MTLS is not spoken here"));
             }
         };
         let workload_type = match known(sent.workload_type, "workload_type")? {
@@ -63,7 +63,7 @@ impl Sender {
         };
         let mut services = BTreeMap::new();
         for (key, ports) in sent.services {
-            let key: ServiceKey = key.parse().map_err(|reason: String| refused("services", reason))?;
+            let key: ServiceKey = key.parse().map_err(|reason: String| invalid("services", reason))?;
             services.insert(key, Arc::new(port_map(&ports.ports)?));
         }
         let gateway =
@@ -74,7 +74,7 @@ impl Sender {
             protocol,
             services,
             policies: policies
-                .map(|key| key.parse().map_err(|reason: String| refused("authorization_policies", reason)))
+                .map(|key| key.parse().map_err(|reason: String| invalid("authorization_policies", reason)))
                 .collect::<Result<_, _>>()?,
             host_network: known::<proto::NetworkMode>(sent.network_mode, "network_mode")?
                 == proto::NetworkMode::HostNetwork,
@@ -82,19 +82,19 @@ impl Sender {
             network_gateway: gateway(sent.network_gateway, "network_gateway")?,
             application_tunnel: sent.application_tunnel.map(application_tunnel).transpose()?,
             locality: Locality {
-                region: self.shared(locality.region),
-                zone: self.shared(locality.zone),
-                subzone: self.shared(locality.subzone),
+                region: self.intern(locality.region),
+                zone: self.intern(locality.zone),
+                subzone: self.intern(locality.subzone),
             },
-            workload_name: self.shared(or(sent.workload_name, &sent.name)),
-            namespace: self.shared(sent.namespace),
-            service_account: self.shared(or(sent.service_account, "default")),
-            trust_domain: self.shared(or(sent.trust_domain, &self.defaults.trust_domain)),
-            network: self.shared(sent.network),
-            cluster_id: self.shared(or(sent.cluster_id, &self.defaults.cluster_id)),
-            canonical_name: self.shared(sent.canonical_name),
-            canonical_revision: self.shared(sent.canonical_revision),
-            workload_type: self.shared(workload_type.to_owned()),
+            workload_name: self.intern(or(sent.workload_name, &sent.name)),
+            namespace: self.intern(sent.namespace),
+            service_account: self.intern(or(sent.service_account, "default")),
+            trust_domain: self.intern(or(sent.trust_domain, &self.defaults.trust_domain)),
+            network: self.intern(sent.network),
+            cluster_id: self.intern(or(sent.cluster_id, &self.defaults.cluster_id)),
+            canonical_name: self.intern(sent.canonical_name),
+            canonical_revision: self.intern(sent.canonical_revision),
+            workload_type: self.intern(workload_type.to_owned()),
             native_tunnel: sent.native_tunnel,
             hostname: (!sent.hostname.is_empty()).then(|| sent.hostname.into()),
         };
@@ -104,24 +104,24 @@ impl Sender {
             capacity: sent.capacity.unwrap_or(1),
             uid: sent.uid.into(),
             name: sent.name.into(),
-            node: self.shared(sent.node),
-            common: self.commons.shared(common),
+            node: self.intern(sent.node),
+            common: self.commons.intern(common),
         };
         let identity = workload.identity().to_string();
         if identity.parse::<Identity>().is_err() {
             let reason = format!("{identity} is no valid identity");
-            return Err(refused("trust_domain, namespace, service_account", reason));
+            return Err(invalid("trust_domain, namespace, service_account", reason));
         }
         Ok(workload)
     }
 
-    pub(super) fn service(&self, sent: proto::Service) -> Result<Service, Refused> {
+    pub(super) fn service(&self, sent: proto::Service) -> Result<Service, InvalidResource> {
         if sent.namespace.is_empty() || sent.hostname.is_empty() {
-            return Err(refused("namespace, hostname", "may not be empty"));
+            return Err(invalid("namespace, hostname", "may not be empty"));
         }
         let (mut vips, mut cidr_vips) = (Vec::new(), Vec::new());
         for address in sent.addresses {
-            let (network, ip) = (self.shared(address.network), ip(&address.address, "addresses")?);
+            let (network, ip) = (self.intern(address.network), ip(&address.address, "addresses")?);
             match address.length {
                 None => vips.push((network, ip)),
                 Some(length) => cidr_vips.push((network, net(ip, length, "addresses")?)),
@@ -140,11 +140,11 @@ impl Sender {
             app_protocols.insert(port(sent.service_port, "ports")?, protocol);
         }
         let identity = |text: &String| {
-            text.parse().map_err(|_| refused("subject_alt_names", format!("{text:?} is no valid identity")))
+            text.parse().map_err(|_| invalid("subject_alt_names", format!("{text:?} is no valid identity")))
         };
         let weighted = |sent: proto::WeightedWaypoint| {
             let destination =
-                sent.destination.ok_or_else(|| refused("weighted_waypoints", "names nobody"))?;
+                sent.destination.ok_or_else(|| invalid("weighted_waypoints", "names nobody"))?;
             Ok(WeightedWaypoint {
                 destination: gateway(destination, "weighted_waypoints")?,
                 weight: sent.weight,
@@ -173,16 +173,16 @@ impl Sender {
                 proto::Visibility::Public => Visibility::Public,
                 proto::Visibility::NamespaceLocal => Visibility::Namespace,
             },
-            name: self.shared(sent.name),
-            namespace: self.shared(sent.namespace),
-            hostname: self.shared(sent.hostname),
+            name: self.intern(sent.name),
+            namespace: self.intern(sent.namespace),
+            hostname: self.intern(sent.hostname),
         })
     }
 }
 
-pub(super) fn policy(sent: security::Authorization) -> Result<Policy, Refused> {
+pub(super) fn policy(sent: security::Authorization) -> Result<Policy, InvalidResource> {
     if sent.name.is_empty() {
-        return Err(refused("name", "is empty"));
+        return Err(invalid("name", "is empty"));
     }
     let clause = |sent: security::Clause| {
         sent.matches.into_iter().map(one_match).collect::<Result<_, _>>().map(Clause)
@@ -190,7 +190,7 @@ pub(super) fn policy(sent: security::Authorization) -> Result<Policy, Refused> {
     let rule =
         |sent: security::Rule| sent.clauses.into_iter().map(clause).collect::<Result<_, _>>().map(Rule);
     Ok(Policy {
-        rules: sent.rules.into_iter().map(rule).collect::<Result<_, Refused>>()?,
+        rules: sent.rules.into_iter().map(rule).collect::<Result<_, InvalidResource>>()?,
         scope: match known(sent.scope, "scope")? {
             security::Scope::Global => Scope::Global,
             security::Scope::Namespace => Scope::Namespace,
@@ -205,8 +205,8 @@ pub(super) fn policy(sent: security::Authorization) -> Result<Policy, Refused> {
     })
 }
 
-fn one_match(sent: security::Match) -> Result<Match, Refused> {
-    let ports = |sent: Vec<u32>, field| -> Result<Vec<u16>, Refused> {
+fn one_match(sent: security::Match) -> Result<Match, InvalidResource> {
+    let ports = |sent: Vec<u32>, field| -> Result<Vec<u16>, InvalidResource> {
         sent.into_iter().map(|number| port(number, field)).collect()
     };
     let accounts = |sent: Vec<security::ServiceAccountMatch>| {
@@ -233,23 +233,26 @@ fn one_match(sent: security::Match) -> Result<Match, Refused> {
 }
 
 /// A kind of match that is not known would be left out, and change what a policy means.
-fn strings(sent: Vec<security::StringMatch>, field: &'static str) -> Result<Vec<StringMatch>, Refused> {
+fn strings(
+    sent: Vec<security::StringMatch>,
+    field: &'static str,
+) -> Result<Vec<StringMatch>, InvalidResource> {
     use security::string_match::MatchType;
     let one = |sent: security::StringMatch| match sent.match_type {
         Some(MatchType::Exact(text)) => Ok(StringMatch::Exact(text)),
         Some(MatchType::Prefix(text)) => Ok(StringMatch::Prefix(text)),
         Some(MatchType::Suffix(text)) => Ok(StringMatch::Suffix(text)),
         Some(MatchType::Presence(())) => Ok(StringMatch::Presence),
-        None => Err(refused(field, "a match of no known type")),
+        None => Err(invalid(field, "a match of no known type")),
     };
     sent.into_iter().map(one).collect()
 }
 
-fn nets(sent: &[security::Address], field: &'static str) -> Result<Vec<IpNet>, Refused> {
+fn nets(sent: &[security::Address], field: &'static str) -> Result<Vec<IpNet>, InvalidResource> {
     sent.iter().map(|sent| net(ip(&sent.address, field)?, sent.length, field)).collect()
 }
 
-fn load_balancing(sent: proto::LoadBalancing) -> Result<LoadBalancing, Refused> {
+fn load_balancing(sent: proto::LoadBalancing) -> Result<LoadBalancing, InvalidResource> {
     const FIELD: &str = "load_balancing";
     let mut preferences = Vec::new();
     for scope in sent.routing_preference {
@@ -278,7 +281,7 @@ fn load_balancing(sent: proto::LoadBalancing) -> Result<LoadBalancing, Refused> 
     })
 }
 
-fn application_tunnel(sent: proto::ApplicationTunnel) -> Result<ApplicationTunnel, Refused> {
+fn application_tunnel(sent: proto::ApplicationTunnel) -> Result<ApplicationTunnel, InvalidResource> {
     use proto::application_tunnel::Protocol as Sent;
     const FIELD: &str = "application_tunnel";
     Ok(ApplicationTunnel {
@@ -290,7 +293,7 @@ fn application_tunnel(sent: proto::ApplicationTunnel) -> Result<ApplicationTunne
     })
 }
 
-fn gateway(sent: proto::GatewayAddress, field: &'static str) -> Result<GatewayAddress, Refused> {
+fn gateway(sent: proto::GatewayAddress, field: &'static str) -> Result<GatewayAddress, InvalidResource> {
     use proto::gateway_address::Destination;
     let destination = match sent.destination {
         Some(Destination::Address(address)) => {
@@ -298,49 +301,49 @@ fn gateway(sent: proto::GatewayAddress, field: &'static str) -> Result<GatewayAd
         }
         Some(Destination::Hostname(name)) => {
             if name.namespace.is_empty() || name.hostname.is_empty() {
-                return Err(refused(field, "namespace and hostname may not be empty"));
+                return Err(invalid(field, "namespace and hostname may not be empty"));
             }
             GatewayDestination::Hostname(ServiceKey {
                 namespace: name.namespace.into(),
                 hostname: name.hostname.into(),
             })
         }
-        None => return Err(refused(field, "names nobody")),
+        None => return Err(invalid(field, "names nobody")),
     };
     match port(sent.hbone_mtls_port, field)? {
-        0 => Err(refused(field, "hbone_mtls_port may not be 0")),
+        0 => Err(invalid(field, "hbone_mtls_port may not be 0")),
         hbone_mtls_port => Ok(GatewayAddress { destination, hbone_mtls_port }),
     }
 }
 
-fn port_map(sent: &[proto::Port]) -> Result<PortMap, Refused> {
+fn port_map(sent: &[proto::Port]) -> Result<PortMap, InvalidResource> {
     sent.iter()
         .map(|sent| Ok((port(sent.service_port, "ports")?, port(sent.target_port, "ports")?)))
         .collect()
 }
 
-fn port(number: u32, field: &'static str) -> Result<u16, Refused> {
-    u16::try_from(number).map_err(|_| refused(field, format!("{number} is no port")))
+fn port(number: u32, field: &'static str) -> Result<u16, InvalidResource> {
+    u16::try_from(number).map_err(|_| invalid(field, format!("{number} is no port")))
 }
 
-fn ip(bytes: &[u8], field: &'static str) -> Result<IpAddr, Refused> {
+fn ip(bytes: &[u8], field: &'static str) -> Result<IpAddr, InvalidResource> {
     if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
         return Ok(Ipv4Addr::from(v4).into());
     }
     match <[u8; 16]>::try_from(bytes) {
         Ok(v6) => Ok(IpAddr::from(Ipv6Addr::from(v6)).to_canonical()),
-        Err(_) => Err(refused(field, format!("an address of {} bytes, expected 4 or 16", bytes.len()))),
+        Err(_) => Err(invalid(field, format!("an address of {} bytes, expected 4 or 16", bytes.len()))),
     }
 }
 
-fn net(ip: IpAddr, length: u32, field: &'static str) -> Result<IpNet, Refused> {
+fn net(ip: IpAddr, length: u32, field: &'static str) -> Result<IpNet, InvalidResource> {
     let net = u8::try_from(length).ok().and_then(|length| IpNet::new(ip, length).ok());
-    net.map(|net| net.trunc()).ok_or_else(|| refused(field, format!("{ip}/{length} is no range")))
+    net.map(|net| net.trunc()).ok_or_else(|| invalid(field, format!("{ip}/{length} is no range")))
 }
 
 /// An enum's value. One that is not known is refused: it could mean that traffic must not pass.
-fn known<T: TryFrom<i32>>(number: i32, field: &'static str) -> Result<T, Refused> {
-    T::try_from(number).map_err(|_| refused(field, format!("{number} is not a value that is known here")))
+fn known<T: TryFrom<i32>>(number: i32, field: &'static str) -> Result<T, InvalidResource> {
+    T::try_from(number).map_err(|_| invalid(field, format!("{number} is not a value that is known here")))
 }
 
 fn or(text: String, default: &str) -> String {
@@ -348,9 +351,9 @@ fn or(text: String, default: &str) -> String {
 }
 
 /// Texts that many resources have in common are held once.
-impl Sender {
-    fn shared(&self, text: String) -> Arc<str> {
-        self.texts.shared(text)
+impl ResourceDecoder {
+    fn intern(&self, text: String) -> Arc<str> {
+        self.texts.intern(text)
     }
 }
 

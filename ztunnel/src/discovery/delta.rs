@@ -1,107 +1,111 @@
-//! The delta protocol for one type of resource: what is asked and answered on one stream, and what is held over several.
-//! Pure.
+//! The delta xDS protocol for one resource type: requests, responses, and what stays known across streams. Pure.
 //!
-//! Every resource is taken or refused by itself: a refusal names it and the reason, the others of the same response hold,
-//! and of the refused one the version that was held before. What is held is told at the start of the next stream, so that
-//! the control plane sends differences only.
+//! Every resource is accepted or refused by itself. A refusal names the resource and the reason; its previous version
+//! stays in force, and so do the other resources of the response. The first request of the next stream lists the
+//! versions held, so that the control plane sends differences only.
 
 use std::{collections::HashMap, sync::Arc};
 
 use ztunnel_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
 
-use super::{Sender, demand::Names};
-use crate::mesh::{Change, PolicyKey, ServiceKey};
+use super::{DecodeError, ResourceDecoder, demand::SubscriptionChange};
+use crate::mesh::{MeshChange, PolicyKey, ServiceKey};
 
 const EVERYTHING: &str = "*";
-/// google.rpc.Code of a refusal.
+/// `google.rpc.Code` of a NACK.
 const INVALID_ARGUMENT: i32 = 3;
 
-/// All resources of one type.
+/// All resources of one type, and the requests that keep them up to date.
 #[derive(Debug)]
 pub struct Subscription {
     type_url: &'static str,
     /// By resource name. There may be 100,000 of them.
-    held: HashMap<Arc<str>, Held>,
-    /// Whether a response was taken at all, in this stream or an earlier one.
-    pub answered: bool,
+    held: HashMap<Arc<str>, HeldResource>,
+    /// Whether any response was received, on this stream or an earlier one.
+    pub received: bool,
 }
 
 #[derive(Debug)]
-struct Held {
+struct HeldResource {
     version: Arc<str>,
-    /// None: a workload whose uid is the resource's name, as most resources are.
-    key: Option<Box<Key>>,
+    /// `None` for a workload whose uid is the resource name, which is most of them.
+    key: Option<Box<ResourceKey>>,
 }
 
-impl Held {
-    /// And the name under which it is held: where it is a workload's uid, the two are one text.
-    fn new(name: &str, version: Arc<str>, key: Key) -> (Arc<str>, Self) {
+impl HeldResource {
+    /// Also returns the name to hold it under. A workload's uid and resource name share one allocation.
+    fn new(name: &str, version: Arc<str>, key: ResourceKey) -> (Arc<str>, Self) {
         match key {
-            Key::Workload(uid) if *uid == *name => (uid, Self { version, key: None }),
+            ResourceKey::Workload(uid) if *uid == *name => (uid, Self { version, key: None }),
             key => (name.into(), Self { version, key: Some(Box::new(key)) }),
         }
     }
 
-    fn key(&self, name: &Arc<str>) -> Key {
-        self.key.as_deref().cloned().unwrap_or_else(|| Key::Workload(Arc::clone(name)))
+    fn key(&self, name: &Arc<str>) -> ResourceKey {
+        self.key.as_deref().cloned().unwrap_or_else(|| ResourceKey::Workload(Arc::clone(name)))
     }
 }
 
-/// Under which the mesh knows a resource.
+/// The key under which [`crate::mesh::Mesh`] stores a resource.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Key {
+enum ResourceKey {
     Workload(Arc<str>),
     Service(ServiceKey),
     Policy(PolicyKey),
 }
 
-impl Key {
-    fn of(change: &Change) -> Self {
+impl ResourceKey {
+    fn of(change: &MeshChange) -> Self {
         match change {
-            Change::Workload(workload) => Self::Workload(Arc::clone(&workload.uid)),
-            Change::Service(service) => Self::Service(service.key()),
-            Change::Policy(policy) => Self::Policy(policy.key.clone()),
-            Change::NoWorkload(uid) => Self::Workload(Arc::clone(uid)),
-            Change::NoService(key) => Self::Service(key.clone()),
-            Change::NoPolicy(key) => Self::Policy(key.clone()),
+            MeshChange::PutWorkload(workload) => Self::Workload(Arc::clone(&workload.uid)),
+            MeshChange::PutService(service) => Self::Service(service.key()),
+            MeshChange::PutPolicy(policy) => Self::Policy(policy.key.clone()),
+            MeshChange::RemoveWorkload(uid) => Self::Workload(Arc::clone(uid)),
+            MeshChange::RemoveService(key) => Self::Service(key.clone()),
+            MeshChange::RemovePolicy(key) => Self::Policy(key.clone()),
         }
     }
 
-    fn removed(self) -> Change {
+    fn removed(self) -> MeshChange {
         match self {
-            Self::Workload(uid) => Change::NoWorkload(uid),
-            Self::Service(key) => Change::NoService(key),
-            Self::Policy(key) => Change::NoPolicy(key),
+            Self::Workload(uid) => MeshChange::RemoveWorkload(uid),
+            Self::Service(key) => MeshChange::RemoveService(key),
+            Self::Policy(key) => MeshChange::RemovePolicy(key),
         }
     }
 }
 
-/// What a response comes to.
+/// The effect of one response.
 #[derive(Debug)]
-pub struct Taken {
-    pub changes: Vec<Change>,
-    /// Acknowledges, or says what was refused.
+pub struct ResponseOutcome {
+    /// To apply to the mesh, in this order.
+    pub changes: Vec<MeshChange>,
+    /// The ACK, or a NACK that lists what was refused.
     pub reply: DeltaDiscoveryRequest,
-    /// `name: reason` of each.
+    /// `name: reason` of each refused resource.
     pub refused: Vec<String>,
 }
 
 impl Subscription {
+    /// Of a type such as [`super::ADDRESS`]; nothing is held yet.
     pub fn new(type_url: &'static str) -> Self {
-        Self { type_url, held: HashMap::new(), answered: false }
+        Self { type_url, held: HashMap::new(), received: false }
     }
 
+    /// The resource type.
     pub fn type_url(&self) -> &'static str {
         self.type_url
     }
 
+    /// Number of resources held.
     pub fn held(&self) -> usize {
         self.held.len()
     }
 
-    /// The first request of a stream: everything, less what is held. Empty lists of names mean everything; `only` these
-    /// names are asked for if it is given, by asking for everything and for that no more.
-    pub fn first(&self, node: Node, only: Option<Vec<Arc<str>>>) -> DeltaDiscoveryRequest {
+    /// The first request of a stream, with the versions held. An empty list of names subscribes to everything. With
+    /// `only`, it subscribes to those names alone: it lists the wildcard too and unsubscribes from it at once, because a
+    /// first request without the wildcard and with an empty `only` would mean everything.
+    pub fn initial_request(&self, node: Node, only: Option<Vec<Arc<str>>>) -> DeltaDiscoveryRequest {
         let (mut subscribe, mut unsubscribe) = (Vec::new(), Vec::new());
         if let Some(names) = only {
             subscribe.push(EVERYTHING.to_owned());
@@ -119,8 +123,8 @@ impl Subscription {
         }
     }
 
-    /// A later request of a stream.
-    pub fn change(&self, names: &Names) -> DeltaDiscoveryRequest {
+    /// A later request of the same stream.
+    pub fn update_request(&self, names: &SubscriptionChange) -> DeltaDiscoveryRequest {
         let texts = |names: &[Arc<str>]| names.iter().map(ToString::to_string).collect();
         DeltaDiscoveryRequest {
             type_url: self.type_url.to_owned(),
@@ -130,22 +134,23 @@ impl Subscription {
         }
     }
 
-    /// What was held under that name.
-    fn forget(&mut self, name: &str) -> Option<Key> {
+    /// Removes what is held under `name`.
+    fn remove(&mut self, name: &str) -> Option<ResourceKey> {
         self.held.remove_entry(name).map(|(name, held)| held.key(&name))
     }
 
-    pub fn take(&mut self, sender: &Sender, response: DeltaDiscoveryResponse) -> Taken {
+    /// Decodes a response and updates what is held.
+    pub fn apply(&mut self, decoder: &ResourceDecoder, response: DeltaDiscoveryResponse) -> ResponseOutcome {
         let (mut changes, mut refused) = (Vec::with_capacity(response.resources.len()), Vec::new());
         for name in response.removed_resources {
-            changes.extend(self.forget(&name).map(Key::removed));
+            changes.extend(self.remove(&name).map(ResourceKey::removed));
         }
         for resource in response.resources {
             let read = match &resource.resource {
-                // Each type has its own subscription; one that comes under another's name is nobody's.
-                Some(any) if any.type_url == self.type_url => sender.read(any),
-                Some(any) => Err(format!("is of type {}", any.type_url)),
-                None => Err("has no content".to_owned()),
+                // Each type has its own subscription: a response must not carry another type.
+                Some(any) if any.type_url == self.type_url => decoder.decode(any),
+                Some(any) => Err(DecodeError::UnexpectedType { type_url: any.type_url.clone() }),
+                None => Err(DecodeError::Empty),
             };
             let change = match read {
                 Ok(change) => change,
@@ -154,17 +159,17 @@ impl Subscription {
                     continue;
                 }
             };
-            let key = Key::of(&change);
-            if let Some(before) = self.forget(&resource.name)
+            let key = ResourceKey::of(&change);
+            if let Some(before) = self.remove(&resource.name)
                 && before != key
             {
                 changes.push(before.removed());
             }
-            let (name, held) = Held::new(&resource.name, sender.texts.shared(resource.version), key);
+            let (name, held) = HeldResource::new(&resource.name, decoder.texts.intern(resource.version), key);
             self.held.insert(name, held);
             changes.push(change);
         }
-        self.answered = true;
+        self.received = true;
         let error_detail =
             (!refused.is_empty()).then(|| Status { code: INVALID_ARGUMENT, message: refused.join("; ") });
         let reply = DeltaDiscoveryRequest {
@@ -173,7 +178,7 @@ impl Subscription {
             error_detail,
             ..DeltaDiscoveryRequest::default()
         };
-        Taken { changes, reply, refused }
+        ResponseOutcome { changes, reply, refused }
     }
 }
 
@@ -189,10 +194,13 @@ mod tests {
     };
 
     use super::*;
-    use crate::{discovery::ADDRESS, mesh::local_file::Defaults};
+    use crate::{discovery::ADDRESS, mesh::local_file::ResourceDefaults};
 
-    fn sender() -> Sender {
-        Sender::new(Defaults { trust_domain: "cluster.local".into(), cluster_id: "Kubernetes".into() })
+    fn decoder() -> ResourceDecoder {
+        ResourceDecoder::new(ResourceDefaults {
+            trust_domain: "cluster.local".into(),
+            cluster_id: "Kubernetes".into(),
+        })
     }
 
     fn resource(name: &str, version: &str, content: Type) -> Resource {
@@ -225,43 +233,44 @@ mod tests {
 
     #[test]
     fn good_resources_hold_and_bad_ones_are_refused_by_name() {
-        let (sender, mut addresses) = (sender(), Subscription::new(ADDRESS));
+        let (decoder, mut addresses) = (decoder(), Subscription::new(ADDRESS));
         let node = Node { id: "n".to_owned(), metadata: None };
-        let first = addresses.first(node.clone(), None);
+        let first = addresses.initial_request(node.clone(), None);
         assert!(first.resource_names_subscribe.is_empty() && first.initial_resource_versions.is_empty());
-        assert!(!addresses.answered);
+        assert!(!addresses.received);
 
         let both = vec![
             workload("a", "1", TunnelProtocol::Hbone),
             workload("b", "1", TunnelProtocol::LegacyIstioMtls),
         ];
-        let taken = addresses.take(&sender, response("n1", both, &[]));
-        assert!(addresses.answered);
+        let taken = addresses.apply(&decoder, response("n1", both, &[]));
+        assert!(addresses.received);
         assert_eq!(taken.changes.len(), 1);
         assert_eq!(taken.reply.response_nonce, "n1");
         let error = taken.reply.error_detail.expect("a refusal").message;
         assert!(error.starts_with("b: tunnel_protocol: ") && !error.contains("a:"), "{error}");
-        let versions =
-            |addresses: &Subscription| addresses.first(node.clone(), None).initial_resource_versions;
+        let versions = |addresses: &Subscription| {
+            addresses.initial_request(node.clone(), None).initial_resource_versions
+        };
         assert_eq!(versions(&addresses), [("a".to_owned(), "1".to_owned())].into());
 
         // A bad version of what is held leaves the good one in force.
         let bad = vec![workload("a", "2", TunnelProtocol::LegacyIstioMtls)];
-        let taken = addresses.take(&sender, response("n2", bad, &[]));
+        let taken = addresses.apply(&decoder, response("n2", bad, &[]));
         assert_eq!((taken.changes.len(), taken.refused.len()), (0, 1));
         assert_eq!(versions(&addresses), [("a".to_owned(), "1".to_owned())].into());
 
-        let taken = addresses.take(&sender, response("n3", vec![], &["a", "never-seen"]));
-        assert_eq!(taken.changes, [Change::NoWorkload("a".into())]);
+        let taken = addresses.apply(&decoder, response("n3", vec![], &["a", "never-seen"]));
+        assert_eq!(taken.changes, [MeshChange::RemoveWorkload("a".into())]);
         assert_eq!(taken.reply.error_detail, None);
         assert!(versions(&addresses).is_empty());
     }
 
     #[test]
     fn a_name_that_becomes_something_else_is_not_what_it_was() {
-        let (sender, mut addresses) = (sender(), Subscription::new(ADDRESS));
+        let (decoder, mut addresses) = (decoder(), Subscription::new(ADDRESS));
         let first = vec![workload("a", "1", TunnelProtocol::None)];
-        addresses.take(&sender, response("1", first, &[]));
+        addresses.apply(&decoder, response("1", first, &[]));
         let service = Service {
             name: "a".to_owned(),
             namespace: "demo".to_owned(),
@@ -269,16 +278,19 @@ mod tests {
             ..Service::default()
         };
         let second = vec![resource("a", "2", Type::Service(service))];
-        let taken = addresses.take(&sender, response("2", second, &[]));
-        assert!(matches!(&taken.changes[..], [Change::NoWorkload(_), Change::Service(_)]), "{taken:?}");
-        let removed = addresses.take(&sender, response("3", vec![], &["a"]));
+        let taken = addresses.apply(&decoder, response("2", second, &[]));
+        assert!(
+            matches!(&taken.changes[..], [MeshChange::RemoveWorkload(_), MeshChange::PutService(_)]),
+            "{taken:?}"
+        );
+        let removed = addresses.apply(&decoder, response("3", vec![], &["a"]));
         let key = "demo/a.example".parse().unwrap();
-        assert_eq!(removed.changes, [Change::NoService(key)]);
+        assert_eq!(removed.changes, [MeshChange::RemoveService(key)]);
     }
 
     #[test]
     fn what_is_empty_or_of_another_type_is_refused() {
-        let (sender, mut addresses) = (sender(), Subscription::new(ADDRESS));
+        let (decoder, mut addresses) = (decoder(), Subscription::new(ADDRESS));
         let empty = Resource { name: "e".to_owned(), ..Resource::default() };
         let other = Any { type_url: crate::discovery::AUTHORIZATION.to_owned(), value: vec![] };
         let other = Resource { name: "o".to_owned(), resource: Some(other), ..Resource::default() };
@@ -286,7 +298,7 @@ mod tests {
         let cut = Resource { name: "c".to_owned(), resource: Some(cut), ..Resource::default() };
         let nothing = Any { type_url: ADDRESS.to_owned(), value: vec![] };
         let nothing = Resource { name: "n".to_owned(), resource: Some(nothing), ..Resource::default() };
-        let taken = addresses.take(&sender, response("1", vec![empty, other, cut, nothing], &[]));
+        let taken = addresses.apply(&decoder, response("1", vec![empty, other, cut, nothing], &[]));
         let names: BTreeMap<_, _> =
             taken.refused.iter().filter_map(|refused| refused.split_once(": ")).collect();
         assert_eq!(names.keys().copied().collect::<Vec<_>>(), ["c", "e", "n", "o"]);

@@ -1,8 +1,8 @@
-//! What nobody has told of yet, asked of the control plane when a connection needs it (`xds.on_demand`).
+//! On-demand discovery (`xds.on_demand`): subscribes to a name when a connection first needs it.
 //!
-//! Names that were asked for stay asked for: the control plane tells of their changes, and of their end. A name that
-//! leads nowhere is kept too, or every connection to the outer world would wait for the answer again; but applications
-//! choose what they dial, so only so many of those are kept, the oldest go first.
+//! A subscription stays: the control plane sends updates and the removal of the resource. Names that do not exist stay
+//! subscribed too; otherwise every connection to an address outside the mesh would wait for the answer again.
+//! Applications choose what they dial, so the number of absent names is bounded: the oldest are unsubscribed first.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -15,146 +15,152 @@ use tokio::{
     time::timeout,
 };
 
-/// How long a connection waits for an answer.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// Names that lead nowhere.
-const ABSENT: usize = 65_536;
+/// How long a connection waits for the control plane to answer.
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Absent names that stay subscribed.
+const MAX_ABSENT: usize = 65_536;
 
-/// The connections' end, and the stream's: what is asked for, and what is answered.
+/// The subscribed names, shared by the connections that add to them and the stream that sends them.
 #[derive(Clone, Debug, Default)]
-pub struct Demand(Arc<Inner>);
+pub struct Demand(Arc<DemandState>);
 
 #[derive(Debug, Default)]
-struct Inner {
-    asked: Mutex<Asked>,
-    /// There is something to send.
+struct DemandState {
+    names: Mutex<SubscribedNames>,
+    /// Notified when `unsent` is no longer empty.
     added: Notify,
-    /// Counts responses.
+    /// Number of responses received; waiters watch it.
     answers: watch::Sender<u64>,
 }
 
 #[derive(Debug, Default)]
-struct Asked {
-    names: HashMap<Arc<str>, State>,
-    /// By the time at which they were found to be absent.
+struct SubscribedNames {
+    names: HashMap<Arc<str>, Resolution>,
+    /// Absent names in the order in which the control plane reported them, by `count`.
     absent: BTreeMap<u64, Arc<str>>,
     count: u64,
-    unsent: Names,
+    unsent: SubscriptionChange,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Waiting,
-    Known,
+enum Resolution {
+    Pending,
+    Found,
     Absent(u64),
 }
 
-/// What the control plane is to be asked for from now on, and what no more.
+/// Names to subscribe to and to unsubscribe from, for the next request of the stream.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Names {
+pub struct SubscriptionChange {
     pub subscribe: Vec<Arc<str>>,
     pub unsubscribe: Vec<Arc<str>>,
 }
 
-/// The control plane did not say.
+/// The control plane did not answer within the time limit.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the control plane did not say within {} s who or what {name} is", PATIENCE.as_secs())]
-pub struct Unanswered {
+#[error("control plane did not resolve {name} within {} s", RESOLVE_TIMEOUT.as_secs())]
+pub struct UnresolvedName {
     name: String,
 }
 
 impl Demand {
-    /// Waits until the control plane has told of `name`, or that there is nothing of that name. `false`: it had done so
-    /// before.
-    pub async fn answer(&self, name: &str) -> Result<bool, Unanswered> {
+    /// Subscribes to `name` and waits until the control plane has sent it or reported it absent. `false`: it had
+    /// answered before this call.
+    ///
+    /// # Errors
+    /// [`UnresolvedName`]: no answer within 5 s. The subscription stays.
+    pub async fn resolve(&self, name: &str) -> Result<bool, UnresolvedName> {
         let mut answers = self.0.answers.subscribe();
-        if self.ask(name) {
+        if self.subscribe(name) {
             return Ok(false);
         }
         let answered = async {
-            while !self.is_answered(name) {
+            while !self.is_resolved(name) {
                 if answers.changed().await.is_err() {
                     return;
                 }
             }
         };
-        timeout(PATIENCE, answered).await.map_err(|_| Unanswered { name: name.to_owned() }).map(|()| true)
+        timeout(RESOLVE_TIMEOUT, answered)
+            .await
+            .map_err(|_| UnresolvedName { name: name.to_owned() })
+            .map(|()| true)
     }
 
-    /// Has the control plane asked, unless it was before. Whether it has answered.
-    pub fn ask(&self, name: &str) -> bool {
-        let mut asked = self.asked();
-        if let Some(state) = asked.names.get(name) {
-            return *state != State::Waiting;
+    /// Subscribes to `name`, unless it is subscribed already. Whether the control plane has answered for it.
+    pub fn subscribe(&self, name: &str) -> bool {
+        let mut subscribed = self.names();
+        if let Some(state) = subscribed.names.get(name) {
+            return *state != Resolution::Pending;
         }
         let name: Arc<str> = name.into();
-        asked.names.insert(Arc::clone(&name), State::Waiting);
-        asked.unsent.subscribe.push(name);
+        subscribed.names.insert(Arc::clone(&name), Resolution::Pending);
+        subscribed.unsent.subscribe.push(name);
         self.0.added.notify_one();
         false
     }
 
-    fn is_answered(&self, name: &str) -> bool {
-        self.asked().names.get(name).is_none_or(|state| *state != State::Waiting)
+    fn is_resolved(&self, name: &str) -> bool {
+        self.names().names.get(name).is_none_or(|state| *state != Resolution::Pending)
     }
 
-    /// All that is asked for, for a stream's first request. What was not sent yet is among it.
+    /// All subscribed names, for the first request of a stream. Clears what was not sent yet, since it is among them.
     pub(super) fn all(&self) -> Vec<Arc<str>> {
-        let mut asked = self.asked();
-        asked.unsent = Names::default();
-        asked.names.keys().cloned().collect()
+        let mut subscribed = self.names();
+        subscribed.unsent = SubscriptionChange::default();
+        subscribed.names.keys().cloned().collect()
     }
 
-    /// What is to be sent, once there is something.
-    pub(super) async fn unsent(&self) -> Names {
+    /// The next change to send. Waits until there is one.
+    pub(super) async fn unsent(&self) -> SubscriptionChange {
         loop {
-            let unsent = std::mem::take(&mut self.asked().unsent);
-            if unsent != Names::default() {
+            let unsent = std::mem::take(&mut self.names().unsent);
+            if unsent != SubscriptionChange::default() {
                 return unsent;
             }
             self.0.added.notified().await;
         }
     }
 
-    /// The control plane has told of `there`, and that `gone` are not there. To be called when the mesh shows it.
-    pub(super) fn answered<'a>(
+    /// Records that the control plane sent `there` and reported `gone` as absent. Call it after the mesh was updated.
+    pub(super) fn record_answers<'a>(
         &self,
         there: impl IntoIterator<Item = &'a str>,
         gone: impl IntoIterator<Item = &'a str>,
     ) {
-        let mut asked = self.asked();
+        let mut subscribed = self.names();
         for name in there {
-            asked.set(name, State::Known);
+            subscribed.set(name, Resolution::Found);
         }
         for name in gone {
-            asked.count += 1;
-            let state = State::Absent(asked.count);
-            asked.set(name, state);
+            subscribed.count += 1;
+            let state = Resolution::Absent(subscribed.count);
+            subscribed.set(name, state);
         }
-        while asked.absent.len() > ABSENT {
-            let Some((_, oldest)) = asked.absent.pop_first() else { break };
-            asked.names.remove(&oldest);
-            asked.unsent.unsubscribe.push(oldest);
+        while subscribed.absent.len() > MAX_ABSENT {
+            let Some((_, oldest)) = subscribed.absent.pop_first() else { break };
+            subscribed.names.remove(&oldest);
+            subscribed.unsent.unsubscribe.push(oldest);
             self.0.added.notify_one();
         }
-        drop(asked);
+        drop(subscribed);
         self.0.answers.send_modify(|count| *count += 1);
     }
 
-    fn asked(&self) -> MutexGuard<'_, Asked> {
-        self.0.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    fn names(&self) -> MutexGuard<'_, SubscribedNames> {
+        self.0.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Asked {
-    /// What was told without having been asked for stays that.
-    fn set(&mut self, name: &str, state: State) {
+impl SubscribedNames {
+    /// Ignores names that nobody subscribed to.
+    fn set(&mut self, name: &str, state: Resolution) {
         let Some((name, _)) = self.names.get_key_value(name) else { return };
         let name = Arc::clone(name);
-        if let Some(State::Absent(when)) = self.names.insert(Arc::clone(&name), state) {
+        if let Some(Resolution::Absent(when)) = self.names.insert(Arc::clone(&name), state) {
             self.absent.remove(&when);
         }
-        if let State::Absent(when) = state {
+        if let Resolution::Absent(when) = state {
             self.absent.insert(when, name);
         }
     }
@@ -169,47 +175,47 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_name_is_asked_for_once_and_all_who_want_it_get_the_answer() {
+    async fn a_name_is_subscribed_once_and_all_waiters_get_the_answer() {
         let demand = Demand::default();
-        let ask = || {
+        let resolve = || {
             let demand = demand.clone();
-            tokio::spawn(async move { demand.answer("/10.0.0.1").await })
+            tokio::spawn(async move { demand.resolve("/10.0.0.1").await })
         };
-        let (first, second) = (ask(), ask());
+        let (first, second) = (resolve(), resolve());
         let sent = demand.unsent().await;
         assert_eq!((texts(&sent.subscribe), sent.unsubscribe.len()), (vec!["/10.0.0.1"], 0));
-        demand.answered(["other"], []);
+        demand.record_answers(["other"], []);
         assert!(!first.is_finished() && !second.is_finished());
-        demand.answered(["/10.0.0.1"], []);
+        demand.record_answers(["/10.0.0.1"], []);
         assert_eq!((first.await.unwrap(), second.await.unwrap()), (Ok(true), Ok(true)));
-        assert_eq!(demand.answer("/10.0.0.1").await, Ok(false));
-        // The next stream asks for it again, by itself.
+        assert_eq!(demand.resolve("/10.0.0.1").await, Ok(false));
+        // The next stream subscribes to it again by itself.
         assert_eq!(texts(&demand.all()), ["/10.0.0.1"]);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_leads_nowhere_is_an_answer_and_who_gave_up_leaves_the_question() {
+    async fn absent_is_an_answer_and_a_timeout_keeps_the_subscription() {
         let demand = Demand::default();
-        let error = demand.answer("/10.0.0.1").await.unwrap_err();
-        assert!(error.to_string().contains("within 5 s who or what /10.0.0.1 is"), "{error}");
+        let error = demand.resolve("/10.0.0.1").await.unwrap_err();
+        assert_eq!(error.to_string(), "control plane did not resolve /10.0.0.1 within 5 s");
         assert_eq!(texts(&demand.all()), ["/10.0.0.1"]);
-        demand.answered([], ["/10.0.0.1"]);
-        assert_eq!(demand.answer("/10.0.0.1").await, Ok(false));
-        // It comes to be, and is no longer among those that may be forgotten.
-        demand.answered(["/10.0.0.1"], []);
-        assert!(demand.asked().absent.is_empty());
+        demand.record_answers([], ["/10.0.0.1"]);
+        assert_eq!(demand.resolve("/10.0.0.1").await, Ok(false));
+        // Once it exists, it is no longer a candidate for unsubscribing.
+        demand.record_answers(["/10.0.0.1"], []);
+        assert!(demand.names().absent.is_empty());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn of_what_leads_nowhere_the_oldest_are_forgotten() {
+    async fn the_oldest_absent_names_are_unsubscribed() {
         let demand = Demand::default();
-        let names: Vec<String> = (0..ABSENT + 2).map(|number| number.to_string()).collect();
+        let names: Vec<String> = (0..MAX_ABSENT + 2).map(|number| number.to_string()).collect();
         for name in &names {
-            demand.ask(name);
+            demand.subscribe(name);
         }
-        assert_eq!(demand.unsent().await.subscribe.len(), ABSENT + 2);
-        demand.answered([names[0].as_str()], names[1..].iter().map(String::as_str));
+        assert_eq!(demand.unsent().await.subscribe.len(), MAX_ABSENT + 2);
+        demand.record_answers([names[0].as_str()], names[1..].iter().map(String::as_str));
         assert_eq!(texts(&demand.unsent().await.unsubscribe), ["1"]);
-        assert_eq!(demand.all().len(), ABSENT + 1);
+        assert_eq!(demand.all().len(), MAX_ABSENT + 1);
     }
 }

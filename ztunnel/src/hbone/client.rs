@@ -14,8 +14,8 @@ use tokio_rustls::TlsConnector;
 
 use super::{HANDSHAKE_TIMEOUT, client_settings, keepalive::Listened};
 use crate::{
-    config::H2,
-    identity::{Chain, Identity, IdentityError, peer_identity},
+    config::H2Config,
+    identity::{CertificateChain, Identity, IdentityError, peer_identity},
     reason::FailureReason,
 };
 
@@ -86,7 +86,7 @@ pub struct Tunnel {
     /// Who the peer proved to be.
     pub identity: Option<Identity>,
     /// By which certificates.
-    pub chain: Chain,
+    pub chain: CertificateChain,
     pub driver: Pin<Box<dyn Future<Output = Result<(), h2::Error>>>>,
 }
 
@@ -101,7 +101,7 @@ pub async fn handshake<S>(
     socket: S,
     peer: SocketAddr,
     tls: Arc<rustls::ClientConfig>,
-    h2: &H2,
+    h2: &H2Config,
 ) -> Result<Tunnel, ConnectError>
 where
     S: AsyncRead + AsyncWrite + Unpin + 'static,
@@ -114,12 +114,12 @@ where
     let mut tls = tls.map_err(|source| ConnectError::Tls { peer, source })?;
     tls.get_mut().1.set_buffer_limit(Some(TLS_WRITE));
     let certificates = tls.get_ref().1.peer_certificates();
-    let (identity, chain) = (peer_identity(certificates), Chain::of(certificates));
+    let (identity, chain) = (peer_identity(certificates), CertificateChain::of(certificates));
     Ok(Tunnel { identity, chain, ..http(tls, peer, h2).await? })
 }
 
 /// HTTP/2 alone. The client's half of the handshake does not wait for the server's.
-pub(super) async fn http<T>(io: T, peer: SocketAddr, h2: &H2) -> Result<Tunnel, ConnectError>
+pub(super) async fn http<T>(io: T, peer: SocketAddr, h2: &H2Config) -> Result<Tunnel, ConnectError>
 where
     T: AsyncRead + AsyncWrite + Unpin + 'static,
 {
@@ -133,5 +133,5 @@ where
             () = alive => Ok(()),
         }
     });
-    Ok(Tunnel { requests, identity: None, chain: Chain::default(), driver })
+    Ok(Tunnel { requests, identity: None, chain: CertificateChain::default(), driver })
 }

@@ -21,8 +21,8 @@ use super::{
     pool::Lease,
 };
 use crate::{
-    config::H2,
-    identity::{Chain, Identity},
+    config::H2Config,
+    identity::{CertificateChain, Identity},
     stream::Stream,
 };
 
@@ -35,7 +35,7 @@ pub struct Inner {
     pub response: Response<()>,
     pub stream: Stream,
     pub identity: Option<Identity>,
-    pub chain: Chain,
+    pub chain: CertificateChain,
 }
 
 /// Opens a tunnel within `outer` and sends `request` through it. It carries that one stream and ends with it;
@@ -45,7 +45,7 @@ pub async fn open(
     lease: Lease,
     peer: std::net::SocketAddr,
     tls: Arc<rustls::ClientConfig>,
-    h2: &H2,
+    h2: &H2Config,
     request: Request<()>,
 ) -> Result<Inner, ConnectError> {
     let tunnel = client::handshake(Pipe::new(outer), peer, tls, h2).await?;

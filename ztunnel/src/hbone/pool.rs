@@ -28,7 +28,7 @@ use tokio::{
 use super::client::{ConnectError, Tunnel};
 use crate::{
     config,
-    identity::{Chain, Identity},
+    identity::{CertificateChain, Identity},
     metrics::PoolMetrics,
     socket::NetnsId,
     stream::Stream,
@@ -52,7 +52,7 @@ pub struct Pool(Rc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    limits: config::Pool,
+    limits: config::PoolConfig,
     metrics: PoolMetrics,
     groups: RefCell<HashMap<Key, Rc<Group>>>,
 }
@@ -80,7 +80,7 @@ struct Member {
     unused_since: Cell<Instant>,
     /// Whether the server ever answered: till then it may still refuse our certificate.
     proven: Cell<bool>,
-    chain: Chain,
+    chain: CertificateChain,
     metrics: PoolMetrics,
 }
 
@@ -102,7 +102,7 @@ impl Lease {
     }
 
     /// The certificates of the peer.
-    pub fn chain(&self) -> &Chain {
+    pub fn chain(&self) -> &CertificateChain {
         &self.0.chain
     }
 }
@@ -116,7 +116,7 @@ impl Drop for Lease {
 }
 
 impl Pool {
-    pub fn new(limits: config::Pool, metrics: PoolMetrics) -> Self {
+    pub fn new(limits: config::PoolConfig, metrics: PoolMetrics) -> Self {
         Self(Rc::new(Inner { limits, metrics, groups: RefCell::default() }))
     }
 

@@ -20,7 +20,7 @@ use super::{
     keepalive::Listened,
     server_settings,
 };
-use crate::{config::H2, stream::Stream};
+use crate::{config::H2Config, stream::Stream};
 
 /// A CONNECT and the way to answer it.
 #[derive(Debug)]
@@ -67,7 +67,7 @@ pub async fn tls(
 /// and the open streams finish. Dropped, it ends all of them.
 pub async fn serve<T, F>(
     io: T,
-    h2: &H2,
+    h2: &H2Config,
     stop: CancellationToken,
     handle: impl Fn(Asked) -> F,
 ) -> Result<(), h2::Error>

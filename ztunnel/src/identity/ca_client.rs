@@ -14,7 +14,7 @@ use super::{
     Credentials, Identity, IdentityError,
     authority::{Authority, Issuing},
 };
-use crate::{config::ControlPlane as Config, control_plane::ControlPlane};
+use crate::{config::ControlPlaneConfig, control_plane::ControlPlane};
 
 /// Of the whole call. A control plane that hangs must not hold one of the few fetches for ever.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
@@ -30,7 +30,7 @@ struct Service {
 
 impl CaClient {
     /// `impersonate`: whether certificates are asked for in the name of others.
-    pub fn new(config: Config, impersonate: bool, ttl: Duration) -> Self {
+    pub fn new(config: ControlPlaneConfig, impersonate: bool, ttl: Duration) -> Self {
         Self(Arc::new(Service { control_plane: ControlPlane::new(config), impersonate, ttl }))
     }
 }
@@ -60,7 +60,7 @@ impl Service {
         let answer = self.call(request).await?;
         let key = PrivateKeyDer::try_from(key.serialize_der())
             .map_err(|error| IdentityError::Malformed { what: error.to_owned() })?;
-        answered(identity, &key, &answer)
+        credentials_from_response(identity, &key, &answer)
     }
 
     /// Tries the service by each of its names; a refusal by the service itself is final.
@@ -98,7 +98,7 @@ fn csr(identity: &Identity, key: &KeyPair) -> Result<String, IdentityError> {
 
 /// Takes the service's answer, texts with certificates in PEM. Refused unless the leaf bears `identity` and belongs to
 /// `key`.
-pub fn answered(
+pub fn credentials_from_response(
     identity: &Identity,
     key: &PrivateKeyDer<'_>,
     answer: &[String],

@@ -20,7 +20,7 @@ use super::{
     Credentials, Identity, IdentityError, authority::Authority, ca_client::CaClient,
     development_ca::DevelopmentCa, trust,
 };
-use crate::config::{Ca, Config};
+use crate::config::{CaConfig, Config};
 
 /// Fetches at the same time. A control plane serves many nodes that all start at once.
 const MAX_FETCHES: usize = 8;
@@ -32,7 +32,7 @@ const LAST_RETRY: Duration = Duration::from_secs(150);
 /// fetched before it runs or after it ended.
 pub struct Certificates {
     authority: Box<dyn Authority>,
-    slots: Mutex<HashMap<Identity, Slot>>,
+    slots: Mutex<HashMap<Identity, CertificateSlot>>,
     /// There may be something to fetch.
     wanted: Notify,
     stopped: CancellationToken,
@@ -46,7 +46,7 @@ impl fmt::Debug for Certificates {
 
 /// What is known of one identity's certificate.
 #[derive(Clone, Debug, Default)]
-enum State {
+enum CertificateState {
     /// The first fetch has not ended yet.
     #[default]
     Pending,
@@ -66,8 +66,8 @@ enum Urgency {
     Background,
 }
 
-struct Slot {
-    state: watch::Sender<State>,
+struct CertificateSlot {
+    state: watch::Sender<CertificateState>,
     /// The last failure to renew a certificate that is still held.
     renewal_error: Option<IdentityError>,
     /// When the certificate in `state` ends.
@@ -78,7 +78,7 @@ struct Slot {
     failures: u32,
 }
 
-impl Slot {
+impl CertificateSlot {
     fn new(urgency: Urgency) -> Self {
         let now = Instant::now();
         Self {
@@ -92,7 +92,7 @@ impl Slot {
     }
 
     /// Takes what a fetch brought.
-    fn settle(&mut self, fetched: Result<Credentials, IdentityError>) {
+    fn record_result(&mut self, fetched: Result<Credentials, IdentityError>) {
         let now = Instant::now();
         match fetched {
             Ok(credentials) => {
@@ -103,15 +103,15 @@ impl Slot {
                 self.expires = now + credentials.expires_in(clock);
                 self.failures = 0;
                 self.renewal_error = None;
-                self.state.send_replace(State::Valid(Arc::new(credentials)));
+                self.state.send_replace(CertificateState::Valid(Arc::new(credentials)));
             }
             Err(error) => {
                 self.due = Some(now + backoff(self.failures, &mut rand::rng()));
                 self.failures += 1;
-                if matches!(*self.state.borrow(), State::Valid(_)) && now < self.expires {
+                if matches!(*self.state.borrow(), CertificateState::Valid(_)) && now < self.expires {
                     self.renewal_error = Some(error);
                 } else {
-                    self.state.send_replace(State::Failed(error));
+                    self.state.send_replace(CertificateState::Failed(error));
                 }
             }
         }
@@ -121,7 +121,7 @@ impl Slot {
 
 /// One identity in a dump.
 #[derive(Clone, Debug)]
-pub struct Known {
+pub struct CertificateInfo {
     pub identity: Identity,
     pub credentials: Option<Arc<Credentials>>,
     pub error: Option<String>,
@@ -132,10 +132,10 @@ impl Certificates {
     pub fn new(config: &Config) -> Result<Arc<Self>, IdentityError> {
         trust::configure(config.tls);
         let authority: Box<dyn Authority> = match &config.ca {
-            Ca::Service { service, impersonate } => {
+            CaConfig::Service { service, impersonate } => {
                 Box::new(CaClient::new(service.clone(), *impersonate, config.secret_ttl))
             }
-            Ca::Development { folder } => Box::new(DevelopmentCa::open(folder, config.secret_ttl)?),
+            CaConfig::Development { folder } => Box::new(DevelopmentCa::open(folder, config.secret_ttl)?),
         };
         Ok(Self::with_authority(authority))
     }
@@ -156,12 +156,14 @@ impl Certificates {
             let mut slots = self.slots();
             let slot = match slots.get_mut(identity) {
                 Some(slot) => slot,
-                None => slots.entry(identity.clone()).or_insert_with(|| Slot::new(Urgency::RealTime)),
+                None => {
+                    slots.entry(identity.clone()).or_insert_with(|| CertificateSlot::new(Urgency::RealTime))
+                }
             };
-            if matches!(*slot.state.borrow(), State::Valid(_)) && Instant::now() < slot.expires {
+            if matches!(*slot.state.borrow(), CertificateState::Valid(_)) && Instant::now() < slot.expires {
                 return ready(&slot.state.borrow()).unwrap_or(Err(IdentityError::Stopped));
             }
-            if matches!(*slot.state.borrow(), State::Valid(_)) {
+            if matches!(*slot.state.borrow(), CertificateState::Valid(_)) {
                 let source = slot.renewal_error.clone().map(Arc::new);
                 return Err(IdentityError::Expired { identity: identity.clone(), source });
             }
@@ -171,7 +173,7 @@ impl Certificates {
         self.wanted.notify_one();
         tokio::select! {
             biased;
-            settled = state.wait_for(|state| ready(state).is_some()) => match settled {
+            result = state.wait_for(|state| ready(state).is_some()) => match result {
                 Ok(state) => ready(&state).unwrap_or(Err(IdentityError::Stopped)),
                 Err(_) => Err(IdentityError::Forgotten { identity: identity.clone() }),
             },
@@ -183,7 +185,7 @@ impl Certificates {
     pub fn prefetch(&self, identity: &Identity) {
         let mut slots = self.slots();
         if !slots.contains_key(identity) {
-            slots.insert(identity.clone(), Slot::new(Urgency::Warmup));
+            slots.insert(identity.clone(), CertificateSlot::new(Urgency::Warmup));
             self.wanted.notify_one();
         }
     }
@@ -194,15 +196,15 @@ impl Certificates {
     }
 
     /// Everything held, in order.
-    pub fn known(&self) -> Vec<Known> {
-        let known = |(identity, slot): (&Identity, &Slot)| {
+    pub fn known(&self) -> Vec<CertificateInfo> {
+        let known = |(identity, slot): (&Identity, &CertificateSlot)| {
             let (credentials, failed) = match &*slot.state.borrow() {
-                State::Pending => (None, None),
-                State::Valid(credentials) => (Some(Arc::clone(credentials)), None),
-                State::Failed(error) => (None, Some(error.to_string())),
+                CertificateState::Pending => (None, None),
+                CertificateState::Valid(credentials) => (Some(Arc::clone(credentials)), None),
+                CertificateState::Failed(error) => (None, Some(error.to_string())),
             };
             let error = failed.or_else(|| slot.renewal_error.as_ref().map(ToString::to_string));
-            Known { identity: identity.clone(), credentials, error }
+            CertificateInfo { identity: identity.clone(), credentials, error }
         };
         let mut all: Vec<_> = self.slots().iter().map(known).collect();
         all.sort_by(|a, b| a.identity.cmp(&b.identity));
@@ -219,7 +221,7 @@ impl Certificates {
                 biased;
                 () = stop.cancelled() => return,
                 Some(ended) = under_way.join_next() => match ended {
-                    Ok((identity, fetched)) => self.settle(&identity, fetched),
+                    Ok((identity, fetched)) => self.record_result(&identity, fetched),
                     Err(error) => warn!(%error, "fetching a certificate ended early"),
                 },
                 () = self.wanted.notified() => {}
@@ -253,7 +255,7 @@ impl Certificates {
         None
     }
 
-    fn settle(&self, identity: &Identity, fetched: Result<Credentials, IdentityError>) {
+    fn record_result(&self, identity: &Identity, fetched: Result<Credentials, IdentityError>) {
         match &fetched {
             Ok(credentials) => info!(%identity, not_after = ?credentials.not_after, "certificate fetched"),
             Err(error) => {
@@ -262,24 +264,24 @@ impl Certificates {
         }
         // Nobody there: forgotten while the fetch was under way.
         if let Some(slot) = self.slots().get_mut(identity) {
-            slot.settle(fetched);
+            slot.record_result(fetched);
         }
     }
 
-    fn slots(&self) -> MutexGuard<'_, HashMap<Identity, Slot>> {
+    fn slots(&self) -> MutexGuard<'_, HashMap<Identity, CertificateSlot>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn ready(state: &State) -> Option<Result<Arc<Credentials>, IdentityError>> {
+fn ready(state: &CertificateState) -> Option<Result<Arc<Credentials>, IdentityError>> {
     match state {
-        State::Pending => None,
-        State::Valid(credentials) => Some(Ok(Arc::clone(credentials))),
-        State::Failed(error) => Some(Err(error.clone())),
+        CertificateState::Pending => None,
+        CertificateState::Valid(credentials) => Some(Ok(Arc::clone(credentials))),
+        CertificateState::Failed(error) => Some(Err(error.clone())),
     }
 }
 
-fn slot_minimum(slots: &HashMap<Identity, Slot>) -> Option<Instant> {
+fn slot_minimum(slots: &HashMap<Identity, CertificateSlot>) -> Option<Instant> {
     slots.values().filter_map(|slot| slot.due).min()
 }
 

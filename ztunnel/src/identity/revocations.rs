@@ -19,13 +19,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use x509_parser::prelude::{CertificateRevocationList, FromDer, X509Certificate};
 
-use crate::file_version::Stamp;
+use crate::file_version::FileVersion;
 
 /// How long a change of the file may take to be seen.
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Issuer's name and serial number, as they are encoded.
-type Id = (Vec<u8>, Vec<u8>);
+type CertificateId = (Vec<u8>, Vec<u8>);
 
 /// Why a file is not used.
 #[derive(Debug, thiserror::Error)]
@@ -40,14 +40,14 @@ pub enum RevocationsError {
 #[derive(Debug)]
 pub struct Revocations {
     path: Option<PathBuf>,
-    revoked: watch::Sender<Arc<HashSet<Id>>>,
+    revoked: watch::Sender<Arc<HashSet<CertificateId>>>,
 }
 
 /// The certificates of one peer: the leaf and its intermediates.
 #[derive(Clone, Debug, Default)]
-pub struct Chain(Vec<Id>);
+pub struct CertificateChain(Vec<CertificateId>);
 
-impl Chain {
+impl CertificateChain {
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -80,13 +80,13 @@ impl Revocations {
         self.path.is_some()
     }
 
-    pub fn is_revoked(&self, chain: &Chain) -> bool {
+    pub fn is_revoked(&self, chain: &CertificateChain) -> bool {
         let revoked = self.revoked.borrow();
         chain.0.iter().any(|id| revoked.contains(id))
     }
 
     /// Ends when a certificate of `chain` is revoked.
-    pub async fn until_revoked(&self, chain: Chain) {
+    pub async fn until_revoked(&self, chain: CertificateChain) {
         if !self.is_configured() {
             return std::future::pending().await;
         }
@@ -100,10 +100,10 @@ impl Revocations {
     /// Takes changes of the file over until `stop`. A bad file leaves the last good one in force.
     pub async fn watch(self: Arc<Self>, stop: CancellationToken) {
         let Some(path) = self.path.clone() else { return };
-        let mut seen = Stamp::of(&path);
-        while stop.run_until_cancelled(tokio::time::sleep(LOOK_AGAIN)).await.is_some() {
-            let stamp = Stamp::of(&path);
-            if stamp == seen {
+        let mut seen = FileVersion::of(&path);
+        while stop.run_until_cancelled(tokio::time::sleep(POLL_INTERVAL)).await.is_some() {
+            let version = FileVersion::of(&path);
+            if version == seen {
                 continue;
             }
             match read(&path) {
@@ -113,13 +113,13 @@ impl Revocations {
                 }
                 Err(error) => warn!(%error, "revocation lists refused, the last good ones stay in force"),
             }
-            seen = stamp;
+            seen = version;
         }
     }
 }
 
 /// One or several lists, in PEM or one in DER.
-fn read(path: &Path) -> Result<HashSet<Id>, RevocationsError> {
+fn read(path: &Path) -> Result<HashSet<CertificateId>, RevocationsError> {
     let content =
         std::fs::read(path).map_err(|source| RevocationsError::Read { path: path.to_owned(), source })?;
     let invalid = |reason: String| RevocationsError::Invalid { path: path.to_owned(), reason };
@@ -194,7 +194,7 @@ mod tests {
         let root = CertifiedIssuer::self_signed(authority("root", 1), key()).unwrap();
         let middle = CertifiedIssuer::signed_by(authority("middle", 5), key(), &root).unwrap();
         let leaf = named("leaf", 7).signed_by(&key(), &middle).unwrap();
-        let chain = Chain::of(Some(&[leaf.der().clone(), middle.der().clone()]));
+        let chain = CertificateChain::of(Some(&[leaf.der().clone(), middle.der().clone()]));
         let file = tempfile::NamedTempFile::new().unwrap();
         let revoked_by = |content: String| {
             std::fs::write(file.path(), content).unwrap();

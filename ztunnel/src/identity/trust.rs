@@ -24,17 +24,17 @@ use rustls::{
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::{Identity, IdentityError};
-use crate::config::Tls;
+use crate::config::TlsConfig;
 
-static OPTIONS: OnceLock<Tls> = OnceLock::new();
+static OPTIONS: OnceLock<TlsConfig> = OnceLock::new();
 
 /// What this process speaks, for all of its connections. To be called before the first certificate; later calls change
 /// nothing.
-pub(super) fn configure(options: Tls) {
+pub(super) fn configure(options: TlsConfig) {
     let _ = OPTIONS.set(options);
 }
 
-fn options() -> Tls {
+fn options() -> TlsConfig {
     OPTIONS.get().copied().unwrap_or_default()
 }
 
@@ -44,7 +44,7 @@ pub(super) fn provider() -> Arc<CryptoProvider> {
     Arc::clone(&PROVIDER)
 }
 
-fn provider_for(options: Tls) -> CryptoProvider {
+fn provider_for(options: TlsConfig) -> CryptoProvider {
     let mut provider = aws_lc_rs::default_provider();
     provider.cipher_suites.retain(|suite| match suite.suite() {
         CipherSuite::TLS13_AES_256_GCM_SHA384 | CipherSuite::TLS13_AES_128_GCM_SHA256 => true,

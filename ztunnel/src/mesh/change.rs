@@ -6,12 +6,12 @@ use super::{Policy, PolicyKey, Service, ServiceKey, Workload};
 
 /// One resource that is new, or as it is now, or gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
-    Workload(Workload),
-    Service(Service),
-    Policy(Policy),
+pub enum MeshChange {
+    PutWorkload(Workload),
+    PutService(Service),
+    PutPolicy(Policy),
     /// By uid.
-    NoWorkload(Arc<str>),
-    NoService(ServiceKey),
-    NoPolicy(PolicyKey),
+    RemoveWorkload(Arc<str>),
+    RemoveService(ServiceKey),
+    RemovePolicy(PolicyKey),
 }

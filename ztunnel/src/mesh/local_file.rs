@@ -21,7 +21,7 @@ use tracing::{info, warn};
 use super::{Mesh, Store, Workload};
 use crate::{
     config::{Config, LocalState},
-    file_version::Stamp,
+    file_version::FileVersion,
 };
 use entries::Document;
 use policies::PolicyEntry;
@@ -44,12 +44,12 @@ pub enum LocalFileError {
 
 /// What a document may leave out.
 #[derive(Clone, Debug)]
-pub struct Defaults {
+pub struct ResourceDefaults {
     pub trust_domain: Arc<str>,
     pub cluster_id: Arc<str>,
 }
 
-impl From<&Config> for Defaults {
+impl From<&Config> for ResourceDefaults {
     fn from(config: &Config) -> Self {
         Self { trust_domain: Arc::clone(&config.trust_domain), cluster_id: Arc::clone(&config.cluster_id) }
     }
@@ -65,11 +65,11 @@ pub fn load(config: &Config) -> Result<Mesh, LocalFileError> {
 }
 
 /// Applies edits of the file to `store` until `stop`. A bad one is refused as a whole: the last good one stays.
-pub async fn watch(path: PathBuf, defaults: Defaults, store: Arc<Store>, stop: CancellationToken) {
+pub async fn watch(path: PathBuf, defaults: ResourceDefaults, store: Arc<Store>, stop: CancellationToken) {
     let mut seen = None;
     let mut text = String::new();
     while stop.run_until_cancelled(tokio::time::sleep(LOOK_AGAIN)).await.is_some() {
-        let stamp = Stamp::of(&path);
+        let stamp = FileVersion::of(&path);
         if stamp == seen {
             continue;
         }
@@ -88,7 +88,7 @@ pub async fn watch(path: PathBuf, defaults: Defaults, store: Arc<Store>, stop: C
     }
 }
 
-fn apply(path: &Path, text: &str, defaults: &Defaults, store: &Store) {
+fn apply(path: &Path, text: &str, defaults: &ResourceDefaults, store: &Store) {
     match parse(text, defaults) {
         Ok(mesh) => {
             info!(
@@ -106,7 +106,7 @@ fn read(path: &Path) -> Result<String, LocalFileError> {
 }
 
 /// Reads a document as a whole.
-pub fn parse(document: &str, defaults: &Defaults) -> Result<Mesh, LocalFileError> {
+pub fn parse(document: &str, defaults: &ResourceDefaults) -> Result<Mesh, LocalFileError> {
     // An empty file is an empty mesh; to serde it would be a missing value.
     // `y`, `n` and `on` are names that a workload may have, not booleans (as they are in YAML 1.1).
     let options = serde_saphyr::options! { strict_booleans: true };

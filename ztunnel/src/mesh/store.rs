@@ -5,7 +5,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
-use super::{Change, Mesh};
+use super::{Mesh, MeshChange};
 
 /// Where a connection takes its snapshot from. Read without locks by all workers; written by one source.
 #[derive(Debug)]
@@ -35,7 +35,7 @@ impl Store {
     }
 
     /// What is new, changed and gone. For the one writer.
-    pub fn apply(&self, changes: impl IntoIterator<Item = Change>) {
+    pub fn apply(&self, changes: impl IntoIterator<Item = MeshChange>) {
         self.replace(self.snapshot().with(changes));
     }
 

@@ -17,7 +17,7 @@ const LAST: usize = 50;
 /// A connection that failed, as its access record says it.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Failed {
+pub struct FailedConnection {
     #[serde(skip)]
     pub at: SystemTime,
     pub direction: &'static str,
@@ -28,16 +28,16 @@ pub struct Failed {
 }
 
 #[derive(Debug, Default)]
-pub struct Failures(Mutex<Tally>);
+pub struct FailedConnections(Mutex<Tally>);
 
 #[derive(Debug, Default)]
 struct Tally {
     counts: BTreeMap<(&'static str, FailureReason), u64>,
-    last: VecDeque<Failed>,
+    last: VecDeque<FailedConnection>,
 }
 
-impl Failures {
-    pub fn add(&self, failed: Failed) {
+impl FailedConnections {
+    pub fn add(&self, failed: FailedConnection) {
         let mut tally = self.tally();
         *tally.counts.entry((failed.direction, failed.reason)).or_default() += 1;
         if tally.last.len() == LAST {
@@ -52,7 +52,7 @@ impl Failures {
     }
 
     /// The last ones, the latest first.
-    pub fn last(&self) -> Vec<Failed> {
+    pub fn last(&self) -> Vec<FailedConnection> {
         self.tally().last.iter().rev().cloned().collect()
     }
 

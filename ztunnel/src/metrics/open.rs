@@ -17,16 +17,16 @@ use serde::Serialize;
 use slab::Slab;
 
 /// A connection that is open.
-pub trait Live: Send + Sync + fmt::Debug {
+pub trait LiveConnection: Send + Sync + fmt::Debug {
     /// Adds what it carried since the last time to the counters.
     fn count(&self);
-    fn view(&self) -> View;
+    fn view(&self) -> ConnectionView;
 }
 
 /// An open connection, for a reader. The first four names are Istio's.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct View {
+pub struct ConnectionView {
     pub src: SocketAddr,
     /// What the client dialled, as far as the tunnel knows.
     pub original_dst: Option<String>,
@@ -56,11 +56,11 @@ const SHARDS: usize = 32;
 
 /// All of them.
 #[derive(Debug)]
-pub struct Open([Mutex<Slab<Arc<dyn Live>>>; SHARDS]);
+pub struct OpenConnections([Mutex<Slab<Arc<dyn LiveConnection>>>; SHARDS]);
 
-/// The place of one connection, for [`Open::remove`].
+/// The slot of one connection, for [`OpenConnections::remove`].
 #[derive(Clone, Copy, Debug)]
-pub struct Place {
+pub struct ConnectionSlot {
     shard: usize,
     key: usize,
 }
@@ -78,20 +78,20 @@ fn own_shard() -> usize {
     })
 }
 
-impl Default for Open {
+impl Default for OpenConnections {
     fn default() -> Self {
         Self(std::array::from_fn(|_| Mutex::default()))
     }
 }
 
-impl Open {
-    pub fn add(&self, live: Arc<dyn Live>) -> Place {
+impl OpenConnections {
+    pub fn add(&self, live: Arc<dyn LiveConnection>) -> ConnectionSlot {
         let shard = own_shard();
-        Place { shard, key: self.shard(shard).insert(live) }
+        ConnectionSlot { shard, key: self.shard(shard).insert(live) }
     }
 
-    pub fn remove(&self, place: Place) {
-        self.shard(place.shard).try_remove(place.key);
+    pub fn remove(&self, slot: ConnectionSlot) {
+        self.shard(slot.shard).try_remove(slot.key);
     }
 
     /// Counts what all of them have carried so far.
@@ -100,7 +100,7 @@ impl Open {
     }
 
     /// At most `limit` of them, and how many there are.
-    pub fn views(&self, limit: usize) -> (Vec<View>, usize) {
+    pub fn views(&self, limit: usize) -> (Vec<ConnectionView>, usize) {
         let (mut views, mut all) = (Vec::new(), 0);
         self.for_each(|live| {
             all += 1;
@@ -111,7 +111,7 @@ impl Open {
         (views, all)
     }
 
-    fn for_each(&self, mut each: impl FnMut(&dyn Live)) {
+    fn for_each(&self, mut each: impl FnMut(&dyn LiveConnection)) {
         for shard in 0..SHARDS {
             // Copied out: a worker that opens a connection must not wait for a reader.
             let live: Vec<_> = self.shard(shard).iter().map(|(_, live)| Arc::clone(live)).collect();
@@ -121,7 +121,7 @@ impl Open {
         }
     }
 
-    fn shard(&self, shard: usize) -> MutexGuard<'_, Slab<Arc<dyn Live>>> {
+    fn shard(&self, shard: usize) -> MutexGuard<'_, Slab<Arc<dyn LiveConnection>>> {
         self.0[shard].lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

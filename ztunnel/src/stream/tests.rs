@@ -8,7 +8,7 @@ use tokio::{
 
 use super::*;
 
-const LIMITS: Limits = Limits { half_closed: Duration::from_mins(1), idle: None };
+const LIMITS: StreamConfig = StreamConfig { half_closed: Duration::from_mins(1), idle: None };
 
 async fn sockets() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -119,7 +119,7 @@ async fn silent_is_cut_in_the_end_half_closed_or_not_as_the_limits_say() {
         if shut {
             client.shutdown().await.unwrap();
         }
-        let (counters, limits) = (Counters::default(), Limits { half_closed, idle });
+        let (counters, limits) = (Counters::default(), StreamConfig { half_closed, idle });
         let relayed = relay(near, far, &counters, limits, std::future::pending());
         let result = tokio::time::timeout(3 * day, relayed).await;
         let said = result.ok().map(|result| result.unwrap_err().to_string());

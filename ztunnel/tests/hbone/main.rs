@@ -22,7 +22,7 @@ use http::{Method, Request, StatusCode};
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 use ztunnel::{
-    config::{Config, H2},
+    config::{Config, H2Config},
     hbone::client,
     identity::{Certificates, Identity},
 };
@@ -31,7 +31,7 @@ use ztunnel::{
 struct Probe {
     runtime: tokio::runtime::Runtime,
     certificates: Arc<Certificates>,
-    h2: H2,
+    h2: H2Config,
     /// Whether replies are expected to tell about the server.
     told: bool,
 }

@@ -1,11 +1,14 @@
 use super::*;
-use crate::mesh::local_file::Defaults;
+use crate::mesh::local_file::ResourceDefaults;
 
 /// Makes a good message a bad one.
 type Spoil<T> = fn(&mut T);
 
-fn sender() -> Sender {
-    Sender::new(Defaults { trust_domain: "cluster.local".into(), cluster_id: "Kubernetes".into() })
+fn decoder() -> ResourceDecoder {
+    ResourceDecoder::new(ResourceDefaults {
+        trust_domain: "cluster.local".into(),
+        cluster_id: "Kubernetes".into(),
+    })
 }
 
 fn workload() -> proto::Workload {
@@ -38,7 +41,7 @@ fn by_address(port: u32) -> proto::GatewayAddress {
 
 #[test]
 fn a_workload_is_as_it_was_sent_and_what_it_leaves_out_is_the_clusters() {
-    let read = sender().workload(workload()).unwrap();
+    let read = decoder().workload(workload()).unwrap();
     assert_eq!(read.identity().to_string(), "spiffe://cluster.local/ns/demo/sa/default");
     assert_eq!(
         (&*read.cluster_id, &*read.workload_name, &*read.workload_type),
@@ -57,7 +60,7 @@ fn a_workload_is_as_it_was_sent_and_what_it_leaves_out_is_the_clusters() {
     sent.services.insert("demo/web.example".to_owned(), proto::PortList { ports });
     sent.authorization_policies.push("istio-system/strict".to_owned());
     sent.application_tunnel = Some(proto::ApplicationTunnel { protocol: 1, port: 15088 });
-    let read = sender().workload(sent).unwrap();
+    let read = decoder().workload(sent).unwrap();
     assert_eq!(*read.addresses, ["10.0.0.1".parse::<IpAddr>().unwrap(), "fd00::1".parse().unwrap()]);
     assert_eq!(
         (read.protocol, read.healthy, read.host_network, read.capacity),
@@ -88,7 +91,7 @@ fn a_bad_workload_is_refused_with_the_field() {
     for (field, spoil) in cases {
         let mut sent = workload();
         spoil(&mut sent);
-        assert_eq!(sender().workload(sent).unwrap_err().field, field);
+        assert_eq!(decoder().workload(sent).unwrap_err().field, field);
     }
 }
 
@@ -102,7 +105,7 @@ fn a_service_has_addresses_and_ranges() {
     sent.weighted_waypoints =
         vec![proto::WeightedWaypoint { destination: Some(by_address(15008)), weight: 3 }];
     sent.visibility = 1;
-    let read = sender().service(sent).unwrap();
+    let read = decoder().service(sent).unwrap();
     assert_eq!(read.vips, [(Arc::from("n"), "10.96.0.1".parse().unwrap())]);
     assert_eq!(read.cidr_vips, [(Arc::from("n"), "10.97.0.0/16".parse().unwrap())]);
     assert_eq!((read.ports, read.app_protocols[&80]), ([(80, 0)].into(), AppProtocol::Http2));
@@ -124,7 +127,7 @@ fn a_service_has_addresses_and_ranges() {
     for (field, spoil) in cases {
         let mut sent = service();
         spoil(&mut sent);
-        assert_eq!(sender().service(sent).unwrap_err().field, field);
+        assert_eq!(decoder().service(sent).unwrap_err().field, field);
     }
 }
 

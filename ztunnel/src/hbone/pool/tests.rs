@@ -6,9 +6,9 @@ use http::Method;
 use tokio::{task::LocalSet, time::sleep};
 
 use super::*;
-use crate::{config::H2, hbone::client};
+use crate::{config::H2Config, hbone::client};
 
-const H2: H2 = H2 { stream_window: 1 << 20, connection_window: 4 << 20, frame: 1 << 20 };
+const H2: H2Config = H2Config { stream_window: 1 << 20, connection_window: 4 << 20, frame: 1 << 20 };
 
 /// What a server does with its connection.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -29,7 +29,7 @@ struct Bed {
 impl Bed {
     fn new(max_streams: u32, idle: Duration) -> Self {
         Self {
-            pool: Pool::new(config::Pool { max_streams, idle }, PoolMetrics::default()),
+            pool: Pool::new(config::PoolConfig { max_streams, idle }, PoolMetrics::default()),
             dials: Rc::default(),
         }
     }
@@ -149,7 +149,7 @@ async fn unused_tunnel_is_closed_and_a_used_one_is_kept() {
 async fn failed_handshake_fails_all_who_wait_and_is_tried_anew_for_the_next() {
     let test = async {
         let pool = Pool::new(
-            config::Pool { max_streams: 100, idle: Duration::from_mins(1) },
+            config::PoolConfig { max_streams: 100, idle: Duration::from_mins(1) },
             PoolMetrics::default(),
         );
         let request = Request::builder().method(Method::CONNECT).uri("10.0.0.1:80").body(()).unwrap();

@@ -93,8 +93,8 @@ impl Running {
         Self { address, folder, _stop: stop.drop_guard() }
     }
 
-    fn config(&self) -> Config {
-        Config {
+    fn config(&self) -> ControlPlaneConfig {
+        ControlPlaneConfig {
             address: format!("https://{}", self.address),
             root: RootSource::File(self.path("root.pem")),
             token: Token::File(self.path("token")),
@@ -113,7 +113,7 @@ fn identity() -> Identity {
     "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap()
 }
 
-async fn issue(config: Config) -> Result<Credentials, IdentityError> {
+async fn issue(config: ControlPlaneConfig) -> Result<Credentials, IdentityError> {
     CaClient::new(config, true, Duration::from_hours(1)).issue(&identity()).await
 }
 
@@ -158,10 +158,10 @@ async fn an_answer_without_root_is_refused() {
 #[tokio::test]
 async fn a_service_by_another_name_or_root_is_not_told_the_token() {
     let ca = Running::start(Answer::Signed).await;
-    let other = Config { alt_name: None, ..ca.config() };
+    let other = ControlPlaneConfig { alt_name: None, ..ca.config() };
     assert!(matches!(issue(other).await, Err(IdentityError::Unreachable { .. })));
     let stranger = Running::start(Answer::Signed).await;
-    let other = Config { root: RootSource::File(stranger.path("root.pem")), ..ca.config() };
+    let other = ControlPlaneConfig { root: RootSource::File(stranger.path("root.pem")), ..ca.config() };
     assert!(matches!(issue(other).await, Err(IdentityError::Unreachable { .. })));
 }
 

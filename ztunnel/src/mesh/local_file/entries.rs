@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::IpAddr, num::NonZeroU16, sync::Arc};
 use serde::Deserialize;
 
 use super::{
-    Defaults, LocalFileError,
+    LocalFileError, ResourceDefaults,
     check::{keys, or},
     invalid,
     policies::PolicyEntry,
@@ -141,7 +141,7 @@ struct LocalityEntry {
 }
 
 impl WorkloadEntry {
-    pub fn check(self, defaults: &Defaults) -> Result<Workload, LocalFileError> {
+    pub fn check(self, defaults: &ResourceDefaults) -> Result<Workload, LocalFileError> {
         let object = format!("workload {}/{}", self.namespace, self.name);
         if self.name.is_empty() || self.namespace.is_empty() {
             return Err(invalid(object, "name, namespace", "may not be empty"));

@@ -10,8 +10,8 @@ use crate::mesh::{
     tests::ip,
 };
 
-fn defaults() -> Defaults {
-    Defaults { trust_domain: "cluster.local".into(), cluster_id: "Kubernetes".into() }
+fn defaults() -> ResourceDefaults {
+    ResourceDefaults { trust_domain: "cluster.local".into(), cluster_id: "Kubernetes".into() }
 }
 
 fn parsed(document: &str) -> Mesh {
