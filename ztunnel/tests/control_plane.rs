@@ -264,7 +264,7 @@ fn what_is_held_outlives_the_control_plane_and_is_told_when_it_is_back() {
     // It is gone, and nothing changes.
     let port = control.port;
     drop(control);
-    wait_for("the loss to be noticed", || node.log().contains("no control plane").then_some(()));
+    wait_for("the loss to be noticed", || node.log().contains("control plane unreachable").then_some(()));
     assert!(node.is_ready());
     read_line(&mut client.space.connect(server.at(8080))).expect("greeting");
 
