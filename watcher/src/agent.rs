@@ -392,7 +392,7 @@ impl Node {
     fn note_problem(&mut self, uid: &str, reason: Reason) {
         let Some(known) = self.pods.get_mut(uid) else { return };
         if known.problem.as_ref() != Some(&reason) {
-            warn!(uid, code = reason.code, reason = reason.text, "pod cannot be enrolled yet");
+            warn!(uid, code = reason.code.code(), reason = reason.text, "pod cannot be enrolled yet");
             known.problem = Some(reason);
         }
         // Tried again with the next look, which is due soon.

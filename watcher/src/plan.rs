@@ -25,7 +25,7 @@ use crate::{
 };
 
 pub use self::eligibility::{Judged, Verdict};
-pub use crate::model::reason::Reason;
+pub use crate::model::reason::{Reason, ReasonCode};
 
 pub mod eligibility;
 

@@ -26,7 +26,7 @@ use crate::{
         pod::{FailMode, Pod},
         state::State,
     },
-    plan::{Judged, Reason, Verdict, address16},
+    plan::{Judged, Reason, ReasonCode, Verdict, address16},
     source::Outcome,
     sys::pollable,
 };
@@ -259,11 +259,11 @@ impl Node {
             return reason;
         }
         if self.tunnels.is_empty() {
-            return Reason::new("no_tunnel", "no tunnel is connected");
+            return Reason::new(ReasonCode::NoTunnel, "no tunnel is connected");
         }
         match self.tunnels.failure(uid) {
-            Some(error) => Reason::new("tunnel_refused", format!("the tunnel refused it: {error}")),
-            None => Reason::new("not_acknowledged", "the tunnel has not acknowledged it yet"),
+            Some(error) => Reason::new(ReasonCode::TunnelRefused, format!("the tunnel refused it: {error}")),
+            None => Reason::new(ReasonCode::NotAcknowledged, "the tunnel has not acknowledged it yet"),
         }
     }
 

@@ -21,7 +21,7 @@ use crate::{
     apply::{maps, restore, zds_server::Event},
     model::pod::Pod,
     observe::cgroup_path,
-    plan::{Circumstances, Judged, Netns, Plan, Reason, Step, Verdict, steps, wanted},
+    plan::{Circumstances, Judged, Netns, Plan, Reason, ReasonCode, Step, Verdict, steps, wanted},
 };
 
 use super::{Node, NodeError, cannot, draining::Lingering};
@@ -224,7 +224,7 @@ impl Node {
                             Err(error) => {
                                 self.note_problem(
                                     &netns.uid,
-                                    Reason::new("netns_not_steered", chain(&error)),
+                                    Reason::new(ReasonCode::NetnsNotSteered, chain(&error)),
                                 );
                             }
                         }

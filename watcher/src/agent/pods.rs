@@ -12,7 +12,7 @@ use crate::{
     model::{
         exclusions::Exclusions,
         pod::{BadEntry, Entry, Pod, Update},
-        reason::Reason,
+        reason::{Reason, ReasonCode},
         state::State,
     },
     observe::{Observed, processes::Sightings},
@@ -191,7 +191,7 @@ impl Pods {
                     self.refused.iter().filter(|refused| !before.contains(refused))
                 {
                     let BadEntry { index, uid, name, .. } = entry;
-                    warn!(index, uid, name, code = reason.code, reason = reason.text, "entry refused");
+                    warn!(index, uid, name, code = reason.code.code(), reason = reason.text, "entry refused");
                 }
             }
             Update::Changed(batch) => {
@@ -228,7 +228,7 @@ impl Pods {
                     None => entry.problem.clone(),
                 };
                 let uid = entry.uid.clone();
-                self.refused.push(Refused { entry, reason: Reason::new("bad_entry", text) });
+                self.refused.push(Refused { entry, reason: Reason::new(ReasonCode::BadEntry, text) });
                 return uid;
             }
         };
@@ -255,7 +255,7 @@ impl Pods {
         let text = format!("uid {} is an earlier pod's", pod.uid);
         let (uid, name) = (Some(pod.uid.clone()), Some(pod.name.clone()));
         let entry = BadEntry { index: None, uid, name, problem: text.clone() };
-        self.refused.push(Refused { entry, reason: Reason::new("duplicate_uid", text) });
+        self.refused.push(Refused { entry, reason: Reason::new(ReasonCode::DuplicateUid, text) });
     }
 
     fn forget(&mut self, uid: &str) {
@@ -285,7 +285,7 @@ mod tests {
             |list: &[(&str, &str)]| Update::All(list.iter().map(|(uid, name)| entry(uid, name)).collect());
         assert_eq!(pods.take(all(&[("b", "1"), ("a", "2"), ("b", "3")]), now).len(), 2);
         assert_eq!(names(&pods), ["1", "2"]);
-        assert_eq!(pods.refused[0].reason.code, "duplicate_uid");
+        assert_eq!(pods.refused[0].reason.code, ReasonCode::DuplicateUid);
         assert!(pods.take(all(&[("b", "1"), ("a", "2")]), now).is_empty());
         let changes = vec![
             ("c".to_owned(), Some(entry("c", "4"))),
@@ -306,7 +306,7 @@ mod tests {
     fn a_pod_is_looked_at_ever_more_rarely() {
         let now = Instant::now();
         let mut known = Known::new(Arc::new(Pod::default()), 1, now);
-        known.judged.verdict = Verdict::Waiting(Reason::new("no_process", ""));
+        known.judged.verdict = Verdict::Waiting(Reason::new(ReasonCode::NoProcess, ""));
         let (mut at, mut looks) = (now, 0);
         known.schedule(now, true);
         while let Some(next) = known.next_look.filter(|next| *next < now + Duration::from_mins(1)) {

@@ -16,7 +16,7 @@ use crate::{
         netns::{self, Visitor},
         processes,
     },
-    plan::{Netns, Reason},
+    plan::{Netns, Reason, ReasonCode},
 };
 
 use super::Node;
@@ -65,7 +65,7 @@ impl Node {
             }
         }
         for (uid, error) in problems {
-            self.note_problem(&uid, Reason::new("netns_not_prepared", error.to_string()));
+            self.note_problem(&uid, Reason::new(ReasonCode::NetnsNotPrepared, error.to_string()));
         }
         prepared
     }

@@ -16,7 +16,7 @@ use crate::{
     apply::zds_server::{Command, Conn, Event, OfferId, Welcome},
     control::status::TunnelStatus,
     observe::cgroups::{self, CgroupId},
-    plan::{Reason, Workload, cgroup_info},
+    plan::{Reason, ReasonCode, Workload, cgroup_info},
 };
 
 use super::Node;
@@ -244,7 +244,7 @@ impl Node {
             Ok(place) => place,
             Err(reason) => {
                 if self.tunnels.turned_away.as_ref() != Some(&reason) {
-                    warn!(pid, code = reason.code, reason = reason.text, "tunnel turned away");
+                    warn!(pid, code = reason.code.code(), reason = reason.text, "tunnel turned away");
                     self.tunnels.turned_away = Some(reason);
                 }
                 return;
@@ -268,15 +268,16 @@ impl Node {
     /// Finds the cgroup of a tunnel and attaches its programs, before it opens its first socket.
     fn place(&mut self, pid: i32) -> Result<(PathBuf, CgroupId), Reason> {
         let root = &self.config.cgroup_root;
-        let cgroup = cgroups::of_process(root, pid)
-            .map_err(|error| Reason::new("tunnel_cgroup_unknown", format!("tunnel {pid}: {error}")))?;
+        let cgroup = cgroups::of_process(root, pid).map_err(|error| {
+            Reason::new(ReasonCode::TunnelCgroupUnknown, format!("tunnel {pid}: {error}"))
+        })?;
         let shared = |with: &str| {
             let text = format!(
                 "tunnel {pid} runs in cgroup {}, which {with}; start it in a cgroup of its own below {}",
                 cgroup.display(),
                 root.display()
             );
-            Err(Reason::new("tunnel_cgroup_shared", text))
+            Err(Reason::new(ReasonCode::TunnelCgroupShared, text))
         };
         if cgroup == *root {
             return shared("is the root");
@@ -291,7 +292,7 @@ impl Node {
             return shared(&format!("is pod {}'s", known.judged.pod.name));
         }
         let attached = self.attach_tunnel(&cgroup);
-        attached.map(|id| (cgroup, id)).map_err(|text| Reason::new("tunnel_not_attached", text))
+        attached.map(|id| (cgroup, id)).map_err(|text| Reason::new(ReasonCode::TunnelNotAttached, text))
     }
 
     fn attach_tunnel(&mut self, cgroup: &Path) -> Result<CgroupId, String> {

@@ -10,7 +10,7 @@ use std::{
 use crate::{
     model::{
         pod::{Pod, Selection},
-        reason::Reason,
+        reason::{Reason, ReasonCode},
     },
     observe::{Observed, Seen, netns::NetnsFacts},
 };
@@ -72,8 +72,7 @@ impl Held {
 
 /// Whether another pod's giving something up may change this verdict.
 pub fn is_blocked(verdict: &Verdict) -> bool {
-    const CODES: [&str; 4] = ["duplicate_cgroup", "cgroup_overlaps", "netns_taken", "address_taken"];
-    matches!(verdict, Verdict::Refused { reason, .. } if CODES.contains(&reason.code.as_str()))
+    matches!(verdict, Verdict::Refused { reason, .. } if reason.code.is_claim_conflict())
 }
 
 impl Claims {
@@ -125,7 +124,7 @@ fn verdict(
     current: Option<u64>,
     claims: &mut Claims,
 ) -> Verdict {
-    let refused = |reason| Verdict::Refused { reason, keeps_closed: false };
+    let refused = |reason: Reason| Verdict::Refused { keeps_closed: reason.code.keeps_closed(), reason };
     let outside = observed.dir.as_ref().filter(|dir| !dir.starts_with(attached) || *dir == attached);
     if outside.is_none()
         && let Some(dir) = &observed.dir
@@ -144,26 +143,24 @@ fn verdict(
             dir.display(),
             attached.display()
         );
-        return refused(Reason::new("cgroup_outside", text));
+        return refused(Reason::new(ReasonCode::CgroupOutside, text));
     }
     if observed.cgroups.is_empty() {
         return match &pod.cgroup {
-            Some(dir) => {
-                refused(Reason::new("cgroup_gone", format!("cgroup {} does not exist", dir.display())))
-            }
+            Some(dir) => refused(Reason::new(
+                ReasonCode::CgroupGone,
+                format!("cgroup {} does not exist", dir.display()),
+            )),
             None => Verdict::Waiting(Reason::new(
-                "no_cgroup",
+                ReasonCode::NoCgroup,
                 format!("no cgroup below {} is called by its uid yet", attached.display()),
             )),
         };
     }
     match netns(pod, observed, current).and_then(|facts| claims.netns(pod, facts)) {
         Ok(facts) => Verdict::Verified(facts),
-        Err(reason) if matches!(reason.code.as_str(), "no_process" | "no_address") => {
-            Verdict::Waiting(reason)
-        }
-        // Cutting off what runs in the node's own netns could cut off the node.
-        Err(reason) => Verdict::Refused { keeps_closed: reason.code != "host_netns", reason },
+        Err(reason) if reason.code.awaits_start() => Verdict::Waiting(reason),
+        Err(reason) => refused(reason),
     }
 }
 
@@ -177,18 +174,24 @@ fn netns(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<NetnsFa
         .map_or(observed.netns.as_slice(), |seen| std::slice::from_ref(seen))
     {
         [] => {
-            return Err(Reason::new("no_process", "no process in its cgroup"));
+            return Err(Reason::new(ReasonCode::NoProcess, "no process in its cgroup"));
         }
         [Seen::Host] => {
-            return Err(Reason::new("host_netns", "its processes are in the node's own network namespace"));
+            return Err(Reason::new(
+                ReasonCode::HostNetns,
+                "its processes are in the node's own network namespace",
+            ));
         }
         [Seen::Unreadable(problem)] => {
-            return Err(Reason::new("netns_unreadable", format!("cannot look into its netns: {problem}")));
+            return Err(Reason::new(
+                ReasonCode::NetnsUnreadable,
+                format!("cannot look into its netns: {problem}"),
+            ));
         }
         [Seen::Pod(facts)] => facts,
         several => {
             let text = format!("its processes are in {} different network namespaces", several.len());
-            return Err(Reason::new("netns_disagree", text));
+            return Err(Reason::new(ReasonCode::NetnsDisagree, text));
         }
     };
     let missing: Vec<String> =
@@ -201,14 +204,17 @@ fn netns(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<NetnsFa
             missing.join(", "),
             if held.is_empty() { "none".to_owned() } else { held.join(", ") }
         );
-        return Err(Reason::new("address_not_held", text));
+        return Err(Reason::new(ReasonCode::AddressNotHeld, text));
     }
     let mut facts = found.clone();
     if !pod.addresses.is_empty() {
         facts.addresses.retain(|address| pod.addresses.contains(address));
     }
     if facts.addresses.is_empty() {
-        return Err(Reason::new("no_address", format!("netns {} has no address yet", facts.id.inode)));
+        return Err(Reason::new(
+            ReasonCode::NoAddress,
+            format!("netns {} has no address yet", facts.id.inode),
+        ));
     }
     Ok(facts)
 }
@@ -218,7 +224,7 @@ impl Claims {
     fn place(&mut self, pod: &Pod, dir: &Path) -> Result<(), Reason> {
         if let Some(other) = self.cgroups.get(dir) {
             let text = format!("cgroup {} is that of pod {}", dir.display(), other.full_name);
-            return Err(Reason::new("duplicate_cgroup", text));
+            return Err(Reason::new(ReasonCode::DuplicateCgroup, text));
         }
         let above = dir.ancestors().find_map(|above| self.cgroups.get_key_value(above));
         // Paths sort by component, so what lies below a directory follows it directly.
@@ -226,7 +232,7 @@ impl Claims {
         if let Some((taken, other)) = above.or(below) {
             let (dir, taken, other) = (dir.display(), taken.display(), &other.full_name);
             let text = format!("cgroup {dir} overlaps {taken} of pod {other}");
-            return Err(Reason::new("cgroup_overlaps", text));
+            return Err(Reason::new(ReasonCode::CgroupOverlaps, text));
         }
         self.cgroups.insert(dir.to_owned(), holder(pod));
         self.held.entry(pod.uid.clone()).or_default().cgroup = Some(dir.to_owned());
@@ -237,13 +243,13 @@ impl Claims {
     fn netns(&mut self, pod: &Pod, facts: NetnsFacts) -> Result<NetnsFacts, Reason> {
         if let Some(other) = self.cookies.get(&facts.cookie) {
             let text = format!("netns {} is that of pod {}", facts.id.inode, other.full_name);
-            return Err(Reason::new("netns_taken", text));
+            return Err(Reason::new(ReasonCode::NetnsTaken, text));
         }
         if let Some((address, other)) =
             facts.addresses.iter().find_map(|address| self.addresses.get_key_value(address))
         {
             let text = format!("address {address} is that of pod {}", other.full_name);
-            return Err(Reason::new("address_taken", text));
+            return Err(Reason::new(ReasonCode::AddressTaken, text));
         }
         let held = self.held.entry(pod.uid.clone()).or_default();
         held.cookie = Some(facts.cookie);

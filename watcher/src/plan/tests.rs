@@ -78,7 +78,7 @@ fn code(verdict: &Verdict) -> &str {
     match verdict {
         Verdict::Plain(_) => "plain",
         Verdict::Verified(_) => "verified",
-        Verdict::Waiting(reason) | Verdict::Refused { reason, .. } => &reason.code,
+        Verdict::Waiting(reason) | Verdict::Refused { reason, .. } => reason.code.code(),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, str::FromStr};
 
 use crate::model::pod::Selection;
-use crate::model::reason::Reason;
+use crate::model::reason::{Reason, ReasonCode};
 
 /// The label's value that leaves a pod alone although its namespace is enrolled.
 const NONE: &str = "none";
@@ -82,12 +82,13 @@ pub fn by_labels(labels: &BTreeMap<String, String>) -> Selection {
 pub fn unless(selection: Selection, host_network: bool, sidecar: Option<&str>) -> Selection {
     match (selection, sidecar) {
         (Selection::Enrolled, _) if host_network => Selection::LeftAlone(Reason::new(
-            "host_network",
+            ReasonCode::HostNetwork,
             "it has no network of its own: its traffic is the node's",
         )),
-        (Selection::Enrolled, Some(sidecar)) => {
-            Selection::LeftAlone(Reason::new("sidecar", format!("{sidecar}, which carries its traffic")))
-        }
+        (Selection::Enrolled, Some(sidecar)) => Selection::LeftAlone(Reason::new(
+            ReasonCode::Sidecar,
+            format!("{sidecar}, which carries its traffic"),
+        )),
         (selection, _) => selection,
     }
 }
@@ -145,9 +146,9 @@ mod tests {
     #[test]
     fn a_reason_is_given_only_where_the_pod_would_be_enrolled() {
         let code = |selection, host, sidecar| match unless(selection, host, sidecar) {
-            Selection::LeftAlone(reason) => reason.code,
-            Selection::Enrolled => "enrolled".into(),
-            Selection::Plain => "plain".into(),
+            Selection::LeftAlone(reason) => reason.code.code(),
+            Selection::Enrolled => "enrolled",
+            Selection::Plain => "plain",
         };
         assert_eq!(code(Selection::Enrolled, true, Some("a proxy")), "host_network");
         assert_eq!(code(Selection::Enrolled, false, Some("a proxy")), "sidecar");

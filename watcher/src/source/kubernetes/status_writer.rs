@@ -24,7 +24,10 @@ use tokio::{sync::mpsc, time::Instant};
 use tracing::{debug, warn};
 
 use crate::{
-    model::{reason::Reason, state::State},
+    model::{
+        reason::{Reason, ReasonCode},
+        state::State,
+    },
     source::Outcome,
 };
 
@@ -49,18 +52,6 @@ const PAUSE: Duration = Duration::from_millis(500);
 const EVENTS_A_POD: usize = 16;
 /// What the API takes as an Event's text (1 kB) and reason (128 bytes).
 const NOTE_BYTES: usize = 1024;
-
-/// What pods wait for that passes without anybody doing something about the pod: no Events of these.
-const PASSING: [&str; 8] = [
-    "no_process",
-    "no_cgroup",
-    "no_address",
-    "no_tunnel",
-    "not_acknowledged",
-    "cgroup_gone",
-    "host_network",
-    "sidecar",
-];
 
 type Outcomes = mpsc::UnboundedReceiver<(String, Option<Outcome>)>;
 
@@ -119,14 +110,13 @@ struct Complaint {
 
 impl Complaint {
     fn of_reason(reason: &Reason) -> Option<Self> {
-        let passes = PASSING.contains(&reason.code.as_str());
-        (!passes).then(|| Self::new(&reason.code, &reason.text))
+        reason.code.needs_action().then(|| Self::new(reason.code, &reason.text))
     }
 
-    fn new(code: &str, text: &str) -> Self {
+    fn new(code: ReasonCode, text: &str) -> Self {
         let mut note = format!("{code}: {text}");
         note.truncate(note.floor_char_boundary(NOTE_BYTES));
-        Self { reason: camel_case(code), note }
+        Self { reason: camel_case(code.code()), note }
     }
 }
 
@@ -208,7 +198,7 @@ impl Known {
             return None;
         }
         let nonsense = (!seen.pod.notes.is_empty())
-            .then(|| Complaint::new("bad_annotation", &seen.pod.notes.join("; ")));
+            .then(|| Complaint::new(ReasonCode::BadAnnotation, &seen.pod.notes.join("; ")));
         if let Some(complaint) = nonsense.filter(|complaint| !self.told.contains(complaint)) {
             return Some((Job::Tell(complaint), at_least(now)));
         }

@@ -12,7 +12,7 @@ fn seen(marked: bool, notes: &[&str]) -> Seen {
     seen
 }
 
-fn outcome(state: State, code: Option<&str>) -> Outcome {
+fn outcome(state: State, code: Option<ReasonCode>) -> Outcome {
     let reason = code.map(|code| Reason::new(code, "text"));
     Outcome { name: "n".to_owned(), namespace: "d".to_owned(), state, reason, addresses: Vec::new() }
 }
@@ -44,21 +44,21 @@ fn the_annotation_follows_the_state_and_only_a_difference_is_written() {
 #[test]
 fn a_reason_is_told_once_and_only_if_it_lasts() {
     let now = Instant::now();
-    let mut pod = known(seen(false, &[]), outcome(State::Closed, Some("tunnel_refused")), now);
+    let mut pod = known(seen(false, &[]), outcome(State::Closed, Some(ReasonCode::TunnelRefused)), now);
     let (job, at) = pod.next(now).unwrap();
     let Job::Tell(complaint) = job else { panic!("{job:?}") };
     assert_eq!((complaint.reason.as_str(), at), ("TunnelRefused", now + LASTS));
     pod.told.insert(complaint);
     assert_eq!(pod.next(now), None);
     // What passes by itself, and what is meant to be so, is no Event.
-    for code in PASSING {
+    for code in ReasonCode::ALL.iter().filter(|code| !code.needs_action()) {
         assert_eq!(
-            known(seen(false, &[]), outcome(State::Closed, Some(code)), now).next(now),
+            known(seen(false, &[]), outcome(State::Closed, Some(*code)), now).next(now),
             None,
             "{code}"
         );
     }
-    pod.set_outcome(Some(outcome(State::Closed, Some("address_not_held"))), now);
+    pod.set_outcome(Some(outcome(State::Closed, Some(ReasonCode::AddressNotHeld))), now);
     pod.set_outcome(Some(outcome(State::Open, None)), now + LASTS);
     assert_eq!(pod.next(now + LASTS).map(|(job, _)| job), Some(Job::Mark(true)));
 }
@@ -69,7 +69,7 @@ fn nonsense_in_annotations_is_told_at_once() {
     let pod = known(seen(true, &["key: \"x\" ignored"]), outcome(State::Open, None), now);
     let Some((Job::Tell(complaint), at)) = pod.next(now) else { panic!("{pod:?}") };
     assert_eq!((complaint.reason.as_str(), at), ("BadAnnotation", now));
-    let long = Complaint::new("code", &"ü".repeat(NOTE_BYTES));
+    let long = Complaint::new(ReasonCode::BadAnnotation, &"ü".repeat(NOTE_BYTES));
     assert!(long.note.len() <= NOTE_BYTES);
 }
 
