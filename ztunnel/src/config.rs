@@ -111,6 +111,15 @@ impl Default for PortsConfig {
     }
 }
 
+impl PortsConfig {
+    /// Whether `port` is the tunnel's own in every netns: traffic to it through the tunnel would
+    /// go in circles.
+    pub fn is_own(&self, port: u16) -> bool {
+        // 15080: where Istio's tunnel may offer SOCKS.
+        [self.outbound, self.inbound, self.hbone, 15080].contains(&port)
+    }
+}
+
 /// Workloads, services and policies from a document in place of a control plane.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub enum LocalState {

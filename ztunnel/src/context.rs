@@ -1,11 +1,6 @@
 //! What a connection is given: the process, its worker, and itself.
 
-use std::{
-    io,
-    net::{IpAddr, SocketAddr},
-    rc::Rc,
-    sync::Arc,
-};
+use std::{net::SocketAddr, rc::Rc, sync::Arc};
 
 use tokio::net::TcpStream;
 
@@ -49,19 +44,6 @@ impl ProcessContext {
         let socket = socket::Options::new(&config);
         let original_source = config.original_source.unwrap_or_else(socket::may_speak_as_others);
         Self { config, store, certificates, revocations, metrics, demand, socket, original_source }
-    }
-
-    /// The ports that are the tunnel's own in every netns; traffic to them through the tunnel would go in circles.
-    pub fn is_own_port(&self, port: u16) -> bool {
-        let ports = &self.config.ports;
-        // 15080: where Istio's tunnel may offer SOCKS.
-        [ports.outbound, ports.inbound, ports.hbone, 15080].contains(&port)
-    }
-
-    /// Connects to the application in `pod`, from its client's address if that is to be kept.
-    pub async fn dial_application(&self, pod: &Pod, to: SocketAddr, client: IpAddr) -> io::Result<TcpStream> {
-        let from = (self.original_source && pod.own_port.is_none()).then_some(client);
-        socket::connect(&pod.netns, to, from, &self.socket).await
     }
 }
 

@@ -3,6 +3,7 @@
 //! * [`workloads`], [`services`], [`policies`]: what there is, one type each; [`gateways`]: ways around
 //! * [`change`]: what a control plane tells, as a difference
 //! * [`table`]: why a snapshot of much costs little; [`index`]: what is found by what
+//! * `view`: look-ups that note what they missed
 //! * [`store`]: the current snapshot, swapped as a whole; a connection takes one and sees one truth
 //! * [`local_file`]: the source without a control plane, watched for edits
 //! * [`baggage`]: how a workload is told about to a peer
@@ -16,6 +17,7 @@ pub mod policies;
 pub mod services;
 pub mod store;
 mod table;
+mod view;
 pub mod workloads;
 
 use std::{net::IpAddr, sync::Arc};
@@ -25,6 +27,7 @@ pub use gateways::{GatewayAddress, GatewayDestination};
 pub use policies::{Policy, PolicyKey};
 pub use services::{Endpoint, Service, ServiceKey};
 pub use store::Store;
+pub use view::{MeshView, NamedGateway};
 pub use workloads::{Protocol, Workload};
 
 use index::{

@@ -22,7 +22,6 @@ pub struct Connection<'a> {
     pub source: Option<&'a Identity>,
     /// The application's address and port, never the tunnel's own 15008.
     pub destination: SocketAddr,
-    pub destination_network: &'a str,
 }
 
 /// Why a connection may not be.

@@ -17,7 +17,7 @@ use crate::{
     config::PortsConfig,
     identity::Identity,
     mesh::{
-        Endpoint, GatewayAddress, GatewayDestination, Mesh, Protocol, Service, Workload,
+        Endpoint, GatewayAddress, MeshView, Protocol, Service, Workload,
         services::{IpFamilies, LbMode},
     },
     reason::FailureReason,
@@ -127,7 +127,7 @@ impl RouteError {
 /// 2. it is a workload's: there, through its waypoint if it has one that `source` is not itself
 /// 3. it is nobody's: straight there
 pub fn outbound(
-    mesh: &Mesh,
+    mesh: &MeshView<'_>,
     source: &Workload,
     original: SocketAddr,
     rng: &mut impl Rng,
@@ -164,35 +164,9 @@ pub fn outbound(
     }))
 }
 
-/// What would have to be known to follow `original`, and is not: names to ask the control plane for.
-pub fn missing(mesh: &Mesh, source: &Workload, original: SocketAddr) -> Vec<String> {
-    let service = mesh.service_by_vip(&source.network, original.ip());
-    let workload = mesh.workload_by_address(&source.network, original.ip());
-    if service.is_none() && workload.is_none() {
-        return vec![address_name(&source.network, original.ip())];
-    }
-    let of_service = service.into_iter().flat_map(|service| {
-        let beyond = |endpoint: &&Endpoint| endpoint.workload.network != source.network;
-        let endpoints = mesh.endpoints(&service.key()).iter().filter(beyond);
-        let gateways = endpoints.filter_map(|endpoint| endpoint.workload.network_gateway.as_ref());
-        let weighted = service.weighted_waypoints.iter().map(|waypoint| &waypoint.destination);
-        weighted.chain(&service.waypoint).chain(gateways)
-    });
-    let gateways = of_service.chain(workload.and_then(|workload| workload.waypoint.as_ref()));
-    let mut names: Vec<_> = gateways.filter_map(|gateway| gateways::missing(mesh, gateway)).collect();
-    names.sort_unstable();
-    names.dedup();
-    names
-}
-
-/// What an address is called by the control plane.
-pub fn address_name(network: &str, ip: IpAddr) -> String {
-    GatewayDestination::Address(network.into(), ip.to_canonical()).to_string()
-}
-
 /// `None`: it has no waypoint, or `source` is it, or one of them: its own traffic must get past itself.
 fn to_service_waypoint(
-    mesh: &Mesh,
+    mesh: &MeshView<'_>,
     source: &Workload,
     service: &Arc<Service>,
     original: SocketAddr,
@@ -219,7 +193,7 @@ fn to_service_waypoint(
 
 /// A waypoint is asked for what was dialled: choosing the endpoint is its work.
 fn to_waypoint(
-    mesh: &Mesh,
+    mesh: &MeshView<'_>,
     source: &Workload,
     waypoint: &GatewayAddress,
     original: SocketAddr,
@@ -239,7 +213,7 @@ fn no_waypoint(destination: String, waypoint: &GatewayAddress) -> RouteError {
 }
 
 fn to_service(
-    mesh: &Mesh,
+    mesh: &MeshView<'_>,
     source: &Workload,
     service: &Arc<Service>,
     original: SocketAddr,
@@ -307,7 +281,7 @@ impl<'a> Reach<'a> {
 
 /// Addresses mean nothing beyond the gateway, so both tunnels are asked for the service's name.
 fn to_gateway(
-    mesh: &Mesh,
+    mesh: &MeshView<'_>,
     source: &Workload,
     service: &Arc<Service>,
     endpoint: &Workload,

@@ -1,4 +1,5 @@
-//! What a connection must know before it can be judged: its pod's workload, and whatever else its rules ask for.
+//! Waits for what a connection needs to know before it can be decided: the workload of its own
+//! pod, and whatever else the rules look up.
 
 use std::{sync::Arc, time::Duration};
 
@@ -7,63 +8,78 @@ use tokio::time::timeout;
 use crate::{
     context::ProcessContext,
     discovery::demand::UnresolvedName,
-    mesh::{Mesh, Workload},
+    mesh::{Mesh, MeshView, Workload},
     pod::Pod,
 };
 
-/// A connection may come before the source of workloads has told about its pod.
+/// A connection may come before the source of workloads has described its pod.
 const WORKLOAD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The pod is served, but nobody has told what workload it is.
+/// The pod is served, but no source has described its workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("failed to fetch information about local workload")]
 pub struct UnknownWorkload;
 
-impl ProcessContext {
-    /// The pod's workload and the snapshot that has it. Waits for it a little, if it is not there yet.
-    pub async fn workload(&self, pod: &Pod) -> Result<(Arc<Mesh>, Arc<Workload>), UnknownWorkload> {
-        let mut changes = self.store.subscribe();
-        let arrived = async {
-            loop {
-                changes.mark_unchanged();
-                let mesh = self.store.snapshot();
-                let info = &pod.info;
-                let found =
-                    mesh.workload_by_name(&info.namespace, &info.name, &info.service_account).cloned();
-                if let Some(workload) = found {
-                    return Some((mesh, workload));
-                }
-                if let Some(demand) = &self.demand {
-                    // As Istio's control plane calls a pod; it tells of this node's by itself.
-                    demand.subscribe(&format!(
-                        "{}//Pod/{}/{}",
-                        self.config.cluster_id, info.namespace, info.name
-                    ));
-                }
-                changes.changed().await.ok()?;
-            }
-        };
-        timeout(WORKLOAD_TIMEOUT, arrived).await.ok().flatten().ok_or(UnknownWorkload)
-    }
-
-    /// A snapshot that has all of what is `missing` in `mesh`, by name, or of which the control plane said that it is not
-    /// there. Where the mesh is told of as a whole, that is `mesh` itself.
-    pub async fn informed(
-        &self,
-        mut mesh: Arc<Mesh>,
-        missing: impl Fn(&Mesh) -> Vec<String>,
-    ) -> Result<Arc<Mesh>, UnresolvedName> {
-        let Some(demand) = &self.demand else { return Ok(mesh) };
+/// The pod's workload and a snapshot that has it. Waits up to 5 s for it.
+///
+/// # Errors
+/// No source described the workload in that time.
+pub async fn own_workload(
+    process: &ProcessContext,
+    pod: &Pod,
+) -> Result<(Arc<Mesh>, Arc<Workload>), UnknownWorkload> {
+    let mut changes = process.store.subscribe();
+    let arrived = async {
         loop {
-            let mut new = false;
-            for name in missing(&mesh) {
-                new |= demand.resolve(&name).await?;
+            changes.mark_unchanged();
+            let mesh = process.store.snapshot();
+            let info = &pod.info;
+            let found = mesh.workload_by_name(&info.namespace, &info.name, &info.service_account).cloned();
+            if let Some(workload) = found {
+                return Some((mesh, workload));
             }
-            // What was told may name others in turn. Ends, since a name is new once.
-            if !new {
-                return Ok(mesh);
+            if let Some(demand) = &process.demand {
+                // Istio's form of a pod's uid. Its control plane sends the pods of this node unasked.
+                let cluster = &process.config.cluster_id;
+                demand.subscribe(&format!("{cluster}//Pod/{}/{}", info.namespace, info.name));
             }
-            mesh = self.store.snapshot();
+            changes.changed().await.ok()?;
         }
+    };
+    timeout(WORKLOAD_TIMEOUT, arrived).await.ok().flatten().ok_or(UnknownWorkload)
+}
+
+/// What `rule` decides when it knows everything that it looks up, and the snapshot that it decided
+/// on.
+///
+/// Where the mesh is known on demand, requests the names that the rule did not find and runs the
+/// rule again, until it misses only names that the control plane has answered before. Otherwise
+/// the rule runs once, on `mesh`.
+///
+/// # Errors
+/// The control plane did not answer in time.
+pub async fn ensure_known<T>(
+    process: &ProcessContext,
+    mut mesh: Arc<Mesh>,
+    mut rule: impl FnMut(&MeshView<'_>) -> T,
+) -> Result<(Arc<Mesh>, T), UnresolvedName> {
+    let Some(demand) = &process.demand else {
+        let decided = rule(&MeshView::complete(&mesh));
+        return Ok((mesh, decided));
+    };
+    loop {
+        let (decided, missed) = {
+            let view = MeshView::on_demand(&mesh);
+            (rule(&view), view.into_missed())
+        };
+        let mut new = false;
+        for name in missed {
+            new |= demand.resolve(&name).await?;
+        }
+        // An answer may name others in turn. Ends, since a name is new only once.
+        if !new {
+            return Ok((mesh, decided));
+        }
+        mesh = process.store.snapshot();
     }
 }

@@ -8,14 +8,7 @@ use crate::{
     mesh::{Mesh, Workload},
     pod::Pod,
     policy::{self, Denied},
-    route,
 };
-
-/// The client's name to ask the control plane for, if nobody has told who it is.
-pub(super) fn unknown_client(mesh: &Mesh, workload: &Workload, client: IpAddr) -> Vec<String> {
-    let known = mesh.workload_by_address(&workload.network, client).is_some();
-    (!known).then(|| route::address_name(&workload.network, client)).into_iter().collect()
-}
 
 /// Whether policy lets `client` reach `target` of `workload`.
 pub(super) fn check(
@@ -25,9 +18,7 @@ pub(super) fn check(
     identity: Option<&Identity>,
     target: SocketAddr,
 ) -> Result<(), Denied> {
-    let destination_network = &workload.network;
-    let connection =
-        policy::Connection { source_ip: client, source: identity, destination: target, destination_network };
+    let connection = policy::Connection { source_ip: client, source: identity, destination: target };
     policy::check(mesh, workload, &connection)
 }
 

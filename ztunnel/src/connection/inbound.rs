@@ -9,12 +9,13 @@ use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
 
 use delivery::{Delivery, Handover, delivery};
 use http::{HeaderMap, HeaderValue, Method};
-use source::{Asker, source};
+use source::{Peer, source};
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 use tracing::debug;
 
 use super::{
-    admission::{check, unknown_client, until_denied},
+    admission::{check, until_denied},
+    application,
     error::InboundError,
 };
 use crate::{
@@ -30,6 +31,7 @@ use crate::{
     record::{Counters, Ends, Failure, Record, denied_early},
     socket,
     stream::{self, SocketIs, StreamError},
+    workload_lookup::{ensure_known, own_workload},
 };
 
 /// One tunnel of a peer, as its requests see it.
@@ -130,25 +132,27 @@ async fn admit(tunnel: &Tunnel, asked: &Asked) -> Result<Admitted, InboundError>
     if shared.revocations.is_revoked(&tunnel.chain) {
         return Err(InboundError::Revoked);
     }
-    let (mesh, workload) = shared.workload(&tunnel.pod).await?;
-    let missing = |mesh: &Mesh| delivery::missing(mesh, &workload, tunnel.local, &target);
-    let mesh = shared.informed(mesh, missing).await?;
-    let mut delivery = delivery(&mesh, &workload, tunnel.local, target, shared.config.proxy_to)?;
+    let (mesh, workload) = own_workload(shared, &tunnel.pod).await?;
+    let (mesh, delivery) = ensure_known(shared, mesh, |view| {
+        delivery(view, &workload, tunnel.local, &target, shared.config.proxy_to)
+    })
+    .await?;
+    let mut delivery = delivery?;
     let port = delivery.target.port();
     let foreign = tunnel.pod.own_port.is_some_and(|own| own != port);
-    if foreign || shared.is_own_port(port) {
+    if foreign || shared.config.ports.is_own(port) {
         return Err(InboundError::Recursive);
     }
     check(&mesh, &workload, tunnel.peer.ip(), tunnel.identity.as_ref(), delivery.target)?;
     if delivery.service.is_none() {
         delivery.service = forwarded_service(&mesh, &workload, request.headers());
     }
-    let client = |mesh: &Mesh| unknown_client(mesh, &workload, tunnel.peer.ip());
-    // For labels: without an answer there are none.
-    let mesh = shared.informed(Arc::clone(&mesh), client).await.unwrap_or(mesh);
-    let peer = Asker { ip: tunnel.peer.ip(), identity: tunnel.identity.as_ref() };
+    let peer = Peer { ip: tunnel.peer.ip(), identity: tunnel.identity.as_ref() };
     let believed = shared.config.response_baggage;
-    let source = source(&mesh, &workload, peer, request.headers(), believed);
+    let source =
+        ensure_known(shared, mesh, |view| source(view, &workload, peer, request.headers(), believed)).await;
+    // For labels: without an answer there are none.
+    let source = source.map_or(None, |(_, source)| source);
     Ok(Admitted { workload, source, delivery })
 }
 
@@ -216,7 +220,7 @@ async fn dial(tunnel: &Tunnel, delivery: &Delivery) -> io::Result<TcpStream> {
     let shared = &tunnel.worker.shared;
     let (dial, asked) = match delivery.to {
         Handover::Plain => {
-            return shared.dial_application(&tunnel.pod, delivery.target, tunnel.peer.ip()).await;
+            return application::dial(shared, &tunnel.pod, delivery.target, tunnel.peer.ip()).await;
         }
         Handover::Proxy { dial, asked } => (dial, asked),
     };

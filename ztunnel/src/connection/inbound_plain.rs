@@ -4,15 +4,17 @@
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use super::{
-    admission::{check, unknown_client, until_denied},
+    admission::{check, until_denied},
+    application,
     error::InboundError,
 };
 use crate::{
     context::Accepted,
     direction::Direction,
-    mesh::{Mesh, Workload},
+    mesh::Workload,
     record::{Counters, Ends, Failure, Record, denied_early},
     socket, stream,
+    workload_lookup::{ensure_known, own_workload},
 };
 
 /// A connection that was captured on 15006.
@@ -21,37 +23,45 @@ pub async fn serve(accepted: Accepted) {
     let Ok(target) = socket::original_dst(&accepted.stream) else { return socket::reset(accepted.stream) };
     let metrics = Arc::clone(&accepted.worker.shared.metrics);
     let mut ends = Ends::new(Direction::Inbound, client, target);
-    let (mesh, workload) = match admit(&accepted, target).await {
+    let Admitted { source, workload } = match admit(&accepted, target).await {
         Ok(admitted) => admitted,
         Err(error) => {
             denied_early(&metrics, &ends, &error);
             return socket::reset(accepted.stream);
         }
     };
-    ends.source_workload = mesh.workload_by_address(&workload.network, client.ip()).cloned();
+    ends.source_workload = source;
     ends.destination_workload = Some(workload);
     let record = Record::open(&metrics, ends);
     let result = carry(accepted, target, record.counters()).await;
     record.close(result.as_ref().copied().map_err(|error| error as &dyn Failure));
 }
 
-async fn admit(accepted: &Accepted, target: SocketAddr) -> Result<(Arc<Mesh>, Arc<Workload>), InboundError> {
+/// Both ends of a connection that policy allows.
+struct Admitted {
+    /// For labels.
+    source: Option<Arc<Workload>>,
+    workload: Arc<Workload>,
+}
+
+async fn admit(accepted: &Accepted, target: SocketAddr) -> Result<Admitted, InboundError> {
     let shared = &accepted.worker.shared;
-    if shared.is_own_port(target.port()) {
+    if shared.config.ports.is_own(target.port()) {
         return Err(InboundError::Recursive);
     }
-    let (mesh, workload) = shared.workload(&accepted.pod).await?;
-    check(&mesh, &workload, accepted.client.ip(), None, target)?;
-    let client = |mesh: &Mesh| unknown_client(mesh, &workload, accepted.client.ip());
+    let (mesh, workload) = own_workload(shared, &accepted.pod).await?;
+    let client = accepted.client.ip();
+    check(&mesh, &workload, client, None, target)?;
+    let source =
+        ensure_known(shared, mesh, |view| view.workload_by_address(&workload.network, client).cloned()).await;
     // For labels: without an answer there are none.
-    let mesh = shared.informed(Arc::clone(&mesh), client).await.unwrap_or(mesh);
-    Ok((mesh, workload))
+    Ok(Admitted { source: source.map_or(None, |(_, source)| source), workload })
 }
 
 async fn carry(accepted: Accepted, target: SocketAddr, counters: &Counters) -> Result<(), InboundError> {
     let Accepted { stream, client, pod, worker } = accepted;
     let (shared, began) = (&worker.shared, Instant::now());
-    let application = match shared.dial_application(&pod, target, client.ip()).await {
+    let application = match application::dial(shared, &pod, target, client.ip()).await {
         Ok(application) => application,
         Err(error) => {
             socket::reset(stream);

@@ -14,11 +14,12 @@ use crate::{
     context::Accepted,
     direction::Direction,
     hbone::client::ConnectError,
-    mesh::{Mesh, Workload},
+    mesh::{MeshView, Workload},
     record::{Counters, Ends, Failure, Record, denied_early},
     route::{self, Outbound, OutboundRoute, Via},
     socket,
     stream::{self, SocketIs},
+    workload_lookup::{ensure_known, own_workload},
 };
 
 /// A connection that was captured on 15001.
@@ -64,18 +65,18 @@ async fn plan(
     let original =
         socket::original_dst(&accepted.stream).map_err(|error| (None, OutboundError::OriginalDst(error)))?;
     let failed = |error: OutboundError| (Some(original), error);
-    let (mesh, source) = shared.workload(&accepted.pod).await.map_err(|error| failed(error.into()))?;
+    let (mesh, source) = own_workload(shared, &accepted.pod).await.map_err(|error| failed(error.into()))?;
     // Whoever dials the tunnel itself has no destination; carrying it would lead back here.
     let to_itself = original.ip().is_loopback() || source.addresses.contains(&original.ip());
     let local = accepted.stream.local_addr().map(|local| local.ip().to_canonical());
-    if shared.is_own_port(original.port()) && (to_itself || local.is_ok_and(|local| local == original.ip())) {
+    if shared.config.ports.is_own(original.port())
+        && (to_itself || local.is_ok_and(|local| local == original.ip()))
+    {
         return Err(failed(OutboundError::Recursive));
     }
-    let missing = |mesh: &Mesh| route::missing(mesh, &source, original);
-    let mesh = shared.informed(mesh, missing).await.map_err(|error| failed(error.into()))?;
-    let found =
-        route::outbound(&mesh, &source, original, &mut rand::rng()).map_err(|error| failed(error.into()))?;
-    let route = match found {
+    let rule = |view: &MeshView<'_>| route::outbound(view, &source, original, &mut rand::rng());
+    let (_, found) = ensure_known(shared, mesh, rule).await.map_err(|error| failed(error.into()))?;
+    let route = match found.map_err(|error| failed(error.into()))? {
         Outbound::Route(route) => route,
         Outbound::Unlocated(endpoint) => {
             let (lookups, families) = (&accepted.worker.lookups, endpoint.families());

@@ -38,7 +38,6 @@ fn checked(policies: Vec<Policy>, plaintext: bool) -> Result<(), Denied> {
         source_ip: ip("10.0.0.1"),
         source: (!plaintext).then_some(&source),
         destination: "10.0.0.2:8080".parse().unwrap(),
-        destination_network: "",
     };
     check(&mesh, mesh.workload_by_address("", ip("10.0.0.2")).unwrap(), &connection)
 }
@@ -214,7 +213,6 @@ fn a_policy_protects_its_scope() {
             source_ip: ip("10.0.0.9"),
             source: None,
             destination: "10.0.0.1:80".parse().unwrap(),
-            destination_network: "",
         };
         let refused = mesh.workloads().filter(|workload| check(&mesh, workload, &connection).is_err());
         refused.map(|workload| workload.name.to_string()).collect()
@@ -233,7 +231,6 @@ fn an_address_counts_in_either_of_its_forms() {
         source_ip: ip("::ffff:10.0.0.1"),
         source: None,
         destination: "[::ffff:10.0.0.2]:80".parse().unwrap(),
-        destination_network: "",
     };
     let db = mesh.workload_by_address("", ip("10.0.0.2")).unwrap();
     check(&mesh, db, &connection).unwrap_err();

@@ -10,7 +10,7 @@ use rand::Rng;
 use super::balance;
 use crate::{
     identity::Identity,
-    mesh::{GatewayAddress, GatewayDestination, Mesh, Service, Workload, services::IpFamilies},
+    mesh::{GatewayAddress, GatewayDestination, MeshView, NamedGateway, Workload, services::IpFamilies},
 };
 
 /// A tunnel's end that carries traffic for others.
@@ -30,48 +30,23 @@ pub(super) enum Within {
     AnyNetwork,
 }
 
-/// What a gateway's name stands for.
-enum Named<'a> {
-    Service(&'a Arc<Service>),
-    Workload(&'a Arc<Workload>),
-}
-
-/// By address: a service's, else a workload's. By host name likewise.
-fn named<'a>(mesh: &'a Mesh, gateway: &GatewayAddress) -> Option<Named<'a>> {
-    match &gateway.destination {
-        GatewayDestination::Address(network, ip) => match mesh.service_by_vip(network, *ip) {
-            Some(service) => Some(Named::Service(service)),
-            None => mesh.workload_by_address(network, *ip).map(Named::Workload),
-        },
-        GatewayDestination::Hostname(key) => match mesh.service(key) {
-            Some(service) => Some(Named::Service(service)),
-            None => mesh.workload_by_hostname(key).map(Named::Workload),
-        },
-    }
-}
-
-/// The name to ask the control plane for, if nobody has told what `gateway` is.
-pub(super) fn missing(mesh: &Mesh, gateway: &GatewayAddress) -> Option<String> {
-    named(mesh, gateway).is_none().then(|| gateway.destination.to_string())
-}
-
 /// Whether `workload` itself is (one of) what `gateway` names. Told by what it is, not by its identity alone, which
 /// others may share.
-pub(crate) fn is_gateway(mesh: &Mesh, workload: &Workload, gateway: &GatewayAddress) -> bool {
-    match named(mesh, gateway) {
-        Some(Named::Service(service)) => {
+pub(crate) fn is_gateway(mesh: &MeshView<'_>, workload: &Workload, gateway: &GatewayAddress) -> bool {
+    match mesh.gateway(gateway) {
+        Some(NamedGateway::Service(service)) => {
             let key = service.key();
             // From the workload's side: it has few services, the service may have many endpoints.
             workload.services.contains_key(&key)
         }
-        Some(Named::Workload(named)) => named.uid == workload.uid,
+        Some(NamedGateway::Workload(named)) => named.uid == workload.uid,
         None => false,
     }
 }
 
 /// One of those that `gateway` names, for a client. `None`: nobody knows it, or nobody of it is healthy and within reach.
 pub(super) fn resolve(
-    mesh: &Mesh,
+    mesh: &MeshView<'_>,
     client: &Workload,
     gateway: &GatewayAddress,
     within: Within,
@@ -80,8 +55,8 @@ pub(super) fn resolve(
 ) -> Option<Gateway> {
     let port = gateway.hbone_mtls_port;
     let is_within = |workload: &Workload| within == Within::AnyNetwork || workload.network == client.network;
-    match named(mesh, gateway)? {
-        Named::Workload(workload) => {
+    match mesh.gateway(gateway)? {
+        NamedGateway::Workload(workload) => {
             if !is_within(workload) {
                 return None;
             }
@@ -95,7 +70,7 @@ pub(super) fn resolve(
                 expected: vec![workload.identity()],
             })
         }
-        Named::Service(service) => {
+        NamedGateway::Service(service) => {
             let endpoints = mesh.endpoints(&service.key()).iter();
             let candidates =
                 endpoints.filter(|endpoint| is_within(&endpoint.workload)).filter_map(|endpoint| {

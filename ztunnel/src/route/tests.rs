@@ -4,15 +4,16 @@ use rand::{SeedableRng, rngs::StdRng};
 
 use super::*;
 use crate::mesh::{
-    GatewayAddress,
+    GatewayAddress, Mesh,
     gateways::WeightedWaypoint,
     services::{HealthPolicy, LbMode, LoadBalancing, Visibility},
     tests::{but, ip, service, workload},
 };
 
-/// Endpoints of service `web` at 10.96.0.1:80 → 8080; `change` turns plain ones into what a test needs.
+mod on_demand;
 mod waypoints;
 
+/// Endpoints of service `web` at 10.96.0.1:80 → 8080; `change` turns plain ones into what a test needs.
 fn mesh<const N: usize>(change: impl Fn(usize, &mut Workload), addresses: [&str; N]) -> Mesh {
     mesh_with(service("web", "10.96.0.1"), change, addresses)
 }
@@ -43,7 +44,7 @@ fn outbound(
     original: SocketAddr,
     rng: &mut impl Rng,
 ) -> Result<OutboundRoute, RouteError> {
-    super::outbound(mesh, source, original, rng).map(|outbound| match outbound {
+    super::outbound(&MeshView::complete(mesh), source, original, rng).map(|outbound| match outbound {
         Outbound::Route(route) => route,
         Outbound::Unlocated(unlocated) => panic!("{unlocated:?}"),
     })
@@ -300,7 +301,9 @@ fn an_endpoint_known_by_name_alone_is_to_be_looked_up() {
     };
     let mesh = mesh(named, ["10.0.0.1"]);
     let (client, mut rng) = (workload("client", "10.0.9.9"), StdRng::seed_from_u64(7));
-    let found = super::outbound(&mesh, &client, "10.96.0.1:80".parse().unwrap(), &mut rng).unwrap();
+    let found =
+        super::outbound(&MeshView::complete(&mesh), &client, "10.96.0.1:80".parse().unwrap(), &mut rng)
+            .unwrap();
     let Outbound::Unlocated(unlocated) = found else { panic!("{found:?}") };
     assert_eq!(&*unlocated.hostname, "db.example");
     let route = unlocated.located(ip("192.0.2.7"));

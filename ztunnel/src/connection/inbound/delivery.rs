@@ -10,8 +10,8 @@ use crate::connection::error::InboundError;
 use crate::{
     config::ProxyTo,
     hbone::Target,
-    mesh::{GatewayAddress, Mesh, Service, Workload, workloads::ApplicationProtocol},
-    route::{self, is_gateway},
+    mesh::{GatewayAddress, MeshView, Service, Workload, workloads::ApplicationProtocol},
+    route::is_gateway,
 };
 
 /// How a connection is handed to the application.
@@ -34,10 +34,10 @@ pub(super) enum Handover {
 
 /// `local`: the address at which the pod was reached.
 pub(super) fn delivery(
-    mesh: &Mesh,
+    mesh: &MeshView<'_>,
     workload: &Workload,
     local: SocketAddr,
-    target: Target,
+    target: &Target,
     proxy_to: ProxyTo,
 ) -> Result<Delivery, InboundError> {
     let (service, asked) = match target {
@@ -57,7 +57,7 @@ pub(super) fn delivery(
             (service, SocketAddr::new(ip, asked.port()))
         }
         Target::Host { name, port } => {
-            let (service, port) = resolve(mesh, workload, name, port)?;
+            let (service, port) = resolve(mesh, workload, name, *port)?;
             (service, SocketAddr::new(local.ip(), port))
         }
     };
@@ -78,20 +78,6 @@ pub(super) fn delivery(
     Ok(Delivery { service, target, to })
 }
 
-/// What would have to be known for that, and is not: names to ask the control plane for.
-pub(super) fn missing(mesh: &Mesh, workload: &Workload, local: SocketAddr, target: &Target) -> Vec<String> {
-    match target {
-        Target::Address(asked) if asked.ip().to_canonical() == local.ip() => Vec::new(),
-        // What is asked for names its waypoint: only then that is of interest.
-        Target::Address(asked) => route::missing(mesh, workload, *asked),
-        Target::Host { name, .. } if workload.hostname.as_deref() == Some(&**name) => Vec::new(),
-        Target::Host { name, .. } => match mesh.service_by_hostname(name, &workload.namespace) {
-            Some(_) => Vec::new(),
-            None => vec![format!("{}/{name}", workload.namespace)],
-        },
-    }
-}
-
 /// Whether, and for what, a workload is the waypoint.
 enum Waypoint {
     No,
@@ -100,7 +86,7 @@ enum Waypoint {
 }
 
 /// Whether what is at `asked` names `workload` as its waypoint.
-fn waypoint_for(mesh: &Mesh, workload: &Workload, asked: IpAddr) -> Waypoint {
+fn waypoint_for(mesh: &MeshView<'_>, workload: &Workload, asked: IpAddr) -> Waypoint {
     if let Some(service) = mesh.service_by_vip(&workload.network, asked) {
         let ours = is_waypoint_of(mesh, workload, service);
         return if ours { Waypoint::OfService(Arc::clone(service)) } else { Waypoint::No };
@@ -112,23 +98,23 @@ fn waypoint_for(mesh: &Mesh, workload: &Workload, asked: IpAddr) -> Waypoint {
     }
 }
 
-fn is_waypoint_of(mesh: &Mesh, workload: &Workload, service: &Service) -> bool {
+fn is_waypoint_of(mesh: &MeshView<'_>, workload: &Workload, service: &Service) -> bool {
     let weighted = service.weighted_waypoints.iter().map(|waypoint| &waypoint.destination);
     weighted.chain(&service.waypoint).any(|waypoint| is_gateway(mesh, workload, waypoint))
 }
 
 /// A service by name, and the port at which this workload serves it, or takes it as its waypoint.
 fn resolve(
-    mesh: &Mesh,
+    mesh: &MeshView<'_>,
     workload: &Workload,
-    name: String,
+    name: &str,
     port: u16,
 ) -> Result<(Option<Arc<Service>>, u16), InboundError> {
-    if workload.hostname.as_deref() == Some(&*name) {
+    if workload.hostname.as_deref() == Some(name) {
         return Ok((None, port));
     }
-    let Some(service) = mesh.service_by_hostname(&name, &workload.namespace) else {
-        return Err(InboundError::UnknownHost(name));
+    let Some(service) = mesh.service_by_hostname(name, &workload.namespace) else {
+        return Err(InboundError::UnknownHost(name.to_owned()));
     };
     let ours = mesh.endpoints(&service.key()).iter().find(|endpoint| endpoint.workload.uid == workload.uid);
     if let Some(target) = ours.and_then(|endpoint| endpoint.target_port(service, port)) {
@@ -137,13 +123,14 @@ fn resolve(
     if ours.is_none() && service.ports.contains_key(&port) && is_waypoint_of(mesh, workload, service) {
         return Ok((Some(Arc::clone(service)), port));
     }
-    Err(InboundError::UnknownPort { service: name, port })
+    Err(InboundError::UnknownPort { service: name.to_owned(), port })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::mesh::{
+        Mesh,
         tests::{service, workload},
         workloads::ApplicationTunnel,
     };
@@ -172,7 +159,8 @@ mod tests {
         proxy_to: ProxyTo,
     ) -> Result<Delivery, InboundError> {
         let (mesh, waypoint) = mesh(tunnel);
-        delivery(&mesh, &waypoint, "10.0.8.8:15008".parse().unwrap(), authority.parse().unwrap(), proxy_to)
+        let (view, local) = (MeshView::complete(&mesh), "10.0.8.8:15008".parse().unwrap());
+        delivery(&view, &waypoint, local, &authority.parse().unwrap(), proxy_to)
     }
 
     #[test]
@@ -228,7 +216,8 @@ mod tests {
         let other = mesh.workloads().find(|pod| &*pod.name == "other-0").unwrap();
         let at = |authority: &str| {
             let local = "10.0.0.2:15008".parse().unwrap();
-            delivery(&mesh, other, local, authority.parse().unwrap(), ProxyTo::Loopback)
+            let view = MeshView::complete(&mesh);
+            delivery(&view, other, local, &authority.parse().unwrap(), ProxyTo::Loopback)
                 .map(|delivery| delivery.target.port())
         };
         assert_eq!(at("named.default.svc.cluster.local:80").unwrap(), 8080);
@@ -238,5 +227,25 @@ mod tests {
         assert!(matches!(at("nobody.default.svc.cluster.local:80"), Err(InboundError::UnknownHost(_))));
         // Another's service, of which it is no waypoint.
         assert!(matches!(at("web.default.svc.cluster.local:80"), Err(InboundError::UnknownPort { .. })));
+    }
+
+    #[test]
+    fn what_is_not_known_of_the_request_is_missed() {
+        let (mesh, waypoint) = mesh(None);
+        let missed = |mesh: &Mesh, authority: &str| {
+            let (view, local) = (MeshView::on_demand(mesh), "10.0.8.8:15008".parse().unwrap());
+            let _ = delivery(&view, &waypoint, local, &authority.parse().unwrap(), ProxyTo::Loopback);
+            view.into_missed()
+        };
+        let empty = Mesh::default();
+        assert_eq!(missed(&empty, "10.0.0.7:80"), ["/10.0.0.7"]);
+        assert_eq!(missed(&empty, "web.example:80"), ["default/web.example"]);
+        assert!(missed(&empty, "10.0.8.8:80").is_empty(), "its own address");
+        for known in ["10.96.0.1:80", "10.0.0.1:80", "web.default.svc.cluster.local:80"] {
+            assert!(missed(&mesh, known).is_empty(), "{known}");
+            // Of the same, but without the waypoint that they name.
+            let gone = mesh.with([crate::mesh::MeshChange::RemoveWorkload(waypoint.uid.clone())]);
+            assert_eq!(missed(&gone, known), ["/10.0.8.8"], "{known}");
+        }
     }
 }

@@ -7,12 +7,12 @@ use http::{HeaderMap, HeaderValue};
 use crate::{
     hbone::{BAGGAGE, FORWARDED_NETWORK},
     identity::Identity,
-    mesh::{Mesh, Workload, baggage},
+    mesh::{MeshView, Workload, baggage},
 };
 
 /// The peer, by its TCP connection and by its certificate.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Asker<'a> {
+pub(super) struct Peer<'a> {
     pub ip: IpAddr,
     pub identity: Option<&'a Identity>,
 }
@@ -20,27 +20,30 @@ pub(super) struct Asker<'a> {
 /// By address, unless the request came from another network (`x-forwarded-network`), where that address is the
 /// gateway's: then the client's own word, if that is `believed`, is all there is.
 pub(super) fn source(
-    mesh: &Mesh,
+    mesh: &MeshView<'_>,
     workload: &Workload,
-    asker: Asker<'_>,
+    peer: Peer<'_>,
     headers: &HeaderMap,
     believed: bool,
 ) -> Option<Arc<Workload>> {
     let from = headers.get(FORWARDED_NETWORK).map(HeaderValue::as_bytes);
     if from.is_none_or(|network| network.eq_ignore_ascii_case(workload.network.as_bytes())) {
-        return mesh.workload_by_address(&workload.network, asker.ip).cloned();
+        return mesh.workload_by_address(&workload.network, peer.ip).cloned();
     }
     if !believed {
         return None;
     }
     let lines = headers.get_all(BAGGAGE).iter().filter_map(|line| line.to_str().ok());
-    Some(Arc::new(baggage::parse(lines).into_workload(asker.identity)))
+    Some(Arc::new(baggage::parse(lines).into_workload(peer.identity)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mesh::tests::{but, ip, workload};
+    use crate::mesh::{
+        Mesh,
+        tests::{but, ip, workload},
+    };
 
     #[test]
     fn the_client_is_known_by_address_unless_it_comes_from_another_network() {
@@ -56,8 +59,8 @@ mod tests {
             }
             headers.insert(BAGGAGE, HeaderValue::from_static("k8s.deployment.name=far"));
             headers.append(BAGGAGE, HeaderValue::from_static("service.name=shop,cloud.region=r"));
-            let asker = Asker { ip: ip("10.0.0.2"), identity: Some(&identity) };
-            source(&mesh, &server, asker, &headers, believed)
+            let peer = Peer { ip: ip("10.0.0.2"), identity: Some(&identity) };
+            source(&MeshView::complete(&mesh), &server, peer, &headers, believed)
         };
         for network in [None, Some("East"), Some("eaST")] {
             assert_eq!(&*known_as(network, true).unwrap().name, "near-0", "{network:?}");
@@ -68,5 +71,19 @@ mod tests {
             assert_eq!((&*told.namespace, &*told.locality.region), ("shop", "r"), "the namespace is proven");
             assert!(known_as(network, false).is_none());
         }
+    }
+
+    #[test]
+    fn an_unknown_client_is_missed_unless_it_comes_from_another_network() {
+        let (mesh, server) = (Mesh::default(), workload("web-0", "10.0.0.1"));
+        let missed = |headers: &HeaderMap| {
+            let view = MeshView::on_demand(&mesh);
+            let peer = Peer { ip: ip("10.0.0.2"), identity: None };
+            assert!(source(&view, &server, peer, headers, false).is_none());
+            view.into_missed()
+        };
+        let far = HeaderMap::from_iter([(FORWARDED_NETWORK, HeaderValue::from_static("west"))]);
+        assert_eq!(missed(&HeaderMap::new()), ["/10.0.0.2"]);
+        assert!(missed(&far).is_empty());
     }
 }
