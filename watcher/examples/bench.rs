@@ -113,7 +113,8 @@ fn main() -> ExitCode {
     }
     print!("{:<22}", "memory, peak");
     for variant in &variants {
-        let peaks = tunnels(variant).map(|pid| peak_mib(pid).map_or("-".into(), |mib| format!("{mib:.0}")));
+        let peaks =
+            tunnels(variant).map(|pid| peak_mib(pid).map_or_else(|| "-".into(), |mib| format!("{mib:.0}")));
         print!("{:<44}", format!("{}+{} MiB", peaks[0], peaks[1]));
     }
     println!();

@@ -28,7 +28,9 @@ fn milliseconds(duration: Duration) -> f64 {
 /// Of pods that connect once each in a round: by when so many of them were of the new kind.
 fn report_sampled(what: &str, sampled: &mut Sampled) {
     let mut at = |share| {
-        sampled.reached(share).map_or("never".to_owned(), |time| format!("{:.1} ms", milliseconds(time)))
+        sampled
+            .reached(share)
+            .map_or_else(|| "never".to_owned(), |time| format!("{:.1} ms", milliseconds(time)))
     };
     println!("{what:<34} p50 {:>10}   p90 {:>10}   p99 {:>10}", at(0.5), at(0.9), at(0.99));
 }

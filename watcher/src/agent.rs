@@ -396,7 +396,7 @@ impl Node {
             known.problem = Some(reason);
         }
         // Tried again with the next look, which is due soon.
-        known.next_look.get_or_insert(Instant::now() + apply::AGAIN);
+        known.next_look.get_or_insert_with(|| Instant::now() + apply::AGAIN);
     }
 
     fn forget_problem(&mut self, uid: &str) {

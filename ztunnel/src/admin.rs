@@ -9,7 +9,7 @@ mod overview;
 mod page;
 mod profile;
 
-pub use overview::Overview;
+pub use overview::{CertificateOverview, FailureCount, LastFailure, Overview, PodOverview};
 
 use std::{
     fmt, io,

@@ -19,7 +19,7 @@ use ztunnel_api::{
     workload::{Address, address},
 };
 
-use convert::InvalidResource;
+pub use convert::InvalidResource;
 use interner::Interner;
 
 use crate::mesh::{MeshChange, local_file::ResourceDefaults, workloads::Common};

@@ -110,7 +110,7 @@ pub enum IdentityError {
     #[error("asked for {asked}, the certificate service signed {got}")]
     Mismatch { asked: Identity, got: String },
     #[error("the certificate of {identity} has expired and could not be renewed")]
-    Expired { identity: Identity, source: Option<Arc<IdentityError>> },
+    Expired { identity: Identity, source: Option<Arc<Self>> },
     #[error("{identity} is no longer served here")]
     Forgotten { identity: Identity },
     #[error("the tunnel stops")]

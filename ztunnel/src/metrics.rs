@@ -19,6 +19,8 @@ mod runtime;
 mod traffic;
 pub mod xds;
 
+pub use crl::CrlMetrics;
+
 use std::{
     collections::HashMap,
     fmt,
@@ -73,7 +75,7 @@ pub struct Metrics {
     pub pool: PoolMetrics,
     pub dns: dns::DnsMetrics,
     pub xds: xds::XdsMetrics,
-    pub crl: crl::CrlMetrics,
+    pub crl: CrlMetrics,
     pub runtimes: Runtimes,
     pub open: OpenConnections,
     pub failed_connections: FailedConnections,
@@ -157,7 +159,7 @@ impl Metrics {
             pool: PoolMetrics::default(),
             dns: dns::DnsMetrics::default(),
             xds: xds::XdsMetrics::default(),
-            crl: crl::CrlMetrics::default(),
+            crl: CrlMetrics::default(),
             runtimes: Runtimes::default(),
             open: OpenConnections::default(),
             failed_connections: FailedConnections::default(),

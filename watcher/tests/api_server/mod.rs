@@ -245,7 +245,8 @@ impl ApiServer {
         for document in manifest.split("\n---\n") {
             let value: Value = serde_saphyr::from_str(document).expect("YAML");
             let text = |pointer: &str| value.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
-            let (group, version) = text("/apiVersion").split_once('/').unwrap_or(("", text("/apiVersion")));
+            let (group, version) =
+                text("/apiVersion").split_once('/').unwrap_or_else(|| ("", text("/apiVersion")));
             let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, text("/kind")));
             let api: Api<DynamicObject> = match text("/metadata/namespace") {
                 "" => Api::all_with(self.client(), &resource),

@@ -5,11 +5,20 @@
 //! * [`ca`]: tunnel → certificate service; the server half is for control planes and tests
 //! * [`discovery`]: control plane → tunnel, the protocol; [`workload`] and [`security`], what it carries
 
-/// Generated code, held to its generator's style and not to ours.
 macro_rules! generated {
     ($(#[$meta:meta])* $module:ident, $package:literal) => {
         $(#[$meta])*
-        #[allow(clippy::all, clippy::pedantic, unused_qualifications, missing_debug_implementations)]
+        #[allow(
+            clippy::all,
+            clippy::pedantic,
+            clippy::nursery,
+            clippy::restriction,
+            missing_debug_implementations,
+            missing_docs,
+            unreachable_pub,
+            unused_qualifications,
+            reason = "generated code, held to its generator's style and not to ours"
+        )]
         pub mod $module {
             tonic::include_proto!($package);
         }

@@ -158,6 +158,9 @@ pub const KEYS: &[ConfigKey] = &[
 ];
 
 /// The row of `name`, which must be there.
+///
+/// # Panics
+/// If no row has that name: a mistake in this program.
 pub fn row(name: &str) -> &'static ConfigKey {
     let found = KEYS.iter().find(|key| key.name == name);
     found.unwrap_or_else(|| panic!("{name} has no row in config/keys.rs"))

@@ -106,8 +106,10 @@ fn resolve(settings: &RawSettings, in_kubernetes: bool, without_xds: bool) -> Re
         keepalive,
         drain_deadline: drain_deadline(settings)?,
         admin_address: admin_address(settings)?,
-        stats_address: settings.address("stats.address")?.unwrap_or(SocketAddr::new(any, 15020)),
-        readiness_address: settings.address("readiness.address")?.unwrap_or(SocketAddr::new(any, 15021)),
+        stats_address: settings.address("stats.address")?.unwrap_or_else(|| SocketAddr::new(any, 15020)),
+        readiness_address: settings
+            .address("readiness.address")?
+            .unwrap_or_else(|| SocketAddr::new(any, 15021)),
         response_baggage: settings.bool("hbone.response_baggage")?,
         proxy_to: if settings.bool("hbone.application_tunnel_loopback")? {
             ProxyTo::Loopback
@@ -316,7 +318,8 @@ fn drain_deadline(settings: &RawSettings) -> Result<Duration, ConfigError> {
 
 fn admin_address(settings: &RawSettings) -> Result<SocketAddr, ConfigError> {
     let key = "admin.address";
-    let address = settings.address(key)?.unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 15000));
+    let address =
+        settings.address(key)?.unwrap_or_else(|| SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 15000));
     if !address.ip().is_loopback() {
         // It can stop the process and shows the whole mesh.
         return Err(settings.invalid(key, "a loopback address"));
@@ -337,7 +340,7 @@ fn dns(settings: &RawSettings) -> Result<DnsConfig, ConfigError> {
         enabled: settings.bool("dns.enabled")?,
         address: settings
             .address("dns.address")?
-            .unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 15053)),
+            .unwrap_or_else(|| SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 15053)),
         preferred_namespace: settings.get("dns.preferred_namespace").map(Into::into),
         upstream,
     })

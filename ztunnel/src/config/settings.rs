@@ -31,7 +31,7 @@ pub enum ConfigError {
     #[error("{file} is no YAML mapping: {reason}")]
     NoMapping { file: String, reason: String },
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
-    Several(Vec<ConfigError>),
+    Several(Vec<Self>),
 }
 
 /// Where a value comes from.
@@ -213,7 +213,7 @@ impl RawSettings {
 
     /// What was set, or the default.
     fn or_default(&self, name: &str) -> Option<&str> {
-        self.get(name).or(match row(name).default {
+        self.get(name).or_else(|| match row(name).default {
             DefaultValue::Is(text) => Some(text),
             DefaultValue::Depends(_) | DefaultValue::Nothing => None,
         })

@@ -44,7 +44,7 @@ pub enum ConnectError {
     Status(StatusCode),
     /// In the tunnel within the gateway's.
     #[error("behind the gateway, to {authority}")]
-    Inner { authority: String, source: Box<ConnectError> },
+    Inner { authority: String, source: Box<Self> },
     #[error("the tunnel's task ended before it was connected")]
     Abandoned,
 }

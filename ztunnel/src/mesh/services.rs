@@ -203,7 +203,7 @@ impl Endpoint {
         // Only ports of the service count. The workload's own mapping wins; one to 0 takes the service's.
         let target = service.ports.get(&port).copied()?;
         let own = self.ports.get(&port).copied().filter(|&own| own != 0);
-        own.or((target != 0).then_some(target))
+        own.or_else(|| (target != 0).then_some(target))
     }
 }
 

@@ -129,6 +129,6 @@ impl Workload {
     /// One of its addresses, of the family of `like` if it has one.
     pub fn address_like(&self, like: IpAddr) -> Option<IpAddr> {
         let same_family = |ip: &&IpAddr| ip.is_ipv4() == like.to_canonical().is_ipv4();
-        self.addresses.iter().find(same_family).or(self.addresses.first()).copied()
+        self.addresses.iter().find(same_family).or_else(|| self.addresses.first()).copied()
     }
 }

@@ -73,7 +73,9 @@ pub fn load_each() -> Vec<Check> {
             let Some(loaded) = object.program_mut(program).filter(|program| is_it(program)) else { continue };
             match object::load(loaded) {
                 Ok(()) => accepted += 1,
-                Err(error) => refused = refused.or(Some(format!("{program} refused: {}", reason(&error)))),
+                Err(error) => {
+                    refused = refused.or_else(|| Some(format!("{program} refused: {}", reason(&error))));
+                }
             }
         }
         checks.push(match refused {

@@ -225,7 +225,7 @@ mod tests {
     }
 
     fn namespace(name: &str, mode: Option<&str>) -> PartialObjectMeta<api::Namespace> {
-        let labels = mode.map(|mode| json!({"istio.io/dataplane-mode": mode})).unwrap_or(json!({}));
+        let labels = mode.map_or_else(|| json!({}), |mode| json!({"istio.io/dataplane-mode": mode}));
         serde_json::from_value(
             json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}),
         )

@@ -62,7 +62,7 @@ pub(super) fn delivery(
         }
     };
     let tunnel = workload.application_tunnel;
-    let port = tunnel.and_then(|tunnel| tunnel.port).map_or(asked.port(), Into::into);
+    let port = tunnel.and_then(|tunnel| tunnel.port).map_or_else(|| asked.port(), Into::into);
     let target = SocketAddr::new(local.ip(), port);
     let to = match tunnel.map(|tunnel| tunnel.protocol) {
         Some(ApplicationProtocol::Proxy) => {

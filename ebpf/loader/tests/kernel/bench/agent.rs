@@ -93,7 +93,7 @@ impl Agent {
         self.tell("unshare").expect("the agent gets a netns");
     }
 
-    pub fn enter_netns_of(&mut self, other: &Agent) {
+    pub fn enter_netns_of(&mut self, other: &Self) {
         self.tell(format_args!("setns /proc/{}/ns/net", other.task)).expect("the agent enters a netns");
     }
 
@@ -173,7 +173,7 @@ impl Agent {
         writeln!(self.commands.get_mut(), "{command}").expect("the agent listens");
         let mut answer = String::new();
         self.commands.read_line(&mut answer).expect("the agent answers");
-        let (kind, rest) = answer.trim_end().split_once(' ').unwrap_or((answer.trim_end(), ""));
+        let (kind, rest) = answer.trim_end().split_once(' ').unwrap_or_else(|| (answer.trim_end(), ""));
         match kind {
             "ok" => Ok(rest.to_owned()),
             "err" => Err(rest.parse().expect("an errno")),
@@ -341,7 +341,7 @@ impl Sockets {
     }
 
     fn get(&self, handle: &str) -> io::Result<&Socket> {
-        self.open.get(&parse(handle)?).ok_or(io::ErrorKind::NotFound.into())
+        self.open.get(&parse(handle)?).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     fn keep(&mut self, socket: Socket) -> u32 {
