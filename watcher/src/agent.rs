@@ -1,413 +1,553 @@
-//! The loop that owns all state: looks, compares, acts, and answers.
+//! The loop: receives updates, events, acknowledgements and requests, marks what they are about, and has it
+//! observed, planned and applied.
 //!
-//! * `pods`: the pods that the source told of, and what is known of each
-//! * `observe`: what is there of them
-//! * `apply`: from what was seen to steps, and doing them
-//! * `prepare`: netns made ready for steering
-//! * `tunnels`: which tunnels are connected, and which pods each acknowledged
-//! * `draining`: netns of pods that left, while connections still need them
-//! * `app_listeners`: the ports that applications listen on
-//! * `answers`: answers to commands
-//! * `config`: what it was told to do
+//! * `queue`: what has to be done, and for which pods
+//! * `pods`: the table of pods; `pod_entry`: one of them
+//! * `observer`: reads from the node what there is of pods
+//! * `planning`: from the table of pods to plans and states
+//! * `adoption`: what an earlier watcher left
+//! * `reporter`: outcomes to the source, metrics
+//! * `config`, `error`: what it is configured to do, and why it ends
 //!
-//! Everything runs on one thread, so nothing here needs a lock.
+//! What is applied belongs to [`crate::apply`]. Everything here runs on one thread, so nothing needs a lock.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::BTreeSet,
     fs,
     net::SocketAddr,
-    os::fd::OwnedFd,
-    path::PathBuf,
+    os::unix::ffi::OsStrExt as _,
+    path::Path,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
-use adit_ebpf_common::{address::UNSPECIFIED, pods::flag, settings::Settings};
+use adit_ebpf_common::lifecycle::name;
 use adit_ebpf_loader::Kernel;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
 };
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use crate::{
-    apply::{journal::Records, zds_server},
-    control,
-    metrics::{self, Metrics},
-    model::error_chain::chain,
-    model::exclusions::Exclusions,
-    observe::{
-        cgroups::{self, CgroupId},
-        events::{self, SourceKind},
-        netns::{self, NetnsId, Visitors},
+    apply::{
+        Applier,
+        journal::Journal,
+        netns::OpenNetns,
+        settings::KernelSettings,
+        tunnel_cgroups::CgroupLayout,
+        zds_server::{ZdsEvent, ZdsServer},
     },
-    plan::{HBONE_PORT, INBOUND_PORT, NAMES_PORT, OUTBOUND_PORT, Plan, Reason, address16},
-    source::{Outcome, Outcomes, Source},
+    control::{
+        Answer, Answers, ControlServer, IncomingRequest, Request,
+        answers::{self, explanation, pod_status, rejected_status},
+        status::Status,
+        trace::{TraceLine, TraceSession},
+    },
+    metrics::{self, Metrics},
+    model::{error_chain::chain, pod::Update},
+    observe::{
+        cgroup_path,
+        cgroups::{self, CgroupId},
+        events::{self, Event, EventSource},
+        netns::Visitors,
+    },
+    plan::{Plan, PodPlan, diff::Scope},
+    source::Source,
 };
 
-mod answers;
-mod app_listeners;
-mod apply;
+mod adoption;
 mod config;
-mod draining;
 mod error;
-mod observe;
+mod observer;
+mod planning;
+mod pod_entry;
 mod pods;
-mod prepare;
-mod tunnels;
-
-use self::pods::Pods;
+mod queue;
+mod reporter;
 
 pub(crate) use self::error::cannot;
-pub use self::{answers::TraceLine, config::Config, error::NodeError};
+pub use self::{config::Config, error::AgentError};
 
-/// How many events are taken before they are acted on.
-const EVENTS_AT_ONCE: usize = 4096;
-/// After a restart the tunnel's pods count as served for so long without it: tunnels try to connect
-/// again at least every 15 s, and carry on meanwhile. Counted from the first word of the source, before which no
-/// tunnel can be told of a pod.
-const ADOPTION: Duration = Duration::from_secs(20);
+use self::{
+    adoption::Adoption, observer::Observer, planning::Planned, pods::PodTable, queue::Queue, queue::Work,
+    reporter::Reporter,
+};
 
-/// Now, as people and other programs count it.
-fn unix_secs() -> u64 {
-    SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs())
-}
+/// How many events are received before they are acted on.
+const EVENT_BATCH: usize = 4096;
+/// How long tunnels have to acknowledge that their pods are gone, when everything is undone.
+const WITHDRAWAL_TIME: Duration = Duration::from_secs(2);
 
-/// What a predecessor left, while the tunnel has not come back yet.
-#[derive(Debug)]
-struct Adopted {
-    /// Netns that a tunnel served, by cookie.
-    ready: BTreeSet<u64>,
-    tunnels: BTreeSet<CgroupId>,
-    until: Instant,
-}
-
-/// What has to be done, and for whom.
-#[derive(Debug, Default)]
-struct Dirty {
-    /// Pods to look at, and then to act on.
-    look: BTreeSet<String>,
-    /// Pods to act on.
-    act: BTreeSet<String>,
-    /// Everything is compared with what is applied.
-    all: bool,
-}
-
-/// What was told, and what had to be found.
-#[derive(Clone, Copy, Debug, Default)]
-struct EventCounts {
-    source: Option<SourceKind>,
-    told: u64,
-    lost: u64,
-    /// Since the last scan.
-    lost_some: bool,
-    /// What a scan found to be otherwise than events had told.
-    corrections: u64,
-}
-
-/// All state of the node.
-struct Node {
+/// The owners of all state.
+struct Agent {
     config: Config,
-    kernel: Kernel,
-    records: Records,
-    settings: Settings,
-    /// Netns that no pod may claim.
-    host: BTreeSet<NetnsId>,
-    visitors: Visitors,
-    own_cgroup: Option<PathBuf>,
-    source_name: String,
-    source_error: Option<String>,
-    /// Since when the source has been usable, or not.
-    source_since: u64,
-    listener: Option<mpsc::UnboundedSender<(String, Option<Outcome>)>>,
-    outcomes: Outcomes,
-    pods: Pods,
-    /// Directories of pods that are found by their uid.
-    places: BTreeMap<String, PathBuf>,
-    dirty: Dirty,
-    events: EventCounts,
-    metrics: Arc<Metrics>,
-    /// Netns that were opened when their pods were looked at, by cookie, until they were acted on.
-    opened: BTreeMap<u64, Arc<OwnedFd>>,
-    unlisted: app_listeners::Unlisted,
-    /// When everything is compared again, since something could not be done.
-    all_due: Option<Instant>,
-    /// Whether other directories may have to be watched.
-    dirs_changed: bool,
-    /// Pods by the ids of their cgroups.
-    by_cgroup: HashMap<CgroupId, String>,
-    applied: Plan,
-    /// Pods that something was done for, until it is noted what became of them.
-    to_note: BTreeSet<String>,
-    /// What could not be done for the node as a whole.
-    unsettled: Vec<String>,
-    last_policy: u32,
-    adopted: Option<Adopted>,
-    tunnels: tunnels::Tunnels,
-    lingering: BTreeMap<u64, draining::Lingering>,
-    tracing: Option<answers::Tracing>,
+    queue: Queue,
+    pods: PodTable,
+    observer: Observer,
+    adoption: Adoption,
+    applier: Applier,
+    reporter: Reporter,
+    trace: Option<TraceSession>,
 }
 
 /// Runs until a signal or a `detach` request ends it.
-pub async fn run(config: Config, mut source: Source) -> Result<(), NodeError> {
+///
+/// # Errors
+/// It cannot start, a source or server ended, or not everything could be undone at the end.
+pub async fn run(config: Config, mut source: Source) -> Result<(), AgentError> {
     fs::create_dir_all(&config.run_dir)
         .map_err(cannot(format!("make the run directory {}", config.run_dir.display())))?;
-    let mut stop = signal(SignalKind::terminate()).map_err(cannot("handle SIGTERM"))?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(cannot("handle SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot("handle SIGINT"))?;
     let metrics = Arc::new(Metrics::new());
     let _http = serve_metrics(config.metrics_address, &metrics).await?;
     // The sockets first: a second watcher of this node must end before it touches anything.
-    let (asked_sender, mut asked) = mpsc::channel(16);
-    let control =
-        control::Server::bind(&config.status_socket, asked_sender).map_err(cannot("serve commands"))?;
+    let (request_sender, mut requests) = mpsc::channel(16);
+    let mut control =
+        ControlServer::bind(&config.status_socket, request_sender).map_err(cannot("serve commands"))?;
     let (zds_sender, mut zds_events) = mpsc::unbounded_channel();
-    let zds = zds_server::Server::bind(&config.zds_socket, zds_sender).map_err(cannot("serve tunnels"))?;
+    let mut zds = ZdsServer::bind(&config.zds_socket, zds_sender).map_err(cannot("serve tunnels"))?;
+    let (mut agent, mut events) = Agent::start(config, &source, metrics)?;
 
-    let mut node = Node::new(config, &source, metrics)?;
-    // Before the first look: what happens after it is told.
-    let mut events =
-        events::open(node.config.events, &mut node.kernel, &node.config.attach, &node.config.cgroup_root)
-            .map_err(|reason| NodeError::Events { reason })?;
-    node.events.source = Some(events.kind());
-    info!(node = node.config.node, attached = %node.config.attach.display(), "watching");
-
-    let mut next_scan = Instant::now() + node.config.rescan;
-    let detach = loop {
-        let cause = if Instant::now() >= next_scan || std::mem::take(&mut node.events.lost_some) {
-            next_scan = Instant::now() + node.config.rescan;
-            node.repair();
-            observe::Cause::Scan
-        } else {
-            observe::Cause::Event
-        };
-        node.look(cause);
-        if cause == observe::Cause::Scan {
-            node.scan_steered();
+    let mut next_scan = Instant::now() + agent.config.rescan;
+    let (detach, client) = loop {
+        let scan = agent.queue.take_scan() || Instant::now() >= next_scan;
+        if scan {
+            next_scan = Instant::now() + agent.config.rescan;
         }
-        node.act();
-        if node.is_ready() {
-            node.tunnels.welcome(&node.applied.workloads);
-        }
-        // Telling comes after doing: a pod that a tunnel has just taken need not be told of as waiting for it.
+        agent.reconcile(scan);
+        // After all that is there: a pod that a tunnel has just taken need not be reported as waiting for it.
         if zds_events.is_empty() && source.updates.is_empty() {
-            node.note_states();
+            agent.report();
         }
-        node.metrics.set_tunnels(node.tunnels.len());
-        node.metrics.set_ready(node.is_ready());
-        if events.wants_dirs() && std::mem::take(&mut node.dirs_changed) {
-            events.watch(&node.watched());
+        if events.wants_dirs() && agent.queue.take_dirs_changed() {
+            events.watch(&agent.pods.directories(&agent.config.attach));
         }
-        let wake = node.wake(next_scan);
+        let wake = agent.next_due(next_scan);
         tokio::select! {
-            _ = stop.recv() => break node.config.detach,
-            _ = interrupt.recv() => break node.config.detach,
-            Some(event) = zds_events.recv() => node.on_tunnel(event),
-            event = events::next(events.as_mut()) => node.on_event(event),
+            _ = terminate.recv() => break (agent.config.detach, None),
+            _ = interrupt.recv() => break (agent.config.detach, None),
+            cause = zds.failed() => return Err(AgentError::ServerEnded { what: "tunnels", cause }),
+            cause = control.failed() => return Err(AgentError::ServerEnded { what: "commands", cause }),
+            Some(event) = zds_events.recv() => agent.on_tunnel(event),
+            event = events::next(events.as_mut()) => agent.on_event(event),
             update = source.updates.recv() => match update {
-                Some(update) => node.take(update),
-                None => return Err(NodeError::SourceEnded { source_name: node.source_name }),
+                Some(update) => agent.on_update(update),
+                None => {
+                    let source_name = agent.reporter.source_name().to_owned();
+                    return Err(AgentError::SourceEnded { source_name });
+                }
             },
-            Some(asked) = asked.recv() => {
-                if let Some(waiting) = node.answer(asked) {
-                    let result = node.detach(&mut zds_events).await;
-                    source.farewell().await;
-                    waiting.give(&match &result {
-                        Ok(()) => control::Answer::Ok(()),
-                        Err(error) => control::Answer::Error(error.to_string()),
-                    });
-                    // Let the answer leave before the runtime goes.
-                    let _ = tokio::time::timeout(Duration::from_secs(1), waiting.closed()).await;
-                    drop((zds, control));
-                    return result;
+            Some(request) = requests.recv() => {
+                if let Some(client) = agent.answer(request) {
+                    break (true, Some(client));
                 }
             }
-            () = answers::Tracing::ready(&mut node.tracing) => node.pass_trace_on(),
+            () = TraceSession::ready(&mut agent.trace) => agent.forward_trace(),
             () = tokio::time::sleep_until(wake.into()) => {}
         }
         // What is there already is one batch: sixty acknowledgements need not be sixty rounds.
         while let Ok(event) = zds_events.try_recv() {
-            node.on_tunnel(event);
+            agent.on_tunnel(event);
         }
         while let Ok(update) = source.updates.try_recv() {
-            node.take(update);
+            agent.on_update(update);
         }
-        for _ in 0..EVENTS_AT_ONCE {
+        for _ in 0..EVENT_BATCH {
             let Some(event) = events::ready(events.as_mut()) else { break };
-            node.on_event(event);
+            agent.on_event(event);
         }
     };
-    node.stop_tracing();
-    let result = if detach {
-        let result = node.detach(&mut zds_events).await;
-        source.farewell().await;
-        result
-    } else {
-        Ok(())
-    };
-    drop((zds, control));
-    if detach {
+    agent.stop_trace();
+    if !detach {
+        info!("stopped; links and maps stay, so running traffic continues");
+        return Ok(());
+    }
+    let result = agent.detach(&mut zds_events).await;
+    source.farewell().await;
+    if let Some(client) = client {
+        answer_detach(&client, &result).await;
+    }
+    if result.is_ok() {
         info!("everything undone");
-    } else {
-        info!("stopped, links and maps stay: running traffic continues");
     }
     result
+}
+
+async fn answer_detach(client: &Answers, result: &Result<(), AgentError>) {
+    client.give(&match result {
+        Ok(()) => Answer::Ok(()),
+        Err(error) => Answer::Error(chain(error)),
+    });
+    // Let the answer leave before the runtime goes.
+    let _ = tokio::time::timeout(Duration::from_secs(1), client.closed()).await;
 }
 
 async fn serve_metrics(
     address: Option<SocketAddr>,
     metrics: &Arc<Metrics>,
-) -> Result<Option<metrics::Server>, NodeError> {
+) -> Result<Option<metrics::Server>, AgentError> {
     let Some(address) = address else { return Ok(None) };
     let server = metrics::Server::bind(address, Arc::clone(metrics)).await;
     server.map(Some).map_err(cannot(format!("serve metrics at {address}")))
 }
 
-impl Node {
-    fn new(config: Config, source: &Source, metrics: Arc<Metrics>) -> Result<Self, NodeError> {
-        let records = Records::open(&config.run_dir).map_err(cannot("read what an earlier run noted"))?;
-        let kernel_error = |what| move |source| NodeError::Kernel { what, source };
-        let mut kernel = Kernel::open(&config.pins).map_err(kernel_error("load the programs and maps"))?;
-        let before = kernel.settings().map_err(kernel_error("read the settings"))?;
-        let mut resolvers = [UNSPECIFIED; 3];
-        for (place, resolver) in resolvers.iter_mut().zip(&config.dns_resolvers) {
-            *place = address16(*resolver);
-        }
-        let settings = Settings {
-            outbound_port: OUTBOUND_PORT,
-            inbound_port: INBOUND_PORT,
-            hbone_port: HBONE_PORT,
-            tunnel_up: before.tunnel_up,
-            debug: 0,
-            debug_port: 0,
-            debug_address: UNSPECIFIED,
-            resolvers,
-            names_port: NAMES_PORT,
-            pad: 0,
-        };
-        kernel.set_settings(&settings).map_err(kernel_error("write the settings"))?;
-
-        let cgroups = kernel.cgroups().map_err(kernel_error("read the cgroups' map"))?;
-        let addresses = kernel.pods().map_err(kernel_error("read the pods' map"))?;
-        let mut applied = Plan {
-            cgroups: cgroups.into_iter().collect(),
-            addresses: addresses.into_iter().collect(),
-            ..Plan::default()
-        };
-        let policy_ids: BTreeSet<u32> = applied
-            .cgroups
-            .values()
-            .map(|info| info.policy_id)
-            .chain(applied.addresses.values().map(|record| record.policy_id))
-            .filter(|id| *id != 0)
-            .collect();
-        let last_policy = policy_ids.last().copied().unwrap_or(0);
-        applied.policies = policy_ids.into_iter().map(|id| (id, Exclusions::default())).collect();
-        let steered = kernel.steered().map_err(kernel_error("list the netns links"))?;
-        kernel.attach_pods(&config.attach).map_err(kernel_error("attach the pods' programs"))?;
-
-        let adopted = Adopted {
-            ready: applied
-                .addresses
-                .values()
-                .filter(|record| record.flags & flag::READY != 0)
-                .map(|record| record.netns_cookie)
-                .collect(),
-            tunnels: applied
-                .cgroups
-                .iter()
-                .filter(|(_, info)| info.flags & flag::TUNNEL != 0)
-                .map(|(id, _)| *id)
-                .collect(),
-            until: Instant::now() + ADOPTION,
-        };
-        let mut node = Self {
-            own_cgroup: cgroups::of_process(
-                &config.cgroup_root,
-                i32::try_from(std::process::id()).unwrap_or(0),
-            )
-            .ok(),
+impl Agent {
+    /// Loads the programs, takes over what an earlier watcher left, and opens the source of events. Events
+    /// come first: whatever happens after the first observation is reported.
+    fn start(
+        config: Config,
+        source: &Source,
+        metrics: Arc<Metrics>,
+    ) -> Result<(Self, Box<dyn EventSource>), AgentError> {
+        let journal = Journal::open(&config.run_dir).map_err(cannot("read the journal of an earlier run"))?;
+        let visitors = Arc::new(Visitors::new().map_err(cannot("start the threads that enter netns"))?);
+        let failed = |what| move |source| AgentError::Kernel { what, source };
+        let mut kernel = Kernel::open(&config.pins).map_err(failed("load the programs and maps"))?;
+        let settings =
+            KernelSettings::open(&mut kernel, &config.dns_resolvers).map_err(failed("write the settings"))?;
+        let mut applier = Applier::adopt(kernel, settings, journal, Arc::clone(&visitors))
+            .map_err(|(what, source)| AgentError::Kernel { what, source })?;
+        let kernel = &mut applier.kernel;
+        kernel.attach_pods(&config.attach).map_err(failed("attach the pods' programs"))?;
+        let events = events::open(config.events, kernel, &config.attach, &config.cgroup_root)
+            .map_err(|reason| AgentError::Events { reason })?;
+        info!(node = config.node, attached = %config.attach.display(), "watching");
+        let agent = Self {
+            queue: Queue::default(),
+            pods: PodTable::new(applier.maps.last_exclusion_id()),
+            observer: Observer::new(config.attach.clone(), visitors),
+            adoption: Adoption::new(applier.maps.ready_netns(), applier.maps.tunnel_cgroups()),
+            reporter: Reporter::new(source, events.kind(), metrics),
+            trace: None,
+            applier,
             config,
-            kernel,
-            records,
-            settings,
-            host: netns::host(),
-            visitors: Visitors::new().map_err(cannot("start the threads that visit netns"))?,
-            source_name: source.name.clone(),
-            source_error: None,
-            source_since: unix_secs(),
-            listener: source.outcomes.clone(),
-            outcomes: Outcomes::default(),
-            pods: Pods::default(),
-            places: BTreeMap::new(),
-            dirty: Dirty::default(),
-            events: EventCounts::default(),
-            metrics,
-            opened: BTreeMap::new(),
-            unlisted: app_listeners::Unlisted::default(),
-            all_due: None,
-            dirs_changed: true,
-            by_cgroup: HashMap::new(),
-            applied,
-            to_note: BTreeSet::new(),
-            unsettled: Vec::new(),
-            last_policy,
-            adopted: Some(adopted),
-            tunnels: tunnels::Tunnels::default(),
-            lingering: BTreeMap::new(),
-            tracing: None,
         };
-        node.adopt_netns(steered);
-        Ok(node)
+        Ok((agent, events))
+    }
+
+    /// The source sent an update.
+    fn on_update(&mut self, update: Update) {
+        let first = !self.pods.is_synced() && matches!(update, Update::All(_));
+        if first {
+            // What an earlier run left and no pod needs is found only by comparing everything.
+            self.queue.reconcile_all();
+            self.adoption.begin(Instant::now());
+        }
+        self.reporter.source_update(&update, first);
+        self.queue.observe(self.pods.apply_update(update, Instant::now()));
+    }
+
+    /// Something happened in a cgroup.
+    fn on_event(&mut self, event: Event) {
+        self.reporter.event();
+        match event {
+            Event::Cgroup { path, closed } => {
+                if let Some(id) = closed {
+                    self.on_closed(id, &path);
+                }
+                self.mark_dirty(&path);
+            }
+            Event::Process { cgroup_id } => {
+                if let Some(entry) = self.pods.by_cgroup_mut(cgroup_id)
+                    && entry.process_started(Instant::now())
+                {
+                    self.queue.observe([entry.view.pod.uid.clone()]);
+                }
+            }
+            Event::Lost(count) => {
+                self.reporter.events_lost(count);
+                self.queue.scan();
+            }
+        }
+    }
+
+    /// The programs closed a new cgroup. Whether its entry stays is decided when its pod is compared.
+    fn on_closed(&mut self, id: CgroupId, path: &Path) {
+        let name = path.file_name().and_then(|given| name(given.as_bytes()));
+        if let Some(info) = name.and_then(|name| self.applier.maps.record_closed(id, &name)) {
+            self.pods.add_stray(PodPlan { cgroups: [(id, info)].into(), ..PodPlan::default() });
+            let place = cgroup_path::place(path, &self.config.attach);
+            self.queue.reconcile(place.map(|place| place.uid));
+        }
+    }
+
+    /// Has the pod observed whose cgroup `path` is.
+    fn mark_dirty(&mut self, path: &Path) {
+        if let Some(uid) = self.pods.owner_uid(path) {
+            self.queue.observe([uid.to_owned()]);
+        } else if let Some(place) = cgroup_path::place(path, &self.config.attach)
+            && self.pods.get(&place.uid).is_some()
+        {
+            self.observer.set_dir(place.uid.clone(), place.pod_dir);
+            self.queue.observe([place.uid]);
+        } else {
+            // A directory that the source named, not by its uid, and that is new.
+            self.queue.observe(self.pods.with_given_cgroup(path));
+        }
+    }
+
+    /// Something happened on a tunnel's connection.
+    fn on_tunnel(&mut self, event: ZdsEvent) {
+        match event {
+            ZdsEvent::Hello { conn, pid, admission } => {
+                let pod_at = |dir: &Path| self.pods.owner(dir).map(|entry| entry.view.pod.name.clone());
+                if self.applier.admit_tunnel(conn, pid, admission, &layout(&self.config), pod_at) {
+                    self.queue.reconcile_all();
+                }
+            }
+            ZdsEvent::Added { conn, offer, error } => {
+                if error.is_some()
+                    && let Some(entry) = self.pods.get_mut(&offer.uid)
+                {
+                    entry.grace_until = None;
+                }
+                self.applier.tunnels.acknowledge(conn, &offer, error);
+                self.queue.reconcile([offer.uid]);
+            }
+            ZdsEvent::Withdrawn { conn, serial } => self.applier.draining.acknowledge(conn, serial),
+            // From here on its acknowledgements say which pods are served.
+            ZdsEvent::SnapshotTaken { .. } => {
+                self.adoption.end();
+                self.queue.reconcile_all();
+            }
+            ZdsEvent::Gone { conn, reason } => {
+                if !self.applier.remove_tunnel(conn, &reason) {
+                    return;
+                }
+                if self.applier.tunnels.is_empty() {
+                    self.pods.end_all_grace_periods();
+                    self.adoption.end();
+                }
+                self.queue.reconcile_all();
+                self.applier.detach_unused_tunnels(self.adoption.tunnels());
+            }
+        }
+    }
+
+    /// Does everything that is due. `scan`: observes every pod, and reads back what is applied.
+    fn reconcile(&mut self, scan: bool) {
+        if scan {
+            self.read_back();
+        }
+        self.observe(scan);
+        if scan {
+            self.applier.scan_app_listeners(self.observer.opened());
+        }
+        let now = Instant::now();
+        if self.pods.is_synced() && self.adoption.end_if_over(now) {
+            self.applier.end_adoption();
+            self.queue.reconcile_all();
+        }
+        self.queue.reconcile(self.pods.end_grace_periods(now));
+        self.applier.tunnels.retry(now);
+        // Before the source has named all pods nothing is known: what an earlier run left stays.
+        if self.pods.is_synced()
+            && let Some(work) = self.queue.take_work(now)
+        {
+            self.apply(&work, now);
+        }
+        self.observer.close_netns();
+        self.applier.do_due(now);
+        if self.trace.as_ref().is_some_and(TraceSession::is_over) {
+            self.stop_trace();
+        }
+        if self.is_ready() {
+            self.applier.tunnels.send_snapshots();
+        }
+    }
+
+    fn read_back(&mut self) {
+        match self.applier.read_back() {
+            Ok(differs) => {
+                if differs {
+                    self.reporter.corrected();
+                }
+                self.queue.reconcile_all();
+            }
+            Err(error) => warn!(error = %chain(&error), "cannot read the maps back"),
+        }
+    }
+
+    /// Observes the pods that are due, or all, and evaluates them.
+    fn observe(&mut self, scan: bool) {
+        let now = Instant::now();
+        let mut uids = self.queue.take_observations();
+        uids.extend(self.pods.due(now));
+        if scan {
+            uids.extend(self.pods.uids());
+            self.observer.find_dirs();
+        }
+        if uids.is_empty() {
+            return;
+        }
+        let mut freed = self.pods.release_gone(&uids);
+        self.observer.forget_gone(&uids, &self.pods);
+        let (mut observed, mut scanned) = (self.observer.observe(&mut self.pods, &uids), scan);
+        loop {
+            let enrolled = |uid: &str| self.applier.enrolled_netns(uid);
+            let evaluation = self.pods.evaluate(observed, &self.config.attach, enrolled, now);
+            for (uid, before, found) in evaluation.changed.iter().filter(|_| scanned) {
+                self.reporter.correction(uid, before, found);
+            }
+            self.queue.reconcile(evaluation.uids);
+            freed |= evaluation.freed;
+            if !std::mem::take(&mut freed) {
+                break;
+            }
+            // What one pod released another may be waiting for.
+            (observed, scanned) = (self.pods.blocked(), false);
+        }
+        self.queue.reconcile(uids);
+    }
+
+    /// Plans pods, and applies the difference.
+    fn apply(&mut self, work: &Work, now: Instant) {
+        let mut uids = match work {
+            Work::All => self.pods.uids(),
+            Work::Pods(uids) => uids.clone(),
+        };
+        let Planned { plan, before } =
+            planning::plan_pods(&uids, &mut self.pods, &self.applier, &self.adoption, &self.config, now);
+        let tunnels: BTreeSet<CgroupId> =
+            self.applier.tunnels.cgroup_ids().union(self.adoption.tunnels()).copied().collect();
+        let scope = match work {
+            Work::All => Scope::All { tunnels: &tunnels },
+            Work::Pods(_) => Scope::Pods { before: &before },
+        };
+        let report = self.applier.apply(scope, &plan, self.observer.opened());
+        for uid in report.steered {
+            self.pods.clear_problem(&uid);
+        }
+        for (uid, reason) in report.failed {
+            self.pods.set_problem(&uid, reason, now);
+        }
+        self.queue.applied(&mut uids, !self.applier.problems().is_empty(), now);
+    }
+
+    /// Whether every pod that was there at the start has been observed, and is enrolled as far as possible.
+    fn is_ready(&self) -> bool {
+        self.pods.is_synced() && self.queue.is_idle()
+    }
+
+    /// Reports the states that may have changed.
+    fn report(&mut self) {
+        self.reporter.states_gone(self.pods.take_gone_states());
+        for uid in self.queue.take_reports() {
+            let Some(entry) = self.pods.get_mut(&uid) else {
+                self.reporter.pod_gone(&uid);
+                continue;
+            };
+            let (state, reason) = planning::state_of(entry, &self.applier, &self.config);
+            self.reporter.pod_state(entry, state, reason);
+        }
+        self.reporter.set_gauges(self.applier.tunnels.len(), self.is_ready());
     }
 
     /// When something is due next.
-    fn wake(&self, next_scan: Instant) -> Instant {
-        let now = Instant::now();
-        [self.all_due, self.tunnels.next_retry(), self.next_lingering(now), self.unlisted.due()]
+    fn next_due(&self, next_scan: Instant) -> Instant {
+        let adoption = self.adoption.ends_at().filter(|_| self.pods.is_synced());
+        [self.queue.resync_at(), self.applier.next_due(Instant::now()), self.pods.next_due(), adoption]
             .into_iter()
-            .chain(self.pods.all().flat_map(|known| [known.next_look, known.lenient_until]))
             .flatten()
-            .chain(self.adopted.as_ref().filter(|_| self.pods.synced).map(|adopted| adopted.until))
             .fold(next_scan, Instant::min)
     }
 
-    /// Writes the settings, if they differ.
-    fn change_settings(&mut self, change: impl FnOnce(&mut Settings)) {
-        let mut settings = self.settings;
-        change(&mut settings);
-        if settings == self.settings {
-            return;
+    /// Answers a request; gives back the client of a detach, which is answered when that is done.
+    fn answer(&mut self, IncomingRequest { request, answers }: IncomingRequest) -> Option<Answers> {
+        match request {
+            Request::Status => drop(answers.give(&Answer::Ok(self.status()))),
+            Request::Explain { pod, destination } => {
+                let resolvers = &self.config.dns_resolvers;
+                let explain =
+                    |view| explanation(view, self.pods.views(), destination, &self.applier, resolvers);
+                answers.give(&match answers::find(self.pods.views(), &pod).map(explain) {
+                    Ok(explanation) => Answer::Ok(explanation),
+                    Err(problem) => Answer::Error(problem),
+                });
+            }
+            Request::Trace { pod, port, address } => {
+                if let Err(problem) = self.start_trace(&answers, pod.as_deref()) {
+                    answers.give(&Answer::<TraceLine>::Error(problem));
+                } else {
+                    self.applier.settings.start_trace(&mut self.applier.kernel, port, address);
+                }
+            }
+            Request::Detach => return Some(answers),
         }
-        match self.kernel.set_settings(&settings) {
-            Ok(()) => self.settings = settings,
-            Err(error) => error!(error = %chain(&error), "cannot write the settings"),
+        None
+    }
+
+    fn status(&self) -> Status {
+        let pod = |entry| {
+            let state = planning::state_of(entry, &self.applier, &self.config);
+            pod_status(&entry.view, state, self.config.fail_mode)
+        };
+        let rejected = self.pods.rejected().iter();
+        Status {
+            node: self.config.node.clone(),
+            pid: std::process::id(),
+            attached: self.config.attach.clone(),
+            fail_mode: self.config.fail_mode,
+            source: self.reporter.source_status(self.pods.is_synced()),
+            events: self.reporter.events_status(),
+            ready: self.is_ready(),
+            tunnels: answers::tunnels(&self.applier),
+            turned_away: self.applier.tunnels.rejected().cloned(),
+            pods: (self.pods.in_order().into_iter().map(pod))
+                .chain(rejected.map(|rejected| rejected_status(&rejected.entry, &rejected.reason)))
+                .collect(),
+            lingering: answers::draining(&self.applier),
+            problems: self.applier.problems().to_vec(),
         }
     }
 
-    /// Whether a tunnel serves, as far as the programs are told.
-    fn tunnel_up(&self) -> bool {
-        self.settings.tunnel_up == 1
-    }
-
-    fn note_problem(&mut self, uid: &str, reason: Reason) {
-        let Some(known) = self.pods.get_mut(uid) else { return };
-        if known.problem.as_ref() != Some(&reason) {
-            warn!(uid, code = reason.code.code(), reason = reason.text, "pod cannot be enrolled yet");
-            known.problem = Some(reason);
+    fn start_trace(&mut self, answers: &Answers, pod: Option<&str>) -> Result<(), String> {
+        if self.trace.as_ref().is_some_and(|trace| !trace.is_over()) {
+            return Err("another trace is running; only one at a time".to_owned());
         }
-        // Tried again with the next look, which is due soon.
-        known.next_look.get_or_insert_with(|| Instant::now() + apply::AGAIN);
+        let pod = pod.map(|pod| answers::find(self.pods.views(), pod)).transpose()?;
+        self.trace = Some(TraceSession::start(&self.applier.kernel, answers.clone(), pod)?);
+        Ok(())
     }
 
-    fn forget_problem(&mut self, uid: &str) {
-        if let Some(known) = self.pods.get_mut(uid) {
-            known.problem = None;
+    fn forward_trace(&mut self) {
+        if let Some(trace) = &mut self.trace {
+            trace.forward(self.pods.views());
         }
     }
 
-    fn end_lenience(&mut self, uid: &str) {
-        if let Some(known) = self.pods.get_mut(uid) {
-            known.lenient_until = None;
+    fn stop_trace(&mut self) {
+        if self.trace.take().is_some() {
+            self.applier.settings.stop_trace(&mut self.applier.kernel);
+            info!("trace off");
         }
+    }
+
+    /// Undoes everything, at once.
+    async fn detach(mut self, events: &mut mpsc::UnboundedReceiver<ZdsEvent>) -> Result<(), AgentError> {
+        // Applications first; the tunnels' own entries stay until they have let go.
+        let tunnels = self.applier.tunnels.cgroup_ids();
+        self.applier.apply(Scope::All { tunnels: &tunnels }, &Plan::new(), &OpenNetns::new());
+        self.reporter.all_left(self.pods.views());
+        let deadline = Instant::now() + WITHDRAWAL_TIME;
+        while self.applier.draining.waits_for_tunnels() {
+            match tokio::time::timeout_at(deadline.into(), events.recv()).await {
+                Ok(Some(event)) => self.on_tunnel(event),
+                Ok(None) | Err(_) => break,
+            }
+        }
+        Ok(self.applier.remove_everything(&self.config.pins)?)
+    }
+}
+
+/// Where no tunnel may run.
+fn layout(config: &Config) -> CgroupLayout {
+    let pid = i32::try_from(std::process::id()).unwrap_or(0);
+    CgroupLayout {
+        root: config.cgroup_root.clone(),
+        pods: config.attach.clone(),
+        own: cgroups::of_process(&config.cgroup_root, pid).ok(),
     }
 }

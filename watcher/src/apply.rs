@@ -1,13 +1,318 @@
-//! How a step is done.
+//! Does what the plan says. Each part owns what it applied:
 //!
-//! * [`netns_setup`]: the rule, route and sysctl by which the application sees the client's address
-//! * [`maps`]: the kernel's maps and links
-//! * [`zds_server`]: ZDS, the protocol in which tunnels get their pods
-//! * [`journal`]: what was changed outside the maps, on disk, so that it can be undone after a crash
-//! * [`restore`]: taking all of that back
+//! * [`maps`]: the kernel's maps of cgroups, addresses and exclusions
+//! * [`settings`]: the programs' settings, which hold for the whole node
+//! * [`netns`]: prepared and steered netns; [`netns_setup`]: the rule, route and sysctls of each
+//! * [`draining`]: netns of pods that left, while connections still need them
+//! * [`app_listeners`]: ports that applications listen on
+//! * [`tunnels`]: connected tunnels, their pods and acknowledgements; [`tunnel_cgroups`]: where they run
+//! * [`zds_server`]: ZDS, the protocol by which tunnels get their pods
+//! * [`journal`]: what was changed outside the maps, on disk; [`restore`]: undoing it after a crash
 
+use std::{
+    collections::BTreeSet,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
+
+use adit_ebpf_loader::{Kernel, KernelError};
+use tokio::sync::oneshot;
+use tracing::{debug, error, warn};
+
+use crate::{
+    model::error_chain::chain,
+    observe::{cgroups::CgroupId, netns::Visitors},
+    plan::{
+        Plan, Reason,
+        diff::{self, Applied, Scope, Step, TunnelStep},
+    },
+};
+
+use self::{
+    app_listeners::AppListeners,
+    draining::DrainingNetns,
+    journal::Journal,
+    maps::AppliedMaps,
+    netns::{NetnsReport, NetnsTools, OpenNetns, SteeredNetns},
+    settings::KernelSettings,
+    tunnel_cgroups::CgroupLayout,
+    tunnels::Tunnels,
+    zds_server::{Admission, ConnId},
+};
+
+pub mod app_listeners;
+pub mod draining;
 pub mod journal;
 pub mod maps;
+pub mod netns;
 pub mod netns_setup;
 pub mod restore;
+pub mod settings;
+pub mod tunnel_cgroups;
+pub mod tunnels;
 pub mod zds_server;
+
+/// Everything that is applied, and the means to change it. Its parts know nothing of each other; what one
+/// gives to the next passes through here.
+#[derive(Debug)]
+pub struct Applier {
+    /// The loaded programs and maps.
+    pub kernel: Kernel,
+    /// What the maps hold.
+    pub maps: AppliedMaps,
+    /// The programs' settings.
+    pub settings: KernelSettings,
+    /// Netns of enrolled pods.
+    pub netns: SteeredNetns,
+    /// Netns of pods that left.
+    pub draining: DrainingNetns,
+    /// Ports that applications listen on.
+    pub app_listeners: AppListeners,
+    /// Connected tunnels.
+    pub tunnels: Tunnels,
+    journal: Journal,
+    visitors: Arc<Visitors>,
+    /// What the node as a whole lacks, as sentences.
+    problems: Vec<String>,
+}
+
+/// What [`Applier::apply`] led to for single pods, by uid.
+#[derive(Debug, Default)]
+pub struct ApplyReport {
+    /// Their netns are steered now.
+    pub steered: Vec<String>,
+    /// What could not be done, and is tried again.
+    pub failed: Vec<(String, Reason)>,
+}
+
+impl Applier {
+    /// Takes over what the maps, links and `journal` hold.
+    ///
+    /// # Errors
+    /// What is there cannot be read, with what was tried.
+    pub fn adopt(
+        kernel: Kernel,
+        settings: KernelSettings,
+        journal: Journal,
+        visitors: Arc<Visitors>,
+    ) -> Result<Self, (&'static str, KernelError)> {
+        let maps = AppliedMaps::read(&kernel).map_err(|error| ("read the maps", error))?;
+        let linked = kernel.steered().map_err(|error| ("list the netns links", error))?;
+        Ok(Self {
+            maps,
+            settings,
+            netns: SteeredNetns::adopt(&journal, linked),
+            draining: DrainingNetns::default(),
+            app_listeners: AppListeners::default(),
+            tunnels: Tunnels::default(),
+            kernel,
+            journal,
+            visitors,
+            problems: Vec::new(),
+        })
+    }
+
+    /// What could not be done for the node as a whole by the last [`Self::apply`].
+    pub fn problems(&self) -> &[String] {
+        &self.problems
+    }
+
+    /// Whether a tunnel serves the pod `uid` in the netns `cookie`.
+    pub fn is_served(&self, uid: &str, cookie: u64) -> bool {
+        self.tunnels.workloads().get(uid).is_some_and(|workload| workload.cookie == cookie)
+            && self.tunnels.serve(uid)
+    }
+
+    /// The cookie of the netns that `uid` is enrolled with, maybe by an earlier run.
+    pub fn enrolled_netns(&self, uid: &str) -> Option<u64> {
+        let offered = self.tunnels.workloads().get(uid).map(|workload| workload.cookie);
+        offered.or_else(|| self.netns.of_pod(uid))
+    }
+
+    /// Brings what is applied to `plan`, within `scope`. `opened` has netns that are open already.
+    pub fn apply(&mut self, scope: Scope<'_>, plan: &Plan, opened: &OpenNetns) -> ApplyReport {
+        let applied = Applied {
+            maps: self.maps.contents(),
+            netns: self.netns.by_cookie(),
+            workloads: self.tunnels.workloads(),
+        };
+        let steps = diff::steps(&applied, scope, plan);
+        let (mut report, mut ready, mut problems) = (ApplyReport::default(), OpenNetns::new(), Vec::new());
+        for step in steps {
+            debug!(?step, "step");
+            let result = match &step {
+                Step::Map(write) => self.maps.apply(&mut self.kernel, write),
+                Step::Netns(step) => {
+                    let mut tools = NetnsTools {
+                        kernel: &mut self.kernel,
+                        journal: &mut self.journal,
+                        visitors: &self.visitors,
+                        draining: &mut self.draining,
+                        app_listeners: &mut self.app_listeners,
+                        opened,
+                    };
+                    self.netns.apply(step, &mut tools).map(|done: NetnsReport| {
+                        ready.extend(done.ready);
+                        report.steered.extend(done.steered);
+                        report.failed.extend(done.failed);
+                    })
+                }
+                Step::Tunnel(step) => {
+                    self.apply_to_tunnels(step, &ready);
+                    Ok(())
+                }
+            };
+            if let Err(error) = result {
+                problems.push(format!("{step:?}: {}", chain(&error)));
+            }
+        }
+        for problem in &problems {
+            if !self.problems.contains(problem) {
+                error!(problem, "a step failed; trying again");
+            }
+        }
+        self.problems = problems;
+        report
+    }
+
+    fn apply_to_tunnels(&mut self, step: &TunnelStep, ready: &OpenNetns) {
+        // Without its netns in order the pod stays closed; its netns is tried again.
+        if let TunnelStep::Offer(_, workload) = step
+            && !self.netns.by_cookie().contains_key(&workload.cookie)
+        {
+            return;
+        }
+        if let Some((cookie, pending)) = self.tunnels.apply(step, ready)
+            && let Some(netns) = self.netns.by_cookie().get(&cookie)
+        {
+            self.draining.withdraw(cookie, netns.clone(), pending);
+        }
+    }
+
+    /// Reads back what the maps and links hold, so that the next comparison repairs what others changed.
+    /// Whether something differed.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn read_back(&mut self) -> Result<bool, KernelError> {
+        let linked = self.kernel.steered()?;
+        let maps_differ = self.maps.read_back(&self.kernel)?;
+        Ok(self.netns.read_back(&mut self.kernel, linked) || maps_differ)
+    }
+
+    /// What is due by time: offers, listings of sockets, netns that drain.
+    pub fn do_due(&mut self, now: Instant) {
+        let tunnels = &self.tunnels;
+        let (kernel, steered) = (&mut self.kernel, self.netns.by_cookie());
+        self.app_listeners.list_new(kernel, &self.visitors, steered, |uid| tunnels.serve(uid), now);
+        self.draining.settle(kernel, &mut self.journal);
+    }
+
+    /// When [`Self::do_due`] or a retry has something to do next.
+    pub fn next_due(&self, now: Instant) -> Option<Instant> {
+        [self.tunnels.next_retry(), self.draining.next_check(now), self.app_listeners.due()]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// Compares the recorded listening ports with the kernel's list, for the netns in `opened`.
+    pub fn scan_app_listeners(&mut self, opened: &OpenNetns) {
+        app_listeners::scan(&mut self.kernel, &self.visitors, self.netns.by_cookie(), opened);
+    }
+
+    /// Admits the tunnel of process `pid` if it runs in a cgroup of its own. `pod_at` gives the name of the
+    /// pod that owns a directory. Whether it was admitted; if not, its connection is closed.
+    pub fn admit_tunnel(
+        &mut self,
+        conn: ConnId,
+        pid: i32,
+        admission: oneshot::Sender<Admission>,
+        layout: &CgroupLayout,
+        pod_at: impl FnOnce(&Path) -> Option<String>,
+    ) -> bool {
+        let attached = layout.find_tunnel(pid, pod_at).and_then(|cgroup: PathBuf| {
+            tunnel_cgroups::attach(&cgroup, &mut self.kernel, &mut self.journal, &mut self.maps)
+                .map(|id| (cgroup, id))
+        });
+        match attached {
+            Ok(cgroup) => {
+                self.tunnels.admit(conn, pid, cgroup, admission);
+                self.settings.set_tunnel_up(&mut self.kernel, true);
+                true
+            }
+            Err(reason) => {
+                self.tunnels.reject(pid, reason);
+                false
+            }
+        }
+    }
+
+    /// Removes a tunnel whose connection ended. Whether it was connected.
+    pub fn remove_tunnel(&mut self, conn: ConnId, reason: &str) -> bool {
+        self.draining.forget_tunnel(conn);
+        if !self.tunnels.remove(conn, reason) {
+            return false;
+        }
+        if self.tunnels.is_empty() {
+            // One write, before anything else: from here on every pod follows its fail mode.
+            self.settings.set_tunnel_up(&mut self.kernel, false);
+        }
+        true
+    }
+
+    /// What an earlier watcher left does not count any more.
+    pub fn end_adoption(&mut self) {
+        if self.tunnels.is_empty() && self.settings.tunnel_up() {
+            warn!("no tunnel reconnected after the restart");
+            self.settings.set_tunnel_up(&mut self.kernel, false);
+        }
+        self.detach_unused_tunnels(&BTreeSet::new());
+    }
+
+    /// Detaches the programs from the cgroups of tunnels that are gone, except for those in `adopted`.
+    pub fn detach_unused_tunnels(&mut self, adopted: &BTreeSet<CgroupId>) {
+        let used = self.tunnels.cgroup_ids().union(adopted).copied().collect();
+        tunnel_cgroups::detach_unused(&used, &mut self.kernel, &mut self.journal);
+    }
+
+    /// Restores every prepared netns at once, whatever still uses it, and removes links and maps.
+    ///
+    /// # Errors
+    /// The journal cannot be written, or the kernel refused.
+    pub fn remove_everything(mut self, pins: &Path) -> Result<(), RemoveError> {
+        let undone = restore::restore_all(&mut self.journal)
+            .map_err(|source| RemoveError::Io { what: "restore the pods' netns", source })?;
+        for problem in &undone.failed {
+            warn!(problem, "left behind");
+        }
+        let Self { kernel, mut journal, .. } = self;
+        // Our fds keep links alive that are unpinned only.
+        drop(kernel);
+        Kernel::remove(pins).map_err(RemoveError::Kernel)?;
+        for id in journal.tunnels().keys().copied().collect::<Vec<_>>() {
+            journal
+                .remove_tunnel(id)
+                .map_err(|source| RemoveError::Io { what: "remove the tunnels from the journal", source })?;
+        }
+        Ok(())
+    }
+}
+
+/// Why not everything was removed.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoveError {
+    /// A file could not be written.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The kernel refused.
+    #[error("cannot remove the pinned links and maps")]
+    Kernel(#[source] KernelError),
+}

@@ -1,6 +1,10 @@
-//! The socket by which commands ask a running watcher: one JSON line asks, JSON lines answer.
+//! The socket between commands and a running watcher: one JSON line is the request, JSON lines the answer.
 //!
-//! State and maps have one writer, the watcher; so the commands do not touch the maps themselves.
+//! State and maps have one writer, the watcher; so commands do not touch the maps themselves.
+//!
+//! * [`status`]: the types of `watcher status`; [`answers`]: filling them in
+//! * [`explain`]: which rule decides about a connection
+//! * [`trace`]: verdicts of the kernel programs, as they are given
 
 use std::{
     io::{self, BufRead, BufReader, Write},
@@ -10,30 +14,43 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use socket2::Type;
+use socket2::{Socket, Type};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _},
-    net::{UnixListener, UnixStream},
+    net::UnixStream,
     sync::mpsc,
-    task::{JoinHandle, JoinSet},
 };
-use tracing::warn;
+use tracing::debug;
 
-use crate::unix_socket::{Bound, SocketFile};
+use crate::unix_socket::{Bound, Serving};
 
+pub mod answers;
 pub mod explain;
 pub mod status;
+pub mod trace;
 
-/// What can be asked.
+/// A request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
     /// One [`crate::control::status::Status`].
     Status,
-    /// One [`crate::control::explain::Explanation`]. `pod`: uid, name or namespace/name.
-    Explain { pod: String, destination: SocketAddr },
-    /// Records until the asker hangs up; the programs are silent again then.
-    Trace { pod: Option<String>, port: Option<u16>, address: Option<IpAddr> },
+    /// One [`crate::control::explain::Explanation`].
+    Explain {
+        /// Its uid, name or namespace/name.
+        pod: String,
+        /// Where it connects to.
+        destination: SocketAddr,
+    },
+    /// [`crate::control::trace::TraceLine`]s until the client disconnects.
+    Trace {
+        /// Only verdicts about this pod: uid, name or namespace/name.
+        pod: Option<String>,
+        /// Only verdicts about this port, at either end.
+        port: Option<u16>,
+        /// Only verdicts about this address, at either end.
+        address: Option<IpAddr>,
+    },
     /// Undo everything and end. Answered when it is done.
     Detach,
 }
@@ -42,78 +59,74 @@ pub enum Request {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer<T> {
+    /// The answer.
     Ok(T),
-    /// Why it cannot be answered.
+    /// Why there is none.
     Error(String),
 }
 
-/// A request and where its answer goes.
+/// A request and where its answers go.
 #[derive(Debug)]
-pub struct Asked {
+pub struct IncomingRequest {
+    /// What the client wants.
     pub request: Request,
+    /// The way back.
     pub answers: Answers,
 }
 
-/// Takes lines for the asker.
+/// Takes answers for a client.
 #[derive(Clone, Debug)]
 pub struct Answers(mpsc::Sender<String>);
 
 impl Answers {
-    /// Whether it was taken. An asker that reads too slowly loses lines, the watcher never waits.
+    /// Whether `answer` was taken. A client that reads too slowly loses lines; the watcher never waits.
     pub fn give<T: Serialize>(&self, answer: &Answer<T>) -> bool {
         serde_json::to_string(answer).is_ok_and(|line| self.0.try_send(line).is_ok())
     }
 
-    /// Whether the asker hung up.
+    /// Whether the client disconnected.
     pub fn is_closed(&self) -> bool {
         self.0.is_closed()
     }
 
-    /// Resolves when the asker hung up.
+    /// Resolves when the client disconnected.
     pub async fn closed(&self) {
         self.0.closed().await;
     }
 }
 
-/// Serves askers until it is dropped.
+/// Serves clients until it is dropped.
 #[derive(Debug)]
-pub struct Server {
-    accepting: JoinHandle<()>,
-    _file: SocketFile,
-}
+pub struct ControlServer(Serving);
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.accepting.abort();
-    }
-}
-
-impl Server {
-    pub fn bind(path: &Path, asked: mpsc::Sender<Asked>) -> io::Result<Self> {
-        let (socket, file) = Bound::new(path, Type::STREAM)?.into_parts();
-        let listener = UnixListener::from_std(std::os::unix::net::UnixListener::from(socket))?;
-        Ok(Self { accepting: tokio::spawn(accept(listener, asked)), _file: file })
-    }
-}
-
-async fn accept(listener: UnixListener, asked: mpsc::Sender<Asked>) {
-    let mut connections = JoinSet::new();
-    loop {
-        tokio::select! {
-            Some(_) = connections.join_next() => {}
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => drop(connections.spawn(serve(stream, asked.clone()))),
-                Err(error) => {
-                    warn!(%error, "cannot accept on the control socket");
-                    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+impl ControlServer {
+    /// Listens at `path`.
+    ///
+    /// # Errors
+    /// As of [`Bound::new`].
+    pub fn bind(path: &Path, requests: mpsc::Sender<IncomingRequest>) -> io::Result<Self> {
+        let bound = Bound::new(path, Type::STREAM)?;
+        let serving = bound.serve("commands", move |_, socket| {
+            let requests = requests.clone();
+            async move {
+                if let Err(error) = serve(socket, requests).await {
+                    debug!(%error, "connection of a command ended");
                 }
-            },
-        }
+            }
+        });
+        serving.map(Self)
+    }
+
+    /// Resolves with the cause when serving ended, which it does only by a fault.
+    pub async fn failed(&mut self) -> String {
+        self.0.failed().await
     }
 }
 
-async fn serve(stream: UnixStream, asked: mpsc::Sender<Asked>) -> io::Result<()> {
+async fn serve(socket: Socket, requests: mpsc::Sender<IncomingRequest>) -> io::Result<()> {
+    /// Of a request, in bytes.
     const LONGEST: u64 = 4096;
+    let stream = UnixStream::from_std(StdUnixStream::from(socket))?;
     let (reader, mut writer) = stream.into_split();
     let mut reader = tokio::io::BufReader::new(reader);
     let mut line = String::new();
@@ -121,13 +134,13 @@ async fn serve(stream: UnixStream, asked: mpsc::Sender<Asked>) -> io::Result<()>
     let (answers, mut lines) = mpsc::channel(1024);
     let answers = Answers(answers);
     match serde_json::from_str(&line) {
-        Ok(request) => drop(asked.send(Asked { request, answers }).await),
+        Ok(request) => drop(requests.send(IncomingRequest { request, answers }).await),
         Err(error) => {
-            answers.give(&Answer::<()>::Error(format!("not understood: {error}")));
+            answers.give(&Answer::<()>::Error(format!("cannot read the request: {error}")));
             drop(answers);
         }
     }
-    let mut hung_up = [0; 1];
+    let mut ignored = [0; 1];
     loop {
         tokio::select! {
             line = lines.recv() => match line {
@@ -137,12 +150,15 @@ async fn serve(stream: UnixStream, asked: mpsc::Sender<Asked>) -> io::Result<()>
                 }
                 None => return Ok(()),
             },
-            _ = reader.read(&mut hung_up) => return Ok(()),
+            _ = reader.read(&mut ignored) => return Ok(()),
         }
     }
 }
 
-/// Asks the watcher that serves `path`; an iterator over its answers.
+/// Sends `request` to the watcher that serves `path`; an iterator over its answers.
+///
+/// # Errors
+/// No watcher serves `path`, or it cannot take the request.
 pub fn ask<T: DeserializeOwned>(
     path: &Path,
     request: &Request,

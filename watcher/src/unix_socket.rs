@@ -2,16 +2,27 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
-use socket2::{Domain, SockAddr, Socket, Type};
+use socket2::{Domain, SockAddr, SockRef, Socket, Type};
+use tokio::{
+    io::unix::AsyncFd,
+    task::{JoinHandle, JoinSet},
+};
+use tracing::{error, warn};
+
+use crate::sys::pollable;
 
 /// A listening socket whose file goes with it.
 #[derive(Debug)]
 pub struct Bound {
-    pub socket: Socket,
+    socket: Socket,
     file: SocketFile,
 }
 
@@ -53,9 +64,87 @@ impl Bound {
         Ok(Self { socket, file })
     }
 
-    /// The socket and the guard of its file.
-    pub fn into_parts(self) -> (Socket, SocketFile) {
-        (self.socket, self.file)
+    /// Accepts connections and runs `handle` for each, with a number that counts them from 1. `what` names the
+    /// peers in logs.
+    ///
+    /// # Errors
+    /// The runtime cannot wait for the socket.
+    pub fn serve<F>(
+        self,
+        what: &'static str,
+        handle: impl FnMut(u64, Socket) -> F + Send + 'static,
+    ) -> io::Result<Serving>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let listener = pollable(self.socket.into())?;
+        Ok(Serving { accepting: tokio::spawn(accept_all(what, listener, handle)), _file: self.file })
+    }
+}
+
+/// Accepts connections until it is dropped, which also ends the connections.
+#[derive(Debug)]
+pub struct Serving {
+    accepting: JoinHandle<()>,
+    _file: SocketFile,
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        // Ends the connections too: their tasks belong to this one.
+        self.accepting.abort();
+    }
+}
+
+impl Serving {
+    /// Resolves with the cause when accepting ended, which it does only by a fault.
+    pub async fn failed(&mut self) -> String {
+        match (&mut self.accepting).await {
+            Ok(()) => "accepting ended".to_owned(),
+            Err(error) => error.to_string(),
+        }
+    }
+}
+
+async fn accept_all<F>(
+    what: &'static str,
+    listener: AsyncFd<OwnedFd>,
+    mut handle: impl FnMut(u64, Socket) -> F + Send + 'static,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    /// After a failed accept, most likely for lack of fds: trying again at once would spin.
+    const PAUSE: Duration = Duration::from_millis(200);
+    let (mut connections, mut accepted_so_far) = (JoinSet::new(), 0);
+    loop {
+        tokio::select! {
+            Some(ended) = connections.join_next() => {
+                if let Err(error) = ended {
+                    error!(what, %error, "the task of a connection failed");
+                }
+            }
+            accepted = accept(&listener) => match accepted {
+                Ok(socket) => {
+                    accepted_so_far += 1;
+                    connections.spawn(handle(accepted_so_far, socket));
+                }
+                Err(error) => {
+                    warn!(what, %error, "cannot accept a connection");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            },
+        }
+    }
+}
+
+async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<Socket> {
+    loop {
+        let mut guard = listener.readable().await?;
+        if let Ok(accepted) = guard.try_io(|listener| SockRef::from(listener).accept()) {
+            let (socket, _) = accepted?;
+            socket.set_nonblocking(true)?;
+            return Ok(socket);
+        }
     }
 }
 
@@ -90,7 +179,7 @@ mod tests {
         let first = Bound::new(&path, Type::SEQPACKET).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(Bound::new(&path, Type::SEQPACKET).unwrap_err().kind(), io::ErrorKind::AddrInUse);
-        let (socket, file) = first.into_parts();
+        let Bound { socket, file } = first;
         drop(socket);
         std::mem::forget(file);
         let second = Bound::new(&path, Type::SEQPACKET).unwrap();

@@ -1,4 +1,4 @@
-//! What the watcher was told to do.
+//! What the watcher is configured to do.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -8,30 +8,35 @@ use std::{
 
 use crate::{model::pod::FailMode, observe::events::SourceKind};
 
-/// All that the watcher is told.
+/// The options of `watcher run`, checked.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// This node's name.
     pub node: String,
+    /// Where tunnels connect.
     pub zds_socket: PathBuf,
+    /// Where commands connect.
     pub status_socket: PathBuf,
     /// Where this node's maps and links are pinned.
     pub pins: PathBuf,
+    /// Where cgroup2 is mounted.
     pub cgroup_root: PathBuf,
-    /// Where the pods' programs are attached.
+    /// The cgroup above all pods, which the pods' programs are attached to.
     pub attach: PathBuf,
     /// This node's run directory.
     pub run_dir: PathBuf,
+    /// What happens to an enrolled pod's traffic while no tunnel serves it, unless the pod chooses.
     pub fail_mode: FailMode,
     /// The source of events; `None`: the best that works.
     pub events: Option<SourceKind>,
-    /// Whether the pods' DNS queries go to the tunnel, unless a pod asks otherwise.
+    /// Whether the pods' DNS queries go to the tunnel, unless the pod chooses.
     pub dns_capture: bool,
-    /// Only queries to these, three at most. None: all.
+    /// Only queries to these are captured, three at most. Empty: all.
     pub dns_resolvers: Vec<IpAddr>,
     /// Where metrics and readiness are served.
     pub metrics_address: Option<SocketAddr>,
-    /// How often everything is scanned, which makes up for lost events and for what others did to our maps, and finds
-    /// ports that nobody listens on any more.
+    /// How often everything is scanned. A scan makes up for lost events and for maps that others changed, and
+    /// finds ports that no application listens on any more.
     pub rescan: Duration,
     /// Undo everything at the end.
     pub detach: bool,

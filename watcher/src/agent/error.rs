@@ -4,21 +4,54 @@ use std::io;
 
 use adit_ebpf_loader::KernelError;
 
-/// Why the watcher could not start or go on.
+use crate::apply::RemoveError;
+
+/// Why the watcher could not start or continue.
 #[derive(Debug, thiserror::Error)]
-pub enum NodeError {
+pub enum AgentError {
+    /// A file, socket or signal handler failed.
     #[error("cannot {what}")]
-    Io { what: String, source: io::Error },
+    Io {
+        /// What was tried.
+        what: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// No source of events works.
     #[error("{reason}")]
-    Events { reason: String },
-    #[error("{source_name} ended, which it never should; restart the watcher")]
-    SourceEnded { source_name: String },
+    Events {
+        /// Which, and why.
+        reason: String,
+    },
+    /// The source of pods ended.
+    #[error("pod source {source_name} stopped unexpectedly; restart the watcher")]
+    SourceEnded {
+        /// What it is called.
+        source_name: String,
+    },
+    /// A server's task failed.
+    #[error("serving {what} stopped unexpectedly: {cause}; restart the watcher")]
+    ServerEnded {
+        /// Whom it served.
+        what: &'static str,
+        /// The panic, most likely.
+        cause: String,
+    },
+    /// The kernel refused.
     #[error("cannot {what}")]
-    Kernel { what: &'static str, source: KernelError },
+    Kernel {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: KernelError,
+    },
+    /// Not everything could be undone.
+    #[error("cannot undo everything")]
+    Remove(#[from] RemoveError),
 }
 
-/// Takes part of the blame from an [`io::Error`].
-pub(crate) fn cannot(what: impl Into<String>) -> impl FnOnce(io::Error) -> NodeError {
+/// An [`io::Error`] with what was tried.
+pub(crate) fn cannot(what: impl Into<String>) -> impl FnOnce(io::Error) -> AgentError {
     let what = what.into();
-    move |source| NodeError::Io { what, source }
+    move |source| AgentError::Io { what, source }
 }

@@ -1,206 +1,156 @@
-//! The pods that the source told of, and what is known of each.
+//! The table of pods: those that the source named, and what is known of each.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::{Duration, Instant},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    path::{Path, PathBuf},
+    time::Instant,
 };
 
 use tracing::warn;
 
 use crate::{
     model::{
-        exclusions::Exclusions,
         pod::{BadEntry, Entry, Pod, Update},
         reason::{Reason, ReasonCode},
         state::State,
     },
-    observe::{Observed, processes::Sightings},
-    plan::{Judged, Keys, Verdict, eligibility::Claims},
+    observe::{
+        Observed,
+        cgroups::{self, CgroupId},
+    },
+    plan::{Eligibility, PodPlan, PodView, claims::Claims, eligibility},
 };
 
-/// A pod, and everything that is remembered of it.
-#[derive(Debug)]
-pub struct Known {
-    pub judged: Judged,
-    /// Place in the source's list.
-    rank: u64,
-    /// What of the applied plan is this pod's.
-    pub keys: Keys,
-    pub policy: Option<(u32, Exclusions)>,
-    /// Whether its treatment until a tunnel has it was decided: only a pod that ran in clear until now is
-    /// treated leniently.
-    pub met: bool,
-    pub lenient_until: Option<Instant>,
-    /// Where its young processes were seen.
-    pub sightings: Sightings,
-    /// Since when it has no process although it is enrolled.
-    pub empty_since: Option<Instant>,
-    /// What could not be done for it.
-    pub problem: Option<Reason>,
-    /// When it was last seen to change.
-    changed_at: Instant,
-    /// When it is looked at again although nothing told of a change.
-    pub next_look: Option<Instant>,
-    /// What was told of it last.
-    pub state: Option<State>,
-    /// Since when it should be open and is not.
-    pub asked_at: Option<Instant>,
-}
+use super::pod_entry::{PodEntry, RETRY_PAUSE};
 
-impl Known {
-    fn new(pod: Arc<Pod>, rank: u64, now: Instant) -> Self {
-        let judged = Judged { pod, observed: Observed::default(), verdict: Verdict::Plain(None) };
-        Self {
-            judged,
-            rank,
-            keys: Keys::default(),
-            policy: None,
-            met: false,
-            lenient_until: None,
-            sightings: Sightings::default(),
-            empty_since: None,
-            problem: None,
-            changed_at: now,
-            next_look: None,
-            state: None,
-            asked_at: None,
-        }
-    }
-
-    pub fn is_plain(&self) -> bool {
-        matches!(self.judged.verdict, Verdict::Plain(_))
-    }
-
-    pub fn is_lenient(&self, now: Instant) -> bool {
-        self.lenient_until.is_some_and(|until| until > now)
-    }
-
-    /// Decides when to look again: soon after a change, since one seldom comes alone (a process before its
-    /// addresses, IPv4 before IPv6, and no kernel tells a watcher outside of a netns of its addresses), then
-    /// ever more rarely, until the periodic scan is enough.
-    pub fn schedule(&mut self, now: Instant, changed: bool) {
-        const SOON: Duration = Duration::from_millis(5);
-        const SETTLED: Duration = Duration::from_millis(250);
-        const SELDOM: Duration = Duration::from_secs(1);
-        const LONG: Duration = Duration::from_secs(15);
-        if changed {
-            self.changed_at = now;
-        }
-        let age = now.saturating_duration_since(self.changed_at);
-        let pause = match &self.judged.verdict {
-            Verdict::Plain(_) => None,
-            Verdict::Verified(_) => (age < LONG).then(|| age.max(SETTLED)),
-            Verdict::Waiting(_) | Verdict::Refused { .. } => Some((age / 4).clamp(SOON, SELDOM)),
-        };
-        self.next_look = pause.map(|pause| now + pause);
-    }
-
-    /// Looks again at once, and eagerly from then on.
-    pub fn hurry(&mut self, now: Instant) {
-        self.changed_at = now;
-        self.next_look = Some(now);
-    }
-}
-
-/// An entry that is not used, and why.
+/// An entry of the source that is not used, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refused {
+pub struct RejectedEntry {
+    /// What could be read of it.
     pub entry: BadEntry,
+    /// Why it is not used.
     pub reason: Reason,
 }
 
-/// All of them.
+/// All pods.
 #[derive(Debug, Default)]
-pub struct Pods {
-    known: BTreeMap<String, Known>,
-    pub refused: Vec<Refused>,
-    pub claims: Claims,
-    /// Whether the source has told of all pods.
-    pub synced: bool,
-    /// What is applied still of pods that are not known any more.
-    pub gone: Keys,
-    /// The states of those, for whoever counts.
-    pub gone_states: Vec<State>,
+pub struct PodTable {
+    entries: BTreeMap<String, PodEntry>,
+    rejected: Vec<RejectedEntry>,
+    claims: Claims,
+    /// Pods by the ids of their cgroups.
+    by_cgroup: HashMap<CgroupId, String>,
+    synced: bool,
+    /// Plans, by uid, of pods that are not known any more and whose entries may still be applied.
+    gone: Vec<(String, PodPlan)>,
+    /// The states of those, as they were reported last.
+    gone_states: Vec<State>,
     last_rank: u64,
+    last_exclusion_id: u32,
 }
 
-impl Pods {
-    pub fn get(&self, uid: &str) -> Option<&Known> {
-        self.known.get(uid)
+/// What an evaluation changed.
+#[derive(Debug, Default)]
+pub struct Evaluation {
+    /// The pods that were evaluated.
+    pub uids: BTreeSet<String>,
+    /// Pods, already admitted, that are otherwise than before: uid, before, now.
+    pub changed: Vec<(String, Eligibility, Eligibility)>,
+    /// Whether something became free that another pod may wait for.
+    pub freed: bool,
+}
+
+impl PodTable {
+    /// An empty table. Exclusion lists get ids above `last_exclusion_id`.
+    pub fn new(last_exclusion_id: u32) -> Self {
+        Self { last_exclusion_id, ..Self::default() }
     }
 
-    pub fn get_mut(&mut self, uid: &str) -> Option<&mut Known> {
-        self.known.get_mut(uid)
+    /// Whether the source has named all pods at least once.
+    pub fn is_synced(&self) -> bool {
+        self.synced
     }
 
+    /// Entries of the source that are not used.
+    pub fn rejected(&self) -> &[RejectedEntry] {
+        &self.rejected
+    }
+
+    /// The pod `uid`.
+    pub fn get(&self, uid: &str) -> Option<&PodEntry> {
+        self.entries.get(uid)
+    }
+
+    /// The pod `uid`.
+    pub fn get_mut(&mut self, uid: &str) -> Option<&mut PodEntry> {
+        self.entries.get_mut(uid)
+    }
+
+    /// The uids of all pods.
     pub fn uids(&self) -> BTreeSet<String> {
-        self.known.keys().cloned().collect()
+        self.entries.keys().cloned().collect()
     }
 
-    pub fn all(&self) -> impl Iterator<Item = &Known> {
-        self.known.values()
+    /// All pods, in the order of their uids.
+    pub fn iter(&self) -> impl Iterator<Item = &PodEntry> {
+        self.entries.values()
     }
 
-    pub fn all_mut(&mut self) -> impl Iterator<Item = (&String, &mut Known)> {
-        self.known.iter_mut()
+    /// All pods as plans see them.
+    pub fn views(&self) -> impl Iterator<Item = &PodView> {
+        self.iter().map(|entry| &entry.view)
     }
 
-    /// In the order of the source's list.
-    pub fn in_order(&self) -> Vec<&Judged> {
-        let mut known: Vec<&Known> = self.known.values().collect();
-        known.sort_by_key(|known| known.rank);
-        known.into_iter().map(|known| &known.judged).collect()
+    /// All pods in the order of the source's list.
+    pub fn in_order(&self) -> Vec<&PodEntry> {
+        let mut entries: Vec<&PodEntry> = self.entries.values().collect();
+        entries.sort_by_key(|entry| entry.rank);
+        entries
     }
 
-    /// `uids` in that order.
+    /// `uids` in that order, those that are known.
     pub fn ranked(&self, uids: &BTreeSet<String>) -> Vec<String> {
         let mut ranked: Vec<(u64, &String)> =
-            uids.iter().filter_map(|uid| Some((self.known.get(uid)?.rank, uid))).collect();
+            uids.iter().filter_map(|uid| Some((self.entries.get(uid)?.rank, uid))).collect();
         ranked.sort_unstable();
         ranked.into_iter().map(|(_, uid)| uid.clone()).collect()
     }
 
-    /// Takes over what the source says; the uids of the pods that are new, other than before, or gone.
-    pub fn take(&mut self, update: Update, now: Instant) -> BTreeSet<String> {
+    /// The uid that owns the cgroup directory `path` or one above it, maybe of a pod that is gone.
+    pub fn owner_uid(&self, path: &Path) -> Option<&str> {
+        self.claims.owner(path)
+    }
+
+    /// The pod that owns the cgroup directory `path` or one above it.
+    pub fn owner(&self, path: &Path) -> Option<&PodEntry> {
+        self.claims.owner(path).and_then(|uid| self.entries.get(uid))
+    }
+
+    /// The pods whose source named a cgroup directory that is `path` or above it.
+    pub fn with_given_cgroup(&self, path: &Path) -> Vec<String> {
+        self.iter()
+            .filter(|entry| entry.view.pod.cgroup.as_deref().is_some_and(|dir| path.starts_with(dir)))
+            .map(|entry| entry.view.pod.uid.clone())
+            .collect()
+    }
+
+    /// The pod that the cgroup `id` was last seen in.
+    pub fn by_cgroup_mut(&mut self, id: CgroupId) -> Option<&mut PodEntry> {
+        self.by_cgroup.get(&id).and_then(|uid| self.entries.get_mut(uid))
+    }
+
+    /// Applies an update of the source; the uids of pods that are new, changed or gone.
+    pub fn apply_update(&mut self, update: Update, now: Instant) -> BTreeSet<String> {
         let mut changed = BTreeSet::new();
         match update {
-            Update::All(entries) => {
-                self.synced = true;
-                self.last_rank = 0;
-                let before = std::mem::take(&mut self.refused);
-                let mut listed = BTreeSet::new();
-                for entry in entries {
-                    if let Entry::Pod(pod) = &entry
-                        && listed.contains(&pod.uid)
-                    {
-                        self.refuse_duplicate(pod);
-                        continue;
-                    }
-                    self.last_rank += 1;
-                    let rank = self.last_rank;
-                    listed.extend(self.set(entry, Some(rank), now, &mut changed));
-                }
-                let gone: Vec<String> =
-                    self.known.keys().filter(|uid| !listed.contains(*uid)).cloned().collect();
-                for uid in gone {
-                    self.forget(&uid);
-                    changed.insert(uid);
-                }
-                for Refused { entry, reason } in
-                    self.refused.iter().filter(|refused| !before.contains(refused))
-                {
-                    let BadEntry { index, uid, name, .. } = entry;
-                    warn!(index, uid, name, code = reason.code.code(), reason = reason.text, "entry refused");
-                }
-            }
+            Update::All(entries) => self.replace_all(entries, now, &mut changed),
             Update::Changed(batch) => {
                 for (uid, change) in batch {
-                    self.refused.retain(|refused| refused.entry.uid.as_ref() != Some(&uid));
+                    self.rejected.retain(|rejected| rejected.entry.uid.as_ref() != Some(&uid));
                     match change {
                         Some(entry) => drop(self.set(entry, None, now, &mut changed)),
-                        None if self.known.contains_key(&uid) => {
-                            self.forget(&uid);
+                        None if self.entries.contains_key(&uid) => {
+                            self.remove(&uid);
                             changed.insert(uid);
                         }
                         None => {}
@@ -210,6 +160,33 @@ impl Pods {
             Update::Unusable(_) => {}
         }
         changed
+    }
+
+    fn replace_all(&mut self, entries: Vec<Entry>, now: Instant, changed: &mut BTreeSet<String>) {
+        self.synced = true;
+        self.last_rank = 0;
+        let before = std::mem::take(&mut self.rejected);
+        let mut listed = BTreeSet::new();
+        for entry in entries {
+            if let Entry::Pod(pod) = &entry
+                && listed.contains(&pod.uid)
+            {
+                self.reject_duplicate(pod);
+                continue;
+            }
+            self.last_rank += 1;
+            let rank = self.last_rank;
+            listed.extend(self.set(entry, Some(rank), now, changed));
+        }
+        let gone: Vec<String> = self.entries.keys().filter(|uid| !listed.contains(*uid)).cloned().collect();
+        for uid in gone {
+            self.remove(&uid);
+            changed.insert(uid);
+        }
+        let new = self.rejected.iter().filter(|rejected| !before.contains(rejected));
+        for RejectedEntry { entry: BadEntry { index, uid, name, .. }, reason } in new {
+            warn!(index, uid, name, code = reason.code.code(), reason = reason.text, "entry rejected");
+        }
     }
 
     /// Takes one entry; the uid that it is about. A bad one leaves the last good one of its uid in force.
@@ -228,16 +205,16 @@ impl Pods {
                     None => entry.problem.clone(),
                 };
                 let uid = entry.uid.clone();
-                self.refused.push(Refused { entry, reason: Reason::new(ReasonCode::BadEntry, text) });
+                self.rejected.push(RejectedEntry { entry, reason: Reason::new(ReasonCode::BadEntry, text) });
                 return uid;
             }
         };
         let uid = pod.uid.clone();
-        if let Some(known) = self.known.get_mut(&uid) {
-            known.rank = rank.unwrap_or(known.rank);
-            if known.judged.pod != pod {
-                known.judged.pod = pod;
-                known.hurry(now);
+        if let Some(entry) = self.entries.get_mut(&uid) {
+            entry.rank = rank.unwrap_or(entry.rank);
+            if entry.view.pod != pod {
+                entry.view.pod = pod;
+                entry.requeue_now(now);
                 changed.insert(uid.clone());
             }
         } else {
@@ -245,78 +222,232 @@ impl Pods {
                 self.last_rank += 1;
                 self.last_rank
             });
-            self.known.insert(uid.clone(), Known::new(pod, rank, now));
+            self.entries.insert(uid.clone(), PodEntry::new(pod, rank, now));
             changed.insert(uid.clone());
         }
         Some(uid)
     }
 
-    fn refuse_duplicate(&mut self, pod: &Pod) {
-        let text = format!("uid {} is an earlier pod's", pod.uid);
+    fn reject_duplicate(&mut self, pod: &Pod) {
+        let text = format!("an earlier pod has the uid {}", pod.uid);
         let (uid, name) = (Some(pod.uid.clone()), Some(pod.name.clone()));
         let entry = BadEntry { index: None, uid, name, problem: text.clone() };
-        self.refused.push(Refused { entry, reason: Reason::new(ReasonCode::DuplicateUid, text) });
+        self.rejected.push(RejectedEntry { entry, reason: Reason::new(ReasonCode::DuplicateUid, text) });
     }
 
-    fn forget(&mut self, uid: &str) {
-        if let Some(known) = self.known.remove(uid) {
-            self.gone.extend(known.keys);
-            self.gone_states.extend(known.state);
+    fn remove(&mut self, uid: &str) {
+        if let Some(entry) = self.entries.remove(uid) {
+            self.gone.push((uid.to_owned(), entry.plan));
+            self.gone_states.extend(entry.state);
         }
+    }
+
+    /// Has a cgroup entry compared that belongs to no plan yet.
+    pub fn add_stray(&mut self, plan: PodPlan) {
+        self.gone.push((String::new(), plan));
+    }
+
+    /// The plans of pods that are gone, once.
+    pub fn take_gone(&mut self) -> Vec<(String, PodPlan)> {
+        std::mem::take(&mut self.gone)
+    }
+
+    /// The last states of pods that are gone, once.
+    pub fn take_gone_states(&mut self) -> Vec<State> {
+        std::mem::take(&mut self.gone_states)
+    }
+
+    /// Releases what pods among `uids` owned that are not known any more. Whether that was anything.
+    pub fn release_gone(&mut self, uids: &BTreeSet<String>) -> bool {
+        let mut freed = false;
+        for uid in uids {
+            if self.entries.contains_key(uid) {
+                continue;
+            }
+            freed |= !self.claims.of(uid).is_empty();
+            self.claims.release(uid);
+            self.by_cgroup.retain(|_, of| of != uid);
+        }
+        freed
+    }
+
+    /// Pods that wait for another one to release something, as they were observed last.
+    pub fn blocked(&self) -> Vec<(String, Observed)> {
+        self.views()
+            .filter(|view| view.eligibility.is_blocked())
+            .map(|view| (view.pod.uid.clone(), view.observed.clone()))
+            .collect()
+    }
+
+    /// Evaluates pods by what was observed. `attached` is the cgroup that the programs are attached to;
+    /// `enrolled_netns` gives the cookie of the netns that a pod is enrolled with.
+    pub fn evaluate(
+        &mut self,
+        observed: Vec<(String, Observed)>,
+        attached: &Path,
+        enrolled_netns: impl Fn(&str) -> Option<u64>,
+        now: Instant,
+    ) -> Evaluation {
+        let mut evaluation = Evaluation::default();
+        for (uid, observed) in observed {
+            let Some(entry) = self.entries.get_mut(&uid) else { continue };
+            let before = self.claims.of(&uid);
+            let (pod, current) = (&entry.view.pod, enrolled_netns(&uid));
+            let eligibility = eligibility::evaluate(pod, &observed, attached, current, &mut self.claims);
+            evaluation.freed |= before.frees(&self.claims.of(&uid));
+            if entry.view.observed.cgroups != observed.cgroups {
+                for id in entry.view.observed.cgroups.values() {
+                    self.by_cgroup.remove(id);
+                }
+                self.by_cgroup.extend(observed.cgroups.values().map(|id| (*id, uid.clone())));
+            }
+            let changed = entry.view.eligibility != eligibility || entry.view.observed != observed;
+            if changed && entry.admitted {
+                let before = entry.view.eligibility.clone();
+                evaluation.changed.push((uid.clone(), before, eligibility.clone()));
+            }
+            entry.view.eligibility = eligibility;
+            entry.view.observed = observed;
+            entry.schedule(now, changed);
+            evaluation.uids.insert(uid);
+        }
+        evaluation
+    }
+
+    /// Gives a pod with exclusions an id; 0: it has none. Other exclusions get another id, so that the
+    /// programs see the old list or the new one and nothing between.
+    pub fn exclusion_id(&mut self, uid: &str) -> u32 {
+        let Some(entry) = self.entries.get_mut(uid) else { return 0 };
+        let exclusions = &entry.view.pod.exclusions;
+        if exclusions.is_empty() {
+            entry.exclusions = None;
+            return 0;
+        }
+        match &entry.exclusions {
+            Some((id, before)) if before == exclusions => *id,
+            _ => {
+                self.last_exclusion_id = self.last_exclusion_id.wrapping_add(1).max(1);
+                entry.exclusions = Some((self.last_exclusion_id, exclusions.clone()));
+                self.last_exclusion_id
+            }
+        }
+    }
+
+    /// Ends the grace periods that are over; the pods' uids.
+    pub fn end_grace_periods(&mut self, now: Instant) -> Vec<String> {
+        let over = self.entries.iter_mut().filter(|(_, entry)| entry.grace_until.is_some_and(|at| at <= now));
+        over.map(|(uid, entry)| {
+            entry.grace_until = None;
+            uid.clone()
+        })
+        .collect()
+    }
+
+    /// Ends every grace period.
+    pub fn end_all_grace_periods(&mut self) {
+        for entry in self.entries.values_mut() {
+            entry.grace_until = None;
+        }
+    }
+
+    /// Records what could not be done for `uid`. It is tried again by the next observation, which is due
+    /// soon.
+    pub fn set_problem(&mut self, uid: &str, reason: Reason, now: Instant) {
+        let Some(entry) = self.entries.get_mut(uid) else { return };
+        if entry.problem.as_ref() != Some(&reason) {
+            warn!(uid, code = reason.code.code(), reason = reason.text, "pod cannot be enrolled yet");
+            entry.problem = Some(reason);
+        }
+        entry.next_observation.get_or_insert(now + RETRY_PAUSE);
+    }
+
+    /// Nothing is wrong with `uid` any more.
+    pub fn clear_problem(&mut self, uid: &str) {
+        if let Some(entry) = self.entries.get_mut(uid) {
+            entry.problem = None;
+        }
+    }
+
+    /// The pods to be observed by now.
+    pub fn due(&self, now: Instant) -> Vec<String> {
+        let due = self.entries.iter().filter(|(_, entry)| entry.next_observation.is_some_and(|at| at <= now));
+        due.map(|(uid, _)| uid.clone()).collect()
+    }
+
+    /// When a pod is to be observed, or its grace period ends, next.
+    pub fn next_due(&self) -> Option<Instant> {
+        self.iter().flat_map(|entry| [entry.next_observation, entry.grace_until]).flatten().min()
+    }
+
+    /// The directories whose changes matter when inotify is the only source of cgroup events: every cgroup
+    /// of the pods, and the directories where pods' cgroups are made, below `attached`.
+    pub fn directories(&self, attached: &Path) -> BTreeSet<PathBuf> {
+        let mut watched: BTreeSet<PathBuf> = self
+            .iter()
+            .filter(|entry| !entry.is_plain())
+            .flat_map(|entry| {
+                let observed = &entry.view.observed;
+                let parent = observed.dir.as_ref().and_then(|dir| dir.parent()).map(PathBuf::from);
+                observed.cgroups.keys().cloned().chain(parent)
+            })
+            .collect();
+        if self.views().any(|view| view.pod.cgroup.is_none()) {
+            watched.extend(cgroups::above_pods(attached));
+        }
+        watched
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     fn entry(uid: &str, name: &str) -> Entry {
         Entry::Pod(Arc::new(Pod { uid: uid.to_owned(), name: name.to_owned(), ..Pod::default() }))
     }
 
-    fn names(pods: &Pods) -> Vec<&str> {
-        pods.in_order().into_iter().map(|judged| judged.pod.name.as_str()).collect()
+    fn names(pods: &PodTable) -> Vec<&str> {
+        pods.in_order().into_iter().map(|entry| entry.view.pod.name.as_str()).collect()
     }
 
     #[test]
     fn updates_change_what_they_name_and_nothing_else() {
-        let (mut pods, now) = (Pods::default(), Instant::now());
+        let (mut pods, now) = (PodTable::default(), Instant::now());
         let all =
             |list: &[(&str, &str)]| Update::All(list.iter().map(|(uid, name)| entry(uid, name)).collect());
-        assert_eq!(pods.take(all(&[("b", "1"), ("a", "2"), ("b", "3")]), now).len(), 2);
+        assert_eq!(pods.apply_update(all(&[("b", "1"), ("a", "2"), ("b", "3")]), now).len(), 2);
         assert_eq!(names(&pods), ["1", "2"]);
-        assert_eq!(pods.refused[0].reason.code, ReasonCode::DuplicateUid);
-        assert!(pods.take(all(&[("b", "1"), ("a", "2")]), now).is_empty());
+        assert_eq!(pods.rejected()[0].reason.code, ReasonCode::DuplicateUid);
+        assert!(pods.apply_update(all(&[("b", "1"), ("a", "2")]), now).is_empty());
         let changes = vec![
             ("c".to_owned(), Some(entry("c", "4"))),
             ("b".to_owned(), None),
-            ("nobody".to_owned(), None),
+            ("unknown".to_owned(), None),
         ];
-        assert_eq!(pods.take(Update::Changed(changes), now), ["b".to_owned(), "c".to_owned()].into());
+        assert_eq!(pods.apply_update(Update::Changed(changes), now), ["b".to_owned(), "c".to_owned()].into());
         assert_eq!(names(&pods), ["2", "4"]);
-        assert_eq!(pods.take(Update::Unusable("away".to_owned()), now).len(), 0);
+        assert_eq!(pods.apply_update(Update::Unusable("away".to_owned()), now).len(), 0);
         // What became unreadable stays as it was.
         let bad = BadEntry { index: None, uid: Some("a".to_owned()), name: None, problem: "p".to_owned() };
         let left = vec![Entry::Bad(bad)];
-        assert_eq!(pods.take(Update::All(left), now), ["c".to_owned()].into());
-        assert_eq!((names(&pods), pods.refused.len()), (vec!["2"], 1));
+        assert_eq!(pods.apply_update(Update::All(left), now), ["c".to_owned()].into());
+        assert_eq!((names(&pods), pods.rejected().len()), (vec!["2"], 1));
     }
 
     #[test]
-    fn a_pod_is_looked_at_ever_more_rarely() {
-        let now = Instant::now();
-        let mut known = Known::new(Arc::new(Pod::default()), 1, now);
-        known.judged.verdict = Verdict::Waiting(Reason::new(ReasonCode::NoProcess, ""));
-        let (mut at, mut looks) = (now, 0);
-        known.schedule(now, true);
-        while let Some(next) = known.next_look.filter(|next| *next < now + Duration::from_mins(1)) {
-            assert!(next > at);
-            (at, looks) = (next, looks + 1);
-            known.schedule(at, false);
+    fn other_exclusions_get_another_id_and_equal_ones_keep_theirs() {
+        let (mut pods, now) = (PodTable::new(6), Instant::now());
+        let with = |ports: &[u16]| {
+            let mut pod = Pod { uid: "a".to_owned(), ..Pod::default() };
+            pod.exclusions.outbound_ports = ports.iter().copied().collect();
+            Update::Changed(vec![("a".to_owned(), Some(Entry::Pod(Arc::new(pod))))])
+        };
+        for (ports, id) in [(&[80][..], 7), (&[80], 7), (&[81], 8), (&[], 0), (&[81], 9)] {
+            pods.apply_update(with(ports), now);
+            assert_eq!(pods.exclusion_id("a"), id, "{ports:?}");
         }
-        assert!((60..200).contains(&looks), "{looks} looks in a minute");
-        known.judged.verdict = Verdict::Plain(None);
-        known.schedule(at, true);
-        assert_eq!(known.next_look, None);
+        assert_eq!(pods.exclusion_id("unknown"), 0);
     }
 }

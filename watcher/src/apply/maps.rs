@@ -1,35 +1,157 @@
-//! The kernel's maps and links: what of a step is theirs.
+//! The maps that say which cgroup and which address is which pod: their contents, and changing them.
 
-use std::net::IpAddr;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
-use adit_ebpf_common::pods::{ExcludedPort, INBOUND, OUTBOUND};
+use adit_ebpf_common::{
+    lifecycle::Name,
+    pods::{CgroupInfo, ExcludedPort, INBOUND, OUTBOUND, flag},
+};
 use adit_ebpf_loader::{Kernel, KernelError};
 use ipnet::IpNet;
+use tracing::warn;
 
 use crate::{
     model::exclusions::Exclusions,
-    plan::{Step, address16},
+    observe::cgroups::CgroupId,
+    plan::{
+        address16, cgroup_info,
+        diff::{MapContents, MapWrite},
+    },
 };
 
-/// Does `step` as far as it is about maps and links that need no netns; anything else is not ours.
-pub fn apply(kernel: &mut Kernel, step: &Step) -> Result<(), KernelError> {
-    match step {
-        Step::RemoveCgroup(id) => kernel.remove_cgroup(*id),
-        Step::RemoveAddress(address) => kernel.remove_pod(*address),
-        Step::Unsteer(cookies) => kernel.unsteer(cookies),
-        Step::SetExpected(name, info) => kernel.expect_pod(name, info),
-        Step::RemoveExpected(name) => kernel.expect_pod_no_more(name),
-        Step::SetPolicy(id, exclusions) => set_policy(kernel, *id, exclusions),
-        Step::SetCgroup(id, info) => kernel.set_cgroup(*id, info),
-        Step::SetAddress(address, record) => kernel.set_pod(*address, record),
-        Step::ClearPolicy(id) => kernel.clear_policy(*id),
-        Step::Withdraw(_) | Step::Release(_) | Step::Prepare(..) | Step::Steer(..) | Step::Offer(..) => {
-            Ok(())
+/// What was written to the maps.
+#[derive(Debug)]
+pub struct AppliedMaps {
+    contents: MapContents,
+}
+
+impl AppliedMaps {
+    /// Reads what an earlier run left. The contents of its exclusion lists are not read: an empty list
+    /// stands for each, so that it is removed when no pod needs it.
+    ///
+    /// # Errors
+    /// A map cannot be read.
+    pub fn read(kernel: &Kernel) -> Result<Self, KernelError> {
+        let mut contents = MapContents {
+            cgroups: kernel.cgroups()?.into_iter().collect(),
+            addresses: kernel.pods()?.into_iter().collect(),
+            ..MapContents::default()
+        };
+        let of_cgroups = contents.cgroups.values().map(|info| info.policy_id);
+        let ids = of_cgroups.chain(contents.addresses.values().map(|record| record.policy_id));
+        contents.exclusions = ids.filter(|id| *id != 0).map(|id| (id, Exclusions::default())).collect();
+        Ok(Self { contents })
+    }
+
+    /// What the maps hold.
+    pub fn contents(&self) -> &MapContents {
+        &self.contents
+    }
+
+    /// The highest id of an exclusion list; 0: there is none.
+    pub fn last_exclusion_id(&self) -> u32 {
+        self.contents.exclusions.keys().next_back().copied().unwrap_or(0)
+    }
+
+    /// The cookies of the netns that a tunnel serves.
+    pub fn ready_netns(&self) -> BTreeSet<u64> {
+        let ready = self.contents.addresses.values().filter(|record| record.flags & flag::READY != 0);
+        ready.map(|record| record.netns_cookie).collect()
+    }
+
+    /// The cgroups of tunnels.
+    pub fn tunnel_cgroups(&self) -> BTreeSet<CgroupId> {
+        let tunnels = self.contents.cgroups.iter().filter(|(_, info)| info.flags & flag::TUNNEL != 0);
+        tunnels.map(|(id, _)| *id).collect()
+    }
+
+    /// Does `write` and records it.
+    ///
+    /// # Errors
+    /// The kernel refused; then nothing is recorded.
+    pub fn apply(&mut self, kernel: &mut Kernel, write: &MapWrite) -> Result<(), KernelError> {
+        let contents = &mut self.contents;
+        match write {
+            MapWrite::RemoveCgroup(id) => {
+                kernel.remove_cgroup(*id)?;
+                contents.cgroups.remove(id);
+            }
+            MapWrite::RemoveAddress(address) => {
+                kernel.remove_pod(*address)?;
+                contents.addresses.remove(address);
+            }
+            MapWrite::SetExclusions(id, exclusions) => {
+                set_exclusions(kernel, *id, exclusions)?;
+                contents.exclusions.insert(*id, exclusions.clone());
+            }
+            MapWrite::SetExpected(name, info) => {
+                kernel.expect_pod(name, info)?;
+                contents.expected.insert(*name, *info);
+            }
+            MapWrite::SetCgroup(id, info) => {
+                kernel.set_cgroup(*id, info)?;
+                contents.cgroups.insert(*id, *info);
+            }
+            MapWrite::SetAddress(address, record) => {
+                kernel.set_pod(*address, record)?;
+                contents.addresses.insert(*address, *record);
+            }
+            MapWrite::RemoveExclusions(id) => {
+                kernel.clear_policy(*id)?;
+                contents.exclusions.remove(id);
+            }
+            MapWrite::RemoveExpected(name) => {
+                kernel.expect_pod_no_more(name)?;
+                contents.expected.remove(name);
+            }
         }
+        Ok(())
+    }
+
+    /// Enters the cgroup of a tunnel.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn add_tunnel(&mut self, kernel: &mut Kernel, id: CgroupId) -> Result<(), KernelError> {
+        self.apply(kernel, &MapWrite::SetCgroup(id, cgroup_info(flag::TUNNEL, 0, &[])))
+    }
+
+    /// Records that the programs closed the new cgroup `id` by its `name`; its entry. `None`: no cgroup of
+    /// this name is expected.
+    pub fn record_closed(&mut self, id: CgroupId, name: &Name) -> Option<CgroupInfo> {
+        let info = *self.contents.expected.get(name)?;
+        self.contents.cgroups.insert(id, info);
+        Some(info)
+    }
+
+    /// Reads the maps back, so that the next comparison repairs what others changed. Whether they differed.
+    ///
+    /// # Errors
+    /// A map cannot be read; then nothing changes here.
+    pub fn read_back(&mut self, kernel: &Kernel) -> Result<bool, KernelError> {
+        let cgroups: BTreeMap<_, _> = kernel.cgroups()?.into_iter().collect();
+        let addresses: BTreeMap<_, _> = kernel.pods()?.into_iter().collect();
+        let contents = &mut self.contents;
+        if cgroups == contents.cgroups && addresses == contents.addresses {
+            return Ok(false);
+        }
+        warn!(
+            cgroups = contents.cgroups.len(),
+            found_cgroups = cgroups.len(),
+            addresses = contents.addresses.len(),
+            found_addresses = addresses.len(),
+            "another program changed our maps; repairing them"
+        );
+        contents.cgroups = cgroups;
+        contents.addresses = addresses;
+        Ok(true)
     }
 }
 
-fn set_policy(kernel: &mut Kernel, policy_id: u32, exclusions: &Exclusions) -> Result<(), KernelError> {
+fn set_exclusions(kernel: &mut Kernel, policy_id: u32, exclusions: &Exclusions) -> Result<(), KernelError> {
     for (ports, direction) in [(&exclusions.outbound_ports, OUTBOUND), (&exclusions.inbound_ports, INBOUND)] {
         for port in ports {
             kernel.exclude_port(&ExcludedPort { policy_id, port: *port, direction })?;

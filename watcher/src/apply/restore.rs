@@ -1,4 +1,4 @@
-//! Taking everything back that was changed outside the maps, whoever changed it.
+//! Undoing everything that the journal records, whichever run did it.
 
 use std::io;
 
@@ -7,33 +7,36 @@ use tracing::warn;
 
 use crate::observe::netns;
 
-use super::{journal::Records, netns_setup};
+use super::{journal::Journal, netns_setup};
 
 /// What was undone in netns.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Undone {
     /// Netns that were put back as they were.
     pub netns_restored: usize,
-    /// Noted netns that do not exist any more.
+    /// Recorded netns that do not exist any more.
     pub netns_gone: usize,
     /// Netns that could not be put back, and why.
     pub failed: Vec<String>,
 }
 
-/// Restores every netns that `records` tells of, through whatever process or mount holds it. What failed
-/// stays noted.
-pub fn restore_all(records: &mut Records) -> io::Result<Undone> {
-    let noted = records.netns().clone();
+/// Restores every netns in `journal`, through any process or mount that holds it. What failed stays
+/// recorded.
+///
+/// # Errors
+/// The journal cannot be written.
+pub fn restore_all(journal: &mut Journal) -> io::Result<Undone> {
+    let recorded = journal.netns().clone();
     let mut undone = Undone::default();
     let mut restored = Vec::new();
-    if !noted.is_empty() {
+    if !recorded.is_empty() {
         netns::visit_all(|id, fd| {
-            if !noted.values().any(|record| record.id == id) {
+            if !recorded.values().any(|record| record.id == id) {
                 return;
             }
             // The inode may be another netns's by now; the cookie is not.
             let Some((cookie, record)) =
-                netns::cookie(fd).ok().and_then(|cookie| noted.get_key_value(&cookie))
+                netns::cookie(fd).ok().and_then(|cookie| recorded.get_key_value(&cookie))
             else {
                 return;
             };
@@ -47,8 +50,8 @@ pub fn restore_all(records: &mut Records) -> io::Result<Undone> {
         });
     }
     undone.netns_restored = restored.len();
-    undone.netns_gone = noted.len() - restored.len() - undone.failed.len();
-    let done = if undone.failed.is_empty() { noted.keys().copied().collect() } else { restored };
-    records.remove_netns(done)?;
+    undone.netns_gone = recorded.len() - restored.len() - undone.failed.len();
+    let done = if undone.failed.is_empty() { recorded.keys().copied().collect() } else { restored };
+    journal.remove_netns(done)?;
     Ok(undone)
 }

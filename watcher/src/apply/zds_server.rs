@@ -1,15 +1,14 @@
-//! Handing pods to tunnels: the serving side of ZDS (Istio's protocol between node agent and tunnel).
+//! Handing pods to tunnels: the server side of ZDS (Istio's protocol between node agent and tunnel).
 //!
-//! A unix seqpacket socket, one protobuf message per packet. The tunnel says hello; then every message of
-//! ours is answered by an acknowledgement, in their order: first all pods (`add`, each with the fd of its
-//! netns), then `snapshot_sent`, then changes as they come. Several tunnels may be connected, as during an
-//! upgrade.
+//! A unix seqpacket socket, one protobuf message per packet. The tunnel sends a hello; then it answers every
+//! message of ours with an acknowledgement, in order: first all pods (`add`, each with the fd of its netns),
+//! then `snapshot_sent`, then changes as they come. Several tunnels may be connected, as during an upgrade.
 //!
-//! Istio's node agent waits for each answer before it says the next thing. We say a number of things at once: a label
-//! may be about a whole node, and for each of its pods two processes would have to be woken in turn.
+//! Istio's node agent waits for each answer before it sends the next message. We send a number of messages
+//! at once: a label may enroll a whole node, and two processes would have to be woken in turn for each pod.
 //!
-//! This file speaks the protocol; what is said is decided by [`crate::agent`], which gets [`Event`]s and
-//! gives each tunnel [`Command`]s.
+//! This file speaks the protocol. What is sent is decided by [`crate::agent`], which receives [`ZdsEvent`]s
+//! and gives each tunnel [`ZdsCommand`]s.
 
 use std::{
     collections::VecDeque,
@@ -24,11 +23,10 @@ use nix::sys::socket::{
     ControlMessage, MsgFlags, UnixAddr, getsockopt, recv, sendmsg, sockopt::PeerCredentials,
 };
 use prost::Message as _;
-use socket2::{SockRef, Socket, Type};
+use socket2::{Socket, Type};
 use tokio::{
     io::unix::AsyncFd,
     sync::{mpsc, oneshot},
-    task::{JoinHandle, JoinSet},
     time::timeout,
 };
 use tracing::{debug, warn};
@@ -41,178 +39,155 @@ use crate::{
     observe::processes,
     plan::Workload,
     sys::pollable,
-    unix_socket::{Bound, SocketFile},
+    unix_socket::{Bound, Serving},
 };
 
-/// The protocol's limit for one packet.
+/// The protocol's limit for one packet, in bytes.
 const MAX_PACKET: usize = 1024;
-/// Messages that wait for their answers. Few enough for both sides' socket buffers, whatever they are about.
-const AT_ONCE: usize = 64;
-/// A tunnel that does not answer for so long is taken for dead.
-const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+/// Messages that wait for their acknowledgements. Few enough for both sides' socket buffers.
+const MAX_PENDING: usize = 64;
+/// A tunnel that acknowledges nothing for so long counts as dead.
+const ACK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A tunnel's connection.
-pub type Conn = u64;
+pub type ConnId = u64;
 
 /// What happens on the tunnels' connections.
 #[derive(Debug)]
-pub enum Event {
-    /// A tunnel is there. Dropping `welcome` turns it away.
-    Hello { conn: Conn, pid: i32, welcome: oneshot::Sender<Welcome> },
-    /// It took the pod, or said why not.
-    Added { conn: Conn, offer: OfferId, error: Option<String> },
+pub enum ZdsEvent {
+    /// A tunnel connected. Dropping `admission` rejects it.
+    #[expect(missing_docs, reason = "the fields are what they are called")]
+    Hello { conn: ConnId, pid: i32, admission: oneshot::Sender<Admission> },
+    /// It serves the pod, or refused it with `error`.
+    #[expect(missing_docs, reason = "the fields are what they are called")]
+    Added { conn: ConnId, offer: OfferId, error: Option<String> },
     /// It let go of the pod, or never had it.
-    Withdrawn { conn: Conn, serial: u64 },
-    /// It knows all pods.
-    SnapshotTaken { conn: Conn },
+    #[expect(missing_docs, reason = "the fields are what they are called")]
+    Withdrawn { conn: ConnId, serial: u64 },
+    /// It has received all pods.
+    #[expect(missing_docs, reason = "the fields are what they are called")]
+    SnapshotTaken { conn: ConnId },
     /// The connection ended.
-    Gone { conn: Conn, reason: String },
+    #[expect(missing_docs, reason = "the fields are what they are called")]
+    Gone { conn: ConnId, reason: String },
 }
 
-/// What a tunnel gets at the start, and where it gets more from.
+/// What an admitted tunnel gets at the start, and where more comes from.
 #[derive(Debug)]
-pub struct Welcome {
-    pub snapshot: Vec<Command>,
-    pub commands: mpsc::UnboundedReceiver<Command>,
+pub struct Admission {
+    /// All pods.
+    pub snapshot: Vec<ZdsCommand>,
+    /// Changes.
+    pub commands: mpsc::UnboundedReceiver<ZdsCommand>,
 }
 
 /// Which offer of which pod: the same uid may be offered, withdrawn and offered again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OfferId {
+    /// The pod's uid.
     pub uid: String,
+    /// Counts all offers and withdrawals of this run.
     pub serial: u64,
 }
 
-/// What a tunnel is told.
+/// What is sent to a tunnel.
 #[derive(Clone, Debug)]
-pub enum Command {
-    /// With the pod's netns, where it is open already; else it is found through the pod's processes.
+pub enum ZdsCommand {
+    /// With the pod's netns if it is open already; otherwise it is opened through the pod's processes.
     Add(OfferId, Workload, Option<Arc<OwnedFd>>),
+    /// Let go of the pod.
     Del(OfferId),
 }
 
 /// Serves tunnels until it is dropped.
 #[derive(Debug)]
-pub struct Server {
-    accepting: JoinHandle<()>,
-    _file: SocketFile,
-}
+pub struct ZdsServer(Serving);
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Ends the connections too: their tasks belong to this one.
-        self.accepting.abort();
-    }
-}
-
-impl Server {
+impl ZdsServer {
     /// Listens at `path`.
-    pub fn bind(path: &Path, events: mpsc::UnboundedSender<Event>) -> io::Result<Self> {
-        let (socket, file) = Bound::new(path, Type::SEQPACKET)?.into_parts();
-        let listener = pollable(socket.into())?;
-        Ok(Self { accepting: tokio::spawn(accept(listener, events)), _file: file })
+    ///
+    /// # Errors
+    /// As of [`Bound::new`].
+    pub fn bind(path: &Path, events: mpsc::UnboundedSender<ZdsEvent>) -> io::Result<Self> {
+        let bound = Bound::new(path, Type::SEQPACKET)?;
+        bound.serve("tunnels", move |conn, socket| connection(conn, socket, events.clone())).map(Self)
+    }
+
+    /// Resolves with the cause when serving ended, which it does only by a fault.
+    pub async fn failed(&mut self) -> String {
+        self.0.failed().await
     }
 }
 
-async fn accept(listener: AsyncFd<OwnedFd>, events: mpsc::UnboundedSender<Event>) {
-    let mut connections = JoinSet::new();
-    let mut next: Conn = 1;
-    loop {
-        tokio::select! {
-            Some(_) = connections.join_next() => {}
-            accepted = accept_one(&listener) => match accepted {
-                Ok(socket) => {
-                    connections.spawn(connection(next, socket, events.clone()));
-                    next += 1;
-                }
-                Err(error) => {
-                    // Out of fds, most likely: trying again at once would spin.
-                    warn!(%error, "cannot accept a tunnel");
-                    tokio::time::sleep(Duration::from_millis(200)).await;
-                }
-            },
-        }
-    }
-}
-
-async fn accept_one(listener: &AsyncFd<OwnedFd>) -> io::Result<Socket> {
-    loop {
-        let mut guard = listener.readable().await?;
-        if let Ok(accepted) = guard.try_io(|listener| SockRef::from(listener).accept()) {
-            let (socket, _) = accepted?;
-            socket.set_nonblocking(true)?;
-            return Ok(socket);
-        }
-    }
-}
-
-async fn connection(conn: Conn, socket: Socket, events: mpsc::UnboundedSender<Event>) {
+async fn connection(conn: ConnId, socket: Socket, events: mpsc::UnboundedSender<ZdsEvent>) {
     let reason = match serve(conn, socket, &events).await {
         Ok(()) => "closed by the tunnel".to_owned(),
         Err(error) => error.to_string(),
     };
     debug!(conn, reason, "tunnel connection ended");
-    let _ = events.send(Event::Gone { conn, reason });
+    let _ = events.send(ZdsEvent::Gone { conn, reason });
 }
 
-async fn serve(conn: Conn, socket: Socket, events: &mpsc::UnboundedSender<Event>) -> io::Result<()> {
+async fn serve(conn: ConnId, socket: Socket, events: &mpsc::UnboundedSender<ZdsEvent>) -> io::Result<()> {
     let pid = getsockopt(&socket, PeerCredentials)?.pid();
     let peer = Peer { socket: pollable(socket.into())? };
-    let hello = timeout(ANSWER_WITHIN, peer.receive()).await.map_err(|_| invalid("no hello in time"))??;
+    let hello = timeout(ACK_TIMEOUT, peer.receive()).await.map_err(|_| invalid("no hello in time"))??;
     let Some(hello) = hello else { return Ok(()) };
     let hello =
         ZdsHello::decode(hello.as_slice()).map_err(|error| invalid(&format!("not a hello: {error}")))?;
     if hello.version() != Version::V1 {
         return Err(invalid(&format!("speaks version {}, expected {}", hello.version, Version::V1 as i32)));
     }
-    let (welcome, welcomed) = oneshot::channel();
-    let _ = events.send(Event::Hello { conn, pid, welcome });
-    let Ok(Welcome { snapshot, mut commands }) = welcomed.await else {
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "turned away"));
+    let (admission, admitted) = oneshot::channel();
+    let _ = events.send(ZdsEvent::Hello { conn, pid, admission });
+    let Ok(Admission { snapshot, mut commands }) = admitted.await else {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "rejected"));
     };
-    let mut first: VecDeque<Told> =
-        snapshot.into_iter().map(Told::Command).chain([Told::SnapshotSent]).collect();
-    let mut waiting = Waiting::default();
+    let mut first: VecDeque<Outgoing> =
+        snapshot.into_iter().map(Outgoing::Command).chain([Outgoing::SnapshotSent]).collect();
+    let mut pending = PendingAcks::default();
     loop {
         let next = async {
             match first.pop_front() {
-                Some(told) => Some(told),
-                None => commands.recv().await.map(Told::Command),
+                Some(outgoing) => Some(outgoing),
+                None => commands.recv().await.map(Outgoing::Command),
             }
         };
         tokio::select! {
-            // What is answered first, so that `waiting` stays short.
+            // Acknowledgements first, so that `pending` stays short.
             biased;
             answer = peer.receive() => match answer? {
                 Some(answer) => {
-                    let asked = waiting.0.pop_front().map(|(asked, _)| asked);
-                    let asked = asked.ok_or_else(|| invalid("sent something without being asked"))?;
-                    let _ = events.send(asked.answered(conn, error_in(&answer)?)?);
+                    let ack = pending.pop().ok_or_else(|| invalid("sent an unexpected message"))?;
+                    let _ = events.send(ack.received(conn, error_in(&answer)?)?);
                 }
                 None => return Ok(()),
             },
-            told = next, if waiting.0.len() < AT_ONCE => match told {
-                Some(Told::SnapshotSent) => {
-                    peer.tell(Request::SnapshotSent(SnapshotSent {}), None).await?;
-                    waiting.add(Asked::Snapshot);
+            outgoing = next, if pending.len() < MAX_PENDING => match outgoing {
+                Some(Outgoing::SnapshotSent) => {
+                    peer.request(Request::SnapshotSent(SnapshotSent {}), None).await?;
+                    pending.push(PendingAck::Snapshot);
                 }
-                Some(Told::Command(Command::Del(offer))) => {
-                    peer.tell(Request::Del(DelWorkload { uid: offer.uid.clone() }), None).await?;
-                    waiting.add(Asked::Del(offer));
+                Some(Outgoing::Command(ZdsCommand::Del(offer))) => {
+                    peer.request(Request::Del(DelWorkload { uid: offer.uid.clone() }), None).await?;
+                    pending.push(PendingAck::Del(offer));
                 }
-                Some(Told::Command(Command::Add(offer, workload, netns))) => match open(&workload, netns) {
-                    // Closed right after: an fd keeps a netns alive that its pod has left.
-                    Ok(netns) => {
-                        peer.tell(add(&offer.uid, workload), Some(netns)).await?;
-                        waiting.add(Asked::Add(offer));
+                Some(Outgoing::Command(ZdsCommand::Add(offer, workload, netns))) => {
+                    match open(&workload, netns) {
+                        // Closed right after: an fd keeps a netns alive that its pod has left.
+                        Ok(netns) => {
+                            peer.request(add(&offer.uid, workload), Some(netns)).await?;
+                            pending.push(PendingAck::Add(offer));
+                        }
+                        Err(error) => {
+                            let error = Some(error.to_string());
+                            let _ = events.send(ZdsEvent::Added { conn, offer, error });
+                        }
                     }
-                    Err(error) => {
-                        let _ = events.send(Event::Added { conn, offer, error: Some(error.to_string()) });
-                    }
-                },
+                }
                 None => return Ok(()),
             },
-            () = waiting.overdue() => {
+            () = pending.overdue() => {
                 return Err(io::Error::new(io::ErrorKind::TimedOut, "no acknowledgement in time"));
             }
         }
@@ -226,63 +201,71 @@ fn open(workload: &Workload, netns: Option<Arc<OwnedFd>>) -> io::Result<Arc<Owne
     }
 }
 
-/// What is still to be said.
-enum Told {
-    Command(Command),
+/// What is still to be sent.
+enum Outgoing {
+    Command(ZdsCommand),
     SnapshotSent,
 }
 
-/// What was said.
-enum Asked {
+/// What was sent and not acknowledged yet.
+enum PendingAck {
     Add(OfferId),
     Del(OfferId),
     Snapshot,
 }
 
-impl Asked {
-    /// What it means that the tunnel took it, or refused with `error`.
-    fn answered(self, conn: Conn, error: Option<String>) -> io::Result<Event> {
+impl PendingAck {
+    /// What it means that the tunnel acknowledged it, or refused it with `error`.
+    fn received(self, conn: ConnId, error: Option<String>) -> io::Result<ZdsEvent> {
         Ok(match self {
-            Self::Add(offer) => Event::Added { conn, offer, error },
+            Self::Add(offer) => ZdsEvent::Added { conn, offer, error },
             Self::Del(offer) => {
                 if let Some(error) = error {
                     warn!(uid = offer.uid, error, "the tunnel refused to let go of a pod");
                 }
-                Event::Withdrawn { conn, serial: offer.serial }
+                ZdsEvent::Withdrawn { conn, serial: offer.serial }
             }
             Self::Snapshot => match error {
-                None => Event::SnapshotTaken { conn },
+                None => ZdsEvent::SnapshotTaken { conn },
                 Some(error) => return Err(invalid(&format!("refused the snapshot: {error}"))),
             },
         })
     }
 }
 
-/// What has not been answered yet, and since when, the oldest first.
+/// Since when each message waits for its acknowledgement, the oldest first.
 #[derive(Default)]
-struct Waiting(VecDeque<(Asked, Instant)>);
+struct PendingAcks(VecDeque<(PendingAck, Instant)>);
 
-impl Waiting {
-    fn add(&mut self, asked: Asked) {
-        self.0.push_back((asked, Instant::now()));
+impl PendingAcks {
+    fn len(&self) -> usize {
+        self.0.len()
     }
 
-    /// Until the tunnel has to be taken for dead.
+    fn push(&mut self, ack: PendingAck) {
+        self.0.push_back((ack, Instant::now()));
+    }
+
+    fn pop(&mut self) -> Option<PendingAck> {
+        self.0.pop_front().map(|(ack, _)| ack)
+    }
+
+    /// Resolves when the tunnel counts as dead.
     async fn overdue(&self) {
         match self.0.front() {
-            Some((_, since)) => tokio::time::sleep_until((*since + ANSWER_WITHIN).into()).await,
+            Some((_, since)) => tokio::time::sleep_until((*since + ACK_TIMEOUT).into()).await,
             None => std::future::pending().await,
         }
     }
 }
 
-/// What an acknowledgement says to be wrong.
+/// The error in an acknowledgement.
 fn error_in(answer: &[u8]) -> io::Result<Option<String>> {
     let answer = WorkloadResponse::decode(answer)
         .map_err(|error| invalid(&format!("not an acknowledgement: {error}")))?;
     match answer.payload {
         Some(Response::Ack(ack)) => Ok((!ack.error.is_empty()).then_some(ack.error)),
-        None => Err(invalid("an answer without acknowledgement")),
+        None => Err(invalid("a response without acknowledgement")),
     }
 }
 
@@ -295,7 +278,7 @@ struct Peer {
 }
 
 impl Peer {
-    async fn tell(&self, request: Request, netns: Option<Arc<OwnedFd>>) -> io::Result<()> {
+    async fn request(&self, request: Request, netns: Option<Arc<OwnedFd>>) -> io::Result<()> {
         let packet = WorkloadRequest { payload: Some(request) }.encode_to_vec();
         self.send(&packet, netns.as_deref()).await
     }

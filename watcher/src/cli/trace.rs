@@ -9,10 +9,7 @@ use std::{
 use anyhow::Context as _;
 use clap::Args;
 
-use crate::{
-    agent::TraceLine,
-    control::{Answer, Request, ask},
-};
+use crate::control::{Answer, Request, ask, trace::TraceLine};
 
 use super::{NodeArgs, Output, no_watcher};
 

@@ -16,7 +16,7 @@ use serde_json::json;
 use socket2::Type;
 
 use crate::{
-    apply::{journal::Records, restore},
+    apply::{journal::Journal, restore},
     control::{self, Request},
     unix_socket,
 };
@@ -53,13 +53,13 @@ pub fn run(args: &UninstallArgs) -> anyhow::Result<ExitCode> {
         }
     }
     let dir = args.node.dir();
-    let mut records = Records::open(&dir).context("what the watcher noted cannot be read")?;
+    let mut journal = Journal::open(&dir).context("what the watcher noted cannot be read")?;
     // The links first: they must not lead traffic to where nothing answers any more.
     let pins = args.mounts.pins(&args.node.name());
     let removed = Kernel::remove(&pins).context("cannot remove the pinned links and maps")?;
-    let undone = restore::restore_all(&mut records).context("cannot restore the pods' netns")?;
-    for id in records.tunnels().keys().copied().collect::<Vec<_>>() {
-        records.remove_tunnel(id)?;
+    let undone = restore::restore_all(&mut journal).context("cannot restore the pods' netns")?;
+    for id in journal.tunnels().keys().copied().collect::<Vec<_>>() {
+        journal.remove_tunnel(id)?;
     }
     remove_stale(&socket)?;
     // Another watcher, or a CNI agent, may serve it by now: whatever is alive stays.

@@ -117,13 +117,28 @@ pub struct Visitor<'a> {
 }
 
 impl Visitor<'_> {
-    /// Runs `work` inside `netns`. It goes home after it, since a netns lives on while a thread is in it; nothing is ever
-    /// done where it happens to be, since all work begins by entering.
+    /// Runs `work` inside `netns`, then returns home, since a netns lives on while a thread is in it.
+    ///
+    /// # Errors
+    /// The netns cannot be entered, or those of `work`.
     pub fn enter<T>(&self, netns: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         nix::sched::setns(netns, CloneFlags::CLONE_NEWNET)?;
-        let result = work();
-        nix::sched::setns(self.home, CloneFlags::CLONE_NEWNET)?;
-        result
+        let _home = ReturnHome(self.home);
+        work()
+    }
+}
+
+/// Brings the thread home when dropped, on panic too.
+struct ReturnHome<'a>(&'a OwnedFd);
+
+impl Drop for ReturnHome<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = nix::sched::setns(self.0, CloneFlags::CLONE_NEWNET) {
+            // As the tunnel does: a thread that runs on in one pod's netns would do another pod's work there.
+            // No result can be trusted then, and the kernel's links keep traffic as it is without us.
+            tracing::error!(%error, "cannot return from a pod's netns");
+            std::process::abort();
+        }
     }
 }
 

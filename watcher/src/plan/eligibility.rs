@@ -1,11 +1,6 @@
 //! Whether a pod can be enrolled, and if not, why.
 
-use std::{
-    collections::BTreeMap,
-    net::IpAddr,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{path::Path, sync::Arc};
 
 use crate::{
     model::{
@@ -15,127 +10,85 @@ use crate::{
     observe::{Observed, Seen, netns::NetnsFacts},
 };
 
-/// What is to be done with a pod.
+use super::claims::Claims;
+
+/// Whether a pod can be enrolled.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// It is left alone; a reason where there is more to say than that no label asks for it.
+pub enum Eligibility {
+    /// It is left alone; the reason if there is more to say than that no label enrolls it.
     Plain(Option<Reason>),
-    /// It shall be enrolled and is in order, but not there yet; its cgroup is closed meanwhile.
+    /// It shall be enrolled and something is not there yet. Its cgroup is closed until then.
     Waiting(Reason),
-    /// It shall be enrolled and cannot be. `keeps_closed`: its cgroup is surely its own, and what runs in
-    /// it follows the pod's fail mode, rather than pass in clear because of a mistake.
-    Refused { reason: Reason, keeps_closed: bool },
-    /// It can be enrolled, with these addresses in this netns.
-    Verified(NetnsFacts),
+    /// It shall be enrolled and cannot be.
+    Refused {
+        /// Why.
+        reason: Reason,
+        /// The cgroup is certainly the pod's own: what runs in it follows the pod's fail mode, so that a
+        /// mistake does not send its traffic in plaintext.
+        keeps_closed: bool,
+    },
+    /// It can be enrolled, in this netns and with these addresses.
+    Eligible(NetnsFacts),
 }
 
-/// A pod and what became of it.
+impl Eligibility {
+    /// The netns and addresses of an eligible pod.
+    pub fn facts(&self) -> Option<&NetnsFacts> {
+        match self {
+            Self::Eligible(facts) => Some(facts),
+            Self::Plain(_) | Self::Waiting(_) | Self::Refused { .. } => None,
+        }
+    }
+
+    /// Whether the result may change when another pod releases something.
+    pub fn is_blocked(&self) -> bool {
+        matches!(self, Self::Refused { reason, .. } if reason.code.is_claim_conflict())
+    }
+}
+
+/// A pod: its specification, what was observed of it, and whether it can be enrolled.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Judged {
+pub struct PodView {
+    /// What the source says.
     pub pod: Arc<Pod>,
+    /// What was seen on the node.
     pub observed: Observed,
-    pub verdict: Verdict,
+    /// What follows from both.
+    pub eligibility: Eligibility,
 }
 
-/// What pods hold that no two may: directories, netns, addresses. Whoever holds something keeps it until it is
-/// released, so that a wrong entry never disturbs a pod that is in order.
-#[derive(Debug, Default)]
-pub struct Claims {
-    cgroups: BTreeMap<PathBuf, Holder>,
-    cookies: BTreeMap<u64, Holder>,
-    addresses: BTreeMap<IpAddr, Holder>,
-    held: BTreeMap<String, Held>,
-}
-
-#[derive(Clone, Debug)]
-struct Holder {
-    uid: String,
-    full_name: String,
-}
-
-/// What one pod holds.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Held {
-    cgroup: Option<PathBuf>,
-    cookie: Option<u64>,
-    addresses: Vec<IpAddr>,
-}
-
-impl Held {
-    /// Whether this is something that `later` does not hold any more, so that others may have it.
-    pub fn frees(&self, later: &Self) -> bool {
-        (self.cgroup.is_some() && self.cgroup != later.cgroup)
-            || (self.cookie.is_some() && self.cookie != later.cookie)
-            || self.addresses.iter().any(|address| !later.addresses.contains(address))
+impl PodView {
+    /// `namespace/name`.
+    pub fn full_name(&self) -> String {
+        format!("{}/{}", self.pod.namespace, self.pod.name)
     }
 }
 
-/// Whether another pod's giving something up may change this verdict.
-pub fn is_blocked(verdict: &Verdict) -> bool {
-    matches!(verdict, Verdict::Refused { reason, .. } if reason.code.is_claim_conflict())
-}
-
-impl Claims {
-    /// Judges `pod` by what was observed of it, in place of how it was judged before.
-    ///
-    /// `attached` is the cgroup that the programs are attached to. `current` is the cookie of the netns that
-    /// the pod is enrolled with: it stays with it as long as one of its processes does, or any process
-    /// could leave the mesh by `unshare`.
-    pub fn judge(
-        &mut self,
-        pod: &Pod,
-        observed: &Observed,
-        attached: &Path,
-        current: Option<u64>,
-    ) -> Verdict {
-        self.release(&pod.uid);
-        verdict(pod, observed, attached, current, self)
-    }
-
-    /// What `uid` holds.
-    pub fn held(&self, uid: &str) -> Held {
-        self.held.get(uid).cloned().unwrap_or_default()
-    }
-
-    /// `uid` holds nothing any more.
-    pub fn release(&mut self, uid: &str) {
-        let Some(held) = self.held.remove(uid) else { return };
-        if let Some(dir) = held.cgroup {
-            self.cgroups.remove(&dir);
-        }
-        if let Some(cookie) = held.cookie {
-            self.cookies.remove(&cookie);
-        }
-        for address in held.addresses {
-            self.addresses.remove(&address);
-        }
-    }
-
-    /// The pod in whose directory `path` is.
-    pub fn owner(&self, path: &Path) -> Option<&str> {
-        path.ancestors().find_map(|dir| self.cgroups.get(dir)).map(|holder| holder.uid.as_str())
-    }
-}
-
-fn verdict(
+/// Evaluates `pod` by what was observed of it. Its earlier claims are released first.
+///
+/// `attached` is the cgroup that the programs are attached to. `current` is the cookie of the netns that the
+/// pod is enrolled with. The pod stays in that netns as long as one of its processes does; otherwise any
+/// process could leave the mesh by `unshare`.
+pub fn evaluate(
     pod: &Pod,
     observed: &Observed,
     attached: &Path,
     current: Option<u64>,
     claims: &mut Claims,
-) -> Verdict {
-    let refused = |reason: Reason| Verdict::Refused { keeps_closed: reason.code.keeps_closed(), reason };
+) -> Eligibility {
+    claims.release(&pod.uid);
+    let refused = |reason: Reason| Eligibility::Refused { keeps_closed: reason.code.keeps_closed(), reason };
     let outside = observed.dir.as_ref().filter(|dir| !dir.starts_with(attached) || *dir == attached);
     if outside.is_none()
         && let Some(dir) = &observed.dir
-        && let Err(reason) = claims.place(pod, dir)
+        && let Err(reason) = claims.claim_cgroup(pod, dir)
     {
         return refused(reason);
     }
     match &pod.selection {
         Selection::Enrolled => {}
-        Selection::Plain => return Verdict::Plain(None),
-        Selection::LeftAlone(reason) => return Verdict::Plain(Some(reason.clone())),
+        Selection::Plain => return Eligibility::Plain(None),
+        Selection::LeftAlone(reason) => return Eligibility::Plain(Some(reason.clone())),
     }
     if let Some(dir) = outside {
         let text = format!(
@@ -151,21 +104,21 @@ fn verdict(
                 ReasonCode::CgroupGone,
                 format!("cgroup {} does not exist", dir.display()),
             )),
-            None => Verdict::Waiting(Reason::new(
+            None => Eligibility::Waiting(Reason::new(
                 ReasonCode::NoCgroup,
-                format!("no cgroup below {} is called by its uid yet", attached.display()),
+                format!("no cgroup under {} matches the pod uid yet", attached.display()),
             )),
         };
     }
-    match netns(pod, observed, current).and_then(|facts| claims.netns(pod, facts)) {
-        Ok(facts) => Verdict::Verified(facts),
-        Err(reason) if reason.code.awaits_start() => Verdict::Waiting(reason),
+    match netns_of(pod, observed, current).and_then(|facts| claims.claim_netns(pod, facts)) {
+        Ok(facts) => Eligibility::Eligible(facts),
+        Err(reason) if reason.code.awaits_start() => Eligibility::Waiting(reason),
         Err(reason) => refused(reason),
     }
 }
 
-/// The netns that the pod's processes agree on, with the addresses that are the pod's.
-fn netns(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<NetnsFacts, Reason> {
+/// The netns that all processes of the pod are in, with those of its addresses that are the pod's.
+fn netns_of(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<NetnsFacts, Reason> {
     let own = |seen: &Seen| matches!(seen, Seen::Pod(facts) if Some(facts.cookie) == current);
     let found = match observed
         .netns
@@ -185,7 +138,7 @@ fn netns(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<NetnsFa
         [Seen::Unreadable(problem)] => {
             return Err(Reason::new(
                 ReasonCode::NetnsUnreadable,
-                format!("cannot look into its netns: {problem}"),
+                format!("cannot read its netns: {problem}"),
             ));
         }
         [Seen::Pod(facts)] => facts,
@@ -199,7 +152,7 @@ fn netns(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<NetnsFa
     if !missing.is_empty() {
         let held: Vec<String> = found.addresses.iter().map(ToString::to_string).collect();
         let text = format!(
-            "netns {} does not hold {}, it holds {}",
+            "netns {} does not have address {}, it has {}",
             found.id.inode,
             missing.join(", "),
             if held.is_empty() { "none".to_owned() } else { held.join(", ") }
@@ -217,50 +170,4 @@ fn netns(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<NetnsFa
         ));
     }
     Ok(facts)
-}
-
-impl Claims {
-    /// Claims the cgroup.
-    fn place(&mut self, pod: &Pod, dir: &Path) -> Result<(), Reason> {
-        if let Some(other) = self.cgroups.get(dir) {
-            let text = format!("cgroup {} is that of pod {}", dir.display(), other.full_name);
-            return Err(Reason::new(ReasonCode::DuplicateCgroup, text));
-        }
-        let above = dir.ancestors().find_map(|above| self.cgroups.get_key_value(above));
-        // Paths sort by component, so what lies below a directory follows it directly.
-        let below = self.cgroups.range(dir.to_owned()..).next().filter(|(below, _)| below.starts_with(dir));
-        if let Some((taken, other)) = above.or(below) {
-            let (dir, taken, other) = (dir.display(), taken.display(), &other.full_name);
-            let text = format!("cgroup {dir} overlaps {taken} of pod {other}");
-            return Err(Reason::new(ReasonCode::CgroupOverlaps, text));
-        }
-        self.cgroups.insert(dir.to_owned(), holder(pod));
-        self.held.entry(pod.uid.clone()).or_default().cgroup = Some(dir.to_owned());
-        Ok(())
-    }
-
-    /// Claims the netns and the addresses.
-    fn netns(&mut self, pod: &Pod, facts: NetnsFacts) -> Result<NetnsFacts, Reason> {
-        if let Some(other) = self.cookies.get(&facts.cookie) {
-            let text = format!("netns {} is that of pod {}", facts.id.inode, other.full_name);
-            return Err(Reason::new(ReasonCode::NetnsTaken, text));
-        }
-        if let Some((address, other)) =
-            facts.addresses.iter().find_map(|address| self.addresses.get_key_value(address))
-        {
-            let text = format!("address {address} is that of pod {}", other.full_name);
-            return Err(Reason::new(ReasonCode::AddressTaken, text));
-        }
-        let held = self.held.entry(pod.uid.clone()).or_default();
-        held.cookie = Some(facts.cookie);
-        held.addresses.clone_from(&facts.addresses);
-        self.cookies.insert(facts.cookie, holder(pod));
-        self.addresses.extend(facts.addresses.iter().map(|address| (*address, holder(pod))));
-        Ok(facts)
-    }
-}
-
-fn holder(pod: &Pod) -> Holder {
-    let full_name = format!("{}/{} ({})", pod.namespace, pod.name, pod.uid);
-    Holder { uid: pod.uid.clone(), full_name }
 }

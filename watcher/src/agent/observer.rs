@@ -1,0 +1,118 @@
+//! Reads from the node what there is of pods: their cgroups, and the netns of their processes.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::PathBuf,
+    sync::Arc,
+};
+
+use tracing::warn;
+
+use crate::{
+    apply::netns::OpenNetns,
+    model::pod::Selection,
+    observe::{
+        Observed, cgroups,
+        netns::{self, NetnsId, Visitors},
+        processes::{self, Look, Sightings},
+    },
+};
+
+use super::pods::PodTable;
+
+/// Observes pods, and remembers where they are.
+#[derive(Debug)]
+pub struct Observer {
+    /// The cgroup above all pods.
+    base: PathBuf,
+    /// Netns that no pod may claim.
+    host: BTreeSet<NetnsId>,
+    visitors: Arc<Visitors>,
+    /// Directories of pods that are found by their uid.
+    dirs: BTreeMap<String, PathBuf>,
+    /// Netns that were opened by the last observations, until their pods are compared.
+    opened: OpenNetns,
+}
+
+impl Observer {
+    /// For pods below the cgroup `base`.
+    pub fn new(base: PathBuf, visitors: Arc<Visitors>) -> Self {
+        let opened = OpenNetns::new();
+        Self { base, host: netns::host(), visitors, dirs: BTreeMap::new(), opened }
+    }
+
+    /// The directory of pod `uid` is `dir`.
+    pub fn set_dir(&mut self, uid: String, dir: PathBuf) {
+        self.dirs.insert(uid, dir);
+    }
+
+    /// Forgets the directories of pods that are not in `pods`, among `uids`.
+    pub fn forget_gone(&mut self, uids: &BTreeSet<String>, pods: &PodTable) {
+        for uid in uids.iter().filter(|uid| pods.get(uid).is_none()) {
+            self.dirs.remove(uid);
+        }
+    }
+
+    /// Reads anew where all pods are.
+    pub fn find_dirs(&mut self) {
+        self.dirs = cgroups::pods(&self.base);
+    }
+
+    /// Netns that were opened by the last observations, by cookie.
+    pub fn opened(&self) -> &OpenNetns {
+        &self.opened
+    }
+
+    /// Closes them: an fd keeps a netns alive that its pod has left.
+    pub fn close_netns(&mut self) {
+        self.opened.clear();
+    }
+
+    /// What there is of the pods `uids`, in the source's order.
+    pub fn observe(&mut self, pods: &mut PodTable, uids: &BTreeSet<String>) -> Vec<(String, Observed)> {
+        let is_lost = |uid: &String| {
+            let by_uid = pods.get(uid).is_some_and(|entry| entry.view.pod.cgroup.is_none());
+            by_uid && self.dirs.get(uid).is_none_or(|dir| !dir.exists())
+        };
+        if uids.iter().any(is_lost) {
+            self.find_dirs();
+        }
+        let mut observed = Vec::new();
+        let mut to_visit: Vec<(String, PathBuf)> = Vec::new();
+        for uid in pods.ranked(uids) {
+            let Some(entry) = pods.get(&uid) else { continue };
+            let pod = &entry.view.pod;
+            let dir = pod.cgroup.as_ref().or_else(|| self.dirs.get(&uid)).cloned();
+            match dir {
+                Some(dir) if pod.selection == Selection::Enrolled => to_visit.push((uid, dir)),
+                dir => observed.push((uid, Observed { dir, ..Observed::default() })),
+            }
+        }
+        let looks = self.visit(pods, &to_visit);
+        for ((uid, dir), found) in to_visit.into_iter().zip(looks) {
+            let Look { observed: found, opened, sightings } = found.unwrap_or_else(|error| {
+                warn!(uid, %error, "cannot read the pod's cgroup");
+                Look { observed: Observed { dir: Some(dir), ..Observed::default() }, ..Look::default() }
+            });
+            self.opened.extend(opened.into_iter().map(|(cookie, fd)| (cookie, Arc::new(fd))));
+            let Some(entry) = pods.get_mut(&uid) else { continue };
+            entry.sightings = sightings;
+            observed.push((uid, entry.keep_netns_while_empty(found)));
+        }
+        observed
+    }
+
+    fn visit(&self, pods: &PodTable, to_visit: &[(String, PathBuf)]) -> Vec<std::io::Result<Look>> {
+        let items: Vec<(&PathBuf, &BTreeSet<IpAddr>, &Sightings)> = to_visit
+            .iter()
+            .filter_map(|(uid, dir)| {
+                let entry = pods.get(uid)?;
+                Some((dir, &entry.view.pod.addresses, &entry.sightings))
+            })
+            .collect();
+        self.visitors.visit_each(&items, |visitor, (dir, addresses, sightings)| {
+            processes::observe(visitor, dir, addresses, &self.host, sightings)
+        })
+    }
+}

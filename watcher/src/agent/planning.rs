@@ -1,0 +1,91 @@
+//! From the table of pods to plans and states: asks each pod's circumstances of the owners that know them.
+
+use std::{collections::BTreeSet, ffi::OsString, os::unix::ffi::OsStrExt as _, path::Path, time::Instant};
+
+use adit_ebpf_common::lifecycle::{Name, name};
+
+use crate::{
+    apply::Applier,
+    control::answers,
+    model::{pod::Pod, reason::Reason, state::State},
+    observe::cgroup_path,
+    plan::{
+        Plan, PodPlan,
+        desired::{Circumstances, pod_plan},
+        pod_state::{PodProgress, pod_state},
+    },
+};
+
+use super::{adoption::Adoption, config::Config, pod_entry::PodEntry, pods::PodTable};
+
+/// The plans of pods, and the earlier plans that name what may have to be removed.
+#[derive(Debug, Default)]
+pub struct Planned {
+    /// By uid.
+    pub plan: Plan,
+    /// Earlier plans of these pods, and plans of pods that are gone, by uid.
+    pub before: Vec<(String, PodPlan)>,
+}
+
+/// Plans the pods `uids`.
+pub fn plan_pods(
+    uids: &BTreeSet<String>,
+    pods: &mut PodTable,
+    applier: &Applier,
+    adoption: &Adoption,
+    config: &Config,
+    now: Instant,
+) -> Planned {
+    let mut planned = Planned { plan: Plan::new(), before: pods.take_gone() };
+    let closed = &applier.maps.contents().cgroups;
+    for uid in uids {
+        let exclusion_id = pods.exclusion_id(uid);
+        let Some(entry) = pods.get_mut(uid) else { continue };
+        let is_closed = entry.view.observed.cgroups.values().any(|id| closed.contains_key(id));
+        entry.admit(is_closed, !applier.tunnels.is_empty(), now);
+        let ready = entry
+            .view
+            .eligibility
+            .facts()
+            .is_some_and(|facts| applier.is_served(uid, facts.cookie) || adoption.is_ready(facts.cookie));
+        let circumstances = Circumstances {
+            fail_mode: config.fail_mode,
+            dns_capture: config.dns_capture,
+            ready,
+            in_grace: entry.in_grace(now),
+            exclusion_id,
+            cgroup_names: cgroup_names(&entry.view.pod, &config.attach),
+        };
+        let plan = pod_plan(&entry.view, &circumstances);
+        if plan.expects_more_than(&entry.plan) {
+            // Its cgroup may have been made just before it was expected.
+            entry.next_observation = Some(now);
+        }
+        planned.before.push((uid.clone(), std::mem::replace(&mut entry.plan, plan.clone())));
+        planned.plan.insert(uid.clone(), plan);
+    }
+    planned
+}
+
+/// Possible names of the cgroup of `pod`.
+fn cgroup_names(pod: &Pod, attached: &Path) -> Vec<Name> {
+    let given = pod.cgroup.as_ref().and_then(|dir| dir.file_name());
+    let names = match given {
+        Some(given) => vec![given.to_owned()],
+        None => cgroup_path::names(&pod.uid, attached).into_iter().map(OsString::from).collect(),
+    };
+    names.iter().filter_map(|given| name(given.as_bytes())).collect()
+}
+
+/// What happens to the pod's traffic now, and why it is not open.
+pub fn state_of(entry: &PodEntry, applier: &Applier, config: &Config) -> (State, Option<Reason>) {
+    let progress = PodProgress {
+        info: answers::applied_info(&entry.view, applier),
+        fail_mode: config.fail_mode,
+        tunnel_up: applier.settings.tunnel_up(),
+        connected: !applier.tunnels.is_empty(),
+        problem: entry.problem.as_ref(),
+        refusal: applier.tunnels.refusal(&entry.view.pod.uid),
+    };
+    pod_state(&entry.view, &progress)
+}

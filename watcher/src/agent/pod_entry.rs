@@ -1,0 +1,210 @@
+//! One pod: what is known of it, and when it is observed next.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    model::{exclusions::Exclusions, pod::Pod, reason::Reason, state::State},
+    observe::{Observed, processes::Sightings},
+    plan::{Eligibility, PodPlan, PodView},
+};
+
+/// A pod that was in plaintext stays so for at most this long while a tunnel is offered it.
+const GRACE_PERIOD: Duration = Duration::from_secs(5);
+/// An enrolled pod without any process keeps its netns for so long: between two containers there may be a
+/// moment without one.
+const EMPTY_TIME: Duration = Duration::from_secs(1);
+/// How soon an eligible pod is observed again when its processes come and go.
+const PROCESS_PAUSE: Duration = Duration::from_millis(200);
+/// How soon a pod is observed again after something could not be done for it.
+pub const RETRY_PAUSE: Duration = Duration::from_secs(1);
+
+/// A pod, and everything that is remembered of it.
+#[derive(Debug)]
+pub struct PodEntry {
+    /// Its specification, what was observed, and whether it can be enrolled.
+    pub view: PodView,
+    /// Its position in the source's list.
+    pub rank: u64,
+    /// What was last planned for it.
+    pub plan: PodPlan,
+    /// The id of its exclusions, and the exclusions that have this id.
+    pub exclusions: Option<(u32, Exclusions)>,
+    /// Whether its treatment until a tunnel serves it was decided: only a pod that ran in plaintext until
+    /// then gets a grace period.
+    pub admitted: bool,
+    /// Until when its traffic passes in plaintext although no tunnel serves it.
+    pub grace_until: Option<Instant>,
+    /// In which netns its young processes were seen.
+    pub sightings: Sightings,
+    /// Since when it has no process although it is enrolled.
+    pub empty_since: Option<Instant>,
+    /// What could not be done for it.
+    pub problem: Option<Reason>,
+    /// When it was last seen to change.
+    changed_at: Instant,
+    /// When it is observed again although no event named it.
+    pub next_observation: Option<Instant>,
+    /// The state that was reported last.
+    pub state: Option<State>,
+    /// Since when it should be open and is not.
+    pub waiting_since: Option<Instant>,
+}
+
+impl PodEntry {
+    /// A pod that was not observed yet.
+    pub fn new(pod: Arc<Pod>, rank: u64, now: Instant) -> Self {
+        let view = PodView { pod, observed: Observed::default(), eligibility: Eligibility::Plain(None) };
+        Self {
+            view,
+            rank,
+            plan: PodPlan::default(),
+            exclusions: None,
+            admitted: false,
+            grace_until: None,
+            sightings: Sightings::default(),
+            empty_since: None,
+            problem: None,
+            changed_at: now,
+            next_observation: None,
+            state: None,
+            waiting_since: None,
+        }
+    }
+
+    /// Whether the pod is left alone.
+    pub fn is_plain(&self) -> bool {
+        matches!(self.view.eligibility, Eligibility::Plain(_))
+    }
+
+    /// Whether its traffic passes in plaintext although no tunnel serves it.
+    pub fn in_grace(&self, now: Instant) -> bool {
+        self.grace_until.is_some_and(|until| until > now)
+    }
+
+    /// Decides, for a pod that is new, how it is treated until a tunnel serves it. `is_closed`: the programs
+    /// refuse its traffic already.
+    pub fn admit(&mut self, is_closed: bool, has_tunnel: bool, now: Instant) {
+        if self.is_plain() {
+            (self.admitted, self.grace_until, self.waiting_since) = (false, None, None);
+            return;
+        }
+        if std::mem::replace(&mut self.admitted, true) {
+            return;
+        }
+        self.waiting_since = Some(now);
+        if self.view.eligibility.facts().is_some() && !is_closed && has_tunnel {
+            self.grace_until = Some(now + GRACE_PERIOD);
+        }
+    }
+
+    /// Decides when to observe the pod again: soon after a change, since one seldom comes alone (a process
+    /// before its addresses, IPv4 before IPv6, and no kernel notifies a watcher outside of a netns of its
+    /// addresses), then ever more rarely, until the periodic scan is enough.
+    pub fn schedule(&mut self, now: Instant, changed: bool) {
+        const SOON: Duration = Duration::from_millis(5);
+        const SETTLED: Duration = Duration::from_millis(250);
+        const SELDOM: Duration = Duration::from_secs(1);
+        const LONG: Duration = Duration::from_secs(15);
+        if changed {
+            self.changed_at = now;
+        }
+        let age = now.saturating_duration_since(self.changed_at);
+        let pause = match &self.view.eligibility {
+            Eligibility::Plain(_) => None,
+            Eligibility::Eligible(_) => (age < LONG).then(|| age.max(SETTLED)),
+            Eligibility::Waiting(_) | Eligibility::Refused { .. } => Some((age / 4).clamp(SOON, SELDOM)),
+        };
+        self.next_observation = pause.map(|pause| now + pause);
+        if self.empty_since.is_some() {
+            self.next_observation = Some(now + EMPTY_TIME / 4);
+        }
+    }
+
+    /// Has the pod observed at once, and often from then on.
+    pub fn requeue_now(&mut self, now: Instant) {
+        self.changed_at = now;
+        self.next_observation = Some(now);
+    }
+
+    /// A process of the pod began a program. Whether the pod has to be observed at once.
+    pub fn process_started(&mut self, now: Instant) -> bool {
+        if self.view.eligibility.facts().is_none() {
+            return true;
+        }
+        // An eligible pod has nothing to gain.
+        let soon = now + PROCESS_PAUSE;
+        self.next_observation = Some(self.next_observation.map_or(soon, |next| next.min(soon)));
+        false
+    }
+
+    /// `observed`, with the netns of the last observation while the pod is without any process for a moment
+    /// only.
+    pub fn keep_netns_while_empty(&mut self, mut observed: Observed) -> Observed {
+        let earlier = &self.view.observed;
+        let emptied = observed.netns.is_empty() && !observed.cgroups.is_empty() && !earlier.netns.is_empty();
+        if !emptied {
+            self.empty_since = None;
+            return observed;
+        }
+        let since = *self.empty_since.get_or_insert_with(Instant::now);
+        if since.elapsed() < EMPTY_TIME {
+            observed.netns.clone_from(&earlier.netns);
+        }
+        observed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::model::reason::ReasonCode;
+
+    use super::*;
+
+    #[test]
+    fn a_pod_is_observed_ever_more_rarely() {
+        let now = Instant::now();
+        let mut entry = PodEntry::new(Arc::new(Pod::default()), 1, now);
+        entry.view.eligibility = Eligibility::Waiting(Reason::new(ReasonCode::NoProcess, ""));
+        let (mut at, mut observations) = (now, 0);
+        entry.schedule(now, true);
+        while let Some(next) = entry.next_observation.filter(|next| *next < now + Duration::from_mins(1)) {
+            assert!(next > at);
+            (at, observations) = (next, observations + 1);
+            entry.schedule(at, false);
+        }
+        assert!((60..200).contains(&observations), "{observations} observations in a minute");
+        entry.view.eligibility = Eligibility::Plain(None);
+        entry.schedule(at, true);
+        assert_eq!(entry.next_observation, None);
+    }
+
+    #[test]
+    fn only_a_pod_that_ran_in_plaintext_gets_a_grace_period() {
+        let now = Instant::now();
+        let eligible = || {
+            let mut entry = PodEntry::new(Arc::new(Pod::default()), 1, now);
+            entry.view.eligibility = Eligibility::Eligible(crate::observe::netns::NetnsFacts {
+                id: crate::observe::netns::NetnsId { dev: 4, inode: 1 },
+                cookie: 1,
+                addresses: Vec::new(),
+            });
+            entry
+        };
+        for (is_closed, has_tunnel, expected) in
+            [(false, true, true), (true, true, false), (false, false, false)]
+        {
+            let mut entry = eligible();
+            entry.admit(is_closed, has_tunnel, now);
+            assert_eq!(entry.in_grace(now), expected, "closed {is_closed}, tunnel {has_tunnel}");
+            assert!(!entry.in_grace(now + GRACE_PERIOD));
+        }
+        // Decided once: a tunnel that connects later changes nothing.
+        let mut entry = eligible();
+        entry.admit(false, false, now);
+        entry.admit(false, true, now);
+        assert!(!entry.in_grace(now));
+    }
+}

@@ -1,0 +1,187 @@
+//! Ports that applications listen on, for the programs: a connection to any other port is refused, as it
+//! would be without a tunnel in between.
+//!
+//! The programs record the pods' sockets themselves, as they begin to listen. What the programs cannot see
+//! comes from the kernel's list of sockets: what listened before the pod was enrolled, what was bound before
+//! the programs were attached, what runs in the pod's netns and not in its cgroups. The same list shows what
+//! has ended. Only this scan removes ports, and it lists once more afterwards, so that a socket which begins
+//! to listen at that moment is missing for no longer than that takes. While the list of a netns is not
+//! complete, no connection is refused there.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+    os::fd::{AsFd as _, OwnedFd},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use adit_ebpf_common::pods::ListenerKey;
+use adit_ebpf_loader::{Kernel, KernelError};
+use tracing::{debug, warn};
+
+use crate::{
+    model::error_chain::chain,
+    observe::{
+        listeners::{Listening, listening},
+        netns::Visitors,
+    },
+    plan::Netns,
+};
+
+use super::netns::OpenNetns;
+
+/// A netns by its cookie, open.
+type Open = (u64, Arc<OwnedFd>);
+
+/// How long new pods may wait for a tunnel before their sockets are listed anyway. Their netns stay open
+/// until then.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// Netns of new pods whose sockets are not listed yet.
+#[derive(Debug, Default)]
+pub struct AppListeners {
+    unlisted: OpenNetns,
+    due: Option<Instant>,
+}
+
+impl AppListeners {
+    /// When the sockets of new pods are listed at the latest.
+    pub fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// Has the programs record what begins to listen in the netns `fd`. What listens there already is listed
+    /// later: the list goes through the listeners of all netns of the node (`tcp_diag_dump`), and no
+    /// connection arrives before a tunnel serves the pod.
+    pub fn add(&mut self, kernel: &mut Kernel, cookie: u64, fd: Arc<OwnedFd>) {
+        begin(kernel, cookie);
+        self.unlisted.insert(cookie, fd);
+        self.due.get_or_insert_with(|| Instant::now() + PATIENCE);
+    }
+
+    /// Lists the sockets of new pods once a tunnel serves all of them. `is_served` takes a pod's uid.
+    pub fn list_new(
+        &mut self,
+        kernel: &mut Kernel,
+        visitors: &Visitors,
+        steered: &BTreeMap<u64, Netns>,
+        is_served: impl Fn(&str) -> bool,
+        now: Instant,
+    ) {
+        let Some(due) = self.due else { return };
+        // A pod that left again meanwhile has nothing recorded.
+        self.unlisted.retain(|cookie, _| steered.contains_key(cookie));
+        let served = |cookie| steered.get(cookie).is_some_and(|netns| is_served(&netns.uid));
+        if due > now && !self.unlisted.keys().all(served) {
+            return;
+        }
+        self.due = None;
+        let netns: Vec<Open> = std::mem::take(&mut self.unlisted).into_iter().collect();
+        let found = list(visitors, &netns);
+        for ((cookie, _), found) in netns.iter().zip(&found) {
+            complete(kernel, *cookie, found);
+        }
+    }
+}
+
+/// Brings what is recorded up to date for every netns that is steered, as far as `opened` has it.
+pub fn scan(kernel: &mut Kernel, visitors: &Visitors, steered: &BTreeMap<u64, Netns>, opened: &OpenNetns) {
+    let netns: Vec<Open> = opened
+        .iter()
+        .filter(|(cookie, _)| steered.contains_key(cookie))
+        .map(|(cookie, fd)| (*cookie, Arc::clone(fd)))
+        .collect();
+    scan_open(kernel, visitors, &netns);
+    let Ok(recorded) = kernel.listened() else { return };
+    // Of netns whose pods left before they were steered.
+    for key in recorded.iter().filter(|key| !steered.contains_key(&key.netns_cookie)) {
+        let _ = kernel.remove_listened(key);
+    }
+}
+
+fn scan_open(kernel: &mut Kernel, visitors: &Visitors, netns: &[Open]) {
+    for (cookie, _) in netns {
+        begin(kernel, *cookie);
+    }
+    let found = list(visitors, netns);
+    for ((cookie, _), found) in netns.iter().zip(&found) {
+        complete(kernel, *cookie, found);
+    }
+    let recorded = match kernel.listened() {
+        Ok(recorded) => recorded,
+        Err(error) => return warn!(error = %chain(&error), "cannot read the recorded listening ports"),
+    };
+    let mut again: Vec<Open> = Vec::new();
+    for ((cookie, fd), found) in netns.iter().zip(found) {
+        let Ok(found) = found else { continue };
+        let ended = recorded.iter().filter(|key| {
+            let listens = u16::try_from(key.port).is_ok_and(|port| found.contains(&(port, key.family)));
+            key.netns_cookie == *cookie && key.port != 0 && !listens
+        });
+        let mut removed = false;
+        for key in ended {
+            removed |= kernel.remove_listened(key).is_ok();
+        }
+        if removed {
+            again.push((*cookie, Arc::clone(fd)));
+        }
+    }
+    let found = list(visitors, &again);
+    for ((cookie, _), found) in again.iter().zip(&found) {
+        complete(kernel, *cookie, found);
+    }
+}
+
+/// Whether an application may listen on `port` of `address` in the netns `cookie`, as the programs see it.
+pub fn may_listen(kernel: &Kernel, cookie: u64, port: u16, address: IpAddr) -> bool {
+    let key = |port: u16, family| ListenerKey { netns_cookie: cookie, port: u32::from(port), family };
+    let Ok(recorded) = kernel.listened() else { return true };
+    recorded.contains(&key(port, 6))
+        || address.is_ipv4() && recorded.contains(&key(port, 4))
+        || !recorded.contains(&ListenerKey::about(cookie, ListenerKey::COMPLETE))
+}
+
+/// From here on the programs record what begins to listen in the netns. Called before the kernel's list is
+/// read, so that nothing falls in between.
+fn begin(kernel: &mut Kernel, cookie: u64) {
+    let count = ListenerKey::about(cookie, ListenerKey::COUNT);
+    if let Err(error) = kernel.set_listened(&count, 0) {
+        warn!(cookie, error = %chain(&error), "cannot have listening ports recorded");
+    }
+}
+
+/// Records the kernel's list for a netns: it is complete then.
+fn complete(kernel: &mut Kernel, cookie: u64, found: &io::Result<BTreeSet<Listening>>) {
+    const NOT_REFUSED: &str = "connections to closed ports are not refused early";
+    let complete = ListenerKey::about(cookie, ListenerKey::COMPLETE);
+    let recorded = match found {
+        Ok(found) if found.len() <= ListenerKey::MOST_LISTENED as usize => {
+            add(kernel, cookie, found).and_then(|()| kernel.set_listened(&complete, 1))
+        }
+        Ok(found) => {
+            debug!(cookie, listeners = found.len(), "too many listening ports to record; {NOT_REFUSED}");
+            kernel.remove_listened(&complete)
+        }
+        Err(error) => {
+            debug!(cookie, %error, "cannot list listening ports; {NOT_REFUSED}");
+            kernel.remove_listened(&complete)
+        }
+    };
+    if let Err(error) = recorded {
+        warn!(cookie, error = %chain(&error), "cannot record listening ports; {NOT_REFUSED}");
+        let _ = kernel.remove_listened(&complete);
+    }
+}
+
+fn add(kernel: &mut Kernel, cookie: u64, found: &BTreeSet<Listening>) -> Result<(), KernelError> {
+    found.iter().try_for_each(|(port, family)| {
+        let key = ListenerKey { netns_cookie: cookie, port: u32::from(*port), family: *family };
+        kernel.set_listened(&key, 1)
+    })
+}
+
+fn list(visitors: &Visitors, netns: &[Open]) -> Vec<io::Result<BTreeSet<Listening>>> {
+    visitors.visit_each(netns, |visitor, (_, fd)| visitor.enter(fd.as_fd(), listening))
+}

@@ -1,0 +1,178 @@
+//! Netns of pods that left, while connections still need them.
+//!
+//! A connection from a tunnel to the application needs the netns' rule, route and sysctls until it ends.
+//! Tunnels also continue to dial the application for connections that they accepted before the pod left, or
+//! that waited to be accepted. So the preparation is undone only when the tunnels have acknowledged that the
+//! pod is gone *and* the programs count neither a connection of theirs that uses another source address than
+//! the pod's nor one that came to the pod.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use adit_ebpf_loader::Kernel;
+use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
+use tracing::{info, warn};
+
+use crate::{
+    observe::{
+        netns::{self, NetnsId},
+        processes,
+    },
+    plan::Netns,
+};
+
+use super::{journal::Journal, netns_setup, zds_server::ConnId};
+
+/// A handshake that was under way when the pod left may still become a connection, which the programs cannot
+/// attribute to the pod. It takes a round trip, and a tunnel dials within milliseconds.
+const HANDSHAKE_TIME: Duration = Duration::from_millis(500);
+/// How soon a netns with open connections is checked again, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// All draining netns, by cookie.
+#[derive(Debug, Default)]
+pub struct DrainingNetns {
+    by_cookie: BTreeMap<u64, Draining>,
+}
+
+/// A netns that waits to be restored.
+#[derive(Debug)]
+pub struct Draining {
+    /// The netns, and the pod that left it.
+    pub netns: Netns,
+    /// Withdrawals that tunnels have not acknowledged.
+    pending: BTreeSet<(ConnId, u64)>,
+    connections: u64,
+    pauses: ExponentialBackoff,
+    next: Instant,
+}
+
+impl Draining {
+    fn new(netns: Netns, pending: BTreeSet<(ConnId, u64)>) -> Self {
+        let pauses = ExponentialBuilder::new()
+            .with_min_delay(FIRST_PAUSE)
+            .with_max_delay(LONGEST_PAUSE)
+            .without_max_times()
+            .build();
+        Self { netns, pending, connections: 0, pauses, next: Instant::now() + HANDSHAKE_TIME }
+    }
+
+    /// What it waits for, as a phrase.
+    pub fn waits_for(&self) -> String {
+        if self.pending.is_empty() {
+            format!("{} open connections of the tunnel", self.connections)
+        } else {
+            "the tunnel's acknowledgement".to_owned()
+        }
+    }
+}
+
+impl DrainingNetns {
+    /// All of them, by cookie.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, &Draining)> {
+        self.by_cookie.iter().map(|(cookie, draining)| (*cookie, draining))
+    }
+
+    /// A pod left `netns`, and the tunnels have to acknowledge the withdrawals in `pending`.
+    pub fn withdraw(&mut self, cookie: u64, netns: Netns, pending: BTreeSet<(ConnId, u64)>) {
+        self.by_cookie.insert(cookie, Draining::new(netns, pending));
+    }
+
+    /// No pod uses `netns` any more.
+    pub fn release(&mut self, cookie: u64, netns: Netns) {
+        self.by_cookie.entry(cookie).or_insert_with(|| Draining::new(netns, BTreeSet::new()));
+    }
+
+    /// A pod uses the netns again.
+    pub fn cancel(&mut self, cookie: u64) {
+        self.by_cookie.remove(&cookie);
+    }
+
+    /// The tunnel of `conn` acknowledged the withdrawal `serial`.
+    pub fn acknowledge(&mut self, conn: ConnId, serial: u64) {
+        for draining in self.by_cookie.values_mut() {
+            draining.pending.remove(&(conn, serial));
+        }
+    }
+
+    /// The tunnel of `conn` is gone, and will acknowledge nothing.
+    pub fn forget_tunnel(&mut self, conn: ConnId) {
+        for draining in self.by_cookie.values_mut() {
+            draining.pending.retain(|(other, _)| *other != conn);
+        }
+    }
+
+    /// Whether a tunnel has not acknowledged a withdrawal yet.
+    pub fn waits_for_tunnels(&self) -> bool {
+        self.by_cookie.values().any(|draining| !draining.pending.is_empty())
+    }
+
+    /// When to check them next.
+    pub fn next_check(&self, now: Instant) -> Option<Instant> {
+        let acknowledged = self.by_cookie.values().filter(|draining| draining.pending.is_empty());
+        acknowledged.map(|draining| draining.next.max(now)).min()
+    }
+
+    /// Restores every netns that no connection needs any more.
+    pub fn settle(&mut self, kernel: &mut Kernel, journal: &mut Journal) {
+        let now = Instant::now();
+        let mut restored = Vec::new();
+        for (cookie, draining) in &mut self.by_cookie {
+            if !draining.pending.is_empty() || draining.next > now {
+                continue;
+            }
+            match draining.restore_if_idle(*cookie, kernel, journal) {
+                Ok(true) => restored.push(*cookie),
+                Ok(false) => {}
+                Err(error) => warn!(cookie, %error, "cannot restore the netns of a pod that left"),
+            }
+            draining.next = now + draining.pauses.next().unwrap_or(LONGEST_PAUSE);
+        }
+        for cookie in &restored {
+            self.by_cookie.remove(cookie);
+        }
+        if let Err(error) = journal.remove_netns(restored) {
+            warn!(%error, "cannot remove the netns of pods that left from the journal");
+        }
+    }
+}
+
+impl Draining {
+    /// Whether it is restored, or was never prepared.
+    fn restore_if_idle(&mut self, cookie: u64, kernel: &mut Kernel, journal: &Journal) -> io::Result<bool> {
+        let Some(record) = journal.netns().get(&cookie) else { return Ok(true) };
+        self.connections = kernel.deliveries(cookie).map_err(io::Error::other)?;
+        // A pod that was deleted has no application that they could lead to. The kernel may continue to resend
+        // what is left of them, into a netns without links, for minutes.
+        if self.connections > 0 && self.netns.pod_cgroup.exists() {
+            return Ok(false);
+        }
+        if let Some(netns) = find(&self.netns.pod_cgroup, record.id, cookie) {
+            netns_setup::restore(netns.as_fd(), &record.sysctls_before)?;
+            info!(uid = record.uid, inode = record.id.inode, "netns restored");
+        }
+        kernel.forget_deliveries(cookie).map_err(io::Error::other)?;
+        Ok(true)
+    }
+}
+
+/// Opens the netns if anything still holds it. Most likely the pod itself does.
+fn find(pod_cgroup: &Path, id: NetnsId, cookie: u64) -> Option<OwnedFd> {
+    let is_it = |fd: &OwnedFd| netns::cookie(fd.as_fd()).is_ok_and(|found| found == cookie);
+    if let Some(found) = processes::open_netns(pod_cgroup, id).ok().filter(is_it) {
+        return Some(found);
+    }
+    let mut found = None;
+    netns::visit_all(|candidate, fd| {
+        if candidate == id && found.is_none() {
+            found = fd.try_clone_to_owned().ok().filter(is_it);
+        }
+    });
+    found
+}

@@ -1,0 +1,220 @@
+//! The netns of enrolled pods: prepared, then steered; released when their pods leave.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use adit_ebpf_loader::{Kernel, KernelError};
+use tracing::warn;
+
+use crate::{
+    model::error_chain::chain,
+    observe::{
+        netns::{self, NetnsId, Visitor, Visitors},
+        processes,
+    },
+    plan::{Netns, Reason, ReasonCode, diff::NetnsStep},
+};
+
+use super::{
+    app_listeners::AppListeners,
+    draining::DrainingNetns,
+    journal::{Journal, NetnsRecord},
+    netns_setup::{self, Sysctls},
+};
+
+/// Open netns, by cookie.
+pub type OpenNetns = BTreeMap<u64, Arc<OwnedFd>>;
+
+/// Netns whose inbound connections are steered, by cookie.
+#[derive(Debug)]
+pub struct SteeredNetns {
+    by_cookie: BTreeMap<u64, Netns>,
+}
+
+/// What a [`NetnsStep`] needs besides the netns themselves.
+pub struct NetnsTools<'a> {
+    /// Attaches and removes the links.
+    pub kernel: &'a mut Kernel,
+    /// Records each preparation before it is done.
+    pub journal: &'a mut Journal,
+    /// Threads that enter the netns.
+    pub visitors: &'a Visitors,
+    /// Where released netns go, and from where they come back.
+    pub draining: &'a mut DrainingNetns,
+    /// Lists what listens in netns that are new.
+    pub app_listeners: &'a mut AppListeners,
+    /// Netns that were opened when their pods were observed.
+    pub opened: &'a OpenNetns,
+}
+
+impl std::fmt::Debug for NetnsTools<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NetnsTools").finish_non_exhaustive()
+    }
+}
+
+/// What a [`NetnsStep`] led to, by the uids of the pods.
+#[derive(Debug, Default)]
+pub struct NetnsReport {
+    /// Netns that are in order now, open.
+    pub ready: OpenNetns,
+    /// Pods whose netns are steered now.
+    pub steered: Vec<String>,
+    /// Pods whose netns could not be prepared or steered.
+    pub failed: Vec<(String, Reason)>,
+}
+
+impl SteeredNetns {
+    /// Takes over what an earlier run left, so that what no pod needs any more is undone. `steered` are the
+    /// cookies of the netns that have links.
+    pub fn adopt(journal: &Journal, steered: Vec<u64>) -> Self {
+        let adopted =
+            |id: NetnsId, uid: &str| Netns { id, pod_cgroup: PathBuf::new(), uid: uid.to_owned(), v6: false };
+        let recorded = journal.netns().iter();
+        let mut by_cookie: BTreeMap<u64, Netns> =
+            recorded.map(|(cookie, record)| (*cookie, adopted(record.id, &record.uid))).collect();
+        for cookie in steered {
+            by_cookie.entry(cookie).or_insert_with(|| adopted(NetnsId { dev: 0, inode: 0 }, ""));
+        }
+        Self { by_cookie }
+    }
+
+    /// All of them.
+    pub fn by_cookie(&self) -> &BTreeMap<u64, Netns> {
+        &self.by_cookie
+    }
+
+    /// The cookie of the netns that is steered for the pod `uid`.
+    pub fn of_pod(&self, uid: &str) -> Option<u64> {
+        self.by_cookie.iter().find(|(_, netns)| netns.uid == uid).map(|(cookie, _)| *cookie)
+    }
+
+    /// Does `step` and records it.
+    ///
+    /// # Errors
+    /// The links cannot be removed. Netns that cannot be prepared or steered are in the report.
+    pub fn apply(
+        &mut self,
+        step: &NetnsStep,
+        tools: &mut NetnsTools<'_>,
+    ) -> Result<NetnsReport, KernelError> {
+        match step {
+            NetnsStep::Unsteer(cookies) => tools.kernel.unsteer(cookies)?,
+            NetnsStep::Release(cookie) => {
+                if let Some(netns) = self.by_cookie.remove(cookie) {
+                    tools.draining.release(*cookie, netns);
+                }
+            }
+            NetnsStep::Steer(batch) => return Ok(self.steer(batch, tools)),
+        }
+        Ok(NetnsReport::default())
+    }
+
+    fn steer(&mut self, batch: &[(u64, Netns)], tools: &mut NetnsTools<'_>) -> NetnsReport {
+        let mut report = NetnsReport::default();
+        report.ready = prepare(batch, tools, &mut report.failed);
+        for (cookie, netns) in batch {
+            let Some(fd) = report.ready.get(cookie) else { continue };
+            match tools.kernel.steer(*cookie, fd.as_fd()) {
+                Ok(()) => {
+                    report.steered.push(netns.uid.clone());
+                    self.by_cookie.insert(*cookie, netns.clone());
+                }
+                Err(error) => {
+                    report
+                        .failed
+                        .push((netns.uid.clone(), Reason::new(ReasonCode::NetnsNotSteered, chain(&error))));
+                }
+            }
+        }
+        report
+    }
+
+    /// Compares with `linked`, the netns that the kernel has links for: those without one are steered again
+    /// by the next comparison, and links that belong to no pod are removed. Whether links were missing.
+    pub fn read_back(&mut self, kernel: &mut Kernel, linked: Vec<u64>) -> bool {
+        let before = self.by_cookie.len();
+        self.by_cookie.retain(|cookie, _| linked.contains(cookie));
+        let missing = before - self.by_cookie.len();
+        if missing > 0 {
+            warn!(missing, "another program removed links of netns; attaching them again");
+        }
+        let strays: BTreeSet<u64> =
+            linked.into_iter().filter(|cookie| !self.by_cookie.contains_key(cookie)).collect();
+        if !strays.is_empty()
+            && let Err(error) = kernel.unsteer(&strays)
+        {
+            warn!(netns = ?strays, error = %chain(&error), "cannot remove the links of netns");
+        }
+        missing > 0
+    }
+}
+
+/// Prepares netns side by side; those that are in order now.
+fn prepare(
+    batch: &[(u64, Netns)],
+    tools: &mut NetnsTools<'_>,
+    failed: &mut Vec<(String, Reason)>,
+) -> OpenNetns {
+    let mut fail = |netns: &Netns, error: &dyn std::fmt::Display| {
+        failed.push((netns.uid.clone(), Reason::new(ReasonCode::NetnsNotPrepared, error.to_string())));
+    };
+    let mut open: Vec<(u64, &Netns, Arc<OwnedFd>)> = Vec::new();
+    for (cookie, netns) in batch {
+        match open_netns(*cookie, netns, tools.opened) {
+            Ok(fd) => open.push((*cookie, netns, fd)),
+            Err(error) => fail(netns, &error),
+        }
+    }
+    let sysctls = tools.visitors.visit_each(&open, |visitor, (_, _, fd)| Sysctls::of(visitor, fd.as_fd()));
+    let (mut records, mut readable) = (Vec::new(), Vec::new());
+    for ((cookie, netns, fd), sysctls) in open.into_iter().zip(sysctls) {
+        match sysctls {
+            Ok(sysctls) => {
+                let (id, uid, sysctls_before) = (netns.id, netns.uid.clone(), sysctls.values());
+                records.push((cookie, NetnsRecord { id, uid, sysctls_before }));
+                readable.push((cookie, netns, fd, sysctls));
+            }
+            Err(error) => fail(netns, &error),
+        }
+    }
+    // Before the change, and all in one write: a write per netns would take longer than the rest.
+    if let Err(error) = tools.journal.add_netns(records) {
+        for (_, netns, ..) in readable.drain(..) {
+            let dir = tools.journal.dir().display();
+            fail(netns, &format_args!("cannot record the netns in {dir}: {error}"));
+        }
+    }
+    for (cookie, _, fd, _) in &readable {
+        tools.app_listeners.add(tools.kernel, *cookie, Arc::clone(fd));
+    }
+    let results = tools.visitors.visit_each(&readable, |visitor: &Visitor<'_>, (_, netns, fd, sysctls)| {
+        netns_setup::prepare(visitor, fd.as_fd(), sysctls, netns.v6)
+    });
+    let mut ready = OpenNetns::new();
+    for ((cookie, netns, fd, _), result) in readable.into_iter().zip(results) {
+        tools.draining.cancel(cookie);
+        match result {
+            Ok(()) => drop(ready.insert(cookie, fd)),
+            Err(error) => fail(netns, &error),
+        }
+    }
+    ready
+}
+
+/// The netns itself: the fd from when its pod was observed, else through one of the pod's processes.
+fn open_netns(cookie: u64, netns: &Netns, opened: &OpenNetns) -> io::Result<Arc<OwnedFd>> {
+    if let Some(fd) = opened.get(&cookie) {
+        return Ok(Arc::clone(fd));
+    }
+    let fd = processes::open_netns(&netns.pod_cgroup, netns.id)?;
+    if netns::cookie(fd.as_fd())? != cookie {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "the pod moved to another netns meanwhile"));
+    }
+    Ok(Arc::new(fd))
+}

@@ -1,0 +1,123 @@
+//! Answers to commands, from what the watcher knows and what is applied.
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use adit_ebpf_common::{pods::CgroupInfo, trace::Rule};
+
+use crate::{
+    apply::{Applier, app_listeners},
+    model::{
+        pod::{BadEntry, FailMode},
+        reason::Reason,
+        state::State,
+    },
+    plan::{PodView, address16},
+};
+
+use super::{
+    explain::{self, Explanation},
+    status::{LingeringStatus, NetnsStatus, PodStatus, TunnelStatus},
+};
+
+/// The one pod among `pods` with this uid, name or namespace/name.
+///
+/// # Errors
+/// There is none, or several: a sentence for the user.
+pub fn find<'a>(pods: impl Iterator<Item = &'a PodView>, named: &str) -> Result<&'a PodView, String> {
+    let fits = |view: &&PodView| view.pod.uid == named || view.pod.name == named || view.full_name() == named;
+    let found: Vec<&PodView> = pods.filter(fits).collect();
+    match found.as_slice() {
+        [one] => Ok(one),
+        [] => Err(format!("no pod \"{named}\", expected a uid, name or namespace/name")),
+        several => Err(format!("{} pods match \"{named}\"; use the uid of one", several.len())),
+    }
+}
+
+/// The applied map entry of the pod's own cgroup.
+pub fn applied_info<'a>(view: &PodView, applier: &'a Applier) -> Option<&'a CgroupInfo> {
+    let id = view.observed.cgroups.get(view.observed.dir.as_ref()?)?;
+    applier.maps.contents().cgroups.get(id)
+}
+
+/// A pod in `watcher status`, with its state and the reason for it.
+pub fn pod_status(view: &PodView, (state, reason): (State, Option<Reason>), default: FailMode) -> PodStatus {
+    let (pod, facts) = (&view.pod, view.eligibility.facts());
+    PodStatus {
+        uid: Some(pod.uid.clone()),
+        name: Some(pod.name.clone()),
+        namespace: Some(pod.namespace.clone()),
+        service_account: Some(pod.service_account.clone()),
+        state,
+        reason,
+        fail_mode: Some(pod.fail_mode.unwrap_or(default)),
+        addresses: facts.map(|facts| facts.addresses.clone()).unwrap_or_default(),
+        netns: facts.map(|facts| NetnsStatus { inode: facts.id.inode, cookie: facts.cookie }),
+        cgroups: view.observed.cgroups.clone(),
+        notes: pod.notes.clone(),
+    }
+}
+
+/// An entry of the source that is not used, in `watcher status`.
+pub fn rejected_status(entry: &BadEntry, reason: &Reason) -> PodStatus {
+    PodStatus {
+        uid: entry.uid.clone(),
+        name: entry.name.clone(),
+        namespace: None,
+        service_account: None,
+        state: State::Refused,
+        reason: Some(reason.clone()),
+        fail_mode: None,
+        addresses: Vec::new(),
+        netns: None,
+        cgroups: BTreeMap::new(),
+        notes: Vec::new(),
+    }
+}
+
+/// The connected tunnels.
+pub fn tunnels(applier: &Applier) -> Vec<TunnelStatus> {
+    let status = |tunnel: &crate::apply::tunnels::Tunnel| TunnelStatus {
+        pid: tunnel.pid,
+        cgroup: tunnel.cgroup.clone(),
+        cgroup_id: tunnel.cgroup_id,
+        pods: tunnel.pods(),
+    };
+    applier.tunnels.iter().map(status).collect()
+}
+
+/// The netns of pods that left.
+pub fn draining(applier: &Applier) -> Vec<LingeringStatus> {
+    let all = applier.draining.iter();
+    all.map(|(cookie, draining)| LingeringStatus {
+        netns: NetnsStatus { inode: draining.netns.id.inode, cookie },
+        uid: draining.netns.uid.clone(),
+        waits_for: draining.waits_for(),
+    })
+    .collect()
+}
+
+/// Which rules decide about a connection of `view` to `destination`. `pods` are all pods of this node.
+pub fn explanation<'a>(
+    view: &PodView,
+    mut pods: impl Iterator<Item = &'a PodView>,
+    destination: SocketAddr,
+    applier: &Applier,
+    resolvers: &[std::net::IpAddr],
+) -> Explanation {
+    let up = applier.settings.tunnel_up();
+    let own = view.eligibility.facts().map_or(&[][..], |facts| &facts.addresses);
+    let info = applied_info(view, applier);
+    let outbound = explain::outbound(info, own, &view.pod.exclusions, resolvers, up, destination);
+    let address = destination.ip().to_canonical();
+    let receiver =
+        pods.find(|other| other.eligibility.facts().is_some_and(|facts| facts.addresses.contains(&address)));
+    let inbound = receiver.filter(|_| outbound != Rule::OwnAddress).map(|receiver| {
+        let record = applier.maps.contents().addresses.get(&address16(address));
+        let listens = record.is_none_or(|record| {
+            app_listeners::may_listen(&applier.kernel, record.netns_cookie, destination.port(), address)
+        });
+        let port = destination.port();
+        explain::inbound(record, &receiver.pod.exclusions, up, listens, port).as_str().to_owned()
+    });
+    Explanation { pod: view.full_name(), destination, outbound: outbound.as_str().to_owned(), inbound }
+}

@@ -1,0 +1,168 @@
+//! Verdicts of the kernel programs, with names, for `watcher trace`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    os::fd::{AsFd, OwnedFd},
+};
+
+use adit_ebpf_common::{
+    address::Address,
+    trace::{Hook, Rule, TraceRecord},
+};
+use adit_ebpf_loader::{Kernel, Trace};
+use serde::{Deserialize, Serialize};
+use tokio::io::unix::AsyncFd;
+use tracing::{info, warn};
+
+use crate::{
+    model::error_chain::chain,
+    plan::{PodView, address16},
+    sys::pollable,
+};
+
+use super::{Answer, Answers};
+
+/// One verdict of the kernel programs, with names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TraceLine {
+    /// The program that gave it.
+    pub hook: String,
+    /// The rule that decided.
+    pub rule: String,
+    /// The end on this node.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+    /// The pod whose process made the call; none if no process did, or one of no known pod.
+    pub caller: Option<String>,
+    /// The pod that has the local address.
+    pub local_pod: Option<String>,
+    /// The pod of this node that has the remote address.
+    pub remote_pod: Option<String>,
+}
+
+/// A running `watcher trace`. The programs report to one only.
+#[derive(Debug)]
+pub struct TraceSession {
+    trace: Trace,
+    readable: AsyncFd<OwnedFd>,
+    answers: Answers,
+    filter: TraceFilter,
+}
+
+/// Which verdicts a session gets; an empty filter lets all pass.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct TraceFilter {
+    cgroups: BTreeSet<u64>,
+    addresses: BTreeSet<Address>,
+}
+
+impl TraceFilter {
+    fn of_pod(view: &PodView) -> Self {
+        let addresses = view.eligibility.facts().into_iter().flat_map(|facts| &facts.addresses);
+        Self {
+            cgroups: view.observed.cgroups.values().copied().collect(),
+            addresses: addresses.map(|address| address16(*address)).collect(),
+        }
+    }
+
+    fn lets_pass(&self, record: &TraceRecord) -> bool {
+        (self.cgroups.is_empty() && self.addresses.is_empty())
+            || self.cgroups.contains(&record.cgroup_id)
+            || self.addresses.contains(&record.local)
+            || self.addresses.contains(&record.remote)
+    }
+}
+
+impl TraceSession {
+    /// Opens the records of the programs, for `pod` or for all. Records of an earlier session are dropped.
+    ///
+    /// # Errors
+    /// The records cannot be opened: why.
+    pub fn start(kernel: &Kernel, answers: Answers, pod: Option<&PodView>) -> Result<Self, String> {
+        let mut trace = kernel.trace().map_err(|error| chain(&error))?;
+        let readable = trace
+            .as_fd()
+            .try_clone_to_owned()
+            .and_then(pollable)
+            .map_err(|error| format!("cannot wait for records: {error}"))?;
+        while trace.next().is_some() {}
+        info!(pod = pod.map(PodView::full_name), "trace on");
+        Ok(Self { trace, readable, answers, filter: pod.map(TraceFilter::of_pod).unwrap_or_default() })
+    }
+
+    /// Resolves when there may be records, or the client disconnected; never without a session.
+    pub async fn ready(session: &mut Option<Self>) {
+        let Some(session) = session else { return std::future::pending().await };
+        tokio::select! {
+            readable = session.readable.readable() => {
+                if let Ok(mut guard) = readable {
+                    guard.clear_ready();
+                }
+            }
+            () = session.answers.closed() => {}
+        }
+    }
+
+    /// Whether the client disconnected.
+    pub fn is_over(&self) -> bool {
+        self.answers.is_closed()
+    }
+
+    /// Sends the records that there are to the client.
+    pub fn forward<'a>(&mut self, pods: impl Iterator<Item = &'a PodView>) {
+        let names = PodNames::of(pods);
+        while let Some(record) = self.trace.next() {
+            if !self.filter.lets_pass(&record) || self.answers.give(&Answer::Ok(names.line(&record))) {
+                continue;
+            }
+            if self.is_over() {
+                return;
+            }
+            warn!("the client of the trace reads too slowly; a record is lost");
+        }
+    }
+}
+
+/// Names of pods, by what identifies them in a record.
+#[derive(Debug, Default)]
+struct PodNames {
+    by_address: BTreeMap<Address, String>,
+    by_cgroup: BTreeMap<u64, String>,
+}
+
+impl PodNames {
+    fn of<'a>(pods: impl Iterator<Item = &'a PodView>) -> Self {
+        let mut names = Self::default();
+        for view in pods {
+            let name = view.full_name();
+            for address in view.eligibility.facts().into_iter().flat_map(|facts| &facts.addresses) {
+                names.by_address.insert(address16(*address), name.clone());
+            }
+            for id in view.observed.cgroups.values() {
+                names.by_cgroup.insert(*id, name.clone());
+            }
+        }
+        names
+    }
+
+    fn line(&self, record: &TraceRecord) -> TraceLine {
+        let unknown = |what: &str, number: u16| format!("{what} {number}");
+        TraceLine {
+            hook: Hook::from_number(record.hook)
+                .map_or_else(|| unknown("hook", record.hook), |hook| hook.as_str().to_owned()),
+            rule: Rule::from_number(record.rule)
+                .map_or_else(|| unknown("rule", record.rule), |rule| rule.as_str().to_owned()),
+            local: SocketAddr::new(ip(&record.local), record.local_port),
+            remote: SocketAddr::new(ip(&record.remote), record.remote_port),
+            caller: self.by_cgroup.get(&record.cgroup_id).cloned(),
+            local_pod: self.by_address.get(&record.local).cloned(),
+            remote_pod: self.by_address.get(&record.remote).cloned(),
+        }
+    }
+}
+
+fn ip(address: &Address) -> IpAddr {
+    Ipv6Addr::from(*address).to_canonical()
+}

@@ -1,0 +1,133 @@
+//! What no two pods may own: cgroup directories, netns, addresses.
+//!
+//! The first owner keeps what it has until it is released, so that a wrong entry never disturbs a pod that
+//! is in order.
+
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    model::{
+        pod::Pod,
+        reason::{Reason, ReasonCode},
+    },
+    observe::netns::NetnsFacts,
+};
+
+/// Who owns what.
+#[derive(Debug, Default)]
+pub struct Claims {
+    cgroups: BTreeMap<PathBuf, Owner>,
+    cookies: BTreeMap<u64, Owner>,
+    addresses: BTreeMap<IpAddr, Owner>,
+    by_uid: BTreeMap<String, Claimed>,
+}
+
+#[derive(Clone, Debug)]
+struct Owner {
+    uid: String,
+    full_name: String,
+}
+
+impl Owner {
+    fn new(pod: &Pod) -> Self {
+        let full_name = format!("{}/{} ({})", pod.namespace, pod.name, pod.uid);
+        Self { uid: pod.uid.clone(), full_name }
+    }
+}
+
+/// What one pod owns.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Claimed {
+    cgroup: Option<PathBuf>,
+    cookie: Option<u64>,
+    addresses: Vec<IpAddr>,
+}
+
+impl Claimed {
+    /// Whether it owns nothing.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Whether `later` lacks something of this, so that others may claim it.
+    pub fn frees(&self, later: &Self) -> bool {
+        (self.cgroup.is_some() && self.cgroup != later.cgroup)
+            || (self.cookie.is_some() && self.cookie != later.cookie)
+            || self.addresses.iter().any(|address| !later.addresses.contains(address))
+    }
+}
+
+impl Claims {
+    /// What `uid` owns.
+    pub fn of(&self, uid: &str) -> Claimed {
+        self.by_uid.get(uid).cloned().unwrap_or_default()
+    }
+
+    /// Takes everything from `uid`.
+    pub fn release(&mut self, uid: &str) {
+        let Some(claimed) = self.by_uid.remove(uid) else { return };
+        if let Some(dir) = claimed.cgroup {
+            self.cgroups.remove(&dir);
+        }
+        if let Some(cookie) = claimed.cookie {
+            self.cookies.remove(&cookie);
+        }
+        for address in claimed.addresses {
+            self.addresses.remove(&address);
+        }
+    }
+
+    /// The uid of the pod in whose directory `path` is.
+    pub fn owner(&self, path: &Path) -> Option<&str> {
+        path.ancestors().find_map(|dir| self.cgroups.get(dir)).map(|owner| owner.uid.as_str())
+    }
+
+    /// Gives `pod` the cgroup directory `dir`.
+    ///
+    /// # Errors
+    /// Another pod owns it, or a directory above or below it.
+    pub fn claim_cgroup(&mut self, pod: &Pod, dir: &Path) -> Result<(), Reason> {
+        if let Some(other) = self.cgroups.get(dir) {
+            let text = format!("cgroup {} belongs to pod {}", dir.display(), other.full_name);
+            return Err(Reason::new(ReasonCode::DuplicateCgroup, text));
+        }
+        let above = dir.ancestors().find_map(|above| self.cgroups.get_key_value(above));
+        // Paths sort by component, so what lies below a directory follows it directly.
+        let below = self.cgroups.range(dir.to_owned()..).next().filter(|(below, _)| below.starts_with(dir));
+        if let Some((taken, other)) = above.or(below) {
+            let (dir, taken, other) = (dir.display(), taken.display(), &other.full_name);
+            let text = format!("cgroup {dir} overlaps {taken} of pod {other}");
+            return Err(Reason::new(ReasonCode::CgroupOverlaps, text));
+        }
+        self.cgroups.insert(dir.to_owned(), Owner::new(pod));
+        self.by_uid.entry(pod.uid.clone()).or_default().cgroup = Some(dir.to_owned());
+        Ok(())
+    }
+
+    /// Gives `pod` the netns and the addresses of `facts`.
+    ///
+    /// # Errors
+    /// Another pod owns the netns or one of the addresses.
+    pub fn claim_netns(&mut self, pod: &Pod, facts: NetnsFacts) -> Result<NetnsFacts, Reason> {
+        if let Some(other) = self.cookies.get(&facts.cookie) {
+            let text = format!("netns {} belongs to pod {}", facts.id.inode, other.full_name);
+            return Err(Reason::new(ReasonCode::NetnsTaken, text));
+        }
+        if let Some((address, other)) =
+            facts.addresses.iter().find_map(|address| self.addresses.get_key_value(address))
+        {
+            let text = format!("address {address} belongs to pod {}", other.full_name);
+            return Err(Reason::new(ReasonCode::AddressTaken, text));
+        }
+        let claimed = self.by_uid.entry(pod.uid.clone()).or_default();
+        claimed.cookie = Some(facts.cookie);
+        claimed.addresses.clone_from(&facts.addresses);
+        self.cookies.insert(facts.cookie, Owner::new(pod));
+        self.addresses.extend(facts.addresses.iter().map(|address| (*address, Owner::new(pod))));
+        Ok(facts)
+    }
+}

@@ -1,0 +1,221 @@
+//! From plans and what is applied to steps, in the order in which they are done.
+//!
+//! What leaves goes first, from the outside in: new connections must bypass the tunnel before it stops
+//! serving the pod. A pod that comes gets its map entries before its netns is touched, so that it is closed
+//! from the first moment on; tunnels receive it last.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use adit_ebpf_common::{
+    address::Address,
+    lifecycle::Name,
+    pods::{CgroupInfo, PodRecord, flag},
+};
+
+use crate::{model::exclusions::Exclusions, observe::cgroups::CgroupId};
+
+use super::{Netns, Plan, PodPlan, Workload, cgroup_info};
+
+/// How many netns are prepared side by side. After each batch the tunnel gets its pods, so that it works
+/// while the next batch is prepared.
+const NETNS_BATCH: usize = 16;
+
+/// One change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Done by [`crate::apply::maps`].
+    Map(MapWrite),
+    /// Done by [`crate::apply::netns`].
+    Netns(NetnsStep),
+    /// Done by [`crate::apply::tunnels`].
+    Tunnel(TunnelStep),
+}
+
+/// A change of a kernel map's content.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "each variant names its map and holds key and value")]
+pub enum MapWrite {
+    RemoveCgroup(CgroupId),
+    RemoveAddress(Address),
+    SetExclusions(u32, Exclusions),
+    SetExpected(Name, CgroupInfo),
+    SetCgroup(CgroupId, CgroupInfo),
+    SetAddress(Address, PodRecord),
+    RemoveExclusions(u32),
+    RemoveExpected(Name),
+}
+
+/// A change of netns, which are named by their cookies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetnsStep {
+    /// Stop steering their inbound connections. All at once: it takes one wait for the kernel.
+    Unsteer(BTreeSet<u64>),
+    /// Undo the preparation once no connection needs it any more.
+    Release(u64),
+    /// Prepare them side by side, then steer each that is in order.
+    Steer(Vec<(u64, Netns)>),
+}
+
+/// A change of what tunnels serve, by the pod's uid.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TunnelStep {
+    /// Tunnels let go of the pod.
+    Withdraw(String),
+    /// Tunnels serve the pod.
+    Offer(String, Workload),
+}
+
+/// What the maps hold for pods and tunnels.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MapContents {
+    /// Exclusion lists by id.
+    pub exclusions: BTreeMap<u32, Exclusions>,
+    /// Entries that cgroups get as they are made, by name.
+    pub expected: BTreeMap<Name, CgroupInfo>,
+    /// Entries by cgroup id.
+    pub cgroups: BTreeMap<CgroupId, CgroupInfo>,
+    /// Entries by address.
+    pub addresses: BTreeMap<Address, PodRecord>,
+}
+
+/// Everything that is applied.
+#[derive(Clone, Copy, Debug)]
+pub struct Applied<'a> {
+    /// The maps' contents.
+    pub maps: &'a MapContents,
+    /// Prepared and steered netns, by cookie.
+    pub netns: &'a BTreeMap<u64, Netns>,
+    /// What tunnels were offered, by uid.
+    pub workloads: &'a BTreeMap<String, Workload>,
+}
+
+/// What of the applied entries is compared.
+#[derive(Clone, Copy, Debug)]
+pub enum Scope<'a> {
+    /// Everything: what no plan names is removed, except for the entries of the tunnels' own cgroups.
+    All {
+        /// The cgroups of tunnels.
+        tunnels: &'a BTreeSet<CgroupId>,
+    },
+    /// Only entries that these earlier plans name, by uid.
+    Pods {
+        /// Earlier plans of the pods that are compared, and of pods that are gone.
+        before: &'a [(String, PodPlan)],
+    },
+}
+
+/// The steps from `applied` to `plan`, within `scope`.
+pub fn steps(applied: &Applied<'_>, scope: Scope<'_>, plan: &Plan) -> Vec<Step> {
+    let tunnel = cgroup_info(flag::TUNNEL, 0, &[]);
+    let mut wanted = Entries::of(plan.iter());
+    let before = match scope {
+        Scope::All { tunnels } => {
+            wanted.cgroups.extend(tunnels.iter().map(|id| (id, &tunnel)));
+            None
+        }
+        Scope::Pods { before } => Some(Entries::of(before.iter().map(|(uid, plan)| (uid, plan)))),
+    };
+    let before = before.as_ref();
+    let Applied { maps, netns, workloads } = *applied;
+    let cgroups = gone(&maps.cgroups, before.map(|before| &before.cgroups), &wanted.cgroups);
+    let addresses = gone(&maps.addresses, before.map(|before| &before.addresses), &wanted.addresses);
+    let left = gone(netns, before.map(|before| &before.netns), &wanted.netns);
+    let withdrawn = gone(workloads, before.map(|before| &before.workloads), &wanted.workloads);
+    let exclusions = gone(&maps.exclusions, before.map(|before| &before.exclusions), &wanted.exclusions);
+    let expected = gone(&maps.expected, before.map(|before| &before.expected), &wanted.expected);
+
+    let mut steps = Vec::new();
+    steps.extend(cgroups.into_iter().map(MapWrite::RemoveCgroup).map(Step::Map));
+    steps.extend(addresses.into_iter().map(MapWrite::RemoveAddress).map(Step::Map));
+    if !left.is_empty() {
+        steps.push(Step::Netns(NetnsStep::Unsteer(left.iter().copied().collect())));
+    }
+    steps.extend(withdrawn.into_iter().map(TunnelStep::Withdraw).map(Step::Tunnel));
+    steps.extend(left.into_iter().map(NetnsStep::Release).map(Step::Netns));
+
+    let set = |write| Step::Map(write);
+    steps.extend(
+        changed(&maps.exclusions, &wanted.exclusions)
+            .map(|(id, list)| set(MapWrite::SetExclusions(id, list))),
+    );
+    steps.extend(
+        changed(&maps.expected, &wanted.expected).map(|(name, info)| set(MapWrite::SetExpected(name, info))),
+    );
+    steps
+        .extend(changed(&maps.cgroups, &wanted.cgroups).map(|(id, info)| set(MapWrite::SetCgroup(id, info))));
+    steps.extend(
+        changed(&maps.addresses, &wanted.addresses).map(|(at, record)| set(MapWrite::SetAddress(at, record))),
+    );
+    steps.extend(enter(
+        changed(netns, &wanted.netns).collect(),
+        changed(workloads, &wanted.workloads).collect(),
+    ));
+
+    steps.extend(exclusions.into_iter().map(MapWrite::RemoveExclusions).map(Step::Map));
+    // Last: the cgroup, if that is the reason, has its own entry by now.
+    steps.extend(expected.into_iter().map(MapWrite::RemoveExpected).map(Step::Map));
+    steps
+}
+
+/// Netns in batches, each followed by the offers of its pods; then the offers that need no new netns.
+fn enter(netns: Vec<(u64, Netns)>, mut offers: Vec<(String, Workload)>) -> Vec<Step> {
+    let offer = |(uid, workload)| Step::Tunnel(TunnelStep::Offer(uid, workload));
+    let mut steps = Vec::new();
+    for batch in netns.chunks(NETNS_BATCH) {
+        steps.push(Step::Netns(NetnsStep::Steer(batch.to_vec())));
+        let in_batch = |cookie: u64| batch.iter().any(|(other, _)| *other == cookie);
+        steps.extend(offers.extract_if(.., |(_, workload)| in_batch(workload.cookie)).map(offer));
+    }
+    steps.extend(offers.into_iter().map(offer));
+    steps
+}
+
+/// The entries of several plans, by kind.
+#[derive(Default)]
+struct Entries<'a> {
+    exclusions: BTreeMap<&'a u32, &'a Exclusions>,
+    expected: BTreeMap<&'a Name, &'a CgroupInfo>,
+    cgroups: BTreeMap<&'a CgroupId, &'a CgroupInfo>,
+    addresses: BTreeMap<&'a Address, &'a PodRecord>,
+    netns: BTreeMap<&'a u64, &'a Netns>,
+    workloads: BTreeMap<&'a String, &'a Workload>,
+}
+
+impl<'a> Entries<'a> {
+    fn of(plans: impl Iterator<Item = (&'a String, &'a PodPlan)>) -> Self {
+        let mut entries = Self::default();
+        for (uid, plan) in plans {
+            entries.exclusions.extend(plan.exclusions.iter().map(|(id, list)| (id, list)));
+            entries.expected.extend(&plan.expected);
+            entries.cgroups.extend(&plan.cgroups);
+            entries.addresses.extend(&plan.addresses);
+            entries.netns.extend(plan.netns.iter().map(|(cookie, netns)| (cookie, netns)));
+            entries.workloads.extend(plan.workload.iter().map(|workload| (uid, workload)));
+        }
+        entries
+    }
+}
+
+/// Keys that are applied and not wanted any more: of all, or of those that `before` names.
+fn gone<K: Ord + Clone, V>(
+    applied: &BTreeMap<K, V>,
+    before: Option<&BTreeMap<&K, &V>>,
+    wanted: &BTreeMap<&K, &V>,
+) -> Vec<K> {
+    let is_gone = |key: &&K| applied.contains_key(*key) && !wanted.contains_key(*key);
+    match before {
+        None => applied.keys().filter(is_gone).cloned().collect(),
+        Some(before) => before.keys().copied().filter(is_gone).cloned().collect(),
+    }
+}
+
+/// Wanted entries that are not applied as they should be.
+fn changed<K: Ord + Clone, V: PartialEq + Clone>(
+    applied: &BTreeMap<K, V>,
+    wanted: &BTreeMap<&K, &V>,
+) -> impl Iterator<Item = (K, V)> {
+    wanted
+        .iter()
+        .filter(|(key, value)| applied.get(**key) != Some(**value))
+        .map(|(key, value)| ((*key).clone(), (*value).clone()))
+}

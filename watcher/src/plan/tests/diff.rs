@@ -1,0 +1,141 @@
+use adit_ebpf_common::pods::flag::{IN_MESH, TUNNEL};
+
+use crate::plan::diff::{MapWrite, NetnsStep, TunnelStep};
+
+use super::*;
+
+fn kind(step: &Step) -> &'static str {
+    match step {
+        Step::Map(write) => match write {
+            MapWrite::RemoveCgroup(_) => "remove cgroup",
+            MapWrite::RemoveAddress(_) => "remove address",
+            MapWrite::SetExclusions(..) => "set exclusions",
+            MapWrite::SetExpected(..) => "set expected",
+            MapWrite::RemoveExpected(_) => "remove expected",
+            MapWrite::SetCgroup(..) => "set cgroup",
+            MapWrite::SetAddress(..) => "set address",
+            MapWrite::RemoveExclusions(_) => "remove exclusions",
+        },
+        Step::Netns(NetnsStep::Unsteer(_)) => "unsteer",
+        Step::Netns(NetnsStep::Release(_)) => "release",
+        Step::Netns(NetnsStep::Steer(_)) => "steer",
+        Step::Tunnel(TunnelStep::Withdraw(_)) => "withdraw",
+        Step::Tunnel(TunnelStep::Offer(..)) => "offer",
+    }
+}
+
+/// The kinds of `steps`, each once where several of a kind follow each other.
+fn kinds(steps: &[Step]) -> Vec<&'static str> {
+    let mut kinds: Vec<&str> = steps.iter().map(kind).collect();
+    kinds.dedup();
+    kinds
+}
+
+fn kinds_between(applied: &Plan, plan: &Plan) -> Vec<&'static str> {
+    kinds(&Node::with(applied).all_steps(plan))
+}
+
+#[test]
+fn a_pod_without_a_cgroup_is_expected_until_it_has_one() {
+    let setting = Setting::default();
+    let mut plain = pod("plain");
+    plain.selection = Selection::Plain;
+    let before = setting.plan(vec![(pod("a"), Observed::default()), (plain, Observed::default())]);
+    let expected: Vec<_> = before["a"].expected.iter().map(|(name, info)| (*name, info.flags)).collect();
+    assert_eq!(expected, [(name(b"a").unwrap(), IN_MESH)]);
+    assert!(before["plain"].expected.is_empty());
+    assert_eq!(kinds_between(&Plan::new(), &before), ["set expected"]);
+    let after = setting.plan(vec![(pod("a"), seen(1, vec![]))]);
+    // The cgroup's own entry is there before its name is forgotten.
+    assert_eq!(kinds_between(&before, &after), ["set cgroup", "remove expected"]);
+    assert!(before["a"].expects_more_than(&after["a"]) && !after["a"].expects_more_than(&before["a"]));
+}
+
+#[test]
+fn leaving_is_the_reverse_of_coming() {
+    let setting = Setting { exclusion_ids: [("a".to_owned(), 1)].into(), ..Setting::default() };
+    let enrolled = setting.plan(vec![(pod("a"), in_order(1))]);
+    assert_eq!(
+        kinds_between(&Plan::new(), &enrolled),
+        ["set exclusions", "set cgroup", "set address", "steer", "offer"]
+    );
+    assert_eq!(
+        kinds_between(&enrolled, &Plan::new()),
+        ["remove cgroup", "remove address", "unsteer", "withdraw", "release", "remove exclusions"]
+    );
+    assert!(Node::with(&enrolled).all_steps(&enrolled).is_empty());
+}
+
+#[test]
+fn only_entries_that_earlier_plans_name_are_removed_when_a_few_pods_are_compared() {
+    let setting = Setting { exclusion_ids: [("a".to_owned(), 1)].into(), ..Setting::default() };
+    let whole = setting.plan(vec![(pod("a"), in_order(1)), (pod("b"), in_order(2))]);
+    let node = Node::with(&whole);
+    let before: Vec<_> = setting.plan(vec![(pod("a"), in_order(1))]).into_iter().collect();
+    let scope = Scope::Pods { before: &before };
+    let only_a: Plan = before.iter().cloned().collect();
+    assert!(node.steps(scope, &only_a).is_empty(), "a pod is planned alone as it is with others");
+    let removed = node.steps(scope, &Plan::new());
+    assert_eq!(removed, Node::with(&only_a).all_steps(&Plan::new()));
+    // Of what a plan named and the kernel does not have, nothing is to be removed.
+    assert!(Node::default().steps(scope, &Plan::new()).is_empty());
+}
+
+#[test]
+fn the_entries_of_tunnels_stay_when_everything_is_compared() {
+    let tunnels: BTreeSet<CgroupId> = [77].into();
+    let added = Node::default().steps(Scope::All { tunnels: &tunnels }, &Plan::new());
+    let [Step::Map(MapWrite::SetCgroup(77, info))] = added[..] else { panic!("{added:?}") };
+    assert_eq!(info.flags, TUNNEL);
+    let mut node = Node::default();
+    node.maps.cgroups.insert(77, info);
+    assert!(node.steps(Scope::All { tunnels: &tunnels }, &Plan::new()).is_empty());
+    assert!(node.steps(Scope::Pods { before: &[] }, &Plan::new()).is_empty());
+    assert_eq!(kinds(&node.all_steps(&Plan::new())), ["remove cgroup"]);
+}
+
+#[test]
+fn netns_come_in_batches_each_followed_by_its_offers() {
+    let pods = (1..=20).map(|n| (pod(&format!("p{n}")), in_order(n))).collect();
+    let plan = Setting::default().plan(pods);
+    let steps = Node::default().all_steps(&plan);
+    assert_eq!(kinds(&steps), ["set cgroup", "set address", "steer", "offer", "steer", "offer"]);
+    let batches: Vec<BTreeSet<u64>> = steps
+        .iter()
+        .filter_map(|step| match step {
+            Step::Netns(NetnsStep::Steer(batch)) => Some(batch.iter().map(|(cookie, _)| *cookie).collect()),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(batches.iter().map(BTreeSet::len).collect::<Vec<_>>(), [16, 4]);
+    let mut current = &BTreeSet::new();
+    let mut next = batches.iter();
+    for step in &steps {
+        match step {
+            Step::Netns(NetnsStep::Steer(_)) => current = next.next().unwrap(),
+            Step::Tunnel(TunnelStep::Offer(_, workload)) => assert!(current.contains(&workload.cookie)),
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn an_acknowledgement_changes_two_maps_and_nothing_else() {
+    let before = Setting::default().plan(vec![(pod("a"), in_order(1)), (pod("b"), in_order(2))]);
+    let after = Setting { ready: ["a".to_owned()].into(), ..Setting::default() }
+        .plan(vec![(pod("a"), in_order(1)), (pod("b"), in_order(2))]);
+    let found = Node::with(&before).all_steps(&after);
+    assert_eq!(found.len(), 4, "two cgroups and two addresses of pod a: {found:?}");
+    assert_eq!(kinds(&found), ["set cgroup", "set address"]);
+}
+
+#[test]
+fn a_new_netns_of_the_same_pod_replaces_without_a_withdrawal() {
+    let before = Setting::default().plan(vec![(pod("a"), in_order(1))]);
+    let moved = seen(1, vec![Seen::Pod(NetnsFacts { cookie: 5, ..facts(1) })]);
+    let after = Setting::default().plan(vec![(pod("a"), moved)]);
+    assert_eq!(
+        kinds_between(&before, &after),
+        ["unsteer", "release", "set cgroup", "set address", "steer", "offer"]
+    );
+}

@@ -1,0 +1,83 @@
+use super::*;
+
+fn results(pods: Vec<(Pod, Observed)>) -> Vec<Eligibility> {
+    evaluate_all(placed(pods), &BTreeMap::new()).into_iter().map(|view| view.eligibility).collect()
+}
+
+fn code(eligibility: &Eligibility) -> &str {
+    match eligibility {
+        Eligibility::Plain(_) => "plain",
+        Eligibility::Eligible(_) => "eligible",
+        Eligibility::Waiting(reason) | Eligibility::Refused { reason, .. } => reason.code.code(),
+    }
+}
+
+#[test]
+fn each_bad_pod_is_refused_with_its_reason_and_the_others_are_not() {
+    let with = |change: &dyn Fn(&mut Pod)| {
+        let mut bad = pod("bad");
+        change(&mut bad);
+        bad
+    };
+    let table: Vec<(&str, Pod, Observed)> = vec![
+        ("duplicate_cgroup", with(&|bad| bad.cgroup = pod("a").cgroup), in_order(3)),
+        (
+            "cgroup_overlaps",
+            with(&|bad| bad.cgroup = pod("a").cgroup.map(|dir| dir.join("below"))),
+            in_order(3),
+        ),
+        ("cgroup_outside", with(&|bad| bad.cgroup = Some(ATTACHED.into())), in_order(3)),
+        ("cgroup_outside", with(&|bad| bad.cgroup = Some("/cgroup/elsewhere".into())), in_order(3)),
+        ("cgroup_gone", pod("bad"), Observed::default()),
+        ("host_netns", pod("bad"), seen(3, vec![Seen::Host])),
+        ("netns_disagree", pod("bad"), seen(3, vec![Seen::Host, Seen::Pod(facts(3))])),
+        ("netns_unreadable", pod("bad"), seen(3, vec![Seen::Unreadable("EPERM".to_owned())])),
+        ("no_process", pod("bad"), seen(3, vec![])),
+        ("no_address", pod("bad"), seen(3, vec![Seen::Pod(NetnsFacts { addresses: vec![], ..facts(3) })])),
+        ("address_not_held", with(&|bad| bad.addresses = [IpAddr::from([10, 0, 0, 99])].into()), in_order(3)),
+        ("netns_taken", pod("bad"), in_order(1)),
+        ("address_taken", pod("bad"), seen(3, vec![Seen::Pod(NetnsFacts { cookie: 7, ..facts(1) })])),
+    ];
+    for (expected, bad, observed) in table {
+        let found = results(vec![(pod("a"), in_order(1)), (bad, observed), (pod("b"), in_order(2))]);
+        let codes: Vec<&str> = found.iter().map(code).collect();
+        assert_eq!(codes, ["eligible", expected, "eligible"]);
+    }
+}
+
+#[test]
+fn the_first_owner_of_an_address_keeps_it_until_it_is_released() {
+    let mut claims = Claims::default();
+    let evaluate = |claims: &mut Claims, uid: &str, n: u8, facts: NetnsFacts| {
+        let mut observed = seen(n, vec![Seen::Pod(facts)]);
+        observed.dir = pod(uid).cgroup;
+        evaluate(&pod(uid), &observed, Path::new(ATTACHED), None, claims)
+    };
+    let second = NetnsFacts { cookie: 7, ..facts(1) };
+    assert_eq!(code(&evaluate(&mut claims, "a", 1, facts(1))), "eligible");
+    assert_eq!(code(&evaluate(&mut claims, "b", 2, second.clone())), "address_taken");
+    // Evaluated again, the first one still has it.
+    assert_eq!(code(&evaluate(&mut claims, "a", 1, facts(1))), "eligible");
+    let claimed = claims.of("a");
+    claims.release("a");
+    assert!(claimed.frees(&claims.of("a")));
+    assert_eq!(code(&evaluate(&mut claims, "b", 2, second)), "eligible");
+    assert_eq!(claims.owner(&Path::new(ATTACHED).join("b/container/nested")), Some("b"));
+    assert_eq!(claims.owner(Path::new(ATTACHED)), None);
+}
+
+#[test]
+fn a_pod_stays_in_its_netns_while_one_process_does() {
+    let observed = seen(1, vec![Seen::Pod(facts(9)), Seen::Pod(facts(1)), Seen::Host]);
+    let current = [("a".to_owned(), facts(1).cookie)].into();
+    let views = evaluate_all(placed(vec![(pod("a"), observed)]), &current);
+    assert_eq!(views[0].eligibility, Eligibility::Eligible(facts(1)));
+}
+
+#[test]
+fn named_addresses_are_the_only_ones() {
+    let mut narrow = pod("a");
+    narrow.addresses = [IpAddr::from([10, 0, 0, 1])].into();
+    let Eligibility::Eligible(found) = results(vec![(narrow, in_order(1))]).remove(0) else { panic!() };
+    assert_eq!(found.addresses, [IpAddr::from([10, 0, 0, 1])]);
+}
