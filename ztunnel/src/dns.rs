@@ -1,15 +1,16 @@
-//! Names: answers for the mesh's services, in each pod's netns; the rest is asked of the resolver of the outer world.
+//! The DNS proxy: answers names of mesh services in each pod's netns and forwards other queries to
+//! the upstream resolvers.
 //!
-//! A thread of its own serves all pods: look-ups must not delay connections, nor a flood of them the control runtime.
-//! How queries get here is the node agent's affair: Istio's redirects them by iptables, our watcher's kernel programs by
-//! rewriting the address, and away from here again while nobody listens.
+//! A separate thread serves all pods, so that lookups delay no connection and a flood of them does
+//! not block the control runtime. The node agent brings the queries here: Istio's redirects them
+//! with iptables; our watcher's kernel programs rewrite the address while this proxy listens.
 //!
 //! * [`serve`]: one pod's queries, from socket to socket
-//! * [`message`]: bytes of a query → bytes of a reply, or the decision to ask somebody else
-//! * [`names`]: which service a name stands for, and its addresses
-//! * [`forward`]: asks the outer world
-//! * [`resolv_conf`]: who that is
-//! * [`sockets`]: all of these, in the pod's netns
+//! * [`message`]: bytes of a query → bytes of a reply, or the decision to forward it
+//! * [`names`]: which service a name belongs to, and its addresses
+//! * [`forward`]: queries the upstream resolvers
+//! * [`resolv_conf`]: finds the upstream resolvers
+//! * [`sockets`]: the sockets in the pod's netns
 
 mod forward;
 pub mod message;
@@ -31,7 +32,7 @@ use crate::{config::ProxyMode, context::ProcessContext, pod::Pod};
 
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
-/// What all pods' DNS shares.
+/// State that the DNS of all pods shares.
 #[derive(Debug)]
 struct Server {
     shared: Arc<ProcessContext>,
@@ -75,7 +76,7 @@ impl Dns {
         self.orders.send(order).map_err(|_| io::Error::other("the DNS thread has ended"))
     }
 
-    /// Waits until every pod, all of them told to stop, has no more queries under way.
+    /// Waits until no pod has a query in progress. Stop all pods first.
     pub async fn finish(self) {
         drop(self.orders);
         let thread = self.thread;
@@ -101,7 +102,7 @@ async fn work(server: Rc<Server>, mut orders: mpsc::UnboundedReceiver<Serve>) {
     }
 }
 
-/// One query's fault must not end the others; but it is ours, and must be seen.
+/// A panic in one query must not end the others, but it is a bug and must be reported.
 fn report(ended: Result<(), JoinError>) {
     if let Err(error) = ended
         && error.is_panic()

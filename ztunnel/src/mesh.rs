@@ -1,12 +1,13 @@
-//! What is known of others: workloads, services and policies, as one immutable snapshot.
+//! The mesh: workloads, services and policies, as one immutable snapshot.
 //!
-//! * [`workloads`], [`services`], [`policies`]: what there is, one type each; [`gateways`]: ways around
-//! * [`change`]: what a control plane tells, as a difference
-//! * [`table`]: why a snapshot of much costs little; [`index`]: what is found by what
-//! * `view`: look-ups that note what they missed
-//! * [`store`]: the current snapshot, swapped as a whole; a connection takes one and sees one truth
+//! * [`workloads`], [`services`], [`policies`]: one type each; [`gateways`]: waypoints and network
+//!   gateways
+//! * [`change`]: an update from a control plane, as a difference
+//! * [`table`]: a hash table that is cheap to copy; [`index`]: the keys of each table
+//! * `view`: lookups that note missing names
+//! * [`store`]: holds the current snapshot and swaps it as a whole; a connection uses one snapshot
 //! * [`local_file`]: the source without a control plane, watched for edits
-//! * [`baggage`]: how a workload is told about to a peer
+//! * [`baggage`]: the description of a workload that a tunnel sends to a peer
 
 pub mod baggage;
 pub mod change;
@@ -37,7 +38,8 @@ use policies::Policies;
 use services::Ranges;
 use table::{Keyed as _, Table};
 
-/// Everything known at one moment, indexed for the questions that a connection asks. A copy shares what it can.
+/// Everything known at one moment, indexed for the lookups that a connection makes. A copy shares
+/// unchanged parts.
 #[derive(Clone, Debug, Default)]
 pub struct Mesh {
     workloads: Table<ByUid>,
@@ -54,7 +56,7 @@ pub struct Mesh {
 }
 
 impl Mesh {
-    /// Of two workloads or services with one key the later one counts.
+    /// If two workloads or services have the same key, the later one wins.
     pub fn new(
         workloads: impl IntoIterator<Item = Workload>,
         services: impl IntoIterator<Item = Service>,
@@ -65,7 +67,8 @@ impl Mesh {
         Self::default().with(services.chain(workloads).chain(policies.into_iter().map(MeshChange::PutPolicy)))
     }
 
-    /// The same with `changes`. Costs about as much as they are, however much there is.
+    /// The same with `changes` applied. The cost depends on the number of changes, not on the size
+    /// of the mesh.
     #[must_use]
     pub fn with(&self, changes: impl IntoIterator<Item = MeshChange>) -> Self {
         let mut mesh = self.clone();
@@ -89,7 +92,7 @@ impl Mesh {
     fn put_workload(&mut self, workload: &Arc<Workload>) {
         let arrival = self.arrived + 1;
         let before = self.workloads.get(&&*workload.uid).map(|known| Arc::clone(&known.workload));
-        // Who is told of again has not come again.
+        // An update of a known workload does not count as a new arrival.
         let known =
             self.workloads.get_or_add(&&*workload.uid, || ByUid { workload: Arc::clone(workload), arrival });
         known.workload = Arc::clone(workload);
@@ -101,7 +104,7 @@ impl Mesh {
         if workload.hostname.is_some() {
             self.by_own_hostname.add(ByOwnHostname(Arc::clone(workload)));
         }
-        // The addresses of host-network pods are the node's: they tell nothing about who it is.
+        // The addresses of host-network pods are the node's: they do not identify the pod.
         if !workload.host_network {
             for address in 0..workload.addresses.len() {
                 self.by_address.add(ByAddress { workload: Arc::clone(workload), address });
@@ -115,7 +118,7 @@ impl Mesh {
         }
     }
 
-    /// Takes it out of every table but the one by uid.
+    /// Removes it from every table except the one by uid.
     fn unlink_workload(&mut self, workload: &Arc<Workload>) {
         let it = |other: &Arc<Workload>| Arc::ptr_eq(workload, other);
         let by_name = ByName(Arc::clone(workload));
@@ -179,7 +182,7 @@ impl Mesh {
         }
     }
 
-    /// The workload of a pod of this node, by what the node agent tells of it.
+    /// The workload of a pod of this node, by the names that the node agent sent.
     pub fn workload_by_name(
         &self,
         namespace: &str,
@@ -190,7 +193,7 @@ impl Mesh {
         named.find(|workload| &*workload.service_account == service_account)
     }
 
-    /// The workload that bears a host name by itself, as no service of it does.
+    /// The workload that has this host name itself, not through a service.
     pub fn workload_by_hostname(&self, key: &ServiceKey) -> Option<&Arc<Workload>> {
         self.by_own_hostname.get(&key.parts()).map(|entry| &entry.0)
     }
@@ -199,8 +202,8 @@ impl Mesh {
         self.services.get(&key.parts()).map(|entry| &entry.0)
     }
 
-    /// The service whose address it is, else the one that has the narrowest range around it. Of several the first by
-    /// namespace and name.
+    /// The service that has this address, else the one with the narrowest range around it. Among
+    /// several, the first by namespace and name.
     pub fn service_by_vip(&self, network: &str, ip: IpAddr) -> Option<&Arc<Service>> {
         let ip = ip.to_canonical();
         let exact = self.by_vip.all((network, ip)).map(|entry| &entry.service);
@@ -216,7 +219,7 @@ impl Mesh {
         named.min_by_key(|service| (&*service.namespace != namespace, !service.canonical, &service.namespace))
     }
 
-    /// All services of that very name, which may be a wildcard, one of each namespace.
+    /// All services with exactly this name, which may be a wildcard; one per namespace.
     pub fn services_named(&self, hostname: &str) -> impl Iterator<Item = &Arc<Service>> {
         self.by_hostname.all(hostname).map(|entry| &entry.0)
     }
@@ -230,7 +233,7 @@ impl Mesh {
         self.policies.get(key)
     }
 
-    /// Those that hold for every workload, then those of its namespace.
+    /// Those that apply to every workload, then those of its namespace.
     pub fn policies_by_scope(&self, namespace: &str) -> impl Iterator<Item = &Arc<Policy>> {
         self.policies.by_scope(namespace)
     }

@@ -1,7 +1,9 @@
-//! Asks the resolvers of the outer world, from the pod's netns and so with its address and under its network policy.
+//! Forwards queries to the upstream resolvers, from the pod's netns: with the pod's address and
+//! under its network policy.
 //!
-//! The query goes on as the client wrote it, but for its id: nobody who did not see the query can guess id and port
-//! (RFC 5452), and what the client signed, allowed or asked for beside the question stays.
+//! The query is forwarded unchanged except for its id, so signatures, options and additional
+//! records stay. The id and the port are random, so that an attacker who did not see the query
+//! cannot guess them (RFC 5452).
 
 use std::{io, net::SocketAddr, time::Duration};
 
@@ -17,12 +19,13 @@ use super::{
 };
 use crate::{pod::Pod, socket};
 
-/// All attempts together. Clients of the C library give up a try after as long.
+/// Limit for all attempts together. The C library's resolver gives up an attempt after the same
+/// time.
 const TOTAL: Duration = Duration::from_secs(5);
-/// A datagram or its answer may be lost.
+/// Time after which a datagram is sent again: it, or its answer, may be lost.
 const AGAIN: Duration = Duration::from_secs(2);
 
-/// Why nobody answered.
+/// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
     #[error("no resolver is configured that pods could reach")]
@@ -35,7 +38,8 @@ pub enum ForwardError {
     OtherQuestion { resolver: SocketAddr },
 }
 
-/// Asks `resolvers` in their order until one has an answer; by TCP what came by TCP. An error of the last one is an answer too.
+/// Queries `resolvers` in order until one answers, over the protocol that the client used. An error
+/// reply of the last one counts as an answer.
 pub async fn ask(
     pod: &Pod,
     resolvers: &[SocketAddr],
@@ -57,7 +61,7 @@ pub async fn ask(
             Ok(reply) if !message::answers(&own, &reply) => Err(ForwardError::OtherQuestion { resolver }),
             Ok(mut reply) => {
                 reply[..2].copy_from_slice(&query[..2]);
-                // Another resolver may know better.
+                // Another resolver may have an answer.
                 if !matches!(message::code(&reply), ResponseCode::ServFail | ResponseCode::Refused) {
                     return Ok(reply);
                 }
@@ -70,7 +74,8 @@ pub async fn ask(
     last
 }
 
-/// Sends, again after a while, and waits for the answer to just this query; others are dropped.
+/// Sends the query, repeats it after a while, and waits for its answer. Other datagrams are
+/// dropped.
 async fn by_udp(pod: &Pod, to: SocketAddr, query: &[u8], within: Duration) -> io::Result<Vec<u8>> {
     let socket = sockets::connected(pod, to)?;
     let end = Instant::now() + within;
@@ -101,7 +106,7 @@ async fn by_tcp(pod: &Pod, to: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> 
     Ok(reply)
 }
 
-/// A message as it goes over TCP (RFC 1035 §4.2.2).
+/// A message in the TCP format (RFC 1035 §4.2.2).
 pub fn framed(message: &[u8]) -> io::Result<Vec<u8>> {
     let length = u16::try_from(message.len()).map_err(io::Error::other)?;
     let mut framed = Vec::with_capacity(2 + message.len());

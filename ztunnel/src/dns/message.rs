@@ -1,4 +1,4 @@
-//! Bytes of a query → bytes of a reply, or the decision to ask somebody else. Pure, and safe on any bytes.
+//! Bytes of a query → bytes of a reply, or the decision to forward it. Pure, and safe on any input.
 
 use std::net::IpAddr;
 
@@ -14,18 +14,19 @@ use rand::seq::SliceRandom;
 use super::names::{self, Client, Family, Zone};
 use crate::mesh::Mesh;
 
-/// How long a client may keep what we say, in seconds. Endpoints of headless services come and go.
+/// The TTL of our answers, in seconds. Endpoints of headless services change often.
 const TTL: u32 = 30;
-/// What a client takes that announces nothing (RFC 1035 §4.2.1).
+/// Maximum reply size for a client that announces none (RFC 1035 §4.2.1).
 const PLAIN_UDP: u16 = 512;
-/// What we take and give by UDP (RFC 6891 §6.2.5). It never leaves the loopback.
+/// Maximum message size over UDP (RFC 6891 §6.2.5). Messages never leave the loopback.
 const LARGEST_UDP: u16 = 4096;
-/// Past this many a client gains nothing; and 65,535 bytes hold twice as many of the larger kind.
+/// Maximum number of addresses in a reply. More do not help a client; 65,535 bytes hold twice as
+/// many IPv6 addresses.
 const MOST_ADDRESSES: usize = 1000;
 /// RFC 1035 §4.1.1.
 pub const HEADER: usize = 12;
 
-/// How a query came, and so how long its reply may be.
+/// The transport of a query, which limits the size of the reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
     Udp,
@@ -41,21 +42,21 @@ impl Transport {
     }
 }
 
-/// What becomes of a query.
+/// What to do with a query.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// The name is ours, or the query is wrong.
+    /// Send this reply: the name is ours, or the query is invalid.
     Reply(Vec<u8>),
-    /// To be asked of the resolver of the outer world, as it stands.
+    /// Forward the query unchanged.
     Forward,
-    /// No query at all: who answers answers gets into a circle.
+    /// Not a query. Answering replies would cause a loop.
     Ignore,
 }
 
-/// A query and what becomes of it.
+/// A query and what to do with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Handled {
-    /// What is asked for, in a word fit for a label: peers choose it, so that rare ones share `other`.
+    /// The query type as a metric label. Clients choose it, so rare types share `other`.
     pub query_type: &'static str,
     pub step: Step,
 }
@@ -89,7 +90,7 @@ pub fn answer(mesh: &Mesh, zone: &Zone, client: Client<'_>, transport: Transport
         _ => None,
     };
     let Some(mut found) = found else { return handled(query_type, Step::Forward) };
-    // Clients take the first.
+    // Clients use the first address.
     found.addresses.shuffle(&mut rand::rng());
     found.addresses.truncate(MOST_ADDRESSES);
     let mut reply = reply(&message, ResponseCode::NoError);
@@ -111,15 +112,15 @@ pub fn answer(mesh: &Mesh, zone: &Zone, client: Client<'_>, transport: Transport
     handled(query_type, encode(&reply, &message, transport))
 }
 
-/// A reply with nothing but `code`. `None`: there is not even a header to reply to.
+/// A reply with only `code`. `None` if the query has no header.
 pub fn error(query: &[u8], code: ResponseCode) -> Option<Vec<u8>> {
     let header = query.get(..HEADER)?;
     let mut reply = vec![0; HEADER];
     reply[..2].copy_from_slice(&header[..2]);
-    // QR; opcode and RD as asked; RA; the code.
+    // QR; opcode and RD from the query; RA; the code.
     reply[2] = 0x80 | header[2] & 0x79;
     reply[3] = 0x80 | code.low();
-    // The question belongs to the reply, where it can be told.
+    // The reply contains the question if it can be parsed.
     if let Some(question) = question_end(query).and_then(|end| query.get(HEADER..end))
         && !question.is_empty()
     {
@@ -129,7 +130,8 @@ pub fn error(query: &[u8], code: ResponseCode) -> Option<Vec<u8>> {
     Some(reply)
 }
 
-/// Whether `reply` answers `query`: same question, in whatever case (RFC 5452 §9.1). Errors may leave it out.
+/// Whether `reply` answers `query`: the question is the same, ignoring case (RFC 5452 §9.1). Errors
+/// may omit it.
 pub fn answers(query: &[u8], reply: &[u8]) -> bool {
     let count = |message: &[u8]| message.get(4..6).map(|count| [count[0], count[1]]);
     if reply.len() < HEADER || !is_response(reply) || query.get(..2) != reply.get(..2) {
@@ -149,7 +151,8 @@ pub fn code(reply: &[u8]) -> ResponseCode {
     ResponseCode::from(0, reply.get(3).copied().unwrap_or_default() & 0x0f)
 }
 
-/// Where the one question of `message` ends; the length of the header if it has none. `None`: unreadable, or several.
+/// Where the single question of `message` ends; the length of the header if it has none. `None` if
+/// it cannot be parsed or has several.
 fn question_end(message: &[u8]) -> Option<usize> {
     match message.get(4..6)? {
         [0, 0] => return Some(HEADER),
@@ -160,7 +163,7 @@ fn question_end(message: &[u8]) -> Option<usize> {
     loop {
         match *message.get(at)? {
             0 => break,
-            // A question comes first: there is nothing that a compressed name could point to.
+            // The question comes first, so there is nothing that a compressed name could point to.
             length @ 1..=63 => at += 1 + usize::from(length),
             64.. => return None,
         }
@@ -187,7 +190,8 @@ fn reply(query: &Message, code: ResponseCode) -> Message {
     reply
 }
 
-/// A reply too long for UDP goes out empty with the flag that sends the client to TCP (RFC 2181 §9).
+/// A reply that is too long for UDP: empty, with the flag that makes the client use TCP (RFC 2181
+/// §9).
 fn encode(reply: &Message, query: &Message, transport: Transport) -> Step {
     let announced = query.edns.as_ref().map_or(PLAIN_UDP, Edns::max_payload);
     let limit = match transport {
@@ -201,7 +205,8 @@ fn encode(reply: &Message, query: &Message, transport: Transport) -> Step {
     bytes.map_or(Step::Ignore, Step::Reply)
 }
 
-/// A name as the mesh knows names. `None`: no hostname, so nobody's service.
+/// The name in the form that the mesh uses. `None` if it is not a host name and so cannot be a
+/// service.
 fn text(name: &Name) -> Option<String> {
     let mut text = String::with_capacity(name.len());
     for label in name {

@@ -1,30 +1,31 @@
-//! Which service a name stands for, and its addresses. Pure.
+//! Finds the service for a name, and its addresses. Pure.
 //!
-//! A pod may call a service by any of Kubernetes' short forms, and its resolver appends search domains to whatever
-//! has few dots. So a name is tried as it stands, then completed to a service's full name, then with each search domain
-//! taken off again; each of these also against wildcards.
+//! A pod may use any of Kubernetes' short forms of a service name, and its resolver appends search
+//! domains to names with few dots. So a name is tried unchanged, then completed to a full service
+//! name, then with each search domain removed. Each form is also tried against wildcards.
 
 use std::{net::IpAddr, sync::Arc};
 
 use crate::mesh::{Mesh, Service};
 
-/// Who asks.
+/// The pod that sent the query.
 #[derive(Clone, Copy, Debug)]
 pub struct Client<'a> {
     pub namespace: &'a str,
     pub network: &'a str,
 }
 
-/// What names of this cluster look like, and what is preferred among equals.
+/// The names of this cluster, and the preference among equal names.
 #[derive(Clone, Debug)]
 pub struct Zone {
     /// `cluster.local`
     domain: String,
     /// `svc.cluster.local`
     services: String,
-    /// Of services with one name in several namespaces, this namespace's comes after the client's own.
+    /// If several namespaces have a service with the name, this namespace is preferred after the
+    /// client's own.
     preferred_namespace: Option<Arc<str>>,
-    /// Whether IPv6 addresses are given out at all.
+    /// Whether answers contain IPv6 addresses.
     ipv6: bool,
 }
 
@@ -35,23 +36,24 @@ impl Zone {
     }
 }
 
-/// Which addresses are asked for.
+/// The requested address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     V4,
     V6,
 }
 
-/// What is known of a name.
+/// The result for a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
-    /// The name without the search domain that the client's resolver appended to it, if there is one.
+    /// The name without the search domain that the client's resolver appended, if any.
     pub alias_of: Option<String>,
-    /// None: the name exists, but has no address of the family.
+    /// Empty if the name exists but has no address of the family.
     pub addresses: Vec<IpAddr>,
 }
 
-/// Looks `name` up: lower case, without the final dot. `None`: not ours to answer.
+/// Looks up `name`, which is lower case and without the final dot. `None` if it is not a name of
+/// the mesh.
 pub fn find(mesh: &Mesh, zone: &Zone, client: Client<'_>, name: &str, family: Family) -> Option<Found> {
     for alias in aliases(zone, client, name) {
         let service = with_wildcards(&alias.name).find_map(|name| best(mesh, zone, client, &name));
@@ -65,7 +67,7 @@ pub fn find(mesh: &Mesh, zone: &Zone, client: Client<'_>, name: &str, family: Fa
 
 struct Alias {
     name: String,
-    /// The name without a search domain, where one was taken off.
+    /// The name without its search domain, if one was removed.
     stripped: Option<String>,
 }
 
@@ -109,8 +111,8 @@ fn with_wildcards(name: &str) -> impl Iterator<Item = String> {
     std::iter::once(name.to_owned()).chain(parents)
 }
 
-/// The service that the client means: its own namespace's, the preferred namespace's, the one that calls itself
-/// canonical, any.
+/// The service that the client means, in this order: its own namespace's, the preferred
+/// namespace's, the canonical one, any.
 fn best<'a>(mesh: &'a Mesh, zone: &Zone, client: Client<'_>, hostname: &str) -> Option<&'a Arc<Service>> {
     let rank = |service: &Service| {
         if &*service.namespace == client.namespace {
@@ -129,15 +131,16 @@ fn best<'a>(mesh: &'a Mesh, zone: &Zone, client: Client<'_>, hostname: &str) -> 
     known.min_by_key(|service| (rank(service), &service.namespace))
 }
 
-/// What has no address of its own is a headless service, if it is Kubernetes'; if it is not, its addresses are for the
-/// resolver of the outer world to tell.
+/// A Kubernetes service without addresses is headless. Other services without addresses are
+/// resolved by the upstream resolvers.
 fn answers(zone: &Zone, service: &Service) -> bool {
     let of_kubernetes =
         || service.hostname.strip_suffix(zone.services.as_str()).is_some_and(|rest| rest.ends_with('.'));
     !service.vips.is_empty() || of_kubernetes()
 }
 
-/// Only those of the client's own network: others are reached by the service's name, not by address.
+/// Only endpoints of the client's own network. Those of other networks are reached by the service's
+/// name.
 fn addresses(mesh: &Mesh, zone: &Zone, client: Client<'_>, service: &Service, family: Family) -> Vec<IpAddr> {
     let is_wanted = |ip: &IpAddr| match family {
         Family::V4 => ip.is_ipv4(),

@@ -1,4 +1,4 @@
-//! The resolvers of the outer world: those configured, or those of /etc/resolv.conf.
+//! The upstream resolvers: the configured ones, or those of /etc/resolv.conf.
 
 use std::{
     fs,
@@ -8,12 +8,12 @@ use std::{
 
 use tracing::warn;
 
-/// As many as the C library's resolver takes (resolv.conf(5), MAXNS).
+/// The limit of the C library's resolver (resolv.conf(5), MAXNS).
 const MOST: usize = 3;
 const PORT: u16 = 53;
 
-/// The resolvers to forward to. `shared`: they are asked from the pods' netns, where a loopback address would be the
-/// pod's own. None is an answer too: then what is not ours fails.
+/// The resolvers to forward to. `shared`: queries leave from the pods' netns, where a loopback
+/// address would be the pod's own. With an empty list, forwarded queries fail.
 pub fn resolvers(configured: &[SocketAddr], file: &Path, shared: bool) -> Vec<SocketAddr> {
     if !configured.is_empty() {
         return configured.to_vec();

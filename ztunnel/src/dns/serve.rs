@@ -1,4 +1,4 @@
-//! Serves one pod's DNS: takes queries, answers or forwards them, and ends with the pod.
+//! Serves the DNS of one pod: receives queries, answers or forwards them, and ends with the pod.
 
 use std::{
     io,
@@ -26,23 +26,23 @@ use super::{
 };
 use crate::{metrics::dns::DnsLabels, pod::Pod};
 
-/// Queries of one pod that wait for the outer world. More are told to come again: one pod's flood must take neither
-/// the ports of its netns nor the descriptors of the node's tunnel.
+/// Limit of forwarded queries in progress per pod. Further queries get SERVFAIL: a flood from one
+/// pod must use up neither the ports of its netns nor the tunnel's file descriptors.
 const MOST_FORWARDED: usize = 256;
-/// Connections of one pod.
+/// Limit of TCP connections per pod.
 const MOST_CONNECTIONS: usize = 64;
-/// A connection that asks nothing for so long is closed (RFC 7766 §6.2.3).
+/// An idle connection is closed after this time (RFC 7766 §6.2.3).
 const IDLE: Duration = Duration::from_secs(10);
-/// A port on which nobody speaks (RFC 863).
+/// A port without a sender (RFC 863).
 const DISCARD: u16 = 9;
-/// How long the kernel may take to hand over a datagram for which it had already found the socket.
+/// Time for the kernel to deliver a datagram for which it has already chosen the socket.
 const LAST_DATAGRAM: Duration = Duration::from_millis(100);
-/// How long a connection that is open when the pod goes may still ask.
+/// How long an open connection may send queries after the pod is removed.
 const LAST_QUESTION: Duration = Duration::from_millis(500);
-/// What a query under way may still take when the pod goes.
+/// Time limit for queries in progress when the pod is removed.
 const LAST: Duration = Duration::from_secs(5);
 
-/// One pod's share.
+/// The limits of one pod.
 #[derive(Debug)]
 struct PodDns {
     pod: Arc<Pod>,
@@ -51,7 +51,7 @@ struct PodDns {
     connections: Arc<Semaphore>,
 }
 
-/// Serves `pod` on all of `pairs` until it is told to stop.
+/// Serves `pod` on all of `pairs` until its `stop`.
 pub async fn serve(server: Rc<Server>, pod: Arc<Pod>, pairs: Vec<Pair>) {
     let pod_dns = Rc::new(PodDns {
         pod,
@@ -78,7 +78,7 @@ async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) 
     let mut tasks = JoinSet::new();
     let mut buffer = vec![0; usize::from(u16::MAX)];
     loop {
-        // In no order: a flood of datagrams must not hold up connections.
+        // No fixed order: a flood of datagrams must not block connections.
         tokio::select! {
             () = pod_dns.pod.stop.cancelled() => break,
             Some(ended) = tasks.join_next() => super::report(ended),
@@ -92,8 +92,8 @@ async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) 
             },
         }
     }
-    // This one first: our kernel programs stop sending queries here when it is gone. What waits is served: closing
-    // alone would reset it.
+    // This one first: our kernel programs stop sending queries here when it is closed. Waiting
+    // connections are served; closing alone would reset them.
     if let Ok(tcp) = tcp.into_std() {
         while let Ok((stream, _)) = tcp.accept() {
             if let Ok(stream) = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream)) {
@@ -101,8 +101,8 @@ async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) 
             }
         }
     }
-    // A socket with a peer gets nothing from others any more, so a successor gets it. What waits here, or was on its way
-    // here already, is answered.
+    // A connected socket receives nothing from other senders, so a successor receives new
+    // datagrams. Those that are already queued here are still answered.
     if let Ok(own) = udp.local_addr() {
         let _ = udp.connect((own.ip(), DISCARD)).await;
     }
@@ -128,7 +128,7 @@ async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) 
     }
 }
 
-/// Out of descriptors or memory: at once would spin.
+/// Out of descriptors or memory: retrying at once would spin.
 async fn pause(attempt: &str, error: &io::Error) {
     warn!(%error, "cannot {attempt}");
     sleep(Duration::from_millis(100)).await;
@@ -157,7 +157,7 @@ impl PodDns {
     }
 
     fn connection(self: &Rc<Self>, stream: TcpStream, tasks: &mut JoinSet<()>) {
-        // Closed at once: the client sees it, and may ask by UDP.
+        // Closed at once: the client notices and may use UDP.
         let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else { return };
         let pod_dns = Rc::clone(self);
         tasks.spawn_local(async move {
@@ -168,7 +168,8 @@ impl PodDns {
         });
     }
 
-    /// One query after the other until the client ends, is silent for long, or the pod goes.
+    /// Handles one query after the other until the client closes, is idle for too long, or the pod
+    /// is removed.
     async fn talk(&self, mut stream: TcpStream) -> io::Result<()> {
         loop {
             let stopped = async {
@@ -220,7 +221,7 @@ impl PodDns {
         }
     }
 
-    /// The reply of the outer world, or that there is none.
+    /// The upstream reply, or an error reply if there is none.
     async fn ask(
         &self,
         query: &[u8],
@@ -244,14 +245,14 @@ impl PodDns {
     }
 }
 
-/// What is left to do of a query.
+/// The remaining work for a query.
 enum Outcome {
     Nothing,
     Reply(Vec<u8>),
     Ask(DnsLabels, OwnedSemaphorePermit),
 }
 
-/// A reply that does not go out at once is lost, as datagrams are: the client asks again.
+/// A reply that cannot be sent at once is dropped, as datagrams may be; the client retries.
 fn send(socket: &UdpSocket, reply: &[u8], client: SocketAddr) {
     if let Err(error) = socket.try_send_to(reply, client) {
         debug!(%error, "a reply was lost");

@@ -1,4 +1,4 @@
-//! The sockets of one pod's DNS, all in its netns.
+//! The DNS sockets of one pod, all in its netns.
 
 use std::{
     io,
@@ -12,12 +12,12 @@ use crate::{pod::Pod, socket::Options};
 
 const BACKLOG: i32 = 256;
 
-/// What one address is served on. Both exist, or neither.
+/// The sockets of one address. Either both exist or neither.
 #[derive(Debug)]
 pub struct Pair {
     pub udp: std::net::UdpSocket,
-    /// Listening. Our watcher's kernel programs take it as the sign that the tunnel serves DNS here, so it comes after
-    /// the other.
+    /// The listener. Our watcher's kernel programs take it as the sign that the tunnel serves DNS
+    /// here, so it is opened after the UDP socket.
     pub tcp: std::net::TcpListener,
 }
 
@@ -53,8 +53,8 @@ fn pair(address: SocketAddr, options: &Options) -> io::Result<Pair> {
     Ok(Pair { udp: udp.into(), tcp: tcp.into() })
 }
 
-/// A socket in `pod`'s netns that takes datagrams from `to` only. Its port is the kernel's choice, as random as the
-/// range of ports allows (RFC 5452 §9.2).
+/// A socket in `pod`'s netns that receives datagrams only from `to`. The kernel chooses its port,
+/// as random as the port range allows (RFC 5452 §9.2).
 pub fn connected(pod: &Pod, to: SocketAddr) -> io::Result<UdpSocket> {
     let socket = pod.netns.enter(|| {
         let socket = new(to, Type::DGRAM, Protocol::UDP, &pod.socket)?;

@@ -1,4 +1,4 @@
-//! How a workload is told about to a peer: the `baggage` header of HBONE, as Istio's tunnel writes it.
+//! The `baggage` header of HBONE, in Istio's format: a tunnel describes its workload to the peer.
 
 use std::{borrow::Cow, sync::Arc};
 
@@ -8,7 +8,7 @@ use super::{
 };
 use crate::identity::Identity;
 
-/// What a peer tells about its workload. Claims, for labels only: never for policy.
+/// A peer's description of its workload. These are claims: use them for labels, never for policy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Baggage {
     pub cluster_id: Option<Arc<str>>,
@@ -21,7 +21,8 @@ pub struct Baggage {
 }
 
 impl Baggage {
-    /// The workload as it was told, for labels: what proves who it is comes from its certificate.
+    /// The workload as described, for labels. Its identity comes from the certificate, not from
+    /// here.
     pub fn into_workload(self, identity: Option<&Identity>) -> Workload {
         let or = |told: Option<Arc<str>>| told.unwrap_or_default();
         let proven = |part: fn(&Identity) -> &Arc<str>| identity.map(part).cloned().unwrap_or_default();
@@ -36,12 +37,12 @@ impl Baggage {
             locality: Locality { region: or(self.region), zone: or(self.zone), ..Locality::default() },
             ..Common::default()
         };
-        // The pod's own name is not told.
+        // The pod's own name is not in the header.
         Workload { name: or(self.workload_name), common: Arc::new(common), ..Workload::default() }
     }
 }
 
-/// A workload as the header's value. Unknown parts are left out.
+/// The header value for a workload. Unknown parts are left out.
 pub fn of_workload(workload: &Workload) -> String {
     let kind = match &*workload.workload_type {
         known @ ("deployment" | "cronjob" | "job" | "pod") => known,
@@ -60,7 +61,8 @@ pub fn of_workload(workload: &Workload) -> String {
     known.map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
 }
 
-/// Reads the header, whose lines may be several. Unknown keys, and what is no pair, say nothing.
+/// Parses the header, which may have several lines. Unknown keys, and items that are not pairs, are
+/// ignored.
 pub fn parse<'a>(lines: impl IntoIterator<Item = &'a str>) -> Baggage {
     let mut baggage = Baggage::default();
     for pair in lines.into_iter().flat_map(|line| line.split(',')) {

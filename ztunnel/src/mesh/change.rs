@@ -1,10 +1,10 @@
-//! What a control plane tells, as a difference.
+//! An update from a control plane, as a difference.
 
 use std::sync::Arc;
 
 use super::{Policy, PolicyKey, Service, ServiceKey, Workload};
 
-/// One resource that is new, or as it is now, or gone.
+/// One resource that was added, changed or removed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MeshChange {
     PutWorkload(Workload),

@@ -1,4 +1,4 @@
-//! Where traffic takes another way than straight to its target: waypoints, and gateways of other networks.
+//! Proxies between client and target: waypoints, and gateways of other networks.
 
 use std::{fmt, net::IpAddr, str::FromStr, sync::Arc};
 
@@ -6,16 +6,16 @@ use serde::{Serialize, Serializer};
 
 use super::ServiceKey;
 
-/// A tunnel's end that carries traffic for others.
+/// A proxy that carries traffic for others.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct GatewayAddress {
     pub destination: GatewayDestination,
-    /// Where it takes HBONE. Never 0.
+    /// Its HBONE port. Never 0.
     pub hbone_mtls_port: u16,
 }
 
-/// How a gateway is named. An address may be a workload's or a service's, and so may a name.
+/// The address or host name of a gateway. Both may belong to a workload or to a service.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum GatewayDestination {
     Address(Arc<str>, IpAddr),
@@ -31,7 +31,7 @@ impl fmt::Display for GatewayDestination {
     }
 }
 
-/// `network/address` or `namespace/hostname`: what follows the slash tells which.
+/// `network/address` or `namespace/hostname`. The part after the slash decides which.
 impl FromStr for GatewayDestination {
     type Err = String;
 
@@ -59,7 +59,7 @@ impl fmt::Display for GatewayAddress {
     }
 }
 
-/// One of several waypoints of a service, which share its traffic by weight.
+/// One of several waypoints of a service that share its traffic by weight.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct WeightedWaypoint {

@@ -1,4 +1,4 @@
-//! What the mesh's tables hold: by which key each of them finds a workload or a service.
+//! The entries of the mesh's tables, and the key by which each table finds a workload or service.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -7,8 +7,8 @@ use super::{Endpoint, Service, ServiceKey, Workload, table::Keyed};
 #[derive(Clone, Debug)]
 pub(super) struct ByUid {
     pub workload: Arc<Workload>,
-    /// Who came when. While an address goes from one workload to the next, the control plane may tell of the new owner
-    /// before it takes the old one back: the later one has it.
+    /// The order of arrival. When an address moves from one workload to the next, the control plane
+    /// may send the new owner before it removes the old one. The later one owns the address.
     pub arrival: u64,
 }
 
@@ -28,7 +28,7 @@ impl Keyed for ByUid {
 #[derive(Clone, Debug)]
 pub(super) struct ByAddress {
     pub workload: Arc<Workload>,
-    /// Which of them.
+    /// Its index in the list of addresses.
     pub address: usize,
 }
 
@@ -60,7 +60,7 @@ impl Keyed for ByName {
     }
 }
 
-/// By namespace and the host name that it has of its own.
+/// By namespace and the workload's own host name.
 #[derive(Clone, Debug)]
 pub(super) struct ByOwnHostname(pub Arc<Workload>);
 
@@ -128,7 +128,7 @@ impl Keyed for ServiceByVip {
     }
 }
 
-/// What there is of a service's endpoints, whether or not the service itself is known yet.
+/// The known endpoints of a service, whether or not the service itself is known yet.
 #[derive(Clone, Debug)]
 pub(super) struct EndpointsOf {
     pub service: ServiceKey,

@@ -1,6 +1,7 @@
-//! The mesh from a document, in the format of Istio's `LOCAL_XDS_PATH`: `workloads`, `services` and `policies`.
+//! Reads the mesh from a document in the format of Istio's `LOCAL_XDS_PATH`: `workloads`,
+//! `services` and `policies`.
 //!
-//! A key that nobody knows is refused, since a misspelt policy protects nobody.
+//! An unknown key is an error, because a misspelt policy protects nothing.
 
 mod check;
 mod entries;
@@ -27,11 +28,11 @@ use entries::Document;
 use policies::PolicyEntry;
 use services::ServiceEntry;
 
-/// How long an edit may take to be seen. The file may be replaced by rename, or be a ConfigMap's symbolic link to
-/// another folder; looking again is right for all of them.
+/// The interval at which the file is checked for edits. Polling also works if the file is replaced
+/// by rename, or if it is a ConfigMap's symbolic link to another folder.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
-/// Why a document is refused.
+/// Why a document is rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum LocalFileError {
     #[error("cannot read {path}")]
@@ -42,7 +43,7 @@ pub enum LocalFileError {
     Invalid { object: String, key: &'static str, reason: String },
 }
 
-/// What a document may leave out.
+/// Values for fields that a document leaves out.
 #[derive(Clone, Debug)]
 pub struct ResourceDefaults {
     pub trust_domain: Arc<str>,
@@ -55,7 +56,7 @@ impl From<&Config> for ResourceDefaults {
     }
 }
 
-/// The mesh that the configuration names; empty if it names none.
+/// The mesh from the configured file or text; empty if none is configured.
 pub fn load(config: &Config) -> Result<Mesh, LocalFileError> {
     match &config.local_state {
         None => Ok(Mesh::default()),
@@ -64,7 +65,8 @@ pub fn load(config: &Config) -> Result<Mesh, LocalFileError> {
     }
 }
 
-/// Applies edits of the file to `store` until `stop`. A bad one is refused as a whole: the last good one stays.
+/// Applies edits of the file to `store` until `stop`. An invalid edit is rejected as a whole, and
+/// the last valid state stays active.
 pub async fn watch(path: PathBuf, defaults: ResourceDefaults, store: Arc<Store>, stop: CancellationToken) {
     let mut seen = None;
     let mut text = String::new();
@@ -83,7 +85,7 @@ pub async fn watch(path: PathBuf, defaults: ResourceDefaults, store: Arc<Store>,
                 warn!(path = %path.display(), %error, "cannot read the local state, keeping the last one");
             }
         }
-        // Taken before reading: what was written meanwhile shows as another stamp next time.
+        // Taken before reading, so that a write in between shows as another version next time.
         seen = stamp;
     }
 }
@@ -105,10 +107,10 @@ fn read(path: &Path) -> Result<String, LocalFileError> {
     std::fs::read_to_string(path).map_err(|source| LocalFileError::Read { path: path.to_owned(), source })
 }
 
-/// Reads a document as a whole.
+/// Parses a complete document.
 pub fn parse(document: &str, defaults: &ResourceDefaults) -> Result<Mesh, LocalFileError> {
-    // An empty file is an empty mesh; to serde it would be a missing value.
-    // `y`, `n` and `on` are names that a workload may have, not booleans (as they are in YAML 1.1).
+    // An empty file is an empty mesh; serde would report a missing value.
+    // A workload may be named `y`, `n` or `on`, which are booleans in YAML 1.1.
     let options = serde_saphyr::options! { strict_booleans: true };
     let document: Option<Document> =
         serde_saphyr::from_str_with_options(document, options).map_err(Box::new)?;
@@ -134,7 +136,7 @@ fn unique(kind: &str, keys: impl Iterator<Item = String>) -> Result<(), LocalFil
     Ok(())
 }
 
-/// With one address for two workloads, an identity would depend on their order.
+/// If two workloads had the same address, the identity would depend on their order.
 fn unique_addresses(workloads: &[Workload]) -> Result<(), LocalFileError> {
     let mut owners = HashMap::new();
     for workload in workloads.iter().filter(|workload| !workload.host_network) {

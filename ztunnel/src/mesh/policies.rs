@@ -1,4 +1,4 @@
-//! Who may connect to whom: a policy as it was written. [`crate::policy`] applies it.
+//! Authorization policies as written: who may connect to whom. [`crate::policy`] applies them.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -13,7 +13,7 @@ use serde::{Serialize, Serializer};
 
 use crate::identity::Identity;
 
-/// A policy is known by namespace and name, written `namespace/name`.
+/// The key of a policy, written `namespace/name`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PolicyKey {
     pub namespace: Arc<str>,
@@ -51,13 +51,13 @@ pub struct Policy {
     pub key: PolicyKey,
     pub scope: Scope,
     pub action: Action,
-    /// Any rule is enough. No rule: nothing matches.
+    /// The policy matches if any rule matches. Without rules it matches nothing.
     pub rules: Vec<Rule>,
-    /// Only logged.
+    /// Dry run: the result is only logged.
     pub dry_run: bool,
 }
 
-/// Whom a policy protects.
+/// The workloads that a policy protects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Scope {
     Global,
@@ -73,18 +73,18 @@ pub enum Action {
     Deny,
 }
 
-/// All clauses are needed.
+/// A rule matches if all of its clauses match.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub struct Rule(pub Vec<Clause>);
 
-/// Any match is enough. An empty clause matches everything.
+/// A clause matches if any of its matches does. An empty clause matches everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub struct Clause(pub Vec<Match>);
 
-/// All kinds that are given are needed; of the values of a kind one, and of its `not_*` none. A match without any
-/// value matches nothing.
+/// Every kind that has values must match: at least one of its values, and none of its `not_*`
+/// values. A match without any value matches nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Match {
@@ -107,7 +107,7 @@ pub enum StringMatch {
     Exact(String),
     Prefix(String),
     Suffix(String),
-    /// Any text but the empty one.
+    /// Any text that is not empty.
     Presence,
 }
 
@@ -129,7 +129,7 @@ pub struct ServiceAccountMatch {
     pub service_account: String,
 }
 
-/// What a policy is asked about.
+/// The connection that a policy is evaluated for.
 #[derive(Clone, Copy, Debug)]
 pub struct Facts<'a> {
     pub source_ip: IpAddr,
@@ -173,12 +173,12 @@ impl Match {
     }
 }
 
-/// Whether one of `wanted` accepts (if any is given) and none of `unwanted` does.
+/// Whether one of `wanted` accepts (if there are any) and none of `unwanted` does.
 fn holds<T>(wanted: &[T], unwanted: &[T], accepts: impl Fn(&T) -> bool) -> bool {
     (wanted.is_empty() || wanted.iter().any(&accepts)) && !unwanted.iter().any(&accepts)
 }
 
-/// All of them. There are few beside the workloads: a change copies the lists.
+/// All policies. There are few compared with workloads, so a change copies the lists.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Policies {
     all: BTreeMap<PolicyKey, Arc<Policy>>,
@@ -219,7 +219,7 @@ impl Policies {
         }
     }
 
-    /// The list of its scope, in order of their keys. None for those that workloads name.
+    /// The list for this scope, in order of the keys. `None` for policies that workloads name.
     fn scope(&mut self, policy: &Policy) -> Option<&mut Vec<Arc<Policy>>> {
         match policy.scope {
             Scope::Global => Some(&mut self.global),

@@ -1,4 +1,4 @@
-//! A name and addresses that stand for several workloads.
+//! Services: a name and addresses that stand for several workloads.
 
 use std::{
     cmp::Reverse,
@@ -18,7 +18,7 @@ use crate::identity::Identity;
 /// Service port → target port. A target port of 0 is a named port that each workload maps by itself.
 pub type PortMap = BTreeMap<u16, u16>;
 
-/// A service is known by namespace and hostname, written `namespace/hostname`.
+/// The key of a service, written `namespace/hostname`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ServiceKey {
     pub namespace: Arc<str>,
@@ -56,7 +56,7 @@ impl Serialize for ServiceKey {
     }
 }
 
-/// A Kubernetes service, or what a ServiceEntry defines.
+/// A Kubernetes service, or one that a ServiceEntry defines.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Service {
@@ -65,41 +65,42 @@ pub struct Service {
     pub hostname: Arc<str>,
     #[serde(serialize_with = "network_addresses")]
     pub vips: Vec<(Arc<str>, IpAddr)>,
-    /// Ranges of addresses that are all its own. Of several that hold an address the narrowest counts.
+    /// Ranges of addresses that belong to the service. If several ranges contain an address, the
+    /// narrowest wins.
     #[serde(serialize_with = "network_addresses", skip_serializing_if = "Vec::is_empty")]
     pub cidr_vips: Vec<(Arc<str>, IpNet)>,
     pub ports: PortMap,
-    /// What its ports speak, where that is known.
+    /// The protocols of its ports, where known.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub app_protocols: BTreeMap<u16, AppProtocol>,
     /// Identities that its endpoints may have besides their own.
     pub subject_alt_names: Vec<Identity>,
     pub ip_families: IpFamilies,
-    /// Of several services with one hostname, the one to take by default.
+    /// Whether this is the default among several services with the same host name.
     pub canonical: bool,
     #[serde(rename = "loadBalancer")]
     pub load_balancing: LoadBalancing,
-    /// What its traffic has to pass.
+    /// The waypoint that its traffic must go through.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waypoint: Option<GatewayAddress>,
-    /// Several in place of that one; those with weight 0 get nothing.
+    /// Several waypoints in place of that one. Those with weight 0 get no traffic.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub weighted_waypoints: Vec<WeightedWaypoint>,
     pub visibility: Visibility,
 }
 
-/// How one of its endpoints is chosen.
+/// How an endpoint is chosen.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct LoadBalancing {
-    /// What an endpoint should have in common with the client, the most important first.
+    /// What an endpoint should share with the client, in order of importance.
     #[serde(rename = "routingPreferences")]
     pub preferences: Vec<LbScope>,
     pub mode: LbMode,
     pub health_policy: HealthPolicy,
 }
 
-/// What two workloads may have in common.
+/// A property that two workloads may share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum LbScope {
     Region,
@@ -110,21 +111,21 @@ pub enum LbScope {
     Network,
 }
 
-/// What the preferences mean.
+/// How the preferences are applied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub enum LbMode {
-    /// Nothing: every endpoint is as good as any other.
+    /// Not at all: all endpoints are equal.
     #[default]
     Standard,
-    /// Only endpoints that meet all of them count.
+    /// Only endpoints that meet all of them are used.
     Strict,
-    /// Those that meet most of them, counted from the first, come first.
+    /// Endpoints that meet more of them, counted from the first, are preferred.
     Failover,
-    /// No endpoint is chosen: the address that was dialled is the destination.
+    /// No endpoint is chosen; the destination is the dialled address.
     Passthrough,
 }
 
-/// Which endpoints count.
+/// Which endpoints are used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub enum HealthPolicy {
     #[default]
@@ -132,7 +133,7 @@ pub enum HealthPolicy {
     AllowAll,
 }
 
-/// Who may use its name and addresses.
+/// From where the name and addresses of the service can be used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub enum Visibility {
     #[default]
@@ -141,7 +142,7 @@ pub enum Visibility {
     Namespace,
 }
 
-/// What a port speaks above TCP.
+/// The protocol of a port above TCP.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum AppProtocol {
@@ -178,12 +179,12 @@ impl Service {
         ServiceKey { namespace: Arc::clone(&self.namespace), hostname: Arc::clone(&self.hostname) }
     }
 
-    /// Whether its endpoints count even while they are unhealthy.
+    /// Whether unhealthy endpoints are used too.
     pub fn allows_unhealthy(&self) -> bool {
         self.load_balancing.health_policy == HealthPolicy::AllowAll
     }
 
-    /// Whether workloads of `namespace` may know of it.
+    /// Whether workloads of `namespace` can see it.
     pub fn is_visible_from(&self, namespace: &str) -> bool {
         self.visibility == Visibility::Public || *self.namespace == *namespace
     }
@@ -198,23 +199,24 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Where a port of the service, which is the one that it is an endpoint of, is served. `None`: not by this one.
+    /// The port at which this endpoint serves `port` of its service. `None`: it does not serve it.
     pub fn target_port(&self, service: &Service, port: u16) -> Option<u16> {
-        // Only ports of the service count. The workload's own mapping wins; one to 0 takes the service's.
+        // Only ports of the service are valid. The workload's own mapping wins; a mapping to 0 uses
+        // the service's.
         let target = service.ports.get(&port).copied()?;
         let own = self.ports.get(&port).copied().filter(|&own| own != 0);
         own.or_else(|| (target != 0).then_some(target))
     }
 }
 
-/// The services that have whole ranges of addresses: few, so they are indexed anew when one of them changes.
+/// Services with address ranges. There are few, so the index is rebuilt when one of them changes.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Ranges {
     services: BTreeMap<ServiceKey, Arc<Service>>,
     by_network: HashMap<Arc<str>, ByLength>,
 }
 
-/// By the ranges' lengths: an address is looked up once for each length that there is, the longest first.
+/// By prefix length. An address is looked up once per length, the longest first.
 type ByLength = BTreeMap<Reverse<u8>, HashMap<IpNet, Arc<Service>>>;
 
 impl Ranges {
@@ -234,7 +236,7 @@ impl Ranges {
             for (network, range) in &service.cidr_vips {
                 let by_length = self.by_network.entry(Arc::clone(network)).or_default();
                 let of_length = by_length.entry(Reverse(range.prefix_len())).or_default();
-                // Of several with one range the first has it.
+                // If several services have the same range, the first one wins.
                 of_length.entry(range.trunc()).or_insert_with(|| Arc::clone(service));
             }
         }

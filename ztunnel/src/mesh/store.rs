@@ -1,4 +1,4 @@
-//! The current snapshot.
+//! Holds the current snapshot of the mesh.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use super::{Mesh, MeshChange};
 
-/// Where a connection takes its snapshot from. Read without locks by all workers; written by one source.
+/// The source of a connection's snapshot. All workers read it without locks; one task writes it.
 #[derive(Debug)]
 pub struct Store {
     current: ArcSwap<Mesh>,
@@ -29,12 +29,13 @@ impl Store {
         self.current.load_full()
     }
 
-    /// Counts replacements. Whoever is told of one finds it in the next [`snapshot`](Self::snapshot).
+    /// Counts replacements. A subscriber that is notified of one sees it in the next
+    /// [`snapshot`](Self::snapshot).
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.version.subscribe()
     }
 
-    /// What is new, changed and gone. For the one writer.
+    /// Applies added, changed and removed resources. Only the single writer calls this.
     pub fn apply(&self, changes: impl IntoIterator<Item = MeshChange>) {
         self.replace(self.snapshot().with(changes));
     }

@@ -1,7 +1,8 @@
-//! A hash table that costs little to copy: copies share what has not changed since.
+//! A hash table that is cheap to copy: copies share unchanged parts.
 //!
-//! A snapshot of a large mesh is made for every push of the control plane, and most pushes are about a few pods. The
-//! entries are spread over [`SHARDS`] by their hash; a change copies the shard that it is in, and nothing else.
+//! Every push of the control plane makes a new snapshot, and most pushes change a few pods of a
+//! large mesh. The entries are spread over [`SHARDS`] by their hash. A change copies only the shard
+//! that contains it.
 
 use std::{
     hash::{BuildHasher, Hash, RandomState},
@@ -10,10 +11,11 @@ use std::{
 
 use hashbrown::HashTable;
 
-/// 100,000 entries are some 400 in each: both copying one shard and copying the list of them take microseconds.
+/// With 100,000 entries each shard has about 400. Copying a shard, and copying the list of shards,
+/// takes microseconds.
 const SHARDS: usize = 256;
 
-/// What is found by a key that it holds itself. Several entries may have one key.
+/// A value that contains its own key. Several entries may have the same key.
 pub(super) trait Keyed: Clone {
     type Key<'a>: Hash
     where
@@ -32,7 +34,7 @@ pub(super) struct Table<T> {
 
 impl<T> Default for Table<T> {
     fn default() -> Self {
-        // All of them one and the same, until something is put in.
+        // All shards are the same empty one until an entry is added.
         let empty = Arc::new(HashTable::new());
         Self { shards: vec![empty; SHARDS], hasher: RandomState::new(), len: 0 }
     }
@@ -43,13 +45,13 @@ impl<T: Keyed> Table<T> {
         self.len
     }
 
-    /// One of those that have that key.
+    /// One entry with that key.
     pub fn get(&self, key: &T::Key<'_>) -> Option<&T> {
         let hash = self.hasher.hash_one(key);
         self.shards[shard(hash)].find(hash, |entry| entry.has(key))
     }
 
-    /// All that have that key, in no order.
+    /// All entries with that key, in no order.
     pub fn all<'a>(&'a self, key: T::Key<'_>) -> impl Iterator<Item = &'a T> {
         let hash = self.hasher.hash_one(&key);
         self.shards[shard(hash)].iter_hash(hash).filter(move |entry| entry.has(&key))
@@ -60,7 +62,7 @@ impl<T: Keyed> Table<T> {
         self.shards.iter().flat_map(|shard| shard.iter())
     }
 
-    /// Beside those that have the same key.
+    /// Adds an entry; others with the same key stay.
     pub fn add(&mut self, entry: T) {
         let hasher = &self.hasher;
         let hash = hasher.hash_one(entry.key());
@@ -69,19 +71,19 @@ impl<T: Keyed> Table<T> {
         self.len += 1;
     }
 
-    /// Takes out the one with that key that `is` meant.
+    /// Removes the entry with that key for which `is` returns true.
     pub fn take(&mut self, key: &T::Key<'_>, is: impl Fn(&T) -> bool) -> Option<T> {
         let hash = self.hasher.hash_one(key);
         let shard = &mut self.shards[shard(hash)];
         let meant = |entry: &T| entry.has(key) && is(entry);
-        // What is not there is no reason to copy a shard.
+        // Do not copy a shard for an entry that it does not contain.
         shard.find(hash, meant)?;
         let (taken, _) = Arc::make_mut(shard).find_entry(hash, meant).ok()?.remove();
         self.len -= 1;
         Some(taken)
     }
 
-    /// What has that key, to be changed in all but its key; made by `new` if there is none.
+    /// The entry with that key, made by `new` if there is none. The caller must not change its key.
     pub fn get_or_add(&mut self, key: &T::Key<'_>, new: impl FnOnce() -> T) -> &mut T {
         let hasher = &self.hasher;
         let hash = hasher.hash_one(key);
@@ -96,7 +98,7 @@ impl<T: Keyed> Table<T> {
     }
 }
 
-/// By the bits in the middle: the table within uses the lowest and the highest.
+/// Uses the middle bits: the inner table uses the lowest and the highest.
 fn shard(hash: u64) -> usize {
     (hash >> 32) as usize % SHARDS
 }

@@ -1,4 +1,4 @@
-//! One pod, as its peers know it.
+//! A workload: one pod as its peers know it.
 
 use std::{collections::BTreeMap, net::IpAddr, num::NonZeroU16, ops::Deref, sync::Arc};
 
@@ -9,7 +9,8 @@ use crate::identity::Identity;
 
 /// A pod (or machine) that has an identity.
 ///
-/// A mesh may have 100,000 of them, and the pods of a deployment differ in little: see [`Common`].
+/// A mesh may have 100,000 workloads, and the pods of a deployment differ in little: see
+/// [`Common`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Workload {
@@ -25,7 +26,7 @@ pub struct Workload {
     pub common: Arc<Common>,
 }
 
-/// What a workload has in common with its like, so that it is held once for all of them.
+/// The part that similar workloads share. It is stored once for all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Common {
@@ -37,33 +38,34 @@ pub struct Common {
     pub protocol: Protocol,
     pub canonical_name: Arc<str>,
     pub canonical_revision: Arc<str>,
-    /// Of what manages the pod, such as its deployment.
+    /// Name of the object that manages the pod, such as its deployment.
     pub workload_name: Arc<str>,
     /// `deployment`, `cronjob`, `job` or `pod`.
     pub workload_type: Arc<str>,
     pub locality: Locality,
-    /// The services that it is an endpoint of, with the target port of each port where it differs.
+    /// The services of which it is an endpoint, with target ports that differ from the service's.
     pub services: BTreeMap<ServiceKey, Arc<PortMap>>,
     /// Policies that select it by name.
     #[serde(rename = "authorizationPolicies")]
     pub policies: Vec<PolicyKey>,
     pub host_network: bool,
-    /// It speaks HBONE by itself, no tunnel of its node does so for it.
+    /// It speaks HBONE itself, without a tunnel on its node.
     pub native_tunnel: bool,
-    /// What traffic to its addresses has to pass. What addresses a service goes by that service's.
+    /// The waypoint for traffic to its addresses. Traffic to a service uses that service's
+    /// waypoint.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waypoint: Option<GatewayAddress>,
-    /// The way into its network, for workloads of others.
+    /// The gateway into its network, for workloads of other networks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network_gateway: Option<GatewayAddress>,
-    /// Where it is, if it has no addresses: to be looked up by name.
+    /// Its host name, for a workload without addresses. It is resolved when a connection needs it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hostname: Option<Arc<str>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub application_tunnel: Option<ApplicationTunnel>,
 }
 
-/// All of it is the workload's; only where it is held differs.
+/// Fields of the shared part read like the workload's own.
 impl Deref for Workload {
     type Target = Common;
 
@@ -72,7 +74,8 @@ impl Deref for Workload {
     }
 }
 
-/// Changes it for this one alone. What is read of a control plane does not change any more.
+/// Changes the shared part for this workload alone. Workloads from a control plane do not change
+/// after decoding.
 #[cfg(test)]
 impl std::ops::DerefMut for Workload {
     fn deref_mut(&mut self) -> &mut Common {
@@ -80,11 +83,11 @@ impl std::ops::DerefMut for Workload {
     }
 }
 
-/// How the application wants to be given what was sent through it to others.
+/// How an application that is a waypoint receives connections for others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct ApplicationTunnel {
     pub protocol: ApplicationProtocol,
-    /// In place of the port that was addressed.
+    /// The port to dial in place of the addressed one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<NonZeroU16>,
 }
@@ -109,7 +112,7 @@ pub enum Protocol {
     Hbone,
 }
 
-/// Where it runs. Empty parts are unknown.
+/// Where the workload runs. Empty parts are unknown.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 pub struct Locality {
     pub region: Arc<str>,
@@ -126,7 +129,7 @@ impl Workload {
         }
     }
 
-    /// One of its addresses, of the family of `like` if it has one.
+    /// One of its addresses, preferably of the same family as `like`.
     pub fn address_like(&self, like: IpAddr) -> Option<IpAddr> {
         let same_family = |ip: &&IpAddr| ip.is_ipv4() == like.to_canonical().is_ipv4();
         self.addresses.iter().find(same_family).or_else(|| self.addresses.first()).copied()

@@ -1,4 +1,4 @@
-//! Values that are written as text.
+//! Parsers for values that the document contains as text.
 
 use std::{collections::BTreeMap, fmt::Display, str::FromStr};
 

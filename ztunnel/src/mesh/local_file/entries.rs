@@ -1,4 +1,4 @@
-//! The document and its workloads as they are written, and what is checked of each.
+//! The document and its workloads as written, and the checks on each.
 
 use std::{collections::BTreeMap, net::IpAddr, num::NonZeroU16, sync::Arc};
 
@@ -112,7 +112,7 @@ impl From<ApplicationTunnelEntry> for ApplicationTunnel {
                 ApplicationProtocolEntry::None => ApplicationProtocol::None,
                 ApplicationProtocolEntry::Proxy => ApplicationProtocol::Proxy,
             },
-            // As in the protocol definition, 0 says nothing.
+            // As in the protocol definition, 0 means unset.
             port: entry.port.and_then(NonZeroU16::new),
         }
     }

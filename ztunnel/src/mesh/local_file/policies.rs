@@ -1,4 +1,4 @@
-//! Policies as they are written, and what is checked of each.
+//! Policies as written, and the checks on each.
 
 use std::net::IpAddr;
 
@@ -55,7 +55,7 @@ struct MatchEntry {
     not_destination_ports: Vec<u16>,
 }
 
-/// `{Exact: text}` and its like; a bare text is exact.
+/// `{Exact: text}` and similar; plain text means an exact match.
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "expected a text, or one of Exact, Prefix, Suffix and Presence")]
 enum StringEntry {

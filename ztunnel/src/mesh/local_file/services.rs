@@ -1,4 +1,4 @@
-//! Services and gateways as they are written, and what is checked of each.
+//! Services and gateways as written, and the checks on each.
 
 use std::{collections::BTreeMap, fmt::Display, net::IpAddr, sync::Arc};
 
@@ -12,7 +12,8 @@ use crate::mesh::{
     services::{AppProtocol, HealthPolicy, IpFamilies, LbMode, LbScope, LoadBalancing, PortMap, Visibility},
 };
 
-/// A gateway as it is written: its destination as `network/address` or `namespace/hostname`, or spelt out.
+/// A gateway as written: the destination is `network/address`, `namespace/hostname`, or a
+/// structure.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct GatewayEntry {
