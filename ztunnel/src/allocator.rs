@@ -1,8 +1,8 @@
-//! The allocator of this program: jemalloc, able to profile itself, not doing so until asked.
+//! The allocator of this program: jemalloc. It can profile the heap; profiling starts on request.
 
 mod sys;
 
-/// Buffers of 256 KiB come and go with every read: glibc gives such memory back to the kernel each time and
-/// pays for it in page faults, a third of the time of a bulk transfer.
+/// Every read allocates and frees buffers of up to 256 KiB. glibc returns such memory to the kernel
+/// each time; the page faults took a third of the time of a bulk transfer.
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;

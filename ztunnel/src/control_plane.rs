@@ -1,5 +1,5 @@
-//! How a control plane is called, for certificates and for discovery: TLS to a root that is read again when it changes,
-//! under any of the names that its certificate may bear, with our token.
+//! Connects to a control plane, for certificates and discovery. The TLS root is read again when it
+//! changes. The server's certificate may have any of the configured names. Calls carry our token.
 
 use std::{
     io,
@@ -21,11 +21,11 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Where distributions keep the system's bundle: Debian, Fedora, Alpine and the BSDs.
+/// The system's root bundle in Debian, Fedora, Alpine and the BSDs.
 const SYSTEM_BUNDLES: [&str; 3] =
     ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
 
-/// Why it cannot be called at all.
+/// Why no connection can be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlPlaneError {
     #[error("cannot read {what} of the control plane from {path}")]
@@ -41,7 +41,7 @@ pub enum ControlPlaneError {
 /// One control plane.
 pub struct ControlPlane {
     config: ControlPlaneConfig,
-    /// Made anew when the root file changes.
+    /// Rebuilt when the root file changes.
     channels: Mutex<Option<Connected>>,
 }
 
@@ -53,7 +53,7 @@ impl std::fmt::Debug for ControlPlane {
 
 struct Connected {
     root: String,
-    /// One per name that it may bear, all lazily connected.
+    /// One per allowed server name, all connected lazily.
     channels: Vec<Channel>,
 }
 
@@ -66,7 +66,7 @@ impl ControlPlane {
         &self.config.address
     }
 
-    /// One for each name that it may bear, to be tried in this order.
+    /// One per allowed server name, to be tried in this order.
     pub fn channels(&self) -> Result<Vec<Channel>, ControlPlaneError> {
         let root = root_pem(&self.config.root)?;
         let mut held = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
@@ -99,7 +99,7 @@ impl ControlPlane {
             .connect_lazy())
     }
 
-    /// Adds who we are. The token is read at each call, since the kubelet rotates it.
+    /// Adds our credentials. The token is read at each call, because the kubelet rotates it.
     pub fn authenticate<T>(&self, call: &mut Request<T>) -> Result<(), ControlPlaneError> {
         let token = match &self.config.token {
             Token::Literal(token) => token.clone(),

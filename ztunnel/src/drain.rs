@@ -1,5 +1,6 @@
-//! How the process ends: told to stop, it takes no more connections, lets the open ones finish until the
-//! deadline, and cuts the rest. Pods do the same when they go, each by itself (`worker`).
+//! Shutdown of the process: after the signal it accepts no more connections, lets the open ones
+//! finish until the deadline, and closes the rest. Each pod does the same when it is removed
+//! (`worker`).
 
 use std::{io, time::Duration};
 
@@ -10,11 +11,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-/// What the workers may take past the deadline, to cut what is left.
+/// Time after the deadline for the workers to close the remaining connections.
 const SLACK: Duration = Duration::from_secs(1);
 
-/// Cancels `stop` at the first SIGTERM or SIGINT. Installed when this returns; an operator's
-/// `POST /quitquitquit` cancels the same token.
+/// Cancels `stop` at the first SIGTERM or SIGINT. The handler is installed when this returns. `POST
+/// /quitquitquit` cancels the same token.
 pub fn on_signal(stop: &CancellationToken) -> io::Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = stop.clone();
@@ -30,7 +31,8 @@ pub fn on_signal(stop: &CancellationToken) -> io::Result<()> {
     Ok(())
 }
 
-/// Waits until all connections have `finished`, which must be by the deadline: by then they are cut.
+/// Waits until all connections have `finished`, which must happen by the deadline: then they are
+/// closed.
 pub async fn drained(finished: impl Future<Output = ()>, deadline: Duration) {
     info!(deadline_secs = deadline.as_secs(), "draining");
     if timeout(deadline + SLACK, finished).await.is_ok() {

@@ -1,9 +1,10 @@
-//! HBONE: TCP in HTTP/2 CONNECT in mutual TLS, port 15008 of the peer's pod.
+//! HBONE: TCP in HTTP/2 CONNECT in mutual TLS, on port 15008 of the peer's pod.
 //!
-//! * this file: what both ends agree on: request headers, HTTP/2 settings; [`keepalive`]: whether the peer still is
+//! * this file: request headers and HTTP/2 settings, which both ends share
+//! * [`keepalive`]: detects a dead peer
 //! * [`client`]: one tunnel to a peer; [`pool`]: tunnels shared by the connections of a worker
-//! * [`nested`]: a tunnel within a stream of another
-//! * [`server`]: takes the CONNECT requests of one tunnel
+//! * [`nested`]: a tunnel inside a stream of another
+//! * [`server`]: accepts the CONNECT requests of one tunnel
 
 pub mod client;
 mod keepalive;
@@ -23,27 +24,27 @@ use crate::config::H2Config;
 
 pub const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
 pub const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
-/// Which network a request through a gateway comes from.
+/// The network of the client, on a request through a gateway.
 pub const FORWARDED_NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
 pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
-/// TLS and HTTP/2 handshakes together; what a stuck peer may hold.
+/// Time limit for the TLS and HTTP/2 handshakes together.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Bytes that one stream may have queued for sending: with several streams busy, more than a frame each
+/// Bytes that one stream may queue for sending. With several busy streams, more than one frame each
 /// only adds latency.
 const SEND_BUFFER: usize = 1 << 20;
 
-/// What a CONNECT asks for, in the words of its headers.
+/// The headers of a CONNECT request.
 #[derive(Debug)]
 pub struct Connect<'a> {
     pub authority: &'a str,
-    /// The workload that speaks.
+    /// The workload that connects.
     pub baggage: Option<String>,
     pub client: SocketAddr,
-    /// The service that the client dialled, if it dialled one.
+    /// The service that the client dialled, if any.
     pub service: Option<&'a str>,
-    /// The network that the client is in, if the request leaves it.
+    /// The client's network, if the request leaves it.
     pub network: Option<&'a str>,
 }
 
@@ -74,7 +75,8 @@ impl Connect<'_> {
     }
 }
 
-/// Where a stream wants to go: the `:authority` of its CONNECT (RFC 9113 §8.5). The port is never 0.
+/// The destination of a stream: the `:authority` of its CONNECT (RFC 9113 §8.5). The port is never
+/// 0.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
     Address(SocketAddr),
@@ -93,7 +95,7 @@ impl FromStr for Target {
             return if address.port() == 0 { Err(InvalidTarget) } else { Ok(Self::Address(address)) };
         }
         let (name, port) = authority.rsplit_once(':').ok_or(InvalidTarget)?;
-        // Rust reads "+80" as a number, and what is an address must not pass for a name.
+        // Rust parses "+80" as a number. An address must not be taken for a name.
         let digits = port.bytes().all(|byte| byte.is_ascii_digit());
         match port.parse() {
             Ok(port)
@@ -110,14 +112,16 @@ impl FromStr for Target {
     }
 }
 
-/// The service that the client dialled, as its tunnel says in a `forwarded` header (RFC 7239): `for="…";host=…`.
+/// The service that the client dialled, from its tunnel's `forwarded` header (RFC 7239):
+/// `for="…";host=…`.
 pub fn forwarded_host(forwarded: &str) -> Option<&str> {
     let host = forwarded.split(';').find_map(|part| part.trim().strip_prefix("host="))?;
     Some(host.trim_matches('"'))
 }
 
-/// Small DATA frames that wait for a slow application count against their connection, 256 bytes each, and too many close
-/// it for all streams. So 262,144 tiny ones may wait, some 50 MiB.
+/// Each small DATA frame that waits for a slow application counts as 256 bytes against its
+/// connection. Too many close the connection for all streams. This allows 262,144 tiny frames,
+/// about 50 MiB.
 const DATA_FRAME_BUDGET: usize = 64 << 20;
 
 fn client_settings(config: &H2Config) -> h2::client::Builder {

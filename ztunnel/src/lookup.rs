@@ -1,5 +1,5 @@
-//! Where workloads are that the control plane knows by a host name alone: asked of the resolver of the outer world when
-//! a connection wants them, from the node's netns, and remembered as long as the answer says.
+//! Resolves workloads that have only a host name: when a connection needs one, from the node's
+//! netns, cached for the TTL of the answer.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -15,13 +15,13 @@ use tracing::warn;
 
 use crate::mesh::services::IpFamilies;
 
-/// Answers that a worker remembers at most.
+/// Maximum number of cached answers per worker.
 const REMEMBERED: u64 = 4096;
-/// For each server and attempt; an application's connect waits for as long.
+/// Time limit per server and attempt. The application's connect waits for it.
 const PATIENCE: Duration = Duration::from_secs(2);
 const ATTEMPTS: usize = 2;
 
-/// Why a host name led nowhere.
+/// Why a host name could not be resolved.
 #[derive(Debug, thiserror::Error)]
 pub enum LookupError {
     #[error("no resolver is configured (dns.upstream, or /etc/resolv.conf) to look {hostname} up")]
@@ -32,7 +32,7 @@ pub enum LookupError {
     NoAddress { hostname: String },
 }
 
-/// One for each worker, since what waits for an answer must not leave it.
+/// One per worker, because a waiting connection must not leave its worker.
 pub struct Lookups(Option<TokioResolver>);
 
 impl std::fmt::Debug for Lookups {
@@ -42,7 +42,7 @@ impl std::fmt::Debug for Lookups {
 }
 
 impl Lookups {
-    /// Asks `upstream`, or those of `/etc/resolv.conf` if none are given.
+    /// Queries `upstream`, or the resolvers of `/etc/resolv.conf` if it is empty.
     pub fn new(upstream: &[SocketAddr]) -> Self {
         let built = if upstream.is_empty() {
             TokioResolver::builder_tokio()
@@ -71,7 +71,7 @@ impl Lookups {
     ) -> Result<IpAddr, LookupError> {
         let hostname = || hostname.to_owned();
         let resolver = self.0.as_ref().ok_or_else(|| LookupError::NoResolver { hostname: hostname() })?;
-        // Names of the control plane are complete: with the final dot no search domain is tried.
+        // Names from the control plane are complete. The final dot prevents search domains.
         let complete = format!("{}.", hostname().trim_end_matches('.'));
         let found = resolver
             .lookup_ip(complete)

@@ -10,10 +10,10 @@ use crate::{
     socket::{self, Netns, NetnsId},
 };
 
-/// For a pod that left while connections of it are open.
+/// Interval of the check whether a pod was deleted, while it has open connections.
 const LOOK_FOR_LINKS_EVERY: Duration = Duration::from_secs(5);
 
-/// Who a pod is, as the node agent says. Its identity follows from nothing else.
+/// The names of a pod, from the node agent. Its identity follows from these alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodInfo {
     pub name: Arc<str>,
@@ -28,21 +28,21 @@ pub struct Pod {
     pub info: PodInfo,
     pub identity: Identity,
     pub netns: Netns,
-    /// For every socket in it but those to the application.
+    /// Options for every socket in its netns, except those to the application.
     pub socket: socket::Options,
-    /// The one port that peers reach in it, if it is the tunnel's own pod: the metrics', and nothing else of what
-    /// listens beside the tunnel, which may be a whole node. Its netns is prepared for nothing, so that applications
-    /// are not dialled from their clients' addresses there.
+    /// Set for the tunnel's own pod: the only port that peers can reach, the one for metrics. Its
+    /// netns may be the node's, with other listeners. Since that netns is not prepared,
+    /// applications there are not dialled from their clients' addresses.
     pub own_port: Option<u16>,
-    /// No new connections; the open ones finish.
+    /// Stops accepting; open connections finish.
     pub stop: CancellationToken,
-    /// The process ends: they have a deadline.
+    /// The process ends: open connections have a deadline.
     pub end: CancellationToken,
 }
 
 impl Pod {
-    /// Waits until the pod is not only out of the mesh but deleted, by what every CNI plugin then does: nothing leads out
-    /// of its netns any more. (Our own sockets keep the netns itself.)
+    /// Resolves when the pod was deleted, not only taken out of the mesh. Every CNI plugin removes
+    /// the links of a deleted pod's netns; our own sockets keep the netns itself.
     pub async fn deleted(&self) {
         loop {
             tokio::time::sleep(LOOK_FOR_LINKS_EVERY).await;
@@ -57,7 +57,7 @@ fn is_loopback(link: &Interface) -> bool {
     link.name().to_bytes() == b"lo"
 }
 
-/// Which netns `fd` is.
+/// The id of the netns behind `fd`.
 pub(crate) fn netns_id(fd: &OwnedFd) -> io::Result<NetnsId> {
     Ok(Netns::new(fd.try_clone()?)?.id())
 }

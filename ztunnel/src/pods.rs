@@ -1,6 +1,8 @@
-//! Which netns are served: told by ZDS ([`zds`]), listened in by every worker ([`listeners`](crate::worker::listeners)).
+//! The pods that this process serves. ZDS ([`zds`]) names them; every worker listens in their netns
+//! ([`listeners`](crate::worker::listeners)).
 //!
-//! This file keeps the list: what runs, what could not be started yet, and what is to be tried again.
+//! This file keeps the list: pods that are served, and pods that could not be started and are
+//! retried.
 
 mod sys;
 pub mod zds;
@@ -35,7 +37,7 @@ use crate::{
     },
 };
 
-/// What a dedicated tunnel calls its workload.
+/// The uid of the workload in dedicated mode.
 const DEDICATED: &str = "dedicated";
 
 /// A pod whose listeners could not be opened.
@@ -55,7 +57,7 @@ pub struct Pods {
     /// Unless it is switched off.
     dns: Option<Dns>,
     running: HashMap<String, Arc<Pod>>,
-    /// The tunnel's own pod. Not told by the node agent, and not forgotten by it.
+    /// The tunnel's own pod. The node agent neither adds nor removes it.
     own: Option<Arc<Pod>>,
     pending: HashMap<String, Pending>,
     stop: CancellationToken,
@@ -75,14 +77,15 @@ impl Pods {
         Self { shared, workers, dns, running, own: None, pending, stop, published: watch::Sender::default() }
     }
 
-    /// What an operator is shown of the pods, now and whenever it is called.
+    /// The pods as shown to operators. Each call returns the current state.
     pub fn view(&self) -> Arc<dyn Fn() -> serde_json::Value + Send + Sync> {
         let view = self.published.subscribe();
         Arc::new(move || json!(*view.borrow()))
     }
 
-    /// Serves `uid` in `netns`. Again for the same netns changes nothing; another netns replaces the old one,
-    /// whose connections finish. What fails is tried again until it works or the pod goes.
+    /// Serves `uid` in `netns`. A second call for the same netns changes nothing. Another netns
+    /// replaces the old one, whose connections finish. A failed start is retried until it works or
+    /// the pod is removed.
     pub fn add(&mut self, uid: &str, info: PodInfo, netns: OwnedFd) -> io::Result<()> {
         let id = netns_id(&netns)?;
         if self.running.get(uid).is_some_and(|pod| pod.netns.id() == id && pod.info == info) {
@@ -114,7 +117,7 @@ impl Pods {
         self.publish(uid);
     }
 
-    /// Stops serving all pods but `seen`.
+    /// Stops serving all pods except `seen`.
     pub fn keep_only(&mut self, seen: &HashSet<String>) {
         let known = self.running.keys().chain(self.pending.keys());
         let gone: Vec<String> = known.filter(|uid| !seen.contains(*uid)).cloned().collect();
@@ -132,7 +135,7 @@ impl Pods {
         self.pending.is_empty()
     }
 
-    /// Waits until a failed start is due, and tries it again. Never ends while there is none.
+    /// Waits until a failed start is due, and retries it. Pending while there is none.
     pub async fn retry(&mut self) {
         let due = self.pending.iter().min_by_key(|(_, pending)| pending.next);
         let Some((uid, next)) = due.map(|(uid, pending)| (uid.clone(), pending.next)) else {
@@ -152,7 +155,7 @@ impl Pods {
         self.publish(&uid);
     }
 
-    /// Waits until all connections have finished or were cut; call after `stop` was cancelled.
+    /// Waits until all connections have ended. Call it after `stop` was cancelled.
     pub async fn finish(self) {
         let dns = async {
             if let Some(dns) = self.dns {
@@ -170,7 +173,7 @@ impl Pods {
         Ok(())
     }
 
-    /// Serves the tunnel's own pod, that of this process, so that its metrics can be had over HBONE and under policy.
+    /// Serves the tunnel's own pod, so that its metrics are available over HBONE and under policy.
     pub fn serve_own(&mut self, info: PodInfo) -> io::Result<()> {
         let netns = Netns::new(File::open("/proc/thread-self/ns/net")?.into())?;
         let metrics = self.shared.config.stats_address.port();
@@ -206,7 +209,7 @@ impl Pods {
                 socket.mark = 0;
             }
             let listeners = listeners::open(ports, self.workers.count(), config, &socket)?;
-            // Nobody captures what the tunnel's own pod asks.
+            // DNS queries of the tunnel's own pod are not captured.
             let dns = self.dns.as_ref().filter(|_| own_port.is_none());
             let names = dns.map(|_| sockets::listen(config.dns.address, config.ipv6, &socket));
             Ok((listeners, names))
@@ -219,7 +222,8 @@ impl Pods {
         let (uid, stop, end) = (uid.to_owned(), self.stop.child_token(), self.stop.clone());
         let pod = Arc::new(Pod { uid, info, identity, netns, socket, own_port, stop, end });
         self.workers.serve(&pod, listeners)?;
-        // Names are a convenience, connections are not: a pod whose port is taken is served without.
+        // DNS is optional, connections are not: a pod whose DNS port is in use is served without
+        // DNS.
         match (&self.dns, names) {
             (Some(dns), Some(Ok(names))) => dns.serve(&pod, names)?,
             (_, Some(Err(error))) => {
@@ -227,15 +231,15 @@ impl Pods {
             }
             _ => {}
         }
-        // The first connection should not have to wait for it. A dedicated tunnel speaks for itself only, and asks when
-        // it has something to say.
+        // Fetch the certificate ahead, so that the first connection does not wait for it. A
+        // dedicated tunnel fetches only its own, when it needs it.
         if self.shared.config.mode == ProxyMode::Shared {
             self.shared.certificates.prefetch(&pod.identity);
         }
         Ok(pod)
     }
 
-    /// Shows what became of `uid`.
+    /// Updates the state of `uid` that operators see.
     fn publish(&self, uid: &str) {
         let gauges = &self.shared.metrics.pods;
         gauges.active.set(self.running.len().try_into().unwrap_or(i64::MAX));

@@ -1,5 +1,5 @@
-//! The few socket options that carry the design: in which netns a socket lives, which mark it bears,
-//! whose address it speaks from, and what was dialled before a redirect.
+//! The socket options on which the design rests: the netns of a socket, its mark, its source
+//! address, and the original destination.
 
 use std::{
     io,
@@ -24,19 +24,19 @@ use crate::config::Config;
 /// How long a TCP connect may take; Istio's tunnel has the same limit.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Large enough that a burst of a thousand clients meets no full queue; the kernel lowers it to
-/// `net.core.somaxconn`.
+/// Large enough for a burst of a thousand clients. The kernel limits it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 
-/// What every socket of the tunnel bears.
+/// Options for every socket of the tunnel.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// `SO_MARK`, by which the pod's netns tells the tunnel's packets from the application's. 0: none.
+    /// `SO_MARK`, by which the pod's netns distinguishes the tunnel's packets from the
+    /// application's. 0: none.
     pub mark: u32,
     pub keepalive: Option<TcpKeepalive>,
     pub user_timeout: Option<Duration>,
-    /// Listeners let others in beside them (`SO_REUSEPORT`): the other workers, and another process
-    /// during an upgrade.
+    /// Other sockets may listen on the same port (`SO_REUSEPORT`): the other workers, and another
+    /// process during an upgrade.
     pub port_reuse: bool,
 }
 
@@ -77,11 +77,11 @@ pub struct Netns {
 pub struct NetnsId(u64, u64);
 
 thread_local! {
-    /// The netns in which this thread was started; opened the first time that the thread leaves it.
+    /// The netns in which this thread started. Opened when the thread leaves it for the first time.
     static HOME: io::Result<OwnedFd> = std::fs::File::open("/proc/thread-self/ns/net").map(OwnedFd::from);
 }
 
-/// Brings the thread home when dropped, on panic too.
+/// Returns the thread to its own netns when dropped, also on panic.
 struct ReturnHome(&'static LocalKey<io::Result<OwnedFd>>);
 
 impl Drop for ReturnHome {
@@ -91,7 +91,7 @@ impl Drop for ReturnHome {
             Err(error) => Err(copy(error)),
         });
         if let Err(error) = back {
-            // The thread would go on in one pod's netns with another pod's work: no pod could trust it.
+            // The thread would continue another pod's work in this pod's netns.
             tracing::error!(%error, "cannot return from a pod's netns");
             std::process::abort();
         }
@@ -118,8 +118,8 @@ impl Netns {
         self.id
     }
 
-    /// Runs `action` with the calling thread in this netns: what it opens stays there, the thread does not.
-    /// Not `async`, so nothing else can run on the thread meanwhile.
+    /// Runs `action` with the calling thread in this netns. Sockets that it opens stay in the
+    /// netns; the thread returns. Not `async`, so nothing else can run on the thread meanwhile.
     pub fn enter<T>(&self, action: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         HOME.with(|home| home.as_ref().map(|_| ()).map_err(copy))?;
         setns(&self.fd, CloneFlags::CLONE_NEWNET)?;
@@ -146,7 +146,7 @@ pub fn listen(
         let v6 =
             if ipv6 { bind_wildcard(Ipv6Addr::UNSPECIFIED.into(), port, options) } else { Err(no_ipv6()) };
         let socket = match v6 {
-            // A netns without IPv6: no such family, or no such address.
+            // A netns without IPv6 has no such family or no such address.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) => {
                 bind_wildcard(Ipv4Addr::UNSPECIFIED.into(), port, options)?
             }
@@ -185,15 +185,15 @@ fn new_socket(family_of: SocketAddr, options: &Options) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Connects to `to` from inside `netns`. With `from`, the peer sees that address (and any port): the kernel
-/// lets us bind an address that is not ours because of `IP_TRANSPARENT`, which needs `CAP_NET_ADMIN`.
+/// Connects to `to` from inside `netns`. With `from`, the peer sees that address (and any port).
+/// Binding a foreign address needs `IP_TRANSPARENT` and therefore `CAP_NET_ADMIN`.
 pub async fn connect(
     netns: &Netns,
     to: SocketAddr,
     from: Option<IpAddr>,
     options: &Options,
 ) -> io::Result<TcpStream> {
-    // Another family than the peer's cannot be its source; two equal addresses would be a packet from itself.
+    // The source must have the peer's family, and must differ from the peer's address.
     let from = from.filter(|from| from.is_ipv4() == to.is_ipv4() && *from != to.ip());
     let socket = netns.enter(|| {
         let socket = new_socket(to, options)?;
@@ -219,20 +219,23 @@ fn speak_as(socket: &Socket, from: IpAddr) -> io::Result<()> {
         socket.set_ip_transparent_v6(true)?;
         socket.set_freebind_v6(true)?;
     }
-    // The port is chosen at connect, per destination: else the range would be used up per source address.
+    // The kernel chooses the port at connect, per destination. Otherwise the port range would be
+    // shared by all destinations of a source address.
     setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?;
     socket.bind(&SocketAddr::new(from, 0).into())
 }
 
-/// Whether packets with `mark` are delivered locally wherever they go, asked in the calling thread's netns.
+/// Whether the calling thread's netns delivers packets with `mark` locally, whatever their
+/// destination.
 ///
-/// Two preparations of a pod's netns exist. Istio's CNI exempts all packets with the mark from capture, so every
-/// socket of the tunnel must bear it, and marks the application's answers with another one. Our watcher exempts the
-/// tunnel by its cgroup, and gives the one mark to the answers: there only the last hop may bear it, since anything
-/// else would never leave the pod.
+/// A pod's netns may be prepared in two ways. Istio's CNI exempts all packets with the mark from
+/// capture, so every socket of the tunnel must have it; the application's answers get another mark.
+/// Our watcher exempts the tunnel by its cgroup and uses the mark for the answers. Then only the
+/// last hop may have it: packets of any other marked socket would never leave the pod.
 pub fn mark_stays_local(mark: u32) -> bool {
-    // TEST-NET-1 (RFC 5737) and the documentation prefix (RFC 3849): nobody has them, and no packet is sent. The
-    // source address chosen for a local route is the destination itself, which only a transparent socket may take.
+    // TEST-NET-1 (RFC 5737) and the documentation prefix (RFC 3849) belong to no host, and no
+    // packet is sent. For a local route the kernel chooses the destination itself as the source
+    // address, which only a transparent socket may use.
     let nowhere =
         [SocketAddr::from(([192, 0, 2, 1], 9)), SocketAddr::from(([0x2001, 0xdb8, 0, 0, 0, 0, 0, 1], 9))];
     let stays = |to: SocketAddr| -> io::Result<bool> {
@@ -249,15 +252,15 @@ pub fn mark_stays_local(mark: u32) -> bool {
     mark != 0 && nowhere.into_iter().any(|to| stays(to).unwrap_or(false))
 }
 
-/// Whether this process may speak from other addresses than its own.
+/// Whether this process may use source addresses of others.
 pub fn may_speak_as_others() -> bool {
     Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))
         .and_then(|socket| socket.set_ip_transparent_v4(true))
         .is_ok()
 }
 
-/// What the client dialled before a redirect: asked of netfilter or of our getsockopt program, v4 then v6,
-/// else the address at which it arrived (which under `sk_lookup` and TPROXY is the one dialled).
+/// The original destination: from netfilter or our getsockopt program, IPv4 then IPv6. Otherwise
+/// the local address, which is the dialled one under `sk_lookup` and TPROXY.
 pub fn original_dst(stream: &TcpStream) -> io::Result<SocketAddr> {
     let socket = SockRef::from(stream);
     let recorded = |answer: io::Result<socket2::SockAddr>| {
@@ -269,14 +272,14 @@ pub fn original_dst(stream: &TcpStream) -> io::Result<SocketAddr> {
     ))
 }
 
-/// `::ffff:a.b.c.d`, as a dual-stack listener sees IPv4, is the IPv4 address.
+/// Converts `::ffff:a.b.c.d`, as a dual-stack listener sees IPv4, to the IPv4 address.
 pub fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 /// Closes so that the peer sees a reset and not an end.
 pub fn reset(stream: TcpStream) {
-    // Fails only for a socket that is already gone; then there is nobody to tell.
+    // Fails only if the socket is already gone, and then no peer is left.
     let _ = stream.set_zero_linger();
     drop(stream);
 }

@@ -1,10 +1,10 @@
-//! Copies both ways until both sides are done, or one breaks.
+//! Copies both ways until both sides end, or one fails.
 //!
-//! * an end (FIN, END_STREAM) passes on, the other direction goes on
-//! * a break stays a break (RFC 9113 §8.5): RST on the socket becomes RST_STREAM(CONNECT_ERROR), and a reset
-//!   stream becomes RST on the socket. Exception: CANCEL and NO_ERROR end cleanly, since Istio's tunnel sends
-//!   them for connections that ended well
-//! * back-pressure holds: nothing is read that could not be passed on
+//! * An end (FIN, END_STREAM) is passed on; the other direction continues.
+//! * A reset stays a reset (RFC 9113 §8.5): RST on the socket becomes RST_STREAM(CONNECT_ERROR),
+//!   and a reset stream becomes RST on the socket. Exception: CANCEL and NO_ERROR end cleanly,
+//!   because Istio's tunnel sends them for connections that ended well.
+//! * Back-pressure: data is read only if it can be passed on.
 
 use std::{
     cell::RefCell,
@@ -30,8 +30,9 @@ use self::adaptive::{Adaptive, LARGE};
 
 pub use self::error::StreamError;
 
-/// Both halves of an HBONE stream. Dropped before [`finished`](Self::finished) it is reset, as the TCP
-/// connection that it stands for: h2 alone would say CANCEL, which peers take for an end.
+/// Both halves of an HBONE stream. If dropped before [`finished`](Self::finished), it is reset like
+/// the TCP connection that it carries: h2 alone would send CANCEL, which peers take for a clean
+/// end.
 #[derive(Debug)]
 pub struct Stream {
     send: SendStream<Bytes>,
@@ -48,12 +49,12 @@ impl Stream {
         self.finished = true;
     }
 
-    /// To be used as something else than a copy of a socket.
+    /// For uses other than copying to a socket.
     pub(crate) fn halves(&mut self) -> (&mut SendStream<Bytes>, &mut RecvStream) {
         (&mut self.send, &mut self.recv)
     }
 
-    /// Says that nothing more will be sent. What is dropped afterwards has ended well.
+    /// Ends the sending side. A stream that is dropped afterwards ends cleanly.
     pub(crate) fn end(&mut self) -> Result<(), h2::Error> {
         if !self.finished {
             self.finished = true;
@@ -71,8 +72,8 @@ impl Drop for Stream {
     }
 }
 
-/// A socket that is reset when dropped, be it that its task or the whole process is cut: to the application a
-/// truncated transfer must not look complete.
+/// A socket that is reset when dropped, also if its task or the whole process is killed: a
+/// truncated transfer must not look complete to the application.
 struct Unfinished(TcpStream);
 
 impl Unfinished {
@@ -81,9 +82,9 @@ impl Unfinished {
         Ok(Self(socket))
     }
 
-    /// Closes with whatever is still to be sent.
+    /// Closes the socket after sending the remaining data.
     fn finished(self) {
-        // Fails only for a socket that is gone.
+        // Fails only if the socket is gone.
         let _ = SockRef::from(&self.0).set_linger(None);
     }
 }
@@ -95,8 +96,8 @@ pub enum SocketIs {
     Server,
 }
 
-/// Copies between a socket and an HBONE stream until both are done or `cut`. At return both are ended, by FIN
-/// or by RST as the case was.
+/// Copies between a socket and an HBONE stream until both end, or until `cut`. On return both are
+/// closed, by FIN or by RST.
 pub async fn tunnel(
     socket: TcpStream,
     mut stream: Stream,
@@ -126,8 +127,8 @@ pub async fn tunnel(
     }
 }
 
-/// Copies between two sockets until both are done or `cut`. At return both are closed, by FIN or by RST as the
-/// case was.
+/// Copies between two sockets until both end, or until `cut`. On return both are closed, by FIN or
+/// by RST.
 pub async fn relay(
     client: TcpStream,
     server: TcpStream,
@@ -149,8 +150,8 @@ pub async fn relay(
     Ok(())
 }
 
-/// Runs both directions to their ends; the first that breaks ends both. A connection that lies still for as long as
-/// `limits` allow is cut, at the latest after twice that time.
+/// Runs both directions to their ends; the first failure ends both. A connection that is idle for
+/// as long as `limits` allow is closed, at the latest after twice that time.
 async fn both(
     up: impl Future<Output = Result<(), StreamError>>,
     down: impl Future<Output = Result<(), StreamError>>,
@@ -192,7 +193,8 @@ async fn socket_to_stream(
 ) -> Result<(), StreamError> {
     let mut buffer = Adaptive::new();
     loop {
-        // Also wakes when the peer resets: nobody else looks while the application says nothing.
+        // Also wakes when the peer resets the stream: nothing else checks while the application is
+        // silent.
         let readable = async {
             let room = capacity(send, buffer.size).await?;
             tokio::select! {
@@ -202,14 +204,15 @@ async fn socket_to_stream(
             }
         };
         let room = match readable.await {
-            // It takes no more, yet what it sent before may still be on its way to the application.
+            // The peer accepts no more data, but what it sent earlier may still be on its way to
+            // the application.
             Err(StreamError::Reset(Reason::CANCEL | Reason::NO_ERROR)) => return Ok(()),
             other => other?,
         };
         let Some(data) = buffer.read(socket, room).map_err(StreamError::Socket)? else { continue };
         let (n, ended) = (data.len(), data.is_empty());
         if let Err(error) = send.send_data(data, ended) {
-            // The stream knows better why it takes no more.
+            // The stream has the more precise reason.
             return Err(known_reset(send).await.unwrap_or(StreamError::Tunnel(error)));
         }
         if ended {
@@ -223,7 +226,7 @@ async fn socket_to_stream(
 async fn capacity(send: &mut SendStream<Bytes>, wanted: usize) -> Result<usize, StreamError> {
     send.reserve_capacity(wanted);
     loop {
-        // `poll_capacity` tells of changes only; what is there already must be asked for.
+        // `poll_capacity` reports only changes; existing capacity must be read first.
         let now = send.capacity();
         if now > 0 {
             return Ok(now);
@@ -278,7 +281,7 @@ async fn stream_to_socket(
             }
             None => true,
         };
-        // What has also arrived goes with the same write.
+        // Data that has also arrived goes into the same write.
         let mut waiting: usize = queue.iter().map(Bytes::len).sum();
         let mut broken = None;
         while !ended && waiting < LARGE {
@@ -298,7 +301,8 @@ async fn stream_to_socket(
         while !queue.is_empty() {
             let n = write_some(socket, &mut queue).await.map_err(StreamError::Socket)?;
             moved(n as u64);
-            // Only now may the peer send more. Fails only on a stream that is over, which `recv` will say.
+            // Only now may the peer send more. This fails only if the stream has ended, which
+            // `recv` reports.
             let _ = recv.flow_control().release_capacity(n);
         }
         if let Some(broken) = broken {
@@ -359,13 +363,13 @@ async fn write_some(socket: &TcpStream, queue: &mut VecDeque<Bytes>) -> io::Resu
 }
 
 thread_local! {
-    /// Where `socket_to_socket` reads to. One for all connections of a worker: between two awaits nobody
-    /// else can use it, and idle connections hold no memory.
+    /// The read buffer of `socket_to_socket`, shared by all connections of a worker. It is not used
+    /// across an await, and idle connections hold no memory.
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; LARGE].into_boxed_slice());
 }
 
 async fn socket_to_socket(from: &TcpStream, to: &TcpStream, moved: impl Fn(u64)) -> Result<(), StreamError> {
-    /// One read, and as much of it written as the other side takes; the rest is returned.
+    /// Reads once, writes as much as the other side accepts, and returns the rest.
     fn step(from: &TcpStream, to: &TcpStream) -> io::Result<Option<(usize, Vec<u8>)>> {
         SCRATCH.with_borrow_mut(|scratch| {
             let n = match from.try_read(scratch) {

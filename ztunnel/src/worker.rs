@@ -1,8 +1,8 @@
-//! The workers: one thread each, with a single-threaded runtime. A connection lives and dies on the worker that
-//! accepted it, so nothing on its way is locked or shared between cores.
+//! The workers: one thread each, with a single-threaded runtime. A connection stays on the worker
+//! that accepted it, so its path has no locks and shares nothing between cores.
 //!
-//! The control runtime (main thread) tells all workers what to serve; each has its own listeners, and the kernel
-//! spreads connections over them.
+//! The control runtime (main thread) sends all workers the pods to serve. Each worker has its own
+//! listeners, and the kernel spreads connections over them.
 
 pub mod listeners;
 
@@ -24,8 +24,8 @@ use crate::{
     worker::listeners::{Active, Listeners, Port},
 };
 
-/// How long a pod that left is still accepted for. Nothing new is steered here by then, but the peers of handshakes under
-/// way would be reset.
+/// How long a worker keeps accepting for a pod that has left. The kernel steers nothing new here by
+/// then, but peers of handshakes in progress would be reset.
 const HANDSHAKES: Duration = Duration::from_millis(250);
 
 struct Serve {
@@ -78,7 +78,7 @@ impl Workers {
         Ok(())
     }
 
-    /// Waits until every pod, all of them told to stop, has no more connections.
+    /// Waits until no pod has an open connection. Stop all pods first.
     pub async fn finish(self) {
         let threads: Vec<_> = self.0.into_iter().map(|handle| handle.thread).collect();
         let joined =
@@ -110,7 +110,8 @@ async fn work(shared: Arc<ProcessContext>, mut orders: mpsc::UnboundedReceiver<S
     }
 }
 
-/// Why the open connections of a pod that takes no new ones have to end. One that only left the mesh keeps them.
+/// Resolves with the reason when the open connections of a stopped pod must end. A pod that only
+/// left the mesh keeps them.
 async fn overdue(pod: &Pod, deadline: Duration) -> &'static str {
     let deadline = async {
         pod.end.cancelled().await;
@@ -138,8 +139,9 @@ async fn serve(worker: Rc<WorkerContext>, pod: Arc<Pod>, listeners: Listeners) {
         };
     };
     accept_until(pod.stop.cancelled(), &listeners, &mut connections, accept).await;
-    // Where ports are not shared they are wanted back at once. When the process ends, what is new is still steered here,
-    // so that waiting would not help; a successor is given what waits (`tcp_migrate_req`).
+    // If ports are not shared, they must be free at once. When the process ends, the kernel still
+    // steers new connections here, so waiting would not help; a successor receives the waiting ones
+    // (`tcp_migrate_req`).
     if worker.shared.config.port_reuse {
         let handshakes = async {
             tokio::select! {
@@ -187,7 +189,7 @@ async fn finish(connections: &mut JoinSet<()>) {
     }
 }
 
-/// One connection's fault must not end the others; but it is ours, and must be seen.
+/// A panic in one connection must not end the others, but it is a bug and must be reported.
 fn report(ended: Result<(), JoinError>) {
     if let Err(error) = ended
         && error.is_panic()

@@ -1,7 +1,7 @@
-//! Whether the peer still lives: something was heard of it lately, or it answers when it is asked.
+//! Detects a dead peer. A peer is alive if any data arrived recently, or if it answers a ping.
 //!
-//! Whatever comes counts, not the answer alone: on a slow link the question waits behind the data that is on its way, and
-//! a tunnel that carries something is asked nothing.
+//! All data counts, not only the answer to the ping: on a slow link the ping waits behind data that
+//! is in flight. A busy tunnel sends no pings.
 
 use std::{
     cell::Cell,
@@ -19,15 +19,16 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-/// After so long without a word the peer is asked, and after so long without an answer given up: 10 s in all at most.
+/// A ping is sent after `SILENCE` without data. The peer counts as dead after `PATIENCE` without an
+/// answer: at most 10 s in total.
 const SILENCE: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(4);
 
-/// When something was read last.
+/// The time of the last read.
 #[derive(Clone, Debug)]
 pub(super) struct Heard(Rc<Cell<Instant>>);
 
-/// Notes when something is read.
+/// Records the time of each read.
 #[derive(Debug)]
 pub(super) struct Listened<T> {
     io: T,
@@ -46,7 +47,7 @@ impl Heard {
         self.0.get() > earlier
     }
 
-    /// Ends when the peer lives no longer; never, while it does.
+    /// Resolves when the peer is dead.
     pub async fn until_dead(self, pings: Option<PingPong>) {
         let Some(mut pings) = pings else { return std::future::pending().await };
         loop {
@@ -62,7 +63,7 @@ impl Heard {
                 let asked = Instant::now();
                 match timeout(PATIENCE, poll_fn(|cx| pings.poll_pong(cx))).await {
                     Ok(Ok(_)) => break,
-                    // The answer is late, but something else came.
+                    // The answer is late, but other data arrived.
                     Err(_) if self.since(asked) => {}
                     Ok(Err(_)) | Err(_) => return,
                 }
@@ -118,7 +119,7 @@ mod tests {
 
     use super::*;
 
-    /// How long a tunnel whose other end is `far` lives; `None`: a minute at least.
+    /// How long a tunnel with the other end `far` stays open; `None`: at least a minute.
     async fn life(far: impl AsyncFnOnce(tokio::io::DuplexStream)) -> Option<Duration> {
         let (near, other) = duplex(1 << 16);
         let living = async {

@@ -1,5 +1,5 @@
-//! A tunnel within a stream of another: the way through the gateway of another network, which carries the inner
-//! tunnel without being able to read it.
+//! A tunnel inside a stream of another, for connections through the gateway of another network. The
+//! gateway carries the inner tunnel and cannot read it.
 
 use std::{
     io,
@@ -26,10 +26,10 @@ use crate::{
     stream::Stream,
 };
 
-/// So much is put into one DATA frame; TLS writes in pieces of about this size anyway.
+/// Bytes per DATA frame; TLS writes in pieces of about this size.
 const CHUNK: usize = 256 << 10;
 
-/// The innermost stream, and who proved to be at its end.
+/// The inner stream, and the identity that the server proved.
 #[derive(Debug)]
 pub struct Inner {
     pub response: Response<()>,
@@ -38,8 +38,8 @@ pub struct Inner {
     pub chain: CertificateChain,
 }
 
-/// Opens a tunnel within `outer` and sends `request` through it. It carries that one stream and ends with it;
-/// `lease` is kept for as long.
+/// Opens a tunnel inside `outer` and sends `request` through it. The tunnel carries this one stream
+/// and ends with it; it keeps `lease` until then.
 pub async fn open(
     outer: Stream,
     lease: Lease,
@@ -50,8 +50,8 @@ pub async fn open(
 ) -> Result<Inner, ConnectError> {
     let tunnel = client::handshake(Pipe::new(outer), peer, tls, h2).await?;
     let (driver, identity, chain) = (tunnel.driver, tunnel.identity, tunnel.chain);
-    // Ends with the stream below, which is the only one, or with the gateway's connection: so it needs no owner. It
-    // outlives the stream only to bring its last frames out.
+    // The task ends with its only stream, or with the gateway's connection, so it needs no owner.
+    // It outlives the stream only to send the last frames.
     spawn_local(async move {
         if let Err(error) = driver.await {
             tracing::debug!(%peer, %error, "tunnel through a gateway ended");
@@ -68,10 +68,10 @@ pub async fn open(
     Ok(Inner { response: Response::from_parts(head, ()), stream: Stream::new(send, recv), identity, chain })
 }
 
-/// A stream as the bytes that it carries. Dropped before it was shut down, it is reset.
+/// A stream as a byte stream. If dropped before shutdown, it is reset.
 struct Pipe {
     stream: Stream,
-    /// Received, and not read yet.
+    /// Received data that is not read yet.
     rest: Bytes,
 }
 
@@ -98,7 +98,8 @@ impl AsyncRead for Pipe {
         let n = pipe.rest.len().min(into.remaining());
         into.put_slice(&pipe.rest[..n]);
         pipe.rest.advance(n);
-        // Only now may the peer send more. Fails only on a stream that is over, which the next read will say.
+        // Only now may the peer send more. This fails only if the stream has ended, which the next
+        // read reports.
         let _ = recv.flow_control().release_capacity(n);
         Poll::Ready(Ok(()))
     }
@@ -112,7 +113,7 @@ impl AsyncWrite for Pipe {
         let (send, _) = self.stream.halves();
         let wanted = data.len().min(CHUNK);
         send.reserve_capacity(wanted);
-        // What is there already is not told by `poll_capacity`, which reports changes.
+        // `poll_capacity` reports only changes, not capacity that exists already.
         while send.capacity() == 0 {
             match std::task::ready!(send.poll_capacity(cx)) {
                 Some(granted) => granted.map_err(io_error)?,

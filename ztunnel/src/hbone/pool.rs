@@ -1,8 +1,8 @@
 //! Tunnels shared by the connections of one worker.
 //!
-//! Only tunnels with the same [`Key`] are shared. A tunnel with all streams taken, or that its server is
-//! leaving (GOAWAY), is passed over; requests that find none share one handshake. Nothing is locked while
-//! anything waits: a worker is one thread.
+//! Only connections with the same [`Key`] share a tunnel. Full tunnels, and tunnels whose server is
+//! leaving (GOAWAY), are skipped. Requests that find no tunnel share one handshake. No lock is held
+//! across an await: a worker is one thread.
 
 use std::{
     cell::{Cell, RefCell},
@@ -34,17 +34,17 @@ use crate::{
     stream::Stream,
 };
 
-/// What two connections must have in common to share a tunnel.
+/// The properties that two connections must share to use one tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
     pub source: Identity,
     pub expected: Vec<Identity>,
     pub peer: SocketAddr,
-    /// The tunnel's socket lives in the netns of one pod, whose address it speaks from.
+    /// The tunnel's socket is in the netns of one pod and uses that pod's address.
     pub netns: NetnsId,
 }
 
-/// A request that lost its tunnel before it was answered is sent again, at most so often in all.
+/// Maximum number of attempts for a request whose tunnel broke before the answer.
 const ATTEMPTS: usize = 4;
 
 #[derive(Clone, Debug)]
@@ -57,14 +57,15 @@ struct Inner {
     groups: RefCell<HashMap<Key, Rc<Group>>>,
 }
 
-/// The tunnels of one key.
+/// The tunnels with one key.
 #[derive(Default)]
 struct Group {
     members: RefCell<Vec<Rc<Member>>>,
     opening: RefCell<Option<Opening>>,
 }
 
-/// The handshake under way. It runs in a task of its own: no impatient client can stall the others.
+/// The handshake in progress. It runs in its own task, so that a client that gives up does not
+/// affect the others.
 type Opening = Shared<LocalBoxFuture<'static, Result<(), Arc<ConnectError>>>>;
 
 impl std::fmt::Debug for Group {
@@ -78,7 +79,7 @@ struct Member {
     requests: SendRequest<Bytes>,
     streams: Cell<u32>,
     unused_since: Cell<Instant>,
-    /// Whether the server ever answered: till then it may still refuse our certificate.
+    /// Whether the server has ever answered. Until then it may still refuse our certificate.
     proven: Cell<bool>,
     chain: CertificateChain,
     metrics: PoolMetrics,
@@ -90,7 +91,7 @@ impl Drop for Member {
     }
 }
 
-/// One stream's place in a tunnel; to be kept as long as the stream.
+/// One stream's place in a tunnel. Keep it as long as the stream.
 #[derive(Debug)]
 pub struct Lease(Rc<Member>);
 
@@ -120,7 +121,7 @@ impl Pool {
         Self(Rc::new(Inner { limits, metrics, groups: RefCell::default() }))
     }
 
-    /// Sends a CONNECT through a tunnel of `key`, which `dial` opens if there is none with room.
+    /// Sends a CONNECT through a tunnel of `key`. If none has room, `dial` opens one.
     pub async fn open<F>(
         &self,
         key: &Key,
@@ -149,12 +150,12 @@ impl Pool {
         }
     }
 
-    /// Lets go of all tunnels from `netns`, so that it can end; streams that are open finish by themselves.
+    /// Releases all tunnels from `netns`, so that it can be deleted. Open streams finish.
     pub fn forget(&self, netns: NetnsId) {
         self.0.groups.borrow_mut().retain(|key, _| key.netns != netns);
     }
 
-    /// How many tunnels are held for `key`.
+    /// The number of tunnels for `key`.
     pub fn tunnels(&self, key: &Key) -> usize {
         self.0.groups.borrow().get(key).map_or(0, |group| group.members.borrow().len())
     }
@@ -200,7 +201,7 @@ impl Inner {
         let (pool, group) = (Rc::clone(self), Rc::clone(group));
         let task = spawn_local(async move {
             let dialled = dialling.await;
-            // Before anybody who waited is woken: whoever comes next starts anew.
+            // Before the waiters wake up, so that the next request starts a new handshake.
             group.opening.borrow_mut().take();
             let Tunnel { requests, driver, chain, .. } = dialled?;
             pool.metrics.connections.inc();
@@ -229,7 +230,7 @@ impl Inner {
         self.prune(key);
     }
 
-    /// Forgets a key without tunnels.
+    /// Removes a key that has no tunnels.
     fn prune(&self, key: &Key) {
         let mut groups = self.groups.borrow_mut();
         let Some(group) = groups.get(key) else { return };
@@ -239,7 +240,7 @@ impl Inner {
     }
 }
 
-/// Drives one tunnel to its end; takes it out of the pool when it was unused for long.
+/// Drives one tunnel to its end. Removes it from the pool when it was unused for too long.
 async fn drive(
     pool: Weak<Inner>,
     key: Key,
@@ -248,7 +249,7 @@ async fn drive(
 ) {
     let unused = async {
         loop {
-            // Gone: forgotten by the pool, or about to end.
+            // Gone: removed from the pool, or about to end.
             let (Some(pool), Some(member)) = (pool.upgrade(), member.upgrade()) else { return };
             let since = if member.streams.get() == 0 { member.unused_since.get() } else { Instant::now() };
             let until = since + pool.limits.idle;
@@ -261,7 +262,7 @@ async fn drive(
     };
     let ended = tokio::select! {
         ended = &mut driver => ended,
-        // With no handle left, the driver says goodbye to the peer as soon as the last stream is done.
+        // With no handle left, the driver closes the connection after the last stream.
         () = unused => driver.await,
     };
     if let Err(error) = ended {
@@ -273,7 +274,7 @@ async fn drive(
 }
 
 enum SendError {
-    /// The tunnel took no request.
+    /// The tunnel did not accept the request.
     NotSent(h2::Error),
     NotAnswered(h2::Error),
 }
@@ -293,9 +294,9 @@ async fn send(lease: &Lease, request: Request<()>) -> Result<(Response<()>, Stre
     Ok((Response::from_parts(head, ()), Stream::new(send, recv)))
 }
 
-/// Whether the server did nothing for the request, so that it may be sent again: it left before
-/// (RFC 9113 §6.8), or refused the stream unseen (§8.7). A tunnel that broke may have connected the
-/// application already, but not one byte of this client has gone out: again is safe here too.
+/// Whether the request may be sent again: the server left before it (RFC 9113 §6.8), or refused the
+/// stream unprocessed (§8.7). If the tunnel broke, the server may have connected to the application
+/// already, but no byte of this client was sent, so a retry is safe then too.
 fn may_be_repeated(error: &SendError, lease: &Lease) -> bool {
     let proven = lease.0.proven.get();
     match error {

@@ -1,4 +1,4 @@
-//! Takes the CONNECT requests of one tunnel.
+//! Accepts the CONNECT requests of one tunnel.
 
 use std::{future::Future, io};
 
@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{config::H2Config, stream::Stream};
 
-/// A CONNECT and the way to answer it.
+/// A CONNECT request and the handle to answer it.
 #[derive(Debug)]
 pub struct Asked {
     pub request: Request<RecvStream>,
@@ -38,7 +38,8 @@ impl Asked {
         Ok(Stream::new(send, self.request.into_body()))
     }
 
-    /// Answers `status` and nothing else. Fails only if the tunnel is gone, which its owner learns anyway.
+    /// Answers with only `status`. Fails only if the tunnel is gone, which its owner notices
+    /// anyway.
     pub fn refuse(mut self, status: StatusCode) {
         let mut response = Response::new(());
         *response.status_mut() = status;
@@ -63,8 +64,8 @@ pub async fn tls(
     }
 }
 
-/// Runs `handle` for every request until the peer leaves. After `stop` the peer is told to leave (GOAWAY),
-/// and the open streams finish. Dropped, it ends all of them.
+/// Runs `handle` for every request until the peer closes the tunnel. After `stop` it sends GOAWAY,
+/// and open streams finish. Dropping the future ends all of them.
 pub async fn serve<T, F>(
     io: T,
     h2: &H2Config,

@@ -1,9 +1,10 @@
-//! Certificates that are not to be believed any more, as the operator's file lists them (CRLs, RFC 5280 §5).
+//! Revoked certificates, from the operator's file of CRLs (RFC 5280 §5).
 //!
-//! Checked when a handshake is done, a resumed one too, and again whenever the file changes: what is open is cut then. A
-//! certificate is revoked if the file lists its serial number under its issuer; so is whoever stands below an intermediate
-//! that is. A certificate of an issuer that the file does not speak of is not revoked. Who may write the file may revoke:
-//! the lists' signatures are not looked at.
+//! The check runs at the end of each handshake, including resumed ones, and again for open
+//! connections when the file changes. A certificate is revoked if the file lists its serial number
+//! under its issuer, or if an intermediate above it is revoked. If the file does not mention the
+//! issuer, the certificate is valid. The signatures of the lists are not checked: whoever can write
+//! the file can revoke.
 
 use std::{
     collections::HashSet,
@@ -21,13 +22,13 @@ use x509_parser::prelude::{CertificateRevocationList, FromDer, X509Certificate};
 
 use crate::file_version::FileVersion;
 
-/// How long a change of the file may take to be seen.
+/// The interval at which the file is checked for changes.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Issuer's name and serial number, as they are encoded.
 type CertificateId = (Vec<u8>, Vec<u8>);
 
-/// Why a file is not used.
+/// Why a file is rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum RevocationsError {
     #[error("cannot read the revocation lists in {path}")]
@@ -36,7 +37,7 @@ pub enum RevocationsError {
     Invalid { path: PathBuf, reason: String },
 }
 
-/// What is revoked now.
+/// The current set of revoked certificates.
 #[derive(Debug)]
 pub struct Revocations {
     path: Option<PathBuf>,
@@ -62,7 +63,7 @@ impl CertificateChain {
 }
 
 impl Revocations {
-    /// Nothing is revoked without a file, nor while the file is not there.
+    /// Without a configured file, or while the file does not exist, nothing is revoked.
     pub fn open(path: Option<PathBuf>) -> Result<Self, RevocationsError> {
         let revoked = match &path {
             Some(path) if path.exists() => read(path)?,
@@ -75,7 +76,7 @@ impl Revocations {
         Ok(Self { path, revoked: watch::Sender::new(Arc::new(revoked)) })
     }
 
-    /// Whether there may be something revoked at all.
+    /// Whether a file is configured.
     pub fn is_configured(&self) -> bool {
         self.path.is_some()
     }
@@ -85,7 +86,7 @@ impl Revocations {
         chain.0.iter().any(|id| revoked.contains(id))
     }
 
-    /// Ends when a certificate of `chain` is revoked.
+    /// Resolves when a certificate of `chain` is revoked.
     pub async fn until_revoked(&self, chain: CertificateChain) {
         if !self.is_configured() {
             return std::future::pending().await;
@@ -97,7 +98,8 @@ impl Revocations {
         }
     }
 
-    /// Takes changes of the file over until `stop`. A bad file leaves the last good one in force.
+    /// Applies changes of the file until `stop`. After an invalid change the last valid version
+    /// stays active.
     pub async fn watch(self: Arc<Self>, stop: CancellationToken) {
         let Some(path) = self.path.clone() else { return };
         let mut seen = FileVersion::of(&path);

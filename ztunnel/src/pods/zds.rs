@@ -1,7 +1,7 @@
-//! The node agent's messages: which pods to serve (`ztunnel/api/proto/zds.proto`).
+//! The ZDS client: receives the pods to serve from the node agent (`ztunnel/api/proto/zds.proto`).
 //!
-//! The agent waits for the answer to each message. A lost agent changes nothing for the pods that are served;
-//! after the next snapshot those that it no longer names are removed.
+//! Every message is answered, in order. If the agent disappears, the served pods stay. After the
+//! next snapshot, pods that it does not name are removed.
 
 use std::{
     collections::HashSet,
@@ -29,17 +29,18 @@ use crate::backoff::Backoff;
 use crate::pod::PodInfo;
 use crate::readiness::ReadyGuard;
 
-/// No message is longer.
+/// Maximum size of a message.
 const PACKET: usize = 1024;
-/// How long a node agent that came back may wait for us, and new pods with it. Looking for it costs next to nothing, as it
-/// is on this node; Istio's tunnel takes up to 15 s.
+/// Maximum pause between connection attempts. New pods wait for it after the agent returns. An
+/// attempt is cheap, because the agent is on this node; Istio's tunnel waits up to 15 s.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// How often it is said that there is none.
+/// Interval between warnings that there is no agent.
 const SAY_AGAIN: Duration = Duration::from_secs(15);
-/// Room to notice that there were too many.
+/// One descriptor is expected; the space is for detecting too many.
 const DESCRIPTORS: usize = 8;
 
-/// Follows the node agent at `path` until `stop`. `ready` holds while it is there and all its pods are served.
+/// Follows the node agent at `path` until `stop`. `ready` is set while the agent is connected and
+/// all its pods are served.
 pub async fn run(path: &Path, pods: &mut Pods, ready: &mut ReadyGuard, stop: &CancellationToken) {
     let mut backoff = Backoff::up_to(LONGEST_PAUSE);
     let mut warned: Option<Instant> = None;
@@ -75,7 +76,7 @@ pub async fn run(path: &Path, pods: &mut Pods, ready: &mut ReadyGuard, stop: &Ca
     }
 }
 
-/// One session: up to the first error, which may be that the agent left.
+/// Runs one session, up to the first error, such as a disconnected agent.
 async fn serve(link: &Link, pods: &mut Pods, ready: &mut ReadyGuard) -> io::Result<std::convert::Infallible> {
     let mut session = Session { seen: HashSet::new(), snapshot: false };
     loop {
@@ -98,13 +99,13 @@ async fn serve(link: &Link, pods: &mut Pods, ready: &mut ReadyGuard) -> io::Resu
 }
 
 struct Session {
-    /// Pods named since the session began.
+    /// Pods that this session has named.
     seen: HashSet<String>,
     snapshot: bool,
 }
 
 impl Session {
-    /// What goes wrong is the text of the refusal.
+    /// Handles one message. The error is the text of the negative acknowledgement.
     fn handle(&mut self, packet: Packet, pods: &mut Pods) -> Result<(), String> {
         if packet.truncated {
             return Err(format!(
@@ -145,7 +146,7 @@ impl Session {
     }
 }
 
-/// What the node agent says.
+/// A message of the node agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
     Add { uid: String, info: PodInfo },
@@ -154,7 +155,8 @@ pub enum Message {
     SnapshotSent,
 }
 
-/// Reads one packet, but for its descriptors. What is wrong is the text of the refusal.
+/// Decodes one packet, except its descriptors. The error is the text of the negative
+/// acknowledgement.
 pub fn decode(packet: &[u8]) -> Result<Message, String> {
     let request = WorkloadRequest::decode(packet).map_err(|e| format!("not a WorkloadRequest: {e}"))?;
     Ok(match request.payload.ok_or("message without a known payload")? {
@@ -226,7 +228,7 @@ fn receive(fd: &OwnedFd) -> io::Result<Packet> {
     }
     let truncated = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
     let length = message.bytes;
-    // No message is empty in this protocol: zero bytes are the end.
+    // This protocol has no empty message: zero bytes mean the end.
     if length == 0 {
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the node agent closed the connection"));
     }

@@ -1,4 +1,4 @@
-//! Which endpoint of a service takes a connection.
+//! Chooses the endpoint of a service for a connection.
 
 use std::net::IpAddr;
 
@@ -9,10 +9,10 @@ use crate::mesh::{
     services::{HealthPolicy, IpFamilies, LbMode, LbScope, LoadBalancing},
 };
 
-/// How well an endpoint suits a client: higher comes first, and what is `None` not at all.
+/// The rank of an endpoint for a client. Higher ranks come first; `None` excludes the endpoint.
 ///
-/// What the preferences say counts from the first that is not met. Another network is the last resort, unless the
-/// preferences themselves say what the network is worth.
+/// Preferences count up to the first one that is not met. Another network is the last resort,
+/// unless the preferences rank the network themselves.
 pub(super) fn rank(client: &Workload, endpoint: &Workload, balancing: &LoadBalancing) -> Option<usize> {
     if !endpoint.healthy && balancing.health_policy == HealthPolicy::OnlyHealthy {
         return None;
@@ -41,14 +41,15 @@ fn shares(scope: LbScope, client: &Workload, endpoint: &Workload) -> bool {
     }
 }
 
-/// One of the best, each with the chance that its weight gives it. A weight of 0 takes no new connections, unless
-/// nobody else of its rank is there. One pass, nothing allocated: a service may have thousands of endpoints.
+/// Draws one of the best endpoints, with a probability proportional to its weight. An endpoint with
+/// weight 0 gets no new connections, unless all of its rank have weight 0. One pass without
+/// allocation: a service may have thousands of endpoints.
 pub(super) fn choose<T>(
     candidates: impl IntoIterator<Item = (usize, u32, T)>,
     rng: &mut impl Rng,
 ) -> Option<T> {
     let mut best: Option<(usize, T)> = None;
-    // Of the best rank: the weights that were seen, and how many without any.
+    // For the best rank: the sum of weights so far, and the number of endpoints without weight.
     let (mut total, mut idle) = (0_u64, 0_u64);
     for (rank, weight, candidate) in candidates {
         match &best {
@@ -59,7 +60,8 @@ pub(super) fn choose<T>(
         let first = total == 0 && idle == 0;
         let takes = if weight > 0 {
             total += u64::from(weight);
-            // The first with a weight takes over from those without, as total is then its own.
+            // The first endpoint with a weight replaces those without, because the total is then
+            // its own.
             rng.random_range(0..total) < u64::from(weight)
         } else {
             idle += 1;
@@ -72,7 +74,7 @@ pub(super) fn choose<T>(
     best.map(|(_, candidate)| candidate)
 }
 
-/// The address of a workload to use: allowed, and of the family of `like` if there is one.
+/// The address of a workload to use: an allowed one, preferably of the family of `like`.
 pub(super) fn address(workload: &Workload, families: IpFamilies, like: IpAddr) -> Option<IpAddr> {
     let usable = workload.addresses.iter().copied().filter(|&ip| families.accept(ip));
     let preferred = |ip: &IpAddr| ip.is_ipv4() == like.is_ipv4();

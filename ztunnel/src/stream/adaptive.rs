@@ -1,4 +1,4 @@
-//! How much to read at a time.
+//! The size of reads.
 
 use std::io;
 
@@ -7,13 +7,13 @@ use tokio::net::TcpStream;
 
 /// Buffers start here and grow while reads fill them.
 const SMALL: usize = 16 << 10;
-/// The most that waits in memory of one direction of a connection.
+/// Maximum bytes in memory per direction of a connection.
 pub const LARGE: usize = 256 << 10;
 
-/// A read buffer that grows while reads fill it and gives up its memory when they stop doing so.
+/// A read buffer that grows while reads fill it, and releases its memory when they no longer do.
 pub struct Adaptive {
     buffer: BytesMut,
-    /// How much the next read may take in.
+    /// Size of the next read.
     pub size: usize,
 }
 

@@ -6,7 +6,7 @@ use h2::Reason;
 
 use crate::reason::FailureReason;
 
-/// Why copying ended before both sides were done.
+/// Why copying stopped before both sides ended.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
     #[error("application connection broke")]

@@ -1,4 +1,4 @@
-//! The sockets on which one worker takes one pod's connections.
+//! The listeners of one worker for one pod.
 
 use std::{
     cell::Cell,
@@ -16,7 +16,7 @@ use tokio::{
 
 use crate::{config::Config, socket};
 
-/// Where a connection came in, and so what it is.
+/// The listener on which a connection arrived, which decides how it is handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Port {
     /// From the pod's application.
@@ -30,11 +30,11 @@ pub enum Port {
 /// What an enrolled pod's traffic needs.
 pub const ALL: [Port; 3] = [Port::Outbound, Port::Inbound, Port::Hbone];
 
-/// One worker's share of each group. Listening from the moment it exists.
+/// One worker's share of each group. The sockets listen as soon as this exists.
 #[derive(Debug)]
 pub struct Listeners(Vec<(Port, std::net::TcpListener)>);
 
-/// The listeners of all workers on the ports of `which`. Call inside the pod's netns.
+/// Opens the listeners of all workers on the ports of `which`. Call inside the pod's netns.
 pub fn open(
     which: &[Port],
     workers: usize,
@@ -57,7 +57,7 @@ pub fn open(
 }
 
 impl Listeners {
-    /// Hands the sockets to the calling worker's runtime.
+    /// Registers the sockets with the calling worker's runtime.
     pub fn activate(self) -> io::Result<Active> {
         let active = |(port, listener)| TcpListener::from_std(listener).map(|listener| (port, listener));
         let listeners = self.0.into_iter().map(active).collect::<io::Result<_>>()?;
@@ -65,11 +65,11 @@ impl Listeners {
     }
 }
 
-/// Listeners that are being accepted from.
+/// Listeners in use.
 #[derive(Debug)]
 pub struct Active {
     listeners: Vec<(Port, TcpListener)>,
-    /// Who is asked first: in turn, so that a busy port does not starve the others.
+    /// The listener to poll first. It rotates, so that a busy port does not starve the others.
     next: Cell<usize>,
 }
 
@@ -116,7 +116,7 @@ impl Active {
     }
 }
 
-/// The client went away while it waited (accept(2), "Error handling").
+/// The client closed while it waited in the queue (accept(2), "Error handling").
 fn is_of_one_connection(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)

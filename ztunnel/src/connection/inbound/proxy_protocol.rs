@@ -1,5 +1,5 @@
-//! The header that tells an application whose connection it is given: PROXY protocol, version 2
-//! (haproxy.org, `proxy-protocol.txt` §2.2).
+//! The PROXY protocol header, version 2, which describes the client to an application (haproxy.org,
+//! `proxy-protocol.txt` §2.2).
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -11,10 +11,11 @@ const VERSION_AND_COMMAND: u8 = 0x21;
 /// TCP over IPv4 and over IPv6.
 const TCP4: u8 = 0x11;
 const TCP6: u8 = 0x21;
-/// From the range for private use (0xE0 and below belong to nobody yet): Istio's for the client's SPIFFE id.
+/// Istio's type for the client's SPIFFE id. The specification gives 0xD0 no other meaning.
 const CLIENT_IDENTITY: u8 = 0xD0;
 
-/// `identity`: what the client proved to be. Of two families, both are told as IPv6.
+/// Writes the header. `identity`: the one that the client proved. If the addresses have different
+/// families, both are written as IPv6.
 pub(super) fn header(client: SocketAddr, target: SocketAddr, identity: Option<&Identity>) -> Vec<u8> {
     let mut body = Vec::with_capacity(128);
     let family = match (client.ip().to_canonical(), target.ip().to_canonical()) {
