@@ -6,7 +6,8 @@
 //! * `observer`: reads from the node what there is of pods
 //! * `planning`: from the table of pods to plans and states
 //! * `adoption`: what an earlier watcher left
-//! * `reporter`: outcomes to the source, metrics
+//! * `reporter`: outcomes to the source, metrics; `commands`: answers to commands
+//! * `startup`: loading the programs, and taking over what is there
 //! * `config`, `error`: what it is configured to do, and why it ends
 //!
 //! What is applied belongs to [`crate::apply`]. Everything here runs on one thread, so nothing needs a lock.
@@ -14,7 +15,6 @@
 use std::{
     collections::BTreeSet,
     fs,
-    net::SocketAddr,
     os::unix::ffi::OsStrExt as _,
     path::Path,
     sync::Arc,
@@ -22,7 +22,6 @@ use std::{
 };
 
 use adit_ebpf_common::lifecycle::name;
-use adit_ebpf_loader::Kernel;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
@@ -32,31 +31,27 @@ use tracing::{info, warn};
 use crate::{
     apply::{
         Applier,
-        journal::Journal,
         netns::OpenNetns,
-        settings::KernelSettings,
         tunnel_cgroups::CgroupLayout,
         zds_server::{ZdsEvent, ZdsServer},
     },
     control::{
         Answer, Answers, ControlServer, IncomingRequest, Request,
-        answers::{self, explanation, pod_status, rejected_status},
-        status::Status,
-        trace::{TraceLine, TraceSession},
+        trace::{TraceLine, TraceRequest, Tracer},
     },
-    metrics::{self, Metrics},
+    metrics::Metrics,
     model::{error_chain::chain, pod::Update},
     observe::{
         cgroup_path,
-        cgroups::{self, CgroupId},
-        events::{self, Event, EventSource},
-        netns::Visitors,
+        cgroups::CgroupId,
+        events::{self, Event},
     },
     plan::{Plan, PodPlan, diff::Scope},
     source::Source,
 };
 
 mod adoption;
+mod commands;
 mod config;
 mod error;
 mod observer;
@@ -65,12 +60,13 @@ mod pod_entry;
 mod pods;
 mod queue;
 mod reporter;
+mod startup;
 
 pub(crate) use self::error::cannot;
 pub use self::{config::Config, error::AgentError};
 
 use self::{
-    adoption::Adoption, observer::Observer, planning::Planned, pods::PodTable, queue::Queue, queue::Work,
+    adoption::Adoption, commands::Commands, observer::Observer, planning::Planned, pods::PodTable, queue::Queue, queue::Work,
     reporter::Reporter,
 };
 
@@ -88,7 +84,9 @@ struct Agent {
     adoption: Adoption,
     applier: Applier,
     reporter: Reporter,
-    trace: Option<TraceSession>,
+    tracer: Tracer,
+    /// Where no tunnel may run.
+    layout: CgroupLayout,
 }
 
 /// Runs until a signal or a `detach` request ends it.
@@ -101,14 +99,14 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), AgentError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(cannot("handle SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot("handle SIGINT"))?;
     let metrics = Arc::new(Metrics::new());
-    let _http = serve_metrics(config.metrics_address, &metrics).await?;
+    let _http = startup::serve_metrics(config.metrics_address, &metrics).await?;
     // The sockets first: a second watcher of this node must end before it touches anything.
     let (request_sender, mut requests) = mpsc::channel(16);
     let mut control =
         ControlServer::bind(&config.status_socket, request_sender).map_err(cannot("serve commands"))?;
     let (zds_sender, mut zds_events) = mpsc::unbounded_channel();
     let mut zds = ZdsServer::bind(&config.zds_socket, zds_sender).map_err(cannot("serve tunnels"))?;
-    let (mut agent, mut events) = Agent::start(config, &source, metrics)?;
+    let (mut agent, mut events) = startup::start(config, &source, metrics)?;
 
     let mut next_scan = Instant::now() + agent.config.rescan;
     let (detach, client) = loop {
@@ -144,7 +142,7 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), AgentError> {
                     break (true, Some(client));
                 }
             }
-            () = TraceSession::ready(&mut agent.trace) => agent.forward_trace(),
+            () = agent.tracer.ready() => agent.tracer.forward(agent.pods.views()),
             () = tokio::time::sleep_until(wake.into()) => {}
         }
         // What is there already is one batch: sixty acknowledgements need not be sixty rounds.
@@ -159,7 +157,7 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), AgentError> {
             agent.on_event(event);
         }
     };
-    agent.stop_trace();
+    agent.tracer.stop(&mut agent.applier);
     if !detach {
         info!("stopped; links and maps stay, so running traffic continues");
         return Ok(());
@@ -184,49 +182,7 @@ async fn answer_detach(client: &Answers, result: &Result<(), AgentError>) {
     let _ = tokio::time::timeout(Duration::from_secs(1), client.closed()).await;
 }
 
-async fn serve_metrics(
-    address: Option<SocketAddr>,
-    metrics: &Arc<Metrics>,
-) -> Result<Option<metrics::Server>, AgentError> {
-    let Some(address) = address else { return Ok(None) };
-    let server = metrics::Server::bind(address, Arc::clone(metrics)).await;
-    server.map(Some).map_err(cannot(format!("serve metrics at {address}")))
-}
-
 impl Agent {
-    /// Loads the programs, takes over what an earlier watcher left, and opens the source of events. Events
-    /// come first: whatever happens after the first observation is reported.
-    fn start(
-        config: Config,
-        source: &Source,
-        metrics: Arc<Metrics>,
-    ) -> Result<(Self, Box<dyn EventSource>), AgentError> {
-        let journal = Journal::open(&config.run_dir).map_err(cannot("read the journal of an earlier run"))?;
-        let visitors = Arc::new(Visitors::new().map_err(cannot("start the threads that enter netns"))?);
-        let failed = |what| move |source| AgentError::Kernel { what, source };
-        let mut kernel = Kernel::open(&config.pins).map_err(failed("load the programs and maps"))?;
-        let settings =
-            KernelSettings::open(&mut kernel, &config.dns_resolvers).map_err(failed("write the settings"))?;
-        let mut applier = Applier::adopt(kernel, settings, journal, Arc::clone(&visitors))
-            .map_err(|(what, source)| AgentError::Kernel { what, source })?;
-        let kernel = &mut applier.kernel;
-        kernel.attach_pods(&config.attach).map_err(failed("attach the pods' programs"))?;
-        let events = events::open(config.events, kernel, &config.attach, &config.cgroup_root)
-            .map_err(|reason| AgentError::Events { reason })?;
-        info!(node = config.node, attached = %config.attach.display(), "watching");
-        let agent = Self {
-            queue: Queue::default(),
-            pods: PodTable::new(applier.maps.last_exclusion_id()),
-            observer: Observer::new(config.attach.clone(), visitors),
-            adoption: Adoption::new(applier.maps.ready_netns(), applier.maps.tunnel_cgroups()),
-            reporter: Reporter::new(source, events.kind(), metrics),
-            trace: None,
-            applier,
-            config,
-        };
-        Ok((agent, events))
-    }
-
     /// The source sent an update.
     fn on_update(&mut self, update: Update) {
         let first = !self.pods.is_synced() && matches!(update, Update::All(_));
@@ -293,7 +249,7 @@ impl Agent {
         match event {
             ZdsEvent::Hello { conn, pid, admission } => {
                 let pod_at = |dir: &Path| self.pods.owner(dir).map(|entry| entry.view.pod.name.clone());
-                if self.applier.admit_tunnel(conn, pid, admission, &layout(&self.config), pod_at) {
+                if self.applier.admit_tunnel(conn, pid, admission, &self.layout, pod_at) {
                     self.queue.reconcile_all();
                 }
             }
@@ -350,9 +306,7 @@ impl Agent {
         }
         self.observer.close_netns();
         self.applier.do_due(now);
-        if self.trace.as_ref().is_some_and(TraceSession::is_over) {
-            self.stop_trace();
-        }
+        self.tracer.stop_if_over(&mut self.applier);
         if self.is_ready() {
             self.applier.tunnels.send_snapshots();
         }
@@ -382,24 +336,13 @@ impl Agent {
         if uids.is_empty() {
             return;
         }
-        let mut freed = self.pods.release_gone(&uids);
-        self.observer.forget_gone(&uids, &self.pods);
-        let (mut observed, mut scanned) = (self.observer.observe(&mut self.pods, &uids), scan);
-        loop {
-            let enrolled = |uid: &str| self.applier.enrolled_netns(uid);
-            let evaluation = self.pods.evaluate(observed, &self.config.attach, enrolled, now);
-            for (uid, before, found) in evaluation.changed.iter().filter(|_| scanned) {
-                self.reporter.correction(uid, before, found);
-            }
-            self.queue.reconcile(evaluation.uids);
-            freed |= evaluation.freed;
-            if !std::mem::take(&mut freed) {
-                break;
-            }
-            // What one pod released another may be waiting for.
-            (observed, scanned) = (self.pods.blocked(), false);
+        let enrolled = |uid: &str| self.applier.enrolled_netns(uid);
+        let evaluated = self.observer.evaluate(&mut self.pods, &uids, enrolled, now);
+        for (uid, before, found) in evaluated.changed.iter().filter(|_| scan) {
+            self.reporter.correction(uid, before, found);
         }
         self.queue.reconcile(uids);
+        self.queue.reconcile(evaluated.uids);
     }
 
     /// Plans pods, and applies the difference.
@@ -456,73 +399,26 @@ impl Agent {
 
     /// Answers a request; gives back the client of a detach, which is answered when that is done.
     fn answer(&mut self, IncomingRequest { request, answers }: IncomingRequest) -> Option<Answers> {
+        let Self { config, pods, applier, reporter, .. } = self;
+        let ready = pods.is_synced() && self.queue.is_idle();
         match request {
-            Request::Status => drop(answers.give(&Answer::Ok(self.status()))),
+            Request::Status => {
+                let commands = Commands { config, pods, applier, reporter, ready };
+                answers.give(&Answer::Ok(commands.status()));
+            }
             Request::Explain { pod, destination } => {
-                let resolvers = &self.config.dns_resolvers;
-                let explain =
-                    |view| explanation(view, self.pods.views(), destination, &self.applier, resolvers);
-                answers.give(&match answers::find(self.pods.views(), &pod).map(explain) {
-                    Ok(explanation) => Answer::Ok(explanation),
-                    Err(problem) => Answer::Error(problem),
-                });
+                let commands = Commands { config, pods, applier, reporter, ready };
+                answers.give(&Answer::from(commands.explain(&pod, destination)));
             }
             Request::Trace { pod, port, address } => {
-                if let Err(problem) = self.start_trace(&answers, pod.as_deref()) {
+                let filter = TraceRequest { pod: pod.as_deref(), port, address };
+                if let Err(problem) = self.tracer.start(&answers, filter, pods.views(), applier) {
                     answers.give(&Answer::<TraceLine>::Error(problem));
-                } else {
-                    self.applier.settings.start_trace(&mut self.applier.kernel, port, address);
                 }
             }
             Request::Detach => return Some(answers),
         }
         None
-    }
-
-    fn status(&self) -> Status {
-        let pod = |entry| {
-            let state = planning::state_of(entry, &self.applier, &self.config);
-            pod_status(&entry.view, state, self.config.fail_mode)
-        };
-        let rejected = self.pods.rejected().iter();
-        Status {
-            node: self.config.node.clone(),
-            pid: std::process::id(),
-            attached: self.config.attach.clone(),
-            fail_mode: self.config.fail_mode,
-            source: self.reporter.source_status(self.pods.is_synced()),
-            events: self.reporter.events_status(),
-            ready: self.is_ready(),
-            tunnels: answers::tunnels(&self.applier),
-            turned_away: self.applier.tunnels.rejected().cloned(),
-            pods: (self.pods.in_order().into_iter().map(pod))
-                .chain(rejected.map(|rejected| rejected_status(&rejected.entry, &rejected.reason)))
-                .collect(),
-            lingering: answers::draining(&self.applier),
-            problems: self.applier.problems().to_vec(),
-        }
-    }
-
-    fn start_trace(&mut self, answers: &Answers, pod: Option<&str>) -> Result<(), String> {
-        if self.trace.as_ref().is_some_and(|trace| !trace.is_over()) {
-            return Err("another trace is running; only one at a time".to_owned());
-        }
-        let pod = pod.map(|pod| answers::find(self.pods.views(), pod)).transpose()?;
-        self.trace = Some(TraceSession::start(&self.applier.kernel, answers.clone(), pod)?);
-        Ok(())
-    }
-
-    fn forward_trace(&mut self) {
-        if let Some(trace) = &mut self.trace {
-            trace.forward(self.pods.views());
-        }
-    }
-
-    fn stop_trace(&mut self) {
-        if self.trace.take().is_some() {
-            self.applier.settings.stop_trace(&mut self.applier.kernel);
-            info!("trace off");
-        }
     }
 
     /// Undoes everything, at once.
@@ -539,15 +435,5 @@ impl Agent {
             }
         }
         Ok(self.applier.remove_everything(&self.config.pins)?)
-    }
-}
-
-/// Where no tunnel may run.
-fn layout(config: &Config) -> CgroupLayout {
-    let pid = i32::try_from(std::process::id()).unwrap_or(0);
-    CgroupLayout {
-        root: config.cgroup_root.clone(),
-        pods: config.attach.clone(),
-        own: cgroups::of_process(&config.cgroup_root, pid).ok(),
     }
 }

@@ -65,6 +65,15 @@ pub enum Answer<T> {
     Error(String),
 }
 
+impl<T> From<Result<T, String>> for Answer<T> {
+    fn from(result: Result<T, String>) -> Self {
+        match result {
+            Ok(answer) => Self::Ok(answer),
+            Err(problem) => Self::Error(problem),
+        }
+    }
+}
+
 /// A request and where its answers go.
 #[derive(Debug)]
 pub struct IncomingRequest {

@@ -112,7 +112,7 @@ fn left_with_a_connection(bed: &mut Bed) -> (usize, String, FakeTunnel, (TcpStre
     bed.write_pods(&[false], "");
     assert_eq!(tunnel.take(), Told::Del("uid-a".to_owned()));
     wait_for("the watcher to see the connection", || {
-        let waits_for = bed.status()["lingering"][0]["waits_for"].clone();
+        let waits_for = bed.status()["draining"][0]["waits_for"].clone();
         (waits_for == "1 open connections of the tunnel").then_some(())
     });
     (pod, before, tunnel, ends)
@@ -143,7 +143,7 @@ fn nothing_waits_for_the_connections_of_a_deleted_pod() {
     let (pod, before, _tunnel, _open) = left_with_a_connection(&mut bed);
     bed.pods[pod].end();
     wait_for("nothing to be waited for", || {
-        (bed.status()["lingering"] == serde_json::json!([])).then_some(())
+        (bed.status()["draining"] == serde_json::json!([])).then_some(())
     });
     assert_eq!(bed.pods[pod].traces(), before);
 }
@@ -191,7 +191,7 @@ fn a_pod_is_open_as_long_as_one_tunnel_serves_it() {
 
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
-fn a_tunnel_in_somebody_elses_cgroup_is_turned_away() {
+fn a_tunnel_in_somebody_elses_cgroup_is_rejected() {
     let mut bed = Bed::new();
     bed.pod("a");
     bed.write_pods(&[true], "");
@@ -204,7 +204,7 @@ fn a_tunnel_in_somebody_elses_cgroup_is_turned_away() {
     for (why, cgroup) in places {
         let tunnel = FakeTunnel::connect(&bed.zds(), Some(&cgroup));
         assert_eq!(tunnel.hear(), Told::Closed);
-        let reason = bed.status()["turned_away"].clone();
+        let reason = bed.status()["rejected_tunnel"].clone();
         assert_eq!(reason["code"], "tunnel_cgroup_shared");
         assert!(reason["text"].as_str().unwrap().contains(why), "{reason}");
     }

@@ -5,6 +5,7 @@ use std::{
     net::IpAddr,
     path::PathBuf,
     sync::Arc,
+    time::Instant,
 };
 
 use tracing::warn;
@@ -19,7 +20,7 @@ use crate::{
     },
 };
 
-use super::pods::PodTable;
+use super::pods::{Evaluation, PodTable};
 
 /// Observes pods, and remembers where they are.
 #[derive(Debug)]
@@ -47,13 +48,6 @@ impl Observer {
         self.dirs.insert(uid, dir);
     }
 
-    /// Forgets the directories of pods that are not in `pods`, among `uids`.
-    pub fn forget_gone(&mut self, uids: &BTreeSet<String>, pods: &PodTable) {
-        for uid in uids.iter().filter(|uid| pods.get(uid).is_none()) {
-            self.dirs.remove(uid);
-        }
-    }
-
     /// Reads anew where all pods are.
     pub fn find_dirs(&mut self) {
         self.dirs = cgroups::pods(&self.base);
@@ -69,8 +63,33 @@ impl Observer {
         self.opened.clear();
     }
 
+    /// Observes the pods `uids` and evaluates them, and then pods that waited for something that one of
+    /// these released. `enrolled` gives the cookie of the netns that a pod is enrolled with.
+    pub fn evaluate(
+        &mut self,
+        pods: &mut PodTable,
+        uids: &BTreeSet<String>,
+        enrolled: impl Fn(&str) -> Option<u64>,
+        now: Instant,
+    ) -> Evaluation {
+        let mut freed = pods.release_gone(uids);
+        for uid in uids.iter().filter(|uid| pods.get(uid).is_none()) {
+            self.dirs.remove(uid);
+        }
+        let observed = self.observe(pods, uids);
+        let mut evaluation = pods.evaluate(observed, &self.base, &enrolled, now);
+        freed |= evaluation.freed;
+        while freed {
+            let blocked = pods.blocked();
+            let more = pods.evaluate(blocked, &self.base, &enrolled, now);
+            evaluation.uids.extend(more.uids);
+            freed = more.freed;
+        }
+        evaluation
+    }
+
     /// What there is of the pods `uids`, in the source's order.
-    pub fn observe(&mut self, pods: &mut PodTable, uids: &BTreeSet<String>) -> Vec<(String, Observed)> {
+    fn observe(&mut self, pods: &mut PodTable, uids: &BTreeSet<String>) -> Vec<(String, Observed)> {
         let is_lost = |uid: &String| {
             let by_uid = pods.get(uid).is_some_and(|entry| entry.view.pod.cgroup.is_none());
             by_uid && self.dirs.get(uid).is_none_or(|dir| !dir.exists())

@@ -162,7 +162,7 @@ impl Reporter {
     pub fn events_status(&self) -> EventsStatus {
         EventsStatus {
             source: Some(self.events),
-            told: self.received,
+            received: self.received,
             lost: self.lost,
             corrections: self.corrections,
         }

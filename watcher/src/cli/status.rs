@@ -91,9 +91,9 @@ fn print_node(out: &mut dyn Write, status: &Status) -> io::Result<()> {
     let events = &status.events;
     writeln!(
         out,
-        "events from {}: {} told, {} lost, {} corrections; {}",
+        "events from {}: {} received, {} lost, {} corrections; {}",
         events.source.map_or("nowhere yet", SourceKind::as_str),
-        events.told,
+        events.received,
         events.lost,
         events.corrections,
         if status.ready { "ready" } else { "not ready" }
@@ -104,14 +104,14 @@ fn print_node(out: &mut dyn Write, status: &Status) -> io::Result<()> {
     if status.tunnels.is_empty() {
         writeln!(out, "no tunnel is connected")?;
     }
-    if let Some(reason) = &status.turned_away {
-        writeln!(out, "a tunnel was turned away ({}): {}", reason.code, reason.text)?;
+    if let Some(reason) = &status.rejected_tunnel {
+        writeln!(out, "a tunnel was rejected ({}): {}", reason.code, reason.text)?;
     }
-    for lingering in &status.lingering {
+    for draining in &status.draining {
         writeln!(
             out,
             "netns {} of pod {} waits for {}",
-            lingering.netns.inode, lingering.uid, lingering.waits_for
+            draining.netns.inode, draining.uid, draining.waits_for
         )?;
     }
     for problem in &status.problems {

@@ -16,7 +16,7 @@ use crate::{
 
 use super::{
     explain::{self, Explanation},
-    status::{LingeringStatus, NetnsStatus, PodStatus, TunnelStatus},
+    status::{DrainingStatus, NetnsStatus, PodStatus, TunnelStatus},
 };
 
 /// The one pod among `pods` with this uid, name or namespace/name.
@@ -86,9 +86,9 @@ pub fn tunnels(applier: &Applier) -> Vec<TunnelStatus> {
 }
 
 /// The netns of pods that left.
-pub fn draining(applier: &Applier) -> Vec<LingeringStatus> {
+pub fn draining(applier: &Applier) -> Vec<DrainingStatus> {
     let all = applier.draining.iter();
-    all.map(|(cookie, draining)| LingeringStatus {
+    all.map(|(cookie, draining)| DrainingStatus {
         netns: NetnsStatus { inode: draining.netns.id.inode, cookie },
         uid: draining.netns.uid.clone(),
         waits_for: draining.waits_for(),

@@ -1,4 +1,4 @@
-//! What a running watcher tells of itself. Both ends of the control socket use these types.
+//! What a running watcher reports about itself. Both ends of the control socket use these types.
 
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
@@ -9,70 +9,94 @@ use crate::{
     observe::events::SourceKind,
 };
 
-/// The whole of it.
+/// Everything that `watcher status` shows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
+    /// The node's name.
     pub node: String,
+    /// The watcher's process.
     pub pid: u32,
-    /// Where the pods' programs are attached.
+    /// The cgroup that the pods' programs are attached to.
     pub attached: PathBuf,
+    /// The fail mode of pods that do not choose one.
     pub fail_mode: FailMode,
+    /// Where pods come from.
     pub source: SourceStatus,
+    /// Where events come from.
     pub events: EventsStatus,
-    /// Whether every pod that was there at the start has been looked at.
+    /// Whether every pod that was there at the start has been observed.
     pub ready: bool,
+    /// Connected tunnels.
     pub tunnels: Vec<TunnelStatus>,
-    /// Why the last tunnel that was turned away was.
-    pub turned_away: Option<Reason>,
+    /// Why the last tunnel that was rejected was; `None` once one was admitted.
+    pub rejected_tunnel: Option<Reason>,
+    /// Every pod of the node.
     pub pods: Vec<PodStatus>,
     /// Netns of pods that left, kept prepared for the connections that they still have.
-    pub lingering: Vec<LingeringStatus>,
+    pub draining: Vec<DrainingStatus>,
     /// What the watcher could not do for the node as a whole, and tries again.
     pub problems: Vec<String>,
 }
 
+/// The source of pods.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceStatus {
     /// What it is, such as `pods file /etc/pods.yaml`.
     pub name: String,
-    /// Whether it has told of all pods at least once.
+    /// Whether it has sent all pods at least once.
     pub synced: bool,
-    /// Why it cannot be used at present; what it told last holds.
+    /// Why it cannot be used at present; the pods that it sent last stay in force.
     pub error: Option<String>,
     /// Since when it has been so, in seconds since 1970.
     pub since_unix_secs: u64,
 }
 
+/// The source of events.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EventsStatus {
-    /// Where events come from; `None`: not decided yet.
+    /// Which one is used.
     pub source: Option<SourceKind>,
-    pub told: u64,
+    /// How many events were received.
+    pub received: u64,
+    /// How many were lost.
     pub lost: u64,
-    /// What a scan found to be otherwise than events had told, and put right.
+    /// What scans found otherwise than events had said, and corrected.
     pub corrections: u64,
 }
 
+/// A connected tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TunnelStatus {
+    /// Its process.
     pub pid: i32,
+    /// Its cgroup directory.
     pub cgroup: PathBuf,
+    /// The id of that.
     pub cgroup_id: u64,
     /// How many pods it serves.
     pub pods: usize,
 }
 
+/// A pod, or an entry of the source that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodStatus {
+    /// Its uid.
     pub uid: Option<String>,
+    /// Its name.
     pub name: Option<String>,
+    /// Its Kubernetes namespace.
     pub namespace: Option<String>,
+    /// Its service account.
     pub service_account: Option<String>,
+    /// What happens to its traffic.
     pub state: State,
     /// Why it is not open.
     pub reason: Option<Reason>,
+    /// What happens to its traffic while no tunnel serves it.
     pub fail_mode: Option<FailMode>,
+    /// Its addresses; empty unless it can be enrolled.
     pub addresses: Vec<IpAddr>,
+    /// Its netns; `None` unless it can be enrolled.
     pub netns: Option<NetnsStatus>,
     /// The pod's cgroup and every container's below it, with their ids.
     pub cgroups: BTreeMap<PathBuf, u64>,
@@ -80,17 +104,22 @@ pub struct PodStatus {
     pub notes: Vec<String>,
 }
 
+/// A netns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetnsStatus {
+    /// Its inode number, as `ls -L /proc/PID/ns/net` shows it.
     pub inode: u64,
+    /// Its cookie, which is not reused before a reboot.
     pub cookie: u64,
 }
 
+/// A netns that its pod left, and that is still prepared.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LingeringStatus {
+pub struct DrainingStatus {
+    /// Which one.
     pub netns: NetnsStatus,
     /// The uid of the pod that left.
     pub uid: String,
-    /// What is waited for.
+    /// What has to happen before it is restored.
     pub waits_for: String,
 }

@@ -16,12 +16,13 @@ use tokio::io::unix::AsyncFd;
 use tracing::{info, warn};
 
 use crate::{
+    apply::Applier,
     model::error_chain::chain,
     plan::{PodView, address16},
     sys::pollable,
 };
 
-use super::{Answer, Answers};
+use super::{Answer, Answers, answers};
 
 /// One verdict of the kernel programs, with names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,9 +43,79 @@ pub struct TraceLine {
     pub remote_pod: Option<String>,
 }
 
-/// A running `watcher trace`. The programs report to one only.
+/// Which verdicts a client wants.
+#[derive(Clone, Copy, Debug)]
+pub struct TraceRequest<'a> {
+    /// Only verdicts about this pod: uid, name or namespace/name.
+    pub pod: Option<&'a str>,
+    /// Only verdicts about this port, at either end.
+    pub port: Option<u16>,
+    /// Only verdicts about this address, at either end.
+    pub address: Option<IpAddr>,
+}
+
+/// Runs at most one trace, since the programs have one filter.
+#[derive(Debug, Default)]
+pub struct Tracer(Option<TraceSession>);
+
+impl Tracer {
+    /// Has the programs report their verdicts, and sends them to the client behind `answers`.
+    ///
+    /// # Errors
+    /// Another trace is running, there is no such pod, or the records cannot be opened: a sentence for the
+    /// user.
+    pub fn start<'a>(
+        &mut self,
+        answers: &Answers,
+        request: TraceRequest<'_>,
+        pods: impl Iterator<Item = &'a PodView>,
+        applier: &mut Applier,
+    ) -> Result<(), String> {
+        if self.0.as_ref().is_some_and(|session| !session.is_over()) {
+            return Err("another trace is running; only one at a time".to_owned());
+        }
+        let TraceRequest { pod, port, address } = request;
+        let view = pod.map(|pod| answers::find(pods, pod)).transpose()?;
+        self.0 = Some(TraceSession::start(&applier.kernel, answers.clone(), view)?);
+        applier.settings.start_trace(&mut applier.kernel, port, address);
+        info!(pod, port, ?address, "trace on");
+        Ok(())
+    }
+
+    /// Resolves when there may be records, or the client disconnected; never without a trace.
+    pub async fn ready(&mut self) {
+        match &mut self.0 {
+            Some(session) => session.ready().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Sends the records that there are to the client.
+    pub fn forward<'a>(&mut self, pods: impl Iterator<Item = &'a PodView>) {
+        if let Some(session) = &mut self.0 {
+            session.forward(pods);
+        }
+    }
+
+    /// Has the programs report nothing once the client disconnected.
+    pub fn stop_if_over(&mut self, applier: &mut Applier) {
+        if self.0.as_ref().is_some_and(TraceSession::is_over) {
+            self.stop(applier);
+        }
+    }
+
+    /// Has the programs report nothing.
+    pub fn stop(&mut self, applier: &mut Applier) {
+        if self.0.take().is_some() {
+            applier.settings.stop_trace(&mut applier.kernel);
+            info!("trace off");
+        }
+    }
+}
+
+/// A running `watcher trace`.
 #[derive(Debug)]
-pub struct TraceSession {
+struct TraceSession {
     trace: Trace,
     readable: AsyncFd<OwnedFd>,
     answers: Answers,
@@ -76,11 +147,8 @@ impl TraceFilter {
 }
 
 impl TraceSession {
-    /// Opens the records of the programs, for `pod` or for all. Records of an earlier session are dropped.
-    ///
-    /// # Errors
-    /// The records cannot be opened: why.
-    pub fn start(kernel: &Kernel, answers: Answers, pod: Option<&PodView>) -> Result<Self, String> {
+    /// Opens the records of the programs, for `pod` or for all. Records of an earlier trace are dropped.
+    fn start(kernel: &Kernel, answers: Answers, pod: Option<&PodView>) -> Result<Self, String> {
         let mut trace = kernel.trace().map_err(|error| chain(&error))?;
         let readable = trace
             .as_fd()
@@ -88,30 +156,26 @@ impl TraceSession {
             .and_then(pollable)
             .map_err(|error| format!("cannot wait for records: {error}"))?;
         while trace.next().is_some() {}
-        info!(pod = pod.map(PodView::full_name), "trace on");
         Ok(Self { trace, readable, answers, filter: pod.map(TraceFilter::of_pod).unwrap_or_default() })
     }
 
-    /// Resolves when there may be records, or the client disconnected; never without a session.
-    pub async fn ready(session: &mut Option<Self>) {
-        let Some(session) = session else { return std::future::pending().await };
+    async fn ready(&mut self) {
         tokio::select! {
-            readable = session.readable.readable() => {
+            readable = self.readable.readable() => {
                 if let Ok(mut guard) = readable {
                     guard.clear_ready();
                 }
             }
-            () = session.answers.closed() => {}
+            () = self.answers.closed() => {}
         }
     }
 
     /// Whether the client disconnected.
-    pub fn is_over(&self) -> bool {
+    fn is_over(&self) -> bool {
         self.answers.is_closed()
     }
 
-    /// Sends the records that there are to the client.
-    pub fn forward<'a>(&mut self, pods: impl Iterator<Item = &'a PodView>) {
+    fn forward<'a>(&mut self, pods: impl Iterator<Item = &'a PodView>) {
         let names = PodNames::of(pods);
         while let Some(record) = self.trace.next() {
             if !self.filter.lets_pass(&record) || self.answers.give(&Answer::Ok(names.line(&record))) {

@@ -47,7 +47,7 @@ fn pods_that_came_and_went_leave_nothing() {
         wait_for("everything to be put back", || {
             let status = bed.status();
             let gone = |key: &str| status[key].as_array().is_some_and(Vec::is_empty);
-            (gone("pods") && gone("lingering") && bed.pins().len() <= pins.len() + 6).then_some(())
+            (gone("pods") && gone("draining") && bed.pins().len() <= pins.len() + 6).then_some(())
         });
         // After the first batch, which fills caches.
         before.get_or_insert_with(|| holds(&bed));
@@ -97,7 +97,7 @@ fn killed_at_any_moment_the_watcher_comes_back_to_the_right_state() {
         let others = networks[1..]
             .iter()
             .any(|network| run(&format!("ip -n {} rule", network.name)).contains("0x539"));
-        (status["lingering"].as_array().is_some_and(Vec::is_empty) && !others).then_some(())
+        (status["draining"].as_array().is_some_and(Vec::is_empty) && !others).then_some(())
     });
     let links = bed.pins().into_iter().filter(|pin| pin.to_string_lossy().contains("links/netns-")).count();
     assert_eq!(links, 1);

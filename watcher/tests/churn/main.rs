@@ -271,7 +271,7 @@ fn sixty_labels_at_once_take_milliseconds() {
             assert!(matches!(tunnel.take(), Told::Del(_)));
         }
         wait_for("the netns to be put back", || {
-            bed.status()["lingering"].as_array().is_some_and(Vec::is_empty).then_some(())
+            bed.status()["draining"].as_array().is_some_and(Vec::is_empty).then_some(())
         });
     }
 }

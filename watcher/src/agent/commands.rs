@@ -1,0 +1,67 @@
+//! Answers to commands that only read.
+
+use std::net::SocketAddr;
+
+use crate::{
+    apply::Applier,
+    control::{
+        answers::{self, explanation, pod_status, rejected_status},
+        explain::Explanation,
+        status::Status,
+    },
+};
+
+use super::{config::Config, planning, pods::PodTable, reporter::Reporter};
+
+/// The owners that answers are read from.
+#[derive(Clone, Copy, Debug)]
+pub struct Commands<'a> {
+    /// What the watcher is configured to do.
+    pub config: &'a Config,
+    /// The pods.
+    pub pods: &'a PodTable,
+    /// What is applied.
+    pub applier: &'a Applier,
+    /// The state of source and events.
+    pub reporter: &'a Reporter,
+    /// Whether every pod has been observed.
+    pub ready: bool,
+}
+
+impl Commands<'_> {
+    /// For `watcher status`.
+    pub fn status(&self) -> Status {
+        let Self { config, pods, applier, reporter, ready } = *self;
+        let pod = |entry| {
+            let state = planning::state_of(entry, applier, config);
+            pod_status(&entry.view, state, config.fail_mode)
+        };
+        let rejected = pods.rejected().iter();
+        Status {
+            node: config.node.clone(),
+            pid: std::process::id(),
+            attached: config.attach.clone(),
+            fail_mode: config.fail_mode,
+            source: reporter.source_status(pods.is_synced()),
+            events: reporter.events_status(),
+            ready,
+            tunnels: answers::tunnels(applier),
+            rejected_tunnel: applier.tunnels.rejected().cloned(),
+            pods: (pods.in_order().into_iter().map(pod))
+                .chain(rejected.map(|rejected| rejected_status(&rejected.entry, &rejected.reason)))
+                .collect(),
+            draining: answers::draining(applier),
+            problems: applier.problems().to_vec(),
+        }
+    }
+
+    /// For `watcher explain`; `pod` is a uid, name or namespace/name.
+    ///
+    /// # Errors
+    /// No pod is called so, or several are: a sentence for the user.
+    pub fn explain(&self, pod: &str, destination: SocketAddr) -> Result<Explanation, String> {
+        let view = answers::find(self.pods.views(), pod)?;
+        let resolvers = &self.config.dns_resolvers;
+        Ok(explanation(view, self.pods.views(), destination, self.applier, resolvers))
+    }
+}

@@ -1,0 +1,83 @@
+//! Loads the programs, and takes over what an earlier watcher left.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use adit_ebpf_loader::Kernel;
+use tracing::info;
+
+use crate::{
+    apply::{Applier, journal::Journal, settings::KernelSettings, tunnel_cgroups::CgroupLayout},
+    control::trace::Tracer,
+    metrics::{self, Metrics},
+    observe::{
+        cgroups,
+        events::{self, EventSource},
+        netns::Visitors,
+    },
+    source::Source,
+};
+
+use super::{
+    Agent, adoption::Adoption, config::Config, error::AgentError, error::cannot, observer::Observer,
+    pods::PodTable, queue::Queue, reporter::Reporter,
+};
+
+/// The agent and its source of events. Events are opened before the first observation, so that whatever
+/// happens after it is reported.
+///
+/// # Errors
+/// The journal cannot be read, the kernel refused, or no source of events works.
+pub fn start(
+    config: Config,
+    source: &Source,
+    metrics: Arc<Metrics>,
+) -> Result<(Agent, Box<dyn EventSource>), AgentError> {
+    let journal = Journal::open(&config.run_dir).map_err(cannot("read the journal of an earlier run"))?;
+    let visitors = Arc::new(Visitors::new().map_err(cannot("start the threads that enter netns"))?);
+    let failed = |what| move |source| AgentError::Kernel { what, source };
+    let mut kernel = Kernel::open(&config.pins).map_err(failed("load the programs and maps"))?;
+    let settings =
+        KernelSettings::open(&mut kernel, &config.dns_resolvers).map_err(failed("write the settings"))?;
+    let mut applier = Applier::adopt(kernel, settings, journal, Arc::clone(&visitors))
+        .map_err(|(what, source)| AgentError::Kernel { what, source })?;
+    let kernel = &mut applier.kernel;
+    kernel.attach_pods(&config.attach).map_err(failed("attach the pods' programs"))?;
+    let events = events::open(config.events, kernel, &config.attach, &config.cgroup_root)
+        .map_err(|reason| AgentError::Events { reason })?;
+    info!(node = config.node, attached = %config.attach.display(), "watching");
+    let agent = Agent {
+        queue: Queue::default(),
+        pods: PodTable::new(applier.maps.last_exclusion_id()),
+        observer: Observer::new(config.attach.clone(), visitors),
+        adoption: Adoption::new(applier.maps.ready_netns(), applier.maps.tunnel_cgroups()),
+        reporter: Reporter::new(source, events.kind(), metrics),
+        tracer: Tracer::default(),
+        layout: layout(&config),
+        applier,
+        config,
+    };
+    Ok((agent, events))
+}
+
+/// Where no tunnel may run.
+fn layout(config: &Config) -> CgroupLayout {
+    let pid = i32::try_from(std::process::id()).unwrap_or(0);
+    CgroupLayout {
+        root: config.cgroup_root.clone(),
+        pods: config.attach.clone(),
+        own: cgroups::of_process(&config.cgroup_root, pid).ok(),
+    }
+}
+
+/// Serves `metrics` at `address`, if there is one, until the result is dropped.
+///
+/// # Errors
+/// The address cannot be bound.
+pub async fn serve_metrics(
+    address: Option<SocketAddr>,
+    metrics: &Arc<Metrics>,
+) -> Result<Option<metrics::Server>, AgentError> {
+    let Some(address) = address else { return Ok(None) };
+    let server = metrics::Server::bind(address, Arc::clone(metrics)).await;
+    server.map(Some).map_err(cannot(format!("serve metrics at {address}")))
+}
