@@ -66,8 +66,8 @@ pub(crate) use self::error::cannot;
 pub use self::{config::Config, error::AgentError};
 
 use self::{
-    adoption::Adoption, commands::Commands, observer::Observer, planning::Planned, pods::PodTable, queue::Queue, queue::Work,
-    reporter::Reporter,
+    adoption::Adoption, commands::Commands, observer::Observer, planning::Planned, pods::PodTable,
+    queue::Queue, queue::Work, reporter::Reporter,
 };
 
 /// How many events are received before they are acted on.
