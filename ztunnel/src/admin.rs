@@ -161,7 +161,7 @@ async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> 
 }
 
 async fn index(State(admin): State<Arc<Admin>>) -> Result<Html<String>, Response> {
-    aside(move || Html(page::page(&Overview::new(&admin)))).await
+    aside(move || Html(page::page(&Overview::new(&admin)).into_string())).await
 }
 
 async fn status(State(admin): State<Arc<Admin>>) -> Result<Json<Overview>, Response> {

@@ -1,11 +1,10 @@
-//! What the tunnel is told at start: by a file, and by the environment variables that Istio's DaemonSet sets, which
-//! override it.
+//! The configuration: a file, overridden by the environment variables that Istio's DaemonSet sets.
 //!
-//! Read once, checked as a whole, passed down by section. A variable that Istio's tunnel honours and this one
-//! does not is refused where ignoring it would weaken security, and ignored where it would not.
+//! It is read once at start, validated as a whole, and passed down by section. A variable that Istio's tunnel supports
+//! and this one does not is refused if ignoring it would weaken security, else ignored.
 //!
-//! * [`resolve`]: what the keys come to together
-//! * [`settings`]: what was set and where; unknown keys and bad values are refused
+//! * [`resolve`]: raw settings → [`Config`], with the checks across keys
+//! * [`settings`]: the values that were set, and where; refuses unknown keys and invalid values
 //! * [`keys`]: the table of all keys
 //! * [`value`]: text → one typed value
 
@@ -23,12 +22,14 @@ use serde::Serialize;
 pub use settings::{ConfigError, Effective, Origin};
 use value::seconds;
 
-/// Everything that is decided before the first connection.
+/// All settings, resolved and validated.
 #[derive(Clone, Debug, Serialize)]
 pub struct Config {
-    /// Where the node agent hands us pods (`INPOD_UDS`).
+    /// Socket of the node agent, which hands over pods (`INPOD_UDS`).
     pub zds_socket: PathBuf,
+    /// Which workloads this process serves.
     pub mode: ProxyMode,
+    /// Ports in each pod's netns.
     pub ports: PortsConfig,
     /// `SO_MARK` of the tunnel's own sockets (`PACKET_MARK`): 1337 in shared mode, none in dedicated mode.
     pub packet_mark: Option<u32>,
@@ -36,72 +37,104 @@ pub struct Config {
     pub port_reuse: bool,
     /// Whether listeners bind `[::]` (`IPV6_ENABLED`, and the kernel has it).
     pub ipv6: bool,
-    /// Whether the last hop keeps the client's address (`ENABLE_ORIG_SRC`). `None`: if the capability is there.
+    /// Whether applications see the client's address (`ENABLE_ORIG_SRC`). `None`: if the process has the capability.
     pub original_source: Option<bool>,
+    /// Network of this node; empty if there is one network only.
     pub network: Arc<str>,
+    /// Name of this node.
     pub node: Arc<str>,
+    /// Cluster of this node.
     pub cluster_id: Arc<str>,
+    /// DNS suffix of service names.
     pub cluster_domain: Arc<str>,
+    /// Trust domain of this node's workloads.
     pub trust_domain: Arc<str>,
+    /// The pod of this process. `None`: its metrics are not served over HBONE.
     pub own_pod: Option<OwnPod>,
+    /// The mesh from a document.
     pub local_state: Option<LocalState>,
-    /// In place of that.
+    /// The mesh from a control plane. Never together with `local_state`.
     pub xds: Option<XdsConfig>,
+    /// Source of certificates.
     pub ca: CaConfig,
+    /// TLS between tunnels.
     pub tls: TlsConfig,
-    /// Revocation lists (`CRL_PATH`).
+    /// File with revocation lists (`CRL_PATH`).
     pub crl: Option<PathBuf>,
-    /// Life time to ask certificates for.
+    /// Requested lifetime of certificates.
     #[serde(serialize_with = "seconds")]
     pub secret_ttl: Duration,
+    /// Threads that carry traffic.
     pub workers: NonZeroUsize,
+    /// HBONE connections kept for reuse.
     pub pool: PoolConfig,
+    /// HTTP/2 flow control.
     pub h2: H2Config,
+    /// Idle limits of connections.
     pub limits: StreamConfig,
+    /// The DNS proxy.
     pub dns: DnsConfig,
+    /// TCP keepalive; `None`: off.
     pub keepalive: Option<KeepaliveConfig>,
     /// `TCP_USER_TIMEOUT` of every socket (`USER_TIMEOUT_ENABLED`).
     pub user_timeout: Option<Duration>,
-    /// How long open connections may finish by themselves before they are cut.
+    /// How long open connections may continue after the shutdown signal before they are closed.
     #[serde(serialize_with = "seconds")]
     pub drain_deadline: Duration,
+    /// Where the admin server listens. Always loopback.
     pub admin_address: SocketAddr,
+    /// Where metrics are served.
     pub stats_address: SocketAddr,
+    /// Where readiness is served.
     pub readiness_address: SocketAddr,
-    /// Whether CONNECT replies tell about the server's workload, and the peer's telling is believed.
+    /// Whether CONNECT responses describe the server's workload, and the peer's description is used for labels.
     pub response_baggage: bool,
-    /// Where an application that takes PROXY headers is dialled.
+    /// Where to connect to applications that accept the PROXY protocol.
     pub proxy_to: ProxyTo,
+    /// Format of log records.
     pub log_format: LogFormat,
     /// A `RUST_LOG` filter.
     pub log_filter: String,
-    /// Every key of the file with its value and where that comes from; for `config print` and the start's log.
+    /// Every key with its effective value and its origin, for `config print` and `/config_dump`.
     #[serde(skip)]
     pub effective: Arc<[Effective]>,
 }
 
-/// Whom one process serves.
+/// Which workloads one process serves.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub enum ProxyMode {
     /// Every pod that the node agent hands over.
     Shared,
     /// One workload, in whose netns the process runs (`PROXY_WORKLOAD_INFO=ns/name/sa`).
-    Dedicated { namespace: Arc<str>, name: Arc<str>, service_account: Arc<str> },
+    Dedicated {
+        /// Namespace of the workload.
+        namespace: Arc<str>,
+        /// Name of the workload.
+        name: Arc<str>,
+        /// Service account of the workload.
+        service_account: Arc<str>,
+    },
 }
 
 /// The pod that this process runs in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct OwnPod {
+    /// Its name.
     pub name: Arc<str>,
+    /// Its namespace.
     pub namespace: Arc<str>,
+    /// Its service account.
     pub service_account: Arc<str>,
 }
 
-/// Fixed: peers and captured traffic count on them.
+/// Ports in each pod's netns. Fixed, since peers and redirected traffic rely on them.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct PortsConfig {
+    /// Takes redirected connections of the pod.
     pub outbound: u16,
+    /// Takes plaintext connections to the pod.
     pub inbound: u16,
+    /// Takes HBONE from peers.
     pub hbone: u16,
 }
 
@@ -120,10 +153,10 @@ impl PortsConfig {
     }
 }
 
-/// Workloads, services and policies from a document in place of a control plane.
+/// Workloads, services and policies from a document instead of a control plane.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub enum LocalState {
-    /// Watched: edits apply while running (`LOCAL_XDS_PATH`).
+    /// A file, reloaded when it changes (`LOCAL_XDS_PATH`).
     Path(PathBuf),
     /// The document itself (`LOCAL_XDS`).
     Inline(String),
@@ -132,27 +165,33 @@ pub enum LocalState {
 /// Who signs the workloads' certificates.
 #[derive(Clone, Debug, Serialize)]
 pub enum CaConfig {
+    /// A certificate service, such as Istio's.
     Service {
+        /// How to call it.
         #[serde(flatten)]
         service: ControlPlaneConfig,
-        /// Whether certificates are asked for in the name of others (shared mode).
+        /// Whether requests name the workload that the certificate is for (shared mode).
         impersonate: bool,
     },
-    /// A CA inside this process whose root is kept in `folder`. For demonstrations and tests.
-    Development { folder: PathBuf },
+    /// A CA inside this process. For demonstrations and tests.
+    Development {
+        /// Where its root is kept.
+        folder: PathBuf,
+    },
 }
 
-/// How long a connection may lie still.
+/// How long a connection may be open without traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct StreamConfig {
-    /// With one direction ended.
+    /// While one direction has ended.
     #[serde(serialize_with = "seconds")]
     pub half_closed: Duration,
-    /// At all. `None`: as long as both ends like.
+    /// While both directions are open. `None`: without limit.
     pub idle: Option<Duration>,
 }
 
 impl StreamConfig {
+    /// The limit of a half-closed connection: the shorter of both.
     pub fn half_closed(self) -> Duration {
         self.idle.map_or(self.half_closed, |idle| idle.min(self.half_closed))
     }
@@ -161,56 +200,63 @@ impl StreamConfig {
 /// Discovery from a control plane (xDS).
 #[derive(Clone, Debug, Serialize)]
 pub struct XdsConfig {
+    /// How to call the control plane.
     #[serde(flatten)]
     pub service: ControlPlaneConfig,
     /// `ztunnel~<address>~<pod>.<namespace>~<namespace>.svc.cluster.local`.
     pub node_id: String,
-    /// What the control plane is told of this node.
+    /// Node metadata sent to the control plane.
     #[serde(skip)]
     pub metadata: BTreeMap<String, serde_json::Value>,
-    /// Workloads and services are asked for when a connection needs them, instead of all at once.
+    /// Subscribes to workloads and services when a connection needs them, not to all at start.
     pub on_demand: bool,
 }
 
-/// A control plane, and how it is called.
+/// How to call a control plane.
 #[derive(Clone, Debug, Serialize)]
 pub struct ControlPlaneConfig {
     /// Always `https://`.
     pub address: String,
+    /// CA that its certificate must chain to.
     pub root: RootSource,
+    /// Authenticates this tunnel.
     #[serde(skip)]
     pub token: Token,
+    /// Sent as metadata `clusterid`.
     pub cluster_id: Arc<str>,
-    /// A name that its certificate may bear instead of the address' own.
+    /// Another name that its certificate may have.
     pub alt_name: Option<String>,
     /// `CA_HEADER_*`, `XDS_HEADER_*`: extra gRPC metadata.
     #[serde(skip)]
     pub headers: Headers,
 }
 
-/// What is spoken between tunnels.
+/// TLS between tunnels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct TlsConfig {
-    /// TLS 1.2 beside 1.3 (`TLS12_ENABLED`).
+    /// TLS 1.2 besides 1.3 (`TLS12_ENABLED`).
     pub tls12: bool,
-    /// No key exchange but X25519MLKEM768 (`COMPLIANCE_POLICY=pqc`).
+    /// Only X25519MLKEM768 key exchange (`COMPLIANCE_POLICY=pqc`).
     pub only_post_quantum: bool,
 }
 
-/// Whom to trust as the control plane.
+/// The CA that a control plane's certificate must chain to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub enum RootSource {
+    /// A PEM file, read again when it changes.
     File(PathBuf),
+    /// PEM text.
     Pem(String),
     /// The system's bundle.
     System,
 }
 
-/// How we authenticate to the control plane.
+/// The token that authenticates this tunnel to the control plane.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Token {
-    /// Read again at each call, since the kubelet rotates it.
+    /// A file, read at each call because the kubelet rotates it.
     File(PathBuf),
+    /// The token itself.
     Literal(String),
 }
 
@@ -223,7 +269,7 @@ impl std::fmt::Debug for Token {
     }
 }
 
-/// Names and values of headers. The values may be secret.
+/// Names and values of gRPC metadata. The values may be secret.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Headers(pub BTreeMap<String, String>);
 
@@ -233,19 +279,21 @@ impl std::fmt::Debug for Headers {
     }
 }
 
-/// Where an application that takes PROXY headers is dialled: nobody but the tunnel can reach it on loopback.
+/// Where to connect to an application that accepts the PROXY protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum ProxyTo {
+    /// On loopback, where only the tunnel can reach it.
     Loopback,
+    /// On the pod's address.
     PodAddress,
 }
 
-/// HBONE tunnels kept for reuse.
+/// HBONE connections kept for reuse.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct PoolConfig {
-    /// Streams above it open another tunnel.
+    /// Streams per connection; more open another connection.
     pub max_streams: u32,
-    /// A tunnel unused for so long is closed.
+    /// An unused connection is closed after this time.
     #[serde(serialize_with = "seconds")]
     pub idle: Duration,
 }
@@ -253,42 +301,53 @@ pub struct PoolConfig {
 /// The DNS proxy.
 #[derive(Clone, Debug, Serialize)]
 pub struct DnsConfig {
+    /// Whether it runs.
     pub enabled: bool,
-    /// In each pod's netns.
+    /// Where it listens in each pod's netns.
     pub address: SocketAddr,
+    /// Namespace preferred among services with the same name, after the client's own.
     pub preferred_namespace: Option<Arc<str>>,
-    /// Who is asked for what is not ours. Empty: the resolvers of /etc/resolv.conf.
+    /// Resolvers for names outside the mesh. Empty: those of `/etc/resolv.conf`.
     pub upstream: Vec<SocketAddr>,
 }
 
 /// HTTP/2 flow control, in bytes.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct H2Config {
+    /// Receive window of a stream.
     pub stream_window: u32,
+    /// Receive window of a connection.
     pub connection_window: u32,
+    /// Largest DATA frame.
     pub frame: u32,
 }
 
 impl H2Config {
-    /// More streams than these no peer may have open in one tunnel, as with Istio's.
+    /// Streams that a peer may have open in one connection, as in Istio's tunnel.
     pub const STREAMS: u32 = 200;
-    /// RFC 9113 §6.9.1.
+    /// Largest window, RFC 9113 §6.9.1.
     pub const LARGEST_WINDOW: u32 = (1 << 31) - 1;
 }
 
 /// TCP keepalive of every socket.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct KeepaliveConfig {
+    /// Idle time before the first probe.
     #[serde(serialize_with = "seconds")]
     pub time: Duration,
+    /// Time between probes.
     #[serde(serialize_with = "seconds")]
     pub interval: Duration,
+    /// Unanswered probes after which the connection is closed.
     pub retries: u32,
 }
 
+/// Format of log records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum LogFormat {
+    /// One line of text per record.
     Text,
+    /// One JSON object per record.
     Json,
 }
 

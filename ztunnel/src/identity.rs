@@ -20,7 +20,7 @@ pub use ca_client::credentials_from_response;
 pub use certificates::{CertificateInfo, Certificates};
 pub use credentials::Credentials;
 pub use revocations::{CertificateChain, Revocations, RevocationsError};
-pub use trust::peer_identity;
+pub use trust::{TlsParameters, peer_identity};
 
 use crate::control_plane::ControlPlaneError;
 

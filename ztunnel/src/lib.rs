@@ -23,7 +23,7 @@
 //! * [`control_plane`]: how a control plane is called
 //! * [`socket`]: the few socket options that carry the design
 //! * [`drain`]: how the process ends
-//! * [`reason`], [`readiness`], [`direction`], [`backoff`], [`file_version`]: values that others
+//! * [`reason`], [`readiness`], [`direction`], [`backoff`], [`error_chain`], [`file_version`]: values that others
 //!   share
 //! * [`config`]: what all of them rest on
 
@@ -37,6 +37,7 @@ pub mod direction;
 pub mod discovery;
 pub mod dns;
 pub mod drain;
+pub mod error_chain;
 pub mod file_version;
 pub mod hbone;
 pub mod identity;

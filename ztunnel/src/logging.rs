@@ -1,13 +1,8 @@
-//! The log: its format, and its filter, which can be changed while running.
+//! The log: its format, and its filter, which can change at run time.
 
 use std::{io, sync::Arc};
 
-use prometheus_client::{
-    collector::Collector,
-    encoding::{DescriptorEncoder, EncodeMetric},
-    metrics::{MetricType, counter::ConstCounter},
-};
-use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
+use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
     EnvFilter, Layer, Registry,
     layer::SubscriberExt,
@@ -15,9 +10,9 @@ use tracing_subscriber::{
     util::{SubscriberInitExt, TryInitError},
 };
 
-use crate::config::LogFormat;
+use crate::{config::LogFormat, metrics::log::LostLogLines};
 
-/// To see and change which records are written.
+/// Reads and changes the filter of the log.
 #[derive(Clone, Debug)]
 pub struct Logging {
     filter: Handle<EnvFilter, Registry>,
@@ -25,65 +20,53 @@ pub struct Logging {
 }
 
 /// Lines that may wait to be written: some megabytes.
-const WAITING_LINES: usize = 16 << 10;
+const MAX_QUEUED_LINES: usize = 16 << 10;
 
-/// The thread that writes the log, as long as this lives.
+/// Owns the thread that writes the log: dropping it writes what is queued and ends the thread.
 #[derive(Debug)]
-pub struct Written {
+pub struct LogWriter {
     /// For the metrics.
-    pub lost: Lost,
+    pub lost: LostLogLines,
     _guard: WorkerGuard,
 }
 
-/// A way to `sink` that never waits.
-fn aside(sink: impl io::Write + Send + 'static) -> (NonBlocking, Written) {
-    let (writer, guard) = NonBlockingBuilder::default().buffered_lines_limit(WAITING_LINES).finish(sink);
-    let lost = Lost(writer.error_counter());
-    (writer, Written { lost, _guard: guard })
+/// A writer to `sink` that never blocks.
+fn non_blocking(sink: impl io::Write + Send + 'static) -> (NonBlocking, LogWriter) {
+    let (writer, guard) = NonBlockingBuilder::default().buffered_lines_limit(MAX_QUEUED_LINES).finish(sink);
+    let lost = LostLogLines(writer.error_counter());
+    (writer, LogWriter { lost, _guard: guard })
 }
 
-/// Lines that found no place to wait: `ztunnel_log_lines_lost_total`.
-#[derive(Clone, Debug)]
-pub struct Lost(ErrorCounter);
-
-impl Collector for Lost {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> std::fmt::Result {
-        let counter = ConstCounter::new(u64::try_from(self.0.dropped_lines()).unwrap_or(u64::MAX));
-        let help = "Log lines lost since writing them could not keep up";
-        counter.encode(encoder.encode_descriptor(
-            "ztunnel_log_lines_lost",
-            help,
-            None,
-            MetricType::Counter,
-        )?)
-    }
-}
-
-/// Why a filter was not taken.
+/// Why the log cannot be set up, or a filter cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum LoggingError {
-    #[error("{filter:?} is no filter")]
+    /// A directive that cannot be parsed.
+    #[error("invalid log filter {filter:?}")]
     Filter { filter: String, source: tracing_subscriber::filter::ParseError },
-    #[error("cannot set the log up")]
+    /// The process has a subscriber already.
+    #[error("cannot set up the log")]
     Init(#[from] TryInitError),
+    /// The subscriber is gone.
     #[error("the log has ended")]
     Ended(#[from] reload::Error),
 }
 
 impl Logging {
-    /// Writes the records of this process to standard output, from a thread of its own: whoever logs never waits for
-    /// the disk or the pipe behind it. Past [`WAITING_LINES`] records are lost, and counted. What waits is written when
-    /// the guard is dropped.
-    pub fn init(format: LogFormat, filter: &str) -> Result<(Self, Written), LoggingError> {
+    /// Writes the records of this process to standard output, from a thread of its own, so that logging never blocks on
+    /// the disk or pipe behind it. When more than 16,384 lines are queued, further lines are dropped and counted.
+    ///
+    /// # Errors
+    /// [`LoggingError::Filter`] for a filter that cannot be parsed, [`LoggingError::Init`] when called twice.
+    pub fn init(format: LogFormat, filter: &str) -> Result<(Self, LogWriter), LoggingError> {
         let (layer, logging) = Self::filtered(filter)?;
-        let (writer, written) = aside(io::stdout());
+        let (writer, log_writer) = non_blocking(io::stdout());
         let registry = tracing_subscriber::registry().with(layer);
         let writer = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(writer);
         match format {
             LogFormat::Text => registry.with(writer).try_init()?,
             LogFormat::Json => registry.with(writer.json().flatten_event(true)).try_init()?,
         }
-        Ok((logging, written))
+        Ok((logging, log_writer))
     }
 
     fn filtered(filter: &str) -> Result<(impl Layer<Registry>, Self), LoggingError> {
@@ -91,7 +74,7 @@ impl Logging {
         Ok((layer, Self { filter: handle, initial: filter.into() }))
     }
 
-    /// Filters nothing, but answers like one that does.
+    /// Not connected to a subscriber.
     #[cfg(test)]
     pub(crate) fn for_tests(filter: &str) -> Self {
         let (layer, logging) = Self::filtered(filter).unwrap();
@@ -99,27 +82,40 @@ impl Logging {
         logging
     }
 
-    /// Adds to the filter; what it says of the same part before no longer counts. `debug` alone is for all parts that
-    /// are not named. Nothing changes nothing.
+    /// Adds directives to the filter; they replace earlier ones for the same target. `debug` alone sets the level of all
+    /// targets that have no directive. An empty string changes nothing.
+    ///
+    /// # Errors
+    /// [`LoggingError::Filter`] if a directive cannot be parsed; the filter is then unchanged.
     pub fn add(&self, directives: &str) -> Result<(), LoggingError> {
         if directives.is_empty() {
             return Ok(());
         }
-        // By itself first, so that the error names what was asked for.
+        // Parsed by itself first, so that the error names the new directives.
         parse(directives)?;
         self.set(&format!("{},{directives}", self.current()?))
     }
 
     /// Replaces the filter, such as `info` or `debug,h2=warn`.
+    ///
+    /// # Errors
+    /// [`LoggingError::Filter`] if it cannot be parsed; the filter is then unchanged.
     pub fn set(&self, filter: &str) -> Result<(), LoggingError> {
         Ok(self.filter.reload(parse(filter)?)?)
     }
 
-    /// Back to what the process started with.
+    /// Restores the filter of the start.
+    ///
+    /// # Errors
+    /// [`LoggingError::Ended`] after the subscriber is gone.
     pub fn reset(&self) -> Result<(), LoggingError> {
         self.set(&self.initial)
     }
 
+    /// The filter in force.
+    ///
+    /// # Errors
+    /// [`LoggingError::Ended`] after the subscriber is gone.
     pub fn current(&self) -> Result<String, LoggingError> {
         Ok(self.filter.with_current(ToString::to_string)?)
     }
@@ -134,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_filter_can_be_changed_and_reset_and_nonsense_is_refused() {
+    fn a_filter_can_be_changed_and_reset_and_an_invalid_one_is_refused() {
         let (_layer, logging) = Logging::filtered("info,h2=warn").unwrap();
         logging.set("debug").unwrap();
         assert_eq!(logging.current().unwrap(), "debug");
@@ -147,7 +143,7 @@ mod tests {
         assert_eq!(logging.current().unwrap(), "h2=error,debug");
     }
 
-    /// Like a pipe that nobody reads.
+    /// Like a pipe without a reader.
     struct Stuck(std::sync::mpsc::Receiver<()>);
 
     impl io::Write for Stuck {
@@ -161,14 +157,14 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_nobody_takes_holds_nobody_up_and_what_is_lost_is_counted() {
+    fn a_blocked_sink_blocks_no_writer_and_lost_lines_are_counted() {
         let (unstick, stuck) = std::sync::mpsc::channel();
-        let (mut writer, written) = aside(Stuck(stuck));
-        for _ in 0..WAITING_LINES + 100 {
+        let (mut writer, log_writer) = non_blocking(Stuck(stuck));
+        for _ in 0..MAX_QUEUED_LINES + 100 {
             io::Write::write_all(&mut writer, b"line\n").unwrap();
         }
-        let lost = written.lost.0.dropped_lines();
-        // One may be in the hands of the thread that writes.
+        let lost = log_writer.lost.0.dropped_lines();
+        // The writing thread may have taken one from the queue.
         assert!((99..=100).contains(&lost), "{lost}");
         drop(unstick);
     }

@@ -19,12 +19,12 @@ use ztunnel::{
     dns::Dns,
     drain,
     identity::{Certificates, Revocations},
-    logging::{Logging, Lost},
+    logging::Logging,
     mesh::{
         Store,
         local_file::{self, ResourceDefaults},
     },
-    metrics::{Metrics, certificates::CertificateExpiry},
+    metrics::{Metrics, certificates::CertificateExpiry, log::LostLogLines},
     pod::PodInfo,
     pods::{Pods, zds},
     readiness::Readiness,
@@ -53,19 +53,19 @@ fn main() -> ExitCode {
 
 fn run(file: Option<&Path>) -> Result<()> {
     let config = Arc::new(Config::load(file)?);
-    let (logging, written) = Logging::init(config.log_format, &config.log_filter)?;
+    let (logging, log_writer) = Logging::init(config.log_format, &config.log_filter)?;
     info!(version = env!("CARGO_PKG_VERSION"), node = %config.node, workers = config.workers, "starting");
     info!(config = %serde_json::to_string(&*config)?, "effective configuration");
     raise_descriptor_limit();
     let runtime =
         Builder::new_current_thread().enable_all().build().context("cannot start the control runtime")?;
-    let done = runtime.block_on(serve(config, logging, written.lost.clone()));
+    let done = runtime.block_on(serve(config, logging, log_writer.lost.clone()));
     // Past the drain deadline a worker may still hang: dropping the runtime would wait for it.
     runtime.shutdown_background();
     done
 }
 
-async fn serve(config: Arc<Config>, logging: Logging, lost_lines: Lost) -> Result<()> {
+async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) -> Result<()> {
     // Load.
     let store = Arc::new(Store::new(local_file::load(&config)?));
     let certificates = Certificates::new(&config)?;

@@ -1,18 +1,21 @@
-//! The counters that operators see: names and labels as Istio's tunnel has them, since dashboards rely on them.
+//! The metrics of the tunnel. Names and labels are those of Istio's tunnel where it has them, since dashboards rely on
+//! them.
 //!
-//! To add a metric: a field here if connections count it, registered in a `register_*`; a [`Collector`] of its own, given
-//! to [`Metrics::collect`], if it is asked for at each scrape.
+//! To add a metric, add a row to [`catalog`] and either a field here, registered in a `register_*`, if connections count
+//! it, or a [`Collector`], given to [`Metrics::collect`], if it is read at each scrape.
 //!
-//! * [`traffic`]: what is counted of connections, and under which labels
+//! * [`catalog`]: the table of all metrics, which `docs/metrics.md` shows
+//! * [`traffic`]: counters of connections, and their labels
 //! * [`open`], [`failures`]: the connections that are open now, and the last ones that failed
-//! * [`dns`]: what pods ask the DNS proxy; [`xds`]: what the control plane tells; [`crl`]: what revocation lists
-//!   came to
-//! * [`certificates`], [`process`], [`runtime`]: asked at each scrape
+//! * [`dns`], [`xds`], [`crl`]: DNS requests, messages of the control plane, revoked peers
+//! * [`certificates`], [`log`], [`process`], [`runtime`]: read at each scrape
 
+pub mod catalog;
 pub mod certificates;
 mod crl;
 pub mod dns;
 pub mod failures;
+pub mod log;
 pub mod open;
 mod process;
 mod runtime;
@@ -211,7 +214,7 @@ impl Metrics {
         let labels = vec![("component", "ztunnel"), ("tag", env!("CARGO_PKG_VERSION"))];
         build.get_or_create(&labels).set(1);
         self.registry.register("istio_build", "Istio component build info", build);
-        self.registry.register_collector(Box::new(process::Process));
+        self.registry.register_collector(Box::new(process::ProcessMetrics));
         self.registry.register_collector(Box::new(self.runtimes.clone()));
 
         let manager = self.registry.sub_registry_with_prefix("workload_manager");

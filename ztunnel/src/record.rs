@@ -16,6 +16,7 @@ use tracing::{Level, event, field::DisplayValue};
 
 use crate::{
     direction::Direction,
+    error_chain::error_chain,
     identity::Identity,
     mesh::{Service, Workload},
     metrics::{
@@ -248,7 +249,7 @@ impl Record {
     pub fn close(mut self, result: Result<(), &dyn Failure>) {
         match result {
             Ok(()) => self.finish(None),
-            Err(failure) => self.fail(&chain(failure), failure.response_flags(), failure.reason()),
+            Err(failure) => self.fail(&error_chain(failure), failure.response_flags(), failure.reason()),
         }
     }
 
@@ -283,7 +284,7 @@ impl Drop for Record {
 /// Records a connection that ended before its ends were known: it counts as failed, never as opened.
 pub fn denied_early(metrics: &Metrics, ends: &Ends, failure: &dyn Failure) {
     let direction = ends.direction.as_str();
-    let error = chain(failure);
+    let error = error_chain(failure);
     metrics.failed(&ends.labels(failure.response_flags()), ends.failed(&error, failure.reason()));
     event!(
         target: "access", Level::WARN, src.addr = %ends.source, dst.addr = %ends.destination, direction, error,
@@ -365,18 +366,6 @@ fn log(ends: &Ends, sent: u64, received: u64, lasted: Duration, failure: Option<
         None => access!(Level::INFO, line, "connection complete"),
         Some((error, reason)) => access!(Level::ERROR, line, error, reason, "connection complete"),
     }
-}
-
-/// An error with its causes, on one line.
-fn chain(error: &dyn Failure) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
-        cause = error.source();
-    }
-    line
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use ztunnel::{
         names::{Client, Zone},
     },
     hbone::{Target, forwarded_host},
-    identity::{self, Identity},
+    identity::{self, Identity, TlsParameters},
     mesh::{
         Mesh, baggage,
         local_file::{self, ResourceDefaults},
@@ -90,16 +90,17 @@ fn certificate(data: &[u8]) {
 
 /// The certificate service's answer: texts, here parted by NUL.
 fn ca_answer(data: &[u8]) {
-    static KEY: OnceLock<PrivateKeyDer<'static>> = OnceLock::new();
-    let key = KEY.get_or_init(|| {
+    static OURS: OnceLock<(PrivateKeyDer<'static>, TlsParameters)> = OnceLock::new();
+    let (key, tls) = OURS.get_or_init(|| {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).expect("a key");
-        PrivateKeyDer::try_from(key.serialize_der()).expect("PKCS#8")
+        let key = PrivateKeyDer::try_from(key.serialize_der()).expect("PKCS#8");
+        (key, TlsParameters::default())
     });
     let Ok(text) = std::str::from_utf8(data) else { return };
     let asked = "spiffe://cluster.local/ns/default/sa/web".parse().expect("an identity");
     let answer: Vec<String> = text.split('\0').map(str::to_owned).collect();
     assert!(
-        identity::credentials_from_response(&asked, key, &answer).is_err(),
+        identity::credentials_from_response(&asked, key, &answer, tls).is_err(),
         "nobody else has a certificate for our key"
     );
 }

@@ -19,7 +19,7 @@ use crate::{
 const CONNECTIONS: usize = 500;
 
 /// All of it, at one moment.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Overview {
     pub version: &'static str,

@@ -1,4 +1,4 @@
-//! [`RawSettings`] → [`Config`]: what the keys come to together, and what does not go together.
+//! [`RawSettings`] → [`Config`]: combines the settings, and refuses those that contradict each other.
 
 use std::{
     collections::BTreeMap,
@@ -15,25 +15,34 @@ use super::{
     TlsConfig, Token, XdsConfig, settings::RawSettings, value,
 };
 
-/// Past this many workers, more of them only add listening sockets to every pod.
+/// Default limit: each worker adds listening sockets to every pod.
 const MAX_DEFAULT_WORKERS: usize = 16;
 
-/// Variables of Istio's tunnel that cannot be ignored without weakening or breaking something.
+/// Variables of Istio's tunnel that must not be ignored, and why they are refused.
 const NOT_SUPPORTED: [(&str, &str); 1] =
     [("ENABLE_PROXY", "the tunnel without its HBONE proxy is not supported")];
 
 impl Config {
-    /// From `file`, if there is one, and the environment of this process, which overrides it.
+    /// Reads `file`, if given, and the environment of this process, which overrides it.
+    ///
+    /// # Errors
+    /// Everything that is wrong, each with the expected value: [`ConfigError`].
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
         Self::from_file_and_vars(file, std::env::vars())
     }
 
-    /// From variables only.
+    /// Reads variables only.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
     pub fn from_vars(vars: impl IntoIterator<Item = (String, String)>) -> Result<Self, ConfigError> {
         Self::from_file_and_vars(None, vars)
     }
 
-    /// From any file and variables. An empty value counts as absent.
+    /// Reads a file and variables. An empty value counts as not set.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
     pub fn from_file_and_vars(
         file: Option<&Path>,
         vars: impl IntoIterator<Item = (String, String)>,
@@ -41,13 +50,13 @@ impl Config {
         let (empty, vars): (Vec<_>, Vec<_>) = vars.into_iter().partition(|(_, value)| value.is_empty());
         refuse_unsupported(&vars)?;
         let in_kubernetes = vars.iter().any(|(key, _)| key == "KUBERNETES_SERVICE_HOST");
-        // The one variable whose emptiness says something: no control plane, where there would be one by default.
+        // The one variable whose empty value has a meaning: no control plane, even inside Kubernetes.
         let without_xds = empty.iter().any(|(key, _)| key == "XDS_ADDRESS");
         let settings = RawSettings::read(file, vars)?;
         resolve(&settings, in_kubernetes, without_xds)
     }
 
-    /// An address on every interface, in the widest family that this node has.
+    /// `[::]:port`, or `0.0.0.0:port` on a node without IPv6.
     pub fn any_address(&self, port: u16) -> SocketAddr {
         let any = if self.ipv6 { IpAddr::from(Ipv6Addr::UNSPECIFIED) } else { Ipv4Addr::UNSPECIFIED.into() };
         SocketAddr::new(any, port)
@@ -61,7 +70,7 @@ fn resolve(settings: &RawSettings, in_kubernetes: bool, without_xds: bool) -> Re
     let any = if ipv6 { IpAddr::from(Ipv6Addr::UNSPECIFIED) } else { Ipv4Addr::UNSPECIFIED.into() };
     let keepalive = keepalive(settings)?;
     let stream_window: u32 = settings.number("h2.stream_window_bytes")?;
-    // With room for all streams' windows, those that nobody reads never hold up the others.
+    // With room for the windows of all streams, streams whose data is not read never block the others.
     let all_windows = stream_window.saturating_mul(H2Config::STREAMS).min(H2Config::LARGEST_WINDOW);
     Ok(Config {
         zds_socket: settings.path("zds.socket"),
@@ -129,7 +138,7 @@ fn resolve(settings: &RawSettings, in_kubernetes: bool, without_xds: bool) -> Re
 
 fn refuse_unsupported(vars: &[(String, String)]) -> Result<(), ConfigError> {
     for (key, reason) in NOT_SUPPORTED {
-        // What asks for nothing asks for nothing special: `ENABLE_PROXY=true`.
+        // The value that changes nothing is accepted: `ENABLE_PROXY=true`.
         let harmless = if key == "ENABLE_PROXY" { "true" } else { "false" };
         if let Some((_, value)) = vars.iter().find(|(name, _)| name == key)
             && value != harmless
@@ -160,7 +169,7 @@ fn proxy_mode(settings: &RawSettings) -> Result<ProxyMode, ConfigError> {
     }
 }
 
-/// Known only when all of it is: Istio's DaemonSet sets all three, others may set the name for other purposes.
+/// `None` unless all three are set: Istio's DaemonSet sets all of them, others may set `POD_NAME` for other purposes.
 fn own_pod(settings: &RawSettings) -> Option<OwnPod> {
     Some(OwnPod {
         name: settings.get("own.pod")?.into(),
@@ -179,8 +188,8 @@ fn local_state(settings: &RawSettings) -> Result<Option<LocalState>, ConfigError
     }
 }
 
-/// The address decides, except that `ca.development` always means the development CA. Inside Kubernetes nobody gets
-/// the development CA without asking for it: there the default is Istio's own, as for its tunnel.
+/// With an address, the certificate service; `ca.development` overrides it. Without one, Istio's service inside
+/// Kubernetes, so that a cluster never uses the development CA by accident, and the development CA elsewhere.
 fn ca(
     settings: &RawSettings,
     mode: &ProxyMode,
@@ -198,7 +207,7 @@ fn ca(
     Ok(CaConfig::Service { service, impersonate: *mode == ProxyMode::Shared })
 }
 
-/// The keys of `section` say how.
+/// From the keys of `section`: `ca` or `xds`.
 fn control_plane(
     settings: &RawSettings,
     section: &'static str,
@@ -234,7 +243,7 @@ fn control_plane(
     })
 }
 
-/// The mesh comes from one source. Inside Kubernetes that is Istio's control plane, unless a file is given.
+/// The mesh has one source. Inside Kubernetes it is Istio's control plane, unless a file is given.
 fn xds(
     settings: &RawSettings,
     cluster_id: &Arc<str>,
@@ -243,7 +252,7 @@ fn xds(
     let local = settings.get("mesh.file").or_else(|| settings.get("mesh.inline"));
     let address = match (settings.get("xds.address"), local) {
         (Some(_), Some(_)) => {
-            let expected = "no control plane beside mesh.file (LOCAL_XDS_PATH) or mesh.inline (LOCAL_XDS)";
+            let expected = "no control plane besides mesh.file (LOCAL_XDS_PATH) or mesh.inline (LOCAL_XDS)";
             return Err(settings.invalid("xds.address", expected));
         }
         (Some(address), None) => address,
@@ -273,7 +282,7 @@ fn xds(
     }
     let on_demand = settings.bool("xds.on_demand")?;
     if on_demand && settings.bool("dns.enabled")? {
-        // A name is looked for among all services that there are.
+        // The DNS proxy looks names up among all services, so it needs all of them.
         let expected = "false, unless dns.enabled (ISTIO_META_DNS_CAPTURE) is false";
         return Err(settings.invalid("xds.on_demand", expected));
     }
@@ -284,7 +293,7 @@ fn tls(settings: &RawSettings) -> Result<TlsConfig, ConfigError> {
     let only_post_quantum = settings.choice("tls.compliance")? == "pqc";
     let tls12 = settings.bool("tls.tls12")?;
     if tls12 && only_post_quantum {
-        // TLS 1.2 knows no such key exchange.
+        // TLS 1.2 has no such key exchange.
         return Err(settings.invalid("tls.tls12", "false, since tls.compliance (COMPLIANCE_POLICY) is pqc"));
     }
     Ok(TlsConfig { tls12, only_post_quantum })
@@ -306,7 +315,7 @@ fn keepalive(settings: &RawSettings) -> Result<Option<KeepaliveConfig>, ConfigEr
     Ok(settings.bool("socket.keepalive.enabled")?.then_some(keepalive))
 }
 
-/// Before the kubelet kills us, with some time left to end in order.
+/// Leaves some time to shut down before the kubelet kills the process.
 fn drain_deadline(settings: &RawSettings) -> Result<Duration, ConfigError> {
     let default = match settings.optional_duration("drain.grace_period")? {
         Some(grace) if grace <= Duration::from_secs(10) => grace.saturating_sub(Duration::from_secs(1)),
@@ -321,7 +330,7 @@ fn admin_address(settings: &RawSettings) -> Result<SocketAddr, ConfigError> {
     let address =
         settings.address(key)?.unwrap_or_else(|| SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 15000));
     if !address.ip().is_loopback() {
-        // It can stop the process and shows the whole mesh.
+        // The admin server can stop the process and shows the whole mesh.
         return Err(settings.invalid(key, "a loopback address"));
     }
     Ok(address)

@@ -18,46 +18,60 @@ use super::{
 /// Why the configuration is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
+    /// A value that its key does not accept.
     #[error("{key}={value:?}: expected {expected}")]
     Invalid { key: String, value: String, expected: String },
+    /// A key that is required and not set.
     #[error("{key} is not set: expected {expected}")]
     Missing { key: String, expected: &'static str },
+    /// A setting of Istio's tunnel that this one does not support and must not ignore.
     #[error("{key}={value:?}: {reason}")]
     NotSupported { key: &'static str, value: String, reason: &'static str },
+    /// A key in the file that is not in the table.
     #[error("{file}: unknown key {key}{}", nearest.map(|name| format!(", did you mean {name}?")).unwrap_or_default())]
     UnknownKey { file: String, key: String, nearest: Option<&'static str> },
+    /// The file cannot be read.
     #[error("cannot read {file}")]
     Unreadable { file: String, source: std::io::Error },
-    #[error("{file} is no YAML mapping: {reason}")]
+    /// The file is not a YAML mapping.
+    #[error("{file} is not a YAML mapping: {reason}")]
     NoMapping { file: String, reason: String },
+    /// More than one of the above, one per line.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
     Several(Vec<Self>),
 }
 
-/// Where a value comes from.
+/// Where the value of a key comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Origin {
+    /// Not set.
     Default,
+    /// Set in the file.
     File,
+    /// Set by an environment variable.
     Environment,
 }
 
-/// One key as it is in force; for whoever asks what that is.
+/// One key with its effective value.
 #[derive(Clone, Debug, Serialize)]
 pub struct Effective {
+    /// Name in the file.
     pub key: &'static str,
+    /// Its environment variable.
     pub variable: &'static str,
     /// `None`: not set, and no fixed default. Secrets show as `(hidden)`.
     pub value: Option<String>,
+    /// Whether `value` hides a secret.
     #[serde(skip)]
     pub hidden: bool,
+    /// Where the value comes from.
     pub origin: Origin,
 }
 
 const HIDDEN: &str = "(hidden)";
 
-/// The values that were set. Empty ones count as absent: Helm templates often set what they do not fill.
+/// The values that were set. Empty ones count as not set, since Helm templates often set variables without a value.
 #[derive(Debug)]
 pub struct RawSettings {
     file: Option<String>,
@@ -71,7 +85,7 @@ enum Value {
 }
 
 impl RawSettings {
-    /// Reads `file`, if there is one, then `variables` over it. Everything that is wrong is told at once.
+    /// Reads `file`, if given, then `variables` over it. Reports all errors at once.
     pub fn read(
         file: Option<&Path>,
         variables: impl IntoIterator<Item = (String, String)>,
@@ -184,7 +198,7 @@ impl RawSettings {
         }
     }
 
-    /// The key in the words of whoever set it: the variable's name, or file and key.
+    /// The key as the user wrote it: the variable's name, or file and key.
     pub fn written_as(&self, name: &str) -> String {
         match (self.set.get(name), &self.file) {
             (Some((Origin::File, _)), Some(file)) => format!("{file}: {name}"),
@@ -192,7 +206,7 @@ impl RawSettings {
         }
     }
 
-    /// That the value of `name` is not what is expected.
+    /// The error for a value of `name` that is not as expected.
     pub fn invalid(&self, name: &str, expected: impl Into<String>) -> ConfigError {
         let value =
             if row(name).kind == ValueKind::Secret { HIDDEN } else { self.get(name).unwrap_or_default() };
@@ -203,7 +217,7 @@ impl RawSettings {
         }
     }
 
-    /// What was set; defaults do not count.
+    /// The value that was set, without the default.
     pub fn get(&self, name: &str) -> Option<&str> {
         match self.set.get(row(name).name) {
             Some((_, Value::Text(text))) => Some(text),
@@ -211,7 +225,7 @@ impl RawSettings {
         }
     }
 
-    /// What was set, or the default.
+    /// The value that was set, or the default.
     fn or_default(&self, name: &str) -> Option<&str> {
         self.get(name).or_else(|| match row(name).default {
             DefaultValue::Is(text) => Some(text),
@@ -219,7 +233,7 @@ impl RawSettings {
         })
     }
 
-    /// A value of which [`check`](Self::check) has seen that it fits.
+    /// Parses a value that [`check`](Self::check) has accepted.
     fn checked<T>(&self, name: &str, parse: impl Fn(&str) -> Option<T>) -> Result<Option<T>, ConfigError> {
         let Some(text) = self.or_default(name) else { return Ok(None) };
         let parsed = parse(text).ok_or_else(|| self.invalid(name, row(name).kind.expectation()))?;
@@ -281,7 +295,7 @@ impl RawSettings {
         }
     }
 
-    /// Every key with what it comes to.
+    /// Every key with its effective value.
     pub fn effective(&self) -> Vec<Effective> {
         KEYS.iter().map(|key| self.effective_key(key)).collect()
     }
@@ -295,7 +309,7 @@ impl RawSettings {
             Some((origin, Value::Text(text))) => (*origin, Some(text.clone())),
             None => (Origin::Default, self.or_default(key.name).map(str::to_owned)),
         };
-        // A path says where a secret is, not what.
+        // The path of a secret is not secret.
         let hidden = match &value {
             Some(value) => {
                 key.kind == ValueKind::Map || key.kind == ValueKind::Secret && !value.contains('/')
@@ -328,8 +342,7 @@ fn in_file(file: &str, name: &str, value: &str, kind: ValueKind) -> ConfigError 
     ConfigError::Invalid { key, value: value.to_owned(), expected: kind.expectation() }
 }
 
-/// The known key that was probably meant: the most similar one, if it is similar at all. Who writes a variable's
-/// name into the file is told the key.
+/// The most similar known key, if one is similar enough. Compares with the names of the variables too.
 fn nearest(name: &str) -> Option<&'static str> {
     let likeness = |key: &ConfigKey| {
         let last = key.name.rsplit('.').next().unwrap_or(key.name);

@@ -9,7 +9,7 @@ use serde::Serializer;
 
 use super::keys::ValueKind;
 
-/// Whether `text` may stand for `kind`.
+/// Whether `text` is a valid value of `kind`.
 pub(super) fn fits(kind: ValueKind, text: &str) -> bool {
     match kind {
         ValueKind::Text | ValueKind::Path | ValueKind::Secret | ValueKind::Map => true,
@@ -91,7 +91,7 @@ pub(super) fn duration(text: &str) -> Option<Duration> {
     (!text.is_empty()).then_some(total)
 }
 
-/// Shows a duration as `30s` would be read.
+/// Serializes a duration in the form in which it is read, such as `30s`.
 pub(super) fn seconds<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&format_args!("{}s", duration.as_secs_f64()))
 }

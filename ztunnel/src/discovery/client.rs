@@ -26,6 +26,7 @@ use crate::{
     backoff::Backoff,
     config::XdsConfig,
     control_plane::{ControlPlane, ControlPlaneError},
+    error_chain::error_chain,
     mesh::{Store, local_file::ResourceDefaults},
     metrics::xds::{Termination, XdsMetrics},
     readiness::ReadyGuard,
@@ -105,7 +106,7 @@ impl DiscoveryClient {
                 warned = None;
             }
             let pause = backoff.delay();
-            let error = chain(&ended);
+            let error = error_chain(&ended);
             if matches!(ended, StreamEnd::Closed) {
                 debug!(
                     address = self.control_plane.address(),
@@ -316,16 +317,4 @@ fn proto_value(value: &serde_json::Value) -> Value {
         }
     };
     Value { kind: Some(kind) }
-}
-
-/// An error with its causes, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

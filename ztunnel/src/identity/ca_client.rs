@@ -13,6 +13,7 @@ use ztunnel_api::ca::{
 use super::{
     Credentials, Identity, IdentityError,
     authority::{Authority, Issuing},
+    trust::TlsParameters,
 };
 use crate::{config::ControlPlaneConfig, control_plane::ControlPlane};
 
@@ -26,12 +27,18 @@ struct Service {
     control_plane: ControlPlane,
     impersonate: bool,
     ttl: Duration,
+    tls: TlsParameters,
 }
 
 impl CaClient {
     /// `impersonate`: whether certificates are asked for in the name of others.
-    pub fn new(config: ControlPlaneConfig, impersonate: bool, ttl: Duration) -> Self {
-        Self(Arc::new(Service { control_plane: ControlPlane::new(config), impersonate, ttl }))
+    pub(super) fn new(
+        config: ControlPlaneConfig,
+        impersonate: bool,
+        ttl: Duration,
+        tls: TlsParameters,
+    ) -> Self {
+        Self(Arc::new(Service { control_plane: ControlPlane::new(config), impersonate, ttl, tls }))
     }
 }
 
@@ -60,7 +67,7 @@ impl Service {
         let answer = self.call(request).await?;
         let key = PrivateKeyDer::try_from(key.serialize_der())
             .map_err(|error| IdentityError::Malformed { what: error.to_owned() })?;
-        credentials_from_response(identity, &key, &answer)
+        credentials_from_response(identity, &key, &answer, &self.tls)
     }
 
     /// Tries the service by each of its names; a refusal by the service itself is final.
@@ -102,9 +109,10 @@ pub fn credentials_from_response(
     identity: &Identity,
     key: &PrivateKeyDer<'_>,
     answer: &[String],
+    tls: &TlsParameters,
 ) -> Result<Credentials, IdentityError> {
     let (chain, roots) = split_chain(answer)?;
-    Credentials::new(identity.clone(), chain, key, roots)
+    Credentials::new(identity.clone(), chain, key, roots, tls)
 }
 
 type Certs = Vec<CertificateDer<'static>>;

@@ -7,7 +7,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rand::{Rng, RngExt};
 use tokio::{
     sync::{Notify, watch},
     task::JoinSet,
@@ -18,15 +17,20 @@ use tracing::{debug, info, warn};
 
 use super::{
     Credentials, Identity, IdentityError, authority::Authority, ca_client::CaClient,
-    development_ca::DevelopmentCa, trust,
+    development_ca::DevelopmentCa, trust::TlsParameters,
 };
-use crate::config::{CaConfig, Config};
+use crate::{
+    backoff::Backoff,
+    config::{CaConfig, Config},
+    error_chain::error_chain,
+};
 
 /// Fetches at the same time. A control plane serves many nodes that all start at once.
 const MAX_FETCHES: usize = 8;
-/// Between failed fetches: doubled from the first to the last, with a fifth of jitter either way.
+/// Delays between failed fetches: doubled from the first to the longest, each varied by up to a fifth either way.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
-const LAST_RETRY: Duration = Duration::from_secs(150);
+const LONGEST_RETRY: Duration = Duration::from_secs(150);
+const RETRY_JITTER: f64 = 0.2;
 
 /// The certificates of the workloads that this process serves. [`run`](Self::run) does all fetching: nothing is
 /// fetched before it runs or after it ended.
@@ -75,7 +79,8 @@ struct CertificateSlot {
     /// When to fetch next. `None` while a fetch is under way.
     due: Option<Instant>,
     urgency: Urgency,
-    failures: u32,
+    /// Delays between failed fetches.
+    backoff: Backoff,
 }
 
 impl CertificateSlot {
@@ -87,7 +92,7 @@ impl CertificateSlot {
             expires: now,
             due: Some(now),
             urgency,
-            failures: 0,
+            backoff: Backoff::between(FIRST_RETRY, LONGEST_RETRY).with_jitter(RETRY_JITTER),
         }
     }
 
@@ -101,13 +106,12 @@ impl CertificateSlot {
                 let half_life = credentials.half_life_from(clock).max(FIRST_RETRY);
                 self.due = Some(now + half_life);
                 self.expires = now + credentials.expires_in(clock);
-                self.failures = 0;
+                self.backoff.reset();
                 self.renewal_error = None;
                 self.state.send_replace(CertificateState::Valid(Arc::new(credentials)));
             }
             Err(error) => {
-                self.due = Some(now + backoff(self.failures, &mut rand::rng()));
-                self.failures += 1;
+                self.due = Some(now + self.backoff.delay());
                 if matches!(*self.state.borrow(), CertificateState::Valid(_)) && now < self.expires {
                     self.renewal_error = Some(error);
                 } else {
@@ -130,12 +134,14 @@ pub struct CertificateInfo {
 impl Certificates {
     /// With the authority that `config` names. The development CA makes or loads its root here.
     pub fn new(config: &Config) -> Result<Arc<Self>, IdentityError> {
-        trust::configure(config.tls);
+        let tls = TlsParameters::new(config.tls);
         let authority: Box<dyn Authority> = match &config.ca {
             CaConfig::Service { service, impersonate } => {
-                Box::new(CaClient::new(service.clone(), *impersonate, config.secret_ttl))
+                Box::new(CaClient::new(service.clone(), *impersonate, config.secret_ttl, tls))
             }
-            CaConfig::Development { folder } => Box::new(DevelopmentCa::open(folder, config.secret_ttl)?),
+            CaConfig::Development { folder } => {
+                Box::new(DevelopmentCa::open(folder, config.secret_ttl, tls)?)
+            }
         };
         Ok(Self::with_authority(authority))
     }
@@ -259,7 +265,7 @@ impl Certificates {
         match &fetched {
             Ok(credentials) => info!(%identity, not_after = ?credentials.not_after, "certificate fetched"),
             Err(error) => {
-                warn!(%identity, error = %chain(error), "fetching a certificate failed, will retry");
+                warn!(%identity, error = %error_chain(error), "fetching a certificate failed, will retry");
             }
         }
         // Nobody there: forgotten while the fetch was under way.
@@ -285,28 +291,11 @@ fn slot_minimum(slots: &HashMap<Identity, CertificateSlot>) -> Option<Instant> {
     slots.values().filter_map(|slot| slot.due).min()
 }
 
-fn backoff(failures: u32, rng: &mut impl Rng) -> Duration {
-    let doubled = FIRST_RETRY.saturating_mul(1 << failures.min(16));
-    doubled.min(LAST_RETRY).mul_f64(rng.random_range(0.8..=1.2)).min(LAST_RETRY)
-}
-
 async fn sleep_until(next: Option<Instant>) {
     match next {
         Some(next) => tokio::time::sleep_until(next).await,
         None => std::future::pending().await,
     }
-}
-
-/// An error with its causes, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
-        cause = error.source();
-    }
-    line
 }
 
 #[cfg(test)]

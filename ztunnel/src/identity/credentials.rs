@@ -17,7 +17,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::{
     Identity, IdentityError,
-    trust::{self, ExpectedServer, TrustedClient},
+    trust::{self, ExpectedServer, TlsParameters, TrustedClient},
 };
 
 const H2: &[u8] = b"h2";
@@ -37,6 +37,7 @@ pub struct Credentials {
     certified: Arc<CertifiedKey>,
     roots: Arc<RootCertStore>,
     root_certs: Vec<CertificateDer<'static>>,
+    tls: TlsParameters,
     server: Arc<ServerConfig>,
     clients: Mutex<HashMap<Vec<Identity>, Arc<ClientConfig>>>,
 }
@@ -57,6 +58,7 @@ impl Credentials {
         chain: Vec<CertificateDer<'static>>,
         key: &PrivateKeyDer<'_>,
         root_certs: Vec<CertificateDer<'static>>,
+        tls: &TlsParameters,
     ) -> Result<Self, IdentityError> {
         let leaf = chain
             .first()
@@ -79,17 +81,17 @@ impl Credentials {
         }
         let roots = Arc::new(roots);
 
-        let provider = trust::provider();
-        let signer = provider
+        let signer = tls
+            .provider
             .key_provider
             .load_private_key(key.clone_key())
             .map_err(IdentityError::unusable("the private key"))?;
         let certified = Arc::new(CertifiedKey::new(chain, signer));
         certified.keys_match().map_err(IdentityError::unusable("the signed certificate"))?;
 
-        let verifier = TrustedClient::new(Arc::clone(&roots), Arc::clone(&identity.trust_domain))?;
-        let mut server = ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(&trust::versions())
+        let verifier = TrustedClient::new(Arc::clone(&roots), Arc::clone(&identity.trust_domain), tls)?;
+        let mut server = ServerConfig::builder_with_provider(Arc::clone(&tls.provider))
+            .with_protocol_versions(tls.versions())
             .map_err(IdentityError::unusable("the TLS provider"))?
             .with_client_cert_verifier(Arc::new(verifier))
             .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(Arc::clone(&certified))));
@@ -102,6 +104,7 @@ impl Credentials {
             certified,
             roots,
             root_certs,
+            tls: tls.clone(),
             server: Arc::new(server),
             clients: Mutex::default(),
         })
@@ -133,9 +136,9 @@ impl Credentials {
     }
 
     fn client_config(&self, expected: Vec<Identity>) -> ClientConfig {
-        let verifier = ExpectedServer::new(Arc::clone(&self.roots), expected);
-        let mut config = ClientConfig::builder_with_provider(trust::provider())
-            .with_protocol_versions(&trust::versions())
+        let verifier = ExpectedServer::new(Arc::clone(&self.roots), expected, &self.tls);
+        let mut config = ClientConfig::builder_with_provider(Arc::clone(&self.tls.provider))
+            .with_protocol_versions(self.tls.versions())
             .expect("the same provider made the server's configuration")
             .dangerous() // a verifier of our own, stricter than the default one but for the host name
             .with_custom_certificate_verifier(Arc::new(verifier))

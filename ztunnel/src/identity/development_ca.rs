@@ -25,6 +25,7 @@ use tracing::info;
 use super::{
     Credentials, Identity, IdentityError,
     authority::{Authority, Issuing},
+    trust::TlsParameters,
 };
 
 /// The root's key and certificate, PEM.
@@ -40,11 +41,12 @@ pub(super) struct DevelopmentCa {
     issuer: Issuer<'static, KeyPair>,
     root: CertificateDer<'static>,
     ttl: Duration,
+    tls: TlsParameters,
 }
 
 impl DevelopmentCa {
     /// The CA kept in `folder`, made there if it is not there yet.
-    pub fn open(folder: &Path, ttl: Duration) -> Result<Self, IdentityError> {
+    pub(super) fn open(folder: &Path, ttl: Duration, tls: TlsParameters) -> Result<Self, IdentityError> {
         let file = folder.join(ROOT_FILE);
         let pem = match fs::read_to_string(&file) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => make(folder, &file)?,
@@ -55,7 +57,7 @@ impl DevelopmentCa {
         let root = CertificateDer::from_pem_slice(pem.as_bytes())
             .map_err(IdentityError::unusable("the development CA's root"))?;
         let issuer = Issuer::from_ca_cert_der(&root, key)?;
-        Ok(Self { issuer, root, ttl })
+        Ok(Self { issuer, root, ttl, tls })
     }
 
     fn sign(&self, identity: &Identity) -> Result<Credentials, IdentityError> {
@@ -72,7 +74,8 @@ impl DevelopmentCa {
         let leaf = params.signed_by(&key, &self.issuer)?;
         let key = PrivateKeyDer::try_from(key.serialize_der())
             .map_err(|error| IdentityError::Malformed { what: error.to_owned() })?;
-        Credentials::new(identity.clone(), vec![leaf.der().clone()], &key, vec![self.root.clone()])
+        let roots = vec![self.root.clone()];
+        Credentials::new(identity.clone(), vec![leaf.der().clone()], &key, roots, &self.tls)
     }
 }
 

@@ -1,10 +1,6 @@
 //! What is checked of a peer's certificate, on top of webpki's chain, dates and key usage.
 
-use std::{
-    fmt,
-    sync::{Arc, LazyLock, OnceLock},
-    time::SystemTime,
-};
+use std::{fmt, sync::Arc, time::SystemTime};
 
 use rustls::{
     CertificateError, CipherSuite, DigitallySignedStruct, DistinguishedName, Error, NamedGroup, OtherError,
@@ -13,7 +9,9 @@ use rustls::{
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
         verify_server_cert_signed_by_trust_anchor,
     },
-    crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature},
+    crypto::{
+        CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs, verify_tls12_signature, verify_tls13_signature,
+    },
     pki_types::{CertificateDer, ServerName, UnixTime},
     server::{
         ParsedCertificate, WebPkiClientVerifier,
@@ -26,43 +24,44 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 use super::{Identity, IdentityError};
 use crate::config::TlsConfig;
 
-static OPTIONS: OnceLock<TlsConfig> = OnceLock::new();
+static TLS13_ONLY: [&SupportedProtocolVersion; 1] = [&TLS13];
+static WITH_TLS12: [&SupportedProtocolVersion; 2] = [&TLS13, &TLS12];
 
-/// What this process speaks, for all of its connections. To be called before the first certificate; later calls change
-/// nothing.
-pub(super) fn configure(options: TlsConfig) {
-    let _ = OPTIONS.set(options);
+/// What this tunnel offers and accepts in a TLS handshake. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct TlsParameters {
+    pub(super) provider: Arc<CryptoProvider>,
+    tls12: bool,
 }
 
-fn options() -> TlsConfig {
-    OPTIONS.get().copied().unwrap_or_default()
-}
-
-/// AES-GCM only, as Istio's tunnel; groups as aws-lc-rs prefers them (X25519MLKEM768 first).
-pub(super) fn provider() -> Arc<CryptoProvider> {
-    static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| Arc::new(provider_for(options())));
-    Arc::clone(&PROVIDER)
-}
-
-fn provider_for(options: TlsConfig) -> CryptoProvider {
-    let mut provider = aws_lc_rs::default_provider();
-    provider.cipher_suites.retain(|suite| match suite.suite() {
-        CipherSuite::TLS13_AES_256_GCM_SHA384 | CipherSuite::TLS13_AES_128_GCM_SHA256 => true,
-        CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384
-        | CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256
-        | CipherSuite::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384
-        | CipherSuite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256 => options.tls12,
-        _ => false,
-    });
-    if options.only_post_quantum {
-        provider.kx_groups.retain(|group| group.name() == NamedGroup::X25519MLKEM768);
+impl TlsParameters {
+    /// AES-GCM only, as Istio's tunnel; key exchange groups in the order of aws-lc-rs, which prefers X25519MLKEM768.
+    pub fn new(config: TlsConfig) -> Self {
+        let mut provider = aws_lc_rs::default_provider();
+        provider.cipher_suites.retain(|suite| match suite.suite() {
+            CipherSuite::TLS13_AES_256_GCM_SHA384 | CipherSuite::TLS13_AES_128_GCM_SHA256 => true,
+            CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384
+            | CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256
+            | CipherSuite::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384
+            | CipherSuite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256 => config.tls12,
+            _ => false,
+        });
+        if config.only_post_quantum {
+            provider.kx_groups.retain(|group| group.name() == NamedGroup::X25519MLKEM768);
+        }
+        Self { provider: Arc::new(provider), tls12: config.tls12 }
     }
-    provider
+
+    /// TLS 1.3, and 1.2 where the configuration allows it.
+    pub(super) fn versions(&self) -> &'static [&'static SupportedProtocolVersion] {
+        if self.tls12 { &WITH_TLS12 } else { &TLS13_ONLY }
+    }
 }
 
-/// TLS 1.3, and 1.2 where that is asked for.
-pub(super) fn versions() -> Vec<&'static SupportedProtocolVersion> {
-    if options().tls12 { vec![&TLS13, &TLS12] } else { vec![&TLS13] }
+impl Default for TlsParameters {
+    fn default() -> Self {
+        Self::new(TlsConfig::default())
+    }
 }
 
 /// The identity of a peer whose handshake succeeded: the first SPIFFE id of its certificate.
@@ -129,11 +128,12 @@ fn wrong_identity(expected: String, got: Vec<String>) -> Error {
 pub(super) struct ExpectedServer {
     roots: Arc<RootCertStore>,
     expected: Vec<Identity>,
+    algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl ExpectedServer {
-    pub fn new(roots: Arc<RootCertStore>, expected: Vec<Identity>) -> Self {
-        Self { roots, expected }
+    pub(super) fn new(roots: Arc<RootCertStore>, expected: Vec<Identity>, tls: &TlsParameters) -> Self {
+        Self { roots, expected, algorithms: tls.provider.signature_verification_algorithms }
     }
 }
 
@@ -147,7 +147,7 @@ impl ServerCertVerifier for ExpectedServer {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let parsed = ParsedCertificate::try_from(leaf)?;
-        let algorithms = provider().signature_verification_algorithms.all;
+        let algorithms = self.algorithms.all;
         verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, algorithms)?;
         let names = uri_names(leaf);
         if names.iter().filter_map(|name| name.parse().ok()).any(|id| self.expected.contains(&id)) {
@@ -163,7 +163,7 @@ impl ServerCertVerifier for ExpectedServer {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, cert, dss, &provider().signature_verification_algorithms)
+        verify_tls12_signature(message, cert, dss, &self.algorithms)
     }
 
     fn verify_tls13_signature(
@@ -172,11 +172,11 @@ impl ServerCertVerifier for ExpectedServer {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, dss, &provider().signature_verification_algorithms)
+        verify_tls13_signature(message, cert, dss, &self.algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        provider().signature_verification_algorithms.supported_schemes()
+        self.algorithms.supported_schemes()
     }
 }
 
@@ -188,8 +188,12 @@ pub(super) struct TrustedClient {
 }
 
 impl TrustedClient {
-    pub fn new(roots: Arc<RootCertStore>, trust_domain: Arc<str>) -> Result<Self, IdentityError> {
-        let chain = WebPkiClientVerifier::builder_with_provider(roots, provider())
+    pub(super) fn new(
+        roots: Arc<RootCertStore>,
+        trust_domain: Arc<str>,
+        tls: &TlsParameters,
+    ) -> Result<Self, IdentityError> {
+        let chain = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&tls.provider))
             .clear_root_hint_subjects() // clients have one certificate, there is nothing to hint at
             .build()
             .map_err(IdentityError::unusable("the set of root certificates"))?;

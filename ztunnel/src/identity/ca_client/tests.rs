@@ -114,7 +114,7 @@ fn identity() -> Identity {
 }
 
 async fn issue(config: ControlPlaneConfig) -> Result<Credentials, IdentityError> {
-    CaClient::new(config, true, Duration::from_hours(1)).issue(&identity()).await
+    CaClient::new(config, true, Duration::from_hours(1), TlsParameters::default()).issue(&identity()).await
 }
 
 #[tokio::test]
@@ -130,7 +130,7 @@ async fn a_certificate_is_asked_for_as_istio_wants_it() {
 #[tokio::test]
 async fn the_token_is_read_again_at_each_call() {
     let ca = Running::start(Answer::Signed).await;
-    let client = CaClient::new(ca.config(), true, Duration::from_hours(1));
+    let client = CaClient::new(ca.config(), true, Duration::from_hours(1), TlsParameters::default());
     fs::write(ca.path("token"), "expired").unwrap();
     let error = client.issue(&identity()).await.unwrap_err().to_string();
     assert!(error.contains(&ca.address.to_string()) && error.contains("wrong token"), "{error}");
@@ -170,7 +170,7 @@ async fn a_new_root_is_taken_without_a_restart() {
     let (ca, stranger) = (Running::start(Answer::Signed).await, Running::start(Answer::Signed).await);
     let right = fs::read(ca.path("root.pem")).unwrap();
     fs::copy(stranger.path("root.pem"), ca.path("root.pem")).unwrap();
-    let client = CaClient::new(ca.config(), true, Duration::from_hours(1));
+    let client = CaClient::new(ca.config(), true, Duration::from_hours(1), TlsParameters::default());
     client.issue(&identity()).await.unwrap_err();
     fs::write(ca.path("root.pem"), right).unwrap();
     client.issue(&identity()).await.unwrap();

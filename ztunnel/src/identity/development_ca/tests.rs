@@ -15,8 +15,8 @@ fn identity() -> Identity {
 fn the_root_survives_and_its_key_is_private() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path().join("a/b");
-    let first = DevelopmentCa::open(&folder, HOUR).unwrap();
-    let second = DevelopmentCa::open(&folder, HOUR).unwrap();
+    let first = DevelopmentCa::open(&folder, HOUR, TlsParameters::default()).unwrap();
+    let second = DevelopmentCa::open(&folder, HOUR, TlsParameters::default()).unwrap();
     assert_eq!(first.root, second.root);
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&folder.join(ROOT_FILE)), 0o600);
@@ -31,7 +31,7 @@ fn the_root_survives_and_its_key_is_private() {
 #[test]
 fn processes_that_start_together_agree_on_one_root() {
     let folder = tempfile::tempdir().unwrap();
-    let open = || DevelopmentCa::open(folder.path(), HOUR).unwrap().root;
+    let open = || DevelopmentCa::open(folder.path(), HOUR, TlsParameters::default()).unwrap().root;
     let roots: Vec<_> = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..16).map(|_| scope.spawn(open)).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
@@ -42,7 +42,7 @@ fn processes_that_start_together_agree_on_one_root() {
 #[test]
 fn a_leaf_bears_the_identity_for_both_roles_and_lives_as_asked() {
     let folder = tempfile::tempdir().unwrap();
-    let ca = DevelopmentCa::open(folder.path(), HOUR).unwrap();
+    let ca = DevelopmentCa::open(folder.path(), HOUR, TlsParameters::default()).unwrap();
     let credentials = ca.sign(&identity()).unwrap();
     let (_, leaf) = X509Certificate::from_der(&credentials.chain()[0]).unwrap();
     assert!(leaf.subject().iter().next().is_none());
@@ -59,7 +59,7 @@ fn a_spoilt_root_is_named_and_never_replaced() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join(ROOT_FILE);
     fs::write(&file, "no PEM").unwrap();
-    assert!(DevelopmentCa::open(folder.path(), HOUR).is_err());
+    assert!(DevelopmentCa::open(folder.path(), HOUR, TlsParameters::default()).is_err());
     assert_eq!(fs::read_to_string(&file).unwrap(), "no PEM");
 }
 
@@ -68,6 +68,6 @@ fn a_folder_that_cannot_be_made_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("file");
     fs::write(&file, "").unwrap();
-    let error = DevelopmentCa::open(&file.join("ca"), HOUR).err().unwrap();
+    let error = DevelopmentCa::open(&file.join("ca"), HOUR, TlsParameters::default()).err().unwrap();
     assert!(error.to_string().contains("file/ca"), "{error}");
 }

@@ -27,7 +27,8 @@ struct Ca {
 impl Ca {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        Self { ca: DevelopmentCa::open(folder.path(), HOUR).unwrap(), _folder: folder }
+        let ca = DevelopmentCa::open(folder.path(), HOUR, TlsParameters::default()).unwrap();
+        Self { ca, _folder: folder }
     }
 
     fn sign(&self, identity: &Identity) -> Credentials {
@@ -129,8 +130,8 @@ fn another_root_is_refused_by_both_sides() {
 fn a_client_without_certificate_is_refused() {
     let ca = Ca::new();
     let server = ca.sign(&web());
-    let verifier = ExpectedServer::new(Arc::clone(&roots_of(&server)), vec![web()]);
-    let config = ClientConfig::builder_with_provider(provider())
+    let verifier = ExpectedServer::new(roots_of(&server), vec![web()], &TlsParameters::default());
+    let config = ClientConfig::builder_with_provider(TlsParameters::default().provider)
         .with_protocol_versions(&[&TLS13])
         .unwrap()
         .dangerous()
@@ -156,8 +157,19 @@ fn no_alpn_is_fine_and_another_protocol_is_not() {
 
 #[test]
 fn tls_1_2_and_other_ciphers_are_not_offered() {
-    let suites: Vec<_> = provider().cipher_suites.iter().map(rustls::SupportedCipherSuite::suite).collect();
+    let provider = TlsParameters::default().provider;
+    let suites: Vec<_> = provider.cipher_suites.iter().map(rustls::SupportedCipherSuite::suite).collect();
     assert_eq!(suites, [CipherSuite::TLS13_AES_256_GCM_SHA384, CipherSuite::TLS13_AES_128_GCM_SHA256]);
+}
+
+#[test]
+fn two_configurations_of_one_process_differ() {
+    let with_tls12 = TlsParameters::new(TlsConfig { tls12: true, ..TlsConfig::default() });
+    assert_eq!(with_tls12.versions(), [&TLS13, &TLS12]);
+    assert_eq!(TlsParameters::default().versions(), [&TLS13], "another configuration of the same process");
+    let post_quantum = TlsParameters::new(TlsConfig { only_post_quantum: true, ..TlsConfig::default() });
+    let groups: Vec<_> = post_quantum.provider.kx_groups.iter().map(|group| group.name()).collect();
+    assert_eq!(groups, [NamedGroup::X25519MLKEM768]);
 }
 
 #[test]
@@ -182,7 +194,8 @@ fn credentials_need_their_own_key_and_name() {
     let signed = ca.sign(&web());
     let other_key = PrivateKeyDer::try_from(rcgen::KeyPair::generate().unwrap().serialize_der()).unwrap();
     let made = |identity, roots: &[_]| {
-        Credentials::new(identity, signed.chain().to_vec(), &other_key, roots.to_vec()).err().unwrap()
+        let (chain, tls) = (signed.chain().to_vec(), TlsParameters::default());
+        Credentials::new(identity, chain, &other_key, roots.to_vec(), &tls).err().unwrap()
     };
     assert!(matches!(made(web(), signed.roots()), IdentityError::Unusable { .. }));
     assert!(matches!(made(client(), signed.roots()), IdentityError::Mismatch { .. }));
