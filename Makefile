@@ -27,13 +27,13 @@ test-again: ## what leaves traces, once more: what the first run left would show
 bench: ## direct against through the mesh, side by side; PEER_BIN=… beside another ztunnel (root)
 	@.ci/setup/for bench
 	@$(CARGO) build --release --locked $(PROGRAMS)
-	@$(CARGO) run --release --locked -p watcher --example bench
+	@$(CARGO) run --release --locked -p testbed --example bench
 
 bench-labels: ## from a label at a real API server to open pods and back, ROUNDS=… of PODS="1 20 60" (root)
 	@.ci/setup/for bench
 	@$(CARGO) build --release --locked -p watcher --bins
 	@# The API server, on another machine in real life, collects its garbage less often: that would be in the result.
-	@GOGC=400 $(CARGO) run --release --locked -p watcher --example labels
+	@GOGC=400 $(CARGO) run --release --locked -p testbed --example label_latency
 
 fuzz: ## input that breaks a parser others can reach, each looked for during SECONDS=60
 	@.ci/setup/for fuzz

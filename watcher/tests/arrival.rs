@@ -1,52 +1,47 @@
 //! A new pod's first connection arrives, as the pod.
 
-mod bed;
-
 use std::{fs, time::Duration};
 
-use bed::{
-    Bed, Enrol,
-    process::{Process, placed},
-    wait_for,
+use testbed::{
+    cluster::{Cluster, Enrol},
+    label_latency::SANDBOX_TO_CONTAINER,
+    process::{Placement, Process},
+    program::TestSize,
+    wait::{try_wait, wait_for},
 };
-
-/// How long a container runtime takes, at the very least, from a pod's sandbox (its netns and its first
-/// process) to the first program of its first container.
-const SANDBOX_TO_CONTAINER: Duration = Duration::from_millis(100);
 
 /// Starts `count` pods one after the other, all at the address of `client`, whose first instruction is a connect;
 /// how many were answered, how many of these as themselves, and the slowest.
-fn first_connects(bed: &Bed, count: usize, more: &str) -> (usize, usize, Duration) {
-    let (client, server) = (&bed.pods[0], &bed.pods[1]);
+fn first_connects(cluster: &Cluster, count: usize, more: &str) -> (usize, usize, Duration) {
+    let (client, server) = (&cluster.pods[0], &cluster.pods[1]);
     let as_client = |line: &&String| line.contains("inbound") && line.contains("sa/client");
-    let recorded = || bed.nodes[1].access_log().iter().filter(as_client).count();
+    let recorded = || cluster.nodes[1].access_log().iter().filter(as_client).count();
     let before = recorded();
     let (mut answered, mut slowest) = (0, Duration::ZERO);
     for number in 0..count {
         let uid = format!("{number:08x}-0000-4000-8000-{:012x}", more.len());
-        let pod = bed.nodes[0].pods_cgroup().join(format!("burstable/pod{uid}"));
+        let pod = cluster.nodes[0].pods_cgroup().join(format!("burstable/pod{uid}"));
         let file = format!(
             "pods:\n- uid: {uid}\n  name: client\n  namespace: demo\n  serviceAccount: client\n  \
              labels: {{istio.io/dataplane-mode: ambient}}\n{more}"
         );
-        let next = bed.nodes[0].pods_file().with_extension("next");
+        let next = cluster.nodes[0].pods_file().with_extension("next");
         fs::write(&next, file).expect("pods file");
-        fs::rename(&next, bed.nodes[0].pods_file()).expect("pods file");
+        fs::rename(&next, cluster.nodes[0].pods_file()).expect("pods file");
         for below in ["pause", "main"] {
             fs::create_dir_all(pod.join(below)).expect("cgroup");
         }
-        let log = bed.dir.path().join("pause.log");
-        let pause =
-            Process::spawn("pause", placed(&pod.join("pause"), &client.netns, &["sleep", "1000"]), &log);
-        // Not to wait for the watcher: a runtime does not either.
+        let log = cluster.dir.path().join("pause.log");
+        let placed = |container: &str| Placement::in_cgroup(&pod.join(container)).in_netns(&client.netns);
+        let pause = Process::spawn("pause", placed("pause").command(&["sleep", "1000"]), &log);
+        // No wait for the watcher: a container runtime does not wait either.
         std::thread::sleep(SANDBOX_TO_CONTAINER);
         let first = format!(
             "s=$EPOCHREALTIME; exec 3<>/dev/tcp/{}/8080; e=$EPOCHREALTIME; echo $((${{e/./}} - ${{s/./}}));
              printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3; timeout 10 cat <&3",
             server.v4
         );
-        let output =
-            placed(&pod.join("main"), &client.netns, &["bash", "-c", &first]).output().expect("bash");
+        let output = placed("main").command(&["bash", "-c", &first]).output().expect("sh");
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         if said.contains(&format!("client {}", client.v4)) {
             answered += 1;
@@ -57,36 +52,35 @@ fn first_connects(bed: &Bed, count: usize, more: &str) -> (usize, usize, Duratio
         }
         drop(pause);
         for dir in [pod.join("pause"), pod.join("main"), pod] {
-            wait_for("the cgroup to be empty", Duration::from_secs(10), || fs::remove_dir(&dir).ok());
+            wait_for("the cgroup to be empty", || fs::remove_dir(&dir).is_ok());
         }
     }
     // Records are written when connections end.
-    let mut as_themselves = recorded() - before;
-    let deadline = std::time::Instant::now() + Duration::from_secs(3);
-    while as_themselves < answered && std::time::Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(20));
+    let mut as_themselves = 0;
+    try_wait(Duration::from_secs(3), || {
         as_themselves = recorded() - before;
-    }
+        as_themselves >= answered
+    });
     (answered, as_themselves, slowest)
 }
 
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn the_first_connect_of_every_new_pod_arrives_as_that_pod() {
-    let pods = std::env::var("ADIT_NEW_PODS").ok().and_then(|text| text.parse().ok()).unwrap_or(30);
-    let mut bed = Bed::new();
-    let _client = bed.pod("client", 0, Enrol::Mesh);
-    let server = bed.pod("server", 1, Enrol::Mesh);
-    bed.serve_web(&server, "hello");
-    bed.start();
+    let pods = TestSize::get().pick(30, 1000);
+    let mut cluster = Cluster::new();
+    let _client = cluster.pod("client", 0, Enrol::Mesh);
+    let server = cluster.pod("server", 1, Enrol::Mesh);
+    cluster.serve_web(&server, "hello");
+    cluster.start();
     for (mode, more) in [("closed", "  failMode: closed\n"), ("open", "  failMode: open\n")] {
-        let (answered, as_themselves, slowest) = first_connects(&bed, pods, more);
+        let (answered, as_themselves, slowest) = first_connects(&cluster, pods, more);
         eprintln!(
             "{mode}: {answered} of {pods} answered, {as_themselves} with their identity, {} escaped, slowest connect {slowest:?}",
             answered - as_themselves
         );
         // On a machine that does much else a tunnel may be late: then a closed pod is refused, never passed by.
-        assert!(answered * 10 >= pods * 9, "{mode}: {answered} of {pods}\n{}", bed.nodes[0].story());
-        assert!(mode == "open" || as_themselves == answered, "{mode}\n{}", bed.nodes[0].story());
+        assert!(answered * 10 >= pods * 9, "{mode}: {answered} of {pods}\n{}", cluster.nodes[0].story());
+        assert!(mode == "open" || as_themselves == answered, "{mode}\n{}", cluster.nodes[0].story());
     }
 }

@@ -1,35 +1,41 @@
-//! Two nodes, real watchers, real tunnels, on every kernel of the support range: this binary boots the others with itself as
-//! the passenger (`adit_vm`).
+//! Two nodes with real watchers and real tunnels on every kernel of the support range. The tests boot the
+//! other kernels (`adit_vm`) and run this binary there.
 
-mod bed;
+use std::path::Path;
 
-use std::{path::Path, time::Duration};
-
-use bed::{Bed, Enrol, node::binary, wait_for};
+use testbed::{
+    cluster::{Cluster, Enrol},
+    program::binary,
+    wait::wait_for,
+};
 
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn pods_are_enrolled_and_let_go_again() {
-    let mut bed = Bed::new();
-    let client = bed.pod("client", 0, Enrol::Mesh);
-    let server = bed.pod("server", 1, Enrol::Mesh);
-    bed.serve_web(&server, "hello");
-    bed.start();
-    let recorded =
-        |bed: &Bed| bed.nodes[1].access_log().iter().filter(|line| line.contains("sa/client")).count();
+    let mut cluster = Cluster::new();
+    let client = cluster.pod("client", 0, Enrol::Mesh);
+    let server = cluster.pod("server", 1, Enrol::Mesh);
+    cluster.serve_web(&server, "hello");
+    cluster.start();
+    let recorded = |cluster: &Cluster| {
+        cluster.nodes[1].access_log().iter().filter(|line| line.contains("sa/client")).count()
+    };
     for (url, source) in [
         (format!("http://{}:8080/", server.v4), &client.v4),
         (format!("http://[{}]:8080/", server.v6), &client.v6),
     ] {
-        assert_eq!(client.curl(&url), Ok(format!("hello, client {source}\n")), "{}", bed.nodes[1].story());
+        assert_eq!(
+            client.curl(&url),
+            Ok(format!("hello, client {source}\n")),
+            "{}",
+            cluster.nodes[1].story()
+        );
     }
-    wait_for("two records with the client's identity", Duration::from_secs(20), || {
-        (recorded(&bed) == 2).then_some(())
-    });
-    bed.label(&["client", "server"], Enrol::Plain);
+    wait_for("two records with the client's identity", || (recorded(&cluster) == 2).then_some(()));
+    cluster.label(&["client", "server"], Enrol::Plain);
     let url = format!("http://{}:8080/", server.v4);
     assert_eq!(client.curl(&url), Ok(format!("hello, client {}\n", client.v4)));
-    assert_eq!(recorded(&bed), 2, "past the tunnels");
+    assert_eq!(recorded(&cluster), 2, "past the tunnels");
 }
 
 fn enrolment_on(kernel: &str) {
@@ -40,7 +46,10 @@ fn enrolment_on(kernel: &str) {
     let (watcher, ztunnel) = (binary("watcher"), binary("ztunnel"));
     let mut programs = vec![own.as_path(), &watcher, &ztunnel];
     programs.extend(["ip", "nsenter", "bash", "curl", "nginx"].map(Path::new));
-    let command = format!("{} --include-ignored --nocapture pods_are_enrolled", own.display());
+    let command = format!(
+        "{} --include-ignored --nocapture --exact kernels::pods_are_enrolled_and_let_go_again",
+        own.display()
+    );
     let said = adit_vm::run(kernel, &programs, &command).unwrap_or_else(|error| panic!("{error:#}"));
     assert!(said.contains("1 passed"), "{said}");
 }

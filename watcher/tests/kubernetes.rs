@@ -1,19 +1,20 @@
 //! Pods of a real API server are enrolled as their labels say, and what became of them is written back.
 
-mod api_node;
-mod api_server;
-mod support;
-
 use std::fs;
 
-use api_node::{Node, REDIRECTION, obliging};
 use serde_json::json;
-use support::{Bed, Told, wait_for, watcher_binary};
+use testbed::{
+    api_node::{ApiNode, REDIRECTION},
+    fakes::Received,
+    program::binary,
+    wait::wait_for,
+    watcher_node::WatcherNode,
+};
 
 #[test]
 #[ignore = "needs root: make test"]
 fn labels_of_namespaces_and_pods_enrol_running_pods_and_take_them_out_again() {
-    let mut node = Node::new(&json!({}));
+    let mut node = ApiNode::new(&json!({}));
     let ambient = json!({"istio.io/dataplane-mode": "ambient"});
     let (_, uid) = node.pod("plain", &json!({}));
     node.pod("labelled", &json!({"metadata": {"labels": ambient}}));
@@ -21,12 +22,12 @@ fn labels_of_namespaces_and_pods_enrol_running_pods_and_take_them_out_again() {
     node.pod("injected", &json!({"metadata": {"annotations": {"sidecar.istio.io/status": "{}"}}}));
     let native = json!({"spec": {"initContainers": [{"name": "own-proxy", "image": "none", "restartPolicy": "Always"}]}});
     node.pod("native", &native);
-    node.api.pod(&node.namespace, "host", &node.bed.name, &json!({"spec": {"hostNetwork": true}}));
+    node.api.pod(&node.namespace, "host", &node.host.name, &json!({"spec": {"hostNetwork": true}}));
     node.api.pod(&node.namespace, "elsewhere", "another-node", &json!({"metadata": {"labels": ambient}}));
-    node.bed.start(&["--sidecar-container", "own-proxy"]);
+    node.host.start(&["--sidecar-container", "own-proxy"]);
     node.wait_ready();
     assert!(node.find("elsewhere").is_none(), "another node's pod");
-    let _tunnel = obliging(node.tunnel());
+    let _tunnel = node.tunnel().take_all();
 
     node.wait_state("labelled", "open", "");
     for name in ["plain", "opted-out", "injected", "native", "host"] {
@@ -79,14 +80,14 @@ fn labels_of_namespaces_and_pods_enrol_running_pods_and_take_them_out_again() {
 #[test]
 #[ignore = "needs root: make test"]
 fn a_pod_of_an_enrolled_namespace_is_closed_before_its_first_process() {
-    let mut node = Node::new(&json!({"istio.io/dataplane-mode": "ambient"}));
-    node.bed.start(&[]);
+    let mut node = ApiNode::new(&json!({"istio.io/dataplane-mode": "ambient"}));
+    node.host.start(&[]);
     node.wait_ready();
-    let _tunnel = obliging(node.tunnel());
-    let uid = node.api.pod(&node.namespace, "new", &node.bed.name, &json!({}));
+    let _tunnel = node.tunnel().take_all();
+    let uid = node.api.pod(&node.namespace, "new", &node.host.name, &json!({}));
     node.wait_state("new", "closed", "no_cgroup");
     // No address is known to the API yet: the pod's netns tells.
-    let number = node.bed.pod_in("new", &format!("pod{uid}"));
+    let number = node.host.pod_in("new", &format!("pod{uid}"));
     node.wait_state("new", "open", "");
     node.report(number);
     node.wait_annotation("new", Some("enabled"));
@@ -96,7 +97,7 @@ fn a_pod_of_an_enrolled_namespace_is_closed_before_its_first_process() {
 #[test]
 #[ignore = "needs root: make test"]
 fn what_is_wrong_with_a_pod_is_told_by_events() {
-    let mut node = Node::new(&json!({"istio.io/dataplane-mode": "ambient"}));
+    let mut node = ApiNode::new(&json!({"istio.io/dataplane-mode": "ambient"}));
     let (_, taken) = node.pod("taken", &json!({}));
     let annotations =
         json!({"ambient.adit.dev/fail-mode": "ajar", "ambient.adit.dev/exclude-outbound-ports": "6379,http"});
@@ -107,14 +108,14 @@ fn what_is_wrong_with_a_pod_is_told_by_events() {
         "liar",
         &json!({"podIP": "10.99.99.99", "podIPs": [{"ip": "10.99.99.99"}]}),
     );
-    node.bed.start(&[]);
+    node.host.start(&[]);
     let tunnel = node.tunnel();
     let refuses = taken.clone();
     let _tunnel = std::thread::spawn(move || {
         loop {
-            match tunnel.hear() {
-                Told::Closed => return,
-                Told::Add(uid, _) if uid == refuses => {
+            match tunnel.receive() {
+                Received::Closed => return,
+                Received::Add(uid, _) if uid == refuses => {
                     tunnel.answer("cannot listen on 15006: address in use");
                 }
                 _ => tunnel.answer(""),
@@ -142,7 +143,7 @@ fn what_is_wrong_with_a_pod_is_told_by_events() {
         });
         assert!(event.note.as_deref().is_some_and(|note| note.contains(part)), "{event:?}");
         assert_eq!(event.type_.as_deref(), Some("Warning"));
-        assert_eq!(event.reporting_instance.as_deref(), Some(node.bed.name.as_str()));
+        assert_eq!(event.reporting_instance.as_deref(), Some(node.host.name.as_str()));
     }
     node.wait_annotation("nonsense", Some("enabled"));
     node.wait_annotation("taken", None);
@@ -152,19 +153,19 @@ fn what_is_wrong_with_a_pod_is_told_by_events() {
 #[test]
 #[ignore = "needs root: make test"]
 fn a_static_pods_cgroup_is_found_by_its_hash() {
-    let mut node = Node::new(&json!({"istio.io/dataplane-mode": "ambient"}));
+    let mut node = ApiNode::new(&json!({"istio.io/dataplane-mode": "ambient"}));
     let hash = "0123456789abcdef0123456789abcdef";
     let annotations = json!({"kubernetes.io/config.mirror": hash, "kubernetes.io/config.hash": hash});
     node.api.pod(
         &node.namespace,
         "static",
-        &node.bed.name,
+        &node.host.name,
         &json!({"metadata": {"annotations": annotations}}),
     );
-    let number = node.bed.pod_in("static", &format!("pod{hash}"));
+    let number = node.host.pod_in("static", &format!("pod{hash}"));
     node.report(number);
-    node.bed.start(&[]);
-    let _tunnel = obliging(node.tunnel());
+    node.host.start(&[]);
+    let _tunnel = node.tunnel().take_all();
     node.wait_state("static", "open", "");
     node.wait_annotation("static", Some("enabled"));
     assert_eq!(node.find("static").expect("the pod")["uid"], hash);
@@ -173,9 +174,9 @@ fn a_static_pods_cgroup_is_found_by_its_hash() {
 #[test]
 #[ignore = "needs root: make test"]
 fn options_that_cannot_work_are_refused_with_what_to_do() {
-    let mut bed = Bed::new();
-    bed.kubeconfig = Some(bed.dir.path().join("nowhere"));
-    let path = bed.dir.path().join("broken");
+    let mut node = WatcherNode::new();
+    node.kubeconfig = Some(node.dir.path().join("nowhere"));
+    let path = node.dir.path().join("broken");
     fs::write(&path, "clusters: 5").expect("file");
     for (variables, words, says) in [
         (vec![], vec!["--kubernetes"], "NODE_NAME"),
@@ -186,15 +187,15 @@ fn options_that_cannot_work_are_refused_with_what_to_do() {
         (vec![], vec!["--kubernetes", "--pods", "x"], "cannot be used with"),
         (vec![], vec!["--kubernetes", "--dataplane-label", "x=none"], "expected KEY=VALUE"),
     ] {
-        let output = std::process::Command::new(watcher_binary())
+        let output = std::process::Command::new(binary("watcher"))
             .env_clear()
             .envs(variables)
             .args(["run", "--bpffs"])
-            .arg(bed.bpffs())
+            .arg(node.bpffs())
             .arg("--attach")
-            .arg(bed.cgroup.join("pods"))
+            .arg(node.cgroup.join("pods"))
             .arg("--run-dir")
-            .arg(bed.dir.path())
+            .arg(node.dir.path())
             .args(&words)
             .output()
             .expect("watcher");
@@ -206,25 +207,25 @@ fn options_that_cannot_work_are_refused_with_what_to_do() {
 #[test]
 #[ignore = "needs root: make test"]
 fn who_undoes_everything_takes_the_annotations_back() {
-    let mut node = Node::new(&json!({"istio.io/dataplane-mode": "ambient"}));
+    let mut node = ApiNode::new(&json!({"istio.io/dataplane-mode": "ambient"}));
     for name in ["a", "b", "c"] {
         node.pod(name, &json!({}));
     }
-    node.bed.start(&["--detach"]);
-    let _told = obliging(node.tunnel());
+    node.host.start(&["--detach"]);
+    let _told = node.tunnel().take_all();
     for name in ["a", "b", "c"] {
         node.wait_state(name, "open", "");
         node.wait_annotation(name, Some("enabled"));
     }
-    let mut watcher = node.bed.watcher.take().expect("watcher");
+    let mut watcher = node.host.watcher.take().expect("watcher");
     watcher.signal(nix::sys::signal::Signal::SIGTERM);
-    assert!(watcher.wait(), "{}", node.bed.log());
+    assert!(watcher.wait().success(), "{}", node.host.log());
     for name in ["a", "b", "c"] {
         assert_eq!(
             node.api.annotation(&node.namespace, name, REDIRECTION),
             None,
             "{name}\n{}",
-            node.bed.log()
+            node.host.log()
         );
     }
 }

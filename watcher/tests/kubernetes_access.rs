@@ -1,13 +1,7 @@
 //! The chart's ClusterRole is enough for the watcher, each verb of it is needed, and it is of no use for more.
 
-mod api_node;
-mod api_server;
-mod support;
-
 use std::{collections::BTreeSet, path::Path};
 
-use api_node::{Node, obliging};
-use api_server::{ApiServer, RBAC};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, Client, Config,
@@ -15,7 +9,11 @@ use kube::{
     config::{KubeConfigOptions, Kubeconfig},
 };
 use serde_json::{Value, json};
-use support::wait_for;
+use testbed::{
+    api_node::ApiNode,
+    api_server::{ApiServer, RBAC},
+    wait::wait_for,
+};
 
 /// The chart's rules, one for each resource.
 fn rules() -> Vec<(String, String, Vec<String>)> {
@@ -76,7 +74,7 @@ fn account_without(api: &ApiServer, name: &str, verb: &str, resource: &str) -> s
 fn each_verb_of_the_role_is_needed_and_its_absence_is_named() {
     // Servers that stream lists ask for `watch` alone; all others need `list` too.
     let api = std::sync::Arc::new(ApiServer::start_with(&["--feature-gates=WatchList=false"]));
-    let mut node = Node::of(api, &json!({"istio.io/dataplane-mode": "ambient"}));
+    let mut node = ApiNode::of(api, &json!({"istio.io/dataplane-mode": "ambient"}));
     let annotations = json!({"ambient.adit.dev/fail-mode": "ajar"});
     node.pod("pod", &json!({"metadata": {"annotations": annotations}}));
     let needed_to_read =
@@ -92,19 +90,19 @@ fn each_verb_of_the_role_is_needed_and_its_absence_is_named() {
         tested.map(|(verb, resource)| ((*verb).to_owned(), (*resource).to_owned())).collect()
     );
     for (number, (verb, resource)) in needed_to_read.iter().enumerate() {
-        node.bed.kubeconfig = Some(account_without(&node.api, &format!("without-{number}"), verb, resource));
-        node.bed.start(&[]);
+        node.host.kubeconfig = Some(account_without(&node.api, &format!("without-{number}"), verb, resource));
+        node.host.start(&[]);
         node.wait_source_error(&[&format!("the verb {verb} on {resource}"), "forbidden"]);
-        node.bed.watcher = None;
+        node.host.kill_watcher();
     }
     for (number, (verb, resource)) in needed_to_write.iter().enumerate() {
-        node.bed.kubeconfig = Some(account_without(&node.api, &format!("mute-{number}"), verb, resource));
-        node.bed.start(&[]);
-        let told = obliging(node.tunnel());
+        node.host.kubeconfig = Some(account_without(&node.api, &format!("mute-{number}"), verb, resource));
+        node.host.start(&[]);
+        let told = node.tunnel().take_all();
         // Traffic does not wait for what cannot be written back.
         node.wait_state("pod", "open", "");
         wait_for(&format!("a record that {verb} on {resource} is missing"), || {
-            let log = node.bed.log();
+            let log = node.host.log();
             let named = log.lines().any(|line| {
                 line.contains("forbidden")
                     && line.contains(&format!("cannot {verb} resource"))
@@ -112,7 +110,7 @@ fn each_verb_of_the_role_is_needed_and_its_absence_is_named() {
             });
             named.then_some(())
         });
-        node.bed.watcher = None;
+        node.host.kill_watcher();
         told.join().expect("the tunnel");
         node.api.patch_pod(
             &node.namespace,
@@ -125,11 +123,11 @@ fn each_verb_of_the_role_is_needed_and_its_absence_is_named() {
 #[test]
 #[ignore = "needs root: make test"]
 fn a_server_that_streams_lists_is_asked_for_watches_alone() {
-    let mut node = Node::new(&json!({}));
-    node.bed.kubeconfig =
-        Some(account_without(&node.api, &format!("{}-streams", node.bed.name), "list", "pods"));
+    let mut node = ApiNode::new(&json!({}));
+    node.host.kubeconfig =
+        Some(account_without(&node.api, &format!("{}-streams", node.host.name), "list", "pods"));
     node.pod("pod", &json!({}));
-    node.bed.start(&[]);
+    node.host.start(&[]);
     node.wait_ready();
     assert!(node.find("pod").is_some() && node.source_error().is_none());
 }
@@ -137,7 +135,7 @@ fn a_server_that_streams_lists_is_asked_for_watches_alone() {
 #[test]
 #[ignore = "needs root: make test"]
 fn the_role_does_not_let_anybody_change_what_pods_run() {
-    let mut node = Node::new(&json!({}));
+    let mut node = ApiNode::new(&json!({}));
     node.pod("pod", &json!({}));
     let pods: Api<Pod> = Api::namespaced(client(&node.api, &node.api.watcher_kubeconfig()), &node.namespace);
     let other = Patch::Strategic(json!({"spec": {"containers": [{"name": "main", "image": "another"}]}}));
@@ -158,11 +156,11 @@ const OWN_NODE: &str = include_str!("../../charts/adit/files/watcher-own-node.ya
 fn with_the_optional_policy_a_watcher_writes_to_its_own_nodes_pods_only() {
     let api = std::sync::Arc::new(ApiServer::start());
     api.apply(OWN_NODE);
-    let mut node = Node::of(api, &json!({"istio.io/dataplane-mode": "ambient"}));
+    let mut node = ApiNode::of(api, &json!({"istio.io/dataplane-mode": "ambient"}));
     node.pod("own", &json!({}));
     node.api.pod(&node.namespace, "foreign", "another-node", &json!({}));
     let account = json!({"spec": {"serviceAccountName": "adit-watcher"}});
-    let uid = node.api.pod("adit-system", "watcher", &node.bed.name, &account);
+    let uid = node.api.pod("adit-system", "watcher", &node.host.name, &account);
     let kubeconfig = node.api.kubeconfig_of_pod("adit-system", "adit-watcher", Some(("watcher", &uid)));
 
     let pods: Api<Pod> = Api::namespaced(client(&node.api, &kubeconfig), &node.namespace);
@@ -171,9 +169,9 @@ fn with_the_optional_policy_a_watcher_writes_to_its_own_nodes_pods_only() {
         let patched = pods.patch_status("foreign", &PatchParams::default(), &mark).await;
         patched.err().filter(|error| error.to_string().contains("its own node only")).map(drop)
     });
-    node.bed.kubeconfig = Some(kubeconfig);
-    node.bed.start(&[]);
-    let _told = obliging(node.tunnel());
+    node.host.kubeconfig = Some(kubeconfig);
+    node.host.start(&[]);
+    let _told = node.tunnel().take_all();
     node.wait_state("own", "open", "");
     node.wait_annotation("own", Some("enabled"));
 }

@@ -1,48 +1,43 @@
 //! The API server goes away, hangs, forgets and comes back: what it told last holds, and nothing is missed.
 
-mod api_node;
-mod api_server;
-mod support;
-
 use std::sync::Arc;
 
-use api_node::{Node, obliging};
-use api_server::ApiServer;
 use nix::sys::signal::Signal;
 use serde_json::json;
-use support::wait_for;
+use testbed::{api_node::ApiNode, api_server::ApiServer, wait::wait_for};
 
 #[test]
 #[ignore = "needs root: make test"]
 fn while_the_api_server_is_away_nothing_changes_and_then_nothing_was_missed() {
     let ambient = json!({"istio.io/dataplane-mode": "ambient"});
-    let mut node = Node::of(Arc::new(ApiServer::start()), &ambient);
+    let mut node = ApiNode::of(Arc::new(ApiServer::start()), &ambient);
     let (running, _) = node.pod("running", &json!({}));
-    node.bed.start(&[]);
-    let told = obliging(node.tunnel());
+    node.host.start(&[]);
+    let told = node.tunnel().take_all();
     node.wait_state("running", "open", "");
     node.wait_annotation("running", Some("enabled"));
 
     node.api.kill_server();
     node.wait_source_error(&["watch pods", "watch namespaces"]);
     assert_eq!(node.find("running").expect("the pod")["state"], "open");
-    let said = node.bed.command(&["status"]).1;
+    let said = node.host.command(&["status"]).1;
     assert!(said.contains("what it told last holds: watch pods"), "{said}");
 
     // A watcher that starts meanwhile leaves everything as it was, for as long as it takes, and is not ready.
-    node.bed.watcher.as_ref().expect("watcher").signal(Signal::SIGKILL);
-    node.bed.watcher = None;
+    node.host.watcher.as_ref().expect("watcher").signal(Signal::SIGKILL);
+    node.host.kill_watcher();
     told.join().expect("the tunnel");
-    node.bed.start(&[]);
+    node.host.start(&[]);
     node.wait_source_error(&["list pods"]);
-    let status = node.bed.status();
+    let status = node.host.status();
     assert_eq!((&status["ready"], &status["source"]["synced"]), (&json!(false), &json!(false)));
-    assert!(node.bed.pods[running].is_prepared(), "it was taken for gone");
-    let steered = node.bed.pins().iter().filter(|pin| pin.to_string_lossy().contains("links/netns-")).count();
-    assert_eq!(steered, 1, "{:?}", node.bed.pins());
+    assert!(node.host.pods[running].is_prepared(), "it was taken for gone");
+    let steered =
+        node.host.pins().iter().filter(|pin| pin.to_string_lossy().contains("links/netns-")).count();
+    assert_eq!(steered, 1, "{:?}", node.host.pins());
 
     node.api.start_server();
-    let _told = obliging(node.tunnel());
+    let _told = node.tunnel().take_all();
     node.wait_state("running", "open", "");
     wait_for("the source to be in order", || node.source_error().is_none().then_some(()));
 
@@ -59,8 +54,8 @@ fn while_the_api_server_is_away_nothing_changes_and_then_nothing_was_missed() {
 #[test]
 #[ignore = "needs root: make test"]
 fn a_resumed_watch_that_has_nothing_to_say_is_in_order() {
-    let mut node = Node::of(Arc::new(ApiServer::start()), &json!({}));
-    node.bed.start(&[]);
+    let mut node = ApiNode::of(Arc::new(ApiServer::start()), &json!({}));
+    node.host.start(&[]);
     node.wait_ready();
     node.api.kill_server();
     node.wait_source_error(&["watch pods", "watch namespaces"]);
@@ -71,10 +66,10 @@ fn a_resumed_watch_that_has_nothing_to_say_is_in_order() {
 #[test]
 #[ignore = "needs root: make test"]
 fn a_server_that_hangs_holds_up_nobody_and_goes_on() {
-    let mut node = Node::of(Arc::new(ApiServer::start()), &json!({}));
+    let mut node = ApiNode::of(Arc::new(ApiServer::start()), &json!({}));
     node.pod("running", &json!({}));
-    node.bed.start(&[]);
-    let _told = obliging(node.tunnel());
+    node.host.start(&[]);
+    let _told = node.tunnel().take_all();
     node.wait_state("running", "plain", "");
     node.api.signal_server(Signal::SIGSTOP);
     assert_eq!(node.find("running").expect("the pod")["state"], "plain");
@@ -85,16 +80,16 @@ fn a_server_that_hangs_holds_up_nobody_and_goes_on() {
 
 /// What a watcher missed while it was stopped and the server forgot is found by a new list.
 fn expires(options: &[&str]) {
-    let mut node = Node::of(Arc::new(ApiServer::start_with(options)), &json!({}));
+    let mut node = ApiNode::of(Arc::new(ApiServer::start_with(options)), &json!({}));
     let ambient = json!({"metadata": {"labels": {"istio.io/dataplane-mode": "ambient"}}});
     node.pod("stays", &ambient);
     node.pod("goes", &ambient);
-    node.bed.start(&[]);
-    let _told = obliging(node.tunnel());
+    node.host.start(&[]);
+    let _told = node.tunnel().take_all();
     node.wait_state("stays", "open", "");
     node.wait_state("goes", "open", "");
 
-    let watcher = node.bed.watcher.as_ref().expect("watcher");
+    let watcher = node.host.watcher.as_ref().expect("watcher");
     watcher.signal(Signal::SIGSTOP);
     node.api.kill_server();
     node.api.start_server();
@@ -102,7 +97,7 @@ fn expires(options: &[&str]) {
     let more = json!({"metadata": {"labels": {"istio.io/dataplane-mode": "none"}}});
     node.api.patch_pod(&node.namespace, "stays", &more);
     node.api.label_namespace(&node.namespace, &json!({"istio.io/dataplane-mode": "ambient"}));
-    node.api.pod(&node.namespace, "comes", &node.bed.name, &json!({}));
+    node.api.pod(&node.namespace, "comes", &node.host.name, &json!({}));
     node.api.compact();
     // Its memory of what happened goes with it.
     node.api.kill_server();

@@ -1,7 +1,48 @@
-//! What the tests, the demo and the benchmarks of all crates stand on. No program depends on it.
+//! What the tests, the demo and the benchmarks of all crates stand on. It depends on neither program: they
+//! run as binaries. No program depends on it.
 //!
 //! * [`doc_table`]: checks tables of `docs/` against the code that they are made from
 //! * [`module_order`]: checks that a crate's modules depend on each other in the order that its root lists
+//! * [`roles`]: what helpers do
+//! * [`label_latency`]: how long a label takes, at a node whose pods talk
+//! * [`traffic`]: requests through a cluster
+//! * [`cluster`]: two nodes with real watchers and real tunnels
+//! * [`api_node`]: a node whose watcher follows an API server
+//! * [`api_server`]: a real API server with its store
+//! * [`watcher_node`]: a node with a watcher and no tunnel
+//! * [`fakes`]: the far ends of the programs under test
+//! * [`lend`]: sockets that a helper makes in a cgroup
+//! * [`helper`]: this executable once more, as a process elsewhere
+//! * [`process`]: programs in a cgroup and a netns, which end with their owner
+//! * [`program`]: where the programs under test are, and how large the tests
+//! * [`netns`], [`cgroup`], [`mount`]: guards for what the kernel keeps by name
+//! * [`interrupt`], [`command`], [`wait`]: notice Ctrl-C; run a command; wait for a condition
 
+pub mod api_node;
+pub mod api_server;
+pub mod cgroup;
+pub mod cluster;
+pub mod command;
 pub mod doc_table;
+pub mod fakes;
+pub mod helper;
+pub mod interrupt;
+pub mod label_latency;
+pub mod lend;
 pub mod module_order;
+pub mod mount;
+pub mod netns;
+pub mod process;
+pub mod program;
+pub mod roles;
+pub mod traffic;
+pub mod wait;
+pub mod watcher_node;
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn modules_use_only_modules_below_them() {
+        crate::module_order::assert_one_way(env!("CARGO_MANIFEST_DIR"));
+    }
+}

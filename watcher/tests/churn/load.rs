@@ -3,8 +3,8 @@
 use super::*;
 
 /// What a watcher holds: fds, and kilobytes of memory.
-fn holds(bed: &Bed) -> (usize, u64) {
-    let pid = bed.status()["pid"].as_u64().expect("a pid");
+fn holds(node: &WatcherNode) -> (usize, u64) {
+    let pid = node.status()["pid"].as_u64().expect("a pid");
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
     let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
     let rss = rss.trim().trim_end_matches(" kB").parse().expect("a number");
@@ -14,26 +14,26 @@ fn holds(bed: &Bed) -> (usize, u64) {
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn pods_that_came_and_went_leave_nothing() {
-    let mut bed = Bed::new();
-    let (pods, at_once) = (count("ADIT_CHURN_PODS", 120), 10);
-    publish(&bed, &[], true, "");
-    bed.start(&[]);
-    let told = answer_all(bed.tunnel());
-    let networks: Vec<Network> = (0..at_once).map(|number| Network::new(&bed, number)).collect();
-    let pins = bed.pins();
+    let mut node = WatcherNode::new();
+    let (pods, at_once) = (TestSize::get().pick(120, 2000), 10);
+    publish(&node, &[], true, "");
+    node.start(&[]);
+    let received = node.tunnel().take_all();
+    let networks: Vec<Netns> = (0..at_once).map(|number| network(&node, number)).collect();
+    let pins = node.pins();
     let mut before = None;
     for batch in 0..pods / at_once {
         let uids: Vec<String> = (0..at_once).map(|i| uid(batch * at_once + i)).collect();
         let dirs: Vec<PathBuf> =
-            uids.iter().map(|uid| pods_dir(&bed).join(format!("besteffort/pod{uid}"))).collect();
-        publish(&bed, &uids, true, "");
+            uids.iter().map(|uid| pods_dir(&node).join(format!("besteffort/pod{uid}"))).collect();
+        publish(&node, &uids, true, "");
         let processes: Vec<Child> = networks
             .iter()
             .zip(&dirs)
             .map(|(network, dir)| start_in(network, &dir.join("main"), "exec sleep infinity"))
             .collect();
         wait_for("the pods to be open", || {
-            let status = bed.status();
+            let status = node.status();
             let pods = status["pods"].as_array().unwrap();
             let open = pods.iter().filter(|pod| pod["state"] == "open").count();
             (open == at_once && pods.iter().all(|pod| uids.iter().any(|uid| pod["uid"] == **uid)))
@@ -43,66 +43,65 @@ fn pods_that_came_and_went_leave_nothing() {
         for dir in &dirs {
             remove(dir);
         }
-        publish(&bed, &[], true, "");
+        publish(&node, &[], true, "");
         wait_for("everything to be put back", || {
-            let status = bed.status();
+            let status = node.status();
             let gone = |key: &str| status[key].as_array().is_some_and(Vec::is_empty);
-            (gone("pods") && gone("draining") && bed.pins().len() <= pins.len() + 6).then_some(())
+            (gone("pods") && gone("draining") && node.pins().len() <= pins.len() + 6).then_some(())
         });
         // After the first batch, which fills caches.
-        before.get_or_insert_with(|| holds(&bed));
+        before.get_or_insert_with(|| holds(&node));
     }
     for network in &networks {
-        let rules = run(&format!("ip -n {} rule", network.name));
+        let rules = run(&format!("ip -n {} rule", network));
         assert!(!rules.contains("0x539"), "{rules}");
     }
-    let (before, after) = (before.unwrap(), holds(&bed));
+    let (before, after) = (before.unwrap(), holds(&node));
     // One more may have been open for a moment when it was counted first.
     assert!(after.0 <= before.0, "{} fds, {} before", after.0, before.0);
     assert!(after.1 < before.1 + 8192, "{} kB after {pods} pods, {} kB before", after.1, before.1);
-    assert_eq!(bed.status()["events"]["lost"], 0);
-    let links = bed.pins().into_iter().filter(|pin| pin.to_string_lossy().contains("links/netns-")).count();
+    assert_eq!(node.status()["events"]["lost"], 0);
+    let links = node.pins().into_iter().filter(|pin| pin.to_string_lossy().contains("links/netns-")).count();
     assert_eq!(links, 0, "links of netns");
-    assert!(!bed.dir.path().join("run").join(&bed.name).join("records.json").exists() || links == 0);
-    drop(bed);
-    told.join().unwrap();
+    assert!(!node.dir.path().join("run").join(&node.name).join("records.json").exists() || links == 0);
+    drop(node);
+    received.join().unwrap();
 }
 
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn killed_at_any_moment_the_watcher_comes_back_to_the_right_state() {
-    let mut bed = Bed::new();
-    let (kills, pods) = (count("ADIT_KILLS", 6), 8);
+    let mut node = WatcherNode::new();
+    let (kills, pods) = (TestSize::get().pick(6, 100), 8);
     let uids: Vec<String> = (0..pods).map(uid).collect();
-    let networks: Vec<Network> = (0..pods).map(|number| Network::new(&bed, number)).collect();
-    let _processes = start_each(&bed, &networks, &uids);
+    let networks: Vec<Netns> = (0..pods).map(|number| network(&node, number)).collect();
+    let _processes = start_each(&node, &networks, &uids);
     for round in 0..kills {
         // Half of the pods change with every round, and the watcher dies somewhere in the middle of it.
-        publish(&bed, &uids[round % 2 * pods / 2..][..pods / 2], true, "");
-        bed.start(&[]);
-        let told = answer_all(bed.tunnel());
-        publish(&bed, &uids[(round + 1) % 2 * pods / 2..][..pods / 2], true, "");
+        publish(&node, &uids[round % 2 * pods / 2..][..pods / 2], true, "");
+        node.start(&[]);
+        let received = node.tunnel().take_all();
+        publish(&node, &uids[(round + 1) % 2 * pods / 2..][..pods / 2], true, "");
         thread::sleep(Duration::from_millis((round as u64 * 7) % 40));
-        bed.watcher.as_ref().unwrap().signal(Signal::SIGKILL);
-        assert!(!bed.watcher.as_mut().unwrap().wait());
-        bed.watcher = None;
-        told.join().unwrap();
+        node.watcher.as_ref().unwrap().signal(Signal::SIGKILL);
+        assert!(!node.watcher.as_mut().unwrap().wait().success());
+        node.kill_watcher();
+        received.join().unwrap();
     }
-    publish(&bed, &uids[..1], true, "");
-    bed.start(&["--detach"]);
-    let told = answer_all(bed.tunnel());
-    bed.wait_state(0, "open", "");
+    publish(&node, &uids[..1], true, "");
+    node.start(&["--detach"]);
+    let received = node.tunnel().take_all();
+    node.wait_state(0, "open", "");
     wait_for("what the killed ones left to be put back", || {
-        let status = bed.status();
-        let others = networks[1..]
-            .iter()
-            .any(|network| run(&format!("ip -n {} rule", network.name)).contains("0x539"));
+        let status = node.status();
+        let others =
+            networks[1..].iter().any(|network| run(&format!("ip -n {} rule", network)).contains("0x539"));
         (status["draining"].as_array().is_some_and(Vec::is_empty) && !others).then_some(())
     });
-    let links = bed.pins().into_iter().filter(|pin| pin.to_string_lossy().contains("links/netns-")).count();
+    let links = node.pins().into_iter().filter(|pin| pin.to_string_lossy().contains("links/netns-")).count();
     assert_eq!(links, 1);
-    drop(bed);
-    told.join().unwrap();
+    drop(node);
+    received.join().unwrap();
 }
 
 /// Processes that the machine has started, and the CPU time of a process, in ticks of 10 ms.
@@ -119,46 +118,48 @@ fn started_and_spent(pid: u64) -> (u64, u64) {
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_storm_of_processes_hides_no_pod() {
+    // A shell command that starts processes as fast as it can.
     let storm = std::env::var("ADIT_STORM").unwrap_or_else(|_| "while :; do /bin/true; (:); done".to_owned());
-    let mut bed = Bed::new();
-    let networks: Vec<Network> = (0..6).map(|number| Network::new(&bed, number)).collect();
-    let dir = |bed: &Bed, number| pods_dir(bed).join(format!("pod{}/main", uid(number)));
+    let mut node = WatcherNode::new();
+    let networks: Vec<Netns> = (0..6).map(|number| network(&node, number)).collect();
+    let dir = |node: &WatcherNode, number| pods_dir(node).join(format!("pod{}/main", uid(number)));
     let uids: Vec<String> = (0..networks.len()).map(uid).collect();
-    publish(&bed, &uids, true, "");
-    bed.start(&[]);
-    let told = answer_all(bed.tunnel());
-    let pid = bed.status()["pid"].as_u64().expect("a pid");
+    publish(&node, &uids, true, "");
+    node.start(&[]);
+    let received = node.tunnel().take_all();
+    let pid = node.status()["pid"].as_u64().expect("a pid");
     let mut running = Vec::new();
-    for (place, stormy) in [("a pod", dir(&bed, 0)), ("elsewhere", bed.cgroup.join("watcher/storm"))] {
-        let storms: Vec<Reaped> = (0..2).map(|_| Reaped(start_in(&networks[0], &stormy, &storm))).collect();
+    for (place, stormy) in [("a pod", dir(&node, 0)), ("elsewhere", node.cgroup.join("watcher/storm"))] {
+        let storms: Vec<KillOnDrop> =
+            (0..2).map(|_| KillOnDrop(start_in(&networks[0], &stormy, &storm))).collect();
         if place == "a pod" {
-            bed.wait_state(0, "open", "");
+            node.wait_state(0, "open", "");
         }
         let (since, before) = (Instant::now(), started_and_spent(pid));
         let second = usize::from(place != "a pod") * 2;
-        let new: Vec<Reaped> = (1..3)
+        let new: Vec<KillOnDrop> = (1..3)
             .map(|number| {
-                let dir = dir(&bed, number + second);
-                Reaped(start_in(&networks[number + second], &dir, "exec sleep 1000"))
+                let dir = dir(&node, number + second);
+                KillOnDrop(start_in(&networks[number + second], &dir, "exec sleep 1000"))
             })
             .collect();
         for number in 1..3 {
-            bed.wait_state(number + second, "open", "");
+            node.wait_state(number + second, "open", "");
         }
         // For a while, so that the rate says something.
-        wait_for("three seconds of storm", || (since.elapsed() > Duration::from_secs(3)).then_some(()));
+        wait_for("three seconds of storm", || since.elapsed() > Duration::from_secs(3));
         let after = started_and_spent(pid);
         let seconds = since.elapsed().as_secs_f64();
         #[expect(clippy::cast_precision_loss, reason = "for people")]
         let (rate, cpu) = ((after.0 - before.0) as f64 / seconds, (after.1 - before.1) as f64 / seconds);
         eprintln!(
             "storm in {place}: {rate:.0} processes a second, watcher {cpu:.1} % of a core, {}",
-            bed.status()["events"]
+            node.status()["events"]
         );
         drop(storms);
         running.extend(new);
     }
     drop(running);
-    drop(bed);
-    told.join().unwrap();
+    drop(node);
+    received.join().unwrap();
 }

@@ -5,13 +5,13 @@ use super::*;
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn the_label_comes_and_goes_under_load_without_a_failed_request() {
-    let (mut bed, client, server) = across_nodes();
+    let (mut cluster, client, server) = across_nodes();
     // Not the service's address: outside the mesh nobody serves that here.
     let url = format!("http://{}:8080/", server.v4);
-    let requests = RequestLoop::start(&client, &url, &bed.dir.path().join("loop"));
+    let requests = RequestLoop::start(&client, &url, &cluster.dir.path().join("loop"));
     for _ in 0..25 {
         for enrol in [Enrol::Plain, Enrol::Mesh] {
-            bed.label(&["client", "server"], enrol);
+            cluster.label(&["client", "server"], enrol);
             requests.more(3);
         }
     }
@@ -22,103 +22,103 @@ fn the_label_comes_and_goes_under_load_without_a_failed_request() {
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn watchers_that_are_killed_while_pods_come_and_go_stop_no_traffic() {
-    let mut bed = Bed::new();
-    let client = bed.pod("client", 0, Enrol::Mesh);
-    let server = bed.pod("server", 1, Enrol::Mesh);
+    let mut cluster = Cluster::new();
+    let client = cluster.pod("client", 0, Enrol::Mesh);
+    let server = cluster.pod("server", 1, Enrol::Mesh);
     let others = ["p0", "p1", "p2", "p3"];
     for (i, name) in others.iter().enumerate() {
-        bed.pod(name, i % 2, Enrol::Plain);
+        cluster.pod(name, i % 2, Enrol::Plain);
     }
-    bed.serve_web(&server, "hello");
-    bed.start();
+    cluster.serve_web(&server, "hello");
+    cluster.start();
     let url = format!("http://{}:8080/", server.v4);
-    let requests = RequestLoop::start(&client, &url, &bed.dir.path().join("loop"));
+    let requests = RequestLoop::start(&client, &url, &cluster.dir.path().join("loop"));
     for round in 0..10_usize {
         // Half of the others change; the watcher dies somewhere in the middle of that.
         for (i, name) in others.iter().enumerate() {
             let enrol = if (i / 2 + round) % 2 == 0 { Enrol::Mesh } else { Enrol::Plain };
-            bed.pods.iter_mut().find(|pod| pod.name == *name).expect("pod").enrol = enrol;
+            cluster.pods.iter_mut().find(|pod| pod.name == *name).expect("pod").enrol = enrol;
         }
         let node = round % 2;
-        bed.publish_pods(node);
+        cluster.publish_pods(node);
         std::thread::sleep(Duration::from_millis(round as u64 * 3));
-        bed.replace_watcher(node, Duration::from_millis(20 * (round as u64 % 3)));
-        bed.publish_pods(1 - node);
-        bed.wait_settled();
+        cluster.replace_watcher(node, Duration::from_millis(20 * (round as u64 % 3)));
+        cluster.publish_pods(1 - node);
+        cluster.wait_settled();
         requests.more(3);
     }
     let (count, failed) = requests.finish();
     assert!(failed.is_empty(), "{failed:?} of {count}");
     // Not one of them went in clear.
     let records = || -> (usize, usize) {
-        let log = bed.nodes[1].access_log();
+        let log = cluster.nodes[1].access_log();
         let inbound = || log.iter().filter(|line| line.contains("inbound") && line.contains("complete"));
         (inbound().filter(|line| line.contains("sa/client")).count(), inbound().count())
     };
-    wait_for("a record of each request", Duration::from_secs(5), || (records().0 == count).then_some(()));
+    wait_for("a record of each request", || records().0 == count);
     assert_eq!(records(), (count, count));
 }
 
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_killed_tunnel_is_refused_or_passed_by_as_the_pod_chose_and_comes_back() {
-    let mut bed = Bed::new();
-    let closed = bed.pod("closed", 0, Enrol::Mesh);
-    let open = bed.pod("open", 0, Enrol::Mesh);
-    let plain = bed.pod("plain", 1, Enrol::Plain);
-    bed.pods[1].fail_open = true;
-    bed.serve_web(&plain, "hello");
-    bed.start();
+    let mut cluster = Cluster::new();
+    let closed = cluster.pod("closed", 0, Enrol::Mesh);
+    let open = cluster.pod("open", 0, Enrol::Mesh);
+    let plain = cluster.pod("plain", 1, Enrol::Plain);
+    cluster.pods[1].fail_open = true;
+    cluster.serve_web(&plain, "hello");
+    cluster.start();
     let url = format!("http://{}:8080/", plain.v4);
     assert!(closed.curl(&url).is_ok() && open.curl(&url).is_ok());
 
-    bed.nodes[0].tunnel.as_mut().expect("tunnel").signal(Signal::SIGKILL);
-    wait_for("the open pod to pass in clear", Duration::from_secs(2), || open.curl(&url).ok());
+    cluster.nodes[0].tunnel.as_mut().expect("tunnel").signal(Signal::SIGKILL);
+    wait_at_most(Duration::from_secs(2), "the open pod to pass in clear", || open.curl(&url).ok());
     let since = Instant::now();
     closed.curl(&url).expect_err("closed");
     assert!(since.elapsed() < Duration::from_secs(2), "refused at once, not by a timeout");
 
-    let (mesh, ca) = (bed.mesh_file(), bed.ca_dir());
-    bed.nodes[0].start_tunnel(&mesh, &ca);
-    wait_for("the closed pod to be served again", Duration::from_secs(2), || closed.curl(&url).ok());
+    let (mesh, ca) = (cluster.mesh_file(), cluster.ca_dir());
+    cluster.nodes[0].start_tunnel(&mesh, &ca);
+    wait_at_most(Duration::from_secs(2), "the closed pod to be served again", || closed.curl(&url).ok());
 }
 
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn pods_follow_their_fail_mode_also_when_watcher_and_tunnel_are_both_killed() {
-    let mut bed = Bed::new();
-    let closed = bed.pod("closed", 0, Enrol::Mesh);
-    let open = bed.pod("open", 0, Enrol::Mesh);
-    let plain = bed.pod("plain", 1, Enrol::Plain);
-    bed.pods[1].fail_open = true;
-    bed.serve_web(&plain, "hello");
-    bed.serve_web(&open, "open");
-    bed.start();
+    let mut cluster = Cluster::new();
+    let closed = cluster.pod("closed", 0, Enrol::Mesh);
+    let open = cluster.pod("open", 0, Enrol::Mesh);
+    let plain = cluster.pod("plain", 1, Enrol::Plain);
+    cluster.pods[1].fail_open = true;
+    cluster.serve_web(&plain, "hello");
+    cluster.serve_web(&open, "open");
+    cluster.start();
     let url = format!("http://{}:8080/", plain.v4);
     assert!(closed.curl(&url).is_ok() && open.curl(&url).is_ok());
 
-    bed.nodes[0].watcher.as_mut().expect("watcher").signal(Signal::SIGKILL);
-    bed.nodes[0].tunnel.as_mut().expect("tunnel").signal(Signal::SIGKILL);
-    wait_for("the open pod to pass in clear", Duration::from_secs(2), || open.curl(&url).ok());
+    cluster.nodes[0].watcher.as_mut().expect("watcher").signal(Signal::SIGKILL);
+    cluster.nodes[0].tunnel.as_mut().expect("tunnel").signal(Signal::SIGKILL);
+    wait_at_most(Duration::from_secs(2), "the open pod to pass in clear", || open.curl(&url).ok());
     let inbound = format!("http://{}:8080/", open.v4);
-    wait_for("the open pod to be reached in clear", Duration::from_secs(2), || plain.curl(&inbound).ok());
+    wait_at_most(Duration::from_secs(2), "the open pod to be reached in clear", || plain.curl(&inbound).ok());
     closed.curl(&url).expect_err("closed");
 }
 
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn open_connections_survive_enrolling_and_leaving() {
-    let (mut bed, client, server) = across_nodes();
+    let (mut cluster, client, server) = across_nodes();
     let echo = "import socket\ns=socket.socket(socket.AF_INET6)\ns.setsockopt(socket.SOL_SOCKET,socket.SO_REUSEADDR,1)\n\
                 s.bind(('::',9000))\ns.listen()\n\
                 import threading\ndef serve(c):\n  while True:\n    b=c.recv(4096)\n    if not b: return\n    c.sendall(b)\n\
                 while True:\n  c,_=s.accept()\n  threading.Thread(target=serve,args=(c,),daemon=True).start()\n";
-    let echo = server.spawn("echo", &["python3", "-c", echo], &bed.dir.path().join("echo.log"));
-    bed.keep(echo);
-    wait_for("the echo server to listen", Duration::from_secs(10), || {
+    let echo = server.spawn("echo", &["python3", "-c", echo], &cluster.dir.path().join("echo.log"));
+    cluster.keep(echo);
+    wait_for("the echo server to listen", || {
         server.exec(&["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/9000"]).status.success().then_some(())
     });
-    let go = |name: &str| bed.dir.path().join(name);
+    let go = |name: &str| cluster.dir.path().join(name);
     let (meshed_go, plain_go) = (go("meshed-go"), go("plain-go"));
     let dial = |log: &str, go: &std::path::Path| {
         let program = format!(
@@ -129,11 +129,11 @@ fn open_connections_survive_enrolling_and_leaving() {
             server.v4,
             go.display()
         );
-        client.spawn("dial", &["python3", "-c", &program], &bed.dir.path().join(log))
+        client.spawn("dial", &["python3", "-c", &program], &cluster.dir.path().join(log))
     };
     let says = |log: &str, word: &str| {
-        let log = bed.dir.path().join(log);
-        wait_for(&format!("{word} in {}", log.display()), Duration::from_secs(10), || {
+        let log = cluster.dir.path().join(log);
+        wait_for(&format!("{word} in {}", log.display()), || {
             let text = fs::read_to_string(&log).ok()?;
             assert!(!text.contains("Error"), "{text}");
             text.contains(word).then_some(())
@@ -141,12 +141,12 @@ fn open_connections_survive_enrolling_and_leaving() {
     };
     let meshed = dial("meshed.log", &meshed_go);
     says("meshed.log", "up");
-    let dir = bed.dir.path().to_owned();
-    bed.label(&["client", "server"], Enrol::Plain);
+    let dir = cluster.dir.path().to_owned();
+    cluster.label(&["client", "server"], Enrol::Plain);
     fs::write(&meshed_go, "").expect("go");
     let says = |log: &str, word: &str| {
         let log = dir.join(log);
-        wait_for(&format!("{word} in {}", log.display()), Duration::from_secs(10), || {
+        wait_for(&format!("{word} in {}", log.display()), || {
             let text = fs::read_to_string(&log).ok()?;
             assert!(!text.contains("Error"), "{text}");
             text.contains(word).then_some(())
@@ -165,16 +165,16 @@ fn open_connections_survive_enrolling_and_leaving() {
     );
     let plain = client.spawn("dial", &["python3", "-c", &program], &dir.join("plain.log"));
     says("plain.log", "up");
-    bed.label(&["client", "server"], Enrol::Mesh);
+    cluster.label(&["client", "server"], Enrol::Mesh);
     fs::write(&plain_go, "").expect("go");
     says("plain.log", "survived");
     drop(plain);
 }
 
 /// What a pod's netns looks like from inside, and what is pinned.
-fn traces(bed: &Bed) -> Vec<String> {
+fn traces(cluster: &Cluster) -> Vec<String> {
     let mut seen = Vec::new();
-    for pod in &bed.pods {
+    for pod in &cluster.pods {
         for line in [
             "ip rule show",
             "ip -6 rule show",
@@ -185,14 +185,14 @@ fn traces(bed: &Bed) -> Vec<String> {
         ] {
             let output = pod.exec(&line.split(' ').collect::<Vec<_>>());
             // A question that fails would answer alike before and after.
-            assert!(output.status.success(), "{line}: {}", bed::process::text(&output));
+            assert!(output.status.success(), "{line}: {}", text(&output));
             // Link-local addresses and their routes come by themselves, some time after the interface.
-            let text = bed::process::text(&output);
+            let text = text(&output);
             let lines = text.lines().filter(|line| !line.contains("fe80:"));
             seen.extend(lines.map(|entry| format!("{} {line}: {entry}", pod.name)));
         }
     }
-    for entry in fs::read_dir(bed.bpffs()).expect("bpffs").flatten() {
+    for entry in fs::read_dir(cluster.bpffs()).expect("bpffs").flatten() {
         seen.push(format!("pinned: {}", entry.path().display()));
     }
     seen.sort();
@@ -202,40 +202,40 @@ fn traces(bed: &Bed) -> Vec<String> {
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn after_killing_everything_uninstall_leaves_nothing() {
-    let mut bed = Bed::new();
-    let client = bed.pod("client", 0, Enrol::Mesh);
-    let server = bed.pod("server", 1, Enrol::Mesh);
-    bed.serve_web(&server, "hello");
-    let before = traces(&bed);
-    bed.start();
+    let mut cluster = Cluster::new();
+    let client = cluster.pod("client", 0, Enrol::Mesh);
+    let server = cluster.pod("server", 1, Enrol::Mesh);
+    cluster.serve_web(&server, "hello");
+    let before = traces(&cluster);
+    cluster.start();
     let url = format!("http://{}:8080/", server.v4);
     assert_eq!(client.curl(&url), Ok(format!("hello, client {}\n", client.v4)));
-    assert_ne!(traces(&bed), before, "enrolling leaves traces to be removed");
-    for node in &mut bed.nodes {
+    assert_ne!(traces(&cluster), before, "enrolling leaves traces to be removed");
+    for node in &mut cluster.nodes {
         for program in [&mut node.tunnel, &mut node.watcher] {
             program.as_mut().expect("running").kill();
         }
     }
     client.curl(&url).expect_err("still closed");
-    for node in &bed.nodes {
-        let (bpffs, run_dir) = (bed.bpffs(), node.dir.join("run"));
+    for node in &cluster.nodes {
+        let (bpffs, run_dir) = (cluster.bpffs(), node.dir.join("run"));
         let path = |path: &std::path::Path| path.to_str().expect("UTF-8 path").to_owned();
         let (bpffs, run_dir) = (path(&bpffs), path(&run_dir));
         let line = ["uninstall", "--node", &node.pins_name, "--bpffs", &bpffs, "--run-dir", &run_dir];
         let output = node.watcher_command(&line);
-        assert!(output.status.success(), "{}", bed::process::text(&output));
+        assert!(output.status.success(), "{}", text(&output));
     }
-    assert_eq!(traces(&bed), before);
+    assert_eq!(traces(&cluster), before);
     assert_eq!(client.curl(&url), Ok(format!("hello, client {}\n", client.v4)), "in clear");
 }
 
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_tunnels_successor_takes_over_under_load_without_a_failed_request() {
-    let (mut bed, client, server) = across_nodes();
+    let (mut cluster, client, server) = across_nodes();
     let url = format!("http://{}:8080/", server.v4);
-    let requests = RequestLoop::start(&client, &url, &bed.dir.path().join("loop"));
-    let (mesh, ca) = (bed.mesh_file(), bed.ca_dir());
+    let requests = RequestLoop::start(&client, &url, &cluster.dir.path().join("loop"));
+    let (mesh, ca) = (cluster.mesh_file(), cluster.ca_dir());
     for node in 0..2 {
         requests.more(10);
         // In a cluster each has a network of its own; here they share the node's.
@@ -244,10 +244,10 @@ fn a_tunnels_successor_takes_over_under_load_without_a_failed_request() {
             ("STATS_ADDR", "127.0.0.1:16020"),
             ("READINESS_ADDR", "127.0.0.1:16021"),
         ];
-        let node = &mut bed.nodes[node];
+        let node = &mut cluster.nodes[node];
         let successor = node.spawn_tunnel(&mesh, &ca, &addresses);
-        wait_for("the successor to be ready", Duration::from_secs(10), || {
-            (http(&node.netns, "http://127.0.0.1:16021/healthz/ready").0 == 200).then_some(())
+        wait_for("the successor to be ready", || {
+            (node.http("http://127.0.0.1:16021/healthz/ready").0 == 200).then_some(())
         });
         let mut first = node.tunnel.replace(successor).expect("the first tunnel");
         assert!(first.stop(Duration::from_secs(10)), "the first tunnel did not end by itself");

@@ -1,0 +1,265 @@
+//! The second decision list, rule by rule, and who may be steered to.
+
+use std::net::SocketAddr;
+
+use adit_ebpf_common::{
+    pods::{ExcludedPort, INBOUND as IS_DIALLED, ListenerKey, flag},
+    trace::{Hook, Rule},
+};
+
+use testbed::wait::wait_for;
+
+use crate::rig::{HBONE, INBOUND, OUTBOUND, READY, Rig, agent::How, at, has_mptcp};
+
+const OPEN: u32 = flag::FAIL_OPEN;
+
+/// Who accepts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gets {
+    App,
+    Plain,
+    Hbone,
+    Nobody,
+}
+use Gets::{App, Hbone, Nobody, Plain};
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn the_first_rule_that_holds_decides() {
+    let mut rig = Rig::new();
+    rig.kernel.exclude_port(&ExcludedPort { policy_id: 7, port: 9090, direction: IS_DIALLED }).unwrap();
+    let app = [rig.app.listen("[::]:8080"), rig.app.listen("[::]:9090")];
+    let plain = rig.tunnel.listen(&format!("[::]:{INBOUND}"));
+    let hbone = rig.tunnel.listen(&format!("[::]:{HBONE}"));
+    rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+
+    for (flags, up, port, rule, gets) in [
+        (READY, true, 8080, Rule::SteerPlain, Plain),
+        // Not everything that listens is known here: the tunnel decides what becomes of it.
+        (READY, true, 4444, Rule::SteerPlain, Plain),
+        (READY, true, HBONE, Rule::SteerHbone, Hbone),
+        (READY, true, OUTBOUND, Rule::DropReserved, Nobody),
+        (READY, true, INBOUND, Rule::DropReserved, Nobody),
+        (READY, true, 9090, Rule::ExcludedPort, App),
+        (READY, false, 9090, Rule::ExcludedPort, App),
+        (READY, false, 8080, Rule::FailClosed, Nobody),
+        (READY, false, HBONE, Rule::FailClosed, Nobody),
+        (flag::IN_MESH, true, 8080, Rule::FailClosed, Nobody),
+        (READY | OPEN, true, 8080, Rule::SteerPlain, Plain),
+        (READY | OPEN, false, 8080, Rule::FailOpen, App),
+        (flag::IN_MESH | OPEN, true, 8080, Rule::FailOpen, App),
+        (flag::IN_MESH | OPEN, true, OUTBOUND, Rule::DropReserved, Nobody),
+    ] {
+        rig.set(flags, up);
+        for to in [at("10.99.0.1", port), at("fd99::1", port), at("::ffff:10.99.0.1", port)] {
+            rig.rules(port);
+            let case = format!("flags {flags} up {up} to {to}");
+            let dialled = rig.world.dial(How::Tcp, to);
+            // A SYN that is refused at first is answered, so one rule per connection.
+            assert_eq!(rig.rules(port), [(Hook::SkLookup, rule)], "{case}");
+            let accepted = match gets {
+                Nobody => {
+                    assert_eq!(dialled.unwrap_err(), libc::ECONNREFUSED, "{case}");
+                    continue;
+                }
+                Plain => rig.tunnel.accept(plain),
+                Hbone => rig.tunnel.accept(hbone),
+                App => rig.app.accept(app[usize::from(port == 9090)]),
+            };
+            let dialled = dialled.unwrap();
+            assert_eq!(canonical(accepted.local), canonical(to), "getsockname is what was dialled");
+            assert_eq!(canonical(accepted.peer), canonical(dialled.local), "and getpeername the client");
+            assert_eq!(accepted.original, None, "{case}");
+            rig.world.close(dialled.handle);
+        }
+    }
+}
+
+/// Who dials a port that nobody listens on is refused, as without us, and not accepted by the tunnel.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_port_that_nobody_listens_on_is_refused() {
+    let mut rig = Rig::new();
+    let plain = rig.tunnel.listen(&format!("[::]:{INBOUND}"));
+    let hbone = rig.tunnel.listen(&format!("[::]:{HBONE}"));
+    let (v4, v6) = ("10.99.0.1", "fd99::1");
+    let about = |family| ListenerKey::about(rig.cookie, family);
+    let (count, complete) = (about(ListenerKey::COUNT), about(ListenerKey::COMPLETE));
+    rig.kernel.set_listened(&count, 0).unwrap();
+    let earlier = rig.app.listen("[::]:8000");
+    rig.world.dial(How::Tcp, at(v4, 4444)).expect("not everything is known");
+    rig.tunnel.accept(plain);
+    rig.kernel.set_listened(&complete, 1).unwrap();
+
+    let _others = [
+        rig.app.listen("[::]:8080"),
+        rig.app.listen("0.0.0.0:8081"),
+        rig.app.listen("127.0.0.1:8082"),
+        rig.app.listen("[::1]:8082"),
+        rig.app.listen(&format!("{v4}:8083")),
+        if has_mptcp() { rig.app.listen_mptcp("[::]:8084") } else { rig.app.listen("[::]:8084") },
+    ];
+    for (port, on_v4, on_v6) in [
+        (8000, true, true),
+        (8080, true, true),
+        (8081, true, false),
+        (8082, false, false),
+        (8083, true, false),
+        (8084, true, true),
+        (4444, false, false),
+        (HBONE, true, true),
+    ] {
+        for (to, listens) in [(v4, on_v4), (v6, on_v6)] {
+            rig.rules(port);
+            let dialled = rig.world.dial(How::Tcp, at(to, port));
+            if listens {
+                dialled.unwrap_or_else(|errno| panic!("{to} {port}: {errno}"));
+                rig.tunnel.accept(if port == HBONE { hbone } else { plain });
+            } else {
+                assert_eq!(dialled.unwrap_err(), libc::ECONNREFUSED, "{to} {port}");
+                assert_eq!(rig.rules(port), [(Hook::SkLookup, Rule::NotListening)], "{to} {port}");
+            }
+        }
+    }
+    // The watcher finds what has ended.
+    rig.app.close(earlier);
+    rig.kernel.remove_listened(&ListenerKey { netns_cookie: rig.cookie, port: 8000, family: 6 }).unwrap();
+    assert_eq!(rig.world.dial(How::Tcp, at(v4, 8000)).unwrap_err(), libc::ECONNREFUSED);
+    rig.app.listen("[::]:8000");
+    rig.world.dial(How::Tcp, at(v4, 8000)).expect("listens again");
+    rig.tunnel.accept(plain);
+    // Who listens on more ports than are noted is not refused anything.
+    rig.kernel.set_listened(&count, ListenerKey::MOST_LISTENED).unwrap();
+    rig.app.listen("[::]:8085");
+    for port in [8085, 4444] {
+        rig.world.dial(How::Tcp, at(v4, port)).expect("not everything is known any more");
+        rig.tunnel.accept(plain);
+    }
+    let of_others = rig.kernel.listened().unwrap();
+    assert!(of_others.iter().all(|key| key.netns_cookie == rig.cookie), "who is not enrolled is not noted");
+    rig.kernel.unsteer(&[rig.cookie].into()).unwrap();
+    rig.app.listen("[::]:8086");
+    assert_eq!(rig.kernel.listened().unwrap(), [], "who has left leaves nothing");
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn the_pod_reaches_itself() {
+    let mut rig = Rig::new();
+    let app = rig.app.listen("[::]:8080");
+    rig.tunnel.listen(&format!("[::]:{INBOUND}"));
+    for to in ["127.0.0.1", "::1", "10.99.0.1", "fd99::1"] {
+        rig.app.dial(How::Tcp, at(to, 8080)).unwrap();
+        rig.app.accept(app);
+    }
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn an_address_of_no_enrolled_pod_passes() {
+    let mut rig = Rig::new();
+    let app = rig.app.listen("[::]:8080");
+    rig.tunnel.listen(&format!("[::]:{INBOUND}"));
+    rig.kernel.remove_pod(crate::rig::address("10.99.0.1")).unwrap();
+    rig.world.dial(How::Tcp, at("10.99.0.1", 8080)).unwrap();
+    rig.app.accept(app);
+    assert_eq!(rig.rules(8080), [(Hook::SkLookup, Rule::Unknown)]);
+    rig.kernel.unsteer(&[rig.cookie].into()).unwrap();
+    rig.world.dial(How::Tcp, at("fd99::1", 8080)).unwrap();
+    rig.app.accept(app);
+    assert_eq!(rig.rules(8080), [], "nothing decides any more");
+}
+
+/// The tunnel dials the application from the pod's netns as the client, so neither address nor netns tell.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn the_tunnel_reaches_the_application_and_only_from_the_pods_own_netns() {
+    let mut rig = Rig::new();
+    let app = rig.app.listen("[::]:8080");
+    let plain = rig.tunnel.listen(&format!("[::]:{INBOUND}"));
+    for (client, to) in [("127.0.0.1", "10.99.0.1"), ("::1", "fd99::1")] {
+        // From the pod's own address it would pass anyway.
+        let dialled = rig.tunnel.dial_from(at(client, 0), at(to, 8080)).unwrap();
+        rig.app.accept(app);
+        rig.tunnel.close(dialled.handle);
+    }
+    // A tunnel's socket of another netns: the pod's inbound policy must see it.
+    let mut other = crate::rig::agent::Agent::start();
+    other.enter_cgroup(&rig.cgroups.join("tunnel"));
+    other.enter_netns_of(&rig.world);
+    rig.rules(8080);
+    other.dial(How::Tcp, at("10.99.0.1", 8080)).unwrap();
+    rig.tunnel.accept(plain);
+    assert_eq!(rig.rules(8080), [(Hook::SkLookup, Rule::SteerPlain)]);
+}
+
+/// With SYN cookies the kernel remembers nothing of the SYN, and looks the listener up once more for the ACK.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn syn_cookies_change_nothing() {
+    let mut rig = Rig::new();
+    rig.app.sysctl("ipv4/tcp_syncookies", "2");
+    let app = rig.app.listen("[::]:8080");
+    let plain = rig.tunnel.listen(&format!("[::]:{INBOUND}"));
+    let outbound = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    for (own, other) in [("10.99.0.1", "192.0.2.1"), ("fd99::1", "2001:db8::1")] {
+        let dialled = rig.world.dial(How::Tcp, at(own, 8080)).unwrap();
+        let accepted = rig.tunnel.accept(plain);
+        assert_eq!(canonical(accepted.local), at(own, 8080));
+        assert_eq!(canonical(accepted.peer), dialled.local);
+        // The tunnel's own flow passes twice.
+        let loopback = if own.contains(':') { "::1" } else { "127.0.0.1" };
+        rig.tunnel.dial_from(at(loopback, 0), at(own, 8080)).unwrap();
+        rig.app.accept(app);
+        // And what is redirected is still known when it is accepted.
+        rig.app.dial(How::Tcp, at(other, 80)).unwrap();
+        assert_eq!(rig.tunnel.accept(outbound).original, Some(at(other, 80)));
+    }
+}
+
+/// A pod that listens on the tunnel's port itself is not taken for the tunnel.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_listener_of_another_cgroup_is_not_steered_to() {
+    let mut rig = Rig::new();
+    let impostor = rig.app.listen(&format!("[::]:{INBOUND}"));
+    assert_eq!(rig.world.dial(How::Tcp, at("10.99.0.1", 8080)).unwrap_err(), libc::ECONNREFUSED);
+    assert_eq!(rig.rules(8080), [(Hook::SkLookup, Rule::FailClosed)]);
+    assert!(rig.app.is_idle(impostor));
+}
+
+/// One listener for both families, or one for each; the latest serves, and none is not a hang.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn listeners_come_and_go() {
+    let mut rig = Rig::new();
+    let app = rig.app.listen("[::]:8080");
+    let (v4, v6) = (at("10.99.0.1", 8080), at("fd99::1", 8080));
+    let first = rig.tunnel.listen(&format!("0.0.0.0:{INBOUND}"));
+    rig.world.dial(How::Tcp, v4).unwrap();
+    rig.tunnel.accept(first);
+    assert_eq!(rig.world.dial(How::Tcp, v6).unwrap_err(), libc::ECONNREFUSED, "no listener of this family");
+
+    let second = rig.tunnel.listen(&format!("[fd99::1]:{INBOUND}"));
+    rig.world.dial(How::Tcp, v6).unwrap();
+    rig.tunnel.accept(second);
+    rig.world.dial(How::Tcp, v4).unwrap();
+    rig.tunnel.accept(first);
+
+    rig.tunnel.close(first);
+    rig.tunnel.close(second);
+    wait_for("closed listeners are forgotten", || {
+        rig.world.dial(How::Tcp, v4).is_err_and(|errno| errno == libc::ECONNREFUSED)
+    });
+    rig.set(READY | OPEN, true);
+    rig.world.dial(How::Tcp, v4).unwrap();
+    rig.app.accept(app);
+
+    let third = rig.tunnel.listen(&format!("[::]:{INBOUND}"));
+    rig.world.dial(How::Tcp, v4).unwrap();
+    rig.tunnel.accept(third);
+}
+
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}

@@ -1,0 +1,90 @@
+//! What the lifecycle programs tell, and that they close an expected pod as its cgroup is made.
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt as _,
+    time::{Duration, Instant},
+};
+
+use adit_ebpf_common::{
+    lifecycle::{Kind, name},
+    pods::{CgroupInfo, flag},
+};
+use adit_ebpf_loader::{Lifecycle, LifecycleEvent};
+
+use crate::rig::{Rig, empty};
+
+/// Events until `wanted` says that one is it, within ten seconds.
+fn until(
+    lifecycle: &mut Lifecycle,
+    wanted: impl Fn(&LifecycleEvent) -> bool,
+) -> Result<Vec<LifecycleEvent>, Vec<LifecycleEvent>> {
+    let (mut seen, deadline) = (Vec::new(), Instant::now() + Duration::from_secs(10));
+    while Instant::now() < deadline {
+        while let Some(event) = lifecycle.next() {
+            let found = wanted(&event);
+            seen.push(event);
+            if found {
+                return Ok(seen);
+            }
+        }
+    }
+    Err(seen)
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn an_expected_pod_is_closed_before_mkdir_returns_and_nobody_else_is_told_of() {
+    let mut rig = Rig::new();
+    let (pods, world) = (rig.cgroups.join("pods"), rig.cgroups.join("world"));
+    let mut lifecycle = rig.kernel.lifecycle(&pods).unwrap();
+    let info = CgroupInfo { flags: flag::IN_MESH, ..empty() };
+    let key = name(b"podnew").unwrap();
+    rig.kernel.expect_pod(&key, &info).unwrap();
+    let entry = |rig: &Rig, id| {
+        rig.kernel.cgroups().unwrap().into_iter().find(|(found, _)| *found == id).map(|(_, info)| info)
+    };
+
+    for dir in [world.join("podnew"), pods.join("podother"), pods.join("podnew")] {
+        fs::create_dir(&dir).unwrap();
+    }
+    let id = fs::metadata(pods.join("podnew")).unwrap().ino();
+    assert_eq!(entry(&rig, id), Some(info));
+    for other in [world.join("podnew"), pods.join("podother")] {
+        assert_eq!(entry(&rig, fs::metadata(other).unwrap().ino()), None);
+    }
+    rig.app.enter_cgroup(&pods.join("podnew"));
+    rig.app.enter_cgroup(&pods.join("podother"));
+    for dir in [world.join("podnew"), pods.join("podnew")] {
+        fs::remove_dir(&dir).unwrap();
+    }
+    let gone = pods.join("podnew");
+    let last = |event: &LifecycleEvent| matches!(event, LifecycleEvent::Cgroup { path, kind: Kind::Removed, .. } if *path == gone);
+    let told = until(&mut lifecycle, last).unwrap();
+    let of = |wanted: &std::path::Path| {
+        let kinds = told.iter().filter_map(|event| match event {
+            LifecycleEvent::Cgroup { path, kind, closed } if path == wanted => Some((*kind, *closed)),
+            _ => None,
+        });
+        kinds.collect::<Vec<_>>()
+    };
+    let plain = |kind| (kind, None);
+    let (made, other) = (of(&gone), of(&pods.join("podother")));
+    assert_eq!(made.first(), Some(&(Kind::Made, Some(id))));
+    for kind in [Kind::Joined, Kind::Populated, Kind::Removed] {
+        assert!(made.contains(&plain(kind)), "{kind:?} in {made:?}");
+    }
+    assert_eq!(other.first(), Some(&plain(Kind::Made)));
+    let foreign = told
+        .iter()
+        .any(|event| matches!(event, LifecycleEvent::Cgroup { path, .. } if !path.starts_with(&pods)));
+    assert!(!foreign, "{told:?}");
+
+    rig.kernel.expect_pod_no_more(&key).unwrap();
+    fs::create_dir(&gone).unwrap();
+    assert_eq!(entry(&rig, fs::metadata(&gone).unwrap().ino()), None);
+    assert_eq!(lifecycle.lost().unwrap(), 0);
+    fs::remove_dir(&gone).unwrap();
+    rig.app.enter_cgroup(&rig.cgroups.join("pods/mesh/container"));
+    fs::remove_dir(pods.join("podother")).unwrap();
+}

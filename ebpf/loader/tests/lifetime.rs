@@ -1,0 +1,427 @@
+//! What outlives a process, what is replaced in place, what goes, and what is said when it does not work.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    os::fd::AsFd,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use adit_ebpf_common::{
+    flows::{Destination, Flow},
+    pods::{ExcludedPort, INBOUND as IS_DIALLED, OUTBOUND as DIALS, flag},
+};
+use adit_ebpf_loader::{Kernel, KernelError, preflight};
+use aya::{
+    EbpfLoader,
+    maps::{HashMap, Map, MapData, MapInfo},
+    programs::loaded_links,
+};
+
+use testbed::wait::wait_for;
+
+use crate::rig::{
+    Bpffs, HBONE, INBOUND, OUTBOUND, Rig, address, agent::How, at, cgroups, empty, repeated, sys,
+};
+
+/// Of the pods' cgroup, of a tunnel's, of a netns.
+const ALL_LINKS: usize = 12 + 5 + 1;
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn pins_outlive_their_loader_and_a_successor_adopts_them() {
+    let mut rig = Rig::new();
+    let tunnel = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    let inbound = rig.tunnel.listen(&format!("[::]:{INBOUND}"));
+    let to = at("192.0.2.1", 80);
+    let (pins, links) = (rig.bpffs.pins(), pinned(&rig));
+    assert_eq!(links.len(), ALL_LINKS, "{links:#?}");
+    let (cgroups, pods) = (rig.kernel.cgroups().unwrap(), rig.kernel.pods().unwrap());
+
+    // The successor is there before the predecessor goes, or after: alike.
+    let successor = Kernel::open(&pins).unwrap();
+    drop(std::mem::replace(&mut rig.kernel, successor));
+    rig.app.dial(How::Tcp, to).expect("the predecessor's links work");
+    assert_eq!(rig.tunnel.accept(tunnel).original, Some(to));
+
+    let programs = programs_of(&links);
+    let netns = File::open(format!("/proc/{}/ns/net", rig.app.task())).unwrap();
+    for _ in 0..2 {
+        rig.kernel.attach_pods(&rig.cgroups.join("pods")).unwrap();
+        rig.kernel.attach_tunnel(&rig.cgroups.join("tunnel")).unwrap();
+        rig.kernel.steer(rig.cookie, netns.as_fd()).unwrap();
+    }
+    assert_eq!(pinned(&rig), links, "the same links");
+    assert!(programs.is_disjoint(&programs_of(&links)), "with the successor's programs");
+    assert_eq!(rig.kernel.steered().unwrap(), [rig.cookie]);
+    assert_eq!(rig.kernel.cgroups().unwrap(), cgroups);
+    assert_eq!(rig.kernel.pods().unwrap(), pods);
+
+    // Listeners of before are still registered.
+    rig.app.dial(How::Tcp, to).unwrap();
+    assert_eq!(rig.tunnel.accept(tunnel).original, Some(to));
+    rig.world.dial(How::Tcp, at("10.99.0.1", 8080)).unwrap();
+    rig.tunnel.accept(inbound);
+}
+
+/// While successors take over one after another, every connection is redirected, and by one program.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn taking_over_leaves_no_gap() {
+    // Dropped from the last to the first: processes before the cgroups that they are in, also when this panics.
+    let Rig {
+        bpffs,
+        cgroups,
+        kernel: _kernel,
+        mut trace,
+        plain: _plain,
+        world: _world,
+        mut tunnel,
+        mut app,
+        ..
+    } = Rig::new();
+    let listener = tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    let to = at("192.0.2.1", 80);
+    let done = AtomicBool::new(false);
+    let (dialled, records) = std::thread::scope(|scope| {
+        let dialling = scope.spawn(|| {
+            let (mut count, mut records) = (0, 0);
+            // Read as they come: a busy machine makes more connections than the ring has room for.
+            let mut read =
+                || std::iter::from_fn(|| trace.next()).filter(|record| record.remote_port == 80).count();
+            while !done.load(Ordering::Relaxed) {
+                let dialled = app.dial(How::Tcp, to).expect("never refused");
+                let accepted = tunnel.accept(listener);
+                assert_eq!(accepted.original, Some(to));
+                app.close(dialled.handle);
+                tunnel.close(accepted.handle);
+                count += 1;
+                records += read();
+            }
+            (count, records)
+        });
+        for _ in 0..repeated(5) {
+            let mut successor = Kernel::open(&bpffs.pins()).unwrap();
+            successor.attach_pods(&cgroups.join("pods")).unwrap();
+            successor.attach_tunnel(&cgroups.join("tunnel")).unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+        dialling.join().unwrap()
+    });
+    assert!(dialled > 0);
+    assert_eq!(records, dialled);
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn removing_leaves_nothing() {
+    let mut rig = Rig::new();
+    rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    let links = pinned(&rig);
+    let programs = programs_of(&links);
+    let maps: BTreeSet<u32> = fs::read_dir(rig.bpffs.pins().join("maps"))
+        .unwrap()
+        .map(|entry| MapInfo::from_pin(entry.unwrap().path()).unwrap().id())
+        .collect();
+    let removed = Kernel::remove(&rig.bpffs.pins()).unwrap();
+    assert_eq!((removed.links, removed.maps), (ALL_LINKS, 12));
+    assert_eq!(rig.app.dial(How::Udp, at("10.99.0.2", 53)).map(|_| ()), Ok(()));
+    rig.world.listen("0.0.0.0:8080");
+    rig.app
+        .dial(How::Tcp, at("10.99.0.2", 8080))
+        .expect("no program decides any more, although we hold them");
+    assert!(!rig.bpffs.path().join("adit").exists(), "no pin, no folder");
+    assert_eq!(Kernel::remove(&rig.bpffs.pins()).unwrap(), adit_ebpf_loader::Removed::default());
+
+    let Rig { kernel, trace, .. } = rig;
+    drop((kernel, trace));
+    wait_for("links, programs and maps are gone", || {
+        loaded_links().filter_map(Result::ok).all(|link| !links.iter().any(|(_, id)| *id == link.id()))
+            && aya::programs::loaded_programs()
+                .filter_map(Result::ok)
+                .all(|program| !programs.contains(&program.id()))
+            && aya::maps::loaded_maps().filter_map(Result::ok).all(|map| !maps.contains(&map.id()))
+    });
+}
+
+/// A reused port must neither find another's destination nor pass as the tunnel's.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn nothing_is_remembered_of_closed_connections() {
+    let mut rig = Rig::new();
+    let maps = rig.bpffs.pins().join("maps");
+    let entries = |name: &str| {
+        let data = MapData::from_pin(maps.join(name)).unwrap();
+        match Map::from_map_data(data).unwrap() {
+            Map::LruHashMap(data) if name == "tunnel_flows" => {
+                HashMap::<_, Flow, u64>::try_from(Map::LruHashMap(data)).unwrap().keys().count()
+            }
+            map => HashMap::<_, Flow, Destination>::try_from(map).unwrap().keys().count(),
+        }
+    };
+    let tunnel = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    let dialled = rig.app.dial(How::Tcp, at("192.0.2.1", 80)).unwrap();
+    let accepted = rig.tunnel.accept(tunnel);
+    assert_eq!(entries("original_dst"), 0, "moved into the accepted socket");
+    rig.app.close(dialled.handle);
+    rig.tunnel.close(accepted.handle);
+
+    rig.tunnel.close(tunnel);
+    // It counts for both families, but does not take this one.
+    let other = rig.tunnel.listen(&format!("[fd99::1]:{OUTBOUND}"));
+    assert_eq!(rig.app.dial(How::Tcp, at("192.0.2.1", 80)).unwrap_err(), libc::ECONNREFUSED);
+    rig.tunnel.close(other);
+    assert_eq!(entries("original_dst"), 0, "withdrawn, since nobody took it");
+
+    let world = rig.world.listen("[::]:8080");
+    let flow = rig.tunnel.dial(How::Tcp, at("10.99.0.2", 8080)).unwrap();
+    assert_eq!(entries("tunnel_flows"), 1);
+    rig.tunnel.close(flow.handle);
+    // Resets its side, which nobody accepted: a socket that waits for the other's end may do so for a minute.
+    rig.world.close(world);
+    wait_for("closed flows are forgotten", || entries("tunnel_flows") == 0);
+}
+
+/// What needs the netns prepared although its pod left: the tunnel's connections that speak from an address that is not,
+/// or not any more, the pod's.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn connections_that_speak_as_others_are_counted_until_they_close() {
+    let mut rig = Rig::new();
+    let cookie = rig.kernel.pods().unwrap()[0].1.netns_cookie;
+    for (own, away) in [("10.99.0.1", "10.99.0.2"), ("fd99::1", "fd99::2")] {
+        let world = rig.world.listen("[::]:8080");
+        let as_the_pod = rig.tunnel.dial(How::Tcp, at(away, 8080)).unwrap();
+        assert_eq!(rig.kernel.deliveries(cookie).unwrap(), 0);
+        rig.kernel.remove_pod(address(own)).unwrap();
+        let others = [(); 3].map(|()| rig.tunnel.dial(How::Tcp, at(away, 8080)).unwrap());
+        assert_eq!(rig.kernel.deliveries(cookie).unwrap(), 3);
+        for other in others.into_iter().chain([as_the_pod]) {
+            rig.tunnel.close(other.handle);
+        }
+        rig.world.close(world);
+        wait_for("none is left", || rig.kernel.deliveries(cookie).unwrap() == 0);
+    }
+    rig.kernel.forget_deliveries(cookie).unwrap();
+    rig.kernel.forget_deliveries(cookie).expect("missing is fine");
+}
+
+/// The tunnel dials the application for these, maybe only when the pod has left.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn connections_to_a_pod_are_counted_until_they_close_accepted_or_not() {
+    let mut rig = Rig::new();
+    let cookie = rig.kernel.pods().unwrap()[0].1.netns_cookie;
+    let (plain, hbone) =
+        (rig.tunnel.listen(&format!("[::]:{INBOUND}")), rig.tunnel.listen(&format!("[::]:{HBONE}")));
+    let counted = |rig: &Rig| rig.kernel.deliveries(cookie).unwrap();
+    let mut count = 0;
+    for to in [at("10.99.0.1", 8080), at("fd99::1", 8080), at("10.99.0.1", HBONE), at("fd99::1", HBONE)] {
+        let dialled = rig.world.dial(How::Tcp, to).unwrap();
+        count += 1;
+        wait_for("it is counted", || counted(&rig) == count);
+        let listener = if to.port() == HBONE { hbone } else { plain };
+        if to.is_ipv4() {
+            let accepted = rig.tunnel.accept(listener);
+            rig.tunnel.close(accepted.handle);
+            rig.world.close(dialled.handle);
+            count -= 1;
+            wait_for("it is not any more", || counted(&rig) == count);
+        }
+    }
+    let outbound = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    let dialled = rig.app.dial(How::Tcp, at("192.0.2.1", 80)).unwrap();
+    rig.tunnel.accept(outbound);
+    assert_eq!(counted(&rig), 2, "what the pod dials speaks as the pod");
+    rig.app.close(dialled.handle);
+    rig.tunnel.close(plain);
+    rig.tunnel.close(hbone);
+    wait_for("none that nobody accepted is left", || counted(&rig) == 0);
+}
+
+/// The mark routes answers back to the host: a connection that does not spend the client's address, or a
+/// listener, must not have it.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn the_tunnels_mark_stays_on_the_last_hop() {
+    let mut rig = Rig::new();
+    rig.tunnel.mark(0x539);
+    rig.app.listen("[::]:8080");
+    let inbound = rig.tunnel.listen(&format!("[::]:{INBOUND}"));
+    rig.world.listen("[::]:8080");
+    for (own, away) in [("10.99.0.1", "10.99.0.2"), ("fd99::1", "fd99::2")] {
+        assert_eq!(rig.tunnel.dial(How::Tcp, at(away, 8080)).unwrap().mark, 0);
+        assert_eq!(rig.tunnel.dial_from(at(own, 0), at(own, 8080)).unwrap().mark, 0x539);
+        rig.world.dial(How::Tcp, at(own, 8080)).unwrap();
+        assert_eq!(rig.tunnel.accept(inbound).mark, 0);
+    }
+    rig.app.mark(0x539);
+    assert_eq!(
+        rig.app.dial(How::Tcp, at("127.0.0.1", 8080)).unwrap().mark,
+        0x539,
+        "others' marks are theirs"
+    );
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn maps_hold_what_was_written() {
+    let bpffs = Bpffs::new();
+    let mut kernel = Kernel::open(&bpffs.pins()).unwrap();
+    kernel.set_cgroup(5, &empty()).unwrap();
+    kernel.remove_cgroup(5).unwrap();
+    kernel.remove_cgroup(5).expect("missing is fine");
+    kernel.remove_pod(address("10.0.0.1")).expect("missing is fine");
+    assert_eq!(kernel.cgroups().unwrap(), []);
+    kernel.unsteer(&[99].into()).expect("missing is fine");
+    for policy_id in [1, 2] {
+        kernel.exclude_port(&ExcludedPort { policy_id, port: 80, direction: DIALS }).unwrap();
+        kernel.exclude_port(&ExcludedPort { policy_id, port: 80, direction: IS_DIALLED }).unwrap();
+        kernel.exclude_cidr(policy_id, 0, [0; 16]).unwrap();
+        kernel.exclude_cidr(policy_id, 104, address("10.0.0.0")).unwrap();
+    }
+    kernel.clear_policy(1).unwrap();
+    kernel.clear_policy(1).unwrap();
+    assert!(kernel.exclude_cidr(3, 129, [0; 16]).is_err(), "longer than an address");
+}
+
+/// Another build's map of another layout is replaced, the others are kept.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_map_of_another_layout_is_replaced() {
+    let bpffs = Bpffs::new();
+    let mut kernel = Kernel::open(&bpffs.pins()).unwrap();
+    kernel.set_cgroup(5, &empty()).unwrap();
+    drop(kernel);
+    let maps = bpffs.pins().join("maps");
+    fs::rename(maps.join("settings"), maps.join("pod_by_addr")).unwrap();
+    let kernel = Kernel::open(&bpffs.pins()).unwrap();
+    assert_eq!(kernel.pods().unwrap(), []);
+    assert_eq!(kernel.cgroups().unwrap(), [(5, empty())]);
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn attaching_elsewhere_detaches_here() {
+    let mut rig = Rig::new();
+    rig.kernel.attach_pods(&rig.cgroups.join("pods/plain")).unwrap();
+    assert_eq!(pinned(&rig).len(), ALL_LINKS);
+    rig.world.listen("0.0.0.0:8080");
+    rig.app.dial(How::Tcp, at("10.99.0.2", 8080)).expect("not redirected any more");
+    rig.kernel.detach_tunnel(&rig.cgroups.join("tunnel")).unwrap();
+    rig.kernel.detach_tunnel(&rig.cgroups.join("tunnel")).expect("missing is fine");
+    assert_eq!(pinned(&rig).len(), 12 + 1);
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn what_stands_in_the_way_is_named() {
+    let (cgroups, bpffs) = (cgroups(), Bpffs::new());
+    let mut object =
+        EbpfLoader::new().load(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/adit.o"))).unwrap();
+    let program: &mut aya::programs::CgroupSockAddr =
+        object.program_mut("adit_connect4").unwrap().try_into().unwrap();
+    program.load().unwrap();
+    let root = File::open(cgroups.path()).unwrap();
+    let fd = program.fd().unwrap();
+    sys::attach_alone(root.as_fd(), fd.as_fd(), 10, true).unwrap();
+
+    let mut kernel = Kernel::open(&bpffs.pins()).unwrap();
+    let error = kernel.attach_pods(&cgroups.join("pods")).unwrap_err();
+    assert!(matches!(error, KernelError::Forbidden { program: "adit_connect4", .. }), "{error:?}");
+    let text = error.to_string();
+    assert!(text.contains("(adit_connect4)") && text.contains(&*cgroups.path().to_string_lossy()), "{text}");
+
+    let checks = preflight::checks(bpffs.path(), cgroups.path(), Some(&cgroups.join("pods")));
+    let failed: Vec<_> = checks.iter().filter(|check| check.failed()).collect();
+    assert!(failed.len() == 1 && failed[0].name == "other programs", "{checks:#?}");
+    assert!(failed[0].found.contains("adit_connect4") && !failed[0].advice.is_empty());
+
+    sys::attach_alone(root.as_fd(), fd.as_fd(), 10, false).unwrap();
+    kernel.attach_pods(&cgroups.join("pods")).unwrap();
+    assert!(preflight::checks(bpffs.path(), cgroups.path(), None).iter().all(|check| !check.failed()));
+    Kernel::remove(&bpffs.pins()).unwrap();
+}
+
+/// Above the pods' cgroup it runs after ours (K11); at it or below it may hide what was dialled.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_load_balancer_is_named_and_minded_where_it_runs_first() {
+    let (cgroups, bpffs) = (cgroups(), Bpffs::new());
+    let check = |pods: &str| {
+        let checks = preflight::checks(bpffs.path(), cgroups.path(), Some(&cgroups.join(pods)));
+        checks.into_iter().find(|check| check.name == "socket load balancer").unwrap()
+    };
+    assert_eq!((check("pods").level, &*check("pods").found), (preflight::Level::Ok, "none"));
+    let dir = File::open(cgroups.join("pods/mesh")).unwrap();
+    let links = sys::attach_balancer(dir.as_fd(), [192, 0, 2, 77].into(), [10, 99, 0, 2].into()).unwrap();
+    for (pods, level) in [
+        ("pods", preflight::Level::Warn),
+        ("pods/mesh", preflight::Level::Warn),
+        ("pods/mesh/container", preflight::Level::Ok),
+        ("world", preflight::Level::Ok),
+    ] {
+        let check = check(pods);
+        assert_eq!(
+            (check.level, check.found.contains("(balancer)")),
+            (level, pods != "world"),
+            "{pods}: {check:?}"
+        );
+    }
+    drop(links);
+    assert_eq!(check("pods").found, "none");
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn preflight_says_what_is_missing() {
+    let checks = preflight::checks("/proc".as_ref(), "/tmp".as_ref(), Some("/nonexistent".as_ref()));
+    let missing: Vec<&str> = checks.iter().filter(|check| check.failed()).map(|check| check.name).collect();
+    assert_eq!(missing, ["cgroup v2", "bpffs", "other programs"]);
+    assert!(checks.iter().all(|check| (check.level == preflight::Level::Ok) == check.advice.is_empty()));
+    let refused = Kernel::open("/tmp/adit-no-bpffs".as_ref());
+    assert!(matches!(refused, Err(KernelError::NoBpffs { .. })));
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn the_trace_follows_its_filter() {
+    let mut rig = Rig::new();
+    rig.set(flag::IN_MESH, true);
+    let mut settings = rig.kernel.settings().unwrap();
+    for (port, address, seen) in
+        [(0, [0; 16], 2), (81, [0; 16], 1), (0, address("192.0.2.2"), 1), (80, address("192.0.2.2"), 0)]
+    {
+        (settings.debug, settings.debug_port, settings.debug_address) = (1, port, address);
+        rig.kernel.set_settings(&settings).unwrap();
+        let _ = rig.app.dial(How::Tcp, at("192.0.2.1", 80));
+        let _ = rig.app.dial(How::Tcp, at("192.0.2.2", 81));
+        let records = std::iter::from_fn(|| rig.trace.next()).count();
+        assert_eq!(records, seen, "port {port}");
+    }
+    settings.debug = 0;
+    rig.kernel.set_settings(&settings).unwrap();
+    let _ = rig.app.dial(How::Tcp, at("192.0.2.1", 80));
+    assert!(rig.trace.next().is_none());
+}
+
+/// The pins of links, with the links' ids.
+fn pinned(rig: &Rig) -> BTreeSet<(String, u32)> {
+    fs::read_dir(rig.bpffs.pins().join("links"))
+        .unwrap()
+        .map(|entry| {
+            let path = entry.unwrap().path();
+            let link = aya::programs::links::PinnedLink::from_pin(&path).unwrap();
+            let id = aya::programs::links::FdLink::from(link).info().unwrap().id();
+            (path.file_name().unwrap().to_string_lossy().into_owned(), id)
+        })
+        .collect()
+}
+
+fn programs_of(links: &BTreeSet<(String, u32)>) -> BTreeSet<u32> {
+    loaded_links()
+        .filter_map(Result::ok)
+        .filter(|link| links.iter().any(|(_, id)| *id == link.id()))
+        .map(|link| link.program_id())
+        .collect()
+}

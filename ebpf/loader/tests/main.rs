@@ -1,0 +1,18 @@
+//! The kernel programs, against the kernel.
+//!
+//! Needs root, `ip` and `nsenter`. Everything happens in private cgroups, netns and bpffs mounts.
+
+mod dns;
+mod inbound;
+mod lifecycle;
+mod lifetime;
+mod matrix;
+mod outbound;
+mod rig;
+
+/// Not a test: the other tests start it as the processes of pods and tunnels.
+#[test]
+#[ignore = "part of the privileged tests: make test"]
+fn helper() {
+    rig::agent::serve();
+}

@@ -1,0 +1,296 @@
+//! The first decision list, rule by rule, and what a redirected connection looks like from both ends.
+
+use std::{fs::File, net::SocketAddr, os::fd::AsFd as _};
+
+use adit_ebpf_common::{
+    pods::{ExcludedPort, OUTBOUND as DIALS, flag},
+    trace::{Hook, Rule},
+};
+
+use crate::rig::{
+    HBONE, INBOUND, OUTBOUND, READY, Rig, address, agent::How, at, empty, has_mptcp, repeated, sys,
+};
+
+const OPEN: u32 = flag::FAIL_OPEN;
+
+/// What the dialling process sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Effect {
+    /// It reaches what it dialled.
+    Reaches,
+    /// It reaches the tunnel instead.
+    Redirected,
+    Refused,
+}
+use Effect::{Reaches, Redirected, Refused};
+
+/// The pod's flags, whether a tunnel is connected, the destination: the rule and its effect.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn the_first_rule_that_holds_decides() {
+    let mut rig = Rig::new();
+    rig.kernel.exclude_port(&ExcludedPort { policy_id: 7, port: 6379, direction: DIALS }).unwrap();
+    rig.kernel.exclude_cidr(7, 96 + 24, address("10.99.0.0")).unwrap();
+    rig.kernel.exclude_cidr(7, 128, address("fd99::2")).unwrap();
+    // Of other pods: without effect.
+    rig.kernel.exclude_port(&ExcludedPort { policy_id: 8, port: 80, direction: DIALS }).unwrap();
+    rig.kernel.exclude_cidr(8, 0, [0; 16]).unwrap();
+    let tunnel = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    rig.app.listen("[::]:8080");
+    rig.world.listen("[::]:8080");
+    rig.world.listen("[::]:6379");
+
+    for (flags, up, to, port, rule, effect) in [
+        (READY, true, ["127.0.0.1", "::1"], 8080, Rule::Loopback, Reaches),
+        (READY, true, ["127.9.9.9", "::1"], 8080, Rule::Loopback, Reaches),
+        (READY, true, ["0.0.0.0", "::"], 8080, Rule::Loopback, Reaches),
+        (READY, true, ["127.0.0.1", "::1"], OUTBOUND, Rule::DropReserved, Refused),
+        (READY, true, ["127.0.0.2", "::"], INBOUND, Rule::DropReserved, Refused),
+        (READY, true, ["10.99.0.1", "fd99::1"], 8080, Rule::OwnAddress, Reaches),
+        (READY, true, ["10.99.0.1", "fd99::1"], OUTBOUND, Rule::DropReserved, Refused),
+        (READY, true, ["10.99.0.1", "fd99::1"], HBONE, Rule::DropReserved, Refused),
+        (READY, true, ["10.99.0.2", "fd99::2"], 6379, Rule::ExcludedPort, Reaches),
+        (READY, true, ["10.99.0.2", "fd99::2"], 8080, Rule::ExcludedCidr, Reaches),
+        (READY, true, ["192.0.2.1", "2001:db8::1"], 80, Rule::Redirect, Redirected),
+        (READY, true, ["192.0.2.1", "2001:db8::1"], INBOUND, Rule::Redirect, Redirected),
+        // Exclusions come before the fail mode, and loopback before everything.
+        (flag::IN_MESH, true, ["10.99.0.2", "fd99::2"], 8080, Rule::ExcludedCidr, Reaches),
+        (flag::IN_MESH, true, ["127.0.0.1", "::1"], 8080, Rule::Loopback, Reaches),
+        (flag::IN_MESH, true, ["10.99.0.1", "fd99::1"], 8080, Rule::OwnAddress, Reaches),
+        (flag::IN_MESH, true, ["192.0.2.1", "2001:db8::1"], 80, Rule::FailClosed, Refused),
+        (READY, false, ["192.0.2.1", "2001:db8::1"], 80, Rule::FailClosed, Refused),
+        (READY | flag::SIDECAR, true, ["10.99.0.2", "fd99::2"], 8080, Rule::NotEnrolled, Reaches),
+        (0, true, ["10.99.0.2", "fd99::2"], 8080, Rule::NotEnrolled, Reaches),
+    ] {
+        rig.set(flags, up);
+        let mapped = format!("::ffff:{}", to[0]);
+        for (to, hook) in [(to[0], Hook::Connect4), (to[1], Hook::Connect6), (&mapped, Hook::Connect6)] {
+            rig.rules(port);
+            let to = at(to, port);
+            let case = format!("flags {flags} up {up} to {to}");
+            let dialled = rig.app.dial(How::Tcp, to);
+            assert_eq!(rig.rules(port)[..1], [(hook, rule)], "{case}");
+            let seen = match (&dialled, effect) {
+                (Err(errno), _) => {
+                    assert_eq!(*errno, libc::EPERM, "{case}");
+                    Refused
+                }
+                (Ok(_), Redirected) => {
+                    let accepted = rig.tunnel.accept(tunnel);
+                    assert_eq!(accepted.original, Some(canonical(to)), "{case}");
+                    rig.tunnel.close(accepted.handle);
+                    Redirected
+                }
+                (Ok(_), _) => Reaches,
+            };
+            assert_eq!(seen, effect, "{case}");
+            if let Ok(end) = dialled {
+                rig.app.close(end.handle);
+            }
+            assert!(effect == Redirected || rig.tunnel.is_idle(tunnel), "{case}");
+        }
+    }
+}
+
+/// Fail open leaves the route as it is: what is dialled is reached.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn without_a_tunnel_the_fail_mode_holds_at_once() {
+    let mut rig = Rig::new();
+    rig.world.listen("[::]:8080");
+    let tunnel = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    let to = at("10.99.0.2", 8080);
+    rig.set(READY | OPEN, true);
+    let redirected = rig.app.dial(How::Tcp, to).unwrap();
+    assert_eq!(rig.tunnel.accept(tunnel).original, Some(to));
+    for (flags, up) in [(READY | OPEN, false), (flag::IN_MESH | OPEN, true)] {
+        rig.set(flags, up);
+        rig.rules(8080);
+        let direct = rig.app.dial(How::Tcp, to).unwrap();
+        assert_eq!(rig.rules(8080), [(Hook::Connect4, Rule::FailOpen)]);
+        rig.app.close(direct.handle);
+    }
+    assert!(rig.tunnel.is_idle(tunnel));
+    // Nobody told the programs that the tunnel is gone: its listener is.
+    rig.tunnel.close(tunnel);
+    rig.set(READY | OPEN, true);
+    let direct = rig.app.dial(How::Tcp, to).unwrap();
+    assert_eq!(rig.rules(8080), [(Hook::Connect4, Rule::FailOpen)]);
+    rig.app.close(direct.handle);
+    rig.set(READY, true);
+    assert_eq!(rig.app.dial(How::Tcp, to).unwrap_err(), libc::EPERM);
+    rig.set(READY, false);
+    assert_eq!(rig.app.dial(How::Tcp, to).unwrap_err(), libc::EPERM);
+    rig.app.close(redirected.handle);
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn who_calls_is_found_by_cgroup() {
+    let mut rig = Rig::new();
+    rig.world.listen("[::]:8080");
+    let tunnel = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    let to = at("10.99.0.2", 8080);
+
+    // Attached, but nothing is known of its cgroup.
+    rig.plain.dial(How::Tcp, to).unwrap();
+    assert_eq!(rig.rules(8080), [(Hook::Connect4, Rule::NotEnrolled)]);
+
+    // The container of the pod has no entry of its own: the pod's is found above it.
+    rig.app.dial(How::Tcp, to).unwrap();
+    rig.tunnel.accept(tunnel);
+    assert_eq!(rig.rules(8080), [(Hook::Connect4, Rule::Redirect)]);
+
+    // The deepest entry wins.
+    let container = rig.cgroups.id("pods/mesh/container");
+    rig.kernel.set_cgroup(container, &empty()).unwrap();
+    rig.app.dial(How::Tcp, to).unwrap();
+    assert_eq!(rig.rules(8080), [(Hook::Connect4, Rule::NotEnrolled)]);
+
+    // A tunnel below the pods' cgroup, such as in a DaemonSet: both sets of programs run on its sockets.
+    let inner = rig.cgroups.id("pods/plain");
+    let dir = rig.cgroups.join("pods/plain");
+    rig.kernel.attach_tunnel(&dir).unwrap();
+    let info = adit_ebpf_common::pods::CgroupInfo { flags: flag::TUNNEL, ..empty() };
+    rig.kernel.set_cgroup(inner, &info).unwrap();
+    rig.plain.dial(How::Tcp, to).unwrap();
+    assert_eq!(rig.rules(8080), [(Hook::Connect4, Rule::Tunnel)]);
+    rig.kernel.detach_tunnel(&dir).unwrap();
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_pod_without_an_address_of_the_family_is_refused_there() {
+    let mut rig = Rig::new();
+    let id = rig.cgroups.id("pods/mesh");
+    let (_, mut info) = rig.kernel.cgroups().unwrap().into_iter().find(|(found, _)| *found == id).unwrap();
+    (info.v6, info.redirect_v6) = ([0; 16], [0; 16]);
+    rig.kernel.set_cgroup(id, &info).unwrap();
+    assert_eq!(rig.app.dial(How::Tcp, at("2001:db8::1", 80)).unwrap_err(), libc::EPERM);
+    assert_eq!(rig.rules(80), [(Hook::Connect6, Rule::NoAddress)]);
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_redirected_connection_is_none_the_wiser() {
+    let mut rig = Rig::new();
+    // Fast Open for client and server, of every listener and without cookies: the SYN carries data.
+    rig.app.sysctl("ipv4/tcp_fastopen", "1543");
+    for (tunnel_at, to, own) in [
+        ("0.0.0.0", "192.0.2.9", "10.99.0.1"),
+        ("[::]", "2001:db8::9", "fd99::1"),
+        ("[::]", "::ffff:192.0.2.9", "::ffff:10.99.0.1"),
+        ("[::]", "192.0.2.9", "10.99.0.1"),
+    ] {
+        let listener = rig.tunnel.listen(&format!("{tunnel_at}:{OUTBOUND}"));
+        for how in [How::Tcp, How::NonBlocking, How::Mptcp, How::FastOpen, How::FastOpenLater] {
+            if how == How::Mptcp && !has_mptcp() {
+                continue;
+            }
+            let to = at(to, 80);
+            let dialled = rig.app.dial(how, to).unwrap_or_else(|errno| panic!("{how:?} {to}: {errno}"));
+            let accepted = rig.tunnel.accept(listener);
+            // An MPTCP socket is not the one that was redirected, but the one above it.
+            if how != How::Mptcp {
+                assert_eq!(dialled.peer, to, "the application sees whom it dialled");
+            }
+            assert_eq!(dialled.local.ip(), at(own, 0).ip(), "and its own address");
+            assert_eq!(dialled.original, None, "SO_ORIGINAL_DST is the tunnel's");
+            assert_eq!(accepted.original, Some(canonical(to)), "{how:?}");
+            assert_eq!(accepted.peer.port(), dialled.local.port());
+            rig.app.close(dialled.handle);
+            rig.tunnel.close(accepted.handle);
+        }
+        rig.tunnel.close(listener);
+    }
+}
+
+/// The socket stays the same, so does its cookie: what is recorded must follow each call.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn one_socket_may_connect_again_elsewhere() {
+    let mut rig = Rig::new();
+    let tunnel = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    rig.app.listen("0.0.0.0:8080");
+    let first = rig.app.dial(How::Tcp, at("192.0.2.1", 80)).unwrap();
+    assert_eq!(rig.tunnel.accept(tunnel).original, Some(at("192.0.2.1", 80)));
+
+    let second = rig.app.redial(first.handle, at("192.0.2.2", 443)).unwrap();
+    assert_eq!(second.peer, at("192.0.2.2", 443));
+    assert_eq!(rig.tunnel.accept(tunnel).original, Some(at("192.0.2.2", 443)));
+
+    let third = rig.app.redial(second.handle, at("127.0.0.1", 8080)).unwrap();
+    assert_eq!(third.peer, at("127.0.0.1", 8080), "left alone, so nothing may be remembered");
+    assert!(rig.tunnel.is_idle(tunnel));
+
+    let fourth = rig.app.redial(third.handle, at("192.0.2.4", 80)).unwrap();
+    assert_eq!(fourth.peer, at("192.0.2.4", 80));
+    assert_eq!(rig.tunnel.accept(tunnel).original, Some(at("192.0.2.4", 80)));
+}
+
+/// Many destinations from many ports: no connection gets another's destination.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn no_connection_gets_the_destination_of_another() {
+    let mut rig = Rig::new();
+    let tunnel = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    for round in 0..repeated(500) {
+        let to = at(&format!("192.0.2.{}", round % 250), 1000 + round);
+        let dialled = rig.app.dial(How::Tcp, to).unwrap();
+        let accepted = rig.tunnel.accept(tunnel);
+        assert_eq!((accepted.original, dialled.peer), (Some(to), to));
+        rig.app.close(dialled.handle);
+        rig.tunnel.close(accepted.handle);
+    }
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn udp_is_left_alone() {
+    let mut rig = Rig::new();
+    for to in [at("10.99.0.2", 53), at("fd99::2", 53)] {
+        assert_eq!(rig.app.dial(How::Udp, to).unwrap().peer, to);
+    }
+    rig.set(flag::IN_MESH, false);
+    rig.app.dial(How::Udp, at("10.99.0.2", 53)).unwrap();
+    assert_eq!(rig.rules(53), []);
+}
+
+/// A connection to the tunnel's port that nobody redirected has no original destination.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn nobody_gets_an_original_destination_without_a_redirect() {
+    let mut rig = Rig::new();
+    rig.set(0, true);
+    let tunnel = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    rig.app.dial(How::Tcp, at("10.99.0.1", OUTBOUND)).unwrap();
+    assert_eq!(rig.tunnel.accept(tunnel).original, None);
+}
+
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// Such programs are hooked at the root of the cgroups, and ours, below it, run first (K11).
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_load_balancer_above_hides_no_service_address() {
+    let mut rig = Rig::new();
+    rig.world.listen("[::]:8080");
+    let tunnel = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    let service = at("192.0.2.77", 8080);
+    let root = File::open(rig.cgroups.path()).unwrap();
+    let links = sys::attach_balancer(root.as_fd(), [192, 0, 2, 77].into(), [10, 99, 0, 2].into()).unwrap();
+
+    let dialled = rig.app.dial(How::Tcp, service).unwrap();
+    assert_eq!(rig.tunnel.accept(tunnel).original, Some(service));
+    assert_eq!(dialled.peer, service);
+    // Whoever is not enrolled is balanced as before.
+    rig.rules(8080);
+    rig.set(0, true);
+    let balanced = rig.app.dial(How::Tcp, service).unwrap();
+    assert_eq!(rig.rules(8080), [(Hook::Connect4, Rule::NotEnrolled)]);
+    assert!(rig.tunnel.is_idle(tunnel));
+    rig.app.close(balanced.handle);
+    drop(links);
+}

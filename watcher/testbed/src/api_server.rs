@@ -1,0 +1,407 @@
+//! A real API server with its store, on loopback, for as long as it is held.
+//!
+//! The programs come from `KUBEBUILDER_ASSETS`, else from `PATH`, else from the cache, where `.ci/setup/kube-tools`
+//! builds them. No kubelet runs pods: tests create them with the name of a node, set their status, and start
+//! the processes themselves.
+
+use std::{
+    env, fmt, fs,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::{Duration, Instant},
+};
+
+use k8s_openapi::api::{
+    authentication::v1::TokenRequest,
+    core::v1::{Namespace, Pod, ServiceAccount},
+};
+use kube::{
+    Api, Client, Config,
+    api::{DynamicObject, Patch, PatchParams, PostParams},
+    config::{KubeConfigOptions, Kubeconfig},
+    core::{ApiResource, GroupVersionKind},
+};
+use nix::sys::signal::{Signal, kill};
+use serde_json::{Value, json};
+
+mod keys;
+
+use self::keys::make_keys;
+use crate::{process::KillOnDrop, program::cache};
+
+/// What `.ci/setup/kube-tools` builds.
+const VERSION: &str = "1.36.3";
+const LIMIT: Duration = Duration::from_mins(1);
+
+/// The rights of the watcher, from the chart.
+pub const RBAC: &str = include_str!("../../../charts/adit/templates/watcher-rbac.yaml");
+
+static SHARED: Mutex<Weak<ApiServer>> = Mutex::new(Weak::new());
+
+/// An API server and its store.
+pub struct ApiServer {
+    // Dropped in this order.
+    server: Mutex<Option<KillOnDrop>>,
+    store: Mutex<Option<KillOnDrop>>,
+    dir: tempfile::TempDir,
+    port: u16,
+    store_port: u16,
+    options: Vec<String>,
+    runtime: tokio::runtime::Runtime,
+    client: Client,
+}
+
+impl fmt::Debug for ApiServer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ApiServer").field("port", &self.port).finish_non_exhaustive()
+    }
+}
+
+fn program(name: &str) -> PathBuf {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::var_os("KUBEBUILDER_ASSETS")
+        .map(PathBuf::from)
+        .into_iter()
+        .chain(env::split_paths(&path))
+        .chain([cache().join(format!("kubernetes-{VERSION}/bin"))])
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_file())
+        .unwrap_or_else(|| panic!("no {name}: run make setup, or set KUBEBUILDER_ASSETS to its folder"))
+}
+
+/// A port for a server that starts later. Not one of those that the kernel gives to clients (32768 and up,
+/// ip-sysctl): a connection could take it in between.
+fn free_port() -> u16 {
+    let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    std::iter::repeat_with(|| rand::random_range(20_000..32_000)).find(is_free).expect("endless")
+}
+
+fn log(dir: &Path, name: &str) -> fs::File {
+    fs::File::options().create(true).append(true).open(dir.join(format!("{name}.log"))).expect("log")
+}
+
+fn spawn(dir: &Path, name: &str, arguments: &[String]) -> KillOnDrop {
+    let mut command = Command::new(program(name));
+    command.args(arguments).stdin(Stdio::null()).stdout(log(dir, name)).stderr(log(dir, name));
+    KillOnDrop(command.spawn().expect(name))
+}
+
+impl ApiServer {
+    /// The one that the tests of this executable share while any of them runs.
+    pub fn shared() -> Arc<Self> {
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(server) = shared.upgrade() {
+            return server;
+        }
+        let server = Arc::new(Self::start());
+        *shared = Arc::downgrade(&server);
+        server
+    }
+
+    /// One for a single test, which may stop it.
+    pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// The same with more options of the API server.
+    pub fn start_with(options: &[&str]) -> Self {
+        let dir = tempfile::Builder::new().prefix("adit-api").tempdir().expect("folder");
+        make_keys(dir.path());
+        let (port, store_port) = (free_port(), free_port());
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        let runtime = runtime.expect("runtime");
+        write_kubeconfig(
+            &dir.path().join("admin.kubeconfig"),
+            dir.path(),
+            port,
+            &json!({"client-certificate": dir.path().join("admin.crt"), "client-key": dir.path().join("admin.key")}),
+        );
+        let client = runtime.block_on(client(&dir.path().join("admin.kubeconfig")));
+        let options = options.iter().map(|option| (*option).to_owned()).collect();
+        let server = Self {
+            options,
+            dir,
+            port,
+            store_port,
+            store: Mutex::default(),
+            server: Mutex::default(),
+            runtime,
+            client,
+        };
+        server.start_store();
+        server.start_server();
+        server.namespace("adit-system", &json!({}));
+        server.apply(RBAC);
+        server
+    }
+
+    fn start_store(&self) {
+        let (address, peers) =
+            (format!("http://127.0.0.1:{}", self.store_port), format!("http://127.0.0.1:{}", free_port()));
+        let arguments = [
+            format!("--data-dir={}", self.dir.path().join("etcd").display()),
+            "--unsafe-no-fsync".to_owned(),
+            format!("--listen-client-urls={address}"),
+            format!("--advertise-client-urls={address}"),
+            format!("--listen-peer-urls={peers}"),
+            format!("--initial-advertise-peer-urls={peers}"),
+            format!("--initial-cluster=default={peers}"),
+        ];
+        *self.store.lock().expect("store") = Some(spawn(self.dir.path(), "etcd", &arguments));
+        self.wait("the store to listen", || async {
+            tokio::net::TcpStream::connect(("127.0.0.1", self.store_port)).await.ok().map(drop)
+        });
+    }
+
+    /// Starts the API server and waits until it serves.
+    pub fn start_server(&self) {
+        let path = |name: &str| self.dir.path().join(name).display().to_string();
+        let issuer = "https://kubernetes.default.svc.cluster.local";
+        let arguments = [
+            format!("--etcd-servers=http://127.0.0.1:{}", self.store_port),
+            "--bind-address=127.0.0.1".to_owned(),
+            "--advertise-address=127.0.0.1".to_owned(),
+            format!("--secure-port={}", self.port),
+            format!("--tls-cert-file={}", path("server.crt")),
+            format!("--tls-private-key-file={}", path("server.key")),
+            format!("--client-ca-file={}", path("ca.crt")),
+            format!("--service-account-issuer={issuer}"),
+            format!("--api-audiences={issuer}"),
+            format!("--service-account-key-file={}", path("accounts.pub")),
+            format!("--service-account-signing-key-file={}", path("accounts.key")),
+            "--authorization-mode=Node,RBAC".to_owned(),
+            "--service-cluster-ip-range=10.96.0.0/16".to_owned(),
+            "--allow-privileged=true".to_owned(),
+            "--endpoint-reconciler-type=none".to_owned(),
+            "--profiling=false".to_owned(),
+        ];
+        let arguments = [arguments.as_slice(), &self.options].concat();
+        *self.server.lock().expect("server") = Some(spawn(self.dir.path(), "kube-apiserver", &arguments));
+        self.wait("the API server to serve", || async {
+            let request = http::Request::get("/readyz").body(Vec::new()).expect("request");
+            self.client().request_text(request).await.ok().filter(|text| text == "ok").map(drop)
+        });
+    }
+
+    /// Ends the API server at once, as a crash does; its store stays.
+    pub fn kill_server(&self) {
+        drop(self.server.lock().expect("server").take());
+    }
+
+    /// Sends `signal` to the API server.
+    pub fn signal_server(&self, signal: Signal) {
+        let server = self.server.lock().expect("server");
+        let pid = server.as_ref().expect("a running server").0.id();
+        kill(nix::unistd::Pid::from_raw(i32::try_from(pid).expect("a pid")), signal).expect("signal");
+    }
+
+    /// Its port on 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// A client with all rights.
+    pub fn client(&self) -> Client {
+        self.client.clone()
+    }
+
+    /// Waits for a request to the API.
+    pub fn block_on<F: Future>(&self, future: F) -> F::Output {
+        self.runtime.block_on(async { tokio::time::timeout(LIMIT, future).await.expect("an answer in time") })
+    }
+
+    /// Attempts a request until it returns a value.
+    pub fn wait<T, F: Future<Output = Option<T>>>(&self, what: &str, mut attempt: impl FnMut() -> F) -> T {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let limited =
+                async { tokio::time::timeout(Duration::from_secs(5), attempt()).await.ok().flatten() };
+            if let Some(found) = self.runtime.block_on(limited) {
+                return found;
+            }
+            let ended = |server: &mut Option<KillOnDrop>| {
+                server.as_mut().is_some_and(|server| !matches!(server.0.try_wait(), Ok(None)))
+            };
+            if ended(&mut self.server.lock().expect("server")) || Instant::now() > deadline {
+                let log = fs::read_to_string(self.dir.path().join("kube-apiserver.log")).unwrap_or_default();
+                let last: Vec<&str> = log.lines().rev().take(15).collect();
+                panic!(
+                    "waited in vain for {what}\n{}",
+                    last.into_iter().rev().collect::<Vec<_>>().join("\n")
+                );
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Applies every object of `manifest`, as `kubectl apply` would.
+    pub fn apply(&self, manifest: &str) {
+        for document in manifest.split("\n---\n") {
+            let value: Value = serde_saphyr::from_str(document).expect("YAML");
+            let text = |pointer: &str| value.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
+            let (group, version) =
+                text("/apiVersion").split_once('/').unwrap_or_else(|| ("", text("/apiVersion")));
+            let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, text("/kind")));
+            let api: Api<DynamicObject> = match text("/metadata/namespace") {
+                "" => Api::all_with(self.client(), &resource),
+                namespace => Api::namespaced_with(self.client(), namespace, &resource),
+            };
+            let params = PatchParams::apply("test").force();
+            self.block_on(api.patch(text("/metadata/name"), &params, &Patch::Apply(&value)))
+                .expect("applied");
+        }
+    }
+
+    /// A namespace with these labels, ready for pods.
+    pub fn namespace(&self, name: &str, labels: &Value) {
+        let namespace = json!({"metadata": {"name": name, "labels": labels}});
+        let namespace: Namespace = serde_json::from_value(namespace).expect("a namespace");
+        self.block_on(Api::all(self.client()).create(&PostParams::default(), &namespace)).expect("created");
+        // The controller manager would make it.
+        self.service_account(name, "default");
+    }
+
+    /// Creates a service account.
+    pub fn service_account(&self, namespace: &str, name: &str) {
+        let account = json!({"metadata": {"name": name}});
+        let account: ServiceAccount = serde_json::from_value(account).expect("a service account");
+        let api = Api::namespaced(self.client(), namespace);
+        self.block_on(api.create(&PostParams::default(), &account)).expect("created");
+    }
+
+    /// Sets (or with `null` removes) labels of a namespace.
+    pub fn label_namespace(&self, name: &str, labels: &Value) {
+        let patch = Patch::Merge(json!({"metadata": {"labels": labels}}));
+        let api: Api<Namespace> = Api::all(self.client());
+        self.block_on(api.patch(name, &PatchParams::default(), &patch)).expect("patched");
+    }
+
+    /// Creates a pod of `node`, with `more` merged into it, and returns its uid.
+    pub fn pod(&self, namespace: &str, name: &str, node: &str, more: &Value) -> String {
+        let mut pod = json!({
+            "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
+            "spec": {"nodeName": node, "containers": [{"name": "main", "image": "none"}]},
+        });
+        merge(&mut pod, more);
+        let pod: Pod = serde_json::from_value(pod).expect("a pod");
+        let api: Api<Pod> = Api::namespaced(self.client(), namespace);
+        // The server refuses it until its own watch has seen the service account.
+        let pod = self.wait("the pod to be taken", || async {
+            api.create(&PostParams::default(), &pod).await.inspect_err(|error| eprintln!("{error}")).ok()
+        });
+        pod.metadata.uid.expect("a uid")
+    }
+
+    /// Merges `patch` into a pod.
+    pub fn patch_pod(&self, namespace: &str, name: &str, patch: &Value) {
+        let api: Api<Pod> = Api::namespaced(self.client(), namespace);
+        self.block_on(api.patch(name, &PatchParams::default(), &Patch::Merge(patch))).expect("patched");
+    }
+
+    /// Sets the status of a pod, as a kubelet does.
+    pub fn set_status(&self, namespace: &str, name: &str, status: &Value) {
+        let api: Api<Pod> = Api::namespaced(self.client(), namespace);
+        let patch = Patch::Merge(json!({"status": status}));
+        self.block_on(api.patch_status(name, &PatchParams::default(), &patch)).expect("patched");
+    }
+
+    /// Deletes a pod at once.
+    pub fn delete_pod(&self, namespace: &str, name: &str) {
+        let api: Api<Pod> = Api::namespaced(self.client(), namespace);
+        let params = kube::api::DeleteParams::default().grace_period(0);
+        drop(self.block_on(api.delete(name, &params)).expect("deleted"));
+    }
+
+    /// The value of an annotation of a pod.
+    pub fn annotation(&self, namespace: &str, name: &str, key: &str) -> Option<String> {
+        let api: Api<Pod> = Api::namespaced(self.client(), namespace);
+        let pod = self.block_on(api.get(name)).expect("the pod");
+        pod.metadata.annotations.and_then(|annotations| annotations.get(key).cloned())
+    }
+
+    /// A kubeconfig of the service account `namespace/name`, with a token as pods get it.
+    pub fn kubeconfig_of(&self, namespace: &str, name: &str) -> PathBuf {
+        self.kubeconfig_of_pod(namespace, name, None)
+    }
+
+    /// The same, with a token that is bound to a pod of that namespace, as those are that pods mount.
+    pub fn kubeconfig_of_pod(&self, namespace: &str, name: &str, pod: Option<(&str, &str)>) -> PathBuf {
+        let api: Api<ServiceAccount> = Api::namespaced(self.client(), namespace);
+        let bound =
+            pod.map(|(name, uid)| json!({"kind": "Pod", "apiVersion": "v1", "name": name, "uid": uid}));
+        let request = json!({"spec": {"audiences": [], "boundObjectRef": bound}});
+        let request: TokenRequest = serde_json::from_value(request).expect("a token request");
+        let made = self.wait("a token", || async {
+            api.create_token_request(name, &PostParams::default(), &request).await.ok()
+        });
+        let path = self
+            .dir
+            .path()
+            .join(format!("{namespace}-{name}-{}.kubeconfig", pod.map_or("", |(name, _)| name)));
+        let token = made.status.expect("a token").token;
+        write_kubeconfig(&path, self.dir.path(), self.port, &json!({"token": token}));
+        path
+    }
+
+    /// The kubeconfig of the chart's service account, with the chart's rights and no others.
+    pub fn watcher_kubeconfig(&self) -> PathBuf {
+        self.kubeconfig_of("adit-system", "adit-watcher")
+    }
+
+    /// Drops all versions but the last: a watch from an older one must start with a new list.
+    pub fn compact(&self) {
+        // The store's own gateway of gRPC, since no client of it is needed otherwise.
+        let base = format!("http://127.0.0.1:{}/v3/kv", self.store_port);
+        let post = |path: &str, body: &Value| -> Value {
+            let output = Command::new("curl")
+                .args([
+                    "-sS",
+                    "--fail",
+                    "--noproxy",
+                    "*",
+                    "-X",
+                    "POST",
+                    &format!("{base}/{path}"),
+                    "-d",
+                    &body.to_string(),
+                ])
+                .output()
+                .expect("curl");
+            assert!(output.status.success(), "{path}: {}", String::from_utf8_lossy(&output.stderr));
+            serde_json::from_slice(&output.stdout).expect("JSON")
+        };
+        let found = post("range", &json!({"key": "AA==", "limit": "1"}));
+        let revision = found["header"]["revision"].as_str().expect("a revision").to_owned();
+        post("compaction", &json!({"revision": revision, "physical": true}));
+    }
+}
+
+fn merge(into: &mut Value, more: &Value) {
+    match (into, more) {
+        (Value::Object(into), Value::Object(more)) => {
+            for (key, value) in more {
+                merge(into.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (into, more) => *into = more.clone(),
+    }
+}
+
+fn write_kubeconfig(path: &Path, dir: &Path, port: u16, user: &Value) {
+    let config = json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "testbed",
+        "clusters": [{"name": "testbed", "cluster": {
+            "server": format!("https://127.0.0.1:{port}"), "certificate-authority": dir.join("ca.crt")}}],
+        "users": [{"name": "testbed", "user": user}],
+        "contexts": [{"name": "testbed", "context": {"cluster": "testbed", "user": "testbed"}}],
+    });
+    fs::write(path, config.to_string()).expect("kubeconfig");
+}
+
+async fn client(kubeconfig: &Path) -> Client {
+    let kubeconfig = Kubeconfig::read_from(kubeconfig).expect("kubeconfig");
+    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
+    Client::try_from(config.expect("configuration")).expect("client")
+}

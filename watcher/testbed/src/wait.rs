@@ -1,0 +1,69 @@
+//! Waiting for a condition, with a deadline. Tests never sleep for a fixed time and hope.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+/// How long [`wait_for`] waits. Long enough for a loaded machine and for an emulated one; a test that
+/// passes never waits that long.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// The pause between two attempts.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// What can be waited for: `true`, or the value in an `Option`.
+pub trait Condition {
+    /// What the wait returns.
+    type Value;
+
+    /// The value, if the condition holds.
+    fn value(self) -> Option<Self::Value>;
+}
+
+impl Condition for bool {
+    type Value = ();
+
+    fn value(self) -> Option<()> {
+        self.then_some(())
+    }
+}
+
+impl<T> Condition for Option<T> {
+    type Value = T;
+
+    fn value(self) -> Self {
+        self
+    }
+}
+
+/// Calls `look` until it returns `true` or `Some` value.
+///
+/// # Panics
+/// When it has not within [`LIMIT`]; the message contains `what`.
+pub fn wait_for<C: Condition>(what: &str, look: impl FnMut() -> C) -> C::Value {
+    wait_at_most(LIMIT, what, look)
+}
+
+/// The same with a limit of the caller's, for a condition that must hold soon.
+///
+/// # Panics
+/// When it does not hold within `limit`; the message contains `what`.
+pub fn wait_at_most<C: Condition>(limit: Duration, what: &str, look: impl FnMut() -> C) -> C::Value {
+    try_wait(limit, look).unwrap_or_else(|| panic!("waited {limit:?} in vain for {what}"))
+}
+
+/// The same; `None` when the condition does not hold within `limit`. For messages that need more than the
+/// name of the condition.
+pub fn try_wait<C: Condition>(limit: Duration, mut look: impl FnMut() -> C) -> Option<C::Value> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(value) = look().value() {
+            return Some(value);
+        }
+        if Instant::now() >= deadline {
+            return None;
+        }
+        thread::sleep(PAUSE);
+    }
+}

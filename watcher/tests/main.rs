@@ -1,0 +1,25 @@
+//! The watcher as a program: on nodes made of network namespaces and cgroups, with real and fake tunnels, with
+//! a real API server.
+//!
+//! The tests need root. They make private netns, cgroups and mounts, and remove them (`testbed`).
+
+mod arrival;
+mod churn;
+mod container_nodes;
+mod dns;
+mod faults;
+mod kernels;
+mod kubernetes;
+mod kubernetes_access;
+mod kubernetes_faults;
+mod labels;
+mod mesh;
+mod preflight;
+mod zds;
+
+/// Not a test: the others start it as processes of pods and tunnels (`testbed::helper`).
+#[test]
+#[ignore = "started by other tests"]
+fn helper() {
+    testbed::roles::serve();
+}
