@@ -1,17 +1,18 @@
 //! What applications see of the mesh.
 
-mod bed;
-
 use std::{
     io::{ErrorKind, Read, Write},
     net::Shutdown,
 };
 
-use bed::{Bed, Pod, Tunnel, read_all, read_line, wait_for};
-
+use testbed::{
+    mesh_pod::{MeshPod, read_all, read_line},
+    tunnel_mesh::{TunnelMesh, TunnelNode},
+    wait::{LIMIT, wait_for},
+};
 /// One exchange of 11 bytes against 22, and the client's address as the server sees it.
-fn exchange(client: &Pod, server: &Pod) -> String {
-    let mut stream = client.space.connect(server.at(8080));
+fn exchange(client: &MeshPod, server: &MeshPod) -> String {
+    let mut stream = client.netns.connect(server.at(8080));
     let seen = read_line(&mut stream).expect("greeting");
     stream.write_all(b"hello tunne").expect("write");
     stream.shutdown(Shutdown::Write).expect("shutdown");
@@ -19,7 +20,7 @@ fn exchange(client: &Pod, server: &Pod) -> String {
     seen
 }
 
-fn assert_meshed(source: &Tunnel, destination: &Tunnel, greeting: u64) {
+fn assert_meshed(source: &TunnelNode, destination: &TunnelNode, greeting: u64) {
     let outbound = &source.records(1, &["\"direction\":\"outbound\""])[0];
     let inbound = &destination.records(1, &["\"direction\":\"inbound\""])[0];
     for record in [outbound, inbound] {
@@ -48,10 +49,10 @@ fn assert_meshed(source: &Tunnel, destination: &Tunnel, greeting: u64) {
 #[test]
 #[ignore = "needs root: make test"]
 fn captured_client_reaches_captured_server_of_its_node_over_hbone() {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("a", "server"));
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.enrolled("a", "client"), mesh.enrolled("a", "server"));
     server.serve_double_echo(8080);
-    let node = bed.node("a", &[&client, &server]);
+    let node = mesh.node("a", &[&client, &server]);
     let seen = exchange(&client, &server);
     assert_eq!(seen, client.ip.to_string(), "the application sees the client's address");
     assert_meshed(&node, &node, seen.len() as u64 + 1);
@@ -60,10 +61,10 @@ fn captured_client_reaches_captured_server_of_its_node_over_hbone() {
 #[test]
 #[ignore = "needs root: make test"]
 fn captured_client_reaches_captured_server_of_another_node_over_hbone() {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("b", "server"));
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.enrolled("a", "client"), mesh.enrolled("b", "server"));
     server.serve_double_echo(8080);
-    let (a, b) = (bed.node("a", &[&client]), bed.node("b", &[&server]));
+    let (a, b) = (mesh.node("a", &[&client]), mesh.node("b", &[&server]));
     let seen = exchange(&client, &server);
     assert_eq!(seen, client.ip.to_string(), "the application sees the client's address");
     assert_meshed(&a, &b, seen.len() as u64 + 1);
@@ -72,10 +73,10 @@ fn captured_client_reaches_captured_server_of_another_node_over_hbone() {
 #[test]
 #[ignore = "needs root: make test"]
 fn dedicated_tunnels_serve_one_workload_each() {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("b", "server"));
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.enrolled("a", "client"), mesh.enrolled("b", "server"));
     server.serve_double_echo(8080);
-    let (a, b) = (Tunnel::dedicated(&bed, &client), Tunnel::dedicated(&bed, &server));
+    let (a, b) = (TunnelNode::dedicated(&mesh, &client), TunnelNode::dedicated(&mesh, &server));
     a.wait_ready();
     b.wait_ready();
     assert!(!a.log().contains("certificate fetched"), "nothing is fetched ahead");
@@ -87,10 +88,10 @@ fn dedicated_tunnels_serve_one_workload_each() {
 #[test]
 #[ignore = "needs root: make test"]
 fn captured_client_reaches_plain_server_as_plain_tcp() {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.enrolled("a", "client"), bed.plain("a", "server"));
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.enrolled("a", "client"), mesh.plain("a", "server"));
     server.serve_double_echo(8080);
-    let node = bed.node("a", &[&client]);
+    let node = mesh.node("a", &[&client]);
     assert_eq!(exchange(&client, &server), client.ip.to_string());
     let record = &node.records(1, &["\"direction\":\"outbound\""])[0];
     assert!(record.get("src.identity").is_none(), "{record}");
@@ -102,10 +103,10 @@ fn captured_client_reaches_plain_server_as_plain_tcp() {
 #[test]
 #[ignore = "needs root: make test"]
 fn plain_client_reaches_captured_server_through_15006() {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.plain("a", "client"), bed.enrolled("a", "server"));
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.plain("a", "client"), mesh.enrolled("a", "server"));
     server.serve_double_echo(8080);
-    let node = bed.node("a", &[&server]);
+    let node = mesh.node("a", &[&server]);
     assert_eq!(exchange(&client, &server), client.ip.to_string());
     let record = &node.records(1, &["\"direction\":\"inbound\""])[0];
     assert!(record.get("src.identity").is_none(), "{record}");
@@ -117,14 +118,14 @@ fn plain_client_reaches_captured_server_through_15006() {
 #[test]
 #[ignore = "needs root: make test"]
 fn pods_that_our_watcher_prepared_are_served_too() {
-    let mut bed = Bed::new();
+    let mut mesh = TunnelMesh::new();
     let (plain, client, server) = (
-        bed.plain("a", "plain"),
-        bed.prepared_by_watcher("a", "client"),
-        bed.prepared_by_watcher("b", "server"),
+        mesh.plain("a", "plain"),
+        mesh.prepared_by_watcher("a", "client"),
+        mesh.prepared_by_watcher("b", "server"),
     );
     server.serve_double_echo(8080);
-    let (_a, b) = (bed.node("a", &[&client]), bed.node("b", &[&server]));
+    let (_a, b) = (mesh.node("a", &[&client]), mesh.node("b", &[&server]));
     assert_eq!(exchange(&plain, &server), plain.ip.to_string());
     assert_eq!(exchange(&client, &server), client.ip.to_string());
     b.records(1, &["\"direction\":\"inbound\"", "\"dst.hbone_addr\"", "sa/client"]);
@@ -133,13 +134,13 @@ fn pods_that_our_watcher_prepared_are_served_too() {
 #[test]
 #[ignore = "needs root: make test"]
 fn everything_holds_for_ipv6() {
-    let mut bed = Bed::new();
+    let mut mesh = TunnelMesh::new();
     let (plain, client, server) =
-        (bed.plain("a", "plain"), bed.enrolled("a", "client"), bed.enrolled("b", "server"));
+        (mesh.plain("a", "plain"), mesh.enrolled("a", "client"), mesh.enrolled("b", "server"));
     server.serve_double_echo(8080);
-    let (_a, b) = (bed.node("a", &[&client]), bed.node("b", &[&server]));
+    let (_a, b) = (mesh.node("a", &[&client]), mesh.node("b", &[&server]));
     for pod in [&plain, &client] {
-        let mut stream = pod.space.connect((server.ip6, 8080));
+        let mut stream = pod.netns.connect((server.ip6, 8080));
         assert_eq!(read_line(&mut stream).expect("greeting"), pod.ip6.to_string(), "the client's address");
     }
     b.records(1, &["\"direction\":\"inbound\"", &format!("[{}]:15008", server.ip6), "sa/client"]);
@@ -148,35 +149,35 @@ fn everything_holds_for_ipv6() {
 #[test]
 #[ignore = "needs root: make test"]
 fn destination_that_nobody_knows_is_passed_through() {
-    let mut bed = Bed::new();
-    let client = bed.enrolled("a", "client");
-    let node = bed.node("a", &[&client]);
-    bed.router.serve(8080, |mut stream, _| {
+    let mut mesh = TunnelMesh::new();
+    let client = mesh.enrolled("a", "client");
+    let node = mesh.node("a", &[&client]);
+    mesh.router.serve(8080, |mut stream, _| {
         let _ = stream.write_all(b"outside");
     });
-    let mut stream = client.space.connect(([169, 254, 1, 1], 8080));
+    let mut stream = client.netns.connect(([169, 254, 1, 1], 8080));
     assert_eq!(read_all(&mut stream).expect("greeting"), b"outside");
     // The refusal of a port where nobody listens passes through as well.
-    assert_eq!(client.space.refusal(([169, 254, 1, 1], 9)), ErrorKind::ConnectionReset);
+    assert_eq!(client.netns.refusal(([169, 254, 1, 1], 9)), ErrorKind::ConnectionReset);
     assert_eq!(node.records(1, &["169.254.1.1:9", "connection failed"]).len(), 1);
 }
 
 #[test]
 #[ignore = "needs root: make test"]
 fn service_leads_to_its_endpoint_and_without_healthy_endpoint_nowhere() {
-    let mut bed = Bed::new();
-    let client = bed.enrolled("a", "client");
-    let server = bed.enrolled("a", "server");
-    bed.services.push_str(
+    let mut mesh = TunnelMesh::new();
+    let client = mesh.enrolled("a", "client");
+    let server = mesh.enrolled("a", "server");
+    mesh.services.push_str(
         "- name: web\n  namespace: demo\n  hostname: web.demo.svc.cluster.local\n  vips: [\"/10.96.0.1\"]\n  \
          ports: {80: 8080}\n- name: none\n  namespace: demo\n  hostname: none.demo.svc.cluster.local\n  \
          vips: [\"/10.96.0.2\"]\n  ports: {80: 8080}\n",
     );
-    bed.add_to_last_workload("  services:\n    demo/web.demo.svc.cluster.local:\n      80: 8080\n");
+    mesh.add_to_last_workload("  services:\n    demo/web.demo.svc.cluster.local:\n      80: 8080\n");
     server.serve_double_echo(8080);
-    let node = bed.node("a", &[&client, &server]);
+    let node = mesh.node("a", &[&client, &server]);
 
-    let mut stream = client.space.connect(([10, 96, 0, 1], 80));
+    let mut stream = client.netns.connect(([10, 96, 0, 1], 80));
     assert_eq!(read_line(&mut stream).expect("greeting"), client.ip.to_string());
     drop(stream);
     for direction in ["outbound", "inbound"] {
@@ -184,15 +185,15 @@ fn service_leads_to_its_endpoint_and_without_healthy_endpoint_nowhere() {
         assert_eq!(record["dst.service"], "web.demo.svc.cluster.local", "{record}");
     }
 
-    assert_eq!(client.space.refusal(([10, 96, 0, 2], 80)), ErrorKind::ConnectionReset);
+    assert_eq!(client.netns.refusal(([10, 96, 0, 2], 80)), ErrorKind::ConnectionReset);
     node.records(1, &["no healthy upstream"]);
 }
 
 #[test]
 #[ignore = "needs root: make test"]
 fn half_close_passes_on_both_ways() {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("a", "server"));
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.enrolled("a", "client"), mesh.enrolled("a", "server"));
     // Says everything that it heard, once it has heard the end.
     server.serve(8080, |mut stream, _| {
         let heard = read_all(&mut stream).unwrap_or_default();
@@ -203,14 +204,14 @@ fn half_close_passes_on_both_ways() {
         let _ = stream.write_all(b"bye").and_then(|()| stream.shutdown(Shutdown::Write));
         let _ = read_all(&mut stream);
     });
-    let node = bed.node("a", &[&client, &server]);
+    let node = mesh.node("a", &[&client, &server]);
     let data: Vec<u8> = (0..3_000_000u32).map(|n| n.to_le_bytes()[0] ^ n.to_le_bytes()[1]).collect();
-    let mut stream = client.space.connect(server.at(8080));
+    let mut stream = client.netns.connect(server.at(8080));
     stream.write_all(&data).expect("write");
     stream.shutdown(Shutdown::Write).expect("shutdown");
     assert!(read_all(&mut stream).expect("echo") == data, "the echo differs");
 
-    let mut stream = client.space.connect(server.at(8081));
+    let mut stream = client.netns.connect(server.at(8081));
     assert_eq!(read_all(&mut stream).expect("bye"), b"bye");
     stream.write_all(b"late").expect("the other direction is still open");
     drop(stream);
@@ -221,9 +222,9 @@ fn half_close_passes_on_both_ways() {
 #[test]
 #[ignore = "needs root: make test"]
 fn reset_arrives_as_reset_both_ways() {
-    let mut bed = Bed::new();
+    let mut mesh = TunnelMesh::new();
     let (client, server, plain) =
-        (bed.enrolled("a", "client"), bed.enrolled("b", "server"), bed.plain("b", "plain"));
+        (mesh.enrolled("a", "client"), mesh.enrolled("b", "server"), mesh.plain("b", "plain"));
     let (told, tell) = std::sync::mpsc::channel();
     for pod in [&server, &plain] {
         pod.serve(8080, |mut stream, _| {
@@ -237,18 +238,18 @@ fn reset_arrives_as_reset_both_ways() {
             let _ = told.send(read_all(&mut stream).map_err(|error| error.kind()));
         });
     }
-    let (_a, _b) = (bed.node("a", &[&client]), bed.node("b", &[&server]));
+    let (_a, _b) = (mesh.node("a", &[&client]), mesh.node("b", &[&server]));
     for pod in [&server, &plain] {
-        let mut stream = client.space.connect(pod.at(8080));
+        let mut stream = client.netns.connect(pod.at(8080));
         stream.read_exact(&mut [0; 1000]).expect("half a transfer");
         stream.write_all(b"x").expect("write");
         assert_eq!(read_all(&mut stream).unwrap_err().kind(), ErrorKind::ConnectionReset, "to the client");
 
-        let mut stream = client.space.connect(pod.at(8081));
+        let mut stream = client.netns.connect(pod.at(8081));
         stream.read_exact(&mut [0]).expect("greeting");
         socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO)).expect("linger");
         drop(stream);
-        let heard = tell.recv_timeout(bed::LIMIT).expect("the server hears the end");
+        let heard = tell.recv_timeout(LIMIT).expect("the server hears the end");
         assert_eq!(heard, Err(ErrorKind::ConnectionReset), "to the server");
     }
 }
@@ -256,12 +257,12 @@ fn reset_arrives_as_reset_both_ways() {
 #[test]
 #[ignore = "needs root: make test"]
 fn tunnels_own_ports_lead_nowhere() {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("a", "server"));
-    let node = bed.node("a", &[&client, &server]);
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.enrolled("a", "client"), mesh.enrolled("a", "server"));
+    let node = mesh.node("a", &[&client, &server]);
     for port in [15001, 15006] {
         for to in [client.at(port), ([127, 0, 0, 1], port).into(), server.at(port)] {
-            let Ok(mut stream) = client.space.try_connect(to) else { continue }; // refused is fine, too
+            let Ok(mut stream) = client.netns.try_connect(to) else { continue }; // refused is fine, too
             let _ = stream.write_all(b"GET / HTTP/1.0\r\n\r\n");
             let answer = read_all(&mut stream).unwrap_or_default();
             assert_eq!(answer, b"", "{to} answers");

@@ -1,114 +1,31 @@
 //! Discovery from a control plane that shares no line with us: gRPC's own implementation in Python, with definitions
 //! written for it alone.
 
-mod bed;
+use std::io::ErrorKind;
 
-use std::{
-    io::{BufRead, BufReader, ErrorKind, Write},
-    path::PathBuf,
-    process::{Child, ChildStdin, Command, Stdio},
-    sync::mpsc,
-    thread,
+use serde_json::{Value, json};
+use testbed::{
+    fakes::FakeControlPlane,
+    mesh_pod::{MeshPod, read_line},
+    netns::Netns,
+    tunnel_mesh::{TunnelMesh, TunnelNode},
+    wait::wait_for,
 };
 
-use bed::{Bed, LIMIT, Pod, Space, Tunnel, read_line, wait_for};
-use serde_json::{Value, json};
-
-/// The control plane's process, in a node's netns.
-struct ControlPlane {
-    child: Child,
-    commands: ChildStdin,
-    heard: mpsc::Receiver<Value>,
-    port: u64,
-}
-
-impl ControlPlane {
-    /// On `port` of loopback; 0: a free one.
-    fn start(bed: &Bed, space: &Space, port: u64) -> Self {
-        let home = || PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/adit");
-        let cache = std::env::var_os("ADIT_CACHE").map_or_else(home, PathBuf::from);
-        let python = cache.join("grpc/bin/python");
-        assert!(python.exists(), "{} is missing: make setup", python.display());
-        let (certificate, key) = server_certificate(bed);
-        let mut child = Command::new("nsenter")
-            .arg(format!("--net=/run/netns/{}", space.name))
-            .arg(python)
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/control_plane/control_plane.py"))
-            .args([&certificate, &key])
-            .arg(port.to_string())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("python");
-        let (commands, said) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
-        let (sender, heard) = mpsc::channel();
-        thread::spawn(move || {
-            for line in BufReader::new(said).lines().map_while(Result::ok) {
-                let _ = sender.send(serde_json::from_str(&line).expect("JSON"));
-            }
-        });
-        let mut started = Self { child, commands, heard, port };
-        started.port = started.hear("listening")["listening"].as_u64().expect("a port");
-        started
-    }
-
-    /// The next thing that it says of this kind; others are skipped.
-    fn hear(&self, kind: &str) -> Value {
-        loop {
-            let said = self.heard.recv_timeout(LIMIT).unwrap_or_else(|_| panic!("no {kind}"));
-            if said.get(kind).is_some_and(|value| !value.is_null()) {
-                return said;
-            }
-        }
-    }
-
-    /// The next request of that type.
-    fn request(&self, of: &str) -> Value {
-        loop {
-            let request = self.hear("request");
-            if request["request"] == of {
-                return request;
-            }
-        }
-    }
-
-    fn tell(&mut self, command: &Value) {
-        writeln!(self.commands, "{command}").expect("the control plane reads");
-    }
-}
-
-impl Drop for ControlPlane {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// For localhost, from a root of its own.
-fn server_certificate(bed: &Bed) -> (PathBuf, PathBuf) {
-    let folder = bed.dir.path();
-    let (certificate, key) = (folder.join("server.crt"), folder.join("server.key"));
-    if !certificate.exists() {
-        bed::run(&format!(
-            "cd {}; openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout root.key \
-             -out xds-root.pem -subj /O=xds -days 1; openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 \
-             -nodes -keyout server.key -out server.csr -subj /CN=x; echo subjectAltName=DNS:localhost > san; \
-             openssl x509 -req -in server.csr -CA xds-root.pem -CAkey root.key -set_serial 5 -days 1 -extfile san \
-             -out server.crt",
-            folder.display()
-        ));
-    }
-    (certificate, key)
-}
-
 /// A tunnel of node `a` that asks the control plane on `port`.
-fn tunnel(bed: &Bed, space: Space, port: u64, pods: &[&Pod]) -> Tunnel {
-    tunnel_with(bed, space, port, pods, &[])
+fn tunnel(mesh: &TunnelMesh, netns: Netns, port: u64, pods: &[&MeshPod]) -> TunnelNode {
+    tunnel_with(mesh, netns, port, pods, &[])
 }
 
-fn tunnel_with(bed: &Bed, space: Space, port: u64, pods: &[&Pod], more: &[(&str, &str)]) -> Tunnel {
+fn tunnel_with(
+    mesh: &TunnelMesh,
+    netns: Netns,
+    port: u64,
+    pods: &[&MeshPod],
+    more: &[(&str, &str)],
+) -> TunnelNode {
     let address = format!("https://localhost:{port}");
-    let root = bed.dir.path().join("xds-root.pem").display().to_string();
+    let root = mesh.dir.path().join("xds-root.pem").display().to_string();
     let variables = [
         ("LOCAL_XDS_PATH", ""),
         ("XDS_ADDRESS", &address),
@@ -121,7 +38,7 @@ fn tunnel_with(bed: &Bed, space: Space, port: u64, pods: &[&Pod], more: &[(&str,
         ("POD_NAME", "ztunnel-a"),
         ("POD_NAMESPACE", "adit"),
     ];
-    let mut tunnel = Tunnel::start_with(bed, "a", space, &[&variables, more].concat());
+    let mut tunnel = TunnelNode::start_with(mesh, "a", netns, &[&variables, more].concat());
     for pod in pods {
         assert_eq!(tunnel.agent().add(pod), "");
     }
@@ -129,12 +46,12 @@ fn tunnel_with(bed: &Bed, space: Space, port: u64, pods: &[&Pod], more: &[(&str,
     tunnel
 }
 
-fn name(pod: &Pod) -> String {
-    format!("Kubernetes//Pod/demo/{}", pod.name)
+fn name(pod: &MeshPod) -> String {
+    format!("Kubernetes//MeshPod/demo/{}", pod.name)
 }
 
 /// A workload as the control plane sends it.
-fn workload(pod: &Pod, version: &str, tunnel_protocol: u32) -> Value {
+fn workload(pod: &MeshPod, version: &str, tunnel_protocol: u32) -> Value {
     let services = match pod.name.as_str() {
         "server" => json!({WEB: {"ports": [{"servicePort": 80, "targetPort": 8080}]}}),
         _ => json!({}),
@@ -165,24 +82,24 @@ const WEB: &str = "demo/web.demo.svc.cluster.local";
 #[test]
 #[ignore = "needs root: make test"]
 fn a_foreign_control_plane_tells_and_is_told_what_is_wrong() {
-    let mut bed = Bed::new();
+    let mut mesh = TunnelMesh::new();
     let (client, server, bad) =
-        (bed.enrolled("a", "client"), bed.enrolled("a", "server"), bed.plain("a", "bad"));
+        (mesh.enrolled("a", "client"), mesh.enrolled("a", "server"), mesh.plain("a", "bad"));
     server.serve_double_echo(8080);
-    let space = bed.space("a");
-    let mut control = ControlPlane::start(&bed, &space, 0);
-    control.tell(&json!({"hold": "address", "set": {
+    let netns = mesh.netns("a");
+    let mut control = FakeControlPlane::start(mesh.dir.path(), &netns, 0);
+    control.send(&json!({"hold": "address", "set": {
         name(&client): workload(&client, "1", 1), name(&server): workload(&server, "1", 1),
         name(&bad): workload(&bad, "1", 2), WEB: service(),
     }}));
-    let node = tunnel(&bed, space, control.port, &[&client, &server]);
+    let node = tunnel(&mesh, netns, control.port, &[&client, &server]);
 
-    let metadata = control.hear("stream")["stream"].clone();
+    let metadata = control.receive("stream")["stream"].clone();
     assert_eq!(
         (&metadata["authorization"], &metadata["clusterid"], &metadata["x_tenant"]),
         (&json!("Bearer a.b.c"), &json!("Kubernetes"), &json!("seven"))
     );
-    let first = [control.hear("request"), control.hear("request")];
+    let first = [control.receive("request"), control.receive("request")];
     for (request, kind) in first.iter().zip(["address", "authorization"]) {
         assert_eq!(request["request"], kind);
         assert_eq!(request["node"], "ztunnel~192.0.2.7~ztunnel-a.adit~adit.svc.cluster.local");
@@ -209,7 +126,7 @@ fn a_foreign_control_plane_tells_and_is_told_what_is_wrong() {
     assert!(!error.contains(&name(&server)), "{error}");
     node.wait_ready();
     for to in [server.at(8080), "10.96.0.1:80".parse().expect("address")] {
-        read_line(&mut client.space.connect(to)).expect("greeting");
+        read_line(&mut client.netns.connect(to)).expect("greeting");
     }
     let carried =
         node.records(2, &["\"direction\":\"outbound\"", "spiffe://cluster.local/ns/demo/sa/server"]);
@@ -218,17 +135,17 @@ fn a_foreign_control_plane_tells_and_is_told_what_is_wrong() {
     // A policy comes and goes.
     let deny = json!({"demo/deny": ["1", {"name": "deny", "namespace": "demo", "scope": 1, "action": 1,
         "rules": [{"clauses": [{"matches": [{"principals": [{"exact": "cluster.local/ns/demo/sa/client"}]}]}]}]}]});
-    control.tell(&json!({"push": "authorization", "set": deny}));
+    control.send(&json!({"push": "authorization", "set": deny}));
     wait_for("the policy to hold", || {
-        (client.space.try_connect(server.at(8080)).and_then(|mut stream| read_line(&mut stream)))
+        (client.netns.try_connect(server.at(8080)).and_then(|mut stream| read_line(&mut stream)))
             .is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
             .then_some(())
     });
     // The one that showed it may have been open for a moment, and was cut.
-    assert_eq!(client.space.refusal(server.at(8080)), ErrorKind::ConnectionReset);
+    assert_eq!(client.netns.refusal(server.at(8080)), ErrorKind::ConnectionReset);
     node.records(1, &["explicitly denied by: demo/deny"]);
-    control.tell(&json!({"push": "authorization", "remove": ["demo/deny"]}));
-    wait_for("the policy to go", || read_line(&mut client.space.try_connect(server.at(8080)).ok()?).ok());
+    control.send(&json!({"push": "authorization", "remove": ["demo/deny"]}));
+    wait_for("the policy to go", || read_line(&mut client.netns.try_connect(server.at(8080)).ok()?).ok());
     let metrics = node.metrics();
     for url in ["istio.workload.Address", "istio.security.Authorization"] {
         assert!(
@@ -241,22 +158,22 @@ fn a_foreign_control_plane_tells_and_is_told_what_is_wrong() {
 #[test]
 #[ignore = "needs root: make test"]
 fn what_is_held_outlives_the_control_plane_and_is_told_when_it_is_back() {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("a", "server"));
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.enrolled("a", "client"), mesh.enrolled("a", "server"));
     server.serve_double_echo(8080);
-    let space = bed.space("a");
-    let mut control = ControlPlane::start(&bed, &space, 0);
+    let netns = mesh.netns("a");
+    let mut control = FakeControlPlane::start(mesh.dir.path(), &netns, 0);
     let both = json!({name(&client): workload(&client, "1", 1), name(&server): workload(&server, "3", 1)});
-    control.tell(&json!({"hold": "address", "set": both}));
-    let node = tunnel(&bed, space, control.port, &[&client, &server]);
+    control.send(&json!({"hold": "address", "set": both}));
+    let node = tunnel(&mesh, netns, control.port, &[&client, &server]);
     node.wait_ready();
-    read_line(&mut client.space.connect(server.at(8080))).expect("greeting");
+    read_line(&mut client.netns.connect(server.at(8080))).expect("greeting");
     for _ in 0..2 {
         control.request("address");
     }
 
     // It hangs up: the next stream tells what is held.
-    control.tell(&json!({"hang_up": true}));
+    control.send(&json!({"hang_up": true}));
     let again = control.request("address");
     assert_eq!(again["versions"], json!({name(&client): "1", name(&server): "3"}));
     assert_eq!(again["nonce"], "");
@@ -266,15 +183,15 @@ fn what_is_held_outlives_the_control_plane_and_is_told_when_it_is_back() {
     drop(control);
     wait_for("the loss to be noticed", || node.log().contains("control plane unreachable").then_some(()));
     assert!(node.is_ready());
-    read_line(&mut client.space.connect(server.at(8080))).expect("greeting");
+    read_line(&mut client.netns.connect(server.at(8080))).expect("greeting");
 
     // It is back, and one of them left meanwhile.
-    let mut control = ControlPlane::start(&bed, &node.space, port);
-    control.tell(&json!({"hold": "address", "set": {name(&client): workload(&client, "1", 1)}}));
+    let mut control = FakeControlPlane::start(mesh.dir.path(), &node.netns, port);
+    control.send(&json!({"hold": "address", "set": {name(&client): workload(&client, "1", 1)}}));
     let again = control.request("address");
     assert_eq!(again["versions"], json!({name(&client): "1", name(&server): "3"}));
     wait_for("who left to be forgotten", || {
-        let dump = node.space.http("GET", ([127, 0, 0, 1], 15000), "/config_dump").expect("dump");
+        let dump = node.netns.http("GET", ([127, 0, 0, 1], 15000), "/config_dump").expect("dump");
         (!dump.contains(&name(&server)) && dump.contains(&name(&client))).then_some(())
     });
 }
@@ -283,26 +200,26 @@ fn what_is_held_outlives_the_control_plane_and_is_told_when_it_is_back() {
 #[test]
 #[ignore = "needs root: make test"]
 fn what_a_connection_needs_is_asked_for_and_stays_asked_for() {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("a", "server"));
-    let (other, outside) = (bed.enrolled("a", "other"), bed.plain("a", "outside"));
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.enrolled("a", "client"), mesh.enrolled("a", "server"));
+    let (other, outside) = (mesh.enrolled("a", "other"), mesh.plain("a", "outside"));
     for pod in [&server, &other, &outside] {
         pod.serve_double_echo(8080);
     }
-    let space = bed.space("a");
-    let mut control = ControlPlane::start(&bed, &space, 0);
+    let netns = mesh.netns("a");
+    let mut control = FakeControlPlane::start(mesh.dir.path(), &netns, 0);
     let all = json!({name(&client): workload(&client, "1", 1), name(&server): workload(&server, "1", 1),
         name(&other): workload(&other, "1", 1), WEB: service()});
-    control.tell(&json!({"hold": "address", "set": all}));
+    control.send(&json!({"hold": "address", "set": all}));
     let on_demand = [("XDS_ON_DEMAND", "true"), ("ISTIO_META_DNS_CAPTURE", "false")];
-    let node = tunnel_with(&bed, space, control.port, &[&client, &server, &other], &on_demand);
+    let node = tunnel_with(&mesh, netns, control.port, &[&client, &server, &other], &on_demand);
     // Nothing is asked for, so there is nothing to wait for.
     let first = control.request("address");
     assert_eq!((&first["subscribe"], &first["unsubscribe"]), (&json!(["*"]), &json!(["*"])));
     node.wait_ready();
 
     // A pod, a service, and one that leads nowhere; each is asked for once, the pods of this node besides.
-    let asked_for = |control: &ControlPlane, name: &str| loop {
+    let asked_for = |control: &FakeControlPlane, name: &str| loop {
         let request = control.request("address");
         let names = request["subscribe"].as_array().expect("names");
         if names.contains(&json!(name)) {
@@ -315,7 +232,7 @@ fn what_a_connection_needs_is_asked_for_and_stays_asked_for() {
     };
     for _ in 0..2 {
         for to in [server.at(8080), "10.96.0.1:80".parse().expect("address"), outside.at(8080)] {
-            read_line(&mut client.space.connect(to)).expect("greeting");
+            read_line(&mut client.netns.connect(to)).expect("greeting");
         }
     }
     for asked in [server.ip.to_string(), "10.96.0.1".to_owned(), outside.ip.to_string()] {
@@ -323,28 +240,28 @@ fn what_a_connection_needs_is_asked_for_and_stays_asked_for() {
     }
     let to_server = ["\"direction\":\"outbound\"", "spiffe://cluster.local/ns/demo/sa/server"];
     assert_eq!(node.records(4, &to_server)[3]["dst.workload"], "server");
-    let dump = || node.space.http("GET", ([127, 0, 0, 1], 15000), "/config_dump").expect("dump");
+    let dump = || node.netns.http("GET", ([127, 0, 0, 1], 15000), "/config_dump").expect("dump");
     assert!(!dump().contains(&name(&other)), "nobody asked for that one");
 
     // While there is no answer nobody is taken for the outer world; what is known goes on.
-    control.tell(&json!({"mute": true}));
-    control.hear("mute");
-    assert_eq!(client.space.refusal(other.at(8080)), ErrorKind::ConnectionReset);
+    control.send(&json!({"mute": true}));
+    control.receive("mute");
+    assert_eq!(client.netns.refusal(other.at(8080)), ErrorKind::ConnectionReset);
     node.records(1, &["\"reason\":\"unanswered\"", &format!("/{}", other.ip)]);
-    read_line(&mut client.space.connect(server.at(8080))).expect("greeting");
+    read_line(&mut client.netns.connect(server.at(8080))).expect("greeting");
     // The answer comes, late, and counts though its asker gave up.
-    control.tell(&json!({"mute": false}));
+    control.send(&json!({"mute": false}));
     wait_for("the late answer", || dump().contains(&name(&other)).then_some(()));
-    read_line(&mut client.space.connect(other.at(8080))).expect("greeting");
+    read_line(&mut client.netns.connect(other.at(8080))).expect("greeting");
 
     // Who left is forgotten, who comes to an address that was asked for is told of.
-    control.tell(&json!({"push": "address", "remove": [name(&other)]}));
-    wait_for("who left to be forgotten", || (!dump().contains(&name(&other))).then_some(()));
-    control.tell(&json!({"push": "address", "set": {name(&outside): workload(&outside, "1", 0)}}));
+    control.send(&json!({"push": "address", "remove": [name(&other)]}));
+    wait_for("who left to be forgotten", || !dump().contains(&name(&other)));
+    control.send(&json!({"push": "address", "set": {name(&outside): workload(&outside, "1", 0)}}));
     wait_for("who came to be known", || dump().contains(&name(&outside)).then_some(()));
 
     // The next stream asks for the same by itself, and tells what is held.
-    control.tell(&json!({"hang_up": true}));
+    control.send(&json!({"hang_up": true}));
     let again = loop {
         let request = control.request("address");
         if request["node"] != "" {

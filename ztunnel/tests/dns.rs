@@ -1,7 +1,5 @@
 //! What applications see of names, by the tools that they would use.
 
-mod bed;
-
 use std::{
     collections::{BTreeSet, HashSet},
     fmt::Write as _,
@@ -9,12 +7,12 @@ use std::{
     net::{Ipv4Addr, SocketAddr, UdpSocket},
 };
 
-use bed::{
-    Bed, LIMIT, Pod,
-    resolver::{ADDRESSES, Resolver},
-    wait_for,
+use testbed::{
+    fakes::{FakeResolver, RESOLVER_ADDRESSES},
+    mesh_pod::MeshPod,
+    tunnel_mesh::TunnelMesh,
+    wait::{LIMIT, wait_for},
 };
-
 const SERVICES: &str = "\
 - name: web
   namespace: demo
@@ -39,9 +37,9 @@ const SERVICES: &str = "\
 ";
 
 /// The lines of `dig`'s answer: `+short` and whatever `arguments` ask for.
-fn dig(pod: &Pod, arguments: &[&str]) -> BTreeSet<String> {
+fn dig(pod: &MeshPod, arguments: &[&str]) -> BTreeSet<String> {
     let all = [&["+short", "+tries=1", "+timeout=15"], arguments].concat();
-    pod.space.output("dig", &all).lines().map(str::to_owned).collect()
+    pod.netns.output("dig", &all).lines().map(str::to_owned).collect()
 }
 
 fn lines(expected: &[&str]) -> BTreeSet<String> {
@@ -49,9 +47,9 @@ fn lines(expected: &[&str]) -> BTreeSet<String> {
 }
 
 /// What `dig` says of the reply: its status, and how many records it has.
-fn status(pod: &Pod, arguments: &[&str]) -> (String, usize) {
+fn status(pod: &MeshPod, arguments: &[&str]) -> (String, usize) {
     let all = [&["+tries=1", "+timeout=15"], arguments].concat();
-    let output = pod.space.output("dig", &all);
+    let output = pod.netns.output("dig", &all);
     let after = |mark: &str| {
         let (_, rest) = output.split_once(mark).unwrap_or_else(|| panic!("no {mark} in {output}"));
         rest.split(',').next().expect("a word").trim().to_owned()
@@ -60,28 +58,28 @@ fn status(pod: &Pod, arguments: &[&str]) -> (String, usize) {
 }
 
 /// A pod whose queries are captured, the resolver behind, and the services.
-fn captured(bed: &mut Bed) -> (Pod, Resolver) {
-    bed.services.push_str(SERVICES);
-    let client = bed.enrolled("a", "client");
-    bed.add_to_last_workload("  services:\n    demo/db.demo.svc.cluster.local: {}\n");
-    bed.capture_names(&client);
-    let resolver = Resolver::start(&bed.router);
+fn captured(mesh: &mut TunnelMesh) -> (MeshPod, FakeResolver) {
+    mesh.services.push_str(SERVICES);
+    let client = mesh.enrolled("a", "client");
+    mesh.add_to_last_workload("  services:\n    demo/db.demo.svc.cluster.local: {}\n");
+    mesh.capture_dns(&client);
+    let resolver = FakeResolver::start(&mesh.router);
     (client, resolver)
 }
 
 #[test]
 #[ignore = "needs root: make test"]
 fn names_of_services_are_answered_and_all_else_is_forwarded() {
-    let mut bed = Bed::new();
-    let (client, resolver) = captured(&mut bed);
-    let _node = bed.node("a", &[&client]);
+    let mut mesh = TunnelMesh::new();
+    let (client, resolver) = captured(&mut mesh);
+    let _node = mesh.node("a", &[&client]);
     let at = "@169.254.1.1";
     for name in
         ["web", "web.demo", "web.demo.svc", "web.demo.svc.cluster.local", "WEB.demo.svc.Cluster.local"]
     {
         assert_eq!(dig(&client, &[at, name]), lines(&["10.96.0.1"]), "{name}");
         assert_eq!(dig(&client, &[at, "+tcp", name, "AAAA"]), lines(&["fd96::1"]), "{name}");
-        assert!(resolver.asked(name).is_empty(), "{name} was forwarded");
+        assert!(resolver.queries(name).is_empty(), "{name} was forwarded");
     }
     assert_eq!(dig(&client, &["@fd77::ffff", "web"]), lines(&["10.96.0.1"]), "by way of IPv6");
     assert_eq!(dig(&client, &[at, "any.example.com"]), lines(&["10.96.0.3"]));
@@ -90,7 +88,7 @@ fn names_of_services_are_answered_and_all_else_is_forwarded() {
     assert_eq!(dig(&client, &[at, "db", "AAAA"]), lines(&[&client.ip6.to_string()]), "headless");
 
     assert_eq!(dig(&client, &[at, "www.outside.test"]), lines(&["192.0.2.0"]));
-    let asked = &resolver.asked("www.outside.test")[0];
+    let asked = &resolver.queries("www.outside.test")[0];
     assert_eq!(asked.client.ip(), client.ip, "the outer world sees the pod");
     assert_eq!(
         dig(&client, &[at, "entry.outside.test"]),
@@ -98,50 +96,51 @@ fn names_of_services_are_answered_and_all_else_is_forwarded() {
         "an entry without an address"
     );
     assert_eq!(dig(&client, &[at, "web", "TXT"]), lines(&[]));
-    assert_eq!(resolver.asked("web").len(), 1, "only addresses are ours to tell");
+    assert_eq!(resolver.queries("web").len(), 1, "only addresses are ours to tell");
 
     assert_eq!(status(&client, &[at, "four.other", "AAAA"]), ("NOERROR".to_owned(), 0), "no such address");
     assert_eq!(status(&client, &[at, "nosuch.demo.svc.cluster.local"]), ("NXDOMAIN".to_owned(), 0));
     assert_eq!(status(&client, &[at, "broken.test"]), ("SERVFAIL".to_owned(), 0));
-    let families: Vec<_> = resolver.asked("broken.test").iter().map(|asked| asked.client.is_ipv4()).collect();
+    let families: Vec<_> =
+        resolver.queries("broken.test").iter().map(|asked| asked.client.is_ipv4()).collect();
     assert_eq!(families, [true, false], "the second resolver may know better than the first");
 }
 
 #[test]
 #[ignore = "needs root: make test"]
 fn long_answers_go_over_tcp() {
-    let mut bed = Bed::new();
-    let (client, resolver) = captured(&mut bed);
+    let mut mesh = TunnelMesh::new();
+    let (client, resolver) = captured(&mut mesh);
     let mut vips = String::new();
     for number in 0..100 {
         let _ = write!(vips, "\"/10.97.0.{number}\", ");
     }
     let service = "- name: many\n  namespace: demo\n  hostname: many.demo.svc.cluster.local\n";
-    let _ = writeln!(bed.services, "{service}  vips: [{vips}]");
-    bed.publish();
-    let _node = bed.node("a", &[&client]);
+    let _ = writeln!(mesh.services, "{service}  vips: [{vips}]");
+    mesh.publish();
+    let _node = mesh.node("a", &[&client]);
     // Without EDNS 512 bytes fit. dig asks again by TCP, as every resolver library does.
     assert_eq!(dig(&client, &["@169.254.1.1", "+noedns", "many"]).len(), 100);
     assert_eq!(dig(&client, &["@169.254.1.1", "+noedns", "+ignore", "many"]).len(), 0);
     assert_eq!(dig(&client, &["@169.254.1.1", "+bufsize=4096", "+ignore", "many"]).len(), 100);
     assert_eq!(dig(&client, &["@169.254.1.1", "large.outside.test"]).len(), 50);
-    let ways: Vec<_> = resolver.asked("large.outside.test").iter().map(|asked| asked.by_tcp).collect();
+    let ways: Vec<_> = resolver.queries("large.outside.test").iter().map(|asked| asked.by_tcp).collect();
     assert_eq!(ways, [false, true], "the outer world's truncation reaches the client");
 }
 
 #[test]
 #[ignore = "needs root: make test"]
 fn the_c_librarys_resolver_finds_services_by_its_search_domains() {
-    let mut bed = Bed::new();
-    let (client, _resolver) = captured(&mut bed);
-    let _node = bed.node("a", &[&client]);
-    let file = bed.dir.path().join("resolv.conf");
+    let mut mesh = TunnelMesh::new();
+    let (client, _resolver) = captured(&mut mesh);
+    let _node = mesh.node("a", &[&client]);
+    let file = mesh.dir.path().join("resolv.conf");
     let text = "search demo.svc.cluster.local svc.cluster.local cluster.local\nnameserver 169.254.1.1\n\
         options ndots:5 timeout:15 attempts:1\n";
     fs::write(&file, text).expect("write");
     let lookup = |name: &str| {
         let script = format!("mount --bind {} /etc/resolv.conf; getent ahostsv4 {name}", file.display());
-        let output = client.space.output("unshare", &["-m", "sh", "-ec", &script]);
+        let output = client.netns.output("unshare", &["-m", "sh", "-ec", &script]);
         output.split_whitespace().next().unwrap_or_default().to_owned()
     };
     for (name, address) in [
@@ -160,9 +159,9 @@ fn the_c_librarys_resolver_finds_services_by_its_search_domains() {
 #[test]
 #[ignore = "needs root: make test"]
 fn queries_are_counted_and_so_is_what_the_outer_world_makes_of_them() {
-    let mut bed = Bed::new();
-    let (client, _resolver) = captured(&mut bed);
-    let node = bed.node("a", &[&client]);
+    let mut mesh = TunnelMesh::new();
+    let (client, _resolver) = captured(&mut mesh);
+    let node = mesh.node("a", &[&client]);
     dig(&client, &["@169.254.1.1", "web"]);
     dig(&client, &["@169.254.1.1", "+tcp", "www.outside.test"]);
     assert_eq!(status(&client, &["@169.254.1.1", "silent.test"]).0, "SERVFAIL");
@@ -193,14 +192,14 @@ fn queries_are_counted_and_so_is_what_the_outer_world_makes_of_them() {
 #[test]
 #[ignore = "needs root: make test"]
 fn nobody_can_guess_how_a_forwarded_query_comes_back() {
-    let mut bed = Bed::new();
-    let (client, resolver) = captured(&mut bed);
-    let _node = bed.node("a", &[&client]);
-    let socket = client.space.netns.enter(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).expect("bind");
+    let mut mesh = TunnelMesh::new();
+    let (client, resolver) = captured(&mut mesh);
+    let _node = mesh.node("a", &[&client]);
+    let socket = client.netns.enter(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).expect("bind");
     socket.set_read_timeout(Some(LIMIT)).expect("timeout");
     // Always the same id and port.
     let query = b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0\x03www\x07outside\x04test\0\0\x01\0\x01";
-    let to = SocketAddr::new(ADDRESSES[0].parse().expect("address"), 53);
+    let to = SocketAddr::new(RESOLVER_ADDRESSES[0].parse().expect("address"), 53);
     for _ in 0..16 {
         socket.send_to(query, to).expect("send");
         let mut reply = [0; 512];
@@ -208,7 +207,7 @@ fn nobody_can_guess_how_a_forwarded_query_comes_back() {
         assert_eq!((from, &reply[..2]), (to, &query[..2]));
         assert!(reply[..length].ends_with(&[192, 0, 2, 0]));
     }
-    let asked = resolver.asked("www.outside.test");
+    let asked = resolver.queries("www.outside.test");
     let ids: HashSet<_> = asked.iter().map(|asked| asked.id).collect();
     let ports: HashSet<_> = asked.iter().map(|asked| asked.client.port()).collect();
     assert!(ids.len() > 12 && ports.len() > 12, "ids {ids:?}, ports {ports:?}");
@@ -217,18 +216,18 @@ fn nobody_can_guess_how_a_forwarded_query_comes_back() {
 #[test]
 #[ignore = "needs root: make test"]
 fn a_successor_takes_over_without_a_lost_query() {
-    let mut bed = Bed::new();
-    let (client, _resolver) = captured(&mut bed);
-    let mut old = bed.node("a", &[&client]);
-    let _new = bed.node("a", &[&client]);
+    let mut mesh = TunnelMesh::new();
+    let (client, _resolver) = captured(&mut mesh);
+    let mut old = mesh.node("a", &[&client]);
+    let _new = mesh.node("a", &[&client]);
     let query = b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0\x03web\0\0\x01\0\x01";
-    let to = SocketAddr::new(ADDRESSES[0].parse().expect("address"), 53);
+    let to = SocketAddr::new(RESOLVER_ADDRESSES[0].parse().expect("address"), 53);
     for round in 0..300 {
         if round == 100 {
             old.signal(nix::sys::signal::Signal::SIGTERM);
         }
         // Each from a port of its own, so that the kernel spreads them over both.
-        let socket = client.space.netns.enter(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).expect("bind");
+        let socket = client.netns.enter(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).expect("bind");
         socket.set_read_timeout(Some(LIMIT)).expect("timeout");
         socket.send_to(query, to).expect("send");
         let mut reply = [0; 512];
@@ -242,22 +241,22 @@ fn a_successor_takes_over_without_a_lost_query() {
 #[test]
 #[ignore = "needs root: make test"]
 fn a_pod_whose_dns_port_is_taken_is_served_without_names() {
-    let mut bed = Bed::new();
-    let client = bed.enrolled("a", "client");
-    let _taken = client.space.netns.enter(|| UdpSocket::bind(("127.0.0.1", 15053))).expect("bind");
-    let node = bed.node("a", &[&client]);
+    let mut mesh = TunnelMesh::new();
+    let client = mesh.enrolled("a", "client");
+    let _taken = client.netns.enter(|| UdpSocket::bind(("127.0.0.1", 15053))).expect("bind");
+    let node = mesh.node("a", &[&client]);
     wait_for("the log", || node.log().contains("cannot serve the pod's DNS").then_some(()));
 }
 
 #[test]
 #[ignore = "needs root: make test"]
 fn a_pod_that_leaves_gets_its_dns_port_back() {
-    let mut bed = Bed::new();
-    let (client, _resolver) = captured(&mut bed);
-    let mut node = bed.node("a", &[&client]);
+    let mut mesh = TunnelMesh::new();
+    let (client, _resolver) = captured(&mut mesh);
+    let mut node = mesh.node("a", &[&client]);
     assert_eq!(dig(&client, &["@169.254.1.1", "web"]), lines(&["10.96.0.1"]));
     assert_eq!(node.agent().delete(&client.name), "");
     wait_for("the port to be free", || {
-        client.space.netns.enter(|| UdpSocket::bind(("127.0.0.1", 15053))).ok().map(drop)
+        client.netns.enter(|| UdpSocket::bind(("127.0.0.1", 15053))).ok().map(drop)
     });
 }

@@ -1,66 +1,66 @@
 //! A foreign implementation at the other end: Envoy as waypoint, as the gateway of another network, and as HBONE client.
 
-mod bed;
-
 use std::{
     fs::{self, File},
     io::{Read, Write},
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
-    process::{Child, Command, Stdio},
+    process::Stdio,
 };
 
-use bed::{Bed, Pod, read_line, wait_for};
 use rcgen::{CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType};
 use rustls_pki_types::{CertificateDer, pem::PemObject};
+use testbed::{
+    mesh_pod::{MeshPod, read_line},
+    process::KillOnDrop,
+    program::cache,
+    tunnel_mesh::TunnelMesh,
+    wait::wait_for,
+};
 
 fn identity(name: &str) -> String {
     format!("spiffe://cluster.local/ns/demo/sa/{name}")
 }
 
 /// Where `.ci/setup/envoy` puts it.
-fn binary() -> PathBuf {
-    let home = || PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/adit");
-    let cache = std::env::var_os("ADIT_CACHE").map_or_else(home, PathBuf::from);
-    let binary = cache.join("envoy/envoy");
+fn envoy() -> PathBuf {
+    let binary = cache().join("envoy/envoy");
     assert!(binary.exists(), "no Envoy at {}: run make setup", binary.display());
     binary
 }
 
-/// Envoy in the netns of a pod, with a certificate of the pod's service account from the bed's CA.
+/// Envoy in the netns of a pod, with a certificate of the pod's service account from the mesh's CA.
 struct Envoy {
-    child: Child,
+    child: KillOnDrop,
     log: PathBuf,
 }
 
 impl Envoy {
     /// `config` may name `CERT`, `KEY` and `ROOT`. Returns once `port` is listened on.
-    fn start(bed: &Bed, pod: &Pod, config: &str, port: u16) -> Self {
-        let path = |end: &str| bed.dir.path().join(format!("{}-envoy.{end}", pod.name));
-        let (cert, key) = issue(bed, &pod.name);
+    fn start(mesh: &TunnelMesh, pod: &MeshPod, config: &str, port: u16) -> Self {
+        let path = |end: &str| mesh.dir.path().join(format!("{}-envoy.{end}", pod.name));
+        let (cert, key) = issue(mesh, &pod.name);
         fs::write(path("cert"), cert).expect("write");
         fs::write(path("key"), key).expect("write");
         let text = |path: PathBuf| path.display().to_string();
         let config = config
             .replace("CERT", &text(path("cert")))
             .replace("KEY", &text(path("key")))
-            .replace("ROOT", &text(bed.ca_dir().join("root-cert.pem")));
+            .replace("ROOT", &text(mesh.ca_dir().join("root-cert.pem")));
         fs::write(path("yaml"), config).expect("write");
         let log = File::create(path("log")).expect("log");
-        let child = Command::new("nsenter")
-            .arg(format!("--net=/run/netns/{}", pod.space.name))
-            .arg(binary())
+        let mut command = pod.netns.command(envoy().to_str().expect("UTF-8 path"));
+        command
             .args(["--disable-hot-restart", "--concurrency", "1", "--log-level", "warning", "-c"])
             .arg(path("yaml"))
             .stdin(Stdio::null())
             .stderr(log.try_clone().expect("log"))
-            .stdout(log)
-            .spawn()
-            .expect("Envoy starts");
+            .stdout(log);
+        let child = KillOnDrop(command.spawn().expect("Envoy starts"));
         let mut envoy = Self { child, log: path("log") };
         wait_for("Envoy to listen", || {
-            assert!(envoy.child.try_wait().expect("wait").is_none(), "Envoy ended:\n{}", envoy.log());
-            let listening = pod.space.output("ss", &["-Hltn", &format!("sport = :{port}")]);
+            assert!(envoy.child.0.try_wait().expect("wait").is_none(), "Envoy ended:\n{}", envoy.log());
+            let listening = pod.netns.output("ss", &["-Hltn", &format!("sport = :{port}")]);
             (!listening.is_empty()).then_some(())
         });
         envoy
@@ -73,8 +73,6 @@ impl Envoy {
 
 impl Drop for Envoy {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
         if std::thread::panicking() {
             eprintln!("--- log of Envoy\n{}", self.log());
         }
@@ -82,8 +80,8 @@ impl Drop for Envoy {
 }
 
 /// Certificate and key, PEM.
-fn issue(bed: &Bed, name: &str) -> (String, String) {
-    let root = fs::read_to_string(bed.ca_dir().join("root.pem")).expect("the bed's CA");
+fn issue(mesh: &TunnelMesh, name: &str) -> (String, String) {
+    let root = fs::read_to_string(mesh.ca_dir().join("root.pem")).expect("the mesh's CA");
     let ca_key = KeyPair::from_pem(&root).expect("key");
     let ca = CertificateDer::from_pem_slice(root.as_bytes()).expect("certificate");
     let issuer = Issuer::from_ca_cert_der(&ca, ca_key).expect("issuer");
@@ -185,8 +183,8 @@ fn tunnelling(server: &str, to: SocketAddr, authority: &str) -> String {
 }
 
 /// 100 KB there and the double back, then a clean end.
-fn exchange(client: &Pod, to: SocketAddr) -> String {
-    let mut stream = client.space.connect(to);
+fn exchange(client: &MeshPod, to: SocketAddr) -> String {
+    let mut stream = client.netns.connect(to);
     let seen = read_line(&mut stream).expect("greeting");
     let sent = vec![7; 100_000];
     let mut writing = stream.try_clone().expect("dup");
@@ -211,14 +209,14 @@ fn vip() -> SocketAddr {
 #[test]
 #[ignore = "needs root: make test"]
 fn envoy_is_a_waypoint() {
-    let mut bed = Bed::new();
-    let (client, waypoint) = (bed.enrolled("a", "client"), bed.plain("b", "waypoint"));
-    let server = bed.plain("b", "server");
-    bed.services = format!("{WEB}  waypoint: {{destination: /{}}}\n", waypoint.ip);
-    bed.publish();
+    let mut mesh = TunnelMesh::new();
+    let (client, waypoint) = (mesh.enrolled("a", "client"), mesh.plain("b", "waypoint"));
+    let server = mesh.plain("b", "server");
+    mesh.services = format!("{WEB}  waypoint: {{destination: /{}}}\n", waypoint.ip);
+    mesh.publish();
     server.serve_double_echo(8080);
-    let a = bed.node("a", &[&client]);
-    let envoy = Envoy::start(&bed, &waypoint, &terminating("client", server.at(8080)), 15008);
+    let a = mesh.node("a", &[&client]);
+    let envoy = Envoy::start(&mesh, &waypoint, &terminating("client", server.at(8080)), 15008);
     assert_eq!(exchange(&client, vip()), waypoint.ip.to_string());
     let asked = wait_for("Envoy's access log", || {
         envoy.log().lines().find(|line| line.starts_with("asked")).map(str::to_owned)
@@ -235,23 +233,23 @@ fn envoy_is_a_waypoint() {
 #[test]
 #[ignore = "needs root: make test"]
 fn envoy_is_the_gateway_of_another_network() {
-    let mut bed = Bed::new();
-    let (client, gateway) = (bed.enrolled("a", "client"), bed.plain("b", "gateway"));
+    let mut mesh = TunnelMesh::new();
+    let (client, gateway) = (mesh.enrolled("a", "client"), mesh.plain("b", "gateway"));
     // Known as a service, whose port for HBONE leads to itself.
-    bed.add_to_last_workload("  network: east\n  services:\n    demo/gateway.demo.svc.cluster.local: {}\n");
-    let server = bed.enrolled("c", "server");
-    bed.add_to_last_workload(
+    mesh.add_to_last_workload("  network: east\n  services:\n    demo/gateway.demo.svc.cluster.local: {}\n");
+    let server = mesh.enrolled("c", "server");
+    mesh.add_to_last_workload(
         "  network: east\n  networkGateway: {destination: demo/gateway.demo.svc.cluster.local}\n  \
          services:\n    demo/web.demo.svc.cluster.local: {}\n",
     );
-    bed.services = format!(
+    mesh.services = format!(
         "{WEB}- name: gateway\n  namespace: demo\n  hostname: gateway.demo.svc.cluster.local\n  \
          vips: [\"/10.96.0.2\"]\n  ports: {{15008: 15008}}\n"
     );
-    bed.publish();
+    mesh.publish();
     server.serve_double_echo(8080);
-    let (a, c) = (bed.node("a", &[&client]), bed.node("c", &[&server]));
-    let envoy = Envoy::start(&bed, &gateway, &terminating("client", server.at(15008)), 15008);
+    let (a, c) = (mesh.node("a", &[&client]), mesh.node("c", &[&server]));
+    let envoy = Envoy::start(&mesh, &gateway, &terminating("client", server.at(15008)), 15008);
     exchange(&client, vip());
     let asked = wait_for("Envoy's access log", || {
         envoy.log().lines().find(|line| line.starts_with("asked")).map(str::to_owned)
@@ -267,28 +265,28 @@ fn envoy_is_the_gateway_of_another_network() {
 #[test]
 #[ignore = "needs root: make test"]
 fn envoy_is_a_client_and_policy_knows_it_by_its_certificate() {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.plain("a", "client"), bed.enrolled("b", "server"));
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.plain("a", "client"), mesh.enrolled("b", "server"));
     server.serve_double_echo(8080);
-    let b = bed.node("b", &[&server]);
+    let b = mesh.node("b", &[&server]);
     let config = tunnelling("server", server.at(15008), &server.at(8080).to_string());
-    let _envoy = Envoy::start(&bed, &client, &config, 10000);
+    let _envoy = Envoy::start(&mesh, &client, &config, 10000);
     let to = SocketAddr::from((Ipv4Addr::LOCALHOST, 10000));
     assert_eq!(exchange(&client, to), client.ip.to_string(), "the application sees the client's address");
     let record = &b.records(1, &["\"direction\":\"inbound\"", "connection complete"])[0];
     assert_eq!(record["src.identity"], identity("client"), "{record}");
     assert_eq!(record["bytes_sent"], 100_000, "{record}");
     // And is refused by it.
-    bed.policies.push_str(
+    mesh.policies.push_str(
         "- name: deny\n  namespace: demo\n  scope: Namespace\n  action: Deny\n  \
          rules: [[[{principals: [cluster.local/ns/demo/sa/client]}]]]\n",
     );
-    bed.publish();
+    mesh.publish();
     wait_for("the policy to hold", || {
-        let read = client.space.try_connect(to).and_then(|mut stream| read_line(&mut stream));
+        let read = client.netns.try_connect(to).and_then(|mut stream| read_line(&mut stream));
         read.is_err().then_some(())
     });
     // The one that showed it may have been open for a moment, and was cut.
-    let _ = client.space.try_connect(to).and_then(|mut stream| read_line(&mut stream));
+    let _ = client.netns.try_connect(to).and_then(|mut stream| read_line(&mut stream));
     b.records(1, &["explicitly denied by: demo/deny"]);
 }

@@ -1,7 +1,5 @@
 //! Ways around: waypoints, and the gateways of other networks.
 
-mod bed;
-
 use std::{
     fmt::Write as _,
     io::{Read, Write},
@@ -9,14 +7,18 @@ use std::{
     thread,
 };
 
-use bed::{Bed, Pod, Tunnel, marked, read_line};
 use nix::sys::socket::{setsockopt, sockopt};
+use testbed::{
+    fakes::FakeResolver,
+    mesh_pod::{MeshPod, read_line},
+    tunnel_mesh::{TUNNEL_MARK, TunnelMesh, TunnelNode},
+};
 
 const WAYPOINT: &str = "spiffe://cluster.local/ns/demo/sa/waypoint";
 const CLIENT: &str = "spiffe://cluster.local/ns/demo/sa/client";
 
 /// Says its name to whoever connects.
-fn serve_name(pod: &Pod, port: u16) {
+fn serve_name(pod: &MeshPod, port: u16) {
     let name = pod.name.clone();
     pod.serve(port, move |mut stream, _| {
         let _ = writeln!(stream, "{name}");
@@ -24,8 +26,8 @@ fn serve_name(pod: &Pod, port: u16) {
     });
 }
 
-fn who_answers(client: &Pod, to: impl Into<SocketAddr>) -> String {
-    read_line(&mut client.space.connect(to)).expect("a name")
+fn who_answers(client: &MeshPod, to: impl Into<SocketAddr>) -> String {
+    read_line(&mut client.netns.connect(to)).expect("a name")
 }
 
 fn vip() -> SocketAddr {
@@ -33,28 +35,28 @@ fn vip() -> SocketAddr {
 }
 
 /// A client on node a, a waypoint on node b and a server on node c that names it, as does its service `web`.
-fn behind_waypoint(application_tunnel: &str) -> (Bed, [Pod; 3], [Tunnel; 3]) {
-    let mut bed = Bed::new();
-    let client = bed.enrolled("a", "client");
-    let waypoint = bed.enrolled("b", "waypoint");
-    bed.add_to_last_workload(application_tunnel);
-    let server = bed.enrolled("c", "server");
+fn behind_waypoint(application_tunnel: &str) -> (TunnelMesh, [MeshPod; 3], [TunnelNode; 3]) {
+    let mut mesh = TunnelMesh::new();
+    let client = mesh.enrolled("a", "client");
+    let waypoint = mesh.enrolled("b", "waypoint");
+    mesh.add_to_last_workload(application_tunnel);
+    let server = mesh.enrolled("c", "server");
     let named = format!("waypoint:\n    destination: /{}\n    hboneMtlsPort: 15008\n", waypoint.ip);
     let _ = write!(
-        bed.services,
+        mesh.services,
         "- name: web\n  namespace: demo\n  hostname: web.demo.svc.cluster.local\n  vips: [\"/10.96.0.1\"]\n  \
          ports: {{80: 8080}}\n  {named}"
     );
-    bed.add_to_last_workload(&format!("  services:\n    demo/web.demo.svc.cluster.local: {{}}\n  {named}"));
+    mesh.add_to_last_workload(&format!("  services:\n    demo/web.demo.svc.cluster.local: {{}}\n  {named}"));
     serve_name(&server, 8080);
-    let nodes = [("a", &client), ("b", &waypoint), ("c", &server)].map(|(name, pod)| bed.node(name, &[pod]));
-    (bed, [client, waypoint, server], nodes)
+    let nodes = [("a", &client), ("b", &waypoint), ("c", &server)].map(|(name, pod)| mesh.node(name, &[pod]));
+    (mesh, [client, waypoint, server], nodes)
 }
 
 #[test]
 #[ignore = "needs root: make test"]
 fn a_waypoint_is_given_what_is_addressed_to_those_that_name_it() {
-    let (_bed, [client, waypoint, server], [a, b, _c]) = behind_waypoint("");
+    let (_mesh, [client, waypoint, server], [a, b, _c]) = behind_waypoint("");
     serve_name(&waypoint, 8080);
     serve_name(&waypoint, 80);
     assert_eq!(who_answers(&client, server.at(8080)), "waypoint");
@@ -74,7 +76,7 @@ fn a_waypoint_is_given_what_is_addressed_to_those_that_name_it() {
 #[test]
 #[ignore = "needs root: make test"]
 fn a_waypoint_that_speaks_proxy_is_told_client_target_and_identity() {
-    let (_bed, [client, waypoint, _server], _nodes) =
+    let (_mesh, [client, waypoint, _server], _nodes) =
         behind_waypoint("  applicationTunnel: {protocol: PROXY, port: 15088}\n");
     waypoint.serve(15088, |mut stream, peer| {
         let mut fixed = [0; 16];
@@ -99,13 +101,12 @@ fn a_waypoint_that_speaks_proxy_is_told_client_target_and_identity() {
 }
 
 /// Passes bytes on to `to`, from within `pod` but not captured: what the gateway of a network does.
-fn serve_forwarding(pod: &Pod, port: u16, to: SocketAddr) {
-    let netns = ztunnel::socket::Netns::new(pod.space.fd()).expect("netns");
-    let netns = std::sync::Arc::new(netns);
+fn serve_forwarding(pod: &MeshPod, port: u16, to: SocketAddr) {
+    let netns = std::sync::Arc::new(pod.netns.alias());
     pod.serve(port, move |mut near, _| {
         let dialled = netns.enter(|| {
             let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
-            setsockopt(&socket, sockopt::Mark, &marked().mark)?;
+            setsockopt(&socket, sockopt::Mark, &TUNNEL_MARK)?;
             socket.connect(&to.into())?;
             Ok::<_, std::io::Error>(TcpStream::from(socket))
         });
@@ -123,30 +124,30 @@ fn serve_forwarding(pod: &Pod, port: u16, to: SocketAddr) {
 #[test]
 #[ignore = "needs root: make test"]
 fn another_network_is_reached_by_a_tunnel_within_its_gateways() {
-    let mut bed = Bed::new();
-    let client = bed.enrolled("a", "client");
-    let gateway = bed.enrolled("b", "gateway");
+    let mut mesh = TunnelMesh::new();
+    let client = mesh.enrolled("a", "client");
+    let gateway = mesh.enrolled("b", "gateway");
     // To the gateway's own tunnel the service is what the gateway forwards.
-    bed.add_to_last_workload(
+    mesh.add_to_last_workload(
         "  network: east\n  services:\n    demo/web.demo.svc.cluster.local: {80: 9000}\n",
     );
-    let server = bed.enrolled("c", "server");
-    bed.add_to_last_workload(&format!(
+    let server = mesh.enrolled("c", "server");
+    mesh.add_to_last_workload(&format!(
         "  network: east\n  networkGateway: {{destination: east/{}}}\n  \
          services:\n    demo/web.demo.svc.cluster.local: {{}}\n",
         gateway.ip
     ));
-    bed.services.push_str(
+    mesh.services.push_str(
         "- name: web\n  namespace: demo\n  hostname: web.demo.svc.cluster.local\n  vips: [\"/10.96.0.1\"]\n  \
          ports: {80: 8080}\n",
     );
-    bed.publish();
+    mesh.publish();
     server.serve_double_echo(8080);
     serve_forwarding(&gateway, 9000, server.at(15008));
     let [a, b, c] =
-        [("a", &client), ("b", &gateway), ("c", &server)].map(|(name, pod)| bed.node(name, &[pod]));
+        [("a", &client), ("b", &gateway), ("c", &server)].map(|(name, pod)| mesh.node(name, &[pod]));
 
-    let mut stream = client.space.connect(vip());
+    let mut stream = client.netns.connect(vip());
     assert_eq!(read_line(&mut stream).expect("greeting"), gateway.ip.to_string());
     let sent = vec![7; 1 << 20];
     let mut received = vec![0; 2 << 20];
@@ -184,26 +185,26 @@ fn another_network_is_reached_by_a_tunnel_within_its_gateways() {
 #[test]
 #[ignore = "needs root: make test"]
 fn an_endpoint_known_by_name_alone_is_looked_up_and_remembered() {
-    let mut bed = Bed::new();
-    let (client, outside) = (bed.enrolled("a", "client"), bed.plain("a", "outside"));
+    let mut mesh = TunnelMesh::new();
+    let (client, outside) = (mesh.enrolled("a", "client"), mesh.plain("a", "outside"));
     for (name, vip) in [("db.outside.test", 1), ("nowhere.test", 2)] {
-        bed.add_to_last_workload(&format!(
+        mesh.add_to_last_workload(&format!(
             "- name: {name}\n  namespace: demo\n  hostname: {name}\n  services:\n    demo/{name}: {{}}\n"
         ));
         let _ = write!(
-            bed.services,
+            mesh.services,
             "- name: {name}\n  namespace: demo\n  hostname: {name}\n  vips: [\"/10.96.0.{vip}\"]\n  \
              ports: {{80: 8080}}\n"
         );
     }
-    bed.publish();
+    mesh.publish();
     // What the resolver answers.
-    outside.space.run("ip addr add 192.0.2.0/32 dev eth0");
-    bed.router.run("ip route add 192.0.2.0/32 dev p2");
+    outside.netns.run("ip addr add 192.0.2.0/32 dev eth0");
+    mesh.router.run("ip route add 192.0.2.0/32 dev p2");
     serve_name(&outside, 8080);
-    let a = bed.node("a", &[&client]);
-    a.space.run("ip addr add 169.254.1.1/32 dev lo; ip -6 addr add fd77::ffff/128 dev lo nodad");
-    let resolver = bed::resolver::Resolver::start(&a.space);
+    let a = mesh.node("a", &[&client]);
+    a.netns.run("ip addr add 169.254.1.1/32 dev lo; ip -6 addr add fd77::ffff/128 dev lo nodad");
+    let resolver = FakeResolver::start(&a.netns);
 
     for _ in 0..3 {
         assert_eq!(who_answers(&client, vip()), "outside");
@@ -211,12 +212,12 @@ fn an_endpoint_known_by_name_alone_is_looked_up_and_remembered() {
     let record = &a.records(3, &["\"dst.workload\":\"db.outside.test\""])[0];
     assert_eq!(record["dst.addr"], "192.0.2.0:8080", "{record}");
     // Three connections would ask six times, for two families each, if nothing were remembered.
-    let asked = resolver.asked("db.outside.test").len();
+    let asked = resolver.queries("db.outside.test").len();
     assert!((1..6).contains(&asked), "asked {asked} times");
     let count = a.metric("istio_on_demand_dns_total", &["hostname=\"db.outside.test\""]);
     assert_eq!(count, Some(3));
 
     let nowhere = SocketAddr::from((Ipv4Addr::new(10, 96, 0, 2), 80));
-    client.space.refusal(nowhere);
+    client.netns.refusal(nowhere);
     a.records(1, &["cannot look nowhere.test up"]);
 }

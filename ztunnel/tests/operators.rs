@@ -1,20 +1,23 @@
 //! What operators see of a running tunnel: status, dump, page, profiles, and the commands of the program.
 
-mod bed;
-
 use std::{
     io::{Read, Write},
     net::SocketAddr,
     process::{Command, Output},
 };
 
-use bed::{Bed, Tunnel, read_line, run, tunnel::local, wait_for};
-
+use testbed::{
+    command::run,
+    mesh_pod::read_line,
+    program::binary,
+    tunnel_mesh::{TunnelMesh, TunnelNode, local},
+    wait::wait_for,
+};
 /// `ztunnel arguments` beside the tunnel.
-fn ztunnel(tunnel: &Tunnel, arguments: &[&str]) -> Output {
+fn ztunnel(tunnel: &TunnelNode, arguments: &[&str]) -> Output {
     Command::new("nsenter")
-        .arg(format!("--net=/run/netns/{}", tunnel.space.name))
-        .arg(env!("CARGO_BIN_EXE_ztunnel"))
+        .arg(format!("--net=/run/netns/{}", tunnel.netns))
+        .arg(binary("ztunnel"))
         .args(arguments)
         .env_clear()
         .output()
@@ -25,13 +28,13 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-fn status(tunnel: &Tunnel) -> serde_json::Value {
+fn status(tunnel: &TunnelNode) -> serde_json::Value {
     let output = ztunnel(tunnel, &["status", "-o", "json"]);
     serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(&output.stderr)))
 }
 
-fn body(tunnel: &Tunnel, to: SocketAddr, method: &str, path: &str) -> (String, String) {
-    let answer = tunnel.space.http(method, to, path).expect("answer");
+fn body(tunnel: &TunnelNode, to: SocketAddr, method: &str, path: &str) -> (String, String) {
+    let answer = tunnel.netns.http(method, to, path).expect("answer");
     let (head, body) = answer.split_once("\r\n\r\n").expect("HTTP");
     (head.to_owned(), body.to_owned())
 }
@@ -39,12 +42,12 @@ fn body(tunnel: &Tunnel, to: SocketAddr, method: &str, path: &str) -> (String, S
 #[test]
 #[ignore = "needs root: make test"]
 fn open_connection_is_shown_and_counted_while_it_lives() {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("b", "server"));
-    bed.publish();
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.enrolled("a", "client"), mesh.enrolled("b", "server"));
+    mesh.publish();
     server.serve_double_echo(8080);
-    let (a, _b) = (bed.node("a", &[&client]), bed.node("b", &[&server]));
-    let mut stream = client.space.connect(server.at(8080));
+    let (a, _b) = (mesh.node("a", &[&client]), mesh.node("b", &[&server]));
+    let mut stream = client.netns.connect(server.at(8080));
     read_line(&mut stream).expect("the greeting");
     stream.write_all(b"hello world").expect("write");
     stream.read_exact(&mut [0; 22]).expect("both echoes");
@@ -71,7 +74,7 @@ fn open_connection_is_shown_and_counted_while_it_lives() {
     assert_eq!(open["actualDst"], server.at(15008).to_string());
 
     drop(stream);
-    wait_for("the connection to go", || (self::status(&a)["connectionsOpen"] == 0).then_some(()));
+    wait_for("the connection to go", || self::status(&a)["connectionsOpen"] == 0);
     for name in ["ztunnel_connect_duration_seconds_count", "ztunnel_tls_handshake_duration_seconds_count"] {
         assert_eq!(a.metric(name, &["direction=\"outbound\""]), Some(1), "{name}");
     }
@@ -82,11 +85,11 @@ fn open_connection_is_shown_and_counted_while_it_lives() {
 #[test]
 #[ignore = "needs root: make test"]
 fn failure_has_one_reason_in_log_metric_and_status() {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("a", "server"));
-    bed.publish();
-    let a = bed.node("a", &[&client, &server]);
-    client.space.refusal(server.at(8080)); // nobody listens there
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.enrolled("a", "client"), mesh.enrolled("a", "server"));
+    mesh.publish();
+    let a = mesh.node("a", &[&client, &server]);
+    client.netns.refusal(server.at(8080)); // nobody listens there
     let record = &a.records(1, &["outbound", "\"reason\""])[0];
     let reason = record["reason"].as_str().expect("a reason").to_owned();
     let labels = [format!("reason=\"{reason}\""), "direction=\"outbound\"".to_owned()];
@@ -100,8 +103,8 @@ fn failure_has_one_reason_in_log_metric_and_status() {
 #[test]
 #[ignore = "needs root: make test"]
 fn status_says_what_is_pending_by_text_and_exit_code() {
-    let bed = Bed::new();
-    let mut a = bed.node_without_pods("a");
+    let mesh = TunnelMesh::new();
+    let mut a = mesh.node_without_pods("a");
     let output =
         wait_for("an answer", || Some(ztunnel(&a, &["status"])).filter(|o| o.status.code() != Some(1)));
     assert_eq!(output.status.code(), Some(3));
@@ -117,18 +120,18 @@ fn status_says_what_is_pending_by_text_and_exit_code() {
 #[test]
 #[ignore = "needs root: make test"]
 fn profiles_of_processor_and_memory_are_taken_from_the_running_tunnel() {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.enrolled("a", "client"), bed.plain("b", "server"));
-    bed.publish();
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.enrolled("a", "client"), mesh.plain("b", "server"));
+    mesh.publish();
     server.serve(8080, |mut stream, _| while stream.read(&mut [0; 4096]).is_ok_and(|n| n > 0) {});
-    let a = bed.node("a", &[&client]);
-    let file = bed.dir.path().join("profile.gz");
+    let a = mesh.node("a", &[&client]);
+    let file = mesh.dir.path().join("profile.gz");
     let profile = |path: &str| {
-        a.space.run(&format!("curl -sf -o {} \"http://127.0.0.1:15000{path}\"", file.display()));
+        a.netns.run(&format!("curl -sf -o {} \"http://127.0.0.1:15000{path}\"", file.display()));
         assert_eq!(std::fs::read(&file).expect("profile")[..2], [0x1f, 0x8b], "gzip");
     };
     // While it carries something, so that there is something to see.
-    let mut stream = client.space.connect(server.at(8080));
+    let mut stream = client.netns.connect(server.at(8080));
     let mut load = stream.try_clone().expect("clone");
     let sender = std::thread::spawn(move || while load.write_all(&[0; 4096]).is_ok() {});
     profile("/debug/pprof/profile?seconds=2&frequency=1000");
@@ -150,7 +153,7 @@ fn configuration_is_checked_and_printed_without_running() {
     std::fs::write(file.path(), "pool: {idle: 7s}\nnode: {name: n1}\nca: {token: s3cret}\n").expect("write");
     let path = file.path().to_str().expect("path");
     let ztunnel = |arguments: &[&str]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ztunnel"));
+        let mut command = Command::new(binary("ztunnel"));
         command.env_clear().env("NODE_NAME", "n2").args(arguments).output().expect("ztunnel")
     };
     let good = ztunnel(&["config", "check", path]);
@@ -179,19 +182,19 @@ fn configuration_is_checked_and_printed_without_running() {
 #[test]
 #[ignore = "needs root: make test"]
 fn own_metrics_are_read_over_hbone_by_a_captured_prometheus() {
-    let mut bed = Bed::new();
-    let prometheus = bed.enrolled("b", "prometheus");
-    let own = bed.own("a", "ztunnel-a");
+    let mut mesh = TunnelMesh::new();
+    let prometheus = mesh.enrolled("b", "prometheus");
+    let own = mesh.own("a", "ztunnel-a");
     let (metrics, admin, hbone) = (own.at(15020), own.at(15000), own.at(15008));
     let secret = own.at(9000);
     own.serve(9000, |mut stream, _| drop(stream.write_all(b"what else the node offers")));
     let itself = [("POD_NAME", "ztunnel-a"), ("POD_NAMESPACE", "demo"), ("SERVICE_ACCOUNT", "ztunnel-a")];
-    let mut a = Tunnel::start_with(&bed, "a", own.space, &itself);
+    let mut a = TunnelNode::start_with(&mesh, "a", own.netns, &itself);
     assert_eq!(a.agent().snapshot(), "", "a snapshot without pods does not end it");
     a.wait_ready();
-    let b = bed.node("b", &[&prometheus]);
+    let b = mesh.node("b", &[&prometheus]);
 
-    let answer = prometheus.space.http("GET", metrics, "/metrics").expect("metrics");
+    let answer = prometheus.netns.http("GET", metrics, "/metrics").expect("metrics");
     assert!(
         answer.starts_with("HTTP/1.0 200") && answer.contains("istio_build{component=\"ztunnel\""),
         "{answer}"
@@ -204,6 +207,6 @@ fn own_metrics_are_read_over_hbone_by_a_captured_prometheus() {
     assert_eq!(record["dst.addr"], hbone.to_string(), "over HBONE");
 
     for other in [admin, secret, hbone] {
-        prometheus.space.refusal(other);
+        prometheus.netns.refusal(other);
     }
 }

@@ -1,19 +1,21 @@
 //! Certificates on a revocation list: refused, and cut where they are connected, in both directions.
 
-mod bed;
-
 use std::{
     fs,
     io::{ErrorKind, Read},
     path::PathBuf,
 };
 
-use bed::{Bed, Pod, Tunnel, read_line, wait_for};
 use rcgen::{CertificateRevocationListParams, Issuer, KeyIdMethod, KeyPair, RevokedCertParams, SerialNumber};
 use rustls_pki_types::{CertificateDer, pem::PemObject};
+use testbed::{
+    mesh_pod::{MeshPod, read_line},
+    tunnel_mesh::{TunnelMesh, TunnelNode},
+    wait::wait_for,
+};
 use time::{Duration, OffsetDateTime};
 
-/// Revocation lists of the bed's root.
+/// Revocation lists of the mesh's root.
 struct Lists {
     path: PathBuf,
     root: PathBuf,
@@ -21,8 +23,8 @@ struct Lists {
 }
 
 impl Lists {
-    fn new(bed: &Bed) -> Self {
-        Self { path: bed.dir.path().join("crl.pem"), root: bed.ca_dir().join("root.pem"), number: 0 }
+    fn new(mesh: &TunnelMesh) -> Self {
+        Self { path: mesh.dir.path().join("crl.pem"), root: mesh.ca_dir().join("root.pem"), number: 0 }
     }
 
     /// The file holds a list of these serial numbers from now on.
@@ -61,8 +63,8 @@ fn bytes(hex: &str) -> Vec<u8> {
 }
 
 /// The serial number of the certificate that `node` holds for `pod`.
-fn serial(node: &Tunnel, pod: &Pod) -> String {
-    let answer = node.space.http("GET", ([127, 0, 0, 1], 15000), "/config_dump").expect("dump");
+fn serial(node: &TunnelNode, pod: &MeshPod) -> String {
+    let answer = node.netns.http("GET", ([127, 0, 0, 1], 15000), "/config_dump").expect("dump");
     let dump: serde_json::Value =
         serde_json::from_str(answer.split_once("\r\n\r\n").expect("a body").1).expect("JSON");
     let identity = format!("spiffe://cluster.local/ns/demo/sa/{}", pod.name);
@@ -72,28 +74,28 @@ fn serial(node: &Tunnel, pod: &Pod) -> String {
 }
 
 /// A client on node a and a server on node b, of whom the one in `with_lists` knows the lists.
-fn connected(with_lists: &str) -> (Bed, Lists, Pod, Pod, [Tunnel; 2]) {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("b", "server"));
+fn connected(with_lists: &str) -> (TunnelMesh, Lists, MeshPod, MeshPod, [TunnelNode; 2]) {
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.enrolled("a", "client"), mesh.enrolled("b", "server"));
     server.serve_double_echo(8080);
-    let lists = Lists::new(&bed);
+    let lists = Lists::new(&mesh);
     let path = lists.path.display().to_string();
-    let start = |name: &str, pod: &Pod| {
+    let start = |name: &str, pod: &MeshPod| {
         let variables = [("CRL_PATH", path.as_str())];
         let known: &[_] = if name == with_lists { &variables } else { &[] };
-        let mut node = Tunnel::start_with(&bed, name, bed.space(name), known);
+        let mut node = TunnelNode::start_with(&mesh, name, mesh.netns(name), known);
         assert_eq!((node.agent().add(pod), node.agent().snapshot()), (String::new(), String::new()));
         node.wait_ready();
         node
     };
     let nodes = [start("a", &client), start("b", &server)];
-    (bed, lists, client, server, nodes)
+    (mesh, lists, client, server, nodes)
 }
 
 /// Revokes `whom` while it is connected, and takes that back.
 fn revoked_and_forgiven(with_lists: &str, direction: &str, reporter: &str) {
-    let (_bed, mut lists, client, server, [a, b]) = connected(with_lists);
-    let mut open = client.space.connect(server.at(8080));
+    let (_mesh, mut lists, client, server, [a, b]) = connected(with_lists);
+    let mut open = client.netns.connect(server.at(8080));
     read_line(&mut open).expect("greeting");
     let (whom, knows) = if with_lists == "b" { (serial(&a, &client), &b) } else { (serial(&b, &server), &a) };
 
@@ -102,7 +104,7 @@ fn revoked_and_forgiven(with_lists: &str, direction: &str, reporter: &str) {
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     let direction = format!("\"direction\":\"{direction}\"");
     knows.records(1, &[&direction, "\"reason\":\"revoked\"", "revoked\""]);
-    assert_eq!(client.space.refusal(server.at(8080)), ErrorKind::ConnectionReset);
+    assert_eq!(client.netns.refusal(server.at(8080)), ErrorKind::ConnectionReset);
     knows.records(2, &["\"reason\":\"revoked\""]);
     let flagged = |line: &str| {
         line.starts_with("istio_tcp_connections_failed_total")
@@ -116,10 +118,10 @@ fn revoked_and_forgiven(with_lists: &str, direction: &str, reporter: &str) {
     // A bad file changes nothing, an empty list forgives.
     lists.write("-----BEGIN X509 CRL-----\nbm9uc2Vuc2U=\n-----END X509 CRL-----\n");
     wait_for("the bad file to be refused", || knows.log().contains("revocation lists refused").then_some(()));
-    assert_eq!(client.space.refusal(server.at(8080)), ErrorKind::ConnectionReset);
+    assert_eq!(client.netns.refusal(server.at(8080)), ErrorKind::ConnectionReset);
     lists.publish(&[]);
     wait_for("the empty list to hold", || {
-        let mut stream = client.space.try_connect(server.at(8080)).ok()?;
+        let mut stream = client.netns.try_connect(server.at(8080)).ok()?;
         read_line(&mut stream).ok()
     });
 }

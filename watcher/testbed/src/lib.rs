@@ -10,7 +10,9 @@
 //! * [`api_node`]: a node whose watcher follows an API server
 //! * [`api_server`]: a real API server with its store
 //! * [`watcher_node`]: a node with a watcher and no tunnel
+//! * [`tunnel_mesh`]: nodes with a real tunnel and a fake agent each
 //! * [`fakes`]: the far ends of the programs under test
+//! * [`mesh_pod`]: the pods of a tunnel mesh
 //! * [`lend`]: sockets that a helper makes in a cgroup
 //! * [`helper`]: this executable once more, as a process elsewhere
 //! * [`process`]: programs in a cgroup and a netns, which end with their owner
@@ -29,6 +31,7 @@ pub mod helper;
 pub mod interrupt;
 pub mod label_latency;
 pub mod lend;
+pub mod mesh_pod;
 pub mod module_order;
 pub mod mount;
 pub mod netns;
@@ -36,6 +39,7 @@ pub mod process;
 pub mod program;
 pub mod roles;
 pub mod traffic;
+pub mod tunnel_mesh;
 pub mod wait;
 pub mod watcher_node;
 

@@ -53,7 +53,7 @@ impl WatcherNode {
     /// A node with no pods, whose watcher does not run yet.
     pub fn new() -> Self {
         let name = format!("adit-w{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let dir = tempfile::tempdir().expect("folder");
+        let dir = tempfile::Builder::new().prefix(&format!("{name}-")).tempdir().expect("folder");
         let bpffs = dir.path().join("bpf");
         fs::create_dir(&bpffs).expect("folder");
         let node = Self {

@@ -3,8 +3,8 @@
 use super::*;
 
 /// Tunnels that are open from the client's netns.
-fn tunnels(client: &Pod) -> usize {
-    let open = client.space.output("ss", &["-Htn", "state", "established", "dport", "=", ":15008"]);
+fn tunnels(client: &MeshPod) -> usize {
+    let open = client.netns.output("ss", &["-Htn", "state", "established", "dport", "=", ":15008"]);
     open.lines().count()
 }
 
@@ -12,7 +12,7 @@ fn tunnels(client: &Pod) -> usize {
 #[test]
 #[ignore = "needs root: make test"]
 fn connections_share_a_tunnel_and_the_first_ones_its_handshake() {
-    let (_bed, client, server, _nodes) = pooled(&[]);
+    let (_mesh, client, server, _nodes) = pooled(&[]);
     let streams: Vec<_> = std::thread::scope(|scope| {
         let all: Vec<_> = (0..40).map(|_| scope.spawn(|| greeted(&client, &server))).collect();
         all.into_iter().map(|one| one.join().expect("greeted")).collect()
@@ -24,7 +24,7 @@ fn connections_share_a_tunnel_and_the_first_ones_its_handshake() {
 #[test]
 #[ignore = "needs root: make test"]
 fn a_full_tunnel_is_joined_by_another_one() {
-    let (_bed, client, server, _nodes) = pooled(&[("POOL_MAX_STREAMS_PER_CONNECTION", "4")]);
+    let (_mesh, client, server, _nodes) = pooled(&[("POOL_MAX_STREAMS_PER_CONNECTION", "4")]);
     let streams: Vec<_> = (0..20).map(|_| greeted(&client, &server)).collect();
     assert!((5..=6).contains(&tunnels(&client)), "{} tunnels", tunnels(&client));
     drop(streams);
@@ -33,17 +33,17 @@ fn a_full_tunnel_is_joined_by_another_one() {
 #[test]
 #[ignore = "needs root: make test"]
 fn an_unused_tunnel_is_closed_and_one_in_use_is_kept() {
-    let (_bed, client, server, _nodes) =
+    let (_mesh, client, server, _nodes) =
         pooled(&[("POOL_UNUSED_RELEASE_TIMEOUT", "500ms"), ("POOL_MAX_STREAMS_PER_CONNECTION", "1")]);
     let mut long = greeted(&client, &server);
     let short: Vec<_> = (0..3).map(|_| greeted(&client, &server)).collect();
     assert_eq!(tunnels(&client), 4);
     drop(short);
-    bed::wait_for("the unused ones to be closed", || (tunnels(&client) == 1).then_some(()));
+    wait_for("the unused ones to be closed", || tunnels(&client) == 1);
     long.write_all(b"on").expect("write");
     long.read_exact(&mut [0; 4]).expect("echo");
     drop(long);
-    bed::wait_for("the last one to be closed", || (tunnels(&client) == 0).then_some(()));
+    wait_for("the last one to be closed", || tunnels(&client) == 0);
     // And a new one is opened when it is needed.
     drop(greeted(&client, &server));
 }
@@ -52,7 +52,7 @@ fn an_unused_tunnel_is_closed_and_one_in_use_is_kept() {
 #[test]
 #[ignore = "needs root: make test"]
 fn streams_that_nobody_reads_do_not_touch_another_one_of_their_tunnel() {
-    let (_bed, client, server, _nodes) = pooled(&[("ZTUNNEL_WORKER_THREADS", "1")]);
+    let (_mesh, client, server, _nodes) = pooled(&[("ZTUNNEL_WORKER_THREADS", "1")]);
     let sent = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&sent);
     server.serve(8081, move |mut stream, _| {
@@ -60,9 +60,9 @@ fn streams_that_nobody_reads_do_not_touch_another_one_of_their_tunnel() {
             counter.fetch_add(1 << 14, Ordering::Relaxed);
         }
     });
-    let slow: Vec<_> = (0..12).map(|_| client.space.connect(server.at(8081))).collect();
+    let slow: Vec<_> = (0..12).map(|_| client.netns.connect(server.at(8081))).collect();
     let (mut before, mut since) = (0, Instant::now());
-    bed::wait_for("the unread streams to stand still", || {
+    wait_for("the unread streams to stand still", || {
         let now = sent.load(Ordering::Relaxed);
         if now != before {
             (before, since) = (now, Instant::now());

@@ -1,12 +1,11 @@
-//! The real binary on a node of its own.
+//! The real tunnel on a node of its own.
 
 use std::{
     fs::File,
     io,
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
-    process::{Child, Command, ExitStatus, Stdio},
-    time::{Duration, Instant},
+    process::{ExitStatus, Stdio},
 };
 
 use nix::{
@@ -14,54 +13,71 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{Bed, FakeAgent, Pod, Space, wait_for};
+use super::TunnelMesh;
+use crate::{
+    fakes::{FakeAgent, RESOLVER_ADDRESSES},
+    mesh_pod::MeshPod,
+    netns::Netns,
+    process::KillOnDrop,
+    program::binary,
+    wait::{LIMIT, try_wait, wait_for},
+};
 
-pub struct Tunnel {
-    pub space: Space,
-    /// None of a dedicated tunnel.
+/// A tunnel and its node agent.
+#[derive(Debug)]
+pub struct TunnelNode {
+    /// The netns of the node.
+    pub netns: Netns,
+    /// `None` for a dedicated tunnel.
     agent: Option<FakeAgent>,
+    /// The tunnel's first message to its agent.
     pub hello: Vec<u8>,
-    child: Child,
+    child: KillOnDrop,
     log: PathBuf,
 }
 
-impl Tunnel {
-    pub fn start(bed: &Bed, node: &str, space: Space) -> Self {
-        Self::start_with(bed, node, space, &[])
+impl TunnelNode {
+    /// Starts the tunnel in `netns` and waits for its hello.
+    pub fn start(mesh: &TunnelMesh, node: &str, netns: Netns) -> Self {
+        Self::start_with(mesh, node, netns, &[])
     }
 
     /// With more variables.
-    pub fn start_with(bed: &Bed, node: &str, space: Space, variables: &[(&str, &str)]) -> Self {
-        let socket = bed.dir.path().join(format!("{}.sock", space.name));
+    pub fn start_with(mesh: &TunnelMesh, node: &str, netns: Netns, variables: &[(&str, &str)]) -> Self {
+        let socket = mesh.dir.path().join(format!("{}.sock", netns));
         let mut agent = FakeAgent::listen(&socket);
         let mut variables = variables.to_vec();
         let path = socket.display().to_string();
         variables.push(("INPOD_UDS", &path));
-        let (child, log) = Self::spawn(bed, node, &space, &variables);
+        let (child, log) = Self::spawn(mesh, node, &netns, &variables);
         let hello = agent.accept();
-        Self { space, agent: Some(agent), hello, child, log }
+        Self { netns, agent: Some(agent), hello, child, log }
     }
 
     /// One that serves `pod` alone, in its netns.
-    pub fn dedicated(bed: &Bed, pod: &Pod) -> Self {
+    pub fn dedicated(mesh: &TunnelMesh, pod: &MeshPod) -> Self {
         let info = format!("demo/{0}/{0}", pod.name);
-        let space = pod.space.alias();
+        let netns = pod.netns.alias();
         let variables =
             [("PROXY_MODE", "dedicated"), ("PROXY_WORKLOAD_INFO", &info), ("PACKET_MARK", "1337")];
-        let (child, log) = Self::spawn(bed, &pod.node, &space, &variables);
-        Self { space, agent: None, hello: Vec::new(), child, log }
+        let (child, log) = Self::spawn(mesh, &pod.node, &netns, &variables);
+        Self { netns, agent: None, hello: Vec::new(), child, log }
     }
 
-    fn spawn(bed: &Bed, node: &str, space: &Space, variables: &[(&str, &str)]) -> (Child, PathBuf) {
-        let log = bed.dir.path().join(format!("{}.log", space.name));
+    fn spawn(
+        mesh: &TunnelMesh,
+        node: &str,
+        netns: &Netns,
+        variables: &[(&str, &str)],
+    ) -> (KillOnDrop, PathBuf) {
+        let log = mesh.dir.path().join(format!("{}.log", netns));
         let output = File::create(&log).expect("log");
-        let child = Command::new("nsenter")
-            .arg(format!("--net=/run/netns/{}", space.name))
-            .arg(env!("CARGO_BIN_EXE_ztunnel"))
-            .env("LOCAL_XDS_PATH", bed.mesh_file())
-            .env("DEVELOPMENT_CA_DIR", bed.ca_dir())
+        let mut command = netns.command(binary("ztunnel").to_str().expect("UTF-8 path"));
+        command
+            .env("LOCAL_XDS_PATH", mesh.mesh_file())
+            .env("DEVELOPMENT_CA_DIR", mesh.ca_dir())
             .env("NODE_NAME", node)
-            .env("DNS_UPSTREAM", super::resolver::ADDRESSES.join(","))
+            .env("DNS_UPSTREAM", RESOLVER_ADDRESSES.join(","))
             .env("ZTUNNEL_WORKER_THREADS", "2")
             .env("CONNECTION_TERMINATION_DEADLINE", "5s")
             .env("LOG_FORMAT", "json")
@@ -69,16 +85,16 @@ impl Tunnel {
             .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stderr(output.try_clone().expect("log"))
-            .stdout(output)
-            .spawn()
-            .expect("the tunnel starts");
-        (child, log)
+            .stdout(output);
+        (KillOnDrop(command.spawn().expect("the tunnel starts")), log)
     }
 
+    /// Its node agent.
     pub fn agent(&mut self) -> &mut FakeAgent {
         self.agent.as_mut().expect("a shared tunnel")
     }
 
+    /// What the tunnel has written so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).expect("log")
     }
@@ -94,28 +110,31 @@ impl Tunnel {
             });
             closed.map(|line| serde_json::from_str(line).expect("JSON")).collect()
         };
-        let end = Instant::now() + super::LIMIT;
-        while found().len() < count {
-            assert!(Instant::now() < end, "no {count} records with {parts:?} in\n{}", self.log());
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        found()
+        let enough = try_wait(LIMIT, || Some(found()).filter(|records| records.len() >= count));
+        enough.unwrap_or_else(|| panic!("no {count} records with {parts:?} in\n{}", self.log()))
     }
 
+    /// The answer of its readiness probe.
+    ///
+    /// # Errors
+    /// When there is none.
     pub fn readiness(&self) -> io::Result<String> {
-        self.space.http("GET", local(15021), "/healthz/ready")
+        self.netns.http("GET", local(15021), "/healthz/ready")
     }
 
+    /// Whether it reports ready.
     pub fn is_ready(&self) -> bool {
         self.readiness().is_ok_and(|answer| answer.starts_with("HTTP/1.0 200"))
     }
 
+    /// Waits until it reports ready.
     pub fn wait_ready(&self) {
         wait_for("the tunnel to be ready", || self.is_ready().then_some(()));
     }
 
+    /// Its metrics.
     pub fn metrics(&self) -> String {
-        self.space.http("GET", local(15020), "/metrics").expect("metrics")
+        self.netns.http("GET", local(15020), "/metrics").expect("metrics")
     }
 
     /// The value of the one sample of `name` that has all of `labels`.
@@ -129,33 +148,36 @@ impl Tunnel {
         sample.rsplit(' ').next()?.parse().ok()
     }
 
+    /// Sends it `signal`.
     pub fn signal(&self, signal: Signal) {
         kill(self.pid(), signal).expect("kill");
     }
 
+    /// Its process id.
     pub fn pid(&self) -> Pid {
-        Pid::from_raw(self.child.id().try_into().expect("pid"))
+        Pid::from_raw(self.child.0.id().try_into().expect("pid"))
     }
 
+    /// Waits until it has ended by itself.
     pub fn wait_exit(&mut self) -> ExitStatus {
-        wait_for("the tunnel to end", || self.child.try_wait().expect("wait"))
+        wait_for("the tunnel to end", || self.child.0.try_wait().expect("wait"))
     }
 
+    /// Whether it has not ended yet.
     pub fn is_running(&mut self) -> bool {
-        self.child.try_wait().expect("wait").is_none()
+        self.child.0.try_wait().expect("wait").is_none()
     }
 }
 
+/// `port` of loopback.
 pub fn local(port: u16) -> SocketAddr {
     (Ipv4Addr::LOCALHOST, port).into()
 }
 
-impl Drop for Tunnel {
+impl Drop for TunnelNode {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
         if std::thread::panicking() {
-            eprintln!("--- log of the tunnel in {}\n{}", self.space.name, self.log());
+            eprintln!("--- log of the tunnel in {}\n{}", self.netns, self.log());
         }
     }
 }

@@ -1,7 +1,5 @@
 //! What a peer sees on 15008: statuses, policies, TLS.
 
-#[path = "../bed/mod.rs"]
-mod bed;
 mod pool;
 mod tls;
 
@@ -17,8 +15,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bed::{Bed, LIMIT, Pod, Tunnel, read_all, read_line};
 use http::{Method, Request, StatusCode};
+use testbed::{
+    command::run,
+    mesh_pod::{MeshPod, read_all, read_line},
+    tunnel_mesh::{TunnelMesh, TunnelNode},
+    wait::{LIMIT, wait_for},
+};
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 use ztunnel::{
@@ -27,31 +30,31 @@ use ztunnel::{
     identity::{Certificates, Identity},
 };
 
-/// A peer of the mesh that can be told to misbehave, with certificates of the bed's CA.
+/// A peer of the mesh that can misbehave, with certificates of the mesh's CA.
 struct Probe {
     runtime: tokio::runtime::Runtime,
     certificates: Arc<Certificates>,
     h2: H2Config,
-    /// Whether replies are expected to tell about the server.
-    told: bool,
+    /// Whether replies must carry the baggage of the server.
+    expects_baggage: bool,
 }
 
 impl Probe {
-    fn new(bed: &Bed) -> Self {
-        let vars = HashMap::from([("DEVELOPMENT_CA_DIR".to_owned(), bed.ca_dir().display().to_string())]);
+    fn new(mesh: &TunnelMesh) -> Self {
+        let vars = HashMap::from([("DEVELOPMENT_CA_DIR".to_owned(), mesh.ca_dir().display().to_string())]);
         let config = Config::from_vars(vars).expect("config");
         let certificates = Certificates::new(&config).expect("CA");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
         runtime.spawn(Arc::clone(&certificates).run(CancellationToken::new()));
-        Self { runtime, certificates, h2: config.h2, told: true }
+        Self { runtime, certificates, h2: config.h2, expects_baggage: true }
     }
 
     /// Sends one request from `pod` as `who`: the answer's status and headers, or how it failed.
     fn ask(
         &self,
-        pod: &Pod,
+        pod: &MeshPod,
         who: &str,
-        server: &Pod,
+        server: &MeshPod,
         method: Method,
         authority: &str,
     ) -> Result<StatusCode, String> {
@@ -70,7 +73,7 @@ impl Probe {
             let (response, _send) =
                 requests.send_request(request, false).map_err(|error| error.to_string())?;
             let response = response.await.map_err(|error| error.to_string())?;
-            if response.status() == StatusCode::OK && self.told {
+            if response.status() == StatusCode::OK && self.expects_baggage {
                 let baggage = response.headers()["baggage"].to_str().expect("text");
                 assert_eq!(
                     baggage,
@@ -92,7 +95,13 @@ impl Probe {
         self.runtime.block_on(local.run_until(limited))
     }
 
-    fn connect(&self, pod: &Pod, who: &str, server: &Pod, authority: &str) -> Result<StatusCode, String> {
+    fn connect(
+        &self,
+        pod: &MeshPod,
+        who: &str,
+        server: &MeshPod,
+        authority: &str,
+    ) -> Result<StatusCode, String> {
         self.ask(pod, who, server, Method::CONNECT, authority)
     }
 }
@@ -101,8 +110,8 @@ fn identity(name: &str) -> Identity {
     format!("spiffe://cluster.local/ns/demo/sa/{name}").parse().expect("identity")
 }
 
-fn dial(pod: &Pod, peer: SocketAddr) -> TcpStream {
-    let stream = pod.space.connect(peer);
+fn dial(pod: &MeshPod, peer: SocketAddr) -> TcpStream {
+    let stream = pod.netns.connect(peer);
     stream.set_nonblocking(true).expect("non-blocking");
     TcpStream::from_std(stream).expect("runtime")
 }
@@ -120,37 +129,37 @@ fn policy(name: &str, action: &str, accounts: &str) -> String {
 
 const CLIENT: &str = "spiffe://cluster.local/ns/demo/sa/client";
 
-/// A bed with a peer that nobody captures, and one served pod with an echo on 8080.
-fn served(policies: &str) -> (Bed, Pod, Pod, Tunnel) {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.plain("a", "client"), bed.enrolled("a", "server"));
-    bed.policies.push_str(policies);
-    bed.services.push_str(
+/// A mesh with a peer that nobody captures, and one served pod with an echo on 8080.
+fn served(policies: &str) -> (TunnelMesh, MeshPod, MeshPod, TunnelNode) {
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.plain("a", "client"), mesh.enrolled("a", "server"));
+    mesh.policies.push_str(policies);
+    mesh.services.push_str(
         "- name: web\n  namespace: demo\n  hostname: web.demo.svc.cluster.local\n  vips: [\"/10.96.0.1\"]\n  \
          ports: {80: 8080, 81: 0}\n",
     );
-    bed.add_to_last_workload(
+    mesh.add_to_last_workload(
         "  services:\n    demo/web.demo.svc.cluster.local:\n      80: 8080\n      81: 8080\n",
     );
     server.serve_double_echo(8080);
-    let node = bed.node("a", &[&server]);
-    (bed, client, server, node)
+    let node = mesh.node("a", &[&server]);
+    (mesh, client, server, node)
 }
 
 /// A client on node a whose tunnel has these variables, and a server on node b.
-fn pooled(variables: &[(&str, &str)]) -> (Bed, Pod, Pod, [Tunnel; 2]) {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("b", "server"));
+fn pooled(variables: &[(&str, &str)]) -> (TunnelMesh, MeshPod, MeshPod, [TunnelNode; 2]) {
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.enrolled("a", "client"), mesh.enrolled("b", "server"));
     server.serve_double_echo(8080);
-    let mut a = Tunnel::start_with(&bed, "a", bed.space("a"), variables);
+    let mut a = TunnelNode::start_with(&mesh, "a", mesh.netns("a"), variables);
     assert_eq!((a.agent().add(&client), a.agent().snapshot()), (String::new(), String::new()));
     a.wait_ready();
-    let b = bed.node("b", &[&server]);
-    (bed, client, server, [a, b])
+    let b = mesh.node("b", &[&server]);
+    (mesh, client, server, [a, b])
 }
 
-fn greeted(client: &Pod, server: &Pod) -> std::net::TcpStream {
-    let mut stream = client.space.connect(server.at(8080));
+fn greeted(client: &MeshPod, server: &MeshPod) -> std::net::TcpStream {
+    let mut stream = client.netns.connect(server.at(8080));
     read_line(&mut stream).expect("greeting");
     stream
 }
@@ -158,8 +167,8 @@ fn greeted(client: &Pod, server: &Pod) -> std::net::TcpStream {
 #[test]
 #[ignore = "needs root: make test"]
 fn connect_is_answered_by_what_it_asks_for() {
-    let (bed, client, server, node) = served("");
-    let probe = Probe::new(&bed);
+    let (mesh, client, server, node) = served("");
+    let probe = Probe::new(&mesh);
     let ip = server.ip;
     for (authority, status) in [
         (format!("{ip}:8080"), StatusCode::OK),
@@ -197,8 +206,8 @@ fn connect_is_answered_by_what_it_asks_for() {
 fn policies_decide_by_identity() {
     let allow = policy("allow", "Allow", "client, evil");
     let deny = policy("deny", "Deny", "evil");
-    let (bed, client, server, node) = served(&format!("{allow}{deny}"));
-    let probe = Probe::new(&bed);
+    let (mesh, client, server, node) = served(&format!("{allow}{deny}"));
+    let probe = Probe::new(&mesh);
     let authority = server.at(8080).to_string();
     let ask = |who: &str| {
         probe.connect(&client, &format!("spiffe://cluster.local/ns/demo/sa/{who}"), &server, &authority)
@@ -209,41 +218,42 @@ fn policies_decide_by_identity() {
     assert_eq!(ask("evil"), Ok(StatusCode::UNAUTHORIZED));
     node.records(1, &["explicitly denied by: demo/deny"]);
     // Plaintext is nobody, so nobody allows it.
-    assert_eq!(client.space.refusal(server.at(8080)), ErrorKind::ConnectionReset);
+    assert_eq!(client.netns.refusal(server.at(8080)), ErrorKind::ConnectionReset);
     assert_eq!(node.records(2, &["none allowed"]).len(), 2);
 }
 
 #[test]
 #[ignore = "needs root: make test"]
 fn change_of_policy_cuts_what_it_forbids() {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.enrolled("a", "client"), bed.enrolled("b", "server"));
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.enrolled("a", "client"), mesh.enrolled("b", "server"));
     server.serve_double_echo(8080);
-    let (_a, b) = (bed.node("a", &[&client]), bed.node("b", &[&server]));
-    let mut stream = client.space.connect(server.at(8080));
+    let (_a, b) = (mesh.node("a", &[&client]), mesh.node("b", &[&server]));
+    let mut stream = client.netns.connect(server.at(8080));
     read_line(&mut stream).expect("greeting");
-    bed.policies.push_str(&policy("deny", "Deny", "client"));
-    bed.publish();
+    mesh.policies.push_str(&policy("deny", "Deny", "client"));
+    mesh.publish();
     assert!(stream.read_exact(&mut [0]).is_err(), "the connection is cut");
     b.records(1, &["connection closed due to policy change"]);
-    assert_eq!(client.space.refusal(server.at(8080)), ErrorKind::ConnectionReset);
-    bed.policies.clear();
-    bed.publish();
-    bed::wait_for("the policy to go", || {
-        client.space.try_connect(server.at(8080)).and_then(|mut stream| read_line(&mut stream)).ok()
+    assert_eq!(client.netns.refusal(server.at(8080)), ErrorKind::ConnectionReset);
+    mesh.policies.clear();
+    mesh.publish();
+    wait_for("the policy to go", || {
+        client.netns.try_connect(server.at(8080)).and_then(|mut stream| read_line(&mut stream)).ok()
     });
 }
 
 #[test]
 #[ignore = "needs root: make test"]
 fn where_baggage_is_switched_off_replies_tell_nothing() {
-    let mut bed = Bed::new();
-    let (client, server) = (bed.plain("a", "client"), bed.enrolled("a", "server"));
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.plain("a", "client"), mesh.enrolled("a", "server"));
     server.serve_double_echo(8080);
-    let mut node = Tunnel::start_with(&bed, "a", bed.space("a"), &[("ENABLE_RESPONSE_BAGGAGE", "false")]);
+    let mut node =
+        TunnelNode::start_with(&mesh, "a", mesh.netns("a"), &[("ENABLE_RESPONSE_BAGGAGE", "false")]);
     assert_eq!((node.agent().add(&server), node.agent().snapshot()), (String::new(), String::new()));
     node.wait_ready();
-    let mut probe = Probe::new(&bed);
-    probe.told = false;
+    let mut probe = Probe::new(&mesh);
+    probe.expects_baggage = false;
     assert_eq!(probe.connect(&client, CLIENT, &server, &server.at(8080).to_string()), Ok(StatusCode::OK));
 }

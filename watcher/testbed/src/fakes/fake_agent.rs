@@ -1,4 +1,4 @@
-//! A node agent for tests: speaks ZDS as istio-cni does, one message at a time.
+//! A node agent: it speaks ZDS as istio-cni does, one message at a time.
 
 use std::{
     io::{self, IoSlice},
@@ -20,14 +20,17 @@ use ztunnel_api::zds::{
     workload_request::Payload, workload_response,
 };
 
-use super::{LIMIT, Pod};
+use crate::{mesh_pod::MeshPod, wait::LIMIT};
 
+/// A node agent that serves one tunnel.
+#[derive(Debug)]
 pub struct FakeAgent {
     listener: OwnedFd,
     connection: Option<OwnedFd>,
 }
 
 impl FakeAgent {
+    /// Listens at `path`.
     pub fn listen(path: &Path) -> Self {
         let _ = std::fs::remove_file(path);
         let listener =
@@ -40,7 +43,7 @@ impl FakeAgent {
 
     /// Waits for the tunnel and returns its first packet.
     pub fn accept(&mut self) -> Vec<u8> {
-        // Not for the programs that tests start: while one of them held it, nobody could hang up.
+        // Closed on exec: while a program that a test starts held it, hanging up would have no effect.
         let fd = accept4(self.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC).expect("the tunnel connects");
         self.connection = Some(own(fd));
         setsockopt(self.connection.as_ref().expect("set"), sockopt::ReceiveTimeout, &time_value(LIMIT))
@@ -48,38 +51,45 @@ impl FakeAgent {
         self.receive().expect("hello")
     }
 
+    /// Closes the connection to the tunnel.
     pub fn hang_up(&mut self) {
         self.connection = None;
     }
 
-    /// The error in the tunnel's answer; empty for success.
-    pub fn add(&self, pod: &Pod) -> String {
-        self.add_as(&pod.name, &pod.name, &[pod.space.fd()])
+    /// Adds a pod: the error in the tunnel's answer, which is empty for success.
+    pub fn add(&self, pod: &MeshPod) -> String {
+        self.add_as(&pod.name, &pod.name, &[pod.netns.open()])
     }
 
+    /// The same with another uid, name, and any descriptors.
     pub fn add_as(&self, uid: &str, name: &str, netns: &[OwnedFd]) -> String {
         let info = WorkloadInfo { name: name.into(), namespace: "demo".into(), service_account: name.into() };
         let add = AddWorkload { uid: uid.into(), workload_info: Some(info) };
-        self.ask(Payload::Add(add), netns)
+        self.request(Payload::Add(add), netns)
     }
 
+    /// Deletes a pod: the error in the answer.
     pub fn delete(&self, uid: &str) -> String {
-        self.ask(Payload::Del(DelWorkload { uid: uid.into() }), &[])
+        self.request(Payload::Del(DelWorkload { uid: uid.into() }), &[])
     }
 
+    /// Keeps a pod: the error in the answer.
     pub fn keep(&self, uid: &str) -> String {
-        self.ask(Payload::Keep(KeepWorkload { uid: uid.into() }), &[])
+        self.request(Payload::Keep(KeepWorkload { uid: uid.into() }), &[])
     }
 
+    /// Ends the snapshot: the error in the answer.
     pub fn snapshot(&self) -> String {
-        self.ask(Payload::SnapshotSent(SnapshotSent {}), &[])
+        self.request(Payload::SnapshotSent(SnapshotSent {}), &[])
     }
 
-    pub fn ask(&self, payload: Payload, descriptors: &[OwnedFd]) -> String {
-        self.ask_raw(&WorkloadRequest { payload: Some(payload) }.encode_to_vec(), descriptors)
+    /// Sends a message: the error in the answer.
+    pub fn request(&self, payload: Payload, descriptors: &[OwnedFd]) -> String {
+        self.request_raw(&WorkloadRequest { payload: Some(payload) }.encode_to_vec(), descriptors)
     }
 
-    pub fn ask_raw(&self, packet: &[u8], descriptors: &[OwnedFd]) -> String {
+    /// Sends any packet: the error in the answer.
+    pub fn request_raw(&self, packet: &[u8], descriptors: &[OwnedFd]) -> String {
         let numbers: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&numbers)];
         let rights = if numbers.is_empty() { &[] } else { &rights[..] };
