@@ -1,5 +1,5 @@
-//! The loop: receives updates, events, acknowledgements and requests, marks what they are about, and has it
-//! observed, planned and applied.
+//! The loop: receives updates, events, acknowledgements and requests, marks what they are about,
+//! and has it observed, planned and applied.
 //!
 //! * `queue`: what has to be done, and for which pods
 //! * `pods`: the table of pods; `pod_entry`: one of them
@@ -10,7 +10,8 @@
 //! * `startup`: loading the programs, and taking over what is there
 //! * `config`, `error`: what it is configured to do, and why it ends
 //!
-//! What is applied belongs to [`crate::apply`]. Everything here runs on one thread, so nothing needs a lock.
+//! What is applied belongs to [`crate::apply`]. Everything here runs on one thread, so nothing
+//! needs a lock.
 
 use std::{
     collections::BTreeSet,
@@ -115,7 +116,8 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), AgentError> {
             next_scan = Instant::now() + agent.config.rescan;
         }
         agent.reconcile(scan);
-        // After all that is there: a pod that a tunnel has just taken need not be reported as waiting for it.
+        // After all that is there: a pod that a tunnel has just taken need not be reported as
+        // waiting for it.
         if zds_events.is_empty() && source.updates.is_empty() {
             agent.report();
         }
@@ -130,13 +132,13 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), AgentError> {
             cause = control.failed() => return Err(AgentError::ServerEnded { what: "commands", cause }),
             Some(event) = zds_events.recv() => agent.on_tunnel(event),
             event = events::next(events.as_mut()) => agent.on_event(event),
-            update = source.updates.recv() => match update {
-                Some(update) => agent.on_update(update),
-                None => {
+            update = source.updates.recv() => {
+                let Some(update) = update else {
                     let source_name = agent.reporter.source_name().to_owned();
                     return Err(AgentError::SourceEnded { source_name });
-                }
-            },
+                };
+                agent.on_update(update);
+            }
             Some(request) = requests.recv() => {
                 if let Some(client) = agent.answer(request) {
                     break (true, Some(client));
@@ -165,21 +167,12 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), AgentError> {
     let result = agent.detach(&mut zds_events).await;
     source.farewell().await;
     if let Some(client) = client {
-        answer_detach(&client, &result).await;
+        client.give_last(&Answer::from(result.as_ref().copied().map_err(|error| chain(error)))).await;
     }
     if result.is_ok() {
         info!("everything undone");
     }
     result
-}
-
-async fn answer_detach(client: &Answers, result: &Result<(), AgentError>) {
-    client.give(&match result {
-        Ok(()) => Answer::Ok(()),
-        Err(error) => Answer::Error(chain(error)),
-    });
-    // Let the answer leave before the runtime goes.
-    let _ = tokio::time::timeout(Duration::from_secs(1), client.closed()).await;
 }
 
 impl Agent {
@@ -203,7 +196,7 @@ impl Agent {
                 if let Some(id) = closed {
                     self.on_closed(id, &path);
                 }
-                self.mark_dirty(&path);
+                self.queue.observe(self.observer.pods_at(&path, &self.pods));
             }
             Event::Process { cgroup_id } => {
                 if let Some(entry) = self.pods.by_cgroup_mut(cgroup_id)
@@ -219,28 +212,14 @@ impl Agent {
         }
     }
 
-    /// The programs closed a new cgroup. Whether its entry stays is decided when its pod is compared.
+    /// The programs closed a new cgroup. Whether its entry stays is decided when its pod is
+    /// compared.
     fn on_closed(&mut self, id: CgroupId, path: &Path) {
         let name = path.file_name().and_then(|given| name(given.as_bytes()));
         if let Some(info) = name.and_then(|name| self.applier.maps.record_closed(id, &name)) {
             self.pods.add_stray(PodPlan { cgroups: [(id, info)].into(), ..PodPlan::default() });
             let place = cgroup_path::place(path, &self.config.attach);
             self.queue.reconcile(place.map(|place| place.uid));
-        }
-    }
-
-    /// Has the pod observed whose cgroup `path` is.
-    fn mark_dirty(&mut self, path: &Path) {
-        if let Some(uid) = self.pods.owner_uid(path) {
-            self.queue.observe([uid.to_owned()]);
-        } else if let Some(place) = cgroup_path::place(path, &self.config.attach)
-            && self.pods.get(&place.uid).is_some()
-        {
-            self.observer.set_dir(place.uid.clone(), place.pod_dir);
-            self.queue.observe([place.uid]);
-        } else {
-            // A directory that the source named, not by its uid, and that is new.
-            self.queue.observe(self.pods.with_given_cgroup(path));
         }
     }
 
@@ -369,7 +348,8 @@ impl Agent {
         self.queue.applied(&mut uids, !self.applier.problems().is_empty(), now);
     }
 
-    /// Whether every pod that was there at the start has been observed, and is enrolled as far as possible.
+    /// Whether every pod that was there at the start has been observed, and is enrolled as far as
+    /// possible.
     fn is_ready(&self) -> bool {
         self.pods.is_synced() && self.queue.is_idle()
     }

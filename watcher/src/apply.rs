@@ -5,7 +5,8 @@
 //! * [`netns`]: prepared and steered netns; [`netns_setup`]: the rule, route and sysctls of each
 //! * [`draining`]: netns of pods that left, while connections still need them
 //! * [`app_listeners`]: ports that applications listen on
-//! * [`tunnels`]: connected tunnels, their pods and acknowledgements; [`tunnel_cgroups`]: where they run
+//! * [`tunnels`]: connected tunnels, their pods and acknowledgements; [`tunnel_cgroups`]: where
+//!   they run
 //! * [`zds_server`]: ZDS, the protocol by which tunnels get their pods
 //! * [`journal`]: what was changed outside the maps, on disk; [`restore`]: undoing it after a crash
 
@@ -54,8 +55,8 @@ pub mod tunnel_cgroups;
 pub mod tunnels;
 pub mod zds_server;
 
-/// Everything that is applied, and the means to change it. Its parts know nothing of each other; what one
-/// gives to the next passes through here.
+/// Everything that is applied, and the means to change it. Its parts know nothing of each other;
+/// what one gives to the next passes through here.
 #[derive(Debug)]
 pub struct Applier {
     /// The loaded programs and maps.
@@ -115,17 +116,20 @@ impl Applier {
     }
 
     /// What could not be done for the node as a whole by the last [`Self::apply`].
+    #[must_use]
     pub fn problems(&self) -> &[String] {
         &self.problems
     }
 
     /// Whether a tunnel serves the pod `uid` in the netns `cookie`.
+    #[must_use]
     pub fn is_served(&self, uid: &str, cookie: u64) -> bool {
         self.tunnels.workloads().get(uid).is_some_and(|workload| workload.cookie == cookie)
             && self.tunnels.serve(uid)
     }
 
     /// The cookie of the netns that `uid` is enrolled with, maybe by an earlier run.
+    #[must_use]
     pub fn enrolled_netns(&self, uid: &str) -> Option<u64> {
         let offered = self.tunnels.workloads().get(uid).map(|workload| workload.cookie);
         offered.or_else(|| self.netns.of_pod(uid))
@@ -191,8 +195,8 @@ impl Applier {
         }
     }
 
-    /// Reads back what the maps and links hold, so that the next comparison repairs what others changed.
-    /// Whether something differed.
+    /// Reads back what the maps and links hold, so that the next comparison repairs what others
+    /// changed. Whether something differed.
     ///
     /// # Errors
     /// It cannot be read.
@@ -211,6 +215,7 @@ impl Applier {
     }
 
     /// When [`Self::do_due`] or a retry has something to do next.
+    #[must_use]
     pub fn next_due(&self, now: Instant) -> Option<Instant> {
         [self.tunnels.next_retry(), self.draining.next_check(now), self.app_listeners.due()]
             .into_iter()
@@ -223,8 +228,9 @@ impl Applier {
         app_listeners::scan(&mut self.kernel, &self.visitors, self.netns.by_cookie(), opened);
     }
 
-    /// Admits the tunnel of process `pid` if it runs in a cgroup of its own. `pod_at` gives the name of the
-    /// pod that owns a directory. Whether it was admitted; if not, its connection is closed.
+    /// Admits the tunnel of process `pid` if it runs in a cgroup of its own. `pod_at` gives the
+    /// name of the pod that owns a directory. Whether it was admitted; if not, its connection is
+    /// closed.
     pub fn admit_tunnel(
         &mut self,
         conn: ConnId,
@@ -272,7 +278,8 @@ impl Applier {
         self.detach_unused_tunnels(&BTreeSet::new());
     }
 
-    /// Detaches the programs from the cgroups of tunnels that are gone, except for those in `adopted`.
+    /// Detaches the programs from the cgroups of tunnels that are gone, except for those in
+    /// `adopted`.
     pub fn detach_unused_tunnels(&mut self, adopted: &BTreeSet<CgroupId>) {
         let used = self.tunnels.cgroup_ids().union(adopted).copied().collect();
         tunnel_cgroups::detach_unused(&used, &mut self.kernel, &mut self.journal);

@@ -1,4 +1,5 @@
-//! The socket between commands and a running watcher: one JSON line is the request, JSON lines the answer.
+//! The socket between commands and a running watcher: one JSON line is the request, JSON lines the
+//! answer.
 //!
 //! State and maps have one writer, the watcher; so commands do not touch the maps themselves.
 //!
@@ -11,6 +12,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::unix::net::UnixStream as StdUnixStream,
     path::Path,
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -88,12 +90,21 @@ pub struct IncomingRequest {
 pub struct Answers(mpsc::Sender<String>);
 
 impl Answers {
-    /// Whether `answer` was taken. A client that reads too slowly loses lines; the watcher never waits.
+    /// Whether `answer` was taken. A client that reads too slowly loses lines; the watcher never
+    /// waits.
     pub fn give<T: Serialize>(&self, answer: &Answer<T>) -> bool {
         serde_json::to_string(answer).is_ok_and(|line| self.0.try_send(line).is_ok())
     }
 
+    /// Gives the last answer, and lets it leave before the runtime ends.
+    pub async fn give_last<T: Serialize>(&self, answer: &Answer<T>) {
+        const PATIENCE: Duration = Duration::from_secs(1);
+        self.give(answer);
+        let _ = tokio::time::timeout(PATIENCE, self.closed()).await;
+    }
+
     /// Whether the client disconnected.
+    #[must_use]
     pub fn is_closed(&self) -> bool {
         self.0.is_closed()
     }
@@ -180,6 +191,7 @@ pub fn ask<T: DeserializeOwned>(
 }
 
 /// Whether a watcher serves `path`.
+#[must_use]
 pub fn is_served(path: &Path) -> bool {
     StdUnixStream::connect(path).is_ok()
 }

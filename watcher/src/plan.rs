@@ -1,4 +1,5 @@
-//! What the node should hold for its pods, and how to get there. Pure: no kernel, no clock, no socket.
+//! What the node should hold for its pods, and how to get there. Pure: no kernel, no clock, no
+//! socket.
 //!
 //! 1. [`eligibility`] decides whether a pod can be enrolled; [`claims`] settles who owns what
 //! 2. [`desired`] turns an eligible pod into its [`PodPlan`]
@@ -58,6 +59,7 @@ pub struct PodPlan {
 
 impl PodPlan {
     /// Whether it names cgroups to come that `earlier` did not name.
+    #[must_use]
     pub fn expects_more_than(&self, earlier: &Self) -> bool {
         self.expected.keys().any(|name| !earlier.expected.contains_key(name))
     }
@@ -94,6 +96,7 @@ pub struct Workload {
 }
 
 /// `address` as the maps store it: 16 bytes, IPv4 in mapped form.
+#[must_use]
 pub fn address16(address: IpAddr) -> Address {
     match address {
         IpAddr::V4(v4) => mapped(v4.octets()),
@@ -102,6 +105,7 @@ pub fn address16(address: IpAddr) -> Address {
 }
 
 /// A cgroup's map entry. Connections are redirected to the first address of each family.
+#[must_use]
 pub fn cgroup_info(flags: u32, policy_id: u32, addresses: &[IpAddr]) -> CgroupInfo {
     let first = |v4: bool| {
         addresses

@@ -42,11 +42,12 @@ impl Drop for SocketFile {
 }
 
 impl Bound {
-    /// Listens at `path`, for the owner only, without blocking. The folder is made where it is missing.
+    /// Listens at `path`, for the owner only, without blocking. The folder is made where it is
+    /// missing.
     ///
     /// # Errors
-    /// `AddrInUse`: a living process serves this path; `AlreadyExists`: something other than a socket
-    /// is there.
+    /// `AddrInUse`: a living process serves this path; `AlreadyExists`: something other than a
+    /// socket is there.
     pub fn new(path: &Path, kind: Type) -> io::Result<Self> {
         let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
         if let Some(dir) = path.parent() {
@@ -64,8 +65,8 @@ impl Bound {
         Ok(Self { socket, file })
     }
 
-    /// Accepts connections and runs `handle` for each, with a number that counts them from 1. `what` names the
-    /// peers in logs.
+    /// Accepts connections and runs `handle` for each, with a number that counts them from 1.
+    /// `what` names the peers in logs.
     ///
     /// # Errors
     /// The runtime cannot wait for the socket.

@@ -7,14 +7,14 @@ use std::{
 
 use crate::observe::cgroups::CgroupId;
 
-/// Grace period after a watcher restart during which adopted pods stay ready although no tunnel is connected.
-/// Tunnels reconnect within 15 s and carry traffic meanwhile. It begins with the source's first update:
-/// before that, no tunnel can be sent its pods.
+/// Grace period after a watcher restart during which adopted pods stay ready although no tunnel is
+/// connected. Tunnels reconnect within 15 s and carry traffic meanwhile. It begins with the
+/// source's first update: before that, no tunnel can be sent its pods.
 const GRACE_PERIOD: Duration = Duration::from_secs(20);
 
 /// Pods and tunnels of an earlier watcher.
 #[derive(Debug, Default)]
-pub struct Adoption {
+pub(super) struct Adoption {
     /// Netns that a tunnel served, by cookie.
     ready: BTreeSet<u64>,
     tunnels: BTreeSet<CgroupId>,
@@ -24,32 +24,32 @@ pub struct Adoption {
 
 impl Adoption {
     /// Of netns that a tunnel served, and of the cgroups of tunnels.
-    pub fn new(ready: BTreeSet<u64>, tunnels: BTreeSet<CgroupId>) -> Self {
+    pub(super) fn new(ready: BTreeSet<u64>, tunnels: BTreeSet<CgroupId>) -> Self {
         Self { ready, tunnels, until: None }
     }
 
     /// Whether a tunnel served the netns `cookie`, and may still do so.
-    pub fn is_ready(&self, cookie: u64) -> bool {
+    pub(super) fn is_ready(&self, cookie: u64) -> bool {
         self.ready.contains(&cookie)
     }
 
     /// The cgroups of its tunnels.
-    pub fn tunnels(&self) -> &BTreeSet<CgroupId> {
+    pub(super) fn tunnels(&self) -> &BTreeSet<CgroupId> {
         &self.tunnels
     }
 
     /// Begins the grace period.
-    pub fn begin(&mut self, now: Instant) {
+    pub(super) fn begin(&mut self, now: Instant) {
         self.until = Some(now + GRACE_PERIOD);
     }
 
     /// When the grace period ends.
-    pub fn ends_at(&self) -> Option<Instant> {
+    pub(super) fn ends_at(&self) -> Option<Instant> {
         self.until
     }
 
     /// Whether the grace period has just ended; then nothing is adopted any more.
-    pub fn end_if_over(&mut self, now: Instant) -> bool {
+    pub(super) fn end_if_over(&mut self, now: Instant) -> bool {
         let over = self.until.is_some_and(|until| until <= now);
         if over {
             self.end();
@@ -58,7 +58,7 @@ impl Adoption {
     }
 
     /// Nothing is adopted any more.
-    pub fn end(&mut self) {
+    pub(super) fn end(&mut self) {
         *self = Self::default();
     }
 }

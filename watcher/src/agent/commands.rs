@@ -15,7 +15,7 @@ use super::{config::Config, planning, pods::PodTable, reporter::Reporter};
 
 /// The owners that answers are read from.
 #[derive(Clone, Copy, Debug)]
-pub struct Commands<'a> {
+pub(super) struct Commands<'a> {
     /// What the watcher is configured to do.
     pub config: &'a Config,
     /// The pods.
@@ -30,7 +30,7 @@ pub struct Commands<'a> {
 
 impl Commands<'_> {
     /// For `watcher status`.
-    pub fn status(&self) -> Status {
+    pub(super) fn status(&self) -> Status {
         let Self { config, pods, applier, reporter, ready } = *self;
         let pod = |entry| {
             let state = planning::state_of(entry, applier, config);
@@ -59,7 +59,7 @@ impl Commands<'_> {
     ///
     /// # Errors
     /// No pod is called so, or several are: a sentence for the user.
-    pub fn explain(&self, pod: &str, destination: SocketAddr) -> Result<Explanation, String> {
+    pub(super) fn explain(&self, pod: &str, destination: SocketAddr) -> Result<Explanation, String> {
         let view = answers::find(self.pods.views(), pod)?;
         let resolvers = &self.config.dns_resolvers;
         Ok(explanation(view, self.pods.views(), destination, self.applier, resolvers))

@@ -35,8 +35,8 @@ pub struct Config {
     pub dns_resolvers: Vec<IpAddr>,
     /// Where metrics and readiness are served.
     pub metrics_address: Option<SocketAddr>,
-    /// How often everything is scanned. A scan makes up for lost events and for maps that others changed, and
-    /// finds ports that no application listens on any more.
+    /// How often everything is scanned. A scan makes up for lost events and for maps that others
+    /// changed, and finds ports that no application listens on any more.
     pub rescan: Duration,
     /// Undo everything at the end.
     pub detach: bool,

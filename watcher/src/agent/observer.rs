@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
 };
@@ -14,7 +14,7 @@ use crate::{
     apply::netns::OpenNetns,
     model::pod::Selection,
     observe::{
-        Observed, cgroups,
+        Observed, cgroup_path, cgroups,
         netns::{self, NetnsId, Visitors},
         processes::{self, Look, Sightings},
     },
@@ -24,7 +24,7 @@ use super::pods::{Evaluation, PodTable};
 
 /// Observes pods, and remembers where they are.
 #[derive(Debug)]
-pub struct Observer {
+pub(super) struct Observer {
     /// The cgroup above all pods.
     base: PathBuf,
     /// Netns that no pod may claim.
@@ -38,34 +38,44 @@ pub struct Observer {
 
 impl Observer {
     /// For pods below the cgroup `base`.
-    pub fn new(base: PathBuf, visitors: Arc<Visitors>) -> Self {
+    pub(super) fn new(base: PathBuf, visitors: Arc<Visitors>) -> Self {
         let opened = OpenNetns::new();
         Self { base, host: netns::host(), visitors, dirs: BTreeMap::new(), opened }
     }
 
-    /// The directory of pod `uid` is `dir`.
-    pub fn set_dir(&mut self, uid: String, dir: PathBuf) {
-        self.dirs.insert(uid, dir);
+    /// The pods whose cgroup `path` is, below which something happened: those to be observed.
+    pub(super) fn pods_at(&mut self, path: &Path, pods: &PodTable) -> Vec<String> {
+        if let Some(uid) = pods.owner_uid(path) {
+            return vec![uid.to_owned()];
+        }
+        match cgroup_path::place(path, &self.base).filter(|place| pods.get(&place.uid).is_some()) {
+            Some(place) => {
+                self.dirs.insert(place.uid.clone(), place.pod_dir);
+                vec![place.uid]
+            }
+            // A directory that the source named, not by its uid, and that is new.
+            None => pods.with_given_cgroup(path),
+        }
     }
 
     /// Reads anew where all pods are.
-    pub fn find_dirs(&mut self) {
+    pub(super) fn find_dirs(&mut self) {
         self.dirs = cgroups::pods(&self.base);
     }
 
     /// Netns that were opened by the last observations, by cookie.
-    pub fn opened(&self) -> &OpenNetns {
+    pub(super) fn opened(&self) -> &OpenNetns {
         &self.opened
     }
 
     /// Closes them: an fd keeps a netns alive that its pod has left.
-    pub fn close_netns(&mut self) {
+    pub(super) fn close_netns(&mut self) {
         self.opened.clear();
     }
 
-    /// Observes the pods `uids` and evaluates them, and then pods that waited for something that one of
-    /// these released. `enrolled` gives the cookie of the netns that a pod is enrolled with.
-    pub fn evaluate(
+    /// Observes the pods `uids` and evaluates them, and then pods that waited for something that
+    /// one of these released. `enrolled` gives the cookie of the netns that a pod is enrolled with.
+    pub(super) fn evaluate(
         &mut self,
         pods: &mut PodTable,
         uids: &BTreeSet<String>,

@@ -1,4 +1,5 @@
-//! From the table of pods to plans and states: asks each pod's circumstances of the owners that know them.
+//! From the table of pods to plans and states: asks each pod's circumstances of the owners that
+//! know them.
 
 use std::{collections::BTreeSet, ffi::OsString, os::unix::ffi::OsStrExt as _, path::Path, time::Instant};
 
@@ -20,7 +21,7 @@ use super::{adoption::Adoption, config::Config, pod_entry::PodEntry, pods::PodTa
 
 /// The plans of pods, and the earlier plans that name what may have to be removed.
 #[derive(Debug, Default)]
-pub struct Planned {
+pub(super) struct Planned {
     /// By uid.
     pub plan: Plan,
     /// Earlier plans of these pods, and plans of pods that are gone, by uid.
@@ -28,7 +29,7 @@ pub struct Planned {
 }
 
 /// Plans the pods `uids`.
-pub fn plan_pods(
+pub(super) fn plan_pods(
     uids: &BTreeSet<String>,
     pods: &mut PodTable,
     applier: &Applier,
@@ -78,7 +79,7 @@ fn cgroup_names(pod: &Pod, attached: &Path) -> Vec<Name> {
 }
 
 /// What happens to the pod's traffic now, and why it is not open.
-pub fn state_of(entry: &PodEntry, applier: &Applier, config: &Config) -> (State, Option<Reason>) {
+pub(super) fn state_of(entry: &PodEntry, applier: &Applier, config: &Config) -> (State, Option<Reason>) {
     let progress = PodProgress {
         info: answers::applied_info(&entry.view, applier),
         fail_mode: config.fail_mode,

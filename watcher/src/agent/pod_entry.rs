@@ -13,17 +13,17 @@ use crate::{
 
 /// A pod that was in plaintext stays so for at most this long while a tunnel is offered it.
 const GRACE_PERIOD: Duration = Duration::from_secs(5);
-/// An enrolled pod without any process keeps its netns for so long: between two containers there may be a
-/// moment without one.
+/// An enrolled pod without any process keeps its netns for so long: between two containers there
+/// may be a moment without one.
 const EMPTY_TIME: Duration = Duration::from_secs(1);
 /// How soon an eligible pod is observed again when its processes come and go.
 const PROCESS_PAUSE: Duration = Duration::from_millis(200);
 /// How soon a pod is observed again after something could not be done for it.
-pub const RETRY_PAUSE: Duration = Duration::from_secs(1);
+pub(super) const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// A pod, and everything that is remembered of it.
 #[derive(Debug)]
-pub struct PodEntry {
+pub(super) struct PodEntry {
     /// Its specification, what was observed, and whether it can be enrolled.
     pub view: PodView,
     /// Its position in the source's list.
@@ -32,8 +32,8 @@ pub struct PodEntry {
     pub plan: PodPlan,
     /// The id of its exclusions, and the exclusions that have this id.
     pub exclusions: Option<(u32, Exclusions)>,
-    /// Whether its treatment until a tunnel serves it was decided: only a pod that ran in plaintext until
-    /// then gets a grace period.
+    /// Whether its treatment until a tunnel serves it was decided: only a pod that ran in plaintext
+    /// until then gets a grace period.
     pub admitted: bool,
     /// Until when its traffic passes in plaintext although no tunnel serves it.
     pub grace_until: Option<Instant>,
@@ -55,7 +55,7 @@ pub struct PodEntry {
 
 impl PodEntry {
     /// A pod that was not observed yet.
-    pub fn new(pod: Arc<Pod>, rank: u64, now: Instant) -> Self {
+    pub(super) fn new(pod: Arc<Pod>, rank: u64, now: Instant) -> Self {
         let view = PodView { pod, observed: Observed::default(), eligibility: Eligibility::Plain(None) };
         Self {
             view,
@@ -75,18 +75,18 @@ impl PodEntry {
     }
 
     /// Whether the pod is left alone.
-    pub fn is_plain(&self) -> bool {
+    pub(super) fn is_plain(&self) -> bool {
         matches!(self.view.eligibility, Eligibility::Plain(_))
     }
 
     /// Whether its traffic passes in plaintext although no tunnel serves it.
-    pub fn in_grace(&self, now: Instant) -> bool {
+    pub(super) fn in_grace(&self, now: Instant) -> bool {
         self.grace_until.is_some_and(|until| until > now)
     }
 
-    /// Decides, for a pod that is new, how it is treated until a tunnel serves it. `is_closed`: the programs
-    /// refuse its traffic already.
-    pub fn admit(&mut self, is_closed: bool, has_tunnel: bool, now: Instant) {
+    /// Decides, for a pod that is new, how it is treated until a tunnel serves it. `is_closed`: the
+    /// programs refuse its traffic already.
+    pub(super) fn admit(&mut self, is_closed: bool, has_tunnel: bool, now: Instant) {
         if self.is_plain() {
             (self.admitted, self.grace_until, self.waiting_since) = (false, None, None);
             return;
@@ -100,10 +100,10 @@ impl PodEntry {
         }
     }
 
-    /// Decides when to observe the pod again: soon after a change, since one seldom comes alone (a process
-    /// before its addresses, IPv4 before IPv6, and no kernel notifies a watcher outside of a netns of its
-    /// addresses), then ever more rarely, until the periodic scan is enough.
-    pub fn schedule(&mut self, now: Instant, changed: bool) {
+    /// Decides when to observe the pod again: soon after a change, since one seldom comes alone (a
+    /// process before its addresses, IPv4 before IPv6, and no kernel notifies a watcher outside of
+    /// a netns of its addresses), then ever more rarely, until the periodic scan is enough.
+    pub(super) fn schedule(&mut self, now: Instant, changed: bool) {
         const SOON: Duration = Duration::from_millis(5);
         const SETTLED: Duration = Duration::from_millis(250);
         const SELDOM: Duration = Duration::from_secs(1);
@@ -124,13 +124,13 @@ impl PodEntry {
     }
 
     /// Has the pod observed at once, and often from then on.
-    pub fn requeue_now(&mut self, now: Instant) {
+    pub(super) fn requeue_now(&mut self, now: Instant) {
         self.changed_at = now;
         self.next_observation = Some(now);
     }
 
     /// A process of the pod began a program. Whether the pod has to be observed at once.
-    pub fn process_started(&mut self, now: Instant) -> bool {
+    pub(super) fn process_started(&mut self, now: Instant) -> bool {
         if self.view.eligibility.facts().is_none() {
             return true;
         }
@@ -140,9 +140,9 @@ impl PodEntry {
         false
     }
 
-    /// `observed`, with the netns of the last observation while the pod is without any process for a moment
-    /// only.
-    pub fn keep_netns_while_empty(&mut self, mut observed: Observed) -> Observed {
+    /// `observed`, with the netns of the last observation while the pod is without any process for
+    /// a moment only.
+    pub(super) fn keep_netns_while_empty(&mut self, mut observed: Observed) -> Observed {
         let earlier = &self.view.observed;
         let emptied = observed.netns.is_empty() && !observed.cgroups.is_empty() && !earlier.netns.is_empty();
         if !emptied {

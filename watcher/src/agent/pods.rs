@@ -25,7 +25,7 @@ use super::pod_entry::{PodEntry, RETRY_PAUSE};
 
 /// An entry of the source that is not used, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RejectedEntry {
+pub(super) struct RejectedEntry {
     /// What could be read of it.
     pub entry: BadEntry,
     /// Why it is not used.
@@ -34,7 +34,7 @@ pub struct RejectedEntry {
 
 /// All pods.
 #[derive(Debug, Default)]
-pub struct PodTable {
+pub(super) struct PodTable {
     entries: BTreeMap<String, PodEntry>,
     rejected: Vec<RejectedEntry>,
     claims: Claims,
@@ -51,7 +51,7 @@ pub struct PodTable {
 
 /// What an evaluation changed.
 #[derive(Debug, Default)]
-pub struct Evaluation {
+pub(super) struct Evaluation {
     /// The pods that were evaluated.
     pub uids: BTreeSet<String>,
     /// Pods, already admitted, that are otherwise than before: uid, before, now.
@@ -62,54 +62,54 @@ pub struct Evaluation {
 
 impl PodTable {
     /// An empty table. Exclusion lists get ids above `last_exclusion_id`.
-    pub fn new(last_exclusion_id: u32) -> Self {
+    pub(super) fn new(last_exclusion_id: u32) -> Self {
         Self { last_exclusion_id, ..Self::default() }
     }
 
     /// Whether the source has named all pods at least once.
-    pub fn is_synced(&self) -> bool {
+    pub(super) fn is_synced(&self) -> bool {
         self.synced
     }
 
     /// Entries of the source that are not used.
-    pub fn rejected(&self) -> &[RejectedEntry] {
+    pub(super) fn rejected(&self) -> &[RejectedEntry] {
         &self.rejected
     }
 
     /// The pod `uid`.
-    pub fn get(&self, uid: &str) -> Option<&PodEntry> {
+    pub(super) fn get(&self, uid: &str) -> Option<&PodEntry> {
         self.entries.get(uid)
     }
 
     /// The pod `uid`.
-    pub fn get_mut(&mut self, uid: &str) -> Option<&mut PodEntry> {
+    pub(super) fn get_mut(&mut self, uid: &str) -> Option<&mut PodEntry> {
         self.entries.get_mut(uid)
     }
 
     /// The uids of all pods.
-    pub fn uids(&self) -> BTreeSet<String> {
+    pub(super) fn uids(&self) -> BTreeSet<String> {
         self.entries.keys().cloned().collect()
     }
 
     /// All pods, in the order of their uids.
-    pub fn iter(&self) -> impl Iterator<Item = &PodEntry> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &PodEntry> {
         self.entries.values()
     }
 
     /// All pods as plans see them.
-    pub fn views(&self) -> impl Iterator<Item = &PodView> {
+    pub(super) fn views(&self) -> impl Iterator<Item = &PodView> {
         self.iter().map(|entry| &entry.view)
     }
 
     /// All pods in the order of the source's list.
-    pub fn in_order(&self) -> Vec<&PodEntry> {
+    pub(super) fn in_order(&self) -> Vec<&PodEntry> {
         let mut entries: Vec<&PodEntry> = self.entries.values().collect();
         entries.sort_by_key(|entry| entry.rank);
         entries
     }
 
     /// `uids` in that order, those that are known.
-    pub fn ranked(&self, uids: &BTreeSet<String>) -> Vec<String> {
+    pub(super) fn ranked(&self, uids: &BTreeSet<String>) -> Vec<String> {
         let mut ranked: Vec<(u64, &String)> =
             uids.iter().filter_map(|uid| Some((self.entries.get(uid)?.rank, uid))).collect();
         ranked.sort_unstable();
@@ -117,17 +117,17 @@ impl PodTable {
     }
 
     /// The uid that owns the cgroup directory `path` or one above it, maybe of a pod that is gone.
-    pub fn owner_uid(&self, path: &Path) -> Option<&str> {
+    pub(super) fn owner_uid(&self, path: &Path) -> Option<&str> {
         self.claims.owner(path)
     }
 
     /// The pod that owns the cgroup directory `path` or one above it.
-    pub fn owner(&self, path: &Path) -> Option<&PodEntry> {
+    pub(super) fn owner(&self, path: &Path) -> Option<&PodEntry> {
         self.claims.owner(path).and_then(|uid| self.entries.get(uid))
     }
 
     /// The pods whose source named a cgroup directory that is `path` or above it.
-    pub fn with_given_cgroup(&self, path: &Path) -> Vec<String> {
+    pub(super) fn with_given_cgroup(&self, path: &Path) -> Vec<String> {
         self.iter()
             .filter(|entry| entry.view.pod.cgroup.as_deref().is_some_and(|dir| path.starts_with(dir)))
             .map(|entry| entry.view.pod.uid.clone())
@@ -135,12 +135,12 @@ impl PodTable {
     }
 
     /// The pod that the cgroup `id` was last seen in.
-    pub fn by_cgroup_mut(&mut self, id: CgroupId) -> Option<&mut PodEntry> {
+    pub(super) fn by_cgroup_mut(&mut self, id: CgroupId) -> Option<&mut PodEntry> {
         self.by_cgroup.get(&id).and_then(|uid| self.entries.get_mut(uid))
     }
 
     /// Applies an update of the source; the uids of pods that are new, changed or gone.
-    pub fn apply_update(&mut self, update: Update, now: Instant) -> BTreeSet<String> {
+    pub(super) fn apply_update(&mut self, update: Update, now: Instant) -> BTreeSet<String> {
         let mut changed = BTreeSet::new();
         match update {
             Update::All(entries) => self.replace_all(entries, now, &mut changed),
@@ -189,7 +189,8 @@ impl PodTable {
         }
     }
 
-    /// Takes one entry; the uid that it is about. A bad one leaves the last good one of its uid in force.
+    /// Takes one entry; the uid that it is about. A bad one leaves the last good one of its uid in
+    /// force.
     fn set(
         &mut self,
         entry: Entry,
@@ -243,22 +244,23 @@ impl PodTable {
     }
 
     /// Has a cgroup entry compared that belongs to no plan yet.
-    pub fn add_stray(&mut self, plan: PodPlan) {
+    pub(super) fn add_stray(&mut self, plan: PodPlan) {
         self.gone.push((String::new(), plan));
     }
 
     /// The plans of pods that are gone, once.
-    pub fn take_gone(&mut self) -> Vec<(String, PodPlan)> {
+    pub(super) fn take_gone(&mut self) -> Vec<(String, PodPlan)> {
         std::mem::take(&mut self.gone)
     }
 
     /// The last states of pods that are gone, once.
-    pub fn take_gone_states(&mut self) -> Vec<State> {
+    pub(super) fn take_gone_states(&mut self) -> Vec<State> {
         std::mem::take(&mut self.gone_states)
     }
 
-    /// Releases what pods among `uids` owned that are not known any more. Whether that was anything.
-    pub fn release_gone(&mut self, uids: &BTreeSet<String>) -> bool {
+    /// Releases what pods among `uids` owned that are not known any more. Whether that was
+    /// anything.
+    pub(super) fn release_gone(&mut self, uids: &BTreeSet<String>) -> bool {
         let mut freed = false;
         for uid in uids {
             if self.entries.contains_key(uid) {
@@ -272,16 +274,16 @@ impl PodTable {
     }
 
     /// Pods that wait for another one to release something, as they were observed last.
-    pub fn blocked(&self) -> Vec<(String, Observed)> {
+    pub(super) fn blocked(&self) -> Vec<(String, Observed)> {
         self.views()
             .filter(|view| view.eligibility.is_blocked())
             .map(|view| (view.pod.uid.clone(), view.observed.clone()))
             .collect()
     }
 
-    /// Evaluates pods by what was observed. `attached` is the cgroup that the programs are attached to;
-    /// `enrolled_netns` gives the cookie of the netns that a pod is enrolled with.
-    pub fn evaluate(
+    /// Evaluates pods by what was observed. `attached` is the cgroup that the programs are attached
+    /// to; `enrolled_netns` gives the cookie of the netns that a pod is enrolled with.
+    pub(super) fn evaluate(
         &mut self,
         observed: Vec<(String, Observed)>,
         attached: &Path,
@@ -314,9 +316,9 @@ impl PodTable {
         evaluation
     }
 
-    /// Gives a pod with exclusions an id; 0: it has none. Other exclusions get another id, so that the
-    /// programs see the old list or the new one and nothing between.
-    pub fn exclusion_id(&mut self, uid: &str) -> u32 {
+    /// Gives a pod with exclusions an id; 0: it has none. Other exclusions get another id, so that
+    /// the programs see the old list or the new one and nothing between.
+    pub(super) fn exclusion_id(&mut self, uid: &str) -> u32 {
         let Some(entry) = self.entries.get_mut(uid) else { return 0 };
         let exclusions = &entry.view.pod.exclusions;
         if exclusions.is_empty() {
@@ -334,7 +336,7 @@ impl PodTable {
     }
 
     /// Ends the grace periods that are over; the pods' uids.
-    pub fn end_grace_periods(&mut self, now: Instant) -> Vec<String> {
+    pub(super) fn end_grace_periods(&mut self, now: Instant) -> Vec<String> {
         let over = self.entries.iter_mut().filter(|(_, entry)| entry.grace_until.is_some_and(|at| at <= now));
         over.map(|(uid, entry)| {
             entry.grace_until = None;
@@ -344,15 +346,15 @@ impl PodTable {
     }
 
     /// Ends every grace period.
-    pub fn end_all_grace_periods(&mut self) {
+    pub(super) fn end_all_grace_periods(&mut self) {
         for entry in self.entries.values_mut() {
             entry.grace_until = None;
         }
     }
 
-    /// Records what could not be done for `uid`. It is tried again by the next observation, which is due
-    /// soon.
-    pub fn set_problem(&mut self, uid: &str, reason: Reason, now: Instant) {
+    /// Records what could not be done for `uid`. It is tried again by the next observation, which
+    /// is due soon.
+    pub(super) fn set_problem(&mut self, uid: &str, reason: Reason, now: Instant) {
         let Some(entry) = self.entries.get_mut(uid) else { return };
         if entry.problem.as_ref() != Some(&reason) {
             warn!(uid, code = reason.code.code(), reason = reason.text, "pod cannot be enrolled yet");
@@ -362,26 +364,26 @@ impl PodTable {
     }
 
     /// Nothing is wrong with `uid` any more.
-    pub fn clear_problem(&mut self, uid: &str) {
+    pub(super) fn clear_problem(&mut self, uid: &str) {
         if let Some(entry) = self.entries.get_mut(uid) {
             entry.problem = None;
         }
     }
 
     /// The pods to be observed by now.
-    pub fn due(&self, now: Instant) -> Vec<String> {
+    pub(super) fn due(&self, now: Instant) -> Vec<String> {
         let due = self.entries.iter().filter(|(_, entry)| entry.next_observation.is_some_and(|at| at <= now));
         due.map(|(uid, _)| uid.clone()).collect()
     }
 
     /// When a pod is to be observed, or its grace period ends, next.
-    pub fn next_due(&self) -> Option<Instant> {
+    pub(super) fn next_due(&self) -> Option<Instant> {
         self.iter().flat_map(|entry| [entry.next_observation, entry.grace_until]).flatten().min()
     }
 
-    /// The directories whose changes matter when inotify is the only source of cgroup events: every cgroup
-    /// of the pods, and the directories where pods' cgroups are made, below `attached`.
-    pub fn directories(&self, attached: &Path) -> BTreeSet<PathBuf> {
+    /// The directories whose changes matter when inotify is the only source of cgroup events: every
+    /// cgroup of the pods, and the directories where pods' cgroups are made, below `attached`.
+    pub(super) fn directories(&self, attached: &Path) -> BTreeSet<PathBuf> {
         let mut watched: BTreeSet<PathBuf> = self
             .iter()
             .filter(|entry| !entry.is_plain())

@@ -10,7 +10,7 @@ const RESYNC_PAUSE: Duration = Duration::from_secs(1);
 
 /// The pods that wait for an observation, a comparison with what is applied, or a report, by uid.
 #[derive(Debug)]
-pub struct Queue {
+pub(super) struct Queue {
     observe: BTreeSet<String>,
     reconcile: BTreeSet<String>,
     report: BTreeSet<String>,
@@ -26,7 +26,7 @@ pub struct Queue {
 
 /// What is compared with what is applied.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Work {
+pub(super) enum Work {
     /// Every pod, and what belongs to none.
     All,
     /// These pods.
@@ -50,45 +50,45 @@ impl Default for Queue {
 
 impl Queue {
     /// Pods to be observed, then compared.
-    pub fn observe(&mut self, uids: impl IntoIterator<Item = String>) {
+    pub(super) fn observe(&mut self, uids: impl IntoIterator<Item = String>) {
         self.observe.extend(uids);
     }
 
     /// Pods to be compared.
-    pub fn reconcile(&mut self, uids: impl IntoIterator<Item = String>) {
+    pub(super) fn reconcile(&mut self, uids: impl IntoIterator<Item = String>) {
         self.reconcile.extend(uids);
     }
 
     /// Everything is to be compared.
-    pub fn reconcile_all(&mut self) {
+    pub(super) fn reconcile_all(&mut self) {
         self.all = true;
     }
 
     /// Everything is to be observed.
-    pub fn scan(&mut self) {
+    pub(super) fn scan(&mut self) {
         self.scan = true;
     }
 
-    /// The pods `uids` were compared: their states are to be reported. `failed`: not everything could be
-    /// done, so that everything is compared again soon.
-    pub fn applied(&mut self, uids: &mut BTreeSet<String>, failed: bool, now: Instant) {
+    /// The pods `uids` were compared: their states are to be reported. `failed`: not everything
+    /// could be done, so that everything is compared again soon.
+    pub(super) fn applied(&mut self, uids: &mut BTreeSet<String>, failed: bool, now: Instant) {
         self.report.append(uids);
         self.resync_at = failed.then(|| now + RESYNC_PAUSE);
         self.dirs_changed = true;
     }
 
     /// Whether all that was queued so far was observed, and everything compared.
-    pub fn is_idle(&self) -> bool {
+    pub(super) fn is_idle(&self) -> bool {
         !self.all && self.observe.is_empty()
     }
 
     /// The pods to be observed now.
-    pub fn take_observations(&mut self) -> BTreeSet<String> {
+    pub(super) fn take_observations(&mut self) -> BTreeSet<String> {
         std::mem::take(&mut self.observe)
     }
 
     /// What is to be compared now, if anything is.
-    pub fn take_work(&mut self, now: Instant) -> Option<Work> {
+    pub(super) fn take_work(&mut self, now: Instant) -> Option<Work> {
         let all = std::mem::take(&mut self.all) || self.resync_at.is_some_and(|at| at <= now);
         let uids = std::mem::take(&mut self.reconcile);
         if all {
@@ -98,22 +98,22 @@ impl Queue {
     }
 
     /// The pods whose states are to be reported now.
-    pub fn take_reports(&mut self) -> BTreeSet<String> {
+    pub(super) fn take_reports(&mut self) -> BTreeSet<String> {
         std::mem::take(&mut self.report)
     }
 
     /// Whether everything is to be observed now.
-    pub fn take_scan(&mut self) -> bool {
+    pub(super) fn take_scan(&mut self) -> bool {
         std::mem::take(&mut self.scan)
     }
 
     /// Whether pods may have cgroups in other directories than before.
-    pub fn take_dirs_changed(&mut self) -> bool {
+    pub(super) fn take_dirs_changed(&mut self) -> bool {
         std::mem::take(&mut self.dirs_changed)
     }
 
     /// When everything is compared again.
-    pub fn resync_at(&self) -> Option<Instant> {
+    pub(super) fn resync_at(&self) -> Option<Instant> {
         self.resync_at
     }
 }

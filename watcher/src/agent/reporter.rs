@@ -21,7 +21,7 @@ use super::pod_entry::PodEntry;
 
 /// Reports to the source and to operators.
 #[derive(Debug)]
-pub struct Reporter {
+pub(super) struct Reporter {
     metrics: Arc<Metrics>,
     source_name: String,
     source_error: Option<String>,
@@ -38,7 +38,7 @@ pub struct Reporter {
 
 impl Reporter {
     /// For `source`, and for events from `events`.
-    pub fn new(source: &Source, events: SourceKind, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(source: &Source, events: SourceKind, metrics: Arc<Metrics>) -> Self {
         Self {
             metrics,
             source_name: source.name.clone(),
@@ -54,12 +54,12 @@ impl Reporter {
     }
 
     /// What the pods' source is called.
-    pub fn source_name(&self) -> &str {
+    pub(super) fn source_name(&self) -> &str {
         &self.source_name
     }
 
     /// The source sent `update`. `first`: it is the first complete list.
-    pub fn source_update(&mut self, update: &Update, first: bool) {
+    pub(super) fn source_update(&mut self, update: &Update, first: bool) {
         let failed_before = self.source_error.is_some();
         match update {
             Update::All(entries) => {
@@ -78,38 +78,38 @@ impl Reporter {
     }
 
     /// An event was received.
-    pub fn event(&mut self) {
+    pub(super) fn event(&mut self) {
         self.received += 1;
         self.metrics.told(self.events);
     }
 
     /// So many events were lost.
-    pub fn events_lost(&mut self, count: u64) {
+    pub(super) fn events_lost(&mut self, count: u64) {
         warn!(count, "events were lost; scanning everything");
         self.lost += count;
         self.metrics.lost(count);
     }
 
     /// A scan found the pod `uid` otherwise than events had said.
-    pub fn correction(&mut self, uid: &str, before: &Eligibility, found: &Eligibility) {
+    pub(super) fn correction(&mut self, uid: &str, before: &Eligibility, found: &Eligibility) {
         info!(uid, ?found, ?before, "the scan found a change that no event reported");
         self.corrected();
     }
 
     /// A scan found something otherwise than it should be.
-    pub fn corrected(&mut self) {
+    pub(super) fn corrected(&mut self) {
         self.corrections += 1;
         self.metrics.corrected();
     }
 
     /// The numbers that metrics show as they are.
-    pub fn set_gauges(&self, tunnels: usize, ready: bool) {
+    pub(super) fn set_gauges(&self, tunnels: usize, ready: bool) {
         self.metrics.set_tunnels(tunnels);
         self.metrics.set_ready(ready);
     }
 
     /// The state of a pod, which may have changed.
-    pub fn pod_state(&mut self, entry: &mut PodEntry, state: State, reason: Option<Reason>) {
+    pub(super) fn pod_state(&mut self, entry: &mut PodEntry, state: State, reason: Option<Reason>) {
         let addresses = entry.view.eligibility.facts().map(|facts| facts.addresses.clone());
         let outcome = outcome(&entry.view, state, reason, addresses.unwrap_or_default());
         self.outcome(&entry.view.pod.uid, Some(outcome));
@@ -124,19 +124,19 @@ impl Reporter {
     }
 
     /// The pod `uid` is not known any more.
-    pub fn pod_gone(&mut self, uid: &str) {
+    pub(super) fn pod_gone(&mut self, uid: &str) {
         self.outcome(uid, None);
     }
 
     /// Pods are not known any more whose last states were these.
-    pub fn states_gone(&mut self, states: Vec<State>) {
+    pub(super) fn states_gone(&mut self, states: Vec<State>) {
         for state in states {
             self.metrics.pod(Some(state), None);
         }
     }
 
     /// All of `pods` left the mesh.
-    pub fn all_left<'a>(&mut self, pods: impl Iterator<Item = &'a PodView>) {
+    pub(super) fn all_left<'a>(&mut self, pods: impl Iterator<Item = &'a PodView>) {
         for view in pods {
             self.outcome(&view.pod.uid, Some(outcome(view, State::Plain, None, Vec::new())));
         }
@@ -149,7 +149,7 @@ impl Reporter {
     }
 
     /// The source's part of `watcher status`.
-    pub fn source_status(&self, synced: bool) -> SourceStatus {
+    pub(super) fn source_status(&self, synced: bool) -> SourceStatus {
         SourceStatus {
             name: self.source_name.clone(),
             synced,
@@ -159,7 +159,7 @@ impl Reporter {
     }
 
     /// The events' part of `watcher status`.
-    pub fn events_status(&self) -> EventsStatus {
+    pub(super) fn events_status(&self) -> EventsStatus {
         EventsStatus {
             source: Some(self.events),
             received: self.received,

@@ -22,12 +22,12 @@ use super::{
     pods::PodTable, queue::Queue, reporter::Reporter,
 };
 
-/// The agent and its source of events. Events are opened before the first observation, so that whatever
-/// happens after it is reported.
+/// The agent and its source of events. Events are opened before the first observation, so that
+/// whatever happens after it is reported.
 ///
 /// # Errors
 /// The journal cannot be read, the kernel refused, or no source of events works.
-pub fn start(
+pub(super) fn start(
     config: Config,
     source: &Source,
     metrics: Arc<Metrics>,
@@ -73,7 +73,7 @@ fn layout(config: &Config) -> CgroupLayout {
 ///
 /// # Errors
 /// The address cannot be bound.
-pub async fn serve_metrics(
+pub(super) async fn serve_metrics(
     address: Option<SocketAddr>,
     metrics: &Arc<Metrics>,
 ) -> Result<Option<metrics::Server>, AgentError> {

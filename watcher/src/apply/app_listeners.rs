@@ -1,12 +1,12 @@
-//! Ports that applications listen on, for the programs: a connection to any other port is refused, as it
-//! would be without a tunnel in between.
+//! Ports that applications listen on, for the programs: a connection to any other port is refused,
+//! as it would be without a tunnel in between.
 //!
-//! The programs record the pods' sockets themselves, as they begin to listen. What the programs cannot see
-//! comes from the kernel's list of sockets: what listened before the pod was enrolled, what was bound before
-//! the programs were attached, what runs in the pod's netns and not in its cgroups. The same list shows what
-//! has ended. Only this scan removes ports, and it lists once more afterwards, so that a socket which begins
-//! to listen at that moment is missing for no longer than that takes. While the list of a netns is not
-//! complete, no connection is refused there.
+//! The programs record the pods' sockets themselves, as they begin to listen. What the programs
+//! cannot see comes from the kernel's list of sockets: what listened before the pod was enrolled,
+//! what was bound before the programs were attached, what runs in the pod's netns and not in its
+//! cgroups. The same list shows what has ended. Only this scan removes ports, and it lists once
+//! more afterwards, so that a socket which begins to listen at that moment is missing for no longer
+//! than that takes. While the list of a netns is not complete, no connection is refused there.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -35,8 +35,8 @@ use super::netns::OpenNetns;
 /// A netns by its cookie, open.
 type Open = (u64, Arc<OwnedFd>);
 
-/// How long new pods may wait for a tunnel before their sockets are listed anyway. Their netns stay open
-/// until then.
+/// How long new pods may wait for a tunnel before their sockets are listed anyway. Their netns stay
+/// open until then.
 const PATIENCE: Duration = Duration::from_millis(100);
 
 /// Netns of new pods whose sockets are not listed yet.
@@ -48,20 +48,22 @@ pub struct AppListeners {
 
 impl AppListeners {
     /// When the sockets of new pods are listed at the latest.
+    #[must_use]
     pub fn due(&self) -> Option<Instant> {
         self.due
     }
 
-    /// Has the programs record what begins to listen in the netns `fd`. What listens there already is listed
-    /// later: the list goes through the listeners of all netns of the node (`tcp_diag_dump`), and no
-    /// connection arrives before a tunnel serves the pod.
+    /// Has the programs record what begins to listen in the netns `fd`. What listens there already
+    /// is listed later: the list goes through the listeners of all netns of the node
+    /// (`tcp_diag_dump`), and no connection arrives before a tunnel serves the pod.
     pub fn add(&mut self, kernel: &mut Kernel, cookie: u64, fd: Arc<OwnedFd>) {
         begin(kernel, cookie);
         self.unlisted.insert(cookie, fd);
         self.due.get_or_insert_with(|| Instant::now() + PATIENCE);
     }
 
-    /// Lists the sockets of new pods once a tunnel serves all of them. `is_served` takes a pod's uid.
+    /// Lists the sockets of new pods once a tunnel serves all of them. `is_served` takes a pod's
+    /// uid.
     pub fn list_new(
         &mut self,
         kernel: &mut Kernel,
@@ -134,7 +136,9 @@ fn scan_open(kernel: &mut Kernel, visitors: &Visitors, netns: &[Open]) {
     }
 }
 
-/// Whether an application may listen on `port` of `address` in the netns `cookie`, as the programs see it.
+/// Whether an application may listen on `port` of `address` in the netns `cookie`, as the programs
+/// see it.
+#[must_use]
 pub fn may_listen(kernel: &Kernel, cookie: u64, port: u16, address: IpAddr) -> bool {
     let key = |port: u16, family| ListenerKey { netns_cookie: cookie, port: u32::from(port), family };
     let Ok(recorded) = kernel.listened() else { return true };
@@ -143,8 +147,8 @@ pub fn may_listen(kernel: &Kernel, cookie: u64, port: u16, address: IpAddr) -> b
         || !recorded.contains(&ListenerKey::about(cookie, ListenerKey::COMPLETE))
 }
 
-/// From here on the programs record what begins to listen in the netns. Called before the kernel's list is
-/// read, so that nothing falls in between.
+/// From here on the programs record what begins to listen in the netns. Called before the kernel's
+/// list is read, so that nothing falls in between.
 fn begin(kernel: &mut Kernel, cookie: u64) {
     let count = ListenerKey::about(cookie, ListenerKey::COUNT);
     if let Err(error) = kernel.set_listened(&count, 0) {

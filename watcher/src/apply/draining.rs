@@ -1,10 +1,10 @@
 //! Netns of pods that left, while connections still need them.
 //!
-//! A connection from a tunnel to the application needs the netns' rule, route and sysctls until it ends.
-//! Tunnels also continue to dial the application for connections that they accepted before the pod left, or
-//! that waited to be accepted. So the preparation is undone only when the tunnels have acknowledged that the
-//! pod is gone *and* the programs count neither a connection of theirs that uses another source address than
-//! the pod's nor one that came to the pod.
+//! A connection from a tunnel to the application needs the netns' rule, route and sysctls until it
+//! ends. Tunnels also continue to dial the application for connections that they accepted before
+//! the pod left, or that waited to be accepted. So the preparation is undone only when the tunnels
+//! have acknowledged that the pod is gone *and* the programs count neither a connection of theirs
+//! that uses another source address than the pod's nor one that came to the pod.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,8 +28,9 @@ use crate::{
 
 use super::{journal::Journal, netns_setup, zds_server::ConnId};
 
-/// A handshake that was under way when the pod left may still become a connection, which the programs cannot
-/// attribute to the pod. It takes a round trip, and a tunnel dials within milliseconds.
+/// A handshake that was under way when the pod left may still become a connection, which the
+/// programs cannot attribute to the pod. It takes a round trip, and a tunnel dials within
+/// milliseconds.
 const HANDSHAKE_TIME: Duration = Duration::from_millis(500);
 /// How soon a netns with open connections is checked again, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -64,6 +65,7 @@ impl Draining {
     }
 
     /// What it waits for, as a phrase.
+    #[must_use]
     pub fn waits_for(&self) -> String {
         if self.pending.is_empty() {
             format!("{} open connections of the tunnel", self.connections)
@@ -109,11 +111,13 @@ impl DrainingNetns {
     }
 
     /// Whether a tunnel has not acknowledged a withdrawal yet.
+    #[must_use]
     pub fn waits_for_tunnels(&self) -> bool {
         self.by_cookie.values().any(|draining| !draining.pending.is_empty())
     }
 
     /// When to check them next.
+    #[must_use]
     pub fn next_check(&self, now: Instant) -> Option<Instant> {
         let acknowledged = self.by_cookie.values().filter(|draining| draining.pending.is_empty());
         acknowledged.map(|draining| draining.next.max(now)).min()
@@ -148,8 +152,8 @@ impl Draining {
     fn restore_if_idle(&mut self, cookie: u64, kernel: &mut Kernel, journal: &Journal) -> io::Result<bool> {
         let Some(record) = journal.netns().get(&cookie) else { return Ok(true) };
         self.connections = kernel.deliveries(cookie).map_err(io::Error::other)?;
-        // A pod that was deleted has no application that they could lead to. The kernel may continue to resend
-        // what is left of them, into a netns without links, for minutes.
+        // A pod that was deleted has no application that they could lead to. The kernel may
+        // continue to resend what is left of them, into a netns without links, for minutes.
         if self.connections > 0 && self.netns.pod_cgroup.exists() {
             return Ok(false);
         }

@@ -1,7 +1,8 @@
 //! What was changed outside the kernel's maps, on disk, so that it can be undone after a crash.
 //!
-//! Written before the change: a record without its change does no harm, a change without its record would
-//! stay for ever. A reboot empties its folder, as it undoes everything that the journal records.
+//! Written before the change: a record without its change does no harm, a change without its record
+//! would stay for ever. A reboot empties its folder, as it undoes everything that the journal
+//! records.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -42,7 +43,8 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Reads `records.json` in `dir`, the run directory of one node. A missing file is an empty journal.
+    /// Reads `records.json` in `dir`, the run directory of one node. A missing file is an empty
+    /// journal.
     ///
     /// # Errors
     /// The file cannot be read or parsed.
@@ -59,22 +61,25 @@ impl Journal {
     }
 
     /// Prepared netns, by cookie.
+    #[must_use]
     pub fn netns(&self) -> &BTreeMap<u64, NetnsRecord> {
         &self.content.netns
     }
 
     /// The directory of the file.
+    #[must_use]
     pub fn dir(&self) -> &Path {
         self.path.parent().unwrap_or(&self.path)
     }
 
     /// Cgroups of tunnels that programs are attached to.
+    #[must_use]
     pub fn tunnels(&self) -> &BTreeMap<CgroupId, PathBuf> {
         &self.content.tunnels
     }
 
-    /// Records netns, all in one write. The first record of each stays, since by the second one the sysctls'
-    /// values are ours.
+    /// Records netns, all in one write. The first record of each stays, since by the second one the
+    /// sysctls' values are ours.
     ///
     /// # Errors
     /// The file cannot be written; then nothing is recorded.

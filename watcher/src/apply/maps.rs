@@ -1,4 +1,5 @@
-//! The maps that say which cgroup and which address is which pod: their contents, and changing them.
+//! The maps that say which cgroup and which address is which pod: their contents, and changing
+//! them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,8 +30,8 @@ pub struct AppliedMaps {
 }
 
 impl AppliedMaps {
-    /// Reads what an earlier run left. The contents of its exclusion lists are not read: an empty list
-    /// stands for each, so that it is removed when no pod needs it.
+    /// Reads what an earlier run left. The contents of its exclusion lists are not read: an empty
+    /// list stands for each, so that it is removed when no pod needs it.
     ///
     /// # Errors
     /// A map cannot be read.
@@ -47,22 +48,26 @@ impl AppliedMaps {
     }
 
     /// What the maps hold.
+    #[must_use]
     pub fn contents(&self) -> &MapContents {
         &self.contents
     }
 
     /// The highest id of an exclusion list; 0: there is none.
+    #[must_use]
     pub fn last_exclusion_id(&self) -> u32 {
         self.contents.exclusions.keys().next_back().copied().unwrap_or(0)
     }
 
     /// The cookies of the netns that a tunnel serves.
+    #[must_use]
     pub fn ready_netns(&self) -> BTreeSet<u64> {
         let ready = self.contents.addresses.values().filter(|record| record.flags & flag::READY != 0);
         ready.map(|record| record.netns_cookie).collect()
     }
 
     /// The cgroups of tunnels.
+    #[must_use]
     pub fn tunnel_cgroups(&self) -> BTreeSet<CgroupId> {
         let tunnels = self.contents.cgroups.iter().filter(|(_, info)| info.flags & flag::TUNNEL != 0);
         tunnels.map(|(id, _)| *id).collect()
@@ -119,15 +124,16 @@ impl AppliedMaps {
         self.apply(kernel, &MapWrite::SetCgroup(id, cgroup_info(flag::TUNNEL, 0, &[])))
     }
 
-    /// Records that the programs closed the new cgroup `id` by its `name`; its entry. `None`: no cgroup of
-    /// this name is expected.
+    /// Records that the programs closed the new cgroup `id` by its `name`; its entry. `None`: no
+    /// cgroup of this name is expected.
     pub fn record_closed(&mut self, id: CgroupId, name: &Name) -> Option<CgroupInfo> {
         let info = *self.contents.expected.get(name)?;
         self.contents.cgroups.insert(id, info);
         Some(info)
     }
 
-    /// Reads the maps back, so that the next comparison repairs what others changed. Whether they differed.
+    /// Reads the maps back, so that the next comparison repairs what others changed. Whether they
+    /// differed.
     ///
     /// # Errors
     /// A map cannot be read; then nothing changes here.

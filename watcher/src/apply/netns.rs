@@ -70,8 +70,9 @@ pub struct NetnsReport {
 }
 
 impl SteeredNetns {
-    /// Takes over what an earlier run left, so that what no pod needs any more is undone. `steered` are the
-    /// cookies of the netns that have links.
+    /// Takes over what an earlier run left, so that what no pod needs any more is undone. `steered`
+    /// are the cookies of the netns that have links.
+    #[must_use]
     pub fn adopt(journal: &Journal, steered: Vec<u64>) -> Self {
         let adopted =
             |id: NetnsId, uid: &str| Netns { id, pod_cgroup: PathBuf::new(), uid: uid.to_owned(), v6: false };
@@ -85,11 +86,13 @@ impl SteeredNetns {
     }
 
     /// All of them.
+    #[must_use]
     pub fn by_cookie(&self) -> &BTreeMap<u64, Netns> {
         &self.by_cookie
     }
 
     /// The cookie of the netns that is steered for the pod `uid`.
+    #[must_use]
     pub fn of_pod(&self, uid: &str) -> Option<u64> {
         self.by_cookie.iter().find(|(_, netns)| netns.uid == uid).map(|(cookie, _)| *cookie)
     }
@@ -135,8 +138,9 @@ impl SteeredNetns {
         report
     }
 
-    /// Compares with `linked`, the netns that the kernel has links for: those without one are steered again
-    /// by the next comparison, and links that belong to no pod are removed. Whether links were missing.
+    /// Compares with `linked`, the netns that the kernel has links for: those without one are
+    /// steered again by the next comparison, and links that belong to no pod are removed. Whether
+    /// links were missing.
     pub fn read_back(&mut self, kernel: &mut Kernel, linked: Vec<u64>) -> bool {
         let before = self.by_cookie.len();
         self.by_cookie.retain(|cookie, _| linked.contains(cookie));
@@ -207,7 +211,8 @@ fn prepare(
     ready
 }
 
-/// The netns itself: the fd from when its pod was observed, else through one of the pod's processes.
+/// The netns itself: the fd from when its pod was observed, else through one of the pod's
+/// processes.
 fn open_netns(cookie: u64, netns: &Netns, opened: &OpenNetns) -> io::Result<Arc<OwnedFd>> {
     if let Some(fd) = opened.get(&cookie) {
         return Ok(Arc::clone(fd));

@@ -1,15 +1,16 @@
 //! What a pod's netns needs so that the application sees the client's address.
 //!
-//! The tunnel dials the application from the client's address, with mark 0x539. Packets with that mark
-//! are delivered locally although the address is not ours (one rule and one `local` route for each
-//! family), and the application's accepted socket inherits the mark (`tcp_fwmark_accept`), so that its
-//! answers come back the same way; so does the kernel's refusal where nobody listens (`fwmark_reflect`). Without
-//! any one of them such a connection times out.
+//! The tunnel dials the application from the client's address, with mark 0x539. Packets with that
+//! mark are delivered locally although the address is not the pod's (one rule and one `local` route
+//! for each family). The application's accepted socket inherits the mark (`tcp_fwmark_accept`), so
+//! that its answers return the same way; so does the kernel's refusal when no application listens
+//! (`fwmark_reflect`). Without any one of them such a connection times out.
 //!
-//! `tcp_migrate_req` is for tunnels that replace each other: a connection that waits at a listener that closes, or whose
-//! handshake is under way, goes to the successor's in place of being reset (Linux 5.14).
+//! `tcp_migrate_req` is for tunnels that replace each other: when a listener closes, a connection
+//! that waits there, or whose handshake is under way, moves to the listener of the successor and is
+//! not reset (Linux 5.14).
 //!
-//! Taken back, all of it, when the pod leaves *and no connection needs them any more*.
+//! All of it is undone when the pod has left *and no connection needs it any more*.
 
 use std::{
     collections::BTreeMap,
@@ -46,7 +47,7 @@ const MARK: u32 = 0x539;
 const TABLE: u32 = MARK;
 /// Before everything but the kernel's own `local` rule (0).
 const PRIORITY: u32 = 1337;
-/// Folders, and what in them is set to 1; those of TCP are for both families.
+/// Directories, and the sysctls in them that are set to 1. Those of TCP hold for both families.
 const SYSCTLS: [(&str, &[&str]); 2] = [
     ("/proc/sys/net/ipv4", &["tcp_fwmark_accept", "tcp_migrate_req", "fwmark_reflect"]),
     ("/proc/sys/net/ipv6", &["fwmark_reflect"]),
@@ -54,9 +55,9 @@ const SYSCTLS: [(&str, &[&str]); 2] = [
 
 /// The sysctls that we set, of one netns, each with its value.
 ///
-/// They stay open from reading to writing, and are opened by their folder: every netns has its own `net/ipv4`, and the
-/// kernel goes through all of those by the same name to find one (`proc_sys_compare`), which takes longer than all
-/// else the more pods there are.
+/// They stay open from reading to writing, and are opened by their directory: every netns has its
+/// own `net/ipv4`, and the kernel goes through all of that name to find one (`proc_sys_compare`).
+/// With many pods that takes longer than everything else.
 #[derive(Debug)]
 pub struct Sysctls(Vec<Sysctl>);
 
@@ -69,11 +70,15 @@ struct Sysctl {
 
 impl Sysctls {
     /// Those of `netns`, as they are now.
+    ///
+    /// # Errors
+    /// The netns cannot be entered, or a sysctl cannot be read.
     pub fn of(visitor: &Visitor<'_>, netns: BorrowedFd<'_>) -> io::Result<Self> {
         visitor.enter(netns, Self::own)
     }
 
-    /// Those of the calling thread's netns. A node may have no IPv6 at all, and an older kernel not all of them.
+    /// Those of the calling thread's netns. A node may have no IPv6, and an older kernel lacks
+    /// some.
     fn own() -> io::Result<Self> {
         let mut found = Vec::new();
         for (dir, names) in SYSCTLS {
@@ -99,17 +104,18 @@ impl Sysctls {
         Ok(Self(found))
     }
 
-    /// By path.
+    /// Their values, by path.
+    #[must_use]
     pub fn values(&self) -> BTreeMap<String, String> {
         self.0.iter().map(|sysctl| (sysctl.path.clone(), sysctl.value.clone())).collect()
     }
 
-    /// Sets those that `value` gives a value for.
+    /// Sets those for which `value` gives another value.
     fn set<'a>(&self, value: impl Fn(&str) -> Option<&'a str>) -> io::Result<()> {
         let others = |sysctl: &&Sysctl| value(&sysctl.path).is_some_and(|value| sysctl.value != value);
         self.0.iter().filter(others).try_for_each(|sysctl| {
             let value = value(&sysctl.path).unwrap_or_default();
-            // A sysctl is written from its beginning, and whole.
+            // The kernel takes a sysctl only as a whole, from offset 0.
             sysctl.file.write_all_at(value.as_bytes(), 0).map_err(|error| at(&sysctl.path, &error))
         })
     }
@@ -124,22 +130,29 @@ impl Sysctl {
     }
 }
 
-/// Prepares `netns`, whose sysctls are `sysctls`. Done again it changes nothing. `v6`: whether IPv6 has to work there.
+/// Prepares `netns`, whose sysctls are `sysctls`. Repeating it changes nothing. `v6`: whether IPv6
+/// must work there.
+///
+/// # Errors
+/// The netns cannot be entered, or the kernel refused a change.
 pub fn prepare(visitor: &Visitor<'_>, netns: BorrowedFd<'_>, sysctls: &Sysctls, v6: bool) -> io::Result<()> {
     visitor.enter(netns, || {
         let mut requests = Vec::new();
         for family in [Family::V4, Family::V6] {
-            // A node may have no IPv6 at all.
+            // A node may have no IPv6.
             let optional = family == Family::V6 && !v6;
             requests.push(Request::new("rule", RouteNetlinkMessage::NewRule(family.rule()), optional));
             requests.push(Request::new("route", RouteNetlinkMessage::NewRoute(family.route()), optional));
         }
-        talk(&requests, NLM_F_CREATE | NLM_F_EXCL, &[libc::EEXIST])?;
+        send_all(&requests, NLM_F_CREATE | NLM_F_EXCL, &[libc::EEXIST])?;
         sysctls.set(|_| Some("1"))
     })
 }
 
-/// Takes the preparation back; `sysctls` are the values to put back. What is gone already is fine.
+/// Undoes the preparation; `sysctls` are the values from before. What is gone already is fine.
+///
+/// # Errors
+/// The netns cannot be entered, or the kernel refused a change.
 pub fn restore(netns: BorrowedFd<'_>, sysctls: &BTreeMap<String, String>) -> io::Result<()> {
     run_in(netns, || {
         let mut requests = Vec::new();
@@ -147,10 +160,10 @@ pub fn restore(netns: BorrowedFd<'_>, sysctls: &BTreeMap<String, String>) -> io:
             requests.push(Request::new("rule", RouteNetlinkMessage::DelRule(family.rule()), false));
             requests.push(Request::new("route", RouteNetlinkMessage::DelRoute(family.route()), false));
         }
-        // No rule, no table, or no IPv6 at all.
+        // No rule, no table, or no IPv6.
         let absent = [libc::ENOENT, libc::ESRCH, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
-        talk(&requests, 0, &absent)?;
-        // Of those that are ours: the record is a file.
+        send_all(&requests, 0, &absent)?;
+        // Only those that are ours: the record comes from a file.
         Sysctls::own()?.set(|path| sysctls.get(path).map(String::as_str))
     })
 }
@@ -172,10 +185,10 @@ impl Request {
     }
 }
 
-/// Sends all `requests` to the calling thread's netns in one packet: one system call in place of one for each, when
-/// many pods come at once. The kernel does them in order, and has answered each by the time that sending returns.
-/// An error number among `expected` is as good as done.
-fn talk(requests: &[Request], flags: u16, expected: &[i32]) -> io::Result<()> {
+/// Sends all `requests` to the calling thread's netns in one packet: one system call for all, when
+/// many pods come at once. The kernel does them in order and has answered each when sending
+/// returns. An error number in `expected` counts as done.
+fn send_all(requests: &[Request], flags: u16, expected: &[i32]) -> io::Result<()> {
     let socket = netlink::socket(NETLINK_ROUTE)?;
     let mut packet = Vec::with_capacity(512);
     for (i, request) in requests.iter().enumerate() {
@@ -188,7 +201,7 @@ fn talk(requests: &[Request], flags: u16, expected: &[i32]) -> io::Result<()> {
         message.serialize(&mut packet[start..]);
     }
     socket.send(&packet, 0)?;
-    // An answer holds its request, and not more.
+    // An answer holds its request and nothing else.
     let mut answers = Vec::with_capacity(4096);
     let mut answered = 0;
     let mut problem = None;
@@ -198,8 +211,8 @@ fn talk(requests: &[Request], flags: u16, expected: &[i32]) -> io::Result<()> {
             let NetlinkPayload::Error(error) = answer.payload else { continue };
             answered += 1;
             let request = requests.get(answer.header.sequence_number as usize);
-            let fine = error.code.is_none() || expected.contains(&-error.raw_code());
-            if let Some(request) = request.filter(|request| !fine && !request.optional && problem.is_none()) {
+            let done = error.code.is_none() || expected.contains(&-error.raw_code());
+            if let Some(request) = request.filter(|request| !done && !request.optional && problem.is_none()) {
                 let error = error.to_io();
                 let text = format!("{} for mark {MARK:#x}: {error}", request.what);
                 problem = Some(io::Error::new(error.kind(), text));

@@ -16,8 +16,8 @@ use crate::{
 pub struct KernelSettings(Settings);
 
 impl KernelSettings {
-    /// Writes the settings of this run. Whether a tunnel serves is taken over from an earlier run; tracing
-    /// is off. At most three `resolvers` count.
+    /// Writes the settings of this run. Whether a tunnel serves is taken over from an earlier run;
+    /// tracing is off. At most three `resolvers` count.
     ///
     /// # Errors
     /// The map cannot be read or written.
@@ -44,6 +44,7 @@ impl KernelSettings {
     }
 
     /// Whether the programs send traffic to a tunnel.
+    #[must_use]
     pub fn tunnel_up(&self) -> bool {
         self.0.tunnel_up == 1
     }
@@ -53,7 +54,8 @@ impl KernelSettings {
         self.change(kernel, |settings| settings.tunnel_up = up.into());
     }
 
-    /// Has the programs report their verdicts, about `port` and `address` only where these are given.
+    /// Has the programs report their verdicts, about `port` and `address` only where these are
+    /// given.
     pub fn start_trace(&mut self, kernel: &mut Kernel, port: Option<u16>, address: Option<IpAddr>) {
         self.change(kernel, |settings| {
             settings.debug = 1;

@@ -1,5 +1,5 @@
-//! The cgroups that tunnels run in: found by the process, with programs attached before the tunnel opens its
-//! first socket, and detached when no tunnel is left there.
+//! The cgroups that tunnels run in: found by the process, with programs attached before the tunnel
+//! opens its first socket, and detached when no tunnel is left there.
 
 use std::{
     collections::BTreeSet,
@@ -29,11 +29,12 @@ pub struct CgroupLayout {
 }
 
 impl CgroupLayout {
-    /// The cgroup directory of the tunnel `pid`. `pod_at` gives the name of the pod that owns a directory.
+    /// The cgroup directory of the tunnel `pid`. `pod_at` gives the name of the pod that owns a
+    /// directory.
     ///
     /// # Errors
-    /// The process is gone or in no cgroup2 directory, or the tunnel shares its cgroup with others: the
-    /// programs could not tell their sockets apart.
+    /// The process is gone or in no cgroup2 directory, or the tunnel shares its cgroup with others:
+    /// the programs could not tell their sockets apart.
     pub fn find_tunnel(
         &self,
         pid: i32,

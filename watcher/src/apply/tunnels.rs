@@ -56,6 +56,7 @@ pub struct Tunnel {
 
 impl Tunnel {
     /// How many pods it serves.
+    #[must_use]
     pub fn pods(&self) -> usize {
         self.acknowledged.len()
     }
@@ -64,8 +65,8 @@ impl Tunnel {
 /// The way to a tunnel.
 #[derive(Debug)]
 enum Link {
-    /// It gets nothing yet. The first message must name every pod, since the tunnel lets go of all others:
-    /// a tunnel that served them for an earlier watcher would close their connections.
+    /// It gets nothing yet. The first message must name every pod, since the tunnel lets go of all
+    /// others: a tunnel that served them for an earlier watcher would close their connections.
     Waiting(oneshot::Sender<Admission>),
     Open(mpsc::UnboundedSender<ZdsCommand>),
 }
@@ -91,11 +92,13 @@ struct Failure {
 
 impl Tunnels {
     /// How many are connected.
+    #[must_use]
     pub fn len(&self) -> usize {
         self.connected.len()
     }
 
     /// Whether none is connected.
+    #[must_use]
     pub fn is_empty(&self) -> bool {
         self.connected.is_empty()
     }
@@ -106,22 +109,26 @@ impl Tunnels {
     }
 
     /// What is offered, by uid.
+    #[must_use]
     pub fn workloads(&self) -> &BTreeMap<String, Workload> {
         &self.workloads
     }
 
     /// Why the last tunnel that was rejected was; `None` once one was admitted.
+    #[must_use]
     pub fn rejected(&self) -> Option<&Reason> {
         self.rejected.as_ref()
     }
 
     /// Whether any tunnel serves the present offer of `uid`.
+    #[must_use]
     pub fn serve(&self, uid: &str) -> bool {
         let Some(serial) = self.serials.get(uid) else { return false };
         self.connected.values().any(|tunnel| tunnel.acknowledged.get(uid) == Some(serial))
     }
 
     /// The error of a tunnel that refused `uid`.
+    #[must_use]
     pub fn refusal(&self, uid: &str) -> Option<&str> {
         self.connected
             .values()
@@ -130,6 +137,7 @@ impl Tunnels {
     }
 
     /// The cgroups of the connected tunnels.
+    #[must_use]
     pub fn cgroup_ids(&self) -> BTreeSet<CgroupId> {
         self.connected.values().map(|tunnel| tunnel.cgroup_id).collect()
     }
@@ -164,8 +172,8 @@ impl Tunnels {
         true
     }
 
-    /// Does `step` and records it. `ready` has the netns that are open already. After a withdrawal: the
-    /// cookie of the netns, and the acknowledgements to wait for.
+    /// Does `step` and records it. `ready` has the netns that are open already. After a withdrawal:
+    /// the cookie of the netns, and the acknowledgements to wait for.
     pub fn apply(&mut self, step: &TunnelStep, ready: &OpenNetns) -> Option<(u64, BTreeSet<(ConnId, u64)>)> {
         match step {
             TunnelStep::Withdraw(uid) => {
@@ -212,6 +220,7 @@ impl Tunnels {
     }
 
     /// When a refused pod is offered again next.
+    #[must_use]
     pub fn next_retry(&self) -> Option<Instant> {
         self.connected
             .values()

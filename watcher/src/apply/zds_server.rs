@@ -1,14 +1,17 @@
-//! Handing pods to tunnels: the server side of ZDS (Istio's protocol between node agent and tunnel).
+//! Handing pods to tunnels: the server side of ZDS (Istio's protocol between node agent and
+//! tunnel).
 //!
-//! A unix seqpacket socket, one protobuf message per packet. The tunnel sends a hello; then it answers every
-//! message of ours with an acknowledgement, in order: first all pods (`add`, each with the fd of its netns),
-//! then `snapshot_sent`, then changes as they come. Several tunnels may be connected, as during an upgrade.
+//! A unix seqpacket socket, one protobuf message per packet. The tunnel sends a hello; then it
+//! answers every message of ours with an acknowledgement, in order: first all pods (`add`, each
+//! with the fd of its netns), then `snapshot_sent`, then changes as they come. Several tunnels may
+//! be connected, as during an upgrade.
 //!
-//! Istio's node agent waits for each answer before it sends the next message. We send a number of messages
-//! at once: a label may enroll a whole node, and two processes would have to be woken in turn for each pod.
+//! Istio's node agent waits for each answer before it sends the next message. We send a number of
+//! messages at once: a label may enroll a whole node, and two processes would have to be woken in
+//! turn for each pod.
 //!
-//! This file speaks the protocol. What is sent is decided by [`crate::agent`], which receives [`ZdsEvent`]s
-//! and gives each tunnel [`ZdsCommand`]s.
+//! This file speaks the protocol. What is sent is decided by [`crate::agent`], which receives
+//! [`ZdsEvent`]s and gives each tunnel [`ZdsCommand`]s.
 
 use std::{
     collections::VecDeque,
@@ -93,7 +96,8 @@ pub struct OfferId {
 /// What is sent to a tunnel.
 #[derive(Clone, Debug)]
 pub enum ZdsCommand {
-    /// With the pod's netns if it is open already; otherwise it is opened through the pod's processes.
+    /// With the pod's netns if it is open already; otherwise it is opened through the pod's
+    /// processes.
     Add(OfferId, Workload, Option<Arc<OwnedFd>>),
     /// Let go of the pod.
     Del(OfferId),

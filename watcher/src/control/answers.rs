@@ -34,12 +34,14 @@ pub fn find<'a>(pods: impl Iterator<Item = &'a PodView>, named: &str) -> Result<
 }
 
 /// The applied map entry of the pod's own cgroup.
+#[must_use]
 pub fn applied_info<'a>(view: &PodView, applier: &'a Applier) -> Option<&'a CgroupInfo> {
     let id = view.observed.cgroups.get(view.observed.dir.as_ref()?)?;
     applier.maps.contents().cgroups.get(id)
 }
 
 /// A pod in `watcher status`, with its state and the reason for it.
+#[must_use]
 pub fn pod_status(view: &PodView, (state, reason): (State, Option<Reason>), default: FailMode) -> PodStatus {
     let (pod, facts) = (&view.pod, view.eligibility.facts());
     PodStatus {
@@ -58,6 +60,7 @@ pub fn pod_status(view: &PodView, (state, reason): (State, Option<Reason>), defa
 }
 
 /// An entry of the source that is not used, in `watcher status`.
+#[must_use]
 pub fn rejected_status(entry: &BadEntry, reason: &Reason) -> PodStatus {
     PodStatus {
         uid: entry.uid.clone(),
@@ -75,6 +78,7 @@ pub fn rejected_status(entry: &BadEntry, reason: &Reason) -> PodStatus {
 }
 
 /// The connected tunnels.
+#[must_use]
 pub fn tunnels(applier: &Applier) -> Vec<TunnelStatus> {
     let status = |tunnel: &crate::apply::tunnels::Tunnel| TunnelStatus {
         pid: tunnel.pid,
@@ -86,6 +90,7 @@ pub fn tunnels(applier: &Applier) -> Vec<TunnelStatus> {
 }
 
 /// The netns of pods that left.
+#[must_use]
 pub fn draining(applier: &Applier) -> Vec<DrainingStatus> {
     let all = applier.draining.iter();
     all.map(|(cookie, draining)| DrainingStatus {
@@ -96,7 +101,8 @@ pub fn draining(applier: &Applier) -> Vec<DrainingStatus> {
     .collect()
 }
 
-/// Which rules decide about a connection of `view` to `destination`. `pods` are all pods of this node.
+/// Which rules decide about a connection of `view` to `destination`. `pods` are all pods of this
+/// node.
 pub fn explanation<'a>(
     view: &PodView,
     mut pods: impl Iterator<Item = &'a PodView>,

@@ -62,8 +62,8 @@ impl Tracer {
     /// Has the programs report their verdicts, and sends them to the client behind `answers`.
     ///
     /// # Errors
-    /// Another trace is running, there is no such pod, or the records cannot be opened: a sentence for the
-    /// user.
+    /// Another trace is running, there is no such pod, or the records cannot be opened: a sentence
+    /// for the user.
     pub fn start<'a>(
         &mut self,
         answers: &Answers,
@@ -147,7 +147,8 @@ impl TraceFilter {
 }
 
 impl TraceSession {
-    /// Opens the records of the programs, for `pod` or for all. Records of an earlier trace are dropped.
+    /// Opens the records of the programs, for `pod` or for all. Records of an earlier trace are
+    /// dropped.
     fn start(kernel: &Kernel, answers: Answers, pod: Option<&PodView>) -> Result<Self, String> {
         let mut trace = kernel.trace().map_err(|error| chain(&error))?;
         let readable = trace

@@ -1,7 +1,7 @@
 //! What no two pods may own: cgroup directories, netns, addresses.
 //!
-//! The first owner keeps what it has until it is released, so that a wrong entry never disturbs a pod that
-//! is in order.
+//! The first owner keeps what it has until it is released, so that a wrong entry never disturbs a
+//! pod that is in order.
 
 use std::{
     collections::BTreeMap,
@@ -49,11 +49,13 @@ pub struct Claimed {
 
 impl Claimed {
     /// Whether it owns nothing.
+    #[must_use]
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 
     /// Whether `later` lacks something of this, so that others may claim it.
+    #[must_use]
     pub fn frees(&self, later: &Self) -> bool {
         (self.cgroup.is_some() && self.cgroup != later.cgroup)
             || (self.cookie.is_some() && self.cookie != later.cookie)
@@ -63,6 +65,7 @@ impl Claimed {
 
 impl Claims {
     /// What `uid` owns.
+    #[must_use]
     pub fn of(&self, uid: &str) -> Claimed {
         self.by_uid.get(uid).cloned().unwrap_or_default()
     }
@@ -82,6 +85,7 @@ impl Claims {
     }
 
     /// The uid of the pod in whose directory `path` is.
+    #[must_use]
     pub fn owner(&self, path: &Path) -> Option<&str> {
         path.ancestors().find_map(|dir| self.cgroups.get(dir)).map(|owner| owner.uid.as_str())
     }

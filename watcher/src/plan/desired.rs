@@ -23,8 +23,8 @@ pub struct Circumstances {
     pub dns_capture: bool,
     /// Whether a connected tunnel acknowledged the pod with its present netns.
     pub ready: bool,
-    /// Whether the pod ran in plaintext until now. It continues to do so until a tunnel serves it, since
-    /// a label put on a running pod must not fail a single connection.
+    /// Whether the pod ran in plaintext until now. It continues to do so until a tunnel serves it,
+    /// since a label put on a running pod must not fail a single connection.
     pub in_grace: bool,
     /// The id of the pod's exclusions; 0: it has none.
     pub exclusion_id: u32,
@@ -33,6 +33,7 @@ pub struct Circumstances {
 }
 
 /// What the node should hold for the pod of `view`.
+#[must_use]
 pub fn pod_plan(view: &PodView, circumstances: &Circumstances) -> PodPlan {
     let PodView { pod, observed, eligibility } = view;
     let fail_open = pod.fail_mode.unwrap_or(circumstances.fail_mode) == FailMode::Open;

@@ -1,8 +1,8 @@
 //! From plans and what is applied to steps, in the order in which they are done.
 //!
-//! What leaves goes first, from the outside in: new connections must bypass the tunnel before it stops
-//! serving the pod. A pod that comes gets its map entries before its netns is touched, so that it is closed
-//! from the first moment on; tunnels receive it last.
+//! What leaves goes first, from the outside in: new connections must bypass the tunnel before it
+//! stops serving the pod. A pod that comes gets its map entries before its netns is touched, so
+//! that it is closed from the first moment on; tunnels receive it last.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,8 +16,8 @@ use crate::{model::exclusions::Exclusions, observe::cgroups::CgroupId};
 
 use super::{Netns, Plan, PodPlan, Workload, cgroup_info};
 
-/// How many netns are prepared side by side. After each batch the tunnel gets its pods, so that it works
-/// while the next batch is prepared.
+/// How many netns are prepared side by side. After each batch the tunnel gets its pods, so that it
+/// works while the next batch is prepared.
 const NETNS_BATCH: usize = 16;
 
 /// One change.
@@ -92,7 +92,8 @@ pub struct Applied<'a> {
 /// What of the applied entries is compared.
 #[derive(Clone, Copy, Debug)]
 pub enum Scope<'a> {
-    /// Everything: what no plan names is removed, except for the entries of the tunnels' own cgroups.
+    /// Everything: what no plan names is removed, except for the entries of the tunnels' own
+    /// cgroups.
     All {
         /// The cgroups of tunnels.
         tunnels: &'a BTreeSet<CgroupId>,
@@ -147,7 +148,7 @@ pub fn steps(applied: &Applied<'_>, scope: Scope<'_>, plan: &Plan) -> Vec<Step> 
         changed(&maps.addresses, &wanted.addresses).map(|(at, record)| set(MapWrite::SetAddress(at, record))),
     );
     steps.extend(enter(
-        changed(netns, &wanted.netns).collect(),
+        &changed(netns, &wanted.netns).collect::<Vec<_>>(),
         changed(workloads, &wanted.workloads).collect(),
     ));
 
@@ -157,8 +158,9 @@ pub fn steps(applied: &Applied<'_>, scope: Scope<'_>, plan: &Plan) -> Vec<Step> 
     steps
 }
 
-/// Netns in batches, each followed by the offers of its pods; then the offers that need no new netns.
-fn enter(netns: Vec<(u64, Netns)>, mut offers: Vec<(String, Workload)>) -> Vec<Step> {
+/// Netns in batches, each followed by the offers of its pods; then the offers that need no new
+/// netns.
+fn enter(netns: &[(u64, Netns)], mut offers: Vec<(String, Workload)>) -> Vec<Step> {
     let offer = |(uid, workload)| Step::Tunnel(TunnelStep::Offer(uid, workload));
     let mut steps = Vec::new();
     for batch in netns.chunks(NETNS_BATCH) {

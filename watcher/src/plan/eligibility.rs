@@ -23,8 +23,8 @@ pub enum Eligibility {
     Refused {
         /// Why.
         reason: Reason,
-        /// The cgroup is certainly the pod's own: what runs in it follows the pod's fail mode, so that a
-        /// mistake does not send its traffic in plaintext.
+        /// The cgroup is certainly the pod's own: what runs in it follows the pod's fail mode, so
+        /// that a mistake does not send its traffic in plaintext.
         keeps_closed: bool,
     },
     /// It can be enrolled, in this netns and with these addresses.
@@ -33,6 +33,7 @@ pub enum Eligibility {
 
 impl Eligibility {
     /// The netns and addresses of an eligible pod.
+    #[must_use]
     pub fn facts(&self) -> Option<&NetnsFacts> {
         match self {
             Self::Eligible(facts) => Some(facts),
@@ -41,6 +42,7 @@ impl Eligibility {
     }
 
     /// Whether the result may change when another pod releases something.
+    #[must_use]
     pub fn is_blocked(&self) -> bool {
         matches!(self, Self::Refused { reason, .. } if reason.code.is_claim_conflict())
     }
@@ -59,6 +61,7 @@ pub struct PodView {
 
 impl PodView {
     /// `namespace/name`.
+    #[must_use]
     pub fn full_name(&self) -> String {
         format!("{}/{}", self.pod.namespace, self.pod.name)
     }
@@ -66,9 +69,9 @@ impl PodView {
 
 /// Evaluates `pod` by what was observed of it. Its earlier claims are released first.
 ///
-/// `attached` is the cgroup that the programs are attached to. `current` is the cookie of the netns that the
-/// pod is enrolled with. The pod stays in that netns as long as one of its processes does; otherwise any
-/// process could leave the mesh by `unshare`.
+/// `attached` is the cgroup that the programs are attached to. `current` is the cookie of the netns
+/// that the pod is enrolled with. The pod stays in that netns as long as one of its processes does;
+/// otherwise any process could leave the mesh by `unshare`.
 pub fn evaluate(
     pod: &Pod,
     observed: &Observed,
