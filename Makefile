@@ -45,4 +45,3 @@ lint: ## format, lints, documentation, licences, known vulnerabilities, links
 
 clean: ## remove what was built
 	$(CARGO) clean
-	$(CARGO) clean --manifest-path ebpf/programs/Cargo.toml

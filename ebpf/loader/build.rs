@@ -14,14 +14,19 @@ use std::{
 };
 
 const TARGET: &str = "bpfel-unknown-none";
+/// In the workspace's `Cargo.toml`.
+const PROFILE: &str = "bpf";
 const SETUP: &str = "run `make setup` in the repository's root, which installs it";
 
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build.rs");
-    for path in ["src", "Cargo.toml", "Cargo.lock"] {
-        println!("cargo::rerun-if-changed=../programs/{path}");
+    for path in ["../programs/src", "../programs/Cargo.toml", "../common/src", "../common/Cargo.toml"] {
+        println!("cargo::rerun-if-changed={path}");
     }
-    println!("cargo::rerun-if-changed=../common/src");
+    // Versions, profile and lints of the workspace.
+    for path in ["Cargo.toml", "Cargo.lock"] {
+        println!("cargo::rerun-if-changed=../../{path}");
+    }
     for name in ["ADIT_EBPF_RUSTC", "PATH", "RUSTUP_HOME", "CARGO_HOME"] {
         println!("cargo::rerun-if-env-changed={name}");
     }
@@ -56,7 +61,8 @@ fn build() -> Result<(), String> {
     flags.push(&linker);
     let status = cargo
         .current_dir(&programs)
-        .args(["build", "--release", "--locked", "-Zbuild-std=core", "--target", TARGET, "--target-dir"])
+        .args(["build", "--profile", PROFILE, "--features", "bpf", "--locked"])
+        .args(["-Zbuild-std=core", "--target", TARGET, "--target-dir"])
         .arg(&target_dir)
         .env("RUSTC", &toolchain.rustc)
         .env("RUSTC_BOOTSTRAP", "1")
@@ -66,7 +72,7 @@ fn build() -> Result<(), String> {
     if !status.success() {
         return Err(format!("{} build in {} failed", toolchain.cargo.display(), programs.display()));
     }
-    let built = target_dir.join(TARGET).join("release/adit");
+    let built = target_dir.join(TARGET).join(PROFILE).join("adit");
     fs::copy(&built, out.join("adit.o"))
         .map(|_| ())
         .map_err(|error| format!("cannot copy {}: {error}", built.display()))

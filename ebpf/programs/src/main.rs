@@ -14,6 +14,11 @@
 //! No function is named like the ELF section of its program: the linker takes both for one symbol.
 #![no_std]
 #![no_main]
+#![expect(unsafe_code, reason = "contexts and maps are raw pointers here")]
+#![expect(
+    clippy::inline_always,
+    reason = "before it inlines, the verifier sees calls that share 512 bytes of stack"
+)]
 // For one instruction that has no name in `core` on this target: see `maps::add_deliveries`.
 #![feature(asm_experimental_arch)]
 
