@@ -47,7 +47,7 @@ use crate::{
         cgroups::CgroupId,
         events::{self, Event},
     },
-    plan::{Plan, PodPlan, diff::Scope},
+    plan::{Plan, PodPlan, diff::DiffScope},
     source::Source,
 };
 
@@ -64,7 +64,7 @@ mod reporter;
 mod startup;
 
 pub(crate) use self::error::cannot;
-pub use self::{config::Config, error::AgentError};
+pub use self::{config::AgentConfig, error::AgentError};
 
 use self::{
     adoption::Adoption, commands::Commands, observer::Observer, planning::Planned, pods::PodTable,
@@ -78,7 +78,7 @@ const WITHDRAWAL_TIME: Duration = Duration::from_secs(2);
 
 /// The owners of all state.
 struct Agent {
-    config: Config,
+    config: AgentConfig,
     queue: Queue,
     pods: PodTable,
     observer: Observer,
@@ -94,7 +94,7 @@ struct Agent {
 ///
 /// # Errors
 /// It cannot start, a source or server ended, or not everything could be undone at the end.
-pub async fn run(config: Config, mut source: Source) -> Result<(), AgentError> {
+pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentError> {
     fs::create_dir_all(&config.run_dir)
         .map_err(cannot(format!("make the run directory {}", config.run_dir.display())))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(cannot("handle SIGTERM"))?;
@@ -121,6 +121,7 @@ pub async fn run(config: Config, mut source: Source) -> Result<(), AgentError> {
         if zds_events.is_empty() && source.updates.is_empty() {
             agent.report();
         }
+        agent.reporter.set_gauges(agent.applier.tunnels.len(), agent.is_ready());
         if events.wants_dirs() && agent.queue.take_dirs_changed() {
             events.watch(&agent.pods.directories(&agent.config.attach));
         }
@@ -335,8 +336,8 @@ impl Agent {
         let tunnels: BTreeSet<CgroupId> =
             self.applier.tunnels.cgroup_ids().union(self.adoption.tunnels()).copied().collect();
         let scope = match work {
-            Work::All => Scope::All { tunnels: &tunnels },
-            Work::Pods(_) => Scope::Pods { before: &before },
+            Work::All => DiffScope::All { tunnels: &tunnels },
+            Work::Pods(_) => DiffScope::Pods { before: &before },
         };
         let report = self.applier.apply(scope, &plan, self.observer.opened());
         for uid in report.steered {
@@ -365,7 +366,6 @@ impl Agent {
             let (state, reason) = planning::state_of(entry, &self.applier, &self.config);
             self.reporter.pod_state(entry, state, reason);
         }
-        self.reporter.set_gauges(self.applier.tunnels.len(), self.is_ready());
     }
 
     /// When something is due next.
@@ -405,7 +405,7 @@ impl Agent {
     async fn detach(mut self, events: &mut mpsc::UnboundedReceiver<ZdsEvent>) -> Result<(), AgentError> {
         // Applications first; the tunnels' own entries stay until they have let go.
         let tunnels = self.applier.tunnels.cgroup_ids();
-        self.applier.apply(Scope::All { tunnels: &tunnels }, &Plan::new(), &OpenNetns::new());
+        self.applier.apply(DiffScope::All { tunnels: &tunnels }, &Plan::new(), &OpenNetns::new());
         self.reporter.all_left(self.pods.views());
         let deadline = Instant::now() + WITHDRAWAL_TIME;
         while self.applier.draining.waits_for_tunnels() {

@@ -27,7 +27,7 @@ use crate::{
     observe::{cgroups::CgroupId, netns::Visitors},
     plan::{
         Plan, Reason,
-        diff::{self, Applied, Scope, Step, TunnelStep},
+        diff::{self, Applied, ApplyStep, DiffScope, TunnelStep},
     },
 };
 
@@ -136,7 +136,7 @@ impl Applier {
     }
 
     /// Brings what is applied to `plan`, within `scope`. `opened` has netns that are open already.
-    pub fn apply(&mut self, scope: Scope<'_>, plan: &Plan, opened: &OpenNetns) -> ApplyReport {
+    pub fn apply(&mut self, scope: DiffScope<'_>, plan: &Plan, opened: &OpenNetns) -> ApplyReport {
         let applied = Applied {
             maps: self.maps.contents(),
             netns: self.netns.by_cookie(),
@@ -147,8 +147,8 @@ impl Applier {
         for step in steps {
             debug!(?step, "step");
             let result = match &step {
-                Step::Map(write) => self.maps.apply(&mut self.kernel, write),
-                Step::Netns(step) => {
+                ApplyStep::Map(write) => self.maps.apply(&mut self.kernel, write),
+                ApplyStep::Netns(step) => {
                     let mut tools = NetnsTools {
                         kernel: &mut self.kernel,
                         journal: &mut self.journal,
@@ -163,7 +163,7 @@ impl Applier {
                         report.failed.extend(done.failed);
                     })
                 }
-                Step::Tunnel(step) => {
+                ApplyStep::Tunnel(step) => {
                     self.apply_to_tunnels(step, &ready);
                     Ok(())
                 }

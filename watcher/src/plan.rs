@@ -52,9 +52,9 @@ pub struct PodPlan {
     /// Its addresses, IPv4 in mapped form.
     pub addresses: BTreeMap<Address, PodRecord>,
     /// Its netns, by cookie: to be prepared and steered.
-    pub netns: Option<(u64, Netns)>,
+    pub netns: Option<(u64, PodNetns)>,
     /// What tunnels receive.
-    pub workload: Option<Workload>,
+    pub workload: Option<PodWorkload>,
 }
 
 impl PodPlan {
@@ -67,7 +67,7 @@ impl PodPlan {
 
 /// A pod's netns, and how to find it again.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Netns {
+pub struct PodNetns {
     /// Its device and inode, valid while something holds it.
     pub id: NetnsId,
     /// The cgroup directory of its pod.
@@ -80,7 +80,7 @@ pub struct Netns {
 
 /// What a tunnel learns about a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Workload {
+pub struct PodWorkload {
     /// The pod's name.
     pub name: String,
     /// Its Kubernetes namespace.

@@ -11,13 +11,13 @@ use crate::{
     },
 };
 
-use super::{config::Config, planning, pods::PodTable, reporter::Reporter};
+use super::{config::AgentConfig, planning, pods::PodTable, reporter::Reporter};
 
 /// The owners that answers are read from.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Commands<'a> {
     /// What the watcher is configured to do.
-    pub config: &'a Config,
+    pub config: &'a AgentConfig,
     /// The pods.
     pub pods: &'a PodTable,
     /// What is applied.

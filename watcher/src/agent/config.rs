@@ -10,7 +10,7 @@ use crate::{model::pod::FailMode, observe::events::SourceKind};
 
 /// The options of `watcher run`, checked.
 #[derive(Clone, Debug)]
-pub struct Config {
+pub struct AgentConfig {
     /// This node's name.
     pub node: String,
     /// Where tunnels connect.

@@ -17,7 +17,7 @@ use crate::{
     },
 };
 
-use super::{adoption::Adoption, config::Config, pod_entry::PodEntry, pods::PodTable};
+use super::{adoption::Adoption, config::AgentConfig, pod_entry::PodEntry, pods::PodTable};
 
 /// The plans of pods, and the earlier plans that name what may have to be removed.
 #[derive(Debug, Default)]
@@ -34,7 +34,7 @@ pub(super) fn plan_pods(
     pods: &mut PodTable,
     applier: &Applier,
     adoption: &Adoption,
-    config: &Config,
+    config: &AgentConfig,
     now: Instant,
 ) -> Planned {
     let mut planned = Planned { plan: Plan::new(), before: pods.take_gone() };
@@ -79,7 +79,7 @@ fn cgroup_names(pod: &Pod, attached: &Path) -> Vec<Name> {
 }
 
 /// What happens to the pod's traffic now, and why it is not open.
-pub(super) fn state_of(entry: &PodEntry, applier: &Applier, config: &Config) -> (State, Option<Reason>) {
+pub(super) fn state_of(entry: &PodEntry, applier: &Applier, config: &AgentConfig) -> (State, Option<Reason>) {
     let progress = PodProgress {
         info: answers::applied_info(&entry.view, applier),
         fail_mode: config.fail_mode,

@@ -90,8 +90,10 @@ impl Queue {
     /// What is to be compared now, if anything is.
     pub(super) fn take_work(&mut self, now: Instant) -> Option<Work> {
         let all = std::mem::take(&mut self.all) || self.resync_at.is_some_and(|at| at <= now);
-        let uids = std::mem::take(&mut self.reconcile);
+        let mut uids = std::mem::take(&mut self.reconcile);
         if all {
+            // Pods that are gone are not among all pods, and have to be reported too.
+            self.report.append(&mut uids);
             return Some(Work::All);
         }
         (!uids.is_empty()).then_some(Work::Pods(uids))
@@ -135,8 +137,10 @@ mod tests {
         queue.applied(&mut BTreeSet::new(), false, now);
         assert_eq!(queue.resync_at(), None);
         queue.reconcile_all();
+        queue.reconcile(["gone".to_owned()]);
         assert!(!queue.is_idle());
         assert_eq!(queue.take_work(now), Some(Work::All));
         assert!(queue.is_idle());
+        assert_eq!(queue.take_reports(), ["gone".to_owned()].into());
     }
 }

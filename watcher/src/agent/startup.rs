@@ -18,7 +18,7 @@ use crate::{
 };
 
 use super::{
-    Agent, adoption::Adoption, config::Config, error::AgentError, error::cannot, observer::Observer,
+    Agent, adoption::Adoption, config::AgentConfig, error::AgentError, error::cannot, observer::Observer,
     pods::PodTable, queue::Queue, reporter::Reporter,
 };
 
@@ -28,7 +28,7 @@ use super::{
 /// # Errors
 /// The journal cannot be read, the kernel refused, or no source of events works.
 pub(super) fn start(
-    config: Config,
+    config: AgentConfig,
     source: &Source,
     metrics: Arc<Metrics>,
 ) -> Result<(Agent, Box<dyn EventSource>), AgentError> {
@@ -60,7 +60,7 @@ pub(super) fn start(
 }
 
 /// Where no tunnel may run.
-fn layout(config: &Config) -> CgroupLayout {
+fn layout(config: &AgentConfig) -> CgroupLayout {
     let pid = i32::try_from(std::process::id()).unwrap_or(0);
     CgroupLayout {
         root: config.cgroup_root.clone(),

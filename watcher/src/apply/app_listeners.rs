@@ -27,7 +27,7 @@ use crate::{
         listeners::{Listening, listening},
         netns::Visitors,
     },
-    plan::Netns,
+    plan::PodNetns,
 };
 
 use super::netns::OpenNetns;
@@ -68,7 +68,7 @@ impl AppListeners {
         &mut self,
         kernel: &mut Kernel,
         visitors: &Visitors,
-        steered: &BTreeMap<u64, Netns>,
+        steered: &BTreeMap<u64, PodNetns>,
         is_served: impl Fn(&str) -> bool,
         now: Instant,
     ) {
@@ -89,7 +89,7 @@ impl AppListeners {
 }
 
 /// Brings what is recorded up to date for every netns that is steered, as far as `opened` has it.
-pub fn scan(kernel: &mut Kernel, visitors: &Visitors, steered: &BTreeMap<u64, Netns>, opened: &OpenNetns) {
+pub fn scan(kernel: &mut Kernel, visitors: &Visitors, steered: &BTreeMap<u64, PodNetns>, opened: &OpenNetns) {
     let netns: Vec<Open> = opened
         .iter()
         .filter(|(cookie, _)| steered.contains_key(cookie))

@@ -23,7 +23,7 @@ use crate::{
         netns::{self, NetnsId},
         processes,
     },
-    plan::Netns,
+    plan::PodNetns,
 };
 
 use super::{journal::Journal, netns_setup, zds_server::ConnId};
@@ -46,7 +46,7 @@ pub struct DrainingNetns {
 #[derive(Debug)]
 pub struct Draining {
     /// The netns, and the pod that left it.
-    pub netns: Netns,
+    pub netns: PodNetns,
     /// Withdrawals that tunnels have not acknowledged.
     pending: BTreeSet<(ConnId, u64)>,
     connections: u64,
@@ -55,7 +55,7 @@ pub struct Draining {
 }
 
 impl Draining {
-    fn new(netns: Netns, pending: BTreeSet<(ConnId, u64)>) -> Self {
+    fn new(netns: PodNetns, pending: BTreeSet<(ConnId, u64)>) -> Self {
         let pauses = ExponentialBuilder::new()
             .with_min_delay(FIRST_PAUSE)
             .with_max_delay(LONGEST_PAUSE)
@@ -82,12 +82,12 @@ impl DrainingNetns {
     }
 
     /// A pod left `netns`, and the tunnels have to acknowledge the withdrawals in `pending`.
-    pub fn withdraw(&mut self, cookie: u64, netns: Netns, pending: BTreeSet<(ConnId, u64)>) {
+    pub fn withdraw(&mut self, cookie: u64, netns: PodNetns, pending: BTreeSet<(ConnId, u64)>) {
         self.by_cookie.insert(cookie, Draining::new(netns, pending));
     }
 
     /// No pod uses `netns` any more.
-    pub fn release(&mut self, cookie: u64, netns: Netns) {
+    pub fn release(&mut self, cookie: u64, netns: PodNetns) {
         self.by_cookie.entry(cookie).or_insert_with(|| Draining::new(netns, BTreeSet::new()));
     }
 

@@ -17,7 +17,7 @@ use crate::{
         netns::{self, NetnsId, Visitor, Visitors},
         processes,
     },
-    plan::{Netns, Reason, ReasonCode, diff::NetnsStep},
+    plan::{PodNetns, Reason, ReasonCode, diff::NetnsStep},
 };
 
 use super::{
@@ -33,7 +33,7 @@ pub type OpenNetns = BTreeMap<u64, Arc<OwnedFd>>;
 /// Netns whose inbound connections are steered, by cookie.
 #[derive(Debug)]
 pub struct SteeredNetns {
-    by_cookie: BTreeMap<u64, Netns>,
+    by_cookie: BTreeMap<u64, PodNetns>,
 }
 
 /// What a [`NetnsStep`] needs besides the netns themselves.
@@ -74,10 +74,14 @@ impl SteeredNetns {
     /// are the cookies of the netns that have links.
     #[must_use]
     pub fn adopt(journal: &Journal, steered: Vec<u64>) -> Self {
-        let adopted =
-            |id: NetnsId, uid: &str| Netns { id, pod_cgroup: PathBuf::new(), uid: uid.to_owned(), v6: false };
+        let adopted = |id: NetnsId, uid: &str| PodNetns {
+            id,
+            pod_cgroup: PathBuf::new(),
+            uid: uid.to_owned(),
+            v6: false,
+        };
         let recorded = journal.netns().iter();
-        let mut by_cookie: BTreeMap<u64, Netns> =
+        let mut by_cookie: BTreeMap<u64, PodNetns> =
             recorded.map(|(cookie, record)| (*cookie, adopted(record.id, &record.uid))).collect();
         for cookie in steered {
             by_cookie.entry(cookie).or_insert_with(|| adopted(NetnsId { dev: 0, inode: 0 }, ""));
@@ -87,7 +91,7 @@ impl SteeredNetns {
 
     /// All of them.
     #[must_use]
-    pub fn by_cookie(&self) -> &BTreeMap<u64, Netns> {
+    pub fn by_cookie(&self) -> &BTreeMap<u64, PodNetns> {
         &self.by_cookie
     }
 
@@ -118,7 +122,7 @@ impl SteeredNetns {
         Ok(NetnsReport::default())
     }
 
-    fn steer(&mut self, batch: &[(u64, Netns)], tools: &mut NetnsTools<'_>) -> NetnsReport {
+    fn steer(&mut self, batch: &[(u64, PodNetns)], tools: &mut NetnsTools<'_>) -> NetnsReport {
         let mut report = NetnsReport::default();
         report.ready = prepare(batch, tools, &mut report.failed);
         for (cookie, netns) in batch {
@@ -161,14 +165,14 @@ impl SteeredNetns {
 
 /// Prepares netns side by side; those that are in order now.
 fn prepare(
-    batch: &[(u64, Netns)],
+    batch: &[(u64, PodNetns)],
     tools: &mut NetnsTools<'_>,
     failed: &mut Vec<(String, Reason)>,
 ) -> OpenNetns {
-    let mut fail = |netns: &Netns, error: &dyn std::fmt::Display| {
+    let mut fail = |netns: &PodNetns, error: &dyn std::fmt::Display| {
         failed.push((netns.uid.clone(), Reason::new(ReasonCode::NetnsNotPrepared, error.to_string())));
     };
-    let mut open: Vec<(u64, &Netns, Arc<OwnedFd>)> = Vec::new();
+    let mut open: Vec<(u64, &PodNetns, Arc<OwnedFd>)> = Vec::new();
     for (cookie, netns) in batch {
         match open_netns(*cookie, netns, tools.opened) {
             Ok(fd) => open.push((*cookie, netns, fd)),
@@ -213,7 +217,7 @@ fn prepare(
 
 /// The netns itself: the fd from when its pod was observed, else through one of the pod's
 /// processes.
-fn open_netns(cookie: u64, netns: &Netns, opened: &OpenNetns) -> io::Result<Arc<OwnedFd>> {
+fn open_netns(cookie: u64, netns: &PodNetns, opened: &OpenNetns) -> io::Result<Arc<OwnedFd>> {
     if let Some(fd) = opened.get(&cookie) {
         return Ok(Arc::clone(fd));
     }

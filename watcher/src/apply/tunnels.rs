@@ -14,7 +14,7 @@ use tracing::{info, warn};
 
 use crate::{
     observe::cgroups::CgroupId,
-    plan::{Reason, Workload, diff::TunnelStep},
+    plan::{PodWorkload, Reason, diff::TunnelStep},
 };
 
 use super::{
@@ -29,9 +29,9 @@ const LONGEST_RETRY: Duration = Duration::from_secs(15);
 /// The tunnels, and what is offered to them.
 #[derive(Debug, Default)]
 pub struct Tunnels {
-    connected: BTreeMap<ConnId, Tunnel>,
+    connected: BTreeMap<ConnId, ConnectedTunnel>,
     /// What is offered, by uid.
-    workloads: BTreeMap<String, Workload>,
+    workloads: BTreeMap<String, PodWorkload>,
     /// The serial of each pod's present offer, by uid.
     serials: BTreeMap<String, u64>,
     last_serial: u64,
@@ -41,7 +41,7 @@ pub struct Tunnels {
 
 /// A connected tunnel.
 #[derive(Debug)]
-pub struct Tunnel {
+pub struct ConnectedTunnel {
     /// Its process.
     pub pid: i32,
     /// Its cgroup directory.
@@ -54,7 +54,7 @@ pub struct Tunnel {
     failed: BTreeMap<String, Failure>,
 }
 
-impl Tunnel {
+impl ConnectedTunnel {
     /// How many pods it serves.
     #[must_use]
     pub fn pods(&self) -> usize {
@@ -104,13 +104,13 @@ impl Tunnels {
     }
 
     /// The connected ones.
-    pub fn iter(&self) -> impl Iterator<Item = &Tunnel> {
+    pub fn iter(&self) -> impl Iterator<Item = &ConnectedTunnel> {
         self.connected.values()
     }
 
     /// What is offered, by uid.
     #[must_use]
-    pub fn workloads(&self) -> &BTreeMap<String, Workload> {
+    pub fn workloads(&self) -> &BTreeMap<String, PodWorkload> {
         &self.workloads
     }
 
@@ -154,7 +154,7 @@ impl Tunnels {
         info!(pid, cgroup = %cgroup.display(), "tunnel connected");
         let (link, acknowledged, failed) = (Link::Waiting(admission), BTreeMap::new(), BTreeMap::new());
         self.rejected = None;
-        self.connected.insert(conn, Tunnel { pid, cgroup, cgroup_id, link, acknowledged, failed });
+        self.connected.insert(conn, ConnectedTunnel { pid, cgroup, cgroup_id, link, acknowledged, failed });
     }
 
     /// Records why the tunnel of process `pid` is rejected.
@@ -195,7 +195,7 @@ impl Tunnels {
         OfferId { uid: uid.to_owned(), serial: self.last_serial }
     }
 
-    fn offer(&mut self, uid: &str, workload: &Workload, netns: Option<&Arc<OwnedFd>>) {
+    fn offer(&mut self, uid: &str, workload: &PodWorkload, netns: Option<&Arc<OwnedFd>>) {
         let offer = self.next_offer(uid);
         self.serials.insert(uid.to_owned(), offer.serial);
         for tunnel in self.connected.values_mut() {
@@ -252,7 +252,7 @@ impl Tunnels {
                 continue;
             }
             let (commands, receiver) = mpsc::unbounded_channel();
-            let add = |(uid, workload): (&String, &Workload)| {
+            let add = |(uid, workload): (&String, &PodWorkload)| {
                 let offer = OfferId { uid: uid.clone(), serial: *self.serials.get(uid)? };
                 Some(ZdsCommand::Add(offer, workload.clone(), None))
             };

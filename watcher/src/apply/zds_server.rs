@@ -40,7 +40,7 @@ use ztunnel_api::zds::{
 
 use crate::{
     observe::processes,
-    plan::Workload,
+    plan::PodWorkload,
     sys::pollable,
     unix_socket::{Bound, Serving},
 };
@@ -98,7 +98,7 @@ pub struct OfferId {
 pub enum ZdsCommand {
     /// With the pod's netns if it is open already; otherwise it is opened through the pod's
     /// processes.
-    Add(OfferId, Workload, Option<Arc<OwnedFd>>),
+    Add(OfferId, PodWorkload, Option<Arc<OwnedFd>>),
     /// Let go of the pod.
     Del(OfferId),
 }
@@ -198,7 +198,7 @@ async fn serve(conn: ConnId, socket: Socket, events: &mpsc::UnboundedSender<ZdsE
     }
 }
 
-fn open(workload: &Workload, netns: Option<Arc<OwnedFd>>) -> io::Result<Arc<OwnedFd>> {
+fn open(workload: &PodWorkload, netns: Option<Arc<OwnedFd>>) -> io::Result<Arc<OwnedFd>> {
     match netns {
         Some(netns) => Ok(netns),
         None => processes::open_netns(&workload.pod_cgroup, workload.netns).map(Arc::new),
@@ -323,7 +323,7 @@ impl Peer {
     }
 }
 
-fn add(uid: &str, workload: Workload) -> Request {
+fn add(uid: &str, workload: PodWorkload) -> Request {
     Request::Add(AddWorkload {
         uid: uid.to_owned(),
         workload_info: Some(WorkloadInfo {

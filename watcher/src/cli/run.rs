@@ -124,7 +124,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         tracing::warn!(check = check.name, found = check.found, advice = check.advice, "preflight");
     }
     let wanted = wanted_source(&args)?;
-    let config = agent::Config {
+    let config = agent::AgentConfig {
         status_socket: args.node.socket(),
         run_dir: args.node.dir(),
         pins: args.mounts.pins(&args.node.name()),

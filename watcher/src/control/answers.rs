@@ -80,7 +80,7 @@ pub fn rejected_status(entry: &BadEntry, reason: &Reason) -> PodStatus {
 /// The connected tunnels.
 #[must_use]
 pub fn tunnels(applier: &Applier) -> Vec<TunnelStatus> {
-    let status = |tunnel: &crate::apply::tunnels::Tunnel| TunnelStatus {
+    let status = |tunnel: &crate::apply::tunnels::ConnectedTunnel| TunnelStatus {
         pid: tunnel.pid,
         cgroup: tunnel.cgroup.clone(),
         cgroup_id: tunnel.cgroup_id,

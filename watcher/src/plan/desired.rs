@@ -12,7 +12,7 @@ use crate::{
     observe::netns::NetnsFacts,
 };
 
-use super::{Eligibility, Netns, PodPlan, PodView, Workload, address16, cgroup_info};
+use super::{Eligibility, PodNetns, PodPlan, PodView, PodWorkload, address16, cgroup_info};
 
 /// What [`pod_plan`] needs to know besides the pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -76,14 +76,14 @@ fn enroll(
     let record = PodRecord { netns_cookie: facts.cookie, flags, policy_id };
     plan.addresses = facts.addresses.iter().map(|address| (address16(*address), record)).collect();
     let pod_cgroup = observed.dir.clone().unwrap_or_default();
-    let netns = Netns {
+    let netns = PodNetns {
         id: facts.id,
         pod_cgroup: pod_cgroup.clone(),
         uid: pod.uid.clone(),
         v6: facts.addresses.iter().any(IpAddr::is_ipv6),
     };
     plan.netns = Some((facts.cookie, netns));
-    plan.workload = Some(Workload {
+    plan.workload = Some(PodWorkload {
         name: pod.name.clone(),
         namespace: pod.namespace.clone(),
         service_account: pod.service_account.clone(),

@@ -14,7 +14,7 @@ use adit_ebpf_common::{
 
 use crate::{model::exclusions::Exclusions, observe::cgroups::CgroupId};
 
-use super::{Netns, Plan, PodPlan, Workload, cgroup_info};
+use super::{Plan, PodNetns, PodPlan, PodWorkload, cgroup_info};
 
 /// How many netns are prepared side by side. After each batch the tunnel gets its pods, so that it
 /// works while the next batch is prepared.
@@ -22,7 +22,7 @@ const NETNS_BATCH: usize = 16;
 
 /// One change.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Step {
+pub enum ApplyStep {
     /// Done by [`crate::apply::maps`].
     Map(MapWrite),
     /// Done by [`crate::apply::netns`].
@@ -53,7 +53,7 @@ pub enum NetnsStep {
     /// Undo the preparation once no connection needs it any more.
     Release(u64),
     /// Prepare them side by side, then steer each that is in order.
-    Steer(Vec<(u64, Netns)>),
+    Steer(Vec<(u64, PodNetns)>),
 }
 
 /// A change of what tunnels serve, by the pod's uid.
@@ -62,7 +62,7 @@ pub enum TunnelStep {
     /// Tunnels let go of the pod.
     Withdraw(String),
     /// Tunnels serve the pod.
-    Offer(String, Workload),
+    Offer(String, PodWorkload),
 }
 
 /// What the maps hold for pods and tunnels.
@@ -84,14 +84,14 @@ pub struct Applied<'a> {
     /// The maps' contents.
     pub maps: &'a MapContents,
     /// Prepared and steered netns, by cookie.
-    pub netns: &'a BTreeMap<u64, Netns>,
+    pub netns: &'a BTreeMap<u64, PodNetns>,
     /// What tunnels were offered, by uid.
-    pub workloads: &'a BTreeMap<String, Workload>,
+    pub workloads: &'a BTreeMap<String, PodWorkload>,
 }
 
 /// What of the applied entries is compared.
 #[derive(Clone, Copy, Debug)]
-pub enum Scope<'a> {
+pub enum DiffScope<'a> {
     /// Everything: what no plan names is removed, except for the entries of the tunnels' own
     /// cgroups.
     All {
@@ -106,15 +106,15 @@ pub enum Scope<'a> {
 }
 
 /// The steps from `applied` to `plan`, within `scope`.
-pub fn steps(applied: &Applied<'_>, scope: Scope<'_>, plan: &Plan) -> Vec<Step> {
+pub fn steps(applied: &Applied<'_>, scope: DiffScope<'_>, plan: &Plan) -> Vec<ApplyStep> {
     let tunnel = cgroup_info(flag::TUNNEL, 0, &[]);
     let mut wanted = Entries::of(plan.iter());
     let before = match scope {
-        Scope::All { tunnels } => {
+        DiffScope::All { tunnels } => {
             wanted.cgroups.extend(tunnels.iter().map(|id| (id, &tunnel)));
             None
         }
-        Scope::Pods { before } => Some(Entries::of(before.iter().map(|(uid, plan)| (uid, plan)))),
+        DiffScope::Pods { before } => Some(Entries::of(before.iter().map(|(uid, plan)| (uid, plan)))),
     };
     let before = before.as_ref();
     let Applied { maps, netns, workloads } = *applied;
@@ -126,15 +126,15 @@ pub fn steps(applied: &Applied<'_>, scope: Scope<'_>, plan: &Plan) -> Vec<Step> 
     let expected = gone(&maps.expected, before.map(|before| &before.expected), &wanted.expected);
 
     let mut steps = Vec::new();
-    steps.extend(cgroups.into_iter().map(MapWrite::RemoveCgroup).map(Step::Map));
-    steps.extend(addresses.into_iter().map(MapWrite::RemoveAddress).map(Step::Map));
+    steps.extend(cgroups.into_iter().map(MapWrite::RemoveCgroup).map(ApplyStep::Map));
+    steps.extend(addresses.into_iter().map(MapWrite::RemoveAddress).map(ApplyStep::Map));
     if !left.is_empty() {
-        steps.push(Step::Netns(NetnsStep::Unsteer(left.iter().copied().collect())));
+        steps.push(ApplyStep::Netns(NetnsStep::Unsteer(left.iter().copied().collect())));
     }
-    steps.extend(withdrawn.into_iter().map(TunnelStep::Withdraw).map(Step::Tunnel));
-    steps.extend(left.into_iter().map(NetnsStep::Release).map(Step::Netns));
+    steps.extend(withdrawn.into_iter().map(TunnelStep::Withdraw).map(ApplyStep::Tunnel));
+    steps.extend(left.into_iter().map(NetnsStep::Release).map(ApplyStep::Netns));
 
-    let set = |write| Step::Map(write);
+    let set = |write| ApplyStep::Map(write);
     steps.extend(
         changed(&maps.exclusions, &wanted.exclusions)
             .map(|(id, list)| set(MapWrite::SetExclusions(id, list))),
@@ -152,19 +152,19 @@ pub fn steps(applied: &Applied<'_>, scope: Scope<'_>, plan: &Plan) -> Vec<Step> 
         changed(workloads, &wanted.workloads).collect(),
     ));
 
-    steps.extend(exclusions.into_iter().map(MapWrite::RemoveExclusions).map(Step::Map));
+    steps.extend(exclusions.into_iter().map(MapWrite::RemoveExclusions).map(ApplyStep::Map));
     // Last: the cgroup, if that is the reason, has its own entry by now.
-    steps.extend(expected.into_iter().map(MapWrite::RemoveExpected).map(Step::Map));
+    steps.extend(expected.into_iter().map(MapWrite::RemoveExpected).map(ApplyStep::Map));
     steps
 }
 
 /// Netns in batches, each followed by the offers of its pods; then the offers that need no new
 /// netns.
-fn enter(netns: &[(u64, Netns)], mut offers: Vec<(String, Workload)>) -> Vec<Step> {
-    let offer = |(uid, workload)| Step::Tunnel(TunnelStep::Offer(uid, workload));
+fn enter(netns: &[(u64, PodNetns)], mut offers: Vec<(String, PodWorkload)>) -> Vec<ApplyStep> {
+    let offer = |(uid, workload)| ApplyStep::Tunnel(TunnelStep::Offer(uid, workload));
     let mut steps = Vec::new();
     for batch in netns.chunks(NETNS_BATCH) {
-        steps.push(Step::Netns(NetnsStep::Steer(batch.to_vec())));
+        steps.push(ApplyStep::Netns(NetnsStep::Steer(batch.to_vec())));
         let in_batch = |cookie: u64| batch.iter().any(|(other, _)| *other == cookie);
         steps.extend(offers.extract_if(.., |(_, workload)| in_batch(workload.cookie)).map(offer));
     }
@@ -179,8 +179,8 @@ struct Entries<'a> {
     expected: BTreeMap<&'a Name, &'a CgroupInfo>,
     cgroups: BTreeMap<&'a CgroupId, &'a CgroupInfo>,
     addresses: BTreeMap<&'a Address, &'a PodRecord>,
-    netns: BTreeMap<&'a u64, &'a Netns>,
-    workloads: BTreeMap<&'a String, &'a Workload>,
+    netns: BTreeMap<&'a u64, &'a PodNetns>,
+    workloads: BTreeMap<&'a String, &'a PodWorkload>,
 }
 
 impl<'a> Entries<'a> {

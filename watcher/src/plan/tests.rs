@@ -22,10 +22,10 @@ use crate::{
 };
 
 use super::{
-    Eligibility, Netns, Plan, PodView, Workload,
+    Eligibility, Plan, PodNetns, PodView, PodWorkload,
     claims::Claims,
     desired::{Circumstances, pod_plan},
-    diff::{Applied, MapContents, Scope, Step, steps},
+    diff::{Applied, ApplyStep, DiffScope, MapContents, steps},
     eligibility::evaluate,
 };
 
@@ -125,8 +125,8 @@ impl Setting {
 #[derive(Default)]
 struct Node {
     maps: MapContents,
-    netns: BTreeMap<u64, Netns>,
-    workloads: BTreeMap<String, Workload>,
+    netns: BTreeMap<u64, PodNetns>,
+    workloads: BTreeMap<String, PodWorkload>,
 }
 
 impl Node {
@@ -143,13 +143,13 @@ impl Node {
         node
     }
 
-    fn steps(&self, scope: Scope<'_>, plan: &Plan) -> Vec<Step> {
+    fn steps(&self, scope: DiffScope<'_>, plan: &Plan) -> Vec<ApplyStep> {
         let applied = Applied { maps: &self.maps, netns: &self.netns, workloads: &self.workloads };
         steps(&applied, scope, plan)
     }
 
     /// With no tunnel connected.
-    fn all_steps(&self, plan: &Plan) -> Vec<Step> {
-        self.steps(Scope::All { tunnels: &BTreeSet::new() }, plan)
+    fn all_steps(&self, plan: &Plan) -> Vec<ApplyStep> {
+        self.steps(DiffScope::All { tunnels: &BTreeSet::new() }, plan)
     }
 }

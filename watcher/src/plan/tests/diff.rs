@@ -4,9 +4,9 @@ use crate::plan::diff::{MapWrite, NetnsStep, TunnelStep};
 
 use super::*;
 
-fn kind(step: &Step) -> &'static str {
+fn kind(step: &ApplyStep) -> &'static str {
     match step {
-        Step::Map(write) => match write {
+        ApplyStep::Map(write) => match write {
             MapWrite::RemoveCgroup(_) => "remove cgroup",
             MapWrite::RemoveAddress(_) => "remove address",
             MapWrite::SetExclusions(..) => "set exclusions",
@@ -16,16 +16,16 @@ fn kind(step: &Step) -> &'static str {
             MapWrite::SetAddress(..) => "set address",
             MapWrite::RemoveExclusions(_) => "remove exclusions",
         },
-        Step::Netns(NetnsStep::Unsteer(_)) => "unsteer",
-        Step::Netns(NetnsStep::Release(_)) => "release",
-        Step::Netns(NetnsStep::Steer(_)) => "steer",
-        Step::Tunnel(TunnelStep::Withdraw(_)) => "withdraw",
-        Step::Tunnel(TunnelStep::Offer(..)) => "offer",
+        ApplyStep::Netns(NetnsStep::Unsteer(_)) => "unsteer",
+        ApplyStep::Netns(NetnsStep::Release(_)) => "release",
+        ApplyStep::Netns(NetnsStep::Steer(_)) => "steer",
+        ApplyStep::Tunnel(TunnelStep::Withdraw(_)) => "withdraw",
+        ApplyStep::Tunnel(TunnelStep::Offer(..)) => "offer",
     }
 }
 
 /// The kinds of `steps`, each once where several of a kind follow each other.
-fn kinds(steps: &[Step]) -> Vec<&'static str> {
+fn kinds(steps: &[ApplyStep]) -> Vec<&'static str> {
     let mut kinds: Vec<&str> = steps.iter().map(kind).collect();
     kinds.dedup();
     kinds
@@ -72,7 +72,7 @@ fn only_entries_that_earlier_plans_name_are_removed_when_a_few_pods_are_compared
     let whole = setting.plan(vec![(pod("a"), in_order(1)), (pod("b"), in_order(2))]);
     let node = Node::with(&whole);
     let before: Vec<_> = setting.plan(vec![(pod("a"), in_order(1))]).into_iter().collect();
-    let scope = Scope::Pods { before: &before };
+    let scope = DiffScope::Pods { before: &before };
     let only_a: Plan = before.iter().cloned().collect();
     assert!(node.steps(scope, &only_a).is_empty(), "a pod is planned alone as it is with others");
     let removed = node.steps(scope, &Plan::new());
@@ -84,13 +84,13 @@ fn only_entries_that_earlier_plans_name_are_removed_when_a_few_pods_are_compared
 #[test]
 fn the_entries_of_tunnels_stay_when_everything_is_compared() {
     let tunnels: BTreeSet<CgroupId> = [77].into();
-    let added = Node::default().steps(Scope::All { tunnels: &tunnels }, &Plan::new());
-    let [Step::Map(MapWrite::SetCgroup(77, info))] = added[..] else { panic!("{added:?}") };
+    let added = Node::default().steps(DiffScope::All { tunnels: &tunnels }, &Plan::new());
+    let [ApplyStep::Map(MapWrite::SetCgroup(77, info))] = added[..] else { panic!("{added:?}") };
     assert_eq!(info.flags, TUNNEL);
     let mut node = Node::default();
     node.maps.cgroups.insert(77, info);
-    assert!(node.steps(Scope::All { tunnels: &tunnels }, &Plan::new()).is_empty());
-    assert!(node.steps(Scope::Pods { before: &[] }, &Plan::new()).is_empty());
+    assert!(node.steps(DiffScope::All { tunnels: &tunnels }, &Plan::new()).is_empty());
+    assert!(node.steps(DiffScope::Pods { before: &[] }, &Plan::new()).is_empty());
     assert_eq!(kinds(&node.all_steps(&Plan::new())), ["remove cgroup"]);
 }
 
@@ -103,7 +103,9 @@ fn netns_come_in_batches_each_followed_by_its_offers() {
     let batches: Vec<BTreeSet<u64>> = steps
         .iter()
         .filter_map(|step| match step {
-            Step::Netns(NetnsStep::Steer(batch)) => Some(batch.iter().map(|(cookie, _)| *cookie).collect()),
+            ApplyStep::Netns(NetnsStep::Steer(batch)) => {
+                Some(batch.iter().map(|(cookie, _)| *cookie).collect())
+            }
             _ => None,
         })
         .collect();
@@ -112,8 +114,8 @@ fn netns_come_in_batches_each_followed_by_its_offers() {
     let mut next = batches.iter();
     for step in &steps {
         match step {
-            Step::Netns(NetnsStep::Steer(_)) => current = next.next().unwrap(),
-            Step::Tunnel(TunnelStep::Offer(_, workload)) => assert!(current.contains(&workload.cookie)),
+            ApplyStep::Netns(NetnsStep::Steer(_)) => current = next.next().unwrap(),
+            ApplyStep::Tunnel(TunnelStep::Offer(_, workload)) => assert!(current.contains(&workload.cookie)),
             _ => {}
         }
     }
