@@ -3,6 +3,9 @@
 //!
 //! The tests need root. They make private netns, cgroups and mounts, and remove them (`testbed`).
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(unreachable_pub, reason = "modules of a test program share helpers; nothing else can reach them")]
+
 mod arrival;
 mod churn;
 mod container_nodes;

@@ -20,6 +20,15 @@
 //! * [`netns`], [`cgroup`], [`mount`]: guards for what the kernel keeps by name
 //! * [`interrupt`], [`command`], [`wait`]: notice Ctrl-C; run a command; wait for a condition
 
+#![allow(
+    clippy::missing_errors_doc,
+    clippy::missing_panics_doc,
+    clippy::must_use_candidate,
+    clippy::new_without_default,
+    clippy::unwrap_used,
+    reason = "a helper that fails ends its test by panicking"
+)]
+
 pub mod api_node;
 pub mod api_server;
 pub mod cgroup;

@@ -53,7 +53,7 @@ fn pods_that_came_and_went_leave_nothing() {
         before.get_or_insert_with(|| holds(&node));
     }
     for network in &networks {
-        let rules = run(&format!("ip -n {} rule", network));
+        let rules = run(&format!("ip -n {network} rule"));
         assert!(!rules.contains("0x539"), "{rules}");
     }
     let (before, after) = (before.unwrap(), holds(&node));
@@ -95,7 +95,7 @@ fn killed_at_any_moment_the_watcher_comes_back_to_the_right_state() {
     wait_for("what the killed ones left to be put back", || {
         let status = node.status();
         let others =
-            networks[1..].iter().any(|network| run(&format!("ip -n {} rule", network)).contains("0x539"));
+            networks[1..].iter().any(|network| run(&format!("ip -n {network} rule")).contains("0x539"));
         (status["draining"].as_array().is_some_and(Vec::is_empty) && !others).then_some(())
     });
     let links = node.pins().into_iter().filter(|pin| pin.to_string_lossy().contains("links/netns-")).count();
