@@ -31,8 +31,7 @@ use tracing::{info, warn};
 
 use crate::{
     apply::{
-        Applier,
-        netns::OpenNetns,
+        Applier, OpenNetns,
         tunnel_cgroups::CgroupLayout,
         zds_server::{ZdsEvent, ZdsServer},
     },

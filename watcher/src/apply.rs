@@ -11,8 +11,9 @@
 //! * [`journal`]: what was changed outside the maps, on disk; [`restore`]: undoing it after a crash
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -36,7 +37,7 @@ use self::{
     draining::DrainingNetns,
     journal::Journal,
     maps::AppliedMaps,
-    netns::{NetnsReport, NetnsTools, OpenNetns, SteeredNetns},
+    netns::{NetnsReport, NetnsTools, SteeredNetns},
     settings::KernelSettings,
     tunnel_cgroups::CgroupLayout,
     tunnels::Tunnels,
@@ -54,6 +55,9 @@ pub mod settings;
 pub mod tunnel_cgroups;
 pub mod tunnels;
 pub mod zds_server;
+
+/// Open netns, by cookie.
+pub type OpenNetns = BTreeMap<u64, Arc<OwnedFd>>;
 
 /// Everything that is applied, and the means to change it. Its parts know nothing of each other;
 /// what one gives to the next passes through here.

@@ -11,7 +11,7 @@ use std::{
 use tracing::warn;
 
 use crate::{
-    apply::netns::OpenNetns,
+    apply::OpenNetns,
     model::pod::Selection,
     observe::{
         Observed, cgroup_path, cgroups,

@@ -30,7 +30,7 @@ use crate::{
     plan::PodNetns,
 };
 
-use super::netns::OpenNetns;
+use super::OpenNetns;
 
 /// A netns by its cookie, open.
 type Open = (u64, Arc<OwnedFd>);

@@ -21,14 +21,12 @@ use crate::{
 };
 
 use super::{
+    OpenNetns,
     app_listeners::AppListeners,
     draining::DrainingNetns,
     journal::{Journal, NetnsRecord},
     netns_setup::{self, Sysctls},
 };
-
-/// Open netns, by cookie.
-pub type OpenNetns = BTreeMap<u64, Arc<OwnedFd>>;
 
 /// Netns whose inbound connections are steered, by cookie.
 #[derive(Debug)]

@@ -18,7 +18,7 @@ use crate::{
 };
 
 use super::{
-    netns::OpenNetns,
+    OpenNetns,
     zds_server::{Admission, ConnId, OfferId, ZdsCommand},
 };
 
