@@ -50,7 +50,7 @@ impl ProcessContext {
 /// One worker, as its connections see it.
 #[derive(Debug)]
 pub struct WorkerContext {
-    pub shared: Arc<ProcessContext>,
+    pub process: Arc<ProcessContext>,
     pub pool: Pool,
     pub lookups: Lookups,
 }

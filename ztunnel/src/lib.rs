@@ -9,6 +9,7 @@
 //! * [`dns`]: answers names of the mesh in each pod's netns
 //! * [`workload_lookup`]: what a connection must know before it can be judged
 //! * [`context`]: the handles that a connection is given
+//! * [`threads`]: threads that serve pods
 //! * [`hbone`]: HTTP/2 CONNECT in mutual TLS, as client (pooled) and as server
 //! * [`stream`]: copies both ways until both sides are done, or one breaks
 //! * [`discovery`]: workloads, services and policies from a control plane
@@ -54,6 +55,7 @@ pub mod record;
 pub mod route;
 pub mod socket;
 pub mod stream;
+pub mod threads;
 pub mod worker;
 pub mod workload_lookup;
 

@@ -88,7 +88,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
     let servers = Servers::bind(&config).await?;
     let (stop, end) = (CancellationToken::new(), CancellationToken::new());
     drain::on_signal(&stop)?;
-    let shared = Arc::new(ProcessContext::new(
+    let process = Arc::new(ProcessContext::new(
         Arc::clone(&config),
         Arc::clone(&store),
         Arc::clone(&certificates),
@@ -96,13 +96,13 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
         Arc::clone(&metrics),
         demand,
     ));
-    let workers = Workers::start(&shared).context("cannot start the workers")?;
+    let workers = Workers::start(&process).context("cannot start the workers")?;
     let start_dns = || {
         let _ready = readiness.task("dns proxy");
-        Dns::start(&shared).context("cannot start the DNS proxy")
+        Dns::start(&process).context("cannot start the DNS proxy")
     };
     let dns = config.dns.enabled.then(start_dns).transpose()?;
-    let mut pods = Pods::new(shared, workers, dns, stop.clone());
+    let mut pods = Pods::new(process, workers, dns, stop.clone());
 
     // Serve. What the draining connections still need goes on until `end`.
     let mut services = JoinSet::new();

@@ -52,7 +52,7 @@ struct Pending {
 /// All pods of this process. Its only writer is the ZDS client.
 #[derive(Debug)]
 pub struct Pods {
-    shared: Arc<ProcessContext>,
+    process: Arc<ProcessContext>,
     workers: Workers,
     /// Unless it is switched off.
     dns: Option<Dns>,
@@ -68,13 +68,13 @@ pub struct Pods {
 impl Pods {
     /// `stop` ends all of them.
     pub fn new(
-        shared: Arc<ProcessContext>,
+        process: Arc<ProcessContext>,
         workers: Workers,
         dns: Option<Dns>,
         stop: CancellationToken,
     ) -> Self {
         let (running, pending) = (HashMap::new(), HashMap::new());
-        Self { shared, workers, dns, running, own: None, pending, stop, published: watch::Sender::default() }
+        Self { process, workers, dns, running, own: None, pending, stop, published: watch::Sender::default() }
     }
 
     /// The pods as shown to operators. Each call returns the current state.
@@ -94,7 +94,7 @@ impl Pods {
         self.remove(uid);
         let again = netns.try_clone()?;
         let started = self.start(uid, info.clone(), netns);
-        self.shared.metrics.pods.started.inc_by(u64::from(started.is_ok()));
+        self.process.metrics.pods.started.inc_by(u64::from(started.is_ok()));
         if let Err(error) = &started {
             warn!(pod.uid = uid, %error, "cannot serve the pod yet");
             let mut backoff = Backoff::new();
@@ -111,7 +111,7 @@ impl Pods {
         if let Some(pod) = self.running.remove(uid) {
             info!(pod.uid = uid, pod.name = %pod.info.name, "pod removed");
             pod.stop.cancel();
-            self.shared.metrics.pods.stopped.inc();
+            self.process.metrics.pods.stopped.inc();
             self.forget_identities();
         }
         self.publish(uid);
@@ -150,7 +150,7 @@ impl Pods {
             pending.next = Instant::now() + pending.backoff.delay();
             self.pending.insert(uid.clone(), pending);
         } else {
-            self.shared.metrics.pods.started.inc();
+            self.process.metrics.pods.started.inc();
         }
         self.publish(&uid);
     }
@@ -176,7 +176,7 @@ impl Pods {
     /// Serves the tunnel's own pod, so that its metrics are available over HBONE and under policy.
     pub fn serve_own(&mut self, info: PodInfo) -> io::Result<()> {
         let netns = Netns::new(File::open("/proc/thread-self/ns/net")?.into())?;
-        let metrics = self.shared.config.stats_address.port();
+        let metrics = self.process.config.stats_address.port();
         let pod = self.listen("own", info, netns, &[Port::Hbone], Some(metrics))?;
         info!(pod.name = %pod.info.name, pod.namespace = %pod.info.namespace,
             pod.service_account = %pod.info.service_account, port = metrics, "own metrics are served over HBONE");
@@ -189,7 +189,7 @@ impl Pods {
     pub fn serve_here(&mut self, info: PodInfo) -> io::Result<()> {
         let netns = File::open("/proc/thread-self/ns/net")?.into();
         self.start(DEDICATED, info, netns)?;
-        self.shared.metrics.pods.started.inc();
+        self.process.metrics.pods.started.inc();
         self.publish(DEDICATED);
         Ok(())
     }
@@ -202,8 +202,8 @@ impl Pods {
         ports: &[Port],
         own_port: Option<u16>,
     ) -> io::Result<Arc<Pod>> {
-        let config = &self.shared.config;
-        let mut socket = self.shared.socket.clone();
+        let config = &self.process.config;
+        let mut socket = self.process.socket.clone();
         let (listeners, names) = netns.enter(|| {
             if socket::mark_stays_local(socket.mark) {
                 socket.mark = 0;
@@ -233,15 +233,15 @@ impl Pods {
         }
         // Fetch the certificate ahead, so that the first connection does not wait for it. A
         // dedicated tunnel fetches only its own, when it needs it.
-        if self.shared.config.mode == ProxyMode::Shared {
-            self.shared.certificates.prefetch(&pod.identity);
+        if self.process.config.mode == ProxyMode::Shared {
+            self.process.certificates.prefetch(&pod.identity);
         }
         Ok(pod)
     }
 
     /// Updates the state of `uid` that operators see.
     fn publish(&self, uid: &str) {
-        let gauges = &self.shared.metrics.pods;
+        let gauges = &self.process.metrics.pods;
         gauges.active.set(self.running.len().try_into().unwrap_or(i64::MAX));
         gauges.pending.set(self.pending.len().try_into().unwrap_or(i64::MAX));
         let up = self.running.get(uid).map(|pod| (&pod.info, "Up"));
@@ -258,7 +258,7 @@ impl Pods {
     /// Keeps only the certificates that some pod needs.
     fn forget_identities(&self) {
         let wanted = self.running.values().chain(&self.own).map(|pod| pod.identity.clone()).collect();
-        self.shared.certificates.retain(&wanted);
+        self.process.certificates.retain(&wanted);
     }
 }
 

@@ -6,29 +6,24 @@
 //!   because Istio's tunnel sends them for connections that ended well.
 //! * Back-pressure: data is read only if it can be passed on.
 
-use std::{
-    cell::RefCell,
-    collections::VecDeque,
-    future::{Future, poll_fn},
-    io::{self, IoSlice},
-    net::Shutdown,
-    pin::pin,
-    task::Poll,
-};
+mod adaptive;
+mod error;
+mod from_socket;
+mod to_socket;
 
-use bytes::{Buf, Bytes};
+use std::{future::Future, pin::pin};
+
+use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream};
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
-use crate::{config::StreamConfig, record::Counters};
-
-mod adaptive;
-mod error;
-
-use self::adaptive::{Adaptive, LARGE};
-
 pub use self::error::StreamError;
+use self::{
+    from_socket::socket_to_stream,
+    to_socket::{socket_to_socket, stream_to_socket},
+};
+use crate::{config::StreamConfig, record::Counters};
 
 /// Both halves of an HBONE stream. If dropped before [`finished`](Self::finished), it is reset like
 /// the TCP connection that it carries: h2 alone would send CANCEL, which peers take for a clean
@@ -184,220 +179,6 @@ async fn both(
         }
     }
     Ok(())
-}
-
-async fn socket_to_stream(
-    socket: &TcpStream,
-    send: &mut SendStream<Bytes>,
-    moved: impl Fn(u64),
-) -> Result<(), StreamError> {
-    let mut buffer = Adaptive::new();
-    loop {
-        // Also wakes when the peer resets the stream: nothing else checks while the application is
-        // silent.
-        let readable = async {
-            let room = capacity(send, buffer.size).await?;
-            tokio::select! {
-                biased;
-                broken = reset_by_peer(send) => Err(broken),
-                ready = socket.readable() => ready.map(|()| room).map_err(StreamError::Socket),
-            }
-        };
-        let room = match readable.await {
-            // The peer accepts no more data, but what it sent earlier may still be on its way to
-            // the application.
-            Err(StreamError::Reset(Reason::CANCEL | Reason::NO_ERROR)) => return Ok(()),
-            other => other?,
-        };
-        let Some(data) = buffer.read(socket, room).map_err(StreamError::Socket)? else { continue };
-        let (n, ended) = (data.len(), data.is_empty());
-        if let Err(error) = send.send_data(data, ended) {
-            // The stream has the more precise reason.
-            return Err(known_reset(send).await.unwrap_or(StreamError::Tunnel(error)));
-        }
-        if ended {
-            return Ok(());
-        }
-        moved(n as u64);
-    }
-}
-
-/// Waits until some of `wanted` bytes may be sent, and says how many.
-async fn capacity(send: &mut SendStream<Bytes>, wanted: usize) -> Result<usize, StreamError> {
-    send.reserve_capacity(wanted);
-    loop {
-        // `poll_capacity` reports only changes; existing capacity must be read first.
-        let now = send.capacity();
-        if now > 0 {
-            return Ok(now);
-        }
-        let grown = poll_fn(|cx| {
-            if let Poll::Ready(reset) = send.poll_reset(cx) {
-                return Poll::Ready(Err(reset.map_or_else(StreamError::Tunnel, StreamError::Reset)));
-            }
-            send.poll_capacity(cx).map(Ok)
-        });
-        match grown.await? {
-            Some(Ok(_)) => {}
-            Some(Err(error)) => return Err(StreamError::Tunnel(error)),
-            None => {
-                let unknown = StreamError::Reset(Reason::INTERNAL_ERROR);
-                return Err(known_reset(send).await.unwrap_or(unknown));
-            }
-        }
-    }
-}
-
-async fn reset_by_peer(send: &mut SendStream<Bytes>) -> StreamError {
-    match poll_fn(|cx| send.poll_reset(cx)).await {
-        Ok(reason) => StreamError::Reset(reason),
-        Err(error) => StreamError::Tunnel(error),
-    }
-}
-
-/// The reset that has already happened, if there was one.
-async fn known_reset(send: &mut SendStream<Bytes>) -> Option<StreamError> {
-    poll_fn(|cx| {
-        Poll::Ready(match send.poll_reset(cx) {
-            Poll::Ready(Ok(reason)) => Some(StreamError::Reset(reason)),
-            Poll::Ready(Err(error)) => Some(StreamError::Tunnel(error)),
-            Poll::Pending => None,
-        })
-    })
-    .await
-}
-
-async fn stream_to_socket(
-    recv: &mut RecvStream,
-    socket: &TcpStream,
-    moved: impl Fn(u64),
-) -> Result<(), StreamError> {
-    let mut queue = VecDeque::new();
-    loop {
-        let mut ended = match recv.data().await {
-            Some(data) => {
-                queue.push_back(data.map_err(broken_by_peer)?);
-                false
-            }
-            None => true,
-        };
-        // Data that has also arrived goes into the same write.
-        let mut waiting: usize = queue.iter().map(Bytes::len).sum();
-        let mut broken = None;
-        while !ended && waiting < LARGE {
-            match poll_fn(|cx| Poll::Ready(recv.poll_data(cx))).await {
-                Poll::Ready(Some(Ok(data))) => {
-                    waiting += data.len();
-                    queue.push_back(data);
-                }
-                Poll::Ready(Some(Err(error))) => {
-                    broken = Some(broken_by_peer(error));
-                    break;
-                }
-                Poll::Ready(None) => ended = true,
-                Poll::Pending => break,
-            }
-        }
-        while !queue.is_empty() {
-            let n = write_some(socket, &mut queue).await.map_err(StreamError::Socket)?;
-            moved(n as u64);
-            // Only now may the peer send more. This fails only if the stream has ended, which
-            // `recv` reports.
-            let _ = recv.flow_control().release_capacity(n);
-        }
-        if let Some(broken) = broken {
-            return clean_if_compatible(broken, socket);
-        }
-        if ended {
-            return end(socket);
-        }
-    }
-}
-
-/// See the module's exception: the end is passed on before the stream counts as over.
-fn clean_if_compatible(broken: StreamError, socket: &TcpStream) -> Result<(), StreamError> {
-    if let StreamError::Reset(Reason::CANCEL | Reason::NO_ERROR) = broken {
-        let _ = end(socket);
-    }
-    Err(broken)
-}
-
-fn end(socket: &TcpStream) -> Result<(), StreamError> {
-    match SockRef::from(socket).shutdown(Shutdown::Write) {
-        // The other direction has already ended the connection.
-        Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
-        other => other.map_err(StreamError::Socket),
-    }
-}
-
-fn broken_by_peer(error: h2::Error) -> StreamError {
-    match error.reason() {
-        Some(reason) if error.is_reset() => StreamError::Reset(reason),
-        _ => StreamError::Tunnel(error),
-    }
-}
-
-/// Writes what the socket takes, straight from the received frames. Returns how many bytes that were.
-async fn write_some(socket: &TcpStream, queue: &mut VecDeque<Bytes>) -> io::Result<usize> {
-    let mut slices = [IoSlice::new(&[]); 64];
-    let count = queue.len().min(slices.len());
-    for (slice, data) in slices.iter_mut().zip(queue.iter()) {
-        *slice = IoSlice::new(data);
-    }
-    let written = loop {
-        match socket.try_write_vectored(&slices[..count]) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.writable().await?,
-            other => break other?,
-        }
-    };
-    let mut left = written;
-    while let Some(first) = queue.front_mut() {
-        if first.len() > left {
-            first.advance(left);
-            break;
-        }
-        left -= first.len();
-        queue.pop_front();
-    }
-    Ok(written)
-}
-
-thread_local! {
-    /// The read buffer of `socket_to_socket`, shared by all connections of a worker. It is not used
-    /// across an await, and idle connections hold no memory.
-    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; LARGE].into_boxed_slice());
-}
-
-async fn socket_to_socket(from: &TcpStream, to: &TcpStream, moved: impl Fn(u64)) -> Result<(), StreamError> {
-    /// Reads once, writes as much as the other side accepts, and returns the rest.
-    fn step(from: &TcpStream, to: &TcpStream) -> io::Result<Option<(usize, Vec<u8>)>> {
-        SCRATCH.with_borrow_mut(|scratch| {
-            let n = match from.try_read(scratch) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                other => other?,
-            };
-            if n == 0 {
-                return Ok(Some((0, Vec::new())));
-            }
-            let written = match to.try_write(&scratch[..n]) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-                other => other?,
-            };
-            Ok(Some((n, scratch[written..n].to_vec())))
-        })
-    }
-    loop {
-        from.readable().await.map_err(StreamError::Socket)?;
-        let Some((n, rest)) = step(from, to).map_err(StreamError::Socket)? else { continue };
-        if n == 0 {
-            return end(to);
-        }
-        let mut rest = VecDeque::from([Bytes::from(rest)]);
-        while !rest.iter().all(Bytes::is_empty) {
-            write_some(to, &mut rest).await.map_err(StreamError::Socket)?;
-        }
-        moved(n as u64);
-    }
 }
 
 #[cfg(test)]

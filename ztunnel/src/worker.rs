@@ -6,13 +6,10 @@
 
 pub mod listeners;
 
-use std::{io, net::SocketAddr, rc::Rc, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
-use tokio::{
-    net::TcpStream,
-    sync::mpsc,
-    task::{JoinError, JoinSet, LocalSet},
-};
+use futures_util::future::join_all;
+use tokio::{net::TcpStream, task::JoinSet};
 use tracing::{error, info};
 
 use crate::{
@@ -21,6 +18,7 @@ use crate::{
     hbone::pool::Pool,
     lookup::Lookups,
     pod::Pod,
+    threads::{PodThread, finish_all, report_panic},
     worker::listeners::{Active, Listeners, Port},
 };
 
@@ -28,85 +26,48 @@ use crate::{
 /// then, but peers of handshakes in progress would be reset.
 const HANDSHAKES: Duration = Duration::from_millis(250);
 
-struct Serve {
-    pod: Arc<Pod>,
-    listeners: Listeners,
-}
-
 /// The control runtime's handle on the workers.
 #[derive(Debug)]
-pub struct Workers(Vec<Handle>);
-
-#[derive(Debug)]
-struct Handle {
-    orders: mpsc::UnboundedSender<Serve>,
-    thread: JoinHandle<()>,
-}
-
-impl std::fmt::Debug for Serve {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Serve").field("pod", &self.pod.uid).finish_non_exhaustive()
-    }
-}
+pub struct Workers(Vec<PodThread<Listeners>>);
 
 impl Workers {
-    pub fn start(shared: &Arc<ProcessContext>) -> io::Result<Self> {
+    /// Starts as many as are configured.
+    ///
+    /// # Errors
+    /// A thread or its runtime cannot be started.
+    pub fn start(process: &Arc<ProcessContext>) -> io::Result<Self> {
         let start = |number: usize| {
-            let (orders, todo) = mpsc::unbounded_channel();
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            shared.metrics.runtimes.add(runtime.metrics());
-            let shared = Arc::clone(shared);
-            let thread = std::thread::Builder::new()
-                .name(format!("worker-{number}"))
-                .spawn(move || LocalSet::new().block_on(&runtime, work(shared, todo)))?;
-            Ok(Handle { orders, thread })
+            let metrics = Arc::clone(&process.metrics);
+            let process = Arc::clone(process);
+            PodThread::start(format!("worker-{number}"), &metrics, move || {
+                let worker = Rc::new(WorkerContext {
+                    pool: Pool::new(process.config.pool, process.metrics.pool.clone()),
+                    lookups: Lookups::new(&process.config.dns.upstream),
+                    process,
+                });
+                move |pod, listeners| serve_pod(Rc::clone(&worker), pod, listeners)
+            })
         };
-        (0..shared.config.workers.get()).map(start).collect::<io::Result<_>>().map(Self)
+        (0..process.config.workers.get()).map(start).collect::<io::Result<_>>().map(Self)
     }
 
+    /// How many there are.
     pub fn count(&self) -> usize {
         self.0.len()
     }
 
-    /// Serves `pod` until its `stop`; `listeners` are one set for each worker.
+    /// Serves `pod` until its `stop`; `listeners` has one set for each worker.
+    ///
+    /// # Errors
+    /// A worker has ended.
     pub fn serve(&self, pod: &Arc<Pod>, listeners: Vec<Listeners>) -> io::Result<()> {
         debug_assert_eq!(listeners.len(), self.0.len());
-        for (worker, listeners) in self.0.iter().zip(listeners) {
-            let order = Serve { pod: Arc::clone(pod), listeners };
-            worker.orders.send(order).map_err(|_| io::Error::other("a worker has ended"))?;
-        }
-        Ok(())
+        self.0.iter().zip(listeners).try_for_each(|(worker, listeners)| worker.serve(pod, listeners))
     }
 
-    /// Waits until no pod has an open connection. Stop all pods first.
+    /// Waits until every pod, each of which has been stopped, has no more connections.
     pub async fn finish(self) {
-        let threads: Vec<_> = self.0.into_iter().map(|handle| handle.thread).collect();
-        let joined =
-            tokio::task::spawn_blocking(|| threads.into_iter().map(JoinHandle::join).all(|t| t.is_ok()));
-        if !joined.await.unwrap_or(false) {
-            error!("a worker ended by a panic");
-        }
-    }
-}
-
-async fn work(shared: Arc<ProcessContext>, mut orders: mpsc::UnboundedReceiver<Serve>) {
-    let worker = Rc::new(WorkerContext {
-        pool: Pool::new(shared.config.pool, shared.metrics.pool.clone()),
-        lookups: Lookups::new(&shared.config.dns.upstream),
-        shared,
-    });
-    let mut pods = JoinSet::new();
-    loop {
-        tokio::select! {
-            order = orders.recv() => match order {
-                Some(Serve { pod, listeners }) => { pods.spawn_local(serve(Rc::clone(&worker), pod, listeners)); }
-                None => break,
-            },
-            Some(ended) = pods.join_next() => report(ended),
-        }
-    }
-    while let Some(ended) = pods.join_next().await {
-        report(ended);
+        join_all(self.0.into_iter().map(PodThread::finish)).await;
     }
 }
 
@@ -124,7 +85,7 @@ async fn overdue(pod: &Pod, deadline: Duration) -> &'static str {
 }
 
 /// Serves one pod until its `stop`, then lets the open connections finish.
-async fn serve(worker: Rc<WorkerContext>, pod: Arc<Pod>, listeners: Listeners) {
+async fn serve_pod(worker: Rc<WorkerContext>, pod: Arc<Pod>, listeners: Listeners) {
     let listeners = match listeners.activate() {
         Ok(listeners) => listeners,
         Err(error) => return error!(pod.uid, %error, "a worker cannot take the pod's listeners"),
@@ -142,7 +103,7 @@ async fn serve(worker: Rc<WorkerContext>, pod: Arc<Pod>, listeners: Listeners) {
     // If ports are not shared, they must be free at once. When the process ends, the kernel still
     // steers new connections here, so waiting would not help; a successor receives the waiting ones
     // (`tcp_migrate_req`).
-    if worker.shared.config.port_reuse {
+    if worker.process.config.port_reuse {
         let handshakes = async {
             tokio::select! {
                 () = tokio::time::sleep(HANDSHAKES) => {}
@@ -154,9 +115,9 @@ async fn serve(worker: Rc<WorkerContext>, pod: Arc<Pod>, listeners: Listeners) {
     for waiting in listeners.close() {
         accept(&mut connections, waiting);
     }
-    let deadline = worker.shared.config.drain_deadline;
+    let deadline = worker.process.config.drain_deadline;
     let why = tokio::select! {
-        () = finish(&mut connections) => None,
+        () = finish_all(&mut connections) => None,
         why = overdue(&pod, deadline) => Some(why),
     };
     if let Some(why) = why {
@@ -177,23 +138,8 @@ async fn accept_until(
         tokio::select! {
             biased;
             () = &mut stop => return,
-            Some(ended) = connections.join_next() => report(ended),
+            Some(ended) = connections.join_next() => report_panic(ended),
             accepted = listeners.accept() => accept(connections, accepted),
         }
-    }
-}
-
-async fn finish(connections: &mut JoinSet<()>) {
-    while let Some(ended) = connections.join_next().await {
-        report(ended);
-    }
-}
-
-/// A panic in one connection must not end the others, but it is a bug and must be reported.
-fn report(ended: Result<(), JoinError>) {
-    if let Err(error) = ended
-        && error.is_panic()
-    {
-        error!(%error, "a connection's task panicked");
     }
 }

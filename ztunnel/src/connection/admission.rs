@@ -24,16 +24,16 @@ pub(super) fn check(
 
 /// Ends when a change of policy forbids what was allowed. A workload that is no longer known keeps what it has.
 pub(super) async fn until_denied(
-    shared: &ProcessContext,
+    process: &ProcessContext,
     pod: &Pod,
     client: IpAddr,
     identity: Option<&Identity>,
     target: SocketAddr,
 ) {
-    let mut changes = shared.store.subscribe();
+    let mut changes = process.store.subscribe();
     loop {
         changes.mark_unchanged();
-        let mesh = shared.store.snapshot();
+        let mesh = process.store.snapshot();
         let info = &pod.info;
         if let Some(workload) = mesh.workload_by_name(&info.namespace, &info.name, &info.service_account)
             && check(&mesh, workload, client, identity, target).is_err()

@@ -51,41 +51,41 @@ struct Tunnel {
 pub async fn serve(accepted: Accepted) {
     let Accepted { stream, client: peer, pod, worker } = accepted;
     let Ok(local) = stream.local_addr().map(socket::canonical) else { return };
-    let shared = Arc::clone(&worker.shared);
+    let process = Arc::clone(&worker.process);
     let fail = |error: InboundError| {
-        denied_early(&shared.metrics, &Ends::new(Direction::Inbound, peer, local), &error);
+        denied_early(&process.metrics, &Ends::new(Direction::Inbound, peer, local), &error);
     };
-    let credentials = match shared.certificates.get(&pod.identity).await {
+    let credentials = match process.certificates.get(&pod.identity).await {
         Ok(credentials) => credentials,
         Err(error) => return fail(InboundError::Identity(error)),
     };
     let began = Instant::now();
     let tls = server::tls(stream, credentials.server()).await;
-    shared.metrics.tls_handshake(Direction::Inbound.as_str(), began.elapsed());
+    process.metrics.tls_handshake(Direction::Inbound.as_str(), began.elapsed());
     let tls = match tls {
         Ok(tls) => tls,
         Err(error) => return fail(InboundError::Tls(error)),
     };
     let certificates = tls.get_ref().1.peer_certificates();
     let (identity, chain) = (peer_identity(certificates), CertificateChain::of(certificates));
-    if shared.revocations.is_configured() && chain.is_empty() {
-        shared.metrics.crl.untracked(Direction::Inbound);
+    if process.revocations.is_configured() && chain.is_empty() {
+        process.metrics.crl.untracked(Direction::Inbound);
     }
-    if shared.revocations.is_revoked(&chain) {
-        shared.metrics.crl.rejected(Direction::Inbound);
+    if process.revocations.is_revoked(&chain) {
+        process.metrics.crl.rejected(Direction::Inbound);
         return fail(InboundError::Revoked);
     }
     let stop = pod.stop.child_token();
     // No new streams then; those that are open end by themselves, each with its record.
     let revoked = async {
-        shared.revocations.until_revoked(chain.clone()).await;
-        shared.metrics.crl.rejected(Direction::Inbound);
+        process.revocations.until_revoked(chain.clone()).await;
+        process.metrics.crl.rejected(Direction::Inbound);
         stop.cancel();
         std::future::pending::<()>().await;
     };
     let tunnel = Rc::new(Tunnel { worker, pod, peer, identity, chain: chain.clone(), local });
     let served =
-        server::serve(tls, &shared.config.h2, stop.clone(), |asked| request(Rc::clone(&tunnel), asked));
+        server::serve(tls, &process.config.h2, stop.clone(), |asked| request(Rc::clone(&tunnel), asked));
     let served = tokio::select! {
         served = served => served,
         () = revoked => return,
@@ -105,17 +105,17 @@ struct Admitted {
 }
 
 async fn request(tunnel: Rc<Tunnel>, asked: Asked) {
-    let shared = &tunnel.worker.shared;
+    let process = &tunnel.worker.process;
     let admitted = match admit(&tunnel, &asked).await {
         Ok(admitted) => admitted,
         Err(error) => {
             let mut ends = Ends::new(Direction::Inbound, tunnel.peer, tunnel.local);
             ends.source_identity.clone_from(&tunnel.identity);
-            denied_early(&shared.metrics, &ends, &error);
+            denied_early(&process.metrics, &ends, &error);
             return asked.refuse(error.status());
         }
     };
-    let record = Record::open(&shared.metrics, ends(&tunnel, &admitted));
+    let record = Record::open(&process.metrics, ends(&tunnel, &admitted));
     let result = carry(&tunnel, &admitted, asked, record.counters()).await;
     record.close(result.as_ref().copied().map_err(|error| error as &dyn Failure));
 }
@@ -128,19 +128,19 @@ async fn admit(tunnel: &Tunnel, asked: &Asked) -> Result<Admitted, InboundError>
     }
     let authority = request.uri().authority().ok_or(InvalidTarget)?;
     let target: Target = authority.as_str().parse()?;
-    let shared = &tunnel.worker.shared;
-    if shared.revocations.is_revoked(&tunnel.chain) {
+    let process = &tunnel.worker.process;
+    if process.revocations.is_revoked(&tunnel.chain) {
         return Err(InboundError::Revoked);
     }
-    let (mesh, workload) = own_workload(shared, &tunnel.pod).await?;
-    let (mesh, delivery) = ensure_known(shared, mesh, |view| {
-        delivery(view, &workload, tunnel.local, &target, shared.config.proxy_to)
+    let (mesh, workload) = own_workload(process, &tunnel.pod).await?;
+    let (mesh, delivery) = ensure_known(process, mesh, |view| {
+        delivery(view, &workload, tunnel.local, &target, process.config.proxy_to)
     })
     .await?;
     let mut delivery = delivery?;
     let port = delivery.target.port();
     let foreign = tunnel.pod.own_port.is_some_and(|own| own != port);
-    if foreign || shared.config.ports.is_own(port) {
+    if foreign || process.config.ports.is_own(port) {
         return Err(InboundError::Recursive);
     }
     check(&mesh, &workload, tunnel.peer.ip(), tunnel.identity.as_ref(), delivery.target)?;
@@ -148,9 +148,9 @@ async fn admit(tunnel: &Tunnel, asked: &Asked) -> Result<Admitted, InboundError>
         delivery.service = forwarded_service(&mesh, &workload, request.headers());
     }
     let peer = Peer { ip: tunnel.peer.ip(), identity: tunnel.identity.as_ref() };
-    let believed = shared.config.response_baggage;
+    let believed = process.config.response_baggage;
     let source =
-        ensure_known(shared, mesh, |view| source(view, &workload, peer, request.headers(), believed)).await;
+        ensure_known(process, mesh, |view| source(view, &workload, peer, request.headers(), believed)).await;
     // For labels: without an answer there are none.
     let source = source.map_or(None, |(_, source)| source);
     Ok(Admitted { workload, source, delivery })
@@ -179,7 +179,7 @@ async fn carry(
     asked: Asked,
     counters: &Counters,
 ) -> Result<(), InboundError> {
-    let (shared, began) = (&tunnel.worker.shared, Instant::now());
+    let (process, began) = (&tunnel.worker.process, Instant::now());
     let application = match dial(tunnel, &admitted.delivery).await {
         Ok(application) => application,
         Err(error) => {
@@ -188,16 +188,16 @@ async fn carry(
             return Err(error);
         }
     };
-    shared.metrics.connected(Direction::Inbound.as_str(), began.elapsed());
+    process.metrics.connected(Direction::Inbound.as_str(), began.elapsed());
     let mut headers = HeaderMap::new();
-    if shared.config.response_baggage
+    if process.config.response_baggage
         && let Ok(value) = HeaderValue::try_from(baggage::of_workload(&admitted.workload))
     {
         headers.insert(BAGGAGE, value);
     }
     let stream = asked.accept(headers).map_err(InboundError::Http)?;
     let denied = until_denied(
-        shared,
+        process,
         &tunnel.pod,
         tunnel.peer.ip(),
         tunnel.identity.as_ref(),
@@ -206,25 +206,25 @@ async fn carry(
     let cut = async {
         tokio::select! {
             () = denied => {}
-            () = shared.revocations.until_revoked(tunnel.chain.clone()) => {}
+            () = process.revocations.until_revoked(tunnel.chain.clone()) => {}
         }
     };
-    match stream::tunnel(application, stream, SocketIs::Server, counters, shared.config.limits, cut).await {
-        Err(StreamError::Cut) if shared.revocations.is_revoked(&tunnel.chain) => Err(InboundError::Revoked),
+    match stream::tunnel(application, stream, SocketIs::Server, counters, process.config.limits, cut).await {
+        Err(StreamError::Cut) if process.revocations.is_revoked(&tunnel.chain) => Err(InboundError::Revoked),
         done => Ok(done?),
     }
 }
 
 /// The application, told by a PROXY header about the client if it wants that.
 async fn dial(tunnel: &Tunnel, delivery: &Delivery) -> io::Result<TcpStream> {
-    let shared = &tunnel.worker.shared;
+    let process = &tunnel.worker.process;
     let (dial, asked) = match delivery.to {
         Handover::Plain => {
-            return application::dial(shared, &tunnel.pod, delivery.target, tunnel.peer.ip()).await;
+            return application::dial(process, &tunnel.pod, delivery.target, tunnel.peer.ip()).await;
         }
         Handover::Proxy { dial, asked } => (dial, asked),
     };
-    let mut application = socket::connect(&tunnel.pod.netns, dial, None, &shared.socket).await?;
+    let mut application = socket::connect(&tunnel.pod.netns, dial, None, &process.socket).await?;
     let header = proxy_protocol::header(tunnel.peer, asked, tunnel.identity.as_ref());
     application.write_all(&header).await?;
     Ok(application)

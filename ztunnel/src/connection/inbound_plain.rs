@@ -21,7 +21,7 @@ use crate::{
 pub async fn serve(accepted: Accepted) {
     let client = accepted.client;
     let Ok(target) = socket::original_dst(&accepted.stream) else { return socket::reset(accepted.stream) };
-    let metrics = Arc::clone(&accepted.worker.shared.metrics);
+    let metrics = Arc::clone(&accepted.worker.process.metrics);
     let mut ends = Ends::new(Direction::Inbound, client, target);
     let Admitted { source, workload } = match admit(&accepted, target).await {
         Ok(admitted) => admitted,
@@ -45,30 +45,31 @@ struct Admitted {
 }
 
 async fn admit(accepted: &Accepted, target: SocketAddr) -> Result<Admitted, InboundError> {
-    let shared = &accepted.worker.shared;
-    if shared.config.ports.is_own(target.port()) {
+    let process = &accepted.worker.process;
+    if process.config.ports.is_own(target.port()) {
         return Err(InboundError::Recursive);
     }
-    let (mesh, workload) = own_workload(shared, &accepted.pod).await?;
+    let (mesh, workload) = own_workload(process, &accepted.pod).await?;
     let client = accepted.client.ip();
     check(&mesh, &workload, client, None, target)?;
     let source =
-        ensure_known(shared, mesh, |view| view.workload_by_address(&workload.network, client).cloned()).await;
+        ensure_known(process, mesh, |view| view.workload_by_address(&workload.network, client).cloned())
+            .await;
     // For labels: without an answer there are none.
     Ok(Admitted { source: source.map_or(None, |(_, source)| source), workload })
 }
 
 async fn carry(accepted: Accepted, target: SocketAddr, counters: &Counters) -> Result<(), InboundError> {
     let Accepted { stream, client, pod, worker } = accepted;
-    let (shared, began) = (&worker.shared, Instant::now());
-    let application = match application::dial(shared, &pod, target, client.ip()).await {
+    let (process, began) = (&worker.process, Instant::now());
+    let application = match application::dial(process, &pod, target, client.ip()).await {
         Ok(application) => application,
         Err(error) => {
             socket::reset(stream);
             return Err(InboundError::Dial(error));
         }
     };
-    shared.metrics.connected(Direction::Inbound.as_str(), began.elapsed());
-    let denied = until_denied(shared, &pod, client.ip(), None, target);
-    Ok(stream::relay(stream, application, counters, shared.config.limits, denied).await?)
+    process.metrics.connected(Direction::Inbound.as_str(), began.elapsed());
+    let denied = until_denied(process, &pod, client.ip(), None, target);
+    Ok(stream::relay(stream, application, counters, process.config.limits, denied).await?)
 }

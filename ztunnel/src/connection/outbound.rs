@@ -31,11 +31,11 @@ pub async fn serve(accepted: Accepted) {
         Ok(planned) => planned,
         Err((original, error)) => {
             let ends = Ends::new(Direction::Outbound, client, original.unwrap_or(local));
-            denied_early(&accepted.worker.shared.metrics, &ends, &error);
+            denied_early(&accepted.worker.process.metrics, &ends, &error);
             return socket::reset(accepted.stream);
         }
     };
-    let metrics = Arc::clone(&accepted.worker.shared.metrics);
+    let metrics = Arc::clone(&accepted.worker.process.metrics);
     let open = || Record::open(&metrics, ends(&accepted, &source, &route));
     let (record, result) = match &route.via {
         Via::Plain => {
@@ -61,27 +61,27 @@ pub async fn serve(accepted: Accepted) {
 async fn plan(
     accepted: &Accepted,
 ) -> Result<(Arc<Workload>, OutboundRoute), (Option<SocketAddr>, OutboundError)> {
-    let shared = &accepted.worker.shared;
+    let process = &accepted.worker.process;
     let original =
         socket::original_dst(&accepted.stream).map_err(|error| (None, OutboundError::OriginalDst(error)))?;
     let failed = |error: OutboundError| (Some(original), error);
-    let (mesh, source) = own_workload(shared, &accepted.pod).await.map_err(|error| failed(error.into()))?;
+    let (mesh, source) = own_workload(process, &accepted.pod).await.map_err(|error| failed(error.into()))?;
     // Whoever dials the tunnel itself has no destination; carrying it would lead back here.
     let to_itself = original.ip().is_loopback() || source.addresses.contains(&original.ip());
     let local = accepted.stream.local_addr().map(|local| local.ip().to_canonical());
-    if shared.config.ports.is_own(original.port())
+    if process.config.ports.is_own(original.port())
         && (to_itself || local.is_ok_and(|local| local == original.ip()))
     {
         return Err(failed(OutboundError::Recursive));
     }
     let rule = |view: &MeshView<'_>| route::outbound(view, &source, original, &mut rand::rng());
-    let (_, found) = ensure_known(shared, mesh, rule).await.map_err(|error| failed(error.into()))?;
+    let (_, found) = ensure_known(process, mesh, rule).await.map_err(|error| failed(error.into()))?;
     let route = match found.map_err(|error| failed(error.into()))? {
         Outbound::Route(route) => route,
         Outbound::Unlocated(endpoint) => {
             let (lookups, families) = (&accepted.worker.lookups, endpoint.families());
             let found = lookups.address(&endpoint.hostname, families, original.ip()).await;
-            shared.metrics.on_demand_dns(&source, &endpoint.hostname);
+            process.metrics.on_demand_dns(&source, &endpoint.hostname);
             endpoint.located(found.map_err(|error| failed(error.into()))?)
         }
     };
@@ -89,8 +89,8 @@ async fn plan(
 }
 
 async fn plain(accepted: Accepted, target: SocketAddr, counters: &Counters) -> Result<(), OutboundError> {
-    let (metrics, began) = (Arc::clone(&accepted.worker.shared.metrics), Instant::now());
-    let limits = accepted.worker.shared.config.limits;
+    let (metrics, began) = (Arc::clone(&accepted.worker.process.metrics), Instant::now());
+    let limits = accepted.worker.process.config.limits;
     match dial(&accepted, target).await {
         Ok(server) => {
             metrics.connected(Direction::Outbound.as_str(), began.elapsed());
@@ -107,7 +107,7 @@ async fn hbone(
     way: &Way<'_>,
     counters: &Counters,
 ) -> Result<(), OutboundError> {
-    let (metrics, began) = (Arc::clone(&accepted.worker.shared.metrics), Instant::now());
+    let (metrics, began) = (Arc::clone(&accepted.worker.process.metrics), Instant::now());
     let opened = match request(&accepted, source, route, way.authority, None) {
         Ok(request) => pooled(&accepted, &request, way).await,
         Err(error) => Err(error),
@@ -115,18 +115,18 @@ async fn hbone(
     match opened {
         Ok((stream, lease)) => {
             metrics.connected(Direction::Outbound.as_str(), began.elapsed());
-            let shared = Arc::clone(&accepted.worker.shared);
+            let process = Arc::clone(&accepted.worker.process);
             // A tunnel that must end takes connections for a moment still.
-            if shared.revocations.is_revoked(lease.chain()) {
+            if process.revocations.is_revoked(lease.chain()) {
                 return refuse(accepted, Arc::new(ConnectError::Revoked { peer: way.peer }).into());
             }
-            let revoked = shared.revocations.until_revoked(lease.chain().clone());
+            let revoked = process.revocations.until_revoked(lease.chain().clone());
             let done = stream::tunnel(
                 accepted.stream,
                 stream,
                 SocketIs::Client,
                 counters,
-                shared.config.limits,
+                process.config.limits,
                 revoked,
             )
             .await;

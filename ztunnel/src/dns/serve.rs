@@ -24,7 +24,11 @@ use super::{
     names::Client,
     sockets::Pair,
 };
-use crate::{metrics::dns::DnsLabels, pod::Pod};
+use crate::{
+    metrics::dns::DnsLabels,
+    pod::Pod,
+    threads::{finish_all, report_panic},
+};
 
 /// Limit of forwarded queries in progress per pod. Further queries get SERVFAIL: a flood from one
 /// pod must use up neither the ports of its netns nor the tunnel's file descriptors.
@@ -46,16 +50,16 @@ const LAST: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 struct PodDns {
     pod: Arc<Pod>,
-    server: Rc<Server>,
+    context: Rc<Server>,
     forwards: Arc<Semaphore>,
     connections: Arc<Semaphore>,
 }
 
 /// Serves `pod` on all of `pairs` until its `stop`.
-pub async fn serve(server: Rc<Server>, pod: Arc<Pod>, pairs: Vec<Pair>) {
+pub async fn serve(context: Rc<Server>, pod: Arc<Pod>, pairs: Vec<Pair>) {
     let pod_dns = Rc::new(PodDns {
         pod,
-        server,
+        context,
         forwards: Arc::new(Semaphore::new(MOST_FORWARDED)),
         connections: Arc::new(Semaphore::new(MOST_CONNECTIONS)),
     });
@@ -69,9 +73,7 @@ pub async fn serve(server: Rc<Server>, pod: Arc<Pod>, pairs: Vec<Pair>) {
             }
         };
     }
-    while let Some(ended) = tasks.join_next().await {
-        super::report(ended);
-    }
+    finish_all(&mut tasks).await;
 }
 
 async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) {
@@ -81,7 +83,7 @@ async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) 
         // No fixed order: a flood of datagrams must not block connections.
         tokio::select! {
             () = pod_dns.pod.stop.cancelled() => break,
-            Some(ended) = tasks.join_next() => super::report(ended),
+            Some(ended) = tasks.join_next() => report_panic(ended),
             received = udp.recv_from(&mut buffer) => match received {
                 Ok((length, client)) => pod_dns.datagram(&udp, &buffer[..length], client, &mut tasks),
                 Err(error) => pause("receive a query", &error).await,
@@ -118,12 +120,7 @@ async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) 
             () = &mut last => break,
         }
     }
-    let finish = async {
-        while let Some(ended) = tasks.join_next().await {
-            super::report(ended);
-        }
-    };
-    if timeout(LAST, finish).await.is_err() {
+    if timeout(LAST, finish_all(&mut tasks)).await.is_err() {
         debug!(pod.uid = pod_dns.pod.uid, "queries of a stopped pod are given up");
     }
 }
@@ -198,17 +195,17 @@ impl PodDns {
     }
 
     fn handle(&self, query: &[u8], transport: Transport) -> Outcome {
-        let (config, info) = (&self.server.shared.config, &self.pod.info);
-        let mesh = self.server.shared.store.snapshot();
+        let (config, info) = (&self.context.process.config, &self.pod.info);
+        let mesh = self.context.process.store.snapshot();
         let client = Client { namespace: &info.namespace, network: &config.network };
         let Handled { query_type, step } =
-            message::answer(&mesh, &self.server.zone, client, transport, query);
+            message::answer(&mesh, &self.context.zone, client, transport, query);
         if step == Step::Ignore {
             return Outcome::Nothing;
         }
         let workload = mesh.workload_by_name(&info.namespace, &info.name, &info.service_account);
         let labels = DnsLabels::new(query_type, transport.as_str(), workload.map(|workload| &**workload));
-        self.server.shared.metrics.dns.requests.get_or_create(&labels).inc();
+        self.context.process.metrics.dns.requests.get_or_create(&labels).inc();
         match step {
             Step::Reply(reply) => Outcome::Reply(reply),
             Step::Forward => match Arc::clone(&self.forwards).try_acquire_owned() {
@@ -229,10 +226,10 @@ impl PodDns {
         labels: DnsLabels,
         _permit: OwnedSemaphorePermit,
     ) -> Option<Vec<u8>> {
-        let metrics = &self.server.shared.metrics.dns;
+        let metrics = &self.context.process.metrics.dns;
         metrics.upstream_requests.get_or_create(&labels).inc();
         let started = Instant::now();
-        let asked = forward::ask(&self.pod, &self.server.resolvers, query, transport).await;
+        let asked = forward::ask(&self.pod, &self.context.resolvers, query, transport).await;
         metrics.upstream_duration.get_or_create(&labels).observe(started.elapsed().as_secs_f64());
         asked
             .inspect_err(|error| {

@@ -6,7 +6,10 @@ use std::{
 use tracing::{Level, subscriber::with_default};
 
 use super::*;
-use crate::mesh::tests::{service, workload};
+use crate::{
+    direction::Direction,
+    mesh::tests::{service, workload},
+};
 
 /// What the log shows of `run`, without times.
 fn logged(run: impl FnOnce()) -> String {

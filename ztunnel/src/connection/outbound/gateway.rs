@@ -25,7 +25,7 @@ pub(super) async fn carry(
     inner_expected: &[Identity],
 ) {
     let began = Instant::now();
-    let metrics = Arc::clone(&accepted.worker.shared.metrics);
+    let metrics = Arc::clone(&accepted.worker.process.metrics);
     let mut ends = ends(&accepted, source, route);
     let inner = match open(&accepted, source, route, way, inner_expected).await {
         Ok(inner) => inner,
@@ -36,21 +36,21 @@ pub(super) async fn carry(
         }
     };
     metrics.connected(Direction::Outbound.as_str(), began.elapsed());
-    if accepted.worker.shared.config.response_baggage {
+    if accepted.worker.process.config.response_baggage {
         let lines = inner.response.headers().get_all(BAGGAGE).iter();
         let told = baggage::parse(lines.filter_map(|value| value.to_str().ok()));
         ends.destination_workload = Some(Arc::new(told.into_workload(inner.identity.as_ref())));
     }
     ends.destination_identity = inner.identity;
     let record = Record::open_since(&metrics, ends, began);
-    let shared = Arc::clone(&accepted.worker.shared);
-    let revoked = shared.revocations.until_revoked(inner.chain);
+    let process = Arc::clone(&accepted.worker.process);
+    let revoked = process.revocations.until_revoked(inner.chain);
     let result = stream::tunnel(
         accepted.stream,
         inner.stream,
         SocketIs::Client,
         record.counters(),
-        shared.config.limits,
+        process.config.limits,
         revoked,
     )
     .await;
@@ -66,19 +66,19 @@ async fn open(
     inner_expected: &[Identity],
 ) -> Result<nested::Inner, OutboundError> {
     let Way { peer, authority, .. } = *way;
-    let shared = &accepted.worker.shared;
+    let process = &accepted.worker.process;
     let outer = request(accepted, source, route, authority, None)?;
     let (stream, lease) = pooled(accepted, &outer, way).await?;
     // Behind the gateway our address means nothing: the network tells that the source is to be known by baggage.
     let inner = request(accepted, source, route, authority, Some(&source.network))?;
     let failed =
         |source| Arc::new(ConnectError::Inner { authority: authority.to_owned(), source: Box::new(source) });
-    let credentials = shared.certificates.get(&accepted.pod.identity).await;
+    let credentials = process.certificates.get(&accepted.pod.identity).await;
     let tls = credentials.map_err(|error| failed(ConnectError::Identity(error)))?.client(inner_expected);
-    let opened = nested::open(stream, lease, peer, tls, &shared.config.h2, inner).await;
+    let opened = nested::open(stream, lease, peer, tls, &process.config.h2, inner).await;
     let inner = opened.map_err(failed)?;
-    if shared.revocations.is_revoked(&inner.chain) {
-        shared.metrics.crl.rejected(Direction::Outbound);
+    if process.revocations.is_revoked(&inner.chain) {
+        process.metrics.crl.rejected(Direction::Outbound);
         return Err(failed(ConnectError::Revoked { peer }).into());
     }
     Ok(inner)

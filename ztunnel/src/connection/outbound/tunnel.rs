@@ -73,17 +73,18 @@ pub(super) async fn pooled(
     let Way { peer, expected, .. } = *way;
     let key = Key { source: pod.identity.clone(), expected: expected.to_vec(), peer, netns: pod.netns.id() };
     let dial = || {
-        let (shared, pod, expected) = (Arc::clone(&worker.shared), Arc::clone(pod), expected.to_vec());
+        let (process, pod, expected) = (Arc::clone(&worker.process), Arc::clone(pod), expected.to_vec());
         async move {
-            let credentials = shared.certificates.get(&pod.identity).await.map_err(ConnectError::Identity)?;
+            let credentials =
+                process.certificates.get(&pod.identity).await.map_err(ConnectError::Identity)?;
             let socket = socket::connect(&pod.netns, peer, None, &pod.socket)
                 .await
                 .map_err(|source| ConnectError::Tcp { peer, source })?;
             let began = Instant::now();
             let tunnel =
-                client::handshake(socket, peer, credentials.client(&expected), &shared.config.h2).await;
-            shared.metrics.tls_handshake(Direction::Outbound.as_str(), began.elapsed());
-            guarded(shared, peer, tunnel?)
+                client::handshake(socket, peer, credentials.client(&expected), &process.config.h2).await;
+            process.metrics.tls_handshake(Direction::Outbound.as_str(), began.elapsed());
+            guarded(process, peer, tunnel?)
         }
     };
     let (_response, stream, lease) = worker.pool.open(&key, request, dial).await?;
@@ -95,25 +96,25 @@ const FAREWELL: Duration = Duration::from_millis(50);
 
 /// A tunnel that ends when a certificate of its peer is revoked.
 fn guarded(
-    shared: Arc<ProcessContext>,
+    process: Arc<ProcessContext>,
     peer: SocketAddr,
     mut tunnel: Tunnel,
 ) -> Result<Tunnel, ConnectError> {
-    if !shared.revocations.is_configured() {
+    if !process.revocations.is_configured() {
         return Ok(tunnel);
     }
     if tunnel.chain.is_empty() {
-        shared.metrics.crl.untracked(Direction::Outbound);
+        process.metrics.crl.untracked(Direction::Outbound);
     }
-    if shared.revocations.is_revoked(&tunnel.chain) {
-        shared.metrics.crl.rejected(Direction::Outbound);
+    if process.revocations.is_revoked(&tunnel.chain) {
+        process.metrics.crl.rejected(Direction::Outbound);
         return Err(ConnectError::Revoked { peer });
     }
     let (driver, chain) = (tunnel.driver, tunnel.chain.clone());
     tunnel.driver = Box::pin(async move {
         let revoked = async {
-            shared.revocations.until_revoked(chain).await;
-            shared.metrics.crl.rejected(Direction::Outbound);
+            process.revocations.until_revoked(chain).await;
+            process.metrics.crl.rejected(Direction::Outbound);
             // The streams first: they say why they are cut.
             tokio::time::sleep(FAREWELL).await;
         };

@@ -1,0 +1,102 @@
+//! An open connection: what it has carried so far, and how the list of open connections shows it.
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use super::Ends;
+use crate::{
+    direction::Direction,
+    metrics::{
+        Traffic,
+        open::{ConnectionView, LiveConnection},
+    },
+};
+
+/// Bytes that were carried. May be held by both copying directions.
+#[derive(Debug, Default)]
+pub struct Counters {
+    sent: AtomicU64,
+    received: AtomicU64,
+}
+
+impl Counters {
+    /// From the client to the server.
+    pub fn sent(&self, bytes: u64) {
+        self.sent.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// From the server to the client.
+    pub fn received(&self, bytes: u64) {
+        self.received.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes sent and received so far.
+    pub fn totals(&self) -> (u64, u64) {
+        (self.sent.load(Ordering::Relaxed), self.received.load(Ordering::Relaxed))
+    }
+}
+
+/// An open connection, as the table of open connections holds it.
+#[derive(Debug)]
+pub(super) struct OpenConnection {
+    /// Of the ends as they were at the opening, so that what was opened is closed.
+    pub(super) traffic: Arc<Traffic>,
+    pub(super) ends: Mutex<Ends>,
+    pub(super) started: Instant,
+    pub(super) counters: Counters,
+    /// What the metrics know already: sent and received. Whoever holds it counts.
+    pub(super) counted: Mutex<(u64, u64)>,
+}
+
+impl OpenConnection {
+    pub(super) fn ends(&self) -> MutexGuard<'_, Ends> {
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl LiveConnection for OpenConnection {
+    fn count(&self) {
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let (sent, received) = self.counters.totals();
+        // Istio's metrics are told from the server's side, its logs from the client's.
+        self.traffic.received.inc_by(sent - counted.0);
+        self.traffic.sent.inc_by(received - counted.1);
+        *counted = (sent, received);
+    }
+
+    fn view(&self) -> ConnectionView {
+        let (bytes_sent, bytes_received) = self.counters.totals();
+        let ends = self.ends();
+        let (ours, peer, peer_identity) = match ends.direction {
+            Direction::Inbound => (&ends.destination_workload, &ends.source_workload, &ends.source_identity),
+            Direction::Outbound => {
+                (&ends.source_workload, &ends.destination_workload, &ends.destination_identity)
+            }
+        };
+        let pod = ours.as_ref().map(|pod| (Arc::clone(&pod.namespace), Arc::clone(&pod.name)));
+        let (dialled, actual) = match (ends.hbone, ends.direction) {
+            (Some(target), Direction::Inbound) => (ends.destination, target),
+            (Some(target), Direction::Outbound) => (target, ends.destination),
+            (None, _) => (ends.destination, ends.destination),
+        };
+        ConnectionView {
+            src: ends.source,
+            original_dst: Some(dialled.to_string()),
+            actual_dst: actual.to_string(),
+            protocol: if ends.hbone.is_some() { "HBONE" } else { "TCP" },
+            direction: ends.direction.as_str(),
+            pod: pod.unwrap_or_default(),
+            peer: peer.as_ref().map(|peer| format!("{}/{}", peer.namespace, peer.name)),
+            peer_identity: peer_identity.as_ref().map(ToString::to_string),
+            service: ends.destination_service.as_ref().map(|service| Arc::clone(&service.hostname)),
+            bytes_sent,
+            bytes_received,
+            age: self.started.elapsed(),
+        }
+    }
+}

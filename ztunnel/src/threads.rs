@@ -1,0 +1,105 @@
+//! Threads that serve pods: each has a single-threaded runtime, on which one task serves each pod.
+
+use std::{io, sync::Arc, thread::JoinHandle};
+
+use tokio::{
+    runtime::Builder,
+    sync::mpsc,
+    task::{JoinError, JoinSet, LocalSet, spawn_blocking},
+};
+use tracing::error;
+
+use crate::{metrics::Metrics, pod::Pod};
+
+/// The control runtime's handle on such a thread. `T`: the sockets that are opened for each pod.
+#[derive(Debug)]
+pub struct PodThread<T> {
+    orders: mpsc::UnboundedSender<(Arc<Pod>, T)>,
+    thread: JoinHandle<()>,
+}
+
+impl<T: Send + 'static> PodThread<T> {
+    /// Starts the thread `name`. `prepare` runs on it and returns what serves one pod until the
+    /// pod's `stop`.
+    ///
+    /// # Errors
+    /// The process has no descriptors left for the runtime, or may start no more threads.
+    pub fn start<S, F>(
+        name: String,
+        metrics: &Metrics,
+        prepare: impl FnOnce() -> S + Send + 'static,
+    ) -> io::Result<Self>
+    where
+        S: Fn(Arc<Pod>, T) -> F,
+        F: Future<Output = ()> + 'static,
+    {
+        let (orders, pods) = mpsc::unbounded_channel();
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        metrics.runtimes.add(runtime.metrics());
+        let serve_all = async move || serve_pods(pods, prepare()).await;
+        let thread = std::thread::Builder::new()
+            .name(name)
+            .spawn(move || LocalSet::new().block_on(&runtime, serve_all()))?;
+        Ok(Self { orders, thread })
+    }
+
+    /// Serves `pod` on `sockets` until the pod's `stop`.
+    ///
+    /// # Errors
+    /// The thread has ended, which only a panic makes it do.
+    pub fn serve(&self, pod: &Arc<Pod>, sockets: T) -> io::Result<()> {
+        self.orders
+            .send((Arc::clone(pod), sockets))
+            .map_err(|_| io::Error::other(format!("the thread {} has ended", name_of(&self.thread))))
+    }
+
+    /// Waits until all pods are done, each of which has been stopped.
+    pub async fn finish(self) {
+        let Self { orders, thread } = self;
+        drop(orders);
+        let name = name_of(&thread).to_owned();
+        if !matches!(spawn_blocking(|| thread.join()).await, Ok(Ok(()))) {
+            error!(thread = name, "a thread panicked");
+        }
+    }
+}
+
+fn name_of(thread: &JoinHandle<()>) -> &str {
+    thread.thread().name().unwrap_or_default()
+}
+
+async fn serve_pods<T, F>(
+    mut orders: mpsc::UnboundedReceiver<(Arc<Pod>, T)>,
+    serve: impl Fn(Arc<Pod>, T) -> F,
+) where
+    F: Future<Output = ()> + 'static,
+{
+    let mut pods = JoinSet::new();
+    loop {
+        tokio::select! {
+            order = orders.recv() => match order {
+                Some((pod, sockets)) => { pods.spawn_local(serve(pod, sockets)); }
+                None => break,
+            },
+            Some(ended) = pods.join_next() => report_panic(ended),
+        }
+    }
+    finish_all(&mut pods).await;
+}
+
+/// Waits for all of `tasks`.
+pub async fn finish_all(tasks: &mut JoinSet<()>) {
+    while let Some(ended) = tasks.join_next().await {
+        report_panic(ended);
+    }
+}
+
+/// Logs a panic of one connection's or one query's task. It must not end the others, but it is a
+/// fault of the tunnel.
+pub fn report_panic(ended: Result<(), JoinError>) {
+    if let Err(error) = ended
+        && error.is_panic()
+    {
+        error!(%error, thread = std::thread::current().name(), "a task panicked");
+    }
+}
