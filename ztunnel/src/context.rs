@@ -7,12 +7,12 @@ use tokio::net::TcpStream;
 use crate::{
     config::Config,
     discovery::demand::Demand,
-    hbone::pool::Pool,
+    hbone::pool::TunnelPool,
     identity::{Certificates, Revocations},
-    lookup::Lookups,
+    lookup::HostResolver,
     mesh::Store,
     metrics::Metrics,
-    pod::Pod,
+    pod::ServedPod,
     socket,
 };
 
@@ -27,7 +27,7 @@ pub struct ProcessContext {
     /// Where the mesh is asked for piece by piece.
     pub demand: Option<Demand>,
     /// As configured; a pod may need it otherwise.
-    pub socket: socket::Options,
+    pub socket: socket::SocketOptions,
     /// Whether applications are dialled from their clients' addresses.
     pub original_source: bool,
 }
@@ -41,7 +41,7 @@ impl ProcessContext {
         metrics: Arc<Metrics>,
         demand: Option<Demand>,
     ) -> Self {
-        let socket = socket::Options::new(&config);
+        let socket = socket::SocketOptions::new(&config);
         let original_source = config.original_source.unwrap_or_else(socket::may_speak_as_others);
         Self { config, store, certificates, revocations, metrics, demand, socket, original_source }
     }
@@ -51,8 +51,8 @@ impl ProcessContext {
 #[derive(Debug)]
 pub struct WorkerContext {
     pub process: Arc<ProcessContext>,
-    pub pool: Pool,
-    pub lookups: Lookups,
+    pub pool: TunnelPool,
+    pub resolver: HostResolver,
 }
 
 /// A connection that was accepted for a pod.
@@ -60,6 +60,6 @@ pub struct WorkerContext {
 pub struct Accepted {
     pub stream: TcpStream,
     pub client: SocketAddr,
-    pub pod: Arc<Pod>,
+    pub pod: Arc<ServedPod>,
     pub worker: Rc<WorkerContext>,
 }

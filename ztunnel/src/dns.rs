@@ -21,22 +21,22 @@ pub mod sockets;
 
 use std::{io, net::SocketAddr, path::Path, rc::Rc, sync::Arc};
 
-use self::{names::Zone, sockets::Pair};
-use crate::{config::ProxyMode, context::ProcessContext, pod::Pod, threads::PodThread};
+use self::{names::DnsZone, sockets::DnsSockets};
+use crate::{config::ProxyMode, context::ProcessContext, pod::ServedPod, threads::PodThread};
 
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// State that the DNS of all pods shares.
 #[derive(Debug)]
-struct Server {
+struct DnsContext {
     process: Arc<ProcessContext>,
-    zone: Zone,
+    zone: DnsZone,
     resolvers: Vec<SocketAddr>,
 }
 
 /// The control runtime's handle on the thread that serves DNS.
 #[derive(Debug)]
-pub struct Dns(PodThread<Vec<Pair>>);
+pub struct Dns(PodThread<Vec<DnsSockets>>);
 
 impl Dns {
     /// Starts the thread.
@@ -45,13 +45,13 @@ impl Dns {
     /// The thread or its runtime cannot be started.
     pub fn start(process: &Arc<ProcessContext>) -> io::Result<Self> {
         let config = &process.config;
-        let zone = Zone::new(&config.cluster_domain, config.dns.preferred_namespace.clone(), config.ipv6);
+        let zone = DnsZone::new(&config.cluster_domain, config.dns.preferred_namespace.clone(), config.ipv6);
         let in_pods_netns = config.mode == ProxyMode::Shared;
         let resolvers = resolv_conf::resolvers(&config.dns.upstream, Path::new(RESOLV_CONF), in_pods_netns);
         let metrics = Arc::clone(&process.metrics);
         let process = Arc::clone(process);
         PodThread::start("dns".to_owned(), &metrics, move || {
-            let context = Rc::new(Server { process, zone, resolvers });
+            let context = Rc::new(DnsContext { process, zone, resolvers });
             move |pod, pairs| serve::serve(Rc::clone(&context), pod, pairs)
         })
         .map(Self)
@@ -61,7 +61,7 @@ impl Dns {
     ///
     /// # Errors
     /// The thread has ended.
-    pub fn serve(&self, pod: &Arc<Pod>, pairs: Vec<Pair>) -> io::Result<()> {
+    pub fn serve(&self, pod: &Arc<ServedPod>, pairs: Vec<DnsSockets>) -> io::Result<()> {
         self.0.serve(pod, pairs)
     }
 

@@ -37,7 +37,7 @@ const SEND_BUFFER: usize = 1 << 20;
 
 /// The headers of a CONNECT request.
 #[derive(Debug)]
-pub struct Connect<'a> {
+pub struct ConnectHeaders<'a> {
     pub authority: &'a str,
     /// The workload that connects.
     pub baggage: Option<String>,
@@ -48,7 +48,7 @@ pub struct Connect<'a> {
     pub network: Option<&'a str>,
 }
 
-impl Connect<'_> {
+impl ConnectHeaders<'_> {
     pub fn request(&self) -> Result<Request<()>, http::Error> {
         let mut forwarded = format!("for=\"{}\"", self.client);
         if let Some(host) = self.service {
@@ -78,7 +78,7 @@ impl Connect<'_> {
 /// The destination of a stream: the `:authority` of its CONNECT (RFC 9113 §8.5). The port is never
 /// 0.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
+pub enum ConnectTarget {
     Address(SocketAddr),
     Host { name: String, port: u16 },
 }
@@ -87,7 +87,7 @@ pub enum Target {
 #[error("no valid authority pseudo header")]
 pub struct InvalidTarget;
 
-impl FromStr for Target {
+impl FromStr for ConnectTarget {
     type Err = InvalidTarget;
 
     fn from_str(authority: &str) -> Result<Self, InvalidTarget> {
@@ -157,9 +157,9 @@ mod tests {
     #[test]
     fn targets() {
         for (authority, expected) in [
-            ("10.0.0.7:8080", Some(Target::Address("10.0.0.7:8080".parse().unwrap()))),
-            ("[fd00::7]:8080", Some(Target::Address("[fd00::7]:8080".parse().unwrap()))),
-            ("a.b.svc:80", Some(Target::Host { name: "a.b.svc".into(), port: 80 })),
+            ("10.0.0.7:8080", Some(ConnectTarget::Address("10.0.0.7:8080".parse().unwrap()))),
+            ("[fd00::7]:8080", Some(ConnectTarget::Address("[fd00::7]:8080".parse().unwrap()))),
+            ("a.b.svc:80", Some(ConnectTarget::Host { name: "a.b.svc".into(), port: 80 })),
             ("10.0.0.7", None),
             ("10.0.0.7:0", None),
             ("a.b.svc:0", None),
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn a_request_says_who_and_for_whom() {
-        let connect = Connect {
+        let connect = ConnectHeaders {
             authority: "[fd00::7]:80",
             baggage: Some("k8s.namespace.name=a".into()),
             client: "10.0.0.1:5".parse().unwrap(),
@@ -190,7 +190,7 @@ mod tests {
         assert_eq!(request.headers()[FORWARDED], "for=\"10.0.0.1:5\";host=b.a.svc.cluster.local");
         assert_eq!(request.headers()[BAGGAGE], "k8s.namespace.name=a");
         assert_eq!(request.headers()[FORWARDED_NETWORK], "east");
-        let near = Connect { network: None, ..connect };
+        let near = ConnectHeaders { network: None, ..connect };
         assert!(!near.request().unwrap().headers().contains_key(FORWARDED_NETWORK));
         let trace = request.headers()[TRACEPARENT].to_str().unwrap().to_owned();
         assert_eq!(trace.len(), 55);

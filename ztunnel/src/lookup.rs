@@ -33,15 +33,15 @@ pub enum LookupError {
 }
 
 /// One per worker, because a waiting connection must not leave its worker.
-pub struct Lookups(Option<TokioResolver>);
+pub struct HostResolver(Option<TokioResolver>);
 
-impl std::fmt::Debug for Lookups {
+impl std::fmt::Debug for HostResolver {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Lookups").finish_non_exhaustive()
+        f.debug_struct("HostResolver").finish_non_exhaustive()
     }
 }
 
-impl Lookups {
+impl HostResolver {
     /// Queries `upstream`, or the resolvers of `/etc/resolv.conf` if it is empty.
     pub fn new(upstream: &[SocketAddr]) -> Self {
         let built = if upstream.is_empty() {

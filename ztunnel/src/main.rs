@@ -26,7 +26,7 @@ use ztunnel::{
     },
     metrics::{Metrics, certificates::CertificateExpiry, log::LostLogLines},
     pod::PodInfo,
-    pods::{Pods, zds},
+    pods::{ServedPods, zds},
     readiness::Readiness,
     worker::Workers,
 };
@@ -102,7 +102,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
         Dns::start(&process).context("cannot start the DNS proxy")
     };
     let dns = config.dns.enabled.then(start_dns).transpose()?;
-    let mut pods = Pods::new(process, workers, dns, stop.clone());
+    let mut pods = ServedPods::new(process, workers, dns, stop.clone());
 
     // Serve. What the draining connections still need goes on until `end`.
     let mut services = JoinSet::new();

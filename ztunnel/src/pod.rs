@@ -23,13 +23,13 @@ pub struct PodInfo {
 
 /// A pod that is served.
 #[derive(Debug)]
-pub struct Pod {
+pub struct ServedPod {
     pub uid: String,
     pub info: PodInfo,
     pub identity: Identity,
     pub netns: Netns,
     /// Options for every socket in its netns, except those to the application.
-    pub socket: socket::Options,
+    pub socket: socket::SocketOptions,
     /// Set for the tunnel's own pod: the only port that peers can reach, the one for metrics. Its
     /// netns may be the node's, with other listeners. Since that netns is not prepared,
     /// applications there are not dialled from their clients' addresses.
@@ -40,7 +40,7 @@ pub struct Pod {
     pub end: CancellationToken,
 }
 
-impl Pod {
+impl ServedPod {
     /// Resolves when the pod was deleted, not only taken out of the mesh. Every CNI plugin removes
     /// the links of a deleted pod's netns; our own sockets keep the netns itself.
     pub async fn deleted(&self) {

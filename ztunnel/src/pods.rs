@@ -29,11 +29,11 @@ use crate::{
     context::ProcessContext,
     dns::{Dns, sockets},
     identity::Identity,
-    pod::{Pod, PodInfo, netns_id},
+    pod::{PodInfo, ServedPod, netns_id},
     socket::{self, Netns},
     worker::{
         Workers,
-        listeners::{self, Port},
+        listeners::{self, ListenPort},
     },
 };
 
@@ -51,21 +51,21 @@ struct Pending {
 
 /// All pods of this process. Its only writer is the ZDS client.
 #[derive(Debug)]
-pub struct Pods {
+pub struct ServedPods {
     process: Arc<ProcessContext>,
     workers: Workers,
     /// Unless it is switched off.
     dns: Option<Dns>,
-    running: HashMap<String, Arc<Pod>>,
+    running: HashMap<String, Arc<ServedPod>>,
     /// The tunnel's own pod. The node agent neither adds nor removes it.
-    own: Option<Arc<Pod>>,
+    own: Option<Arc<ServedPod>>,
     pending: HashMap<String, Pending>,
     stop: CancellationToken,
     /// Name and state of each, by uid.
     published: watch::Sender<BTreeMap<String, serde_json::Value>>,
 }
 
-impl Pods {
+impl ServedPods {
     /// `stop` ends all of them.
     pub fn new(
         process: Arc<ProcessContext>,
@@ -177,7 +177,7 @@ impl Pods {
     pub fn serve_own(&mut self, info: PodInfo) -> io::Result<()> {
         let netns = Netns::new(File::open("/proc/thread-self/ns/net")?.into())?;
         let metrics = self.process.config.stats_address.port();
-        let pod = self.listen("own", info, netns, &[Port::Hbone], Some(metrics))?;
+        let pod = self.listen("own", info, netns, &[ListenPort::Hbone], Some(metrics))?;
         info!(pod.name = %pod.info.name, pod.namespace = %pod.info.namespace,
             pod.service_account = %pod.info.service_account, port = metrics, "own metrics are served over HBONE");
         self.own = Some(pod);
@@ -199,9 +199,9 @@ impl Pods {
         uid: &str,
         info: PodInfo,
         netns: Netns,
-        ports: &[Port],
+        ports: &[ListenPort],
         own_port: Option<u16>,
-    ) -> io::Result<Arc<Pod>> {
+    ) -> io::Result<Arc<ServedPod>> {
         let config = &self.process.config;
         let mut socket = self.process.socket.clone();
         let (listeners, names) = netns.enter(|| {
@@ -220,7 +220,7 @@ impl Pods {
             service_account: Arc::clone(&info.service_account),
         };
         let (uid, stop, end) = (uid.to_owned(), self.stop.child_token(), self.stop.clone());
-        let pod = Arc::new(Pod { uid, info, identity, netns, socket, own_port, stop, end });
+        let pod = Arc::new(ServedPod { uid, info, identity, netns, socket, own_port, stop, end });
         self.workers.serve(&pod, listeners)?;
         // DNS is optional, connections are not: a pod whose DNS port is in use is served without
         // DNS.

@@ -16,7 +16,7 @@ use std::{
 
 /// An inbound connection, as policies see it.
 #[derive(Clone, Copy, Debug)]
-pub struct Connection<'a> {
+pub struct InboundConnection<'a> {
     pub source_ip: IpAddr,
     /// Proven by mutual TLS. `None` for plaintext.
     pub source: Option<&'a Identity>,
@@ -41,7 +41,7 @@ pub enum Denied {
 /// 4. denied
 ///
 /// Policies on trial (`dry_run`) take no part; what they would have denied is logged.
-pub fn check(mesh: &Mesh, workload: &Workload, connection: &Connection<'_>) -> Result<(), Denied> {
+pub fn check(mesh: &Mesh, workload: &Workload, connection: &InboundConnection<'_>) -> Result<(), Denied> {
     let (trial, in_force): (Vec<_>, Vec<_>) =
         protecting(mesh, workload).into_iter().partition(|policy| policy.dry_run);
     let facts = Facts {

@@ -17,7 +17,7 @@ use std::{
 use tracing::{Level, event};
 
 use self::live::OpenConnection;
-pub use self::{ends::Ends, live::Counters};
+pub use self::{ends::ConnectionEnds, live::ByteCounters};
 use crate::{
     error_chain::error_chain,
     metrics::{
@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// An error that ends a connection. Its `Display` is the record's `error`.
-pub trait Failure: Error {
+pub trait ConnectionFailure: Error {
     /// For the record, the metrics and the admin page.
     fn reason(&self) -> FailureReason;
 
@@ -41,21 +41,21 @@ pub trait Failure: Error {
 
 /// One connection from open to close. Dropped without [`close`](Self::close), it was cut.
 #[derive(Debug)]
-pub struct Record {
+pub struct ConnectionRecord {
     metrics: Arc<Metrics>,
     open: Arc<OpenConnection>,
     slot: ConnectionSlot,
     closed: bool,
 }
 
-impl Record {
+impl ConnectionRecord {
     /// Counts an opened connection.
-    pub fn open(metrics: &Arc<Metrics>, ends: Ends) -> Self {
+    pub fn open(metrics: &Arc<Metrics>, ends: ConnectionEnds) -> Self {
         Self::open_since(metrics, ends, Instant::now())
     }
 
     /// For a connection that was accepted at `started`, before its ends were known.
-    pub fn open_since(metrics: &Arc<Metrics>, ends: Ends, started: Instant) -> Self {
+    pub fn open_since(metrics: &Arc<Metrics>, ends: ConnectionEnds, started: Instant) -> Self {
         let traffic = metrics.traffic(ends.labels("-"));
         traffic.opened.inc();
         traffic.sockets_open.inc();
@@ -63,13 +63,13 @@ impl Record {
             target: "access", Level::DEBUG, src.addr = %ends.source, dst.addr = %ends.destination,
             direction = ends.direction.as_str(), "connection opened"
         );
-        let (ends, counters, counted) = (Mutex::new(ends), Counters::default(), Mutex::default());
+        let (ends, counters, counted) = (Mutex::new(ends), ByteCounters::default(), Mutex::default());
         let open = Arc::new(OpenConnection { traffic, ends, started, counters, counted });
         let slot = metrics.open.add(Arc::<OpenConnection>::clone(&open));
         Self { metrics: Arc::clone(metrics), open, slot, closed: false }
     }
 
-    pub fn counters(&self) -> &Counters {
+    pub fn counters(&self) -> &ByteCounters {
         &self.open.counters
     }
 
@@ -82,12 +82,12 @@ impl Record {
     }
 
     /// To add what was learnt after the opening. It shows in the access record; the counters' labels stay.
-    pub fn ends_mut(&mut self) -> MutexGuard<'_, Ends> {
+    pub fn ends_mut(&mut self) -> MutexGuard<'_, ConnectionEnds> {
         self.open.ends()
     }
 
     /// Writes the access record.
-    pub fn close(mut self, result: Result<(), &dyn Failure>) {
+    pub fn close(mut self, result: Result<(), &dyn ConnectionFailure>) {
         match result {
             Ok(()) => self.finish(None),
             Err(failure) => self.fail(&error_chain(failure), failure.response_flags(), failure.reason()),
@@ -114,7 +114,7 @@ impl Record {
     }
 }
 
-impl Drop for Record {
+impl Drop for ConnectionRecord {
     fn drop(&mut self) {
         if !self.closed {
             self.fail("connection cut", "-", FailureReason::Cut);
@@ -123,7 +123,7 @@ impl Drop for Record {
 }
 
 /// Records a connection that ended before its ends were known: it counts as failed, never as opened.
-pub fn denied_early(metrics: &Metrics, ends: &Ends, failure: &dyn Failure) {
+pub fn record_early_failure(metrics: &Metrics, ends: &ConnectionEnds, failure: &dyn ConnectionFailure) {
     let direction = ends.direction.as_str();
     let error = error_chain(failure);
     metrics.failed(&ends.labels(failure.response_flags()), ends.failed(&error, failure.reason()));

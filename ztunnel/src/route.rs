@@ -57,7 +57,7 @@ pub enum Via {
 
 /// Where a connection goes, or who must be found first.
 #[derive(Clone, Debug)]
-pub enum Outbound {
+pub enum OutboundDecision {
     Route(OutboundRoute),
     Unlocated(Unlocated),
 }
@@ -131,14 +131,14 @@ pub fn outbound(
     source: &Workload,
     original: SocketAddr,
     rng: &mut impl Rng,
-) -> Result<Outbound, RouteError> {
+) -> Result<OutboundDecision, RouteError> {
     let original = SocketAddr::new(original.ip().to_canonical(), original.port());
     let service = mesh
         .service_by_vip(&source.network, original.ip())
         .filter(|service| service.is_visible_from(&source.namespace));
     if let Some(service) = service {
         if let Some(route) = to_service_waypoint(mesh, source, service, original, rng)? {
-            return Ok(Outbound::Route(route));
+            return Ok(OutboundDecision::Route(route));
         }
         if service.load_balancing.mode != LbMode::Passthrough {
             return to_service(mesh, source, service, original, rng);
@@ -146,7 +146,12 @@ pub fn outbound(
     }
     let Some(workload) = mesh.workload_by_address(&source.network, original.ip()) else {
         let (service, target) = (service.cloned(), original);
-        return Ok(Outbound::Route(OutboundRoute { service, workload: None, target, via: Via::Plain }));
+        return Ok(OutboundDecision::Route(OutboundRoute {
+            service,
+            workload: None,
+            target,
+            via: Via::Plain,
+        }));
     };
     // Traffic to a service never uses a workload's waypoint.
     if service.is_none()
@@ -154,9 +159,9 @@ pub fn outbound(
         && !is_gateway(mesh, source, waypoint)
     {
         let name = || workload.name.to_string();
-        return to_waypoint(mesh, source, waypoint, original, name, rng).map(Outbound::Route);
+        return to_waypoint(mesh, source, waypoint, original, name, rng).map(OutboundDecision::Route);
     }
-    Ok(Outbound::Route(OutboundRoute {
+    Ok(OutboundDecision::Route(OutboundRoute {
         service: service.cloned(),
         workload: Some(Arc::clone(workload)),
         target: original,
@@ -218,7 +223,7 @@ fn to_service(
     service: &Arc<Service>,
     original: SocketAddr,
     rng: &mut impl Rng,
-) -> Result<Outbound, RouteError> {
+) -> Result<OutboundDecision, RouteError> {
     let key = service.key();
     if !service.ports.contains_key(&original.port()) {
         return Err(RouteError::NoPort { service: key.to_string(), port: original.port() });
@@ -230,20 +235,21 @@ fn to_service(
         Some((rank, endpoint.workload.capacity, (endpoint, reach)))
     });
     match balance::choose(candidates, rng) {
-        Some((endpoint, Reach::Here(target))) => Ok(Outbound::Route(OutboundRoute {
+        Some((endpoint, Reach::Here(target))) => Ok(OutboundDecision::Route(OutboundRoute {
             service: Some(Arc::clone(service)),
             workload: Some(Arc::clone(&endpoint.workload)),
             target,
             via: direct(&endpoint.workload, target, service.subject_alt_names.clone()),
         })),
-        Some((endpoint, Reach::Named(hostname, port))) => Ok(Outbound::Unlocated(Unlocated {
+        Some((endpoint, Reach::Named(hostname, port))) => Ok(OutboundDecision::Unlocated(Unlocated {
             hostname: Arc::clone(hostname),
             service: Arc::clone(service),
             workload: Arc::clone(&endpoint.workload),
             port,
         })),
         Some((endpoint, Reach::Beyond(gateway))) => {
-            to_gateway(mesh, source, service, &endpoint.workload, gateway, original, rng).map(Outbound::Route)
+            to_gateway(mesh, source, service, &endpoint.workload, gateway, original, rng)
+                .map(OutboundDecision::Route)
         }
         None => Err(unreachable(source, service, endpoints)),
     }

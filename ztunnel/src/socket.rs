@@ -29,7 +29,7 @@ const BACKLOG: i32 = 4096;
 
 /// Options for every socket of the tunnel.
 #[derive(Clone, Debug, Default)]
-pub struct Options {
+pub struct SocketOptions {
     /// `SO_MARK`, by which the pod's netns distinguishes the tunnel's packets from the
     /// application's. 0: none.
     pub mark: u32,
@@ -40,7 +40,7 @@ pub struct Options {
     pub port_reuse: bool,
 }
 
-impl Options {
+impl SocketOptions {
     pub fn new(config: &Config) -> Self {
         Self {
             mark: config.packet_mark.unwrap_or(0),
@@ -140,7 +140,7 @@ pub fn listen(
     port: u16,
     count: usize,
     ipv6: bool,
-    options: &Options,
+    options: &SocketOptions,
 ) -> io::Result<Vec<std::net::TcpListener>> {
     let one = || {
         let v6 =
@@ -166,7 +166,7 @@ fn no_ipv6() -> io::Error {
     io::Error::from_raw_os_error(libc::EAFNOSUPPORT)
 }
 
-fn bind_wildcard(address: IpAddr, port: u16, options: &Options) -> io::Result<Socket> {
+fn bind_wildcard(address: IpAddr, port: u16, options: &SocketOptions) -> io::Result<Socket> {
     let address = SocketAddr::new(address, port);
     let socket = new_socket(address, options)?;
     if address.is_ipv6() {
@@ -178,7 +178,7 @@ fn bind_wildcard(address: IpAddr, port: u16, options: &Options) -> io::Result<So
     Ok(socket)
 }
 
-fn new_socket(family_of: SocketAddr, options: &Options) -> io::Result<Socket> {
+fn new_socket(family_of: SocketAddr, options: &SocketOptions) -> io::Result<Socket> {
     let socket =
         Socket::new(Domain::for_address(family_of), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     options.apply(&socket)?;
@@ -191,7 +191,7 @@ pub async fn connect(
     netns: &Netns,
     to: SocketAddr,
     from: Option<IpAddr>,
-    options: &Options,
+    options: &SocketOptions,
 ) -> io::Result<TcpStream> {
     // The source must have the peer's family, and must differ from the peer's address.
     let from = from.filter(|from| from.is_ipv4() == to.is_ipv4() && *from != to.ip());
@@ -310,7 +310,7 @@ mod tests {
 
     #[test]
     fn listeners_share_a_port_and_take_both_families() {
-        let options = Options { port_reuse: true, ..Options::default() };
+        let options = SocketOptions { port_reuse: true, ..SocketOptions::default() };
         let first = listen(0, 1, true, &options).unwrap();
         let port = first[0].local_addr().unwrap().port();
         let group = listen(port, 2, true, &options).unwrap();

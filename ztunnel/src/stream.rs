@@ -23,19 +23,19 @@ use self::{
     from_socket::socket_to_stream,
     to_socket::{socket_to_socket, stream_to_socket},
 };
-use crate::{config::StreamConfig, record::Counters};
+use crate::{config::StreamConfig, record::ByteCounters};
 
 /// Both halves of an HBONE stream. If dropped before [`finished`](Self::finished), it is reset like
 /// the TCP connection that it carries: h2 alone would send CANCEL, which peers take for a clean
 /// end.
 #[derive(Debug)]
-pub struct Stream {
+pub struct HboneStream {
     send: SendStream<Bytes>,
     recv: RecvStream,
     finished: bool,
 }
 
-impl Stream {
+impl HboneStream {
     pub fn new(send: SendStream<Bytes>, recv: RecvStream) -> Self {
         Self { send, recv, finished: false }
     }
@@ -59,7 +59,7 @@ impl Stream {
     }
 }
 
-impl Drop for Stream {
+impl Drop for HboneStream {
     fn drop(&mut self) {
         if !self.finished {
             self.send.send_reset(Reason::CONNECT_ERROR);
@@ -95,9 +95,9 @@ pub enum SocketIs {
 /// closed, by FIN or by RST.
 pub async fn tunnel(
     socket: TcpStream,
-    mut stream: Stream,
+    mut stream: HboneStream,
     side: SocketIs,
-    counters: &Counters,
+    counters: &ByteCounters,
     limits: StreamConfig,
     cut: impl Future<Output = ()>,
 ) -> Result<(), StreamError> {
@@ -127,7 +127,7 @@ pub async fn tunnel(
 pub async fn relay(
     client: TcpStream,
     server: TcpStream,
-    counters: &Counters,
+    counters: &ByteCounters,
     limits: StreamConfig,
     cut: impl Future<Output = ()>,
 ) -> Result<(), StreamError> {

@@ -9,12 +9,12 @@ use tokio::{
 };
 use tracing::error;
 
-use crate::{metrics::Metrics, pod::Pod};
+use crate::{metrics::Metrics, pod::ServedPod};
 
 /// The control runtime's handle on such a thread. `T`: the sockets that are opened for each pod.
 #[derive(Debug)]
 pub struct PodThread<T> {
-    orders: mpsc::UnboundedSender<(Arc<Pod>, T)>,
+    orders: mpsc::UnboundedSender<(Arc<ServedPod>, T)>,
     thread: JoinHandle<()>,
 }
 
@@ -30,7 +30,7 @@ impl<T: Send + 'static> PodThread<T> {
         prepare: impl FnOnce() -> S + Send + 'static,
     ) -> io::Result<Self>
     where
-        S: Fn(Arc<Pod>, T) -> F,
+        S: Fn(Arc<ServedPod>, T) -> F,
         F: Future<Output = ()> + 'static,
     {
         let (orders, pods) = mpsc::unbounded_channel();
@@ -47,7 +47,7 @@ impl<T: Send + 'static> PodThread<T> {
     ///
     /// # Errors
     /// The thread has ended, which only a panic makes it do.
-    pub fn serve(&self, pod: &Arc<Pod>, sockets: T) -> io::Result<()> {
+    pub fn serve(&self, pod: &Arc<ServedPod>, sockets: T) -> io::Result<()> {
         self.orders
             .send((Arc::clone(pod), sockets))
             .map_err(|_| io::Error::other(format!("the thread {} has ended", name_of(&self.thread))))
@@ -69,8 +69,8 @@ fn name_of(thread: &JoinHandle<()>) -> &str {
 }
 
 async fn serve_pods<T, F>(
-    mut orders: mpsc::UnboundedReceiver<(Arc<Pod>, T)>,
-    serve: impl Fn(Arc<Pod>, T) -> F,
+    mut orders: mpsc::UnboundedReceiver<(Arc<ServedPod>, T)>,
+    serve: impl Fn(Arc<ServedPod>, T) -> F,
 ) where
     F: Future<Output = ()> + 'static,
 {

@@ -15,11 +15,11 @@ use tracing::{error, info};
 use crate::{
     connection::{inbound, inbound_plain, outbound},
     context::{Accepted, ProcessContext, WorkerContext},
-    hbone::pool::Pool,
-    lookup::Lookups,
-    pod::Pod,
+    hbone::pool::TunnelPool,
+    lookup::HostResolver,
+    pod::ServedPod,
     threads::{PodThread, finish_all, report_panic},
-    worker::listeners::{Active, Listeners, Port},
+    worker::listeners::{ActiveListeners, ListenPort, Listeners},
 };
 
 /// How long a worker keeps accepting for a pod that has left. The kernel steers nothing new here by
@@ -41,8 +41,8 @@ impl Workers {
             let process = Arc::clone(process);
             PodThread::start(format!("worker-{number}"), &metrics, move || {
                 let worker = Rc::new(WorkerContext {
-                    pool: Pool::new(process.config.pool, process.metrics.pool.clone()),
-                    lookups: Lookups::new(&process.config.dns.upstream),
+                    pool: TunnelPool::new(process.config.pool, process.metrics.pool.clone()),
+                    resolver: HostResolver::new(&process.config.dns.upstream),
                     process,
                 });
                 move |pod, listeners| serve_pod(Rc::clone(&worker), pod, listeners)
@@ -60,7 +60,7 @@ impl Workers {
     ///
     /// # Errors
     /// A worker has ended.
-    pub fn serve(&self, pod: &Arc<Pod>, listeners: Vec<Listeners>) -> io::Result<()> {
+    pub fn serve(&self, pod: &Arc<ServedPod>, listeners: Vec<Listeners>) -> io::Result<()> {
         debug_assert_eq!(listeners.len(), self.0.len());
         self.0.iter().zip(listeners).try_for_each(|(worker, listeners)| worker.serve(pod, listeners))
     }
@@ -73,7 +73,7 @@ impl Workers {
 
 /// Resolves with the reason when the open connections of a stopped pod must end. A pod that only
 /// left the mesh keeps them.
-async fn overdue(pod: &Pod, deadline: Duration) -> &'static str {
+async fn overdue(pod: &ServedPod, deadline: Duration) -> &'static str {
     let deadline = async {
         pod.end.cancelled().await;
         tokio::time::sleep(deadline).await;
@@ -85,18 +85,19 @@ async fn overdue(pod: &Pod, deadline: Duration) -> &'static str {
 }
 
 /// Serves one pod until its `stop`, then lets the open connections finish.
-async fn serve_pod(worker: Rc<WorkerContext>, pod: Arc<Pod>, listeners: Listeners) {
+async fn serve_pod(worker: Rc<WorkerContext>, pod: Arc<ServedPod>, listeners: Listeners) {
     let listeners = match listeners.activate() {
         Ok(listeners) => listeners,
         Err(error) => return error!(pod.uid, %error, "a worker cannot take the pod's listeners"),
     };
     let mut connections = JoinSet::new();
-    let accept = |connections: &mut JoinSet<()>, (port, stream, client): (Port, TcpStream, SocketAddr)| {
+    let accept = |connections: &mut JoinSet<()>,
+                  (port, stream, client): (ListenPort, TcpStream, SocketAddr)| {
         let accepted = Accepted { stream, client, pod: Arc::clone(&pod), worker: Rc::clone(&worker) };
         match port {
-            Port::Outbound => connections.spawn_local(outbound::serve(accepted)),
-            Port::Inbound => connections.spawn_local(inbound_plain::serve(accepted)),
-            Port::Hbone => connections.spawn_local(inbound::serve(accepted)),
+            ListenPort::Outbound => connections.spawn_local(outbound::serve(accepted)),
+            ListenPort::Inbound => connections.spawn_local(inbound_plain::serve(accepted)),
+            ListenPort::Hbone => connections.spawn_local(inbound::serve(accepted)),
         };
     };
     accept_until(pod.stop.cancelled(), &listeners, &mut connections, accept).await;
@@ -129,9 +130,9 @@ async fn serve_pod(worker: Rc<WorkerContext>, pod: Arc<Pod>, listeners: Listener
 
 async fn accept_until(
     stop: impl Future<Output = ()>,
-    listeners: &Active,
+    listeners: &ActiveListeners,
     connections: &mut JoinSet<()>,
-    accept: impl Fn(&mut JoinSet<()>, (Port, TcpStream, SocketAddr)),
+    accept: impl Fn(&mut JoinSet<()>, (ListenPort, TcpStream, SocketAddr)),
 ) {
     tokio::pin!(stop);
     loop {

@@ -9,7 +9,7 @@ use crate::{
     context::ProcessContext,
     discovery::demand::UnresolvedName,
     mesh::{Mesh, MeshView, Workload},
-    pod::Pod,
+    pod::ServedPod,
 };
 
 /// A connection may come before the source of workloads has described its pod.
@@ -26,7 +26,7 @@ pub struct UnknownWorkload;
 /// No source described the workload in that time.
 pub async fn own_workload(
     process: &ProcessContext,
-    pod: &Pod,
+    pod: &ServedPod,
 ) -> Result<(Arc<Mesh>, Arc<Workload>), UnknownWorkload> {
     let mut changes = process.store.subscribe();
     let arrived = async {

@@ -11,10 +11,10 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use ztunnel::{
     discovery::{ADDRESS, AUTHORIZATION, ResourceDecoder},
     dns::{
-        message::{self, Step, Transport},
-        names::{Client, Zone},
+        message::{self, QueryOutcome, Transport},
+        names::{DnsClient, DnsZone},
     },
-    hbone::{Target, forwarded_host},
+    hbone::{ConnectTarget, forwarded_host},
     identity::{self, Identity, TlsParameters},
     mesh::{
         Mesh, baggage,
@@ -44,10 +44,10 @@ pub const TARGETS: &[Fuzzed] = &[
 /// `:authority` of a peer's CONNECT.
 fn authority(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    let Ok(target) = text.parse::<Target>() else { return };
+    let Ok(target) = text.parse::<ConnectTarget>() else { return };
     let (port, written) = match &target {
-        Target::Address(address) => (address.port(), address.to_string()),
-        Target::Host { name, port } => (*port, format!("{name}:{port}")),
+        ConnectTarget::Address(address) => (address.port(), address.to_string()),
+        ConnectTarget::Host { name, port } => (*port, format!("{name}:{port}")),
     };
     assert_ne!(port, 0, "port 0 is nobody's");
     assert_eq!(written.parse(), Ok(target), "what is written is read as the same");
@@ -107,15 +107,17 @@ fn ca_answer(data: &[u8]) {
 
 /// What a pod asks, against a mesh that has something to answer.
 fn dns_query(data: &[u8]) {
-    static MESH: OnceLock<(Mesh, Zone)> = OnceLock::new();
+    static MESH: OnceLock<(Mesh, DnsZone)> = OnceLock::new();
     let (mesh, zone) = MESH.get_or_init(|| {
         let document = include_str!("../seeds/mesh_file/full");
         let mesh = local_file::parse(document, &defaults()).expect("the seed is good");
-        (mesh, Zone::new("cluster.local", None, true))
+        (mesh, DnsZone::new("cluster.local", None, true))
     });
     for transport in [Transport::Udp, Transport::Tcp] {
-        let client = Client { namespace: "demo", network: "" };
-        let Step::Reply(reply) = message::answer(mesh, zone, client, transport, data).step else { continue };
+        let client = DnsClient { namespace: "demo", network: "" };
+        let QueryOutcome::Reply(reply) = message::answer(mesh, zone, client, transport, data).step else {
+            continue;
+        };
         assert_eq!(reply[..2], data[..2], "the id");
         assert_ne!(reply[2] & 0x80, 0, "a reply says that it is one");
         assert!(transport == Transport::Tcp || reply.len() <= 4096, "a datagram of {} bytes", reply.len());
@@ -161,7 +163,7 @@ fn resource(type_url: &str, data: &[u8]) {
 
 /// A packet of the node agent.
 fn node_agent(data: &[u8]) {
-    if let Ok(zds::Message::Add { uid, info }) = zds::decode(data) {
+    if let Ok(zds::ZdsMessage::Add { uid, info }) = zds::decode(data) {
         assert!(!uid.is_empty() && !info.name.is_empty() && !info.service_account.is_empty());
     }
 }

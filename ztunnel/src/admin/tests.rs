@@ -15,7 +15,7 @@ use crate::{
         Mesh,
         tests::{service, workload},
     },
-    record::{Ends, Record},
+    record::{ConnectionEnds, ConnectionRecord},
 };
 
 struct Bench {
@@ -182,13 +182,16 @@ async fn an_address_in_use_is_named() {
 }
 
 /// A connection of pod `default/web-1` to itself.
-fn open(bench: &Bench) -> Record {
+fn open(bench: &Bench) -> ConnectionRecord {
     let web = Arc::new(workload("web-1", "10.0.0.2"));
-    let mut ends =
-        Ends::new(Direction::Outbound, "10.0.0.2:4000".parse().unwrap(), "10.0.0.2:80".parse().unwrap());
+    let mut ends = ConnectionEnds::new(
+        Direction::Outbound,
+        "10.0.0.2:4000".parse().unwrap(),
+        "10.0.0.2:80".parse().unwrap(),
+    );
     ends.source_workload = Some(Arc::clone(&web));
     ends.destination_workload = Some(web);
-    Record::open(&bench.admin.metrics, ends)
+    ConnectionRecord::open(&bench.admin.metrics, ends)
 }
 
 #[tokio::test]

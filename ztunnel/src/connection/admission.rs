@@ -6,7 +6,7 @@ use crate::{
     context::ProcessContext,
     identity::Identity,
     mesh::{Mesh, Workload},
-    pod::Pod,
+    pod::ServedPod,
     policy::{self, Denied},
 };
 
@@ -18,14 +18,14 @@ pub(super) fn check(
     identity: Option<&Identity>,
     target: SocketAddr,
 ) -> Result<(), Denied> {
-    let connection = policy::Connection { source_ip: client, source: identity, destination: target };
+    let connection = policy::InboundConnection { source_ip: client, source: identity, destination: target };
     policy::check(mesh, workload, &connection)
 }
 
 /// Ends when a change of policy forbids what was allowed. A workload that is no longer known keeps what it has.
 pub(super) async fn until_denied(
     process: &ProcessContext,
-    pod: &Pod,
+    pod: &ServedPod,
     client: IpAddr,
     identity: Option<&Identity>,
     target: SocketAddr,

@@ -7,12 +7,12 @@ use std::{
 
 use tokio::net::TcpStream;
 
-use crate::{context::ProcessContext, pod::Pod, socket};
+use crate::{context::ProcessContext, pod::ServedPod, socket};
 
 /// Connects to `to` in the netns of `pod`, from the address of `client` if that is configured.
 pub(super) async fn dial(
     process: &ProcessContext,
-    pod: &Pod,
+    pod: &ServedPod,
     to: SocketAddr,
     client: IpAddr,
 ) -> io::Result<TcpStream> {

@@ -11,7 +11,7 @@ use crate::{
     lookup::LookupError,
     policy::Denied,
     reason::FailureReason,
-    record::Failure,
+    record::ConnectionFailure,
     route::RouteError,
     stream::StreamError,
     workload_lookup::UnknownWorkload,
@@ -42,7 +42,7 @@ pub enum OutboundError {
     Stream(#[from] StreamError),
 }
 
-impl Failure for OutboundError {
+impl ConnectionFailure for OutboundError {
     fn reason(&self) -> FailureReason {
         match self {
             Self::OriginalDst(_) => FailureReason::NoOriginalDst,
@@ -124,7 +124,7 @@ impl InboundError {
     }
 }
 
-impl Failure for InboundError {
+impl ConnectionFailure for InboundError {
     fn reason(&self) -> FailureReason {
         match self {
             Self::Identity(_) => FailureReason::Identity,

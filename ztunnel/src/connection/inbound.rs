@@ -22,22 +22,22 @@ use crate::{
     context::{Accepted, WorkerContext},
     direction::Direction,
     hbone::{
-        BAGGAGE, FORWARDED, InvalidTarget, Target, forwarded_host,
-        server::{self, Asked},
+        BAGGAGE, ConnectTarget, FORWARDED, InvalidTarget, forwarded_host,
+        server::{self, ConnectRequest},
     },
     identity::{CertificateChain, Identity, peer_identity},
     mesh::{Mesh, Service, Workload, baggage},
-    pod::Pod,
-    record::{Counters, Ends, Failure, Record, denied_early},
+    pod::ServedPod,
+    record::{ByteCounters, ConnectionEnds, ConnectionFailure, ConnectionRecord, record_early_failure},
     socket,
     stream::{self, SocketIs, StreamError},
     workload_lookup::{ensure_known, own_workload},
 };
 
 /// One tunnel of a peer, as its requests see it.
-struct Tunnel {
+struct InboundTunnel {
     worker: Rc<WorkerContext>,
-    pod: Arc<Pod>,
+    pod: Arc<ServedPod>,
     /// The peer that dialled: who it is by its certificate, where by its TCP connection. What it says in
     /// headers is believed for labels only.
     peer: SocketAddr,
@@ -53,7 +53,7 @@ pub async fn serve(accepted: Accepted) {
     let Ok(local) = stream.local_addr().map(socket::canonical) else { return };
     let process = Arc::clone(&worker.process);
     let fail = |error: InboundError| {
-        denied_early(&process.metrics, &Ends::new(Direction::Inbound, peer, local), &error);
+        record_early_failure(&process.metrics, &ConnectionEnds::new(Direction::Inbound, peer, local), &error);
     };
     let credentials = match process.certificates.get(&pod.identity).await {
         Ok(credentials) => credentials,
@@ -83,9 +83,9 @@ pub async fn serve(accepted: Accepted) {
         stop.cancel();
         std::future::pending::<()>().await;
     };
-    let tunnel = Rc::new(Tunnel { worker, pod, peer, identity, chain: chain.clone(), local });
+    let tunnel = Rc::new(InboundTunnel { worker, pod, peer, identity, chain: chain.clone(), local });
     let served =
-        server::serve(tls, &process.config.h2, stop.clone(), |asked| request(Rc::clone(&tunnel), asked));
+        server::serve(tls, &process.config.h2, stop.clone(), |connect| request(Rc::clone(&tunnel), connect));
     let served = tokio::select! {
         served = served => served,
         () = revoked => return,
@@ -104,30 +104,30 @@ struct Admitted {
     delivery: Delivery,
 }
 
-async fn request(tunnel: Rc<Tunnel>, asked: Asked) {
+async fn request(tunnel: Rc<InboundTunnel>, connect: ConnectRequest) {
     let process = &tunnel.worker.process;
-    let admitted = match admit(&tunnel, &asked).await {
+    let admitted = match admit(&tunnel, &connect).await {
         Ok(admitted) => admitted,
         Err(error) => {
-            let mut ends = Ends::new(Direction::Inbound, tunnel.peer, tunnel.local);
+            let mut ends = ConnectionEnds::new(Direction::Inbound, tunnel.peer, tunnel.local);
             ends.source_identity.clone_from(&tunnel.identity);
-            denied_early(&process.metrics, &ends, &error);
-            return asked.refuse(error.status());
+            record_early_failure(&process.metrics, &ends, &error);
+            return connect.refuse(error.status());
         }
     };
-    let record = Record::open(&process.metrics, ends(&tunnel, &admitted));
-    let result = carry(&tunnel, &admitted, asked, record.counters()).await;
-    record.close(result.as_ref().copied().map_err(|error| error as &dyn Failure));
+    let record = ConnectionRecord::open(&process.metrics, ends(&tunnel, &admitted));
+    let result = carry(&tunnel, &admitted, connect, record.counters()).await;
+    record.close(result.as_ref().copied().map_err(|error| error as &dyn ConnectionFailure));
 }
 
 /// The checks in the order of their answers: 400 for what is malformed, 503 for what leads nowhere, 401.
-async fn admit(tunnel: &Tunnel, asked: &Asked) -> Result<Admitted, InboundError> {
-    let request = &asked.request;
+async fn admit(tunnel: &InboundTunnel, connect: &ConnectRequest) -> Result<Admitted, InboundError> {
+    let request = &connect.request;
     if request.method() != Method::CONNECT {
         return Err(InboundError::Method(request.method().clone()));
     }
     let authority = request.uri().authority().ok_or(InvalidTarget)?;
-    let target: Target = authority.as_str().parse()?;
+    let target: ConnectTarget = authority.as_str().parse()?;
     let process = &tunnel.worker.process;
     if process.revocations.is_revoked(&tunnel.chain) {
         return Err(InboundError::Revoked);
@@ -162,8 +162,8 @@ fn forwarded_service(mesh: &Mesh, workload: &Workload, headers: &HeaderMap) -> O
     mesh.service_by_hostname(forwarded_host(forwarded)?, &workload.namespace).cloned()
 }
 
-fn ends(tunnel: &Tunnel, admitted: &Admitted) -> Ends {
-    let mut ends = Ends::new(Direction::Inbound, tunnel.peer, tunnel.local);
+fn ends(tunnel: &InboundTunnel, admitted: &Admitted) -> ConnectionEnds {
+    let mut ends = ConnectionEnds::new(Direction::Inbound, tunnel.peer, tunnel.local);
     ends.source_workload.clone_from(&admitted.source);
     ends.source_identity.clone_from(&tunnel.identity);
     ends.hbone = Some(admitted.delivery.target);
@@ -174,17 +174,17 @@ fn ends(tunnel: &Tunnel, admitted: &Admitted) -> Ends {
 }
 
 async fn carry(
-    tunnel: &Tunnel,
+    tunnel: &InboundTunnel,
     admitted: &Admitted,
-    asked: Asked,
-    counters: &Counters,
+    connect: ConnectRequest,
+    counters: &ByteCounters,
 ) -> Result<(), InboundError> {
     let (process, began) = (&tunnel.worker.process, Instant::now());
     let application = match dial(tunnel, &admitted.delivery).await {
         Ok(application) => application,
         Err(error) => {
             let error = InboundError::Dial(error);
-            asked.refuse(error.status());
+            connect.refuse(error.status());
             return Err(error);
         }
     };
@@ -195,7 +195,7 @@ async fn carry(
     {
         headers.insert(BAGGAGE, value);
     }
-    let stream = asked.accept(headers).map_err(InboundError::Http)?;
+    let stream = connect.accept(headers).map_err(InboundError::Http)?;
     let denied = until_denied(
         process,
         &tunnel.pod,
@@ -216,16 +216,16 @@ async fn carry(
 }
 
 /// The application, told by a PROXY header about the client if it wants that.
-async fn dial(tunnel: &Tunnel, delivery: &Delivery) -> io::Result<TcpStream> {
+async fn dial(tunnel: &InboundTunnel, delivery: &Delivery) -> io::Result<TcpStream> {
     let process = &tunnel.worker.process;
-    let (dial, asked) = match delivery.to {
+    let (dial, requested) = match delivery.to {
         Handover::Plain => {
             return application::dial(process, &tunnel.pod, delivery.target, tunnel.peer.ip()).await;
         }
-        Handover::Proxy { dial, asked } => (dial, asked),
+        Handover::Proxy { dial, requested } => (dial, requested),
     };
     let mut application = socket::connect(&tunnel.pod.netns, dial, None, &process.socket).await?;
-    let header = proxy_protocol::header(tunnel.peer, asked, tunnel.identity.as_ref());
+    let header = proxy_protocol::header(tunnel.peer, requested, tunnel.identity.as_ref());
     application.write_all(&header).await?;
     Ok(application)
 }

@@ -12,7 +12,7 @@ use crate::{
     context::Accepted,
     direction::Direction,
     mesh::Workload,
-    record::{Counters, Ends, Failure, Record, denied_early},
+    record::{ByteCounters, ConnectionEnds, ConnectionFailure, ConnectionRecord, record_early_failure},
     socket, stream,
     workload_lookup::{ensure_known, own_workload},
 };
@@ -22,19 +22,19 @@ pub async fn serve(accepted: Accepted) {
     let client = accepted.client;
     let Ok(target) = socket::original_dst(&accepted.stream) else { return socket::reset(accepted.stream) };
     let metrics = Arc::clone(&accepted.worker.process.metrics);
-    let mut ends = Ends::new(Direction::Inbound, client, target);
+    let mut ends = ConnectionEnds::new(Direction::Inbound, client, target);
     let Admitted { source, workload } = match admit(&accepted, target).await {
         Ok(admitted) => admitted,
         Err(error) => {
-            denied_early(&metrics, &ends, &error);
+            record_early_failure(&metrics, &ends, &error);
             return socket::reset(accepted.stream);
         }
     };
     ends.source_workload = source;
     ends.destination_workload = Some(workload);
-    let record = Record::open(&metrics, ends);
+    let record = ConnectionRecord::open(&metrics, ends);
     let result = carry(accepted, target, record.counters()).await;
-    record.close(result.as_ref().copied().map_err(|error| error as &dyn Failure));
+    record.close(result.as_ref().copied().map_err(|error| error as &dyn ConnectionFailure));
 }
 
 /// Both ends of a connection that policy allows.
@@ -59,7 +59,7 @@ async fn admit(accepted: &Accepted, target: SocketAddr) -> Result<Admitted, Inbo
     Ok(Admitted { source: source.map_or(None, |(_, source)| source), workload })
 }
 
-async fn carry(accepted: Accepted, target: SocketAddr, counters: &Counters) -> Result<(), InboundError> {
+async fn carry(accepted: Accepted, target: SocketAddr, counters: &ByteCounters) -> Result<(), InboundError> {
     let Accepted { stream, client, pod, worker } = accepted;
     let (process, began) = (&worker.process, Instant::now());
     let application = match application::dial(process, &pod, target, client.ip()).await {

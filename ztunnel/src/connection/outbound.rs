@@ -8,15 +8,15 @@ use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use tokio::net::TcpStream;
 
-use self::tunnel::{Way, cut_or, ends, pooled, request};
+use self::tunnel::{PeerTarget, ends, open_stream, request, revoked_if_cut};
 use super::error::OutboundError;
 use crate::{
     context::Accepted,
     direction::Direction,
     hbone::client::ConnectError,
     mesh::{MeshView, Workload},
-    record::{Counters, Ends, Failure, Record, denied_early},
-    route::{self, Outbound, OutboundRoute, Via},
+    record::{ByteCounters, ConnectionEnds, ConnectionFailure, ConnectionRecord, record_early_failure},
+    route::{self, OutboundDecision, OutboundRoute, Via},
     socket,
     stream::{self, SocketIs},
     workload_lookup::{ensure_known, own_workload},
@@ -30,13 +30,13 @@ pub async fn serve(accepted: Accepted) {
     let (source, route) = match planned {
         Ok(planned) => planned,
         Err((original, error)) => {
-            let ends = Ends::new(Direction::Outbound, client, original.unwrap_or(local));
-            denied_early(&accepted.worker.process.metrics, &ends, &error);
+            let ends = ConnectionEnds::new(Direction::Outbound, client, original.unwrap_or(local));
+            record_early_failure(&accepted.worker.process.metrics, &ends, &error);
             return socket::reset(accepted.stream);
         }
     };
     let metrics = Arc::clone(&accepted.worker.process.metrics);
-    let open = || Record::open(&metrics, ends(&accepted, &source, &route));
+    let open = || ConnectionRecord::open(&metrics, ends(&accepted, &source, &route));
     let (record, result) = match &route.via {
         Via::Plain => {
             let record = open();
@@ -45,16 +45,16 @@ pub async fn serve(accepted: Accepted) {
         }
         Via::Hbone { peer, authority, expected } => {
             let record = open();
-            let way = Way { peer: *peer, authority, expected };
-            let result = hbone(accepted, &source, &route, &way, record.counters()).await;
+            let target = PeerTarget { peer: *peer, authority, expected };
+            let result = hbone(accepted, &source, &route, &target, record.counters()).await;
             (record, result)
         }
         Via::Gateway { peer, authority, expected, inner_expected } => {
-            let way = Way { peer: *peer, authority, expected };
-            return gateway::carry(accepted, &source, &route, &way, inner_expected).await;
+            let target = PeerTarget { peer: *peer, authority, expected };
+            return gateway::carry(accepted, &source, &route, &target, inner_expected).await;
         }
     };
-    record.close(result.as_ref().copied().map_err(|error| error as &dyn Failure));
+    record.close(result.as_ref().copied().map_err(|error| error as &dyn ConnectionFailure));
 }
 
 /// From which workload to where, and how. Errors come with the original destination if that is known.
@@ -77,10 +77,10 @@ async fn plan(
     let rule = |view: &MeshView<'_>| route::outbound(view, &source, original, &mut rand::rng());
     let (_, found) = ensure_known(process, mesh, rule).await.map_err(|error| failed(error.into()))?;
     let route = match found.map_err(|error| failed(error.into()))? {
-        Outbound::Route(route) => route,
-        Outbound::Unlocated(endpoint) => {
-            let (lookups, families) = (&accepted.worker.lookups, endpoint.families());
-            let found = lookups.address(&endpoint.hostname, families, original.ip()).await;
+        OutboundDecision::Route(route) => route,
+        OutboundDecision::Unlocated(endpoint) => {
+            let (resolver, families) = (&accepted.worker.resolver, endpoint.families());
+            let found = resolver.address(&endpoint.hostname, families, original.ip()).await;
             process.metrics.on_demand_dns(&source, &endpoint.hostname);
             endpoint.located(found.map_err(|error| failed(error.into()))?)
         }
@@ -88,7 +88,7 @@ async fn plan(
     Ok((source, route))
 }
 
-async fn plain(accepted: Accepted, target: SocketAddr, counters: &Counters) -> Result<(), OutboundError> {
+async fn plain(accepted: Accepted, target: SocketAddr, counters: &ByteCounters) -> Result<(), OutboundError> {
     let (metrics, began) = (Arc::clone(&accepted.worker.process.metrics), Instant::now());
     let limits = accepted.worker.process.config.limits;
     match dial(&accepted, target).await {
@@ -104,12 +104,12 @@ async fn hbone(
     accepted: Accepted,
     source: &Workload,
     route: &OutboundRoute,
-    way: &Way<'_>,
-    counters: &Counters,
+    target: &PeerTarget<'_>,
+    counters: &ByteCounters,
 ) -> Result<(), OutboundError> {
     let (metrics, began) = (Arc::clone(&accepted.worker.process.metrics), Instant::now());
-    let opened = match request(&accepted, source, route, way.authority, None) {
-        Ok(request) => pooled(&accepted, &request, way).await,
+    let opened = match request(&accepted, source, route, target.authority, None) {
+        Ok(request) => open_stream(&accepted, &request, target).await,
         Err(error) => Err(error),
     };
     match opened {
@@ -118,7 +118,7 @@ async fn hbone(
             let process = Arc::clone(&accepted.worker.process);
             // A tunnel that must end takes connections for a moment still.
             if process.revocations.is_revoked(lease.chain()) {
-                return refuse(accepted, Arc::new(ConnectError::Revoked { peer: way.peer }).into());
+                return refuse(accepted, Arc::new(ConnectError::Revoked { peer: target.peer }).into());
             }
             let revoked = process.revocations.until_revoked(lease.chain().clone());
             let done = stream::tunnel(
@@ -130,7 +130,7 @@ async fn hbone(
                 revoked,
             )
             .await;
-            done.map_err(|error| cut_or(error, way.peer))
+            done.map_err(|error| revoked_if_cut(error, target.peer))
         }
         Err(error) => refuse(accepted, error),
     }

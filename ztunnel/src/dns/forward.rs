@@ -17,7 +17,7 @@ use super::{
     message::{self, Transport},
     sockets,
 };
-use crate::{pod::Pod, socket};
+use crate::{pod::ServedPod, socket};
 
 /// Limit for all attempts together. The C library's resolver gives up an attempt after the same
 /// time.
@@ -41,7 +41,7 @@ pub enum ForwardError {
 /// Queries `resolvers` in order until one answers, over the protocol that the client used. An error
 /// reply of the last one counts as an answer.
 pub async fn ask(
-    pod: &Pod,
+    pod: &ServedPod,
     resolvers: &[SocketAddr],
     query: &[u8],
     transport: Transport,
@@ -76,7 +76,7 @@ pub async fn ask(
 
 /// Sends the query, repeats it after a while, and waits for its answer. Other datagrams are
 /// dropped.
-async fn by_udp(pod: &Pod, to: SocketAddr, query: &[u8], within: Duration) -> io::Result<Vec<u8>> {
+async fn by_udp(pod: &ServedPod, to: SocketAddr, query: &[u8], within: Duration) -> io::Result<Vec<u8>> {
     let socket = sockets::connected(pod, to)?;
     let end = Instant::now() + within;
     let mut buffer = vec![0; usize::from(u16::MAX)];
@@ -97,7 +97,7 @@ async fn by_udp(pod: &Pod, to: SocketAddr, query: &[u8], within: Duration) -> io
     }
 }
 
-async fn by_tcp(pod: &Pod, to: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
+async fn by_tcp(pod: &ServedPod, to: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
     let mut stream = socket::connect(&pod.netns, to, None, &pod.socket).await?;
     stream.write_all(&framed(query)?).await?;
     let length = stream.read_u16().await?;

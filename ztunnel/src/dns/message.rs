@@ -11,7 +11,7 @@ use hickory_proto::{
 };
 use rand::seq::SliceRandom;
 
-use super::names::{self, Client, Family, Zone};
+use super::names::{self, AddressFamily, DnsClient, DnsZone};
 use crate::mesh::Mesh;
 
 /// The TTL of our answers, in seconds. Endpoints of headless services change often.
@@ -44,7 +44,7 @@ impl Transport {
 
 /// What to do with a query.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Step {
+pub enum QueryOutcome {
     /// Send this reply: the name is ours, or the query is invalid.
     Reply(Vec<u8>),
     /// Forward the query unchanged.
@@ -55,18 +55,25 @@ pub enum Step {
 
 /// A query and what to do with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Handled {
+pub struct HandledQuery {
     /// The query type as a metric label. Clients choose it, so rare types share `other`.
     pub query_type: &'static str,
-    pub step: Step,
+    pub step: QueryOutcome,
 }
 
 /// Answers `query` from `mesh`.
-pub fn answer(mesh: &Mesh, zone: &Zone, client: Client<'_>, transport: Transport, query: &[u8]) -> Handled {
-    let handled = |query_type, step| Handled { query_type, step };
-    let failed = |code| handled("other", error(query, code).map_or(Step::Ignore, Step::Reply));
+pub fn answer(
+    mesh: &Mesh,
+    zone: &DnsZone,
+    client: DnsClient<'_>,
+    transport: Transport,
+    query: &[u8],
+) -> HandledQuery {
+    let handled = |query_type, step| HandledQuery { query_type, step };
+    let failed =
+        |code| handled("other", error(query, code).map_or(QueryOutcome::Ignore, QueryOutcome::Reply));
     if query.len() < HEADER || is_response(query) {
-        return handled("other", Step::Ignore);
+        return handled("other", QueryOutcome::Ignore);
     }
     let Ok(message) = Message::from_vec(query) else { return failed(ResponseCode::FormErr) };
     if message.metadata.op_code != OpCode::Query {
@@ -79,9 +86,9 @@ pub fn answer(mesh: &Mesh, zone: &Zone, client: Client<'_>, transport: Transport
         return handled(query_type, encode(&reply, &message, transport));
     }
     let family = match question.query_type() {
-        RecordType::A => Family::V4,
-        RecordType::AAAA => Family::V6,
-        _ => return handled(query_type, Step::Forward),
+        RecordType::A => AddressFamily::V4,
+        RecordType::AAAA => AddressFamily::V6,
+        _ => return handled(query_type, QueryOutcome::Forward),
     };
     let found = match text(question.name()) {
         Some(name) if question.query_class() == DNSClass::IN => {
@@ -89,7 +96,7 @@ pub fn answer(mesh: &Mesh, zone: &Zone, client: Client<'_>, transport: Transport
         }
         _ => None,
     };
-    let Some(mut found) = found else { return handled(query_type, Step::Forward) };
+    let Some(mut found) = found else { return handled(query_type, QueryOutcome::Forward) };
     // Clients use the first address.
     found.addresses.shuffle(&mut rand::rng());
     found.addresses.truncate(MOST_ADDRESSES);
@@ -192,7 +199,7 @@ fn reply(query: &Message, code: ResponseCode) -> Message {
 
 /// A reply that is too long for UDP: empty, with the flag that makes the client use TCP (RFC 2181
 /// §9).
-fn encode(reply: &Message, query: &Message, transport: Transport) -> Step {
+fn encode(reply: &Message, query: &Message, transport: Transport) -> QueryOutcome {
     let announced = query.edns.as_ref().map_or(PLAIN_UDP, Edns::max_payload);
     let limit = match transport {
         Transport::Udp => announced.clamp(PLAIN_UDP, LARGEST_UDP),
@@ -202,7 +209,7 @@ fn encode(reply: &Message, query: &Message, transport: Transport) -> Step {
         Ok(bytes) if bytes.len() <= usize::from(limit) => Ok(bytes),
         _ => reply.truncate().to_vec(),
     };
-    bytes.map_or(Step::Ignore, Step::Reply)
+    bytes.map_or(QueryOutcome::Ignore, QueryOutcome::Reply)
 }
 
 /// The name in the form that the mesh uses. `None` if it is not a host name and so cannot be a

@@ -10,14 +10,14 @@ use crate::mesh::{Mesh, Service};
 
 /// The pod that sent the query.
 #[derive(Clone, Copy, Debug)]
-pub struct Client<'a> {
+pub struct DnsClient<'a> {
     pub namespace: &'a str,
     pub network: &'a str,
 }
 
 /// The names of this cluster, and the preference among equal names.
 #[derive(Clone, Debug)]
-pub struct Zone {
+pub struct DnsZone {
     /// `cluster.local`
     domain: String,
     /// `svc.cluster.local`
@@ -29,7 +29,7 @@ pub struct Zone {
     ipv6: bool,
 }
 
-impl Zone {
+impl DnsZone {
     pub fn new(domain: &str, preferred_namespace: Option<Arc<str>>, ipv6: bool) -> Self {
         let domain = domain.trim_matches('.').to_ascii_lowercase();
         Self { services: format!("svc.{domain}"), domain, preferred_namespace, ipv6 }
@@ -38,14 +38,14 @@ impl Zone {
 
 /// The requested address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
+pub enum AddressFamily {
     V4,
     V6,
 }
 
 /// The result for a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
+pub struct FoundName {
     /// The name without the search domain that the client's resolver appended, if any.
     pub alias_of: Option<String>,
     /// Empty if the name exists but has no address of the family.
@@ -54,12 +54,18 @@ pub struct Found {
 
 /// Looks up `name`, which is lower case and without the final dot. `None` if it is not a name of
 /// the mesh.
-pub fn find(mesh: &Mesh, zone: &Zone, client: Client<'_>, name: &str, family: Family) -> Option<Found> {
+pub fn find(
+    mesh: &Mesh,
+    zone: &DnsZone,
+    client: DnsClient<'_>,
+    name: &str,
+    family: AddressFamily,
+) -> Option<FoundName> {
     for alias in aliases(zone, client, name) {
         let service = with_wildcards(&alias.name).find_map(|name| best(mesh, zone, client, &name));
         if let Some(service) = service {
             let addresses = addresses(mesh, zone, client, service, family);
-            return Some(Found { alias_of: alias.stripped, addresses });
+            return Some(FoundName { alias_of: alias.stripped, addresses });
         }
     }
     None
@@ -71,7 +77,7 @@ struct Alias {
     stripped: Option<String>,
 }
 
-fn aliases(zone: &Zone, client: Client<'_>, name: &str) -> Vec<Alias> {
+fn aliases(zone: &DnsZone, client: DnsClient<'_>, name: &str) -> Vec<Alias> {
     let namespaced = format!("{}.{}", client.namespace, zone.services);
     let mut aliases: Vec<Alias> = Vec::new();
     let mut add = |name: String, stripped: Option<&str>| {
@@ -95,7 +101,7 @@ fn aliases(zone: &Zone, client: Client<'_>, name: &str) -> Vec<Alias> {
 }
 
 /// `name`, `name.namespace` and `name.namespace.svc`, completed.
-fn full_name(zone: &Zone, namespaced: &str, name: &str) -> Option<String> {
+fn full_name(zone: &DnsZone, namespaced: &str, name: &str) -> Option<String> {
     let labels: Vec<_> = name.split('.').collect();
     match labels[..] {
         [_] => Some(format!("{name}.{namespaced}")),
@@ -113,7 +119,12 @@ fn with_wildcards(name: &str) -> impl Iterator<Item = String> {
 
 /// The service that the client means, in this order: its own namespace's, the preferred
 /// namespace's, the canonical one, any.
-fn best<'a>(mesh: &'a Mesh, zone: &Zone, client: Client<'_>, hostname: &str) -> Option<&'a Arc<Service>> {
+fn best<'a>(
+    mesh: &'a Mesh,
+    zone: &DnsZone,
+    client: DnsClient<'_>,
+    hostname: &str,
+) -> Option<&'a Arc<Service>> {
     let rank = |service: &Service| {
         if &*service.namespace == client.namespace {
             0
@@ -133,7 +144,7 @@ fn best<'a>(mesh: &'a Mesh, zone: &Zone, client: Client<'_>, hostname: &str) -> 
 
 /// A Kubernetes service without addresses is headless. Other services without addresses are
 /// resolved by the upstream resolvers.
-fn answers(zone: &Zone, service: &Service) -> bool {
+fn answers(zone: &DnsZone, service: &Service) -> bool {
     let of_kubernetes =
         || service.hostname.strip_suffix(zone.services.as_str()).is_some_and(|rest| rest.ends_with('.'));
     !service.vips.is_empty() || of_kubernetes()
@@ -141,10 +152,16 @@ fn answers(zone: &Zone, service: &Service) -> bool {
 
 /// Only endpoints of the client's own network. Those of other networks are reached by the service's
 /// name.
-fn addresses(mesh: &Mesh, zone: &Zone, client: Client<'_>, service: &Service, family: Family) -> Vec<IpAddr> {
+fn addresses(
+    mesh: &Mesh,
+    zone: &DnsZone,
+    client: DnsClient<'_>,
+    service: &Service,
+    family: AddressFamily,
+) -> Vec<IpAddr> {
     let is_wanted = |ip: &IpAddr| match family {
-        Family::V4 => ip.is_ipv4(),
-        Family::V6 => ip.is_ipv6() && zone.ipv6,
+        AddressFamily::V4 => ip.is_ipv4(),
+        AddressFamily::V6 => ip.is_ipv6() && zone.ipv6,
     };
     let mut addresses: Vec<IpAddr> = if service.vips.is_empty() {
         let endpoints = mesh.endpoints(&service.key()).iter().map(|endpoint| &endpoint.workload);

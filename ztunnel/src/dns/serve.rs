@@ -19,14 +19,14 @@ use tokio::{
 use tracing::{debug, warn};
 
 use super::{
-    Server, forward,
-    message::{self, Handled, Step, Transport},
-    names::Client,
-    sockets::Pair,
+    DnsContext, forward,
+    message::{self, HandledQuery, QueryOutcome, Transport},
+    names::DnsClient,
+    sockets::DnsSockets,
 };
 use crate::{
     metrics::dns::DnsLabels,
-    pod::Pod,
+    pod::ServedPod,
     threads::{finish_all, report_panic},
 };
 
@@ -49,14 +49,14 @@ const LAST: Duration = Duration::from_secs(5);
 /// The limits of one pod.
 #[derive(Debug)]
 struct PodDns {
-    pod: Arc<Pod>,
-    context: Rc<Server>,
+    pod: Arc<ServedPod>,
+    context: Rc<DnsContext>,
     forwards: Arc<Semaphore>,
     connections: Arc<Semaphore>,
 }
 
 /// Serves `pod` on all of `pairs` until its `stop`.
-pub async fn serve(context: Rc<Server>, pod: Arc<Pod>, pairs: Vec<Pair>) {
+pub async fn serve(context: Rc<DnsContext>, pod: Arc<ServedPod>, pairs: Vec<DnsSockets>) {
     let pod_dns = Rc::new(PodDns {
         pod,
         context,
@@ -197,24 +197,24 @@ impl PodDns {
     fn handle(&self, query: &[u8], transport: Transport) -> Outcome {
         let (config, info) = (&self.context.process.config, &self.pod.info);
         let mesh = self.context.process.store.snapshot();
-        let client = Client { namespace: &info.namespace, network: &config.network };
-        let Handled { query_type, step } =
+        let client = DnsClient { namespace: &info.namespace, network: &config.network };
+        let HandledQuery { query_type, step } =
             message::answer(&mesh, &self.context.zone, client, transport, query);
-        if step == Step::Ignore {
+        if step == QueryOutcome::Ignore {
             return Outcome::Nothing;
         }
         let workload = mesh.workload_by_name(&info.namespace, &info.name, &info.service_account);
         let labels = DnsLabels::new(query_type, transport.as_str(), workload.map(|workload| &**workload));
         self.context.process.metrics.dns.requests.get_or_create(&labels).inc();
         match step {
-            Step::Reply(reply) => Outcome::Reply(reply),
-            Step::Forward => match Arc::clone(&self.forwards).try_acquire_owned() {
+            QueryOutcome::Reply(reply) => Outcome::Reply(reply),
+            QueryOutcome::Forward => match Arc::clone(&self.forwards).try_acquire_owned() {
                 Ok(permit) => Outcome::Ask(labels, permit),
                 Err(_) => {
                     message::error(query, ResponseCode::ServFail).map_or(Outcome::Nothing, Outcome::Reply)
                 }
             },
-            Step::Ignore => Outcome::Nothing,
+            QueryOutcome::Ignore => Outcome::Nothing,
         }
     }
 

@@ -8,13 +8,13 @@ use std::{
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::UdpSocket;
 
-use crate::{pod::Pod, socket::Options};
+use crate::{pod::ServedPod, socket::SocketOptions};
 
 const BACKLOG: i32 = 256;
 
 /// The sockets of one address. Either both exist or neither.
 #[derive(Debug)]
-pub struct Pair {
+pub struct DnsSockets {
     pub udp: std::net::UdpSocket,
     /// The listener. Our watcher's kernel programs take it as the sign that the tunnel serves DNS
     /// here, so it is opened after the UDP socket.
@@ -22,7 +22,7 @@ pub struct Pair {
 }
 
 /// Listens on `address`, and on `::1` beside `127.0.0.1` where the netns has it. Call inside the pod's netns.
-pub fn listen(address: SocketAddr, ipv6: bool, options: &Options) -> io::Result<Vec<Pair>> {
+pub fn listen(address: SocketAddr, ipv6: bool, options: &SocketOptions) -> io::Result<Vec<DnsSockets>> {
     let mut pairs = vec![pair(address, options)?];
     if ipv6 && address.is_ipv4() && address.ip().is_loopback() {
         match pair(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), address.port()), options) {
@@ -34,7 +34,7 @@ pub fn listen(address: SocketAddr, ipv6: bool, options: &Options) -> io::Result<
     Ok(pairs)
 }
 
-fn pair(address: SocketAddr, options: &Options) -> io::Result<Pair> {
+fn pair(address: SocketAddr, options: &SocketOptions) -> io::Result<DnsSockets> {
     let bound = |kind, protocol| {
         let socket = new(address, kind, protocol, options)?;
         if address.is_ipv6() {
@@ -50,12 +50,12 @@ fn pair(address: SocketAddr, options: &Options) -> io::Result<Pair> {
     let udp = bound(Type::DGRAM, Protocol::UDP)?;
     let tcp = bound(Type::STREAM, Protocol::TCP)?;
     tcp.listen(BACKLOG)?;
-    Ok(Pair { udp: udp.into(), tcp: tcp.into() })
+    Ok(DnsSockets { udp: udp.into(), tcp: tcp.into() })
 }
 
 /// A socket in `pod`'s netns that receives datagrams only from `to`. The kernel chooses its port,
 /// as random as the port range allows (RFC 5452 §9.2).
-pub fn connected(pod: &Pod, to: SocketAddr) -> io::Result<UdpSocket> {
+pub fn connected(pod: &ServedPod, to: SocketAddr) -> io::Result<UdpSocket> {
     let socket = pod.netns.enter(|| {
         let socket = new(to, Type::DGRAM, Protocol::UDP, &pod.socket)?;
         socket.connect(&to.into())?;
@@ -64,7 +64,7 @@ pub fn connected(pod: &Pod, to: SocketAddr) -> io::Result<UdpSocket> {
     UdpSocket::from_std(socket.into())
 }
 
-fn new(family_of: SocketAddr, kind: Type, protocol: Protocol, options: &Options) -> io::Result<Socket> {
+fn new(family_of: SocketAddr, kind: Type, protocol: Protocol, options: &SocketOptions) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(family_of), kind.nonblocking(), Some(protocol))?;
     if options.mark != 0 {
         socket.set_mark(options.mark)?;

@@ -12,7 +12,7 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-use super::{HANDSHAKE_TIMEOUT, client_settings, keepalive::Listened};
+use super::{HANDSHAKE_TIMEOUT, client_settings, keepalive::ActivityIo};
 use crate::{
     config::H2Config,
     identity::{CertificateChain, Identity, IdentityError, peer_identity},
@@ -81,7 +81,7 @@ impl ConnectError {
 
 /// A tunnel that was just opened. It lives as long as `driver` is polled, which ends when every clone of
 /// `requests` and every stream are gone, or when the peer is.
-pub struct Tunnel {
+pub struct PeerTunnel {
     pub requests: SendRequest<Bytes>,
     /// Who the peer proved to be.
     pub identity: Option<Identity>,
@@ -90,9 +90,9 @@ pub struct Tunnel {
     pub driver: Pin<Box<dyn Future<Output = Result<(), h2::Error>>>>,
 }
 
-impl std::fmt::Debug for Tunnel {
+impl std::fmt::Debug for PeerTunnel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Tunnel").field("requests", &self.requests).finish_non_exhaustive()
+        f.debug_struct("PeerTunnel").field("requests", &self.requests).finish_non_exhaustive()
     }
 }
 
@@ -102,7 +102,7 @@ pub async fn handshake<S>(
     peer: SocketAddr,
     tls: Arc<rustls::ClientConfig>,
     h2: &H2Config,
-) -> Result<Tunnel, ConnectError>
+) -> Result<PeerTunnel, ConnectError>
 where
     S: AsyncRead + AsyncWrite + Unpin + 'static,
 {
@@ -115,23 +115,23 @@ where
     tls.get_mut().1.set_buffer_limit(Some(TLS_WRITE));
     let certificates = tls.get_ref().1.peer_certificates();
     let (identity, chain) = (peer_identity(certificates), CertificateChain::of(certificates));
-    Ok(Tunnel { identity, chain, ..http(tls, peer, h2).await? })
+    Ok(PeerTunnel { identity, chain, ..http(tls, peer, h2).await? })
 }
 
 /// HTTP/2 alone. The client's half of the handshake does not wait for the server's.
-pub(super) async fn http<T>(io: T, peer: SocketAddr, h2: &H2Config) -> Result<Tunnel, ConnectError>
+pub(super) async fn http<T>(io: T, peer: SocketAddr, h2: &H2Config) -> Result<PeerTunnel, ConnectError>
 where
     T: AsyncRead + AsyncWrite + Unpin + 'static,
 {
-    let (io, heard) = Listened::new(io);
+    let (io, activity) = ActivityIo::new(io);
     let (requests, mut connection) =
         client_settings(h2).handshake(io).await.map_err(|source| ConnectError::Http { peer, source })?;
-    let alive = heard.until_dead(connection.ping_pong());
+    let alive = activity.until_dead(connection.ping_pong());
     let driver = Box::pin(async move {
         tokio::select! {
             ended = &mut connection => ended,
             () = alive => Ok(()),
         }
     });
-    Ok(Tunnel { requests, identity: None, chain: CertificateChain::default(), driver })
+    Ok(PeerTunnel { requests, identity: None, chain: CertificateChain::default(), driver })
 }

@@ -26,23 +26,23 @@ const PATIENCE: Duration = Duration::from_secs(4);
 
 /// The time of the last read.
 #[derive(Clone, Debug)]
-pub(super) struct Heard(Rc<Cell<Instant>>);
+pub(super) struct LastActivity(Rc<Cell<Instant>>);
 
 /// Records the time of each read.
 #[derive(Debug)]
-pub(super) struct Listened<T> {
+pub(super) struct ActivityIo<T> {
     io: T,
-    heard: Heard,
+    activity: LastActivity,
 }
 
-impl<T> Listened<T> {
-    pub fn new(io: T) -> (Self, Heard) {
-        let heard = Heard(Rc::new(Cell::new(Instant::now())));
-        (Self { io, heard: heard.clone() }, heard)
+impl<T> ActivityIo<T> {
+    pub fn new(io: T) -> (Self, LastActivity) {
+        let activity = LastActivity(Rc::new(Cell::new(Instant::now())));
+        (Self { io, activity: activity.clone() }, activity)
     }
 }
 
-impl Heard {
+impl LastActivity {
     fn since(&self, earlier: Instant) -> bool {
         self.0.get() > earlier
     }
@@ -72,7 +72,7 @@ impl Heard {
     }
 }
 
-impl<T: AsyncRead + Unpin> AsyncRead for Listened<T> {
+impl<T: AsyncRead + Unpin> AsyncRead for ActivityIo<T> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -81,13 +81,13 @@ impl<T: AsyncRead + Unpin> AsyncRead for Listened<T> {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.io).poll_read(cx, buffer))?;
         if buffer.filled().len() > before {
-            self.heard.0.set(Instant::now());
+            self.activity.0.set(Instant::now());
         }
         Poll::Ready(Ok(()))
     }
 }
 
-impl<T: AsyncWrite + Unpin> AsyncWrite for Listened<T> {
+impl<T: AsyncWrite + Unpin> AsyncWrite for ActivityIo<T> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.io).poll_write(cx, data)
     }
@@ -123,12 +123,12 @@ mod tests {
     async fn life(far: impl AsyncFnOnce(tokio::io::DuplexStream)) -> Option<Duration> {
         let (near, other) = duplex(1 << 16);
         let living = async {
-            let (io, heard) = Listened::new(near);
+            let (io, activity) = ActivityIo::new(near);
             let (_requests, mut connection) = h2::client::handshake(io).await.expect("handshake");
             let pings = connection.ping_pong();
             let begun = Instant::now();
             let dead = async {
-                heard.until_dead(pings).await;
+                activity.until_dead(pings).await;
                 Some(begun.elapsed())
             };
             tokio::select! {

@@ -18,12 +18,12 @@ use tokio::{
 
 use super::{
     client::{self, ConnectError},
-    pool::Lease,
+    pool::StreamLease,
 };
 use crate::{
     config::H2Config,
     identity::{CertificateChain, Identity},
-    stream::Stream,
+    stream::HboneStream,
 };
 
 /// Bytes per DATA frame; TLS writes in pieces of about this size.
@@ -31,9 +31,9 @@ const CHUNK: usize = 256 << 10;
 
 /// The inner stream, and the identity that the server proved.
 #[derive(Debug)]
-pub struct Inner {
+pub struct NestedStream {
     pub response: Response<()>,
-    pub stream: Stream,
+    pub stream: HboneStream,
     pub identity: Option<Identity>,
     pub chain: CertificateChain,
 }
@@ -41,13 +41,13 @@ pub struct Inner {
 /// Opens a tunnel inside `outer` and sends `request` through it. The tunnel carries this one stream
 /// and ends with it; it keeps `lease` until then.
 pub async fn open(
-    outer: Stream,
-    lease: Lease,
+    outer: HboneStream,
+    lease: StreamLease,
     peer: std::net::SocketAddr,
     tls: Arc<rustls::ClientConfig>,
     h2: &H2Config,
     request: Request<()>,
-) -> Result<Inner, ConnectError> {
+) -> Result<NestedStream, ConnectError> {
     let tunnel = client::handshake(Pipe::new(outer), peer, tls, h2).await?;
     let (driver, identity, chain) = (tunnel.driver, tunnel.identity, tunnel.chain);
     // The task ends with its only stream, or with the gateway's connection, so it needs no owner.
@@ -65,18 +65,23 @@ pub async fn open(
     if head.status != StatusCode::OK {
         return Err(ConnectError::Status(head.status));
     }
-    Ok(Inner { response: Response::from_parts(head, ()), stream: Stream::new(send, recv), identity, chain })
+    Ok(NestedStream {
+        response: Response::from_parts(head, ()),
+        stream: HboneStream::new(send, recv),
+        identity,
+        chain,
+    })
 }
 
 /// A stream as a byte stream. If dropped before shutdown, it is reset.
 struct Pipe {
-    stream: Stream,
+    stream: HboneStream,
     /// Received data that is not read yet.
     rest: Bytes,
 }
 
 impl Pipe {
-    fn new(stream: Stream) -> Self {
+    fn new(stream: HboneStream) -> Self {
         Self { stream, rest: Bytes::new() }
     }
 }

@@ -1,6 +1,6 @@
 //! Tunnels shared by the connections of one worker.
 //!
-//! Only connections with the same [`Key`] share a tunnel. Full tunnels, and tunnels whose server is
+//! Only connections with the same [`TunnelKey`] share a tunnel. Full tunnels, and tunnels whose server is
 //! leaving (GOAWAY), are skipped. Requests that find no tunnel share one handshake. No lock is held
 //! across an await: a worker is one thread.
 
@@ -25,18 +25,18 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::client::{ConnectError, Tunnel};
+use super::client::{ConnectError, PeerTunnel};
 use crate::{
     config,
     identity::{CertificateChain, Identity},
     metrics::PoolMetrics,
     socket::NetnsId,
-    stream::Stream,
+    stream::HboneStream,
 };
 
 /// The properties that two connections must share to use one tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Key {
+pub struct TunnelKey {
     pub source: Identity,
     pub expected: Vec<Identity>,
     pub peer: SocketAddr,
@@ -48,13 +48,13 @@ pub struct Key {
 const ATTEMPTS: usize = 4;
 
 #[derive(Clone, Debug)]
-pub struct Pool(Rc<Inner>);
+pub struct TunnelPool(Rc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     limits: config::PoolConfig,
     metrics: PoolMetrics,
-    groups: RefCell<HashMap<Key, Rc<Group>>>,
+    groups: RefCell<HashMap<TunnelKey, Rc<Group>>>,
 }
 
 /// The tunnels with one key.
@@ -93,9 +93,9 @@ impl Drop for Member {
 
 /// One stream's place in a tunnel. Keep it as long as the stream.
 #[derive(Debug)]
-pub struct Lease(Rc<Member>);
+pub struct StreamLease(Rc<Member>);
 
-impl Lease {
+impl StreamLease {
     fn new(member: &Rc<Member>) -> Self {
         member.streams.set(member.streams.get() + 1);
         member.metrics.streams.inc();
@@ -108,7 +108,7 @@ impl Lease {
     }
 }
 
-impl Drop for Lease {
+impl Drop for StreamLease {
     fn drop(&mut self) {
         self.0.streams.set(self.0.streams.get() - 1);
         self.0.metrics.streams.dec();
@@ -116,7 +116,7 @@ impl Drop for Lease {
     }
 }
 
-impl Pool {
+impl TunnelPool {
     pub fn new(limits: config::PoolConfig, metrics: PoolMetrics) -> Self {
         Self(Rc::new(Inner { limits, metrics, groups: RefCell::default() }))
     }
@@ -124,12 +124,12 @@ impl Pool {
     /// Sends a CONNECT through a tunnel of `key`. If none has room, `dial` opens one.
     pub async fn open<F>(
         &self,
-        key: &Key,
+        key: &TunnelKey,
         request: &Request<()>,
         dial: impl Fn() -> F,
-    ) -> Result<(Response<()>, Stream, Lease), Arc<ConnectError>>
+    ) -> Result<(Response<()>, HboneStream, StreamLease), Arc<ConnectError>>
     where
-        F: Future<Output = Result<Tunnel, ConnectError>> + 'static,
+        F: Future<Output = Result<PeerTunnel, ConnectError>> + 'static,
     {
         let peer = key.peer;
         let mut attempt = 1;
@@ -156,13 +156,13 @@ impl Pool {
     }
 
     /// The number of tunnels for `key`.
-    pub fn tunnels(&self, key: &Key) -> usize {
+    pub fn tunnels(&self, key: &TunnelKey) -> usize {
         self.0.groups.borrow().get(key).map_or(0, |group| group.members.borrow().len())
     }
 
-    async fn lease<F>(&self, key: &Key, dial: &impl Fn() -> F) -> Result<Lease, Arc<ConnectError>>
+    async fn lease<F>(&self, key: &TunnelKey, dial: &impl Fn() -> F) -> Result<StreamLease, Arc<ConnectError>>
     where
-        F: Future<Output = Result<Tunnel, ConnectError>> + 'static,
+        F: Future<Output = Result<PeerTunnel, ConnectError>> + 'static,
     {
         loop {
             let group = Rc::clone(self.0.groups.borrow_mut().entry(key.clone()).or_default());
@@ -183,27 +183,27 @@ impl Pool {
 }
 
 impl Inner {
-    fn room(&self, group: &Group) -> Option<Lease> {
+    fn room(&self, group: &Group) -> Option<StreamLease> {
         let members = group.members.borrow();
         let free = |member: &&Rc<Member>| {
             let peers_limit = member.requests.current_max_send_streams();
             (member.streams.get() as usize) < peers_limit.min(self.limits.max_streams as usize)
         };
-        members.iter().find(free).map(Lease::new)
+        members.iter().find(free).map(StreamLease::new)
     }
 
     fn start_opening(
         self: &Rc<Self>,
-        key: Key,
+        key: TunnelKey,
         group: &Rc<Group>,
-        dialling: impl Future<Output = Result<Tunnel, ConnectError>> + 'static,
+        dialling: impl Future<Output = Result<PeerTunnel, ConnectError>> + 'static,
     ) -> Opening {
         let (pool, group) = (Rc::clone(self), Rc::clone(group));
         let task = spawn_local(async move {
             let dialled = dialling.await;
             // Before the waiters wake up, so that the next request starts a new handshake.
             group.opening.borrow_mut().take();
-            let Tunnel { requests, driver, chain, .. } = dialled?;
+            let PeerTunnel { requests, driver, chain, .. } = dialled?;
             pool.metrics.connections.inc();
             let member = Rc::new(Member {
                 metrics: pool.metrics.clone(),
@@ -223,7 +223,7 @@ impl Inner {
             .shared()
     }
 
-    fn remove(&self, key: &Key, member: &Rc<Member>) {
+    fn remove(&self, key: &TunnelKey, member: &Rc<Member>) {
         if let Some(group) = self.groups.borrow().get(key) {
             group.members.borrow_mut().retain(|other| !Rc::ptr_eq(other, member));
         }
@@ -231,7 +231,7 @@ impl Inner {
     }
 
     /// Removes a key that has no tunnels.
-    fn prune(&self, key: &Key) {
+    fn prune(&self, key: &TunnelKey) {
         let mut groups = self.groups.borrow_mut();
         let Some(group) = groups.get(key) else { return };
         if group.members.borrow().is_empty() && group.opening.borrow().is_none() {
@@ -243,7 +243,7 @@ impl Inner {
 /// Drives one tunnel to its end. Removes it from the pool when it was unused for too long.
 async fn drive(
     pool: Weak<Inner>,
-    key: Key,
+    key: TunnelKey,
     member: Weak<Member>,
     mut driver: impl Future<Output = Result<(), h2::Error>> + Unpin,
 ) {
@@ -286,18 +286,18 @@ impl From<SendError> for h2::Error {
     }
 }
 
-async fn send(lease: &Lease, request: Request<()>) -> Result<(Response<()>, Stream), SendError> {
+async fn send(lease: &StreamLease, request: Request<()>) -> Result<(Response<()>, HboneStream), SendError> {
     let mut requests = lease.0.requests.clone().ready().await.map_err(SendError::NotSent)?;
     let (response, send) = requests.send_request(request, false).map_err(SendError::NotSent)?;
     let (head, recv) = response.await.map_err(SendError::NotAnswered)?.into_parts();
     lease.0.proven.set(true);
-    Ok((Response::from_parts(head, ()), Stream::new(send, recv)))
+    Ok((Response::from_parts(head, ()), HboneStream::new(send, recv)))
 }
 
 /// Whether the request may be sent again: the server left before it (RFC 9113 §6.8), or refused the
 /// stream unprocessed (§8.7). If the tunnel broke, the server may have connected to the application
 /// already, but no byte of this client was sent, so a retry is safe then too.
-fn may_be_repeated(error: &SendError, lease: &Lease) -> bool {
+fn may_be_repeated(error: &SendError, lease: &StreamLease) -> bool {
     let proven = lease.0.proven.get();
     match error {
         SendError::NotSent(error) => proven || error.is_go_away(),

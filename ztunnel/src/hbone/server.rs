@@ -17,25 +17,25 @@ use tokio_util::sync::CancellationToken;
 use super::{
     HANDSHAKE_TIMEOUT,
     client::{TLS_READ, TLS_WRITE},
-    keepalive::Listened,
+    keepalive::ActivityIo,
     server_settings,
 };
-use crate::{config::H2Config, stream::Stream};
+use crate::{config::H2Config, stream::HboneStream};
 
 /// A CONNECT request and the handle to answer it.
 #[derive(Debug)]
-pub struct Asked {
+pub struct ConnectRequest {
     pub request: Request<RecvStream>,
     respond: SendResponse<Bytes>,
 }
 
-impl Asked {
+impl ConnectRequest {
     /// Answers 200; from now on the stream carries the connection.
-    pub fn accept(mut self, headers: http::HeaderMap) -> Result<Stream, h2::Error> {
+    pub fn accept(mut self, headers: http::HeaderMap) -> Result<HboneStream, h2::Error> {
         let mut response = Response::new(());
         *response.headers_mut() = headers;
         let send = self.respond.send_response(response, false)?;
-        Ok(Stream::new(send, self.request.into_body()))
+        Ok(HboneStream::new(send, self.request.into_body()))
     }
 
     /// Answers with only `status`. Fails only if the tunnel is gone, which its owner notices
@@ -70,16 +70,16 @@ pub async fn serve<T, F>(
     io: T,
     h2: &H2Config,
     stop: CancellationToken,
-    handle: impl Fn(Asked) -> F,
+    handle: impl Fn(ConnectRequest) -> F,
 ) -> Result<(), h2::Error>
 where
     T: AsyncRead + AsyncWrite + Unpin,
     F: Future<Output = ()> + 'static,
 {
-    let (io, heard) = Listened::new(io);
+    let (io, activity) = ActivityIo::new(io);
     let handshake = timeout(HANDSHAKE_TIMEOUT, server_settings(h2).handshake::<_, Bytes>(io)).await;
     let mut connection = handshake.unwrap_or_else(|_| Err(Reason::SETTINGS_TIMEOUT.into()))?;
-    let dead = heard.until_dead(connection.ping_pong());
+    let dead = activity.until_dead(connection.ping_pong());
     tokio::pin!(dead);
     let mut streams = JoinSet::new();
     let (mut leaving, mut result) = (false, Ok(()));
@@ -87,7 +87,7 @@ where
         tokio::select! {
             next = connection.accept() => match next {
                 Some(Ok((request, respond))) => {
-                    streams.spawn_local(handle(Asked { request, respond }));
+                    streams.spawn_local(handle(ConnectRequest { request, respond }));
                 }
                 Some(Err(error)) => {
                     result = Err(error);

@@ -24,7 +24,7 @@ use ztunnel_api::zds::{
     workload_response,
 };
 
-use super::{Pods, sys};
+use super::{ServedPods, sys};
 use crate::backoff::Backoff;
 use crate::pod::PodInfo;
 use crate::readiness::ReadyGuard;
@@ -41,7 +41,7 @@ const DESCRIPTORS: usize = 8;
 
 /// Follows the node agent at `path` until `stop`. `ready` is set while the agent is connected and
 /// all its pods are served.
-pub async fn run(path: &Path, pods: &mut Pods, ready: &mut ReadyGuard, stop: &CancellationToken) {
+pub async fn run(path: &Path, pods: &mut ServedPods, ready: &mut ReadyGuard, stop: &CancellationToken) {
     let mut backoff = Backoff::up_to(LONGEST_PAUSE);
     let mut warned: Option<Instant> = None;
     loop {
@@ -77,7 +77,11 @@ pub async fn run(path: &Path, pods: &mut Pods, ready: &mut ReadyGuard, stop: &Ca
 }
 
 /// Runs one session, up to the first error, such as a disconnected agent.
-async fn serve(link: &Link, pods: &mut Pods, ready: &mut ReadyGuard) -> io::Result<std::convert::Infallible> {
+async fn serve(
+    link: &Link,
+    pods: &mut ServedPods,
+    ready: &mut ReadyGuard,
+) -> io::Result<std::convert::Infallible> {
     let mut session = Session { seen: HashSet::new(), snapshot: false };
     loop {
         if session.snapshot && pods.complete() {
@@ -106,7 +110,7 @@ struct Session {
 
 impl Session {
     /// Handles one message. The error is the text of the negative acknowledgement.
-    fn handle(&mut self, packet: Packet, pods: &mut Pods) -> Result<(), String> {
+    fn handle(&mut self, packet: Packet, pods: &mut ServedPods) -> Result<(), String> {
         if packet.truncated {
             return Err(format!(
                 "message longer than {PACKET} bytes, or with more than {DESCRIPTORS} descriptors"
@@ -115,9 +119,9 @@ impl Session {
         let message = decode(&packet.data)?;
         debug!(?message, descriptors = packet.descriptors.len(), "node agent says");
         let (uid, info) = match message {
-            Message::Add { uid, info } => (uid, info),
+            ZdsMessage::Add { uid, info } => (uid, info),
             _ if !packet.descriptors.is_empty() => return Err("only add carries a descriptor".into()),
-            Message::Keep { uid } => {
+            ZdsMessage::Keep { uid } => {
                 if self.snapshot {
                     return Err("keep after the snapshot".into());
                 }
@@ -127,12 +131,12 @@ impl Session {
                 self.seen.insert(uid);
                 return Ok(());
             }
-            Message::Del { uid } => {
+            ZdsMessage::Del { uid } => {
                 self.seen.remove(&uid);
                 pods.remove(&uid);
                 return Ok(());
             }
-            Message::SnapshotSent => {
+            ZdsMessage::SnapshotSent => {
                 self.snapshot = true;
                 pods.keep_only(&self.seen);
                 return Ok(());
@@ -148,7 +152,7 @@ impl Session {
 
 /// A message of the node agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Message {
+pub enum ZdsMessage {
     Add { uid: String, info: PodInfo },
     Keep { uid: String },
     Del { uid: String },
@@ -157,16 +161,16 @@ pub enum Message {
 
 /// Decodes one packet, except its descriptors. The error is the text of the negative
 /// acknowledgement.
-pub fn decode(packet: &[u8]) -> Result<Message, String> {
+pub fn decode(packet: &[u8]) -> Result<ZdsMessage, String> {
     let request = WorkloadRequest::decode(packet).map_err(|e| format!("not a WorkloadRequest: {e}"))?;
     Ok(match request.payload.ok_or("message without a known payload")? {
         Payload::Add(add) => {
             let (uid, info) = valid(add)?;
-            Message::Add { uid, info }
+            ZdsMessage::Add { uid, info }
         }
-        Payload::Keep(keep) => Message::Keep { uid: keep.uid },
-        Payload::Del(del) => Message::Del { uid: del.uid },
-        Payload::SnapshotSent(_) => Message::SnapshotSent,
+        Payload::Keep(keep) => ZdsMessage::Keep { uid: keep.uid },
+        Payload::Del(del) => ZdsMessage::Del { uid: del.uid },
+        Payload::SnapshotSent(_) => ZdsMessage::SnapshotSent,
     })
 }
 

@@ -34,7 +34,7 @@ fn only(action: Action, one: Match) -> Policy {
 fn checked(policies: Vec<Policy>, plaintext: bool) -> Result<(), Denied> {
     let mesh = Mesh::new([workload("db", "10.0.0.2")], [], policies);
     let source = "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap();
-    let connection = Connection {
+    let connection = InboundConnection {
         source_ip: ip("10.0.0.1"),
         source: (!plaintext).then_some(&source),
         destination: "10.0.0.2:8080".parse().unwrap(),
@@ -209,7 +209,7 @@ fn a_policy_protects_its_scope() {
     let workloads = [named, workload("plain", "10.0.0.2"), elsewhere];
     let denied = |scope| -> HashSet<String> {
         let mesh = Mesh::new(workloads.clone(), [], [deny(scope)]);
-        let connection = Connection {
+        let connection = InboundConnection {
             source_ip: ip("10.0.0.9"),
             source: None,
             destination: "10.0.0.1:80".parse().unwrap(),
@@ -227,7 +227,7 @@ fn a_policy_protects_its_scope() {
 fn an_address_counts_in_either_of_its_forms() {
     let deny = only(Action::Deny, Match { source_ips: nets("10.0.0.1/32"), ..Match::default() });
     let mesh = Mesh::new([workload("db", "10.0.0.2")], [], [deny]);
-    let connection = Connection {
+    let connection = InboundConnection {
         source_ip: ip("::ffff:10.0.0.1"),
         source: None,
         destination: "[::ffff:10.0.0.2]:80".parse().unwrap(),

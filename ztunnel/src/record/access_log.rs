@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use tracing::{Level, event, field::DisplayValue};
 
-use super::Ends;
+use super::ConnectionEnds;
 use crate::mesh::Workload;
 
 /// The fields of an access record. `tracing` needs the level at compile time, the fields are the same for all.
@@ -55,7 +55,7 @@ impl<'a> LoggedEnd<'a> {
 }
 
 struct Line<'a> {
-    ends: &'a Ends,
+    ends: &'a ConnectionEnds,
     source: LoggedEnd<'a>,
     destination: LoggedEnd<'a>,
     hbone: Option<DisplayValue<SocketAddr>>,
@@ -66,7 +66,13 @@ struct Line<'a> {
 }
 
 /// Writes the record of a connection that was open for `lasted`. `failure`: error and reason.
-pub(super) fn write(ends: &Ends, sent: u64, received: u64, lasted: Duration, failure: Option<(&str, &str)>) {
+pub(super) fn write(
+    ends: &ConnectionEnds,
+    sent: u64,
+    received: u64,
+    lasted: Duration,
+    failure: Option<(&str, &str)>,
+) {
     let identities = [&ends.source_identity, &ends.destination_identity]
         .map(|identity| identity.as_ref().map(ToString::to_string));
     let line = Line {

@@ -12,7 +12,7 @@ use crate::{
 
 /// Both ends of a connection, as far as they are known.
 #[derive(Clone, Debug)]
-pub struct Ends {
+pub struct ConnectionEnds {
     pub direction: Direction,
     pub source: SocketAddr,
     pub source_workload: Option<Arc<Workload>>,
@@ -27,7 +27,7 @@ pub struct Ends {
     pub destination_service: Option<Arc<Service>>,
 }
 
-impl Ends {
+impl ConnectionEnds {
     /// Only the addresses are known yet.
     pub fn new(direction: Direction, source: SocketAddr, destination: SocketAddr) -> Self {
         Self {

@@ -8,7 +8,7 @@ use std::{
     time::Instant,
 };
 
-use super::Ends;
+use super::ConnectionEnds;
 use crate::{
     direction::Direction,
     metrics::{
@@ -19,12 +19,12 @@ use crate::{
 
 /// Bytes that were carried. May be held by both copying directions.
 #[derive(Debug, Default)]
-pub struct Counters {
+pub struct ByteCounters {
     sent: AtomicU64,
     received: AtomicU64,
 }
 
-impl Counters {
+impl ByteCounters {
     /// From the client to the server.
     pub fn sent(&self, bytes: u64) {
         self.sent.fetch_add(bytes, Ordering::Relaxed);
@@ -46,15 +46,15 @@ impl Counters {
 pub(super) struct OpenConnection {
     /// Of the ends as they were at the opening, so that what was opened is closed.
     pub(super) traffic: Arc<Traffic>,
-    pub(super) ends: Mutex<Ends>,
+    pub(super) ends: Mutex<ConnectionEnds>,
     pub(super) started: Instant,
-    pub(super) counters: Counters,
+    pub(super) counters: ByteCounters,
     /// What the metrics know already: sent and received. Whoever holds it counts.
     pub(super) counted: Mutex<(u64, u64)>,
 }
 
 impl OpenConnection {
-    pub(super) fn ends(&self) -> MutexGuard<'_, Ends> {
+    pub(super) fn ends(&self) -> MutexGuard<'_, ConnectionEnds> {
         self.ends.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

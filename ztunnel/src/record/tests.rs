@@ -52,7 +52,7 @@ fn logged(run: impl FnOnce()) -> String {
 #[error("connection failed")]
 struct Refused(#[source] io::Error);
 
-impl Failure for Refused {
+impl ConnectionFailure for Refused {
     fn reason(&self) -> FailureReason {
         FailureReason::Connect
     }
@@ -67,23 +67,23 @@ fn refused() -> Refused {
 }
 
 /// `client` to service `web` over HBONE.
-fn ends(direction: Direction) -> Ends {
+fn ends(direction: Direction) -> ConnectionEnds {
     let (client, web) = (workload("client", "10.0.0.1"), workload("web-1", "10.0.0.2"));
-    Ends {
+    ConnectionEnds {
         hbone: Some("10.0.0.2:8080".parse().unwrap()),
         source_identity: Some(client.identity()),
         source_workload: Some(client.into()),
         destination_identity: Some(web.identity()),
         destination_workload: Some(web.into()),
         destination_service: Some(service("web", "10.96.0.1").into()),
-        ..Ends::new(direction, "10.0.0.1:40000".parse().unwrap(), "10.0.0.2:15008".parse().unwrap())
+        ..ConnectionEnds::new(direction, "10.0.0.1:40000".parse().unwrap(), "10.0.0.2:15008".parse().unwrap())
     }
 }
 
 #[test]
 fn a_record_has_istios_fields_in_their_order() {
     let log = logged(|| {
-        let record = Record::open(&Arc::new(Metrics::new()), ends(Direction::Outbound));
+        let record = ConnectionRecord::open(&Arc::new(Metrics::new()), ends(Direction::Outbound));
         record.sent(11);
         record.received(22);
         record.close(Ok(()));
@@ -100,9 +100,12 @@ fn a_record_has_istios_fields_in_their_order() {
 #[test]
 fn what_is_unknown_is_left_out() {
     let log = logged(|| {
-        let ends =
-            Ends::new(Direction::Inbound, "10.0.0.1:40000".parse().unwrap(), "10.0.0.2:80".parse().unwrap());
-        Record::open(&Arc::new(Metrics::new()), ends).close(Ok(()));
+        let ends = ConnectionEnds::new(
+            Direction::Inbound,
+            "10.0.0.1:40000".parse().unwrap(),
+            "10.0.0.2:80".parse().unwrap(),
+        );
+        ConnectionRecord::open(&Arc::new(Metrics::new()), ends).close(Ok(()));
     });
     assert_eq!(
         log,
@@ -114,7 +117,7 @@ fn what_is_unknown_is_left_out() {
 #[test]
 fn a_failure_is_an_error_with_its_causes() {
     let metrics = Arc::new(Metrics::new());
-    let log = logged(|| Record::open(&metrics, ends(Direction::Outbound)).close(Err(&refused())));
+    let log = logged(|| ConnectionRecord::open(&metrics, ends(Direction::Outbound)).close(Err(&refused())));
     assert!(log.starts_with("ERROR access: connection complete "), "{log}");
     assert!(log.ends_with(" error=\"connection failed: refused\" reason=\"connect\"\n"), "{log}");
     let text = metrics.encode().unwrap();
@@ -126,7 +129,7 @@ fn a_failure_is_an_error_with_its_causes() {
 #[test]
 fn a_record_that_nobody_closed_was_cut() {
     let metrics = Arc::new(Metrics::new());
-    let log = logged(|| drop(Record::open(&metrics, ends(Direction::Inbound))));
+    let log = logged(|| drop(ConnectionRecord::open(&metrics, ends(Direction::Inbound))));
     assert!(log.ends_with(" error=\"connection cut\" reason=\"cut\"\n"), "{log}");
     assert!(metrics.encode().unwrap().contains("reason=\"cut\"} 1"));
 }
@@ -134,9 +137,12 @@ fn a_record_that_nobody_closed_was_cut() {
 #[test]
 fn who_is_denied_early_was_never_open() {
     let metrics = Metrics::new();
-    let ends =
-        Ends::new(Direction::Inbound, "10.0.0.1:1".parse().unwrap(), "10.0.0.2:15008".parse().unwrap());
-    let log = logged(|| denied_early(&metrics, &ends, &refused()));
+    let ends = ConnectionEnds::new(
+        Direction::Inbound,
+        "10.0.0.1:1".parse().unwrap(),
+        "10.0.0.2:15008".parse().unwrap(),
+    );
+    let log = logged(|| record_early_failure(&metrics, &ends, &refused()));
     assert_eq!(
         log,
         " WARN access: connection failed src.addr=10.0.0.1:1 dst.addr=10.0.0.2:15008 direction=\"inbound\" \
@@ -151,7 +157,7 @@ fn who_is_denied_early_was_never_open() {
 fn metrics_tell_from_the_servers_side_at_both_reporters() {
     let metrics = Arc::new(Metrics::new());
     for direction in [Direction::Inbound, Direction::Outbound] {
-        let record = Record::open(&metrics, ends(direction));
+        let record = ConnectionRecord::open(&metrics, ends(direction));
         record.counters().sent(11);
         record.counters().received(22);
         record.close(Ok(()));
@@ -192,7 +198,7 @@ fn what_is_learnt_later_shows_in_the_record_and_leaves_the_counters_balanced() {
         let mut early = ends(Direction::Outbound);
         early.hbone = None;
         early.destination_workload = None;
-        let mut record = Record::open(&metrics, early);
+        let mut record = ConnectionRecord::open(&metrics, early);
         *record.ends_mut() = ends(Direction::Outbound);
         record.close(Ok(()));
     });
@@ -207,7 +213,7 @@ fn what_is_learnt_later_shows_in_the_record_and_leaves_the_counters_balanced() {
 #[test]
 fn what_is_open_is_counted_while_it_lives_and_shown_until_it_ends() {
     let metrics = Arc::new(Metrics::new());
-    let record = Record::open(&metrics, ends(Direction::Outbound));
+    let record = ConnectionRecord::open(&metrics, ends(Direction::Outbound));
     record.sent(11);
     record.received(22);
     let scraped = |name: &str| {
@@ -236,7 +242,7 @@ fn what_is_open_is_counted_while_it_lives_and_shown_until_it_ends() {
 #[test]
 fn a_table_of_open_connections_shows_as_many_as_asked_and_counts_all() {
     let metrics = Arc::new(Metrics::new());
-    let open = |_| Record::open(&metrics, ends(Direction::Inbound));
+    let open = |_| ConnectionRecord::open(&metrics, ends(Direction::Inbound));
     let elsewhere =
         std::thread::scope(|scope| scope.spawn(|| (0..3).map(open).collect::<Vec<_>>()).join().unwrap());
     let here: Vec<_> = (0..4).map(open).collect();

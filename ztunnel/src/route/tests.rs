@@ -45,8 +45,8 @@ fn outbound(
     rng: &mut impl Rng,
 ) -> Result<OutboundRoute, RouteError> {
     super::outbound(&MeshView::complete(mesh), source, original, rng).map(|outbound| match outbound {
-        Outbound::Route(route) => route,
-        Outbound::Unlocated(unlocated) => panic!("{unlocated:?}"),
+        OutboundDecision::Route(route) => route,
+        OutboundDecision::Unlocated(unlocated) => panic!("{unlocated:?}"),
     })
 }
 
@@ -304,7 +304,7 @@ fn an_endpoint_known_by_name_alone_is_to_be_looked_up() {
     let found =
         super::outbound(&MeshView::complete(&mesh), &client, "10.96.0.1:80".parse().unwrap(), &mut rng)
             .unwrap();
-    let Outbound::Unlocated(unlocated) = found else { panic!("{found:?}") };
+    let OutboundDecision::Unlocated(unlocated) = found else { panic!("{found:?}") };
     assert_eq!(&*unlocated.hostname, "db.example");
     let route = unlocated.located(ip("192.0.2.7"));
     assert_eq!(asked(&route).0, "192.0.2.7:15008");

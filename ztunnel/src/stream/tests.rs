@@ -34,10 +34,10 @@ async fn carried()
     let recv = response.await.unwrap().into_body();
     let (application, ours) = sockets().await;
     let task = spawn_local(async move {
-        let counters = Counters::default();
+        let counters = ByteCounters::default();
         let result = tunnel(
             ours,
-            Stream::new(send, recv),
+            HboneStream::new(send, recv),
             SocketIs::Client,
             &counters,
             LIMITS,
@@ -119,7 +119,7 @@ async fn silent_is_cut_in_the_end_half_closed_or_not_as_the_limits_say() {
         if shut {
             client.shutdown().await.unwrap();
         }
-        let (counters, limits) = (Counters::default(), StreamConfig { half_closed, idle });
+        let (counters, limits) = (ByteCounters::default(), StreamConfig { half_closed, idle });
         let relayed = relay(near, far, &counters, limits, std::future::pending());
         let result = tokio::time::timeout(3 * day, relayed).await;
         let said = result.ok().map(|result| result.unwrap_err().to_string());

@@ -18,7 +18,7 @@ use crate::{config::Config, socket};
 
 /// The listener on which a connection arrived, which decides how it is handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Port {
+pub enum ListenPort {
     /// From the pod's application.
     Outbound,
     /// To the application, plaintext.
@@ -28,25 +28,25 @@ pub enum Port {
 }
 
 /// What an enrolled pod's traffic needs.
-pub const ALL: [Port; 3] = [Port::Outbound, Port::Inbound, Port::Hbone];
+pub const ALL: [ListenPort; 3] = [ListenPort::Outbound, ListenPort::Inbound, ListenPort::Hbone];
 
 /// One worker's share of each group. The sockets listen as soon as this exists.
 #[derive(Debug)]
-pub struct Listeners(Vec<(Port, std::net::TcpListener)>);
+pub struct Listeners(Vec<(ListenPort, std::net::TcpListener)>);
 
 /// Opens the listeners of all workers on the ports of `which`. Call inside the pod's netns.
 pub fn open(
-    which: &[Port],
+    which: &[ListenPort],
     workers: usize,
     config: &Config,
-    options: &socket::Options,
+    options: &socket::SocketOptions,
 ) -> io::Result<Vec<Listeners>> {
     let mut all: Vec<_> = (0..workers).map(|_| Listeners(Vec::with_capacity(which.len()))).collect();
     for &port in which {
         let number = match port {
-            Port::Outbound => config.ports.outbound,
-            Port::Inbound => config.ports.inbound,
-            Port::Hbone => config.ports.hbone,
+            ListenPort::Outbound => config.ports.outbound,
+            ListenPort::Inbound => config.ports.inbound,
+            ListenPort::Hbone => config.ports.hbone,
         };
         let group = socket::listen(number, workers, config.ipv6, options)?;
         for (Listeners(own), listener) in all.iter_mut().zip(group) {
@@ -58,24 +58,24 @@ pub fn open(
 
 impl Listeners {
     /// Registers the sockets with the calling worker's runtime.
-    pub fn activate(self) -> io::Result<Active> {
+    pub fn activate(self) -> io::Result<ActiveListeners> {
         let active = |(port, listener)| TcpListener::from_std(listener).map(|listener| (port, listener));
         let listeners = self.0.into_iter().map(active).collect::<io::Result<_>>()?;
-        Ok(Active { listeners, next: Cell::new(0) })
+        Ok(ActiveListeners { listeners, next: Cell::new(0) })
     }
 }
 
 /// Listeners in use.
 #[derive(Debug)]
-pub struct Active {
-    listeners: Vec<(Port, TcpListener)>,
+pub struct ActiveListeners {
+    listeners: Vec<(ListenPort, TcpListener)>,
     /// The listener to poll first. It rotates, so that a busy port does not starve the others.
     next: Cell<usize>,
 }
 
-impl Active {
+impl ActiveListeners {
     /// The next connection on any of the ports.
-    pub async fn accept(&self) -> (Port, TcpStream, SocketAddr) {
+    pub async fn accept(&self) -> (ListenPort, TcpStream, SocketAddr) {
         loop {
             let (port, accepted) = poll_fn(|cx| self.poll(cx)).await;
             match accepted {
@@ -89,7 +89,7 @@ impl Active {
         }
     }
 
-    fn poll(&self, cx: &mut Context<'_>) -> Poll<(Port, io::Result<(TcpStream, SocketAddr)>)> {
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<(ListenPort, io::Result<(TcpStream, SocketAddr)>)> {
         let first = self.next.get();
         self.next.set(first.wrapping_add(1));
         let count = self.listeners.len();
@@ -103,7 +103,7 @@ impl Active {
     }
 
     /// Closes the listeners, with the connections that already wait: closing alone would reset them.
-    pub fn close(self) -> Vec<(Port, TcpStream, SocketAddr)> {
+    pub fn close(self) -> Vec<(ListenPort, TcpStream, SocketAddr)> {
         let mut waiting = Vec::new();
         for (port, listener) in self.listeners {
             let Ok(listener) = listener.into_std() else { continue };

@@ -1,4 +1,4 @@
-//! What the authority of a CONNECT means for the pod that it came to: may it be asked for that, and where is the
+//! What the authority of a CONNECT means for the pod that it came to: may it be requested for that, and where is the
 //! application dialled. Pure.
 
 use std::{
@@ -9,7 +9,7 @@ use std::{
 use crate::connection::error::InboundError;
 use crate::{
     config::ProxyTo,
-    hbone::Target,
+    hbone::ConnectTarget,
     mesh::{GatewayAddress, MeshView, Service, Workload, workloads::ApplicationProtocol},
     route::is_gateway,
 };
@@ -17,7 +17,7 @@ use crate::{
 /// How a connection is handed to the application.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Delivery {
-    /// Known if a service's name was asked for, or its address at a waypoint.
+    /// Known if a service's name was requested for, or its address at a waypoint.
     pub service: Option<Arc<Service>>,
     /// The pod's own address, and the port in it: what policy is about.
     pub target: SocketAddr,
@@ -28,8 +28,8 @@ pub(super) struct Delivery {
 pub(super) enum Handover {
     /// Dialled at the target, from the client's address if that is kept.
     Plain,
-    /// Dialled at `dial`, and told by a PROXY header that the client went to `asked`.
-    Proxy { dial: SocketAddr, asked: SocketAddr },
+    /// Dialled at `dial`, and told by a PROXY header that the client went to `requested`.
+    Proxy { dial: SocketAddr, requested: SocketAddr },
 }
 
 /// `local`: the address at which the pod was reached.
@@ -37,12 +37,12 @@ pub(super) fn delivery(
     mesh: &MeshView<'_>,
     workload: &Workload,
     local: SocketAddr,
-    target: &Target,
+    target: &ConnectTarget,
     proxy_to: ProxyTo,
 ) -> Result<Delivery, InboundError> {
-    let (service, asked) = match target {
-        Target::Address(asked) => {
-            let ip = asked.ip().to_canonical();
+    let (service, requested) = match target {
+        ConnectTarget::Address(requested) => {
+            let ip = requested.ip().to_canonical();
             let service = if ip == local.ip() {
                 None
             } else {
@@ -54,15 +54,15 @@ pub(super) fn delivery(
                     }
                 }
             };
-            (service, SocketAddr::new(ip, asked.port()))
+            (service, SocketAddr::new(ip, requested.port()))
         }
-        Target::Host { name, port } => {
+        ConnectTarget::Host { name, port } => {
             let (service, port) = resolve(mesh, workload, name, *port)?;
             (service, SocketAddr::new(local.ip(), port))
         }
     };
     let tunnel = workload.application_tunnel;
-    let port = tunnel.and_then(|tunnel| tunnel.port).map_or_else(|| asked.port(), Into::into);
+    let port = tunnel.and_then(|tunnel| tunnel.port).map_or_else(|| requested.port(), Into::into);
     let target = SocketAddr::new(local.ip(), port);
     let to = match tunnel.map(|tunnel| tunnel.protocol) {
         Some(ApplicationProtocol::Proxy) => {
@@ -71,7 +71,7 @@ pub(super) fn delivery(
                 (ProxyTo::Loopback, true) => (Ipv4Addr::LOCALHOST, port).into(),
                 (ProxyTo::Loopback, false) => (Ipv6Addr::LOCALHOST, port).into(),
             };
-            Handover::Proxy { dial, asked }
+            Handover::Proxy { dial, requested }
         }
         Some(ApplicationProtocol::None) | None => Handover::Plain,
     };
@@ -85,14 +85,14 @@ enum Waypoint {
     OfPod,
 }
 
-/// Whether what is at `asked` names `workload` as its waypoint.
-fn waypoint_for(mesh: &MeshView<'_>, workload: &Workload, asked: IpAddr) -> Waypoint {
-    if let Some(service) = mesh.service_by_vip(&workload.network, asked) {
+/// Whether what is at `requested` names `workload` as its waypoint.
+fn waypoint_for(mesh: &MeshView<'_>, workload: &Workload, requested: IpAddr) -> Waypoint {
+    if let Some(service) = mesh.service_by_vip(&workload.network, requested) {
         let ours = is_waypoint_of(mesh, workload, service);
         return if ours { Waypoint::OfService(Arc::clone(service)) } else { Waypoint::No };
     }
     let ours = |waypoint: &GatewayAddress| is_gateway(mesh, workload, waypoint);
-    match mesh.workload_by_address(&workload.network, asked) {
+    match mesh.workload_by_address(&workload.network, requested) {
         Some(pod) if pod.waypoint.as_ref().is_some_and(ours) => Waypoint::OfPod,
         _ => Waypoint::No,
     }
@@ -197,14 +197,14 @@ mod tests {
                 port: std::num::NonZeroU16::new(port),
             })
         };
-        let asked = "10.96.0.1:80".parse().unwrap();
+        let requested = "10.96.0.1:80".parse().unwrap();
         for (port, to, dial) in [
             (15088, ProxyTo::Loopback, "127.0.0.1:15088"),
             (15088, ProxyTo::PodAddress, "10.0.8.8:15088"),
             (0, ProxyTo::Loopback, "127.0.0.1:80"),
         ] {
             let delivery = delivered(tunnel(port), "10.96.0.1:80", to).unwrap();
-            assert_eq!(delivery.to, Handover::Proxy { dial: dial.parse().unwrap(), asked });
+            assert_eq!(delivery.to, Handover::Proxy { dial: dial.parse().unwrap(), requested });
         }
         let error = delivered(tunnel(15088), "10.0.0.2:8080", ProxyTo::Loopback).unwrap_err();
         assert!(matches!(error, InboundError::IpMismatch { .. }), "{error}");

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use super::tunnel::{Way, cut_or, ends, pooled, request};
+use super::tunnel::{PeerTarget, ends, open_stream, request, revoked_if_cut};
 use crate::connection::error::OutboundError;
 use crate::{
     context::Accepted,
@@ -10,7 +10,7 @@ use crate::{
     hbone::{BAGGAGE, client::ConnectError, nested},
     identity::Identity,
     mesh::{Workload, baggage},
-    record::{Failure, Record},
+    record::{ConnectionFailure, ConnectionRecord},
     route::OutboundRoute,
     socket,
     stream::{self, SocketIs},
@@ -21,16 +21,16 @@ pub(super) async fn carry(
     accepted: Accepted,
     source: &Arc<Workload>,
     route: &OutboundRoute,
-    way: &Way<'_>,
+    target: &PeerTarget<'_>,
     inner_expected: &[Identity],
 ) {
     let began = Instant::now();
     let metrics = Arc::clone(&accepted.worker.process.metrics);
     let mut ends = ends(&accepted, source, route);
-    let inner = match open(&accepted, source, route, way, inner_expected).await {
+    let inner = match open(&accepted, source, route, target, inner_expected).await {
         Ok(inner) => inner,
         Err(error) => {
-            let record = Record::open_since(&metrics, ends, began);
+            let record = ConnectionRecord::open_since(&metrics, ends, began);
             socket::reset(accepted.stream);
             return record.close(Err(&error));
         }
@@ -42,7 +42,7 @@ pub(super) async fn carry(
         ends.destination_workload = Some(Arc::new(told.into_workload(inner.identity.as_ref())));
     }
     ends.destination_identity = inner.identity;
-    let record = Record::open_since(&metrics, ends, began);
+    let record = ConnectionRecord::open_since(&metrics, ends, began);
     let process = Arc::clone(&accepted.worker.process);
     let revoked = process.revocations.until_revoked(inner.chain);
     let result = stream::tunnel(
@@ -54,21 +54,21 @@ pub(super) async fn carry(
         revoked,
     )
     .await;
-    let result = result.map_err(|error| cut_or(error, way.peer));
-    record.close(result.as_ref().copied().map_err(|error| error as &dyn Failure));
+    let result = result.map_err(|error| revoked_if_cut(error, target.peer));
+    record.close(result.as_ref().copied().map_err(|error| error as &dyn ConnectionFailure));
 }
 
 async fn open(
     accepted: &Accepted,
     source: &Workload,
     route: &OutboundRoute,
-    way: &Way<'_>,
+    target: &PeerTarget<'_>,
     inner_expected: &[Identity],
-) -> Result<nested::Inner, OutboundError> {
-    let Way { peer, authority, .. } = *way;
+) -> Result<nested::NestedStream, OutboundError> {
+    let PeerTarget { peer, authority, .. } = *target;
     let process = &accepted.worker.process;
     let outer = request(accepted, source, route, authority, None)?;
-    let (stream, lease) = pooled(accepted, &outer, way).await?;
+    let (stream, lease) = open_stream(accepted, &outer, target).await?;
     // Behind the gateway our address means nothing: the network tells that the source is to be known by baggage.
     let inner = request(accepted, source, route, authority, Some(&source.network))?;
     let failed =

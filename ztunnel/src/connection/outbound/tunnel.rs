@@ -11,28 +11,28 @@ use crate::{
     context::{Accepted, ProcessContext},
     direction::Direction,
     hbone::{
-        Connect,
-        client::{self, ConnectError, Tunnel},
-        pool::{Key, Lease},
+        ConnectHeaders,
+        client::{self, ConnectError, PeerTunnel},
+        pool::{StreamLease, TunnelKey},
     },
     identity::Identity,
     mesh::{Workload, baggage},
-    record::Ends,
+    record::ConnectionEnds,
     route::{OutboundRoute, Via},
     socket,
-    stream::{Stream, StreamError},
+    stream::{HboneStream, StreamError},
 };
 
 /// The tunnel to go through: who must be at its end, and what to ask for there.
-pub(super) struct Way<'a> {
+pub(super) struct PeerTarget<'a> {
     pub peer: SocketAddr,
     pub authority: &'a str,
     pub expected: &'a [Identity],
 }
 
 /// What the access record says of both ends.
-pub(super) fn ends(accepted: &Accepted, source: &Arc<Workload>, route: &OutboundRoute) -> Ends {
-    let mut ends = Ends::new(Direction::Outbound, accepted.client, route.target);
+pub(super) fn ends(accepted: &Accepted, source: &Arc<Workload>, route: &OutboundRoute) -> ConnectionEnds {
+    let mut ends = ConnectionEnds::new(Direction::Outbound, accepted.client, route.target);
     ends.source_workload = Some(Arc::clone(source));
     ends.destination_workload.clone_from(&route.workload);
     ends.destination_service.clone_from(&route.service);
@@ -53,7 +53,7 @@ pub(super) fn request(
     authority: &str,
     network: Option<&str>,
 ) -> Result<http::Request<()>, OutboundError> {
-    let connect = Connect {
+    let connect = ConnectHeaders {
         authority,
         baggage: Some(baggage::of_workload(source)),
         client: accepted.client,
@@ -64,14 +64,15 @@ pub(super) fn request(
 }
 
 /// Sends a request through a tunnel that the connections of the pod share.
-pub(super) async fn pooled(
+pub(super) async fn open_stream(
     accepted: &Accepted,
     request: &http::Request<()>,
-    way: &Way<'_>,
-) -> Result<(Stream, Lease), OutboundError> {
+    target: &PeerTarget<'_>,
+) -> Result<(HboneStream, StreamLease), OutboundError> {
     let Accepted { pod, worker, .. } = accepted;
-    let Way { peer, expected, .. } = *way;
-    let key = Key { source: pod.identity.clone(), expected: expected.to_vec(), peer, netns: pod.netns.id() };
+    let PeerTarget { peer, expected, .. } = *target;
+    let key =
+        TunnelKey { source: pod.identity.clone(), expected: expected.to_vec(), peer, netns: pod.netns.id() };
     let dial = || {
         let (process, pod, expected) = (Arc::clone(&worker.process), Arc::clone(pod), expected.to_vec());
         async move {
@@ -84,7 +85,7 @@ pub(super) async fn pooled(
             let tunnel =
                 client::handshake(socket, peer, credentials.client(&expected), &process.config.h2).await;
             process.metrics.tls_handshake(Direction::Outbound.as_str(), began.elapsed());
-            guarded(process, peer, tunnel?)
+            end_when_revoked(process, peer, tunnel?)
         }
     };
     let (_response, stream, lease) = worker.pool.open(&key, request, dial).await?;
@@ -92,14 +93,14 @@ pub(super) async fn pooled(
 }
 
 /// How long the streams of a tunnel that must end have to end by themselves.
-const FAREWELL: Duration = Duration::from_millis(50);
+const STREAM_GRACE: Duration = Duration::from_millis(50);
 
 /// A tunnel that ends when a certificate of its peer is revoked.
-fn guarded(
+fn end_when_revoked(
     process: Arc<ProcessContext>,
     peer: SocketAddr,
-    mut tunnel: Tunnel,
-) -> Result<Tunnel, ConnectError> {
+    mut tunnel: PeerTunnel,
+) -> Result<PeerTunnel, ConnectError> {
     if !process.revocations.is_configured() {
         return Ok(tunnel);
     }
@@ -116,7 +117,7 @@ fn guarded(
             process.revocations.until_revoked(chain).await;
             process.metrics.crl.rejected(Direction::Outbound);
             // The streams first: they say why they are cut.
-            tokio::time::sleep(FAREWELL).await;
+            tokio::time::sleep(STREAM_GRACE).await;
         };
         tokio::select! {
             ended = driver => ended,
@@ -127,7 +128,7 @@ fn guarded(
 }
 
 /// Connections of clients are cut for one reason only.
-pub(super) fn cut_or(error: StreamError, peer: SocketAddr) -> OutboundError {
+pub(super) fn revoked_if_cut(error: StreamError, peer: SocketAddr) -> OutboundError {
     match error {
         StreamError::Cut => Arc::new(ConnectError::Revoked { peer }).into(),
         error => error.into(),

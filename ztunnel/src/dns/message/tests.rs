@@ -24,14 +24,14 @@ fn query(name: &str, kind: RecordType) -> Message {
     message
 }
 
-fn handle(bytes: &[u8], transport: Transport) -> Handled {
-    let zone = Zone::new("cluster.local", None, true);
-    answer(&mesh(), &zone, Client { namespace: "default", network: "" }, transport, bytes)
+fn handle(bytes: &[u8], transport: Transport) -> HandledQuery {
+    let zone = DnsZone::new("cluster.local", None, true);
+    answer(&mesh(), &zone, DnsClient { namespace: "default", network: "" }, transport, bytes)
 }
 
 fn replied(message: &Message, transport: Transport) -> Message {
     match handle(&message.to_vec().unwrap(), transport).step {
-        Step::Reply(bytes) => Message::from_vec(&bytes).unwrap(),
+        QueryOutcome::Reply(bytes) => Message::from_vec(&bytes).unwrap(),
         other => panic!("{other:?}"),
     }
 }
@@ -89,11 +89,11 @@ fn other_names_and_other_types_are_forwarded() {
         ("we\\.b.", RecordType::A, "A"),
     ] {
         let handled = handle(&query(name, kind).to_vec().unwrap(), Transport::Udp);
-        assert_eq!(handled, Handled { query_type: label, step: Step::Forward }, "{name} {kind}");
+        assert_eq!(handled, HandledQuery { query_type: label, step: QueryOutcome::Forward }, "{name} {kind}");
     }
     let mut other_class = query("web.", RecordType::A);
     other_class.queries[0].set_query_class(DNSClass::CH);
-    assert_eq!(handle(&other_class.to_vec().unwrap(), Transport::Udp).step, Step::Forward);
+    assert_eq!(handle(&other_class.to_vec().unwrap(), Transport::Udp).step, QueryOutcome::Forward);
 }
 
 #[test]
@@ -144,8 +144,8 @@ fn what_is_no_query_is_refused_and_what_is_an_answer_is_ignored() {
 
     let mut response = query("web.", RecordType::A);
     response.metadata.message_type = MessageType::Response;
-    assert_eq!(handle(&response.to_vec().unwrap(), Transport::Udp).step, Step::Ignore);
-    assert_eq!(handle(b"short", Transport::Udp).step, Step::Ignore);
+    assert_eq!(handle(&response.to_vec().unwrap(), Transport::Udp).step, QueryOutcome::Ignore);
+    assert_eq!(handle(b"short", Transport::Udp).step, QueryOutcome::Ignore);
 }
 
 #[test]
@@ -159,7 +159,7 @@ fn no_bytes_are_too_strange() {
             let mut bytes = valid.clone();
             bytes[at] = value;
             let handled = handle(&bytes, Transport::Tcp);
-            if let Step::Reply(reply) = handled.step {
+            if let QueryOutcome::Reply(reply) = handled.step {
                 assert!(reply.len() >= HEADER && is_response(&reply), "{bytes:?}");
                 assert_eq!(reply[..2], bytes[..2]);
             }
@@ -169,7 +169,7 @@ fn no_bytes_are_too_strange() {
         }
     }
     let cut = handle(&valid[..HEADER + 3], Transport::Udp).step;
-    let Step::Reply(reply) = cut else { panic!("{cut:?}") };
+    let QueryOutcome::Reply(reply) = cut else { panic!("{cut:?}") };
     assert_eq!(Message::from_vec(&reply).unwrap().metadata.response_code, ResponseCode::FormErr);
 }
 

@@ -7,10 +7,10 @@ use crate::mesh::{
     tests::{but, ip, service, workload},
 };
 
-const CLIENT: Client<'static> = Client { namespace: "default", network: "" };
+const CLIENT: DnsClient<'static> = DnsClient { namespace: "default", network: "" };
 
-fn zone() -> Zone {
-    Zone::new("cluster.local", Some("preferred".into()), true)
+fn zone() -> DnsZone {
+    DnsZone::new("cluster.local", Some("preferred".into()), true)
 }
 
 /// A service that a ServiceEntry of `namespace` defines.
@@ -19,27 +19,30 @@ fn entry(hostname: &str, namespace: &str, vips: &[&str]) -> Service {
     Service { hostname: hostname.into(), namespace: namespace.into(), vips, ..service("entry", "10.9.9.9") }
 }
 
-fn of(mesh: &Mesh, name: &str, family: Family) -> Option<Vec<IpAddr>> {
+fn of(mesh: &Mesh, name: &str, family: AddressFamily) -> Option<Vec<IpAddr>> {
     find(mesh, &zone(), CLIENT, name, family).map(|found| found.addresses)
 }
 
 fn v4(mesh: &Mesh, name: &str) -> Option<Vec<IpAddr>> {
-    of(mesh, name, Family::V4)
+    of(mesh, name, AddressFamily::V4)
 }
 
 #[test]
 fn a_service_is_found_by_every_short_form() {
     let mesh = Mesh::new([], [service("web", "10.1.0.1")], []);
     for name in ["web", "web.default", "web.default.svc", "web.default.svc.cluster.local"] {
-        assert_eq!(find(&mesh, &zone(), CLIENT, name, Family::V4).unwrap().alias_of, None, "{name}");
+        assert_eq!(find(&mesh, &zone(), CLIENT, name, AddressFamily::V4).unwrap().alias_of, None, "{name}");
         assert_eq!(v4(&mesh, name), Some(vec![ip("10.1.0.1")]), "{name}");
     }
     for name in ["webb", "web.other", "web.default.pod", "default.svc.cluster.local", "svc", "local"] {
         assert_eq!(v4(&mesh, name), None, "{name}");
     }
-    let other = Client { namespace: "other", ..CLIENT };
-    assert!(find(&mesh, &zone(), other, "web", Family::V4).is_none(), "another namespace's short name");
-    assert!(find(&mesh, &zone(), other, "web.default", Family::V4).is_some());
+    let other = DnsClient { namespace: "other", ..CLIENT };
+    assert!(
+        find(&mesh, &zone(), other, "web", AddressFamily::V4).is_none(),
+        "another namespace's short name"
+    );
+    assert!(find(&mesh, &zone(), other, "web.default", AddressFamily::V4).is_some());
 }
 
 #[test]
@@ -54,7 +57,7 @@ fn what_a_search_domain_was_appended_to_is_an_alias() {
         ("www.example.com.svc.cluster.local", "www.example.com"),
         ("www.example.com.cluster.local", "www.example.com"),
     ] {
-        let found = find(&mesh, &zone(), CLIENT, name, Family::V4).expect(name);
+        let found = find(&mesh, &zone(), CLIENT, name, AddressFamily::V4).expect(name);
         assert_eq!((found.alias_of.as_deref(), found.addresses.len()), (Some(alias_of), 1), "{name}");
     }
     // Not a search domain of this client.
@@ -93,7 +96,7 @@ fn a_headless_service_is_its_healthy_endpoints_of_this_network() {
         [endpoint("db-1", "10.0.0.1"), endpoint("db-2", "10.0.0.2"), sick, far, endpoint("db-6", "fd00::6")];
     let mesh = Mesh::new(endpoints.clone(), [headless.clone()], []);
     assert_eq!(v4(&mesh, "db"), Some(vec![ip("10.0.0.1"), ip("10.0.0.2")]));
-    assert_eq!(of(&mesh, "db", Family::V6), Some(vec![ip("fd00::6")]));
+    assert_eq!(of(&mesh, "db", AddressFamily::V6), Some(vec![ip("fd00::6")]));
 
     let mut unready_too = headless.clone();
     unready_too.load_balancing.health_policy = HealthPolicy::AllowAll;
@@ -135,17 +138,20 @@ fn an_address_of_the_other_family_is_not_told_and_a_mapped_one_is_ipv4() {
     let services =
         [entry("four.com", "default", &["10.1.0.1"]), entry("mapped.com", "default", &["::ffff:10.1.0.2"])];
     let mesh = Mesh::new([], services, []);
-    assert_eq!(of(&mesh, "four.com", Family::V6), Some(vec![]));
+    assert_eq!(of(&mesh, "four.com", AddressFamily::V6), Some(vec![]));
     assert_eq!(v4(&mesh, "mapped.com"), Some(vec![ip("10.1.0.2")]));
-    assert_eq!(of(&mesh, "mapped.com", Family::V6), Some(vec![]));
+    assert_eq!(of(&mesh, "mapped.com", AddressFamily::V6), Some(vec![]));
 }
 
 #[test]
 fn without_ipv6_no_ipv6_address_is_told() {
     let mesh = Mesh::new([], [entry("six.com", "default", &["fd00::1"])], []);
-    assert_eq!(of(&mesh, "six.com", Family::V6), Some(vec![ip("fd00::1")]));
-    let zone = Zone::new("cluster.local", None, false);
-    assert_eq!(find(&mesh, &zone, CLIENT, "six.com", Family::V6).unwrap().addresses, Vec::<IpAddr>::new());
+    assert_eq!(of(&mesh, "six.com", AddressFamily::V6), Some(vec![ip("fd00::1")]));
+    let zone = DnsZone::new("cluster.local", None, false);
+    assert_eq!(
+        find(&mesh, &zone, CLIENT, "six.com", AddressFamily::V6).unwrap().addresses,
+        Vec::<IpAddr>::new()
+    );
 }
 
 #[test]

@@ -22,19 +22,23 @@ enum Server {
 }
 
 struct Bed {
-    pool: Pool,
+    pool: TunnelPool,
     dials: Rc<Cell<usize>>,
 }
 
 impl Bed {
     fn new(max_streams: u32, idle: Duration) -> Self {
         Self {
-            pool: Pool::new(config::PoolConfig { max_streams, idle }, PoolMetrics::default()),
+            pool: TunnelPool::new(config::PoolConfig { max_streams, idle }, PoolMetrics::default()),
             dials: Rc::default(),
         }
     }
 
-    async fn open(&self, key: &Key, server: Server) -> Result<(Stream, Lease), Arc<ConnectError>> {
+    async fn open(
+        &self,
+        key: &TunnelKey,
+        server: Server,
+    ) -> Result<(HboneStream, StreamLease), Arc<ConnectError>> {
         let request = Request::builder().method(Method::CONNECT).uri("10.0.0.1:80").body(()).unwrap();
         let dial = || {
             let dials = Rc::clone(&self.dials);
@@ -64,10 +68,15 @@ async fn serve(io: tokio::io::DuplexStream, server: Server) {
     }
 }
 
-fn key(source: &str) -> Key {
+fn key(source: &str) -> TunnelKey {
     let id = |name: &str| format!("spiffe://td/ns/a/sa/{name}").parse().unwrap();
     let netns = crate::socket::Netns::current().unwrap().id();
-    Key { source: id(source), expected: vec![id("server")], peer: "10.0.0.1:15008".parse().unwrap(), netns }
+    TunnelKey {
+        source: id(source),
+        expected: vec![id("server")],
+        peer: "10.0.0.1:15008".parse().unwrap(),
+        netns,
+    }
 }
 
 async fn local(test: impl Future<Output = ()>) {
@@ -148,7 +157,7 @@ async fn unused_tunnel_is_closed_and_a_used_one_is_kept() {
 #[tokio::test(start_paused = true)]
 async fn failed_handshake_fails_all_who_wait_and_is_tried_anew_for_the_next() {
     let test = async {
-        let pool = Pool::new(
+        let pool = TunnelPool::new(
             config::PoolConfig { max_streams: 100, idle: Duration::from_mins(1) },
             PoolMetrics::default(),
         );
