@@ -14,8 +14,10 @@ const ROLE: &str = "ADIT_TEST_ROLE";
 /// The command that starts this executable once more at `placement`, as a helper with this role.
 pub fn command(placement: &Placement, role: &str) -> Command {
     let own = env::current_exe().expect("the path of this executable");
-    // For a test harness; an example takes no notice.
-    let words = [own.to_str().expect("UTF-8 path"), "helper", "--exact", "--include-ignored", "--nocapture"];
+    // For a test harness: only the test `helper`, with no line of its own before what the helper prints. An
+    // example ignores them.
+    let harness = ["helper", "--exact", "--include-ignored", "--nocapture", "--quiet", "--test-threads=1"];
+    let words = [&[own.to_str().expect("UTF-8 path")], harness.as_slice()].concat();
     let mut command = placement.command(&words);
     command.env(ROLE, role);
     command

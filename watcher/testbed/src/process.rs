@@ -52,8 +52,8 @@ impl Placement {
     /// then ends its programs in order.
     pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new("sh");
-        command.args(["-c", r#"[ -z "$0" ] || echo $$ > "$0/cgroup.procs"; exec "$@""#]);
-        command.arg(self.cgroup.as_deref().unwrap_or(Path::new("")));
+        command.args(["-c", r#"[ -z "$0" ] || echo $$ > "$0/cgroup.procs" || exit 1; exec "$@""#]);
+        command.arg(self.cgroup.as_deref().unwrap_or_else(|| Path::new("")));
         if self.netns.is_some() || self.node.is_some() {
             command.arg("nsenter");
         }

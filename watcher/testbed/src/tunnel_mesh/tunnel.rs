@@ -44,7 +44,7 @@ impl TunnelNode {
 
     /// With more variables.
     pub fn start_with(mesh: &TunnelMesh, node: &str, netns: Netns, variables: &[(&str, &str)]) -> Self {
-        let socket = mesh.dir.path().join(format!("{}.sock", netns));
+        let socket = mesh.dir.path().join(format!("{netns}.sock"));
         let mut agent = FakeAgent::listen(&socket);
         let mut variables = variables.to_vec();
         let path = socket.display().to_string();
@@ -70,7 +70,7 @@ impl TunnelNode {
         netns: &Netns,
         variables: &[(&str, &str)],
     ) -> (KillOnDrop, PathBuf) {
-        let log = mesh.dir.path().join(format!("{}.log", netns));
+        let log = mesh.dir.path().join(format!("{netns}.log"));
         let output = File::create(&log).expect("log");
         let mut command = netns.command(binary("ztunnel").to_str().expect("UTF-8 path"));
         command
