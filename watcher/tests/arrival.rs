@@ -10,8 +10,8 @@ use testbed::{
     wait::{try_wait, wait_for},
 };
 
-/// Starts `count` pods one after the other, all at the address of `client`, whose first instruction is a connect;
-/// how many were answered, how many of these as themselves, and the slowest.
+/// Starts `count` pods one after the other, all at the address of `client`, whose first instruction
+/// is a connect; how many were answered, how many of these as themselves, and the slowest.
 fn first_connects(cluster: &Cluster, count: usize, more: &str) -> (usize, usize, Duration) {
     let (client, server) = (&cluster.pods[0], &cluster.pods[1]);
     let as_client = |line: &&String| line.contains("inbound") && line.contains("sa/client");
@@ -79,7 +79,8 @@ fn the_first_connect_of_every_new_pod_arrives_as_that_pod() {
             "{mode}: {answered} of {pods} answered, {as_themselves} with their identity, {} escaped, slowest connect {slowest:?}",
             answered - as_themselves
         );
-        // On a machine that does much else a tunnel may be late: then a closed pod is refused, never passed by.
+        // On a machine that does much else a tunnel may be late: then a closed pod is refused,
+        // never passed by.
         assert!(answered * 10 >= pods * 9, "{mode}: {answered} of {pods}\n{}", cluster.nodes[0].story());
         assert!(mode == "open" || as_themselves == answered, "{mode}\n{}", cluster.nodes[0].story());
     }

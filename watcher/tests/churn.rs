@@ -1,4 +1,4 @@
-//! Pods that come and go: what their first connection meets, and what is left of them.
+//! Pods that come and go: how their first connection is handled, and that they leave nothing.
 
 mod identity;
 mod load;
@@ -109,7 +109,7 @@ fn the_first_connect_of_a_new_pod_is_never_in_clear() {
     let mut escaped = Vec::new();
     for uid in &uids {
         let pod = pods_dir(&node).join(format!("burstable/pod{uid}"));
-        // Nobody is there: whoever gets out of the pod waits in vain, and says something else.
+        // No host has this address: a connection that leaves the pod times out, with another error.
         let connect = "exec 3<>/dev/tcp/192.0.2.1/80";
         let output =
             start_in(&network, &pod.join("main"), &format!("timeout 2 bash -c '{connect}'; {connect}"))
@@ -231,7 +231,8 @@ fn sixty_labels_at_once_take_milliseconds() {
         }
         let last = since.elapsed();
         eprintln!("{some} pods: first handed over after {:?}, last after {last:?}", first.unwrap());
-        // What is measured is printed; this only says that nobody waits for a scan or a timeout.
+        // The measured time is printed. The assertion only excludes that a scan or a timeout was
+        // waited for.
         assert!(last < Duration::from_secs(5));
         publish(&node, &uids, false, "");
         for _ in 0..some {

@@ -43,7 +43,7 @@ fn nodes_that_are_containers_serve_their_own_pods_and_do_not_see_each_other() {
     }
 }
 
-/// 5,000 cgroups that are nobody's pods: none of ours is lost among them, or late.
+/// Among 5,000 cgroups that belong to no known pod, our pods are found, and in time.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn foreign_cgroups_hide_no_pod() {

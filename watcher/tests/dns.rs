@@ -1,4 +1,5 @@
-//! DNS end to end: the resolver library of an application, the kernel programs, the tunnel, an upstream resolver.
+//! DNS end to end: the resolver library of an application, the kernel programs, the tunnel, an
+//! upstream resolver.
 
 use std::fs;
 

@@ -1,4 +1,4 @@
-//! What goes wrong is named, refused, and nobody else's trouble.
+//! Bad input is refused by name, and other pods are not affected.
 
 use std::{fs, process::Command, time::Duration};
 

@@ -1,5 +1,5 @@
-//! Two nodes with real watchers and real tunnels on every kernel of the support range. The tests boot the
-//! other kernels (`adit_vm`) and run this binary there.
+//! Two nodes with real watchers and real tunnels on every kernel of the support range. The tests
+//! boot the other kernels (`adit_vm`) and run this binary there.
 
 use std::path::Path;
 

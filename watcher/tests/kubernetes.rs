@@ -1,4 +1,4 @@
-//! Pods of a real API server are enrolled as their labels say, and what became of them is written back.
+//! Pods of a real API server are enrolled by their labels, and their states are written back.
 
 use std::fs;
 

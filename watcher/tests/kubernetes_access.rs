@@ -1,4 +1,5 @@
-//! The chart's ClusterRole is enough for the watcher, each verb of it is needed, and it is of no use for more.
+//! The chart's ClusterRole is enough for the watcher, each verb of it is needed, and it is of no
+//! use for more.
 
 use std::{collections::BTreeSet, path::Path};
 
@@ -47,7 +48,8 @@ fn client(api: &ApiServer, kubeconfig: &Path) -> Client {
     })
 }
 
-/// A role of the same rights but for `verb` on `resource`, bound to an account of its own: its kubeconfig.
+/// A role of the same rights but for `verb` on `resource`, bound to an account of its own: its
+/// kubeconfig.
 fn account_without(api: &ApiServer, name: &str, verb: &str, resource: &str) -> std::path::PathBuf {
     let rules: Vec<Value> = rules()
         .into_iter()
@@ -98,7 +100,7 @@ fn each_verb_of_the_role_is_needed_and_its_absence_is_named() {
     for (number, (verb, resource)) in needed_to_write.iter().enumerate() {
         node.host.kubeconfig = Some(account_without(&node.api, &format!("mute-{number}"), verb, resource));
         node.host.start(&[]);
-        let told = node.tunnel().take_all();
+        let tunnel = node.tunnel().take_all();
         // Traffic does not wait for what cannot be written back.
         node.wait_state("pod", "open", "");
         wait_for(&format!("a record that {verb} on {resource} is missing"), || {
@@ -111,7 +113,7 @@ fn each_verb_of_the_role_is_needed_and_its_absence_is_named() {
             named.then_some(())
         });
         node.host.kill_watcher();
-        told.join().expect("the tunnel");
+        tunnel.join().expect("the tunnel");
         node.api.patch_pod(
             &node.namespace,
             "pod",

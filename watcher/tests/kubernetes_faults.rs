@@ -1,4 +1,5 @@
-//! The API server goes away, hangs, forgets and comes back: what it told last holds, and nothing is missed.
+//! The API server goes away, hangs, forgets and comes back: the last known state holds, and no
+//! change is missed.
 
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ fn while_the_api_server_is_away_nothing_changes_and_then_nothing_was_missed() {
     let mut node = ApiNode::of(Arc::new(ApiServer::start()), &ambient);
     let (running, _) = node.pod("running", &json!({}));
     node.host.start(&[]);
-    let told = node.tunnel().take_all();
+    let tunnel = node.tunnel().take_all();
     node.wait_state("running", "open", "");
     node.wait_annotation("running", Some("enabled"));
 
@@ -23,10 +24,11 @@ fn while_the_api_server_is_away_nothing_changes_and_then_nothing_was_missed() {
     let said = node.host.command(&["status"]).1;
     assert!(said.contains("what it told last holds: watch pods"), "{said}");
 
-    // A watcher that starts meanwhile leaves everything as it was, for as long as it takes, and is not ready.
+    // A watcher that starts meanwhile leaves everything as it was, for as long as it takes, and is
+    // not ready.
     node.host.watcher.as_ref().expect("watcher").signal(Signal::SIGKILL);
     node.host.kill_watcher();
-    told.join().expect("the tunnel");
+    tunnel.join().expect("the tunnel");
     node.host.start(&[]);
     node.wait_source_error(&["list pods"]);
     let status = node.host.status();
@@ -41,7 +43,7 @@ fn while_the_api_server_is_away_nothing_changes_and_then_nothing_was_missed() {
     node.wait_state("running", "open", "");
     wait_for("the source to be in order", || node.source_error().is_none().then_some(()));
 
-    // And once more, resuming a watch; what changed meanwhile is told.
+    // Once more with a resumed watch: the changes in between arrive.
     node.api.kill_server();
     node.wait_source_error(&["watch pods", "watch namespaces"]);
     node.api.start_server();

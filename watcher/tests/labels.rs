@@ -1,4 +1,5 @@
-//! Labels at a real API server on pods that talk: their connections change kind, and none of them fails.
+//! Labels at a real API server on pods that talk: their connections change kind, and none of them
+//! fails.
 
 use testbed::label_latency::LabelLatency;
 

@@ -1,5 +1,5 @@
-//! The watcher as a program: on nodes made of network namespaces and cgroups, with real and fake tunnels, with
-//! a real API server.
+//! The watcher as a program: on nodes made of network namespaces and cgroups, with real and fake
+//! tunnels, with a real API server.
 //!
 //! The tests need root. They make private netns, cgroups and mounts, and remove them (`testbed`).
 

@@ -142,10 +142,10 @@ fn uninstalling_removes_a_dead_tunnel_socket_and_no_living_one() {
     socket.bind(&SockAddr::unix(&zds).expect("path")).expect("bind");
     socket.listen(1).expect("listen");
     uninstall();
-    assert!(zds.exists(), "somebody listens");
+    assert!(zds.exists(), "a process listens");
     drop(socket);
     uninstall();
-    assert!(!zds.exists(), "nobody answers");
+    assert!(!zds.exists(), "no process answers");
     let other = UnixListener::bind(&zds).expect("bind");
     uninstall();
     assert!(zds.exists(), "another kind of socket, and alive");

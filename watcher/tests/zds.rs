@@ -81,8 +81,8 @@ fn the_label_comes_and_goes_and_leaves_nothing() {
     }
 }
 
-/// A connection as a tunnel, which lives in `cgroup`, makes it to the application, from an address that is
-/// not the pod's: its two ends.
+/// A connection as a tunnel, which lives in `cgroup`, makes it to the application, from an address
+/// that is not the pod's: its two ends.
 fn transparent_connection(pod: &NodePod, cgroup: &Path) -> (Lent, TcpStream) {
     let address: SocketAddr = format!("{}:8080", pod.address).parse().unwrap();
     let listener = pod.netns.enter(|| TcpListener::bind(address)).unwrap();
@@ -92,8 +92,8 @@ fn transparent_connection(pod: &NodePod, cgroup: &Path) -> (Lent, TcpStream) {
     (near, accepted)
 }
 
-/// A pod that left the mesh while the tunnel has a connection to its application, which the watcher waits for; its
-/// traces from before it was in the mesh; the connection's two ends.
+/// A pod that left the mesh while the tunnel has a connection to its application, which the watcher
+/// waits for; its traces from before it was in the mesh; the connection's two ends.
 fn left_with_a_connection(node: &mut WatcherNode) -> (usize, String, FakeTunnel, (Lent, TcpStream)) {
     let pod = node.pod("a");
     let before = node.pods[pod].traces();
@@ -241,7 +241,7 @@ fn a_killed_watcher_leaves_traffic_alone_and_its_successor_goes_on() {
     assert_eq!(tunnel.take_snapshot(), ["uid-a"]);
     node.wait_state(pod, "open", "");
 
-    // And now it is asked to leave nothing, with what its predecessor made too.
+    // SIGTERM without --detach: it removes everything, also what its predecessor made.
     let received = thread::spawn(move || tunnel.take());
     let mut watcher = node.watcher.take().unwrap();
     watcher.signal(Signal::SIGTERM);

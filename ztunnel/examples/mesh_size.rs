@@ -1,4 +1,5 @@
-//! What a large mesh costs: 100,000 workloads as a control plane sends them, read, indexed and held; then one more.
+//! What a large mesh costs: 100,000 workloads as a control plane sends them, read, indexed and
+//! held; then one more.
 //!
 //!     cargo run --release -p ztunnel --example mesh_size [WORKLOADS]
 

@@ -113,8 +113,8 @@ fn plain_client_reaches_captured_server_through_15006() {
     assert_eq!(record["dst.addr"], server.at(8080).to_string());
 }
 
-/// Our watcher gives the tunnel's mark another meaning than Istio's CNI does; no socket that talks to the outside
-/// may bear it then.
+/// Our watcher gives the tunnel's mark another meaning than Istio's CNI does; no socket that talks
+/// to the outside may bear it then.
 #[test]
 #[ignore = "needs root: make test"]
 fn pods_that_our_watcher_prepared_are_served_too() {
@@ -157,7 +157,7 @@ fn destination_that_nobody_knows_is_passed_through() {
     });
     let mut stream = client.netns.connect(([169, 254, 1, 1], 8080));
     assert_eq!(read_all(&mut stream).expect("greeting"), b"outside");
-    // The refusal of a port where nobody listens passes through as well.
+    // The refusal by a closed port passes through as well.
     assert_eq!(client.netns.refusal(([169, 254, 1, 1], 9)), ErrorKind::ConnectionReset);
     assert_eq!(node.records(1, &["169.254.1.1:9", "connection failed"]).len(), 1);
 }

@@ -1,5 +1,5 @@
-//! Discovery from a control plane that shares no line with us: gRPC's own implementation in Python, with definitions
-//! written for it alone.
+//! Discovery from a control plane that shares no line with us: gRPC's own implementation in Python,
+//! with definitions written for it alone.
 
 use std::io::ErrorKind;
 
@@ -196,7 +196,7 @@ fn what_is_held_outlives_the_control_plane_and_is_told_when_it_is_back() {
     });
 }
 
-/// The control plane is asked for what connections need, when they need it, and for nothing else.
+/// The tunnel subscribes to what connections need, when they need it, and to nothing else.
 #[test]
 #[ignore = "needs root: make test"]
 fn what_a_connection_needs_is_asked_for_and_stays_asked_for() {
@@ -213,12 +213,13 @@ fn what_a_connection_needs_is_asked_for_and_stays_asked_for() {
     control.send(&json!({"hold": "address", "set": all}));
     let on_demand = [("XDS_ON_DEMAND", "true"), ("ISTIO_META_DNS_CAPTURE", "false")];
     let node = tunnel_with(&mesh, netns, control.port, &[&client, &server, &other], &on_demand);
-    // Nothing is asked for, so there is nothing to wait for.
+    // There is no subscription yet, so there is nothing to wait for.
     let first = control.request("address");
     assert_eq!((&first["subscribe"], &first["unsubscribe"]), (&json!(["*"]), &json!(["*"])));
     node.wait_ready();
 
-    // A pod, a service, and one that leads nowhere; each is asked for once, the pods of this node besides.
+    // A pod, a service, and an unknown address: one subscription each, besides those of the node's
+    // pods.
     let asked_for = |control: &FakeControlPlane, name: &str| loop {
         let request = control.request("address");
         let names = request["subscribe"].as_array().expect("names");
@@ -243,7 +244,7 @@ fn what_a_connection_needs_is_asked_for_and_stays_asked_for() {
     let dump = || node.netns.http("GET", ([127, 0, 0, 1], 15000), "/config_dump").expect("dump");
     assert!(!dump().contains(&name(&other)), "nobody asked for that one");
 
-    // While there is no answer nobody is taken for the outer world; what is known goes on.
+    // While there is no answer, an unknown destination is not passed through; known ones go on.
     control.send(&json!({"mute": true}));
     control.receive("mute");
     assert_eq!(client.netns.refusal(other.at(8080)), ErrorKind::ConnectionReset);
@@ -254,7 +255,7 @@ fn what_a_connection_needs_is_asked_for_and_stays_asked_for() {
     wait_for("the late answer", || dump().contains(&name(&other)).then_some(()));
     read_line(&mut client.netns.connect(other.at(8080))).expect("greeting");
 
-    // Who left is forgotten, who comes to an address that was asked for is told of.
+    // A pod that left is removed; a new pod at a subscribed address is sent.
     control.send(&json!({"push": "address", "remove": [name(&other)]}));
     wait_for("who left to be forgotten", || !dump().contains(&name(&other)));
     control.send(&json!({"push": "address", "set": {name(&outside): workload(&outside, "1", 0)}}));

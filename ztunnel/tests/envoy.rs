@@ -1,4 +1,5 @@
-//! A foreign implementation at the other end: Envoy as waypoint, as the gateway of another network, and as HBONE client.
+//! A foreign implementation at the other end: Envoy as waypoint, as the gateway of another network,
+//! and as HBONE client.
 
 use std::{
     fs::{self, File},

@@ -17,7 +17,7 @@ use testbed::{
 const WAYPOINT: &str = "spiffe://cluster.local/ns/demo/sa/waypoint";
 const CLIENT: &str = "spiffe://cluster.local/ns/demo/sa/client";
 
-/// Says its name to whoever connects.
+/// Sends its name to each client.
 fn serve_name(pod: &MeshPod, port: u16) {
     let name = pod.name.clone();
     pod.serve(port, move |mut stream, _| {
@@ -34,7 +34,8 @@ fn vip() -> SocketAddr {
     (Ipv4Addr::new(10, 96, 0, 1), 80).into()
 }
 
-/// A client on node a, a waypoint on node b and a server on node c that names it, as does its service `web`.
+/// A client on node a, a waypoint on node b and a server on node c that names it, as does its
+/// service `web`.
 fn behind_waypoint(application_tunnel: &str) -> (TunnelMesh, [MeshPod; 3], [TunnelNode; 3]) {
     let mut mesh = TunnelMesh::new();
     let client = mesh.enrolled("a", "client");

@@ -129,7 +129,7 @@ fn policy(name: &str, action: &str, accounts: &str) -> String {
 
 const CLIENT: &str = "spiffe://cluster.local/ns/demo/sa/client";
 
-/// A mesh with a peer that nobody captures, and one served pod with an echo on 8080.
+/// A mesh with a peer that is not captured, and one served pod with an echo on 8080.
 fn served(policies: &str) -> (TunnelMesh, MeshPod, MeshPod, TunnelNode) {
     let mut mesh = TunnelMesh::new();
     let (client, server) = (mesh.plain("a", "client"), mesh.enrolled("a", "server"));
@@ -217,7 +217,7 @@ fn policies_decide_by_identity() {
     node.records(1, &["allow policies exist, but none allowed"]);
     assert_eq!(ask("evil"), Ok(StatusCode::UNAUTHORIZED));
     node.records(1, &["explicitly denied by: demo/deny"]);
-    // Plaintext is nobody, so nobody allows it.
+    // Plaintext has no identity, so no policy allows it.
     assert_eq!(client.netns.refusal(server.at(8080)), ErrorKind::ConnectionReset);
     assert_eq!(node.records(2, &["none allowed"]).len(), 2);
 }

@@ -1,5 +1,5 @@
-//! The tunnel as a program: with fake node agents, resolvers and control planes, with Envoy at the other end; and
-//! the documents that list its behaviours.
+//! The tunnel as a program: with fake node agents, resolvers and control planes, with Envoy at the
+//! other end; and the documents that list its behaviours.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(unreachable_pub, reason = "modules of a test program share helpers; nothing else can reach them")]

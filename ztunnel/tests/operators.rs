@@ -1,4 +1,5 @@
-//! What operators see of a running tunnel: status, dump, page, profiles, and the commands of the program.
+//! What operators see of a running tunnel: status, dump, page, profiles, and the commands of the
+//! program.
 
 use std::{
     io::{Read, Write},

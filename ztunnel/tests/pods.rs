@@ -15,8 +15,8 @@ use testbed::{
 };
 use ztunnel_api::zds::{AddWorkload, workload_request::Payload};
 
-/// Whether the tunnel listens in the pod: on all ports or on none. They are opened and closed one after the other, and a
-/// look may come in between.
+/// Whether the tunnel listens in the pod: on all ports or on none. They are opened and closed one
+/// after the other, and a look may come in between.
 fn is_served(pod: &MeshPod) -> bool {
     wait_for("all ports or none", || {
         let listeners = pod.netns.output("ss", &["-Htln"]);
@@ -147,7 +147,8 @@ fn a_removed_pod_carries_nothing_more() {
     read_line(&mut long).expect("greeting");
     assert_eq!(b.agent().delete("server"), "");
     wait_for("the pod to be left", || !is_served(&server));
-    // Taken out of the mesh it still has its connections; a new one is taken by the client's tunnel, and fails there.
+    // Taken out of the mesh it still has its connections; a new one is taken by the client's
+    // tunnel, and fails there.
     long.write_all(b"still here").expect("write");
     long.read_exact(&mut [0; 20]).expect("echo");
     assert_eq!(client.netns.refusal(server.at(8080)), std::io::ErrorKind::ConnectionReset);

@@ -1,4 +1,5 @@
-//! Certificates on a revocation list: refused, and cut where they are connected, in both directions.
+//! Certificates on a revocation list: refused, and cut where they are connected, in both
+//! directions.
 
 use std::{
     fs,

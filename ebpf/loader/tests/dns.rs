@@ -21,7 +21,8 @@ fn serve(rig: &mut Rig) -> Served {
     Served { tcp: [rig.tunnel.listen(&v4), rig.tunnel.listen(&v6)], udp }
 }
 
-/// The resolver's address, what the application's socket is bound to, and the hooks that see it sent and connected.
+/// The resolver's address, what the application's socket is bound to, and the hooks that see it
+/// sent and connected.
 const CALLS: [(&str, &str, Hook, Hook); 3] = [
     ("10.99.0.2", "0.0.0.0:0", Hook::Sendmsg4, Hook::Connect4),
     ("fd99::2", "[::]:0", Hook::Sendmsg6, Hook::Connect6),
@@ -124,7 +125,7 @@ fn named_resolvers_are_captured_and_a_tunnel_that_goes_gives_them_back() {
     rig.app.send(socket, Some(to), "first");
     assert_eq!(rig.tunnel.receive(served.udp[0]).1, "first");
 
-    // Nobody told the programs: the listener is gone. The same socket goes on.
+    // The programs get no notice except that the listener is gone. The same socket goes on.
     rig.tunnel.close(served.tcp[0]);
     rig.app.send(socket, Some(to), "second");
     let (client, word) = rig.world.receive(resolver);

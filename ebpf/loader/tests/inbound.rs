@@ -75,7 +75,7 @@ fn the_first_rule_that_holds_decides() {
     }
 }
 
-/// Who dials a port that nobody listens on is refused, as without us, and not accepted by the tunnel.
+/// A connection to a closed port is refused, as without the mesh, and not accepted by the tunnel.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_port_that_nobody_listens_on_is_refused() {
@@ -170,7 +170,8 @@ fn an_address_of_no_enrolled_pod_passes() {
     assert_eq!(rig.rules(8080), [], "nothing decides any more");
 }
 
-/// The tunnel dials the application from the pod's netns as the client, so neither address nor netns tell.
+/// The tunnel dials the application from the pod's netns as the client, so neither address nor
+/// netns tell.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn the_tunnel_reaches_the_application_and_only_from_the_pods_own_netns() {
@@ -193,7 +194,8 @@ fn the_tunnel_reaches_the_application_and_only_from_the_pods_own_netns() {
     assert_eq!(rig.rules(8080), [(Hook::SkLookup, Rule::SteerPlain)]);
 }
 
-/// With SYN cookies the kernel remembers nothing of the SYN, and looks the listener up once more for the ACK.
+/// With SYN cookies the kernel remembers nothing of the SYN, and looks the listener up once more
+/// for the ACK.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn syn_cookies_change_nothing() {

@@ -1,4 +1,5 @@
-//! What outlives a process, what is replaced in place, what goes, and what is said when it does not work.
+//! What outlives a process, what is replaced in place, what goes, and what is said when it does not
+//! work.
 
 use std::{
     collections::BTreeSet,
@@ -64,11 +65,13 @@ fn pins_outlive_their_loader_and_a_successor_adopts_them() {
     rig.tunnel.accept(inbound);
 }
 
-/// While successors take over one after another, every connection is redirected, and by one program.
+/// While successors take over one after another, every connection is redirected, and by one
+/// program.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn taking_over_leaves_no_gap() {
-    // Dropped from the last to the first: processes before the cgroups that they are in, also when this panics.
+    // Dropped from the last to the first: processes before the cgroups that they are in, also when
+    // this panics.
     let Rig {
         bpffs,
         cgroups,
@@ -171,19 +174,20 @@ fn nothing_is_remembered_of_closed_connections() {
     let other = rig.tunnel.listen(&format!("[fd99::1]:{OUTBOUND}"));
     assert_eq!(rig.app.dial(How::Tcp, at("192.0.2.1", 80)).unwrap_err(), libc::ECONNREFUSED);
     rig.tunnel.close(other);
-    assert_eq!(entries("original_dst"), 0, "withdrawn, since nobody took it");
+    assert_eq!(entries("original_dst"), 0, "withdrawn: it was not taken");
 
     let world = rig.world.listen("[::]:8080");
     let flow = rig.tunnel.dial(How::Tcp, at("10.99.0.2", 8080)).unwrap();
     assert_eq!(entries("tunnel_flows"), 1);
     rig.tunnel.close(flow.handle);
-    // Resets its side, which nobody accepted: a socket that waits for the other's end may do so for a minute.
+    // Resets its side, which was never accepted: a socket that waits for the other's end may do so
+    // for a minute.
     rig.world.close(world);
     wait_for("closed flows are forgotten", || entries("tunnel_flows") == 0);
 }
 
-/// What needs the netns prepared although its pod left: the tunnel's connections that speak from an address that is not,
-/// or not any more, the pod's.
+/// What needs the netns prepared although its pod left: the tunnel's connections that speak from an
+/// address that is not, or not any more, the pod's.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn connections_that_speak_as_others_are_counted_until_they_close() {
@@ -236,11 +240,11 @@ fn connections_to_a_pod_are_counted_until_they_close_accepted_or_not() {
     rig.app.close(dialled.handle);
     rig.tunnel.close(plain);
     rig.tunnel.close(hbone);
-    wait_for("none that nobody accepted is left", || counted(&rig) == 0);
+    wait_for("connections that were not accepted to be gone", || counted(&rig) == 0);
 }
 
-/// The mark routes answers back to the host: a connection that does not spend the client's address, or a
-/// listener, must not have it.
+/// The mark routes answers back to the host: a connection that does not spend the client's address,
+/// or a listener, must not have it.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn the_tunnels_mark_stays_on_the_last_hop() {

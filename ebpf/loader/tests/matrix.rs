@@ -1,4 +1,5 @@
-//! These very tests, on the other kernels of the support range: this binary boots them with itself as the passenger.
+//! These very tests, on the other kernels of the support range: this binary boots them with itself
+//! as the passenger.
 
 use std::path::Path;
 

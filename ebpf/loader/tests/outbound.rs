@@ -1,4 +1,5 @@
-//! The first decision list, rule by rule, and what a redirected connection looks like from both ends.
+//! The first decision list, rule by rule, and what a redirected connection looks like from both
+//! ends.
 
 use std::{fs::File, net::SocketAddr, os::fd::AsFd as _};
 
@@ -111,7 +112,7 @@ fn without_a_tunnel_the_fail_mode_holds_at_once() {
         rig.app.close(direct.handle);
     }
     assert!(rig.tunnel.is_idle(tunnel));
-    // Nobody told the programs that the tunnel is gone: its listener is.
+    // The programs get no notice that the tunnel is gone, except that its listener is.
     rig.tunnel.close(tunnel);
     rig.set(READY | OPEN, true);
     let direct = rig.app.dial(How::Tcp, to).unwrap();
@@ -147,7 +148,8 @@ fn who_calls_is_found_by_cgroup() {
     rig.app.dial(How::Tcp, to).unwrap();
     assert_eq!(rig.rules(8080), [(Hook::Connect4, Rule::NotEnrolled)]);
 
-    // A tunnel below the pods' cgroup, such as in a DaemonSet: both sets of programs run on its sockets.
+    // A tunnel below the pods' cgroup, such as in a DaemonSet: both sets of programs run on its
+    // sockets.
     let inner = rig.cgroups.id("pods/plain");
     let dir = rig.cgroups.join("pods/plain");
     rig.kernel.attach_tunnel(&dir).unwrap();
@@ -256,7 +258,7 @@ fn udp_is_left_alone() {
     assert_eq!(rig.rules(53), []);
 }
 
-/// A connection to the tunnel's port that nobody redirected has no original destination.
+/// A connection to the tunnel's port that was not redirected has no original destination.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn nobody_gets_an_original_destination_without_a_redirect() {

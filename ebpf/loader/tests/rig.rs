@@ -1,4 +1,5 @@
-//! A node in small: a private bpffs, private cgroups, a pod's netns joined by veth to the rest of the world.
+//! A node in small: a private bpffs, private cgroups, a pod's netns joined by veth to the rest of
+//! the world.
 //!
 //! ```text
 //! cgroups   pods/mesh/container   the enrolled pod's application      netns pod    10.99.0.1 fd99::1
@@ -115,7 +116,8 @@ impl Rig {
         self.kernel.set_settings(&settings).unwrap();
     }
 
-    /// The rules given since the last call about `port` of the far end (connect) or of the pod (arrival).
+    /// The rules given since the last call about `port` of the far end (connect) or of the pod
+    /// (arrival).
     pub fn rules(&mut self, port: u16) -> Vec<(Hook, Rule)> {
         let mut rules = Vec::new();
         while let Some(record) = self.trace.next() {
@@ -163,7 +165,7 @@ fn join(pod: &Agent, world: &Agent) {
     for (pid, last) in [(&pod, "1"), (&world, "2")] {
         ip(pid, &["link", "set", "lo", "up"]);
         ip(pid, &["addr", "add", &format!("10.99.0.{last}/24"), "dev", "eth0"]);
-        // Usable at once: nobody else can have it.
+        // Usable at once: no other host can have it.
         ip(pid, &["addr", "add", &format!("fd99::{last}/64"), "dev", "eth0", "nodad"]);
         ip(pid, &["link", "set", "eth0", "up"]);
     }
@@ -179,7 +181,8 @@ fn ip(pid: &str, args: &[&str]) {
     assert!(output.status.success(), "ip {args:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// How often, of `times`: in an emulated machine, which is slow and there for function alone, a fifth of it.
+/// How often, of `times`: in an emulated machine, which is slow and there for function alone, a
+/// fifth of it.
 pub fn repeated(times: u16) -> u16 {
     if adit_vm::is_inside() { times / 5 } else { times }
 }

@@ -1,9 +1,9 @@
 //! `make bench`: direct against through the mesh, side by side in one run, on this machine.
 //!
-//! Every variant has a cluster of its own (two nodes, a client, a server); each measurement visits the
-//! variants in turn, several rounds, and the median counts, so that what else the machine does meets
-//! all of them alike. With `PEER_BIN=/path/to/another/ztunnel` that binary does the same work beside
-//! ours. `ROUNDS` (3) and `SECONDS` (3) size it.
+//! Every variant has a cluster of its own (two nodes, a client, a server); each measurement visits
+//! the variants in turn, several rounds, and the median counts, so that what else the machine does
+//! meets all of them alike. With `PEER_BIN=/path/to/another/ztunnel` that binary does the same work
+//! beside ours. `ROUNDS` (3) and `SECONDS` (3) size it.
 
 use std::{env, fs, path::Path, process::ExitCode};
 

@@ -1,8 +1,8 @@
 //! `make demo`: two nodes, five pods, real kernel programs and real HBONE, on this machine.
 //!
-//! It is a demonstration and says so: the nodes are network namespaces, the pods are cgroups and network
-//! namespaces, workloads and certificates come from files. In a cluster they come from the API server
-//! and a control plane. Everything it makes is removed at its end, also on Ctrl-C.
+//! It is a demonstration and says so: the nodes are network namespaces, the pods are cgroups and
+//! network namespaces, workloads and certificates come from files. In a cluster they come from the
+//! API server and a control plane. Everything it makes is removed at its end, also on Ctrl-C.
 
 use std::{
     collections::BTreeSet,
@@ -183,7 +183,7 @@ fn plain_peers(
 
 fn label_off_and_on(cluster: &mut Cluster, client: &ClusterPod, v2: &ClusterPod) -> Result<(), Ended> {
     step("The label is taken off and put back, five times, while a loop of requests runs")?;
-    // Not the service's address: outside the mesh nobody serves that here.
+    // Not the service's address: it leads nowhere outside the mesh.
     let url = format!("http://{}:8080/", v2.v4);
     let requests = RequestLoop::start(client, &url, &cluster.dir.path().join("loop"));
     let names = ["client", "web-v1", "web-v2"];

@@ -1,10 +1,10 @@
-//! `make bench-labels`: how long a label takes, from the request to a real API server until the connections of
-//! a pod are of the new kind, and back; and which connections the change breaks.
+//! `make bench-labels`: how long a label takes, from the request to a real API server until the
+//! connections of a pod are of the new kind, and back; and which connections the change breaks.
 //!
 //! Then how long the first connection of a new pod takes, in the mesh and outside it.
 //!
-//! A real watcher and a real tunnel serve 1, 20 and 60 pods that talk meanwhile. `testbed::label_latency`
-//! explains the measurement. `ROUNDS` (30) and `PODS` (`1 20 60`) size it.
+//! A real watcher and a real tunnel serve 1, 20 and 60 pods that talk meanwhile.
+//! `testbed::label_latency` explains the measurement. `ROUNDS` (30) and `PODS` (`1 20 60`) size it.
 
 use std::{collections::BTreeMap, env, time::Duration};
 
@@ -22,7 +22,8 @@ fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
-/// For pods that connect once each in a round: the times by which shares of them were of the new kind.
+/// For pods that connect once each in a round: the times by which shares of them were of the new
+/// kind.
 fn report_sampled(what: &str, sampled: &mut Samples) {
     let mut at = |share| {
         sampled
@@ -38,8 +39,8 @@ fn report(what: &str, times: &mut [Duration]) {
     println!("{what:<34} p50 {:>7.1} ms   p99 {:>7.1} ms   max {:>7.1} ms", at(50), at(99), at(100));
 }
 
-/// Waits until the states of so many pods are written back to the API server, so that the writes do not meet
-/// the next request: in real life they would not.
+/// Waits until the states of so many pods are written back to the API server, so that the writes do
+/// not meet the next request: in real life they would not.
 fn written_back(pods: usize) {
     std::thread::sleep(Duration::from_millis(300 + 20 * pods as u64));
 }

@@ -63,9 +63,7 @@ impl ApiNode {
 
     /// Waits until the watcher knows all pods of the API server.
     pub fn wait_ready(&self) {
-        wait_for("the source to have told of all pods", || {
-            self.host.status()["ready"].as_bool()?.then_some(())
-        });
+        wait_for("the watcher to know all pods", || self.host.status()["ready"].as_bool()?.then_some(()));
     }
 
     /// Why the watcher cannot use the API server at present.
@@ -73,7 +71,8 @@ impl ApiNode {
         self.host.status()["source"]["error"].as_str().map(str::to_owned)
     }
 
-    /// Waits until the watcher reports that it cannot use the API server, with all of `parts` in the reason.
+    /// Waits until the watcher reports that it cannot use the API server, with all of `parts` in
+    /// the reason.
     pub fn wait_source_error(&self, parts: &[&str]) {
         let mut last = None;
         let found = try_wait(LIMIT, || {

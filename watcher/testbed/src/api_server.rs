@@ -1,8 +1,8 @@
 //! A real API server with its store, on loopback, for as long as it is held.
 //!
-//! The programs come from `KUBEBUILDER_ASSETS`, else from `PATH`, else from the cache, where `.ci/setup/kube-tools`
-//! builds them. No kubelet runs pods: tests create them with the name of a node, set their status, and start
-//! the processes themselves.
+//! The programs come from `KUBEBUILDER_ASSETS`, else from `PATH`, else from the cache, where
+//! `.ci/setup/kube-tools` builds them. No kubelet runs pods: tests create them with the name of a
+//! node, set their status, and start the processes themselves.
 
 use std::{
     env, fmt, fs,
@@ -71,8 +71,8 @@ fn program(name: &str) -> PathBuf {
         .unwrap_or_else(|| panic!("no {name}: run make setup, or set KUBEBUILDER_ASSETS to its folder"))
 }
 
-/// A port for a server that starts later. Not one of those that the kernel gives to clients (32768 and up,
-/// ip-sysctl): a connection could take it in between.
+/// A port for a server that starts later. Not one of those that the kernel gives to clients (32768
+/// and up, ip-sysctl): a connection could take it in between.
 fn free_port() -> u16 {
     let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
     std::iter::repeat_with(|| rand::random_range(20_000..32_000)).find(is_free).expect("endless")
@@ -326,7 +326,8 @@ impl ApiServer {
         self.kubeconfig_of_pod(namespace, name, None)
     }
 
-    /// The same, with a token that is bound to a pod of that namespace, as those are that pods mount.
+    /// The same, with a token that is bound to a pod of that namespace, as those are that pods
+    /// mount.
     pub fn kubeconfig_of_pod(&self, namespace: &str, name: &str, pod: Option<(&str, &str)>) -> PathBuf {
         let api: Api<ServiceAccount> = Api::namespaced(self.client(), namespace);
         let bound =

@@ -1,4 +1,9 @@
 //! Private cgroups below the machine's cgroup v2 mount.
+//!
+//! Written by hand, since it is a few calls of the file system. cgroups-rs 0.5 takes cgroup2 only
+//! at `/sys/fs/cgroup`, which a hybrid machine has at `/sys/fs/cgroup/unified`, kills by
+//! `cgroup.kill` alone (Linux 5.14; the tests run on 5.10), and links a D-Bus client with an async
+//! runtime of its own.
 
 use std::{
     fs,
@@ -16,14 +21,16 @@ use nix::{
 
 use crate::wait::try_wait;
 
-/// Where cgroup2 is mounted: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` beside the controllers of v1.
+/// Where cgroup2 is mounted: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` beside the controllers
+/// of v1.
 pub fn cgroup2_mount() -> PathBuf {
     let mounts = fs::read_to_string("/proc/self/mounts").expect("/proc/self/mounts");
     let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"));
     mount.and_then(|line| line.split(' ').nth(1)).expect("cgroup2 is mounted").into()
 }
 
-/// A cgroup. On drop, the processes in it and in the cgroups below it are killed, and all of them removed.
+/// A cgroup. On drop, the processes in it and in the cgroups below it are killed, and all of them
+/// removed.
 #[derive(Debug)]
 pub struct Cgroup(PathBuf);
 
@@ -64,8 +71,8 @@ impl Drop for Cgroup {
     }
 }
 
-/// Kills the processes in the cgroup `top` and below it, then removes them, leaves first. A process that is
-/// killed leaves its cgroup some time after it has been waited for.
+/// Kills the processes in the cgroup `top` and below it, then removes them, leaves first. A process
+/// that is killed leaves its cgroup some time after it has been waited for.
 pub fn remove(top: &Path) {
     for entry in fs::read_dir(top).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {

@@ -1,12 +1,14 @@
-//! Two nodes made of network namespaces, pods made of cgroups and network namespaces, and on each node the
-//! real `watcher` and the real `ztunnel`. The end-to-end tests, the demo and the benchmarks use it.
+//! Two nodes made of network namespaces, pods made of cgroups and network namespaces, and on each
+//! node the real `watcher` and the real `ztunnel`. The end-to-end tests, the demo and the
+//! benchmarks use it.
 //!
 //! ```text
 //!   pod ─eth0── bridge ┐ node a ─ link0 ════ link0 ─ node b ┌ bridge ──eth0─ pod
 //!   10.77.1.x, fd77:1::x                                      10.77.2.x, fd77:2::x
 //! ```
 //!
-//! Every cluster has names of its own, so several can stand side by side. Dropping one removes all of it.
+//! Every cluster has names of its own, so several can stand side by side. Dropping one removes all
+//! of it.
 
 mod files;
 mod node;
@@ -114,7 +116,8 @@ impl Cluster {
         self.dir.path().join("ca")
     }
 
-    /// Makes a pod on node `node` (0: a, 1: b): cgroup, netns, address, and a process that holds them.
+    /// Makes a pod on node `node` (0: a, 1: b): cgroup, netns, address, and a process that holds
+    /// them.
     pub fn pod(&mut self, name: &str, node: usize, enrol: Enrol) -> ClusterPod {
         self.pod_as(name, node, enrol, &format!("pod{name}"))
     }
@@ -216,7 +219,8 @@ impl Cluster {
         }
     }
 
-    /// Publishes, then starts the watcher and the tunnel of each node, and waits for the pods to be open.
+    /// Publishes, then starts the watcher and the tunnel of each node, and waits for the pods to be
+    /// open.
     pub fn start(&mut self) {
         let tunnel = binary("ztunnel");
         self.start_with(&tunnel);
@@ -248,8 +252,8 @@ impl Cluster {
         node.start_watcher(&root, &bpffs, &["--detach"]);
     }
 
-    /// Labels or unlabels pods, in the order in which a control plane and the node agents do it: peers
-    /// stop sending HBONE before the pod leaves, and start after it came.
+    /// Labels or unlabels pods, in the order in which a control plane and the node agents do it:
+    /// peers stop sending HBONE before the pod leaves, and start after it came.
     pub fn label(&mut self, names: &[&str], enrol: Enrol) {
         for pod in self.pods.iter_mut().filter(|pod| names.contains(&pod.name.as_str())) {
             pod.enrol = enrol;

@@ -4,8 +4,8 @@
 
 use std::{fs, path::Path};
 
-/// Fails unless the table below the marker `made_from` in `page` (from the repository's root) is `table`.
-/// With `UPDATE_DOCS` set it writes `table` there.
+/// Fails unless the table below the marker `made_from` in `page` (from the repository's root) is
+/// `table`. With `UPDATE_DOCS` set it writes `table` there.
 ///
 /// # Panics
 /// The page or a marker is missing, or the table is out of date.

@@ -1,5 +1,5 @@
-//! The far ends of the programs under test: they speak the protocol, and do what a test wants to see
-//! handled.
+//! The far ends of the programs under test: they speak the protocol, and do what a test wants to
+//! see handled.
 
 mod fake_agent;
 mod fake_ca;

@@ -1,8 +1,8 @@
 //! Processes that run code of the tests in a cgroup or netns of their own.
 //!
-//! They are this very executable, started once more with a role in its environment. So an executable that
-//! uses them calls [`serve`](crate::roles::serve) first: an example at the start of `main`, the tests of a crate in a test called
-//! `helper`, which does nothing in an ordinary run.
+//! They are this very executable, started once more with a role in its environment. So an
+//! executable that uses them calls [`serve`](crate::roles::serve) first: an example at the start of
+//! `main`, the tests of a crate in a test called `helper`, which does nothing in an ordinary run.
 
 use std::{env, process::Command};
 
@@ -14,8 +14,8 @@ const ROLE: &str = "ADIT_TEST_ROLE";
 /// The command that starts this executable once more at `placement`, as a helper with this role.
 pub fn command(placement: &Placement, role: &str) -> Command {
     let own = env::current_exe().expect("the path of this executable");
-    // For a test harness: only the test `helper`, with no line of its own before what the helper prints. An
-    // example ignores them.
+    // For a test harness: only the test `helper`, with no line of its own before what the helper
+    // prints. An example ignores them.
     let harness = ["helper", "--exact", "--include-ignored", "--nocapture", "--quiet", "--test-threads=1"];
     let words = [&[own.to_str().expect("UTF-8 path")], harness.as_slice()].concat();
     let mut command = placement.command(&words);

@@ -1,4 +1,4 @@
-//! Ctrl-C and SIGTERM set a flag: whoever made a testbed has to take it down, too.
+//! Ctrl-C and SIGTERM set a flag: the code that made a testbed must also take it down.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

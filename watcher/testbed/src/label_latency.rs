@@ -1,16 +1,17 @@
-//! How long a label takes at a real API server: the time until the connections of a pod are of the new kind,
-//! and which connections the change breaks.
+//! How long a label takes at a real API server: the time until the connections of a pod are of the
+//! new kind, and which connections the change breaks.
 //!
-//! Each pod runs a probe that makes one connection after another to a server outside the mesh. The server
-//! reports the client port that it sees: the application's own if the connection is direct, the tunnel's if
-//! it goes through the mesh. So each connection shows its kind. The probe also keeps connections of both kinds
-//! open and talks on them.
+//! Each pod runs a probe that makes one connection after another to a server outside the mesh. The
+//! server reports the client port that it sees: the application's own if the connection is direct,
+//! the tunnel's if it goes through the mesh. So each connection shows its kind. The probe also
+//! keeps connections of both kinds open and talks on them.
 //!
-//! There are two measurements. [`LabelLatency::flip`]: each probe hurries, that is, it connects again and again
-//! until the kind is new. That shows whether any connection fails, but many hurrying pods take CPU time from the
-//! node, and their pace is part of the result. [`LabelLatency::sample`]: each probe connects once, at a time of
-//! its own after the request. Many rounds together give the share of connections that are of the new kind as a
-//! function of time; [`Samples`] fits it.
+//! There are two measurements. [`LabelLatency::flip`]: each probe hurries, that is, it connects
+//! again and again until the kind is new. That shows whether any connection fails, but many
+//! hurrying pods take CPU time from the node, and their pace is part of the result.
+//! [`LabelLatency::sample`]: each probe connects once, at a time of its own after the request. Many
+//! rounds together give the share of connections that are of the new kind as a function of time;
+//! [`Samples`] fits it.
 
 mod isotonic;
 pub(crate) mod probe;
@@ -41,8 +42,8 @@ pub use self::isotonic::Samples;
 /// Connections of all probes in a second while they hurry.
 const HURRIED: usize = 2000;
 const PORT: u16 = 8080;
-/// How long a container runtime takes, at the very least, from the sandbox of a pod (its netns and its first
-/// process) to the first program of its first container.
+/// How long a container runtime takes, at the very least, from the sandbox of a pod (its netns and
+/// its first process) to the first program of its first container.
 pub const SANDBOX_TO_CONTAINER: Duration = Duration::from_millis(100);
 /// New pods that the tunnel knows before they start, as from a control plane.
 const NEW_PODS: usize = 1000;
@@ -127,7 +128,8 @@ impl LabelLatency {
         self.flip_by(on, false)
     }
 
-    /// Labels all pods (the one, or their namespace), or takes the label off, and waits until all are of that kind.
+    /// Labels all pods (the one, or their namespace), or takes the label off, and waits until all
+    /// are of that kind.
     pub fn flip(&mut self, on: bool) -> Flip {
         self.flip_by(on, self.probes.len() == 1)
     }
@@ -142,8 +144,8 @@ impl LabelLatency {
         Flip { requested, ..self.wait_kind(kind(on), began) }
     }
 
-    /// Labels the namespace, or takes the label off. Each pod connects once, at a time of its own, all of them spread
-    /// evenly over the time `within` that begins with the request.
+    /// Labels the namespace, or takes the label off. Each pod connects once, at a time of its own,
+    /// all of them spread evenly over the time `within` that begins with the request.
     pub fn sample(&mut self, on: bool, within: Duration, sampled: &mut Samples) -> Vec<String> {
         let began = micros() + NOTICE.as_micros();
         let times = isotonic::spread(self.probes.len(), within);
@@ -208,7 +210,8 @@ impl LabelLatency {
         flip
     }
 
-    /// Starts `count` pods at once, as a kubelet does; how long the first connection of each took, and its kind.
+    /// Starts `count` pods at once, as a kubelet does; how long the first connection of each took,
+    /// and its kind.
     pub fn arrive(&mut self, count: usize) -> Vec<(Duration, String)> {
         let node = self.cluster.nodes[0].pins_name.clone();
         let names: Vec<String> = (self.new_pods..).take(count).map(new_pod).collect();
@@ -289,7 +292,8 @@ fn listen(netns: &Netns, address: (Ipv4Addr, u16)) -> TcpListener {
     netns.enter(|| TcpListener::bind(address)).expect("bind")
 }
 
-/// Carries what is sent to `port` of the node's loopback to the same port of ours, where the API server is.
+/// Carries what is sent to `port` of the node's loopback to the same port of ours, where the API
+/// server is.
 fn forward(netns: &Netns, port: u16) {
     let listener = listen(netns, (Ipv4Addr::LOCALHOST, port));
     thread::spawn(move || {
@@ -310,7 +314,7 @@ fn forward(netns: &Netns, port: u16) {
 /// Tells each client in `pod`'s netns the port that it comes from, then echoes.
 fn serve(pod: &ClusterPod) {
     let listener = listen(&pod.netns, (Ipv4Addr::UNSPECIFIED, PORT));
-    // Ends with this process; it serves nobody any more once the netns' links are gone.
+    // It ends with this process. Once the links of the netns are gone, no client can reach it.
     listener.set_nonblocking(true).expect("non-blocking");
     let serve = async move {
         let listener = tokio::net::TcpListener::from_std(listener).expect("registered");

@@ -1,7 +1,7 @@
 //! Sockets that a helper makes in a cgroup and lends to this process.
 //!
-//! The kernel and `SO_PEERCRED` take them for sockets of that cgroup. To move this process there for a moment
-//! instead would also move the children that other tests start in that moment.
+//! The kernel and `SO_PEERCRED` take them for sockets of that cgroup. To move this process there
+//! for a moment instead would also move the children that other tests start in that moment.
 
 use std::{
     io::{self, IoSlice, IoSliceMut, Read as _},
@@ -58,8 +58,8 @@ impl Lent {
     }
 }
 
-/// A connection as a tunnel, which lives in `cgroup`, makes it to an application: in the netns of the pod,
-/// with `mark`, from an address that is not the pod's.
+/// A connection as a tunnel, which lives in `cgroup`, makes it to an application: in the netns of
+/// the pod, with `mark`, from an address that is not the pod's.
 pub fn transparent(cgroup: &Path, netns: &Netns, from: SocketAddr, to: SocketAddr, mark: u32) -> Lent {
     Lent::new(cgroup, &format!("transparent {netns} {from} {to} {mark}"))
 }
@@ -77,7 +77,8 @@ pub(crate) fn serve_transparent(netns: &str, [from, to]: [SocketAddr; 2], mark: 
     give(Netns::named(netns).enter(connect).expect("a connection"));
 }
 
-/// The helper's side: sends `socket` to whoever started this process, closes it here, and waits for the end.
+/// The helper's side: sends `socket` to the process that started this one, closes it here, and
+/// waits for the end.
 pub(crate) fn give(socket: Socket) {
     let mut line = UnixStream::from(io::stdin().as_fd().try_clone_to_owned().expect("standard input"));
     let fds = [socket.as_raw_fd()];

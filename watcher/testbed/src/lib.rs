@@ -1,8 +1,9 @@
-//! What the tests, the demo and the benchmarks of all crates stand on. It depends on neither program: they
-//! run as binaries. No program depends on it.
+//! What the tests, the demo and the benchmarks of all crates stand on. It depends on neither
+//! program: they run as binaries. No program depends on it.
 //!
 //! * [`doc_table`]: checks tables of `docs/` against the code that they are made from
-//! * [`module_order`]: checks that a crate's modules depend on each other in the order that its root lists
+//! * [`module_order`]: checks that a crate's modules depend on each other in the order that its
+//!   root lists
 //! * [`roles`]: what helpers do
 //! * [`label_latency`]: how long a label takes, at a node whose pods talk
 //! * [`traffic`]: requests through a cluster

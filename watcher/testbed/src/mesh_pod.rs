@@ -1,4 +1,5 @@
-//! A pod of a [`TunnelMesh`](crate::tunnel_mesh::TunnelMesh), and small helpers for its connections.
+//! A pod of a [`TunnelMesh`](crate::tunnel_mesh::TunnelMesh), and small helpers for its
+//! connections.
 
 use std::{
     io::{self, Read, Write},

@@ -1,7 +1,8 @@
 //! Checks that the modules of a crate depend on each other in one direction.
 //!
-//! A crate's root lists its modules in its first doc comment, from the top to the bottom, one `//! * [`name`]`
-//! line each; a line may name several modules, in order. A module uses only modules below it.
+//! A crate's root lists its modules in its first doc comment, from the top to the bottom, one `//!
+//! * [`name`]` line each; a line may name several modules, in order. A module uses only modules
+//! below it.
 
 use std::{
     collections::BTreeMap,
@@ -11,7 +12,8 @@ use std::{
 
 /// Panics with every import that points up, or that is of a module which the root does not list.
 ///
-/// `manifest_dir` is the crate's `CARGO_MANIFEST_DIR`. Code below the first `#[cfg(test)]` of a file may use anything.
+/// `manifest_dir` is the crate's `CARGO_MANIFEST_DIR`. Code below the first `#[cfg(test)]` of a
+/// file may use anything.
 ///
 /// # Panics
 /// Also if a source file cannot be read, or the root lists no modules.

@@ -21,7 +21,8 @@ use crate::{
     wait::LIMIT,
 };
 
-/// A netns with a name below `/run/netns`, deleted on drop. `Display` shows the name, as `ip -n` takes it.
+/// A netns with a name below `/run/netns`, deleted on drop. `Display` shows the name, as `ip -n`
+/// takes it.
 #[derive(Debug)]
 pub struct Netns {
     name: String,
@@ -37,7 +38,7 @@ impl Netns {
         Self { name, is_owner: true }
     }
 
-    /// The netns that has this name; somebody else deletes it.
+    /// The netns with this name. This value does not delete it.
     pub fn named(name: impl Into<String>) -> Self {
         Self { name: name.into(), is_owner: false }
     }
@@ -73,8 +74,8 @@ impl Netns {
         run_quietly(&format!("ip netns del {}", self.name));
     }
 
-    /// Runs `work` in it, on a thread of its own, and returns what that returns. Sockets stay in the netns
-    /// in which they were made.
+    /// Runs `work` in it, on a thread of its own, and returns what that returns. Sockets stay in
+    /// the netns in which they were made.
     pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         enter(self.open(), work)
     }
@@ -118,7 +119,8 @@ impl Netns {
         self.try_connect(to).expect("connect")
     }
 
-    /// How a connection ends that must come to nothing. The reset may be there before connect(2) looks.
+    /// How a connection ends that must come to nothing. The reset may be there before connect(2)
+    /// looks.
     pub fn refusal(&self, to: impl Into<SocketAddr>) -> io::ErrorKind {
         match self.try_connect(to).and_then(|mut stream| stream.read_exact(&mut [0])) {
             Ok(()) => panic!("served"),
@@ -126,8 +128,8 @@ impl Netns {
         }
     }
 
-    /// Listens on `port`, both families, and gives each connection and its client's address to `each`, in a
-    /// thread of its own. The socket ends with this process.
+    /// Listens on `port`, both families, and gives each connection and its client's address to
+    /// `each`, in a thread of its own. The socket ends with this process.
     pub fn serve(&self, port: u16, each: impl Fn(TcpStream, IpAddr) + Send + Clone + 'static) {
         let listener = self.enter(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))).expect("listen");
         thread::spawn(move || {

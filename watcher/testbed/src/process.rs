@@ -38,18 +38,18 @@ impl Placement {
         Self { netns: Some(netns.path()), ..self }
     }
 
-    /// Also in the pid, mount and cgroup namespaces of process `node`, the first process of a node that is a
-    /// container; `None`: the node is no container.
+    /// Also in the pid, mount and cgroup namespaces of process `node`, the first process of a node
+    /// that is a container; `None`: the node is no container.
     #[must_use]
     pub fn in_node(self, node: Option<u32>) -> Self {
         Self { node, ..self }
     }
 
-    /// The command that runs `words` there. A shell joins the cgroup, then becomes `nsenter`, then the
-    /// program, so that not one instruction of the program runs elsewhere.
+    /// The command that runs `words` there. A shell joins the cgroup, then becomes `nsenter`, then
+    /// the program, so that not one instruction of the program runs elsewhere.
     ///
-    /// The program leads a process group of its own: Ctrl-C at a terminal reaches the testbed alone, which
-    /// then ends its programs in order.
+    /// The program leads a process group of its own: Ctrl-C at a terminal reaches the testbed
+    /// alone, which then ends its programs in order.
     pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new("sh");
         command.args(["-c", r#"[ -z "$0" ] || echo $$ > "$0/cgroup.procs" || exit 1; exec "$@""#]);
@@ -142,7 +142,8 @@ impl Drop for Process {
     }
 }
 
-/// A child process that is killed when this is dropped; for those whose streams the test reads or writes.
+/// A child process that is killed when this is dropped; for those whose streams the test reads or
+/// writes.
 #[derive(Debug)]
 pub struct KillOnDrop(pub Child);
 

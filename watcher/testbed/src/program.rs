@@ -5,12 +5,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The binary `name` of this workspace: the file that `NAME_BIN` (`WATCHER_BIN`, `ZTUNNEL_BIN`) names, else
-/// the one that Cargo built beside this executable.
+/// The binary `name` of this workspace: the file that `NAME_BIN` (`WATCHER_BIN`, `ZTUNNEL_BIN`)
+/// names, else the one that Cargo built beside this executable.
 ///
 /// # Panics
-/// When it is not built. Cargo builds the binaries of a package before its integration tests, but not those
-/// of other packages: `cargo build --workspace --bins` does.
+/// When it is not built. Cargo builds the binaries of a package before its integration tests, but
+/// not those of other packages: `cargo build --workspace --bins` does.
 pub fn binary(name: &str) -> PathBuf {
     if let Some(path) = env::var_os(format!("{}_BIN", name.to_uppercase())) {
         return path.into();
@@ -24,7 +24,8 @@ pub fn binary(name: &str) -> PathBuf {
     })
 }
 
-/// The folder in which `.ci/setup` keeps what it fetched or built: `ADIT_CACHE`, else `~/.cache/adit`.
+/// The folder in which `.ci/setup` keeps what it fetched or built: `ADIT_CACHE`, else
+/// `~/.cache/adit`.
 ///
 /// # Panics
 /// When neither `ADIT_CACHE` nor `HOME` is set.
@@ -35,8 +36,8 @@ pub fn cache() -> PathBuf {
     )
 }
 
-/// How large the tests are that can be small or large: the value of `ADIT_TEST_SIZE`, which is `small`
-/// (the default: seconds each) or `full` (minutes each: 2,000 pods come and go).
+/// How large the tests are that can be small or large: the value of `ADIT_TEST_SIZE`, which is
+/// `small` (the default: seconds each) or `full` (minutes each: 2,000 pods come and go).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TestSize {
     /// Some seconds each.

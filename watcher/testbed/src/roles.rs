@@ -2,8 +2,8 @@
 
 use crate::{fakes::fake_tunnel, helper::role, label_latency::probe, lend};
 
-/// Does what the role of this process says, where it is a role of the testbed's own, and returns when that is
-/// done. Whether this process is a helper.
+/// Does what the role of this process says, where it is a role of the testbed's own, and returns
+/// when that is done. Whether this process is a helper.
 ///
 /// # Panics
 /// When the role is unknown.

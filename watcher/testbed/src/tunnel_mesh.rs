@@ -1,7 +1,7 @@
 //! Pods and nodes made of network namespaces, a fake node agent, and the real tunnel between them.
 //!
-//! nftables in the netns of the pods capture their traffic, as Istio's CNI plugin does. So these tests cover that
-//! pairing and need no kernel programs. Everything is removed on drop.
+//! nftables in the netns of the pods capture their traffic, as Istio's CNI plugin does. So these
+//! tests cover that pairing and need no kernel programs. Everything is removed on drop.
 
 mod tunnel;
 
@@ -61,8 +61,9 @@ impl TunnelMesh {
     /// A pod whose traffic is captured.
     pub fn enrolled(&mut self, node: &str, name: &str) -> MeshPod {
         let pod = self.pod(node, name, true);
-        // As Istio's CNI prepares a pod: redirects, from which the tunnel's mark is exempt, and what brings the
-        // application's answers to the tunnel although they go to the client's address.
+        // As Istio's CNI prepares a pod: redirects, from which the tunnel's mark is exempt, and
+        // what brings the application's answers to the tunnel although they go to the client's
+        // address.
         pod.netns.run(
             "sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.lo.route_localnet=1; \
              \
@@ -93,8 +94,8 @@ impl TunnelMesh {
         pod
     }
 
-    /// A pod that is prepared as by our watcher. Its kernel programs know the tunnel's flows by cgroup; here the
-    /// redirects leave 15008 and the last hop alone instead.
+    /// A pod that is prepared as by our watcher. Its kernel programs know the tunnel's flows by
+    /// cgroup; here the redirects leave 15008 and the last hop alone instead.
     pub fn prepared_by_watcher(&mut self, node: &str, name: &str) -> MeshPod {
         let pod = self.pod(node, name, true);
         pod.netns.run(

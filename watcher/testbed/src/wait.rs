@@ -5,8 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long [`wait_for`] waits. Long enough for a loaded machine and for an emulated one; a test that
-/// passes never waits that long.
+/// How long [`wait_for`] waits. Long enough for a loaded machine and for an emulated one; a test
+/// that passes never waits that long.
 pub const LIMIT: Duration = Duration::from_secs(30);
 
 /// The pause between two attempts.
@@ -53,8 +53,8 @@ pub fn wait_at_most<C: Condition>(limit: Duration, what: &str, look: impl FnMut(
     try_wait(limit, look).unwrap_or_else(|| panic!("waited {limit:?} in vain for {what}"))
 }
 
-/// The same; `None` when the condition does not hold within `limit`. For messages that need more than the
-/// name of the condition.
+/// The same; `None` when the condition does not hold within `limit`. For messages that need more
+/// than the name of the condition.
 pub fn try_wait<C: Condition>(limit: Duration, mut look: impl FnMut() -> C) -> Option<C::Value> {
     let deadline = Instant::now() + limit;
     loop {

@@ -1,7 +1,7 @@
 //! A node without a tunnel: one watcher, pods made of cgroups and netns, and [`FakeTunnel`]s.
 //!
-//! For what only the far end of ZDS can see or do: refuse a pod, answer late, hang up. Everything is removed
-//! on drop.
+//! For what only the far end of ZDS can see or do: refuse a pod, answer late, hang up. Everything
+//! is removed on drop.
 
 mod pod;
 
@@ -117,7 +117,8 @@ impl WatcherNode {
         number
     }
 
-    /// Replaces the pods file: the pods made so far, each labelled if `enrolled` says so, with `more` lines.
+    /// Replaces the pods file: the pods made so far, each labelled if `enrolled` says so, with
+    /// `more` lines.
     pub fn write_pods(&self, enrolled: &[bool], more: &str) {
         let mut text = "pods:\n".to_owned();
         for (number, (pod, enrolled)) in self.pods.iter().zip(enrolled).enumerate() {

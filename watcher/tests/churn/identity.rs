@@ -1,4 +1,5 @@
-//! A pod is who it proves to be, whoever had its address or visits its netns.
+//! A pod keeps its identity: another pod had its address before, or processes of others visit its
+//! netns.
 
 use super::*;
 
@@ -44,7 +45,8 @@ fn a_visit_to_another_pods_netns_changes_nothing() {
     node.wait_state(0, "open", "");
     node.wait_state(1, "open", "");
     let before = node.status()["pods"].clone();
-    // A process of the first pod enters the second one's netns, and one that never was anywhere else does.
+    // A process of the first pod enters the second one's netns, and one that never was anywhere
+    // else does.
     let enter = format!("nsenter --net=/run/netns/{} sleep 1000 & exec sleep 1000", networks[1]);
     let visitor = KillOnDrop(start_in(&networks[0], &dir(0).with_file_name("visitor"), &enter));
     let second = KillOnDrop(start_in(&networks[1], &dir(0).with_file_name("second"), "exec sleep 1000"));

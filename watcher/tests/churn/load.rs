@@ -77,7 +77,8 @@ fn killed_at_any_moment_the_watcher_comes_back_to_the_right_state() {
     let networks: Vec<Netns> = (0..pods).map(|number| network(&node, number)).collect();
     let _processes = start_each(&node, &networks, &uids);
     for round in 0..kills {
-        // Half of the pods change with every round, and the watcher dies somewhere in the middle of it.
+        // Half of the pods change with every round, and the watcher dies somewhere in the middle of
+        // it.
         publish(&node, &uids[round % 2 * pods / 2..][..pods / 2], true, "");
         node.start(&[]);
         let received = node.tunnel().take_all();
@@ -109,7 +110,8 @@ fn started_and_spent(pid: u64) -> (u64, u64) {
     let stat = fs::read_to_string("/proc/stat").expect("stat");
     let started = stat.lines().find_map(|line| line.strip_prefix("processes ")).expect("processes");
     let own = fs::read_to_string(format!("/proc/{pid}/stat")).expect("stat");
-    // What follows the name, which may hold anything: state, …; the 14th and 15th are user and system time.
+    // What follows the name, which may hold anything: state, …; the 14th and 15th are user and
+    // system time.
     let fields: Vec<&str> = own.rsplit_once(')').expect("a name").1.split_whitespace().collect();
     let ticks = |i: usize| fields[i].parse::<u64>().expect("ticks");
     (started.trim().parse().expect("a number"), ticks(11) + ticks(12))

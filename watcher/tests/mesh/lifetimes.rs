@@ -6,7 +6,7 @@ use super::*;
 #[ignore = "loads eBPF, needs root: make test"]
 fn the_label_comes_and_goes_under_load_without_a_failed_request() {
     let (mut cluster, client, server) = across_nodes();
-    // Not the service's address: outside the mesh nobody serves that here.
+    // Not the service's address: it leads nowhere outside the mesh.
     let url = format!("http://{}:8080/", server.v4);
     let requests = RequestLoop::start(&client, &url, &cluster.dir.path().join("loop"));
     for _ in 0..25 {
@@ -186,7 +186,8 @@ fn traces(cluster: &Cluster) -> Vec<String> {
             let output = pod.exec(&line.split(' ').collect::<Vec<_>>());
             // A question that fails would answer alike before and after.
             assert!(output.status.success(), "{line}: {}", text(&output));
-            // Link-local addresses and their routes come by themselves, some time after the interface.
+            // Link-local addresses and their routes come by themselves, some time after the
+            // interface.
             let text = text(&output);
             let lines = text.lines().filter(|line| !line.contains("fe80:"));
             seen.extend(lines.map(|entry| format!("{} {line}: {entry}", pod.name)));

@@ -48,7 +48,8 @@ fn an_unused_tunnel_is_closed_and_one_in_use_is_kept() {
     drop(greeted(&client, &server));
 }
 
-/// Twelve streams that nobody reads fill their windows, 4 MiB each: three times what a tunnel's window is in Istio's.
+/// Twelve streams that are not read fill their windows, 4 MiB each: three times what a tunnel's
+/// window is in Istio's.
 #[test]
 #[ignore = "needs root: make test"]
 fn streams_that_nobody_reads_do_not_touch_another_one_of_their_tunnel() {

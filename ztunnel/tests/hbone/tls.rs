@@ -22,7 +22,8 @@ fn peers_without_the_right_certificate_get_nowhere() {
     assert_eq!(probe.connect(&client, CLIENT, &server, &authority), Ok(StatusCode::OK));
 }
 
-/// A certificate from the mesh's CA, or one of nobody's, made by openssl: the file with key and certificate.
+/// A certificate from the mesh's CA, or one of nobody's, made by openssl: the file with key and
+/// certificate.
 fn foreign_certificate(mesh: &TunnelMesh, name: &str, identity: &str, by_our_ca: bool) -> std::path::PathBuf {
     let (folder, ca) = (mesh.dir.path(), mesh.ca_dir());
     let (file, ca) = (folder.join(format!("{name}.pem")), ca.join("root.pem"));
@@ -37,7 +38,8 @@ fn foreign_certificate(mesh: &TunnelMesh, name: &str, identity: &str, by_our_ca:
     file
 }
 
-/// What openssl's client gets on 15008 with these options: the head of the first HTTP/2 frame, or what it says.
+/// What openssl's client gets on 15008 with these options: the head of the first HTTP/2 frame, or
+/// what it says.
 fn s_client(client: &MeshPod, server: &MeshPod, options: &[&str]) -> Result<[u8; 9], String> {
     const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
     let mut child = Command::new("nsenter")

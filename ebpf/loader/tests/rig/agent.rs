@@ -1,7 +1,8 @@
-//! A process that opens, dials and accepts sockets in a cgroup and netns of its own, as the tests command.
+//! A process that opens, dials and accepts sockets in a cgroup and netns of its own, as the tests
+//! command.
 //!
-//! It is a helper (`testbed::helper`); commands and answers are lines on a socket pair, which is its
-//! standard input.
+//! It is a helper (`testbed::helper`); commands and answers are lines on a socket pair, which is
+//! its standard input.
 
 use std::{
     collections::HashMap,

@@ -17,7 +17,8 @@ pub fn dissolve(socket: BorrowedFd<'_>) -> io::Result<()> {
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// BPF_PROG_ATTACH (`attach`) or BPF_PROG_DETACH of `program` at `cgroup`, the old way and without BPF_F_ALLOW_MULTI.
+/// BPF_PROG_ATTACH (`attach`) or BPF_PROG_DETACH of `program` at `cgroup`, the old way and without
+/// BPF_F_ALLOW_MULTI.
 #[expect(unsafe_code, reason = "aya attaches by links only, which always allow others")]
 pub fn attach_alone(
     cgroup: BorrowedFd<'_>,
@@ -49,9 +50,10 @@ struct Load {
     attach: u32,
 }
 
-/// A foreign load balancer in eight instructions: whoever connects to the IPv4 address `service` reaches `endpoint`.
-/// Attached at `cgroup` by a link, as such programs are, until the returned descriptor is closed.
-#[expect(unsafe_code, reason = "a program that nobody here compiled: the raw system call")]
+/// A foreign load balancer in eight instructions: a connection to the IPv4 address `service`
+/// reaches `endpoint`. Attached at `cgroup` by a link, as such programs are, until the returned
+/// descriptor is closed.
+#[expect(unsafe_code, reason = "a program in machine code, which only the raw system call loads")]
 pub fn attach_balancer(
     cgroup: BorrowedFd<'_>,
     service: Ipv4Addr,
@@ -63,7 +65,8 @@ pub fn attach_balancer(
     let code = |opcode: u64, registers: u64, offset: u64, value: u64| {
         opcode | registers << 8 | offset << 16 | value << 32
     };
-    // Kernel: Documentation/bpf/standardization/instruction-set.rst. Registers: source << 4 | destination.
+    // Kernel: Documentation/bpf/standardization/instruction-set.rst. Registers: source << 4 |
+    // destination.
     let program = [
         code(0x61, 0x12, USER_IP4, 0),       // w2 = context.user_ip4
         code(0xb4, 0x03, 0, word(service)),  // w3 = service
@@ -88,8 +91,8 @@ pub fn attach_balancer(
         attach: CONNECT4,
     };
     let call = |command: i32, attr: *const u8, size: usize| {
-        // SAFETY: `attr` is the head of the kernel's union for `command` and `size` its size; what it points to
-        // outlives the call. The result is a descriptor of ours.
+        // SAFETY: `attr` is the head of the kernel's union for `command` and `size` its size; what
+        // it points to outlives the call. The result is a descriptor of ours.
         unsafe {
             match libc::syscall(libc::SYS_bpf, command, attr, size) {
                 -1 => Err(io::Error::last_os_error()),

@@ -6,7 +6,8 @@ use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
 };
 
-/// A CA, the server's and the administrator's certificates, and the key that signs tokens of service accounts.
+/// A CA, the server's and the administrator's certificates, and the key that signs tokens of
+/// service accounts.
 pub fn make_keys(dir: &Path) {
     let write = |name: &str, text: &str| fs::write(dir.join(name), text).expect(name);
     let mut params = CertificateParams::default();

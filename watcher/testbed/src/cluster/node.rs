@@ -92,7 +92,8 @@ impl ClusterNode {
         node
     }
 
-    /// Joins two nodes by a veth pair, `link0` at both ends, and routes each one's pods to the other.
+    /// Joins two nodes by a veth pair, `link0` at both ends, and routes each one's pods to the
+    /// other.
     pub fn join(a: &Self, b: &Self) {
         run(&format!("ip -n {} link add link0 type veth peer name link0 netns {}", a.netns, b.netns));
         for (here, there) in [(a, b), (b, a)] {
@@ -111,8 +112,8 @@ impl ClusterNode {
         self.cgroup.join("kubepods")
     }
 
-    /// Makes the node a container, as Kind's nodes are: pid, mount and cgroup namespaces of its own, the
-    /// last with its own mount of the tree. To be called before anything runs on it.
+    /// Makes the node a container, as Kind's nodes are: pid, mount and cgroup namespaces of its
+    /// own, the last with its own mount of the tree. To be called before anything runs on it.
     pub fn contain(&mut self, cgroup2: &Path) {
         // One tree is not mounted over itself.
         let script = "umount -l \"$0\" && mount -t cgroup2 cgroup2 \"$0\" && exec sleep infinity";

@@ -43,7 +43,8 @@ impl FakeAgent {
 
     /// Waits for the tunnel and returns its first packet.
     pub fn accept(&mut self) -> Vec<u8> {
-        // Closed on exec: while a program that a test starts held it, hanging up would have no effect.
+        // Closed on exec: while a program that a test starts held it, hanging up would have no
+        // effect.
         let fd = accept4(self.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC).expect("the tunnel connects");
         self.connection = Some(own(fd));
         setsockopt(self.connection.as_ref().expect("set"), sockopt::ReceiveTimeout, &time_value(LIMIT))
@@ -119,6 +120,6 @@ fn time_value(duration: Duration) -> TimeVal {
 
 #[expect(unsafe_code, reason = "nix's accept gives a bare number")]
 fn own(fd: RawFd) -> OwnedFd {
-    // SAFETY: accept(2) has just made it for us, and nobody else knows it.
+    // SAFETY: accept(2) has just made the descriptor for this process, and no other code knows it.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }

@@ -1,5 +1,5 @@
-//! A certificate service with Istio's protocol, in the netns of nodes. It signs every request and checks
-//! nothing. For tunnels that have no development CA of their own.
+//! A certificate service with Istio's protocol, in the netns of nodes. It signs every request and
+//! checks nothing. For tunnels that have no development CA of their own.
 
 use std::{fs, path::Path, time::Duration};
 

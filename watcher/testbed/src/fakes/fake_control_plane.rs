@@ -1,5 +1,5 @@
-//! A control plane that shares no code with the tunnel: the gRPC implementation of Python, with protobuf
-//! definitions written for it alone.
+//! A control plane that shares no code with the tunnel: the gRPC implementation of Python, with
+//! protobuf definitions written for it alone.
 
 use std::{
     io::{BufRead, BufReader, Write},
@@ -24,8 +24,8 @@ pub struct FakeControlPlane {
 }
 
 impl FakeControlPlane {
-    /// Starts it on `port` of loopback (0: a free one), with a certificate whose root is `xds-root.pem` in
-    /// `folder`.
+    /// Starts it on `port` of loopback (0: a free one), with a certificate whose root is
+    /// `xds-root.pem` in `folder`.
     pub fn start(folder: &Path, netns: &Netns, port: u64) -> Self {
         let python = cache().join("grpc/bin/python");
         assert!(python.exists(), "{} is missing: make setup", python.display());

@@ -50,8 +50,8 @@ pub struct FakeTunnel {
 }
 
 impl FakeTunnel {
-    /// Connects and says hello as a process in `cgroup`; `None`: as this process. Returns when the watcher
-    /// has looked up the cgroup of the process.
+    /// Connects and says hello as a process in `cgroup`; `None`: as this process. Returns when the
+    /// watcher has looked up the cgroup of the process.
     pub fn connect(zds: &Path, cgroup: Option<&Path>) -> Self {
         let connection = match cgroup {
             Some(cgroup) => Lent::new(cgroup, &format!("zds {}", zds.display())),
@@ -71,7 +71,8 @@ impl FakeTunnel {
         let mut buffer = [0; 2048];
         let mut control = cmsg_space!([RawFd; 4]);
         let mut parts = [IoSliceMut::new(&mut buffer)];
-        // Where a timeout is set, the kernel does not go on waiting by itself after an interruption (signal(7)).
+        // Where a timeout is set, the kernel does not go on waiting by itself after an interruption
+        // (signal(7)).
         let is_interrupted = |error: &io::Error| error.kind() == io::ErrorKind::Interrupted;
         while self
             .connection
@@ -173,8 +174,8 @@ pub(crate) fn serve(zds: &str) {
     give(greet(Path::new(zds)));
 }
 
-/// Connects and says hello. Returns when the watcher has sent its first message or has hung up, which it does
-/// after it has looked up the cgroup of this process.
+/// Connects and says hello. Returns when the watcher has sent its first message or has hung up,
+/// which it does after it has looked up the cgroup of this process.
 fn greet(zds: &Path) -> Socket {
     let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None).expect("socket");
     socket.connect(&SockAddr::unix(zds).expect("path")).expect("connect");

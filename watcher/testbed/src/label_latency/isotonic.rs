@@ -1,4 +1,5 @@
-//! From single connections at known times to the times by which pods have changed, by isotonic regression.
+//! From single connections at known times to the times by which pods have changed, by isotonic
+//! regression.
 
 use std::{
     hash::{BuildHasher as _, RandomState},
@@ -15,9 +16,9 @@ impl Samples {
         self.0.push((Duration::from_micros(after_micros.try_into().unwrap_or(u64::MAX)), is_new));
     }
 
-    /// From when on at least `share` of the connections are of the new kind; `None` if never. A pod that has
-    /// changed stays changed, so the share can only grow: this fits the likeliest monotone curve (isotonic
-    /// regression, by pooling neighbours that are out of order).
+    /// From when on at least `share` of the connections are of the new kind; `None` if never. A pod
+    /// that has changed stays changed, so the share can only grow: this fits the likeliest monotone
+    /// curve (isotonic regression, by pooling neighbours that are out of order).
     pub fn reached(&mut self, share: f64) -> Option<Duration> {
         self.0.sort_unstable();
         // Since when, how many, how many of them new.

@@ -14,8 +14,8 @@ use super::{LIMIT, micros, sleep_until};
 /// So many times the period lie between the connections of a probe that is not in a hurry.
 const AT_LEISURE: u32 = 10;
 
-/// Connects once, with the very first instructions of this process as it were, and prints how long that took
-/// in microseconds, and the kind of the connection.
+/// Connects once, with the very first instructions of this process as it were, and prints how long
+/// that took in microseconds, and the kind of the connection.
 pub(crate) fn connect_once(server: SocketAddr) {
     let began = Instant::now();
     let kind = match connect(server) {
@@ -25,8 +25,8 @@ pub(crate) fn connect_once(server: SocketAddr) {
     println!("{} {kind}", began.elapsed().as_micros());
 }
 
-/// Connects again and again, with pauses of `period` microseconds, and prints each change of kind and each
-/// failure, until the reader of its output hangs up.
+/// Connects again and again, with pauses of `period` microseconds, and prints each change of kind
+/// and each failure, until the reader of its output hangs up.
 pub(crate) fn talk(server: SocketAddr, period: u64) {
     let _ = until_unheard(server, Duration::from_micros(period));
 }
@@ -83,8 +83,8 @@ fn until_unheard(server: SocketAddr, period: Duration) -> io::Result<()> {
 }
 
 /// A connection, when it was there, and its kind. The port of the tunnel's connection may equal the
-/// application's by chance, once in thirty thousand times; so a kind other than `last` counts only when a
-/// second connection has it, too.
+/// application's by chance, once in thirty thousand times; so a kind other than `last` counts only
+/// when a second connection has it, too.
 fn connect_surely(server: SocketAddr, last: &str) -> io::Result<(u128, &'static str, TcpStream)> {
     let ((kind, stream), at) = (connect(server)?, micros());
     if kind == last {
