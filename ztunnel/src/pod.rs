@@ -1,14 +1,12 @@
 //! A pod that is served.
 
-use std::{io, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
+use adit_netns::Netns;
 use nix::net::if_::{Interface, if_nameindex};
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    identity::Identity,
-    socket::{self, Netns, NetnsId},
-};
+use crate::{identity::Identity, socket};
 
 /// Interval of the check whether a pod was deleted, while it has open connections.
 const LOOK_FOR_LINKS_EVERY: Duration = Duration::from_secs(5);
@@ -55,9 +53,4 @@ impl ServedPod {
 
 fn is_loopback(link: &Interface) -> bool {
     link.name().to_bytes() == b"lo"
-}
-
-/// The id of the netns behind `fd`.
-pub(crate) fn netns_id(fd: &OwnedFd) -> io::Result<NetnsId> {
-    Ok(Netns::new(fd.try_clone()?)?.id())
 }

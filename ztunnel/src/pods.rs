@@ -15,6 +15,7 @@ use std::{
     sync::Arc,
 };
 
+use adit_netns::{Netns, NetnsId};
 use serde_json::json;
 use tokio::{
     sync::watch,
@@ -29,8 +30,8 @@ use crate::{
     context::ProcessContext,
     dns::{Dns, sockets},
     identity::Identity,
-    pod::{PodInfo, ServedPod, netns_id},
-    socket::{self, Netns},
+    pod::{PodInfo, ServedPod},
+    socket,
     worker::{
         Workers,
         listeners::{self, ListenPort},
@@ -87,7 +88,7 @@ impl ServedPods {
     /// replaces the old one, whose connections finish. A failed start is retried until it works or
     /// the pod is removed.
     pub fn add(&mut self, uid: &str, info: PodInfo, netns: OwnedFd) -> io::Result<()> {
-        let id = netns_id(&netns)?;
+        let id = NetnsId::of(&netns)?;
         if self.running.get(uid).is_some_and(|pod| pod.netns.id() == id && pod.info == info) {
             return Ok(());
         }
@@ -175,7 +176,7 @@ impl ServedPods {
 
     /// Serves the tunnel's own pod, so that its metrics are available over HBONE and under policy.
     pub fn serve_own(&mut self, info: PodInfo) -> io::Result<()> {
-        let netns = Netns::new(File::open("/proc/thread-self/ns/net")?.into())?;
+        let netns = Netns::current()?;
         let metrics = self.process.config.stats_address.port();
         let pod = self.listen("own", info, netns, &[ListenPort::Hbone], Some(metrics))?;
         info!(pod.name = %pod.info.name, pod.namespace = %pod.info.namespace,

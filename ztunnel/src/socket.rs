@@ -4,15 +4,11 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
-    thread::LocalKey,
     time::Duration,
 };
 
-use nix::{
-    sched::{CloneFlags, setns},
-    sys::socket::{setsockopt, sockopt},
-};
+use adit_netns::Netns;
+use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
     net::{TcpSocket, TcpStream},
@@ -62,75 +58,6 @@ impl SocketOptions {
         socket.set_tcp_user_timeout(self.user_timeout)?;
         // Set on listeners too: accepted sockets inherit it.
         socket.set_tcp_nodelay(true)
-    }
-}
-
-/// A network namespace, kept alive by its file descriptor.
-#[derive(Debug)]
-pub struct Netns {
-    fd: OwnedFd,
-    id: NetnsId,
-}
-
-/// Device and inode of the nsfs file: equal for two descriptors exactly if the netns is the same.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct NetnsId(u64, u64);
-
-thread_local! {
-    /// The netns in which this thread started. Opened when the thread leaves it for the first time.
-    static HOME: io::Result<OwnedFd> = std::fs::File::open("/proc/thread-self/ns/net").map(OwnedFd::from);
-}
-
-/// Returns the thread to its own netns when dropped, also on panic.
-struct ReturnHome(&'static LocalKey<io::Result<OwnedFd>>);
-
-impl Drop for ReturnHome {
-    fn drop(&mut self) {
-        let back = self.0.with(|home| match home {
-            Ok(fd) => setns(fd, CloneFlags::CLONE_NEWNET).map_err(io::Error::from),
-            Err(error) => Err(copy(error)),
-        });
-        if let Err(error) = back {
-            // The thread would continue another pod's work in this pod's netns.
-            tracing::error!(%error, "cannot return from a pod's netns");
-            std::process::abort();
-        }
-    }
-}
-
-/// `io::Error` is not `Clone`; kind and text are enough here.
-fn copy(error: &io::Error) -> io::Error {
-    io::Error::new(error.kind(), error.to_string())
-}
-
-impl Netns {
-    pub fn new(fd: OwnedFd) -> io::Result<Self> {
-        let stat = nix::sys::stat::fstat(&fd)?;
-        Ok(Self { fd, id: NetnsId(stat.st_dev, stat.st_ino) })
-    }
-
-    /// The netns of the calling thread.
-    pub fn current() -> io::Result<Self> {
-        Self::new(std::fs::File::open("/proc/thread-self/ns/net")?.into())
-    }
-
-    pub fn id(&self) -> NetnsId {
-        self.id
-    }
-
-    /// Runs `action` with the calling thread in this netns. Sockets that it opens stay in the
-    /// netns; the thread returns. Not `async`, so nothing else can run on the thread meanwhile.
-    pub fn enter<T>(&self, action: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        HOME.with(|home| home.as_ref().map(|_| ()).map_err(copy))?;
-        setns(&self.fd, CloneFlags::CLONE_NEWNET)?;
-        let _home = ReturnHome(&HOME);
-        action()
-    }
-}
-
-impl AsFd for Netns {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
     }
 }
 
@@ -326,7 +253,7 @@ mod tests {
             std::process::Command::new("ip").args(arguments).status().unwrap().success()
         };
         std::thread::spawn(move || {
-            nix::sched::unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
             assert!(ip("link set lo up"));
             assert!(!mark_stays_local(0x539));
             assert!(ip("route add local default dev lo table 100") && ip("rule add fwmark 0x539 lookup 100"));
@@ -335,26 +262,5 @@ mod tests {
         })
         .join()
         .unwrap();
-    }
-
-    #[test]
-    #[ignore = "needs root: make test"]
-    fn a_panic_inside_a_netns_leaves_the_thread_at_home() {
-        let home = Netns::current().unwrap();
-        let other = std::thread::spawn(|| {
-            nix::sched::unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            Netns::current().unwrap()
-        })
-        .join()
-        .unwrap();
-        assert_ne!(other.id(), home.id());
-        let entered = std::panic::catch_unwind(|| {
-            other.enter::<()>(|| {
-                assert_eq!(Netns::current().unwrap().id(), other.id());
-                panic!("on purpose");
-            })
-        });
-        assert!(entered.is_err());
-        assert_eq!(Netns::current().unwrap().id(), home.id());
     }
 }

@@ -13,6 +13,7 @@ use std::{
     sync::Arc,
 };
 
+use adit_netns::NetnsId;
 use bytes::Bytes;
 use futures_util::{
     FutureExt,
@@ -30,7 +31,6 @@ use crate::{
     config,
     identity::{CertificateChain, Identity},
     metrics::PoolMetrics,
-    socket::NetnsId,
     stream::HboneStream,
 };
 

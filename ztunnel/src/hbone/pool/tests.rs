@@ -70,7 +70,7 @@ async fn serve(io: tokio::io::DuplexStream, server: Server) {
 
 fn key(source: &str) -> TunnelKey {
     let id = |name: &str| format!("spiffe://td/ns/a/sa/{name}").parse().unwrap();
-    let netns = crate::socket::Netns::current().unwrap().id();
+    let netns = adit_netns::Netns::current().unwrap().id();
     TunnelKey {
         source: id(source),
         expected: vec![id("server")],
