@@ -1,11 +1,11 @@
 //! Follows one connection from accept to close.
 //!
-//! * [`outbound`]: what an application of a served pod dials
-//! * [`inbound`]: what comes to a served pod through a peer's tunnel
-//! * [`inbound_plain`]: what comes to a served pod as it is
+//! * [`outbound`]: connections that an application of a served pod makes
+//! * [`inbound`]: connections to a served pod through a peer's tunnel
+//! * [`inbound_plain`]: plaintext connections to a served pod
 //! * `admission`: whether a client may reach a pod, and for how long
 //! * `application`: dials the application of a pod
-//! * [`error`]: why a connection did not come to be, or broke
+//! * [`error`]: why a connection failed
 
 mod admission;
 mod application;

@@ -1,4 +1,4 @@
-//! What a connection is given: the process, its worker, and itself.
+//! The handles that a connection needs: those of the process, of its worker, and its own.
 
 use std::{net::SocketAddr, rc::Rc, sync::Arc};
 
@@ -16,7 +16,7 @@ use crate::{
     socket,
 };
 
-/// What all workers and the control runtime see.
+/// Handles that all workers and the control runtime share.
 #[derive(Debug)]
 pub struct ProcessContext {
     pub config: Arc<Config>,
@@ -24,7 +24,7 @@ pub struct ProcessContext {
     pub certificates: Arc<Certificates>,
     pub revocations: Arc<Revocations>,
     pub metrics: Arc<Metrics>,
-    /// Where the mesh is asked for piece by piece.
+    /// Set if the mesh is known on demand (`xds.on_demand`).
     pub demand: Option<Demand>,
     /// As configured; a pod may need it otherwise.
     pub socket: socket::SocketOptions,

@@ -24,7 +24,7 @@ pub struct InboundConnection<'a> {
     pub destination: SocketAddr,
 }
 
-/// Why a connection may not be.
+/// Why a connection is denied.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Denied {
     #[error("explicitly denied by: {0}")]
@@ -70,8 +70,8 @@ fn decide(policies: &[&Arc<Policy>], facts: &Facts<'_>) -> Result<(), Denied> {
     Err(Denied::NotAllowed)
 }
 
-/// Those of everybody, those of the workload's namespace, and those that it names. One that it names and nobody
-/// knows is skipped, as in Istio's tunnel; it may have been deleted in between.
+/// The policies of the whole mesh, of the workload's namespace, and those that the workload names.
+/// A named policy that is unknown is skipped, as in Istio's tunnel: it may have been deleted since.
 fn protecting<'a>(mesh: &'a Mesh, workload: &Workload) -> Vec<&'a Arc<Policy>> {
     let named = workload.policies.iter().filter_map(|key| {
         let policy = mesh.policy(key);

@@ -1,4 +1,4 @@
-//! What remains of a connection: one access record at its end, and the counters.
+//! The access record of a connection, written once at its end, and its counters.
 //!
 //! * `ends`: both ends of it
 //! * `live`: what it carries while it is open

@@ -23,12 +23,13 @@ use crate::{
     reason::FailureReason,
 };
 
-/// What becomes of an outbound connection.
+/// Where an outbound connection goes.
 #[derive(Clone, Debug)]
 pub struct OutboundRoute {
     /// What the application addressed, if it was a service.
     pub service: Option<Arc<Service>>,
-    /// Who answers us: the endpoint, or who stands before it. `None`: nobody of the mesh.
+    /// The workload that the connection is made to: the endpoint, or a waypoint or gateway before it.
+    /// `None`: a destination outside of the mesh.
     pub workload: Option<Arc<Workload>>,
     /// The workload's address and target port, or the original destination.
     pub target: SocketAddr,
@@ -46,7 +47,7 @@ pub enum Via {
         expected: Vec<Identity>,
     },
     /// Into another network: a tunnel to its gateway at `peer`, and within it one to an endpoint of the gateway's
-    /// choice, which must prove to be one of `inner_expected`. Both are asked for `authority`.
+    /// choice, which must prove to be one of `inner_expected`. Both are requested for `authority`.
     Gateway {
         peer: SocketAddr,
         authority: String,
@@ -55,14 +56,14 @@ pub enum Via {
     },
 }
 
-/// Where a connection goes, or who must be found first.
+/// Where a connection goes, or which endpoint must be resolved first.
 #[derive(Clone, Debug)]
 pub enum OutboundDecision {
     Route(OutboundRoute),
     Unlocated(Unlocated),
 }
 
-/// An endpoint whose address is known to its host name alone.
+/// An endpoint that has a host name and no address.
 #[derive(Clone, Debug)]
 pub struct Unlocated {
     pub hostname: Arc<str>,
@@ -88,7 +89,7 @@ impl Unlocated {
     }
 }
 
-/// Why there is no way.
+/// Why there is no route.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RouteError {
     #[error("no healthy upstream: {service}")]
@@ -121,11 +122,11 @@ impl RouteError {
 /// Follows `original`, the address that an application of `source` dialled. First rule that holds wins:
 ///
 /// 1. it is a service's that `source` may know:
-///    a. with a waypoint that `source` is not itself: there, asked for `original`
+///    a. with a waypoint that `source` is not itself: there, requesting `original`
 ///    b. that is passed through: as if it were no service's
 ///    c. else: the endpoint that load balancing chooses, or an error
 /// 2. it is a workload's: there, through its waypoint if it has one that `source` is not itself
-/// 3. it is nobody's: straight there
+/// 3. it is unknown: straight there
 pub fn outbound(
     mesh: &MeshView<'_>,
     source: &Workload,
@@ -196,7 +197,7 @@ fn to_service_waypoint(
     Ok(Some(route))
 }
 
-/// A waypoint is asked for what was dialled: choosing the endpoint is its work.
+/// The request to a waypoint names what was dialled: the waypoint chooses the endpoint.
 fn to_waypoint(
     mesh: &MeshView<'_>,
     source: &Workload,
@@ -259,7 +260,7 @@ fn to_service(
 enum Reach<'a> {
     /// At an address of our network, of the dialled family if it has one.
     Here(SocketAddr),
-    /// In our network, at an address that its host name tells.
+    /// In our network, at the address of its host name.
     Named(&'a Arc<str>, u16),
     /// In another network. What addresses it has there are of no use here.
     Beyond(&'a GatewayAddress),
@@ -285,7 +286,7 @@ impl<'a> Reach<'a> {
     }
 }
 
-/// Addresses mean nothing beyond the gateway, so both tunnels are asked for the service's name.
+/// Addresses mean nothing beyond the gateway, so both requests name the service.
 fn to_gateway(
     mesh: &MeshView<'_>,
     source: &Workload,

@@ -1,4 +1,4 @@
-//! Why a connection did not come to be, or broke.
+//! Why a connection failed.
 
 use std::{io, net::IpAddr, sync::Arc};
 
@@ -17,7 +17,7 @@ use crate::{
     workload_lookup::UnknownWorkload,
 };
 
-/// Why an outbound connection did not come to be, or broke.
+/// Why an outbound connection failed.
 #[derive(Debug, thiserror::Error)]
 pub enum OutboundError {
     #[error("cannot tell what was dialled")]
@@ -67,7 +67,7 @@ impl ConnectionFailure for OutboundError {
     }
 }
 
-/// Why an inbound connection did not come to be, or broke.
+/// Why an inbound connection failed.
 #[derive(Debug, thiserror::Error)]
 pub enum InboundError {
     #[error("no certificate to answer with")]

@@ -96,10 +96,10 @@ pub async fn serve(accepted: Accepted) {
     }
 }
 
-/// What a CONNECT is about, once it is known to be right.
+/// A CONNECT request that passed all checks.
 struct Admitted {
     workload: Arc<Workload>,
-    /// Who asks, for labels.
+    /// The client, for labels.
     source: Option<Arc<Workload>>,
     delivery: Delivery,
 }
@@ -215,7 +215,7 @@ async fn carry(
     }
 }
 
-/// The application, told by a PROXY header about the client if it wants that.
+/// Connects to the application, and sends it a PROXY header if it wants one.
 async fn dial(tunnel: &InboundTunnel, delivery: &Delivery) -> io::Result<TcpStream> {
     let process = &tunnel.worker.process;
     let (dial, requested) = match delivery.to {

@@ -1,5 +1,5 @@
-//! Follows one connection that comes to a served pod as it is, without a tunnel: port 15006. Policy holds here
-//! too, only that nobody is proven to be anybody.
+//! Follows one plaintext connection to a served pod: port 15006. Policy holds here too, but the
+//! client has no proven identity.
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 

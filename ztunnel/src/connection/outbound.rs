@@ -136,7 +136,7 @@ async fn hbone(
     }
 }
 
-/// Capture accepted the connection before anybody could ask the destination: now it is reset.
+/// The connection was accepted before the destination was known to be reachable: reset it.
 fn refuse(accepted: Accepted, error: OutboundError) -> Result<(), OutboundError> {
     socket::reset(accepted.stream);
     Err(error)

@@ -63,7 +63,7 @@ impl LiveConnection for OpenConnection {
     fn count(&self) {
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         let (sent, received) = self.counters.totals();
-        // Istio's metrics are told from the server's side, its logs from the client's.
+        // Istio counts metrics from the server's side, and logs from the client's.
         self.traffic.received.inc_by(sent - counted.0);
         self.traffic.sent.inc_by(received - counted.1);
         *counted = (sent, received);

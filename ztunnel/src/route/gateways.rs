@@ -24,9 +24,9 @@ pub(super) struct Gateway {
 /// Where a tunnel's end may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Within {
-    /// Where the client is: an address of another network means somebody else here, or nobody.
+    /// In the client's network: the same address in another network is another workload.
     OwnNetwork,
-    /// What leads into a network is of that network.
+    /// Anywhere: a gateway into a network belongs to that network.
     AnyNetwork,
 }
 

@@ -28,7 +28,7 @@ pub(super) struct Delivery {
 pub(super) enum Handover {
     /// Dialled at the target, from the client's address if that is kept.
     Plain,
-    /// Dialled at `dial`, and told by a PROXY header that the client went to `requested`.
+    /// Dialled at `dial`, with a PROXY header that names `requested` as the client's destination.
     Proxy { dial: SocketAddr, requested: SocketAddr },
 }
 

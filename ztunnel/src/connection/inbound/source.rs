@@ -1,4 +1,4 @@
-//! Who asks, for labels. Never for policy, which goes by certificate and address alone.
+//! Which workload the client is, for labels. Policy uses only certificate and address.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -17,8 +17,8 @@ pub(super) struct Peer<'a> {
     pub identity: Option<&'a Identity>,
 }
 
-/// By address, unless the request came from another network (`x-forwarded-network`), where that address is the
-/// gateway's: then the client's own word, if that is `believed`, is all there is.
+/// Finds the client by its address. A request from another network (`x-forwarded-network`) has the
+/// gateway's address: then the client's own baggage counts, if it is `believed`.
 pub(super) fn source(
     mesh: &MeshView<'_>,
     workload: &Workload,

@@ -23,14 +23,14 @@ use crate::{
     stream::{HboneStream, StreamError},
 };
 
-/// The tunnel to go through: who must be at its end, and what to ask for there.
+/// The tunnel to use: who must be at its end, and which authority to request there.
 pub(super) struct PeerTarget<'a> {
     pub peer: SocketAddr,
     pub authority: &'a str,
     pub expected: &'a [Identity],
 }
 
-/// What the access record says of both ends.
+/// Both ends, for the access record.
 pub(super) fn ends(accepted: &Accepted, source: &Arc<Workload>, route: &OutboundRoute) -> ConnectionEnds {
     let mut ends = ConnectionEnds::new(Direction::Outbound, accepted.client, route.target);
     ends.source_workload = Some(Arc::clone(source));
@@ -92,10 +92,10 @@ pub(super) async fn open_stream(
     Ok((stream, lease))
 }
 
-/// How long the streams of a tunnel that must end have to end by themselves.
+/// How long the streams of a revoked tunnel may take to end by themselves.
 const STREAM_GRACE: Duration = Duration::from_millis(50);
 
-/// A tunnel that ends when a certificate of its peer is revoked.
+/// Makes the tunnel end when a certificate of its peer is revoked.
 fn end_when_revoked(
     process: Arc<ProcessContext>,
     peer: SocketAddr,
@@ -127,7 +127,7 @@ fn end_when_revoked(
     Ok(tunnel)
 }
 
-/// Connections of clients are cut for one reason only.
+/// A client's stream is cut only because its peer's certificate was revoked.
 pub(super) fn revoked_if_cut(error: StreamError, peer: SocketAddr) -> OutboundError {
     match error {
         StreamError::Cut => Arc::new(ConnectError::Revoked { peer }).into(),
