@@ -16,49 +16,96 @@
 //! ```
 //!
 //! An entry that cannot be read is an [`Entry::Bad`], so that it does not take the others with it. A file
-//! that is no YAML, or has a wrong key outside the entries, is refused as a whole.
+//! that is not YAML, or has a wrong key outside the entries, is rejected as a whole.
 
 use std::{
-    collections::BTreeMap,
-    fmt::Write as _,
     io,
     path::{Component, Path, PathBuf},
     sync::Arc,
 };
 
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::{
-    model::{
-        exclusions::{self, Exclusions},
-        pod::{BadEntry, Entry, Pod},
+    model::pod::{BadEntry, Entry, Pod},
+    source::{
+        MAX_NAMES,
+        options::{InvalidOption, OPTIONS},
     },
-    source::{MAX_NAMES, selection},
 };
 
-const KEYS: [&str; 12] = [
-    "uid",
-    "name",
-    "namespace",
-    "serviceAccount",
-    "cgroup",
-    "labels",
-    "addresses",
-    "failMode",
-    "dnsCapture",
-    "excludeOutboundPorts",
-    "excludeOutboundCidrs",
-    "excludeInboundPorts",
-];
-
-/// Why a file was refused as a whole.
+/// Why the file as a whole cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PodsFileError {
+    /// It cannot be read.
     #[error("cannot read {path}")]
-    Read { path: PathBuf, source: io::Error },
-    #[error("{path}: {problem}")]
-    Parse { path: PathBuf, problem: String },
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It can be read, and has no list of pods.
+    #[error("{path}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: InvalidPodsFile,
+    },
+}
+
+/// What is wrong with the text of a pods file.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidPodsFile {
+    /// A writer that truncates before it writes would otherwise un-enrol every pod for a moment.
+    #[error("the file is empty, expected the key `pods` (`pods: []` for none)")]
+    Empty,
+    /// It is not YAML, or has a wrong key outside the entries.
+    #[error("{0}")]
+    Syntax(String),
+}
+
+/// Why one entry of the file cannot be used.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidEntry {
+    /// It is no map.
+    #[error("expected the keys of a pod")]
+    NotAPod,
+    /// A value is not of its kind.
+    #[error(transparent)]
+    Option(#[from] InvalidOption),
+    /// A key that no option has.
+    #[error("{key}: unknown key, expected one of {}", known_keys())]
+    UnknownKey {
+        /// The first such key.
+        key: String,
+    },
+    /// A key that every entry needs.
+    #[error("{key}: missing or empty")]
+    Missing {
+        /// Which.
+        key: &'static str,
+    },
+    /// The names would not fit into a message to the tunnel.
+    #[error("uid, name, namespace and serviceAccount have {bytes} bytes, at most {MAX_NAMES} fit")]
+    NamesTooLong {
+        /// All together.
+        bytes: usize,
+    },
+    /// The cgroup is not one of the cgroup2 tree.
+    #[error("cgroup: \"{}\" is not below the cgroup2 root {}", given.display(), root.display())]
+    CgroupOutside {
+        /// As the entry has it.
+        given: PathBuf,
+        /// Where cgroup2 is mounted.
+        root: PathBuf,
+    },
+}
+
+fn known_keys() -> String {
+    OPTIONS.iter().map(|option| option.key).collect::<Vec<_>>().join(", ")
 }
 
 #[derive(Deserialize)]
@@ -68,121 +115,81 @@ struct FileSection {
 }
 
 /// Reads `path`; relative cgroups are below `cgroup_root`.
+///
+/// # Errors
+/// The file cannot be read, or is rejected as a whole.
 pub fn read(path: &Path, cgroup_root: &Path) -> Result<Vec<Entry>, PodsFileError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| PodsFileError::Read { path: path.to_owned(), source })?;
-    parse(&text, cgroup_root).map_err(|problem| PodsFileError::Parse { path: path.to_owned(), problem })
+    let path_buf = || path.to_owned();
+    let text =
+        std::fs::read_to_string(path).map_err(|source| PodsFileError::Read { path: path_buf(), source })?;
+    parse(&text, cgroup_root).map_err(|source| PodsFileError::Parse { path: path_buf(), source })
 }
 
-/// Reads the text of a pods file.
-pub fn parse(text: &str, cgroup_root: &Path) -> Result<Vec<Entry>, String> {
+/// Reads the text of a pods file. An entry that cannot be used is an [`Entry::Bad`].
+///
+/// # Errors
+/// The text is rejected as a whole.
+pub fn parse(text: &str, cgroup_root: &Path) -> Result<Vec<Entry>, InvalidPodsFile> {
     if text.trim().is_empty() {
-        // A writer that truncates before it writes would otherwise un-enrol every pod for a moment.
-        return Err("the file is empty, expected the key `pods` (`pods: []` for none)".to_owned());
+        return Err(InvalidPodsFile::Empty);
     }
-    // `y`, `n` and `on` are names that a pod may have, not booleans (as they are in YAML 1.1).
+    // `y`, `n` and `on` are names that a pod may have, not booleans (which they are in YAML 1.1).
     let options = serde_saphyr::options! { strict_booleans: true };
-    let file: FileSection =
-        serde_saphyr::from_str_with_options(text, options).map_err(|error| first_line(&error.to_string()))?;
+    let file: FileSection = serde_saphyr::from_str_with_options(text, options)
+        .map_err(|error| InvalidPodsFile::Syntax(first_line(&error.to_string())))?;
     let pods = file.pods.unwrap_or_default();
-    Ok(pods.into_iter().enumerate().map(|(index, value)| entry(index, value, cgroup_root)).collect())
+    Ok(pods.into_iter().enumerate().map(|(index, value)| entry(index, &value, cgroup_root)).collect())
 }
 
 fn first_line(text: &str) -> String {
     text.lines().next().unwrap_or_default().to_owned()
 }
 
-fn entry(index: usize, value: Value, cgroup_root: &Path) -> Entry {
-    let Value::Object(mut keys) = value else {
-        let problem = "expected the keys of a pod".to_owned();
-        return Entry::Bad(BadEntry { index: Some(index), uid: None, name: None, problem });
-    };
-    let text_of = |key| keys.get(key).and_then(Value::as_str).map(str::to_owned);
-    let (uid, name) = (text_of("uid"), text_of("name"));
-    match pod(&mut keys, cgroup_root) {
+fn entry(index: usize, value: &Value, cgroup_root: &Path) -> Entry {
+    let text_of = |key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
+    let read = value.as_object().ok_or(InvalidEntry::NotAPod).and_then(|keys| pod(keys, cgroup_root));
+    match read {
         Ok(pod) => Entry::Pod(Arc::new(pod)),
-        Err(problem) => Entry::Bad(BadEntry { index: Some(index), uid, name, problem }),
+        Err(error) => Entry::Bad(BadEntry {
+            index: Some(index),
+            uid: text_of("uid"),
+            name: text_of("name"),
+            problem: error.to_string(),
+        }),
     }
 }
 
-fn pod(keys: &mut Map<String, Value>, cgroup_root: &Path) -> Result<Pod, String> {
-    let mut notes = Vec::new();
-    let exclusions = Exclusions {
-        outbound_ports: ports(keys, "excludeOutboundPorts", &mut notes),
-        outbound_cidrs: keys
-            .remove("excludeOutboundCidrs")
-            .map(|value| exclusions::cidrs("excludeOutboundCidrs", &value, &mut notes))
-            .unwrap_or_default(),
-        inbound_ports: ports(keys, "excludeInboundPorts", &mut notes),
-    };
-    let pod = Pod {
-        uid: required(keys, "uid")?,
-        name: required(keys, "name")?,
-        namespace: text(keys, "namespace")?.unwrap_or_else(|| "default".to_owned()),
-        service_account: text(keys, "serviceAccount")?.unwrap_or_else(|| "default".to_owned()),
-        cgroup: text(keys, "cgroup")?.map(|given| cgroup(&given, cgroup_root)).transpose()?,
-        selection: selection::by_labels(
-            &take::<BTreeMap<String, String>>(keys, "labels")?.unwrap_or_default(),
-        ),
-        fail_mode: take(keys, "failMode")?,
-        dns_capture: take(keys, "dnsCapture")?,
-        addresses: take(keys, "addresses")?.unwrap_or_default(),
-        exclusions,
-        notes,
-    };
-    if let Some(key) = keys.keys().next() {
-        let mut problem = format!("{key}: unknown key, expected one of");
-        for (i, known) in KEYS.iter().enumerate() {
-            let _ = write!(problem, "{} {known}", if i == 0 { "" } else { "," });
+fn pod(keys: &Map<String, Value>, cgroup_root: &Path) -> Result<Pod, InvalidEntry> {
+    let mut pod =
+        Pod { namespace: "default".to_owned(), service_account: "default".to_owned(), ..Pod::default() };
+    for option in OPTIONS {
+        option.set(&mut pod, option.key, keys.get(option.key).unwrap_or(&Value::Null))?;
+    }
+    if let Some(key) = keys.keys().find(|key| OPTIONS.iter().all(|option| option.key != *key)) {
+        return Err(InvalidEntry::UnknownKey { key: key.clone() });
+    }
+    for (key, value) in [("uid", &pod.uid), ("name", &pod.name)] {
+        if value.is_empty() {
+            return Err(InvalidEntry::Missing { key });
         }
-        return Err(problem);
     }
-    let names = pod.uid.len() + pod.name.len() + pod.namespace.len() + pod.service_account.len();
-    if names > MAX_NAMES {
-        return Err(format!(
-            "uid, name, namespace and serviceAccount have {names} bytes, at most {MAX_NAMES} fit"
-        ));
+    let names = [&pod.uid, &pod.name, &pod.namespace, &pod.service_account];
+    let bytes = names.map(String::len).iter().sum();
+    if bytes > MAX_NAMES {
+        return Err(InvalidEntry::NamesTooLong { bytes });
     }
+    pod.cgroup = pod.cgroup.map(|given| below(given, cgroup_root)).transpose()?;
     Ok(pod)
 }
 
-fn ports(
-    keys: &mut Map<String, Value>,
-    key: &str,
-    notes: &mut Vec<String>,
-) -> std::collections::BTreeSet<u16> {
-    keys.remove(key).map(|value| exclusions::ports(key, &value, notes)).unwrap_or_default()
-}
-
-fn take<T: DeserializeOwned>(keys: &mut Map<String, Value>, key: &str) -> Result<Option<T>, String> {
-    match keys.remove(key) {
-        None | Some(Value::Null) => Ok(None),
-        Some(value) => serde_json::from_value(value).map(Some).map_err(|error| format!("{key}: {error}")),
-    }
-}
-
-/// A text; a number is taken as its digits, since YAML reads an unquoted uid of digits as a number.
-fn text(keys: &mut Map<String, Value>, key: &str) -> Result<Option<String>, String> {
-    if let Some(Value::Number(number)) = keys.get(key) {
-        let digits = number.to_string();
-        keys.remove(key);
-        return Ok(Some(digits));
-    }
-    take(keys, key)
-}
-
-fn required(keys: &mut Map<String, Value>, key: &str) -> Result<String, String> {
-    text(keys, key)?.filter(|text| !text.is_empty()).ok_or_else(|| format!("{key}: missing or empty"))
-}
-
-fn cgroup(given: &str, root: &Path) -> Result<PathBuf, String> {
-    // `join` takes an absolute path as it is.
-    let path: PathBuf = root.join(given).components().collect();
+fn below(given: PathBuf, root: &Path) -> Result<PathBuf, InvalidEntry> {
+    // `join` takes an absolute path unchanged.
+    let path: PathBuf = root.join(&given).components().collect();
     let plain = path.components().all(|part| part != Component::ParentDir);
     if plain && path != root && path.starts_with(root) {
         Ok(path)
     } else {
-        Err(format!("cgroup: \"{given}\" is not below the cgroup2 root {}", root.display()))
+        Err(InvalidEntry::CgroupOutside { given, root: root.to_owned() })
     }
 }
 
@@ -236,8 +243,11 @@ pods:
             ("{uid: b, name: bad, cgroup: /elsewhere}", "not below"),
             ("{uid: b, name: bad, cgroup: ../up}", "not below"),
             ("{uid: b, name: bad, cgroup: /sys/fs/cgroup/unified}", "not below"),
-            ("{uid: b, name: bad, cgroup: c, failMode: half}", "failMode: unknown variant"),
-            ("{uid: b, name: bad, cgroup: c, labels: [1]}", "labels: invalid type"),
+            (
+                "{uid: b, name: bad, cgroup: c, failMode: half}",
+                r#"failMode: "half" is not valid, expected closed or open"#,
+            ),
+            ("{uid: b, name: bad, cgroup: c, labels: [1]}", r#"labels: "[1]" is not valid"#),
             ("{uid: b, name: bad, cgroup: c, addresses: [10.0.0]}", "addresses:"),
         ] {
             let text = format!("pods:\n- {bad}\n- {{uid: g, name: good, cgroup: g}}\n");

@@ -11,31 +11,18 @@ use k8s_openapi::api::core::v1 as api;
 use serde_json::Value;
 
 use crate::{
-    model::{
-        exclusions::{self, Exclusions},
-        pod::{BadEntry, FailMode, Pod, Selection},
-    },
+    model::pod::{BadEntry, Pod},
     source::{
         MAX_NAMES,
+        options::{ANNOTATION_PREFIX, OPTIONS, own_annotations},
         selection::{self, Asks, Mode},
     },
 };
 
-/// Before the names of our annotations.
-pub const PREFIX: &str = "ambient.adit.dev/";
 /// Where the result is written, as Istio's agent does.
 pub const REDIRECTION: &str = "ambient.istio.io/redirection";
 pub const REDIRECTION_ENABLED: &str = "enabled";
 
-const FAIL_MODE: &str = "ambient.adit.dev/fail-mode";
-const DNS_CAPTURE: &str = "ambient.adit.dev/dns-capture";
-const OUTBOUND_PORTS: &str = "ambient.adit.dev/exclude-outbound-ports";
-const OUTBOUND_CIDRS: &str = "ambient.adit.dev/exclude-outbound-cidrs";
-const INBOUND_PORTS: &str = "ambient.adit.dev/exclude-inbound-ports";
-const OURS: [&str; 5] = [FAIL_MODE, DNS_CAPTURE, OUTBOUND_PORTS, OUTBOUND_CIDRS, INBOUND_PORTS];
-
-/// Istio's name of the same wish.
-const ISTIO_DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
 /// Set by Istio's injector on every pod that it gave a sidecar.
 const SIDECAR_STATUS: &str = "sidecar.istio.io/status";
 /// A static pod is shown by the API as its mirror, with an uid of its own. The kubelet names its cgroup by
@@ -93,23 +80,9 @@ pub fn read(given: &api::Pod, rules: &Rules) -> Option<Result<Seen, BadEntry>> {
         return Some(Err(BadEntry { index: None, uid: Some(uid), name: Some(name), problem }));
     }
 
-    let mut notes = Vec::new();
-    let pod = Pod {
-        uid,
-        name,
-        namespace,
-        service_account,
-        cgroup: None,
-        selection: Selection::Plain,
-        fail_mode: fail_mode(annotations, &mut notes),
-        dns_capture: dns_capture(annotations, &mut notes),
-        addresses: addresses(given, &mut notes),
-        exclusions: exclusions(annotations, &mut notes),
-        notes: Vec::new(),
-    };
-    for key in annotations.keys().filter(|key| key.starts_with(PREFIX) && !OURS.contains(&key.as_str())) {
-        notes.push(format!("{key}: unknown annotation ignored, expected one of {}", OURS.join(", ")));
-    }
+    let mut pod = Pod { uid, name, namespace, service_account, ..Pod::default() };
+    pod.addresses = addresses(given, &mut pod.notes);
+    set_options(&mut pod, annotations);
     Some(Ok(Seen {
         api_uid,
         created: meta.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
@@ -117,7 +90,7 @@ pub fn read(given: &api::Pod, rules: &Rules) -> Option<Result<Seen, BadEntry>> {
         host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),
         sidecar: sidecar(given, annotations, rules),
         marked: annotations.get(REDIRECTION).is_some_and(|value| value == REDIRECTION_ENABLED),
-        pod: Pod { notes, ..pod },
+        pod,
     }))
 }
 
@@ -180,48 +153,29 @@ fn sidecar(given: &api::Pod, annotations: &BTreeMap<String, String>, rules: &Rul
         .map(|container| format!("it has the container {}", container.name))
 }
 
-fn fail_mode(annotations: &BTreeMap<String, String>, notes: &mut Vec<String>) -> Option<FailMode> {
-    let text = annotations.get(FAIL_MODE)?;
-    match text.trim() {
-        "closed" => Some(FailMode::Closed),
-        "open" => Some(FailMode::Open),
-        _ => {
-            notes.push(format!("{FAIL_MODE}: \"{}\" ignored, expected closed or open", short(text)));
-            None
+/// Sets what the annotations say; what they say wrong becomes a note.
+fn set_options(pod: &mut Pod, annotations: &BTreeMap<String, String>) {
+    for option in OPTIONS {
+        if let Some((name, text)) = option.annotation(annotations)
+            && let Err(invalid) = option.set(pod, name, &Value::String(text.clone()))
+        {
+            pod.notes.push(invalid.ignored());
         }
     }
-}
-
-fn dns_capture(annotations: &BTreeMap<String, String>, notes: &mut Vec<String>) -> Option<bool> {
-    let key = [DNS_CAPTURE, ISTIO_DNS_CAPTURE].into_iter().find(|key| annotations.contains_key(*key))?;
-    let text = &annotations[key];
-    match text.trim() {
-        "true" => Some(true),
-        "false" => Some(false),
-        _ => {
-            notes.push(format!("{key}: \"{}\" ignored, expected true or false", short(text)));
-            None
-        }
+    let unknown = annotations
+        .keys()
+        .filter(|key| key.starts_with(ANNOTATION_PREFIX) && own_annotations().all(|own| own != *key));
+    for key in unknown {
+        let known: Vec<&str> = own_annotations().collect();
+        pod.notes.push(format!("{key}: unknown annotation ignored, expected one of {}", known.join(", ")));
     }
-}
-
-fn exclusions(annotations: &BTreeMap<String, String>, notes: &mut Vec<String>) -> Exclusions {
-    let value = |key| annotations.get(key).map_or(Value::Null, |text| Value::String(text.clone()));
-    Exclusions {
-        outbound_ports: exclusions::ports(OUTBOUND_PORTS, &value(OUTBOUND_PORTS), notes),
-        outbound_cidrs: exclusions::cidrs(OUTBOUND_CIDRS, &value(OUTBOUND_CIDRS), notes),
-        inbound_ports: exclusions::ports(INBOUND_PORTS, &value(INBOUND_PORTS), notes),
-    }
-}
-
-/// As much of a text as a message needs.
-fn short(text: &str) -> String {
-    text.chars().take(40).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+
+    use crate::model::pod::FailMode;
 
     use super::*;
 

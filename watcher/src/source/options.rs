@@ -1,0 +1,225 @@
+//! Everything that can be set for a pod, in one table: the key in the pods file, the annotations that
+//! mean the same, how the value is read, and what it is for.
+//!
+//! To add an option, add a row to [`OPTIONS`] and a field to [`Pod`]. Both sources, the checks for
+//! unknown keys and the tables in `docs/configuration.md` follow from the row.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::PathBuf,
+};
+
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::model::{
+    exclusions,
+    pod::{FailMode, Pod},
+};
+
+use super::selection;
+
+/// What the names of our annotations begin with.
+pub const ANNOTATION_PREFIX: &str = "ambient.adit.dev/";
+
+/// One option of a pod.
+#[derive(Debug)]
+pub struct PodOption {
+    /// Its key in an entry of the pods file.
+    pub key: &'static str,
+    /// The annotations that set it; the first that a pod has counts. None: the API has a field for it.
+    pub annotations: &'static [&'static str],
+    /// What a value may be, for messages and the documentation.
+    pub expected: &'static str,
+    /// A value as an annotation has it; for an option without annotations, as the pods file has it.
+    pub example: &'static str,
+    /// What holds where it is not set.
+    pub default: &'static str,
+    /// What it is for.
+    pub about: &'static str,
+    read: fn(&mut Pod, &Given<'_>) -> Option<()>,
+}
+
+/// A value as its source has it.
+struct Given<'a> {
+    /// The key or annotation, to name it in notes.
+    key: &'a str,
+    value: &'a Value,
+}
+
+/// A value that an option cannot have.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{key}: \"{value}\" is not valid, expected {expected}")]
+pub struct InvalidOption {
+    /// The key or annotation.
+    pub key: String,
+    /// The beginning of the value.
+    pub value: String,
+    /// What the option may be.
+    pub expected: &'static str,
+}
+
+impl InvalidOption {
+    /// As a note, where the option is ignored and the pod goes on without it.
+    pub fn ignored(&self) -> String {
+        format!("{}: \"{}\" ignored, expected {}", self.key, self.value, self.expected)
+    }
+}
+
+const PORTS: &str = "ports from 1 to 65535 and ranges such as 7000-7010";
+const TEXT: &str = "text";
+
+/// In the order in which the documentation lists them.
+#[rustfmt::skip]
+pub const OPTIONS: &[PodOption] = &[
+    PodOption { key: "uid", annotations: &[], expected: TEXT, example: "8a4b0c1e", default: "required, unique", about: "the pod's uid", read: |pod, given| { pod.uid = given.text()?; Some(()) } },
+    PodOption { key: "name", annotations: &[], expected: TEXT, example: "client", default: "required", about: "the pod's name", read: |pod, given| { pod.name = given.text()?; Some(()) } },
+    PodOption { key: "namespace", annotations: &[], expected: TEXT, example: "demo", default: "`default`", about: "the pod's namespace", read: |pod, given| { pod.namespace = given.text()?; Some(()) } },
+    PodOption { key: "serviceAccount", annotations: &[], expected: TEXT, example: "client", default: "`default`", about: "the service account, which becomes the pod's identity", read: |pod, given| { pod.service_account = given.text()?; Some(()) } },
+    PodOption { key: "cgroup", annotations: &[], expected: "a path", example: "kubepods/pod8a4b0c1e", default: "found by the uid, as kubelets name the directories", about: "the pod's cgroup: absolute, or below the cgroup2 root", read: |pod, given| { pod.cgroup = Some(PathBuf::from(given.text()?)); Some(()) } },
+    PodOption { key: "labels", annotations: &[], expected: "a map of labels", example: "{istio.io/dataplane-mode: ambient}", default: "none: the pod is not enrolled", about: "the pod is enrolled with exactly this label", read: labels },
+    PodOption { key: "addresses", annotations: &[], expected: "a list of IP addresses", example: "[10.0.1.2]", default: "what the netns has", about: "addresses that the pod's netns must have; else the pod is refused", read: |pod, given| { pod.addresses = given.parsed::<BTreeSet<IpAddr>>()?; Some(()) } },
+    PodOption { key: "failMode", annotations: &["ambient.adit.dev/fail-mode"], expected: "closed or open", example: "open", default: "`--fail-mode`", about: "while no tunnel serves the pod: `closed` refuses its traffic (its connects fail with `EPERM`), `open` lets it pass in plaintext", read: fail_mode },
+    PodOption { key: "dnsCapture", annotations: &["ambient.adit.dev/dns-capture", "ambient.istio.io/dns-capture"], expected: "true or false", example: "true", default: "`--dns-capture`", about: "whether the tunnel answers the pod's DNS queries", read: dns_capture },
+    PodOption { key: "excludeOutboundPorts", annotations: &["ambient.adit.dev/exclude-outbound-ports"], expected: PORTS, example: "6379,7000-7010", default: "none", about: "connections to these ports leave in plaintext", read: |pod, given| { pod.exclusions.outbound_ports = exclusions::ports(given.key, given.value, &mut pod.notes); Some(()) } },
+    PodOption { key: "excludeOutboundCidrs", annotations: &["ambient.adit.dev/exclude-outbound-cidrs"], expected: "CIDRs and addresses", example: "192.168.0.0/16,fd00::/8", default: "none", about: "connections to these addresses leave in plaintext", read: |pod, given| { pod.exclusions.outbound_cidrs = exclusions::cidrs(given.key, given.value, &mut pod.notes); Some(()) } },
+    PodOption { key: "excludeInboundPorts", annotations: &["ambient.adit.dev/exclude-inbound-ports"], expected: PORTS, example: "9090", default: "none", about: "connections to these ports reach the application directly; policy does not apply", read: |pod, given| { pod.exclusions.inbound_ports = exclusions::ports(given.key, given.value, &mut pod.notes); Some(()) } },
+];
+
+impl PodOption {
+    /// Sets it on `pod` to `value`, which its source names `key`. `null` leaves it unset. Single items
+    /// of a list that make no sense are noted on the pod and ignored.
+    ///
+    /// # Errors
+    /// The value as a whole makes no sense; the pod is left as it was.
+    pub fn set(&self, pod: &mut Pod, key: &str, value: &Value) -> Result<(), InvalidOption> {
+        if value.is_null() {
+            return Ok(());
+        }
+        (self.read)(pod, &Given { key, value }).ok_or_else(|| InvalidOption {
+            key: key.to_owned(),
+            value: match value {
+                Value::String(text) => shorten(text),
+                other => shorten(&other.to_string()),
+            },
+            expected: self.expected,
+        })
+    }
+
+    /// The annotation that sets it on a pod with `annotations`, and its text.
+    pub fn annotation<'a>(
+        &self,
+        annotations: &'a BTreeMap<String, String>,
+    ) -> Option<(&'static str, &'a String)> {
+        self.annotations.iter().find_map(|name| Some((*name, annotations.get(*name)?)))
+    }
+}
+
+/// Our own annotations; Istio's are none of them.
+pub fn own_annotations() -> impl Iterator<Item = &'static str> {
+    OPTIONS
+        .iter()
+        .flat_map(|option| option.annotations)
+        .copied()
+        .filter(|name| name.starts_with(ANNOTATION_PREFIX))
+}
+
+impl Given<'_> {
+    fn parsed<T: DeserializeOwned>(&self) -> Option<T> {
+        T::deserialize(self.value).ok()
+    }
+
+    /// A number counts as its digits: YAML reads an unquoted uid of digits as a number.
+    fn text(&self) -> Option<String> {
+        match self.value {
+            Value::String(text) => Some(text.clone()),
+            Value::Number(number) => Some(number.to_string()),
+            _ => None,
+        }
+    }
+}
+
+fn labels(pod: &mut Pod, given: &Given<'_>) -> Option<()> {
+    pod.selection = selection::by_labels(&given.parsed()?);
+    Some(())
+}
+
+fn fail_mode(pod: &mut Pod, given: &Given<'_>) -> Option<()> {
+    pod.fail_mode = Some(match given.value.as_str()?.trim() {
+        "closed" => FailMode::Closed,
+        "open" => FailMode::Open,
+        _ => return None,
+    });
+    Some(())
+}
+
+fn dns_capture(pod: &mut Pod, given: &Given<'_>) -> Option<()> {
+    pod.dns_capture = Some(match given.value {
+        Value::Bool(capture) => *capture,
+        Value::String(text) => text.trim().parse().ok()?,
+        _ => return None,
+    });
+    Some(())
+}
+
+/// As much of a value as a message needs.
+fn shorten(text: &str) -> String {
+    text.chars().take(40).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn every_option_reads_its_own_example_and_refuses_nonsense() {
+        let mut keys = BTreeSet::new();
+        for option in OPTIONS {
+            assert!(keys.insert(option.key), "{} is there twice", option.key);
+            let example = if option.annotations.is_empty() {
+                serde_saphyr::from_str(option.example).unwrap()
+            } else {
+                Value::String(option.example.to_owned())
+            };
+            let mut pod = Pod::default();
+            option.set(&mut pod, option.key, &example).unwrap();
+            assert_eq!(pod.notes, [""; 0], "{}", option.key);
+            assert_ne!(pod, Pod::default(), "{} sets nothing", option.key);
+            let mut untouched = Pod::default();
+            option.set(&mut untouched, option.key, &Value::Null).unwrap();
+            assert_eq!(untouched, Pod::default(), "{}", option.key);
+            let nonsense = serde_json::json!({"a": ["b"]});
+            let result = option.set(&mut pod, option.key, &nonsense);
+            assert!(result.is_err() || !pod.notes.is_empty(), "{} takes nonsense", option.key);
+        }
+    }
+
+    /// Made from the rows: `UPDATE_DOCS=1 cargo test -p watcher documentation`.
+    #[test]
+    fn the_documentation_has_a_line_for_every_option() {
+        let mut keys = "| key | value | default | |\n|---|---|---|---|\n".to_owned();
+        let mut annotations =
+            "| annotation of a pod | value | such as | as in the pods file |\n|---|---|---|---|\n".to_owned();
+        for PodOption { key, annotations: names, expected, example, default, about, .. } in OPTIONS {
+            let _ = writeln!(keys, "| `{key}` | {expected} | {default} | {about} |");
+            if let [name, others @ ..] = names {
+                let also: String = others.iter().map(|other| format!(" (or Istio's `{other}`)")).collect();
+                let _ = writeln!(annotations, "| `{name}`{also} | {expected} | `{example}` | `{key}` |");
+            }
+        }
+        let page = "docs/configuration.md";
+        testbed::doc_table::assert_current(
+            page,
+            "keys of the pods file: made from watcher/src/source/options.rs",
+            &keys,
+        );
+        testbed::doc_table::assert_current(
+            page,
+            "annotations: made from watcher/src/source/options.rs",
+            &annotations,
+        );
+    }
+}
