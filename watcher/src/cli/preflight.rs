@@ -8,9 +8,10 @@ use std::{
 
 use adit_ebpf_loader::preflight::{self, Check, Level};
 use clap::Args;
+use error_reporter::Report;
 use serde_json::json;
 
-use crate::observe::{cgroups, events};
+use crate::observe::{cgroups, events::SourceKind};
 
 use super::{MountArgs, Output};
 
@@ -63,10 +64,10 @@ pub fn checks(bpffs: &Path, root: &Path, attach: &Path) -> Vec<Check> {
 fn process_connector() -> Check {
     let (name, needed) =
         ("process connector", "an acknowledged LISTEN, for nodes where tracepoints are refused");
-    match events::connector::probe() {
+    match SourceKind::Connector.probe() {
         Ok(()) => Check::ok(name, needed, "acknowledged"),
-        Err(reason) => {
-            let found = format!("not available, lifecycle ring buffer is used: {reason}");
+        Err(error) => {
+            let found = format!("not available, lifecycle ring buffer is used: {}", Report::new(&error));
             Check::ok(name, needed, found)
         }
     }

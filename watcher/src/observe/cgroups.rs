@@ -8,9 +8,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::cgroup_path;
-
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+use procfs::{ProcError, process::Process};
+
+use super::cgroup_path;
 
 /// The 64-bit inode number of a cgroup2 directory, which is also `bpf_get_current_cgroup_id()` inside
 /// it (Linux 5.5). Not reused before a reboot.
@@ -24,12 +25,8 @@ pub fn find_root() -> Option<PathBuf> {
         .map(PathBuf::from)
         .find(|dir| is_cgroup2(dir))
         .or_else(|| {
-            let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
-            mounts.lines().find_map(|line| {
-                let mut fields = line.split(' ').skip(1);
-                let (dir, kind) = (fields.next()?, fields.next()?);
-                (kind == "cgroup2").then(|| PathBuf::from(dir))
-            })
+            let mounts = Process::myself().ok()?.mountinfo().ok()?;
+            mounts.into_iter().find(|mount| mount.fs_type == "cgroup2").map(|mount| mount.mount_point)
         })
 }
 
@@ -86,16 +83,31 @@ fn below(dir: &Path) -> io::Result<(CgroupId, Vec<PathBuf>)> {
 }
 
 /// The cgroup2 directory of process `pid`, below `root`.
+///
+/// # Errors
+/// * `NotFound`: the process has ended.
+/// * `Unsupported`: the process is in no cgroup2 directory, or in one outside of our cgroup namespace.
 pub fn of_process(root: &Path, pid: i32) -> io::Result<PathBuf> {
-    let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-    let path = text.lines().find_map(|line| line.strip_prefix("0::")).ok_or_else(|| {
-        io::Error::new(io::ErrorKind::Unsupported, format!("process {pid} is in no cgroup2 directory"))
-    })?;
+    let unsupported = |message| io::Error::new(io::ErrorKind::Unsupported, message);
+    let cgroups = Process::new(pid).and_then(|process| process.cgroups()).map_err(io_error)?;
+    let cgroup2 = cgroups.into_iter().find(|cgroup| cgroup.hierarchy == 0);
+    let path = cgroup2
+        .ok_or_else(|| unsupported(format!("process {pid} is in no cgroup2 directory")))?
+        .pathname;
     if path.starts_with("/..") {
-        let message = format!("process {pid} is in {path}, outside this cgroup namespace");
-        return Err(io::Error::new(io::ErrorKind::Unsupported, message));
+        return Err(unsupported(format!("process {pid} is in {path}, outside this cgroup namespace")));
     }
     Ok(root.join(path.trim_start_matches('/')).components().collect())
+}
+
+fn io_error(error: ProcError) -> io::Error {
+    let kind = match error {
+        ProcError::NotFound(_) => io::ErrorKind::NotFound,
+        ProcError::PermissionDenied(_) => io::ErrorKind::PermissionDenied,
+        ProcError::Io(error, None) => return error,
+        _ => io::ErrorKind::Other,
+    };
+    io::Error::new(kind, error)
 }
 
 /// The processes directly in one cgroup, to be listed as often as one likes.

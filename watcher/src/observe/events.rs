@@ -9,14 +9,18 @@
 use std::{
     collections::BTreeSet,
     future::poll_fn,
+    io,
     path::{Path, PathBuf},
     task::{Context, Poll},
 };
 
-use adit_ebpf_loader::Kernel;
+use adit_ebpf_loader::{Kernel, KernelError};
+use error_reporter::Report;
 use futures_util::FutureExt as _;
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
+
+use self::{connector::Connector, lifecycle::LifecycleSource, scan::Scan};
 
 pub mod connector;
 pub mod lifecycle;
@@ -35,6 +39,7 @@ pub enum SourceKind {
 }
 
 impl SourceKind {
+    /// As on the command line.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Lifecycle => "lifecycle",
@@ -42,6 +47,72 @@ impl SourceKind {
             Self::Scan => "scan",
         }
     }
+
+    /// Whether this source would work here, as far as that shows without a change to the node.
+    ///
+    /// # Errors
+    /// Why it would not work.
+    pub fn probe(self) -> Result<(), EventSourceError> {
+        match self {
+            Self::Lifecycle => LifecycleSource::probe(),
+            Self::Connector => Connector::probe(),
+            Self::Scan => Scan::probe(),
+        }
+    }
+
+    fn open(self, needs: &mut EventSourceNeeds<'_>) -> Result<Box<dyn EventSource>, EventSourceError> {
+        Ok(match self {
+            Self::Lifecycle => Box::new(LifecycleSource::open(needs)?),
+            Self::Connector => Box::new(Connector::open(needs)?),
+            Self::Scan => Box::new(Scan::open(needs)?),
+        })
+    }
+}
+
+/// Why a source of events cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum EventSourceError {
+    /// Linux limits inotify instances per user.
+    #[error("cannot create an inotify instance; raise the sysctl fs.inotify.max_user_instances if it is exhausted")]
+    Inotify(#[source] io::Error),
+    /// The programs could not be attached to the tracepoints.
+    #[error("cannot attach the lifecycle programs")]
+    Attach(#[source] KernelError),
+    /// The runtime cannot wait for the programs' ring buffer.
+    #[error("cannot wait for the ring buffer")]
+    RingBuffer(#[source] io::Error),
+    /// The process connector could not be set up.
+    #[error("cannot {action}")]
+    Connector {
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The process connector accepts the request and stays silent.
+    #[error("the kernel does not acknowledge LISTEN; it does so only in the initial network, pid and user namespace")]
+    NotAcknowledged(#[source] io::Error),
+}
+
+/// A source of events is not available, and none that could take its place.
+#[derive(Debug, thiserror::Error)]
+#[error("events from {} are not available", kind.as_str())]
+pub struct NoEventSource {
+    /// The last one that was tried.
+    pub kind: SourceKind,
+    /// Why it cannot be used.
+    pub source: EventSourceError,
+}
+
+/// What sources of events are opened with.
+#[derive(Debug)]
+pub struct EventSourceNeeds<'a> {
+    /// The loaded programs.
+    pub kernel: &'a mut Kernel,
+    /// The cgroup above all pods.
+    pub base: &'a Path,
+    /// Where cgroup2 is mounted.
+    pub cgroup_root: &'a Path,
 }
 
 /// Where to look.
@@ -57,15 +128,32 @@ pub enum Event {
 
 /// A source of events.
 pub trait EventSource: Send {
+    /// Whether it would work here, as far as that shows without a change to the node.
+    ///
+    /// # Errors
+    /// Why it would not work.
+    fn probe() -> Result<(), EventSourceError>
+    where
+        Self: Sized;
+
+    /// Begins to collect events.
+    ///
+    /// # Errors
+    /// Why it does not work here.
+    fn open(needs: &mut EventSourceNeeds<'_>) -> Result<Self, EventSourceError>
+    where
+        Self: Sized;
+
+    /// Which source it is.
     fn kind(&self) -> SourceKind;
 
     /// The next event.
     fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Event>;
 
-    /// The directories whose changes matter, for a source that has to be told.
+    /// Sets the directories whose changes matter, for a source that needs them.
     fn watch(&mut self, _dirs: &BTreeSet<PathBuf>) {}
 
-    /// Whether it has to be told.
+    /// Whether it needs them.
     fn wants_dirs(&self) -> bool {
         false
     }
@@ -96,34 +184,23 @@ pub fn open(
     kernel: &mut Kernel,
     base: &Path,
     cgroup_root: &Path,
-) -> Result<Box<dyn EventSource>, String> {
-    let kinds = match forced {
-        Some(kind) => vec![kind],
-        None => vec![SourceKind::Lifecycle, SourceKind::Connector, SourceKind::Scan],
-    };
-    let mut last = String::new();
-    for kind in kinds {
-        let opened: Result<Box<dyn EventSource>, String> = match kind {
-            SourceKind::Lifecycle => {
-                lifecycle::LifecycleSource::open(kernel, base).map(|source| Box::new(source) as _)
-            }
-            SourceKind::Connector => {
-                connector::Connector::open(base, cgroup_root).map(|source| Box::new(source) as _)
-            }
-            SourceKind::Scan => scan::Scan::new()
-                .map(|source| Box::new(source) as _)
-                .map_err(|error| format!("cannot make an inotify instance: {error}")),
-        };
-        match opened {
+) -> Result<Box<dyn EventSource>, NoEventSource> {
+    const BY_PREFERENCE: [SourceKind; 3] = [SourceKind::Lifecycle, SourceKind::Connector, SourceKind::Scan];
+    let forced = forced.map(|kind| [kind]);
+    let kinds = forced.as_ref().map_or(BY_PREFERENCE.as_slice(), <[SourceKind; 1]>::as_slice);
+    let mut needs = EventSourceNeeds { kernel, base, cgroup_root };
+    let mut failed = None;
+    for &kind in kinds {
+        match kind.open(&mut needs) {
             Ok(source) => {
-                info!(source = kind.as_str(), "events");
+                info!(source = kind.as_str(), "event source opened");
                 return Ok(source);
             }
-            Err(reason) => {
-                warn!(source = kind.as_str(), reason, "source of events not available");
-                last = format!("events from {} are not available: {reason}", kind.as_str());
+            Err(error) => {
+                warn!(source = kind.as_str(), error = %Report::new(&error), "event source not available");
+                failed = Some(NoEventSource { kind, source: error });
             }
         }
     }
-    Err(last)
+    Err(failed.expect("at least one kind was tried"))
 }

@@ -9,12 +9,12 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
     },
-    path::PathBuf,
     thread,
 };
 
 use adit_ebpf_loader::{own_netns_cookie, own_netns_cookie_by};
 use nix::{sched::CloneFlags, sys::stat::fstat};
+use procfs::process::{self, Process};
 use rayon::{
     ThreadPool, ThreadPoolBuilder,
     iter::{IndexedParallelIterator as _, IntoParallelRefIterator as _, ParallelIterator as _},
@@ -202,21 +202,12 @@ fn is_link_local(address: &Ipv6Addr) -> bool {
 /// opened only while `visit` looks at it.
 pub fn visit_all(mut visit: impl FnMut(NetnsId, BorrowedFd<'_>)) {
     let mut seen = host();
-    let processes = fs::read_dir("/proc")
-        .into_iter()
-        .flatten()
-        .filter_map(Result::ok)
-        .filter(|entry| entry.file_name().to_string_lossy().bytes().all(|byte| byte.is_ascii_digit()))
-        .map(|entry| entry.path().join("ns/net"));
-    // `mount id, parent, device, root within the filesystem, mount point, …`: root names the netns.
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mounted = mounts.lines().filter_map(|line| {
-        let mut fields = line.split(' ').skip(3);
-        let (root, point) = (fields.next()?, fields.next()?);
-        root.starts_with("net:[").then(|| PathBuf::from(point))
-    });
-    for path in processes.chain(mounted) {
-        let Ok(netns) = File::open(path).map(OwnedFd::from) else { continue };
+    let processes = process::all_processes().into_iter().flatten().filter_map(Result::ok);
+    let of_processes = processes.filter_map(|process| process.open_relative("ns/net").ok());
+    let mounts = Process::myself().and_then(|own| own.mountinfo());
+    let netns_mounts = mounts.into_iter().flatten().filter(|mount| mount.root.starts_with("net:["));
+    let mounted = netns_mounts.filter_map(|mount| File::open(mount.mount_point).ok());
+    for netns in of_processes.chain(mounted).map(OwnedFd::from) {
         let Ok(id) = id(netns.as_fd()) else { continue };
         if seen.insert(id) {
             visit(id, netns.as_fd());

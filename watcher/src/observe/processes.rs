@@ -1,23 +1,19 @@
 //! Which netns the processes of a pod are in.
 //!
 //! A pid alone may be another process a moment later. So each is pinned by an fd of its `/proc/PID`
-//! directory, which never leads to another process, *before* the cgroup's members are read again: a pid
+//! directory ([`Process`] holds one), which never leads to another process, *before* the cgroup's members are read again: a pid
 //! that is still a member then is a process of this pod, and what is opened through the fd is its own.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::File,
-    io::{self, Read as _},
+    io,
     net::IpAddr,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use nix::{
-    fcntl::{OFlag, openat},
-    sys::stat::Mode,
-};
+use procfs::{Current as _, ProcResult, Uptime, process::Process};
 
 use super::{
     Observed, Seen,
@@ -26,25 +22,9 @@ use super::{
     netns::{self, NetnsId, Visitor},
 };
 
-/// A process that cannot be mistaken for another.
-struct Pinned {
-    pid: i32,
-    dir: OwnedFd,
-}
-
-impl Pinned {
-    fn new(pid: i32) -> io::Result<Self> {
-        Ok(Self { pid, dir: File::open(format!("/proc/{pid}"))?.into() })
-    }
-
-    fn netns(&self) -> io::Result<OwnedFd> {
-        Ok(openat(&self.dir, "ns/net", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?)
-    }
-}
-
 /// The processes in `cgroups`, all at or below `pod_dir`, pinned. CRI-O's conmon is none of the pod's, although
 /// it is in its cgroup: it lives in the node's own netns.
-fn members(cgroups: &BTreeMap<PathBuf, CgroupId>, pod_dir: &Path) -> Vec<Pinned> {
+fn members(cgroups: &BTreeMap<PathBuf, CgroupId>, pod_dir: &Path) -> Vec<Process> {
     let is_conmon = |dir: &Path| {
         let name = dir.strip_prefix(pod_dir).ok().and_then(|below| below.iter().next());
         name.is_some_and(|name| cgroup_path::below(name) == Below::Conmon)
@@ -52,7 +32,7 @@ fn members(cgroups: &BTreeMap<PathBuf, CgroupId>, pod_dir: &Path) -> Vec<Pinned>
     let dirs = cgroups.keys().filter(|dir| !is_conmon(dir));
     let lists: Vec<Processes> = dirs.filter_map(|dir| Processes::open(dir).ok()).collect();
     let list = || lists.iter().flat_map(Processes::list).collect::<BTreeSet<_>>();
-    let pinned: Vec<Pinned> = list().into_iter().filter_map(|pid| Pinned::new(pid).ok()).collect();
+    let pinned: Vec<Process> = list().into_iter().filter_map(|pid| Process::new(pid).ok()).collect();
     if pinned.is_empty() {
         return pinned;
     }
@@ -94,7 +74,7 @@ pub fn observe(
     let mut look = Look::default();
     for process in members(&cgroups, cgroup) {
         // A process that ended, or a zombie, has no netns any more.
-        let Ok(netns) = process.netns() else { continue };
+        let Ok(netns) = open_own_netns(&process) else { continue };
         let id = netns::id(netns.as_fd())?;
         if found.contains_key(&id) {
             continue;
@@ -111,7 +91,7 @@ pub fn observe(
         // Nobody else's netns holds the pod's own address: that is proof enough, and the usual case.
         let proven = matches!(&seen, Seen::Pod(facts) if !addresses.is_empty()
             && addresses.iter().all(|address| facts.addresses.contains(address)));
-        if !proven && !process.is_settled(id, is_host, earlier, &mut look.sightings) {
+        if !proven && !is_settled(&process, id, is_host, earlier, &mut look.sightings) {
             continue;
         }
         if let Seen::Pod(facts) = &seen {
@@ -124,41 +104,41 @@ pub fn observe(
     Ok(look)
 }
 
-impl Pinned {
-    /// Whether the process will stay in the netns that it is in, as far as one can tell.
-    fn is_settled(&self, id: NetnsId, is_host: bool, earlier: &Sightings, sightings: &mut Sightings) -> bool {
-        let Some((ticks, started)) = self.started() else { return false };
-        let age = uptime().saturating_sub(started);
-        if age > if is_host { AT_HOME_AFTER } else { YOUNG } {
-            return true;
-        }
-        let now = Instant::now();
-        let since = match earlier.get(&(self.pid, ticks)) {
-            Some((before, since)) if *before == id => *since,
-            _ => now,
-        };
-        sightings.insert((self.pid, ticks), (id, since));
-        !is_host && now.duration_since(since) >= SETTLED_AFTER
-    }
+fn open_own_netns(process: &Process) -> ProcResult<OwnedFd> {
+    Ok(process.open_relative("ns/net")?.into())
+}
 
-    /// When it was started: in the kernel's ticks, and since boot.
-    fn started(&self) -> Option<(u64, Duration)> {
-        /// What user space is told in, on every architecture.
-        const TICKS_PER_SECOND: u64 = 100;
-        let stat = openat(&self.dir, "stat", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
-        let mut text = String::new();
-        File::from(stat).read_to_string(&mut text).ok()?;
-        // The name, in brackets, may hold anything; what is asked for is the 22nd field, the 20th after it.
-        let ticks: u64 = text.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()?;
-        Some((ticks, Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND)))
+/// Whether `process` will stay in the netns that it is in, as far as one can tell.
+fn is_settled(
+    process: &Process,
+    id: NetnsId,
+    is_host: bool,
+    earlier: &Sightings,
+    sightings: &mut Sightings,
+) -> bool {
+    let Some((ticks, started)) = started(process) else { return false };
+    let age = uptime().saturating_sub(started);
+    if age > if is_host { AT_HOME_AFTER } else { YOUNG } {
+        return true;
     }
+    let now = Instant::now();
+    let since = match earlier.get(&(process.pid, ticks)) {
+        Some((before, since)) if *before == id => *since,
+        _ => now,
+    };
+    sightings.insert((process.pid, ticks), (id, since));
+    !is_host && now.duration_since(since) >= SETTLED_AFTER
+}
+
+/// When `process` was started: in the kernel's ticks, and since boot. `None`: it has ended.
+fn started(process: &Process) -> Option<(u64, Duration)> {
+    let ticks = process.stat().ok()?.starttime;
+    Some((ticks, Duration::from_millis(ticks * 1000 / procfs::ticks_per_second())))
 }
 
 /// How long the machine has been up; zero, and every process young, where that cannot be read.
 fn uptime() -> Duration {
-    let text = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
-    let seconds = text.split_ascii_whitespace().next().and_then(|text| text.parse().ok());
-    Duration::from_secs_f64(seconds.unwrap_or_default())
+    Uptime::current().map(|uptime| uptime.uptime_duration()).unwrap_or_default()
 }
 
 /// Opens netns `id` through a process of the pod whose directory is `cgroup`.
@@ -169,7 +149,7 @@ pub fn open_netns(cgroup: &Path, id: NetnsId) -> io::Result<OwnedFd> {
     let cgroups = cgroups::tree(cgroup)?;
     members(&cgroups, cgroup)
         .into_iter()
-        .filter_map(|process| process.netns().ok())
+        .filter_map(|process| open_own_netns(&process).ok())
         .find(|netns| netns::id(netns.as_fd()).is_ok_and(|found| found == id))
         .ok_or_else(|| {
             let message = format!("no process of {} is in netns {} any more", cgroup.display(), id.inode);

@@ -27,17 +27,20 @@ impl std::fmt::Display for Mode {
     }
 }
 
-impl FromStr for Mode {
-    type Err = String;
+/// A text that is no label.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected KEY=VALUE such as {}, with a value other than {NONE}", Mode::default())]
+pub struct InvalidMode;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+impl FromStr for Mode {
+    type Err = InvalidMode;
+
+    fn from_str(text: &str) -> Result<Self, InvalidMode> {
         match text.split_once('=') {
             Some((key, value)) if !key.is_empty() && !value.is_empty() && value != NONE => {
                 Ok(Self { key: key.to_owned(), value: value.to_owned() })
             }
-            _ => {
-                Err(format!("expected KEY=VALUE such as {}, with a value other than {NONE}", Self::default()))
-            }
+            _ => Err(InvalidMode),
         }
     }
 }

@@ -22,7 +22,7 @@ use netlink_sys::{Socket, SocketAddr};
 use socket2::{SockFilter, SockRef};
 use tokio::io::unix::AsyncFd;
 
-use super::{Event, EventSource, SourceKind, scan::Scan};
+use super::{Event, EventSource, EventSourceError, EventSourceNeeds, SourceKind, scan::Scan};
 use crate::{observe::cgroups, sys::pollable};
 
 const NETLINK_CONNECTOR: isize = 11;
@@ -52,9 +52,12 @@ pub struct Connector {
 
 impl Connector {
     /// For processes below the cgroup `base`.
-    pub fn open(base: &Path, cgroup_root: &Path) -> Result<Self, String> {
+    ///
+    /// # Errors
+    /// The kernel does not offer the connector here.
+    pub fn below(base: &Path, cgroup_root: &Path) -> Result<Self, EventSourceError> {
         let fd = subscribe()?;
-        let cgroups = Scan::new().map_err(failed("make an inotify instance"))?;
+        let cgroups = Scan::new().map_err(EventSourceError::Inotify)?;
         let socket = pollable(fd).map_err(failed("wait for the connector"))?;
         Ok(Self { socket, base: base.to_owned(), cgroup_root: cgroup_root.to_owned(), cgroups })
     }
@@ -66,21 +69,12 @@ impl Connector {
     }
 }
 
-fn failed(what: &str) -> impl FnOnce(io::Error) -> String {
-    let what = what.to_owned();
-    move |error| format!("cannot {what}: {error}")
+fn failed(action: &'static str) -> impl FnOnce(io::Error) -> EventSourceError {
+    move |source| EventSourceError::Connector { action, source }
 }
 
-/// Whether the process connector would tell us anything; asks it, and hangs up.
-///
-/// # Errors
-/// What stands against it, in words.
-pub fn probe() -> Result<(), String> {
-    subscribe().map(drop)
-}
-
-/// A socket that is told of each exec.
-fn subscribe() -> Result<OwnedFd, String> {
+/// A socket that receives each exec.
+fn subscribe() -> Result<OwnedFd, EventSourceError> {
     let mut socket = Socket::new(NETLINK_CONNECTOR).map_err(failed("open a connector socket"))?;
     let own = SocketAddr::new(0, PROC);
     socket.bind(&own).map_err(failed("join the process connector, which takes CAP_NET_ADMIN"))?;
@@ -92,16 +86,20 @@ fn subscribe() -> Result<OwnedFd, String> {
     of.set_read_timeout(Some(ACKNOWLEDGED_WITHIN / 2)).map_err(failed("set a timeout"))?;
     // With the kernel's own filter first; one that does not know it does not answer.
     let filtered = listen(&fd, &[MCAST_LISTEN, EXEC]);
-    filtered.or_else(|_| listen(&fd, &[MCAST_LISTEN])).map_err(|error| {
-            format!(
-                "the kernel does not acknowledge LISTEN, as in any but the initial network, pid and user namespace: {error}"
-            )
-        })?;
+    filtered.or_else(|_| listen(&fd, &[MCAST_LISTEN])).map_err(EventSourceError::NotAcknowledged)?;
     of.set_nonblocking(true).map_err(failed("set non-blocking"))?;
     Ok(fd)
 }
 
 impl EventSource for Connector {
+    fn probe() -> Result<(), EventSourceError> {
+        subscribe().map(drop)
+    }
+
+    fn open(needs: &mut EventSourceNeeds<'_>) -> Result<Self, EventSourceError> {
+        Self::below(needs.base, needs.cgroup_root)
+    }
+
     fn kind(&self) -> SourceKind {
         SourceKind::Connector
     }
@@ -214,9 +212,9 @@ mod tests {
         std::fs::create_dir(&base).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let told = runtime.block_on(async {
-            let mut connector = match Connector::open(&base, &root) {
+            let mut connector = match Connector::below(&base, &root) {
                 Ok(connector) => connector,
-                Err(reason) => return Err(reason),
+                Err(error) => return Err(error.to_string()),
             };
             let script = format!("echo $$ > {}/cgroup.procs && exec sleep 0.3", base.display());
             let mut child = std::process::Command::new("sh").args(["-c", &script]).spawn().unwrap();

@@ -2,14 +2,13 @@
 
 use std::{
     os::fd::{AsFd as _, OwnedFd},
-    path::Path,
     task::{Context, Poll, ready},
 };
 
-use adit_ebpf_loader::{Kernel, Lifecycle, LifecycleEvent};
+use adit_ebpf_loader::{Lifecycle, LifecycleEvent};
 use tokio::io::unix::AsyncFd;
 
-use super::{Event, EventSource, SourceKind};
+use super::{Event, EventSource, EventSourceError, EventSourceNeeds, SourceKind};
 use crate::sys::pollable;
 
 /// The ring buffer and its readiness.
@@ -22,15 +21,6 @@ pub struct LifecycleSource {
 }
 
 impl LifecycleSource {
-    /// For what happens below the cgroup `base`.
-    pub fn open(kernel: &mut Kernel, base: &Path) -> Result<Self, String> {
-        let lifecycle = kernel.lifecycle(base).map_err(|error| crate::model::error_chain::chain(&error))?;
-        let fd = lifecycle.as_fd().try_clone_to_owned();
-        let readable =
-            fd.and_then(pollable).map_err(|error| format!("cannot wait for the ring buffer: {error}"))?;
-        Ok(Self { lifecycle, readable, lost: 0 })
-    }
-
     fn newly_lost(&mut self) -> Option<u64> {
         // One that cannot be read is no reason to look at everything all the time.
         let lost = self.lifecycle.lost().unwrap_or(self.lost);
@@ -41,6 +31,18 @@ impl LifecycleSource {
 }
 
 impl EventSource for LifecycleSource {
+    /// The loader's preflight checks the tracepoints; attaching alone would show more.
+    fn probe() -> Result<(), EventSourceError> {
+        Ok(())
+    }
+
+    fn open(needs: &mut EventSourceNeeds<'_>) -> Result<Self, EventSourceError> {
+        let lifecycle = needs.kernel.lifecycle(needs.base).map_err(EventSourceError::Attach)?;
+        let fd = lifecycle.as_fd().try_clone_to_owned();
+        let readable = fd.and_then(pollable).map_err(EventSourceError::RingBuffer)?;
+        Ok(Self { lifecycle, readable, lost: 0 })
+    }
+
     fn kind(&self) -> SourceKind {
         SourceKind::Lifecycle
     }

@@ -10,7 +10,7 @@ use std::{
 use futures_util::StreamExt as _;
 use inotify::{EventMask, EventStream, Inotify, WatchDescriptor, WatchMask, Watches};
 
-use super::{Event, EventSource, SourceKind};
+use super::{Event, EventSource, EventSourceError, EventSourceNeeds, SourceKind};
 
 /// All watches of the watcher, on one inotify instance (a node has few of them).
 #[derive(Debug)]
@@ -22,6 +22,10 @@ pub struct Scan {
 }
 
 impl Scan {
+    /// Without watches at first.
+    ///
+    /// # Errors
+    /// The user has no inotify instance left.
     pub fn new() -> io::Result<Self> {
         let inotify = Inotify::init()?;
         let watches = inotify.watches();
@@ -68,6 +72,14 @@ impl Scan {
 }
 
 impl EventSource for Scan {
+    fn probe() -> Result<(), EventSourceError> {
+        Inotify::init().map(drop).map_err(EventSourceError::Inotify)
+    }
+
+    fn open(_needs: &mut EventSourceNeeds<'_>) -> Result<Self, EventSourceError> {
+        Self::new().map_err(EventSourceError::Inotify)
+    }
+
     fn kind(&self) -> SourceKind {
         SourceKind::Scan
     }

@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use error_reporter::Report;
 use futures_util::StreamExt as _;
 use inotify::{EventMask, EventStream, Inotify, WatchMask};
 use tokio::sync::mpsc;
@@ -86,7 +87,7 @@ impl Reader {
                 Some(Update::All(entries))
             }
             Err(error) => {
-                let error = crate::model::error_chain::chain(&error);
+                let error = Report::new(&error).to_string();
                 if self.error.as_ref() == Some(&error) {
                     return None;
                 }

@@ -2,28 +2,37 @@
 
 use std::time::Duration;
 
-/// Doubles from `first` to `longest`; what is waited is a random part of it, at least half, so that the nodes
-/// of a cluster do not come back all at once.
-#[derive(Clone, Debug)]
+use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
+
+/// Waits that double up to a limit. Each is random, between half and all of its whole length, so that
+/// the nodes of a cluster do not come back all at once.
+#[derive(Debug)]
 pub struct Backoff {
-    first: Duration,
+    waits: ExponentialBuilder,
     longest: Duration,
-    next: Duration,
+    next: ExponentialBackoff,
 }
 
 impl Backoff {
+    /// `first`: the whole length of the first wait; `longest`: the limit.
     pub fn new(first: Duration, longest: Duration) -> Self {
-        Self { first, longest, next: first }
+        // `backon` adds a random part of each wait to it, so that half a wait becomes half to all of it.
+        let waits = ExponentialBuilder::new()
+            .with_min_delay(first / 2)
+            .with_max_delay(longest / 2)
+            .without_max_times()
+            .with_jitter();
+        Self { waits, longest, next: waits.build() }
     }
 
+    /// The next wait.
     pub fn next(&mut self) -> Duration {
-        let whole = self.next;
-        self.next = (whole * 2).min(self.longest);
-        whole.mul_f64(rand::random_range(0.5..=1.0))
+        self.next.next().unwrap_or(self.longest)
     }
 
+    /// The next wait is the first again.
     pub fn reset(&mut self) {
-        self.next = self.first;
+        self.next = self.waits.build();
     }
 }
 
