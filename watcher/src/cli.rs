@@ -4,12 +4,13 @@ use std::{io, path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{
+use watcher::{
     control::{self, Answer},
     observe::cgroups,
 };
 
 mod completion;
+mod environment;
 mod explain;
 mod preflight;
 mod run;
@@ -30,7 +31,7 @@ mod uninstall;
   watcher explain client 10.0.2.3:80 --node a
   watcher uninstall --node a"
 )]
-pub struct Cli {
+pub(crate) struct Cli {
     #[command(subcommand)]
     command: Command,
 }
@@ -105,11 +106,16 @@ enum Output {
     Json,
 }
 
+/// A text that cannot name a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected at most 253 letters, digits, '-', '_' and '.', not starting with '.'")]
+struct InvalidNodeName;
+
 /// A name that is one folder.
-fn node_name(name: &str) -> Result<String, String> {
+fn node_name(name: &str) -> Result<String, InvalidNodeName> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) || name.len() > 253 {
-        return Err("expected letters, digits, '-', '_' and '.', not starting with '.'".to_owned());
+        return Err(InvalidNodeName);
     }
     Ok(name.to_owned())
 }
@@ -123,7 +129,7 @@ fn hostname() -> String {
 }
 
 /// Runs the command; its failure is printed here, once.
-pub fn run(cli: Cli) -> ExitCode {
+pub(crate) fn run(cli: Cli) -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => run::run(*args),
         Command::Status(args) => status::run(&args),

@@ -3,7 +3,6 @@
 //!
 //! A module uses only modules below it in this list (a test checks it):
 //!
-//! * [`cli`]: one file per command
 //! * [`agent`]: the loop that owns all state and drives the rest
 //! * [`control`]: the socket by which commands ask a running watcher; status and explain
 //! * [`metrics`]: what operators count, and readiness
@@ -20,7 +19,6 @@
 
 pub mod agent;
 pub mod apply;
-pub mod cli;
 pub mod control;
 pub mod metrics;
 pub mod model;

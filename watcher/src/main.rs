@@ -12,6 +12,8 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 
+mod cli;
+
 fn main() -> ExitCode {
-    watcher::cli::run(watcher::cli::Cli::parse())
+    cli::run(cli::Cli::parse())
 }

@@ -9,11 +9,11 @@ use clap_complete::Shell;
 #[derive(Debug, Args)]
 #[command(after_help = "Example:
   watcher completion bash > /etc/bash_completion.d/watcher")]
-pub struct CompletionArgs {
+pub(super) struct CompletionArgs {
     shell: Shell,
 }
 
-pub fn run(args: &CompletionArgs) -> ExitCode {
+pub(super) fn run(args: &CompletionArgs) -> ExitCode {
     clap_complete::generate(args.shell, &mut super::Cli::command(), "watcher", &mut std::io::stdout());
     ExitCode::SUCCESS
 }

@@ -8,7 +8,7 @@ use std::{
 
 use clap::Args;
 
-use crate::control::{Request, explain::Explanation};
+use watcher::control::{Request, explain::Explanation};
 
 use super::{NodeArgs, Output, ask_once};
 
@@ -17,7 +17,7 @@ use super::{NodeArgs, Output, ask_once};
 #[command(after_help = "Examples:
   watcher explain client 10.0.2.3:80
   watcher explain demo/client '[fd00::3]:80' -o json")]
-pub struct ExplainArgs {
+pub(super) struct ExplainArgs {
     /// The pod that connects: uid, name or namespace/name
     pod: String,
     /// Where it connects to
@@ -29,7 +29,7 @@ pub struct ExplainArgs {
     output: Output,
 }
 
-pub fn run(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
     let request = Request::Explain { pod: args.pod.clone(), destination: args.destination };
     let explanation: Explanation = ask_once(&args.node, &request)?;
     let mut out = io::stdout().lock();

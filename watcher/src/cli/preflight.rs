@@ -11,7 +11,7 @@ use clap::Args;
 use error_reporter::Report;
 use serde_json::json;
 
-use crate::observe::{cgroups, events::SourceKind};
+use watcher::observe::{cgroups, events::SourceKind};
 
 use super::{MountArgs, Output};
 
@@ -22,7 +22,7 @@ use super::{MountArgs, Output};
 Examples:
   watcher preflight
   watcher preflight -o json | jq '.checks[] | select(.ok | not)'")]
-pub struct PreflightArgs {
+pub(super) struct PreflightArgs {
     #[command(flatten)]
     mounts: MountArgs,
     /// The cgroup above all pods [default: kubepods or kubepods.slice, else the root]
@@ -32,7 +32,7 @@ pub struct PreflightArgs {
     output: Output,
 }
 
-pub fn run(args: &PreflightArgs) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: &PreflightArgs) -> anyhow::Result<ExitCode> {
     let root = args.mounts.root();
     let attach = args.attach.clone().map_or_else(|| cgroups::pods_dir(&root), |dir| root.join(dir));
     let mut checks = checks(&args.mounts.bpffs, &root, &attach);
@@ -56,7 +56,7 @@ pub fn run(args: &PreflightArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// What `watcher run` asks before it begins.
-pub fn checks(bpffs: &Path, root: &Path, attach: &Path) -> Vec<Check> {
+pub(super) fn checks(bpffs: &Path, root: &Path, attach: &Path) -> Vec<Check> {
     preflight::checks(bpffs, root, Some(attach))
 }
 
@@ -74,7 +74,10 @@ fn process_connector() -> Check {
 }
 
 /// A line per check: what, found, and where it falls short what is needed and what to do.
-pub fn print_human<'a>(out: &mut dyn Write, checks: impl Iterator<Item = &'a Check>) -> io::Result<()> {
+pub(super) fn print_human<'a>(
+    out: &mut dyn Write,
+    checks: impl Iterator<Item = &'a Check>,
+) -> io::Result<()> {
     for Check { name, level, found, needed, advice } in checks {
         match level {
             Level::Ok => writeln!(out, "ok   {name}: {found}")?,

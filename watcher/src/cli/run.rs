@@ -14,14 +14,14 @@ use anyhow::Context as _;
 use clap::Args;
 use tracing_subscriber::EnvFilter;
 
-use crate::{
+use watcher::{
     agent,
     model::pod::FailMode,
     observe::{cgroups, events::SourceKind},
     source::{Source, file::watch, kubernetes, selection::Mode},
 };
 
-use super::{MountArgs, NodeArgs, preflight};
+use super::{MountArgs, NodeArgs, environment, preflight};
 
 /// Enrol pods until stopped: those of this node that the API server knows, or those of a file
 #[derive(Debug, Args)]
@@ -37,7 +37,7 @@ Examples:
   watcher run --pods pods.yaml --node a --detach --fail-mode open
   watcher run --pods pods.yaml --node a --attach /sys/fs/cgroup/pods --zds-socket /run/a/zds.sock"
 )]
-pub struct RunArgs {
+pub(super) struct RunArgs {
     /// The pods of this node (YAML); watched, so that an edit takes effect at once
     #[arg(long, value_name = "FILE", conflicts_with = "kubernetes")]
     pods: Option<PathBuf>,
@@ -102,7 +102,7 @@ enum LogFormat {
     Json,
 }
 
-pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     // As many as resolv.conf(5) may name.
     anyhow::ensure!(
         args.dns_resolvers.len() <= 3,
@@ -160,10 +160,9 @@ fn wanted_source(args: &RunArgs) -> anyhow::Result<Wanted> {
     if let Some(path) = &args.pods {
         return Ok(Wanted::PodsFile(std::path::absolute(path).context("the path of the pods file")?));
     }
-    let in_a_pod = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
     anyhow::ensure!(
-        args.kubernetes.kubernetes || in_a_pod,
-        "nobody tells of pods: expected --pods FILE or --kubernetes"
+        args.kubernetes.kubernetes || environment::is_in_cluster(),
+        "no pod source: pass --pods FILE or --kubernetes"
     );
     // The host's name would often do, and where it does not, no pod would ever be found.
     let node = args.node.node.clone().context(
@@ -184,16 +183,19 @@ impl Wanted {
                 let what = format!("watch the directory of {}", path.display());
                 Ok(watch::start(path, cgroup_root).map_err(agent::cannot(what))?)
             }
-            Self::Kubernetes(options) => Ok(kubernetes::start(&kubernetes::config().await?, options)?),
+            Self::Kubernetes(options) => {
+                let config = kubernetes::config(environment::has_kubeconfig()).await?;
+                Ok(kubernetes::start(&config, options)?)
+            }
         }
     }
 }
 
 fn start_log(format: LogFormat) -> anyhow::Result<()> {
-    let filter = match std::env::var("RUST_LOG") {
-        Ok(filter) => EnvFilter::try_new(&filter).with_context(|| format!("RUST_LOG is \"{filter}\""))?,
-        // What the client of the API server logs, our own records say too, once and with what to do.
-        Err(_) => EnvFilter::new("info,kube_client=off,kube_runtime=off"),
+    let filter = match environment::log_filter() {
+        Some(filter) => EnvFilter::try_new(&filter).with_context(|| format!("RUST_LOG is \"{filter}\""))?,
+        // Our own records cover what the client of the API server logs, once and with advice.
+        None => EnvFilter::new("info,kube_client=off,kube_runtime=off"),
     };
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     match format {

@@ -11,7 +11,7 @@ use clap::{Args, ValueEnum};
 use comfy_table::{Table, TableStyle};
 use serde_json::json;
 
-use crate::{
+use watcher::{
     control::{
         Request,
         status::{PodStatus, Status},
@@ -32,7 +32,7 @@ Examples:
   watcher status pods -o json | jq '.pods[] | select(.state != \"open\")'
   watcher status cgroups"
 )]
-pub struct StatusArgs {
+pub(super) struct StatusArgs {
     /// Only this part
     #[arg(value_enum)]
     part: Option<Part>,
@@ -50,7 +50,7 @@ enum Part {
     Cgroups,
 }
 
-pub fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     let status: Status = ask_once(&args.node, &Request::Status)?;
     let mut out = io::stdout().lock();
     match (args.output, args.part) {

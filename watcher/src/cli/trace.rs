@@ -9,7 +9,7 @@ use std::{
 use anyhow::Context as _;
 use clap::Args;
 
-use crate::control::{Answer, Request, ask, trace::TraceLine};
+use watcher::control::{Answer, Request, ask, trace::TraceLine};
 
 use super::{NodeArgs, Output, no_watcher};
 
@@ -20,7 +20,7 @@ use super::{NodeArgs, Output, no_watcher};
 Examples:
   watcher trace --pod client
   watcher trace --port 80 --address 10.0.2.3 -o json")]
-pub struct TraceArgs {
+pub(super) struct TraceArgs {
     #[command(flatten)]
     node: NodeArgs,
     /// Only verdicts about this pod: uid, name or namespace/name
@@ -36,7 +36,7 @@ pub struct TraceArgs {
     output: Output,
 }
 
-pub fn run(args: &TraceArgs) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: &TraceArgs) -> anyhow::Result<ExitCode> {
     let request = Request::Trace { pod: args.pod.clone(), port: args.port, address: args.address };
     let answers = ask::<TraceLine>(&args.node.socket(), &request).with_context(|| no_watcher(&args.node))?;
     for answer in answers {

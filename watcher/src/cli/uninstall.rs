@@ -15,7 +15,7 @@ use clap::Args;
 use serde_json::json;
 use socket2::Type;
 
-use crate::{
+use watcher::{
     apply::{journal::Journal, restore},
     control::{self, Request},
     unix_socket,
@@ -29,7 +29,7 @@ use super::{MountArgs, NodeArgs, Output, ask_once};
 
 Example:
   watcher uninstall --node a")]
-pub struct UninstallArgs {
+pub(super) struct UninstallArgs {
     #[command(flatten)]
     node: NodeArgs,
     #[command(flatten)]
@@ -41,7 +41,7 @@ pub struct UninstallArgs {
     output: Output,
 }
 
-pub fn run(args: &UninstallArgs) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: &UninstallArgs) -> anyhow::Result<ExitCode> {
     let socket = args.node.socket();
     let ran = control::is_served(&socket);
     if ran {

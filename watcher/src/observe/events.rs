@@ -73,7 +73,9 @@ impl SourceKind {
 #[derive(Debug, thiserror::Error)]
 pub enum EventSourceError {
     /// Linux limits inotify instances per user.
-    #[error("cannot create an inotify instance; raise the sysctl fs.inotify.max_user_instances if it is exhausted")]
+    #[error(
+        "cannot create an inotify instance; raise the sysctl fs.inotify.max_user_instances if it is exhausted"
+    )]
     Inotify(#[source] io::Error),
     /// The programs could not be attached to the tracepoints.
     #[error("cannot attach the lifecycle programs")]
@@ -90,7 +92,9 @@ pub enum EventSourceError {
         source: io::Error,
     },
     /// The process connector accepts the request and stays silent.
-    #[error("the kernel does not acknowledge LISTEN; it does so only in the initial network, pid and user namespace")]
+    #[error(
+        "the kernel does not acknowledge LISTEN; it does so only in the initial network, pid and user namespace"
+    )]
     NotAcknowledged(#[source] io::Error),
 }
 

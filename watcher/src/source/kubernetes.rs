@@ -58,9 +58,12 @@ pub enum KubernetesError {
     Client(#[source] kube::Error),
 }
 
-/// Where the API server is and who we are: by `KUBECONFIG`, else as a pod.
-pub async fn config() -> Result<Config, KubernetesError> {
-    if std::env::var_os("KUBECONFIG").is_some_and(|path| !path.is_empty()) {
+/// Where the API server is and who we are: by the file that `KUBECONFIG` names, else as a pod.
+///
+/// # Errors
+/// That file, or the pod's service account, cannot be used.
+pub async fn config(by_kubeconfig: bool) -> Result<Config, KubernetesError> {
+    if by_kubeconfig {
         return Config::from_kubeconfig(&kube::config::KubeConfigOptions::default())
             .await
             .map_err(KubernetesError::Kubeconfig);
