@@ -5,6 +5,7 @@
 //!
 //! * [`agent`]: the loop that owns all state and drives the rest
 //! * [`control`]: the socket by which commands ask a running watcher; status and explain
+//! * [`admin_http`]: `/metrics` and `/healthz/ready` over HTTP
 //! * [`metrics`]: what operators count, and readiness
 //! * [`apply`]: does what the plan says: netns, maps, links, hand-over to the tunnel (ZDS)
 //! * [`plan`]: pods × observations × what is applied → steps; pure
@@ -17,6 +18,7 @@
 //! Level-triggered: every event leads to a fresh look and a comparison, and a periodic scan makes up
 //! for events that were lost. An event can only make things faster.
 
+pub mod admin_http;
 pub mod agent;
 pub mod apply;
 pub mod control;

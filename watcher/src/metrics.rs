@@ -1,23 +1,12 @@
-//! What operators count, and whether the watcher is ready, over HTTP (`--metrics-address`).
+//! What operators count, and whether the watcher is ready.
+//!
+//! To add a metric, add a row to [`METRICS`], register it in [`Metrics::new`] and count where it happens.
+//! The watcher's table in `docs/metrics.md` follows from the row; a test compares the rows with the registry.
 //!
 //! No pod, address or uid is a label: a node makes thousands of pods in its life.
 
-use std::{
-    io,
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
-    },
-};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
-use axum::{
-    Router,
-    extract::State as Shared,
-    http::{StatusCode, header},
-    response::IntoResponse,
-    routing::get,
-};
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder, text::encode},
     metrics::{
@@ -26,12 +15,88 @@ use prometheus_client::{
         gauge::Gauge,
         histogram::{Histogram, exponential_buckets},
     },
-    registry::{Registry, Unit},
+    registry::{Metric, Registry, Unit},
 };
-use tokio::{net::TcpListener, task::JoinHandle};
-use tracing::info;
 
 use crate::{model::state::State, observe::events::SourceKind};
+
+/// What every name begins with.
+const PREFIX: &str = "adit_watcher";
+
+/// A metric as the documentation shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MetricRow {
+    /// Its name, without prefix, unit and `_total`.
+    pub name: &'static str,
+    /// `counter`, `gauge` or `histogram`.
+    pub kind: &'static str,
+    /// Base unit; it becomes the end of the name.
+    pub unit: Option<&'static str>,
+    /// Its labels and their values.
+    pub labels: &'static str,
+    /// What it counts.
+    pub help: &'static str,
+}
+
+const PODS: MetricRow = MetricRow {
+    name: "pods",
+    kind: "gauge",
+    unit: None,
+    labels: "`state`: `open`, `closed`, `bypassed`, `refused`, `plain`",
+    help: "Pods by the state of their traffic, as in `watcher status`",
+};
+const EVENTS: MetricRow = MetricRow {
+    name: "events",
+    kind: "counter",
+    unit: None,
+    labels: "`source`: `lifecycle`, `connector`, `scan`",
+    help: "Events received from the source of events",
+};
+const EVENTS_LOST: MetricRow = MetricRow {
+    name: "events_lost",
+    kind: "counter",
+    unit: None,
+    labels: "",
+    help: "Events that were lost because a buffer was full; a scan of everything follows",
+};
+const CORRECTIONS: MetricRow = MetricRow {
+    name: "corrections",
+    kind: "counter",
+    unit: None,
+    labels: "",
+    help: "Differences that a scan found although no event reported them",
+};
+const TUNNELS: MetricRow =
+    MetricRow { name: "tunnels", kind: "gauge", unit: None, labels: "", help: "Connected tunnels" };
+const ENROLMENT_DURATION: MetricRow = MetricRow {
+    name: "enrolment_duration",
+    kind: "histogram",
+    unit: Some("seconds"),
+    labels: "",
+    help: "Time from the first observation of a pod that is to be enrolled until a tunnel carries its traffic",
+};
+
+/// Every metric of the watcher.
+pub const METRICS: &[MetricRow] = &[PODS, EVENTS, EVENTS_LOST, CORRECTIONS, TUNNELS, ENROLMENT_DURATION];
+
+impl MetricRow {
+    /// The name on `/metrics`; of a histogram, the name that its parts begin with.
+    pub fn full_name(&self) -> String {
+        let unit = self.unit.map(|unit| format!("_{unit}")).unwrap_or_default();
+        let total = if self.kind == "counter" { "_total" } else { "" };
+        format!("{PREFIX}_{}{unit}{total}", self.name)
+    }
+}
+
+fn register<M: Metric + Clone>(registry: &mut Registry, row: &MetricRow, metric: M) -> M {
+    match row.unit {
+        None => registry.register(row.name, row.help, metric.clone()),
+        Some(unit) => {
+            registry.register_with_unit(row.name, row.help, Unit::Other(unit.to_owned()), metric.clone());
+        }
+    }
+    metric
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct StateLabel {
@@ -55,7 +120,7 @@ impl EncodeLabelValue for SourceKind {
     }
 }
 
-/// Written by the node's loop, read by whoever asks.
+/// Written by the watcher's loop, read by [`crate::admin_http`].
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
@@ -69,33 +134,21 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    /// Everything at 0.
     pub fn new() -> Self {
-        let mut registry = Registry::with_prefix("adit_watcher");
+        let mut registry = Registry::with_prefix(PREFIX);
         let pods = Family::<StateLabel, Gauge>::default();
         for state in State::ALL {
             // There from the start, with 0.
             drop(pods.get_or_create(&StateLabel { state }));
         }
-        registry.register("pods", "Pods by what becomes of their traffic", pods.clone());
-        let events = Family::<SourceLabel, Counter>::default();
-        registry.register("events", "What a source of events told", events.clone());
-        let lost = Counter::<u64, AtomicU64>::default();
-        registry.register("events_lost", "Events that found no room", lost.clone());
-        let corrections = Counter::<u64, AtomicU64>::default();
-        registry.register(
-            "corrections",
-            "What a scan found otherwise than events had told",
-            corrections.clone(),
-        );
-        let tunnels = Gauge::<i64, AtomicI64>::default();
-        registry.register("tunnels", "Tunnels that are connected", tunnels.clone());
+        let pods = register(&mut registry, &PODS, pods);
+        let events = register(&mut registry, &EVENTS, Family::<SourceLabel, Counter>::default());
+        let lost = register(&mut registry, &EVENTS_LOST, Counter::<u64, AtomicU64>::default());
+        let corrections = register(&mut registry, &CORRECTIONS, Counter::<u64, AtomicU64>::default());
+        let tunnels = register(&mut registry, &TUNNELS, Gauge::<i64, AtomicI64>::default());
         let enrolment = Histogram::new(exponential_buckets(0.0005, 2.0, 16));
-        registry.register_with_unit(
-            "enrolment_duration",
-            "From the first look at a pod that is to be enrolled until a tunnel carries its traffic",
-            Unit::Seconds,
-            enrolment.clone(),
-        );
+        let enrolment = register(&mut registry, &ENROLMENT_DURATION, enrolment);
         let ready = AtomicBool::new(false);
         Self { registry, pods, events, lost, corrections, tunnels, enrolment, ready }
     }
@@ -108,28 +161,47 @@ impl Metrics {
         }
     }
 
-    pub fn told(&self, source: SourceKind) {
+    /// The source of events reported something.
+    pub fn event_received(&self, source: SourceKind) {
         self.events.get_or_create(&SourceLabel { source }).inc();
     }
 
+    /// So many events were lost.
     pub fn lost(&self, count: u64) {
         self.lost.inc_by(count);
     }
 
+    /// A scan found a difference that no event reported.
     pub fn corrected(&self) {
         self.corrections.inc();
     }
 
+    /// So many tunnels are connected now.
     pub fn set_tunnels(&self, count: usize) {
         self.tunnels.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
+    /// A tunnel carries a pod's traffic, so many seconds after the pod was first observed.
     pub fn enrolled_after(&self, seconds: f64) {
         self.enrolment.observe(seconds);
     }
 
+    /// Whether every pod of the node has been observed.
     pub fn set_ready(&self, ready: bool) {
         self.ready.store(ready, Ordering::Relaxed);
+    }
+
+    /// As set last.
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed)
+    }
+
+    /// In the text format of OpenMetrics 1.0.
+    pub fn encode(&self) -> String {
+        let mut text = String::new();
+        // Writing to a `String` does not fail.
+        let _ = encode(&mut text, &self.registry);
+        text
     }
 }
 
@@ -139,50 +211,10 @@ impl Default for Metrics {
     }
 }
 
-/// Serves until it is dropped.
-#[derive(Debug)]
-pub struct Server {
-    serving: JoinHandle<io::Result<()>>,
-    pub address: SocketAddr,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.serving.abort();
-    }
-}
-
-impl Server {
-    pub async fn bind(address: SocketAddr, metrics: Arc<Metrics>) -> io::Result<Self> {
-        let listener = TcpListener::bind(address).await?;
-        let address = listener.local_addr()?;
-        info!(%address, "metrics served");
-        let routes = Router::new()
-            .route("/metrics", get(text))
-            .route("/healthz/ready", get(readiness))
-            .with_state(metrics);
-        let serving = tokio::spawn(async move { axum::serve(listener, routes).await });
-        Ok(Self { serving, address })
-    }
-}
-
-async fn text(Shared(metrics): Shared<Arc<Metrics>>) -> impl IntoResponse {
-    let mut text = String::new();
-    // Writing to a `String` does not fail.
-    let _ = encode(&mut text, &metrics.registry);
-    ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
-}
-
-async fn readiness(Shared(metrics): Shared<Arc<Metrics>>) -> impl IntoResponse {
-    if metrics.ready.load(Ordering::Relaxed) {
-        (StatusCode::OK, "ready\n")
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "not all pods of this node have been looked at yet\n")
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write as _;
+
     use super::*;
 
     #[test]
@@ -190,13 +222,12 @@ mod tests {
         let metrics = Metrics::new();
         metrics.pod(None, Some(State::Closed));
         metrics.pod(Some(State::Closed), Some(State::Open));
-        metrics.told(SourceKind::Scan);
+        metrics.event_received(SourceKind::Scan);
         metrics.lost(3);
         metrics.corrected();
         metrics.set_tunnels(1);
         metrics.enrolled_after(0.002);
-        let mut text = String::new();
-        encode(&mut text, &metrics.registry).unwrap();
+        let text = metrics.encode();
         for line in [
             "adit_watcher_pods{state=\"open\"} 1",
             "adit_watcher_pods{state=\"closed\"} 0",
@@ -208,5 +239,32 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in:\n{text}");
         }
+    }
+
+    #[test]
+    fn the_registry_holds_exactly_the_rows() {
+        let text = Metrics::new().encode();
+        let registered: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
+        let rows: Vec<String> = METRICS
+            .iter()
+            .map(|row| format!("{} {}", row.full_name().trim_end_matches("_total"), row.kind))
+            .collect();
+        assert_eq!(registered, rows);
+        for row in METRICS {
+            let help = format!("# HELP {} {}.", row.full_name().trim_end_matches("_total"), row.help);
+            assert!(text.lines().any(|line| line == help), "{help} in:\n{text}");
+        }
+    }
+
+    /// Made from the rows: `UPDATE_DOCS=1 cargo test -p watcher documentation`.
+    #[test]
+    fn the_documentation_has_a_line_for_every_metric() {
+        let mut table = "| metric | type | labels | meaning |\n|---|---|---|---|\n".to_owned();
+        for row in METRICS {
+            let labels = if row.labels.is_empty() { "–" } else { row.labels };
+            let _ = writeln!(table, "| `{}` | {} | {labels} | {} |", row.full_name(), row.kind, row.help);
+        }
+        let made_from = "watcher metrics: made from watcher/src/metrics.rs";
+        testbed::doc_table::assert_current("docs/metrics.md", made_from, &table);
     }
 }

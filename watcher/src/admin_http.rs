@@ -1,0 +1,59 @@
+//! `/metrics` and `/healthz/ready` over HTTP (`--metrics-address`).
+
+use std::{io, net::SocketAddr, sync::Arc};
+
+use axum::{
+    Router,
+    extract::State,
+    http::{StatusCode, header},
+    response::IntoResponse,
+    routing::get,
+};
+use tokio::{net::TcpListener, task::JoinHandle};
+use tracing::info;
+
+use crate::metrics::Metrics;
+
+/// Serves until it is dropped.
+#[derive(Debug)]
+pub struct AdminServer {
+    serving: JoinHandle<io::Result<()>>,
+    /// Where it listens; with the real port, if port 0 was asked for.
+    pub address: SocketAddr,
+}
+
+impl Drop for AdminServer {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+impl AdminServer {
+    /// Listens at `address` and serves `metrics`.
+    ///
+    /// # Errors
+    /// The address cannot be listened at.
+    pub async fn bind(address: SocketAddr, metrics: Arc<Metrics>) -> io::Result<Self> {
+        let listener = TcpListener::bind(address).await?;
+        let address = listener.local_addr()?;
+        info!(%address, "metrics served");
+        let routes = Router::new()
+            .route("/metrics", get(text))
+            .route("/healthz/ready", get(readiness))
+            .with_state(metrics);
+        let serving = tokio::spawn(async move { axum::serve(listener, routes).await });
+        Ok(Self { serving, address })
+    }
+}
+
+async fn text(State(metrics): State<Arc<Metrics>>) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], metrics.encode())
+}
+
+async fn readiness(State(metrics): State<Arc<Metrics>>) -> impl IntoResponse {
+    if metrics.is_ready() {
+        (StatusCode::OK, "ready\n")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "not all pods of this node have been observed yet\n")
+    }
+}
