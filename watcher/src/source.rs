@@ -1,14 +1,14 @@
-//! What should be: the pods of this node and how each is to be treated.
+//! Where pods come from: which pods this node has, and how each is to be treated.
 //!
 //! * [`file`]: a pods file as a source
 //! * [`kubernetes`]: the API server as a source
 //! * [`options`]: what can be set for a pod, as key or annotation
 //! * [`selection`]: whether a pod is enrolled
 //!
-//! Every source is a producer of [`Update`]s, and the node's loop their only consumer: it neither knows nor
-//! asks where they come from. A source that cannot say anything for a while says nothing, or why
-//! ([`Update::Unusable`]); what it said last holds meanwhile. What became of each pod goes the other way, as
-//! [`Outcome`]s, so that a source can write it down where its users look.
+//! Every source produces [`Update`]s, and the watcher's loop consumes them without knowing the source. While
+//! a source is unavailable it sends nothing, or the cause ([`Update::Unusable`]); the last known pods stay
+//! active. The state of each pod goes back to the source as an [`Outcome`], so that it can write the state
+//! where its users look.
 
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
@@ -25,73 +25,79 @@ pub mod selection;
 /// The names of a pod travel in one ZDS packet of at most 1024 bytes; this leaves room for the rest.
 const MAX_NAMES: usize = 900;
 
-/// Where pods come from, as the node's loop sees it.
+/// A source of pods, as the watcher's loop sees it.
 #[derive(Debug)]
 pub struct Source {
     /// For logs and `watcher status`, such as `pods file /etc/pods.yaml`.
     pub name: String,
+    /// What changed, in order.
     pub updates: mpsc::Receiver<Update>,
-    /// Where outcomes go. Unbounded, since the loop never waits: whoever takes them takes them at once, and
-    /// keeps only the last one of each uid while it cannot pass them on.
+    /// Produces the updates; ends with their receiver.
+    pub producer: JoinHandle<()>,
+    /// Where outcomes go; `None`: the source writes nothing. Unbounded, since the loop never waits: the
+    /// writer receives them at once, and keeps only the last one of each uid while it cannot write.
     pub outcomes: Option<mpsc::UnboundedSender<(String, Option<Outcome>)>>,
-    /// Ends when the source has passed on the last outcomes, once nobody can send any more.
-    pub passed_on: Option<JoinHandle<()>>,
+    /// Writes the outcomes; ends when it has written the last one after `outcomes` is dropped.
+    pub writer: Option<JoinHandle<()>>,
 }
 
 impl Source {
-    /// Waits until the last outcomes are passed on, as far as that is possible in a moment.
-    pub async fn farewell(mut self) {
-        const PATIENCE: Duration = Duration::from_secs(6);
+    /// Waits until the last outcomes are written, for a few seconds.
+    pub async fn close(mut self) {
+        const WRITE_TIMEOUT: Duration = Duration::from_secs(6);
         self.outcomes = None;
-        if let Some(passed_on) = self.passed_on.take()
-            && tokio::time::timeout(PATIENCE, passed_on).await.is_err()
-        {
-            warn!(source = self.name, "what became of the pods could not be passed on");
+        let Some(writer) = self.writer.take() else { return };
+        match tokio::time::timeout(WRITE_TIMEOUT, writer).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => warn!(source = self.name, %error, "pod status updates dropped"),
+            Err(_) => warn!(source = self.name, "pod status updates dropped: no answer in time"),
         }
     }
 }
 
-/// What became of a pod. Told by uid when it changes; `None`: the pod is not known any more.
+/// The state of a pod, for its source. Published by uid when it changes; `None`: the pod is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
+    /// The pod's name.
     pub name: String,
+    /// Its namespace.
     pub namespace: String,
-    /// [`State::Open`]: its traffic is carried. [`State::Plain`]: it was left alone, or has left.
+    /// [`State::Open`]: a tunnel carries its traffic. [`State::Plain`]: it is not enrolled, or not any more.
     pub state: State,
     /// Why it is not open.
     pub reason: Option<Reason>,
-    /// Those that are steered; empty while it is not enrolled.
+    /// Its steered addresses; none while it is not enrolled.
     pub addresses: Vec<IpAddr>,
 }
 
-/// Outcomes by uid, and the telling of what changed.
+/// The last outcome of each uid; publishes only what changed.
 #[derive(Debug, Default)]
 pub struct Outcomes {
-    told: BTreeMap<String, Outcome>,
+    published: BTreeMap<String, Outcome>,
 }
 
 impl Outcomes {
-    /// Tells `outcome` of `uid`, unless it is what was told last.
-    pub fn tell(
+    /// Publishes `outcome` of `uid`, unless it is the last one again.
+    pub fn publish(
         &mut self,
         to: &mpsc::UnboundedSender<(String, Option<Outcome>)>,
         uid: &str,
         outcome: Option<Outcome>,
     ) {
-        if self.told.get(uid) == outcome.as_ref() {
+        if self.published.get(uid) == outcome.as_ref() {
             return;
         }
         match &outcome {
-            Some(outcome) => drop(self.told.insert(uid.to_owned(), outcome.clone())),
-            None => drop(self.told.remove(uid)),
+            Some(outcome) => drop(self.published.insert(uid.to_owned(), outcome.clone())),
+            None => drop(self.published.remove(uid)),
         }
-        // A source that does not listen any more is at its end, and so are we, soon.
+        // Fails only when the source has ended, which ends the watcher too.
         let _ = to.send((uid.to_owned(), outcome));
     }
 
-    /// The uids that something was told of.
-    pub fn told(&self) -> impl Iterator<Item = &String> {
-        self.told.keys()
+    /// The uids with a published outcome.
+    pub fn uids(&self) -> impl Iterator<Item = &String> {
+        self.published.keys()
     }
 }
 
@@ -100,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_outcome_is_told_once_and_its_end_too() {
+    fn an_outcome_is_published_once_and_its_end_too() {
         let (sender, mut receiver) = mpsc::unbounded_channel();
         let mut outcomes = Outcomes::default();
         let outcome = |state| Outcome {
@@ -111,16 +117,16 @@ mod tests {
             addresses: Vec::new(),
         };
         for state in [State::Closed, State::Closed, State::Open] {
-            outcomes.tell(&sender, "u", Some(outcome(state)));
+            outcomes.publish(&sender, "u", Some(outcome(state)));
         }
-        outcomes.tell(&sender, "u", None);
-        outcomes.tell(&sender, "u", None);
+        outcomes.publish(&sender, "u", None);
+        outcomes.publish(&sender, "u", None);
         let mut states = Vec::new();
         while let Ok((uid, outcome)) = receiver.try_recv() {
             assert_eq!(uid, "u");
             states.push(outcome.map(|outcome| outcome.state));
         }
         assert_eq!(states, [Some(State::Closed), Some(State::Open), None]);
-        assert_eq!(outcomes.told().count(), 0);
+        assert_eq!(outcomes.uids().count(), 0);
     }
 }

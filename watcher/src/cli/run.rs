@@ -18,7 +18,12 @@ use watcher::{
     agent,
     model::pod::FailMode,
     observe::{cgroups, events::SourceKind},
-    source::{Source, file::watch, kubernetes, selection::Mode},
+    source::{
+        Source,
+        file::watch,
+        kubernetes::{self, KubernetesConfig},
+        selection::DataplaneLabel,
+    },
 };
 
 use super::{MountArgs, NodeArgs, environment, preflight};
@@ -87,7 +92,7 @@ struct KubernetesArgs {
     kubernetes: bool,
     /// The label of namespaces and pods that enrols; the value `none` on a pod leaves it alone
     #[arg(long, value_name = "KEY=VALUE", default_value_t)]
-    dataplane_label: Mode,
+    dataplane_label: DataplaneLabel,
     /// A container of this name carries its pod's traffic itself: the pod is left alone, as with Istio's sidecar
     #[arg(long = "sidecar-container", value_name = "NAME")]
     sidecar_containers: Vec<String>,
@@ -153,7 +158,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
 /// Where pods are to come from.
 enum Wanted {
     PodsFile(PathBuf),
-    Kubernetes(kubernetes::Options),
+    Kubernetes(KubernetesConfig),
 }
 
 fn wanted_source(args: &RunArgs) -> anyhow::Result<Wanted> {
@@ -168,9 +173,9 @@ fn wanted_source(args: &RunArgs) -> anyhow::Result<Wanted> {
     let node = args.node.node.clone().context(
         "which node this is: set NODE_NAME (spec.nodeName by the downward API) or --node to its name in Kubernetes",
     )?;
-    Ok(Wanted::Kubernetes(kubernetes::Options {
+    Ok(Wanted::Kubernetes(KubernetesConfig {
         node,
-        mode: args.kubernetes.dataplane_label.clone(),
+        label: args.kubernetes.dataplane_label.clone(),
         sidecars: args.kubernetes.sidecar_containers.iter().cloned().collect::<BTreeSet<_>>(),
         write_back: !args.kubernetes.no_write_back,
     }))

@@ -1,13 +1,13 @@
 //! The API server as a source: the pods of this node, and what their namespaces say of them.
 //!
-//! * [`pod`]: what one pod of the API is to us: labels, annotations, sidecars, static pods
-//! * [`cache`]: what was told of pods and namespaces, and what follows
-//! * `watch`: one kind of object, listed and watched for ever
-//! * `status_writer`: writes back what became of the pods
+//! * [`pod`]: reads one pod of the API: labels, annotations, sidecars, static pods
+//! * [`cache`]: pods and namespaces as listed last, and what follows
+//! * `watch`: lists and watches one kind of object for ever
+//! * `status_writer`: writes the pods' state back to the API
 //! * `backoff`: how long to wait before the next attempt
 //!
-//! What was told last holds until something else is *told*: while the server is away, refuses, or has a list
-//! half sent, no pod enters or leaves the mesh.
+//! Only complete, successful responses change state. While the server is unreachable, refuses, or has sent
+//! half a list, no pod enters or leaves the mesh.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -17,11 +17,11 @@ use tokio::sync::mpsc;
 use tracing::info;
 
 use self::{
-    cache::{Change, Cluster},
-    pod::Rules,
-    watch::{Told, Watched},
+    cache::{ClusterCache, PodChange},
+    pod::ReadRules,
+    watch::{Received, Watched},
 };
-use super::{Source, selection::Mode};
+use super::{Source, selection::DataplaneLabel};
 use crate::model::pod::Update;
 
 mod backoff;
@@ -30,31 +30,35 @@ pub mod pod;
 mod status_writer;
 mod watch;
 
-/// How many events are taken before they are passed on, so that a stream that never ends delays nobody for ever.
+/// At most so many events become one update, so that an endless stream does not delay it for ever.
 const EVENTS_AT_ONCE: usize = 10_000;
 
-/// What is told of the source.
+/// What the source follows and writes.
 #[derive(Clone, Debug)]
-pub struct Options {
-    /// Whose pods.
+pub struct KubernetesConfig {
+    /// The node whose pods are followed.
     pub node: String,
-    pub mode: Mode,
+    /// The label that enrols.
+    pub label: DataplaneLabel,
     /// Names of containers that carry their pod's traffic themselves.
     pub sidecars: BTreeSet<String>,
-    /// Whether what became of the pods is written back.
+    /// Whether the pods' state is written back.
     pub write_back: bool,
 }
 
-/// Why the source cannot even begin.
+/// Why the source cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum KubernetesError {
+    /// The file that `KUBECONFIG` names.
     #[error("cannot use the file that KUBECONFIG names")]
     Kubeconfig(#[source] kube::config::KubeconfigError),
+    /// There is neither that file nor a service account.
     #[error(
         "cannot find the API server: outside of a pod set KUBECONFIG; inside, mount the service account's token"
     )]
     InCluster(#[source] kube::config::InClusterError),
-    #[error("cannot make a client of the API server")]
+    /// Certificates or proxy settings are not usable.
+    #[error("cannot create a client for the API server")]
     Client(#[source] kube::Error),
 }
 
@@ -71,7 +75,7 @@ pub async fn config(by_kubeconfig: bool) -> Result<Config, KubernetesError> {
     Config::incluster().map_err(KubernetesError::InCluster)
 }
 
-/// `config`, where the API server must not be silent for longer than `limit`.
+/// `config`, where a request fails when the API server is silent for longer than `limit`.
 fn answering_within(limit: Duration, config: &Config) -> Config {
     let mut config = config.clone();
     config.read_timeout = Some(limit);
@@ -79,44 +83,47 @@ fn answering_within(limit: Duration, config: &Config) -> Config {
     config
 }
 
-/// Begins to follow the API server, in tasks that end with the receiver of the updates.
-pub fn start(config: &Config, options: Options) -> Result<Source, KubernetesError> {
+/// Starts to follow the API server, in tasks that end with the receiver of the updates.
+///
+/// # Errors
+/// No client can be created from `config`.
+pub fn start(config: &Config, options: KubernetesConfig) -> Result<Source, KubernetesError> {
     let name = format!("Kubernetes at {}", config.cluster_url);
     let (sender, updates) = mpsc::channel(4);
-    let (outcomes, told_outcomes) = mpsc::unbounded_channel();
-    let (changes, told_changes) = mpsc::unbounded_channel();
+    let (outcomes, outcome_receiver) = mpsc::unbounded_channel();
+    let (changes, change_receiver) = mpsc::unbounded_channel();
     let fields = format!("spec.nodeName={}", options.node);
     let follower = Follower {
         pods: Watched::new("pods", config, Some(fields)).map_err(KubernetesError::Client)?,
         namespaces: Watched::new("namespaces", config, None).map_err(KubernetesError::Client)?,
-        cluster: Cluster::new(Rules { mode: options.mode, sidecars: options.sidecars }),
+        cluster: ClusterCache::new(ReadRules { label: options.label, sidecars: options.sidecars }),
         problems: [None, None],
-        told_all: false,
+        listed_all: false,
         updates: sender,
         changes: options.write_back.then_some(changes),
     };
-    let (outcomes, passed_on) = if options.write_back {
+    let (outcomes, writer) = if options.write_back {
         let client =
             kube::Client::try_from(status_writer::config(config)).map_err(KubernetesError::Client)?;
         let api = status_writer::Api::new(client, options.node);
-        (Some(outcomes), Some(tokio::spawn(status_writer::run(api, told_changes, told_outcomes))))
+        (Some(outcomes), Some(tokio::spawn(status_writer::run(api, change_receiver, outcome_receiver))))
     } else {
         (None, None)
     };
-    tokio::spawn(follower.run());
-    Ok(Source { name, updates, outcomes, passed_on })
+    let producer = tokio::spawn(follower.run());
+    Ok(Source { name, updates, producer, outcomes, writer })
 }
 
 struct Follower {
     pods: Watched<api::Pod>,
-    /// Only their labels are asked for.
+    /// Only their metadata is requested.
     namespaces: Watched<PartialObjectMeta<api::Namespace>>,
-    cluster: Cluster,
+    cluster: ClusterCache,
     /// Why pods, and why namespaces, cannot be watched at present.
     problems: [Option<String>; 2],
-    told_all: bool,
+    listed_all: bool,
     updates: mpsc::Sender<Update>,
-    changes: Option<mpsc::UnboundedSender<Change>>,
+    changes: Option<mpsc::UnboundedSender<PodChange>>,
 }
 
 impl Follower {
@@ -125,23 +132,23 @@ impl Follower {
         loop {
             let before = self.problem();
             tokio::select! {
-                // Namespaces first: a pod is told of when its namespace is known.
+                // Namespaces first: a pod is published when its namespace is known.
                 biased;
                 () = self.updates.closed() => return,
-                told = self.namespaces.next() => self.on_namespace(told),
-                told = self.pods.next() => self.on_pod(told),
+                received = self.namespaces.next() => self.on_namespace(received),
+                received = self.pods.next() => self.on_pod(received),
             }
-            // What is there already is one batch: sixty pods of a namespace need not be sixty updates.
+            // What has arrived by now is one batch: sixty pods of a namespace need not be sixty updates.
             for _ in 0..EVENTS_AT_ONCE {
-                if let Some(told) = self.namespaces.ready() {
-                    self.on_namespace(told);
-                } else if let Some(told) = self.pods.ready() {
-                    self.on_pod(told);
+                if let Some(received) = self.namespaces.ready() {
+                    self.on_namespace(received);
+                } else if let Some(received) = self.pods.ready() {
+                    self.on_pod(received);
                 } else {
                     break;
                 }
             }
-            if self.pass_on(before).await.is_err() {
+            if self.publish(before).await.is_err() {
                 return;
             }
         }
@@ -152,48 +159,48 @@ impl Follower {
         (!problems.is_empty()).then(|| problems.join("; "))
     }
 
-    fn on_namespace(&mut self, told: Told<PartialObjectMeta<api::Namespace>>) {
+    fn on_namespace(&mut self, received: Received<PartialObjectMeta<api::Namespace>>) {
         let [_, problem] = &mut self.problems;
-        match told {
-            Told::Event(event) => {
-                settle(problem, &event);
+        match received {
+            Received::Event(event) => {
+                clear_on_answer(problem, &event);
                 self.cluster.on_namespace(event);
             }
-            Told::Failed(error) => *problem = Some(error),
-            Told::Recovered => *problem = None,
+            Received::Failed(error) => *problem = Some(error),
+            Received::Recovered => *problem = None,
         }
     }
 
-    fn on_pod(&mut self, told: Told<api::Pod>) {
+    fn on_pod(&mut self, received: Received<api::Pod>) {
         let [problem, _] = &mut self.problems;
-        match told {
-            Told::Event(event) => {
-                settle(problem, &event);
+        match received {
+            Received::Event(event) => {
+                clear_on_answer(problem, &event);
                 self.cluster.on_pod(event);
             }
-            Told::Failed(error) => *problem = Some(error),
-            Told::Recovered => *problem = None,
+            Received::Failed(error) => *problem = Some(error),
+            Received::Recovered => *problem = None,
         }
     }
 
-    /// Tells the loop what it does not know yet, if anything. Fails when nobody listens any more.
-    async fn pass_on(&mut self, before: Option<String>) -> Result<(), mpsc::error::SendError<Update>> {
+    /// Sends the loop what it does not know yet, if anything. Fails when the receiver is gone.
+    async fn publish(&mut self, before: Option<String>) -> Result<(), mpsc::error::SendError<Update>> {
         let changes = self.cluster.changes();
-        let mut news = Vec::new();
+        let mut changed = Vec::new();
         for change in changes {
-            if change.is_news {
-                news.push((change.uid.clone(), change.entry.clone()));
+            if change.entry_changed {
+                changed.push((change.uid.clone(), change.entry.clone()));
             }
-            if let Some(reporter) = &self.changes {
+            if let Some(writer) = &self.changes {
                 // It ends only with us.
-                let _ = reporter.send(change);
+                let _ = writer.send(change);
             }
         }
-        if self.cluster.is_whole() && !self.told_all {
-            self.told_all = true;
+        if self.cluster.is_whole() && !self.listed_all {
+            self.listed_all = true;
             self.updates.send(Update::All(self.cluster.all())).await?;
-        } else if !news.is_empty() {
-            self.updates.send(Update::Changed(news)).await?;
+        } else if !changed.is_empty() {
+            self.updates.send(Update::Changed(changed)).await?;
         }
         let problem = self.problem();
         match (&before, problem) {
@@ -201,7 +208,7 @@ impl Follower {
                 self.updates.send(Update::Unusable(problem)).await?;
             }
             (Some(_), None) => {
-                info!("the API server can be used again");
+                info!("API server available again");
                 self.updates.send(Update::Changed(Vec::new())).await?;
             }
             _ => {}
@@ -210,14 +217,15 @@ impl Follower {
     }
 }
 
-/// An event shows that the server answers; that a list begins does not.
-fn settle<K>(problem: &mut Option<String>, event: &kube::runtime::watcher::Event<K>) {
+/// An event shows that the server answers; the start of a list does not.
+fn clear_on_answer<K>(problem: &mut Option<String>, event: &kube::runtime::watcher::Event<K>) {
     if !matches!(event, kube::runtime::watcher::Event::Init) {
         *problem = None;
     }
 }
 
-/// The causes of an error, from the outermost in, each once: libraries like to repeat what is below them.
+/// The causes of an error, from the outermost in, each once. By hand: `kube` repeats the text of a cause in
+/// its own, and `error_reporter` prints every text.
 fn cause(error: &(dyn std::error::Error + 'static)) -> String {
     let mut texts: Vec<String> = Vec::new();
     let mut next = error.source();

@@ -1,4 +1,4 @@
-//! Whether a pod is enrolled: by a label of its own or of its namespace, Istio's by default.
+//! Whether a pod is enrolled: a label of the pod or of its namespace decides, Istio's by default.
 
 use std::{collections::BTreeMap, str::FromStr};
 
@@ -8,20 +8,22 @@ use crate::model::reason::{Reason, ReasonCode};
 /// The label's value that leaves a pod alone although its namespace is enrolled.
 const NONE: &str = "none";
 
-/// The label that says who carries a pod's traffic, and the value that means us.
+/// The label that enrols, and the value that means this mesh.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mode {
+pub struct DataplaneLabel {
+    /// The label's key.
     pub key: String,
+    /// The value that enrols.
     pub value: String,
 }
 
-impl Default for Mode {
+impl Default for DataplaneLabel {
     fn default() -> Self {
-        Self { key: "istio.io/dataplane-mode".to_owned(), value: "ambient".to_owned() }
+        Self { key: "istio.io/dataplane-label".to_owned(), value: "ambient".to_owned() }
     }
 }
 
-impl std::fmt::Display for Mode {
+impl std::fmt::Display for DataplaneLabel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}={}", self.key, self.value)
     }
@@ -29,65 +31,68 @@ impl std::fmt::Display for Mode {
 
 /// A text that is no label.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("expected KEY=VALUE such as {}, with a value other than {NONE}", Mode::default())]
-pub struct InvalidMode;
+#[error("expected KEY=VALUE such as {}, with a value other than {NONE}", DataplaneLabel::default())]
+pub struct InvalidDataplaneLabel;
 
-impl FromStr for Mode {
-    type Err = InvalidMode;
+impl FromStr for DataplaneLabel {
+    type Err = InvalidDataplaneLabel;
 
-    fn from_str(text: &str) -> Result<Self, InvalidMode> {
+    fn from_str(text: &str) -> Result<Self, InvalidDataplaneLabel> {
         match text.split_once('=') {
             Some((key, value)) if !key.is_empty() && !value.is_empty() && value != NONE => {
                 Ok(Self { key: key.to_owned(), value: value.to_owned() })
             }
-            _ => Err(InvalidMode),
+            _ => Err(InvalidDataplaneLabel),
         }
     }
 }
 
-/// What the labels of one object say.
+/// What the labels of one pod or namespace decide.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Asks {
+pub enum LabelDecision {
+    /// It is enrolled.
     Enrol,
-    LeaveAlone,
-    /// Nothing that we know: no label, a typing error, or somebody else's mode.
+    /// It is not, whatever the namespace decides.
+    OptOut,
+    /// Nothing: the label is missing, misspelt, or names another mesh.
     #[default]
-    Nothing,
+    Undecided,
 }
 
-impl Mode {
-    pub fn asks(&self, labels: &BTreeMap<String, String>) -> Asks {
+impl DataplaneLabel {
+    pub fn decide(&self, labels: &BTreeMap<String, String>) -> LabelDecision {
         match labels.get(&self.key) {
-            Some(value) if *value == self.value => Asks::Enrol,
-            Some(value) if value == NONE => Asks::LeaveAlone,
-            _ => Asks::Nothing,
+            Some(value) if *value == self.value => LabelDecision::Enrol,
+            Some(value) if value == NONE => LabelDecision::OptOut,
+            _ => LabelDecision::Undecided,
         }
     }
 }
 
-/// What pod and namespace ask for together. The pod's `none` wins, so that one pod of an enrolled namespace
-/// can stay out. `None`: it depends on the namespace, of which nothing is known yet.
-pub fn together(pod: Asks, namespace: Option<Asks>) -> Option<Selection> {
+/// The decision of the pod's and the namespace's labels together. The pod's `none` wins, so that one pod of
+/// an enrolled namespace can stay out. `None`: it depends on the namespace, which is not known yet.
+pub fn combine(pod: LabelDecision, namespace: Option<LabelDecision>) -> Option<Selection> {
     match (pod, namespace) {
-        (Asks::Enrol, _) | (Asks::Nothing, Some(Asks::Enrol)) => Some(Selection::Enrolled),
-        (Asks::LeaveAlone, _) | (Asks::Nothing, Some(_)) => Some(Selection::Plain),
-        (Asks::Nothing, None) => None,
+        (LabelDecision::Enrol, _) | (LabelDecision::Undecided, Some(LabelDecision::Enrol)) => {
+            Some(Selection::Enrolled)
+        }
+        (LabelDecision::OptOut, _) | (LabelDecision::Undecided, Some(_)) => Some(Selection::Plain),
+        (LabelDecision::Undecided, None) => None,
     }
 }
 
-/// What a pod's own labels ask for, where there are no namespaces.
+/// The decision of a pod's labels alone, where there are no namespaces.
 pub fn by_labels(labels: &BTreeMap<String, String>) -> Selection {
-    together(Mode::default().asks(labels), Some(Asks::Nothing)).unwrap_or_default()
+    combine(DataplaneLabel::default().decide(labels), Some(LabelDecision::Undecided)).unwrap_or_default()
 }
 
-/// `selection`, unless the pod must not be enrolled whatever its labels say. A pod that nobody wants to enrol
-/// needs no reason for being left alone.
-pub fn unless(selection: Selection, host_network: bool, sidecar: Option<&str>) -> Selection {
+/// `selection`, unless the pod cannot be enrolled whatever its labels decide. A pod that no label enrols
+/// needs no reason.
+pub fn except(selection: Selection, host_network: bool, sidecar: Option<&str>) -> Selection {
     match (selection, sidecar) {
-        (Selection::Enrolled, _) if host_network => Selection::LeftAlone(Reason::new(
-            ReasonCode::HostNetwork,
-            "it has no network of its own: its traffic is the node's",
-        )),
+        (Selection::Enrolled, _) if host_network => {
+            Selection::LeftAlone(Reason::new(ReasonCode::HostNetwork, "it uses the node's network"))
+        }
         (Selection::Enrolled, Some(sidecar)) => Selection::LeftAlone(Reason::new(
             ReasonCode::Sidecar,
             format!("{sidecar}, which carries its traffic"),
@@ -107,10 +112,10 @@ mod tests {
     #[test]
     fn only_the_value_ambient_enrols() {
         for (key, value, selection) in [
-            ("istio.io/dataplane-mode", "ambient", Selection::Enrolled),
-            ("istio.io/dataplane-mode", "none", Selection::Plain),
-            ("istio.io/dataplane-mode", "Ambient", Selection::Plain),
-            ("dataplane-mode", "ambient", Selection::Plain),
+            ("istio.io/dataplane-label", "ambient", Selection::Enrolled),
+            ("istio.io/dataplane-label", "none", Selection::Plain),
+            ("istio.io/dataplane-label", "Ambient", Selection::Plain),
+            ("dataplane-label", "ambient", Selection::Plain),
         ] {
             assert_eq!(by_labels(&labels(key, value)), selection, "{key}: {value}");
         }
@@ -119,36 +124,36 @@ mod tests {
 
     #[test]
     fn the_pods_none_wins_and_a_namespace_that_is_not_known_decides_nothing() {
-        use Asks::{Enrol, LeaveAlone, Nothing};
+        use LabelDecision::{Enrol, OptOut, Undecided};
         for (pod, namespace, selection) in [
-            (Nothing, Some(Enrol), Some(Selection::Enrolled)),
-            (LeaveAlone, Some(Enrol), Some(Selection::Plain)),
-            (Enrol, Some(Nothing), Some(Selection::Enrolled)),
-            (Enrol, Some(LeaveAlone), Some(Selection::Enrolled)),
-            (Nothing, Some(LeaveAlone), Some(Selection::Plain)),
-            (Nothing, Some(Nothing), Some(Selection::Plain)),
+            (Undecided, Some(Enrol), Some(Selection::Enrolled)),
+            (OptOut, Some(Enrol), Some(Selection::Plain)),
+            (Enrol, Some(Undecided), Some(Selection::Enrolled)),
+            (Enrol, Some(OptOut), Some(Selection::Enrolled)),
+            (Undecided, Some(OptOut), Some(Selection::Plain)),
+            (Undecided, Some(Undecided), Some(Selection::Plain)),
             (Enrol, None, Some(Selection::Enrolled)),
-            (LeaveAlone, None, Some(Selection::Plain)),
-            (Nothing, None, None),
+            (OptOut, None, Some(Selection::Plain)),
+            (Undecided, None, None),
         ] {
-            assert_eq!(together(pod, namespace), selection, "{pod:?} {namespace:?}");
+            assert_eq!(combine(pod, namespace), selection, "{pod:?} {namespace:?}");
         }
     }
 
     #[test]
     fn the_label_can_be_another_one() {
-        let mode: Mode = "example.org/mesh=on".parse().unwrap();
-        assert_eq!(mode.asks(&labels("example.org/mesh", "on")), Asks::Enrol);
-        assert_eq!(mode.asks(&labels("example.org/mesh", "none")), Asks::LeaveAlone);
-        assert_eq!(mode.asks(&labels("istio.io/dataplane-mode", "ambient")), Asks::Nothing);
+        let label: DataplaneLabel = "example.org/mesh=on".parse().unwrap();
+        assert_eq!(label.decide(&labels("example.org/mesh", "on")), LabelDecision::Enrol);
+        assert_eq!(label.decide(&labels("example.org/mesh", "none")), LabelDecision::OptOut);
+        assert_eq!(label.decide(&labels("istio.io/dataplane-label", "ambient")), LabelDecision::Undecided);
         for bad in ["", "=", "key", "key=", "=on", "key=none"] {
-            assert!(bad.parse::<Mode>().is_err(), "{bad:?}");
+            assert!(bad.parse::<DataplaneLabel>().is_err(), "{bad:?}");
         }
     }
 
     #[test]
     fn a_reason_is_given_only_where_the_pod_would_be_enrolled() {
-        let code = |selection, host, sidecar| match unless(selection, host, sidecar) {
+        let code = |selection, host, sidecar| match except(selection, host, sidecar) {
             Selection::LeftAlone(reason) => reason.code.code(),
             Selection::Enrolled => "enrolled",
             Selection::Plain => "plain",

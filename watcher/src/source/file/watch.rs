@@ -1,8 +1,8 @@
 //! The pods file as a source: read again whenever it may have changed.
 //!
-//! By inotify on its directory, and every second besides, since some volumes tell no events. A file that
-//! cannot be used leaves the last good one in force, and so does an entry that cannot be used: a typing
-//! error must not take a pod out of the mesh.
+//! It watches the directory with inotify, and reads the file every second too, since some volumes report no
+//! events. An invalid file or entry leaves the last valid one active: a typing error must not take a pod
+//! out of the mesh.
 
 use std::{
     ffi::OsStr,
@@ -24,9 +24,9 @@ use crate::{
     source::Source,
 };
 
-const READ_EVERY: Duration = Duration::from_secs(1);
+const READ_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Begins to read `path`, in a task that ends with the receiver of its updates.
+/// Starts to read `path`, in a task that ends with the receiver of its updates.
 ///
 /// # Errors
 /// The file's directory cannot be watched.
@@ -36,21 +36,21 @@ pub fn start(path: PathBuf, cgroup_root: PathBuf) -> io::Result<Source> {
         Some(dir) if dir != Path::new("") => dir,
         _ => Path::new("."),
     };
-    // Not on each write: a file half written may well parse, with half of the pods.
+    // Not on each write: a half-written file may parse, with half of the pods.
     // ConfigMap volumes change by a symlink that is moved, hence any name in the directory counts.
     inotify.watches().add(dir, WatchMask::CLOSE_WRITE | WatchMask::MOVED_TO | WatchMask::CREATE)?;
     let changes = inotify.into_event_stream([0; 4096])?;
     let (sender, updates) = mpsc::channel(4);
     let name = format!("pods file {}", path.display());
     let reader = Reader { path, cgroup_root, entries: None, error: None };
-    tokio::spawn(follow(reader, changes, sender));
-    Ok(Source { name, updates, outcomes: None, passed_on: None })
+    let producer = tokio::spawn(follow(reader, changes, sender));
+    Ok(Source { name, updates, producer, outcomes: None, writer: None })
 }
 
 struct Reader {
     path: PathBuf,
     cgroup_root: PathBuf,
-    /// The last good content.
+    /// The last valid content.
     entries: Option<Vec<Entry>>,
     error: Option<String>,
 }
@@ -64,21 +64,21 @@ async fn follow(mut reader: Reader, mut changes: EventStream<[u8; 4096]>, update
         }
         tokio::select! {
             () = reader.changed(&mut changes) => {}
-            () = tokio::time::sleep(READ_EVERY) => {}
+            () = tokio::time::sleep(READ_INTERVAL) => {}
             () = updates.closed() => return,
         }
     }
 }
 
 impl Reader {
-    /// What is new, if anything is.
+    /// Reads the file; `None`: nothing changed.
     fn read(&mut self) -> Option<Update> {
         match parse::read(&self.path, &self.cgroup_root) {
             Ok(entries) => {
-                let entries = keep_last_good(entries, self.entries.as_deref().unwrap_or_default());
+                let entries = keep_last_valid(entries, self.entries.as_deref().unwrap_or_default());
                 let recovered = self.error.take().is_some();
                 if recovered {
-                    info!("the pods file can be used again");
+                    info!("pods file valid again");
                 }
                 if !recovered && self.entries.as_ref() == Some(&entries) {
                     return None;
@@ -91,7 +91,7 @@ impl Reader {
                 if self.error.as_ref() == Some(&error) {
                     return None;
                 }
-                warn!(error, "pods file not used, the last good one holds");
+                warn!(error, "pods file rejected; keeping the last valid one");
                 self.error = Some(error.clone());
                 Some(Update::Unusable(error))
             }
@@ -115,8 +115,8 @@ impl Reader {
     }
 }
 
-/// `entries`, where a bad one gives way to the good one of the same uid before it.
-fn keep_last_good(entries: Vec<Entry>, before: &[Entry]) -> Vec<Entry> {
+/// `entries`, where the last valid entry of the same uid replaces an invalid one.
+fn keep_last_valid(entries: Vec<Entry>, before: &[Entry]) -> Vec<Entry> {
     let earlier = |uid: &str| {
         before.iter().find_map(|entry| match entry {
             Entry::Pod(pod) if pod.uid == uid => Some(pod.clone()),
@@ -128,7 +128,7 @@ fn keep_last_good(entries: Vec<Entry>, before: &[Entry]) -> Vec<Entry> {
         .map(|entry| {
             let Entry::Bad(bad) = &entry else { return entry };
             let Some(pod) = bad.uid.as_deref().and_then(earlier) else { return entry };
-            let notes = vec![format!("entry not used, the last good one holds: {}", bad.problem)];
+            let notes = vec![format!("entry not valid, keeping the last valid one: {}", bad.problem)];
             Entry::Pod(Arc::new(Pod { notes, ..Pod::clone(&pod) }))
         })
         .collect()
@@ -139,20 +139,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bad_entry_gives_way_to_the_last_good_one() {
+    fn an_invalid_entry_is_replaced_by_the_last_valid_one() {
         let parse = |text: &str| parse::parse(text, Path::new("/cgroup")).unwrap();
         let good = parse("pods: [{uid: a, name: a, cgroup: a}]");
         let bad = "pods: [{uid: a, name: a, cgruop: a}, {uid: b, name: b, cgruop: b}]";
-        let kept = keep_last_good(parse(bad), &good);
+        let kept = keep_last_valid(parse(bad), &good);
         let [Entry::Pod(pod), Entry::Bad(_)] = kept.as_slice() else { panic!("{kept:?}") };
         assert_eq!(pod.cgroup.as_deref(), Some(Path::new("/cgroup/a")));
         assert!(pod.notes[0].contains("cgruop"), "{:?}", pod.notes);
-        // And once more, when it is the kept one that came before.
-        assert!(matches!(keep_last_good(parse(bad), &kept)[0], Entry::Pod(_)));
+        // And again, after a kept one.
+        assert!(matches!(keep_last_valid(parse(bad), &kept)[0], Entry::Pod(_)));
     }
 
     #[tokio::test]
-    async fn an_edit_is_told_at_once_and_an_error_does_not_empty_the_list() {
+    async fn an_edit_is_published_at_once_and_an_error_does_not_empty_the_list() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pods.yaml");
         std::fs::write(&path, "pods: []").unwrap();
@@ -163,7 +163,7 @@ mod tests {
         assert!(
             matches!(source.updates.recv().await, Some(Update::Unusable(error)) if error.contains("pods.yaml"))
         );
-        // Said again although nothing changed in it, so that whoever was told of the error hears its end.
+        // Published again although nothing changed in it, so that the error ends for the receiver.
         std::fs::write(dir.path().join("next"), "pods: []").unwrap();
         std::fs::rename(dir.path().join("next"), &path).unwrap();
         assert_eq!(source.updates.recv().await, Some(Update::All(Vec::new())));

@@ -1,4 +1,5 @@
-//! What the API told of pods and namespaces, and what follows for the node's loop. Pure: no socket, no clock.
+//! Pods and namespaces as the API listed them last, and what follows for the watcher's loop. Pure: no socket,
+//! no clock.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,43 +11,45 @@ use kube::{core::PartialObjectMeta, runtime::watcher::Event};
 
 use crate::{
     model::pod::{BadEntry, Entry},
-    source::selection::Asks,
+    source::selection::LabelDecision,
 };
 
-use super::pod::{self, Rules, Seen};
+use super::pod::{self, ApiPod, ReadRules};
 
 /// What is known of both kinds of objects, each whole only after its first complete list.
 #[derive(Debug)]
-pub struct Cluster {
-    rules: Rules,
-    namespaces: BTreeMap<String, Asks>,
+pub struct ClusterCache {
+    rules: ReadRules,
+    namespaces: BTreeMap<String, LabelDecision>,
     /// By the API's uid.
-    pods: BTreeMap<String, Result<Seen, BadEntry>>,
-    /// A list that is not complete yet: what holds meanwhile is what was there before.
-    listing_namespaces: Option<BTreeMap<String, Asks>>,
-    listing_pods: Option<BTreeMap<String, Result<Seen, BadEntry>>>,
+    pods: BTreeMap<String, Result<ApiPod, BadEntry>>,
+    /// Lists that are not complete yet; until they are, the earlier ones stay active.
+    listing_namespaces: Option<BTreeMap<String, LabelDecision>>,
+    listing_pods: Option<BTreeMap<String, Result<ApiPod, BadEntry>>>,
     namespaces_listed: bool,
     pods_listed: bool,
-    /// Cgroup uids that may have to be told anew.
+    /// Cgroup uids whose entry may have changed.
     dirty: BTreeSet<String>,
-    /// With the pod behind it, where the entry is a good one.
-    told: BTreeMap<String, (Entry, Option<Seen>)>,
+    /// What the loop knows, with the pod behind it, where the entry is valid.
+    published: BTreeMap<String, (Entry, Option<ApiPod>)>,
 }
 
-/// One pod's news: its uid as the loop knows it.
+/// A change of one pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Change {
+pub struct PodChange {
+    /// The uid of the pod's cgroup, by which the loop knows it.
     pub uid: String,
     /// `None`: gone.
     pub entry: Option<Entry>,
-    /// Whether the entry is another one than before: what else the API tells of a pod is no news to the loop.
-    pub is_news: bool,
-    /// The pod behind it, where its entry is a good one.
-    pub seen: Option<Seen>,
+    /// Whether the entry differs from the last one. The loop needs no other change of a pod.
+    pub entry_changed: bool,
+    /// The pod behind it, where its entry is valid.
+    pub api_pod: Option<ApiPod>,
 }
 
-impl Cluster {
-    pub fn new(rules: Rules) -> Self {
+impl ClusterCache {
+    /// Empty, until both kinds are listed.
+    pub fn new(rules: ReadRules) -> Self {
         Self {
             rules,
             namespaces: BTreeMap::new(),
@@ -56,7 +59,7 @@ impl Cluster {
             namespaces_listed: false,
             pods_listed: false,
             dirty: BTreeSet::new(),
-            told: BTreeMap::new(),
+            published: BTreeMap::new(),
         }
     }
 
@@ -65,10 +68,11 @@ impl Cluster {
         self.namespaces_listed && self.pods_listed
     }
 
+    /// Applies an event of the watch of namespaces.
     pub fn on_namespace(&mut self, event: Event<PartialObjectMeta<api::Namespace>>) {
         let read = |namespace: PartialObjectMeta<api::Namespace>| {
-            let asks = self.rules.mode.asks(&namespace.metadata.labels.unwrap_or_default());
-            namespace.metadata.name.map(|name| (name, asks))
+            let decision = self.rules.label.decide(&namespace.metadata.labels.unwrap_or_default());
+            namespace.metadata.name.map(|name| (name, decision))
         };
         match event {
             Event::Init => self.listing_namespaces = Some(BTreeMap::new()),
@@ -91,14 +95,14 @@ impl Cluster {
                 self.touch_namespaces(&names);
             }
             Event::Apply(namespace) => {
-                if let Some((name, asks)) = read(namespace)
-                    && self.namespaces.insert(name.clone(), asks) != Some(asks)
+                if let Some((name, decision)) = read(namespace)
+                    && self.namespaces.insert(name.clone(), decision) != Some(decision)
                 {
                     self.touch_namespaces(&[name].into());
                 }
             }
             Event::Delete(namespace) => {
-                // Its pods went before it, or are about to be told of: nothing follows from this alone.
+                // The API reports the end of its pods separately: nothing follows from this alone.
                 if let Some((name, _)) = read(namespace) {
                     self.namespaces.remove(&name);
                 }
@@ -106,6 +110,7 @@ impl Cluster {
         }
     }
 
+    /// Applies an event of the watch of pods.
     pub fn on_pod(&mut self, event: Event<api::Pod>) {
         match event {
             Event::Init => self.listing_pods = Some(BTreeMap::new()),
@@ -138,8 +143,8 @@ impl Cluster {
         }
     }
 
-    /// What has changed since the last call; nothing before everything was listed once.
-    pub fn changes(&mut self) -> Vec<Change> {
+    /// What has changed since the last call; nothing before both lists were complete once.
+    pub fn changes(&mut self) -> Vec<PodChange> {
         if !self.is_whole() {
             return Vec::new();
         }
@@ -147,56 +152,61 @@ impl Cluster {
         dirty.into_iter().filter_map(|uid| self.change(uid)).collect()
     }
 
-    /// Everything that was told.
+    /// Everything that was published.
     pub fn all(&self) -> Vec<Entry> {
-        self.told.values().map(|(entry, _)| entry.clone()).collect()
+        self.published.values().map(|(entry, _)| entry.clone()).collect()
     }
 
-    fn change(&mut self, uid: String) -> Option<Change> {
+    fn change(&mut self, uid: String) -> Option<PodChange> {
         let holder = self.holder(&uid);
-        let seen = holder.and_then(|held| held.as_ref().ok()).cloned();
+        let api_pod = holder.and_then(|held| held.as_ref().ok()).cloned();
         let entry = match holder {
             None => None,
             Some(Err(bad)) => Some(Entry::Bad(bad.clone())),
-            Some(Ok(seen)) => {
-                // Until its namespace is known, what was said of the pod holds; of a new one nothing is said,
-                // which takes no longer than the watch of namespaces lags behind that of pods.
-                let namespace = self.namespaces.get(&seen.pod.namespace).copied();
-                Some(Entry::Pod(Arc::new(seen.decided(namespace)?)))
+            Some(Ok(api_pod)) => {
+                // Until its namespace is known, a known pod stays unchanged and a new one unpublished. That
+                // lasts as long as the watch of namespaces lags behind that of pods.
+                let namespace = self.namespaces.get(&api_pod.pod.namespace).copied();
+                Some(Entry::Pod(Arc::new(api_pod.decided(namespace)?)))
             }
         };
         let before = match &entry {
-            Some(entry) => self.told.insert(uid.clone(), (entry.clone(), seen.clone())),
-            None => self.told.remove(&uid),
+            Some(entry) => self.published.insert(uid.clone(), (entry.clone(), api_pod.clone())),
+            None => self.published.remove(&uid),
         };
-        let is_news = before.as_ref().map(|(entry, _)| entry) != entry.as_ref();
-        let is_other = is_news || before.as_ref().and_then(|(_, seen)| seen.as_ref()) != seen.as_ref();
-        is_other.then_some(Change { uid, entry, is_news, seen })
+        let entry_changed = before.as_ref().map(|(entry, _)| entry) != entry.as_ref();
+        let is_other =
+            entry_changed || before.as_ref().and_then(|(_, api_pod)| api_pod.as_ref()) != api_pod.as_ref();
+        is_other.then_some(PodChange { uid, entry, entry_changed, api_pod })
     }
 
     /// Of several pods that claim one cgroup, which only static ones can, the oldest holds it.
-    fn holder(&self, uid: &str) -> Option<&Result<Seen, BadEntry>> {
+    fn holder(&self, uid: &str) -> Option<&Result<ApiPod, BadEntry>> {
         if let Some(own) = self.pods.get(uid).filter(|read| cgroup_uid(read).as_deref() == Some(uid)) {
             return Some(own);
         }
         self.pods
             .iter()
             .filter(|(_, read)| cgroup_uid(read).as_deref() == Some(uid))
-            .min_by_key(|(api_uid, read)| (read.as_ref().map_or(i64::MAX, |seen| seen.created), *api_uid))
+            .min_by_key(|(api_uid, read)| {
+                (read.as_ref().map_or(i64::MAX, |api_pod| api_pod.created), *api_uid)
+            })
             .map(|(_, read)| read)
     }
 
     fn touch_namespaces(&mut self, names: &BTreeSet<String>) {
         let in_them = self.pods.values().filter_map(|read| read.as_ref().ok());
         self.dirty.extend(
-            in_them.filter(|seen| names.contains(&seen.pod.namespace)).map(|seen| seen.pod.uid.clone()),
+            in_them
+                .filter(|api_pod| names.contains(&api_pod.pod.namespace))
+                .map(|api_pod| api_pod.pod.uid.clone()),
         );
     }
 }
 
-fn cgroup_uid(read: &Result<Seen, BadEntry>) -> Option<String> {
+fn cgroup_uid(read: &Result<ApiPod, BadEntry>) -> Option<String> {
     match read {
-        Ok(seen) => Some(seen.pod.uid.clone()),
+        Ok(api_pod) => Some(api_pod.pod.uid.clone()),
         Err(bad) => bad.uid.clone(),
     }
 }
@@ -237,14 +247,14 @@ mod tests {
     }
 
     /// After complete lists of these.
-    fn cluster(namespaces: &[(&str, Option<&str>)], pods: Vec<api::Pod>) -> Cluster {
-        let mut cluster = Cluster::new(Rules::default());
+    fn cluster(namespaces: &[(&str, Option<&str>)], pods: Vec<api::Pod>) -> ClusterCache {
+        let mut cluster = ClusterCache::new(ReadRules::default());
         list_namespaces(&mut cluster, namespaces);
         list_pods(&mut cluster, pods);
         cluster
     }
 
-    fn list_namespaces(cluster: &mut Cluster, namespaces: &[(&str, Option<&str>)]) {
+    fn list_namespaces(cluster: &mut ClusterCache, namespaces: &[(&str, Option<&str>)]) {
         cluster.on_namespace(Event::Init);
         for (name, mode) in namespaces {
             cluster.on_namespace(Event::InitApply(namespace(name, *mode)));
@@ -252,7 +262,7 @@ mod tests {
         cluster.on_namespace(Event::InitDone);
     }
 
-    fn list_pods(cluster: &mut Cluster, pods: Vec<api::Pod>) {
+    fn list_pods(cluster: &mut ClusterCache, pods: Vec<api::Pod>) {
         cluster.on_pod(Event::Init);
         for pod in pods {
             cluster.on_pod(Event::InitApply(pod));
@@ -261,7 +271,7 @@ mod tests {
     }
 
     /// uid and whether enrolled; "gone" or "bad".
-    fn told(changes: &[Change]) -> Vec<String> {
+    fn summary(changes: &[PodChange]) -> Vec<String> {
         changes
             .iter()
             .map(|change| {
@@ -277,15 +287,15 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_told_before_both_lists_are_complete() {
-        let mut cluster = Cluster::new(Rules::default());
+    fn nothing_is_published_before_both_lists_are_complete() {
+        let mut cluster = ClusterCache::new(ReadRules::default());
         list_pods(&mut cluster, vec![pod("a", "demo", &json!({}))]);
         assert!(!cluster.is_whole() && cluster.changes().is_empty());
         cluster.on_namespace(Event::Init);
         cluster.on_namespace(Event::InitApply(namespace("demo", Some("ambient"))));
         assert!(!cluster.is_whole() && cluster.changes().is_empty());
         cluster.on_namespace(Event::InitDone);
-        assert_eq!(told(&cluster.changes()), ["a in"]);
+        assert_eq!(summary(&cluster.changes()), ["a in"]);
     }
 
     #[test]
@@ -297,13 +307,13 @@ mod tests {
             pod("d", "other", &json!({})),
         ];
         let mut cluster = cluster(&[("demo", None), ("other", None)], pods);
-        assert_eq!(told(&cluster.changes()), ["a out", "b out", "c in", "d out"]);
+        assert_eq!(summary(&cluster.changes()), ["a out", "b out", "c in", "d out"]);
         cluster.on_namespace(Event::Apply(namespace("demo", Some("ambient"))));
-        assert_eq!(told(&cluster.changes()), ["a in"], "one batch of all that is other than before");
+        assert_eq!(summary(&cluster.changes()), ["a in"], "one batch of all that is other than before");
         cluster.on_namespace(Event::Apply(namespace("demo", Some("ambient"))));
         assert!(cluster.changes().is_empty(), "nothing has changed");
         cluster.on_namespace(Event::Apply(namespace("demo", None)));
-        assert_eq!(told(&cluster.changes()), ["a out"]);
+        assert_eq!(summary(&cluster.changes()), ["a out"]);
     }
 
     #[test]
@@ -311,15 +321,15 @@ mod tests {
         let mut cluster = cluster(&[], vec![]);
         cluster.on_pod(Event::Apply(pod("a", "new", &json!({}))));
         cluster.on_pod(Event::Apply(pod("b", "new", &label("ambient"))));
-        assert_eq!(told(&cluster.changes()), ["b in"]);
+        assert_eq!(summary(&cluster.changes()), ["b in"]);
         cluster.on_namespace(Event::Apply(namespace("new", Some("ambient"))));
-        assert_eq!(told(&cluster.changes()), ["a in"]);
-        // A namespace that goes takes nobody out of the mesh by itself.
+        assert_eq!(summary(&cluster.changes()), ["a in"]);
+        // A deleted namespace alone takes no pod out of the mesh.
         cluster.on_namespace(Event::Delete(namespace("new", Some("ambient"))));
         cluster.on_pod(Event::Apply(pod("a", "new", &json!({"status": {"podIP": "10.0.0.1"}}))));
         assert!(cluster.changes().is_empty());
         cluster.on_pod(Event::Delete(pod("a", "new", &json!({}))));
-        assert_eq!(told(&cluster.changes()), ["a gone"]);
+        assert_eq!(summary(&cluster.changes()), ["a gone"]);
     }
 
     #[test]
@@ -337,7 +347,7 @@ mod tests {
         cluster.on_pod(Event::Init);
         cluster.on_pod(Event::InitApply(pod("c", "demo", &json!({}))));
         cluster.on_pod(Event::InitDone);
-        assert_eq!(told(&cluster.changes()), ["a gone", "b gone", "c in"]);
+        assert_eq!(summary(&cluster.changes()), ["a gone", "b gone", "c in"]);
         assert_eq!(cluster.all().len(), 1);
     }
 
@@ -346,7 +356,7 @@ mod tests {
         let mut cluster = cluster(&[("demo", None)], vec![pod("a", "demo", &json!({}))]);
         cluster.changes();
         cluster.on_pod(Event::Apply(pod("a", "demo", &json!({"status": {"phase": "Succeeded"}}))));
-        assert_eq!(told(&cluster.changes()), ["a gone"]);
+        assert_eq!(summary(&cluster.changes()), ["a gone"]);
     }
 
     #[test]
@@ -358,8 +368,8 @@ mod tests {
         };
         let (old, new) = (mirror("z", "2026-01-01T00:00:00Z"), mirror("a", "2026-01-02T00:00:00Z"));
         let mut cluster = cluster(&[("a", Some("ambient")), ("z", None)], vec![new, old.clone()]);
-        assert_eq!(told(&cluster.changes()), [format!("{hash} out")]);
+        assert_eq!(summary(&cluster.changes()), [format!("{hash} out")]);
         cluster.on_pod(Event::Delete(old));
-        assert_eq!(told(&cluster.changes()), [format!("{hash} in")]);
+        assert_eq!(summary(&cluster.changes()), [format!("{hash} in")]);
     }
 }

@@ -1,6 +1,6 @@
-//! What one pod of the API is to us: whatever decides its enrolment, and nothing else.
+//! Reads from one pod of the API what decides its enrolment, and nothing else.
 //!
-//! Annotations are whatever somebody typed: nonsense is noted on the pod and ignored, the rest holds.
+//! Users write annotations by hand: an invalid one is noted on the pod and ignored, the others stay active.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,12 +15,13 @@ use crate::{
     source::{
         MAX_NAMES,
         options::{ANNOTATION_PREFIX, OPTIONS, own_annotations},
-        selection::{self, Asks, Mode},
+        selection::{self, DataplaneLabel, LabelDecision},
     },
 };
 
 /// Where the result is written, as Istio's agent does.
 pub const REDIRECTION: &str = "ambient.istio.io/redirection";
+/// Its value.
 pub const REDIRECTION_ENABLED: &str = "enabled";
 
 /// Set by Istio's injector on every pod that it gave a sidecar.
@@ -32,30 +33,37 @@ const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 
 /// How pods are read.
 #[derive(Clone, Debug, Default)]
-pub struct Rules {
-    pub mode: Mode,
+pub struct ReadRules {
+    /// The label that enrols.
+    pub label: DataplaneLabel,
     /// Containers that carry their pod's traffic themselves.
     pub sidecars: BTreeSet<String>,
 }
 
 /// A pod as the API has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Seen {
+pub struct ApiPod {
+    /// The uid in the API; that of the cgroup is another for a static pod.
     pub api_uid: String,
-    /// Seconds since 1970; the older of two that claim the same holds it.
+    /// Seconds since 1970; of two that claim the same cgroup the older holds it.
     pub created: i64,
-    pub asks: Asks,
+    /// What its own labels decide.
+    pub decision: LabelDecision,
+    /// Whether it uses the node's network.
     pub host_network: bool,
     /// What carries its traffic already.
     pub sidecar: Option<String>,
     /// Whether it carries [`REDIRECTION`].
     pub marked: bool,
-    /// As it will be told, but for the selection.
+    /// As it is published, but for the selection.
     pub pod: Pod,
 }
 
-/// Reads `given`. `None`: it has ended, or is no pod that anything could be said of.
-pub fn read(given: &api::Pod, rules: &Rules) -> Option<Result<Seen, BadEntry>> {
+/// Reads `given`. `None`: it has ended, or lacks a uid or a name.
+///
+/// # Errors
+/// Its uid cannot name a cgroup, or its names are too long.
+pub fn read(given: &api::Pod, rules: &ReadRules) -> Option<Result<ApiPod, BadEntry>> {
     let phase = given.status.as_ref().and_then(|status| status.phase.as_deref());
     if matches!(phase, Some("Succeeded" | "Failed")) {
         return None;
@@ -83,10 +91,10 @@ pub fn read(given: &api::Pod, rules: &Rules) -> Option<Result<Seen, BadEntry>> {
     let mut pod = Pod { uid, name, namespace, service_account, ..Pod::default() };
     pod.addresses = addresses(given, &mut pod.notes);
     set_options(&mut pod, annotations);
-    Some(Ok(Seen {
+    Some(Ok(ApiPod {
         api_uid,
         created: meta.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
-        asks: rules.mode.asks(meta.labels.as_ref().unwrap_or(&BTreeMap::new())),
+        decision: rules.label.decide(meta.labels.as_ref().unwrap_or(&BTreeMap::new())),
         host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),
         sidecar: sidecar(given, annotations, rules),
         marked: annotations.get(REDIRECTION).is_some_and(|value| value == REDIRECTION_ENABLED),
@@ -94,17 +102,17 @@ pub fn read(given: &api::Pod, rules: &Rules) -> Option<Result<Seen, BadEntry>> {
     }))
 }
 
-impl Seen {
+impl ApiPod {
     /// The pod with its selection; `None` while it depends on a namespace that is not known.
-    pub fn decided(&self, namespace: Option<Asks>) -> Option<Pod> {
-        let selection = selection::together(self.asks, namespace)?;
-        let selection = selection::unless(selection, self.host_network, self.sidecar.as_deref());
+    pub fn decided(&self, namespace: Option<LabelDecision>) -> Option<Pod> {
+        let selection = selection::combine(self.decision, namespace)?;
+        let selection = selection::except(selection, self.host_network, self.sidecar.as_deref());
         Some(Pod { selection, ..self.pod.clone() })
     }
 }
 
-/// By which uid the kubelet names the pod's cgroup. Anybody may write these annotations on a pod, so a hash
-/// counts only if it looks like one: then it can never be the uid of somebody else's ordinary pod.
+/// The uid by which the kubelet names the pod's cgroup. Users can set these annotations on any pod, so a hash
+/// counts only in the form of one, which the uid of an ordinary pod never has.
 fn cgroup_uid<'a>(api_uid: &'a str, annotations: &'a BTreeMap<String, String>) -> &'a str {
     let is_hash = |hash: &&String| {
         hash.len() == 32 && hash.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
@@ -136,7 +144,7 @@ fn addresses(given: &api::Pod, notes: &mut Vec<String>) -> BTreeSet<IpAddr> {
 }
 
 /// Init containers that are restarted always are sidecars too (Kubernetes 1.29).
-fn sidecar(given: &api::Pod, annotations: &BTreeMap<String, String>, rules: &Rules) -> Option<String> {
+fn sidecar(given: &api::Pod, annotations: &BTreeMap<String, String>, rules: &ReadRules) -> Option<String> {
     if annotations.contains_key(SIDECAR_STATUS) {
         return Some(format!("it has a sidecar ({SIDECAR_STATUS})"));
     }
@@ -179,23 +187,25 @@ mod tests {
 
     use super::*;
 
-    fn rules() -> Rules {
-        Rules { sidecars: ["proxy".to_owned()].into(), ..Rules::default() }
+    fn rules() -> ReadRules {
+        ReadRules { sidecars: ["proxy".to_owned()].into(), ..ReadRules::default() }
     }
 
-    fn seen(value: Value) -> Option<Seen> {
+    fn api_pod(value: Value) -> Option<ApiPod> {
         let given: api::Pod = serde_json::from_value(value).unwrap();
         read(&given, &rules()).map(|read| read.unwrap())
     }
 
-    fn with_annotations(annotations: &Value) -> Seen {
-        seen(json!({"metadata": {"uid": "u-1", "name": "n", "namespace": "d", "annotations": annotations}}))
-            .unwrap()
+    fn with_annotations(annotations: &Value) -> ApiPod {
+        api_pod(
+            json!({"metadata": {"uid": "u-1", "name": "n", "namespace": "d", "annotations": annotations}}),
+        )
+        .unwrap()
     }
 
     #[test]
     fn everything_that_counts_is_read() {
-        let seen = seen(json!({
+        let api_pod = api_pod(json!({
             "metadata": {
                 "uid": "8a4b0c1e-0000-4000-8000-000000000001", "name": "web", "namespace": "demo",
                 "labels": {"istio.io/dataplane-mode": "ambient"},
@@ -212,10 +222,10 @@ mod tests {
             "status": {"phase": "Running", "podIP": "10.1.0.2", "podIPs": [{"ip": "10.1.0.2"}, {"ip": "fd00::2"}]},
         }))
         .unwrap();
-        let Pod { fail_mode, dns_capture, addresses, exclusions, notes, service_account, .. } = &seen.pod;
+        let Pod { fail_mode, dns_capture, addresses, exclusions, notes, service_account, .. } = &api_pod.pod;
         assert_eq!(
-            (seen.asks, seen.marked, seen.host_network, &seen.sidecar),
-            (Asks::Enrol, true, false, &None)
+            (api_pod.decision, api_pod.marked, api_pod.host_network, &api_pod.sidecar),
+            (LabelDecision::Enrol, true, false, &None)
         );
         assert_eq!((*fail_mode, *dns_capture), (Some(FailMode::Open), Some(false)));
         assert_eq!(addresses.len(), 2);
@@ -226,17 +236,17 @@ mod tests {
 
     #[test]
     fn nonsense_is_noted_and_ignored() {
-        let seen = with_annotations(&json!({
+        let api_pod = with_annotations(&json!({
             "ambient.adit.dev/fail-mode": "ajar",
             "ambient.adit.dev/dns-capture": "yes",
             "ambient.adit.dev/exclude-inbound-ports": "9090, http",
             "ambient.adit.dev/exclude-inbound-port": "1",
             "elsewhere.dev/fail-mode": "ajar",
         }));
-        assert_eq!((seen.pod.fail_mode, seen.pod.dns_capture), (None, None));
-        assert_eq!(seen.pod.exclusions.inbound_ports, [9090].into());
-        let notes = seen.pod.notes.join("\n");
-        assert_eq!(seen.pod.notes.len(), 4, "{notes}");
+        assert_eq!((api_pod.pod.fail_mode, api_pod.pod.dns_capture), (None, None));
+        assert_eq!(api_pod.pod.exclusions.inbound_ports, [9090].into());
+        let notes = api_pod.pod.notes.join("\n");
+        assert_eq!(api_pod.pod.notes.len(), 4, "{notes}");
         for part in ["\"ajar\"", "\"yes\"", "\"http\"", "exclude-inbound-port: unknown"] {
             assert!(notes.contains(part), "{part} in {notes}");
         }
@@ -249,14 +259,15 @@ mod tests {
         {
             let pod =
                 json!({"metadata": {"uid": "u", "name": "n", "namespace": "d"}, "status": {"phase": phase}});
-            assert_eq!(seen(pod).is_some(), is_there, "{phase}");
+            assert_eq!(api_pod(pod).is_some(), is_there, "{phase}");
         }
     }
 
     #[test]
     fn sidecars_are_found_by_annotation_and_by_name_also_among_init_containers() {
         let pod = |spec: Value| {
-            let spec = seen(json!({"metadata": {"uid": "u", "name": "n", "namespace": "d"}, "spec": spec}));
+            let spec =
+                api_pod(json!({"metadata": {"uid": "u", "name": "n", "namespace": "d"}, "spec": spec}));
             spec.unwrap().sidecar.is_some()
         };
         let init = |policy: Value| json!({"containers": [], "initContainers": [{"name": "proxy", "restartPolicy": policy}]});
@@ -268,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_static_pods_cgroup_is_named_by_its_hash_and_nobody_elses_uid_can_be_taken() {
+    fn a_static_pods_cgroup_is_named_by_its_hash_and_no_other_pods_uid_can_be_claimed() {
         let hash = "0123456789abcdef0123456789abcdef";
         let mirror = |hash: &str| {
             with_annotations(&json!({"kubernetes.io/config.mirror": "x", "kubernetes.io/config.hash": hash}))

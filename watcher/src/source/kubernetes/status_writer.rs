@@ -1,12 +1,12 @@
-//! Writes back what became of the pods, where their users look: an annotation on the pod, and Kubernetes Events.
+//! Writes the state of the pods where their users look: an annotation on the pod, and Kubernetes Events.
 //!
 //! * Annotation `ambient.istio.io/redirection: enabled`, as Istio's agent writes it: set when a tunnel carries the pod's traffic,
-//!   removed when the pod has left. A tunnel that is away for a while changes nothing. By way of `pods/status`,
-//!   so that the right to write it is no right to change what the pod runs.
-//! * Events (`events.k8s.io/v1`) on pods that somebody must do something about.
+//!   removed when the pod has left. An outage of the tunnel does not change it. It is written through
+//!   `pods/status`, so that the permission does not allow to change what the pod runs.
+//! * Events (`events.k8s.io/v1`) on pods that need somebody's action.
 //!
-//! Level-triggered: what should be is compared with what the API shows, and only a difference is written, at a limited
-//! rate, and again later if it fails. Nothing else waits for any of this.
+//! Level-triggered: the desired state is compared with what the API shows, and only a difference is written,
+//! at a limited rate; a failed write is repeated later. Nothing waits for these writes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -33,89 +33,90 @@ use crate::{
 
 use super::{
     backoff::Backoff,
-    cache::Change,
-    pod::{REDIRECTION, REDIRECTION_ENABLED, Seen},
+    cache::PodChange,
+    pod::{ApiPod, REDIRECTION, REDIRECTION_ENABLED},
 };
 
 /// How long one request may take.
-const REQUEST: Duration = Duration::from_secs(10);
-/// A reason must last for so long before an Event tells of it: what passes by itself is nobody's business.
-const LASTS: Duration = Duration::from_secs(2);
-/// How long the last annotations may take when the watcher undoes everything.
-const LAST_WORDS: Duration = Duration::from_secs(5);
-/// What became of a pod is written when it has been so for this long: a label may be about every pod of the node, and first
-/// of all these are to be served; what passes by meanwhile is never written.
-const SETTLED: Duration = Duration::from_millis(250);
-/// An annotation is written again no sooner than this, in case somebody else writes it too.
-const PAUSE: Duration = Duration::from_millis(500);
-/// So many Events tell of one pod, each of something else: annotations can be changed any number of times.
-const EVENTS_A_POD: usize = 16;
-/// What the API takes as an Event's text (1 kB) and reason (128 bytes).
-const NOTE_BYTES: usize = 1024;
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// A reason must last for so long before it becomes an Event.
+const EVENT_DELAY: Duration = Duration::from_secs(2);
+/// How long the last annotations may take when the watcher detaches.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+/// A state is written when it has lasted for so long: a label can change every pod of the node, and serving
+/// them comes first. A state that passes sooner is never written.
+const ANNOTATION_DELAY: Duration = Duration::from_millis(250);
+/// A pod is written again no sooner than this, in case somebody else writes the annotation too.
+const WRITE_INTERVAL: Duration = Duration::from_millis(500);
+/// At most so many different Events per pod: annotations can change any number of times.
+const MAX_EVENTS_PER_POD: usize = 16;
+/// The API's limit for the text of an Event.
+const MAX_NOTE_BYTES: usize = 1024;
 
 type Outcomes = mpsc::UnboundedReceiver<(String, Option<Outcome>)>;
 
-/// The API server as the reporter writes to it.
+/// The API server, for writing.
 pub struct Api {
     client: Client,
     recorder: Recorder,
 }
 
-/// Connections of its own, so that nothing that is watched waits behind them.
+/// For connections of its own, so that no watch waits behind a write.
 pub fn config(config: &Config) -> Config {
-    super::answering_within(REQUEST, config)
+    super::answering_within(REQUEST_TIMEOUT, config)
 }
 
 impl Api {
+    /// Events name `node` as their reporter.
     pub fn new(client: Client, node: String) -> Self {
         let reporter = Reporter { controller: "adit.dev/watcher".to_owned(), instance: Some(node) };
         Self { recorder: Recorder::new(client.clone(), reporter), client }
     }
 
     /// Sets or removes the annotation. The uid makes the server refuse if another pod has the name by now.
-    async fn mark(&self, seen: &Seen, marked: bool) -> Result<(), kube::Error> {
+    async fn set_annotation(&self, api_pod: &ApiPod, marked: bool) -> Result<(), kube::Error> {
         let value = marked.then_some(REDIRECTION_ENABLED);
-        let patch = json!({"metadata": {"uid": seen.api_uid, "annotations": {REDIRECTION: value}}});
+        let patch = json!({"metadata": {"uid": api_pod.api_uid, "annotations": {REDIRECTION: value}}});
         let params = PatchParams { field_manager: Some("adit-watcher".to_owned()), ..PatchParams::default() };
-        let pods = kube::Api::<Pod>::namespaced(self.client.clone(), &seen.pod.namespace);
-        pods.patch_status(&seen.pod.name, &params, &Patch::Merge(&patch)).await.map(drop)
+        let pods = kube::Api::<Pod>::namespaced(self.client.clone(), &api_pod.pod.namespace);
+        pods.patch_status(&api_pod.pod.name, &params, &Patch::Merge(&patch)).await.map(drop)
     }
 
-    async fn tell(&self, seen: &Seen, complaint: &Complaint) -> Result<(), kube::Error> {
+    async fn publish_event(&self, api_pod: &ApiPod, warning: &PodWarning) -> Result<(), kube::Error> {
         let event = Event {
             type_: EventType::Warning,
-            reason: complaint.reason.clone(),
-            note: Some(complaint.note.clone()),
+            reason: warning.reason.clone(),
+            note: Some(warning.note.clone()),
             action: "Enrol".to_owned(),
             secondary: None,
         };
         let pod = ObjectReference {
             api_version: Some("v1".to_owned()),
             kind: Some("Pod".to_owned()),
-            name: Some(seen.pod.name.clone()),
-            namespace: Some(seen.pod.namespace.clone()),
-            uid: Some(seen.api_uid.clone()),
+            name: Some(api_pod.pod.name.clone()),
+            namespace: Some(api_pod.pod.namespace.clone()),
+            uid: Some(api_pod.api_uid.clone()),
             ..ObjectReference::default()
         };
         self.recorder.publish(&event, &pod).await
     }
 }
 
-/// What an Event says.
+/// The content of an Event.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Complaint {
+struct PodWarning {
     reason: String,
     note: String,
 }
 
-impl Complaint {
+impl PodWarning {
     fn of_reason(reason: &Reason) -> Option<Self> {
         reason.code.needs_action().then(|| Self::new(reason.code, &reason.text))
     }
 
     fn new(code: ReasonCode, text: &str) -> Self {
         let mut note = format!("{code}: {text}");
-        note.truncate(note.floor_char_boundary(NOTE_BYTES));
+        note.truncate(note.floor_char_boundary(MAX_NOTE_BYTES));
         Self { reason: camel_case(code.code()), note }
     }
 }
@@ -129,29 +130,29 @@ fn camel_case(code: &str) -> String {
     code.split('_').filter_map(word).collect()
 }
 
-/// One pod, what should be written of it and what was.
+/// One pod: what should be written, and what was.
 #[derive(Debug)]
-struct Known {
-    seen: Option<Seen>,
+struct TrackedPod {
+    api_pod: Option<ApiPod>,
     outcome: Option<Outcome>,
     /// Since when it is in that state.
     since: Instant,
-    /// What lasts, and since when.
-    complaint: Option<(Complaint, Instant)>,
-    /// What Events have told already.
-    told: BTreeSet<Complaint>,
+    /// The current warning, and since when it holds.
+    warning: Option<(PodWarning, Instant)>,
+    /// Warnings that became Events already.
+    reported: BTreeSet<PodWarning>,
     backoff: Backoff,
     not_before: Option<Instant>,
 }
 
-impl Default for Known {
+impl Default for TrackedPod {
     fn default() -> Self {
         Self {
-            seen: None,
+            api_pod: None,
             outcome: None,
             since: Instant::now(),
-            complaint: None,
-            told: BTreeSet::new(),
+            warning: None,
+            reported: BTreeSet::new(),
             backoff: Backoff::new(Duration::from_secs(1), Duration::from_mins(1)),
             not_before: None,
         }
@@ -159,20 +160,21 @@ impl Default for Known {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Job {
-    Mark(bool),
-    Tell(Complaint),
+enum Write {
+    /// Set or remove the annotation.
+    Annotation(bool),
+    Event(PodWarning),
 }
 
-impl Known {
+impl TrackedPod {
     fn is_over(&self) -> bool {
-        self.seen.is_none() && self.outcome.is_none()
+        self.api_pod.is_none() && self.outcome.is_none()
     }
 
     fn set_outcome(&mut self, outcome: Option<Outcome>, now: Instant) {
-        let complaint = outcome.as_ref().and_then(|outcome| Complaint::of_reason(outcome.reason.as_ref()?));
-        if self.complaint.as_ref().map(|(before, _)| before) != complaint.as_ref() {
-            self.complaint = complaint.map(|complaint| (complaint, now));
+        let warning = outcome.as_ref().and_then(|outcome| PodWarning::of_reason(outcome.reason.as_ref()?));
+        if self.warning.as_ref().map(|(before, _)| before) != warning.as_ref() {
+            self.warning = warning.map(|warning| (warning, now));
         }
         let state = |outcome: &Option<Outcome>| outcome.as_ref().map(|outcome| outcome.state);
         if state(&self.outcome) != state(&outcome) {
@@ -181,50 +183,49 @@ impl Known {
         self.outcome = outcome;
     }
 
-    /// What is to be written, and from when on.
-    fn next(&self, now: Instant) -> Option<(Job, Instant)> {
-        let seen = self.seen.as_ref()?;
+    /// The next write, and the earliest time for it.
+    fn next(&self, now: Instant) -> Option<(Write, Instant)> {
+        let api_pod = self.api_pod.as_ref()?;
         let at_least = |at: Instant| self.not_before.map_or(at, |not_before| at.max(not_before));
         let marked = match self.outcome.as_ref().map(|outcome| outcome.state) {
             Some(State::Open) => Some(true),
             Some(State::Plain | State::Refused) => Some(false),
-            // Not now, but soon again: or never yet.
+            // Open again soon, or never open yet: the annotation stays.
             Some(State::Closed | State::Bypassed) | None => None,
         };
-        if let Some(marked) = marked.filter(|marked| *marked != seen.marked) {
-            return Some((Job::Mark(marked), at_least(self.since + SETTLED)));
+        if let Some(marked) = marked.filter(|marked| *marked != api_pod.marked) {
+            return Some((Write::Annotation(marked), at_least(self.since + ANNOTATION_DELAY)));
         }
-        if self.told.len() >= EVENTS_A_POD {
+        if self.reported.len() >= MAX_EVENTS_PER_POD {
             return None;
         }
-        let nonsense = (!seen.pod.notes.is_empty())
-            .then(|| Complaint::new(ReasonCode::BadAnnotation, &seen.pod.notes.join("; ")));
-        if let Some(complaint) = nonsense.filter(|complaint| !self.told.contains(complaint)) {
-            return Some((Job::Tell(complaint), at_least(now)));
+        let invalid = (!api_pod.pod.notes.is_empty())
+            .then(|| PodWarning::new(ReasonCode::BadAnnotation, &api_pod.pod.notes.join("; ")));
+        if let Some(warning) = invalid.filter(|warning| !self.reported.contains(warning)) {
+            return Some((Write::Event(warning), at_least(now)));
         }
-        let (complaint, since) =
-            self.complaint.as_ref().filter(|(complaint, _)| !self.told.contains(complaint))?;
-        Some((Job::Tell(complaint.clone()), at_least(*since + LASTS)))
+        let (warning, since) =
+            self.warning.as_ref().filter(|(warning, _)| !self.reported.contains(warning))?;
+        Some((Write::Event(warning.clone()), at_least(*since + EVENT_DELAY)))
     }
 }
 
-/// How often something may be done: `burst` times at once, and then once every `every`.
+/// A token bucket: `burst` times at once, and then once every `every`.
 #[derive(Debug)]
-struct Limit {
+struct RateLimit {
     every: Duration,
     burst: u32,
-    /// When all that was taken will be there again.
+    /// When the bucket is full again.
     full_at: Instant,
 }
 
-impl Limit {
+impl RateLimit {
     fn new(every: Duration, burst: u32) -> Self {
         Self { every, burst, full_at: Instant::now() }
     }
 
-    /// When it may be done next.
+    /// When the next token is there.
     fn next(&self) -> Instant {
-        // The last of the burst must have come back.
         self.full_at.checked_sub(self.every * (self.burst - 1)).unwrap_or(self.full_at)
     }
 
@@ -233,21 +234,21 @@ impl Limit {
     }
 }
 
-struct Reporting {
-    pods: BTreeMap<String, Known>,
-    marks: Limit,
-    events: Limit,
+struct StatusWriter {
+    pods: BTreeMap<String, TrackedPod>,
+    annotation_limit: RateLimit,
+    event_limit: RateLimit,
 }
 
-/// Runs until nobody tells anything any more.
-pub async fn run(api: Api, mut changes: mpsc::UnboundedReceiver<Change>, mut outcomes: Outcomes) {
-    let mut reporting = Reporting {
+/// Runs until both senders are gone.
+pub async fn run(api: Api, mut changes: mpsc::UnboundedReceiver<PodChange>, mut outcomes: Outcomes) {
+    let mut writer = StatusWriter {
         pods: BTreeMap::new(),
-        marks: Limit::new(Duration::from_millis(50), 200),
-        events: Limit::new(Duration::from_secs(1), 25),
+        annotation_limit: RateLimit::new(Duration::from_millis(50), 200),
+        event_limit: RateLimit::new(Duration::from_secs(1), 25),
     };
     loop {
-        let due = reporting.next();
+        let due = writer.next();
         let wait = async {
             match &due {
                 Some((_, _, at)) => tokio::time::sleep_until(*at).await,
@@ -257,126 +258,128 @@ pub async fn run(api: Api, mut changes: mpsc::UnboundedReceiver<Change>, mut out
         tokio::select! {
             biased;
             change = changes.recv() => match change {
-                Some(change) => reporting.on_change(change),
+                Some(change) => writer.on_change(change),
                 None => return,
             },
             outcome = outcomes.recv() => match outcome {
-                Some((uid, outcome)) => reporting.on_outcome(&uid, outcome),
-                None => return reporting.finish(&api).await,
+                Some((uid, outcome)) => writer.on_outcome(&uid, outcome),
+                None => return writer.flush(&api).await,
             },
             () = wait => {
-                if let Some((uid, job, _)) = due {
-                    reporting.work(&api, &uid, job).await;
+                if let Some((uid, write, _)) = due {
+                    writer.execute(&api, &uid, write).await;
                 }
             }
         }
     }
 }
 
-impl Reporting {
-    fn on_change(&mut self, change: Change) {
-        let known = self.pods.entry(change.uid.clone()).or_default();
-        if known.seen.as_ref().map(|seen| &seen.api_uid) != change.seen.as_ref().map(|seen| &seen.api_uid) {
-            known.told.clear();
+impl StatusWriter {
+    fn on_change(&mut self, change: PodChange) {
+        let tracked = self.pods.entry(change.uid.clone()).or_default();
+        if tracked.api_pod.as_ref().map(|api_pod| &api_pod.api_uid)
+            != change.api_pod.as_ref().map(|api_pod| &api_pod.api_uid)
+        {
+            tracked.reported.clear();
         }
-        known.seen = change.seen;
-        self.forget(&change.uid);
+        tracked.api_pod = change.api_pod;
+        self.remove_if_over(&change.uid);
     }
 
     fn on_outcome(&mut self, uid: &str, outcome: Option<Outcome>) {
         self.pods.entry(uid.to_owned()).or_default().set_outcome(outcome, Instant::now());
-        self.forget(uid);
+        self.remove_if_over(uid);
     }
 
-    fn forget(&mut self, uid: &str) {
-        if self.pods.get(uid).is_some_and(Known::is_over) {
+    fn remove_if_over(&mut self, uid: &str) {
+        if self.pods.get(uid).is_some_and(TrackedPod::is_over) {
             self.pods.remove(uid);
         }
     }
 
-    /// Writes the annotations that are still to be written, and tries each for so long only.
-    async fn finish(&mut self, api: &Api) {
-        let end = Instant::now() + LAST_WORDS;
+    /// Writes the annotations that are still due, until [`FLUSH_TIMEOUT`].
+    async fn flush(&mut self, api: &Api) {
+        let end = Instant::now() + FLUSH_TIMEOUT;
         let write = async {
-            while let Some((uid, job, at)) = self.next_of(|job| matches!(job, Job::Mark(_)))
+            while let Some((uid, write, at)) = self.next_of(|write| matches!(write, Write::Annotation(_)))
                 && at < end
             {
                 tokio::time::sleep_until(at).await;
-                self.work(api, &uid, job).await;
+                self.execute(api, &uid, write).await;
             }
         };
         let _ = tokio::time::timeout_at(end, write).await;
     }
 
-    fn next(&self) -> Option<(String, Job, Instant)> {
+    fn next(&self) -> Option<(String, Write, Instant)> {
         self.next_of(|_| true)
     }
 
-    /// The most urgent job: whose, what, and when.
-    fn next_of(&self, wanted: impl Fn(&Job) -> bool) -> Option<(String, Job, Instant)> {
+    /// The earliest write: uid, what, and when.
+    fn next_of(&self, wanted: impl Fn(&Write) -> bool) -> Option<(String, Write, Instant)> {
         let now = Instant::now();
         self.pods
             .iter()
-            .filter_map(|(uid, known)| {
-                let (job, at) = known.next(now).filter(|(job, _)| wanted(job))?;
-                let limit = match job {
-                    Job::Mark(_) => &self.marks,
-                    Job::Tell(_) => &self.events,
+            .filter_map(|(uid, tracked)| {
+                let (write, at) = tracked.next(now).filter(|(write, _)| wanted(write))?;
+                let limit = match write {
+                    Write::Annotation(_) => &self.annotation_limit,
+                    Write::Event(_) => &self.event_limit,
                 };
-                Some((uid, job, at.max(limit.next())))
+                Some((uid, write, at.max(limit.next())))
             })
             .min_by_key(|(_, _, at)| *at)
-            .map(|(uid, job, at)| (uid.clone(), job, at))
+            .map(|(uid, write, at)| (uid.clone(), write, at))
     }
 
-    async fn work(&mut self, api: &Api, uid: &str, job: Job) {
-        let Some(known) = self.pods.get_mut(uid) else { return };
-        let Some(seen) = &mut known.seen else { return };
+    async fn execute(&mut self, api: &Api, uid: &str, write: Write) {
+        let Some(tracked) = self.pods.get_mut(uid) else { return };
+        let Some(api_pod) = &mut tracked.api_pod else { return };
         let now = Instant::now();
-        let done = match &job {
-            Job::Mark(marked) => {
-                self.marks.take(now);
-                tokio::time::timeout(REQUEST, api.mark(seen, *marked)).await
+        let done = match &write {
+            Write::Annotation(marked) => {
+                self.annotation_limit.take(now);
+                tokio::time::timeout(REQUEST_TIMEOUT, api.set_annotation(api_pod, *marked)).await
             }
-            Job::Tell(complaint) => {
-                self.events.take(now);
-                tokio::time::timeout(REQUEST, api.tell(seen, complaint)).await
+            Write::Event(warning) => {
+                self.event_limit.take(now);
+                tokio::time::timeout(REQUEST_TIMEOUT, api.publish_event(api_pod, warning)).await
             }
         };
-        let pod = format!("{}/{}", seen.pod.namespace, seen.pod.name);
+        let pod = format!("{}/{}", api_pod.pod.namespace, api_pod.pod.name);
         let (problem, retry) = match done {
             Ok(Ok(())) => (None, false),
-            // Gone, or another one by now: the watch tells.
+            // The pod is gone, or another one has its name: the watch reports it.
             Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => {
                 (Some(status.message.clone()), false)
             }
             Ok(Err(kube::Error::Api(status))) if status.code == 403 => (Some(status.message.clone()), true),
             Ok(Err(error)) => (Some(super::cause(&error)), true),
-            Err(_) => (Some(format!("no answer within {REQUEST:?}")), true),
+            Err(_) => (Some(format!("no answer within {REQUEST_TIMEOUT:?}")), true),
         };
         match (&problem, retry) {
-            (Some(problem), true) => warn!(pod, problem, "{}, tried again later", cannot(&job)),
-            (Some(problem), false) => debug!(pod, problem, "{}", cannot(&job)),
-            (None, _) => debug!(pod, ?job, "written back"),
+            (Some(problem), true) => warn!(pod, problem, "{}; retrying later", cannot(&write)),
+            (Some(problem), false) => debug!(pod, problem, "{}", cannot(&write)),
+            (None, _) => debug!(pod, ?write, "written back"),
         }
         if retry {
-            known.not_before = Some(Instant::now() + known.backoff.next());
+            tracked.not_before = Some(Instant::now() + tracked.backoff.next());
             return;
         }
-        known.backoff.reset();
-        known.not_before = Some(Instant::now() + PAUSE);
-        match job {
-            // Until the watch shows it.
-            Job::Mark(marked) => seen.marked = marked,
-            Job::Tell(complaint) => drop(known.told.insert(complaint)),
+        tracked.backoff.reset();
+        tracked.not_before = Some(Instant::now() + WRITE_INTERVAL);
+        match write {
+            // Until the watch reports it.
+            Write::Annotation(marked) => api_pod.marked = marked,
+            Write::Event(warning) => drop(tracked.reported.insert(warning)),
         }
     }
 }
 
-fn cannot(job: &Job) -> &'static str {
-    match job {
-        Job::Mark(_) => "cannot write the pod's annotation (verb patch on pods/status)",
-        Job::Tell(_) => "cannot write an Event (verb create on events of events.k8s.io)",
+fn cannot(write: &Write) -> &'static str {
+    match write {
+        Write::Annotation(_) => "cannot write the pod's annotation (verb patch on pods/status)",
+        Write::Event(_) => "cannot write an Event (verb create on events of events.k8s.io)",
     }
 }
 

@@ -1,8 +1,9 @@
 //! One kind of object, listed and watched for ever.
 //!
 //! `kube`'s watcher resumes at the last version that it saw, and lists again when that is too old for the
-//! server. Added here: waiting that grows while the server is away, telling when it is back (a resumed watch that has
-//! nothing to say looks like one that hangs), and a way out of a version that the server will never reach.
+//! server. Added here: waits that grow while the server is unreachable, a notice when it answers again (a
+//! resumed watch without events looks like one that hangs), and a way out of a version that the server
+//! will never reach.
 
 use std::{
     fmt::Debug,
@@ -23,33 +24,35 @@ use tracing::debug;
 
 use super::backoff::Backoff;
 
-/// How long one watch lasts. Where the connection has died without a word, it is noticed 5 s after that.
+/// How long one watch lasts. A connection that died silently is noticed 5 s after that.
 const WATCH_SECS: u32 = 120;
-/// How long an answer may take to begin, which is longer than a watch may be silent.
-const ANSWER: Duration = Duration::from_secs(WATCH_SECS as u64 + 10);
-/// A server that went on refusing to resume for so long is asked for a list: it may have lost its state, and with
-/// it the version that we want to go on from.
-const REFUSED_FOR: Duration = Duration::from_secs(30);
+/// How long an answer may take to start; longer than a watch may be silent.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(WATCH_SECS as u64 + 10);
+/// After refusals to resume for so long the watch starts with a list: the server may have lost its state, and
+/// with it the version to resume from.
+const RESUME_TIMEOUT: Duration = Duration::from_secs(30);
 /// Since this version every server streams lists (Kubernetes 1.34).
 const STREAMS_LISTS: (u32, u32) = (1, 34);
 
-/// What is told of one kind.
+/// What the API server sent about one kind.
 #[derive(Debug)]
-pub enum Told<K> {
+pub enum Received<K> {
+    /// A list or change.
     Event(Event<K>),
-    /// It cannot be watched at present: why.
+    /// It cannot be watched now, and why.
     Failed(String),
-    /// It can again, and nothing was missed.
+    /// It can be watched again, and nothing was missed.
     Recovered,
 }
 
+/// One kind of object, listed and watched for ever.
 pub struct Watched<K> {
     /// For messages, such as `pods`.
     what: &'static str,
     client: Client,
     config: watcher::Config,
     stream: BoxStream<'static, watcher::Result<Event<K>>>,
-    /// Counts answers of the server other than refusals.
+    /// Counts successful answers of the server.
     answers: watch::Receiver<u64>,
     backoff: Backoff,
     wait_until: Option<Instant>,
@@ -70,10 +73,13 @@ impl<K> Watched<K>
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
 {
-    /// `fields`: which of them, as a field selector.
+    /// `fields`: which objects, as a field selector.
+    ///
+    /// # Errors
+    /// No client can be created from `config`.
     pub fn new(what: &'static str, config: &Config, fields: Option<String>) -> Result<Self, kube::Error> {
         let (counter, answers) = watch::channel(0);
-        let client = ClientBuilder::try_from(super::answering_within(ANSWER, config))?
+        let client = ClientBuilder::try_from(super::answering_within(ANSWER_TIMEOUT, config))?
             .with_layer(&CountAnswers(Arc::new(counter)))
             .build();
         let config = watcher::Config {
@@ -95,8 +101,8 @@ where
         })
     }
 
-    /// What there is to be told next. May be dropped and called again without losing anything.
-    pub async fn next(&mut self) -> Told<K> {
+    /// The next event or failure. Cancel safe.
+    pub async fn next(&mut self) -> Received<K> {
         loop {
             if let Some(until) = self.wait_until {
                 tokio::time::sleep_until(until).await;
@@ -107,13 +113,13 @@ where
                 biased;
                 item = self.stream.next() => match item {
                     Some(Ok(event)) => {
-                        // The beginning of a list says nothing of the server yet.
+                        // The start of a list is sent without an answer of the server.
                         if !matches!(event, Event::Init) {
                             self.backoff.reset();
                             self.refused_since = None;
                             self.failed_at = None;
                         }
-                        return Told::Event(event);
+                        return Received::Event(event);
                     }
                     Some(Err(error)) => {
                         if let Some(failed) = self.on_error(&error) {
@@ -124,42 +130,43 @@ where
                 },
                 Ok(()) = self.answers.changed(), if self.failed_at.is_some() => {
                     self.failed_at = None;
-                    return Told::Recovered;
+                    return Received::Recovered;
                 }
             }
         }
     }
 
-    /// What is there already, without waiting.
-    pub fn ready(&mut self) -> Option<Told<K>> {
+    /// What has arrived already, without waiting.
+    pub fn ready(&mut self) -> Option<Received<K>> {
         if self.wait_until.is_some() { None } else { self.next().now_or_never() }
     }
 
     /// Uses streaming lists if the server is known to have them.
     pub async fn prefer_streaming_lists(&mut self) {
-        let asked = tokio::time::timeout(Duration::from_secs(5), self.client.apiserver_version()).await;
-        let Ok(Ok(version)) = asked else { return };
+        let answer = tokio::time::timeout(Duration::from_secs(5), self.client.apiserver_version()).await;
+        let Ok(Ok(version)) = answer else { return };
         if has_streaming_lists(&version.major, &version.minor) {
             self.config = self.config.clone().streaming_lists();
             self.restart();
         }
     }
 
-    /// Begins anew, with a list.
+    /// Starts again, with a list.
     fn restart(&mut self) {
         self.stream = watcher::watcher(Api::all(self.client.clone()), self.config.clone()).boxed();
         self.refused_since = None;
     }
 
-    /// Decides how to go on. What is part of the game is not told: an old version, a server without streaming lists.
-    fn on_error(&mut self, error: &watcher::Error) -> Option<Told<K>> {
+    /// Decides how to continue. `None`: the failure is expected (an expired version, a server without streaming
+    /// lists) and not reported.
+    fn on_error(&mut self, error: &watcher::Error) -> Option<Received<K>> {
         let now = Instant::now();
         let pause = self.backoff.next();
         self.wait_until = Some(now + pause);
-        debug!(what = self.what, %error, ?pause, "the watch broke off");
+        debug!(what = self.what, %error, ?pause, "watch interrupted");
         let streams = self.config.initial_list_strategy == watcher::InitialListStrategy::StreamingList;
         match status(error).map(|status| status.code) {
-            // Switched off by a feature gate, for all that its version says.
+            // A feature gate can disable streaming lists, whatever the version.
             Some(400 | 422) if streams => {
                 self.config.initial_list_strategy = watcher::InitialListStrategy::ListWatch;
                 self.restart();
@@ -171,14 +178,14 @@ where
             }
             Some(_) if matches!(error, watcher::Error::WatchStartFailed(_)) => {
                 let since = *self.refused_since.get_or_insert(now);
-                if now.duration_since(since) >= REFUSED_FOR {
+                if now.duration_since(since) >= RESUME_TIMEOUT {
                     self.restart();
                 }
             }
             _ => {}
         }
         self.failed_at = Some(now);
-        Some(Told::Failed(describe(self.what, error)))
+        Some(Received::Failed(describe(self.what, error)))
     }
 }
 
@@ -199,7 +206,7 @@ fn status(error: &watcher::Error) -> Option<&kube::core::Status> {
     }
 }
 
-/// What was tried, why it failed, and who must act.
+/// What was tried, why it failed, and what to do.
 fn describe(what: &str, error: &watcher::Error) -> String {
     let tried = match error {
         watcher::Error::InitialListFailed(_) | watcher::Error::NoResourceVersion => "list",
@@ -218,7 +225,7 @@ fn describe(what: &str, error: &watcher::Error) -> String {
     }
 }
 
-/// Counts the answers that are no refusals.
+/// Counts successful answers.
 #[derive(Clone)]
 struct CountAnswers(Arc<watch::Sender<u64>>);
 
@@ -268,7 +275,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_tell_who_streams_lists() {
+    fn the_version_shows_whether_lists_are_streamed() {
         for (major, minor, has) in [
             ("1", "34", true),
             ("1", "36+", true),
@@ -289,27 +296,27 @@ mod tests {
         assert!(text.contains("pods is forbidden") && text.contains("the verb list on pods"), "{text}");
     }
 
-    /// An hour of a moved clock: nobody listens at the address.
+    /// An hour of a paused clock; nothing listens at the address.
     #[tokio::test(start_paused = true)]
-    async fn a_server_that_is_away_for_an_hour_is_asked_ever_more_rarely_and_nothing_is_told_of_pods() {
+    async fn a_server_that_is_away_for_an_hour_gets_fewer_and_fewer_requests_and_no_pod_changes() {
         let unused = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let config = Config::new(format!("http://{unused}").parse().unwrap());
         let mut pods = Watched::<api::Pod>::new("pods", &config, None).unwrap();
         let (since, mut failures, mut listed) = (Instant::now(), Vec::new(), 0);
         while since.elapsed() < Duration::from_hours(1) {
             match pods.next().await {
-                Told::Failed(text) => {
+                Received::Failed(text) => {
                     assert!(text.starts_with("list pods: "), "{text}");
                     failures.push(since.elapsed());
                 }
-                Told::Event(Event::Init) => listed += 1,
-                told => panic!("{told:?}"),
+                Received::Event(Event::Init) => listed += 1,
+                received => panic!("{received:?}"),
             }
         }
         assert!(failures[0] < Duration::from_secs(40), "{:?}", failures[0]);
-        // A list that begins is no sign of the server: the pauses grow although there is one before each failure.
+        // The start of a list is no answer: the waits grow although there is one before each failure.
         assert!(listed >= failures.len() && failures.len() < 500, "{} attempts", failures.len());
         let longest = failures.windows(2).map(|pair| pair[1].saturating_sub(pair[0])).max().unwrap();
-        assert!(longest < Duration::from_mins(1), "nobody would notice that it is back for {longest:?}");
+        assert!(longest < Duration::from_mins(1), "its return would go unnoticed for {longest:?}");
     }
 }
