@@ -1,4 +1,4 @@
-//! The commands, one file each. Exit code 0: done; 1: failed; 2: not understood.
+//! The commands, one file each. Exit code 0: done; 1: failed; 2: wrong arguments.
 
 use std::{io, path::PathBuf, process::ExitCode};
 
@@ -18,7 +18,7 @@ mod status;
 mod trace;
 mod uninstall;
 
-/// Enrols pods into the mesh: finds them, steers their traffic to the node's tunnel, hands them over.
+/// Enrols pods into the mesh: finds them, steers their traffic to the node's tunnel, and registers them there.
 #[derive(Debug, Parser)]
 #[command(
     name = "watcher",
@@ -47,16 +47,16 @@ enum Command {
     Completion(completion::CompletionArgs),
 }
 
-/// Which node, and where its watcher keeps what a reboot may lose.
+/// Which node, and where its watcher keeps run-time files.
 #[derive(Clone, Debug, Args)]
 struct NodeArgs {
-    /// The node's name; names the folder of its maps and links [default: the host's name]
+    /// The node's name; also the folder of its maps and links [default: the host's name]
     #[arg(long, env = "NODE_NAME", value_parser = node_name)]
     node: Option<String>,
     /// The folder for run-time files of all nodes
     #[arg(long, default_value = "/run/adit", value_name = "DIR")]
     run_dir: PathBuf,
-    /// The socket by which commands ask the watcher [default: RUN_DIR/NODE/watcher.sock]
+    /// The socket through which commands query the watcher [default: RUN_DIR/NODE/watcher.sock]
     #[arg(long, value_name = "PATH")]
     status_socket: Option<PathBuf>,
 }
@@ -91,7 +91,7 @@ impl MountArgs {
         self.bpffs.join("adit").join(node)
     }
 
-    /// The cgroup2 root; on a node without one, where it should be, which preflight then reports.
+    /// The cgroup2 root; on a node without one the usual path, which preflight then reports.
     fn root(&self) -> PathBuf {
         let root = self.cgroup_root.clone().or_else(cgroups::find_root);
         root.unwrap_or_else(|| PathBuf::from("/sys/fs/cgroup")).components().collect()
@@ -141,7 +141,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
     };
     match result {
         Ok(code) => code,
-        // The reader went away (`watcher trace | head`): nobody to tell.
+        // The reader is gone (`watcher trace | head`): there is nowhere to print.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("watcher: {error:#}");
@@ -165,7 +165,7 @@ fn ask_once<T: serde::de::DeserializeOwned>(
     match answers.next() {
         Some(Ok(Answer::Ok(answer))) => Ok(answer),
         Some(Ok(Answer::Error(problem))) => anyhow::bail!(problem),
-        Some(Err(error)) => Err(error).context("the watcher's answer cannot be read"),
+        Some(Err(error)) => Err(error).context("cannot read the watcher's answer"),
         None => anyhow::bail!("the watcher ended without an answer"),
     }
 }

@@ -1,9 +1,9 @@
-//! The values that every other module speaks in. Nothing here knows where they come from or what is done with them.
+//! The values that all other modules share. Nothing here depends on a source or on the kernel.
 //!
-//! * [`pod`]: a pod and what its source says of it
-//! * [`exclusions`]: ports and ranges of addresses that are left alone
-//! * [`state`]: what becomes of a pod's traffic
-//! * [`reason`]: why something is not as wished
+//! * [`pod`]: a pod as its source describes it
+//! * [`exclusions`]: ports and address ranges that bypass the tunnel
+//! * [`state`]: the state of a pod's traffic
+//! * [`reason`]: why a pod is not carried, or a tunnel not used
 //! * [`error_chain`]: an error with its causes, on one line
 
 pub mod error_chain;

@@ -22,7 +22,7 @@ fn while_the_api_server_is_away_nothing_changes_and_then_nothing_was_missed() {
     node.wait_source_error(&["watch pods", "watch namespaces"]);
     assert_eq!(node.find("running").expect("the pod")["state"], "open");
     let said = node.host.command(&["status"]).1;
-    assert!(said.contains("what it told last holds: watch pods"), "{said}");
+    assert!(said.contains("keeping the last known pods: watch pods"), "{said}");
 
     // A watcher that starts meanwhile leaves everything as it was, for as long as it takes, and is
     // not ready.

@@ -1,4 +1,4 @@
-//! `watcher completion`: a script that completes commands in a shell.
+//! `watcher completion`: prints a completion script for a shell.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! `watcher explain`: why a connection is captured, or not.
+//! `watcher explain`: why a connection is captured or not.
 
 use std::{
     io::{self, Write as _},
@@ -12,7 +12,7 @@ use watcher::control::{Request, explain::Explanation};
 
 use super::{NodeArgs, Output, ask_once};
 
-/// Name the rule that decides about a connection of a pod
+/// Print the rule that decides about a connection of a pod
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   watcher explain client 10.0.2.3:80

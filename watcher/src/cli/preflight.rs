@@ -1,4 +1,4 @@
-//! `watcher preflight`: says what this node lacks.
+//! `watcher preflight`: checks whether this node can run the watcher.
 
 use std::{
     io::{self, Write},
@@ -15,9 +15,9 @@ use watcher::observe::{cgroups, events::SourceKind};
 
 use super::{MountArgs, Output};
 
-/// Say whether this node can run the watcher, and what it lacks; changes nothing
+/// Check whether this node can run the watcher, and print what it lacks; changes nothing
 #[derive(Debug, Args)]
-#[command(after_help = "Exit code 1: something is missing. A warning is no failure.
+#[command(after_help = "Exit code 1: a requirement is missing. Warnings do not change the exit code.
 
 Examples:
   watcher preflight
@@ -55,12 +55,12 @@ pub(super) fn run(args: &PreflightArgs) -> anyhow::Result<ExitCode> {
     Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// What `watcher run` asks before it begins.
+/// The checks that `watcher run` makes first.
 pub(super) fn checks(bpffs: &Path, root: &Path, attach: &Path) -> Vec<Check> {
     preflight::checks(bpffs, root, Some(attach))
 }
 
-/// Only the second best source of events, so nothing fails without it.
+/// Only the second choice among the sources of events, so nothing fails without it.
 fn process_connector() -> Check {
     let (name, needed) =
         ("process connector", "an acknowledged LISTEN, for nodes where tracepoints are refused");
@@ -73,7 +73,7 @@ fn process_connector() -> Check {
     }
 }
 
-/// A line per check: what, found, and where it falls short what is needed and what to do.
+/// One line per check: what was found, and for a failed one what is needed and what to do.
 pub(super) fn print_human<'a>(
     out: &mut dyn Write,
     checks: impl Iterator<Item = &'a Check>,

@@ -28,13 +28,13 @@ use watcher::{
 
 use super::{MountArgs, NodeArgs, environment, preflight};
 
-/// Enrol pods until stopped: those of this node that the API server knows, or those of a file
+/// Enrol this node's pods until stopped; the API server or a file lists them
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Without --detach the kernel's links stay when the watcher ends, and traffic goes on; \
-`watcher uninstall` undoes everything.
+    after_help = "Without --detach the kernel programs stay attached when the watcher ends, and traffic continues; \
+`watcher uninstall` removes everything.
 
-In a pod of a cluster --kubernetes is the default; elsewhere the API server is found by KUBECONFIG.
+In a pod of a cluster --kubernetes is the default; elsewhere KUBECONFIG names the API server.
 
 Examples:
   watcher run --pods pods.yaml --node a
@@ -43,7 +43,7 @@ Examples:
   watcher run --pods pods.yaml --node a --attach /sys/fs/cgroup/pods --zds-socket /run/a/zds.sock"
 )]
 pub(super) struct RunArgs {
-    /// The pods of this node (YAML); watched, so that an edit takes effect at once
+    /// The pods of this node (YAML); an edit takes effect at once
     #[arg(long, value_name = "FILE", conflicts_with = "kubernetes")]
     pods: Option<PathBuf>,
     #[command(flatten)]
@@ -58,28 +58,28 @@ pub(super) struct RunArgs {
     /// The cgroup above all pods [default: kubepods or kubepods.slice, else the root]
     #[arg(long, value_name = "DIR")]
     attach: Option<PathBuf>,
-    /// What happens to enrolled pods' traffic while no tunnel serves them
+    /// Enrolled pods' traffic while no tunnel serves them: refuse it, or let it pass in plaintext
     #[arg(long, value_enum, default_value_t)]
     fail_mode: FailMode,
-    /// The source of events [default: the first of these that works here]
+    /// Where events come from [default: the first of these that works here]
     #[arg(long, value_enum, value_name = "SOURCE")]
     events: Option<SourceKind>,
-    /// Have enrolled pods' DNS queries answered by the tunnel, while it answers any; a pod's own `dnsCapture` wins
+    /// Send enrolled pods' DNS queries to the tunnel while it answers DNS; a pod's own `dnsCapture` wins
     #[arg(long)]
     dns_capture: bool,
-    /// Only queries to this resolver, which should be one that the tunnel forwards to [default: all]
+    /// Capture only queries to this resolver (at most 3); use the tunnel's upstream resolvers [default: all]
     #[arg(long = "dns-resolver", value_name = "IP")]
     dns_resolvers: Vec<IpAddr>,
-    /// Where /metrics and /healthz/ready are served, such as 127.0.0.1:15022 [default: nowhere]
+    /// Serve /metrics and /healthz/ready here, such as 127.0.0.1:15022 [default: nowhere]
     #[arg(long, value_name = "ADDRESS")]
     metrics_address: Option<SocketAddr>,
-    /// Every so many seconds everything is looked at again, whatever events told
+    /// Seconds between two scans of everything, which correct for lost events
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = clap::value_parser!(u64).range(1..=3600))]
     rescan: u64,
-    /// Undo everything on SIGTERM and SIGINT
+    /// Remove everything on SIGTERM and SIGINT
     #[arg(long)]
     detach: bool,
-    /// How log lines are written to stderr; RUST_LOG chooses which
+    /// The format of log lines on stderr; RUST_LOG selects which are written
     #[arg(long, value_enum, default_value = "text")]
     log_format: LogFormat,
 }
@@ -87,13 +87,13 @@ pub(super) struct RunArgs {
 /// The API server as the source of pods.
 #[derive(Debug, Args)]
 struct KubernetesArgs {
-    /// The pods of this node, as the API server knows them; needs the node's name
+    /// Take this node's pods from the API server; needs the node's name
     #[arg(long)]
     kubernetes: bool,
-    /// The label of namespaces and pods that enrols; the value `none` on a pod leaves it alone
+    /// The label of namespaces and pods that enrols; the value `none` on a pod excludes it
     #[arg(long, value_name = "KEY=VALUE", default_value_t)]
     dataplane_label: DataplaneLabel,
-    /// A container of this name carries its pod's traffic itself: the pod is left alone, as with Istio's sidecar
+    /// Do not enrol pods with a container of this name, which carries their traffic as Istio's sidecar does
     #[arg(long = "sidecar-container", value_name = "NAME")]
     sidecar_containers: Vec<String>,
     /// Write no annotations and no Events
@@ -123,7 +123,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     let checks = preflight::checks(&args.mounts.bpffs, &cgroup_root, &attach);
     if checks.iter().any(Check::failed) {
         preflight::print_human(&mut io::stderr(), checks.iter().filter(|check| check.failed()))?;
-        anyhow::bail!("this node is not ready, nothing was attached");
+        anyhow::bail!("this node is not ready; nothing was attached");
     }
     for check in checks.iter().filter(|check| check.level == Level::Warn) {
         tracing::warn!(check = check.name, found = check.found, advice = check.advice, "preflight");
@@ -145,8 +145,8 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         rescan: Duration::from_secs(args.rescan),
         detach: args.detach,
     };
-    // The loop that owns all state is this thread; a second one speaks with tunnels, the source and askers, so
-    // that a tunnel is given its next pod while the loop prepares others.
+    // This thread runs the loop that owns all state. A second one serves tunnels, the source and commands, so
+    // that a tunnel receives its next pod while the loop prepares others.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async {
         let source = wanted.start(config.cgroup_root.clone()).await?;
@@ -155,7 +155,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Where pods are to come from.
+/// Which source the arguments select.
 enum Wanted {
     PodsFile(PathBuf),
     Kubernetes(KubernetesConfig),
@@ -169,9 +169,9 @@ fn wanted_source(args: &RunArgs) -> anyhow::Result<Wanted> {
         args.kubernetes.kubernetes || environment::is_in_cluster(),
         "no pod source: pass --pods FILE or --kubernetes"
     );
-    // The host's name would often do, and where it does not, no pod would ever be found.
+    // With a host name that is not the node's name, no pod would ever be found.
     let node = args.node.node.clone().context(
-        "which node this is: set NODE_NAME (spec.nodeName by the downward API) or --node to its name in Kubernetes",
+        "the node's name is missing: set NODE_NAME (spec.nodeName by the downward API) or --node to its name in Kubernetes",
     )?;
     Ok(Wanted::Kubernetes(KubernetesConfig {
         node,

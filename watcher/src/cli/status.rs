@@ -25,7 +25,7 @@ use super::{NodeArgs, Output, ask_once};
 #[derive(Debug, Args)]
 #[command(
     after_help = "States of a pod: open (a tunnel carries its traffic), closed (refused until one does), bypassed \
-(passes in clear until one does), refused (cannot be enrolled, with the reason), plain (left alone by its labels).
+(plaintext until one does), refused (cannot be enrolled; see the reason), plain (not enrolled by its labels).
 
 Examples:
   watcher status
@@ -81,12 +81,12 @@ fn print_node(out: &mut dyn Write, status: &Status) -> io::Result<()> {
         Some(error) => {
             writeln!(
                 out,
-                "pods from {}: cannot be used for {lasted} s, what it told last holds: {error}",
+                "pods from {}: unavailable for {lasted} s; keeping the last known pods: {error}",
                 source.name
             )?;
         }
-        None if source.synced => writeln!(out, "pods from {}, in order for {lasted} s", source.name)?,
-        None => writeln!(out, "pods from {}: nothing told for {lasted} s", source.name)?,
+        None if source.synced => writeln!(out, "pods from {}: up to date for {lasted} s", source.name)?,
+        None => writeln!(out, "pods from {}: no pod list received for {lasted} s", source.name)?,
     }
     let events = &status.events;
     writeln!(
@@ -152,7 +152,7 @@ fn pods_table(pods: &[PodStatus]) -> Table {
     table
 }
 
-/// Every container of a pod, as one flat list.
+/// Every cgroup of every pod, as one flat list.
 fn cgroups_json(pods: &[PodStatus]) -> serde_json::Value {
     let list: Vec<_> = pods
         .iter()

@@ -1,4 +1,4 @@
-//! `watcher uninstall`: undoes everything that a node's watcher ever did.
+//! `watcher uninstall`: removes everything that a node's watcher ever installed.
 
 use std::{
     fs,
@@ -25,7 +25,7 @@ use super::{MountArgs, NodeArgs, Output, ask_once};
 
 /// Remove all links, programs, maps, rules, routes and sysctls of a node, whether its watcher runs or not
 #[derive(Debug, Args)]
-#[command(after_help = "A running watcher is told to undo everything and to end. Fine when nothing is there.
+#[command(after_help = "A running watcher removes everything and exits. Succeeds when nothing is installed.
 
 Example:
   watcher uninstall --node a")]
@@ -34,7 +34,7 @@ pub(super) struct UninstallArgs {
     node: NodeArgs,
     #[command(flatten)]
     mounts: MountArgs,
-    /// Where tunnels connected: the file is removed if nobody serves it any more
+    /// Where tunnels connected: the file is removed unless a process still serves it
     #[arg(long, default_value = "/var/run/ztunnel/ztunnel.sock", value_name = "PATH")]
     zds_socket: PathBuf,
     #[arg(short, long, value_enum, default_value = "human")]
@@ -45,10 +45,11 @@ pub(super) fn run(args: &UninstallArgs) -> anyhow::Result<ExitCode> {
     let socket = args.node.socket();
     let ran = control::is_served(&socket);
     if ran {
-        ask_once::<()>(&args.node, &Request::Detach).context("the running watcher cannot undo everything")?;
+        ask_once::<()>(&args.node, &Request::Detach)
+            .context("the running watcher cannot remove everything")?;
         let deadline = Instant::now() + Duration::from_secs(5);
         while control::is_served(&socket) {
-            anyhow::ensure!(Instant::now() < deadline, "the running watcher does not end");
+            anyhow::ensure!(Instant::now() < deadline, "the running watcher does not exit");
             thread::sleep(Duration::from_millis(20));
         }
     }
@@ -78,7 +79,7 @@ pub(super) fn run(args: &UninstallArgs) -> anyhow::Result<ExitCode> {
         )?,
         Output::Human => {
             if ran {
-                writeln!(out, "watcher stopped, which undid what it had done")?;
+                writeln!(out, "watcher stopped; it removed what it had installed")?;
             }
             writeln!(out, "links removed: {}, maps removed: {}", removed.links, removed.maps)?;
             writeln!(out, "netns restored: {}, gone: {}", undone.netns_restored, undone.netns_gone)?;

@@ -1,28 +1,32 @@
-//! Ports and ranges of addresses that are left alone.
+//! Ports and address ranges that bypass the tunnel.
 //!
-//! Nonsense is reported and ignored, the rest holds: a typing error in one port must not take a pod out
-//! of the mesh, nor put the other ports into it.
+//! An invalid item is noted and ignored, the others stay active: a typing error in one port must not take a
+//! pod out of the mesh, nor put the other ports into it.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 use serde_json::Value;
 
-/// What of a pod's traffic is left alone.
+/// Traffic of a pod that bypasses the tunnel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Exclusions {
+    /// Destination ports of its connections.
     pub outbound_ports: BTreeSet<u16>,
+    /// Destination addresses of its connections.
     pub outbound_cidrs: BTreeSet<IpNet>,
+    /// Its own ports, for connections to it.
     pub inbound_ports: BTreeSet<u16>,
 }
 
 impl Exclusions {
+    /// Whether all of its traffic goes through the tunnel.
     pub fn is_empty(&self) -> bool {
         self.outbound_ports.is_empty() && self.outbound_cidrs.is_empty() && self.inbound_ports.is_empty()
     }
 }
 
-/// The single items of `value`: a number, a text of items parted by commas, or a list of both.
+/// The single items of `value`: a number, a text with commas between items, or a list of both.
 fn items(value: &Value) -> Vec<String> {
     match value {
         Value::Array(list) => list.iter().flat_map(items).collect(),
@@ -34,7 +38,7 @@ fn items(value: &Value) -> Vec<String> {
     }
 }
 
-/// Reads ports (`6379`, `"6379, 7070"`, `"7000-7010"`); what is wrong goes to `notes`, named by `key`.
+/// Reads ports (`6379`, `"6379, 7070"`, `"7000-7010"`); invalid items go to `notes`, named by `key`.
 pub fn ports(key: &str, value: &Value, notes: &mut Vec<String>) -> BTreeSet<u16> {
     let mut ports = BTreeSet::new();
     for item in items(value) {
@@ -54,7 +58,7 @@ fn range(item: &str) -> Option<std::ops::RangeInclusive<u16>> {
     (first != 0 && first <= last).then_some(first..=last)
 }
 
-/// Reads CIDRs or single addresses; what is wrong goes to `notes`, named by `key`.
+/// Reads CIDRs or single addresses; invalid items go to `notes`, named by `key`.
 pub fn cidrs(key: &str, value: &Value, notes: &mut Vec<String>) -> BTreeSet<IpNet> {
     let mut cidrs = BTreeSet::new();
     for item in items(value) {
@@ -90,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_noted_and_the_rest_holds() {
+    fn an_invalid_item_is_noted_and_the_others_stay() {
         for bad in [
             json!(0),
             json!(65536),

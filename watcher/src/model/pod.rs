@@ -1,4 +1,4 @@
-//! A pod, and what its source says of it.
+//! A pod as its source describes it.
 
 use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc};
 
@@ -13,69 +13,80 @@ pub enum FailMode {
     /// It is refused.
     #[default]
     Closed,
-    /// It passes in clear.
+    /// It passes in plaintext.
     Open,
 }
 
-/// Whether a pod is enrolled, as its source decided by labels and whatever else it knows.
+/// Whether a pod is enrolled, as its source decided.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Selection {
+    /// Its traffic belongs into the mesh.
     Enrolled,
-    /// Its labels ask for nothing.
+    /// No label enrols it.
     #[default]
     Plain,
-    /// Left alone for a reason that users may want to see, such as a sidecar or the host's network.
+    /// A label would enrol it, and a sidecar or the host's network excludes it.
     LeftAlone(Reason),
 }
 
-/// A pod, by whatever source it became known.
+/// A pod, from whatever source.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pod {
+    /// As in the name of the pod's cgroup.
     pub uid: String,
+    /// Its name.
     pub name: String,
+    /// Its Kubernetes namespace.
     pub namespace: String,
+    /// Becomes, with the namespace, its identity.
     pub service_account: String,
-    /// The pod's directory in the cgroup2 tree; its containers' are below. `None`: found by the pod's uid,
+    /// The pod's directory in the cgroup2 tree; its containers' are below. `None`: found by the uid,
     /// as kubelets name the directories ([`crate::observe::cgroup_path`]).
     pub cgroup: Option<PathBuf>,
+    /// Whether it is enrolled.
     pub selection: Selection,
     /// `None`: the node's default.
     pub fail_mode: Option<FailMode>,
-    /// Whether its DNS queries go to the tunnel, while that answers any. `None`: the node's default.
+    /// Whether its DNS queries go to the tunnel while that answers DNS. `None`: the node's default.
     pub dns_capture: Option<bool>,
-    /// Addresses that the pod's netns must hold; empty: whatever it holds.
+    /// Addresses that the pod's netns must have; empty: any.
     pub addresses: BTreeSet<IpAddr>,
+    /// Traffic that bypasses the tunnel.
     pub exclusions: Exclusions,
-    /// What was wrong with the pod's wishes and is therefore ignored.
+    /// Invalid values that were ignored.
     pub notes: Vec<String>,
 }
 
-/// What a source says of one pod.
+/// What a source has about one pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Entry {
+    /// It can be used.
     Pod(Arc<Pod>),
+    /// It cannot.
     Bad(BadEntry),
 }
 
-/// An entry that could not be read, with as much of it as is needed to name it.
+/// An entry that cannot be used, with what is needed to name it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BadEntry {
     /// Position in the list, from 0, where the source is a list.
     pub index: Option<usize>,
+    /// Its uid, where that can be read.
     pub uid: Option<String>,
+    /// Its name, where that can be read.
     pub name: Option<String>,
     /// The key and what is wrong with it.
     pub problem: String,
 }
 
-/// What a source tells.
+/// What a source sends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Update {
-    /// Every pod of this node; whoever is not named has gone. The first update of a source is one, and
-    /// only from then on the watcher can be ready. Of two entries that claim the same the first holds it.
+    /// Every pod of this node; all others are gone. The first update of a source is one, and the watcher is not
+    /// ready before it. Of two entries with the same claim the first holds it.
     All(Vec<Entry>),
-    /// What changed, by uid; `None`: gone. One message is one batch: it is acted on as a whole.
+    /// What changed, by uid; `None`: gone. One message is one batch, applied as a whole.
     Changed(Vec<(String, Option<Entry>)>),
-    /// The source cannot be used at present: why. Nothing else changes.
+    /// The source is unavailable, and why. Nothing else changes.
     Unusable(String),
 }

@@ -128,7 +128,7 @@ reasons! {
         "Correct the annotation that the Event names.";
 
     HostNetwork "host_network", Nothing, Plaintext,
-        "the pod uses the node's network (`hostNetwork: true`), so its traffic cannot be told apart",
+        "the pod uses the node's network (`hostNetwork: true`), so its traffic is the node's",
         "None is needed: such pods are never enrolled.";
     Sidecar "sidecar", Nothing, Plaintext,
         "the pod has a sidecar that carries its traffic",

@@ -1,8 +1,8 @@
-//! What becomes of a pod's traffic.
+//! The state of a pod's traffic.
 
 use serde::{Deserialize, Serialize};
 
-/// What becomes of a pod's traffic.
+/// The state of a pod's traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
@@ -10,17 +10,19 @@ pub enum State {
     Open,
     /// It is refused until a tunnel serves the pod.
     Closed,
-    /// It passes in clear until a tunnel serves the pod.
+    /// It passes in plaintext until a tunnel serves the pod.
     Bypassed,
     /// The pod cannot be enrolled.
     Refused,
-    /// The pod's labels leave it alone.
+    /// No label enrols the pod.
     Plain,
 }
 
 impl State {
+    /// All of them.
     pub const ALL: [Self; 5] = [Self::Open, Self::Closed, Self::Bypassed, Self::Refused, Self::Plain];
 
+    /// As in `watcher status` and metrics.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Open => "open",
