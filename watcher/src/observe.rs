@@ -1,9 +1,9 @@
-//! What is there: cgroups, the processes in them, and their network namespaces.
+//! Reads the node: cgroups, the processes in them, and their network namespaces.
 //!
 //! * [`cgroups`]: the cgroup2 tree
 //! * [`cgroup_path`]: which pod and container a cgroup's path names
 //! * [`processes`]: which netns the processes of a pod are in
-//! * [`netns`]: entering a netns and asking it for its addresses
+//! * [`netns`]: enters a netns and reads its cookie and addresses
 //! * [`listeners`]: what listens in a netns
 //! * [`events`]: what changed, as soon as it does
 
@@ -19,10 +19,10 @@ pub mod netlink;
 pub mod netns;
 pub mod processes;
 
-/// What was seen of one pod.
+/// What a pod has on this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
-    /// The pod's directory: as its source says, or as it was found by the uid.
+    /// The pod's cgroup directory: from its source, or found by the uid.
     pub dir: Option<PathBuf>,
     /// That cgroup and all below it; empty: it does not exist.
     pub cgroups: BTreeMap<PathBuf, CgroupId>,
@@ -30,12 +30,13 @@ pub struct Observed {
     pub netns: Vec<Seen>,
 }
 
-/// A netns of a pod.
+/// A netns that a process of a pod is in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Seen {
     /// The node's own.
     Host,
+    /// Another one.
     Pod(NetnsFacts),
-    /// It could not be entered or asked.
+    /// It could not be entered or queried.
     Unreadable(String),
 }

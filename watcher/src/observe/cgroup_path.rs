@@ -1,4 +1,4 @@
-//! Which pod and container a cgroup's path names. Pure: asks no file system.
+//! Which pod and container a cgroup's path names. Pure: reads no file system.
 //!
 //! | who makes it | pod | container below it |
 //! |---|---|---|
@@ -7,14 +7,14 @@
 //! | Kind, k3s, minikube | the same below whatever the node is: `kubelet.slice/kubelet-kubepods….slice`, `docker/<id>/kubelet/kubepods`, … | the same |
 //!
 //! Guaranteed pods have no directory of a class; static pods' uids are hashes without dashes. Only uids of
-//! these two forms count, so that nothing is taken for a pod by accident.
+//! these two forms count, so that no other directory is mistaken for a pod.
 
 use std::{
     ffi::OsStr,
     path::{Path, PathBuf},
 };
 
-/// What a path below the pods' cgroup stands for.
+/// A path at or below a pod's directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
     /// The pod's own directory.
@@ -24,14 +24,14 @@ pub struct Place {
     pub below: Below,
 }
 
-/// Where below its pod's directory a path leads.
+/// What a path is, relative to its pod's directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Below {
     /// It is the pod's directory itself.
     Pod,
     /// In this container, or deeper.
     Container(String),
-    /// CRI-O's `conmon`, which watches a container from the node's own network namespace.
+    /// CRI-O's `conmon`, which monitors a container from the node's own netns.
     Conmon,
     /// Somewhere else.
     Other,

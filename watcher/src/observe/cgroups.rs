@@ -18,7 +18,7 @@ use super::cgroup_path;
 pub type CgroupId = u64;
 
 /// Where cgroup2 is mounted: `/sys/fs/cgroup` on unified nodes, `/sys/fs/cgroup/unified` on hybrid ones,
-/// else whatever the mount table says.
+/// else as the mount table has it.
 pub fn find_root() -> Option<PathBuf> {
     ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
         .into_iter()
@@ -44,17 +44,23 @@ pub fn pods_dir(root: &Path) -> PathBuf {
         .unwrap_or_else(|| root.to_owned())
 }
 
-/// The id of the cgroup2 directory `dir`. `NotFound`: the pod ended before this call.
+/// The id of the cgroup2 directory `dir`.
+///
+/// # Errors
+/// `NotFound`: the pod ended before this call.
 pub fn id(dir: &Path) -> io::Result<CgroupId> {
     Ok(fs::metadata(dir)?.ino())
 }
 
-/// `dir` and every cgroup below it; empty where `dir` is gone.
+/// `dir` and every cgroup below it; empty if `dir` is gone.
+///
+/// # Errors
+/// A directory cannot be read for another reason than that it is gone.
 pub fn tree(dir: &Path) -> io::Result<BTreeMap<PathBuf, CgroupId>> {
     let mut found = BTreeMap::new();
     let mut waiting = vec![dir.to_owned()];
     while let Some(dir) = waiting.pop() {
-        // Anything may vanish while we look: that is the answer, not an error.
+        // A directory may vanish during the walk; that is no error.
         match below(&dir) {
             Ok((id, children)) => {
                 waiting.extend(children);
@@ -69,8 +75,8 @@ pub fn tree(dir: &Path) -> io::Result<BTreeMap<PathBuf, CgroupId>> {
 
 /// The id of the cgroup2 directory `dir`, and the directories in it.
 fn below(dir: &Path) -> io::Result<(CgroupId, Vec<PathBuf>)> {
-    /// Links of a directory without others in it; the kernel counts theirs (`kernfs_refresh_inode`). Listing the forty files
-    /// of such a one, as most are, would take longer than all else that is asked about a pod.
+    /// The link count of a directory without subdirectories (`kernfs_refresh_inode` counts them). Most are like
+    /// that, and listing their forty files would take longer than all other reads for a pod.
     const CHILDLESS: u64 = 2;
     let metadata = fs::metadata(dir)?;
     let mut children = Vec::new();
@@ -109,17 +115,20 @@ fn io_error(error: ProcError) -> io::Error {
     io::Error::new(kind, error)
 }
 
-/// The processes directly in one cgroup, to be listed as often as one likes.
+/// The processes directly in one cgroup, for repeated listing.
 #[derive(Debug)]
 pub struct Processes(File);
 
 impl Processes {
-    /// `NotFound`: the cgroup `dir` is gone.
+    /// Opens the list of the cgroup `dir`.
+    ///
+    /// # Errors
+    /// `NotFound`: the cgroup is gone.
     pub fn open(dir: &Path) -> io::Result<Self> {
         File::open(dir.join("cgroup.procs")).map(Self)
     }
 
-    /// Those that are in it now; none when it is gone by now. A process outside this pid namespace shows as 0 and is
+    /// The pids in it now; none if the cgroup is gone. A process outside this pid namespace is listed as 0 and
     /// left out.
     pub fn list(&self) -> Vec<i32> {
         let text = self.read().unwrap_or_default();
@@ -219,7 +228,7 @@ mod tests {
     #[test]
     #[ignore = "makes a cgroup, needs root: make test"]
     fn members_are_listed_anew_each_time() {
-        /// Goes however the test ends.
+        /// Removes the cgroup, however the test ends.
         struct Made(PathBuf);
         impl Drop for Made {
             fn drop(&mut self) {

@@ -1,10 +1,10 @@
-//! What changed, as soon as it does. Whatever the source, an event says no more than where to look: it can make
-//! things faster, and a lost one costs time until the next scan, nothing else.
+//! Sources of events about cgroups and processes. An event only names what to observe again: it makes the
+//! watcher faster, and a lost one costs time until the next scan, nothing else.
 //!
-//! * [`lifecycle`]: the kernel's tracepoints, by our own programs; works in any container, and closes a new pod
+//! * [`lifecycle`]: our programs on the kernel's tracepoints; works in any container, and closes a new pod
 //!   before its cgroup can hold a process
-//! * [`connector`]: the kernel's process connector, where no program can be attached to tracepoints
-//! * [`scan`]: inotify on the pods' cgroups, which is there everywhere
+//! * [`connector`]: the kernel's process connector, where programs cannot be attached to tracepoints
+//! * [`scan`]: inotify on the pods' cgroups, available everywhere
 
 use std::{
     collections::BTreeSet,
@@ -26,7 +26,7 @@ pub mod connector;
 pub mod lifecycle;
 pub mod scan;
 
-/// What a source is called in logs, in `watcher status` and on the command line.
+/// A source of events, as named in logs, in `watcher status` and on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum SourceKind {
@@ -119,14 +119,22 @@ pub struct EventSourceNeeds<'a> {
     pub cgroup_root: &'a Path,
 }
 
-/// Where to look.
+/// What to observe again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// Something happened to this cgroup. `closed`: its id, if it was closed as it was made.
-    Cgroup { path: PathBuf, closed: Option<u64> },
-    /// A process of this cgroup began another program.
-    Process { cgroup_id: u64 },
-    /// So many events were lost: everything has to be looked at.
+    /// This cgroup was created or changed.
+    Cgroup {
+        /// Its directory.
+        path: PathBuf,
+        /// Its id, if the programs closed it when it was created.
+        closed: Option<u64>,
+    },
+    /// A process of this cgroup called exec.
+    Process {
+        /// The cgroup's id.
+        cgroup_id: u64,
+    },
+    /// So many events were lost: everything must be observed again.
     Lost(u64),
 }
 

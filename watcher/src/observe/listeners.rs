@@ -1,4 +1,4 @@
-//! What listens in a netns, as the kernel lists it (sock_diag(7)): whoever made the sockets, and whenever.
+//! The listening TCP sockets of a netns, as the kernel lists them (sock_diag(7)).
 
 use std::{collections::BTreeSet, io};
 
@@ -10,11 +10,14 @@ use rtnetlink::sys::protocols::NETLINK_SOCK_DIAG;
 
 use super::netlink;
 
-/// A port that others can dial, and 4 or 6: the family of the socket, which in IPv6 may serve IPv4 too.
+/// A port that others can dial, and 4 or 6: the family of the socket. An IPv6 socket may serve IPv4 too.
 pub type Listening = (u16, u32);
 
-/// What listens in the calling thread's netns, but not on loopback alone. Of MPTCP sockets the kernel lists the
-/// TCP sockets below.
+/// The listeners of the calling thread's netns that others can dial: not those on loopback. For MPTCP sockets
+/// the kernel lists their TCP subflows.
+///
+/// # Errors
+/// The kernel refuses the dump, or the socket cannot be created.
 pub fn listening() -> io::Result<BTreeSet<Listening>> {
     let socket = netlink::socket(NETLINK_SOCK_DIAG)?;
     let mut found = BTreeSet::new();

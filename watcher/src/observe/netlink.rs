@@ -1,4 +1,4 @@
-//! Talking to the kernel by netlink, in the calling thread's netns: lists, and the answers to anything else.
+//! Netlink requests to the kernel, in the calling thread's netns.
 
 use std::io;
 
@@ -10,10 +10,13 @@ use rtnetlink::{
     sys::{Socket, SocketAddr},
 };
 
-/// The kernel sends no more at a time (`netlink_dump`).
+/// The most that the kernel sends at a time (`netlink_dump`).
 const LARGEST: usize = 32 * 1024;
 
-/// A socket that talks to the kernel.
+/// A socket connected to the kernel.
+///
+/// # Errors
+/// The kernel does not know `protocol`.
 pub fn socket(protocol: isize) -> io::Result<Socket> {
     let mut socket = Socket::new(protocol)?;
     socket.bind_auto()?;
@@ -21,7 +24,10 @@ pub fn socket(protocol: isize) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Gives everything that the kernel lists for `request` to `take`.
+/// Passes everything that the kernel lists for `request` to `take`.
+///
+/// # Errors
+/// The kernel refuses the request, or sends something that does not parse.
 pub fn dump<M>(
     socket: &Socket,
     request: impl Into<NetlinkMessage<M>>,
@@ -49,7 +55,10 @@ where
     }
 }
 
-/// Waits for answers, which have to fit into `buffer`: the kernel drops the rest of what does not.
+/// Waits for answers. They must fit into `buffer`; the kernel truncates a longer one.
+///
+/// # Errors
+/// The socket fails; an item: it does not parse.
 pub fn receive<'a, M: NetlinkDeserializable + 'a>(
     socket: &Socket,
     buffer: &'a mut Vec<u8>,

@@ -1,4 +1,4 @@
-//! Entering a network namespace, and asking it what it is.
+//! Enters network namespaces and reads their cookies and addresses.
 
 use std::{
     collections::BTreeSet,
@@ -35,16 +35,19 @@ const MOST_VISITORS: usize = 4;
 /// The interface index of `lo`, which is the first one of every netns.
 pub const LO: u32 = 1;
 
-/// Which netns, while something holds it: inode numbers of deleted ones come back.
+/// Identifies a netns while something holds it; the kernel reuses the inode numbers of deleted ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct NetnsId {
+    /// The device of nsfs.
     pub dev: u64,
+    /// As in `readlink /proc/PID/ns/net`.
     pub inode: u64,
 }
 
-/// What a netns says of itself.
+/// Properties of a netns.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetnsFacts {
+    /// Which one it is.
     pub id: NetnsId,
     /// Never reused before a reboot, unlike the inode.
     pub cookie: u64,
@@ -52,7 +55,10 @@ pub struct NetnsFacts {
     pub addresses: Vec<IpAddr>,
 }
 
-/// The id of the netns that `netns` is an fd of.
+/// The id of the netns behind the fd `netns`.
+///
+/// # Errors
+/// As of fstat(2).
 pub fn id(netns: BorrowedFd<'_>) -> io::Result<NetnsId> {
     let found = fstat(netns)?;
     Ok(NetnsId { dev: found.st_dev, inode: found.st_ino })
@@ -142,7 +148,10 @@ impl Drop for ReturnHome<'_> {
     }
 }
 
-/// Enters `netns` and asks it.
+/// Enters `netns` and reads its properties.
+///
+/// # Errors
+/// It cannot be entered (`CAP_SYS_ADMIN`) or queried.
 pub fn facts(visitor: &Visitor<'_>, netns: BorrowedFd<'_>) -> io::Result<NetnsFacts> {
     let id = id(netns)?;
     visitor.enter(netns, || {
@@ -152,12 +161,15 @@ pub fn facts(visitor: &Visitor<'_>, netns: BorrowedFd<'_>) -> io::Result<NetnsFa
 }
 
 /// The cookie of `netns`.
+///
+/// # Errors
+/// It cannot be entered, or the kernel has no cookies (before Linux 5.14).
 pub fn cookie(netns: BorrowedFd<'_>) -> io::Result<u64> {
     run_in(netns, own_netns_cookie)
 }
 
-/// The addresses of `socket`'s netns by which others reach it. Not by getifaddrs(3), which has all interfaces
-/// described too, and takes three times as long.
+/// The addresses of `socket`'s netns by which others reach it. Not by getifaddrs(3), which lists all
+/// interfaces too and takes three times as long.
 fn addresses(socket: &Socket) -> io::Result<Vec<IpAddr>> {
     let mut addresses = Vec::new();
     let all = RouteNetlinkMessage::GetAddress(AddressMessage::default());

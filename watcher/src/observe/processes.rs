@@ -22,8 +22,8 @@ use super::{
     netns::{self, NetnsId, Visitor},
 };
 
-/// The processes in `cgroups`, all at or below `pod_dir`, pinned. CRI-O's conmon is none of the pod's, although
-/// it is in its cgroup: it lives in the node's own netns.
+/// The processes in `cgroups`, all at or below `pod_dir`, pinned. CRI-O's conmon is left out: it is in the
+/// pod's cgroup, but in the node's own netns.
 fn members(cgroups: &BTreeMap<PathBuf, CgroupId>, pod_dir: &Path) -> Vec<Process> {
     let is_conmon = |dir: &Path| {
         let name = dir.strip_prefix(pod_dir).ok().and_then(|below| below.iter().next());
@@ -40,28 +40,32 @@ fn members(cgroups: &BTreeMap<PathBuf, CgroupId>, pod_dir: &Path) -> Vec<Process
     pinned.into_iter().filter(|process| still.contains(&process.pid)).collect()
 }
 
-/// A container runtime puts a new process into its cgroup before it puts it into its namespaces. So what a process that
-/// is younger than this shows is believed only when it shows it again, after [`SETTLED_AFTER`].
+/// A container runtime puts a new process into its cgroup before it puts it into its namespaces. So the netns
+/// of a process younger than this counts only when a second observation, after [`SETTLED_AFTER`], agrees.
 const YOUNG: Duration = Duration::from_millis(500);
 const SETTLED_AFTER: Duration = Duration::from_millis(20);
-/// The node's own netns is where every process comes from: believed only of one that stayed there.
+/// Every process starts in the node's own netns, so that netns counts only after this long.
 const AT_HOME_AFTER: Duration = Duration::from_secs(2);
 
-/// In which netns young processes were seen, and since when. By pid and start, since pids come back.
+/// The netns of young processes, and since when they are in it. By pid and start time, since pids are reused.
 pub type Sightings = BTreeMap<(i32, u64), (NetnsId, Instant)>;
 
-/// What a look at a pod gives.
+/// The result of observing a pod.
 #[derive(Debug, Default)]
 pub struct Look {
+    /// What the pod has.
     pub observed: Observed,
-    /// The netns, by cookie, for whoever goes on at once; kept, they would outlive their pods.
+    /// Its open netns by cookie, for immediate use. Kept open, they would outlive their pods.
     pub opened: BTreeMap<u64, OwnedFd>,
-    /// For the next look.
+    /// For the next observation.
     pub sightings: Sightings,
 }
 
-/// Looks at the pod whose directory is `cgroup`, and whose netns has to hold `addresses`. Each netns is entered every
-/// time: neither its id nor its addresses may be taken from memory, since both come back with other pods.
+/// Observes the pod whose directory is `cgroup` and whose netns must have `addresses`. Each netns is entered
+/// every time: its id and addresses must not be cached, since both are reused by other pods.
+///
+/// # Errors
+/// The cgroup tree or a netns cannot be read.
 pub fn observe(
     visitor: &Visitor<'_>,
     cgroup: &Path,
@@ -88,7 +92,7 @@ pub fn observe(
                 Err(error) => Seen::Unreadable(format!("process {}: {error}", process.pid)),
             }
         };
-        // Nobody else's netns holds the pod's own address: that is proof enough, and the usual case.
+        // No other netns has the pod's own addresses. That proves it at once, in the usual case.
         let proven = matches!(&seen, Seen::Pod(facts) if !addresses.is_empty()
             && addresses.iter().all(|address| facts.addresses.contains(address)));
         if !proven && !is_settled(&process, id, is_host, earlier, &mut look.sightings) {
@@ -144,7 +148,7 @@ fn uptime() -> Duration {
 /// Opens netns `id` through a process of the pod whose directory is `cgroup`.
 ///
 /// # Errors
-/// `NotFound`: no process of the pod is in it any more.
+/// `NotFound`: no process of the pod is in that netns any more.
 pub fn open_netns(cgroup: &Path, id: NetnsId) -> io::Result<OwnedFd> {
     let cgroups = cgroups::tree(cgroup)?;
     members(&cgroups, cgroup)

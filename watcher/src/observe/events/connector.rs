@@ -1,13 +1,13 @@
 //! Events from the kernel's process connector (`Documentation/driver-api/connector.rst`), and from inotify for
 //! cgroups, of which the connector knows nothing.
 //!
-//! Only `exec` is asked for: by then a container's namespaces are final, which they are not at `fork`, and the end
-//! of the last process of a cgroup is told by `cgroup.events`. Where the kernel filters for us (6.6) it does so
-//! before it copies anything, else a socket filter does. Either way its sequence numbers have gaps, so that what was
-//! lost is told by `ENOBUFS` alone.
+//! Only `exec` is subscribed to: by then a container's namespaces are final, unlike at `fork`. `cgroup.events`
+//! reports the end of the last process of a cgroup. Linux 6.6 and later filter before they copy an event; for
+//! older kernels we attach a socket filter. Both leave gaps in the sequence numbers, so only `ENOBUFS` shows
+//! lost events.
 //!
-//! The kernel acknowledges LISTEN only to the initial network, pid and user namespace; without that there
-//! would be silence instead of events, so an acknowledgement is waited for.
+//! The kernel acknowledges LISTEN only in the initial network, pid and user namespace. Elsewhere no events
+//! would arrive, so [`Connector`] waits for the acknowledgement.
 
 use std::{
     collections::BTreeSet,
@@ -62,8 +62,8 @@ impl Connector {
         Ok(Self { socket, base: base.to_owned(), cgroup_root: cgroup_root.to_owned(), cgroups })
     }
 
-    /// The cgroup of a process, if it is one of interest.
-    fn place(&self, pid: u32) -> Option<PathBuf> {
+    /// The cgroup of a process, if it is below `base`.
+    fn cgroup_of(&self, pid: u32) -> Option<PathBuf> {
         let path = cgroups::of_process(&self.cgroup_root, i32::try_from(pid).ok()?).ok()?;
         path.starts_with(&self.base).then_some(path)
     }
@@ -84,7 +84,7 @@ fn subscribe() -> Result<OwnedFd, EventSourceError> {
     of.set_recv_buffer_size(BUFFER).map_err(failed("set the receive buffer"))?;
     of.attach_filter(&filter()).map_err(failed("attach a socket filter"))?;
     of.set_read_timeout(Some(ACKNOWLEDGED_WITHIN / 2)).map_err(failed("set a timeout"))?;
-    // With the kernel's own filter first; one that does not know it does not answer.
+    // First with the kernel's own filter; a kernel without it does not answer.
     let filtered = listen(&fd, &[MCAST_LISTEN, EXEC]);
     filtered.or_else(|_| listen(&fd, &[MCAST_LISTEN])).map_err(EventSourceError::NotAcknowledged)?;
     of.set_nonblocking(true).map_err(failed("set non-blocking"))?;
@@ -115,7 +115,8 @@ impl EventSource for Connector {
             match received {
                 Ok(Ok(length)) => {
                     if word(&buffer[..length], WHAT) == Some(EXEC)
-                        && let Some(path) = word(&buffer[..length], PROCESS).and_then(|pid| self.place(pid))
+                        && let Some(path) =
+                            word(&buffer[..length], PROCESS).and_then(|pid| self.cgroup_of(pid))
                     {
                         return Poll::Ready(Event::Cgroup { path, closed: None });
                     }
@@ -141,7 +142,7 @@ impl EventSource for Connector {
     }
 }
 
-/// Sends the operation and waits for its acknowledgement.
+/// Sends `operation` and waits for the acknowledgement.
 fn listen(socket: &OwnedFd, operation: &[u32]) -> io::Result<()> {
     let length = u16::try_from(size_of_val(operation)).unwrap_or(u16::MAX);
     let mut packet = Vec::with_capacity(64);
@@ -159,7 +160,7 @@ fn listen(socket: &OwnedFd, operation: &[u32]) -> io::Result<()> {
     packet.extend(operation.iter().flat_map(|number| number.to_ne_bytes()));
     SockRef::from(socket).send(&packet)?;
     let mut buffer = [0; 512];
-    // Other listeners' acknowledgements, and what happens meanwhile, come to everybody.
+    // Every listener receives the acknowledgements of the others, and events.
     let deadline = Instant::now() + ACKNOWLEDGED_WITHIN / 2;
     while Instant::now() < deadline {
         let length = receive(socket, &mut buffer)?;
@@ -183,7 +184,7 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
-/// Lets acknowledgements and execs pass. Classic BPF reads in network order what the kernel wrote in its own.
+/// Accepts acknowledgements and execs. Classic BPF loads in network order what the kernel wrote in host order.
 fn filter() -> [SockFilter; 5] {
     const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
     const EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
@@ -206,12 +207,12 @@ mod tests {
 
     #[test]
     #[ignore = "needs the initial namespaces, root: make test"]
-    fn an_exec_in_a_cgroup_is_told() {
+    fn an_exec_in_a_cgroup_is_reported() {
         let root = cgroups::find_root().expect("cgroup2");
         let base = root.join(format!("adit-connector-{}", std::process::id()));
         std::fs::create_dir(&base).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let told = runtime.block_on(async {
+        let result = runtime.block_on(async {
             let mut connector = match Connector::below(&base, &root) {
                 Ok(connector) => connector,
                 Err(error) => return Err(error.to_string()),
@@ -224,9 +225,9 @@ mod tests {
             Ok(event)
         });
         std::fs::remove_dir(&base).unwrap();
-        match told {
+        match result {
             Ok(event) => assert_eq!(event, Ok(Event::Cgroup { path: base, closed: None })),
-            // In a container of a build machine there is none, which has to be said as such.
+            // A build machine's container has none; the error must name that.
             Err(reason) => assert!(reason.contains("LISTEN"), "{reason}"),
         }
     }

@@ -1,4 +1,4 @@
-//! Events from the kernel's tracepoints, by the lifecycle programs.
+//! Events from our programs on the kernel's tracepoints.
 
 use std::{
     os::fd::{AsFd as _, OwnedFd},
@@ -16,13 +16,13 @@ use crate::sys::pollable;
 pub struct LifecycleSource {
     lifecycle: Lifecycle,
     readable: AsyncFd<OwnedFd>,
-    /// How many lost events were told already.
+    /// How many lost events were reported already.
     lost: u64,
 }
 
 impl LifecycleSource {
     fn newly_lost(&mut self) -> Option<u64> {
-        // One that cannot be read is no reason to look at everything all the time.
+        // An unreadable counter counts as unchanged; else every call would cause a full scan.
         let lost = self.lifecycle.lost().unwrap_or(self.lost);
         let newly = lost.saturating_sub(self.lost);
         self.lost = lost;
@@ -62,9 +62,9 @@ impl EventSource for LifecycleSource {
                 return Poll::Ready(Event::Lost(lost));
             }
             match ready!(self.readable.poll_read_ready(context)) {
-                // Cleared before the ring is read again, so nothing that comes meanwhile is slept over.
+                // Cleared before the ring is read again, so that no event that arrives meanwhile is missed.
                 Ok(mut guard) => guard.clear_ready(),
-                // The runtime ends, and we with it.
+                // The runtime is shutting down.
                 Err(_) => return Poll::Pending,
             }
         }

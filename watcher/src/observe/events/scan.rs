@@ -1,4 +1,4 @@
-//! Events from inotify on the pods' cgroups. A watch that cannot be placed costs time until the next scan.
+//! Events from inotify on the pods' cgroups. A watch that cannot be added costs time until the next scan.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -12,7 +12,7 @@ use inotify::{EventMask, EventStream, Inotify, WatchDescriptor, WatchMask, Watch
 
 use super::{Event, EventSource, EventSourceError, EventSourceNeeds, SourceKind};
 
-/// All watches of the watcher, on one inotify instance (a node has few of them).
+/// All watches, on one inotify instance: instances are limited per user.
 #[derive(Debug)]
 pub struct Scan {
     stream: EventStream<[u8; 4096]>,
@@ -57,7 +57,7 @@ impl Scan {
         }
         for watch in before.into_values().flatten() {
             self.dirs.remove(&watch);
-            // Fails where the directory is gone, and the watch with it.
+            // Fails if the directory is gone, and the watch with it.
             let _ = self.watches.remove(watch);
         }
     }
