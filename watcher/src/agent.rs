@@ -23,6 +23,7 @@ use std::{
 };
 
 use adit_ebpf_common::lifecycle::name;
+use error_reporter::Report;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
@@ -40,7 +41,7 @@ use crate::{
         trace::{TraceLine, TraceRequest, Tracer},
     },
     metrics::Metrics,
-    model::{error_chain::chain, pod::Update},
+    model::pod::Update,
     observe::{
         cgroup_path,
         cgroups::CgroupId,
@@ -62,7 +63,7 @@ mod queue;
 mod reporter;
 mod startup;
 
-pub(crate) use self::error::cannot;
+use self::error::cannot;
 pub use self::{config::AgentConfig, error::AgentError};
 
 use self::{
@@ -135,7 +136,8 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
             update = source.updates.recv() => {
                 let Some(update) = update else {
                     let source_name = agent.reporter.source_name().to_owned();
-                    return Err(AgentError::SourceEnded { source_name });
+                    let cause = source.why_ended().await;
+                    return Err(AgentError::SourceEnded { source_name, cause });
                 };
                 agent.on_update(update);
             }
@@ -165,9 +167,13 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
         return Ok(());
     }
     let result = agent.detach(&mut zds_events).await;
-    source.farewell().await;
+    source.close().await;
     if let Some(client) = client {
-        client.give_last(&Answer::from(result.as_ref().copied().map_err(|error| chain(error)))).await;
+        client
+            .give_last(&Answer::from(
+                result.as_ref().copied().map_err(|error| Report::new(error).to_string()),
+            ))
+            .await;
     }
     if result.is_ok() {
         info!("everything undone");
@@ -299,7 +305,7 @@ impl Agent {
                 }
                 self.queue.reconcile_all();
             }
-            Err(error) => warn!(error = %chain(&error), "cannot read the maps back"),
+            Err(error) => warn!(error = %Report::new(&error), "cannot read the maps back"),
         }
     }
 

@@ -20,11 +20,11 @@ use std::{
 };
 
 use adit_ebpf_loader::{Kernel, KernelError};
+use error_reporter::Report;
 use tokio::sync::oneshot;
 use tracing::{debug, error, warn};
 
 use crate::{
-    model::error_chain::chain,
     observe::{cgroups::CgroupId, netns::Visitors},
     plan::{
         Plan, Reason,
@@ -173,7 +173,7 @@ impl Applier {
                 }
             };
             if let Err(error) = result {
-                problems.push(format!("{step:?}: {}", chain(&error)));
+                problems.push(format!("{step:?}: {}", Report::new(&error).to_string()));
             }
         }
         for problem in &problems {

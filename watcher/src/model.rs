@@ -4,9 +4,7 @@
 //! * [`exclusions`]: ports and address ranges that bypass the tunnel
 //! * [`state`]: the state of a pod's traffic
 //! * [`reason`]: why a pod is not carried, or a tunnel not used
-//! * [`error_chain`]: an error with its causes, on one line
 
-pub mod error_chain;
 pub mod exclusions;
 pub mod pod;
 pub mod reason;

@@ -42,6 +42,14 @@ pub struct Source {
 }
 
 impl Source {
+    /// Why no update comes any more, once the sender of updates is gone.
+    pub async fn why_ended(&mut self) -> String {
+        match (&mut self.producer).await {
+            Ok(()) => "its task has returned".to_owned(),
+            Err(error) => error.to_string(),
+        }
+    }
+
     /// Waits until the last outcomes are written, for a few seconds.
     pub async fn close(mut self) {
         const WRITE_TIMEOUT: Duration = Duration::from_secs(6);

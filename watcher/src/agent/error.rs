@@ -4,7 +4,7 @@ use std::io;
 
 use adit_ebpf_loader::KernelError;
 
-use crate::apply::RemoveError;
+use crate::{apply::RemoveError, observe::events::NoEventSource};
 
 /// Why the watcher could not start or continue.
 #[derive(Debug, thiserror::Error)]
@@ -18,16 +18,15 @@ pub enum AgentError {
         source: io::Error,
     },
     /// No source of events works.
-    #[error("{reason}")]
-    Events {
-        /// Which, and why.
-        reason: String,
-    },
+    #[error(transparent)]
+    Events(#[from] NoEventSource),
     /// The source of pods ended.
-    #[error("pod source {source_name} stopped unexpectedly; restart the watcher")]
+    #[error("pod source {source_name} stopped unexpectedly: {cause}; restart the watcher")]
     SourceEnded {
         /// What it is called.
         source_name: String,
+        /// The panic, most likely.
+        cause: String,
     },
     /// A server's task failed.
     #[error("serving {what} stopped unexpectedly: {cause}; restart the watcher")]

@@ -80,7 +80,7 @@ impl Reporter {
     /// An event was received.
     pub(super) fn event(&mut self) {
         self.received += 1;
-        self.metrics.told(self.events);
+        self.metrics.event_received(self.events);
     }
 
     /// So many events were lost.
@@ -144,7 +144,7 @@ impl Reporter {
 
     fn outcome(&mut self, uid: &str, outcome: Option<Outcome>) {
         if let Some(to) = &self.outcomes_to {
-            self.outcomes.tell(to, uid, outcome);
+            self.outcomes.publish(to, uid, outcome);
         }
     }
 

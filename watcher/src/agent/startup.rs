@@ -6,9 +6,10 @@ use adit_ebpf_loader::Kernel;
 use tracing::info;
 
 use crate::{
+    admin_http::AdminServer,
     apply::{Applier, journal::Journal, settings::KernelSettings, tunnel_cgroups::CgroupLayout},
     control::trace::Tracer,
-    metrics::{self, Metrics},
+    metrics::Metrics,
     observe::{
         cgroups,
         events::{self, EventSource},
@@ -42,8 +43,7 @@ pub(super) fn start(
         .map_err(|(what, source)| AgentError::Kernel { what, source })?;
     let kernel = &mut applier.kernel;
     kernel.attach_pods(&config.attach).map_err(failed("attach the pods' programs"))?;
-    let events = events::open(config.events, kernel, &config.attach, &config.cgroup_root)
-        .map_err(|reason| AgentError::Events { reason })?;
+    let events = events::open(config.events, kernel, &config.attach, &config.cgroup_root)?;
     info!(node = config.node, attached = %config.attach.display(), "watching");
     let agent = Agent {
         queue: Queue::default(),
@@ -76,8 +76,8 @@ fn layout(config: &AgentConfig) -> CgroupLayout {
 pub(super) async fn serve_metrics(
     address: Option<SocketAddr>,
     metrics: &Arc<Metrics>,
-) -> Result<Option<metrics::Server>, AgentError> {
+) -> Result<Option<AdminServer>, AgentError> {
     let Some(address) = address else { return Ok(None) };
-    let server = metrics::Server::bind(address, Arc::clone(metrics)).await;
+    let server = AdminServer::bind(address, Arc::clone(metrics)).await;
     server.map(Some).map_err(cannot(format!("serve metrics at {address}")))
 }

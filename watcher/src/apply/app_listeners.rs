@@ -19,10 +19,10 @@ use std::{
 
 use adit_ebpf_common::pods::ListenerKey;
 use adit_ebpf_loader::{Kernel, KernelError};
+use error_reporter::Report;
 use tracing::{debug, warn};
 
 use crate::{
-    model::error_chain::chain,
     observe::{
         listeners::{Listening, listening},
         netns::Visitors,
@@ -113,7 +113,7 @@ fn scan_open(kernel: &mut Kernel, visitors: &Visitors, netns: &[Open]) {
     }
     let recorded = match kernel.listened() {
         Ok(recorded) => recorded,
-        Err(error) => return warn!(error = %chain(&error), "cannot read the recorded listening ports"),
+        Err(error) => return warn!(error = %Report::new(&error), "cannot read the recorded listening ports"),
     };
     let mut again: Vec<Open> = Vec::new();
     for ((cookie, fd), found) in netns.iter().zip(found) {
@@ -152,7 +152,7 @@ pub fn may_listen(kernel: &Kernel, cookie: u64, port: u16, address: IpAddr) -> b
 fn begin(kernel: &mut Kernel, cookie: u64) {
     let count = ListenerKey::about(cookie, ListenerKey::COUNT);
     if let Err(error) = kernel.set_listened(&count, 0) {
-        warn!(cookie, error = %chain(&error), "cannot have listening ports recorded");
+        warn!(cookie, error = %Report::new(&error), "cannot have listening ports recorded");
     }
 }
 
@@ -174,7 +174,7 @@ fn complete(kernel: &mut Kernel, cookie: u64, found: &io::Result<BTreeSet<Listen
         }
     };
     if let Err(error) = recorded {
-        warn!(cookie, error = %chain(&error), "cannot record listening ports; {NOT_REFUSED}");
+        warn!(cookie, error = %Report::new(&error), "cannot record listening ports; {NOT_REFUSED}");
         let _ = kernel.remove_listened(&complete);
     }
 }

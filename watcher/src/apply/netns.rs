@@ -9,10 +9,10 @@ use std::{
 };
 
 use adit_ebpf_loader::{Kernel, KernelError};
+use error_reporter::Report;
 use tracing::warn;
 
 use crate::{
-    model::error_chain::chain,
     observe::{
         netns::{self, NetnsId, Visitor, Visitors},
         processes,
@@ -131,9 +131,10 @@ impl SteeredNetns {
                     self.by_cookie.insert(*cookie, netns.clone());
                 }
                 Err(error) => {
-                    report
-                        .failed
-                        .push((netns.uid.clone(), Reason::new(ReasonCode::NetnsNotSteered, chain(&error))));
+                    report.failed.push((
+                        netns.uid.clone(),
+                        Reason::new(ReasonCode::NetnsNotSteered, Report::new(&error).to_string()),
+                    ));
                 }
             }
         }
@@ -155,7 +156,7 @@ impl SteeredNetns {
         if !strays.is_empty()
             && let Err(error) = kernel.unsteer(&strays)
         {
-            warn!(netns = ?strays, error = %chain(&error), "cannot remove the links of netns");
+            warn!(netns = ?strays, error = %Report::new(&error), "cannot remove the links of netns");
         }
         missing > 0
     }

@@ -4,12 +4,10 @@ use std::net::IpAddr;
 
 use adit_ebpf_common::{address::UNSPECIFIED, settings::Settings};
 use adit_ebpf_loader::{Kernel, KernelError};
+use error_reporter::Report;
 use tracing::error;
 
-use crate::{
-    model::error_chain::chain,
-    plan::{HBONE_PORT, INBOUND_PORT, NAMES_PORT, OUTBOUND_PORT, address16},
-};
+use crate::plan::{HBONE_PORT, INBOUND_PORT, NAMES_PORT, OUTBOUND_PORT, address16};
 
 /// The settings as they were written last.
 #[derive(Debug)]
@@ -78,7 +76,7 @@ impl KernelSettings {
         }
         match kernel.set_settings(&settings) {
             Ok(()) => self.0 = settings,
-            Err(error) => error!(error = %chain(&error), "cannot write the settings"),
+            Err(error) => error!(error = %Report::new(&error), "cannot write the settings"),
         }
     }
 }

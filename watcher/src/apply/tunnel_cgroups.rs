@@ -7,10 +7,10 @@ use std::{
 };
 
 use adit_ebpf_loader::Kernel;
+use error_reporter::Report;
 use tracing::warn;
 
 use crate::{
-    model::error_chain::chain,
     observe::cgroups::{self, CgroupId},
     plan::{Reason, ReasonCode},
 };
@@ -78,8 +78,8 @@ pub fn attach(
     journal
         .add_tunnel(id, cgroup)
         .map_err(|error| failed(format!("cannot record the tunnel's cgroup: {error}")))?;
-    kernel.attach_tunnel(cgroup).map_err(|error| failed(chain(&error)))?;
-    maps.add_tunnel(kernel, id).map_err(|error| failed(chain(&error)))?;
+    kernel.attach_tunnel(cgroup).map_err(|error| failed(Report::new(&error).to_string()))?;
+    maps.add_tunnel(kernel, id).map_err(|error| failed(Report::new(&error).to_string()))?;
     Ok(id)
 }
 
@@ -88,7 +88,7 @@ pub fn detach_unused(used: &BTreeSet<CgroupId>, kernel: &mut Kernel, journal: &m
     let recorded = journal.tunnels().iter().filter(|(id, _)| !used.contains(id));
     let unused: Vec<(CgroupId, PathBuf)> = recorded.map(|(id, dir)| (*id, dir.clone())).collect();
     for (id, dir) in unused {
-        let detached = kernel.detach_tunnel(&dir).map_err(|error| chain(&error));
+        let detached = kernel.detach_tunnel(&dir).map_err(|error| Report::new(&error).to_string());
         let removed = detached.and_then(|()| journal.remove_tunnel(id).map_err(|error| error.to_string()));
         if let Err(error) = removed {
             warn!(cgroup = %dir.display(), error, "cannot detach from a tunnel's cgroup");

@@ -185,8 +185,8 @@ impl Wanted {
     async fn start(self, cgroup_root: PathBuf) -> anyhow::Result<Source> {
         match self {
             Self::PodsFile(path) => {
-                let what = format!("watch the directory of {}", path.display());
-                Ok(watch::start(path, cgroup_root).map_err(agent::cannot(what))?)
+                let failed = format!("cannot watch the directory of {}", path.display());
+                watch::start(path, cgroup_root).context(failed)
             }
             Self::Kubernetes(options) => {
                 let config = kubernetes::config(environment::has_kubeconfig()).await?;

@@ -11,13 +11,13 @@ use adit_ebpf_common::{
     trace::{Hook, Rule, TraceRecord},
 };
 use adit_ebpf_loader::{Kernel, Trace};
+use error_reporter::Report;
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 use tracing::{info, warn};
 
 use crate::{
     apply::Applier,
-    model::error_chain::chain,
     plan::{PodView, address16},
     sys::pollable,
 };
@@ -150,7 +150,7 @@ impl TraceSession {
     /// Opens the records of the programs, for `pod` or for all. Records of an earlier trace are
     /// dropped.
     fn start(kernel: &Kernel, answers: Answers, pod: Option<&PodView>) -> Result<Self, String> {
-        let mut trace = kernel.trace().map_err(|error| chain(&error))?;
+        let mut trace = kernel.trace().map_err(|error| Report::new(&error).to_string())?;
         let readable = trace
             .as_fd()
             .try_clone_to_owned()

@@ -100,7 +100,7 @@ pub enum EventSourceError {
 
 /// A source of events is not available, and none that could take its place.
 #[derive(Debug, thiserror::Error)]
-#[error("events from {} are not available", kind.as_str())]
+#[error("events from {} are not available", .kind.as_str())]
 pub struct NoEventSource {
     /// The last one that was tried.
     pub kind: SourceKind,
@@ -197,7 +197,7 @@ pub fn open(
     base: &Path,
     cgroup_root: &Path,
 ) -> Result<Box<dyn EventSource>, NoEventSource> {
-    const BY_PREFERENCE: [SourceKind; 3] = [SourceKind::Lifecycle, SourceKind::Connector, SourceKind::Scan];
+    static BY_PREFERENCE: [SourceKind; 3] = [SourceKind::Lifecycle, SourceKind::Connector, SourceKind::Scan];
     let forced = forced.map(|kind| [kind]);
     let kinds = forced.as_ref().map_or(BY_PREFERENCE.as_slice(), <[SourceKind; 1]>::as_slice);
     let mut needs = EventSourceNeeds { kernel, base, cgroup_root };

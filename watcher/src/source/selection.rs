@@ -19,7 +19,7 @@ pub struct DataplaneLabel {
 
 impl Default for DataplaneLabel {
     fn default() -> Self {
-        Self { key: "istio.io/dataplane-label".to_owned(), value: "ambient".to_owned() }
+        Self { key: "istio.io/dataplane-mode".to_owned(), value: "ambient".to_owned() }
     }
 }
 
@@ -112,10 +112,10 @@ mod tests {
     #[test]
     fn only_the_value_ambient_enrols() {
         for (key, value, selection) in [
-            ("istio.io/dataplane-label", "ambient", Selection::Enrolled),
-            ("istio.io/dataplane-label", "none", Selection::Plain),
-            ("istio.io/dataplane-label", "Ambient", Selection::Plain),
-            ("dataplane-label", "ambient", Selection::Plain),
+            ("istio.io/dataplane-mode", "ambient", Selection::Enrolled),
+            ("istio.io/dataplane-mode", "none", Selection::Plain),
+            ("istio.io/dataplane-mode", "Ambient", Selection::Plain),
+            ("dataplane-mode", "ambient", Selection::Plain),
         ] {
             assert_eq!(by_labels(&labels(key, value)), selection, "{key}: {value}");
         }
@@ -145,7 +145,7 @@ mod tests {
         let label: DataplaneLabel = "example.org/mesh=on".parse().unwrap();
         assert_eq!(label.decide(&labels("example.org/mesh", "on")), LabelDecision::Enrol);
         assert_eq!(label.decide(&labels("example.org/mesh", "none")), LabelDecision::OptOut);
-        assert_eq!(label.decide(&labels("istio.io/dataplane-label", "ambient")), LabelDecision::Undecided);
+        assert_eq!(label.decide(&labels("istio.io/dataplane-mode", "ambient")), LabelDecision::Undecided);
         for bad in ["", "=", "key", "key=", "=on", "key=none"] {
             assert!(bad.parse::<DataplaneLabel>().is_err(), "{bad:?}");
         }

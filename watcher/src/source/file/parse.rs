@@ -95,7 +95,7 @@ pub enum InvalidEntry {
         bytes: usize,
     },
     /// The cgroup is not one of the cgroup2 tree.
-    #[error("cgroup: \"{}\" is not below the cgroup2 root {}", given.display(), root.display())]
+    #[error("cgroup: \"{given}\" is not below the cgroup2 root {root}")]
     CgroupOutside {
         /// As the entry has it.
         given: PathBuf,

@@ -4,7 +4,7 @@ fn api_pod(marked: bool, notes: &[&str]) -> ApiPod {
     let pod = json!({"metadata": {"uid": "u", "name": "n", "namespace": "d"}});
     let pod = serde_json::from_value(pod).unwrap();
     let mut api_pod =
-        crate::source::kubernetes::pod::read(&pod, &crate::source::kubernetes::pod::Rules::default())
+        crate::source::kubernetes::pod::read(&pod, &crate::source::kubernetes::pod::ReadRules::default())
             .unwrap()
             .unwrap();
     api_pod.marked = marked;
