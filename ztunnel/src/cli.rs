@@ -52,7 +52,7 @@ pub enum Command {
     Completion(completion::Completion),
 }
 
-/// How an answer is written.
+/// Output format.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Output {
     /// For people.

@@ -28,17 +28,21 @@ const SYSTEM_BUNDLES: [&str; 3] =
 /// Why no connection can be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlPlaneError {
+    /// A file cannot be read.
     #[error("cannot read {what} of the control plane from {path}")]
     Read { what: &'static str, path: String, source: io::Error },
+    /// The address or the root is not usable.
     #[error("{address} cannot be used as the control plane's address")]
     Endpoint { address: String, source: tonic::transport::Error },
-    #[error("the control plane's address {address} names no host")]
+    /// The address has no host.
+    #[error("the control plane's address {address} has no host")]
     NoHost { address: String },
+    /// A header that HTTP does not allow.
     #[error("{what} cannot be sent: it must be visible ASCII")]
     NotAscii { what: &'static str },
 }
 
-/// One control plane.
+/// A control plane and its channels.
 pub struct ControlPlane {
     config: ControlPlaneConfig,
     /// Rebuilt when the root file changes.
@@ -58,10 +62,12 @@ struct Connected {
 }
 
 impl ControlPlane {
+    /// Connects on first use.
     pub fn new(config: ControlPlaneConfig) -> Self {
         Self { config, channels: Mutex::default() }
     }
 
+    /// The address, for logs.
     pub fn address(&self) -> &str {
         &self.config.address
     }

@@ -1,13 +1,16 @@
-//! Which way a connection goes.
+//! The direction of a connection.
 
-/// As the workload sees it whose netns the connection was accepted in.
+/// As seen by the workload in whose netns the tunnel accepted the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
+    /// To the workload.
     Inbound,
+    /// From the workload.
     Outbound,
 }
 
 impl Direction {
+    /// For logs and labels: `inbound` or `outbound`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Inbound => "inbound",
@@ -15,7 +18,7 @@ impl Direction {
         }
     }
 
-    /// Whose view it is, in the words of Istio's metrics.
+    /// Istio's label `reporter`: `source` or `destination`.
     pub fn reporter(self) -> &'static str {
         match self {
             Self::Inbound => "destination",

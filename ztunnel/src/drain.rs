@@ -6,6 +6,7 @@ use std::{io, time::Duration};
 
 use tokio::{
     signal::unix::{SignalKind, signal},
+    task::JoinHandle,
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
@@ -16,19 +17,18 @@ const SLACK: Duration = Duration::from_secs(1);
 
 /// Cancels `stop` at the first SIGTERM or SIGINT. The handler is installed when this returns. `POST
 /// /quitquitquit` cancels the same token.
-pub fn on_signal(stop: &CancellationToken) -> io::Result<()> {
+pub fn on_signal(stop: &CancellationToken) -> io::Result<JoinHandle<()>> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = stop.clone();
-    tokio::spawn(async move {
+    Ok(tokio::spawn(async move {
         let name = tokio::select! {
             _ = terminate.recv() => "SIGTERM",
             _ = interrupt.recv() => "SIGINT",
             () = stop.cancelled() => return,
         };
-        info!(signal = name, "told to stop");
+        info!(signal = name, "shutdown signal received");
         stop.cancel();
-    });
-    Ok(())
+    }))
 }
 
 /// Waits until all connections have `finished`, which must happen by the deadline: then they are
@@ -38,7 +38,7 @@ pub async fn drained(finished: impl Future<Output = ()>, deadline: Duration) {
     if timeout(deadline + SLACK, finished).await.is_ok() {
         info!("drained");
     } else {
-        warn!("connections are left after the drain deadline; ending with them");
+        warn!("connections still open after the drain deadline; exiting");
     }
 }
 

@@ -1,7 +1,8 @@
-//! What tells two versions of a file apart without reading them.
+//! Detects a changed file without reading it.
 
 use std::{os::unix::fs::MetadataExt, path::Path, time::SystemTime};
 
+/// Modification time, size and inode of a file.
 #[derive(Debug, PartialEq, Eq)]
 pub struct FileVersion {
     modified: Option<SystemTime>,
@@ -10,7 +11,7 @@ pub struct FileVersion {
 }
 
 impl FileVersion {
-    /// `None`: there is no such file.
+    /// Of the file at `path`, following links. `None`: it does not exist or cannot be accessed.
     pub fn of(path: &Path) -> Option<Self> {
         let file = std::fs::metadata(path).ok()?;
         Some(Self { modified: file.modified().ok(), size: file.len(), inode: file.ino() })

@@ -1,10 +1,10 @@
-//! Who we are and whom we trust: SPIFFE ids, the certificates that prove them, and their checks.
+//! SPIFFE ids, the certificates that prove them, and the verification of peers.
 //!
-//! * [`certificates`]: one valid certificate per local identity, fetched once, renewed at half life
-//! * [`ca_client`], [`development_ca`]: the two that sign
-//! * [`revocations`]: whose certificates are not to be believed any more
+//! * [`certificates`]: one valid certificate per local identity, fetched once, renewed at half of its lifetime
+//! * [`ca_client`], [`development_ca`]: the two certificate authorities; [`authority`]: their trait
+//! * [`revocations`]: revoked certificates
 //! * [`credentials`]: a certificate with its key, as TLS configuration for both roles
-//! * [`trust`]: what is checked of a peer's certificate
+//! * [`trust`]: how a peer's certificate is verified
 
 mod authority;
 mod ca_client;
@@ -27,8 +27,11 @@ use crate::control_plane::ControlPlaneError;
 /// A SPIFFE id of the form `spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICE_ACCOUNT`. No part is empty.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Identity {
+    /// Trust domain, such as `cluster.local`.
     pub trust_domain: Arc<str>,
+    /// Kubernetes namespace.
     pub namespace: Arc<str>,
+    /// Kubernetes service account.
     pub service_account: Arc<str>,
 }
 
@@ -39,12 +42,12 @@ impl fmt::Display for Identity {
     }
 }
 
-/// What is no SPIFFE id of a workload.
+/// A text that is not the SPIFFE id of a workload.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not of the form spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICE_ACCOUNT")]
 pub struct InvalidIdentity(pub String);
 
-/// Bytes; SPIFFE-ID §2.3. Who writes an id into a field with a length relies on it.
+/// Bytes; SPIFFE-ID §2.3. The PROXY protocol header relies on it for its length field.
 const MAX_ID: usize = 2048;
 
 impl FromStr for Identity {
@@ -84,36 +87,56 @@ impl serde::Serialize for Identity {
 
 /// Why there is no usable certificate for an identity.
 ///
-/// Cheap to clone, since everybody who waits for one fetch gets its error.
+/// Cheap to clone, since all that wait for one fetch get its error.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum IdentityError {
+    /// A file cannot be read.
     #[error("cannot read {what} from {path}")]
     Read { what: &'static str, path: String, source: Arc<std::io::Error> },
+    /// The certificate service cannot be called with this configuration.
     #[error(transparent)]
     ControlPlane(Arc<ControlPlaneError>),
-    #[error("cannot keep the development CA in {path}")]
-    Keep { path: String, source: Arc<std::io::Error> },
-    #[error("cannot make a key or certificate")]
-    Make(#[source] Arc<rcgen::Error>),
+    /// The folder of the development CA cannot be written.
+    #[error("cannot store the development CA in {path}")]
+    Store { path: String, source: Arc<std::io::Error> },
+    /// A key, certificate or request cannot be generated.
+    #[error("cannot generate a key or certificate")]
+    Generate(#[source] Arc<rcgen::Error>),
+    /// A certificate or key cannot be used for TLS.
     #[error("{what} is not usable")]
     Unusable { what: &'static str, source: Arc<dyn std::error::Error + Send + Sync> },
-    #[error("{what}")]
-    Malformed { what: String },
-    #[error("cannot call the certificate service at {address}")]
-    Endpoint { address: String, source: Arc<tonic::transport::Error> },
+    /// The generated private key has an encoding that rustls does not accept.
+    #[error("the private key is not usable: {reason}")]
+    PrivateKey { reason: &'static str },
+    /// A certificate chain without certificates.
+    #[error("the certificate chain is empty")]
+    EmptyChain,
+    /// No root certificate to verify peers with.
+    #[error("no root certificate was given")]
+    NoRoots,
+    /// The response of the certificate service lacks the leaf or the root.
+    #[error("the certificate service sent {count} certificates, expected 2 or more")]
+    ShortResponse { count: usize },
+    /// No connection to the certificate service.
     #[error("cannot reach the certificate service at {address}")]
     Unreachable { address: String, source: Arc<tonic::Status> },
-    #[error("the certificate service at {address} refuses: {status}")]
+    /// The certificate service answered with an error.
+    #[error("the certificate service at {address} refused the request: {status}")]
     Refused { address: String, status: Arc<tonic::Status> },
+    /// No answer within the time limit.
     #[error("the certificate service at {address} did not answer in time")]
     TimedOut { address: String },
-    #[error("asked for {asked}, the certificate service signed {got}")]
-    Mismatch { asked: Identity, got: String },
+    /// The certificate is for another identity.
+    #[error("certificate service returned identity {got}, expected {expected}")]
+    Mismatch { expected: Identity, got: String },
+    /// The certificate has expired; `source` is the last error of its renewal.
     #[error("the certificate of {identity} has expired and could not be renewed")]
     Expired { identity: Identity, source: Option<Arc<Self>> },
-    #[error("{identity} is no longer served here")]
-    Forgotten { identity: Identity },
-    #[error("the tunnel stops")]
+    /// The last pod with this identity left the node during the fetch.
+    #[error("{identity} is no longer served on this node")]
+    Removed { identity: Identity },
+    /// The process shuts down.
+    #[error("the tunnel is shutting down")]
     Stopped,
 }
 
@@ -125,7 +148,7 @@ impl From<ControlPlaneError> for IdentityError {
 
 impl From<rcgen::Error> for IdentityError {
     fn from(error: rcgen::Error) -> Self {
-        Self::Make(Arc::new(error))
+        Self::Generate(Arc::new(error))
     }
 }
 
@@ -146,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn an_identity_is_no_longer_than_it_may_be() {
+    fn an_identity_has_a_longest_length() {
         let of = |length: usize| {
             format!("spiffe://td/ns/a/sa/{}", "b".repeat(length - "spiffe://td/ns/a/sa/".len()))
         };
@@ -155,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_no_identity() {
+    fn other_texts_are_refused() {
         for text in [
             "",
             "spiffe://",

@@ -87,7 +87,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
     // Bind.
     let servers = Servers::bind(&config).await?;
     let (stop, end) = (CancellationToken::new(), CancellationToken::new());
-    drain::on_signal(&stop)?;
+    let signals = drain::on_signal(&stop).context("cannot install the signal handlers")?;
     let process = Arc::new(ProcessContext::new(
         Arc::clone(&config),
         Arc::clone(&store),
@@ -104,7 +104,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
     let dns = config.dns.enabled.then(start_dns).transpose()?;
     let mut pods = ServedPods::new(process, workers, dns, stop.clone());
 
-    // Serve. What the draining connections still need goes on until `end`.
+    // Serve. Services that draining connections need run until `end`.
     let mut services = JoinSet::new();
     let admin = Admin {
         config: Arc::clone(&config),
@@ -120,7 +120,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
     let served = servers.serve(admin, end.clone());
     services.spawn(async {
         if let Err(error) = served.await {
-            error!(%error, "the admin, metrics and readiness servers ended");
+            error!(%error, "admin, metrics and readiness servers stopped");
         }
     });
     services.spawn(certificates.run(end.clone()));
@@ -136,8 +136,8 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
             if let Some(OwnPod { name, namespace, service_account }) = config.own_pod.clone()
                 && let Err(error) = pods.serve_own(PodInfo { name, namespace, service_account })
             {
-                // The node's pods matter more than who reads the metrics.
-                warn!(%error, "own metrics cannot be served over HBONE, going on without");
+                // Serving the node's pods matters more.
+                warn!(%error, "cannot serve own metrics over HBONE; continuing without");
             }
             zds::run(&config.zds_socket, &mut pods, &mut pods_ready, &stop).await;
         }
@@ -154,11 +154,12 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
     drain::drained(pods.finish(), config.drain_deadline).await;
     end.cancel();
     services.shutdown().await;
-    info!("ended");
+    signals.abort();
+    info!("stopped");
     Ok(())
 }
 
-/// Each connection takes two descriptors; the default of 1024 would be used up by 500 of them.
+/// Each connection takes two descriptors, so that 500 would use up the default of 1024.
 fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let raised = getrlimit(Resource::RLIMIT_NOFILE)

@@ -32,11 +32,27 @@ pub use view::{MeshView, NamedGateway};
 pub use workloads::{Protocol, Workload};
 
 use index::{
-    ByAddress, ByName, ByOwnHostname, ByUid, EndpointsOf, ServiceByHostname, ServiceByKey, ServiceByVip,
+    ByAddress, ByName, ByUid, EndpointsOf, HostnameInOwnNamespace, ServiceByHostname, ServiceByKey,
+    ServiceByVip,
 };
 use policies::Policies;
 use services::Ranges;
 use table::{Keyed as _, Table};
+
+/// A text that is not the key of a resource.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{kind} {text:?} is not of the form {form}")]
+pub struct InvalidKey {
+    kind: &'static str,
+    text: String,
+    form: &'static str,
+}
+
+impl InvalidKey {
+    fn new(kind: &'static str, text: &str, form: &'static str) -> Self {
+        Self { kind, text: text.to_owned(), form }
+    }
+}
 
 /// Everything known at one moment, indexed for the lookups that a connection makes. A copy shares
 /// unchanged parts.
@@ -46,7 +62,7 @@ pub struct Mesh {
     arrived: u64,
     by_address: Table<ByAddress>,
     by_name: Table<ByName>,
-    by_own_hostname: Table<ByOwnHostname>,
+    by_own_hostname: Table<HostnameInOwnNamespace>,
     services: Table<ServiceByKey>,
     by_hostname: Table<ServiceByHostname>,
     by_vip: Table<ServiceByVip>,
@@ -102,7 +118,7 @@ impl Mesh {
         }
         self.by_name.add(ByName(Arc::clone(workload)));
         if workload.hostname.is_some() {
-            self.by_own_hostname.add(ByOwnHostname(Arc::clone(workload)));
+            self.by_own_hostname.add(HostnameInOwnNamespace(Arc::clone(workload)));
         }
         // The addresses of host-network pods are the node's: they do not identify the pod.
         if !workload.host_network {
@@ -124,7 +140,7 @@ impl Mesh {
         let by_name = ByName(Arc::clone(workload));
         self.by_name.take(&by_name.key(), |entry| it(&entry.0));
         if workload.hostname.is_some() {
-            let by_own_hostname = ByOwnHostname(Arc::clone(workload));
+            let by_own_hostname = HostnameInOwnNamespace(Arc::clone(workload));
             self.by_own_hostname.take(&by_own_hostname.key(), |entry| it(&entry.0));
         }
         for ip in &workload.addresses {
@@ -169,7 +185,7 @@ impl Mesh {
         }
     }
 
-    /// The workload that has `ip`. Never one on the host's network.
+    /// The workload with address `ip`. Never one on the host's network.
     pub fn workload_by_address(&self, network: &str, ip: IpAddr) -> Option<&Arc<Workload>> {
         let key = (network, ip.to_canonical());
         let mut owners = self.by_address.all(key).map(|entry| &entry.workload);
@@ -198,6 +214,7 @@ impl Mesh {
         self.by_own_hostname.get(&key.parts()).map(|entry| &entry.0)
     }
 
+    /// The service with this key.
     pub fn service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
         self.services.get(&key.parts()).map(|entry| &entry.0)
     }
@@ -212,8 +229,8 @@ impl Mesh {
             .or_else(|| self.ranges.find(network, ip))
     }
 
-    /// The service of that name. Several namespaces may define one name: the one in `namespace` is preferred,
-    /// then the one that calls itself canonical.
+    /// The service with this host name. If several namespaces define it, the one in `namespace` is preferred, then the
+    /// canonical one.
     pub fn service_by_hostname(&self, hostname: &str, namespace: &str) -> Option<&Arc<Service>> {
         let named = self.services_named(hostname);
         named.min_by_key(|service| (&*service.namespace != namespace, !service.canonical, &service.namespace))
@@ -229,6 +246,7 @@ impl Mesh {
         self.endpoints.get(&service.parts()).map_or(&[], |entry| &entry.endpoints)
     }
 
+    /// The policy with this key.
     pub fn policy(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {
         self.policies.get(key)
     }
@@ -238,17 +256,17 @@ impl Mesh {
         self.policies.by_scope(namespace)
     }
 
-    /// In no order.
+    /// All workloads, unordered.
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
         self.workloads.iter().map(|entry| &entry.workload)
     }
 
-    /// In no order.
+    /// All services, unordered.
     pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
         self.services.iter().map(|entry| &entry.0)
     }
 
-    /// By namespace and name.
+    /// All policies, by namespace and name.
     pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
         self.policies.iter()
     }

@@ -106,20 +106,20 @@ pub struct PoolMetrics {
     pub streams: Gauge,
 }
 
-/// Which end of a connection counts.
+/// The end of a connection that counts it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReporterLabels {
     reporter: &'static str,
 }
 
-/// Why connections fail, in finer grain than `response_flags`.
+/// The reason of a failure, more specific than `response_flags`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct FailureLabels {
     direction: &'static str,
     reason: &'static str,
 }
 
-/// Who wanted which host to be looked up. The hosts are the control plane's, so there are not many.
+/// The client and the host looked up. Host names come from the control plane, so their number is bounded.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OnDemandDnsLabels {
     source_workload: Arc<str>,
@@ -229,7 +229,7 @@ impl Metrics {
         manager.register("proxies_stopped", "The total number of pods whose serving ended", stopped);
     }
 
-    /// The counters of a label set. The five families are asked once per set, so that a connection costs one hash of
+    /// The counters of a label set. The five families are queried once per set, so that a connection costs one hash of
     /// its labels and a read lock.
     pub fn traffic(&self, labels: TrafficLabels) -> Arc<Traffic> {
         let hash = self.hasher.hash_one(&labels);
@@ -279,7 +279,7 @@ impl Metrics {
         self.on_demand_dns.get_or_create(&labels).inc();
     }
 
-    /// Counts a connection whose destination took `lasted` to connect. `direction` as in the access log.
+    /// Counts a connection whose destination took `lasted` to connect.
     pub fn connected(&self, direction: &'static str, lasted: Duration) {
         self.connect.get_or_create(&DirectionLabels { direction }).observe(lasted.as_secs_f64());
     }
@@ -289,12 +289,12 @@ impl Metrics {
         self.tls_handshake.get_or_create(&DirectionLabels { direction }).observe(lasted.as_secs_f64());
     }
 
-    /// Asks `collector` at each scrape.
+    /// Reads `collector` at each scrape.
     pub fn collect(&mut self, collector: Box<dyn Collector>) {
         self.registry.register_collector(collector);
     }
 
-    /// The registry, for what other modules count by themselves.
+    /// The registry, for families of other modules.
     pub fn registry_mut(&mut self) -> &mut Registry {
         &mut self.registry
     }

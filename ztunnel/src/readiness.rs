@@ -1,23 +1,23 @@
-//! Whether this process does what it is there for, and if not, what is pending.
+//! Readiness of this process, and the tasks that are pending while it is not ready.
 
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// What has to be done before this process counts as ready, by name.
+/// The pending tasks by name. Ready when there is none.
 #[derive(Clone, Debug, Default)]
 pub struct Readiness(Arc<Mutex<BTreeMap<&'static str, usize>>>);
 
 impl Readiness {
-    /// Not ready, until the guard says so or is dropped. Tasks may share a name: then all of them count.
+    /// Adds a pending task. It is done when the guard is set ready or dropped. Tasks with the same name count separately.
     pub fn task(&self, name: &'static str) -> ReadyGuard {
         let mut guard = ReadyGuard { readiness: self.clone(), name, pending: false };
         guard.pending();
         guard
     }
 
-    /// What is still to be done, in order. Nothing: ready.
+    /// Names of the pending tasks, sorted. Empty: ready.
     pub fn pending(&self) -> Vec<&'static str> {
         self.tasks().keys().copied().collect()
     }
@@ -36,6 +36,7 @@ pub struct ReadyGuard {
 }
 
 impl ReadyGuard {
+    /// The task is done.
     pub fn ready(&mut self) {
         if std::mem::take(&mut self.pending) {
             let mut tasks = self.readiness.tasks();
@@ -48,6 +49,7 @@ impl ReadyGuard {
         }
     }
 
+    /// The task is pending, again if it was done.
     pub fn pending(&mut self) {
         if !std::mem::replace(&mut self.pending, true) {
             *self.readiness.tasks().entry(self.name).or_default() += 1;

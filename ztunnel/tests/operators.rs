@@ -115,7 +115,7 @@ fn status_says_what_is_pending_by_text_and_exit_code() {
     assert_eq!(ztunnel(&a, &["status"]).status.code(), Some(0));
     let nobody = ztunnel(&a, &["status", "--admin", "127.0.0.1:1"]);
     assert_eq!(nobody.status.code(), Some(1));
-    assert!(text(&nobody.stderr).contains("cannot ask the tunnel at 127.0.0.1:1"), "{nobody:?}");
+    assert!(text(&nobody.stderr).contains("cannot query the tunnel at 127.0.0.1:1"), "{nobody:?}");
 }
 
 #[test]

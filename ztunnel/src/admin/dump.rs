@@ -37,7 +37,7 @@ pub(super) fn dump(admin: &Admin) -> serde_json::Result<String> {
         "workloads": workloads,
         "services": services,
         "policies": mesh.policies().collect::<Vec<_>>(),
-        "certificates": admin.certificates.known().iter().map(CertificateDump::from).collect::<Vec<_>>(),
+        "certificates": admin.certificates.list().iter().map(CertificateDump::from).collect::<Vec<_>>(),
         "workloadState": with_connections((admin.workload_state)(), &connections),
         "openConnections": { "total": all, "listed": connections.len() },
     }))

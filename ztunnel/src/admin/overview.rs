@@ -107,7 +107,7 @@ impl Overview {
             connections: all.into_iter().take(CONNECTIONS).collect(),
             tunnels: metrics.pool.connections.get(),
             streams: metrics.pool.streams.get(),
-            certificates: admin.certificates.known().iter().map(|known| certificate(known, now)).collect(),
+            certificates: admin.certificates.list().iter().map(|known| certificate(known, now)).collect(),
             failures,
             last_failures: metrics.failed_connections.last().into_iter().map(last).collect(),
         }

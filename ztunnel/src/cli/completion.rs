@@ -1,4 +1,4 @@
-//! `ztunnel completion`: what a shell needs to complete our commands.
+//! `ztunnel completion`: completion scripts for shells.
 
 use clap::{Args, CommandFactory};
 use clap_complete::Shell;

@@ -1,4 +1,4 @@
-//! `ztunnel config`: what the configuration comes to.
+//! `ztunnel config`: checks and prints the configuration, without running.
 
 use std::{
     fmt::Write as _,
@@ -17,20 +17,20 @@ use super::Output;
 
 #[derive(Subcommand)]
 pub enum ConfigCommand {
-    /// Says whether the tunnel would start with it, and if not, everything that is wrong.
+    /// Checks the configuration and reports every error.
     ///
-    /// Exit code 0: it would; 1: it would not.
+    /// Exit code 0: valid; 1: invalid.
     #[command(after_help = "Examples:
   ztunnel config check                               the environment alone
   ztunnel config check /etc/adit/ztunnel.yaml        the file, with the environment over it")]
     Check {
-        /// The file; else --config.
+        /// The file to check; default: --config.
         file: Option<PathBuf>,
     },
-    /// Prints every key with its value and where that comes from. Secrets are never shown.
+    /// Prints every key with its effective value and where the value comes from. Secrets are never shown.
     #[command(after_help = "Examples:
   ztunnel --config /etc/adit/ztunnel.yaml config print
-  ztunnel config print -o yaml > ztunnel.yaml        what is in force, as a file")]
+  ztunnel config print -o yaml > ztunnel.yaml        the effective configuration, as a file")]
     Print {
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
@@ -53,7 +53,7 @@ fn check(file: Option<&Path>) -> Result<()> {
     let (environment, default) = (count(Origin::Environment), count(Origin::Default));
     writeln!(
         io::stdout(),
-        "the configuration is good: {from_file}{environment} from the environment, {default} not set"
+        "the configuration is valid: {from_file}{environment} from the environment, {default} not set"
     )?;
     Ok(())
 }
@@ -68,7 +68,7 @@ fn print(file: Option<&Path>, output: Output) -> Result<()> {
     Ok(io::stdout().write_all(text.as_bytes())?)
 }
 
-/// The file that would have the same effect, where no secret is concerned.
+/// A configuration file with the same effect, except for secrets.
 fn yaml(keys: &[Effective]) -> Result<String> {
     let mut text = String::new();
     let mut open: Vec<&str> = Vec::new();
@@ -83,8 +83,8 @@ fn yaml(keys: &[Effective]) -> Result<String> {
         let indent = "  ".repeat(path.len());
         match &key.value {
             Some(value) if !key.hidden => {
-                // JSON's strings are YAML's.
-                let value = serde_json::to_string(value).context("a value is no text")?;
+                // A JSON string is a YAML string.
+                let value = serde_json::to_string(value).context("a value is not text")?;
                 writeln!(text, "{indent}{name}: {value}")?;
             }
             _ => writeln!(text, "{indent}# {name}: {}", key.value.as_deref().unwrap_or_default())?,

@@ -1,4 +1,4 @@
-//! `ztunnel status`: what the tunnel that runs on this node says of itself.
+//! `ztunnel status`: the state of the tunnel on this node.
 
 use std::{
     fmt::Write as _,
@@ -14,19 +14,19 @@ use serde_json::Value;
 
 use super::Output;
 
-/// Longer than it takes to list the largest mesh.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Longer than listing the largest mesh takes.
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Pods, connections, certificates and failures of the tunnel that runs here.
+/// Shows pods, connections, certificates and failures of the tunnel on this node.
 ///
-/// Exit code 0: it is ready; 3: it is not, and the first line says what is pending; 1: it cannot be asked.
+/// Exit code 0: ready; 3: not ready, and the first line lists what is pending; 1: no answer.
 #[derive(Args)]
 #[command(after_help = "Examples:
   ztunnel status                                   for people
   ztunnel status -o json | jq .connections         for programs
   kubectl exec -n adit-system ds/ztunnel -- ztunnel status")]
 pub struct Status {
-    /// Where its admin server listens.
+    /// Address of its admin server.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15000", env = "ADMIN_ADDR")]
     admin: String,
     #[arg(short, long, value_enum, default_value_t)]
@@ -35,33 +35,33 @@ pub struct Status {
 
 pub fn run(arguments: &Status) -> Result<ExitCode> {
     let body = get(&arguments.admin, "/status")?;
-    let status: Value = serde_json::from_str(&body).context("the answer is no JSON")?;
+    let status: Value = serde_json::from_str(&body).context("the answer is not JSON")?;
     let text = match arguments.output {
         Output::Json => serde_json::to_string_pretty(&status)? + "\n",
-        Output::Yaml => bail!("status knows -o text and -o json"),
+        Output::Yaml => bail!("status supports -o text and -o json"),
         Output::Text => human(&status),
     };
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(if status["ready"] == true { ExitCode::SUCCESS } else { ExitCode::from(3) })
 }
 
-/// HTTP/1.0 ends with the connection; more is not needed for one question.
+/// One request over HTTP/1.0, whose response ends with the connection.
 fn get(admin: &str, path: &str) -> Result<String> {
-    let ask = || -> Result<String> {
+    let request = || -> Result<String> {
         let address: SocketAddr = admin.replace("localhost:", "127.0.0.1:").parse()?;
-        let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
         write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
         Ok(answer)
     };
-    let answer = ask().with_context(|| {
+    let answer = request().with_context(|| {
         format!(
-            "cannot ask the tunnel at {admin}: is it running, in this network namespace? (--admin ADDRESS)"
+            "cannot query the tunnel at {admin}: is it running, in this network namespace? (--admin ADDRESS)"
         )
     })?;
-    let (head, body) = answer.split_once("\r\n\r\n").context("the answer is no HTTP")?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("the answer is not HTTP")?;
     let line = head.lines().next().unwrap_or_default();
     if line.split(' ').nth(1) != Some("200") {
         bail!("{admin} answers {line:?} to {path}: is it the tunnel's admin server?");
@@ -130,7 +130,7 @@ fn table(text: &mut String, title: &str, columns: &[&str], rows: &Value) {
     }
 }
 
-/// Without control characters: names come from elsewhere, and this goes to a terminal.
+/// Replaces control characters, since names are chosen by others and the output may be a terminal.
 fn shown(value: &Value) -> String {
     let text = match value {
         Value::Null => "-".to_owned(),

@@ -242,8 +242,8 @@ log: {format: {x: y}}
         assert!(message.contains(part), "{part} in\n{message}");
     }
     assert_eq!(message.lines().count(), 5, "{message}");
-    assert!(from_file("- a\n", &[]).unwrap_err().to_string().contains("is no YAML mapping"));
-    assert!(from_file("a: [", &[]).unwrap_err().to_string().contains("is no YAML mapping"));
+    assert!(from_file("- a\n", &[]).unwrap_err().to_string().contains("is not a YAML mapping"));
+    assert!(from_file("a: [", &[]).unwrap_err().to_string().contains("is not a YAML mapping"));
     let missing = Config::from_file_and_vars(Some("/does/not/exist".as_ref()), []).unwrap_err();
     assert_eq!(missing.to_string(), "cannot read /does/not/exist");
 }

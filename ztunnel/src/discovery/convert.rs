@@ -1,4 +1,4 @@
-//! Protobuf → what the tunnel knows: each resource is checked as a whole, and refused with the reason.
+//! Protobuf resource → mesh type. Each resource is validated as a whole, and refused with the field and the reason.
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +17,8 @@ use super::ResourceDecoder;
 use crate::{
     identity::Identity,
     mesh::{
-        GatewayAddress, GatewayDestination, Policy, PolicyKey, Protocol, Service, ServiceKey, Workload,
+        GatewayAddress, GatewayDestination, InvalidKey, Policy, PolicyKey, Protocol, Service, ServiceKey,
+        Workload,
         gateways::WeightedWaypoint,
         policies::{Action, Clause, Match, Rule, Scope, ServiceAccountMatch, StringMatch},
         services::{
@@ -27,7 +28,7 @@ use crate::{
     },
 };
 
-/// Why a resource is refused: the field, and what is wrong with it.
+/// A field of a resource that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {reason}")]
 pub struct InvalidResource {
@@ -40,7 +41,7 @@ fn invalid(field: &'static str, reason: impl Into<String>) -> InvalidResource {
 }
 
 impl ResourceDecoder {
-    /// A workload. What it leaves out is as the sender's cluster has it.
+    /// A workload. Missing fields get the defaults of this cluster.
     pub(super) fn workload(&self, sent: proto::Workload) -> Result<Workload, InvalidResource> {
         if sent.uid.is_empty() {
             return Err(invalid("uid", "is empty"));
@@ -52,7 +53,7 @@ impl ResourceDecoder {
             proto::TunnelProtocol::None => Protocol::Tcp,
             proto::TunnelProtocol::Hbone => Protocol::Hbone,
             proto::TunnelProtocol::LegacyIstioMtls => {
-                return Err(invalid("tunnel_protocol", "LEGACY_ISTIO_MTLS is not spoken here"));
+                return Err(invalid("tunnel_protocol", "LEGACY_ISTIO_MTLS is not supported"));
             }
         };
         let workload_type = match known(sent.workload_type, "workload_type")? {
@@ -63,7 +64,8 @@ impl ResourceDecoder {
         };
         let mut services = BTreeMap::new();
         for (key, ports) in sent.services {
-            let key: ServiceKey = key.parse().map_err(|reason: String| invalid("services", reason))?;
+            let key: ServiceKey =
+                key.parse().map_err(|error: InvalidKey| invalid("services", error.to_string()))?;
             services.insert(key, Arc::new(port_map(&ports.ports)?));
         }
         let gateway =
@@ -74,7 +76,10 @@ impl ResourceDecoder {
             protocol,
             services,
             policies: policies
-                .map(|key| key.parse().map_err(|reason: String| invalid("authorization_policies", reason)))
+                .map(|key| {
+                    key.parse()
+                        .map_err(|error: InvalidKey| invalid("authorization_policies", error.to_string()))
+                })
                 .collect::<Result<_, _>>()?,
             host_network: known::<proto::NetworkMode>(sent.network_mode, "network_mode")?
                 == proto::NetworkMode::HostNetwork,
@@ -109,7 +114,7 @@ impl ResourceDecoder {
         };
         let identity = workload.identity().to_string();
         if identity.parse::<Identity>().is_err() {
-            let reason = format!("{identity} is no valid identity");
+            let reason = format!("{identity} is not a valid identity");
             return Err(invalid("trust_domain, namespace, service_account", reason));
         }
         Ok(workload)
@@ -140,11 +145,12 @@ impl ResourceDecoder {
             app_protocols.insert(port(sent.service_port, "ports")?, protocol);
         }
         let identity = |text: &String| {
-            text.parse().map_err(|_| invalid("subject_alt_names", format!("{text:?} is no valid identity")))
+            text.parse()
+                .map_err(|_| invalid("subject_alt_names", format!("{text:?} is not a valid identity")))
         };
         let weighted = |sent: proto::WeightedWaypoint| {
             let destination =
-                sent.destination.ok_or_else(|| invalid("weighted_waypoints", "names nobody"))?;
+                sent.destination.ok_or_else(|| invalid("weighted_waypoints", "has no destination"))?;
             Ok(WeightedWaypoint {
                 destination: gateway(destination, "weighted_waypoints")?,
                 weight: sent.weight,
@@ -232,7 +238,7 @@ fn one_match(sent: security::Match) -> Result<Match, InvalidResource> {
     })
 }
 
-/// A kind of match that is not known would be left out, and change what a policy means.
+/// Refuses unknown kinds of match: without them the policy would have another meaning.
 fn strings(
     sent: Vec<security::StringMatch>,
     field: &'static str,
@@ -243,7 +249,7 @@ fn strings(
         Some(MatchType::Prefix(text)) => Ok(StringMatch::Prefix(text)),
         Some(MatchType::Suffix(text)) => Ok(StringMatch::Suffix(text)),
         Some(MatchType::Presence(())) => Ok(StringMatch::Presence),
-        None => Err(invalid(field, "a match of no known type")),
+        None => Err(invalid(field, "a match of an unknown type")),
     };
     sent.into_iter().map(one).collect()
 }
@@ -308,7 +314,7 @@ fn gateway(sent: proto::GatewayAddress, field: &'static str) -> Result<GatewayAd
                 hostname: name.hostname.into(),
             })
         }
-        None => return Err(invalid(field, "names nobody")),
+        None => return Err(invalid(field, "has no destination")),
     };
     match port(sent.hbone_mtls_port, field)? {
         0 => Err(invalid(field, "hbone_mtls_port may not be 0")),
@@ -323,7 +329,7 @@ fn port_map(sent: &[proto::Port]) -> Result<PortMap, InvalidResource> {
 }
 
 fn port(number: u32, field: &'static str) -> Result<u16, InvalidResource> {
-    u16::try_from(number).map_err(|_| invalid(field, format!("{number} is no port")))
+    u16::try_from(number).map_err(|_| invalid(field, format!("{number} is not a port")))
 }
 
 fn ip(bytes: &[u8], field: &'static str) -> Result<IpAddr, InvalidResource> {
@@ -338,19 +344,19 @@ fn ip(bytes: &[u8], field: &'static str) -> Result<IpAddr, InvalidResource> {
 
 fn net(ip: IpAddr, length: u32, field: &'static str) -> Result<IpNet, InvalidResource> {
     let net = u8::try_from(length).ok().and_then(|length| IpNet::new(ip, length).ok());
-    net.map(|net| net.trunc()).ok_or_else(|| invalid(field, format!("{ip}/{length} is no range")))
+    net.map(|net| net.trunc()).ok_or_else(|| invalid(field, format!("{ip}/{length} is not a range")))
 }
 
-/// An enum's value. One that is not known is refused: it could mean that traffic must not pass.
+/// The value of an enum. Refuses unknown values, since one could mean that traffic must not pass.
 fn known<T: TryFrom<i32>>(number: i32, field: &'static str) -> Result<T, InvalidResource> {
-    T::try_from(number).map_err(|_| invalid(field, format!("{number} is not a value that is known here")))
+    T::try_from(number).map_err(|_| invalid(field, format!("unknown value {number}")))
 }
 
 fn or(text: String, default: &str) -> String {
     if text.is_empty() { default.to_owned() } else { text }
 }
 
-/// Texts that many resources have in common are held once.
+/// Shares equal texts of different resources.
 impl ResourceDecoder {
     fn intern(&self, text: String) -> Arc<str> {
         self.texts.intern(text)

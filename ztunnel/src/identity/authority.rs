@@ -1,4 +1,4 @@
-//! Whoever signs certificates, as those who want one see it.
+//! What both certificate authorities have in common.
 
 use std::pin::Pin;
 
@@ -6,7 +6,7 @@ use super::{Credentials, Identity, IdentityError};
 
 pub(super) type Issuing = Pin<Box<dyn Future<Output = Result<Credentials, IdentityError>> + Send>>;
 
-/// Whoever signs certificates.
+/// Signs certificates.
 pub(super) trait Authority: Send + Sync {
     fn issue(&self, identity: &Identity) -> Issuing;
 }

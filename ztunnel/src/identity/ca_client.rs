@@ -1,4 +1,4 @@
-//! Istio's certificate service: one call per certificate, the key never leaves this process.
+//! Client of Istio's certificate service: one call per certificate. Private keys never leave this process.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,10 +17,10 @@ use super::{
 };
 use crate::{config::ControlPlaneConfig, control_plane::ControlPlane};
 
-/// Of the whole call. A control plane that hangs must not hold one of the few fetches for ever.
+/// Time limit of the whole call, since a service that hangs would occupy one of the few concurrent fetches.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Asks for certificates over one shared channel.
+/// Requests certificates over one shared channel.
 pub(super) struct CaClient(Arc<Service>);
 
 struct Service {
@@ -31,7 +31,7 @@ struct Service {
 }
 
 impl CaClient {
-    /// `impersonate`: whether certificates are asked for in the name of others.
+    /// `impersonate`: whether each request names the workload that the certificate is for.
     pub(super) fn new(
         config: ControlPlaneConfig,
         impersonate: bool,
@@ -66,13 +66,13 @@ impl Service {
         };
         let answer = self.call(request).await?;
         let key = PrivateKeyDer::try_from(key.serialize_der())
-            .map_err(|error| IdentityError::Malformed { what: error.to_owned() })?;
+            .map_err(|reason| IdentityError::PrivateKey { reason })?;
         credentials_from_response(identity, &key, &answer, &self.tls)
     }
 
-    /// Tries the service by each of its names; a refusal by the service itself is final.
+    /// Tries each server name in turn; an error of the service itself is final.
     async fn call(&self, request: IstioCertificateRequest) -> Result<Vec<String>, IdentityError> {
-        let mut unreachable = tonic::Status::unavailable("no name to call it by");
+        let mut unreachable = tonic::Status::unavailable("no server name to try");
         let address = || self.control_plane.address().to_owned();
         for channel in self.control_plane.channels()? {
             let mut call = Request::new(request.clone());
@@ -89,13 +89,13 @@ impl Service {
     }
 }
 
-/// Whose certificate the node asks for.
+/// Request metadata: the workload that the certificate is for.
 fn impersonated(identity: &Identity) -> Struct {
     let id = Value { kind: Some(Kind::StringValue(identity.to_string())) };
     Struct { fields: [("ImpersonatedIdentity".to_owned(), id)].into() }
 }
 
-/// No subject, no extension but the URI: the service looks at nothing else.
+/// Only the URI, since the service reads nothing else.
 fn csr(identity: &Identity, key: &KeyPair) -> Result<String, IdentityError> {
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
@@ -103,8 +103,10 @@ fn csr(identity: &Identity, key: &KeyPair) -> Result<String, IdentityError> {
     Ok(params.serialize_request(key)?.pem()?)
 }
 
-/// Takes the service's answer, texts with certificates in PEM. Refused unless the leaf bears `identity` and belongs to
-/// `key`.
+/// Credentials from the service's response: texts with certificates in PEM.
+///
+/// # Errors
+/// [`IdentityError`], unless the leaf is for `identity` and belongs to `key`.
 pub fn credentials_from_response(
     identity: &Identity,
     key: &PrivateKeyDer<'_>,
@@ -120,8 +122,7 @@ type Certs = Vec<CertificateDer<'static>>;
 /// The last text holds the roots, those before it the leaf and its intermediates.
 fn split_chain(answer: &[String]) -> Result<(Certs, Certs), IdentityError> {
     let Some((roots, chain)) = answer.split_last().filter(|(_, chain)| !chain.is_empty()) else {
-        let what = format!("the certificate service sent {} certificates, expected 2 or more", answer.len());
-        return Err(IdentityError::Malformed { what });
+        return Err(IdentityError::ShortResponse { count: answer.len() });
     };
     let certs = |pem: &String| {
         CertificateDer::pem_slice_iter(pem.as_bytes())

@@ -1,4 +1,4 @@
-//! One valid certificate per local identity: fetched once, shared by whoever waits, renewed at half life.
+//! One valid certificate per local identity: fetched once for all that wait, renewed at half of its lifetime.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -25,7 +25,7 @@ use crate::{
     error_chain::error_chain,
 };
 
-/// Fetches at the same time. A control plane serves many nodes that all start at once.
+/// Concurrent fetches. The control plane may serve many nodes that start at the same time.
 const MAX_FETCHES: usize = 8;
 /// Delays between failed fetches: doubled from the first to the longest, each varied by up to a fifth either way.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
@@ -37,46 +37,46 @@ const RETRY_JITTER: f64 = 0.2;
 pub struct Certificates {
     authority: Box<dyn Authority>,
     slots: Mutex<HashMap<Identity, CertificateSlot>>,
-    /// There may be something to fetch.
+    /// Notified when a slot may be due.
     wanted: Notify,
     stopped: CancellationToken,
 }
 
 impl fmt::Debug for Certificates {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Certificates").field("known", &self.known()).finish_non_exhaustive()
+        f.debug_struct("Certificates").field("known", &self.list()).finish_non_exhaustive()
     }
 }
 
-/// What is known of one identity's certificate.
+/// State of one identity's certificate.
 #[derive(Clone, Debug, Default)]
 enum CertificateState {
     /// The first fetch has not ended yet.
     #[default]
     Pending,
     Valid(Arc<Credentials>),
-    /// Fetched in vain so far; retried by itself.
+    /// The last fetch failed and no certificate is held; `run` retries.
     Failed(IdentityError),
 }
 
-/// Who waits decides who comes first.
+/// The order in which due fetches start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Urgency {
     /// A connection waits.
     RealTime,
-    /// A workload that may connect soon.
+    /// A workload may connect soon.
     Warmup,
-    /// A valid certificate that wants renewal.
+    /// A valid certificate is due for renewal.
     Background,
 }
 
 struct CertificateSlot {
     state: watch::Sender<CertificateState>,
-    /// The last failure to renew a certificate that is still held.
+    /// Error of the last renewal, while the certificate is still valid.
     renewal_error: Option<IdentityError>,
-    /// When the certificate in `state` ends.
+    /// When the certificate in `state` expires.
     expires: Instant,
-    /// When to fetch next. `None` while a fetch is under way.
+    /// When to fetch next. `None` during a fetch.
     due: Option<Instant>,
     urgency: Urgency,
     /// Delays between failed fetches.
@@ -96,13 +96,13 @@ impl CertificateSlot {
         }
     }
 
-    /// Takes what a fetch brought.
+    /// Records the result of a fetch and when the next one is due.
     fn record_result(&mut self, fetched: Result<Credentials, IdentityError>) {
         let now = Instant::now();
         match fetched {
             Ok(credentials) => {
                 let clock = SystemTime::now();
-                // A certificate that arrives past its half life must not be fetched in a tight loop.
+                // A certificate that is past half of its lifetime on arrival must not cause a tight loop.
                 let half_life = credentials.half_life_from(clock).max(FIRST_RETRY);
                 self.due = Some(now + half_life);
                 self.expires = now + credentials.expires_in(clock);
@@ -123,16 +123,22 @@ impl CertificateSlot {
     }
 }
 
-/// One identity in a dump.
+/// One identity with its certificate, for the admin server and metrics.
 #[derive(Clone, Debug)]
 pub struct CertificateInfo {
+    /// The identity.
     pub identity: Identity,
+    /// Its certificate, if one was fetched.
     pub credentials: Option<Arc<Credentials>>,
+    /// The last error, if the certificate is missing or its renewal failed.
     pub error: Option<String>,
 }
 
 impl Certificates {
-    /// With the authority that `config` names. The development CA makes or loads its root here.
+    /// With the authority of the configuration. Creates or loads the root of the development CA.
+    ///
+    /// # Errors
+    /// The root of the development CA cannot be read, written or used.
     pub fn new(config: &Config) -> Result<Arc<Self>, IdentityError> {
         let tls = TlsParameters::new(config.tls);
         let authority: Box<dyn Authority> = match &config.ca {
@@ -155,8 +161,10 @@ impl Certificates {
         })
     }
 
-    /// The certificate of `identity`: at once if it is held, else when the fetch ends. Errors come from the last
-    /// fetch; the next one happens by itself after a pause, not because somebody asks.
+    /// The certificate of `identity`: at once if it is valid, else when the fetch ends.
+    ///
+    /// # Errors
+    /// The error of the last fetch. `run` retries after a delay; calling this again does not shorten it.
     pub async fn get(&self, identity: &Identity) -> Result<Arc<Credentials>, IdentityError> {
         let mut state = {
             let mut slots = self.slots();
@@ -181,7 +189,7 @@ impl Certificates {
             biased;
             result = state.wait_for(|state| ready(state).is_some()) => match result {
                 Ok(state) => ready(&state).unwrap_or(Err(IdentityError::Stopped)),
-                Err(_) => Err(IdentityError::Forgotten { identity: identity.clone() }),
+                Err(_) => Err(IdentityError::Removed { identity: identity.clone() }),
             },
             () = self.stopped.cancelled() => Err(IdentityError::Stopped),
         }
@@ -196,13 +204,13 @@ impl Certificates {
         }
     }
 
-    /// Forgets every other identity.
+    /// Removes all other identities.
     pub fn retain(&self, wanted: &HashSet<Identity>) {
         self.slots().retain(|identity, _| wanted.contains(identity));
     }
 
-    /// Everything held, in order.
-    pub fn known(&self) -> Vec<CertificateInfo> {
+    /// All identities, sorted.
+    pub fn list(&self) -> Vec<CertificateInfo> {
         let known = |(identity, slot): (&Identity, &CertificateSlot)| {
             let (credentials, failed) = match &*slot.state.borrow() {
                 CertificateState::Pending => (None, None),
@@ -228,7 +236,7 @@ impl Certificates {
                 () = stop.cancelled() => return,
                 Some(ended) = under_way.join_next() => match ended {
                     Ok((identity, fetched)) => self.record_result(&identity, fetched),
-                    Err(error) => warn!(%error, "fetching a certificate ended early"),
+                    Err(error) => warn!(%error, "certificate fetch panicked or was cancelled"),
                 },
                 () = self.wanted.notified() => {}
                 () = sleep_until(next) => {}
@@ -236,8 +244,8 @@ impl Certificates {
         }
     }
 
-    /// Starts what is due, the most urgent first, and returns when the next one is due. While all fetches are in
-    /// use there is nothing to wait for but their end.
+    /// Starts due fetches, the most urgent first, and returns when the next one is due. `None` while the number of
+    /// fetches is at its limit.
     fn start_due(
         &self,
         fetches: &mut JoinSet<(Identity, Result<Credentials, IdentityError>)>,
@@ -265,10 +273,10 @@ impl Certificates {
         match &fetched {
             Ok(credentials) => info!(%identity, not_after = ?credentials.not_after, "certificate fetched"),
             Err(error) => {
-                warn!(%identity, error = %error_chain(error), "fetching a certificate failed, will retry");
+                warn!(%identity, error = %error_chain(error), "certificate fetch failed, retrying");
             }
         }
-        // Nobody there: forgotten while the fetch was under way.
+        // Without a slot the identity was removed during the fetch.
         if let Some(slot) = self.slots().get_mut(identity) {
             slot.record_result(fetched);
         }

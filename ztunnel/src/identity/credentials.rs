@@ -22,17 +22,20 @@ use super::{
 
 const H2: &[u8] = b"h2";
 
-/// Distinct sets of expected servers to keep a configuration for. Each is a service or a workload that pods
-/// of this identity talk to; past it, the cache starts anew.
+/// Cached client configurations, one per set of expected servers: a service or workload that pods of this identity talk
+/// to. When the cache is full it is cleared.
 const MAX_CLIENT_CONFIGS: usize = 4096;
 
 /// TLS sessions kept per set of expected servers.
 const RESUMABLE_SESSIONS: usize = 32;
 
-/// What proves an identity. Immutable: a renewal makes new ones.
+/// A certificate with its key. Immutable: a renewal creates new credentials.
 pub struct Credentials {
+    /// The identity that the certificate proves.
     pub identity: Identity,
+    /// Start of its validity.
     pub not_before: SystemTime,
+    /// End of its validity.
     pub not_after: SystemTime,
     certified: Arc<CertifiedKey>,
     roots: Arc<RootCertStore>,
@@ -52,7 +55,7 @@ impl fmt::Debug for Credentials {
 }
 
 impl Credentials {
-    /// `chain` is the leaf and its intermediates. Refused unless the leaf bears `identity` and belongs to `key`.
+    /// `chain` is the leaf and its intermediates. The leaf must be for `identity` and belong to `key`.
     pub(super) fn new(
         identity: Identity,
         chain: Vec<CertificateDer<'static>>,
@@ -60,12 +63,10 @@ impl Credentials {
         root_certs: Vec<CertificateDer<'static>>,
         tls: &TlsParameters,
     ) -> Result<Self, IdentityError> {
-        let leaf = chain
-            .first()
-            .ok_or_else(|| IdentityError::Malformed { what: "the certificate chain is empty".to_owned() })?;
+        let leaf = chain.first().ok_or_else(|| IdentityError::EmptyChain)?;
         let names = trust::uri_names(leaf);
         if names != [identity.to_string()] {
-            return Err(IdentityError::Mismatch { asked: identity, got: format!("{names:?}") });
+            return Err(IdentityError::Mismatch { expected: identity, got: format!("{names:?}") });
         }
         let (_, parsed) =
             X509Certificate::from_der(leaf).map_err(IdentityError::unusable("the signed certificate"))?;
@@ -77,7 +78,7 @@ impl Credentials {
             roots.add(root.clone()).map_err(IdentityError::unusable("a root certificate"))?;
         }
         if roots.is_empty() {
-            return Err(IdentityError::Malformed { what: "no root certificate was given".to_owned() });
+            return Err(IdentityError::NoRoots);
         }
         let roots = Arc::new(roots);
 
@@ -110,12 +111,12 @@ impl Credentials {
         })
     }
 
-    /// To accept with: TLS 1.3, `h2`, a client certificate of the own trust domain is required.
+    /// For accepting: ALPN `h2`; requires a client certificate of the same trust domain.
     pub fn server(&self) -> Arc<ServerConfig> {
         Arc::clone(&self.server)
     }
 
-    /// To connect with, to a server that has to be one of `expected`. No SNI is sent.
+    /// For connecting to a server that must be one of `expected`. Sends no SNI.
     ///
     /// Sessions are resumed only within one set of expected servers, since a resumed handshake shows no
     /// certificate to check. Use the peer's address as the server name: it keys the sessions.
@@ -140,7 +141,7 @@ impl Credentials {
         let mut config = ClientConfig::builder_with_provider(Arc::clone(&self.tls.provider))
             .with_protocol_versions(self.tls.versions())
             .expect("the same provider made the server's configuration")
-            .dangerous() // a verifier of our own, stricter than the default one but for the host name
+            .dangerous() // our verifier checks the identity in place of the host name
             .with_custom_certificate_verifier(Arc::new(verifier))
             .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(Arc::clone(
                 &self.certified,
@@ -156,11 +157,12 @@ impl Credentials {
         &self.certified.cert
     }
 
+    /// The certificates that peers must chain to.
     pub fn roots(&self) -> &[CertificateDer<'static>] {
         &self.root_certs
     }
 
-    /// How long from `now` until half of the life time has passed.
+    /// Time from `now` until half of the lifetime has passed.
     pub(super) fn half_life_from(&self, now: SystemTime) -> Duration {
         let life = self.not_after.duration_since(self.not_before).unwrap_or_default();
         (self.not_before + life / 2).duration_since(now).unwrap_or_default()

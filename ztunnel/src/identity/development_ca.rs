@@ -1,8 +1,8 @@
-//! A CA inside the process, for demonstrations and tests: its root key lies in a folder.
+//! A CA inside the process, for demonstrations and tests. Its root key is a file in a folder.
 //!
-//! Two processes (the nodes of a demonstration) may open one empty folder at the same time: the root is written to
-//! a file of its own and then linked to its final name, which succeeds for one of them; the other takes that one.
-//! Key and certificate share one file, so that no reader sees one without the other.
+//! Two processes (the nodes of a demonstration) may open an empty folder at the same time. Each writes its root to a
+//! temporary file and links it to the final name; one succeeds, the other uses that root. Key and certificate share one
+//! file, so that no reader sees one without the other.
 
 use std::{
     fs::{self, OpenOptions},
@@ -30,7 +30,7 @@ use super::{
 
 /// The root's key and certificate, PEM.
 const ROOT_FILE: &str = "root.pem";
-/// The certificate alone, for others who want to trust us. Nothing of ours reads it.
+/// The certificate alone, for other programs that shall trust this CA. Adit does not read it.
 const ROOT_CERT_FILE: &str = "root-cert.pem";
 const ROOT_LIFE: Duration = Duration::from_hours(10 * 365 * 24);
 /// Clocks of two nodes differ.
@@ -45,7 +45,7 @@ pub(super) struct DevelopmentCa {
 }
 
 impl DevelopmentCa {
-    /// The CA kept in `folder`, made there if it is not there yet.
+    /// The CA kept in `folder`. Creates it if it does not exist.
     pub(super) fn open(folder: &Path, ttl: Duration, tls: TlsParameters) -> Result<Self, IdentityError> {
         let file = folder.join(ROOT_FILE);
         let pem = match fs::read_to_string(&file) {
@@ -73,7 +73,7 @@ impl DevelopmentCa {
         (params.not_before, params.not_after) = validity(self.ttl);
         let leaf = params.signed_by(&key, &self.issuer)?;
         let key = PrivateKeyDer::try_from(key.serialize_der())
-            .map_err(|error| IdentityError::Malformed { what: error.to_owned() })?;
+            .map_err(|reason| IdentityError::PrivateKey { reason })?;
         let roots = vec![self.root.clone()];
         Credentials::new(identity.clone(), vec![leaf.der().clone()], &key, roots, &self.tls)
     }
@@ -86,9 +86,9 @@ impl Authority for DevelopmentCa {
     }
 }
 
-/// Makes a root in `folder`, or returns the one that somebody else made meanwhile.
+/// Creates a root in `folder`, or returns the one that another process created first.
 fn make(folder: &Path, file: &Path) -> Result<String, IdentityError> {
-    let kept = |source: io::Error| IdentityError::Keep {
+    let kept = |source: io::Error| IdentityError::Store {
         path: folder.display().to_string(),
         source: Arc::new(source),
     };
@@ -98,7 +98,7 @@ fn make(folder: &Path, file: &Path) -> Result<String, IdentityError> {
     temporary.write(&pem, 0o600).map_err(kept)?;
     match fs::hard_link(&temporary.0, file) {
         Ok(()) => {
-            info!(folder = %folder.display(), "made the development CA's root");
+            info!(folder = %folder.display(), "development CA root created");
             publish(folder, &cert).map_err(kept)?;
             Ok(pem)
         }
@@ -120,7 +120,7 @@ fn new_root() -> Result<(String, String), IdentityError> {
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::OrganizationName, "Adit development CA");
-    // Two roots of one name would be told apart only by a bad signature, which reads like an attack.
+    // With equal names, a leaf of one root would fail against the other with a bad signature, which looks like an attack.
     let number = rand::rng().random::<u64>();
     params.distinguished_name.push(DnType::CommonName, format!("root {number:016x}"));
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -153,7 +153,7 @@ fn unreadable(file: &Path, source: io::Error) -> IdentityError {
     }
 }
 
-/// Gone with the value, unless renamed.
+/// Removed on drop, unless renamed.
 struct TemporaryFile(PathBuf);
 
 impl TemporaryFile {

@@ -25,14 +25,16 @@ use crate::file_version::FileVersion;
 /// The interval at which the file is checked for changes.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Issuer's name and serial number, as they are encoded.
+/// Encoded issuer name and serial number.
 type CertificateId = (Vec<u8>, Vec<u8>);
 
 /// Why a file is rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum RevocationsError {
+    /// It cannot be read.
     #[error("cannot read the revocation lists in {path}")]
     Read { path: PathBuf, source: io::Error },
+    /// It is not a valid list.
     #[error("{path} holds no valid revocation list: {reason}")]
     Invalid { path: PathBuf, reason: String },
 }
@@ -49,10 +51,12 @@ pub struct Revocations {
 pub struct CertificateChain(Vec<CertificateId>);
 
 impl CertificateChain {
+    /// Whether no certificate of the chain has a readable issuer and serial number.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
+    /// From the certificates of a handshake.
     pub fn of(certificates: Option<&[CertificateDer<'_>]>) -> Self {
         let id = |der: &CertificateDer<'_>| {
             let (_, parsed) = X509Certificate::from_der(der).ok()?;
@@ -68,7 +72,7 @@ impl Revocations {
         let revoked = match &path {
             Some(path) if path.exists() => read(path)?,
             Some(path) => {
-                warn!(path = %path.display(), "there are no revocation lists yet, so nothing is revoked");
+                warn!(path = %path.display(), "revocation list file does not exist; nothing is revoked until it does");
                 HashSet::new()
             }
             None => HashSet::new(),
@@ -81,6 +85,7 @@ impl Revocations {
         self.path.is_some()
     }
 
+    /// Whether a certificate of `chain` is revoked.
     pub fn is_revoked(&self, chain: &CertificateChain) -> bool {
         let revoked = self.revoked.borrow();
         chain.0.iter().any(|id| revoked.contains(id))
@@ -113,7 +118,7 @@ impl Revocations {
                     info!(path = %path.display(), certificates = revoked.len(), "revocation lists applied");
                     self.revoked.send_replace(Arc::new(revoked));
                 }
-                Err(error) => warn!(%error, "revocation lists refused, the last good ones stay in force"),
+                Err(error) => warn!(%error, "invalid revocation lists; the last valid ones stay in force"),
             }
             seen = version;
         }
@@ -191,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn who_stands_below_a_revoked_intermediate_is_revoked() {
+    fn a_leaf_below_a_revoked_intermediate_is_revoked() {
         let key = || KeyPair::generate().unwrap();
         let root = CertifiedIssuer::self_signed(authority("root", 1), key()).unwrap();
         let middle = CertifiedIssuer::signed_by(authority("middle", 5), key(), &root).unwrap();
@@ -211,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_no_list() {
+    fn other_content_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
         for content in ["", "nonsense", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"] {
             std::fs::write(file.path(), content).unwrap();

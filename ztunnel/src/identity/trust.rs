@@ -1,4 +1,4 @@
-//! What is checked of a peer's certificate, on top of webpki's chain, dates and key usage.
+//! Verification of a peer's certificate: its SPIFFE id, besides the chain, dates and key usage that webpki checks.
 
 use std::{fmt, sync::Arc, time::SystemTime};
 
@@ -66,7 +66,7 @@ impl Default for TlsParameters {
 
 /// The identity of a peer whose handshake succeeded: the first SPIFFE id of its certificate.
 ///
-/// `None` also for a certificate that has expired meanwhile: a resumed handshake does not ask the verifier again.
+/// `None` also for a certificate that has expired: a resumed handshake does not call the verifier again.
 pub fn peer_identity(certs: Option<&[CertificateDer<'_>]>) -> Option<Identity> {
     let leaf = certs?.first()?;
     let (_, parsed) = X509Certificate::from_der(leaf).ok()?;
@@ -92,7 +92,7 @@ pub(super) fn uri_names(cert: &CertificateDer<'_>) -> Vec<String> {
     names.value.general_names.iter().filter_map(uri).collect()
 }
 
-/// A chain that is good, for somebody else.
+/// A valid chain for another identity.
 struct WrongIdentity {
     expected: String,
     got: Vec<String>,
@@ -109,7 +109,7 @@ impl fmt::Display for WrongIdentity {
     }
 }
 
-/// rustls shows the errors of others by `Debug` only.
+/// rustls prints foreign errors with `Debug`.
 impl fmt::Debug for WrongIdentity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
@@ -123,7 +123,7 @@ fn wrong_identity(expected: String, got: Vec<String>) -> Error {
     Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error))))
 }
 
-/// Accepts servers that are one of the expected identities. No host name is looked at.
+/// Accepts servers with one of the expected identities. Ignores the host name.
 #[derive(Debug)]
 pub(super) struct ExpectedServer {
     roots: Arc<RootCertStore>,
@@ -180,7 +180,7 @@ impl ServerCertVerifier for ExpectedServer {
     }
 }
 
-/// Accepts clients whose identity (the first SPIFFE id, which policies see) is of our trust domain.
+/// Accepts clients whose identity (the first SPIFFE id, which policies use) is in the same trust domain.
 #[derive(Debug)]
 pub(super) struct TrustedClient {
     chain: Arc<dyn ClientCertVerifier>,
@@ -194,7 +194,7 @@ impl TrustedClient {
         tls: &TlsParameters,
     ) -> Result<Self, IdentityError> {
         let chain = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&tls.provider))
-            .clear_root_hint_subjects() // clients have one certificate, there is nothing to hint at
+            .clear_root_hint_subjects() // clients have one certificate, so a hint is of no use
             .build()
             .map_err(IdentityError::unusable("the set of root certificates"))?;
         Ok(Self { chain, trust_domain })

@@ -11,12 +11,19 @@ use crate::identity::Identity;
 /// A peer's description of its workload. These are claims: use them for labels, never for policy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Baggage {
+    /// `k8s.cluster.name`.
     pub cluster_id: Option<Arc<str>>,
+    /// `k8s.namespace.name`.
     pub namespace: Option<Arc<str>>,
+    /// `k8s.deployment.name`, or that of another kind.
     pub workload_name: Option<Arc<str>>,
+    /// `service.name`.
     pub service_name: Option<Arc<str>>,
+    /// `service.version`.
     pub revision: Option<Arc<str>>,
+    /// `cloud.region`.
     pub region: Option<Arc<str>>,
+    /// `cloud.availability_zone`.
     pub zone: Option<Arc<str>>,
 }
 
@@ -24,7 +31,7 @@ impl Baggage {
     /// The workload as described, for labels. Its identity comes from the certificate, not from
     /// here.
     pub fn into_workload(self, identity: Option<&Identity>) -> Workload {
-        let or = |told: Option<Arc<str>>| told.unwrap_or_default();
+        let or = |claimed: Option<Arc<str>>| claimed.unwrap_or_default();
         let proven = |part: fn(&Identity) -> &Arc<str>| identity.map(part).cloned().unwrap_or_default();
         let common = Common {
             namespace: self.namespace.unwrap_or_else(|| proven(|identity| &identity.namespace)),
@@ -91,7 +98,7 @@ mod tests {
     use crate::mesh::tests::workload;
 
     #[test]
-    fn what_is_known_is_told_in_the_order_of_istio() {
+    fn known_parts_are_written_in_the_order_of_istio() {
         let mut web = workload("web-1", "10.0.0.1");
         web.canonical_name = "web".into();
         web.canonical_revision = "v1".into();

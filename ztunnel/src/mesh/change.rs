@@ -7,11 +7,16 @@ use super::{Policy, PolicyKey, Service, ServiceKey, Workload};
 /// One resource that was added, changed or removed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MeshChange {
+    /// Adds or replaces a workload, by uid.
     PutWorkload(Workload),
+    /// Adds or replaces a service.
     PutService(Service),
+    /// Adds or replaces a policy.
     PutPolicy(Policy),
-    /// By uid.
+    /// Removes a workload, by uid.
     RemoveWorkload(Arc<str>),
+    /// Removes a service.
     RemoveService(ServiceKey),
+    /// Removes a policy.
     RemovePolicy(PolicyKey),
 }

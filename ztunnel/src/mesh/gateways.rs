@@ -4,7 +4,7 @@ use std::{fmt, net::IpAddr, str::FromStr, sync::Arc};
 
 use serde::{Serialize, Serializer};
 
-use super::ServiceKey;
+use super::{InvalidKey, ServiceKey};
 
 /// A proxy that carries traffic for others.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
@@ -18,7 +18,9 @@ pub struct GatewayAddress {
 /// The address or host name of a gateway. Both may belong to a workload or to a service.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum GatewayDestination {
+    /// Network and address.
     Address(Arc<str>, IpAddr),
+    /// Namespace and host name.
     Hostname(ServiceKey),
 }
 
@@ -33,7 +35,7 @@ impl fmt::Display for GatewayDestination {
 
 /// `network/address` or `namespace/hostname`. The part after the slash decides which.
 impl FromStr for GatewayDestination {
-    type Err = String;
+    type Err = InvalidKey;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         if let Some((network, ip)) = text.rsplit_once('/')
@@ -43,7 +45,7 @@ impl FromStr for GatewayDestination {
         }
         text.parse()
             .map(Self::Hostname)
-            .map_err(|_| format!("{text:?} is neither network/address nor namespace/hostname"))
+            .map_err(|_| InvalidKey::new("gateway", text, "network/address or namespace/hostname"))
     }
 }
 
@@ -63,6 +65,8 @@ impl fmt::Display for GatewayAddress {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct WeightedWaypoint {
+    /// The waypoint.
     pub destination: GatewayAddress,
+    /// Its share. 0: no traffic.
     pub weight: u32,
 }

@@ -62,9 +62,9 @@ impl Keyed for ByName {
 
 /// By namespace and the workload's own host name.
 #[derive(Clone, Debug)]
-pub(super) struct ByOwnHostname(pub Arc<Workload>);
+pub(super) struct HostnameInOwnNamespace(pub Arc<Workload>);
 
-impl Keyed for ByOwnHostname {
+impl Keyed for HostnameInOwnNamespace {
     type Key<'a> = (&'a str, &'a str);
 
     fn key(&self) -> (&str, &str) {

@@ -30,15 +30,18 @@ use services::ServiceEntry;
 
 /// The interval at which the file is checked for edits. Polling also works if the file is replaced
 /// by rename, or if it is a ConfigMap's symbolic link to another folder.
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Why a document is rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum LocalFileError {
+    /// It cannot be read.
     #[error("cannot read {path}")]
     Read { path: PathBuf, source: io::Error },
+    /// It is not YAML of the right shape.
     #[error("not a valid document: {0}")]
     Yaml(#[from] Box<serde_saphyr::Error>),
+    /// A value that cannot be used.
     #[error("{object}: {key}: {reason}")]
     Invalid { object: String, key: &'static str, reason: String },
 }
@@ -46,7 +49,9 @@ pub enum LocalFileError {
 /// Values for fields that a document leaves out.
 #[derive(Clone, Debug)]
 pub struct ResourceDefaults {
+    /// Trust domain of workloads without one.
     pub trust_domain: Arc<str>,
+    /// Cluster of workloads without one.
     pub cluster_id: Arc<str>,
 }
 
@@ -70,9 +75,9 @@ pub fn load(config: &Config) -> Result<Mesh, LocalFileError> {
 pub async fn watch(path: PathBuf, defaults: ResourceDefaults, store: Arc<Store>, stop: CancellationToken) {
     let mut seen = None;
     let mut text = String::new();
-    while stop.run_until_cancelled(tokio::time::sleep(LOOK_AGAIN)).await.is_some() {
-        let stamp = FileVersion::of(&path);
-        if stamp == seen {
+    while stop.run_until_cancelled(tokio::time::sleep(POLL_INTERVAL)).await.is_some() {
+        let version = FileVersion::of(&path);
+        if version == seen {
             continue;
         }
         match read(&path) {
@@ -82,11 +87,11 @@ pub async fn watch(path: PathBuf, defaults: ResourceDefaults, store: Arc<Store>,
                 apply(&path, &text, &defaults, &store);
             }
             Err(error) => {
-                warn!(path = %path.display(), %error, "cannot read the local state, keeping the last one");
+                warn!(path = %path.display(), %error, "cannot read the mesh file; keeping the last one");
             }
         }
         // Taken before reading, so that a write in between shows as another version next time.
-        seen = stamp;
+        seen = version;
     }
 }
 
@@ -95,11 +100,11 @@ fn apply(path: &Path, text: &str, defaults: &ResourceDefaults, store: &Store) {
         Ok(mesh) => {
             info!(
                 path = %path.display(), workloads = mesh.workloads.len(), services = mesh.services.len(),
-                policies = mesh.policies().count(), "local state applied"
+                policies = mesh.policies().count(), "mesh file applied"
             );
             store.replace(mesh);
         }
-        Err(error) => warn!(path = %path.display(), %error, "local state refused, keeping the last good one"),
+        Err(error) => warn!(path = %path.display(), %error, "mesh file refused; keeping the last valid one"),
     }
 }
 

@@ -11,12 +11,15 @@ use std::{
 use ipnet::IpNet;
 use serde::{Serialize, Serializer};
 
+use super::InvalidKey;
 use crate::identity::Identity;
 
 /// The key of a policy, written `namespace/name`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PolicyKey {
+    /// Namespace. Empty for Istio's converted global policies.
     pub namespace: Arc<str>,
+    /// Name. Never empty.
     pub name: Arc<str>,
 }
 
@@ -27,14 +30,14 @@ impl fmt::Display for PolicyKey {
 }
 
 impl FromStr for PolicyKey {
-    type Err = String;
+    type Err = InvalidKey;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.split_once('/') {
             Some((namespace, name)) if !name.is_empty() => {
                 Ok(Self { namespace: namespace.into(), name: name.into() })
             }
-            _ => Err(format!("policy {text:?} is not of the form namespace/name")),
+            _ => Err(InvalidKey::new("policy", text, "namespace/name")),
         }
     }
 }
@@ -60,6 +63,7 @@ pub struct Policy {
 /// The workloads that a policy protects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Scope {
+    /// All workloads.
     Global,
     /// The workloads of its own namespace.
     Namespace,
@@ -67,9 +71,12 @@ pub enum Scope {
     WorkloadSelector,
 }
 
+/// The effect of a policy on connections that match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Action {
+    /// Allow them; with an allow policy, connections that match none are denied.
     Allow,
+    /// Deny them.
     Deny,
 }
 
@@ -102,16 +109,21 @@ pub struct Match {
     pub not_destination_ports: Vec<u16>,
 }
 
+/// How a text is compared.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub enum StringMatch {
+    /// Equal.
     Exact(String),
+    /// Begins with.
     Prefix(String),
+    /// Ends with.
     Suffix(String),
     /// Any text that is not empty.
     Presence,
 }
 
 impl StringMatch {
+    /// Whether `text` matches.
     pub fn accepts(&self, text: &str) -> bool {
         match self {
             Self::Exact(exact) => text == exact,
@@ -122,24 +134,31 @@ impl StringMatch {
     }
 }
 
+/// A service account of a namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ServiceAccountMatch {
+    /// Its namespace.
     pub namespace: String,
+    /// Its name.
     pub service_account: String,
 }
 
 /// The connection that a policy is evaluated for.
 #[derive(Clone, Copy, Debug)]
 pub struct Facts<'a> {
+    /// Address of the client.
     pub source_ip: IpAddr,
-    /// `None` for plaintext: it has no namespace and no principal, so nothing about these matches.
+    /// `None` for plaintext, which has no namespace and no principal: matches on these fail.
     pub source: Option<&'a Identity>,
+    /// Address of the server.
     pub destination_ip: IpAddr,
+    /// Port of the server.
     pub destination_port: u16,
 }
 
 impl Policy {
+    /// Whether any rule matches.
     pub fn matches(&self, facts: &Facts<'_>) -> bool {
         // A principal is written without the scheme (Istio: `cluster.local/ns/a/sa/b`).
         let principal = facts.source.map(ToString::to_string);

@@ -12,16 +12,18 @@ use std::{
 use ipnet::IpNet;
 use serde::{Serialize, Serializer};
 
-use super::{GatewayAddress, Workload, gateways::WeightedWaypoint};
+use super::{GatewayAddress, InvalidKey, Workload, gateways::WeightedWaypoint};
 use crate::identity::Identity;
 
-/// Service port → target port. A target port of 0 is a named port that each workload maps by itself.
+/// Service port → target port. Target port 0 is a named port, which each workload maps itself.
 pub type PortMap = BTreeMap<u16, u16>;
 
 /// The key of a service, written `namespace/hostname`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ServiceKey {
+    /// Namespace. Never empty.
     pub namespace: Arc<str>,
+    /// Host name. Never empty.
     pub hostname: Arc<str>,
 }
 
@@ -38,14 +40,14 @@ impl fmt::Display for ServiceKey {
 }
 
 impl FromStr for ServiceKey {
-    type Err = String;
+    type Err = InvalidKey;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.split_once('/') {
             Some((namespace, hostname)) if !namespace.is_empty() && !hostname.is_empty() => {
                 Ok(Self { namespace: namespace.into(), hostname: hostname.into() })
             }
-            _ => Err(format!("service {text:?} is not of the form namespace/hostname")),
+            _ => Err(InvalidKey::new("service", text, "namespace/hostname")),
         }
     }
 }
@@ -60,9 +62,13 @@ impl Serialize for ServiceKey {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Service {
+    /// Name.
     pub name: Arc<str>,
+    /// Namespace.
     pub namespace: Arc<str>,
+    /// Host name, which may be a wildcard.
     pub hostname: Arc<str>,
+    /// Its addresses, each with its network.
     #[serde(serialize_with = "network_addresses")]
     pub vips: Vec<(Arc<str>, IpAddr)>,
     /// Ranges of addresses that belong to the service. If several ranges contain an address, the
@@ -73,11 +79,12 @@ pub struct Service {
     /// The protocols of its ports, where known.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub app_protocols: BTreeMap<u16, AppProtocol>,
-    /// Identities that its endpoints may have besides their own.
+    /// Identities that its endpoints may present besides their own.
     pub subject_alt_names: Vec<Identity>,
     pub ip_families: IpFamilies,
     /// Whether this is the default among several services with the same host name.
     pub canonical: bool,
+    /// How an endpoint is chosen.
     #[serde(rename = "loadBalancer")]
     pub load_balancing: LoadBalancing,
     /// The waypoint that its traffic must go through.
@@ -86,6 +93,7 @@ pub struct Service {
     /// Several waypoints in place of that one. Those with weight 0 get no traffic.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub weighted_waypoints: Vec<WeightedWaypoint>,
+    /// Who may resolve and reach it.
     pub visibility: Visibility,
 }
 
@@ -96,7 +104,9 @@ pub struct LoadBalancing {
     /// What an endpoint should share with the client, in order of importance.
     #[serde(rename = "routingPreferences")]
     pub preferences: Vec<LbScope>,
+    /// How the preferences are applied.
     pub mode: LbMode,
+    /// Which endpoints are eligible.
     pub health_policy: HealthPolicy,
 }
 
@@ -128,14 +138,17 @@ pub enum LbMode {
 /// Which endpoints are used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub enum HealthPolicy {
+    /// Healthy ones.
     #[default]
     OnlyHealthy,
+    /// All.
     AllowAll,
 }
 
 /// From where the name and addresses of the service can be used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub enum Visibility {
+    /// All namespaces.
     #[default]
     Public,
     /// Its own namespace only.
@@ -146,25 +159,35 @@ pub enum Visibility {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum AppProtocol {
+    /// Not declared.
     #[default]
     Unknown,
+    /// HTTP/1.1.
     Http11,
+    /// HTTP/2.
     Http2,
+    /// gRPC.
     Grpc,
+    /// Any protocol over TCP.
     Tcp,
+    /// TLS.
     Tls,
 }
 
 /// Which addresses of an endpoint may be used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub enum IpFamilies {
+    /// Both families.
     #[default]
     Any,
+    /// IPv4 only.
     IPv4,
+    /// IPv6 only.
     IPv6,
 }
 
 impl IpFamilies {
+    /// Whether `ip` may be used.
     pub fn accept(self, ip: IpAddr) -> bool {
         match self {
             Self::Any => true,
@@ -175,6 +198,7 @@ impl IpFamilies {
 }
 
 impl Service {
+    /// Its key.
     pub fn key(&self) -> ServiceKey {
         ServiceKey { namespace: Arc::clone(&self.namespace), hostname: Arc::clone(&self.hostname) }
     }
@@ -190,11 +214,12 @@ impl Service {
     }
 }
 
-/// A workload as part of one service.
+/// A workload as an endpoint of one service.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
+    /// The workload.
     pub workload: Arc<Workload>,
-    /// The target ports that are its own.
+    /// Its own target ports.
     pub(super) ports: Arc<PortMap>,
 }
 

@@ -21,10 +21,12 @@ impl Default for Store {
 }
 
 impl Store {
+    /// Starts with `mesh`, version 0.
     pub fn new(mesh: Mesh) -> Self {
         Self { current: ArcSwap::from_pointee(mesh), version: watch::Sender::new(0) }
     }
 
+    /// The current snapshot.
     pub fn snapshot(&self) -> Arc<Mesh> {
         self.current.load_full()
     }
@@ -40,6 +42,7 @@ impl Store {
         self.replace(self.snapshot().with(changes));
     }
 
+    /// Replaces the mesh. Only the one source may call this.
     pub fn replace(&self, mesh: Mesh) {
         self.current.store(Arc::new(mesh));
         self.version.send_modify(|version| *version += 1);
@@ -52,7 +55,7 @@ mod tests {
     use crate::mesh::tests::workload;
 
     #[test]
-    fn who_is_told_of_a_change_finds_it_and_old_snapshots_stay_as_they_were() {
+    fn a_change_is_visible_once_announced_and_old_snapshots_stay() {
         let store = Store::default();
         let (before, mut versions) = (store.snapshot(), store.subscribe());
         assert!(!versions.has_changed().unwrap());

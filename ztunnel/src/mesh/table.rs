@@ -57,7 +57,7 @@ impl<T: Keyed> Table<T> {
         self.shards[shard(hash)].iter_hash(hash).filter(move |entry| entry.has(&key))
     }
 
-    /// In no order.
+    /// All entries, unordered.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         self.shards.iter().flat_map(|shard| shard.iter())
     }

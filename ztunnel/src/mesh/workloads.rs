@@ -14,14 +14,20 @@ use crate::identity::Identity;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Workload {
+    /// Unique id, such as `Kubernetes//Pod/demo/web-1`.
     pub uid: Arc<str>,
+    /// Name of the pod.
     pub name: Arc<str>,
+    /// Its node.
     pub node: Arc<str>,
+    /// Its addresses in its network.
     #[serde(rename = "workloadIps")]
     pub addresses: Box<[IpAddr]>,
     /// Its weight among the endpoints of a service.
     pub capacity: u32,
+    /// Whether it is ready.
     pub healthy: bool,
+    /// What it shares with similar workloads.
     #[serde(flatten)]
     pub common: Arc<Common>,
 }
@@ -61,6 +67,7 @@ pub struct Common {
     /// Its host name, for a workload without addresses. It is resolved when a connection needs it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hostname: Option<Arc<str>>,
+    /// How the application receives connections that are addressed to others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub application_tunnel: Option<ApplicationTunnel>,
 }
@@ -92,8 +99,10 @@ pub struct ApplicationTunnel {
     pub port: Option<NonZeroU16>,
 }
 
+/// The protocol in front of the data.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 pub enum ApplicationProtocol {
+    /// None.
     #[default]
     #[serde(rename = "NONE")]
     None,
@@ -105,9 +114,11 @@ pub enum ApplicationProtocol {
 /// How a workload is reached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 pub enum Protocol {
+    /// Plain TCP: not enrolled.
     #[default]
     #[serde(rename = "TCP")]
     Tcp,
+    /// HBONE: enrolled.
     #[serde(rename = "HBONE")]
     Hbone,
 }
@@ -115,12 +126,16 @@ pub enum Protocol {
 /// Where the workload runs. Empty parts are unknown.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 pub struct Locality {
+    /// Region.
     pub region: Arc<str>,
+    /// Zone.
     pub zone: Arc<str>,
+    /// Subzone.
     pub subzone: Arc<str>,
 }
 
 impl Workload {
+    /// Its SPIFFE id.
     pub fn identity(&self) -> Identity {
         Identity {
             trust_domain: Arc::clone(&self.trust_domain),

@@ -1,4 +1,4 @@
-//! When the certificates valid end, one gauge per identity.
+//! Expiry of the valid certificates, one gauge per identity.
 
 use std::{
     fmt,
@@ -14,15 +14,15 @@ use prometheus_client::{
 
 use crate::identity::Certificates;
 
-/// Asked at each scrape.
+/// Read at each scrape.
 #[derive(Debug)]
 pub struct CertificateExpiry(pub Arc<Certificates>);
 
 impl Collector for CertificateExpiry {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let valid: Vec<_> = self.0.known().into_iter().filter(|known| known.credentials.is_some()).collect();
+        let valid: Vec<_> = self.0.list().into_iter().filter(|known| known.credentials.is_some()).collect();
         if valid.is_empty() {
-            return Ok(()); // a family without samples is no OpenMetrics
+            return Ok(()); // OpenMetrics does not allow a family without samples
         }
         let help = "When the certificate of an identity ends, in seconds since 1970";
         let name = "ztunnel_certificate_expiration_timestamp_seconds";

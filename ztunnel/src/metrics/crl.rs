@@ -1,17 +1,18 @@
-//! What revocation lists came to, with Istio's names.
+//! Revoked peers, with Istio's names.
 
 use prometheus_client::{encoding::EncodeLabelSet, metrics::family::Family, registry::Registry};
 
 use super::U64Counter;
 use crate::direction::Direction;
 
+/// Counters of revoked peers, and of peers that no list can name.
 #[derive(Clone, Debug, Default)]
 pub struct CrlMetrics {
     rejections: Family<ReporterLabels, U64Counter>,
     untracked: Family<ReporterLabels, U64Counter>,
 }
 
-/// Which end of a connection we are.
+/// The end of the connection that counts.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReporterLabels {
     reporter: &'static str,
@@ -28,10 +29,12 @@ impl CrlMetrics {
         crl.register("untracked_connections", help, self.untracked.clone());
     }
 
+    /// Counts a peer that was refused or disconnected.
     pub fn rejected(&self, direction: Direction) {
         self.rejections.get_or_create(&labels(direction)).inc();
     }
 
+    /// Counts a connection whose peer no list can name.
     pub fn untracked(&self, direction: Direction) {
         self.untracked.get_or_create(&labels(direction)).inc();
     }

@@ -1,4 +1,4 @@
-//! `istio_dns_*`: what pods ask the DNS proxy, and what becomes of it.
+//! `istio_dns_*`: DNS requests of the pods.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use prometheus_client::{
 use super::U64Counter;
 use crate::mesh::Workload;
 
-/// What is asked, how, and by whom.
+/// Query type, protocol and client.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct DnsLabels {
     request_query_type: &'static str,
@@ -21,6 +21,7 @@ pub struct DnsLabels {
 }
 
 impl DnsLabels {
+    /// `protocol`: `udp` or `tcp`. Unknown parts of `source` are `unknown`.
     pub fn new(query_type: &'static str, protocol: &'static str, source: Option<&Workload>) -> Self {
         let or_unknown = |value: Option<&Arc<str>>| match value {
             Some(value) if !value.is_empty() => Arc::clone(value),
@@ -38,9 +39,13 @@ impl DnsLabels {
 /// The families, shared with the registry.
 #[derive(Clone, Debug)]
 pub struct DnsMetrics {
+    /// Requests of pods.
     pub requests: Family<DnsLabels, U64Counter>,
+    /// Requests forwarded to a resolver.
     pub upstream_requests: Family<DnsLabels, U64Counter>,
+    /// Forwarded requests without an answer.
     pub upstream_failures: Family<DnsLabels, U64Counter>,
+    /// Time until the resolver answered.
     pub upstream_duration: Family<DnsLabels, Histogram, fn() -> Histogram>,
 }
 

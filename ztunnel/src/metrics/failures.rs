@@ -1,4 +1,4 @@
-//! Connections that failed: how many by reason, and the last ones, for whoever looks.
+//! Failed connections: counts by reason, and the last ones, for the admin server.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::reason::FailureReason;
 
-/// So many are kept.
+/// Number of failures kept.
 const LAST: usize = 50;
 
 /// A connection that failed, as its access record says it.

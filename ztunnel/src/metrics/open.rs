@@ -1,6 +1,6 @@
-//! The connections that are open now: shown to whoever asks, and counted while they live.
+//! The connections that are open now, for the admin server, and for counting bytes before they close.
 //!
-//! Sharded by thread, so that workers, which open and close connections all the time, do not wait for each other.
+//! Sharded by thread, so that workers do not contend for a lock when they open and close connections.
 
 use std::{
     cell::Cell,
@@ -20,22 +20,25 @@ use slab::Slab;
 pub trait LiveConnection: Send + Sync + fmt::Debug {
     /// Adds what it carried since the last time to the counters.
     fn count(&self);
+    /// What the admin server shows of it.
     fn view(&self) -> ConnectionView;
 }
 
-/// An open connection, for a reader. The first four names are Istio's.
+/// An open connection, for the admin server. The first four names are Istio's.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ConnectionView {
+    /// The client.
     pub src: SocketAddr,
-    /// What the client dialled, as far as the tunnel knows.
+    /// The address that the client connected to, if the tunnel knows it.
     pub original_dst: Option<String>,
+    /// The address that the tunnel connected to.
     pub actual_dst: String,
     /// `HBONE` or `TCP`.
     pub protocol: &'static str,
     /// `inbound` or `outbound`.
     pub direction: &'static str,
-    /// The pod of ours: namespace and name.
+    /// The pod on this node: namespace and name.
     #[serde(skip)]
     pub pod: (Arc<str>, Arc<str>),
     /// The other end's workload, `namespace/name`, if it is known.
@@ -45,16 +48,20 @@ pub struct ConnectionView {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peer_identity: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    /// Host name of the service that the client connected to.
     pub service: Option<Arc<str>>,
+    /// Bytes from the client.
     pub bytes_sent: u64,
+    /// Bytes to the client.
     pub bytes_received: u64,
     #[serde(rename = "ageSecs", serialize_with = "whole_seconds")]
+    /// Time since it was opened.
     pub age: Duration,
 }
 
 const SHARDS: usize = 32;
 
-/// All of them.
+/// All open connections of this process.
 #[derive(Debug)]
 pub struct OpenConnections([Mutex<Slab<Arc<dyn LiveConnection>>>; SHARDS]);
 
@@ -85,21 +92,23 @@ impl Default for OpenConnections {
 }
 
 impl OpenConnections {
+    /// Adds a connection.
     pub fn add(&self, live: Arc<dyn LiveConnection>) -> ConnectionSlot {
         let shard = own_shard();
         ConnectionSlot { shard, key: self.shard(shard).insert(live) }
     }
 
+    /// Removes a connection.
     pub fn remove(&self, slot: ConnectionSlot) {
         self.shard(slot.shard).try_remove(slot.key);
     }
 
-    /// Counts what all of them have carried so far.
+    /// Adds the bytes carried since the last call to the counters.
     pub fn count(&self) {
         self.for_each(|live| live.count());
     }
 
-    /// At most `limit` of them, and how many there are.
+    /// At most `limit` connections, and the number of all.
     pub fn views(&self, limit: usize) -> (Vec<ConnectionView>, usize) {
         let (mut views, mut all) = (Vec::new(), 0);
         self.for_each(|live| {
@@ -113,7 +122,7 @@ impl OpenConnections {
 
     fn for_each(&self, mut each: impl FnMut(&dyn LiveConnection)) {
         for shard in 0..SHARDS {
-            // Copied out: a worker that opens a connection must not wait for a reader.
+            // Copied out, so that workers do not wait for the reader.
             let live: Vec<_> = self.shard(shard).iter().map(|(_, live)| Arc::clone(live)).collect();
             for live in &live {
                 each(&**live);

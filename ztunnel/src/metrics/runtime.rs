@@ -1,5 +1,5 @@
-//! `tokio_*`: how the runtimes of the workers do. The gauges and counters of Istio's tunnel, which has one runtime
-//! with many workers where we have many runtimes with one each.
+//! `tokio_*`: statistics of the workers' runtimes, as in Istio's tunnel, which has one runtime with many workers where
+//! this one has many runtimes with one worker each.
 
 use std::{
     fmt,

@@ -1,4 +1,4 @@
-//! What is counted of connections, and under which labels.
+//! Counters of connections, and their labels.
 
 use std::{fmt, sync::Arc};
 
@@ -22,7 +22,7 @@ pub struct TrafficLabels {
     pub mutual_tls: bool,
 }
 
-/// What is known of one end.
+/// Labels of one end of a connection.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct EndLabels {
     pub workload: Arc<str>,

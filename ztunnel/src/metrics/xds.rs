@@ -1,4 +1,4 @@
-//! What comes from the control plane, with Istio's names.
+//! `istio_xds_*`: streams and messages of the control plane, with Istio's names.
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue},
@@ -8,6 +8,7 @@ use prometheus_client::{
 
 use super::U64Counter;
 
+/// The families, shared with the registry.
 #[derive(Clone, Debug, Default)]
 pub struct XdsMetrics {
     terminations: Family<ReasonLabels, U64Counter>,
@@ -45,10 +46,12 @@ impl XdsMetrics {
         xds.register("message_bytes", help, self.bytes.clone());
     }
 
+    /// Counts a stream that ended.
     pub fn terminated(&self, reason: Termination) {
         self.terminations.get_or_create(&ReasonLabels { reason }).inc();
     }
 
+    /// Counts a message of resource type `url`.
     pub fn received(&self, url: &str, bytes: usize) {
         let labels = UrlLabels { url: url.to_owned() };
         self.messages.get_or_create(&labels).inc();

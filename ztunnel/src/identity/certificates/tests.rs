@@ -120,7 +120,7 @@ async fn a_failing_renewal_keeps_what_is_valid_until_it_expires() {
     assert!(bench.script.asked() > 5, "tried again only {} times", bench.script.asked());
     let kept = bench.certificates.get(&identity("a")).await.unwrap();
     assert!(Arc::ptr_eq(&first, &kept));
-    assert!(bench.certificates.known()[0].error.is_some());
+    assert!(bench.certificates.list()[0].error.is_some());
 
     tokio::time::sleep(Duration::from_mins(12)).await;
     let error = bench.certificates.get(&identity("a")).await.unwrap_err();
@@ -128,7 +128,7 @@ async fn a_failing_renewal_keeps_what_is_valid_until_it_expires() {
 
     bench.script.break_it(false);
     renewed(&bench, &first, Duration::from_mins(3)).await;
-    assert!(bench.certificates.known()[0].error.is_none());
+    assert!(bench.certificates.list()[0].error.is_none());
 }
 
 #[tokio::test(start_paused = true)]
@@ -167,7 +167,7 @@ async fn who_is_forgotten_is_not_renewed() {
     }
     bench.certificates.retain(&HashSet::from([identity("a")]));
     tokio::time::sleep(HOUR).await;
-    let known = bench.certificates.known();
+    let known = bench.certificates.list();
     assert_eq!(known.len(), 1);
     let of_b = bench.script.asked.lock().unwrap().iter().filter(|id| **id == identity("b")).count();
     assert_eq!(of_b, 1);

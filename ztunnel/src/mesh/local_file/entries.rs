@@ -14,7 +14,7 @@ use super::{
 use crate::{
     identity::Identity,
     mesh::{
-        Protocol, Workload,
+        InvalidKey, Protocol, Workload,
         services::PortMap,
         workloads::{ApplicationProtocol, ApplicationTunnel, Common, Locality},
     },
@@ -157,7 +157,11 @@ impl WorkloadEntry {
             policies: self
                 .authorization_policies
                 .iter()
-                .map(|key| key.parse().map_err(|reason| invalid(&object, "authorizationPolicies", reason)))
+                .map(|key| {
+                    key.parse().map_err(|error: InvalidKey| {
+                        invalid(&object, "authorizationPolicies", error.to_string())
+                    })
+                })
                 .collect::<Result<_, _>>()?,
             service_account: service_account.into(),
             trust_domain: trust_domain.into(),
@@ -195,7 +199,7 @@ impl WorkloadEntry {
         };
         let identity = workload.identity().to_string();
         if identity.parse::<Identity>().is_err() {
-            let reason = format!("{identity} is no valid identity");
+            let reason = format!("{identity} is not a valid identity");
             return Err(invalid(object, "trustDomain, namespace, serviceAccount", reason));
         }
         Ok(workload)
