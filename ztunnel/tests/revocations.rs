@@ -118,7 +118,7 @@ fn revoked_and_forgiven(with_lists: &str, direction: &str, reporter: &str) {
 
     // A bad file changes nothing, an empty list forgives.
     lists.write("-----BEGIN X509 CRL-----\nbm9uc2Vuc2U=\n-----END X509 CRL-----\n");
-    wait_for("the bad file to be refused", || knows.log().contains("revocation lists refused").then_some(()));
+    wait_for("the bad file to be refused", || knows.log().contains("invalid revocation lists").then_some(()));
     assert_eq!(client.netns.refusal(server.at(8080)), ErrorKind::ConnectionReset);
     lists.publish(&[]);
     wait_for("the empty list to hold", || {
