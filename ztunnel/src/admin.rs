@@ -1,8 +1,8 @@
-//! What operators ask the process: readiness, metrics, and on loopback only its state and its end.
+//! HTTP servers for operators: readiness, metrics, and on loopback the admin server.
 //!
 //! * [`overview`]: pods, connections, certificates and failures at a glance, as JSON; [`page`]: the same for a browser
-//! * [`dump`]: all that is known, under Istio's names
-//! * [`profile`]: where time and memory go
+//! * [`dump`]: the whole state, under Istio's names
+//! * [`profile`]: CPU and heap profiles
 
 mod dump;
 mod overview;
@@ -37,19 +37,26 @@ use crate::{
     readiness::Readiness,
 };
 
-/// What the admin server shows and does.
+/// State and handles of the admin server.
 #[derive(Clone)]
 pub struct Admin {
+    /// The configuration.
     pub config: Arc<Config>,
+    /// The mesh.
     pub store: Arc<Store>,
+    /// The certificates.
     pub certificates: Arc<Certificates>,
+    /// The log's filter.
     pub logging: Logging,
+    /// The metrics.
     pub metrics: Arc<Metrics>,
+    /// Readiness.
     pub readiness: Readiness,
     /// The pods served, for the dump.
     pub workload_state: Arc<dyn Fn() -> serde_json::Value + Send + Sync>,
-    /// Ends the process in order.
+    /// Cancelled to shut the process down.
     pub quit: CancellationToken,
+    /// When the process started.
     pub started: SystemTime,
 }
 
@@ -59,12 +66,15 @@ impl fmt::Debug for Admin {
     }
 }
 
-/// An address that is not to be had.
+/// An address that cannot be bound.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {address} for {purpose}")]
 pub struct BindError {
+    /// Which server.
     pub purpose: &'static str,
+    /// The address.
     pub address: SocketAddr,
+    /// The cause.
     pub source: io::Error,
 }
 
@@ -77,7 +87,10 @@ pub struct Servers {
 }
 
 impl Servers {
-    /// Before anything else starts: an address in use is a reason not to start.
+    /// Binds all three. Call it before anything else starts, since an address in use must prevent the start.
+    ///
+    /// # Errors
+    /// [`BindError`] names the address.
     pub async fn bind(config: &Config) -> Result<Self, BindError> {
         Ok(Self {
             admin: bind("admin", config.admin_address).await?,
@@ -86,12 +99,18 @@ impl Servers {
         })
     }
 
-    /// Where the admin, stats and readiness servers listen.
+    /// Addresses of the admin, metrics and readiness servers.
+    ///
+    /// # Errors
+    /// The kernel cannot name the address of a socket.
     pub fn addresses(&self) -> io::Result<[SocketAddr; 3]> {
         Ok([self.admin.local_addr()?, self.stats.local_addr()?, self.readiness.local_addr()?])
     }
 
-    /// Until `stop`.
+    /// Serves until `stop`.
+    ///
+    /// # Errors
+    /// A server stopped.
     pub async fn serve(self, admin: Admin, stop: CancellationToken) -> io::Result<()> {
         let stats = Router::new()
             .route("/metrics", get(metrics))
@@ -147,37 +166,36 @@ async fn metrics(State(metrics): State<Arc<Metrics>>, headers: HeaderMap) -> Res
     } else {
         "text/plain; charset=utf-8"
     };
-    match aside(move || metrics.encode()).await {
+    match off_thread(move || metrics.encode()).await {
         Ok(Ok(text)) => ([(header::CONTENT_TYPE, content_type)], text).into_response(),
         Ok(Err(error)) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
         Err(failed) => failed,
     }
 }
 
-/// What takes long where there is much must not hold up readiness, nor the ZDS client, which share the thread.
-async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Response> {
+/// Runs `work`, which may be long for a large mesh, on a blocking thread: readiness and the ZDS client share this one.
+async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Response> {
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response())
 }
 
 async fn index(State(admin): State<Arc<Admin>>) -> Result<Html<String>, Response> {
-    aside(move || Html(page::page(&Overview::new(&admin)).into_string())).await
+    off_thread(move || Html(page::page(&Overview::new(&admin)).into_string())).await
 }
 
 async fn status(State(admin): State<Arc<Admin>>) -> Result<Json<Overview>, Response> {
-    aside(move || Json(Overview::new(&admin))).await
+    off_thread(move || Json(Overview::new(&admin))).await
 }
 
 async fn config_dump(State(admin): State<Arc<Admin>>) -> Response {
-    match aside(move || dump::dump(&admin)).await {
+    match off_thread(move || dump::dump(&admin)).await {
         Ok(Ok(text)) => ([(header::CONTENT_TYPE, "application/json")], text).into_response(),
         Ok(Err(error)) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
         Err(failed) => failed,
     }
 }
 
-/// A web page that the operator visits must not be able to change anything here: browsers say where a request comes
-/// from, everybody else says nothing.
+/// Refuses requests that a browser sends from another site, which it marks with `Origin`. Other clients send none.
 async fn refuse_other_sites(request: Request, next: Next) -> Response {
     let own = |origin: &HeaderValue| {
         let uri = origin.to_str().ok().and_then(|origin| origin.parse::<Uri>().ok());
@@ -213,7 +231,7 @@ async fn logging(State(admin): State<Arc<Admin>>, Query(query): Query<LoggingQue
 }
 
 async fn quit(State(admin): State<Arc<Admin>>) -> &'static str {
-    info!("asked to quit");
+    info!("shutdown requested by POST /quitquitquit");
     admin.quit.cancel();
     "shutdown now\n"
 }

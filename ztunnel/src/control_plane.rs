@@ -30,16 +30,34 @@ const SYSTEM_BUNDLES: [&str; 3] =
 pub enum ControlPlaneError {
     /// A file cannot be read.
     #[error("cannot read {what} of the control plane from {path}")]
-    Read { what: &'static str, path: String, source: io::Error },
+    Read {
+        /// What it holds.
+        what: &'static str,
+        /// The file.
+        path: String,
+        /// The cause.
+        source: io::Error,
+    },
     /// The address or the root is not usable.
     #[error("{address} cannot be used as the control plane's address")]
-    Endpoint { address: String, source: tonic::transport::Error },
+    Endpoint {
+        /// The address.
+        address: String,
+        /// The cause.
+        source: tonic::transport::Error,
+    },
     /// The address has no host.
     #[error("the control plane's address {address} has no host")]
-    NoHost { address: String },
+    NoHost {
+        /// The address.
+        address: String,
+    },
     /// A header that HTTP does not allow.
     #[error("{what} cannot be sent: it must be visible ASCII")]
-    NotAscii { what: &'static str },
+    NotAscii {
+        /// The header.
+        what: &'static str,
+    },
 }
 
 /// A control plane and its channels.

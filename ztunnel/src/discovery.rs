@@ -77,7 +77,10 @@ pub enum DecodeError {
     UnknownAddress,
     /// A type that this tunnel does not subscribe to.
     #[error("unexpected type {type_url}")]
-    UnexpectedType { type_url: String },
+    UnexpectedType {
+        /// The type.
+        type_url: String,
+    },
     /// The resource has a name and no content.
     #[error("has no content")]
     Empty,

@@ -92,22 +92,42 @@ impl serde::Serialize for Identity {
 pub enum IdentityError {
     /// A file cannot be read.
     #[error("cannot read {what} from {path}")]
-    Read { what: &'static str, path: String, source: Arc<std::io::Error> },
+    Read {
+        /// What it holds.
+        what: &'static str,
+        /// The file or folder.
+        path: String,
+        /// The cause.
+        source: Arc<std::io::Error>,
+    },
     /// The certificate service cannot be called with this configuration.
     #[error(transparent)]
     ControlPlane(Arc<ControlPlaneError>),
     /// The folder of the development CA cannot be written.
     #[error("cannot store the development CA in {path}")]
-    Store { path: String, source: Arc<std::io::Error> },
+    Store {
+        /// The file or folder.
+        path: String,
+        /// The cause.
+        source: Arc<std::io::Error>,
+    },
     /// A key, certificate or request cannot be generated.
     #[error("cannot generate a key or certificate")]
     Generate(#[source] Arc<rcgen::Error>),
     /// A certificate or key cannot be used for TLS.
     #[error("{what} is not usable")]
-    Unusable { what: &'static str, source: Arc<dyn std::error::Error + Send + Sync> },
+    Unusable {
+        /// What it holds.
+        what: &'static str,
+        /// The cause.
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
     /// The generated private key has an encoding that rustls does not accept.
     #[error("the private key is not usable: {reason}")]
-    PrivateKey { reason: &'static str },
+    PrivateKey {
+        /// Why.
+        reason: &'static str,
+    },
     /// A certificate chain without certificates.
     #[error("the certificate chain is empty")]
     EmptyChain,
@@ -116,25 +136,54 @@ pub enum IdentityError {
     NoRoots,
     /// The response of the certificate service lacks the leaf or the root.
     #[error("the certificate service sent {count} certificates, expected 2 or more")]
-    ShortResponse { count: usize },
+    ShortResponse {
+        /// How many it sent.
+        count: usize,
+    },
     /// No connection to the certificate service.
     #[error("cannot reach the certificate service at {address}")]
-    Unreachable { address: String, source: Arc<tonic::Status> },
+    Unreachable {
+        /// Address of the service.
+        address: String,
+        /// The cause.
+        source: Arc<tonic::Status>,
+    },
     /// The certificate service answered with an error.
     #[error("the certificate service at {address} refused the request: {status}")]
-    Refused { address: String, status: Arc<tonic::Status> },
+    Refused {
+        /// Address of the service.
+        address: String,
+        /// Its answer.
+        status: Arc<tonic::Status>,
+    },
     /// No answer within the time limit.
     #[error("the certificate service at {address} did not answer in time")]
-    TimedOut { address: String },
+    TimedOut {
+        /// Address of the service.
+        address: String,
+    },
     /// The certificate is for another identity.
     #[error("certificate service returned identity {got}, expected {expected}")]
-    Mismatch { expected: Identity, got: String },
+    Mismatch {
+        /// The identity requested.
+        expected: Identity,
+        /// The identities of the certificate.
+        got: String,
+    },
     /// The certificate has expired; `source` is the last error of its renewal.
     #[error("the certificate of {identity} has expired and could not be renewed")]
-    Expired { identity: Identity, source: Option<Arc<Self>> },
+    Expired {
+        /// The identity.
+        identity: Identity,
+        /// Error of the last renewal.
+        source: Option<Arc<Self>>,
+    },
     /// The last pod with this identity left the node during the fetch.
     #[error("{identity} is no longer served on this node")]
-    Removed { identity: Identity },
+    Removed {
+        /// The identity.
+        identity: Identity,
+    },
     /// The process shuts down.
     #[error("the tunnel is shutting down")]
     Stopped,

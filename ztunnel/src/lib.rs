@@ -2,7 +2,7 @@
 //!
 //! A module uses only modules below it in this list (a test checks it):
 //!
-//! * [`admin`]: what operators see
+//! * [`admin`]: HTTP servers for operators
 //! * [`pods`]: which netns are served, as ZDS says
 //! * [`worker`]: one single-threaded runtime per core; a connection lives and dies on its worker
 //! * [`connection`]: follows one connection from accept to close
@@ -20,13 +20,13 @@
 //! * [`route`], [`policy`]: where to, and whether; pure
 //! * [`mesh`]: what is known of others: workloads, services, policies
 //! * [`pod`]: a pod that is served
-//! * [`identity`]: who we are: SPIFFE ids, certificates, whom to trust
-//! * [`control_plane`]: how a control plane is called
+//! * [`identity`]: SPIFFE ids, certificates, verification of peers
+//! * [`control_plane`]: gRPC channels to a control plane
 //! * [`socket`]: the few socket options that carry the design
-//! * [`drain`]: how the process ends
+//! * [`drain`]: shutdown
 //! * [`reason`], [`readiness`], [`direction`], [`backoff`], [`error_chain`], [`file_version`]: values that others
 //!   share
-//! * [`config`]: what all of them rest on
+//! * [`config`]: the configuration
 
 pub mod admin;
 pub mod backoff;

@@ -42,7 +42,12 @@ fn non_blocking(sink: impl io::Write + Send + 'static) -> (NonBlocking, LogWrite
 pub enum LoggingError {
     /// A directive that cannot be parsed.
     #[error("invalid log filter {filter:?}")]
-    Filter { filter: String, source: tracing_subscriber::filter::ParseError },
+    Filter {
+        /// The directives.
+        filter: String,
+        /// The cause.
+        source: tracing_subscriber::filter::ParseError,
+    },
     /// The process has a subscriber already.
     #[error("cannot set up the log")]
     Init(#[from] TryInitError),

@@ -75,12 +75,19 @@ pub struct Metrics {
     hasher: RandomState,
     /// Pods served, pods still to be served, and their coming and going.
     pub pods: PodMetrics,
+    /// HBONE connections held for reuse.
     pub pool: PoolMetrics,
+    /// DNS requests.
     pub dns: dns::DnsMetrics,
+    /// The control plane.
     pub xds: xds::XdsMetrics,
+    /// Revoked peers.
     pub crl: CrlMetrics,
+    /// The workers' runtimes.
     pub runtimes: Runtimes,
+    /// The connections that are open now.
     pub open: OpenConnections,
+    /// The connections that failed.
     pub failed_connections: FailedConnections,
 }
 
@@ -93,16 +100,22 @@ impl fmt::Debug for Metrics {
 /// `workload_manager_*`.
 #[derive(Clone, Debug, Default)]
 pub struct PodMetrics {
+    /// Pods served.
     pub active: Gauge,
+    /// Pods not served yet.
     pub pending: Gauge,
+    /// Pods whose serving began.
     pub started: U64Counter,
+    /// Pods whose serving ended.
     pub stopped: U64Counter,
 }
 
 /// HBONE tunnels held for reuse, and what goes through them.
 #[derive(Clone, Debug, Default)]
 pub struct PoolMetrics {
+    /// Connections held.
     pub connections: Gauge,
+    /// Streams in them.
     pub streams: Gauge,
 }
 
@@ -143,6 +156,7 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// Registers all families; collectors are added by [`collect`](Self::collect).
     pub fn new() -> Self {
         let mut metrics = Self {
             registry: Registry::default(),
@@ -299,7 +313,10 @@ impl Metrics {
         &mut self.registry
     }
 
-    /// Everything, in the text format of OpenMetrics, which Prometheus' own parser reads too.
+    /// All metrics, in the text format of OpenMetrics, which Prometheus' own parser reads too.
+    ///
+    /// # Errors
+    /// A collector failed to write its samples.
     pub fn encode(&self) -> Result<String, fmt::Error> {
         self.open.count();
         let mut text = String::new();

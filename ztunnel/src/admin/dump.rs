@@ -1,4 +1,4 @@
-//! `/config_dump`: all that the process knows, under the names of Istio's dump, so that `istioctl ztunnel-config` reads it.
+//! `/config_dump`: the whole state, under the names of Istio's dump, so that `istioctl ztunnel-config` can read it.
 
 use std::time::SystemTime;
 
@@ -10,10 +10,10 @@ use time::format_description::well_known::Rfc3339;
 use super::Admin;
 use crate::{identity::CertificateInfo, metrics::open::ConnectionView};
 
-/// More connections than these are counted, not listed: the dump must stay readable, and its making short.
+/// Number of connections listed; all are counted.
 const CONNECTIONS: usize = 10_000;
 
-/// Costs as much as there is; not for a thread that has other things to do.
+/// Takes long for a large mesh: call it on a blocking thread.
 pub(super) fn dump(admin: &Admin) -> serde_json::Result<String> {
     let mesh = admin.store.snapshot();
     let mut workloads: Vec<_> = mesh.workloads().collect();
@@ -43,7 +43,7 @@ pub(super) fn dump(admin: &Admin) -> serde_json::Result<String> {
     }))
 }
 
-/// The pods' state, each with the connections that are open in it.
+/// The state of the pods, each with its open connections.
 fn with_connections(mut pods: Value, connections: &[ConnectionView]) -> Value {
     for pod in pods.as_object_mut().into_iter().flat_map(|pods| pods.values_mut()) {
         let is = |key: &str, text: &str| pod["info"][key] == text;
@@ -56,7 +56,7 @@ fn with_connections(mut pods: Value, connections: &[ConnectionView]) -> Value {
     pods
 }
 
-/// In Istio's words.
+/// State of a certificate, in Istio's words.
 pub(super) fn state(known: &CertificateInfo) -> &'static str {
     match (&known.credentials, &known.error) {
         (Some(credentials), _) if credentials.not_after < SystemTime::now() => "Expired",

@@ -1,4 +1,4 @@
-//! What an operator wants to see first: is it ready, which pods, which connections, which certificates, what failed.
+//! The state at a glance: readiness, pods, connections, certificates, failures.
 //! Served as JSON by `/status`, shown by `ztunnel status` and, for browsers, by [`page`](super::page).
 
 use std::{
@@ -15,73 +15,98 @@ use crate::{
     reason::FailureReason,
 };
 
-/// More connections than these are counted, not listed.
+/// Number of connections listed; all are counted.
 const CONNECTIONS: usize = 500;
 
-/// All of it, at one moment.
+/// The state at one moment.
 #[derive(Debug, Default, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Overview {
+    /// Version of the tunnel.
     pub version: &'static str,
+    /// Name of the node.
     pub node: String,
+    /// Seconds since the start.
     pub up_secs: u64,
+    /// Whether it is ready.
     pub ready: bool,
     /// Why it is not ready.
     pub pending: Vec<&'static str>,
+    /// Pods handed over.
     pub pods: Vec<PodOverview>,
+    /// Number of open connections.
     pub connections_open: usize,
-    /// Of these, the first.
+    /// The first of them.
     pub connections: Vec<ConnectionView>,
     /// HBONE connections to peers' tunnels, held for reuse, and the streams in them.
     pub tunnels: i64,
+    /// Streams in these connections.
     pub streams: i64,
+    /// Certificates of the pods.
     pub certificates: Vec<CertificateOverview>,
-    /// Since the start, the most frequent first.
+    /// Failures since the start, the most frequent first.
     pub failures: Vec<FailureCount>,
-    /// The latest first.
+    /// The last failures, newest first.
     pub last_failures: Vec<LastFailure>,
 }
 
+/// A pod, and the number of its connections.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PodOverview {
+    /// Its namespace.
     pub namespace: String,
+    /// Its name.
     pub name: String,
+    /// Its service account.
     pub service_account: String,
     /// `Up`, or `Pending`: handed over, and its listeners could not be opened yet.
     pub state: String,
+    /// Open connections to it.
     pub inbound: usize,
+    /// Open connections from it.
     pub outbound: usize,
 }
 
+/// The certificate of an identity.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct CertificateOverview {
+    /// SPIFFE id.
     pub identity: String,
     /// `Available`, `Initializing`, `Unavailable`, `Expired`.
     pub state: &'static str,
-    /// How long it holds; `None` where there is none.
+    /// Seconds until it expires; `None` without a certificate.
     pub expires_in_secs: Option<u64>,
+    /// The last error.
     pub error: Option<String>,
 }
 
+/// How often connections failed for one reason.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FailureCount {
+    /// `inbound` or `outbound`.
     pub direction: &'static str,
+    /// Why.
     pub reason: FailureReason,
+    /// How often.
     pub count: u64,
 }
 
+/// One of the last failures.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct LastFailure {
+    /// Seconds since it failed.
     pub seconds_ago: u64,
+    /// The connection.
     #[serde(flatten)]
     pub failed: FailedConnection,
 }
 
 impl Overview {
+    /// Reads the current state.
     pub fn new(admin: &Admin) -> Self {
         let now = SystemTime::now();
         let metrics = &admin.metrics;

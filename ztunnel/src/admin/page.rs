@@ -39,8 +39,8 @@ pub(super) fn page(overview: &Overview) -> Markup {
                     span.quiet { "version " (overview.version) " · up " (display(Lasts(overview.up_secs))) }
                 }
                 p."quiet lead" {
-                    "Carries the TCP connections of this node's enrolled pods to other pods, encrypted and with \
-                     both ends proven by certificates."
+                    "Carries the TCP connections of this node's enrolled pods to other pods, encrypted and \
+                     with both ends authenticated by certificates."
                 }
                 .tiles { (tiles(overview)) }
                 (pods(overview))
@@ -126,7 +126,7 @@ fn pods(overview: &Overview) -> Markup {
         }
     };
     let rows: Vec<_> = overview.pods.iter().map(row).collect();
-    let about = html! { "Enrolled pods of this node, and how many connections come in and go out now." };
+    let about = html! { "Enrolled pods of this node, and the number of their open connections." };
     let head = ["pod", "namespace", "service account", "state", "inbound", "outbound"];
     section("Pods", &about, &head, &rows)
 }
@@ -176,7 +176,7 @@ fn certificates(overview: &Overview) -> Markup {
             "Available" => ("good", "valid"),
             "Initializing" => ("", "being fetched"),
             "Expired" => ("bad", "expired"),
-            _ => ("bad", "cannot be had"),
+            _ => ("bad", "unavailable"),
         };
         html! {
             td { (one.identity) }
@@ -187,9 +187,9 @@ fn certificates(overview: &Overview) -> Markup {
     };
     let rows: Vec<_> = overview.certificates.iter().map(row).collect();
     let about = html! {
-        "Who the pods of this node are to others. Renewed by themselves at half of their life."
+        "Identities of this node's pods. The tunnel renews them after half of their lifetime."
     };
-    section("Certificates", &about, &["identity", "state", "holds for", "last problem"], &rows)
+    section("Certificates", &about, &["identity", "state", "expires in", "last error"], &rows)
 }
 
 fn failures(overview: &Overview) -> Markup {
@@ -220,8 +220,8 @@ fn last_failures(overview: &Overview) -> Markup {
         }
     };
     let rows: Vec<_> = overview.last_failures.iter().map(row).collect();
-    let about = html! { "The latest first, at most fifty." };
-    section("The last of them", &about, &["when", "from", "to", "reason", "what happened"], &rows)
+    let about = html! { "Newest first, at most fifty." };
+    section("Last failures", &about, &["when", "from", "to", "reason", "what happened"], &rows)
 }
 
 /// `3 d 4 h`, `5 min 6 s`: the two greatest units.

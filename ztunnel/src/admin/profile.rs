@@ -1,8 +1,7 @@
-//! Where time and memory go, in the format of pprof (`go tool pprof -http : FILE`), functions named.
+//! CPU and heap profiles in the format of pprof (`go tool pprof -http : FILE`), with function names.
 //!
-//! CPU samples are taken by the kernel (perf_event_open(2)), not by a signal handler: code interrupted anywhere, in the
-//! allocator or the unwinder too, is none the wiser, so that profiling a busy tunnel is safe. Memory is sampled by
-//! jemalloc, once that is switched on.
+//! The kernel takes CPU samples (perf_event_open(2)), not a signal handler, so that code may be interrupted anywhere, also
+//! in the allocator or the unwinder: profiling a busy tunnel is safe. jemalloc samples the heap, once activated.
 
 use std::{
     io,
@@ -22,10 +21,10 @@ use perf_event::{Builder, SampleFlag, Sampler, data::Record, events::Software};
 use serde::Deserialize;
 use tracing::info;
 
-/// Each thread's samples wait here, in bytes, until they are fetched: a power of two of pages.
+/// Bytes of each thread's sample buffer: a power of two of pages.
 const RING: usize = 128 << 10;
 const FETCH: Duration = Duration::from_millis(50);
-/// Deeper stacks are cut at their root.
+/// Frames per stack; deeper stacks lose their outermost frames.
 const FRAMES: u16 = 100;
 
 #[derive(Deserialize)]
@@ -62,7 +61,7 @@ pub(super) async fn cpu(Query(query): Query<CpuQuery>) -> Response {
     }
 }
 
-/// One profile at a time: two would count each other.
+/// Held while a profile is taken, since two profiles would sample each other.
 struct Running;
 
 static RUNNING: AtomicBool = AtomicBool::new(false);
@@ -79,7 +78,7 @@ impl Drop for Running {
     }
 }
 
-/// Samples every thread that this process has now.
+/// Samples all threads that exist now.
 fn sample(lasting: Duration, frequency: u64) -> io::Result<Vec<Vec<u64>>> {
     let mut samplers = Vec::new();
     for task in std::fs::read_dir("/proc/self/task")? {
@@ -87,7 +86,7 @@ fn sample(lasting: Duration, frequency: u64) -> io::Result<Vec<Vec<u64>>> {
         let Some(thread) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
         match sampler(thread, frequency) {
             Ok(sampler) => samplers.push(sampler),
-            // It ended in between.
+            // The thread ended.
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
             Err(error) => return Err(error),
         }
@@ -102,7 +101,7 @@ fn sample(lasting: Duration, frequency: u64) -> io::Result<Vec<Vec<u64>>> {
                 if let Ok(Record::Sample(sample)) = record.parse_record()
                     && let Some(chain) = sample.callchain()
                 {
-                    // The topmost values are marks such as PERF_CONTEXT_USER, no addresses.
+                    // The topmost values are marks such as PERF_CONTEXT_USER, not addresses.
                     stacks.push(chain.iter().copied().filter(|&frame| frame < u64::MAX - 4095).collect());
                 }
             }
@@ -137,7 +136,7 @@ fn encode(stacks: Vec<Vec<u64>>, frequency: u64) -> Vec<u8> {
     }
     let nanoseconds = (1_000_000_000 / frequency) as f64;
     for stack in stacks {
-        // A stack that could not be followed to its beginning ends in 0, from which nothing can be subtracted.
+        // An incomplete stack ends in 0, which the encoder cannot take.
         let addrs =
             stack.into_iter().filter_map(|frame| usize::try_from(frame).ok()).filter(|&at| at != 0).collect();
         profile.push_stack(WeightedStack { addrs, weight: nanoseconds }, None);
@@ -155,7 +154,7 @@ pub(super) async fn heap() -> Response {
     match dumped.await {
         Ok(Some(Ok(profile))) => attachment("heap.pprof.gz", profile),
         Ok(None) => {
-            let how = "heap profiling is inactive: POST /debug/pprof/heap/profiling?activate=true, and ask again later\n";
+            let how = "heap profiling is inactive: POST /debug/pprof/heap/profiling?activate=true, and try again later\n";
             (StatusCode::CONFLICT, how).into_response()
         }
         Ok(Some(Err(error))) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n")).into_response(),
@@ -168,8 +167,7 @@ pub(super) struct HeapQuery {
     activate: Option<bool>,
 }
 
-/// Says whether jemalloc samples allocations, after it was told to or not to. What is allocated while it does not is
-/// missing from profiles.
+/// Switches heap sampling, if requested, and returns its state. Profiles lack what was allocated while it was off.
 pub(super) async fn heap_profiling(Query(query): Query<HeapQuery>) -> Response {
     let Some(control) = PROF_CTL.as_ref() else { return no_heap_profiling() };
     let mut control = control.lock().await;

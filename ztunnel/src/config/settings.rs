@@ -20,22 +20,58 @@ use super::{
 pub enum ConfigError {
     /// A value that its key does not accept.
     #[error("{key}={value:?}: expected {expected}")]
-    Invalid { key: String, value: String, expected: String },
+    Invalid {
+        /// The key, as the user wrote it.
+        key: String,
+        /// Its value; `(hidden)` for a secret.
+        value: String,
+        /// What it must be.
+        expected: String,
+    },
     /// A key that is required and not set.
     #[error("{key} is not set: expected {expected}")]
-    Missing { key: String, expected: &'static str },
+    Missing {
+        /// The key, as the user wrote it.
+        key: String,
+        /// What it must be.
+        expected: &'static str,
+    },
     /// A setting of Istio's tunnel that this one does not support and must not ignore.
     #[error("{key}={value:?}: {reason}")]
-    NotSupported { key: &'static str, value: String, reason: &'static str },
+    NotSupported {
+        /// The key, as the user wrote it.
+        key: &'static str,
+        /// Its value; `(hidden)` for a secret.
+        value: String,
+        /// Why.
+        reason: &'static str,
+    },
     /// A key in the file that is not in the table.
     #[error("{file}: unknown key {key}{}", nearest.map(|name| format!(", did you mean {name}?")).unwrap_or_default())]
-    UnknownKey { file: String, key: String, nearest: Option<&'static str> },
+    UnknownKey {
+        /// The file.
+        file: String,
+        /// The key, as the user wrote it.
+        key: String,
+        /// A known key with a similar name.
+        nearest: Option<&'static str>,
+    },
     /// The file cannot be read.
     #[error("cannot read {file}")]
-    Unreadable { file: String, source: std::io::Error },
+    Unreadable {
+        /// The file.
+        file: String,
+        /// The cause.
+        source: std::io::Error,
+    },
     /// The file is not a YAML mapping.
     #[error("{file} is not a YAML mapping: {reason}")]
-    NoMapping { file: String, reason: String },
+    NoMapping {
+        /// The file.
+        file: String,
+        /// Why.
+        reason: String,
+    },
     /// More than one of the above, one per line.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
     Several(Vec<Self>),

@@ -33,10 +33,20 @@ type CertificateId = (Vec<u8>, Vec<u8>);
 pub enum RevocationsError {
     /// It cannot be read.
     #[error("cannot read the revocation lists in {path}")]
-    Read { path: PathBuf, source: io::Error },
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// It is not a valid list.
     #[error("{path} holds no valid revocation list: {reason}")]
-    Invalid { path: PathBuf, reason: String },
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// The current set of revoked certificates.

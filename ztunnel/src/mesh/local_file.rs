@@ -37,13 +37,25 @@ const POLL_INTERVAL: Duration = Duration::from_millis(200);
 pub enum LocalFileError {
     /// It cannot be read.
     #[error("cannot read {path}")]
-    Read { path: PathBuf, source: io::Error },
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// It is not YAML of the right shape.
     #[error("not a valid document: {0}")]
     Yaml(#[from] Box<serde_saphyr::Error>),
     /// A value that cannot be used.
     #[error("{object}: {key}: {reason}")]
-    Invalid { object: String, key: &'static str, reason: String },
+    Invalid {
+        /// The workload, service or policy.
+        object: String,
+        /// Its key.
+        key: &'static str,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// Values for fields that a document leaves out.

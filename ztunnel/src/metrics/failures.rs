@@ -18,15 +18,22 @@ const LAST: usize = 50;
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FailedConnection {
+    /// When it failed.
     #[serde(skip)]
     pub at: SystemTime,
+    /// `inbound` or `outbound`.
     pub direction: &'static str,
+    /// Why.
     pub reason: FailureReason,
+    /// The client.
     pub src: SocketAddr,
+    /// The destination.
     pub dst: SocketAddr,
+    /// The error with its causes.
     pub error: String,
 }
 
+/// Counts of failures, and the last ones.
 #[derive(Debug, Default)]
 pub struct FailedConnections(Mutex<Tally>);
 
@@ -37,6 +44,7 @@ struct Tally {
 }
 
 impl FailedConnections {
+    /// Adds a failure.
     pub fn add(&self, failed: FailedConnection) {
         let mut tally = self.tally();
         *tally.counts.entry((failed.direction, failed.reason)).or_default() += 1;

@@ -12,26 +12,42 @@ use super::U64Counter;
 /// Istio's traffic labels. Empty values show as `unknown`, except the localities, which are left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct TrafficLabels {
+    /// `source` or `destination`.
     pub reporter: &'static str,
+    /// The client.
     pub source: EndLabels,
+    /// The server.
     pub destination: EndLabels,
+    /// Host name of the service.
     pub destination_service: Arc<str>,
+    /// Namespace of the service.
     pub destination_service_namespace: Arc<str>,
+    /// Name of the service.
     pub destination_service_name: Arc<str>,
+    /// Istio's flag of the failure, or `-`.
     pub response_flags: &'static str,
+    /// Whether the connection went over HBONE.
     pub mutual_tls: bool,
 }
 
 /// Labels of one end of a connection.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct EndLabels {
+    /// Name of the workload, such as a Deployment.
     pub workload: Arc<str>,
+    /// Canonical service name.
     pub canonical_service: Arc<str>,
+    /// Canonical revision.
     pub canonical_revision: Arc<str>,
+    /// Its namespace.
     pub namespace: Arc<str>,
+    /// SPIFFE id proven by mutual TLS.
     pub principal: Arc<str>,
+    /// Its cluster.
     pub cluster: Arc<str>,
+    /// Its region.
     pub region: Arc<str>,
+    /// Its zone.
     pub zone: Arc<str>,
 }
 
@@ -85,11 +101,14 @@ impl EncodeLabelSet for TrafficLabels {
 #[derive(Debug)]
 pub struct Traffic {
     pub(super) labels: TrafficLabels,
+    /// Connections opened.
     pub opened: U64Counter,
+    /// Connections closed.
     pub closed: U64Counter,
     /// Bytes from the client: Istio's convention, at both reporters.
     pub received: U64Counter,
     /// Bytes to the client.
     pub sent: U64Counter,
+    /// Connections open now, of the reporter.
     pub sockets_open: Gauge,
 }

@@ -19,9 +19,13 @@ pub struct XdsMetrics {
 /// How a stream ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub enum Termination {
+    /// It could not be opened.
     ConnectionError,
+    /// The control plane ended it with an error.
     Error,
+    /// The connection was lost.
     Reconnect,
+    /// The control plane closed it.
     Complete,
 }
 
