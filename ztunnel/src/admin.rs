@@ -1,6 +1,7 @@
 //! HTTP servers for operators: readiness, metrics, and on loopback the admin server.
 //!
-//! * [`overview`]: pods, connections, certificates and failures at a glance, as JSON; [`page`]: the same for a browser
+//! * [`overview`]: pods, connections, certificates and failures at a glance, as JSON; [`page`]: the
+//!   same for a browser
 //! * [`dump`]: the whole state, under Istio's names
 //! * [`profile`]: CPU and heap profiles
 
@@ -87,7 +88,8 @@ pub struct Servers {
 }
 
 impl Servers {
-    /// Binds all three. Call it before anything else starts, since an address in use must prevent the start.
+    /// Binds all three. Call it before anything else starts, since an address in use must prevent
+    /// the start.
     ///
     /// # Errors
     /// [`BindError`] names the address.
@@ -173,7 +175,8 @@ async fn metrics(State(metrics): State<Arc<Metrics>>, headers: HeaderMap) -> Res
     }
 }
 
-/// Runs `work`, which may be long for a large mesh, on a blocking thread: readiness and the ZDS client share this one.
+/// Runs `work`, which may be long for a large mesh, on a blocking thread: readiness and the ZDS
+/// client share this one.
 async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Response> {
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response())
@@ -195,7 +198,8 @@ async fn config_dump(State(admin): State<Arc<Admin>>) -> Response {
     }
 }
 
-/// Refuses requests that a browser sends from another site, which it marks with `Origin`. Other clients send none.
+/// Refuses requests that a browser sends from another site, which it marks with `Origin`. Other
+/// clients send none.
 async fn refuse_other_sites(request: Request, next: Next) -> Response {
     let own = |origin: &HeaderValue| {
         let uri = origin.to_str().ok().and_then(|origin| origin.parse::<Uri>().ok());

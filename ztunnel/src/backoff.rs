@@ -32,7 +32,8 @@ impl Backoff {
         Self { policy, delays: policy.build(), longest, jitter: 0.0 }
     }
 
-    /// Varies each delay by at most this share, such as 0.2, either way but never above the longest.
+    /// Varies each delay by at most this share, such as 0.2, either way but never above the
+    /// longest.
     #[must_use]
     pub fn with_jitter(mut self, share: f64) -> Self {
         self.jitter = share;

@@ -1,4 +1,5 @@
-//! The commands. `ztunnel` and `ztunnel proxy [ztunnel]` run the tunnel; the others print something and exit.
+//! The commands. `ztunnel` and `ztunnel proxy [ztunnel]` run the tunnel; the others print something
+//! and exit.
 //!
 //! * [`config`]: checks and prints the configuration, without running
 //! * [`status`]: prints the state of the running tunnel
@@ -14,8 +15,8 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 /// Carries the TCP connections of a node's enrolled pods over HBONE.
 ///
-/// Without a command, or with `proxy`, it runs. It is configured by a file and by the environment variables that Istio's
-/// DaemonSet sets; the environment overrides the file.
+/// Without a command, or with `proxy`, it runs. It is configured by a file and by the environment
+/// variables that Istio's DaemonSet sets; the environment overrides the file.
 #[derive(Parser)]
 #[command(
     version,
@@ -36,7 +37,8 @@ pub struct Arguments {
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Runs the tunnel, as no command at all does: the arguments of Istio's DaemonSet are `proxy ztunnel`.
+    /// Runs the tunnel, as no command at all does: the arguments of Istio's DaemonSet are `proxy
+    /// ztunnel`.
     #[command(after_help = "Examples:
   ztunnel proxy ztunnel
   ztunnel --config /etc/adit/ztunnel.yaml proxy")]

@@ -1,7 +1,8 @@
 //! The configuration: a file, overridden by the environment variables that Istio's DaemonSet sets.
 //!
-//! It is read once at start, validated as a whole, and passed down by section. A variable that Istio's tunnel supports
-//! and this one does not is refused if ignoring it would weaken security, else ignored.
+//! It is read once at start, validated as a whole, and passed down by section. A variable that
+//! Istio's tunnel supports and this one does not is refused if ignoring it would weaken security,
+//! else ignored.
 //!
 //! * [`resolve`]: raw settings → [`Config`], with the checks across keys
 //! * [`settings`]: the values that were set, and where; refuses unknown keys and invalid values
@@ -31,13 +32,15 @@ pub struct Config {
     pub mode: ProxyMode,
     /// Ports in each pod's netns.
     pub ports: PortsConfig,
-    /// `SO_MARK` of the tunnel's own sockets (`PACKET_MARK`): 1337 in shared mode, none in dedicated mode.
+    /// `SO_MARK` of the tunnel's own sockets (`PACKET_MARK`): 1337 in shared mode, none in
+    /// dedicated mode.
     pub packet_mark: Option<u32>,
     /// Several processes may listen side by side during an upgrade (`INPOD_PORT_REUSE`).
     pub port_reuse: bool,
     /// Whether listeners bind `[::]` (`IPV6_ENABLED`, and the kernel has it).
     pub ipv6: bool,
-    /// Whether applications see the client's address (`ENABLE_ORIG_SRC`). `None`: if the process has the capability.
+    /// Whether applications see the client's address (`ENABLE_ORIG_SRC`). `None`: if the process
+    /// has the capability.
     pub original_source: Option<bool>,
     /// Network of this node; empty if there is one network only.
     pub network: Arc<str>,
@@ -87,7 +90,8 @@ pub struct Config {
     pub stats_address: SocketAddr,
     /// Where readiness is served.
     pub readiness_address: SocketAddr,
-    /// Whether CONNECT responses describe the server's workload, and the peer's description is used for labels.
+    /// Whether CONNECT responses describe the server's workload, and the peer's description is used
+    /// for labels.
     pub response_baggage: bool,
     /// Where to connect to applications that accept the PROXY protocol.
     pub proxy_to: ProxyTo,

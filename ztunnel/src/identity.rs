@@ -1,6 +1,7 @@
 //! SPIFFE ids, the certificates that prove them, and the verification of peers.
 //!
-//! * [`certificates`]: one valid certificate per local identity, fetched once, renewed at half of its lifetime
+//! * [`certificates`]: one valid certificate per local identity, fetched once, renewed at half of
+//!   its lifetime
 //! * [`ca_client`], [`development_ca`]: the two certificate authorities; [`authority`]: their trait
 //! * [`revocations`]: revoked certificates
 //! * [`credentials`]: a certificate with its key, as TLS configuration for both roles
@@ -24,7 +25,8 @@ pub use trust::{TlsParameters, peer_identity};
 
 use crate::control_plane::ControlPlaneError;
 
-/// A SPIFFE id of the form `spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICE_ACCOUNT`. No part is empty.
+/// A SPIFFE id of the form `spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICE_ACCOUNT`. No part is
+/// empty.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Identity {
     /// Trust domain, such as `cluster.local`.

@@ -57,11 +57,13 @@ pub enum LoggingError {
 }
 
 impl Logging {
-    /// Writes the records of this process to standard output, from a thread of its own, so that logging never blocks on
-    /// the disk or pipe behind it. When more than 16,384 lines are queued, further lines are dropped and counted.
+    /// Writes the records of this process to standard output, from a thread of its own, so that
+    /// logging never blocks on the disk or pipe behind it. When more than 16,384 lines are queued,
+    /// further lines are dropped and counted.
     ///
     /// # Errors
-    /// [`LoggingError::Filter`] for a filter that cannot be parsed, [`LoggingError::Init`] when called twice.
+    /// [`LoggingError::Filter`] for a filter that cannot be parsed, [`LoggingError::Init`] when
+    /// called twice.
     pub fn init(format: LogFormat, filter: &str) -> Result<(Self, LogWriter), LoggingError> {
         let (layer, logging) = Self::filtered(filter)?;
         let (writer, log_writer) = non_blocking(io::stdout());
@@ -87,8 +89,8 @@ impl Logging {
         logging
     }
 
-    /// Adds directives to the filter; they replace earlier ones for the same target. `debug` alone sets the level of all
-    /// targets that have no directive. An empty string changes nothing.
+    /// Adds directives to the filter; they replace earlier ones for the same target. `debug` alone
+    /// sets the level of all targets that have no directive. An empty string changes nothing.
     ///
     /// # Errors
     /// [`LoggingError::Filter`] if a directive cannot be parsed; the filter is then unchanged.

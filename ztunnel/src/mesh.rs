@@ -229,8 +229,8 @@ impl Mesh {
             .or_else(|| self.ranges.find(network, ip))
     }
 
-    /// The service with this host name. If several namespaces define it, the one in `namespace` is preferred, then the
-    /// canonical one.
+    /// The service with this host name. If several namespaces define it, the one in `namespace` is
+    /// preferred, then the canonical one.
     pub fn service_by_hostname(&self, hostname: &str, namespace: &str) -> Option<&Arc<Service>> {
         let named = self.services_named(hostname);
         named.min_by_key(|service| (&*service.namespace != namespace, !service.canonical, &service.namespace))

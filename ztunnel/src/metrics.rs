@@ -1,8 +1,9 @@
-//! The metrics of the tunnel. Names and labels are those of Istio's tunnel where it has them, since dashboards rely on
-//! them.
+//! The metrics of the tunnel. Names and labels are those of Istio's tunnel where it has them, since
+//! dashboards rely on them.
 //!
-//! To add a metric, add a row to [`catalog`] and either a field here, registered in a `register_*`, if connections count
-//! it, or a [`Collector`], given to [`Metrics::collect`], if it is read at each scrape.
+//! To add a metric, add a row to [`catalog`] and either a field here, registered in a `register_*`,
+//! if connections count it, or a [`Collector`], given to [`Metrics::collect`], if it is read at
+//! each scrape.
 //!
 //! * [`catalog`]: the table of all metrics, which `docs/metrics.md` shows
 //! * [`traffic`]: counters of connections, and their labels
@@ -132,7 +133,8 @@ struct FailureLabels {
     reason: &'static str,
 }
 
-/// The client and the host looked up. Host names come from the control plane, so their number is bounded.
+/// The client and the host looked up. Host names come from the control plane, so their number is
+/// bounded.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OnDemandDnsLabels {
     source_workload: Arc<str>,
@@ -243,8 +245,8 @@ impl Metrics {
         manager.register("proxies_stopped", "The total number of pods whose serving ended", stopped);
     }
 
-    /// The counters of a label set. The five families are queried once per set, so that a connection costs one hash of
-    /// its labels and a read lock.
+    /// The counters of a label set. The five families are queried once per set, so that a
+    /// connection costs one hash of its labels and a read lock.
     pub fn traffic(&self, labels: TrafficLabels) -> Arc<Traffic> {
         let hash = self.hasher.hash_one(&labels);
         let of_hash = |handles: &HashMap<u64, Vec<Arc<Traffic>>>| {

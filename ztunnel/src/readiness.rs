@@ -10,7 +10,8 @@ use std::{
 pub struct Readiness(Arc<Mutex<BTreeMap<&'static str, usize>>>);
 
 impl Readiness {
-    /// Adds a pending task. It is done when the guard is set ready or dropped. Tasks with the same name count separately.
+    /// Adds a pending task. It is done when the guard is set ready or dropped. Tasks with the same
+    /// name count separately.
     pub fn task(&self, name: &'static str) -> ReadyGuard {
         let mut guard = ReadyGuard { readiness: self.clone(), name, pending: false };
         guard.pending();

@@ -3,7 +3,8 @@
 //!
 //! * [`zds`]: watcher (or Istio's CNI agent) → tunnel
 //! * [`ca`]: tunnel → certificate service; the server half is for control planes and tests
-//! * [`discovery`]: control plane → tunnel, the protocol; [`workload`] and [`security`], what it carries
+//! * [`discovery`]: control plane → tunnel, the protocol; [`workload`] and [`security`], what it
+//!   carries
 
 macro_rules! generated {
     ($(#[$meta:meta])* $module:ident, $package:literal) => {

@@ -1,7 +1,9 @@
-//! Every parser of the tunnel that a pod, a peer, the node agent or the control plane can reach, as a function from any
-//! bytes. It must return, in little time, and what it says must agree with itself: that is asserted here.
+//! Every parser of the tunnel that a pod, a peer, the node agent or the control plane can reach, as
+//! a function from any bytes. It must return, in little time, and what it says must agree with
+//! itself: that is asserted here.
 //!
-//! `make fuzz` looks for bytes that break this (libFuzzer, by `src/main.rs`); the tests run what is known, `seeds/TARGET/*`.
+//! `make fuzz` looks for bytes that break this (libFuzzer, by `src/main.rs`); the tests run what is
+//! known, `seeds/TARGET/*`.
 
 use std::sync::OnceLock;
 
@@ -124,7 +126,8 @@ fn dns_query(data: &[u8]) {
     }
 }
 
-/// What the resolver of the outer world, or whoever speaks in its name, sends back: for what we asked, and for itself.
+/// What the resolver of the outer world, or whoever speaks in its name, sends back: for what we
+/// asked, and for itself.
 fn dns_reply(data: &[u8]) {
     let asked = include_bytes!("../seeds/dns_query/a");
     if message::answers(asked, data) {

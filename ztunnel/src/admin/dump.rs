@@ -1,4 +1,5 @@
-//! `/config_dump`: the whole state, under the names of Istio's dump, so that `istioctl ztunnel-config` can read it.
+//! `/config_dump`: the whole state, under the names of Istio's dump, so that `istioctl
+//! ztunnel-config` can read it.
 
 use std::time::SystemTime;
 

@@ -1,5 +1,5 @@
-//! The state at a glance: readiness, pods, connections, certificates, failures.
-//! Served as JSON by `/status`, shown by `ztunnel status` and, for browsers, by [`page`](super::page).
+//! The state at a glance: readiness, pods, connections, certificates, failures. Served as JSON by
+//! `/status`, shown by `ztunnel status` and, for browsers, by [`page`](super::page).
 
 use std::{
     collections::HashMap,

@@ -1,7 +1,8 @@
-//! The page at `/`: pods, connections and certificates at a glance, for a reader who need not know Istio. It loads
-//! nothing, runs no script, and follows the browser's light or dark theme.
+//! The page at `/`: pods, connections and certificates at a glance, for a reader who need not know
+//! Istio. It loads nothing, runs no script, and follows the browser's light or dark theme.
 //!
-//! `maud` escapes every value by its type, so that names chosen by pods, peers and the control plane stay text.
+//! `maud` escapes every value by its type, so that names chosen by pods, peers and the control
+//! plane stay text.
 
 use std::fmt::{self, Display};
 
@@ -147,7 +148,8 @@ fn connections(overview: &Overview) -> Markup {
 fn connection(view: &ConnectionView) -> Markup {
     let (namespace, name) = &view.pod;
     let dialled = view.original_dst.as_deref().unwrap_or_default();
-    // The target is the address that the client wanted, inside the tunnel; the wire shows the other one.
+    // The target is the address that the client wanted, inside the tunnel; the wire shows the other
+    // one.
     let (target, wire) = match view.direction {
         "inbound" => (&*view.actual_dst, dialled),
         _ => (dialled, &*view.actual_dst),

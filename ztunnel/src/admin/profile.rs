@@ -1,7 +1,9 @@
-//! CPU and heap profiles in the format of pprof (`go tool pprof -http : FILE`), with function names.
+//! CPU and heap profiles in the format of pprof (`go tool pprof -http : FILE`), with function
+//! names.
 //!
-//! The kernel takes CPU samples (perf_event_open(2)), not a signal handler, so that code may be interrupted anywhere, also
-//! in the allocator or the unwinder: profiling a busy tunnel is safe. jemalloc samples the heap, once activated.
+//! The kernel takes CPU samples (perf_event_open(2)), not a signal handler, so that code may be
+//! interrupted anywhere, also in the allocator or the unwinder: profiling a busy tunnel is safe.
+//! jemalloc samples the heap, once activated.
 
 use std::{
     io,
@@ -167,7 +169,8 @@ pub(super) struct HeapQuery {
     activate: Option<bool>,
 }
 
-/// Switches heap sampling, if requested, and returns its state. Profiles lack what was allocated while it was off.
+/// Switches heap sampling, if requested, and returns its state. Profiles lack what was allocated
+/// while it was off.
 pub(super) async fn heap_profiling(Query(query): Query<HeapQuery>) -> Response {
     let Some(control) = PROF_CTL.as_ref() else { return no_heap_profiling() };
     let mut control = control.lock().await;

@@ -27,7 +27,8 @@ pub enum ConfigCommand {
         /// The file to check; default: --config.
         file: Option<PathBuf>,
     },
-    /// Prints every key with its effective value and where the value comes from. Secrets are never shown.
+    /// Prints every key with its effective value and where the value comes from. Secrets are never
+    /// shown.
     #[command(after_help = "Examples:
   ztunnel --config /etc/adit/ztunnel.yaml config print
   ztunnel config print -o yaml > ztunnel.yaml        the effective configuration, as a file")]

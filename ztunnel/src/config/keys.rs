@@ -1,8 +1,9 @@
-//! Every configuration key in one table: its name in the file, the environment variable that overrides it (the one of
-//! Istio's tunnel, where that has it), its type, its default and its meaning.
+//! Every configuration key in one table: its name in the file, the environment variable that
+//! overrides it (the one of Istio's tunnel, where that has it), its type, its default and its
+//! meaning.
 //!
-//! To add a key, add a row here and read it in [`super::resolve`]. Checks, suggestions for misspelt keys,
-//! `ztunnel config print` and the table in `docs/configuration.md` follow from the row.
+//! To add a key, add a row here and read it in [`super::resolve`]. Checks, suggestions for misspelt
+//! keys, `ztunnel config print` and the table in `docs/configuration.md` follow from the row.
 
 use std::time::Duration;
 
@@ -11,7 +12,8 @@ use std::time::Duration;
 pub struct ConfigKey {
     /// Name in the file, dotted: `pool.idle` is `idle` of section `pool`.
     pub name: &'static str,
-    /// Environment variable that overrides the file. For a map, the prefix of the variables of its entries.
+    /// Environment variable that overrides the file. For a map, the prefix of the variables of its
+    /// entries.
     pub variable: &'static str,
     /// What a value may be.
     pub kind: ValueKind,

@@ -1,4 +1,5 @@
-//! [`RawSettings`] → [`Config`]: combines the settings, and refuses those that contradict each other.
+//! [`RawSettings`] → [`Config`]: combines the settings, and refuses those that contradict each
+//! other.
 
 use std::{
     collections::BTreeMap,
@@ -50,7 +51,8 @@ impl Config {
         let (empty, vars): (Vec<_>, Vec<_>) = vars.into_iter().partition(|(_, value)| value.is_empty());
         refuse_unsupported(&vars)?;
         let in_kubernetes = vars.iter().any(|(key, _)| key == "KUBERNETES_SERVICE_HOST");
-        // The one variable whose empty value has a meaning: no control plane, even inside Kubernetes.
+        // The one variable whose empty value has a meaning: no control plane, even inside
+        // Kubernetes.
         let without_xds = empty.iter().any(|(key, _)| key == "XDS_ADDRESS");
         let settings = RawSettings::read(file, vars)?;
         resolve(&settings, in_kubernetes, without_xds)
@@ -70,7 +72,8 @@ fn resolve(settings: &RawSettings, in_kubernetes: bool, without_xds: bool) -> Re
     let any = if ipv6 { IpAddr::from(Ipv6Addr::UNSPECIFIED) } else { Ipv4Addr::UNSPECIFIED.into() };
     let keepalive = keepalive(settings)?;
     let stream_window: u32 = settings.number("h2.stream_window_bytes")?;
-    // With room for the windows of all streams, streams whose data is not read never block the others.
+    // With room for the windows of all streams, streams whose data is not read never block the
+    // others.
     let all_windows = stream_window.saturating_mul(H2Config::STREAMS).min(H2Config::LARGEST_WINDOW);
     Ok(Config {
         zds_socket: settings.path("zds.socket"),
@@ -169,7 +172,8 @@ fn proxy_mode(settings: &RawSettings) -> Result<ProxyMode, ConfigError> {
     }
 }
 
-/// `None` unless all three are set: Istio's DaemonSet sets all of them, others may set `POD_NAME` for other purposes.
+/// `None` unless all three are set: Istio's DaemonSet sets all of them, others may set `POD_NAME`
+/// for other purposes.
 fn own_pod(settings: &RawSettings) -> Option<OwnPod> {
     Some(OwnPod {
         name: settings.get("own.pod")?.into(),
@@ -188,8 +192,9 @@ fn local_state(settings: &RawSettings) -> Result<Option<LocalState>, ConfigError
     }
 }
 
-/// With an address, the certificate service; `ca.development` overrides it. Without one, Istio's service inside
-/// Kubernetes, so that a cluster never uses the development CA by accident, and the development CA elsewhere.
+/// With an address, the certificate service; `ca.development` overrides it. Without one, Istio's
+/// service inside Kubernetes, so that a cluster never uses the development CA by accident, and the
+/// development CA elsewhere.
 fn ca(
     settings: &RawSettings,
     mode: &ProxyMode,

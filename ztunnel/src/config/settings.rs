@@ -107,7 +107,8 @@ pub struct Effective {
 
 const HIDDEN: &str = "(hidden)";
 
-/// The values that were set. Empty ones count as not set, since Helm templates often set variables without a value.
+/// The values that were set. Empty ones count as not set, since Helm templates often set variables
+/// without a value.
 #[derive(Debug)]
 pub struct RawSettings {
     file: Option<String>,
@@ -378,7 +379,8 @@ fn in_file(file: &str, name: &str, value: &str, kind: ValueKind) -> ConfigError 
     ConfigError::Invalid { key, value: value.to_owned(), expected: kind.expectation() }
 }
 
-/// The most similar known key, if one is similar enough. Compares with the names of the variables too.
+/// The most similar known key, if one is similar enough. Compares with the names of the variables
+/// too.
 fn nearest(name: &str) -> Option<&'static str> {
     let likeness = |key: &ConfigKey| {
         let last = key.name.rsplit('.').next().unwrap_or(key.name);

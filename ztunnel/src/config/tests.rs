@@ -270,7 +270,8 @@ fn every_row_is_read_and_has_a_default_that_fits() {
     }
 }
 
-/// The table in the documentation is made from the rows: `UPDATE_DOCS=1 cargo test -p ztunnel documentation`.
+/// The table in the documentation is made from the rows: `UPDATE_DOCS=1 cargo test -p ztunnel
+/// documentation`.
 #[test]
 fn the_documentation_has_a_line_for_every_key() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/configuration.md");

@@ -1,7 +1,9 @@
-//! The xDS client: keeps a stream to the control plane open and applies its responses to the [`Store`].
+//! The xDS client: keeps a stream to the control plane open and applies its responses to the
+//! [`Store`].
 //!
-//! While the control plane is unreachable the last known state stays in force. Retries back off as in Istio's tunnel.
-//! The log gets a line when the control plane becomes unreachable, one every 5 minutes, and one when it is back.
+//! While the control plane is unreachable the last known state stays in force. Retries back off as
+//! in Istio's tunnel. The log gets a line when the control plane becomes unreachable, one every 5
+//! minutes, and one when it is back.
 
 use std::{
     collections::BTreeMap,
@@ -72,7 +74,8 @@ enum StreamEnd {
 }
 
 impl DiscoveryClient {
-    /// Connects to nothing yet. `ready` becomes ready when all subscribed resources were received once.
+    /// Connects to nothing yet. `ready` becomes ready when all subscribed resources were received
+    /// once.
     pub fn new(
         config: &XdsConfig,
         defaults: ResourceDefaults,

@@ -1,4 +1,5 @@
-//! Protobuf resource → mesh type. Each resource is validated as a whole, and refused with the field and the reason.
+//! Protobuf resource → mesh type. Each resource is validated as a whole, and refused with the field
+//! and the reason.
 
 use std::{
     collections::BTreeMap,

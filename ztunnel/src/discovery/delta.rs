@@ -1,8 +1,10 @@
-//! The delta xDS protocol for one resource type: requests, responses, and what stays known across streams. Pure.
+//! The delta xDS protocol for one resource type: requests, responses, and what stays known across
+//! streams. Pure.
 //!
-//! Every resource is accepted or refused by itself. A refusal names the resource and the reason; its previous version
-//! stays in force, and so do the other resources of the response. The first request of the next stream lists the
-//! versions held, so that the control plane sends differences only.
+//! Every resource is accepted or refused by itself. A refusal names the resource and the reason;
+//! its previous version stays in force, and so do the other resources of the response. The first
+//! request of the next stream lists the versions held, so that the control plane sends differences
+//! only.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -33,7 +35,8 @@ struct HeldResource {
 }
 
 impl HeldResource {
-    /// Also returns the name to hold it under. A workload's uid and resource name share one allocation.
+    /// Also returns the name to hold it under. A workload's uid and resource name share one
+    /// allocation.
     fn new(name: &str, version: Arc<str>, key: ResourceKey) -> (Arc<str>, Self) {
         match key {
             ResourceKey::Workload(uid) if *uid == *name => (uid, Self { version, key: None }),
@@ -102,9 +105,10 @@ impl Subscription {
         self.held.len()
     }
 
-    /// The first request of a stream, with the versions held. An empty list of names subscribes to everything. With
-    /// `only`, it subscribes to those names alone: it lists the wildcard too and unsubscribes from it at once, because a
-    /// first request without the wildcard and with an empty `only` would mean everything.
+    /// The first request of a stream, with the versions held. An empty list of names subscribes to
+    /// everything. With `only`, it subscribes to those names alone: it lists the wildcard too and
+    /// unsubscribes from it at once, because a first request without the wildcard and with an empty
+    /// `only` would mean everything.
     pub fn initial_request(&self, node: Node, only: Option<Vec<Arc<str>>>) -> DeltaDiscoveryRequest {
         let (mut subscribe, mut unsubscribe) = (Vec::new(), Vec::new());
         if let Some(names) = only {

@@ -1,8 +1,9 @@
 //! On-demand discovery (`xds.on_demand`): subscribes to a name when a connection first needs it.
 //!
-//! A subscription stays: the control plane sends updates and the removal of the resource. Names that do not exist stay
-//! subscribed too; otherwise every connection to an address outside the mesh would wait for the answer again.
-//! Applications choose what they dial, so the number of absent names is bounded: the oldest are unsubscribed first.
+//! A subscription stays: the control plane sends updates and the removal of the resource. Names
+//! that do not exist stay subscribed too; otherwise every connection to an address outside the mesh
+//! would wait for the answer again. Applications choose what they dial, so the number of absent
+//! names is bounded: the oldest are unsubscribed first.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -64,8 +65,8 @@ pub struct UnresolvedName {
 }
 
 impl Demand {
-    /// Subscribes to `name` and waits until the control plane has sent it or reported it absent. `false`: it had
-    /// answered before this call.
+    /// Subscribes to `name` and waits until the control plane has sent it or reported it absent.
+    /// `false`: it had answered before this call.
     ///
     /// # Errors
     /// [`UnresolvedName`]: no answer within 5 s. The subscription stays.
@@ -87,7 +88,8 @@ impl Demand {
             .map(|()| true)
     }
 
-    /// Subscribes to `name`, unless it is subscribed already. Whether the control plane has answered for it.
+    /// Subscribes to `name`, unless it is subscribed already. Whether the control plane has
+    /// answered for it.
     pub fn subscribe(&self, name: &str) -> bool {
         let mut subscribed = self.names();
         if let Some(state) = subscribed.names.get(name) {
@@ -104,7 +106,8 @@ impl Demand {
         self.names().names.get(name).is_none_or(|state| *state != Resolution::Pending)
     }
 
-    /// All subscribed names, for the first request of a stream. Clears what was not sent yet, since it is among them.
+    /// All subscribed names, for the first request of a stream. Clears what was not sent yet, since
+    /// it is among them.
     pub(super) fn all(&self) -> Vec<Arc<str>> {
         let mut subscribed = self.names();
         subscribed.unsent = SubscriptionChange::default();
@@ -122,7 +125,8 @@ impl Demand {
         }
     }
 
-    /// Records that the control plane sent `there` and reported `gone` as absent. Call it after the mesh was updated.
+    /// Records that the control plane sent `there` and reported `gone` as absent. Call it after the
+    /// mesh was updated.
     pub(super) fn record_answers<'a>(
         &self,
         there: impl IntoIterator<Item = &'a str>,

@@ -1,4 +1,5 @@
-//! Shares equal values of many resources: 100,000 workloads have a few hundred namespaces and service accounts.
+//! Shares equal values of many resources: 100,000 workloads have a few hundred namespaces and
+//! service accounts.
 
 use std::{
     borrow::Borrow,

@@ -1,4 +1,5 @@
-//! Client of Istio's certificate service: one call per certificate. Private keys never leave this process.
+//! Client of Istio's certificate service: one call per certificate. Private keys never leave this
+//! process.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,7 +18,8 @@ use super::{
 };
 use crate::{config::ControlPlaneConfig, control_plane::ControlPlane};
 
-/// Time limit of the whole call, since a service that hangs would occupy one of the few concurrent fetches.
+/// Time limit of the whole call, since a service that hangs would occupy one of the few concurrent
+/// fetches.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Requests certificates over one shared channel.

@@ -1,4 +1,5 @@
-//! One valid certificate per local identity: fetched once for all that wait, renewed at half of its lifetime.
+//! One valid certificate per local identity: fetched once for all that wait, renewed at half of its
+//! lifetime.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -27,13 +28,14 @@ use crate::{
 
 /// Concurrent fetches. The control plane may serve many nodes that start at the same time.
 const MAX_FETCHES: usize = 8;
-/// Delays between failed fetches: doubled from the first to the longest, each varied by up to a fifth either way.
+/// Delays between failed fetches: doubled from the first to the longest, each varied by up to a
+/// fifth either way.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(150);
 const RETRY_JITTER: f64 = 0.2;
 
-/// The certificates of the workloads that this process serves. [`run`](Self::run) does all fetching: nothing is
-/// fetched before it runs or after it ended.
+/// The certificates of the workloads that this process serves. [`run`](Self::run) does all
+/// fetching: nothing is fetched before it runs or after it ended.
 pub struct Certificates {
     authority: Box<dyn Authority>,
     slots: Mutex<HashMap<Identity, CertificateSlot>>,
@@ -102,7 +104,8 @@ impl CertificateSlot {
         match fetched {
             Ok(credentials) => {
                 let clock = SystemTime::now();
-                // A certificate that is past half of its lifetime on arrival must not cause a tight loop.
+                // A certificate that is past half of its lifetime on arrival must not cause a tight
+                // loop.
                 let half_life = credentials.half_life_from(clock).max(FIRST_RETRY);
                 self.due = Some(now + half_life);
                 self.expires = now + credentials.expires_in(clock);
@@ -164,7 +167,8 @@ impl Certificates {
     /// The certificate of `identity`: at once if it is valid, else when the fetch ends.
     ///
     /// # Errors
-    /// The error of the last fetch. `run` retries after a delay; calling this again does not shorten it.
+    /// The error of the last fetch. `run` retries after a delay; calling this again does not
+    /// shorten it.
     pub async fn get(&self, identity: &Identity) -> Result<Arc<Credentials>, IdentityError> {
         let mut state = {
             let mut slots = self.slots();
@@ -244,8 +248,8 @@ impl Certificates {
         }
     }
 
-    /// Starts due fetches, the most urgent first, and returns when the next one is due. `None` while the number of
-    /// fetches is at its limit.
+    /// Starts due fetches, the most urgent first, and returns when the next one is due. `None`
+    /// while the number of fetches is at its limit.
     fn start_due(
         &self,
         fetches: &mut JoinSet<(Identity, Result<Credentials, IdentityError>)>,

@@ -22,8 +22,8 @@ use super::{
 
 const H2: &[u8] = b"h2";
 
-/// Cached client configurations, one per set of expected servers: a service or workload that pods of this identity talk
-/// to. When the cache is full it is cleared.
+/// Cached client configurations, one per set of expected servers: a service or workload that pods
+/// of this identity talk to. When the cache is full it is cleared.
 const MAX_CLIENT_CONFIGS: usize = 4096;
 
 /// TLS sessions kept per set of expected servers.
@@ -55,7 +55,8 @@ impl fmt::Debug for Credentials {
 }
 
 impl Credentials {
-    /// `chain` is the leaf and its intermediates. The leaf must be for `identity` and belong to `key`.
+    /// `chain` is the leaf and its intermediates. The leaf must be for `identity` and belong to
+    /// `key`.
     pub(super) fn new(
         identity: Identity,
         chain: Vec<CertificateDer<'static>>,
@@ -118,8 +119,9 @@ impl Credentials {
 
     /// For connecting to a server that must be one of `expected`. Sends no SNI.
     ///
-    /// Sessions are resumed only within one set of expected servers, since a resumed handshake shows no
-    /// certificate to check. Use the peer's address as the server name: it keys the sessions.
+    /// Sessions are resumed only within one set of expected servers, since a resumed handshake
+    /// shows no certificate to check. Use the peer's address as the server name: it keys the
+    /// sessions.
     pub fn client(&self, expected: &[Identity]) -> Arc<ClientConfig> {
         let mut key = expected.to_vec();
         key.sort_unstable();

@@ -1,8 +1,8 @@
 //! A CA inside the process, for demonstrations and tests. Its root key is a file in a folder.
 //!
-//! Two processes (the nodes of a demonstration) may open an empty folder at the same time. Each writes its root to a
-//! temporary file and links it to the final name; one succeeds, the other uses that root. Key and certificate share one
-//! file, so that no reader sees one without the other.
+//! Two processes (the nodes of a demonstration) may open an empty folder at the same time. Each
+//! writes its root to a temporary file and links it to the final name; one succeeds, the other uses
+//! that root. Key and certificate share one file, so that no reader sees one without the other.
 
 use std::{
     fs::{self, OpenOptions},
@@ -120,7 +120,8 @@ fn new_root() -> Result<(String, String), IdentityError> {
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::OrganizationName, "Adit development CA");
-    // With equal names, a leaf of one root would fail against the other with a bad signature, which looks like an attack.
+    // With equal names, a leaf of one root would fail against the other with a bad signature, which
+    // looks like an attack.
     let number = rand::rng().random::<u64>();
     params.distinguished_name.push(DnType::CommonName, format!("root {number:016x}"));
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

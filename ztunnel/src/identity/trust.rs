@@ -1,4 +1,5 @@
-//! Verification of a peer's certificate: its SPIFFE id, besides the chain, dates and key usage that webpki checks.
+//! Verification of a peer's certificate: its SPIFFE id, besides the chain, dates and key usage that
+//! webpki checks.
 
 use std::{fmt, sync::Arc, time::SystemTime};
 
@@ -35,7 +36,8 @@ pub struct TlsParameters {
 }
 
 impl TlsParameters {
-    /// AES-GCM only, as Istio's tunnel; key exchange groups in the order of aws-lc-rs, which prefers X25519MLKEM768.
+    /// AES-GCM only, as Istio's tunnel; key exchange groups in the order of aws-lc-rs, which
+    /// prefers X25519MLKEM768.
     pub fn new(config: TlsConfig) -> Self {
         let mut provider = aws_lc_rs::default_provider();
         provider.cipher_suites.retain(|suite| match suite.suite() {
@@ -66,7 +68,8 @@ impl Default for TlsParameters {
 
 /// The identity of a peer whose handshake succeeded: the first SPIFFE id of its certificate.
 ///
-/// `None` also for a certificate that has expired: a resumed handshake does not call the verifier again.
+/// `None` also for a certificate that has expired: a resumed handshake does not call the verifier
+/// again.
 pub fn peer_identity(certs: Option<&[CertificateDer<'_>]>) -> Option<Identity> {
     let leaf = certs?.first()?;
     let (_, parsed) = X509Certificate::from_der(leaf).ok()?;
@@ -180,7 +183,8 @@ impl ServerCertVerifier for ExpectedServer {
     }
 }
 
-/// Accepts clients whose identity (the first SPIFFE id, which policies use) is in the same trust domain.
+/// Accepts clients whose identity (the first SPIFFE id, which policies use) is in the same trust
+/// domain.
 #[derive(Debug)]
 pub(super) struct TrustedClient {
     chain: Arc<dyn ClientCertVerifier>,

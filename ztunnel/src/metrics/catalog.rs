@@ -1,4 +1,5 @@
-//! Every metric of the tunnel in one table, for `docs/metrics.md`. A test compares it with the registry.
+//! Every metric of the tunnel in one table, for `docs/metrics.md`. A test compares it with the
+//! registry.
 
 /// One metric family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -214,7 +215,8 @@ mod tests {
         assert_eq!(table, scraped);
     }
 
-    /// The table in the documentation is made from the rows: `UPDATE_DOCS=1 cargo test -p ztunnel documentation`.
+    /// The table in the documentation is made from the rows: `UPDATE_DOCS=1 cargo test -p ztunnel
+    /// documentation`.
     #[test]
     fn the_documentation_has_a_line_for_every_metric() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");

@@ -1,6 +1,8 @@
-//! The connections that are open now, for the admin server, and for counting bytes before they close.
+//! The connections that are open now, for the admin server, and for counting bytes before they
+//! close.
 //!
-//! Sharded by thread, so that workers do not contend for a lock when they open and close connections.
+//! Sharded by thread, so that workers do not contend for a lock when they open and close
+//! connections.
 
 use std::{
     cell::Cell,

@@ -1,5 +1,5 @@
-//! `tokio_*`: statistics of the workers' runtimes, as in Istio's tunnel, which has one runtime with many workers where
-//! this one has many runtimes with one worker each.
+//! `tokio_*`: statistics of the workers' runtimes, as in Istio's tunnel, which has one runtime with
+//! many workers where this one has many runtimes with one worker each.
 
 use std::{
     fmt,

@@ -9,7 +9,8 @@ use prometheus_client::{
 
 use super::U64Counter;
 
-/// Istio's traffic labels. Empty values show as `unknown`, except the localities, which are left out.
+/// Istio's traffic labels. Empty values show as `unknown`, except the localities, which are left
+/// out.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct TrafficLabels {
     /// `source` or `destination`.
