@@ -200,7 +200,7 @@ fn prepare(
     for (cookie, _, fd, _) in &readable {
         tools.app_listeners.add(tools.kernel, *cookie, Arc::clone(fd));
     }
-    let results = tools.visitors.visit_each(&readable, |visitor: &Visitor<'_>, (_, netns, fd, sysctls)| {
+    let results = tools.visitors.visit_each(&readable, |visitor: &Visitor, (_, netns, fd, sysctls)| {
         netns_setup::prepare(visitor, fd.as_fd(), sysctls, netns.v6)
     });
     let mut ready = OpenNetns::new();

@@ -73,7 +73,7 @@ impl Sysctls {
     ///
     /// # Errors
     /// The netns cannot be entered, or a sysctl cannot be read.
-    pub fn of(visitor: &Visitor<'_>, netns: BorrowedFd<'_>) -> io::Result<Self> {
+    pub fn of(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<Self> {
         visitor.enter(netns, Self::own)
     }
 
@@ -135,7 +135,7 @@ impl Sysctl {
 ///
 /// # Errors
 /// The netns cannot be entered, or the kernel refused a change.
-pub fn prepare(visitor: &Visitor<'_>, netns: BorrowedFd<'_>, sysctls: &Sysctls, v6: bool) -> io::Result<()> {
+pub fn prepare(visitor: &Visitor, netns: BorrowedFd<'_>, sysctls: &Sysctls, v6: bool) -> io::Result<()> {
     visitor.enter(netns, || {
         let mut requests = Vec::new();
         for family in [Family::V4, Family::V6] {

@@ -13,7 +13,7 @@ use std::{
 };
 
 use adit_ebpf_loader::{own_netns_cookie, own_netns_cookie_by};
-use nix::{sched::CloneFlags, sys::stat::fstat};
+pub use adit_netns::{NetnsId, run_in};
 use procfs::process::{self, Process};
 use rayon::{
     ThreadPool, ThreadPoolBuilder,
@@ -26,7 +26,6 @@ use rtnetlink::{
     },
     sys::{Socket, protocols::NETLINK_ROUTE},
 };
-use serde::{Deserialize, Serialize};
 
 use super::netlink;
 
@@ -34,15 +33,6 @@ const MOST_VISITORS: usize = 4;
 
 /// The interface index of `lo`, which is the first one of every netns.
 pub const LO: u32 = 1;
-
-/// Identifies a netns while something holds it; the kernel reuses the inode numbers of deleted ones.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct NetnsId {
-    /// The device of nsfs.
-    pub dev: u64,
-    /// As in `readlink /proc/PID/ns/net`.
-    pub inode: u64,
-}
 
 /// Properties of a netns.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,8 +50,7 @@ pub struct NetnsFacts {
 /// # Errors
 /// As of fstat(2).
 pub fn id(netns: BorrowedFd<'_>) -> io::Result<NetnsId> {
-    let found = fstat(netns)?;
-    Ok(NetnsId { dev: found.st_dev, inode: found.st_ino })
+    NetnsId::of(netns)
 }
 
 /// The netns that are the node's and not a pod's: our own, and that of the first process.
@@ -73,24 +62,11 @@ pub fn host() -> BTreeSet<NetnsId> {
         .collect()
 }
 
-/// Runs `work` inside `netns`, on a thread of its own that ends with it: a thread that failed to
-/// return home could otherwise do later work in a stranger's network.
-pub fn run_in<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-    thread::scope(|scope| {
-        let worker = thread::Builder::new().name("in-netns".to_owned()).spawn_scoped(scope, move || {
-            nix::sched::setns(netns, CloneFlags::CLONE_NEWNET)?;
-            work()
-        })?;
-        worker.join().unwrap_or_else(|_| Err(io::Error::other("the thread inside the netns panicked")))
-    })
-}
-
 /// Threads that go from netns to netns. A few: entering netns is mostly waiting for the kernel's locks, so more of them
 /// would only wait for each other.
 #[derive(Debug)]
 pub struct Visitors {
     threads: ThreadPool,
-    home: OwnedFd,
 }
 
 impl Visitors {
@@ -99,52 +75,34 @@ impl Visitors {
         let named = ThreadPoolBuilder::new().thread_name(|number| format!("visitor-{number}"));
         let cores = thread::available_parallelism().map_or(MOST_VISITORS, usize::from);
         let threads = named.num_threads(cores.min(MOST_VISITORS)).build().map_err(io::Error::other)?;
-        Ok(Self { threads, home: File::open("/proc/thread-self/ns/net")?.into() })
+        Ok(Self { threads })
     }
 
     /// Does `work` for every item and gives the results in the items' order.
     pub fn visit_each<I: Sync, T: Send>(
         &self,
         items: &[I],
-        work: impl Fn(&Visitor<'_>, &I) -> T + Sync,
+        work: impl Fn(&Visitor, &I) -> T + Sync,
     ) -> Vec<T> {
         if items.is_empty() {
             return Vec::new();
         }
-        let visitor = Visitor { home: &self.home };
-        self.threads.install(|| items.par_iter().with_max_len(1).map(|item| work(&visitor, item)).collect())
+        self.threads
+            .install(|| items.par_iter().with_max_len(1).map(|item| work(&Visitor(()), item)).collect())
     }
 }
 
 /// What one of these threads can do.
 #[derive(Debug)]
-pub struct Visitor<'a> {
-    home: &'a OwnedFd,
-}
+pub struct Visitor(());
 
-impl Visitor<'_> {
+impl Visitor {
     /// Runs `work` inside `netns`, then returns home, since a netns lives on while a thread is in it.
     ///
     /// # Errors
     /// The netns cannot be entered, or those of `work`.
     pub fn enter<T>(&self, netns: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        nix::sched::setns(netns, CloneFlags::CLONE_NEWNET)?;
-        let _home = ReturnHome(self.home);
-        work()
-    }
-}
-
-/// Brings the thread home when dropped, on panic too.
-struct ReturnHome<'a>(&'a OwnedFd);
-
-impl Drop for ReturnHome<'_> {
-    fn drop(&mut self) {
-        if let Err(error) = nix::sched::setns(self.0, CloneFlags::CLONE_NEWNET) {
-            // As the tunnel does: a thread that runs on in one pod's netns would do another pod's work there.
-            // No result can be trusted then, and the kernel's links keep traffic as it is without us.
-            tracing::error!(%error, "cannot return from a pod's netns");
-            std::process::abort();
-        }
+        adit_netns::enter(netns, work)
     }
 }
 
@@ -152,7 +110,7 @@ impl Drop for ReturnHome<'_> {
 ///
 /// # Errors
 /// It cannot be entered (`CAP_SYS_ADMIN`) or queried.
-pub fn facts(visitor: &Visitor<'_>, netns: BorrowedFd<'_>) -> io::Result<NetnsFacts> {
+pub fn facts(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<NetnsFacts> {
     let id = id(netns)?;
     visitor.enter(netns, || {
         let socket = netlink::socket(NETLINK_ROUTE)?;
@@ -251,7 +209,7 @@ mod tests {
     #[ignore = "makes a netns, needs root: make test"]
     fn the_addresses_are_those_of_the_interfaces_own_ends() {
         let netns = thread::spawn(|| {
-            nix::sched::unshare(CloneFlags::CLONE_NEWNET)?;
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
             for line in [
                 "link set lo up",
                 "addr add 10.9.9.9/32 dev lo",

@@ -67,7 +67,7 @@ pub struct Look {
 /// # Errors
 /// The cgroup tree or a netns cannot be read.
 pub fn observe(
-    visitor: &Visitor<'_>,
+    visitor: &Visitor,
     cgroup: &Path,
     addresses: &BTreeSet<IpAddr>,
     host: &BTreeSet<NetnsId>,
