@@ -23,7 +23,7 @@
 //! * [`identity`]: SPIFFE ids, certificates, verification of peers
 //! * [`control_plane`]: gRPC channels to a control plane
 //! * [`socket`]: the few socket options that carry the design
-//! * [`drain`]: shutdown
+//! * [`drain`]: how the process shuts down
 //! * [`reason`], [`readiness`], [`direction`], [`backoff`], [`error_chain`], [`file_version`]: values that others
 //!   share
 //! * [`config`]: the configuration
