@@ -1,11 +1,16 @@
 //! Original destinations, and flows that pass untouched.
 
-use crate::{address::Address, plain_data};
+use crate::{
+    address::{Address, UNSPECIFIED},
+    plain_data,
+};
 
-/// An address and a port: where an application wanted to go.
+/// An address and a port, such as where an application wanted to go.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Destination {
+    /// IPv4 in mapped form.
     pub address: Address,
     /// Host byte order.
     pub port: u16,
@@ -13,18 +18,41 @@ pub struct Destination {
     pub pad: u16,
 }
 
-/// A connection as its opener sees it. Key of `original_dst` (value [`Destination`]) and of
-/// `tunnel_flows` (value `u64`: the cookie of the netns that the tunnel's socket lives in).
+impl Destination {
+    /// No destination. A value with port 0, and not `None`: on older kernels the verifier refuses programs that read
+    /// stack which they never wrote (5.10 does), and the compiler makes such a read of an absent payload.
+    pub const NOWHERE: Self = Self::new(UNSPECIFIED, 0);
+
+    /// `port` at `address`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(address: Address, port: u16) -> Self {
+        Self { address, port, pad: 0 }
+    }
+
+    /// Whether this is a destination at all: port 0 is none.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_somewhere(&self) -> bool {
+        self.port != 0
+    }
+}
+
+/// A connection as its opener sees it. Key of `original_dst` (value [`Destination`]) and of `tunnel_flows` (value
+/// `u64`: the cookie of the netns that the tunnel's socket lives in).
 ///
-/// A flow of `tunnel_flows` passes `sk_lookup` in the netns that it came from only: when the tunnel dials
-/// on behalf of one pod of the node another one, the other's inbound policy must still see it.
+/// A flow in `tunnel_flows` passes `sk_lookup` only in the netns that it came from: when the tunnel dials one pod of
+/// the node on behalf of another, the inbound policy of the dialled pod must still see it.
 ///
-/// In `original_dst` the remote end is the pod's own address (the redirect's target), which no two
-/// pods of a node share; so a pod can only ever write keys of its own.
+/// In `original_dst` the remote end is the pod's own address (the target of the redirect), which no two pods of a node
+/// share. So a pod can only write keys of its own.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Flow {
+    /// The opener's address.
     pub local: Address,
+    /// The address that it dialled.
     pub remote: Address,
     /// Host byte order.
     pub local_port: u16,
@@ -32,29 +60,42 @@ pub struct Flow {
     pub remote_port: u16,
 }
 
-/// What the programs remember of one socket, in a socket storage map: it lives and dies with the
-/// socket, so it can be neither evicted nor mistaken for another's.
+impl Flow {
+    /// The same connection as the other end sees it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reversed(&self) -> Self {
+        Self {
+            local: self.remote,
+            remote: self.local,
+            local_port: self.remote_port,
+            remote_port: self.local_port,
+        }
+    }
+}
+
+/// What the programs remember of one socket. Value of the socket storage `socket_state`: it lives and dies with the
+/// socket, so the kernel cannot evict it, and no other socket can get it.
 ///
-/// * on an application's socket: where it wanted to go, set by connect, read by getpeername
-/// * on the tunnel's listeners: the netns, set when they are created
-/// * on a socket by which the tunnel dials: whether it is one of `deliveries` (by netns cookie, how many of the tunnel's
-///   connections need the netns prepared: those that speak from an address that is not the pod's, and those to the pod,
-///   for which the tunnel is going to dial so)
-/// * on a socket that the tunnel accepted: from the pod, the original destination, moved there from `original_dst`; to
-///   the pod, that it is one of `deliveries`
+/// * on an application's socket: where it wanted to go, written by connect, read by getpeername
+/// * on the tunnel's listeners: the netns, written when they are created
+/// * on a socket by which the tunnel dials: whether it is one of `pinned_connections`
+/// * on a socket that the tunnel accepted from the pod: the original destination, moved there from `original_dst`
+/// * on a socket that the tunnel accepted for the pod: that it is one of `pinned_connections`
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct SocketState {
-    /// The cookie of the netns that the socket was created in; 0: not noted.
+    /// The cookie of the netns that the socket was created in; 0: not recorded.
     pub netns_cookie: u64,
     /// Where the application wanted to go; port 0: not redirected.
     pub original: Destination,
     /// Where it was redirected to instead.
     pub redirect: Destination,
-    /// 1: counted in `deliveries`.
-    pub delivers: u32,
+    /// 1: counted in `pinned_connections`.
+    pub pins_netns: u32,
     /// Always zero.
     pub pad: u32,
 }
 
-plain_data!(Destination: 20, Flow: 36, SocketState: 56);
+plain_data!(Destination, Flow, SocketState);

@@ -1,30 +1,48 @@
-//! What the kernel programs and user space share: the keys and values of the maps.
+//! What the kernel programs and user space share: the maps, their keys and values, and the decisions.
 //!
-//! A module uses only modules below it in this list (a test checks it):
-//!
-//! * [`pods`]: which cgroup is which pod, and what is done with its traffic
-//! * [`trace`]: one record per verdict, while a tracer is attached
+//! * [`decide`]: the two decision lists, over what the caller knows
+//! * [`maps`]: one table of all maps
+//! * [`lifecycle`]: events of cgroups and processes
+//! * [`trace`]: one record per verdict, while somebody watches
+//! * [`settings`]: what applies to the whole node, switchable at run time
+//! * [`exclusions`]: which connections of a pod stay outside the mesh
+//! * [`enrolment`]: which cgroup is which pod, and what happens to its traffic
+//! * [`listeners`]: who listens where
 //! * [`flows`]: original destinations, and flows that pass untouched
-//! * [`settings`]: what holds for the whole node, switchable at run time
-//! * [`lifecycle`]: what happens to cgroups and processes
 //! * [`address`]: one 16-byte form for both address families
 //!
-//! Integers and byte arrays only, every layout asserted: kernel and user space are compiled apart.
+//! Keys and values hold integers and byte arrays only. Kernel and user space compile them apart, so every field
+//! stands where `repr(C)` puts it, and the derives of `zerocopy` refuse a type with hidden padding.
 #![no_std]
+#![expect(
+    clippy::inline_always,
+    reason = "before it inlines, the verifier sees calls that share 512 bytes of stack"
+)]
+
+#[cfg(any(test, feature = "plain"))]
+extern crate alloc;
 
 pub mod address;
+pub mod decide;
+pub mod enrolment;
+pub mod exclusions;
 pub mod flows;
 pub mod lifecycle;
-pub mod pods;
+pub mod listeners;
+pub mod maps;
 pub mod settings;
 pub mod trace;
 
-/// Marks a type as plain data for aya, in user space only.
+/// Marks types as plain data for aya, in user space only.
 macro_rules! plain_data {
-    ($($type:ty: $size:literal),+ $(,)?) => {$(
-        const _: () = assert!(size_of::<$type>() == $size);
-        // SAFETY: `repr(C)`, integers and byte arrays only; the size asserted above is the sum of the
-        // fields, so there is no implicit padding.
+    ($($type:ty),+ $(,)?) => {$(
+        #[cfg(feature = "user")]
+        const _: () = {
+            const fn is_plain<T: zerocopy::FromBytes + zerocopy::IntoBytes + zerocopy::Immutable>() {}
+            is_plain::<$type>();
+        };
+        // SAFETY: any bytes are a value of the type (`FromBytes`), all bytes of a value are initialised, since it has
+        // no padding (`IntoBytes`), and it shares no mutable state (`Immutable`): the derives prove all three.
         #[cfg(feature = "user")]
         #[expect(unsafe_code, reason = "aya's marker for plain data is an unsafe trait")]
         unsafe impl aya::Pod for $type {}

@@ -29,6 +29,7 @@ pub fn name(bytes: &[u8]) -> Option<Name> {
 /// `prefix_len` of [`PREFIX_BYTES`] nothing is.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Scope {
     /// Only cgroups whose path, as the kernel tells it, begins so.
     pub prefix: [u8; PREFIX_BYTES],
@@ -43,6 +44,7 @@ pub struct Scope {
 /// One cgroup was made, removed, or given a process.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct PathEvent {
     /// A [`Kind`].
     pub kind: u32,
@@ -57,6 +59,7 @@ pub struct PathEvent {
 /// A process began another program. Not every one is told.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct ProcessEvent {
     /// A [`Kind`].
     pub kind: u32,
@@ -66,7 +69,7 @@ pub struct ProcessEvent {
     pub cgroup_id: u64,
 }
 
-plain_data!(Scope: 208, PathEvent: 496, ProcessEvent: 16);
+plain_data!(Scope, PathEvent, ProcessEvent);
 
 /// What happened.
 #[repr(u32)]

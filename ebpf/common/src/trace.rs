@@ -2,15 +2,20 @@
 
 use crate::{address::Address, plain_data};
 
+/// One verdict, as the pod sees the connection.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct TraceRecord {
-    /// The cgroup id of the calling task; 0 where none calls (`sk_lookup`).
+    /// The cgroup id of the calling task; 0 where no task calls (`sk_lookup`).
     pub cgroup_id: u64,
+    /// The pod's address.
     pub local: Address,
+    /// The address at the other end.
     pub remote: Address,
-    /// Host byte order.
+    /// Host byte order; 0 for a connect, whose port is not chosen yet.
     pub local_port: u16,
+    /// Host byte order.
     pub remote_port: u16,
     /// A [`Hook`].
     pub hook: u16,
@@ -18,7 +23,7 @@ pub struct TraceRecord {
     pub rule: u16,
 }
 
-plain_data!(TraceRecord: 48);
+plain_data!(TraceRecord);
 
 /// Numbers with names: what is stored is the number, what people read is the name.
 macro_rules! numbered {
@@ -35,6 +40,7 @@ macro_rules! numbered {
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $text,)+ }
             }
+            /// The one with this number, if there is one.
             #[must_use]
             pub const fn from_number(number: u16) -> Option<Self> {
                 match number { $($number => Some(Self::$variant),)+ _ => None }
@@ -55,7 +61,7 @@ numbered! {
 }
 
 numbered! {
-    /// The rule that decided, by the lists of `decide.rs`.
+    /// The rule that decided, of the lists in [`crate::decide`].
     Rule {
         NotTcp = 0, "leave: not TCP";
         Loopback = 1, "leave: loopback";
@@ -75,7 +81,7 @@ numbered! {
         SteerHbone = 15, "steer to HBONE";
         SteerPlain = 16, "steer to plaintext inbound";
         DropReserved = 17, "refuse: reserved port";
-        Names = 18, "redirect: DNS query to the tunnel";
+        DnsRedirect = 18, "redirect: DNS query to the tunnel";
         NotListening = 19, "refuse: nobody listens on the port";
     }
 }

@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use adit_ebpf_common::maps::TRACE;
 use aya::{Ebpf, EbpfLoader, maps::RingBuf};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
@@ -31,9 +32,9 @@ impl Kernel {
         for dir in [&links_dir, &maps_dir] {
             fs::create_dir_all(dir).map_err(KernelError::pin("create", dir))?;
         }
-        maps::unpin_incompatible(&maps_dir)?;
+        maps::adopt_or_unpin(&maps_dir)?;
         let mut loader = EbpfLoader::new();
-        for map in object::MAPS {
+        for map in maps::pinned() {
             loader.map_pin_path(map.name, maps_dir.join(map.name));
         }
         let mut object =
@@ -67,7 +68,7 @@ impl Kernel {
     /// Steers no more what arrives there, and forgets who listens there. Idempotent.
     pub fn unsteer(&mut self, netns_cookies: &BTreeSet<u64>) -> Result<(), KernelError> {
         links::unsteer(&links::folder(&self.pins), netns_cookies)?;
-        self.forget_listened(netns_cookies)
+        self.forget_app_listeners(netns_cookies)
     }
 
     /// The cookies of the netns that are steered, in no order. A netns that has ended stays listed until
@@ -79,7 +80,7 @@ impl Kernel {
     /// A reader of the verdicts, which [`adit_ebpf_common::settings::Settings::debug`] switches on.
     pub fn trace(&self) -> Result<Trace, KernelError> {
         let map = maps::trace(&maps::folder(&self.pins))?;
-        RingBuf::try_from(map).map(Trace).map_err(KernelError::map("open", "trace"))
+        RingBuf::try_from(map).map(Trace).map_err(KernelError::map("open", TRACE.name))
     }
 }
 

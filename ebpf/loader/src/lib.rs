@@ -1,17 +1,27 @@
 //! Loads the kernel programs, attaches them, and owns their maps. The only user of aya.
 //!
-//! * [`Kernel`]: everything that one node has in the kernel, pinned in one folder of a bpffs
-//! * [`Trace`]: the verdicts, while somebody watches
-//! * [`Lifecycle`]: what happens to cgroups and processes
-//! * [`own_netns_cookie`], [`own_netns_cookie_by`]: which netns this thread is in, on old kernels too
-//! * [`preflight`]: what this machine lacks, asked without leaving a trace
-//! * [`KernelError`]: what was tried, on what, and what helps
+//! A module uses only modules below it in this list (a test checks it):
 //!
-//! Pinned links and maps outlive this process. A successor adopts the maps with their contents and
-//! replaces the programs of the links in place, so that there is neither a gap nor a moment with two.
+//! * [`preflight`]: what this machine lacks, found without leaving a trace
+//! * [`explain`]: which rule would decide about a connection, from the maps as they are
+//! * [`remove`]: takes everything away again
+//! * [`lifecycle`]: events of cgroups and processes
+//! * [`kernel`]: everything that one node has in the kernel, pinned in one folder of a bpffs
+//! * [`links`]: attaches programs, and replaces them in place
+//! * [`maps`]: adopts maps, reads and writes them
+//! * [`trace`]: the verdicts of the programs, while somebody watches
+//! * [`netns_cookie`]: which netns this thread is in, on old kernels too
+//! * [`object`]: the compiled programs and where they are attached
+//! * [`sys`]: system calls that no crate wraps
+//! * [`btf`]: where the running kernel's structures have their members
+//! * [`error`]: what was tried, on what, and what helps
+//!
+//! Pinned links and maps outlive this process. A successor adopts the maps with their contents and replaces the programs
+//! of the links in place, so that at every moment exactly one program decides.
 
 mod btf;
 mod error;
+mod explain;
 mod kernel;
 mod lifecycle;
 mod links;
@@ -29,3 +39,11 @@ pub use lifecycle::{Lifecycle, LifecycleEvent};
 pub use netns_cookie::{own_netns_cookie, own_netns_cookie_by};
 pub use remove::Removed;
 pub use trace::Trace;
+
+#[cfg(test)]
+mod order {
+    #[test]
+    fn modules_use_only_what_stands_below_them() {
+        testbed::module_order::assert_one_way(env!("CARGO_MANIFEST_DIR"));
+    }
+}

@@ -1,41 +1,44 @@
 //! What happens to cgroups and processes below the pods' cgroup, as the kernel tells it.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fmt, fs,
     fs::File,
     os::{
         fd::{AsFd, BorrowedFd},
-        unix::ffi::OsStringExt as _,
+        unix::ffi::{OsStrExt as _, OsStringExt as _},
     },
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use adit_ebpf_common::{
-    lifecycle::{Kind, Name, PATH_BYTES, PREFIX_BYTES, PathEvent, ProcessEvent, Scope},
-    pods::CgroupInfo,
+    enrolment::CgroupInfo,
+    lifecycle::{Kind, Name, PREFIX_BYTES, PathEvent, ProcessEvent, Scope},
+    maps,
 };
 use aya::{
     Ebpf,
     maps::{Array, CgroupArray, Map, MapData, MapError, PerCpuArray, RingBuf},
     programs::{Program, ProgramError, RawTracePoint},
 };
+use zerocopy::FromBytes as _;
 
 use crate::{Kernel, KernelError, btf::Btf};
 
 /// The programs, and the tracepoints that they are attached to.
 const PROGRAMS: [(&str, &str); 5] = [
     ("adit_cgroup_made", "cgroup_mkdir"),
-    ("adit_cgroup_gone", "cgroup_rmdir"),
-    ("adit_cgroup_join", "cgroup_attach_task"),
-    ("adit_cgroup_full", "cgroup_notify_populated"),
+    ("adit_cgroup_removed", "cgroup_rmdir"),
+    ("adit_cgroup_attach", "cgroup_attach_task"),
+    ("adit_cgroup_populated", "cgroup_notify_populated"),
     ("adit_exec", "sched_process_exec"),
 ];
-const RING: &str = "lifecycle";
-const SCOPE: &str = "lifecycle_scope";
-const BASE: &str = "lifecycle_base";
-const LOST: &str = "lifecycle_lost";
+const RING: &str = maps::LIFECYCLE.name;
+const SCOPE: &str = maps::LIFECYCLE_SCOPE.name;
+const BASE: &str = maps::LIFECYCLE_BASE.name;
+const LOST: &str = maps::LIFECYCLE_LOST.name;
+const EXPECTED: &str = maps::EXPECTED_PODS.name;
 /// An event of our own making is there at once, or will never be.
 const PROOF_WITHIN: Duration = Duration::from_secs(1);
 
@@ -82,12 +85,12 @@ impl Kernel {
 
     /// Closes every cgroup of this name below the scope as it is made, with `info`.
     pub fn expect_pod(&mut self, name: &Name, info: &CgroupInfo) -> Result<(), KernelError> {
-        self.insert("expected_pods", *name, info)
+        self.insert(EXPECTED, *name, info)
     }
 
     /// A missing entry is fine.
     pub fn expect_pod_no_more(&mut self, name: &Name) -> Result<(), KernelError> {
-        self.take::<Name, CgroupInfo>("expected_pods", name)
+        self.take::<Name, CgroupInfo>(EXPECTED, name)
     }
 
     fn map_mut(&mut self, name: &'static str) -> Result<&mut Map, KernelError> {
@@ -131,7 +134,7 @@ impl Kernel {
         while Instant::now() < deadline {
             while let Some(event) = lifecycle.ring.next() {
                 if let Some((Kind::Removed, path, _)) = parse_path(&event)
-                    && let Some(base) = path.strip_suffix(own.as_bytes())
+                    && let Some(base) = path.as_bytes().strip_suffix(own.as_bytes())
                 {
                     return Ok(base.to_owned());
                 }
@@ -148,9 +151,9 @@ impl Lifecycle {
         loop {
             let event = self.ring.next()?;
             if let Some((kind, path, closed)) = parse_path(&event) {
-                let below = path.strip_prefix(self.base_in_kernel.as_slice());
+                let below = path.as_bytes().strip_prefix(self.base_in_kernel.as_slice());
                 if let Some(below) = below.and_then(|below| below.strip_prefix(b"/")) {
-                    let path = self.base.join(OsString::from_vec(below.to_vec()));
+                    let path = self.base.join(OsStr::from_bytes(below));
                     return Some(LifecycleEvent::Cgroup { path, kind, closed });
                 }
             } else if let Some((kind, cgroup_id)) = parse_process(&event) {
@@ -208,25 +211,16 @@ fn attach(object: &mut Ebpf, name: &'static str, tracepoint: &str) -> Result<(),
     attached.map_err(|source| KernelError::Load { program: name, source: Box::new(source) })
 }
 
-/// Kind, path and, where it was closed at once, id of a cgroup.
-fn parse_path(event: &[u8]) -> Option<(Kind, &[u8], Option<u64>)> {
-    if event.len() != size_of::<PathEvent>() {
-        return None;
-    }
-    let (kind, closed) = (word(event, 0)?, word(event, 4)?);
-    let id = u64::from_ne_bytes(event.get(8..16)?.try_into().ok()?);
-    let path = event.get(16..16 + PATH_BYTES)?;
-    let end = path.iter().position(|byte| *byte == 0)?;
-    Some((Kind::from_number(kind)?, &path[..end], (closed != 0).then_some(id)))
+/// Kind, path and, if it was closed at once, id of a cgroup.
+fn parse_path(event: &[u8]) -> Option<(Kind, OsString, Option<u64>)> {
+    // The two kinds of events differ in size.
+    let event = PathEvent::read_from_bytes(event).ok()?;
+    let end = event.path.iter().position(|byte| *byte == 0)?;
+    let path = OsString::from_vec(event.path[..end].to_vec());
+    Some((Kind::from_number(event.kind)?, path, (event.closed != 0).then_some(event.cgroup_id)))
 }
 
 fn parse_process(event: &[u8]) -> Option<(Kind, u64)> {
-    if event.len() != size_of::<ProcessEvent>() {
-        return None;
-    }
-    Some((Kind::from_number(word(event, 0)?)?, u64::from_ne_bytes(event.get(8..16)?.try_into().ok()?)))
-}
-
-fn word(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+    let event = ProcessEvent::read_from_bytes(event).ok()?;
+    Some((Kind::from_number(event.kind)?, event.cgroup_id))
 }

@@ -15,7 +15,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use aya::{Ebpf, programs::loaded_programs};
+use aya::{
+    Ebpf,
+    programs::{
+        links::{FdLink, PinnedLink},
+        loaded_programs,
+    },
+};
+use aya_obj::generated::bpf_attach_type;
 
 use crate::{
     KernelError,
@@ -104,7 +111,7 @@ fn ensure(
     let fd = fd.as_fd();
     match sys::pinned(&path) {
         Ok(link) => {
-            if sys::link_program_id(link.as_fd()).map_err(&failed)? == id {
+            if program_of(&path).map_err(&failed)? == id {
                 return Ok(());
             }
             match sys::link_update(link.as_fd(), fd) {
@@ -131,8 +138,14 @@ fn ensure(
     sys::pin(link.as_fd(), &path).map_err(KernelError::pin("pin the link", path))
 }
 
+/// The id of the program that the link pinned at `path` runs.
+fn program_of(path: &Path) -> io::Result<u32> {
+    let info = PinnedLink::from_pin(path).map(FdLink::from).and_then(|link| link.info());
+    info.map(|info| info.program_id()).map_err(io::Error::other)
+}
+
 /// The program at `cgroup` or above it which was attached so that no other may be below, in words.
-pub fn culprit(cgroup: &Path, attach_type: u32) -> Option<String> {
+pub fn culprit(cgroup: &Path, attach_type: bpf_attach_type) -> Option<String> {
     for dir in cgroup.ancestors() {
         // Above the mount of cgroup v2 the query fails.
         let (programs, flags) = File::open(dir).and_then(|dir| sys::attached(&dir, attach_type)).ok()?;

@@ -8,44 +8,68 @@ use std::{
 
 use adit_ebpf_common::{
     address::Address,
-    pods::{CgroupInfo, ExcludedCidr, ExcludedPort, ListenerKey, PodRecord},
+    enrolment::{CgroupInfo, PodRecord},
+    exclusions::{ExcludedCidr, ExcludedPort},
+    listeners::{AppListenerState, ListenerKey},
+    maps::{
+        self, APP_LISTENER_STATE, APP_LISTENERS, CGROUP_INFO, EXCLUDED_CIDRS, EXCLUDED_PORTS, MapSpec,
+        PINNED_CONNECTIONS, POD_BY_ADDR, SETTINGS, TRACE, TUNNEL_LISTENERS,
+    },
     settings::Settings,
 };
 use aya::{
     Ebpf, Pod,
-    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, SockHash, lpm_trie::Key},
 };
-use tracing::warn;
+use tracing::{info, warn};
 
-use crate::{
-    Kernel, KernelError,
-    object::{MAPS, MapLayout},
-};
+use crate::{Kernel, KernelError};
 
 /// The folder of maps in `pins`.
-pub fn folder(pins: &Path) -> PathBuf {
+pub(crate) fn folder(pins: &Path) -> PathBuf {
     pins.join("maps")
 }
 
-/// Unpins maps that a build with other layouts left. Programs that still run keep theirs until their
-/// links are given new programs; the watcher fills the new ones from what it observes.
-pub fn unpin_incompatible(folder: &Path) -> Result<(), KernelError> {
-    for MapLayout { name, key_size, value_size } in MAPS {
-        let path = folder.join(name);
-        if !path.exists() {
-            continue;
+/// The maps that are pinned.
+pub(crate) fn pinned() -> impl Iterator<Item = &'static MapSpec> {
+    maps::ALL.iter().filter(|map| map.pinned)
+}
+
+/// Makes the pins of earlier builds fit: a map that only changed its name is adopted, one of another layout, or that this
+/// build does not have, is unpinned. Programs that still run keep their maps until their links get new programs; the
+/// watcher fills the new maps from what it observes.
+///
+/// # Errors
+/// A pin cannot be listed, read, renamed or removed.
+pub(crate) fn adopt_or_unpin(folder: &Path) -> Result<(), KernelError> {
+    for map in pinned() {
+        let (Some(formerly), path) = (map.formerly, folder.join(map.name)) else { continue };
+        let old = folder.join(formerly);
+        if old.exists() && !path.exists() {
+            info!(map = map.name, formerly, "adopting a map by its earlier name");
+            fs::rename(&old, &path).map_err(KernelError::pin("rename", old))?;
         }
-        let info = MapInfo::from_pin(&path).map_err(KernelError::map("open pinned", name))?;
-        if info.key_size() as usize != key_size || info.value_size() as usize != value_size {
-            warn!(map = name, path = %path.display(), "replacing a map of another version");
-            fs::remove_file(&path).map_err(KernelError::pin("unpin", path))?;
+    }
+    for entry in fs::read_dir(folder).map_err(KernelError::pin("list", folder))? {
+        let path = entry.map_err(KernelError::pin("list", folder))?.path();
+        let map = pinned().find(|map| path.file_name().is_some_and(|name| name == map.name));
+        if let Some(map) = map {
+            let info = MapInfo::from_pin(&path).map_err(KernelError::map("open pinned", map.name))?;
+            if (info.key_size() as usize, info.value_size() as usize) == (map.key.size, map.value.size) {
+                continue;
+            }
         }
+        warn!(path = %path.display(), "replacing a map of another version");
+        fs::remove_file(&path).map_err(KernelError::pin("unpin", path))?;
     }
     Ok(())
 }
 
 /// Removes every map in `folder`; how many there were.
-pub fn remove_all(folder: &Path) -> Result<usize, KernelError> {
+///
+/// # Errors
+/// A pin cannot be listed or removed.
+pub(crate) fn remove_all(folder: &Path) -> Result<usize, KernelError> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
@@ -60,129 +84,248 @@ pub fn remove_all(folder: &Path) -> Result<usize, KernelError> {
     Ok(count)
 }
 
-const CGROUPS: &str = "cgroup_info_map";
-const PODS: &str = "pod_by_addr";
-const SETTINGS: &str = "settings";
-const PORTS: &str = "excluded_ports";
-const CIDRS: &str = "excluded_cidrs";
-const LISTENED: &str = "listened";
-const DELIVERIES: &str = "deliveries";
-
-/// The maps that the watcher writes.
+/// The maps that the watcher reads and writes. All return [`KernelError::Map`] if the kernel refuses.
 impl Kernel {
+    /// What applies to the whole node.
+    ///
+    /// # Errors
+    /// The map cannot be read.
     pub fn settings(&self) -> Result<Settings, KernelError> {
-        let failed = |error| KernelError::map("read", SETTINGS)(error);
-        let map = Array::<_, Settings>::try_from(find(&self.object, SETTINGS)).map_err(failed)?;
+        let failed = |error| KernelError::map("read", SETTINGS.name)(error);
+        let map = Array::<_, Settings>::try_from(find(&self.object, SETTINGS.name)).map_err(failed)?;
         map.get(&0, 0).map_err(failed)
     }
 
+    /// Switches the settings of the whole node, at once.
+    ///
+    /// # Errors
+    /// The map cannot be written.
     pub fn set_settings(&mut self, settings: &Settings) -> Result<(), KernelError> {
-        let failed = |error| KernelError::map("write", SETTINGS)(error);
-        let mut map = Array::<_, Settings>::try_from(find_mut(&mut self.object, SETTINGS)).map_err(failed)?;
+        let failed = |error| KernelError::map("write", SETTINGS.name)(error);
+        let mut map =
+            Array::<_, Settings>::try_from(find_mut(&mut self.object, SETTINGS.name)).map_err(failed)?;
         map.set(0, settings, 0).map_err(failed)
     }
 
+    /// Writes what a cgroup stands for.
+    ///
+    /// # Errors
+    /// The map cannot be written, or is full.
     pub fn set_cgroup(&mut self, cgroup_id: u64, info: &CgroupInfo) -> Result<(), KernelError> {
-        self.insert(CGROUPS, cgroup_id, info)
+        self.insert(CGROUP_INFO.name, cgroup_id, info)
     }
 
-    /// A missing entry is fine.
+    /// Removes a cgroup's entry, if there is one.
+    ///
+    /// # Errors
+    /// The map cannot be written.
     pub fn remove_cgroup(&mut self, cgroup_id: u64) -> Result<(), KernelError> {
-        self.take::<u64, CgroupInfo>(CGROUPS, &cgroup_id)
+        self.take::<u64, CgroupInfo>(CGROUP_INFO.name, &cgroup_id)
     }
 
+    /// All cgroups with their entries, in no order.
+    ///
+    /// # Errors
+    /// The map cannot be read.
     pub fn cgroups(&self) -> Result<Vec<(u64, CgroupInfo)>, KernelError> {
-        self.list(CGROUPS)
+        self.list(CGROUP_INFO.name)
     }
 
+    /// Writes which pod has an address.
+    ///
+    /// # Errors
+    /// The map cannot be written, or is full.
     pub fn set_pod(&mut self, address: Address, record: &PodRecord) -> Result<(), KernelError> {
-        self.insert(PODS, address, record)
+        self.insert(POD_BY_ADDR.name, address, record)
     }
 
-    /// A missing entry is fine.
+    /// Removes an address, if it is there.
+    ///
+    /// # Errors
+    /// The map cannot be written.
     pub fn remove_pod(&mut self, address: Address) -> Result<(), KernelError> {
-        self.take::<Address, PodRecord>(PODS, &address)
+        self.take::<Address, PodRecord>(POD_BY_ADDR.name, &address)
     }
 
+    /// All addresses of pods with their records, in no order.
+    ///
+    /// # Errors
+    /// The map cannot be read.
     pub fn pods(&self) -> Result<Vec<(Address, PodRecord)>, KernelError> {
-        self.list(PODS)
+        self.list(POD_BY_ADDR.name)
     }
 
-    /// How many connections of tunnels in that netns need it prepared: those that speak from an address that is not its
-    /// pod's, and those to the pod, for which they are going to speak so.
-    pub fn deliveries(&self, netns_cookie: u64) -> Result<u64, KernelError> {
-        let failed = |error| KernelError::map("read", DELIVERIES)(error);
-        let map = HashMap::<_, u64, u64>::try_from(find(&self.object, DELIVERIES)).map_err(failed)?;
-        match map.get(&netns_cookie, 0) {
-            Ok(count) => Ok(count),
-            Err(MapError::KeyNotFound) => Ok(0),
-            Err(error) => Err(failed(error)),
-        }
+    /// How many connections of tunnels in that netns need it prepared: those that use an address which is not its
+    /// pod's, and those to the pod, for which the tunnel is going to use one.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn pinned_connections(&self, netns_cookie: u64) -> Result<u64, KernelError> {
+        Ok(self.get::<u64, u64>(PINNED_CONNECTIONS.name, &netns_cookie)?.unwrap_or(0))
     }
 
-    /// For a netns that no tunnel serves any more.
-    pub fn forget_deliveries(&mut self, netns_cookie: u64) -> Result<(), KernelError> {
-        self.take::<u64, u64>(DELIVERIES, &netns_cookie)
+    /// Removes the count of a netns that no tunnel serves any more.
+    ///
+    /// # Errors
+    /// The map cannot be written.
+    pub fn forget_pinned_connections(&mut self, netns_cookie: u64) -> Result<(), KernelError> {
+        self.take::<u64, u64>(PINNED_CONNECTIONS.name, &netns_cookie)
     }
 
+    /// Adds a port to an exclusion list.
+    ///
+    /// # Errors
+    /// The map cannot be written, or is full.
     pub fn exclude_port(&mut self, key: &ExcludedPort) -> Result<(), KernelError> {
-        self.insert(PORTS, *key, &1u8)
+        self.insert(EXCLUDED_PORTS.name, *key, &1u8)
     }
 
-    /// `prefix_len` counts in the mapped form: 96 more for an IPv4 range, 128 at most.
+    /// Adds a range to an exclusion list. `prefix_len` counts in the mapped form: 96 more for an IPv4 range, 128 at
+    /// most.
+    ///
+    /// # Errors
+    /// The map cannot be written, or is full.
     pub fn exclude_cidr(
         &mut self,
-        policy_id: u32,
+        exclusion_id: u32,
         prefix_len: u32,
         address: Address,
     ) -> Result<(), KernelError> {
-        let failed = |error| KernelError::map("write", CIDRS)(error);
-        let data = ExcludedCidr { policy_id_be: policy_id.to_be_bytes(), address };
+        let failed = |error| KernelError::map("write", EXCLUDED_CIDRS.name)(error);
+        let data = ExcludedCidr { exclusion_id_be: exclusion_id.to_be_bytes(), address };
         let mut map =
-            LpmTrie::<_, ExcludedCidr, u8>::try_from(find_mut(&mut self.object, CIDRS)).map_err(failed)?;
+            LpmTrie::<_, ExcludedCidr, u8>::try_from(find_mut(&mut self.object, EXCLUDED_CIDRS.name))
+                .map_err(failed)?;
         map.insert(&Key::new(32 + prefix_len, data), 1, 0).map_err(failed)
     }
 
-    /// Removes all exclusions of `policy_id`.
-    pub fn clear_policy(&mut self, policy_id: u32) -> Result<(), KernelError> {
-        let ports: Vec<(ExcludedPort, u8)> = self.list(PORTS)?;
-        for (key, _) in ports.iter().filter(|(key, _)| key.policy_id == policy_id) {
-            self.take::<ExcludedPort, u8>(PORTS, key)?;
+    /// Removes all ports and ranges of an exclusion list.
+    ///
+    /// # Errors
+    /// A map cannot be read or written.
+    pub fn clear_exclusions(&mut self, exclusion_id: u32) -> Result<(), KernelError> {
+        let ports: Vec<(ExcludedPort, u8)> = self.list(EXCLUDED_PORTS.name)?;
+        for (key, _) in ports.iter().filter(|(key, _)| key.exclusion_id == exclusion_id) {
+            self.take::<ExcludedPort, u8>(EXCLUDED_PORTS.name, key)?;
         }
-        let failed = |error| KernelError::map("write", CIDRS)(error);
+        let failed = |error| KernelError::map("write", EXCLUDED_CIDRS.name)(error);
         let mut map =
-            LpmTrie::<_, ExcludedCidr, u8>::try_from(find_mut(&mut self.object, CIDRS)).map_err(failed)?;
+            LpmTrie::<_, ExcludedCidr, u8>::try_from(find_mut(&mut self.object, EXCLUDED_CIDRS.name))
+                .map_err(failed)?;
         let keys = map.keys().collect::<Result<Vec<_>, _>>().map_err(failed)?;
-        for key in keys.iter().filter(|key| key.data().policy_id_be == policy_id.to_be_bytes()) {
+        for key in keys.iter().filter(|key| key.data().exclusion_id_be == exclusion_id.to_be_bytes()) {
             missing_is_fine(map.remove(key)).map_err(failed)?;
         }
         Ok(())
     }
 
-    /// Notes that somebody listens at `key`, or something [about](ListenerKey::about) its netns.
-    pub fn set_listened(&mut self, key: &ListenerKey, value: u32) -> Result<(), KernelError> {
-        self.insert(LISTENED, *key, &value)
+    /// Records that an application has a listener.
+    ///
+    /// # Errors
+    /// The map cannot be written, or is full.
+    pub fn add_app_listener(&mut self, key: &ListenerKey) -> Result<(), KernelError> {
+        self.insert(APP_LISTENERS.name, *key, &1u32)
     }
 
-    /// A missing entry is fine.
-    pub fn remove_listened(&mut self, key: &ListenerKey) -> Result<(), KernelError> {
-        self.take::<ListenerKey, u32>(LISTENED, key)
+    /// Removes an application's listener, if it is there.
+    ///
+    /// # Errors
+    /// The map cannot be written.
+    pub fn remove_app_listener(&mut self, key: &ListenerKey) -> Result<(), KernelError> {
+        self.take::<ListenerKey, u32>(APP_LISTENERS.name, key)
+    }
+
+    /// All applications' listeners, in no order.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn app_listeners(&self) -> Result<Vec<ListenerKey>, KernelError> {
+        self.list::<ListenerKey, u32>(APP_LISTENERS.name)
+            .map(|all| all.into_iter().map(|(key, _)| key).collect())
+    }
+
+    /// What is known of a netns' listeners as a whole.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn app_listener_state(&self, netns_cookie: u64) -> Result<Option<AppListenerState>, KernelError> {
+        self.get(APP_LISTENER_STATE.name, &netns_cookie)
+    }
+
+    /// Writes the same. From the first time on, the programs record who begins to listen there.
+    ///
+    /// # Errors
+    /// The map cannot be written, or is full.
+    pub fn set_app_listener_state(
+        &mut self,
+        netns_cookie: u64,
+        state: &AppListenerState,
+    ) -> Result<(), KernelError> {
+        self.insert(APP_LISTENER_STATE.name, netns_cookie, state)
+    }
+
+    /// Removes the state of a netns, if there is one: the programs record no more of it.
+    ///
+    /// # Errors
+    /// The map cannot be written.
+    pub fn remove_app_listener_state(&mut self, netns_cookie: u64) -> Result<(), KernelError> {
+        self.take::<u64, AppListenerState>(APP_LISTENER_STATE.name, &netns_cookie)
+    }
+
+    /// The netns that have a state, in no order.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn app_listener_netns(&self) -> Result<Vec<u64>, KernelError> {
+        self.list::<u64, AppListenerState>(APP_LISTENER_STATE.name)
+            .map(|all| all.into_iter().map(|(cookie, _)| cookie).collect())
     }
 
     /// Forgets who listens in these netns. One pass over the map, however many they are.
-    pub(crate) fn forget_listened(&mut self, netns_cookies: &BTreeSet<u64>) -> Result<(), KernelError> {
-        // First of all, that programs note no more.
+    pub(crate) fn forget_app_listeners(
+        &mut self,
+        netns_cookies: &BTreeSet<u64>,
+    ) -> Result<(), KernelError> {
+        // First, so that the programs record no more.
         for cookie in netns_cookies {
-            self.remove_listened(&ListenerKey::about(*cookie, ListenerKey::COUNT))?;
+            self.remove_app_listener_state(*cookie)?;
         }
-        for key in self.listened()?.iter().filter(|key| netns_cookies.contains(&key.netns_cookie)) {
-            self.remove_listened(key)?;
+        for key in self.app_listeners()?.iter().filter(|key| netns_cookies.contains(&key.netns_cookie)) {
+            self.remove_app_listener(key)?;
         }
         Ok(())
     }
 
-    pub fn listened(&self) -> Result<Vec<ListenerKey>, KernelError> {
-        self.list::<ListenerKey, u32>(LISTENED).map(|all| all.into_iter().map(|(key, _)| key).collect())
+    /// The tunnel's listeners, in no order. The kernel shows user space the keys only.
+    pub(crate) fn tunnel_listeners(&self) -> Result<Vec<ListenerKey>, KernelError> {
+        let failed = |error| KernelError::map("read", TUNNEL_LISTENERS.name)(error);
+        let map = SockHash::<_, ListenerKey>::try_from(find(&self.object, TUNNEL_LISTENERS.name))
+            .map_err(failed)?;
+        map.keys().collect::<Result<_, _>>().map_err(failed)
+    }
+
+    /// Whether an exclusion list has a range that `address` is in.
+    pub(crate) fn is_cidr_excluded(&self, exclusion_id: u32, address: Address) -> Result<bool, KernelError> {
+        let failed = |error| KernelError::map("read", EXCLUDED_CIDRS.name)(error);
+        let data = ExcludedCidr { exclusion_id_be: exclusion_id.to_be_bytes(), address };
+        let map = LpmTrie::<_, ExcludedCidr, u8>::try_from(find(&self.object, EXCLUDED_CIDRS.name))
+            .map_err(failed)?;
+        match map.get(&Key::new(160, data), 0) {
+            Ok(_) => Ok(true),
+            Err(MapError::KeyNotFound) => Ok(false),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    /// The value of `key` in a hash map; `None`: it has none.
+    pub(crate) fn get<K: Pod, V: Pod>(&self, name: &'static str, key: &K) -> Result<Option<V>, KernelError> {
+        let failed = |error| KernelError::map("read", name)(error);
+        let map = HashMap::<_, K, V>::try_from(find(&self.object, name)).map_err(failed)?;
+        match map.get(key, 0) {
+            Ok(value) => Ok(Some(value)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(failed(error)),
+        }
     }
 
     pub(crate) fn insert<K: Pod, V: Pod>(
@@ -210,9 +353,9 @@ impl Kernel {
 }
 
 /// A second handle on the ring buffer pinned in `folder`.
-pub fn trace(folder: &Path) -> Result<Map, KernelError> {
-    let failed = |error| KernelError::map("open", "trace")(error);
-    MapData::from_pin(folder.join("trace")).and_then(Map::from_map_data).map_err(failed)
+pub(crate) fn trace(folder: &Path) -> Result<Map, KernelError> {
+    let failed = |error| KernelError::map("open", TRACE.name)(error);
+    MapData::from_pin(folder.join(TRACE.name)).and_then(Map::from_map_data).map_err(failed)
 }
 
 fn find<'a>(object: &'a Ebpf, name: &'static str) -> &'a Map {

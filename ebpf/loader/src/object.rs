@@ -1,93 +1,59 @@
-//! What the compiled object holds: programs with their places of attachment, maps with their layouts.
+//! What the compiled object holds: programs with their places of attachment. The table of its maps is in
+//! `adit_ebpf_common`.
 
-use adit_ebpf_common::{
-    address::Address,
-    flows::{Destination, Flow, SocketState},
-    pods::{CgroupInfo, ExcludedCidr, ExcludedPort, ListenerKey, PodRecord},
-    settings::Settings,
-};
 use aya::{
     Ebpf,
     programs::{Program, ProgramError},
 };
+use aya_obj::generated::bpf_attach_type;
 
 use crate::KernelError;
 
-pub static BYTES: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/adit.o"));
+/// The object, as the build script compiled it.
+pub(crate) static BYTES: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/adit.o"));
 
-/// A program and the `bpf_attach_type` of its links (linux/bpf.h; numbers never change).
+/// A program and how the kernel attaches it.
 #[derive(Clone, Copy, Debug)]
-pub struct Attachment {
-    pub program: &'static str,
-    pub attach_type: u32,
+pub(crate) struct Attachment {
+    pub(crate) program: &'static str,
+    pub(crate) attach_type: bpf_attach_type,
 }
 
-const fn attachment(program: &'static str, attach_type: u32) -> Attachment {
+const fn attachment(program: &'static str, attach_type: bpf_attach_type) -> Attachment {
     Attachment { program, attach_type }
 }
 
-/// To the cgroup above all pods. In this order, so that who is redirected can be answered from the first
-/// moment on: connect comes last.
-pub const PODS: [Attachment; 12] = [
-    attachment("adit_post_bind4", 12),
-    attachment("adit_post_bind6", 13),
-    attachment("adit_pods_ops", 3),
-    attachment("adit_getsockopt", 21),
-    attachment("adit_peername4", 29),
-    attachment("adit_peername6", 30),
-    attachment("adit_recvmsg4", 19),
-    attachment("adit_recvmsg6", 20),
-    attachment("adit_sendmsg4", 14),
-    attachment("adit_sendmsg6", 15),
-    attachment("adit_connect4", 10),
-    attachment("adit_connect6", 11),
+/// To the cgroup above all pods. In this order: what answers a redirected application is there from the first moment
+/// on, so connect comes last.
+pub(crate) const PODS: [Attachment; 12] = [
+    attachment("adit_post_bind4", bpf_attach_type::BPF_CGROUP_INET4_POST_BIND),
+    attachment("adit_post_bind6", bpf_attach_type::BPF_CGROUP_INET6_POST_BIND),
+    attachment("adit_pods_ops", bpf_attach_type::BPF_CGROUP_SOCK_OPS),
+    attachment("adit_getsockopt", bpf_attach_type::BPF_CGROUP_GETSOCKOPT),
+    attachment("adit_peername4", bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME),
+    attachment("adit_peername6", bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME),
+    attachment("adit_recvmsg4", bpf_attach_type::BPF_CGROUP_UDP4_RECVMSG),
+    attachment("adit_recvmsg6", bpf_attach_type::BPF_CGROUP_UDP6_RECVMSG),
+    attachment("adit_sendmsg4", bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG),
+    attachment("adit_sendmsg6", bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG),
+    attachment("adit_connect4", bpf_attach_type::BPF_CGROUP_INET4_CONNECT),
+    attachment("adit_connect6", bpf_attach_type::BPF_CGROUP_INET6_CONNECT),
 ];
 
-/// To a tunnel's cgroup. Sockets are noted before they can listen.
-pub const TUNNEL: [Attachment; 5] = [
-    attachment("adit_sock_create", 2),
-    attachment("adit_tunnel_ops", 3),
-    attachment("adit_getsockopt", 21),
-    attachment("adit_tunnel_mark4", 10),
-    attachment("adit_tunnel_mark6", 11),
+/// To a tunnel's cgroup. The program that records the netns of a socket comes first, before any socket can listen.
+pub(crate) const TUNNEL: [Attachment; 5] = [
+    attachment("adit_sock_create", bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE),
+    attachment("adit_tunnel_ops", bpf_attach_type::BPF_CGROUP_SOCK_OPS),
+    attachment("adit_getsockopt", bpf_attach_type::BPF_CGROUP_GETSOCKOPT),
+    attachment("adit_tunnel_mark4", bpf_attach_type::BPF_CGROUP_INET4_CONNECT),
+    attachment("adit_tunnel_mark6", bpf_attach_type::BPF_CGROUP_INET6_CONNECT),
 ];
 
 /// To a pod's netns.
-pub const NETNS: Attachment = attachment("adit_sk_lookup", 36);
-
-/// A map and the sizes of its key and value, by which pins of another build are recognised.
-#[derive(Clone, Copy, Debug)]
-pub struct MapLayout {
-    pub name: &'static str,
-    pub key_size: usize,
-    pub value_size: usize,
-}
-
-const fn layout<K, V>(name: &'static str) -> MapLayout {
-    MapLayout { name, key_size: size_of::<K>(), value_size: size_of::<V>() }
-}
-
-/// The data part of an LPM trie's key follows 32 bits of prefix length.
-#[expect(dead_code, reason = "only its size is asked for")]
-struct LpmKey<T>(u32, T);
-
-pub const MAPS: [MapLayout; 12] = [
-    layout::<u64, CgroupInfo>("cgroup_info_map"),
-    layout::<Address, PodRecord>("pod_by_addr"),
-    layout::<u32, Settings>("settings"),
-    layout::<ExcludedPort, u8>("excluded_ports"),
-    layout::<LpmKey<ExcludedCidr>, u8>("excluded_cidrs"),
-    layout::<Flow, Destination>("original_dst"),
-    layout::<Flow, u64>("tunnel_flows"),
-    layout::<u64, u64>("deliveries"),
-    layout::<ListenerKey, u32>("listeners"),
-    layout::<ListenerKey, u32>("listened"),
-    layout::<u32, SocketState>("socket_state"),
-    layout::<(), ()>("trace"),
-];
+pub(crate) const NETNS: Attachment = attachment("adit_sk_lookup", bpf_attach_type::BPF_SK_LOOKUP);
 
 /// Gives every program to the kernel's verifier.
-pub fn load_programs(object: &mut Ebpf) -> Result<(), KernelError> {
+pub(crate) fn load_programs(object: &mut Ebpf) -> Result<(), KernelError> {
     for Attachment { program: name, .. } in PODS.into_iter().chain(TUNNEL).chain([NETNS]) {
         let Some(program) = object.program_mut(name) else {
             unreachable!("program {name} is part of the object that this crate was built with");
@@ -102,7 +68,7 @@ pub fn load_programs(object: &mut Ebpf) -> Result<(), KernelError> {
 }
 
 /// Gives one program to the kernel's verifier.
-pub fn load(program: &mut Program) -> Result<(), ProgramError> {
+pub(crate) fn load(program: &mut Program) -> Result<(), ProgramError> {
     match program {
         Program::CgroupSockAddr(program) => program.load(),
         Program::CgroupSockopt(program) => program.load(),
@@ -110,5 +76,27 @@ pub fn load(program: &mut Program) -> Result<(), ProgramError> {
         Program::SockOps(program) => program.load(),
         Program::SkLookup(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use adit_ebpf_common::maps;
+
+    #[test]
+    fn the_object_has_the_maps_of_the_table() {
+        let object = aya_obj::Object::parse(super::BYTES).unwrap();
+        let sizes = |key: u32, value: u32| (key as usize, value as usize);
+        let found: BTreeMap<&str, _> = object
+            .maps
+            .iter()
+            .filter(|(name, _)| !name.starts_with('.'))
+            .map(|(name, map)| (name.as_str(), sizes(map.key_size(), map.value_size())))
+            .collect();
+        let table: BTreeMap<&str, _> =
+            maps::ALL.iter().map(|map| (map.name, (map.key.size, map.value.size))).collect();
+        assert_eq!(found, table);
     }
 }

@@ -1,13 +1,14 @@
 //! DNS queries of pods: whose go to the tunnel, and whom the answers come from.
 
 use adit_ebpf_common::{
-    pods::{ExcludedPort, OUTBOUND as DIALS, flag},
+    enrolment::{flag},
+    exclusions::{ExcludedPort, OUTBOUND as DIALS},
     trace::{Hook, Rule},
 };
 
 use crate::rig::{DNS, READY, Rig, address, agent::How, at};
 
-const CAPTURED: u32 = READY | flag::NAMES;
+const CAPTURED: u32 = READY | flag::DNS_CAPTURE;
 
 /// What the tunnel listens on in the pod: TCP, then UDP, of both families.
 struct Served {
@@ -44,19 +45,19 @@ fn queries_go_to_the_tunnel_and_answers_come_from_the_resolver() {
         let socket = rig.app.bind_udp(own);
         rig.app.send(socket, Some(to), "query");
         let (client, word) = rig.tunnel.receive(served.udp[family]);
-        assert_eq!((word.as_str(), rig.rules(53)), ("query", vec![(sends, Rule::Names)]), "{to}");
+        assert_eq!((word.as_str(), rig.rules(53)), ("query", vec![(sends, Rule::DnsRedirect)]), "{to}");
         rig.tunnel.send(served.udp[family], Some(client), "answer");
         assert_eq!(rig.app.receive(socket), (to, "answer".to_owned()), "{to} unconnected");
 
         let connected = rig.app.dial(How::Udp, to).unwrap();
-        assert_eq!((connected.peer, rig.rules(53)), (to, vec![(connects, Rule::Names)]));
+        assert_eq!((connected.peer, rig.rules(53)), (to, vec![(connects, Rule::DnsRedirect)]));
         rig.app.send(connected.handle, None, "query");
         let (client, _) = rig.tunnel.receive(served.udp[family]);
         rig.tunnel.send(served.udp[family], Some(client), "answer");
         assert_eq!(rig.app.receive(connected.handle), (to, "answer".to_owned()), "{to} connected");
 
         let stream = rig.app.dial(How::Tcp, to).unwrap();
-        assert_eq!((stream.peer, rig.rules(53)), (to, vec![(connects, Rule::Names)]));
+        assert_eq!((stream.peer, rig.rules(53)), (to, vec![(connects, Rule::DnsRedirect)]));
         rig.tunnel.accept(served.tcp[family]);
     }
 }
@@ -65,7 +66,7 @@ fn queries_go_to_the_tunnel_and_answers_come_from_the_resolver() {
 #[ignore = "loads eBPF, needs root: make test"]
 fn whatever_is_not_captured_reaches_the_resolver_itself() {
     let mut rig = Rig::new();
-    rig.kernel.exclude_port(&ExcludedPort { policy_id: 8, port: 53, direction: DIALS }).unwrap();
+    rig.kernel.exclude_port(&ExcludedPort { exclusion_id: 8, port: 53, direction: DIALS }).unwrap();
     serve(&mut rig);
     let resolver = rig.world.bind_udp("[::]:53");
     let elsewhere = rig.world.bind_udp("[::]:5353");
@@ -86,11 +87,11 @@ fn whatever_is_not_captured_reaches_the_resolver_itself() {
     };
     for (flags, up, why) in [
         (READY, true, "not asked for"),
-        (flag::NAMES, true, "not enrolled"),
+        (flag::DNS_CAPTURE, true, "not enrolled"),
         (CAPTURED | flag::SIDECAR, true, "a sidecar's"),
         (CAPTURED, false, "no tunnel is connected"),
-        (flag::IN_MESH | flag::NAMES | flag::FAIL_OPEN, true, "the pod is not ready"),
-        (flag::IN_MESH | flag::NAMES, true, "DNS is open where the pod is closed"),
+        (flag::IN_MESH | flag::DNS_CAPTURE | flag::FAIL_OPEN, true, "the pod is not ready"),
+        (flag::IN_MESH | flag::DNS_CAPTURE, true, "DNS is open where the pod is closed"),
     ] {
         rig.set(flags, up);
         reaches(&mut rig, why);
@@ -107,8 +108,8 @@ fn whatever_is_not_captured_reaches_the_resolver_itself() {
     assert_eq!(rig.app.receive(local).1, "own-resolver");
     rig.kernel.exclude_cidr(7, 128, address("10.99.0.2")).unwrap();
     reaches(&mut rig, "excluded by CIDR");
-    rig.kernel.clear_policy(7).unwrap();
-    rig.kernel.exclude_port(&ExcludedPort { policy_id: 7, port: 53, direction: DIALS }).unwrap();
+    rig.kernel.clear_exclusions(7).unwrap();
+    rig.kernel.exclude_port(&ExcludedPort { exclusion_id: 7, port: 53, direction: DIALS }).unwrap();
     reaches(&mut rig, "excluded by port");
 }
 

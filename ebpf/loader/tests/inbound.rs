@@ -3,7 +3,9 @@
 use std::net::SocketAddr;
 
 use adit_ebpf_common::{
-    pods::{ExcludedPort, INBOUND as IS_DIALLED, ListenerKey, flag},
+    enrolment::{flag},
+    exclusions::{ExcludedPort, INBOUND as IS_DIALLED},
+    listeners::{AppListenerState, ListenerKey, MAX_APP_LISTENERS},
     trace::{Hook, Rule},
 };
 
@@ -27,7 +29,7 @@ use Gets::{App, Hbone, Nobody, Plain};
 #[ignore = "loads eBPF, needs root: make test"]
 fn the_first_rule_that_holds_decides() {
     let mut rig = Rig::new();
-    rig.kernel.exclude_port(&ExcludedPort { policy_id: 7, port: 9090, direction: IS_DIALLED }).unwrap();
+    rig.kernel.exclude_port(&ExcludedPort { exclusion_id: 7, port: 9090, direction: IS_DIALLED }).unwrap();
     let app = [rig.app.listen("[::]:8080"), rig.app.listen("[::]:9090")];
     let plain = rig.tunnel.listen(&format!("[::]:{INBOUND}"));
     let hbone = rig.tunnel.listen(&format!("[::]:{HBONE}"));
@@ -83,13 +85,15 @@ fn a_port_that_nobody_listens_on_is_refused() {
     let plain = rig.tunnel.listen(&format!("[::]:{INBOUND}"));
     let hbone = rig.tunnel.listen(&format!("[::]:{HBONE}"));
     let (v4, v6) = ("10.99.0.1", "fd99::1");
-    let about = |family| ListenerKey::about(rig.cookie, family);
-    let (count, complete) = (about(ListenerKey::COUNT), about(ListenerKey::COMPLETE));
-    rig.kernel.set_listened(&count, 0).unwrap();
+    let cookie = rig.cookie;
+    rig.kernel.set_app_listener_state(cookie, &AppListenerState::default()).unwrap();
     let earlier = rig.app.listen("[::]:8000");
     rig.world.dial(How::Tcp, at(v4, 4444)).expect("not everything is known");
     rig.tunnel.accept(plain);
-    rig.kernel.set_listened(&complete, 1).unwrap();
+    let state = rig.kernel.app_listener_state(cookie).unwrap().unwrap();
+    assert_eq!(state.count, 1, "the program counts what it records");
+    let complete = AppListenerState { complete: 1, ..state };
+    rig.kernel.set_app_listener_state(cookie, &complete).unwrap();
 
     let _others = [
         rig.app.listen("[::]:8080"),
@@ -123,23 +127,24 @@ fn a_port_that_nobody_listens_on_is_refused() {
     }
     // The watcher finds what has ended.
     rig.app.close(earlier);
-    rig.kernel.remove_listened(&ListenerKey { netns_cookie: rig.cookie, port: 8000, family: 6 }).unwrap();
+    rig.kernel.remove_app_listener(&ListenerKey::new(cookie, 8000, false)).unwrap();
     assert_eq!(rig.world.dial(How::Tcp, at(v4, 8000)).unwrap_err(), libc::ECONNREFUSED);
     rig.app.listen("[::]:8000");
     rig.world.dial(How::Tcp, at(v4, 8000)).expect("listens again");
     rig.tunnel.accept(plain);
     // Who listens on more ports than are noted is not refused anything.
-    rig.kernel.set_listened(&count, ListenerKey::MOST_LISTENED).unwrap();
+    let full = AppListenerState { count: MAX_APP_LISTENERS, complete: 1 };
+    rig.kernel.set_app_listener_state(cookie, &full).unwrap();
     rig.app.listen("[::]:8085");
     for port in [8085, 4444] {
         rig.world.dial(How::Tcp, at(v4, port)).expect("not everything is known any more");
         rig.tunnel.accept(plain);
     }
-    let of_others = rig.kernel.listened().unwrap();
-    assert!(of_others.iter().all(|key| key.netns_cookie == rig.cookie), "who is not enrolled is not noted");
+    let of_others = rig.kernel.app_listeners().unwrap();
+    assert!(of_others.iter().all(|key| key.netns_cookie == cookie), "who is not enrolled is not noted");
     rig.kernel.unsteer(&[rig.cookie].into()).unwrap();
     rig.app.listen("[::]:8086");
-    assert_eq!(rig.kernel.listened().unwrap(), [], "who has left leaves nothing");
+    assert_eq!(rig.kernel.app_listeners().unwrap(), [], "who has left leaves nothing");
 }
 
 #[test]

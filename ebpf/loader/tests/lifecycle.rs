@@ -8,7 +8,7 @@ use std::{
 
 use adit_ebpf_common::{
     lifecycle::{Kind, name},
-    pods::{CgroupInfo, flag},
+    enrolment::{CgroupInfo, flag},
 };
 use adit_ebpf_loader::{Lifecycle, LifecycleEvent};
 

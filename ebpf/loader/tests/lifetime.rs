@@ -10,7 +10,8 @@ use std::{
 
 use adit_ebpf_common::{
     flows::{Destination, Flow},
-    pods::{ExcludedPort, INBOUND as IS_DIALLED, OUTBOUND as DIALS, flag},
+    enrolment::{flag},
+    exclusions::{ExcludedPort, INBOUND as IS_DIALLED, OUTBOUND as DIALS},
 };
 use adit_ebpf_loader::{Kernel, KernelError, preflight};
 use aya::{
@@ -127,7 +128,7 @@ fn removing_leaves_nothing() {
         .map(|entry| MapInfo::from_pin(entry.unwrap().path()).unwrap().id())
         .collect();
     let removed = Kernel::remove(&rig.bpffs.pins()).unwrap();
-    assert_eq!((removed.links, removed.maps), (ALL_LINKS, 12));
+    assert_eq!((removed.links, removed.maps), (ALL_LINKS, 13));
     assert_eq!(rig.app.dial(How::Udp, at("10.99.0.2", 53)).map(|_| ()), Ok(()));
     rig.world.listen("0.0.0.0:8080");
     rig.app
@@ -196,18 +197,18 @@ fn connections_that_speak_as_others_are_counted_until_they_close() {
     for (own, away) in [("10.99.0.1", "10.99.0.2"), ("fd99::1", "fd99::2")] {
         let world = rig.world.listen("[::]:8080");
         let as_the_pod = rig.tunnel.dial(How::Tcp, at(away, 8080)).unwrap();
-        assert_eq!(rig.kernel.deliveries(cookie).unwrap(), 0);
+        assert_eq!(rig.kernel.pinned_connections(cookie).unwrap(), 0);
         rig.kernel.remove_pod(address(own)).unwrap();
         let others = [(); 3].map(|()| rig.tunnel.dial(How::Tcp, at(away, 8080)).unwrap());
-        assert_eq!(rig.kernel.deliveries(cookie).unwrap(), 3);
+        assert_eq!(rig.kernel.pinned_connections(cookie).unwrap(), 3);
         for other in others.into_iter().chain([as_the_pod]) {
             rig.tunnel.close(other.handle);
         }
         rig.world.close(world);
-        wait_for("none is left", || rig.kernel.deliveries(cookie).unwrap() == 0);
+        wait_for("none is left", || rig.kernel.pinned_connections(cookie).unwrap() == 0);
     }
-    rig.kernel.forget_deliveries(cookie).unwrap();
-    rig.kernel.forget_deliveries(cookie).expect("missing is fine");
+    rig.kernel.forget_pinned_connections(cookie).unwrap();
+    rig.kernel.forget_pinned_connections(cookie).expect("missing is fine");
 }
 
 /// The tunnel dials the application for these, maybe only when the pod has left.
@@ -218,7 +219,7 @@ fn connections_to_a_pod_are_counted_until_they_close_accepted_or_not() {
     let cookie = rig.kernel.pods().unwrap()[0].1.netns_cookie;
     let (plain, hbone) =
         (rig.tunnel.listen(&format!("[::]:{INBOUND}")), rig.tunnel.listen(&format!("[::]:{HBONE}")));
-    let counted = |rig: &Rig| rig.kernel.deliveries(cookie).unwrap();
+    let counted = |rig: &Rig| rig.kernel.pinned_connections(cookie).unwrap();
     let mut count = 0;
     for to in [at("10.99.0.1", 8080), at("fd99::1", 8080), at("10.99.0.1", HBONE), at("fd99::1", HBONE)] {
         let dialled = rig.world.dial(How::Tcp, to).unwrap();
@@ -278,14 +279,14 @@ fn maps_hold_what_was_written() {
     kernel.remove_pod(address("10.0.0.1")).expect("missing is fine");
     assert_eq!(kernel.cgroups().unwrap(), []);
     kernel.unsteer(&[99].into()).expect("missing is fine");
-    for policy_id in [1, 2] {
-        kernel.exclude_port(&ExcludedPort { policy_id, port: 80, direction: DIALS }).unwrap();
-        kernel.exclude_port(&ExcludedPort { policy_id, port: 80, direction: IS_DIALLED }).unwrap();
-        kernel.exclude_cidr(policy_id, 0, [0; 16]).unwrap();
-        kernel.exclude_cidr(policy_id, 104, address("10.0.0.0")).unwrap();
+    for exclusion_id in [1, 2] {
+        kernel.exclude_port(&ExcludedPort { exclusion_id, port: 80, direction: DIALS }).unwrap();
+        kernel.exclude_port(&ExcludedPort { exclusion_id, port: 80, direction: IS_DIALLED }).unwrap();
+        kernel.exclude_cidr(exclusion_id, 0, [0; 16]).unwrap();
+        kernel.exclude_cidr(exclusion_id, 104, address("10.0.0.0")).unwrap();
     }
-    kernel.clear_policy(1).unwrap();
-    kernel.clear_policy(1).unwrap();
+    kernel.clear_exclusions(1).unwrap();
+    kernel.clear_exclusions(1).unwrap();
     assert!(kernel.exclude_cidr(3, 129, [0; 16]).is_err(), "longer than an address");
 }
 
@@ -302,6 +303,30 @@ fn a_map_of_another_layout_is_replaced() {
     let kernel = Kernel::open(&bpffs.pins()).unwrap();
     assert_eq!(kernel.pods().unwrap(), []);
     assert_eq!(kernel.cgroups().unwrap(), [(5, empty())]);
+}
+
+/// An earlier build called some maps by other names: what only got a new name keeps its contents, the rest goes.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_map_of_an_earlier_name_is_adopted() {
+    let mut rig = Rig::new();
+    let tunnel = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    let maps = rig.bpffs.pins().join("maps");
+    for (name, formerly) in [("tunnel_listeners", "listeners"), ("pinned_connections", "deliveries")] {
+        fs::rename(maps.join(name), maps.join(formerly)).unwrap();
+    }
+    fs::rename(maps.join("app_listeners"), maps.join("listened")).unwrap();
+
+    let successor = Kernel::open(&rig.bpffs.pins()).unwrap();
+    drop(std::mem::replace(&mut rig.kernel, successor));
+    rig.kernel.attach_pods(&rig.cgroups.join("pods")).unwrap();
+    let to = at("192.0.2.1", 80);
+    rig.app.dial(How::Tcp, to).expect("the tunnel's listener of before is still registered");
+    assert_eq!(rig.tunnel.accept(tunnel).original, Some(to));
+    let names: BTreeSet<_> =
+        fs::read_dir(&maps).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    assert!(names.contains("app_listeners") && !names.contains("listened"), "{names:?}");
+    assert_eq!(names.len(), 13, "{names:?}");
 }
 
 #[test]

@@ -3,11 +3,13 @@
 //! Needs root, `ip` and `nsenter`. Everything happens in private cgroups, netns and bpffs mounts.
 
 mod dns;
+mod explain;
 mod inbound;
 mod lifecycle;
 mod lifetime;
 mod matrix;
 mod outbound;
+mod property;
 mod rig;
 
 /// Not a test: the other tests start it as the processes of pods and tunnels.

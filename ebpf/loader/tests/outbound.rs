@@ -4,7 +4,8 @@
 use std::{fs::File, net::SocketAddr, os::fd::AsFd as _};
 
 use adit_ebpf_common::{
-    pods::{ExcludedPort, OUTBOUND as DIALS, flag},
+    enrolment::{flag},
+    exclusions::{ExcludedPort, OUTBOUND as DIALS},
     trace::{Hook, Rule},
 };
 
@@ -30,11 +31,11 @@ use Effect::{Reaches, Redirected, Refused};
 #[ignore = "loads eBPF, needs root: make test"]
 fn the_first_rule_that_holds_decides() {
     let mut rig = Rig::new();
-    rig.kernel.exclude_port(&ExcludedPort { policy_id: 7, port: 6379, direction: DIALS }).unwrap();
+    rig.kernel.exclude_port(&ExcludedPort { exclusion_id: 7, port: 6379, direction: DIALS }).unwrap();
     rig.kernel.exclude_cidr(7, 96 + 24, address("10.99.0.0")).unwrap();
     rig.kernel.exclude_cidr(7, 128, address("fd99::2")).unwrap();
     // Of other pods: without effect.
-    rig.kernel.exclude_port(&ExcludedPort { policy_id: 8, port: 80, direction: DIALS }).unwrap();
+    rig.kernel.exclude_port(&ExcludedPort { exclusion_id: 8, port: 80, direction: DIALS }).unwrap();
     rig.kernel.exclude_cidr(8, 0, [0; 16]).unwrap();
     let tunnel = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
     rig.app.listen("[::]:8080");
@@ -153,7 +154,7 @@ fn who_calls_is_found_by_cgroup() {
     let inner = rig.cgroups.id("pods/plain");
     let dir = rig.cgroups.join("pods/plain");
     rig.kernel.attach_tunnel(&dir).unwrap();
-    let info = adit_ebpf_common::pods::CgroupInfo { flags: flag::TUNNEL, ..empty() };
+    let info = adit_ebpf_common::enrolment::CgroupInfo { flags: flag::TUNNEL, ..empty() };
     rig.kernel.set_cgroup(inner, &info).unwrap();
     rig.plain.dial(How::Tcp, to).unwrap();
     assert_eq!(rig.rules(8080), [(Hook::Connect4, Rule::Tunnel)]);

@@ -14,6 +14,7 @@ pub mod sys;
 use std::{
     fs,
     net::{IpAddr, SocketAddr},
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -21,7 +22,7 @@ use std::{
 
 use adit_ebpf_common::{
     address::{Address, UNSPECIFIED},
-    pods::{CgroupInfo, PodRecord, flag},
+    enrolment::{CgroupInfo, PodRecord, flag},
     settings::Settings,
     trace::{Hook, Rule},
 };
@@ -69,17 +70,21 @@ impl Rig {
         plain.enter_netns_of(&world);
         join(&app, &world);
         let cookie = app.cookie();
-        let netns = fs::File::open(format!("/proc/{}/ns/net", app.task())).unwrap();
-        kernel.steer(cookie, std::os::fd::AsFd::as_fd(&netns)).unwrap();
-
         let trace = kernel.trace().unwrap();
         let resolvers = [UNSPECIFIED; 3];
         let mut rig = Self { app, plain, world, tunnel, cookie, resolvers, kernel, trace, cgroups, bpffs };
+        rig.steer();
         rig.set(READY, true);
         let info = CgroupInfo { flags: flag::TUNNEL, ..empty() };
         let tunnel_id = rig.cgroups.id("tunnel");
         rig.kernel.set_cgroup(tunnel_id, &info).unwrap();
         rig
+    }
+
+    /// Steers what arrives in the pod's netns.
+    pub fn steer(&mut self) {
+        let netns = fs::File::open(format!("/proc/{}/ns/net", self.app.task())).unwrap();
+        self.kernel.steer(self.cookie, netns.as_fd()).unwrap();
     }
 
     /// Writes the pod's flags, and whether a tunnel is connected.
@@ -91,14 +96,14 @@ impl Rig {
             redirect_v4: v4,
             redirect_v6: v6,
             flags,
-            policy_id: 7,
+            exclusion_id: 7,
             netns_cookie: self.cookie,
             redirect_port: OUTBOUND,
             ..empty()
         };
         self.kernel.set_cgroup(self.cgroups.id("pods/mesh"), &info).unwrap();
         for own in [v4, v6] {
-            let record = PodRecord { netns_cookie: self.cookie, flags, policy_id: 7 };
+            let record = PodRecord { netns_cookie: self.cookie, flags, exclusion_id: 7 };
             self.kernel.set_pod(own, &record).unwrap();
         }
         let settings = Settings {
@@ -110,7 +115,7 @@ impl Rig {
             debug_port: 0,
             debug_address: UNSPECIFIED,
             resolvers: self.resolvers,
-            names_port: DNS,
+            dns_port: DNS,
             pad: 0,
         };
         self.kernel.set_settings(&settings).unwrap();
@@ -140,7 +145,7 @@ pub const fn empty() -> CgroupInfo {
         netns_cookie: 0,
         flags: 0,
         detected: 0,
-        policy_id: 0,
+        exclusion_id: 0,
         redirect_port: 0,
         pad: 0,
     }
@@ -169,6 +174,14 @@ fn join(pod: &Agent, world: &Agent) {
         ip(pid, &["addr", "add", &format!("fd99::{last}/64"), "dev", "eth0", "nodad"]);
         ip(pid, &["link", "set", "eth0", "up"]);
     }
+}
+
+/// One more address on the interface of the pod.
+pub fn add_address(pod: &Agent, ip_address: &str) {
+    let is_v6 = ip_address.contains(':');
+    let (length, nodad) = if is_v6 { (64, &["nodad"][..]) } else { (24, &[][..]) };
+    let address = format!("{ip_address}/{length}");
+    ip(&pod.task().to_string(), &[&["addr", "add", &address, "dev", "eth0"], nodad].concat());
 }
 
 fn ip(pid: &str, args: &[&str]) {

@@ -1,13 +1,14 @@
-//! Tells of cgroups that come and go and of processes in them, and closes expected pods as their cgroup is made:
-//! the entry is in the map before `mkdir(2)` returns, so no process can ever have been in the cgroup without it.
+//! Reports cgroups that come and go and processes in them, and closes expected pods as their cgroup is made: the entry is
+//! in the map before `mkdir(2)` returns, so no process can ever have been in the cgroup without it.
 //!
-//! Raw tracepoints, since these need no tracefs, which a container seldom has. What is not below the scope's
-//! cgroup is dropped here, before it costs anybody a wake-up.
+//! Raw tracepoints, since these need no tracefs, which a container seldom has. Events that are not below the scope's
+//! cgroup are dropped here, before they wake anybody.
+#![expect(unsafe_code, reason = "kernel memory behind a tracepoint's arguments, and helpers that take pointers")]
 
-use adit_ebpf_common::lifecycle::{
-    Kind, NAME_BYTES, Name, PATH_BYTES, PREFIX_BYTES, PathEvent, ProcessEvent, Scope,
+use adit_ebpf_common::{
+    enrolment::CgroupInfo,
+    lifecycle::{Kind, NAME_BYTES, Name, PATH_BYTES, PREFIX_BYTES, PathEvent, ProcessEvent, Scope},
 };
-use adit_ebpf_common::pods::CgroupInfo;
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     helpers::{
@@ -28,76 +29,74 @@ const QUIET_NS: u64 = 5_000_000;
 static LIFECYCLE: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
 #[map(name = "lifecycle_scope")]
 static SCOPE: Array<Scope> = Array::with_max_entries(1, 0);
-/// The cgroup whose processes are of interest.
 #[map(name = "lifecycle_base")]
 static BASE: CgroupArray = CgroupArray::with_max_entries(1, 0);
-/// How many events found no room.
 #[map(name = "lifecycle_lost")]
 static LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
-/// An event is too long for the stack. Programs do not interrupt each other on one CPU here: tracepoints of
-/// tasks, with migration off.
+/// An event is too long for the stack. Programs do not interrupt each other on one CPU here: tracepoints of tasks, with
+/// migration off.
 #[map(name = "lifecycle_event")]
 static EVENT: PerCpuArray<PathEvent> = PerCpuArray::with_max_entries(1, 0);
-/// When an exec in a cgroup was told last.
-#[map(name = "lifecycle_told")]
-static TOLD: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
+#[map(name = "lifecycle_execs")]
+static EXECS: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
 #[map(name = "expected_pods")]
 static EXPECTED: HashMap<Name, CgroupInfo> = HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
 
-// The first arguments of all four of cgroups: `struct cgroup *cgroup, const char *path`.
+// The first arguments of all four tracepoints of cgroups: `struct cgroup *cgroup, const char *path`.
 
 #[raw_tracepoint(tracepoint = "cgroup_mkdir")]
 pub fn adit_cgroup_made(context: RawTracePointContext) -> i32 {
-    tell_path(&context, Kind::Made)
+    report_path(&context, Kind::Made)
 }
 
 #[raw_tracepoint(tracepoint = "cgroup_rmdir")]
-pub fn adit_cgroup_gone(context: RawTracePointContext) -> i32 {
-    tell_path(&context, Kind::Removed)
+pub fn adit_cgroup_removed(context: RawTracePointContext) -> i32 {
+    report_path(&context, Kind::Removed)
 }
 
 #[raw_tracepoint(tracepoint = "cgroup_attach_task")]
-pub fn adit_cgroup_join(context: RawTracePointContext) -> i32 {
-    tell_path(&context, Kind::Joined)
+pub fn adit_cgroup_attach(context: RawTracePointContext) -> i32 {
+    report_path(&context, Kind::Joined)
 }
 
-/// Its first process came, or its last one went: what sched_process_exit would have to be counted for.
+/// Its first process came, or its last one went. With sched_process_exit the watcher would have to count processes.
 #[raw_tracepoint(tracepoint = "cgroup_notify_populated")]
-pub fn adit_cgroup_full(context: RawTracePointContext) -> i32 {
-    tell_path(&context, Kind::Populated)
+pub fn adit_cgroup_populated(context: RawTracePointContext) -> i32 {
+    report_path(&context, Kind::Populated)
 }
 
 #[raw_tracepoint(tracepoint = "sched_process_exec")]
 pub fn adit_exec(_context: RawTracePointContext) -> i32 {
-    tell_exec();
+    report_exec();
     0
 }
 
-/// Tells of an exec, first rule that holds wins:
+/// Reports an exec. The first rule that applies wins:
 ///
 /// 1. not below the base: nothing
 /// 2. in a cgroup of a pod that a tunnel serves: nothing, it has all that it needs
-/// 3. one of this cgroup was told a moment ago: nothing, the watcher looks at it again by itself
-/// 4. otherwise: told
+/// 3. one of this cgroup was reported a moment ago: nothing, the watcher looks at it again by itself
+/// 4. otherwise: an event
 ///
 /// So a storm of processes costs what these look-ups cost, and wakes nobody.
 #[inline(always)]
-fn tell_exec() {
+fn report_exec() {
     if BASE.current_task_under_cgroup(0) != Ok(true) {
         return;
     }
-    // SAFETY: helpers without arguments; entries are replaced whole.
+    // SAFETY: helpers without arguments, which this program type has.
     let (cgroup_id, now) = unsafe { (bpf_get_current_cgroup_id(), bpf_ktime_get_ns()) };
     if maps::is_ready(cgroup_id) {
         return;
     }
-    // SAFETY: as above; two CPUs that race tell twice.
-    if let Some(told) = unsafe { TOLD.get(cgroup_id) }
-        && now.wrapping_sub(*told) < QUIET_NS
+    // SAFETY: an aligned number, read at once; the kernel frees it only after this program. If two CPUs race, both
+    // report.
+    if let Some(last) = unsafe { EXECS.get(cgroup_id) }
+        && now.wrapping_sub(*last) < QUIET_NS
     {
         return;
     }
-    let _ = TOLD.insert(cgroup_id, now, 0);
+    let _ = EXECS.insert(cgroup_id, now, 0);
     let event = ProcessEvent { kind: Kind::Executed as u32, pad: 0, cgroup_id };
     if LIFECYCLE.output::<ProcessEvent>(event, 0).is_err() {
         count_lost();
@@ -105,12 +104,12 @@ fn tell_exec() {
 }
 
 #[inline(always)]
-fn tell_path(context: &RawTracePointContext, kind: Kind) -> i32 {
+fn report_path(context: &RawTracePointContext, kind: Kind) -> i32 {
     let (Some(scope), Some(event)) = (SCOPE.get(0), EVENT.get_ptr_mut(0)) else { return 0 };
-    // SAFETY: this CPU's own entry, which nobody else uses now.
+    // SAFETY: this CPU's own entry: no other program uses it before this one returns, see `EVENT`.
     let event = unsafe { &mut *event };
     let path: *const u8 = context.arg(1);
-    // SAFETY: the destination is as long as is said, and the helper checks the source.
+    // SAFETY: the destination has the length that is passed, and the helper checks the source.
     let read =
         unsafe { bpf_probe_read_kernel_str(event.path.as_mut_ptr().cast(), PATH_BYTES as u32, path.cast()) };
     if read < 0 || !begins_with(&event.path, scope) {
@@ -157,8 +156,8 @@ fn node(context: &RawTracePointContext, scope: &Scope) -> Option<*const u8> {
 }
 
 #[inline(always)]
-fn read_at<T>(base: *const u8, offset: u32) -> Option<T> {
-    // SAFETY: the helper checks the address.
+fn read_at<T: Copy>(base: *const u8, offset: u32) -> Option<T> {
+    // SAFETY: the helper checks the address and copies; the callers read numbers and pointers, which any bytes are.
     unsafe { bpf_probe_read_kernel(base.wrapping_add(offset as usize).cast::<T>()) }.ok()
 }
 
@@ -167,13 +166,14 @@ fn read_at<T>(base: *const u8, offset: u32) -> Option<T> {
 fn close_if_expected(node: *const u8, scope: &Scope, cgroup_id: u64) -> bool {
     let Some(name_at) = read_at::<*const u8>(node, scope.name_offset) else { return false };
     let mut name: Name = [0; NAME_BYTES];
-    // SAFETY: as in `tell_path`. What is not read stays zero, as in the map's keys.
+    // SAFETY: as in `report_path`. What is not read stays zero, as in the map's keys.
     let read =
         unsafe { bpf_probe_read_kernel_str(name.as_mut_ptr().cast(), NAME_BYTES as u32, name_at.cast()) };
     if read <= 0 || cgroup_id == 0 {
         return false;
     }
-    // SAFETY: entries are replaced whole by the watcher, and a pod is expected only once.
+    // SAFETY: the watcher replaces entries whole, and the kernel frees a replaced one only after this program. No entry is
+    // changed once it is there: a pod is expected only once.
     let Some(info) = (unsafe { EXPECTED.get(name) }) else { return false };
     maps::set_cgroup(cgroup_id, info)
 }
@@ -181,7 +181,7 @@ fn close_if_expected(node: *const u8, scope: &Scope, cgroup_id: u64) -> bool {
 #[inline(always)]
 fn count_lost() {
     if let Some(lost) = LOST.get_ptr_mut(0) {
-        // SAFETY: this CPU's own counter.
+        // SAFETY: this CPU's own counter, which no other program changes before this one returns.
         unsafe { *lost += 1 };
     }
 }

@@ -1,30 +1,37 @@
 //! The kernel programs.
 //!
-//! * [`decide`]: both decision lists, shared by the address families
-//! * [`connect`]: asks the first list when a pod connects, and redirects
-//! * [`dns`]: redirects DNS queries, where that is asked for, and shows the answers as the resolver's
-//! * [`sk_lookup`]: asks the second list when a connection arrives in a pod's netns, and steers
-//! * [`sock_ops`]: hands the original destination over to the tunnel; notes its flows and listeners
+//! * [`connect`]: asks the outbound list when a pod connects, and redirects
+//! * [`dns`]: redirects DNS queries where a pod wants that, and shows the answers as the resolver's
+//! * [`sk_lookup`]: asks the inbound list when a connection arrives in a pod's netns, and steers
+//! * [`sock_ops`]: passes the original destination to the tunnel; records its flows and listeners
 //! * [`original_dst`]: answers SO_ORIGINAL_DST to the tunnel, and getpeername to the application
-//! * [`tunnel_mark`]: keeps the tunnel's mark to connections that spend the client's address
-//! * [`lifecycle`]: tells of cgroups and processes, and closes expected pods as their cgroup is made
-//! * [`trace`]: says what was decided, while somebody watches
-//! * [`address`], [`maps`]: what all of them rest on
+//! * [`tunnel_mark`]: keeps the tunnel's mark to connections that use the client's address
+//! * [`lifecycle`]: reports cgroups and processes, and closes expected pods as their cgroup is made
+//! * [`trace`]: reports each verdict, while somebody watches
+//! * [`maps`]: the maps, and the answers that the lists get from them
+//! * [`context`]: safe access to the kernel's contexts
 //!
-//! No function is named like the ELF section of its program: the linker takes both for one symbol.
+//! The lists themselves are in `adit_ebpf_common::decide`.
+//!
+//! `unsafe` is allowed in [`context`], [`maps`] and [`lifecycle`], and for two helpers in [`trace`]. No function is named
+//! like the ELF section of its program: the linker takes both for one symbol.
 #![no_std]
 #![no_main]
-#![expect(unsafe_code, reason = "contexts and maps are raw pointers here")]
+// For one instruction that has no name in `core` on this target: see `maps::add_pinned_connections`.
+#![feature(asm_experimental_arch)]
 #![expect(
     clippy::inline_always,
     reason = "before it inlines, the verifier sees calls that share 512 bytes of stack"
 )]
-// For one instruction that has no name in `core` on this target: see `maps::add_deliveries`.
-#![feature(asm_experimental_arch)]
+#![expect(clippy::needless_pass_by_value, reason = "aya's macros pass contexts by value")]
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    reason = "the kernel's fields are wider than what they hold, and a conversion that can fail costs a branch"
+)]
 
-mod address;
 mod connect;
-mod decide;
+mod context;
 mod dns;
 mod lifecycle;
 mod maps;
@@ -34,8 +41,10 @@ mod sock_ops;
 mod trace;
 mod tunnel_mark;
 
-/// The kernel lets only programs under the GPL use some helpers. This crate may be had under either of
-/// its two licences; what is loaded is under this one.
+/// The kernel lets only programs under the GPL use some helpers. This crate is available under either of its two
+/// licences; the loaded object is under this one.
+#[expect(unsafe_code, reason = "the kernel finds the licence by its section")]
+// SAFETY: nothing else is in this section or has this name.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 4] = *b"GPL\0";

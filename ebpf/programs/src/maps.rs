@@ -1,15 +1,21 @@
-//! The maps, and the questions that the programs ask them. Keys and values: `adit-ebpf-common`.
+//! The maps, and the facts that the decision lists get from them. Names, keys and values: `adit_ebpf_common`, whose
+//! table of maps a test of the loader compares with the compiled object.
+#![expect(unsafe_code, reason = "references into maps, and helpers that take pointers")]
 
 use core::{arch::asm, ptr::null_mut};
 
 use adit_ebpf_common::{
     address::Address,
+    decide::{ArrivalFacts, ConnectFacts, Facts},
+    enrolment::{CgroupInfo, PodRecord, flag},
+    exclusions::{ExcludedCidr, ExcludedPort},
     flows::{Destination, Flow, SocketState},
-    pods::{CgroupInfo, ExcludedCidr, ExcludedPort, ListenerKey, PodRecord, flag},
+    listeners::{AppListenerState, ListenerKey, MAX_APP_LISTENERS},
     settings::Settings,
+    trace::TraceRecord,
 };
 use aya_ebpf::{
-    bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_ops},
+    bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE},
     btf_maps::SkStorage,
     helpers::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_sk_release,
@@ -18,6 +24,8 @@ use aya_ebpf::{
     macros::{btf_map, map},
     maps::{Array, HashMap, LpmTrie, LruHashMap, RingBuf, SockHash, lpm_trie::Key},
 };
+
+use crate::context::{Lookup, SockOps, Socket};
 
 #[map(name = "cgroup_info_map")]
 static CGROUP_INFO: HashMap<u64, CgroupInfo> = HashMap::with_max_entries(16384, 0);
@@ -33,14 +41,17 @@ static EXCLUDED_CIDRS: LpmTrie<ExcludedCidr, u8> = LpmTrie::with_max_entries(655
 static ORIGINAL_DST: LruHashMap<Flow, Destination> = LruHashMap::with_max_entries(65536, 0);
 #[map(name = "tunnel_flows")]
 static TUNNEL_FLOWS: LruHashMap<Flow, u64> = LruHashMap::with_max_entries(65536, 0);
-#[map(name = "deliveries")]
-static DELIVERIES: HashMap<u64, u64> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
-#[map(name = "listeners")]
-pub static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(4096, 0);
-#[map(name = "listened")]
-static LISTENED: HashMap<ListenerKey, u32> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
+#[map(name = "pinned_connections")]
+static PINNED_CONNECTIONS: HashMap<u64, u64> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
+#[map(name = "tunnel_listeners")]
+static TUNNEL_LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(4096, 0);
+#[map(name = "app_listeners")]
+static APP_LISTENERS: HashMap<ListenerKey, u32> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
+#[map(name = "app_listener_state")]
+static APP_LISTENER_STATE: HashMap<u64, AppListenerState> =
+    HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
 #[map(name = "trace")]
-pub static TRACE: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+static TRACE: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 #[btf_map(name = "socket_state")]
 static SOCKET_STATE: SkStorage<SocketState> = SkStorage::new();
 
@@ -52,12 +63,13 @@ pub fn settings() -> Option<&'static Settings> {
     SETTINGS.get(0)
 }
 
-/// What is known of the calling task's cgroup: its own entry, else its nearest ancestor's. So a new
-/// container of a known pod needs no entry of its own, and none can be late.
+/// What is known of the calling task's cgroup: its own entry, else that of the nearest ancestor. So a new container of
+/// a known pod needs no entry of its own, and none can be late.
 #[inline(always)]
 pub fn caller() -> Option<&'static CgroupInfo> {
-    // SAFETY: entries are replaced whole by the watcher; a reader may see an old one, never half of one
-    // whose mixture matters, since addresses change only together with the cgroup id.
+    // SAFETY: the helpers take no pointers. The watcher replaces entries whole, and the kernel frees a replaced one only
+    // after this program, or reuses its memory for another entry: a reader may see a mixture of two, whose addresses
+    // differ only together with the cgroup id.
     unsafe {
         if let Some(info) = CGROUP_INFO.get(bpf_get_current_cgroup_id()) {
             return Some(info);
@@ -97,26 +109,137 @@ pub fn pod(address: &Address) -> Option<&'static PodRecord> {
 }
 
 #[inline(always)]
-pub fn is_port_excluded(policy_id: u32, port: u16, direction: u16) -> bool {
-    policy_id != 0 && EXCLUDED_PORTS.get_ptr(ExcludedPort { policy_id, port, direction }).is_some()
+fn is_port_excluded(exclusion_id: u32, port: u16, direction: u16) -> bool {
+    exclusion_id != 0 && EXCLUDED_PORTS.get_ptr(ExcludedPort { exclusion_id, port, direction }).is_some()
 }
 
 #[inline(always)]
-pub fn is_cidr_excluded(policy_id: u32, address: &Address) -> bool {
-    let data = ExcludedCidr { policy_id_be: policy_id.to_be_bytes(), address: *address };
-    policy_id != 0 && EXCLUDED_CIDRS.get(Key::new(160, data)).is_some()
+fn is_cidr_excluded(exclusion_id: u32, address: &Address) -> bool {
+    let data = ExcludedCidr { exclusion_id_be: exclusion_id.to_be_bytes(), address: *address };
+    exclusion_id != 0 && EXCLUDED_CIDRS.get(Key::new(160, data)).is_some()
 }
 
-/// Publishes where the opener of `flow` wanted to go.
+/// What a program of connect or sendmsg knows.
+pub struct Caller {
+    pub settings: &'static Settings,
+    pub info: Option<&'static CgroupInfo>,
+    pub socket: Socket,
+}
+
+impl Facts for Caller {
+    #[inline(always)]
+    fn settings(&self) -> &Settings {
+        self.settings
+    }
+
+    #[inline(always)]
+    fn pod(&self, address: &Address) -> Option<PodRecord> {
+        pod(address).copied()
+    }
+
+    #[inline(always)]
+    fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool {
+        is_port_excluded(exclusion_id, port, direction)
+    }
+}
+
+impl ConnectFacts for Caller {
+    #[inline(always)]
+    fn caller(&self) -> Option<&CgroupInfo> {
+        self.info
+    }
+
+    #[inline(always)]
+    fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool {
+        is_cidr_excluded(exclusion_id, address)
+    }
+
+    /// The kernel removes the entry with the socket, however the tunnel ended.
+    #[inline(always)]
+    fn has_tunnel_listener(&self, key: &ListenerKey) -> bool {
+        let map = (&raw const TUNNEL_LISTENERS).cast_mut().cast();
+        let mut key = *key;
+        // SAFETY: the key is of the map's type and lives on the stack. The helper holds a socket that it finds, and
+        // `bpf_sk_release` gives it back, exactly once.
+        unsafe {
+            let socket = bpf_map_lookup_elem(map, (&raw mut key).cast());
+            !socket.is_null() && {
+                bpf_sk_release(socket);
+                true
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn is_bound_to_device(&self) -> bool {
+        self.socket.is_bound_to_device()
+    }
+
+    #[inline(always)]
+    fn record(&self, original: &Destination, redirect: &Destination) -> bool {
+        let Some(state) = state_or_new(self.socket) else { return false };
+        state.original = *original;
+        state.redirect = *redirect;
+        true
+    }
+}
+
+/// What the sk_lookup program knows.
+pub struct Arriving<'a> {
+    pub settings: &'static Settings,
+    pub lookup: &'a Lookup,
+}
+
+impl Facts for Arriving<'_> {
+    #[inline(always)]
+    fn settings(&self) -> &Settings {
+        self.settings
+    }
+
+    #[inline(always)]
+    fn pod(&self, address: &Address) -> Option<PodRecord> {
+        pod(address).copied()
+    }
+
+    #[inline(always)]
+    fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool {
+        is_port_excluded(exclusion_id, port, direction)
+    }
+}
+
+impl ArrivalFacts for Arriving<'_> {
+    #[inline(always)]
+    fn tunnel_flow(&self, flow: &Flow) -> Option<u64> {
+        // SAFETY: one writer per key, the socket that has this flow; the value is copied at once.
+        unsafe { TUNNEL_FLOWS.get(flow) }.copied()
+    }
+
+    #[inline(always)]
+    fn steer(&self, to: &ListenerKey) -> bool {
+        TUNNEL_LISTENERS.redirect_sk_lookup(self.lookup.to_aya(), *to, 0).is_ok()
+    }
+
+    #[inline(always)]
+    fn has_app_listener(&self, key: &ListenerKey) -> bool {
+        APP_LISTENERS.get_ptr(key).is_some()
+    }
+
+    #[inline(always)]
+    fn knows_all_app_listeners(&self, netns_cookie: u64) -> bool {
+        // SAFETY: the value is copied at once; a program or the watcher may change it then, as if it had done so later.
+        unsafe { APP_LISTENER_STATE.get(netns_cookie) }.is_some_and(|state| state.complete != 0)
+    }
+}
+
+/// Publishes where the opener of `flow` wanted to go. If that fails, the tunnel gets no answer and refuses the connection.
 #[inline(always)]
 pub fn publish_original(flow: &Flow, original: &Destination) {
-    // Failing leaves the tunnel without an answer: it refuses the connection.
     let _ = ORIGINAL_DST.insert(flow, original, 0);
 }
 
 #[inline(always)]
 pub fn published_original(flow: &Flow) -> Option<Destination> {
-    // SAFETY: one writer per key: the socket that has this flow.
+    // SAFETY: one writer per key, the socket that has this flow; the value is copied at once.
     unsafe { ORIGINAL_DST.get(flow) }.copied()
 }
 
@@ -126,15 +249,8 @@ pub fn withdraw_original(flow: &Flow) {
 }
 
 #[inline(always)]
-pub fn note_tunnel_flow(flow: &Flow, netns_cookie: u64) -> Result<(), i32> {
+pub fn record_tunnel_flow(flow: &Flow, netns_cookie: u64) -> Result<(), i32> {
     TUNNEL_FLOWS.insert(flow, netns_cookie, 0)
-}
-
-/// The netns from which the tunnel opened `flow`.
-#[inline(always)]
-pub fn tunnel_flow(flow: &Flow) -> Option<u64> {
-    // SAFETY: as in `published_original`.
-    unsafe { TUNNEL_FLOWS.get(flow) }.copied()
 }
 
 #[inline(always)]
@@ -142,117 +258,95 @@ pub fn forget_tunnel_flow(flow: &Flow) {
     let _ = TUNNEL_FLOWS.remove(flow);
 }
 
-/// Counts a connection of the tunnel in that netns. Whether it could.
+/// Counts a connection of the tunnel that needs the netns prepared. Whether it could.
 #[inline(always)]
-pub fn count_delivery(netns_cookie: u64) -> bool {
-    if DELIVERIES.get_ptr_mut(netns_cookie).is_none() {
-        // Another processor's may be there by now.
-        let _ = DELIVERIES.insert(netns_cookie, 0, u64::from(BPF_NOEXIST));
+pub fn count_pinned_connection(netns_cookie: u64) -> bool {
+    if PINNED_CONNECTIONS.get_ptr_mut(netns_cookie).is_none() {
+        // Another processor's entry may be there by now.
+        let _ = PINNED_CONNECTIONS.insert(netns_cookie, 0, u64::from(BPF_NOEXIST));
     }
-    add_deliveries(netns_cookie, 1)
+    add_pinned_connections(netns_cookie, 1)
 }
 
 #[inline(always)]
-pub fn uncount_delivery(netns_cookie: u64) {
-    add_deliveries(netns_cookie, u64::MAX);
+pub fn uncount_pinned_connection(netns_cookie: u64) {
+    add_pinned_connections(netns_cookie, u64::MAX);
 }
 
 #[inline(always)]
-fn add_deliveries(netns_cookie: u64, number: u64) -> bool {
-    let Some(count) = DELIVERIES.get_ptr_mut(netns_cookie) else { return false };
-    // Added as one step, since a socket may close on another processor, or in an interrupt on this one. Without asking
-    // for the sum, which Linux before 5.12 could not give.
-    // SAFETY: an entry of the map, which only these programs change; aligned, as all values of 8 bytes are.
+fn add_pinned_connections(netns_cookie: u64, number: u64) -> bool {
+    let Some(count) = PINNED_CONNECTIONS.get_ptr_mut(netns_cookie) else { return false };
+    // One atomic step, since a socket may close on another processor, or in an interrupt on this one. Without asking
+    // for the sum, which Linux before 5.12 cannot give.
+    // SAFETY: `count` points to an entry of the map, which the kernel frees only after this program; values of 8 bytes
+    // are aligned, and only these programs change them, always by this instruction.
     unsafe { asm!("lock *(u64 *)({count} + 0) += {number}", count = in(reg) count, number = in(reg) number) };
     true
 }
 
 /// Registers the listening socket of `ops`. The latest wins, so that a successor takes over by listening.
 #[inline(always)]
-pub fn register_listener(ops: *mut bpf_sock_ops, mut key: ListenerKey) {
-    let map = (&raw const LISTENERS).cast_mut().cast();
-    // SAFETY: `ops` is the program's context, the key is of the map's type and lives on the stack.
-    let _ = unsafe { bpf_sock_hash_update(ops, map, (&raw mut key).cast(), 0) };
+pub fn register_tunnel_listener(ops: &SockOps, mut key: ListenerKey) {
+    let map = (&raw const TUNNEL_LISTENERS).cast_mut().cast();
+    // SAFETY: `ops` is the context of the running sock_ops program, whose type may call this helper; the key is of
+    // the map's type and lives on the stack.
+    let _ = unsafe { bpf_sock_hash_update(ops.as_ptr(), map, (&raw mut key).cast(), 0) };
 }
 
-/// Whether the tunnel's listener of `key` is there. Its entry goes with the socket, however the tunnel ended.
+/// Records that an application listens at `key`, if the watcher wants to know that of its netns. If there is no room, not
+/// every listener of the netns is known, and no port is refused there.
 #[inline(always)]
-pub fn is_listening(mut key: ListenerKey) -> bool {
-    let map = (&raw const LISTENERS).cast_mut().cast();
-    // SAFETY: the key is of the map's type and lives on the stack; a socket that was found is held until it
-    // is released.
+pub fn record_app_listener(key: &ListenerKey) {
+    let Some(state) = APP_LISTENER_STATE.get_ptr_mut(key.netns_cookie) else { return };
+    if APP_LISTENERS.get_ptr(key).is_some() {
+        return;
+    }
+    // SAFETY: `state` points to an entry of the map, which the kernel frees only after the programs that saw it; its
+    // fields are aligned. Two programs that count at once may count one.
     unsafe {
-        let socket = bpf_map_lookup_elem(map, (&raw mut key).cast());
-        !socket.is_null() && {
-            bpf_sk_release(socket);
-            true
+        let count = (&raw const (*state).count).read_volatile();
+        if count < MAX_APP_LISTENERS && APP_LISTENERS.insert(key, 1, 0).is_ok() {
+            (&raw mut (*state).count).write_volatile(count + 1);
+        } else {
+            (&raw mut (*state).complete).write_volatile(0);
         }
     }
 }
 
-/// Notes that an application listens at `key`. What cannot be noted makes the netns one of which not everything is
-/// known, where nobody is refused.
+/// Writes a record for whoever watches. A full buffer loses records; nobody waits.
 #[inline(always)]
-pub fn note_listened(key: &ListenerKey) {
-    let Some(count) = LISTENED.get_ptr_mut(ListenerKey::about(key.netns_cookie, ListenerKey::COUNT)) else {
-        return;
-    };
-    if LISTENED.get_ptr(key).is_some() {
-        return;
-    }
-    // SAFETY: the kernel frees a value only after the programs that saw it. Two that count at once may count one.
-    let counted = unsafe { count.read_volatile() };
-    if counted < ListenerKey::MOST_LISTENED && LISTENED.insert(key, 1, 0).is_ok() {
-        // SAFETY: as above.
-        unsafe { count.write_volatile(counted + 1) };
-    } else {
-        let _ = LISTENED.remove(ListenerKey::about(key.netns_cookie, ListenerKey::COMPLETE));
-    }
+pub fn trace(record: &TraceRecord) {
+    let _ = TRACE.output::<TraceRecord>(record, 0);
 }
 
-/// Whether an application may listen at `key`: where not everything is known it may.
+/// What the programs remember of `socket`, which may be null.
 #[inline(always)]
-pub fn may_be_listened(mut key: ListenerKey) -> bool {
-    if LISTENED.get_ptr(key).is_some() {
-        return true;
-    }
-    // A socket of IPv6 may serve IPv4 too.
-    if key.family == 4 {
-        key.family = 6;
-        if LISTENED.get_ptr(key).is_some() {
-            return true;
-        }
-    }
-    LISTENED.get_ptr(ListenerKey::about(key.netns_cookie, ListenerKey::COMPLETE)).is_none()
-}
-
-/// What is remembered of `socket`, which may be null.
-#[inline(always)]
-pub fn state(socket: *mut bpf_sock) -> Option<&'static mut SocketState> {
+pub fn state(socket: Socket) -> Option<&'static mut SocketState> {
     get_state(socket, 0)
 }
 
-/// What is remembered of `socket`, all zero at first. `None` when memory is short.
+/// What the programs remember of `socket`, all zero at first. `None` when memory is short.
 #[inline(always)]
-pub fn state_or_new(socket: *mut bpf_sock) -> Option<&'static mut SocketState> {
+pub fn state_or_new(socket: Socket) -> Option<&'static mut SocketState> {
     get_state(socket, u64::from(BPF_SK_STORAGE_GET_F_CREATE))
 }
 
 #[inline(always)]
-fn get_state(socket: *mut bpf_sock, flags: u64) -> Option<&'static mut SocketState> {
+fn get_state(socket: Socket, flags: u64) -> Option<&'static mut SocketState> {
     if socket.is_null() {
         return None;
     }
     let map = (&raw const SOCKET_STATE).cast_mut().cast();
-    // SAFETY: the kernel returns null, or a value of the map's type that lives as long as the socket,
-    // which the context holds; the socket's owner runs programs on it one at a time.
-    unsafe { bpf_sk_storage_get(map, socket.cast(), null_mut(), flags).cast::<SocketState>().as_mut() }
+    // SAFETY: the kernel returns null, or a value of the map's type that lives as long as the socket, which the
+    // context holds until the program returns. Programs about one socket run one at a time, under its lock, and each
+    // has only one such reference at a time.
+    unsafe { bpf_sk_storage_get(map, socket.as_ptr().cast(), null_mut(), flags).cast::<SocketState>().as_mut() }
 }
 
-/// What an earlier connect on `socket` recorded does not hold any more. The rest of the state stays: on a
-/// tunnel's socket, which may live below the pods' cgroup, it tells the netns.
+/// Forgets what an earlier connect on `socket` recorded. The rest of the state stays: on a socket of the tunnel, whose
+/// cgroup may be below the pods' cgroup, it holds the netns.
 #[inline(always)]
-pub fn forget_redirect(socket: *mut bpf_sock) {
+pub fn forget_redirect(socket: Socket) {
     if let Some(state) = state(socket) {
         state.original.port = 0;
         state.redirect.port = 0;

@@ -1,20 +1,21 @@
-//! What was decided, for whoever watches: a line in `trace_pipe` with the fixed tag "adit", and a record
-//! in the ring buffer. Switched and filtered by the settings, at run time.
+//! Reports each verdict: a line in `trace_pipe` with the fixed tag "adit", and a record in the ring buffer `trace`. The
+//! settings switch and filter this at run time.
 
 use adit_ebpf_common::{
-    address::{Address, UNSPECIFIED, is_v4},
+    address::{Address, UNSPECIFIED, is_v4, same},
+    enrolment::CgroupInfo,
     flows::{Destination, Flow},
     settings::Settings,
     trace::{Hook, Rule, TraceRecord},
 };
 use aya_ebpf::helpers::{bpf_get_current_cgroup_id, bpf_printk};
 
-use crate::{address::same, maps};
+use crate::maps;
 
 const RULE_BYTES: usize = 52;
 
-/// The rules' names by number, each ended by a zero: one flat array, since a table of pointers would need
-/// relocations that no loader makes.
+/// The rules' names by number, each ended by a zero. One flat array, since a table of pointers would need relocations
+/// that no loader makes.
 static RULE_NAMES: [[u8; RULE_BYTES]; Rule::ALL.len()] = {
     let mut names = [[0; RULE_BYTES]; Rule::ALL.len()];
     let mut number = 0;
@@ -31,13 +32,12 @@ static RULE_NAMES: [[u8; RULE_BYTES]; Rule::ALL.len()] = {
     names
 };
 
-/// A connect from `own` (a pod's address, or zero).
+/// A connect or a datagram of a caller with this entry.
 #[inline(always)]
-pub fn outbound(settings: &Settings, hook: Hook, rule: Rule, own: &Address, to: &Destination) {
+pub fn outbound(settings: &Settings, hook: Hook, rule: Rule, info: Option<&CgroupInfo>, to: &Destination) {
     let record = TraceRecord {
-        // SAFETY: a helper without arguments.
-        cgroup_id: unsafe { bpf_get_current_cgroup_id() },
-        local: *own,
+        cgroup_id: cgroup_id(),
+        local: own_address(info, &to.address),
         remote: to.address,
         local_port: 0,
         remote_port: to.port,
@@ -62,6 +62,24 @@ pub fn inbound(settings: &Settings, rule: Rule, flow: &Flow) {
     emit(settings, &record);
 }
 
+/// The cgroup of the calling task.
+#[inline(always)]
+#[expect(unsafe_code, reason = "aya calls all helpers unsafe")]
+fn cgroup_id() -> u64 {
+    // SAFETY: a helper without arguments, which every program type that calls this has.
+    unsafe { bpf_get_current_cgroup_id() }
+}
+
+/// The pod's address of the family of `destination`; all zero if it is not known.
+#[inline(always)]
+fn own_address(info: Option<&CgroupInfo>, destination: &Address) -> Address {
+    match info {
+        Some(info) if is_v4(destination) => info.v4,
+        Some(info) => info.v6,
+        None => UNSPECIFIED,
+    }
+}
+
 #[inline(always)]
 fn emit(settings: &Settings, record: &TraceRecord) {
     let port = settings.debug_port;
@@ -72,21 +90,22 @@ fn emit(settings: &Settings, record: &TraceRecord) {
     if !same(address, &UNSPECIFIED) && !same(address, &record.local) && !same(address, &record.remote) {
         return;
     }
-    // A full buffer loses records; its reader sees less, nobody waits.
-    let _ = maps::TRACE.output::<TraceRecord>(record, 0);
+    maps::trace(record);
     print(record);
 }
 
-/// The line: the verdict, and the interesting end (a connect's destination, an arrival's source is in the
-/// record; its line shows the port that was dialled). Three values at most: more need Linux 5.16.
+/// Prints the rule, and for a connect its destination, for an arrival its source and the port that it dialled. Three
+/// values at most: more need Linux 5.16.
 #[inline(always)]
+#[expect(unsafe_code, reason = "bpf_printk takes pointers")]
 fn print(record: &TraceRecord) {
     let Some(name) = RULE_NAMES.get(record.rule as usize) else { return };
     let name = name.as_ptr();
     let is_arrival = record.hook == Hook::SkLookup as u16;
     let port = if is_arrival { record.local_port } else { record.remote_port };
-    // SAFETY: a helper that copies what it is given; %pI4 and %pI6 exist since Linux 5.13, before that it
-    // refuses the line, and the address is left out.
+    // SAFETY: the helper reads the address and the name, which outlive the call: 4 bytes from the twelfth on or 16, and up
+    // to the zero that ends every name. %pI4 and %pI6 exist since Linux 5.13; before that it refuses the line, and the
+    // address is left out.
     unsafe {
         let printed = match (is_arrival, is_v4(&record.remote)) {
             (false, true) => {

@@ -7,11 +7,12 @@ use std::{
 };
 
 use aya::programs::loaded_programs;
+use aya_obj::generated::bpf_attach_type::{self, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT};
 
 use super::Check;
 use crate::{links, object::PODS, sys};
 
-const CONNECT: [u32; 2] = [10, 11];
+const CONNECT: [bpf_attach_type; 2] = [BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT];
 /// Looked at below the pods' cgroup; a node with more of them has its answer by then.
 const MOST_CGROUPS: usize = 4096;
 

@@ -3,6 +3,7 @@
 use std::error::Error;
 
 use aya::{EbpfLoader, programs::Program};
+use error_reporter::Report;
 
 use super::Check;
 use crate::{
@@ -97,13 +98,8 @@ pub fn load_each() -> Vec<Check> {
 }
 
 /// An error with its causes in one line; of what the verifier wrote, the line that says what it minded.
-fn reason(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
+fn reason(error: &(dyn Error + 'static)) -> String {
+    let text = Report::new(error).to_string();
     let first = text.lines().next().unwrap_or_default();
     let first = first.split(". Verifier output:").next().unwrap_or_default();
     // It ends with statistics; what stands before them is why it stopped.

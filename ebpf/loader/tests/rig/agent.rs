@@ -130,6 +130,11 @@ impl Agent {
         self.tell(format_args!("dial {how:?} {to}")).map(|answer| end(&answer))
     }
 
+    /// By TCP, without waiting for an answer: the handle of the socket. `Err` is an errno.
+    pub fn begin(&mut self, to: SocketAddr) -> Result<u32, i32> {
+        self.tell(format_args!("begin {to}")).map(|answer| answer.parse().expect("a handle"))
+    }
+
     /// By TCP, from a given address.
     pub fn dial_from(&mut self, from: SocketAddr, to: SocketAddr) -> Result<End, i32> {
         self.tell(format_args!("dial-from {from} {to}")).map(|answer| end(&answer))
@@ -256,6 +261,15 @@ impl Sockets {
                 Ok(self.keep(socket).to_string())
             }
             ["dial", how, to] => self.dial(how, parse(to)?),
+            ["begin", to] => {
+                let to: SocketAddr = parse(to)?;
+                let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+                socket.set_nonblocking(true)?;
+                match socket.connect(&to.into()) {
+                    Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+                    _ => Ok(self.keep(socket).to_string()),
+                }
+            }
             ["dial-from", from, to] => {
                 let (from, to): (SocketAddr, SocketAddr) = (parse(from)?, parse(to)?);
                 let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;

@@ -1,0 +1,368 @@
+//! The decisions about a connection: one list for those that a pod opens, one for those that it receives. In each list
+//! the first rule that applies wins.
+//!
+//! The lists ask a [`Facts`] for what they need. The kernel programs answer by looking maps up; `watcher explain`
+//! answers from the same maps as user space reads them; the tests from plain values. So all three agree.
+//!
+//! *Ready*: a tunnel is connected and has acknowledged the pod. A pod that is not ready follows its fail mode: open
+//! passes in clear, closed is refused. The same goes for a pod whose tunnel has no listener any more, which the kernel
+//! notices without the watcher.
+
+use crate::{
+    address::{
+        Address, UNSPECIFIED, is_link_local, is_loopback, is_unspecified, is_v4, mapped, same,
+    },
+    enrolment::{CgroupInfo, PodRecord, flag},
+    exclusions::{INBOUND, OUTBOUND},
+    flows::{Destination, Flow},
+    listeners::ListenerKey,
+    settings::Settings,
+    trace::Rule,
+};
+
+#[cfg(any(test, feature = "plain"))]
+pub mod plain;
+#[cfg(test)]
+mod tests;
+
+/// The port of DNS.
+pub const DNS_PORT: u16 = 53;
+
+const LOOPBACK_V4: Address = mapped([127, 0, 0, 1]);
+const LOOPBACK_V6: Address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+
+/// What both lists need to know.
+pub trait Facts {
+    /// The settings of the node.
+    fn settings(&self) -> &Settings;
+    /// The enrolled pod that has `address`.
+    fn pod(&self, address: &Address) -> Option<PodRecord>;
+    /// Whether the list `exclusion_id` has `port` in `direction` ([`OUTBOUND`] or [`INBOUND`]).
+    fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool;
+}
+
+/// What the outbound list needs to know besides.
+pub trait ConnectFacts: Facts {
+    /// What is known of the caller's cgroup.
+    fn caller(&self) -> Option<&CgroupInfo>;
+    /// Whether the list `exclusion_id` has a range that `address` is in.
+    fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool;
+    /// Whether the tunnel has exactly this listener.
+    fn has_tunnel_listener(&self, key: &ListenerKey) -> bool;
+    /// Whether the socket is bound to a device, from where the loopback is out of reach.
+    fn is_bound_to_device(&self) -> bool;
+    /// Records on the socket where it wanted to go, and where it goes instead. Whether it could.
+    fn record(&self, original: &Destination, redirect: &Destination) -> bool;
+}
+
+/// What the inbound list needs to know besides.
+pub trait ArrivalFacts: Facts {
+    /// The cookie of the netns from which the tunnel opened `flow`, if it did.
+    fn tunnel_flow(&self, flow: &Flow) -> Option<u64>;
+    /// Gives the connection to exactly this listener of the tunnel. Whether it is there.
+    fn steer(&self, to: &ListenerKey) -> bool;
+    /// Whether an application is known to have exactly this listener.
+    fn has_app_listener(&self, key: &ListenerKey) -> bool;
+    /// Whether every listener of the netns is known.
+    fn knows_all_app_listeners(&self, netns_cookie: u64) -> bool;
+}
+
+/// A call of connect(2), or of sendmsg(2) with an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connect {
+    /// MPTCP counts as TCP.
+    pub is_tcp: bool,
+    /// Neither TCP nor UDP: both false.
+    pub is_udp: bool,
+    /// Where it wants to go.
+    pub destination: Destination,
+}
+
+impl Connect {
+    /// Whether it may be a DNS query.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_query(&self) -> bool {
+        self.destination.port == DNS_PORT && (self.is_tcp || self.is_udp)
+    }
+}
+
+/// The verdict about a call of connect(2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outbound {
+    /// It goes where it wants to.
+    Leave(Rule),
+    /// The call fails with `EPERM`.
+    Refuse(Rule),
+    /// It goes there instead.
+    Redirect(Rule, Destination),
+}
+
+impl Outbound {
+    /// The rule that decided.
+    #[inline(always)]
+    #[must_use]
+    pub const fn rule(&self) -> Rule {
+        match self {
+            Self::Leave(rule) | Self::Refuse(rule) | Self::Redirect(rule, _) => *rule,
+        }
+    }
+}
+
+/// Decides about an outbound connection:
+///
+/// 1. a DNS query that [`dns_redirect`] captures: redirect to the tunnel's DNS port
+/// 2. not TCP: leave
+/// 3. to loopback, which 0.0.0.0 and :: mean too: leave; but refuse the tunnel's ports to an enrolled, ready pod
+/// 4. the caller is a tunnel: leave, or its own traffic would come back to it
+/// 5. the caller is not enrolled, or a sidecar carries its traffic: leave
+/// 6. to one of the pod's own addresses: leave; but refuse the tunnel's ports
+/// 7. excluded by port or by CIDR: leave
+/// 8. the pod is not ready: by its fail mode
+/// 9. the pod has no address of this family, so there is nothing to redirect to: refuse
+/// 10. the tunnel's listener is gone: by the pod's fail mode
+/// 11. the original destination cannot be recorded, so the tunnel would not learn it: refuse
+/// 12. redirect to the tunnel
+#[inline(always)]
+pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
+    let to = &call.destination;
+    if call.is_query() {
+        let redirect = dns_redirect(facts, to);
+        if redirect.is_somewhere() {
+            return Outbound::Redirect(Rule::DnsRedirect, redirect);
+        }
+    }
+    if !call.is_tcp {
+        return Outbound::Leave(Rule::NotTcp);
+    }
+    let settings = facts.settings();
+    let local = is_loopback(&to.address) || is_unspecified(&to.address);
+    if local && !is_reserved(settings, to.port) {
+        return Outbound::Leave(Rule::Loopback);
+    }
+    let Some(info) = facts.caller() else {
+        return Outbound::Leave(if local { Rule::Loopback } else { Rule::NotEnrolled });
+    };
+    if info.flags & flag::TUNNEL != 0 {
+        return Outbound::Leave(Rule::Tunnel);
+    }
+    if info.flags & flag::IN_MESH == 0 || (info.flags | info.detected) & flag::SIDECAR != 0 {
+        return Outbound::Leave(Rule::NotEnrolled);
+    }
+    let ready = is_ready(settings, info.flags);
+    if local || is_own_address(facts, info, &to.address) {
+        return if ready && is_reserved(settings, to.port) {
+            Outbound::Refuse(Rule::DropReserved)
+        } else {
+            Outbound::Leave(if local { Rule::Loopback } else { Rule::OwnAddress })
+        };
+    }
+    if facts.is_port_excluded(info.exclusion_id, to.port, OUTBOUND) {
+        return Outbound::Leave(Rule::ExcludedPort);
+    }
+    if facts.is_cidr_excluded(info.exclusion_id, &to.address) {
+        return Outbound::Leave(Rule::ExcludedCidr);
+    }
+    if !ready {
+        return without_tunnel(info);
+    }
+    let tunnel = if is_v4(&to.address) { info.redirect_v4 } else { info.redirect_v6 };
+    if same(&tunnel, &UNSPECIFIED) {
+        return Outbound::Refuse(Rule::NoAddress);
+    }
+    let listener = ListenerKey::new(info.netns_cookie, info.redirect_port, is_v4(&to.address));
+    if !facts.has_tunnel_listener(&listener) && !facts.has_tunnel_listener(&listener.v6()) {
+        return without_tunnel(info);
+    }
+    let redirect = Destination::new(tunnel, info.redirect_port);
+    // Always overwritten: one socket may connect, dissolve and connect again.
+    if !facts.record(to, &redirect) {
+        return Outbound::Refuse(Rule::NotRecorded);
+    }
+    Outbound::Redirect(Rule::Redirect, redirect)
+}
+
+/// The fail mode of a pod that no tunnel serves.
+#[inline(always)]
+fn without_tunnel(info: &CgroupInfo) -> Outbound {
+    if info.flags & flag::FAIL_OPEN != 0 {
+        Outbound::Leave(Rule::FailOpen)
+    } else {
+        Outbound::Refuse(Rule::FailClosed)
+    }
+}
+
+/// Whether `address` is one of the pod's. Its cgroup's entry has the first one of each family only; the others
+/// have a record with the pod's netns.
+#[inline(always)]
+fn is_own_address(facts: &impl Facts, info: &CgroupInfo, address: &Address) -> bool {
+    same(address, &info.v4)
+        || same(address, &info.v6)
+        || info.netns_cookie != 0
+            && facts.pod(address).is_some_and(|pod| pod.netns_cookie == info.netns_cookie)
+}
+
+/// Where a DNS query to `resolver` goes instead; port 0 means nowhere:
+///
+/// 1. the caller's queries are not captured, or its traffic is not the tunnel's: nowhere
+/// 2. no tunnel is ready for the pod: nowhere. DNS is no security boundary: the resolver answers a name that the tunnel
+///    does not, and the connection that follows meets the pod's fail mode
+/// 3. the resolver is the pod's own (loopback, or one of its addresses) or on the link, or the socket is bound to a
+///    device, from where the loopback is out of reach: nowhere
+/// 4. excluded by port or by CIDR: nowhere
+/// 5. the settings name resolvers, and this is none of them: nowhere, since the tunnel would query others
+/// 6. the tunnel does not serve DNS in this netns: nowhere, for the same reason as 2
+/// 7. the resolver cannot be recorded, so the answer would come from a wrong address: nowhere
+/// 8. to the tunnel's DNS port
+#[inline(always)]
+pub fn dns_redirect(facts: &impl ConnectFacts, resolver: &Destination) -> Destination {
+    const WANTED: u32 = flag::IN_MESH | flag::DNS_CAPTURE | flag::READY;
+    const FOREIGN: u32 = flag::TUNNEL | flag::SIDECAR;
+    let settings = facts.settings();
+    let Some(info) = facts.caller() else { return Destination::NOWHERE };
+    if info.flags & WANTED != WANTED
+        || (info.flags | info.detected) & FOREIGN != 0
+        || settings.tunnel_up == 0
+    {
+        return Destination::NOWHERE;
+    }
+    let to = &resolver.address;
+    if is_loopback(to)
+        || is_unspecified(to)
+        || is_link_local(to)
+        || is_own_address(facts, info, to)
+        || facts.is_bound_to_device()
+    {
+        return Destination::NOWHERE;
+    }
+    if facts.is_port_excluded(info.exclusion_id, resolver.port, OUTBOUND)
+        || facts.is_cidr_excluded(info.exclusion_id, to)
+        || !is_captured(settings, to)
+    {
+        return Destination::NOWHERE;
+    }
+    // The tunnel listens for TCP once it serves UDP too.
+    let listener = ListenerKey::new(info.netns_cookie, settings.dns_port, is_v4(to));
+    if !facts.has_tunnel_listener(&listener) {
+        return Destination::NOWHERE;
+    }
+    let loopback = if is_v4(to) { LOOPBACK_V4 } else { LOOPBACK_V6 };
+    let redirect = Destination::new(loopback, settings.dns_port);
+    if facts.record(resolver, &redirect) { redirect } else { Destination::NOWHERE }
+}
+
+#[inline(always)]
+fn is_captured(settings: &Settings, resolver: &Address) -> bool {
+    let named = &settings.resolvers;
+    same(&named[0], &UNSPECIFIED)
+        || same(&named[0], resolver)
+        || same(&named[1], resolver)
+        || same(&named[2], resolver)
+}
+
+/// A connection that arrives at a pod's netns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arrival {
+    /// As its opener sees it: `remote` is the pod.
+    pub flow: Flow,
+    /// The family of the packet.
+    pub is_v4: bool,
+}
+
+/// The verdict about an arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inbound {
+    /// It goes to the listener that it was steered to, else to the pod's own.
+    Pass(Rule),
+    /// The opener sees a reset.
+    Drop(Rule),
+}
+
+impl Inbound {
+    /// The rule that decided.
+    #[inline(always)]
+    #[must_use]
+    pub const fn rule(&self) -> Rule {
+        match self {
+            Self::Pass(rule) | Self::Drop(rule) => *rule,
+        }
+    }
+}
+
+/// Decides about an inbound TCP connection:
+///
+/// 1. from loopback, or from the address that it goes to: pass, the pod talks to itself
+/// 2. to an address that belongs to no enrolled pod: pass
+/// 3. opened by the tunnel in this very netns: pass, this is how it reaches the application
+/// 4. to the tunnel's outbound or inbound port: drop, only redirected connections belong there
+/// 5. the port is excluded: pass
+/// 6. the pod is not ready: by its fail mode
+/// 7. to the HBONE port: steer to the tunnel's HBONE listener; without one, by the pod's fail mode
+/// 8. the tunnel has no plaintext listener: by the pod's fail mode
+/// 9. no application listens on the port: drop, as without a tunnel in between
+/// 10. steer to the tunnel's plaintext listener
+#[inline(always)]
+pub fn inbound(facts: &impl ArrivalFacts, arrival: &Arrival) -> Inbound {
+    let flow = &arrival.flow;
+    if is_loopback(&flow.local) || same(&flow.local, &flow.remote) {
+        return Inbound::Pass(Rule::SameHost);
+    }
+    let Some(pod) = facts.pod(&flow.remote) else {
+        return Inbound::Pass(Rule::Unknown);
+    };
+    if facts.tunnel_flow(flow) == Some(pod.netns_cookie) {
+        return Inbound::Pass(Rule::NotedFlow);
+    }
+    let settings = facts.settings();
+    let port = flow.remote_port;
+    if port == settings.outbound_port || port == settings.inbound_port {
+        return Inbound::Drop(Rule::DropReserved);
+    }
+    if facts.is_port_excluded(pod.exclusion_id, port, INBOUND) {
+        return Inbound::Pass(Rule::ExcludedPort);
+    }
+    let is_hbone = port == settings.hbone_port;
+    let tunnel_port = if is_hbone { port } else { settings.inbound_port };
+    let to = ListenerKey::new(pod.netns_cookie, tunnel_port, arrival.is_v4);
+    if !is_ready(settings, pod.flags) || !steer(facts, to) {
+        return if pod.flags & flag::FAIL_OPEN != 0 {
+            Inbound::Pass(Rule::FailOpen)
+        } else {
+            Inbound::Drop(Rule::FailClosed)
+        };
+    }
+    if is_hbone {
+        return Inbound::Pass(Rule::SteerHbone);
+    }
+    // What is dropped goes to no socket, also when it was steered before.
+    if may_listen(facts, ListenerKey::new(pod.netns_cookie, port, arrival.is_v4)) {
+        Inbound::Pass(Rule::SteerPlain)
+    } else {
+        Inbound::Drop(Rule::NotListening)
+    }
+}
+
+/// Steers to the tunnel's listener `to`. A listener of IPv6 serves IPv4 too, where there is no other.
+#[inline(always)]
+fn steer(facts: &impl ArrivalFacts, to: ListenerKey) -> bool {
+    facts.steer(&to) || to.family == 4 && facts.steer(&to.v6())
+}
+
+/// Whether an application may have the listener `key`: where not every listener is known, it may.
+#[inline(always)]
+fn may_listen(facts: &impl ArrivalFacts, key: ListenerKey) -> bool {
+    facts.has_app_listener(&key)
+        // A socket of IPv6 may serve IPv4 too.
+        || key.family == 4 && facts.has_app_listener(&key.v6())
+        || !facts.knows_all_app_listeners(key.netns_cookie)
+}
+
+#[inline(always)]
+fn is_ready(settings: &Settings, flags: u32) -> bool {
+    settings.tunnel_up != 0 && flags & flag::READY != 0
+}
+
+#[inline(always)]
+fn is_reserved(settings: &Settings, port: u16) -> bool {
+    port == settings.outbound_port || port == settings.inbound_port || port == settings.hbone_port
+}

@@ -1,0 +1,127 @@
+//! Facts as plain values, for tests.
+
+use alloc::{
+    collections::{BTreeMap, BTreeSet},
+    vec::Vec,
+};
+
+use super::{ArrivalFacts, ConnectFacts, Facts};
+use crate::{
+    address::Address,
+    enrolment::{CgroupInfo, PodRecord},
+    flows::{Destination, Flow},
+    listeners::ListenerKey,
+    settings::Settings,
+};
+
+/// What the maps would hold.
+#[derive(Clone, Debug)]
+pub struct PlainFacts {
+    /// The settings of the node.
+    pub settings: Settings,
+    /// What is known of the caller's cgroup.
+    pub caller: Option<CgroupInfo>,
+    /// The records of pods.
+    pub pods: BTreeMap<Address, PodRecord>,
+    /// Exclusion id, port and direction.
+    pub excluded_ports: BTreeSet<(u32, u16, u16)>,
+    /// Exclusion id, first address, and prefix length in mapped form.
+    pub excluded_cidrs: Vec<(u32, Address, u32)>,
+    /// Netns cookie, port and family of the tunnel's listeners.
+    pub tunnel_listeners: BTreeSet<(u64, u32, u32)>,
+    /// The same of applications.
+    pub app_listeners: BTreeSet<(u64, u32, u32)>,
+    /// Netns whose listeners are all known.
+    pub complete: BTreeSet<u64>,
+    /// Flows that the tunnel opened, with the netns it opened them from.
+    pub tunnel_flows: Vec<(Flow, u64)>,
+    /// Whether the socket is bound to a device.
+    pub is_bound_to_device: bool,
+    /// Whether there is memory for what is recorded of a socket.
+    pub can_record: bool,
+}
+
+impl PlainFacts {
+    /// Nothing is known but the settings; recording works.
+    #[must_use]
+    pub const fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            caller: None,
+            pods: BTreeMap::new(),
+            excluded_ports: BTreeSet::new(),
+            excluded_cidrs: Vec::new(),
+            tunnel_listeners: BTreeSet::new(),
+            app_listeners: BTreeSet::new(),
+            complete: BTreeSet::new(),
+            tunnel_flows: Vec::new(),
+            is_bound_to_device: false,
+            can_record: true,
+        }
+    }
+}
+
+const fn parts(key: &ListenerKey) -> (u64, u32, u32) {
+    (key.netns_cookie, key.port, key.family)
+}
+
+impl Facts for PlainFacts {
+    fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    fn pod(&self, address: &Address) -> Option<PodRecord> {
+        self.pods.get(address).copied()
+    }
+
+    fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool {
+        exclusion_id != 0 && self.excluded_ports.contains(&(exclusion_id, port, direction))
+    }
+}
+
+impl ConnectFacts for PlainFacts {
+    fn caller(&self) -> Option<&CgroupInfo> {
+        self.caller.as_ref()
+    }
+
+    fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool {
+        let head = |address: &Address, length: u32| {
+            u128::from_be_bytes(*address).checked_shr(128 - length).unwrap_or(0)
+        };
+        exclusion_id != 0
+            && self
+                .excluded_cidrs
+                .iter()
+                .any(|(id, first, length)| *id == exclusion_id && head(first, *length) == head(address, *length))
+    }
+
+    fn has_tunnel_listener(&self, key: &ListenerKey) -> bool {
+        self.tunnel_listeners.contains(&parts(key))
+    }
+
+    fn is_bound_to_device(&self) -> bool {
+        self.is_bound_to_device
+    }
+
+    fn record(&self, _original: &Destination, _redirect: &Destination) -> bool {
+        self.can_record
+    }
+}
+
+impl ArrivalFacts for PlainFacts {
+    fn tunnel_flow(&self, flow: &Flow) -> Option<u64> {
+        self.tunnel_flows.iter().find(|(of, _)| of == flow).map(|(_, cookie)| *cookie)
+    }
+
+    fn steer(&self, to: &ListenerKey) -> bool {
+        self.tunnel_listeners.contains(&parts(to))
+    }
+
+    fn has_app_listener(&self, key: &ListenerKey) -> bool {
+        self.app_listeners.contains(&parts(key))
+    }
+
+    fn knows_all_app_listeners(&self, netns_cookie: u64) -> bool {
+        self.complete.contains(&netns_cookie)
+    }
+}

@@ -1,0 +1,208 @@
+//! Both lists, rule by rule, over plain values.
+
+use super::{Arrival, Connect, Inbound, Outbound, inbound, outbound, plain::PlainFacts};
+use crate::{
+    address::{Address, UNSPECIFIED, mapped},
+    enrolment::{
+        CgroupInfo, PodRecord,
+        flag::{DNS_CAPTURE, FAIL_OPEN, IN_MESH, READY, SIDECAR, TUNNEL},
+    },
+    exclusions::{INBOUND, OUTBOUND},
+    flows::{Destination, Flow},
+    settings::Settings,
+    trace::Rule,
+};
+
+const COOKIE: u64 = 9;
+const OWN: Address = mapped([10, 0, 0, 1]);
+/// A second address of the same family.
+const OWN_TOO: Address = mapped([10, 0, 0, 2]);
+const OTHER: Address = mapped([10, 0, 0, 7]);
+const OWN_V6: Address = v6(1);
+const OTHER_V6: Address = v6(7);
+const LOOPBACK: Address = mapped([127, 0, 0, 2]);
+const RESOLVER: Address = mapped([10, 96, 0, 10]);
+
+const fn v6(last: u8) -> Address {
+    [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last]
+}
+
+/// A pod with two IPv4 addresses and one of IPv6, whose tunnel listens everywhere.
+fn facts(flags: u32) -> PlainFacts {
+    let mut facts = PlainFacts::new(Settings {
+        outbound_port: 15001,
+        inbound_port: 15006,
+        hbone_port: 15008,
+        tunnel_up: 1,
+        debug: 0,
+        debug_port: 0,
+        debug_address: UNSPECIFIED,
+        resolvers: [RESOLVER, OWN_TOO, UNSPECIFIED],
+        dns_port: 15053,
+        pad: 0,
+    });
+    facts.caller = Some(CgroupInfo {
+        v4: OWN,
+        v6: OWN_V6,
+        redirect_v4: OWN,
+        redirect_v6: OWN_V6,
+        netns_cookie: COOKIE,
+        flags,
+        detected: 0,
+        exclusion_id: 3,
+        redirect_port: 15001,
+        pad: 0,
+    });
+    let record = PodRecord { netns_cookie: COOKIE, flags, exclusion_id: 3 };
+    facts.pods.extend([OWN, OWN_TOO, OWN_V6].map(|address| (address, record)));
+    facts.pods.insert(OTHER_V6, PodRecord { netns_cookie: COOKIE + 1, ..record });
+    facts.excluded_ports.extend([(3, 6379, OUTBOUND), (3, 9090, INBOUND), (4, 80, OUTBOUND)]);
+    facts.excluded_cidrs.extend([(3, mapped([192, 168, 0, 0]), 96 + 16), (4, UNSPECIFIED, 0)]);
+    for port in [15001, 15006, 15008] {
+        facts.tunnel_listeners.insert((COOKIE, port, 6));
+    }
+    facts.tunnel_listeners.extend([(COOKIE, 15053, 4), (COOKIE, 15053, 6)]);
+    facts.app_listeners.extend([(COOKIE, 80, 6), (COOKIE, 81, 4)]);
+    facts.complete.insert(COOKIE);
+    facts
+}
+
+fn tcp(address: Address, port: u16) -> Connect {
+    Connect { is_tcp: true, is_udp: false, destination: Destination::new(address, port) }
+}
+
+fn verdict(facts: &PlainFacts, address: Address, port: u16) -> Outbound {
+    outbound(facts, &tcp(address, port))
+}
+
+#[test]
+fn the_first_outbound_rule_that_applies_wins() {
+    let ready = IN_MESH | READY;
+    for (flags, address, port, expected) in [
+        (ready, LOOPBACK, 80, Outbound::Leave(Rule::Loopback)),
+        (ready, UNSPECIFIED, 80, Outbound::Leave(Rule::Loopback)),
+        (ready, mapped([0; 4]), 80, Outbound::Leave(Rule::Loopback)),
+        (ready, LOOPBACK, 15001, Outbound::Refuse(Rule::DropReserved)),
+        (IN_MESH, LOOPBACK, 15001, Outbound::Leave(Rule::Loopback)),
+        (TUNNEL, OTHER, 80, Outbound::Leave(Rule::Tunnel)),
+        (READY, OTHER, 80, Outbound::Leave(Rule::NotEnrolled)),
+        (ready | SIDECAR, OTHER, 80, Outbound::Leave(Rule::NotEnrolled)),
+        (ready, OWN, 80, Outbound::Leave(Rule::OwnAddress)),
+        (ready, OWN_TOO, 80, Outbound::Leave(Rule::OwnAddress)),
+        (ready, OWN_V6, 80, Outbound::Leave(Rule::OwnAddress)),
+        (ready, OWN_TOO, 15008, Outbound::Refuse(Rule::DropReserved)),
+        (IN_MESH, OWN_TOO, 15008, Outbound::Leave(Rule::OwnAddress)),
+        (ready, OTHER, 6379, Outbound::Leave(Rule::ExcludedPort)),
+        (ready, mapped([192, 168, 9, 9]), 80, Outbound::Leave(Rule::ExcludedCidr)),
+        (IN_MESH, mapped([192, 168, 9, 9]), 80, Outbound::Leave(Rule::ExcludedCidr)),
+        (IN_MESH, OTHER, 80, Outbound::Refuse(Rule::FailClosed)),
+        (IN_MESH | FAIL_OPEN, OTHER, 80, Outbound::Leave(Rule::FailOpen)),
+        (ready, OTHER, 80, Outbound::Redirect(Rule::Redirect, Destination::new(OWN, 15001))),
+        (ready, OTHER, 15001, Outbound::Redirect(Rule::Redirect, Destination::new(OWN, 15001))),
+        (ready, OTHER_V6, 80, Outbound::Redirect(Rule::Redirect, Destination::new(OWN_V6, 15001))),
+    ] {
+        assert_eq!(verdict(&facts(flags), address, port), expected, "{flags} {address:?} {port}");
+    }
+}
+
+#[test]
+fn each_missing_fact_has_its_rule() {
+    let changed = |change: fn(&mut PlainFacts), address| {
+        let mut facts = facts(IN_MESH | READY);
+        change(&mut facts);
+        verdict(&facts, address, 80).rule()
+    };
+    assert_eq!(changed(|facts| facts.caller = None, OTHER), Rule::NotEnrolled);
+    assert_eq!(changed(|facts| facts.settings.tunnel_up = 0, OTHER), Rule::FailClosed);
+    assert_eq!(changed(|facts| facts.tunnel_listeners.clear(), OTHER), Rule::FailClosed);
+    assert_eq!(changed(|facts| facts.can_record = false, OTHER), Rule::NotRecorded);
+    assert_eq!(changed(|facts| facts.pods.clear(), OWN), Rule::OwnAddress, "its record comes a moment later");
+    let without_v6 = |facts: &mut PlainFacts| {
+        let info = facts.caller.as_mut().unwrap();
+        (info.v6, info.redirect_v6) = (UNSPECIFIED, UNSPECIFIED);
+    };
+    assert_eq!(changed(without_v6, OTHER_V6), Rule::NoAddress);
+    assert_eq!(changed(without_v6, OTHER), Rule::Redirect);
+    let udp = Connect { is_tcp: false, is_udp: true, destination: Destination::new(OTHER, 80) };
+    assert_eq!(outbound(&facts(IN_MESH | READY), &udp), Outbound::Leave(Rule::NotTcp));
+}
+
+#[test]
+fn a_query_is_captured_only_where_the_tunnel_answers_for_that_resolver() {
+    let captured = Outbound::Redirect(Rule::DnsRedirect, Destination::new(super::LOOPBACK_V4, 15053));
+    let query = |facts: &PlainFacts, address| {
+        let udp = Connect { is_tcp: false, is_udp: true, destination: Destination::new(address, 53) };
+        (verdict(facts, address, 53), outbound(facts, &udp))
+    };
+    let capturing = facts(IN_MESH | READY | DNS_CAPTURE);
+    assert_eq!(query(&capturing, RESOLVER), (captured, captured));
+    assert_eq!(verdict(&capturing, RESOLVER, 54).rule(), Rule::Redirect);
+    for (address, why, rule) in [
+        (mapped([10, 96, 0, 11]), "another resolver", Rule::Redirect),
+        (OWN_TOO, "named, but the pod's own", Rule::OwnAddress),
+        (OWN, "the pod's own", Rule::OwnAddress),
+        (LOOPBACK, "on the loopback", Rule::Loopback),
+        (mapped([192, 168, 0, 10]), "excluded", Rule::ExcludedCidr),
+    ] {
+        let (tcp, udp) = query(&capturing, address);
+        assert_eq!((tcp.rule(), udp.rule()), (rule, Rule::NotTcp), "{why}");
+    }
+    let changed = |change: fn(&mut PlainFacts)| {
+        let mut facts = capturing.clone();
+        change(&mut facts);
+        verdict(&facts, RESOLVER, 53).rule()
+    };
+    assert_eq!(changed(|facts| facts.settings.resolvers[0] = UNSPECIFIED), Rule::DnsRedirect);
+    assert_eq!(changed(|facts| facts.is_bound_to_device = true), Rule::Redirect);
+    assert_eq!(changed(|facts| facts.settings.tunnel_up = 0), Rule::FailClosed);
+    assert_eq!(changed(|facts| facts.caller = None), Rule::NotEnrolled);
+    assert_eq!(changed(|facts| facts.can_record = false), Rule::NotRecorded);
+    let no_dns = |facts: &mut PlainFacts| facts.tunnel_listeners.retain(|(_, port, _)| *port != 15053);
+    assert_eq!(changed(no_dns), Rule::Redirect, "the tunnel has no DNS listener yet");
+}
+
+#[test]
+fn the_first_inbound_rule_that_applies_wins() {
+    let ready = IN_MESH | READY;
+    for (flags, from, to, port, expected) in [
+        (ready, LOOPBACK, OWN, 80, Inbound::Pass(Rule::SameHost)),
+        (ready, OWN, OWN, 15001, Inbound::Pass(Rule::SameHost)),
+        (ready, OTHER, RESOLVER, 80, Inbound::Pass(Rule::Unknown)),
+        (ready, OTHER, OWN, 15001, Inbound::Drop(Rule::DropReserved)),
+        (ready, OTHER, OWN, 15006, Inbound::Drop(Rule::DropReserved)),
+        (IN_MESH, OTHER, OWN, 9090, Inbound::Pass(Rule::ExcludedPort)),
+        (IN_MESH, OTHER, OWN, 80, Inbound::Drop(Rule::FailClosed)),
+        (IN_MESH | FAIL_OPEN, OTHER, OWN, 80, Inbound::Pass(Rule::FailOpen)),
+        (ready, OTHER, OWN, 15008, Inbound::Pass(Rule::SteerHbone)),
+        (ready, OTHER, OWN_TOO, 80, Inbound::Pass(Rule::SteerPlain)),
+        (ready, OTHER, OWN, 81, Inbound::Pass(Rule::SteerPlain)),
+        (ready, OTHER_V6, OWN_V6, 80, Inbound::Pass(Rule::SteerPlain)),
+        (ready, OTHER_V6, OWN_V6, 81, Inbound::Drop(Rule::NotListening)),
+        (ready, OTHER, OWN, 82, Inbound::Drop(Rule::NotListening)),
+    ] {
+        assert_eq!(arrives(&facts(flags), from, to, port), expected, "{flags} {from:?} {to:?} {port}");
+    }
+}
+
+#[test]
+fn an_arrival_that_is_not_steered_follows_the_fail_mode() {
+    let mut facts = facts(IN_MESH | READY);
+    facts.complete.clear();
+    assert_eq!(arrives(&facts, OTHER, OWN, 82).rule(), Rule::SteerPlain, "not every listener is known");
+    facts.tunnel_listeners.remove(&(COOKIE, 15006, 6));
+    assert_eq!(arrives(&facts, OTHER, OWN, 80).rule(), Rule::FailClosed);
+    assert_eq!(arrives(&facts, OTHER, OWN, 15008).rule(), Rule::SteerHbone);
+    let flow = flow(OTHER, OWN, 80);
+    facts.tunnel_flows.push((flow, COOKIE));
+    assert_eq!(arrives(&facts, OTHER, OWN, 80).rule(), Rule::NotedFlow);
+    facts.tunnel_flows[0].1 = COOKIE + 1;
+    assert_eq!(arrives(&facts, OTHER, OWN, 80).rule(), Rule::FailClosed, "opened from another netns");
+}
+
+fn arrives(facts: &PlainFacts, from: Address, to: Address, port: u16) -> Inbound {
+    inbound(facts, &Arrival { flow: flow(from, to, port), is_v4: crate::address::is_v4(&to) })
+}
+
+const fn flow(from: Address, to: Address, port: u16) -> Flow {
+    Flow { local: from, remote: to, local_port: 40000, remote_port: port }
+}

@@ -1,0 +1,63 @@
+//! Which cgroup is which pod, and what happens to its traffic.
+
+use crate::{address::Address, plain_data};
+
+/// Flags of [`CgroupInfo`] and [`PodRecord`].
+pub mod flag {
+    /// The pod is enrolled: its traffic is redirected.
+    pub const IN_MESH: u32 = 1;
+    /// The cgroup is a node tunnel's: its traffic is never redirected.
+    pub const TUNNEL: u32 = 1 << 1;
+    /// A sidecar carries this pod's traffic. The programs leave it alone.
+    pub const SIDECAR: u32 = 1 << 2;
+    /// The tunnel acknowledged the pod's netns.
+    pub const READY: u32 = 1 << 3;
+    /// While no tunnel serves the pod, its traffic passes in clear. Without this flag it is refused.
+    pub const FAIL_OPEN: u32 = 1 << 4;
+    /// The pod's DNS queries are redirected to the tunnel, while it answers them. Bits 5 to 7 are unused: their
+    /// number is kept so that maps that an earlier build filled still read the same.
+    pub const DNS_CAPTURE: u32 = 1 << 8;
+}
+
+/// What the programs know of a cgroup. Value of `cgroup_info_map`, keyed by cgroup id (`u64`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
+pub struct CgroupInfo {
+    /// The pod's first IPv4 address in mapped form, or all zero.
+    pub v4: Address,
+    /// The pod's first IPv6 address, or all zero.
+    pub v6: Address,
+    /// Where an IPv4 connect is redirected to (mapped): the pod's own address.
+    pub redirect_v4: Address,
+    /// Where an IPv6 connect is redirected to: the pod's own address.
+    pub redirect_v6: Address,
+    /// The pod's netns; 0: not known, so no [`ListenerKey`](crate::listeners::ListenerKey) fits.
+    pub netns_cookie: u64,
+    /// What the pod's configuration says: bits of [`flag`].
+    pub flags: u32,
+    /// What the watcher found in the pod, such as a sidecar: bits of [`flag`].
+    pub detected: u32,
+    /// The pod's entries in `excluded_ports` and `excluded_cidrs`; 0: none.
+    pub exclusion_id: u32,
+    /// Host byte order.
+    pub redirect_port: u16,
+    /// Always zero.
+    pub pad: u16,
+}
+
+/// The pod that owns an address. Value of `pod_by_addr`, keyed by [`Address`]. Every address of an enrolled pod
+/// has a record.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
+pub struct PodRecord {
+    /// As in [`CgroupInfo`].
+    pub netns_cookie: u64,
+    /// Bits of [`flag`].
+    pub flags: u32,
+    /// As in [`CgroupInfo`].
+    pub exclusion_id: u32,
+}
+
+plain_data!(CgroupInfo, PodRecord);

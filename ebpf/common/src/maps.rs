@@ -1,0 +1,214 @@
+//! One table of all maps. The loader pins and checks maps by it, a test compares it with the compiled programs, and
+//! `docs/maps.md` is made from it.
+
+use crate::{
+    address::Address,
+    enrolment::{CgroupInfo, PodRecord},
+    exclusions::{ExcludedCidr, ExcludedPort},
+    flows::{Destination, Flow, SocketState},
+    lifecycle::{Name, PathEvent, ProcessEvent, Scope},
+    listeners::{AppListenerState, ListenerKey},
+    settings::Settings,
+    trace::TraceRecord,
+};
+
+/// A key or a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Its type, or what the number means.
+    pub what: &'static str,
+    /// In bytes; 0 for ring buffers, which have neither keys nor values.
+    pub size: usize,
+}
+
+/// A map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapSpec {
+    /// Its name in the object, and that of its pin. The kernel keeps the first 15 bytes.
+    pub name: &'static str,
+    /// The kernel's type of map.
+    pub kind: &'static str,
+    /// Its key.
+    pub key: Layout,
+    /// Its value.
+    pub value: Layout,
+    /// Who writes it.
+    pub writers: &'static str,
+    /// Who reads it.
+    pub readers: &'static str,
+    /// Whether it is pinned, so that it and its contents outlive the watcher. The others end with it.
+    pub pinned: bool,
+    /// The name that earlier builds gave to the same map, with the same key, value and meaning: its pin is adopted.
+    pub formerly: Option<&'static str>,
+    /// What it is for.
+    pub purpose: &'static str,
+}
+
+const fn layout<T>(what: &'static str) -> Layout {
+    Layout { what, size: size_of::<T>() }
+}
+
+/// The prefix length in front of the data of an LPM trie's key.
+#[repr(C)]
+struct Lpm<T>(u32, T);
+
+macro_rules! maps {
+    ($($constant:ident = $name:literal, $kind:literal, $key:ty: $key_is:literal, $value:ty: $value_is:literal,
+        written by $writers:literal, read by $readers:literal, pinned $pinned:literal, formerly $formerly:expr,
+        $purpose:literal;)+) => {
+        $(
+            #[doc = $purpose]
+            pub const $constant: MapSpec = MapSpec {
+                name: $name, kind: $kind, key: layout::<$key>($key_is), value: layout::<$value>($value_is),
+                writers: $writers, readers: $readers, pinned: $pinned, formerly: $formerly, purpose: $purpose,
+            };
+        )+
+        /// All of them.
+        pub const ALL: &[MapSpec] = &[$($constant),+];
+    };
+}
+
+maps! {
+    CGROUP_INFO = "cgroup_info_map", "hash", u64: "cgroup id", CgroupInfo: "CgroupInfo",
+        written by "watcher; `cgroup_mkdir` program", read by "connect, sendmsg, exec programs; watcher",
+        pinned true, formerly None,
+        "Which cgroup is which pod or tunnel, and what happens to its traffic.";
+    POD_BY_ADDR = "pod_by_addr", "hash", Address: "Address", PodRecord: "PodRecord",
+        written by "watcher", read by "sk_lookup, connect, sendmsg, tunnel's sock_ops programs; watcher",
+        pinned true, formerly None,
+        "The enrolled pod that has an address.";
+    SETTINGS = "settings", "array of 1", u32: "0", Settings: "Settings",
+        written by "watcher", read by "all programs of traffic; watcher", pinned true, formerly None,
+        "What applies to the whole node: ports, whether a tunnel is connected, tracing.";
+    EXCLUDED_PORTS = "excluded_ports", "hash", ExcludedPort: "ExcludedPort", u8: "1",
+        written by "watcher", read by "connect, sendmsg, sk_lookup programs; watcher", pinned true, formerly None,
+        "Ports that a pod excludes from the mesh.";
+    EXCLUDED_CIDRS = "excluded_cidrs", "LPM trie", Lpm<ExcludedCidr>: "ExcludedCidr", u8: "1",
+        written by "watcher", read by "connect, sendmsg programs; watcher", pinned true, formerly None,
+        "Address ranges that a pod excludes from the mesh.";
+    ORIGINAL_DST = "original_dst", "LRU hash", Flow: "Flow", Destination: "Destination",
+        written by "pods' sock_ops program", read by "tunnel's sock_ops program", pinned true, formerly None,
+        "Where the opener of a redirected connection wanted to go, until the tunnel accepts it.";
+    TUNNEL_FLOWS = "tunnel_flows", "LRU hash", Flow: "Flow", u64: "netns cookie",
+        written by "tunnel's sock_ops program", read by "sk_lookup program", pinned true, formerly None,
+        "Connections that the tunnel opened, which pass to the application in the netns they came from.";
+    PINNED_CONNECTIONS = "pinned_connections", "hash", u64: "netns cookie", u64: "count",
+        written by "tunnel's sock_ops program; watcher removes", read by "watcher",
+        pinned true, formerly Some("deliveries"),
+        "How many of the tunnel's connections need the netns prepared: those that use another address than the pod's, \
+         and those that the tunnel accepted for the pod.";
+    TUNNEL_LISTENERS = "tunnel_listeners", "socket hash", ListenerKey: "ListenerKey", u32: "socket",
+        written by "tunnel's sock_ops program; the kernel removes closed sockets",
+        read by "sk_lookup, connect, sendmsg programs; watcher (keys)",
+        pinned true, formerly Some("listeners"),
+        "The tunnel's listening sockets, which arrivals are steered to.";
+    APP_LISTENERS = "app_listeners", "hash", ListenerKey: "ListenerKey", u32: "1",
+        written by "pods' sock_ops program; watcher", read by "sk_lookup program; watcher",
+        pinned true, formerly None,
+        "Ports that applications listen on. The tunnel's own listeners may be among them.";
+    APP_LISTENER_STATE = "app_listener_state", "hash", u64: "netns cookie", AppListenerState: "AppListenerState",
+        written by "watcher; pods' sock_ops program", read by "sk_lookup, pods' sock_ops programs; watcher",
+        pinned true, formerly None,
+        "Whether `app_listeners` has every listener of a netns, and how many the programs added.";
+    SOCKET_STATE = "socket_state", "socket storage", u32: "socket", SocketState: "SocketState",
+        written by "connect, sendmsg, sock_ops, post_bind, sock_create programs",
+        read by "the same; getsockopt, getpeername, recvmsg programs", pinned true, formerly None,
+        "What the programs remember of one socket.";
+    TRACE = "trace", "ring buffer", (): "–", (): "–",
+        written by "connect, sendmsg, sk_lookup programs", read by "watcher", pinned true, formerly None,
+        "One `TraceRecord` per verdict, while tracing is on.";
+    LIFECYCLE = "lifecycle", "ring buffer", (): "–", (): "–",
+        written by "tracepoint programs", read by "watcher", pinned false, formerly None,
+        "One `PathEvent` or `ProcessEvent` per event of a cgroup or a process.";
+    LIFECYCLE_SCOPE = "lifecycle_scope", "array of 1", u32: "0", Scope: "Scope",
+        written by "watcher", read by "tracepoint programs", pinned false, formerly None,
+        "Which cgroups are of interest, and where the running kernel has the fields that name them.";
+    LIFECYCLE_BASE = "lifecycle_base", "cgroup array of 1", u32: "0", u32: "cgroup",
+        written by "watcher", read by "exec program", pinned false, formerly None,
+        "The cgroup whose processes are of interest.";
+    LIFECYCLE_LOST = "lifecycle_lost", "per-CPU array of 1", u32: "0", u64: "count",
+        written by "tracepoint programs", read by "watcher", pinned false, formerly None,
+        "How many events found no room in `lifecycle`.";
+    LIFECYCLE_EVENT = "lifecycle_event", "per-CPU array of 1", u32: "0", PathEvent: "PathEvent",
+        written by "tracepoint programs", read by "the same", pinned false, formerly None,
+        "Room for an event, which is too long for the stack.";
+    LIFECYCLE_EXECS = "lifecycle_execs", "LRU hash", u64: "cgroup id", u64: "ns since boot",
+        written by "exec program", read by "the same", pinned false, formerly None,
+        "When an exec in a cgroup was last reported.";
+    EXPECTED_PODS = "expected_pods", "hash", Name: "Name", CgroupInfo: "CgroupInfo",
+        written by "watcher", read by "`cgroup_mkdir` program", pinned false, formerly None,
+        "The entry that a new cgroup of this name gets before `mkdir(2)` returns.";
+}
+
+/// The records of ring buffers; the kernel does not know their sizes.
+pub const RECORDS: &[Layout] = &[
+    layout::<TraceRecord>("TraceRecord"),
+    layout::<PathEvent>("PathEvent"),
+    layout::<ProcessEvent>("ProcessEvent"),
+];
+
+#[cfg(test)]
+mod tests {
+    use alloc::{format, string::String};
+
+    use super::*;
+
+    extern crate std;
+
+    fn page() -> String {
+        let mut page = String::from(
+            "# Maps\n\n\
+             Made from the table in [`ebpf/common/src/maps.rs`](../ebpf/common/src/maps.rs) by\n\
+             `UPDATE_DOCS=1 cargo test -p adit-ebpf-common maps`. The types are in the same crate. Sizes are in bytes.\n\n\
+             A pinned map outlives the watcher, under `/sys/fs/bpf/adit/NODE/maps`: a restarted watcher adopts it with its\n\
+             contents. A pin whose key or value has another size, or whose name the table does not have, is of another\n\
+             version: the watcher unpins it and fills a new map.\n\n\
+             | map | type | key | value | written by | read by | pinned | purpose |\n\
+             |---|---|---|---|---|---|---|---|\n",
+        );
+        let layout = |layout: Layout| match layout.size {
+            0 => String::from("–"),
+            size => format!("{} ({size})", layout.what),
+        };
+        for map in ALL {
+            let pinned = match (map.pinned, map.formerly) {
+                (false, _) => String::from("no"),
+                (true, None) => String::from("yes"),
+                (true, Some(name)) => format!("yes, adopts `{name}`"),
+            };
+            page += &format!(
+                "| `{}` | {} | {} | {} | {} | {} | {pinned} | {} |\n",
+                map.name,
+                map.kind,
+                layout(map.key),
+                layout(map.value),
+                map.writers,
+                map.readers,
+                map.purpose
+            );
+        }
+        page += "\nRecords of the ring buffers:";
+        for record in RECORDS {
+            page += &format!(" `{}` ({})", record.what, record.size);
+        }
+        page + ".\n"
+    }
+
+    #[test]
+    fn the_page_of_maps_is_made_from_the_table() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/maps.md");
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            std::fs::write(path, page()).unwrap();
+        }
+        let found = std::fs::read_to_string(path).unwrap_or_default();
+        assert!(found == page(), "docs/maps.md is not what UPDATE_DOCS=1 would write");
+    }
+
+    #[test]
+    fn names_are_unique_in_what_the_kernel_keeps_of_them() {
+        for (at, map) in ALL.iter().enumerate() {
+            let kept = |map: &MapSpec| map.name.bytes().take(15).collect::<alloc::vec::Vec<_>>();
+            assert!(ALL[..at].iter().all(|other| kept(other) != kept(map)), "{}", map.name);
+        }
+    }
+}

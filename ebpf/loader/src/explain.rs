@@ -1,0 +1,139 @@
+//! Which rule would decide about a connection, by the programs' own lists and from the maps as they are now.
+
+use std::cell::RefCell;
+
+use adit_ebpf_common::{
+    address::{Address, is_v4},
+    decide::{self, Arrival, ArrivalFacts, Connect, ConnectFacts, Facts},
+    enrolment::{CgroupInfo, PodRecord},
+    exclusions::ExcludedPort,
+    flows::{Destination, Flow},
+    listeners::ListenerKey,
+    maps::{APP_LISTENERS, CGROUP_INFO, EXCLUDED_PORTS, POD_BY_ADDR},
+    settings::Settings,
+    trace::Rule,
+};
+
+use crate::{Kernel, KernelError};
+
+impl Kernel {
+    /// The rule for a TCP connect to `destination` (IPv4 in mapped form) from a process in the cgroup `cgroup_id`. `None`:
+    /// its pod has no cgroup, so no entry. The socket is taken to be bound to no device, and to have room for a state.
+    ///
+    /// # Errors
+    /// A map cannot be read.
+    pub fn explain_connect(
+        &self,
+        cgroup_id: Option<u64>,
+        destination: Destination,
+    ) -> Result<Rule, KernelError> {
+        let facts = self.facts(cgroup_id)?;
+        let call = Connect { is_tcp: true, is_udp: false, destination };
+        let outbound = decide::outbound(&facts, &call);
+        facts.checked(outbound.rule())
+    }
+
+    /// The rule for a TCP connection in clear that arrives at `destination` from `source`, an address in another netns
+    /// (both in mapped form if IPv4).
+    ///
+    /// # Errors
+    /// A map cannot be read.
+    pub fn explain_arrival(&self, source: Address, destination: Destination) -> Result<Rule, KernelError> {
+        let facts = self.facts(None)?;
+        let flow =
+            Flow { local: source, remote: destination.address, local_port: 0, remote_port: destination.port };
+        let inbound = decide::inbound(&facts, &Arrival { flow, is_v4: is_v4(&destination.address) });
+        facts.checked(inbound.rule())
+    }
+
+    fn facts(&self, cgroup_id: Option<u64>) -> Result<MapFacts<'_>, KernelError> {
+        let caller = match cgroup_id {
+            Some(id) => self.get(CGROUP_INFO.name, &id)?,
+            None => None,
+        };
+        let (settings, listeners) = (self.settings()?, self.tunnel_listeners()?);
+        Ok(MapFacts { kernel: self, settings, caller, listeners, failure: RefCell::default() })
+    }
+}
+
+/// The facts by look-ups from user space.
+struct MapFacts<'a> {
+    kernel: &'a Kernel,
+    settings: Settings,
+    caller: Option<CgroupInfo>,
+    listeners: Vec<ListenerKey>,
+    /// The first look-up that failed. A fact has no way to say so.
+    failure: RefCell<Option<KernelError>>,
+}
+
+impl MapFacts<'_> {
+    /// `rule`, unless a look-up on the way to it failed.
+    fn checked(self, rule: Rule) -> Result<Rule, KernelError> {
+        self.failure.into_inner().map_or(Ok(rule), Err)
+    }
+
+    fn or_default<T: Default>(&self, found: Result<T, KernelError>) -> T {
+        found.unwrap_or_else(|error| {
+            self.failure.borrow_mut().get_or_insert(error);
+            T::default()
+        })
+    }
+}
+
+impl Facts for MapFacts<'_> {
+    fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    fn pod(&self, address: &Address) -> Option<PodRecord> {
+        self.or_default(self.kernel.get(POD_BY_ADDR.name, address))
+    }
+
+    fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool {
+        let key = ExcludedPort { exclusion_id, port, direction };
+        exclusion_id != 0
+            && self.or_default(self.kernel.get::<_, u8>(EXCLUDED_PORTS.name, &key).map(|found| found.is_some()))
+    }
+}
+
+impl ConnectFacts for MapFacts<'_> {
+    fn caller(&self) -> Option<&CgroupInfo> {
+        self.caller.as_ref()
+    }
+
+    fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool {
+        exclusion_id != 0 && self.or_default(self.kernel.is_cidr_excluded(exclusion_id, *address))
+    }
+
+    fn has_tunnel_listener(&self, key: &ListenerKey) -> bool {
+        self.listeners.contains(key)
+    }
+
+    fn is_bound_to_device(&self) -> bool {
+        false
+    }
+
+    fn record(&self, _original: &Destination, _redirect: &Destination) -> bool {
+        true
+    }
+}
+
+impl ArrivalFacts for MapFacts<'_> {
+    /// The connection comes from another netns, where no flow of the tunnel is this pod's.
+    fn tunnel_flow(&self, _flow: &Flow) -> Option<u64> {
+        None
+    }
+
+    fn steer(&self, to: &ListenerKey) -> bool {
+        self.listeners.contains(to)
+    }
+
+    fn has_app_listener(&self, key: &ListenerKey) -> bool {
+        self.or_default(self.kernel.get::<_, u32>(APP_LISTENERS.name, key).map(|found| found.is_some()))
+    }
+
+    fn knows_all_app_listeners(&self, netns_cookie: u64) -> bool {
+        let state = self.or_default(self.kernel.app_listener_state(netns_cookie));
+        state.is_some_and(|state| state.complete != 0)
+    }
+}
