@@ -10,8 +10,8 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 use adit_ebpf_common::{
     address::{Address, UNSPECIFIED, mapped},
+    enrolment::{CgroupInfo, PodRecord},
     lifecycle::Name,
-    pods::{CgroupInfo, PodRecord},
 };
 
 use crate::{
@@ -35,7 +35,7 @@ pub const INBOUND_PORT: u16 = 15006;
 /// The port of its HBONE listener.
 pub const HBONE_PORT: u16 = 15008;
 /// The port of its DNS listeners, on the loopback of each pod.
-pub const NAMES_PORT: u16 = 15053;
+pub const DNS_PORT: u16 = 15053;
 
 /// The plans of pods, by uid.
 pub type Plan = BTreeMap<String, PodPlan>;
@@ -106,7 +106,7 @@ pub fn address16(address: IpAddr) -> Address {
 
 /// A cgroup's map entry. Connections are redirected to the first address of each family.
 #[must_use]
-pub fn cgroup_info(flags: u32, policy_id: u32, addresses: &[IpAddr]) -> CgroupInfo {
+pub fn cgroup_info(flags: u32, exclusion_id: u32, addresses: &[IpAddr]) -> CgroupInfo {
     let first = |v4: bool| {
         addresses
             .iter()
@@ -122,7 +122,7 @@ pub fn cgroup_info(flags: u32, policy_id: u32, addresses: &[IpAddr]) -> CgroupIn
         netns_cookie: 0,
         flags,
         detected: 0,
-        policy_id,
+        exclusion_id,
         redirect_port: OUTBOUND_PORT,
         pad: 0,
     }

@@ -9,9 +9,7 @@
 //! notices without the watcher.
 
 use crate::{
-    address::{
-        Address, UNSPECIFIED, is_link_local, is_loopback, is_unspecified, is_v4, mapped, same,
-    },
+    address::{Address, UNSPECIFIED, is_link_local, is_loopback, is_unspecified, is_v4, mapped, same},
     enrolment::{CgroupInfo, PodRecord, flag},
     exclusions::{INBOUND, OUTBOUND},
     flows::{Destination, Flow},
@@ -220,9 +218,7 @@ pub fn dns_redirect(facts: &impl ConnectFacts, resolver: &Destination) -> Destin
     const FOREIGN: u32 = flag::TUNNEL | flag::SIDECAR;
     let settings = facts.settings();
     let Some(info) = facts.caller() else { return Destination::NOWHERE };
-    if info.flags & WANTED != WANTED
-        || (info.flags | info.detected) & FOREIGN != 0
-        || settings.tunnel_up == 0
+    if info.flags & WANTED != WANTED || (info.flags | info.detected) & FOREIGN != 0 || settings.tunnel_up == 0
     {
         return Destination::NOWHERE;
     }

@@ -149,22 +149,13 @@ pub const RECORDS: &[Layout] = &[
 
 #[cfg(test)]
 mod tests {
-    use alloc::{format, string::String};
+    use alloc::{format, string::String, vec::Vec};
 
     use super::*;
 
-    extern crate std;
-
-    fn page() -> String {
-        let mut page = String::from(
-            "# Maps\n\n\
-             Made from the table in [`ebpf/common/src/maps.rs`](../ebpf/common/src/maps.rs) by\n\
-             `UPDATE_DOCS=1 cargo test -p adit-ebpf-common maps`. The types are in the same crate. Sizes are in bytes.\n\n\
-             A pinned map outlives the watcher, under `/sys/fs/bpf/adit/NODE/maps`: a restarted watcher adopts it with its\n\
-             contents. A pin whose key or value has another size, or whose name the table does not have, is of another\n\
-             version: the watcher unpins it and fills a new map.\n\n\
-             | map | type | key | value | written by | read by | pinned | purpose |\n\
-             |---|---|---|---|---|---|---|---|\n",
+    fn table() -> String {
+        let mut table = String::from(
+            "| map | type | key | value | written by | read by | pinned | purpose |\n|---|---|---|---|---|---|---|---|\n",
         );
         let layout = |layout: Layout| match layout.size {
             0 => String::from("–"),
@@ -176,7 +167,7 @@ mod tests {
                 (true, None) => String::from("yes"),
                 (true, Some(name)) => format!("yes, adopts `{name}`"),
             };
-            page += &format!(
+            table += &format!(
                 "| `{}` | {} | {} | {} | {} | {} | {pinned} | {} |\n",
                 map.name,
                 map.kind,
@@ -187,27 +178,22 @@ mod tests {
                 map.purpose
             );
         }
-        page += "\nRecords of the ring buffers:";
+        table += "\nRecords of the ring buffers:\n\n";
         for record in RECORDS {
-            page += &format!(" `{}` ({})", record.what, record.size);
+            table += &format!("* `{}` ({} bytes)\n", record.what, record.size);
         }
-        page + ".\n"
+        table
     }
 
     #[test]
-    fn the_page_of_maps_is_made_from_the_table() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/maps.md");
-        if std::env::var_os("UPDATE_DOCS").is_some() {
-            std::fs::write(path, page()).unwrap();
-        }
-        let found = std::fs::read_to_string(path).unwrap_or_default();
-        assert!(found == page(), "docs/maps.md is not what UPDATE_DOCS=1 would write");
+    fn documentation_of_maps_is_made_from_the_table() {
+        testbed::doc_table::assert_current("docs/maps.md", "made from ebpf/common/src/maps.rs", &table());
     }
 
     #[test]
     fn names_are_unique_in_what_the_kernel_keeps_of_them() {
         for (at, map) in ALL.iter().enumerate() {
-            let kept = |map: &MapSpec| map.name.bytes().take(15).collect::<alloc::vec::Vec<_>>();
+            let kept = |map: &MapSpec| map.name.bytes().take(15).collect::<Vec<_>>();
             assert!(ALL[..at].iter().all(|other| kept(other) != kept(map)), "{}", map.name);
         }
     }

@@ -92,7 +92,8 @@ impl Facts for MapFacts<'_> {
     fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool {
         let key = ExcludedPort { exclusion_id, port, direction };
         exclusion_id != 0
-            && self.or_default(self.kernel.get::<_, u8>(EXCLUDED_PORTS.name, &key).map(|found| found.is_some()))
+            && self
+                .or_default(self.kernel.get::<_, u8>(EXCLUDED_PORTS.name, &key).map(|found| found.is_some()))
     }
 }
 

@@ -282,10 +282,7 @@ impl Kernel {
     }
 
     /// Forgets who listens in these netns. One pass over the map, however many they are.
-    pub(crate) fn forget_app_listeners(
-        &mut self,
-        netns_cookies: &BTreeSet<u64>,
-    ) -> Result<(), KernelError> {
+    pub(crate) fn forget_app_listeners(&mut self, netns_cookies: &BTreeSet<u64>) -> Result<(), KernelError> {
         // First, so that the programs record no more.
         for cookie in netns_cookies {
             self.remove_app_listener_state(*cookie)?;

@@ -26,7 +26,11 @@ use aya_obj::generated::{
 pub const ALLOW_MULTI: u32 = BPF_F_ALLOW_MULTI;
 
 /// Attaches `program` to `target`, a cgroup directory or a netns.
-pub fn link_create(program: BorrowedFd<'_>, target: BorrowedFd<'_>, attach_type: bpf_attach_type) -> io::Result<OwnedFd> {
+pub fn link_create(
+    program: BorrowedFd<'_>,
+    target: BorrowedFd<'_>,
+    attach_type: bpf_attach_type,
+) -> io::Result<OwnedFd> {
     let mut attr = [number(program), number(target), attach_type as u32, 0];
     let fd = bpf(BPF_LINK_CREATE, &mut attr)?;
     Ok(owned(fd))
@@ -99,7 +103,8 @@ fn bpf<T>(command: bpf_cmd, attr: &mut T) -> io::Result<RawFd> {
     // SAFETY: `attr` outlives the call and its size is given; the callers' types are plain numbers in the
     // layout of `union bpf_attr`, and the addresses in them point to buffers that they keep alive and
     // whose lengths they state.
-    let rc = unsafe { libc::syscall(libc::SYS_bpf, command as u32, std::ptr::from_mut(attr), size_of::<T>()) };
+    let rc =
+        unsafe { libc::syscall(libc::SYS_bpf, command as u32, std::ptr::from_mut(attr), size_of::<T>()) };
     match RawFd::try_from(rc) {
         Ok(fd) if fd >= 0 => Ok(fd),
         _ => Err(io::Error::last_os_error()),

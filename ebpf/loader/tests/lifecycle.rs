@@ -7,8 +7,8 @@ use std::{
 };
 
 use adit_ebpf_common::{
-    lifecycle::{Kind, name},
     enrolment::{CgroupInfo, flag},
+    lifecycle::{Kind, name},
 };
 use adit_ebpf_loader::{Lifecycle, LifecycleEvent};
 

@@ -9,9 +9,9 @@ use std::{
 };
 
 use adit_ebpf_common::{
-    flows::{Destination, Flow},
-    enrolment::{flag},
+    enrolment::flag,
     exclusions::{ExcludedPort, INBOUND as IS_DIALLED, OUTBOUND as DIALS},
+    flows::{Destination, Flow},
 };
 use adit_ebpf_loader::{Kernel, KernelError, preflight};
 use aya::{

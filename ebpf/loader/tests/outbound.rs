@@ -4,7 +4,7 @@
 use std::{fs::File, net::SocketAddr, os::fd::AsFd as _};
 
 use adit_ebpf_common::{
-    enrolment::{flag},
+    enrolment::flag,
     exclusions::{ExcludedPort, OUTBOUND as DIALS},
     trace::{Hook, Rule},
 };

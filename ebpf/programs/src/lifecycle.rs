@@ -3,7 +3,10 @@
 //!
 //! Raw tracepoints, since these need no tracefs, which a container seldom has. Events that are not below the scope's
 //! cgroup are dropped here, before they wake anybody.
-#![expect(unsafe_code, reason = "kernel memory behind a tracepoint's arguments, and helpers that take pointers")]
+#![expect(
+    unsafe_code,
+    reason = "kernel memory behind a tracepoint's arguments, and helpers that take pointers"
+)]
 
 use adit_ebpf_common::{
     enrolment::CgroupInfo,

@@ -340,7 +340,9 @@ fn get_state(socket: Socket, flags: u64) -> Option<&'static mut SocketState> {
     // SAFETY: the kernel returns null, or a value of the map's type that lives as long as the socket, which the
     // context holds until the program returns. Programs about one socket run one at a time, under its lock, and each
     // has only one such reference at a time.
-    unsafe { bpf_sk_storage_get(map, socket.as_ptr().cast(), null_mut(), flags).cast::<SocketState>().as_mut() }
+    unsafe {
+        bpf_sk_storage_get(map, socket.as_ptr().cast(), null_mut(), flags).cast::<SocketState>().as_mut()
+    }
 }
 
 /// Forgets what an earlier connect on `socket` recorded. The rest of the state stays: on a socket of the tunnel, whose

@@ -2,6 +2,8 @@
 
 use std::net::SocketAddr;
 
+use error_reporter::Report;
+
 use crate::{
     apply::Applier,
     control::{
@@ -58,10 +60,9 @@ impl Commands<'_> {
     /// For `watcher explain`; `pod` is a uid, name or namespace/name.
     ///
     /// # Errors
-    /// No pod is called so, or several are: a sentence for the user.
+    /// No pod is called so, or several are, or a map cannot be read: a sentence for the user.
     pub(super) fn explain(&self, pod: &str, destination: SocketAddr) -> Result<Explanation, String> {
         let view = answers::find(self.pods.views(), pod)?;
-        let resolvers = &self.config.dns_resolvers;
-        Ok(explanation(view, self.pods.views(), destination, self.applier, resolvers))
+        explanation(view, self.pods.views(), destination, self.applier).map_err(|error| Report::new(&error).to_string())
     }
 }

@@ -11,13 +11,12 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::IpAddr,
     os::fd::{AsFd as _, OwnedFd},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use adit_ebpf_common::pods::ListenerKey;
+use adit_ebpf_common::listeners::{AppListenerState, ListenerKey, MAX_APP_LISTENERS};
 use adit_ebpf_loader::{Kernel, KernelError};
 use error_reporter::Report;
 use tracing::{debug, warn};
@@ -96,10 +95,15 @@ pub fn scan(kernel: &mut Kernel, visitors: &Visitors, steered: &BTreeMap<u64, Po
         .map(|(cookie, fd)| (*cookie, Arc::clone(fd)))
         .collect();
     scan_open(kernel, visitors, &netns);
-    let Ok(recorded) = kernel.listened() else { return };
-    // Of netns whose pods left before they were steered.
+    // Of netns whose pods left before they were steered. Their state first, so that the programs record no more.
+    for cookie in kernel.app_listener_netns().unwrap_or_default() {
+        if !steered.contains_key(&cookie) {
+            let _ = kernel.remove_app_listener_state(cookie);
+        }
+    }
+    let Ok(recorded) = kernel.app_listeners() else { return };
     for key in recorded.iter().filter(|key| !steered.contains_key(&key.netns_cookie)) {
-        let _ = kernel.remove_listened(key);
+        let _ = kernel.remove_app_listener(key);
     }
 }
 
@@ -111,7 +115,7 @@ fn scan_open(kernel: &mut Kernel, visitors: &Visitors, netns: &[Open]) {
     for ((cookie, _), found) in netns.iter().zip(&found) {
         complete(kernel, *cookie, found);
     }
-    let recorded = match kernel.listened() {
+    let recorded = match kernel.app_listeners() {
         Ok(recorded) => recorded,
         Err(error) => return warn!(error = %Report::new(&error), "cannot read the recorded listening ports"),
     };
@@ -120,11 +124,11 @@ fn scan_open(kernel: &mut Kernel, visitors: &Visitors, netns: &[Open]) {
         let Ok(found) = found else { continue };
         let ended = recorded.iter().filter(|key| {
             let listens = u16::try_from(key.port).is_ok_and(|port| found.contains(&(port, key.family)));
-            key.netns_cookie == *cookie && key.port != 0 && !listens
+            key.netns_cookie == *cookie && !listens
         });
         let mut removed = false;
         for key in ended {
-            removed |= kernel.remove_listened(key).is_ok();
+            removed |= kernel.remove_app_listener(key).is_ok();
         }
         if removed {
             again.push((*cookie, Arc::clone(fd)));
@@ -136,22 +140,16 @@ fn scan_open(kernel: &mut Kernel, visitors: &Visitors, netns: &[Open]) {
     }
 }
 
-/// Whether an application may listen on `port` of `address` in the netns `cookie`, as the programs
-/// see it.
-#[must_use]
-pub fn may_listen(kernel: &Kernel, cookie: u64, port: u16, address: IpAddr) -> bool {
-    let key = |port: u16, family| ListenerKey { netns_cookie: cookie, port: u32::from(port), family };
-    let Ok(recorded) = kernel.listened() else { return true };
-    recorded.contains(&key(port, 6))
-        || address.is_ipv4() && recorded.contains(&key(port, 4))
-        || !recorded.contains(&ListenerKey::about(cookie, ListenerKey::COMPLETE))
-}
-
 /// From here on the programs record what begins to listen in the netns. Called before the kernel's
 /// list is read, so that nothing falls in between.
 fn begin(kernel: &mut Kernel, cookie: u64) {
-    let count = ListenerKey::about(cookie, ListenerKey::COUNT);
-    if let Err(error) = kernel.set_listened(&count, 0) {
+    let begun = kernel.app_listener_state(cookie).and_then(|state| {
+        // Whether the list was complete stays as it was. If a program finds no room at this moment, the list that is
+        // read next makes up for it.
+        let state = AppListenerState { count: 0, ..state.unwrap_or_default() };
+        kernel.set_app_listener_state(cookie, &state)
+    });
+    if let Err(error) = begun {
         warn!(cookie, error = %Report::new(&error), "cannot have listening ports recorded");
     }
 }
@@ -159,30 +157,34 @@ fn begin(kernel: &mut Kernel, cookie: u64) {
 /// Records the kernel's list for a netns: it is complete then.
 fn complete(kernel: &mut Kernel, cookie: u64, found: &io::Result<BTreeSet<Listening>>) {
     const NOT_REFUSED: &str = "connections to closed ports are not refused early";
-    let complete = ListenerKey::about(cookie, ListenerKey::COMPLETE);
     let recorded = match found {
-        Ok(found) if found.len() <= ListenerKey::MOST_LISTENED as usize => {
-            add(kernel, cookie, found).and_then(|()| kernel.set_listened(&complete, 1))
+        Ok(found) if found.len() <= MAX_APP_LISTENERS as usize => {
+            add(kernel, cookie, found).and_then(|()| set_complete(kernel, cookie, true))
         }
         Ok(found) => {
             debug!(cookie, listeners = found.len(), "too many listening ports to record; {NOT_REFUSED}");
-            kernel.remove_listened(&complete)
+            set_complete(kernel, cookie, false)
         }
         Err(error) => {
             debug!(cookie, %error, "cannot list listening ports; {NOT_REFUSED}");
-            kernel.remove_listened(&complete)
+            set_complete(kernel, cookie, false)
         }
     };
     if let Err(error) = recorded {
         warn!(cookie, error = %Report::new(&error), "cannot record listening ports; {NOT_REFUSED}");
-        let _ = kernel.remove_listened(&complete);
+        let _ = set_complete(kernel, cookie, false);
     }
+}
+
+fn set_complete(kernel: &mut Kernel, cookie: u64, complete: bool) -> Result<(), KernelError> {
+    let Some(state) = kernel.app_listener_state(cookie)? else { return Ok(()) };
+    kernel.set_app_listener_state(cookie, &AppListenerState { complete: u32::from(complete), ..state })
 }
 
 fn add(kernel: &mut Kernel, cookie: u64, found: &BTreeSet<Listening>) -> Result<(), KernelError> {
     found.iter().try_for_each(|(port, family)| {
-        let key = ListenerKey { netns_cookie: cookie, port: u32::from(*port), family: *family };
-        kernel.set_listened(&key, 1)
+        let key = ListenerKey::new(cookie, *port, *family == 4);
+        kernel.add_app_listener(&key)
     })
 }
 

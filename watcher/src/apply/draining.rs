@@ -151,7 +151,7 @@ impl Draining {
     /// Whether it is restored, or was never prepared.
     fn restore_if_idle(&mut self, cookie: u64, kernel: &mut Kernel, journal: &Journal) -> io::Result<bool> {
         let Some(record) = journal.netns().get(&cookie) else { return Ok(true) };
-        self.connections = kernel.deliveries(cookie).map_err(io::Error::other)?;
+        self.connections = kernel.pinned_connections(cookie).map_err(io::Error::other)?;
         // A pod that was deleted has no application that they could lead to. The kernel may
         // continue to resend what is left of them, into a netns without links, for minutes.
         if self.connections > 0 && self.netns.pod_cgroup.exists() {
@@ -161,7 +161,7 @@ impl Draining {
             netns_setup::restore(netns.as_fd(), &record.sysctls_before)?;
             info!(uid = record.uid, inode = record.id.inode, "netns restored");
         }
-        kernel.forget_deliveries(cookie).map_err(io::Error::other)?;
+        kernel.forget_pinned_connections(cookie).map_err(io::Error::other)?;
         Ok(true)
     }
 }

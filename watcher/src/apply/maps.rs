@@ -7,8 +7,9 @@ use std::{
 };
 
 use adit_ebpf_common::{
+    enrolment::{CgroupInfo, flag},
+    exclusions::{ExcludedPort, INBOUND, OUTBOUND},
     lifecycle::Name,
-    pods::{CgroupInfo, ExcludedPort, INBOUND, OUTBOUND, flag},
 };
 use adit_ebpf_loader::{Kernel, KernelError};
 use ipnet::IpNet;
@@ -41,8 +42,8 @@ impl AppliedMaps {
             addresses: kernel.pods()?.into_iter().collect(),
             ..MapContents::default()
         };
-        let of_cgroups = contents.cgroups.values().map(|info| info.policy_id);
-        let ids = of_cgroups.chain(contents.addresses.values().map(|record| record.policy_id));
+        let of_cgroups = contents.cgroups.values().map(|info| info.exclusion_id);
+        let ids = of_cgroups.chain(contents.addresses.values().map(|record| record.exclusion_id));
         contents.exclusions = ids.filter(|id| *id != 0).map(|id| (id, Exclusions::default())).collect();
         Ok(Self { contents })
     }
@@ -105,7 +106,7 @@ impl AppliedMaps {
                 contents.addresses.insert(*address, *record);
             }
             MapWrite::RemoveExclusions(id) => {
-                kernel.clear_policy(*id)?;
+                kernel.clear_exclusions(*id)?;
                 contents.exclusions.remove(id);
             }
             MapWrite::RemoveExpected(name) => {
@@ -157,15 +158,15 @@ impl AppliedMaps {
     }
 }
 
-fn set_exclusions(kernel: &mut Kernel, policy_id: u32, exclusions: &Exclusions) -> Result<(), KernelError> {
+fn set_exclusions(kernel: &mut Kernel, exclusion_id: u32, exclusions: &Exclusions) -> Result<(), KernelError> {
     for (ports, direction) in [(&exclusions.outbound_ports, OUTBOUND), (&exclusions.inbound_ports, INBOUND)] {
         for port in ports {
-            kernel.exclude_port(&ExcludedPort { policy_id, port: *port, direction })?;
+            kernel.exclude_port(&ExcludedPort { exclusion_id, port: *port, direction })?;
         }
     }
     for cidr in &exclusions.outbound_cidrs {
         let (address, length) = mapped_cidr(cidr);
-        kernel.exclude_cidr(policy_id, length, address)?;
+        kernel.exclude_cidr(exclusion_id, length, address)?;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use adit_ebpf_loader::{Kernel, KernelError};
 use error_reporter::Report;
 use tracing::error;
 
-use crate::plan::{HBONE_PORT, INBOUND_PORT, NAMES_PORT, OUTBOUND_PORT, address16};
+use crate::plan::{HBONE_PORT, INBOUND_PORT, DNS_PORT, OUTBOUND_PORT, address16};
 
 /// The settings as they were written last.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ impl KernelSettings {
             debug_port: 0,
             debug_address: UNSPECIFIED,
             resolvers: slots,
-            names_port: NAMES_PORT,
+            dns_port: DNS_PORT,
             pad: 0,
         };
         kernel.set_settings(&settings)?;

@@ -2,16 +2,17 @@
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
-use adit_ebpf_common::{pods::CgroupInfo, trace::Rule};
+use adit_ebpf_common::enrolment::CgroupInfo;
+use adit_ebpf_loader::KernelError;
 
 use crate::{
-    apply::{Applier, app_listeners},
+    apply::Applier,
     model::{
         pod::{BadEntry, FailMode},
         reason::Reason,
         state::State,
     },
-    plan::{PodView, address16},
+    plan::PodView,
 };
 
 use super::{
@@ -103,27 +104,18 @@ pub fn draining(applier: &Applier) -> Vec<DrainingStatus> {
 
 /// Which rules decide about a connection of `view` to `destination`. `pods` are all pods of this
 /// node.
+///
+/// # Errors
+/// A map cannot be read.
 pub fn explanation<'a>(
     view: &PodView,
     mut pods: impl Iterator<Item = &'a PodView>,
     destination: SocketAddr,
     applier: &Applier,
-    resolvers: &[std::net::IpAddr],
-) -> Explanation {
-    let up = applier.settings.tunnel_up();
-    let own = view.eligibility.facts().map_or(&[][..], |facts| &facts.addresses);
-    let info = applied_info(view, applier);
-    let outbound = explain::outbound(info, own, &view.pod.exclusions, resolvers, up, destination);
+) -> Result<Explanation, KernelError> {
+    let cgroup = view.observed.dir.as_ref().and_then(|dir| view.observed.cgroups.get(dir)).copied();
     let address = destination.ip().to_canonical();
-    let receiver =
-        pods.find(|other| other.eligibility.facts().is_some_and(|facts| facts.addresses.contains(&address)));
-    let inbound = receiver.filter(|_| outbound != Rule::OwnAddress).map(|receiver| {
-        let record = applier.maps.contents().addresses.get(&address16(address));
-        let listens = record.is_none_or(|record| {
-            app_listeners::may_listen(&applier.kernel, record.netns_cookie, destination.port(), address)
-        });
-        let port = destination.port();
-        explain::inbound(record, &receiver.pod.exclusions, up, listens, port).as_str().to_owned()
-    });
-    Explanation { pod: view.full_name(), destination, outbound: outbound.as_str().to_owned(), inbound }
+    let to_pod =
+        pods.any(|other| other.eligibility.facts().is_some_and(|facts| facts.addresses.contains(&address)));
+    explain::explain(&applier.kernel, view.full_name(), cgroup, destination, to_pod)
 }

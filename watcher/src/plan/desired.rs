@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use adit_ebpf_common::{
+    enrolment::{CgroupInfo, PodRecord, flag},
     lifecycle::Name,
-    pods::{CgroupInfo, PodRecord, flag},
 };
 
 use crate::{
@@ -69,11 +69,11 @@ fn enroll(
     circumstances: &Circumstances,
 ) -> CgroupInfo {
     let PodView { pod, observed, .. } = view;
-    let policy_id = circumstances.exclusion_id;
-    if policy_id != 0 {
-        plan.exclusions = Some((policy_id, pod.exclusions.clone()));
+    let exclusion_id = circumstances.exclusion_id;
+    if exclusion_id != 0 {
+        plan.exclusions = Some((exclusion_id, pod.exclusions.clone()));
     }
-    let record = PodRecord { netns_cookie: facts.cookie, flags, policy_id };
+    let record = PodRecord { netns_cookie: facts.cookie, flags, exclusion_id };
     plan.addresses = facts.addresses.iter().map(|address| (address16(*address), record)).collect();
     let pod_cgroup = observed.dir.clone().unwrap_or_default();
     let netns = PodNetns {
@@ -92,6 +92,6 @@ fn enroll(
         pod_cgroup,
     });
     let captures_dns = pod.dns_capture.unwrap_or(circumstances.dns_capture);
-    let dns = if captures_dns { flag::NAMES } else { 0 };
-    CgroupInfo { netns_cookie: facts.cookie, ..cgroup_info(flags | dns, policy_id, &facts.addresses) }
+    let dns = if captures_dns { flag::DNS_CAPTURE } else { 0 };
+    CgroupInfo { netns_cookie: facts.cookie, ..cgroup_info(flags | dns, exclusion_id, &facts.addresses) }
 }

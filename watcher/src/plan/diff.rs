@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use adit_ebpf_common::{
     address::Address,
+    enrolment::{CgroupInfo, PodRecord, flag},
     lifecycle::Name,
-    pods::{CgroupInfo, PodRecord, flag},
 };
 
 use crate::{model::exclusions::Exclusions, observe::cgroups::CgroupId};

@@ -1,6 +1,6 @@
 //! What happens to a pod's traffic now, and why it is not open.
 
-use adit_ebpf_common::pods::{CgroupInfo, flag};
+use adit_ebpf_common::enrolment::{CgroupInfo, flag};
 
 use crate::model::{pod::FailMode, state::State};
 

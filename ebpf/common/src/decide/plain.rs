@@ -89,10 +89,9 @@ impl ConnectFacts for PlainFacts {
             u128::from_be_bytes(*address).checked_shr(128 - length).unwrap_or(0)
         };
         exclusion_id != 0
-            && self
-                .excluded_cidrs
-                .iter()
-                .any(|(id, first, length)| *id == exclusion_id && head(first, *length) == head(address, *length))
+            && self.excluded_cidrs.iter().any(|(id, first, length)| {
+                *id == exclusion_id && head(first, *length) == head(address, *length)
+            })
     }
 
     fn has_tunnel_listener(&self, key: &ListenerKey) -> bool {

@@ -1,6 +1,6 @@
 use adit_ebpf_common::{
     address::mapped,
-    pods::flag::{FAIL_OPEN, IN_MESH, NAMES, READY},
+    enrolment::flag::{FAIL_OPEN, IN_MESH, DNS_CAPTURE, READY},
 };
 
 use crate::plan::{PodPlan, address16};
@@ -56,7 +56,7 @@ fn every_container_and_address_has_its_entry() {
     let plan = &setting.plan(vec![(pod("a"), in_order(1))])["a"];
     assert_eq!(plan.cgroups.keys().copied().collect::<Vec<_>>(), [10, 11]);
     let info = plan.cgroups[&11];
-    assert_eq!((info.v4, info.redirect_v4, info.policy_id), (mapped([10, 0, 0, 1]), info.v4, 5));
+    assert_eq!((info.v4, info.redirect_v4, info.exclusion_id), (mapped([10, 0, 0, 1]), info.v4, 5));
     assert_eq!(info.v6, address16("fd00::1".parse().unwrap()));
     assert_eq!(plan.addresses.len(), 2);
     assert_eq!(plan.exclusions.as_ref().map(|(id, _)| *id), Some(5));
@@ -70,7 +70,7 @@ fn the_pods_own_choice_of_dns_capture_beats_the_nodes() {
         let setting = Setting { dns_capture: node, ..Setting::default() };
         let pod = Pod { dns_capture: own, ..pod("a") };
         let plan = &setting.plan(vec![(pod, in_order(1))])["a"];
-        assert_eq!(plan.cgroups[&10].flags & NAMES != 0, captured, "{node} {own:?}");
-        assert!(plan.addresses.values().all(|record| record.flags & NAMES == 0), "inbound has no use for it");
+        assert_eq!(plan.cgroups[&10].flags & DNS_CAPTURE != 0, captured, "{node} {own:?}");
+        assert!(plan.addresses.values().all(|record| record.flags & DNS_CAPTURE == 0), "inbound has no use for it");
     }
 }

@@ -1,4 +1,4 @@
-use adit_ebpf_common::pods::flag::{IN_MESH, TUNNEL};
+use adit_ebpf_common::enrolment::flag::{IN_MESH, TUNNEL};
 
 use crate::plan::diff::{MapWrite, NetnsStep, TunnelStep};
 

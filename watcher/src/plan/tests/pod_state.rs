@@ -1,4 +1,4 @@
-use adit_ebpf_common::pods::flag::{FAIL_OPEN, IN_MESH, READY};
+use adit_ebpf_common::enrolment::flag::{FAIL_OPEN, IN_MESH, READY};
 
 use crate::{
     model::{
