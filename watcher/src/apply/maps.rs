@@ -158,7 +158,11 @@ impl AppliedMaps {
     }
 }
 
-fn set_exclusions(kernel: &mut Kernel, exclusion_id: u32, exclusions: &Exclusions) -> Result<(), KernelError> {
+fn set_exclusions(
+    kernel: &mut Kernel,
+    exclusion_id: u32,
+    exclusions: &Exclusions,
+) -> Result<(), KernelError> {
     for (ports, direction) in [(&exclusions.outbound_ports, OUTBOUND), (&exclusions.inbound_ports, INBOUND)] {
         for port in ports {
             kernel.exclude_port(&ExcludedPort { exclusion_id, port: *port, direction })?;

@@ -1,6 +1,6 @@
 use adit_ebpf_common::{
     address::mapped,
-    enrolment::flag::{FAIL_OPEN, IN_MESH, DNS_CAPTURE, READY},
+    enrolment::flag::{DNS_CAPTURE, FAIL_OPEN, IN_MESH, READY},
 };
 
 use crate::plan::{PodPlan, address16};
@@ -71,6 +71,9 @@ fn the_pods_own_choice_of_dns_capture_beats_the_nodes() {
         let pod = Pod { dns_capture: own, ..pod("a") };
         let plan = &setting.plan(vec![(pod, in_order(1))])["a"];
         assert_eq!(plan.cgroups[&10].flags & DNS_CAPTURE != 0, captured, "{node} {own:?}");
-        assert!(plan.addresses.values().all(|record| record.flags & DNS_CAPTURE == 0), "inbound has no use for it");
+        assert!(
+            plan.addresses.values().all(|record| record.flags & DNS_CAPTURE == 0),
+            "inbound has no use for it"
+        );
     }
 }
