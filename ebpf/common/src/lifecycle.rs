@@ -1,4 +1,4 @@
-//! What happens to cgroups and processes, in ring buffer `lifecycle`; and which new cgroups are closed at once.
+//! Events of cgroups and processes, in ring buffer `lifecycle`; and which new cgroups are closed at once.
 
 use crate::plain_data;
 
@@ -25,19 +25,21 @@ pub fn name(bytes: &[u8]) -> Option<Name> {
     Some(name)
 }
 
-/// What is of interest. Map `lifecycle_scope`, one entry, written by the loader. With a
+/// Which cgroups are of interest. Map `lifecycle_scope`, one entry, written by the loader. With a
 /// `prefix_len` of [`PREFIX_BYTES`] nothing is.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Scope {
-    /// Only cgroups whose path, as the kernel tells it, begins so.
+    /// Only cgroups whose path in the kernel begins so.
     pub prefix: [u8; PREFIX_BYTES],
+    /// In bytes.
     pub prefix_len: u32,
-    /// Where in the kernel's `struct cgroup` the pointer `kn` is, and where in `struct kernfs_node` its `id`
-    /// and its `name`; all zero: not known.
+    /// The offset of the pointer `kn` in the kernel's `struct cgroup`; this and the next two are all zero if not known.
     pub kn_offset: u32,
+    /// The offset of `id` in the kernel's `struct kernfs_node`.
     pub id_offset: u32,
+    /// The offset of `name` in the kernel's `struct kernfs_node`.
     pub name_offset: u32,
 }
 
@@ -56,7 +58,7 @@ pub struct PathEvent {
     pub path: [u8; PATH_BYTES],
 }
 
-/// A process began another program. Not every one is told.
+/// A process executed another program. Not every exec is reported.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
@@ -75,15 +77,20 @@ plain_data!(Scope, PathEvent, ProcessEvent);
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// A cgroup was made.
     Made = 1,
+    /// A cgroup was removed.
     Removed = 2,
+    /// A process was moved into a cgroup.
     Joined = 3,
     /// Its first process came, or its last one went.
     Populated = 4,
+    /// A process executed another program.
     Executed = 5,
 }
 
 impl Kind {
+    /// The kind with this number, if there is one.
     #[must_use]
     pub const fn from_number(number: u32) -> Option<Self> {
         match number {

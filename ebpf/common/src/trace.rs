@@ -31,7 +31,7 @@ macro_rules! numbered {
         $(#[$meta])*
         #[repr(u16)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum $name { $($(#[$doc])* $variant = $number,)+ }
+        pub enum $name { $($(#[$doc])* #[doc = $text] $variant = $number,)+ }
         impl $name {
             /// All of them, in order.
             pub const ALL: &[Self] = &[$(Self::$variant),+];

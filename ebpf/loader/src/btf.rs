@@ -4,7 +4,7 @@ use std::fs;
 
 /// The kernel's description of its own types.
 #[derive(Debug)]
-pub struct Btf {
+pub(crate) struct Btf {
     data: Vec<u8>,
     types: (usize, usize),
     strings: usize,
@@ -14,7 +14,7 @@ const STRUCT: u32 = 4;
 
 impl Btf {
     /// Of the running kernel; `None` where it has none.
-    pub fn of_kernel() -> Option<Self> {
+    pub(crate) fn of_kernel() -> Option<Self> {
         Self::parse(fs::read("/sys/kernel/btf/vmlinux").ok()?)
     }
 
@@ -31,7 +31,7 @@ impl Btf {
     }
 
     /// The offset in bytes of `member` in `struct structure`.
-    pub fn offset(&self, structure: &str, member: &str) -> Option<u32> {
+    pub(crate) fn offset(&self, structure: &str, member: &str) -> Option<u32> {
         let mut at = self.types.0;
         while at < self.types.1 {
             let (name, info) = (number(&self.data, at)?, number(&self.data, at + 4)?);

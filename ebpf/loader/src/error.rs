@@ -1,28 +1,38 @@
-//! What can go wrong between us and the kernel.
+//! What the kernel refuses, with what was tried and what helps.
 
 use std::{io, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 
+/// Why something in the kernel could not be read or changed.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the message of each variant names its fields")]
 pub enum KernelError {
+    /// Pins need a bpffs, which is not where they should go.
     #[error("{} is not on a mounted bpffs; `mount -t bpf bpf /sys/fs/bpf` makes one", path.display())]
     NoBpffs { path: PathBuf },
+    /// A pin or its folder cannot be made, read or removed.
     #[error("cannot {action} {}", path.display())]
     Pin { action: &'static str, path: PathBuf, source: io::Error },
+    /// The object as a whole is refused.
     #[error("cannot create the maps and read the programs; `watcher preflight` says what the kernel lacks")]
     Object { source: Box<EbpfError> },
+    /// The verifier refuses a program, or it cannot be attached to its tracepoint.
     #[error("the kernel refuses program {program}; `watcher preflight` says what it lacks")]
     Load { program: &'static str, source: Box<ProgramError> },
-    #[error("{} is no cgroup v2 directory that can be opened", path.display())]
+    /// A cgroup is gone, or the path names none.
+    #[error("{} is not a cgroup v2 directory that can be opened", path.display())]
     Cgroup { path: PathBuf, source: io::Error },
-    /// A program that was attached without BPF_F_ALLOW_MULTI forbids every other one below it.
+    /// Somebody else's program, attached without BPF_F_ALLOW_MULTI, forbids every other one below it.
     #[error("cannot attach {program} to {}: {culprit} stands in the way", target.display())]
     Forbidden { program: &'static str, target: PathBuf, culprit: String, source: io::Error },
+    /// A link cannot be made or changed.
     #[error("cannot attach {program} to {}", target.display())]
     Attach { program: &'static str, target: PathBuf, source: io::Error },
-    #[error("the kernel tells nothing of a cgroup made below {}", path.display())]
+    /// The lifecycle programs are attached, but did not report a cgroup of our own.
+    #[error("the kernel reports no event of a cgroup made below {}", path.display())]
     Silent { path: PathBuf },
+    /// A map cannot be opened, read or written.
     #[error("cannot {action} map {map}")]
     Map { action: &'static str, map: &'static str, source: Box<MapError> },
 }

@@ -26,6 +26,9 @@ impl Kernel {
     /// Loads the programs, creates maps pinned under `pins` (such as `/sys/fs/bpf/adit/<node>`), or adopts
     /// those pinned there already, with their contents. Attaches nothing; links that a predecessor left
     /// run its programs until [`Self::attach_pods`] and its like replace them.
+    ///
+    /// # Errors
+    /// `pins` is not on a bpffs, a pin cannot be changed, or the kernel refuses a map or a program.
     pub fn open(pins: &Path) -> Result<Self, KernelError> {
         let (links_dir, maps_dir) = (links::folder(pins), maps::folder(pins));
         check_bpffs(pins)?;
@@ -45,27 +48,42 @@ impl Kernel {
 
     /// Attaches the pods' programs (connect, getpeername, getsockopt, sock_ops) to the cgroup that all
     /// pods are below, and detaches them from where they were before. Idempotent.
+    ///
+    /// # Errors
+    /// The directory is not a cgroup, somebody else's program forbids ours, or a link cannot be made.
     pub fn attach_pods(&mut self, cgroup_dir: &Path) -> Result<(), KernelError> {
         links::attach_pods(&self.object, &links::folder(&self.pins), cgroup_dir)
     }
 
     /// Attaches the tunnel's programs (sock_create, sock_ops, getsockopt) to a tunnel's cgroup. To be
     /// called before it opens its listeners: only sockets created after this count. Idempotent.
+    ///
+    /// # Errors
+    /// As of [`Self::attach_pods`].
     pub fn attach_tunnel(&mut self, cgroup_dir: &Path) -> Result<(), KernelError> {
         links::attach_tunnel(&self.object, &links::folder(&self.pins), cgroup_dir)
     }
 
-    /// Fine when it is not attached, or when the cgroup is gone.
+    /// Detaches the programs of a tunnel. Fine if they are not attached, or if the cgroup is gone.
+    ///
+    /// # Errors
+    /// A pin cannot be removed.
     pub fn detach_tunnel(&mut self, cgroup_dir: &Path) -> Result<(), KernelError> {
         links::detach_tunnel(&links::folder(&self.pins), cgroup_dir)
     }
 
     /// Steers what arrives in a pod's netns. Idempotent.
+    ///
+    /// # Errors
+    /// A link cannot be made.
     pub fn steer(&mut self, netns_cookie: u64, netns: BorrowedFd<'_>) -> Result<(), KernelError> {
         links::steer(&self.object, &links::folder(&self.pins), netns_cookie, netns)
     }
 
-    /// Steers no more what arrives there, and forgets who listens there. Idempotent.
+    /// Ends the steering of what arrives there, and forgets who listens there. Idempotent.
+    ///
+    /// # Errors
+    /// A pin cannot be removed, or a map cannot be written.
     pub fn unsteer(&mut self, netns_cookies: &BTreeSet<u64>) -> Result<(), KernelError> {
         links::unsteer(&links::folder(&self.pins), netns_cookies)?;
         self.forget_app_listeners(netns_cookies)
@@ -73,11 +91,17 @@ impl Kernel {
 
     /// The cookies of the netns that are steered, in no order. A netns that has ended stays listed until
     /// [`Self::unsteer`].
+    ///
+    /// # Errors
+    /// The folder of pins cannot be read.
     pub fn steered(&self) -> Result<Vec<u64>, KernelError> {
         links::steered(&links::folder(&self.pins))
     }
 
     /// A reader of the verdicts, which [`adit_ebpf_common::settings::Settings::debug`] switches on.
+    ///
+    /// # Errors
+    /// The ring buffer cannot be opened.
     pub fn trace(&self) -> Result<Trace, KernelError> {
         let map = maps::trace(&maps::folder(&self.pins))?;
         RingBuf::try_from(map).map(Trace).map_err(KernelError::map("open", TRACE.name))

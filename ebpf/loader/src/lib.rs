@@ -19,6 +19,9 @@
 //! Pinned links and maps outlive this process. A successor adopts the maps with their contents and replaces the programs
 //! of the links in place, so that at every moment exactly one program decides.
 
+#![warn(missing_docs, unreachable_pub, clippy::missing_errors_doc, clippy::unwrap_used)]
+#![cfg_attr(test, expect(clippy::unwrap_used, reason = "a test that fails says where"))]
+
 mod btf;
 mod error;
 mod explain;

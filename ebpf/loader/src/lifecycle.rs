@@ -1,4 +1,4 @@
-//! What happens to cgroups and processes below the pods' cgroup, as the kernel tells it.
+//! Events of cgroups and processes below the pods' cgroup, as the kernel reports them.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -42,27 +42,42 @@ const EXPECTED: &str = maps::EXPECTED_PODS.name;
 /// An event of our own making is there at once, or will never be.
 const PROOF_WITHIN: Duration = Duration::from_secs(1);
 
-/// One thing that happened.
+/// One event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LifecycleEvent {
-    /// To the cgroup at this path of the file system. `closed`: its id, if it was closed as it was made.
-    Cgroup { path: PathBuf, kind: Kind, closed: Option<u64> },
+    /// To a cgroup.
+    Cgroup {
+        /// Where it is, or was.
+        path: PathBuf,
+        /// What happened.
+        kind: Kind,
+        /// Its id, if the programs closed it as it was made.
+        closed: Option<u64>,
+    },
     /// To a process in the cgroup of this id.
-    Process { cgroup_id: u64, kind: Kind },
+    Process {
+        /// Of the cgroup.
+        cgroup_id: u64,
+        /// What happened.
+        kind: Kind,
+    },
 }
 
-/// The reader of what happens. The programs end with the [`Kernel`] that they came from.
+/// The reader of events. The programs end with the [`Kernel`] that they came from.
 pub struct Lifecycle {
     ring: RingBuf<MapData>,
     lost: PerCpuArray<MapData, u64>,
     base: PathBuf,
-    /// How the kernel calls `base`; longer than the mount's idea of it inside a cgroup namespace.
+    /// The path of `base` in the kernel's events; inside a cgroup namespace it is longer than the mount shows.
     base_in_kernel: Vec<u8>,
 }
 
 impl Kernel {
-    /// Attaches the lifecycle programs, for what is below the cgroup `base`. Proven by an event of our own, so
-    /// that a kernel that accepts the programs and tells nothing is an error here and not a silence later.
+    /// Attaches the lifecycle programs, for what is below the cgroup `base`. Waits for an event of our own: a kernel that
+    /// accepts the programs and reports nothing is an error here, not a silence later.
+    ///
+    /// # Errors
+    /// `base` is not a cgroup, the kernel refuses a program, or reports nothing within a second.
     pub fn lifecycle(&mut self, base: &Path) -> Result<Lifecycle, KernelError> {
         // Before anything is attached nothing is of interest.
         self.set_scope(&[0xff; PREFIX_BYTES])?;
@@ -84,11 +99,17 @@ impl Kernel {
     }
 
     /// Closes every cgroup of this name below the scope as it is made, with `info`.
+    ///
+    /// # Errors
+    /// The map cannot be written, or is full.
     pub fn expect_pod(&mut self, name: &Name, info: &CgroupInfo) -> Result<(), KernelError> {
         self.insert(EXPECTED, *name, info)
     }
 
-    /// A missing entry is fine.
+    /// Expects no cgroup of this name any more. Fine if there is no entry.
+    ///
+    /// # Errors
+    /// The map cannot be written.
     pub fn expect_pod_no_more(&mut self, name: &Name) -> Result<(), KernelError> {
         self.take::<Name, CgroupInfo>(EXPECTED, name)
     }
@@ -122,7 +143,7 @@ impl Kernel {
         map.set(0, scope, 0).map_err(KernelError::map("write", SCOPE))
     }
 
-    /// Makes a cgroup below the base and sees what the kernel says of it: how it calls the base.
+    /// Makes a cgroup below the base and waits for the event: it shows how the kernel names the base.
     fn prove(&mut self, lifecycle: &mut Lifecycle) -> Result<Vec<u8>, KernelError> {
         let name = format!("adit-{}", std::process::id());
         let failed = |source| KernelError::Cgroup { path: lifecycle.base.join(&name), source };
@@ -163,6 +184,9 @@ impl Lifecycle {
     }
 
     /// How many events found no room, since the start.
+    ///
+    /// # Errors
+    /// The map cannot be read.
     pub fn lost(&self) -> Result<u64, KernelError> {
         let lost = self.lost.get(&0, 0).map_err(KernelError::map("read", LOST))?;
         Ok(lost.iter().sum())
@@ -181,7 +205,7 @@ impl fmt::Debug for Lifecycle {
     }
 }
 
-/// It is not in the object, or was taken from it: the programs are attached once only.
+/// The map is not in the object, or was taken from it: the programs are attached once only.
 fn missing(name: &'static str) -> KernelError {
     KernelError::map("open", name)(MapError::InvalidName { name: name.to_owned() })
 }
@@ -190,7 +214,7 @@ fn missing(name: &'static str) -> KernelError {
 ///
 /// # Errors
 /// The first that is refused.
-pub fn try_load(object: &mut Ebpf) -> Result<usize, (&'static str, ProgramError)> {
+pub(crate) fn try_load(object: &mut Ebpf) -> Result<usize, (&'static str, ProgramError)> {
     for (name, _) in PROGRAMS {
         let Some(Program::RawTracePoint(program)) = object.program_mut(name) else {
             unreachable!("program {name} is part of the object that this crate was built with");

@@ -31,12 +31,12 @@ use crate::{
 };
 
 /// The folder of links in `pins`.
-pub fn folder(pins: &Path) -> PathBuf {
+pub(crate) fn folder(pins: &Path) -> PathBuf {
     pins.join("links")
 }
 
 /// Attaches the pods' programs to `cgroup`, and to no other any more.
-pub fn attach_pods(object: &Ebpf, folder: &Path, cgroup: &Path) -> Result<(), KernelError> {
+pub(crate) fn attach_pods(object: &Ebpf, folder: &Path, cgroup: &Path) -> Result<(), KernelError> {
     let (dir, id) = open_cgroup(cgroup)?;
     let prefix = format!("pods-{id}-");
     for attachment in PODS {
@@ -46,7 +46,7 @@ pub fn attach_pods(object: &Ebpf, folder: &Path, cgroup: &Path) -> Result<(), Ke
     remove_if(folder, |name| name.starts_with("pods-") && !name.starts_with(&prefix))
 }
 
-pub fn attach_tunnel(object: &Ebpf, folder: &Path, cgroup: &Path) -> Result<(), KernelError> {
+pub(crate) fn attach_tunnel(object: &Ebpf, folder: &Path, cgroup: &Path) -> Result<(), KernelError> {
     let (dir, id) = open_cgroup(cgroup)?;
     let of_path = tunnel_prefix(cgroup);
     let prefix = format!("{of_path}{id}-");
@@ -58,22 +58,22 @@ pub fn attach_tunnel(object: &Ebpf, folder: &Path, cgroup: &Path) -> Result<(), 
 }
 
 /// The cgroup may be gone already: its links are found by its path.
-pub fn detach_tunnel(folder: &Path, cgroup: &Path) -> Result<(), KernelError> {
+pub(crate) fn detach_tunnel(folder: &Path, cgroup: &Path) -> Result<(), KernelError> {
     let prefix = tunnel_prefix(cgroup);
     remove_if(folder, |name| name.starts_with(&prefix))
 }
 
-pub fn steer(object: &Ebpf, folder: &Path, cookie: u64, netns: BorrowedFd<'_>) -> Result<(), KernelError> {
+pub(crate) fn steer(object: &Ebpf, folder: &Path, cookie: u64, netns: BorrowedFd<'_>) -> Result<(), KernelError> {
     let name = format!("netns-{cookie}");
     ensure(object, NETNS, folder, &name, netns, Path::new(&format!("netns {cookie}")))
 }
 
-pub fn unsteer(folder: &Path, cookies: &BTreeSet<u64>) -> Result<(), KernelError> {
+pub(crate) fn unsteer(folder: &Path, cookies: &BTreeSet<u64>) -> Result<(), KernelError> {
     remove_if(folder, |name| netns_of(name).is_some_and(|cookie| cookies.contains(&cookie)))
 }
 
 /// The cookies of the netns that have a link.
-pub fn steered(folder: &Path) -> Result<Vec<u64>, KernelError> {
+pub(crate) fn steered(folder: &Path) -> Result<Vec<u64>, KernelError> {
     let names = names(folder)?;
     Ok(names.iter().filter_map(|name| netns_of(name)).collect())
 }
@@ -84,7 +84,7 @@ fn netns_of(name: &str) -> Option<u64> {
 }
 
 /// Removes every link in `folder`; how many there were.
-pub fn remove_all(folder: &Path) -> Result<usize, KernelError> {
+pub(crate) fn remove_all(folder: &Path) -> Result<usize, KernelError> {
     let count = names(folder)?.len();
     remove_if(folder, |_| true)?;
     Ok(count)
@@ -145,7 +145,7 @@ fn program_of(path: &Path) -> io::Result<u32> {
 }
 
 /// The program at `cgroup` or above it which was attached so that no other may be below, in words.
-pub fn culprit(cgroup: &Path, attach_type: bpf_attach_type) -> Option<String> {
+pub(crate) fn culprit(cgroup: &Path, attach_type: bpf_attach_type) -> Option<String> {
     for dir in cgroup.ancestors() {
         // Above the mount of cgroup v2 the query fails.
         let (programs, flags) = File::open(dir).and_then(|dir| sys::attached(&dir, attach_type)).ok()?;

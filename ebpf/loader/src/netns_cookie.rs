@@ -1,7 +1,7 @@
 //! Which netns this thread is in.
 //!
-//! From Linux 5.14 on a socket says so (`SO_NETNS_COOKIE`). Before that only programs can ask: the one that notes
-//! the netns of a tunnel's sockets notes it of a socket of ours, and socket storage can be read by its owner.
+//! From Linux 5.14 on a socket shows it (`SO_NETNS_COOKIE`). Before that only programs can read it: the program that
+//! records the netns of a tunnel's sockets records it of a socket of ours, whose storage its owner can read.
 
 use std::{
     fs::{self, File},
@@ -28,11 +28,17 @@ use crate::{
 ///
 /// Before Linux 5.14 this attaches a program to this process's own cgroup for the moment of the call, which takes the
 /// capabilities that the other programs take.
+///
+/// # Errors
+/// No socket can be made; before Linux 5.14 also if the program cannot be attached.
 pub fn own_netns_cookie() -> io::Result<u64> {
     own_netns_cookie_by(new_socket()?.as_fd())
 }
 
-/// The same, where the caller has a socket of that netns already, of whatever family.
+/// The same for a caller that has a socket of that netns already, of whatever family.
+///
+/// # Errors
+/// As of [`own_netns_cookie`].
 pub fn own_netns_cookie_by(socket: BorrowedFd<'_>) -> io::Result<u64> {
     match sys::netns_cookie(socket) {
         Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => noted_cookie(),

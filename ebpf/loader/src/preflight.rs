@@ -1,4 +1,4 @@
-//! What this machine lacks. Asks, tries and takes back; attaches nothing and pins nothing.
+//! Finds what this machine lacks. Tries and undoes; attaches nothing and pins nothing.
 //!
 //! * this file: kernel, cgroups, bpffs, type information
 //! * [`programs`]: every program by trial load, one check per type
@@ -14,17 +14,19 @@ mod others;
 mod programs;
 mod rights;
 
-/// What a check came to.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
+    /// All is well.
     Ok,
-    /// It works, but somebody should know.
+    /// It works, with a limit that the operator should know.
     Warn,
     /// The node cannot run the watcher.
     Fail,
 }
 
 impl Level {
+    /// As commands print it.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Ok => "ok",
@@ -37,27 +39,35 @@ impl Level {
 /// One thing that is needed, or good to have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Check {
+    /// Its name in the output of `watcher preflight`.
     pub name: &'static str,
+    /// The result.
     pub level: Level,
+    /// What this machine has.
     pub found: String,
+    /// What the watcher needs.
     pub needed: String,
     /// What to do; empty when all is well.
     pub advice: String,
 }
 
 impl Check {
+    /// A check that found what it needs.
     pub fn ok(name: &'static str, needed: &str, found: impl Into<String>) -> Self {
         Self { name, level: Level::Ok, found: found.into(), needed: needed.to_owned(), advice: String::new() }
     }
 
+    /// A check that found something to know about.
     pub fn warn(name: &'static str, needed: &str, found: impl Into<String>, advice: &str) -> Self {
         Self { level: Level::Warn, advice: advice.to_owned(), ..Self::ok(name, needed, found) }
     }
 
+    /// A check that found something missing.
     pub fn fail(name: &'static str, needed: &str, found: impl Into<String>, advice: &str) -> Self {
         Self { level: Level::Fail, advice: advice.to_owned(), ..Self::ok(name, needed, found) }
     }
 
+    /// Whether the watcher cannot run.
     pub fn failed(&self) -> bool {
         self.level == Level::Fail
     }

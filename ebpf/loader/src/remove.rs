@@ -1,4 +1,4 @@
-//! Taking everything away again.
+//! Removes everything again.
 
 use std::{fs, io, path::Path};
 
@@ -7,7 +7,9 @@ use crate::{Kernel, KernelError, links, maps};
 /// What [`Kernel::remove`] found and removed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Removed {
+    /// How many links were detached.
     pub links: usize,
+    /// How many maps were unpinned.
     pub maps: usize,
 }
 
@@ -15,6 +17,9 @@ impl Kernel {
     /// Detaches and unpins everything under `pins`; what it removed. Fine when nothing is there. Needs no
     /// program load, so it also cleans up after another version. Programs and maps go when the last
     /// process that holds them ends.
+    ///
+    /// # Errors
+    /// A pin cannot be opened, detached or removed.
     pub fn remove(pins: &Path) -> Result<Removed, KernelError> {
         let (links_dir, maps_dir) = (links::folder(pins), maps::folder(pins));
         let removed = Removed { links: links::remove_all(&links_dir)?, maps: maps::remove_all(&maps_dir)? };

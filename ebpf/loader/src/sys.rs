@@ -23,10 +23,10 @@ use aya_obj::generated::{
 };
 
 /// Several programs may be attached at this cgroup and below it.
-pub const ALLOW_MULTI: u32 = BPF_F_ALLOW_MULTI;
+pub(crate) const ALLOW_MULTI: u32 = BPF_F_ALLOW_MULTI;
 
 /// Attaches `program` to `target`, a cgroup directory or a netns.
-pub fn link_create(
+pub(crate) fn link_create(
     program: BorrowedFd<'_>,
     target: BorrowedFd<'_>,
     attach_type: bpf_attach_type,
@@ -37,17 +37,17 @@ pub fn link_create(
 }
 
 /// Makes `link` run `program` from its next run on. `ENOLINK`: what it was attached to is gone.
-pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     bpf(BPF_LINK_UPDATE, &mut [number(link), number(program), 0, 0]).map(|_| ())
 }
 
 /// Detaches `link`, whoever else holds it.
-pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     bpf(BPF_LINK_DETACH, &mut [number(link)]).map(|_| ())
 }
 
 /// Gives `object` a name in a bpffs.
-pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+pub(crate) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     bpf(
         BPF_OBJ_PIN,
@@ -57,7 +57,7 @@ pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
 }
 
 /// What was pinned at `path`.
-pub fn pinned(path: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn pinned(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut attr = PathAttr { path: path.as_ptr().expose_provenance() as u64, fd: 0, flags: 0 };
     Ok(owned(bpf(BPF_OBJ_GET, &mut attr)?))
@@ -71,7 +71,7 @@ struct PathAttr {
 }
 
 /// The programs attached at exactly this cgroup, and the flags that hold for it.
-pub fn attached(cgroup: &File, attach_type: bpf_attach_type) -> io::Result<(Vec<u32>, u32)> {
+pub(crate) fn attached(cgroup: &File, attach_type: bpf_attach_type) -> io::Result<(Vec<u32>, u32)> {
     #[repr(C)]
     struct Attr {
         target: u32,
@@ -123,7 +123,7 @@ fn number(fd: BorrowedFd<'_>) -> u32 {
 
 /// The cookie of the netns `socket` was created in. Linux 5.14 or later, else `ENOPROTOOPT`.
 #[expect(unsafe_code, reason = "no safe wrapper offers SO_NETNS_COOKIE")]
-pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+pub(crate) fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     /// Same on all architectures that this runs on (asm-generic/socket.h).
     const SO_NETNS_COOKIE: libc::c_int = 71;
     let mut cookie = 0u64;

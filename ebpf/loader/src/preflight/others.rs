@@ -17,7 +17,7 @@ const CONNECT: [bpf_attach_type; 2] = [BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET
 const MOST_CGROUPS: usize = 4096;
 
 /// A program attached alone, at the pods' cgroup or above, forbids ours.
-pub fn nobody_in_the_way(cgroup: &Path) -> Check {
+pub(super) fn nobody_in_the_way(cgroup: &Path) -> Check {
     let (name, needed) =
         ("other programs", "no program attached without BPF_F_ALLOW_MULTI at the pods' cgroup or above");
     if let Err(error) = File::open(cgroup) {
@@ -35,7 +35,7 @@ pub fn nobody_in_the_way(cgroup: &Path) -> Check {
 /// Others' connect programs, such as load balancers of sockets. The kernel runs those of a cgroup before those of its
 /// ancestors, and of one cgroup in the order of attachment. Above ours they see what we left of a connection; at the same
 /// cgroup or below they may have rewritten a service's address before we see it.
-pub fn balancers(root: &Path, cgroup: &Path) -> Check {
+pub(super) fn balancers(root: &Path, cgroup: &Path) -> Check {
     let (name, needed) = (
         "socket load balancer",
         "connect programs of others only above the pods' cgroup, where ours run first",

@@ -55,7 +55,7 @@ const KINDS: [Kind; 5] = [
     },
 ];
 
-pub fn load_each() -> Vec<Check> {
+pub(super) fn load_each() -> Vec<Check> {
     let mut object = match EbpfLoader::new().load(object::BYTES) {
         Ok(object) => object,
         Err(error) => {
