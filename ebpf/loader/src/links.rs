@@ -63,7 +63,12 @@ pub(crate) fn detach_tunnel(folder: &Path, cgroup: &Path) -> Result<(), KernelEr
     remove_if(folder, |name| name.starts_with(&prefix))
 }
 
-pub(crate) fn steer(object: &Ebpf, folder: &Path, cookie: u64, netns: BorrowedFd<'_>) -> Result<(), KernelError> {
+pub(crate) fn steer(
+    object: &Ebpf,
+    folder: &Path,
+    cookie: u64,
+    netns: BorrowedFd<'_>,
+) -> Result<(), KernelError> {
     let name = format!("netns-{cookie}");
     ensure(object, NETNS, folder, &name, netns, Path::new(&format!("netns {cookie}")))
 }

@@ -1,7 +1,7 @@
 //! DNS queries of pods: whose go to the tunnel, and whom the answers come from.
 
 use adit_ebpf_common::{
-    enrolment::{flag},
+    enrolment::flag,
     exclusions::{ExcludedPort, OUTBOUND as DIALS},
     trace::{Hook, Rule},
 };

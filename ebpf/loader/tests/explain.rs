@@ -6,7 +6,7 @@ use adit_ebpf_common::{
     trace::{Hook, Rule},
 };
 
-use crate::rig::{Rig, DNS, INBOUND, OUTBOUND, READY, add_address, address, agent::How, at};
+use crate::rig::{DNS, INBOUND, OUTBOUND, READY, Rig, add_address, address, agent::How, at};
 
 const CAPTURED: u32 = READY | flag::DNS_CAPTURE;
 

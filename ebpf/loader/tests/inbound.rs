@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use adit_ebpf_common::{
-    enrolment::{flag},
+    enrolment::flag,
     exclusions::{ExcludedPort, INBOUND as IS_DIALLED},
     listeners::{AppListenerState, ListenerKey, MAX_APP_LISTENERS},
     trace::{Hook, Rule},

@@ -12,7 +12,7 @@ use adit_ebpf_common::{
 };
 use proptest::{prelude::*, sample::select, test_runner::TestRunner};
 
-use crate::rig::{Rig, DNS, HBONE, INBOUND, OUTBOUND, address, agent::How, at, empty, repeated};
+use crate::rig::{DNS, HBONE, INBOUND, OUTBOUND, Rig, address, agent::How, at, empty, repeated};
 
 /// The pod's own first and second, the other end's, and addresses that nobody has. The second ones are not assigned to
 /// the pod: what matters here is the verdict.
@@ -136,7 +136,8 @@ fn install(rig: &mut Rig, case: &Case) -> PlainFacts {
         kernel.set_cgroup(id, &info).unwrap();
         facts.caller = Some(info);
     }
-    let record = |netns_cookie| PodRecord { netns_cookie, flags: case.flags, exclusion_id: case.exclusion_id };
+    let record =
+        |netns_cookie| PodRecord { netns_cookie, flags: case.flags, exclusion_id: case.exclusion_id };
     for (first, second) in [(V4[0], V4[1]), (V6[0], V6[1])] {
         kernel.remove_pod(address(first)).unwrap();
         kernel.remove_pod(address(second)).unwrap();
@@ -239,11 +240,9 @@ fn connects(rig: &mut Rig, case: &Case, facts: &PlainFacts) {
 fn arrives(rig: &mut Rig, case: &Case, facts: &PlainFacts) {
     let (from, to) = if case.is_v4 { (V4[2], V4[0]) } else { (V6[2], V6[0]) };
     let port = case.arrives_at;
-    let flow =
-        Flow { local: address(from), remote: address(to), local_port: 0, remote_port: port };
+    let flow = Flow { local: address(from), remote: address(to), local_port: 0, remote_port: port };
     let expected = inbound(facts, &Arrival { flow, is_v4: case.is_v4 });
-    let explained =
-        rig.kernel.explain_arrival(address(from), Destination::new(address(to), port)).unwrap();
+    let explained = rig.kernel.explain_arrival(address(from), Destination::new(address(to), port)).unwrap();
     rig.rules(port);
     let dialled = rig.world.dial(How::Tcp, at(to, port));
     let rules = rig.rules(port);
