@@ -1,9 +1,10 @@
 //! Builds the kernel programs and hands the object to `src/object.rs`.
 //!
 //! They need a compiler that comes with the sources of `core` (the target has no prebuilt one) and
-//! bpf-linker. The build takes the first of: `ADIT_EBPF_RUSTC` (the path of a rustc with rust-src beside
-//! it), a rustup toolchain that has rust-src (a nightly before others), Debian's rustc-web with cargo-web
-//! and rust-web-src. A released compiler builds `core` too when RUSTC_BOOTSTRAP allows it.
+//! bpf-linker. The build takes the first of: `ADIT_EBPF_RUSTC` (the path of a rustc with rust-src
+//! beside it), a rustup toolchain that has rust-src (a nightly before others), Debian's rustc-web
+//! with cargo-web and rust-web-src. A released compiler builds `core` too when RUSTC_BOOTSTRAP
+//! allows it.
 
 use std::{
     env,

@@ -25,8 +25,8 @@ pub const fn from_v4_word(word: u32) -> Address {
     from_words([0, 0, MAPPED_WORD, word])
 }
 
-/// The address whose bytes, as they stand in memory, make up `words`. The kernel's contexts hold addresses so:
-/// network byte order in memory, whatever the numeric value of a word is.
+/// The address whose bytes, as they stand in memory, make up `words`. The kernel's contexts hold
+/// addresses so: network byte order in memory, whatever the numeric value of a word is.
 #[inline(always)]
 #[must_use]
 pub const fn from_words(words: [u32; 4]) -> Address {

@@ -1,12 +1,13 @@
-//! The decisions about a connection: one list for those that a pod opens, one for those that it receives. In each list
-//! the first rule that applies wins.
+//! The decisions about a connection: one list for those that a pod opens, one for those that it
+//! receives. In each list the first rule that applies wins.
 //!
-//! The lists ask a [`Facts`] for what they need. The kernel programs answer by looking maps up; `watcher explain`
-//! answers from the same maps as user space reads them; the tests from plain values. So all three agree.
+//! The lists ask a [`Facts`] for what they need. The kernel programs answer by looking maps up;
+//! `watcher explain` answers from the same maps as user space reads them; the tests from plain
+//! values. So all three agree.
 //!
-//! *Ready*: a tunnel is connected and has acknowledged the pod. A pod that is not ready follows its fail mode: open
-//! passes in clear, closed is refused. The same goes for a pod whose tunnel has no listener any more, which the kernel
-//! notices without the watcher.
+//! *Ready*: a tunnel is connected and has acknowledged the pod. A pod that is not ready follows its
+//! fail mode: open passes in clear, closed is refused. The same goes for a pod whose tunnel has no
+//! listener any more, which the kernel notices without the watcher.
 
 use crate::{
     address::{Address, UNSPECIFIED, is_link_local, is_loopback, is_unspecified, is_v4, mapped, same},
@@ -111,7 +112,8 @@ impl Outbound {
 ///
 /// 1. a DNS query that [`dns_redirect`] captures: redirect to the tunnel's DNS port
 /// 2. not TCP: leave
-/// 3. to loopback, which 0.0.0.0 and :: mean too: leave; but refuse the tunnel's ports to an enrolled, ready pod
+/// 3. to loopback, which 0.0.0.0 and :: mean too: leave; but refuse the tunnel's ports to an
+///    enrolled, ready pod
 /// 4. the caller is a tunnel: leave, or its own traffic would come back to it
 /// 5. the caller is not enrolled, or a sidecar carries its traffic: leave
 /// 6. to one of the pod's own addresses: leave; but refuse the tunnel's ports
@@ -190,8 +192,8 @@ fn without_tunnel(info: &CgroupInfo) -> Outbound {
     }
 }
 
-/// Whether `address` is one of the pod's. Its cgroup's entry has the first one of each family only; the others
-/// have a record with the pod's netns.
+/// Whether `address` is one of the pod's. Its cgroup's entry has the first one of each family only;
+/// the others have a record with the pod's netns.
 #[inline(always)]
 fn is_own_address(facts: &impl Facts, info: &CgroupInfo, address: &Address) -> bool {
     same(address, &info.v4)
@@ -203,12 +205,13 @@ fn is_own_address(facts: &impl Facts, info: &CgroupInfo, address: &Address) -> b
 /// Where a DNS query to `resolver` goes instead; port 0 means nowhere:
 ///
 /// 1. the caller's queries are not captured, or its traffic is not the tunnel's: nowhere
-/// 2. no tunnel is ready for the pod: nowhere. DNS is no security boundary: the resolver answers a name that the tunnel
-///    does not, and the connection that follows meets the pod's fail mode
-/// 3. the resolver is the pod's own (loopback, or one of its addresses) or on the link, or the socket is bound to a
-///    device, from where the loopback is out of reach: nowhere
+/// 2. no tunnel is ready for the pod: nowhere. DNS is no security boundary: the resolver answers a
+///    name that the tunnel does not, and the connection that follows meets the pod's fail mode
+/// 3. the resolver is the pod's own (loopback, or one of its addresses) or on the link, or the
+///    socket is bound to a device, from where the loopback is out of reach: nowhere
 /// 4. excluded by port or by CIDR: nowhere
-/// 5. the settings name resolvers, and this is none of them: nowhere, since the tunnel would query others
+/// 5. the settings name resolvers, and this is none of them: nowhere, since the tunnel would query
+///    others
 /// 6. the tunnel does not serve DNS in this netns: nowhere, for the same reason as 2
 /// 7. the resolver cannot be recorded, so the answer would come from a wrong address: nowhere
 /// 8. to the tunnel's DNS port
@@ -338,7 +341,8 @@ pub fn inbound(facts: &impl ArrivalFacts, arrival: &Arrival) -> Inbound {
     }
 }
 
-/// Steers to the tunnel's listener `to`. A listener of IPv6 serves IPv4 too, where there is no other.
+/// Steers to the tunnel's listener `to`. A listener of IPv6 serves IPv4 too, where there is no
+/// other.
 #[inline(always)]
 fn steer(facts: &impl ArrivalFacts, to: ListenerKey) -> bool {
     facts.steer(&to) || to.family == 4 && facts.steer(&to.v6())

@@ -12,10 +12,11 @@ pub mod flag {
     pub const SIDECAR: u32 = 1 << 2;
     /// The tunnel acknowledged the pod's netns.
     pub const READY: u32 = 1 << 3;
-    /// While no tunnel serves the pod, its traffic passes in clear. Without this flag it is refused.
+    /// While no tunnel serves the pod, its traffic passes in clear. Without this flag it is
+    /// refused.
     pub const FAIL_OPEN: u32 = 1 << 4;
-    /// The pod's DNS queries are redirected to the tunnel, while it answers them. Bits 5 to 7 are unused: their
-    /// number is kept so that maps that an earlier build filled still read the same.
+    /// The pod's DNS queries are redirected to the tunnel, while it answers them. Bits 5 to 7 are
+    /// unused: their number is kept so that maps that an earlier build filled still read the same.
     pub const DNS_CAPTURE: u32 = 1 << 8;
 }
 
@@ -46,8 +47,8 @@ pub struct CgroupInfo {
     pub pad: u16,
 }
 
-/// The pod that owns an address. Value of `pod_by_addr`, keyed by [`Address`]. Every address of an enrolled pod
-/// has a record.
+/// The pod that owns an address. Value of `pod_by_addr`, keyed by [`Address`]. Every address of an
+/// enrolled pod has a record.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]

@@ -7,7 +7,8 @@ use crate::{address::Address, plain_data};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct ExcludedPort {
-    /// The list that this entry belongs to: [`CgroupInfo::exclusion_id`](crate::enrolment::CgroupInfo::exclusion_id).
+    /// The list that this entry belongs to:
+    /// [`CgroupInfo::exclusion_id`](crate::enrolment::CgroupInfo::exclusion_id).
     pub exclusion_id: u32,
     /// Host byte order.
     pub port: u16,
@@ -20,8 +21,8 @@ pub const OUTBOUND: u16 = 0;
 /// Somebody else opens the connection to the pod.
 pub const INBOUND: u16 = 1;
 
-/// Data part of the key of `excluded_cidrs` (LPM trie); the value is one byte, 1. Prefix lengths count from the
-/// first bit of the id: 32 for the id, 96 more for an IPv4 range in mapped form.
+/// Data part of the key of `excluded_cidrs` (LPM trie); the value is one byte, 1. Prefix lengths
+/// count from the first bit of the id: 32 for the id, 96 more for an IPv4 range in mapped form.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]

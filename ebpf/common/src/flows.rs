@@ -19,8 +19,9 @@ pub struct Destination {
 }
 
 impl Destination {
-    /// No destination. A value with port 0, and not `None`: on older kernels the verifier refuses programs that read
-    /// stack which they never wrote (5.10 does), and the compiler makes such a read of an absent payload.
+    /// No destination. A value with port 0, and not `None`: on older kernels the verifier refuses
+    /// programs that read stack which they never wrote (5.10 does), and the compiler makes such a
+    /// read of an absent payload.
     pub const NOWHERE: Self = Self::new(UNSPECIFIED, 0);
 
     /// `port` at `address`.
@@ -38,14 +39,15 @@ impl Destination {
     }
 }
 
-/// A connection as its opener sees it. Key of `original_dst` (value [`Destination`]) and of `tunnel_flows` (value
-/// `u64`: the cookie of the netns that the tunnel's socket lives in).
+/// A connection as its opener sees it. Key of `original_dst` (value [`Destination`]) and of
+/// `tunnel_flows` (value `u64`: the cookie of the netns that the tunnel's socket lives in).
 ///
-/// A flow in `tunnel_flows` passes `sk_lookup` only in the netns that it came from: when the tunnel dials one pod of
-/// the node on behalf of another, the inbound policy of the dialled pod must still see it.
+/// A flow in `tunnel_flows` passes `sk_lookup` only in the netns that it came from: when the tunnel
+/// dials one pod of the node on behalf of another, the inbound policy of the dialled pod must still
+/// see it.
 ///
-/// In `original_dst` the remote end is the pod's own address (the target of the redirect), which no two pods of a node
-/// share. So a pod can only write keys of its own.
+/// In `original_dst` the remote end is the pod's own address (the target of the redirect), which no
+/// two pods of a node share. So a pod can only write keys of its own.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
@@ -74,13 +76,14 @@ impl Flow {
     }
 }
 
-/// What the programs remember of one socket. Value of the socket storage `socket_state`: it lives and dies with the
-/// socket, so the kernel cannot evict it, and no other socket can get it.
+/// What the programs remember of one socket. Value of the socket storage `socket_state`: it lives
+/// and dies with the socket, so the kernel cannot evict it, and no other socket can get it.
 ///
 /// * on an application's socket: where it wanted to go, written by connect, read by getpeername
 /// * on the tunnel's listeners: the netns, written when they are created
 /// * on a socket by which the tunnel dials: whether it is one of `pinned_connections`
-/// * on a socket that the tunnel accepted from the pod: the original destination, moved there from `original_dst`
+/// * on a socket that the tunnel accepted from the pod: the original destination, moved there from
+///   `original_dst`
 /// * on a socket that the tunnel accepted for the pod: that it is one of `pinned_connections`
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,4 +1,5 @@
-//! What the kernel programs and user space share: the maps, their keys and values, and the decisions.
+//! What the kernel programs and user space share: the maps, their keys and values, and the
+//! decisions.
 //!
 //! * [`decide`]: the two decision lists, over what the caller knows
 //! * [`maps`]: one table of all maps
@@ -11,8 +12,9 @@
 //! * [`flows`]: original destinations, and flows that pass untouched
 //! * [`address`]: one 16-byte form for both address families
 //!
-//! Keys and values hold integers and byte arrays only. Kernel and user space compile them apart, so every field
-//! stands where `repr(C)` puts it, and the derives of `zerocopy` refuse a type with hidden padding.
+//! Keys and values hold integers and byte arrays only. Kernel and user space compile them apart, so
+//! every field stands where `repr(C)` puts it, and the derives of `zerocopy` refuse a type with
+//! hidden padding.
 #![no_std]
 #![warn(missing_docs, unreachable_pub, clippy::missing_errors_doc, clippy::unwrap_used)]
 #![cfg_attr(test, expect(clippy::unwrap_used, reason = "a test that fails says where"))]
@@ -43,8 +45,9 @@ macro_rules! plain_data {
             const fn is_plain<T: zerocopy::FromBytes + zerocopy::IntoBytes + zerocopy::Immutable>() {}
             is_plain::<$type>();
         };
-        // SAFETY: any bytes are a value of the type (`FromBytes`), all bytes of a value are initialised, since it has
-        // no padding (`IntoBytes`), and it shares no mutable state (`Immutable`): the derives prove all three.
+        // SAFETY: any bytes are a value of the type (`FromBytes`), all bytes of a value are
+        // initialised, since it has no padding (`IntoBytes`), and it shares no mutable state
+        // (`Immutable`): the derives prove all three.
         #[cfg(feature = "user")]
         #[expect(unsafe_code, reason = "aya's marker for plain data is an unsafe trait")]
         unsafe impl aya::Pod for $type {}

@@ -1,4 +1,5 @@
-//! Events of cgroups and processes, in ring buffer `lifecycle`; and which new cgroups are closed at once.
+//! Events of cgroups and processes, in ring buffer `lifecycle`; and which new cgroups are closed at
+//! once.
 
 use crate::plain_data;
 
@@ -9,8 +10,8 @@ pub const PREFIX_BYTES: usize = 192;
 /// As for a path, of a directory's own name.
 pub const NAME_BYTES: usize = 96;
 
-/// The name of a cgroup's directory, filled up with zeros. Key of `expected_pods`, whose value is the
-/// `CgroupInfo` that a new cgroup of this name gets before `mkdir(2)` returns.
+/// The name of a cgroup's directory, filled up with zeros. Key of `expected_pods`, whose value is
+/// the `CgroupInfo` that a new cgroup of this name gets before `mkdir(2)` returns.
 pub type Name = [u8; NAME_BYTES];
 
 /// `bytes` as a [`Name`]; `None`: it is too long.
@@ -35,7 +36,8 @@ pub struct Scope {
     pub prefix: [u8; PREFIX_BYTES],
     /// In bytes.
     pub prefix_len: u32,
-    /// The offset of the pointer `kn` in the kernel's `struct cgroup`; this and the next two are all zero if not known.
+    /// The offset of the pointer `kn` in the kernel's `struct cgroup`; this and the next two are
+    /// all zero if not known.
     pub kn_offset: u32,
     /// The offset of `id` in the kernel's `struct kernfs_node`.
     pub id_offset: u32,

@@ -2,8 +2,8 @@
 
 use crate::plain_data;
 
-/// A listening port of one netns. Key of `tunnel_listeners` (the kernel adds an entry when the tunnel calls
-/// `listen(2)`) and of `app_listeners`.
+/// A listening port of one netns. Key of `tunnel_listeners` (the kernel adds an entry when the
+/// tunnel calls `listen(2)`) and of `app_listeners`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
@@ -17,7 +17,8 @@ pub struct ListenerKey {
 }
 
 impl ListenerKey {
-    /// The listener of `port`, of the IPv4 or the IPv6 family. A socket of IPv6 may serve IPv4 as well.
+    /// The listener of `port`, of the IPv4 or the IPv6 family. A socket of IPv6 may serve IPv4 as
+    /// well.
     #[inline(always)]
     #[must_use]
     pub const fn new(netns_cookie: u64, port: u16, is_v4: bool) -> Self {
@@ -32,16 +33,17 @@ impl ListenerKey {
     }
 }
 
-/// What is known of the applications' listeners in one netns as a whole. Value of `app_listener_state`, keyed by
-/// netns cookie. Without an entry the programs add nothing to `app_listeners` for this netns.
+/// What is known of the applications' listeners in one netns as a whole. Value of
+/// `app_listener_state`, keyed by netns cookie. Without an entry the programs add nothing to
+/// `app_listeners` for this netns.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct AppListenerState {
     /// How many entries the programs added since the watcher last set this to 0.
     pub count: u32,
-    /// 1: `app_listeners` has every listener of this netns, so a connection to another port is refused. 0: some may
-    /// be missing, and no port is refused.
+    /// 1: `app_listeners` has every listener of this netns, so a connection to another port is
+    /// refused. 0: some may be missing, and no port is refused.
     pub complete: u32,
 }
 

@@ -1,5 +1,5 @@
-//! One table of all maps. The loader pins and checks maps by it, a test compares it with the compiled programs, and
-//! `docs/maps.md` is made from it.
+//! One table of all maps. The loader pins and checks maps by it, a test compares it with the
+//! compiled programs, and `docs/maps.md` is made from it.
 
 use crate::{
     address::Address,
@@ -36,9 +36,11 @@ pub struct MapSpec {
     pub writers: &'static str,
     /// Who reads it.
     pub readers: &'static str,
-    /// Whether it is pinned, so that it and its contents outlive the watcher. The others end with it.
+    /// Whether it is pinned, so that it and its contents outlive the watcher. The others end with
+    /// it.
     pub pinned: bool,
-    /// The name that earlier builds gave to the same map, with the same key, value and meaning: its pin is adopted.
+    /// The name that earlier builds gave to the same map, with the same key, value and meaning: its
+    /// pin is adopted.
     pub formerly: Option<&'static str>,
     /// What it is for.
     pub purpose: &'static str,

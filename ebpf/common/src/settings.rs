@@ -1,5 +1,5 @@
-//! What applies to the whole node. Map `settings`, an array of one entry: the watcher can switch each field while
-//! the programs run.
+//! What applies to the whole node. Map `settings`, an array of one entry: the watcher can switch
+//! each field while the programs run.
 
 use crate::{address::Address, plain_data};
 
@@ -16,15 +16,18 @@ pub struct Settings {
     pub hbone_port: u16,
     /// 1: a tunnel is connected. 0: every pod follows its fail mode, whatever its own flags say.
     pub tunnel_up: u16,
-    /// 0: silent. 1: each verdict that fits the filter makes a line in `trace_pipe` and a record in `trace`.
+    /// 0: silent. 1: each verdict that fits the filter makes a line in `trace_pipe` and a record in
+    /// `trace`.
     pub debug: u32,
     /// Only verdicts about this port (either end, host byte order); 0: any.
     pub debug_port: u32,
     /// Only verdicts about this address (either end); all zero: any.
     pub debug_address: Address,
-    /// The resolvers whose DNS queries are captured (mapped where IPv4). The first one all zero: every resolver.
+    /// The resolvers whose DNS queries are captured (mapped where IPv4). The first one all zero:
+    /// every resolver.
     pub resolvers: [Address; 3],
-    /// Where the tunnel answers DNS on the loopback of each pod, in host byte order; 0: it answers none.
+    /// Where the tunnel answers DNS on the loopback of each pod, in host byte order; 0: it answers
+    /// none.
     pub dns_port: u16,
     /// Always zero.
     pub pad: u16,

@@ -1,4 +1,5 @@
-//! One record per verdict, in ring buffer `trace`, while [`crate::settings::Settings::debug`] is on.
+//! One record per verdict, in ring buffer `trace`, while [`crate::settings::Settings::debug`] is
+//! on.
 
 use crate::{address::Address, plain_data};
 

@@ -23,7 +23,8 @@ pub enum KernelError {
     /// A cgroup is gone, or the path names none.
     #[error("{} is not a cgroup v2 directory that can be opened", path.display())]
     Cgroup { path: PathBuf, source: io::Error },
-    /// Somebody else's program, attached without BPF_F_ALLOW_MULTI, forbids every other one below it.
+    /// Somebody else's program, attached without BPF_F_ALLOW_MULTI, forbids every other one below
+    /// it.
     #[error("cannot attach {program} to {}: {culprit} stands in the way", target.display())]
     Forbidden { program: &'static str, target: PathBuf, culprit: String, source: io::Error },
     /// A link cannot be made or changed.

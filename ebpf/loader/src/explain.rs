@@ -1,4 +1,5 @@
-//! Which rule would decide about a connection, by the programs' own lists and from the maps as they are now.
+//! Which rule would decide about a connection, by the programs' own lists and from the maps as they
+//! are now.
 
 use std::cell::RefCell;
 
@@ -17,8 +18,9 @@ use adit_ebpf_common::{
 use crate::{Kernel, KernelError};
 
 impl Kernel {
-    /// The rule for a TCP connect to `destination` (IPv4 in mapped form) from a process in the cgroup `cgroup_id`. `None`:
-    /// its pod has no cgroup, so no entry. The socket is taken to be bound to no device, and to have room for a state.
+    /// The rule for a TCP connect to `destination` (IPv4 in mapped form) from a process in the
+    /// cgroup `cgroup_id`. `None`: its pod has no cgroup, so no entry. The socket is taken to be
+    /// bound to no device, and to have room for a state.
     ///
     /// # Errors
     /// A map cannot be read.
@@ -33,8 +35,8 @@ impl Kernel {
         facts.checked(outbound.rule())
     }
 
-    /// The rule for a TCP connection in clear that arrives at `destination` from `source`, an address in another netns
-    /// (both in mapped form if IPv4).
+    /// The rule for a TCP connection in clear that arrives at `destination` from `source`, an
+    /// address in another netns (both in mapped form if IPv4).
     ///
     /// # Errors
     /// A map cannot be read.

@@ -15,7 +15,8 @@ use crate::{KernelError, Trace, links, maps, object};
 
 /// The loaded programs, their links and their maps.
 ///
-/// Dropping it changes nothing in the kernel: links and maps are pinned, and links hold the programs.
+/// Dropping it changes nothing in the kernel: links and maps are pinned, and links hold the
+/// programs.
 #[derive(Debug)]
 pub struct Kernel {
     pub(crate) object: Ebpf,
@@ -23,9 +24,9 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Loads the programs, creates maps pinned under `pins` (such as `/sys/fs/bpf/adit/<node>`), or adopts
-    /// those pinned there already, with their contents. Attaches nothing; links that a predecessor left
-    /// run its programs until [`Self::attach_pods`] and its like replace them.
+    /// Loads the programs, creates maps pinned under `pins` (such as `/sys/fs/bpf/adit/<node>`), or
+    /// adopts those pinned there already, with their contents. Attaches nothing; links that a
+    /// predecessor left run its programs until [`Self::attach_pods`] and its like replace them.
     ///
     /// # Errors
     /// `pins` is not on a bpffs, a pin cannot be changed, or the kernel refuses a map or a program.
@@ -46,17 +47,18 @@ impl Kernel {
         Ok(Self { object, pins: pins.to_owned() })
     }
 
-    /// Attaches the pods' programs (connect, getpeername, getsockopt, sock_ops) to the cgroup that all
-    /// pods are below, and detaches them from where they were before. Idempotent.
+    /// Attaches the pods' programs (connect, getpeername, getsockopt, sock_ops) to the cgroup that
+    /// all pods are below, and detaches them from where they were before. Idempotent.
     ///
     /// # Errors
-    /// The directory is not a cgroup, somebody else's program forbids ours, or a link cannot be made.
+    /// The directory is not a cgroup, somebody else's program forbids ours, or a link cannot be
+    /// made.
     pub fn attach_pods(&mut self, cgroup_dir: &Path) -> Result<(), KernelError> {
         links::attach_pods(&self.object, &links::folder(&self.pins), cgroup_dir)
     }
 
-    /// Attaches the tunnel's programs (sock_create, sock_ops, getsockopt) to a tunnel's cgroup. To be
-    /// called before it opens its listeners: only sockets created after this count. Idempotent.
+    /// Attaches the tunnel's programs (sock_create, sock_ops, getsockopt) to a tunnel's cgroup. To
+    /// be called before it opens its listeners: only sockets created after this count. Idempotent.
     ///
     /// # Errors
     /// As of [`Self::attach_pods`].
@@ -89,8 +91,8 @@ impl Kernel {
         self.forget_app_listeners(netns_cookies)
     }
 
-    /// The cookies of the netns that are steered, in no order. A netns that has ended stays listed until
-    /// [`Self::unsteer`].
+    /// The cookies of the netns that are steered, in no order. A netns that has ended stays listed
+    /// until [`Self::unsteer`].
     ///
     /// # Errors
     /// The folder of pins cannot be read.

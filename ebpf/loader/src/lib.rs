@@ -16,8 +16,9 @@
 //! * [`btf`]: where the running kernel's structures have their members
 //! * [`error`]: what was tried, on what, and what helps
 //!
-//! Pinned links and maps outlive this process. A successor adopts the maps with their contents and replaces the programs
-//! of the links in place, so that at every moment exactly one program decides.
+//! Pinned links and maps outlive this process. A successor adopts the maps with their contents and
+//! replaces the programs of the links in place, so that at every moment exactly one program
+//! decides.
 
 #![warn(missing_docs, unreachable_pub, clippy::missing_errors_doc, clippy::unwrap_used)]
 #![cfg_attr(test, expect(clippy::unwrap_used, reason = "a test that fails says where"))]

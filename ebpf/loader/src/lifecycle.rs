@@ -68,13 +68,15 @@ pub struct Lifecycle {
     ring: RingBuf<MapData>,
     lost: PerCpuArray<MapData, u64>,
     base: PathBuf,
-    /// The path of `base` in the kernel's events; inside a cgroup namespace it is longer than the mount shows.
+    /// The path of `base` in the kernel's events; inside a cgroup namespace it is longer than the
+    /// mount shows.
     base_in_kernel: Vec<u8>,
 }
 
 impl Kernel {
-    /// Attaches the lifecycle programs, for what is below the cgroup `base`. Waits for an event of our own: a kernel that
-    /// accepts the programs and reports nothing is an error here, not a silence later.
+    /// Attaches the lifecycle programs, for what is below the cgroup `base`. Waits for an event of
+    /// our own: a kernel that accepts the programs and reports nothing is an error here, not a
+    /// silence later.
     ///
     /// # Errors
     /// `base` is not a cgroup, the kernel refuses a program, or reports nothing within a second.
@@ -143,7 +145,8 @@ impl Kernel {
         map.set(0, scope, 0).map_err(KernelError::map("write", SCOPE))
     }
 
-    /// Makes a cgroup below the base and waits for the event: it shows how the kernel names the base.
+    /// Makes a cgroup below the base and waits for the event: it shows how the kernel names the
+    /// base.
     fn prove(&mut self, lifecycle: &mut Lifecycle) -> Result<Vec<u8>, KernelError> {
         let name = format!("adit-{}", std::process::id());
         let failed = |source| KernelError::Cgroup { path: lifecycle.base.join(&name), source };
@@ -166,7 +169,8 @@ impl Kernel {
 }
 
 impl Lifecycle {
-    /// The next event, `None` if there is none now. The file descriptor becomes readable with the next.
+    /// The next event, `None` if there is none now. The file descriptor becomes readable with the
+    /// next.
     #[expect(clippy::should_implement_trait, reason = "an iterator that ends would not go on")]
     pub fn next(&mut self) -> Option<LifecycleEvent> {
         loop {

@@ -181,8 +181,8 @@ fn open_cgroup(path: &Path) -> Result<(File, u64), KernelError> {
     Ok((dir, meta.ino()))
 }
 
-/// A path is too long for a file's name, and bpffs takes no dots. Two that collide would share their fate
-/// on detaching only, and `DefaultHasher` has 64 bits and fixed keys.
+/// A path is too long for a file's name, and bpffs takes no dots. Two that collide would share
+/// their fate on detaching only, and `DefaultHasher` has 64 bits and fixed keys.
 fn tunnel_prefix(cgroup: &Path) -> String {
     let mut hasher = DefaultHasher::new();
     cgroup.hash(&mut hasher);
@@ -217,8 +217,8 @@ fn remove_if(folder: &Path, matches: impl Fn(&str) -> bool) -> Result<(), Kernel
 /// Detaches and unpins. Already gone is fine.
 fn remove_link(path: &Path) -> Result<(), KernelError> {
     match sys::pinned(path) {
-        // Unpinning alone would leave it attached as long as anybody holds it. A link whose target is
-        // gone has nothing to detach.
+        // Unpinning alone would leave it attached as long as anybody holds it. A link whose target
+        // is gone has nothing to detach.
         Ok(link) => drop(sys::link_detach(link.as_fd())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(KernelError::pin("open", path)(error)),

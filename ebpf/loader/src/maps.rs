@@ -35,9 +35,10 @@ pub(crate) fn pinned() -> impl Iterator<Item = &'static MapSpec> {
     maps::ALL.iter().filter(|map| map.pinned)
 }
 
-/// Makes the pins of earlier builds fit: a map that only changed its name is adopted, one of another layout, or that this
-/// build does not have, is unpinned. Programs that still run keep their maps until their links get new programs; the
-/// watcher fills the new maps from what it observes.
+/// Makes the pins of earlier builds fit: a map that only changed its name is adopted, one of
+/// another layout, or that this build does not have, is unpinned. Programs that still run keep
+/// their maps until their links get new programs; the watcher fills the new maps from what it
+/// observes.
 ///
 /// # Errors
 /// A pin cannot be listed, read, renamed or removed.
@@ -84,7 +85,8 @@ pub(crate) fn remove_all(folder: &Path) -> Result<usize, KernelError> {
     Ok(count)
 }
 
-/// The maps that the watcher reads and writes. All return [`KernelError::Map`] if the kernel refuses.
+/// The maps that the watcher reads and writes. All return [`KernelError::Map`] if the kernel
+/// refuses.
 impl Kernel {
     /// What applies to the whole node.
     ///
@@ -155,8 +157,8 @@ impl Kernel {
         self.list(POD_BY_ADDR.name)
     }
 
-    /// How many connections of tunnels in that netns need it prepared: those that use an address which is not its
-    /// pod's, and those to the pod, for which the tunnel is going to use one.
+    /// How many connections of tunnels in that netns need it prepared: those that use an address
+    /// which is not its pod's, and those to the pod, for which the tunnel is going to use one.
     ///
     /// # Errors
     /// The map cannot be read.
@@ -180,8 +182,8 @@ impl Kernel {
         self.insert(EXCLUDED_PORTS.name, *key, &1u8)
     }
 
-    /// Adds a range to an exclusion list. `prefix_len` counts in the mapped form: 96 more for an IPv4 range, 128 at
-    /// most.
+    /// Adds a range to an exclusion list. `prefix_len` counts in the mapped form: 96 more for an
+    /// IPv4 range, 128 at most.
     ///
     /// # Errors
     /// The map cannot be written, or is full.

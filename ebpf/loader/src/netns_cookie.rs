@@ -1,7 +1,8 @@
 //! Which netns this thread is in.
 //!
-//! From Linux 5.14 on a socket shows it (`SO_NETNS_COOKIE`). Before that only programs can read it: the program that
-//! records the netns of a tunnel's sockets records it of a socket of ours, whose storage its owner can read.
+//! From Linux 5.14 on a socket shows it (`SO_NETNS_COOKIE`). Before that only programs can read it:
+//! the program that records the netns of a tunnel's sockets records it of a socket of ours, whose
+//! storage its owner can read.
 
 use std::{
     fs::{self, File},
@@ -26,8 +27,8 @@ use crate::{
 
 /// The cookie of the calling thread's netns, which is never used again before a reboot.
 ///
-/// Before Linux 5.14 this attaches a program to this process's own cgroup for the moment of the call, which takes the
-/// capabilities that the other programs take.
+/// Before Linux 5.14 this attaches a program to this process's own cgroup for the moment of the
+/// call, which takes the capabilities that the other programs take.
 ///
 /// # Errors
 /// No socket can be made; before Linux 5.14 also if the program cannot be attached.

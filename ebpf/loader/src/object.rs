@@ -1,5 +1,5 @@
-//! What the compiled object holds: programs with their places of attachment. The table of its maps is in
-//! `adit_ebpf_common`.
+//! What the compiled object holds: programs with their places of attachment. The table of its maps
+//! is in `adit_ebpf_common`.
 
 use aya::{
     Ebpf,
@@ -23,8 +23,8 @@ const fn attachment(program: &'static str, attach_type: bpf_attach_type) -> Atta
     Attachment { program, attach_type }
 }
 
-/// To the cgroup above all pods. In this order: what answers a redirected application is there from the first moment
-/// on, so connect comes last.
+/// To the cgroup above all pods. In this order: what answers a redirected application is there from
+/// the first moment on, so connect comes last.
 pub(crate) const PODS: [Attachment; 12] = [
     attachment("adit_post_bind4", bpf_attach_type::BPF_CGROUP_INET4_POST_BIND),
     attachment("adit_post_bind6", bpf_attach_type::BPF_CGROUP_INET6_POST_BIND),
@@ -40,7 +40,8 @@ pub(crate) const PODS: [Attachment; 12] = [
     attachment("adit_connect6", bpf_attach_type::BPF_CGROUP_INET6_CONNECT),
 ];
 
-/// To a tunnel's cgroup. The program that records the netns of a socket comes first, before any socket can listen.
+/// To a tunnel's cgroup. The program that records the netns of a socket comes first, before any
+/// socket can listen.
 pub(crate) const TUNNEL: [Attachment; 5] = [
     attachment("adit_sock_create", bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE),
     attachment("adit_tunnel_ops", bpf_attach_type::BPF_CGROUP_SOCK_OPS),

@@ -73,7 +73,8 @@ impl Check {
     }
 }
 
-/// All checks. `pods_cgroup` is where the pods' programs will be attached, the root of the mount if not known.
+/// All checks. `pods_cgroup` is where the pods' programs will be attached, the root of the mount if
+/// not known.
 pub fn checks(bpffs: &Path, cgroup_root: &Path, pods_cgroup: Option<&Path>) -> Vec<Check> {
     let pods_cgroup = pods_cgroup.unwrap_or(cgroup_root);
     let mut checks =

@@ -14,9 +14,9 @@ pub struct Removed {
 }
 
 impl Kernel {
-    /// Detaches and unpins everything under `pins`; what it removed. Fine when nothing is there. Needs no
-    /// program load, so it also cleans up after another version. Programs and maps go when the last
-    /// process that holds them ends.
+    /// Detaches and unpins everything under `pins`; what it removed. Fine when nothing is there.
+    /// Needs no program load, so it also cleans up after another version. Programs and maps go when
+    /// the last process that holds them ends.
     ///
     /// # Errors
     /// A pin cannot be opened, detached or removed.

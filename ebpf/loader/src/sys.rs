@@ -1,8 +1,10 @@
-//! The system calls that no crate wraps for us: links by file descriptor, and the netns of a socket.
+//! The system calls that no crate wraps for us: links by file descriptor, and the netns of a
+//! socket.
 //!
-//! aya has `PinnedLink` and `FdLink`, but neither gives its descriptor away. Replacing the program of a pinned link in place
-//! (`BPF_LINK_UPDATE`, which aya has for XDP and TCX only) and detaching it whoever else holds it (`BPF_LINK_DETACH`) take
-//! that descriptor, so links are made, pinned and opened here too.
+//! aya has `PinnedLink` and `FdLink`, but neither gives its descriptor away. Replacing the program
+//! of a pinned link in place (`BPF_LINK_UPDATE`, which aya has for XDP and TCX only) and detaching
+//! it whoever else holds it (`BPF_LINK_DETACH`) take that descriptor, so links are made, pinned and
+//! opened here too.
 
 use std::{
     ffi::CString,
@@ -96,13 +98,13 @@ pub(crate) fn attached(cgroup: &File, attach_type: bpf_attach_type) -> io::Resul
     Ok((ids[..attr.count.min(64) as usize].to_vec(), attr.attach_flags))
 }
 
-/// Calls bpf(2). `attr` is the beginning of the kernel's union as far as `command` uses it; the kernel
-/// takes what is not given for zero.
+/// Calls bpf(2). `attr` is the beginning of the kernel's union as far as `command` uses it; the
+/// kernel takes what is not given for zero.
 #[expect(unsafe_code, reason = "bpf(2) has no safe wrapper")]
 fn bpf<T>(command: bpf_cmd, attr: &mut T) -> io::Result<RawFd> {
-    // SAFETY: `attr` outlives the call and its size is given; the callers' types are plain numbers in the
-    // layout of `union bpf_attr`, and the addresses in them point to buffers that they keep alive and
-    // whose lengths they state.
+    // SAFETY: `attr` outlives the call and its size is given; the callers' types are plain numbers
+    // in the layout of `union bpf_attr`, and the addresses in them point to buffers that they keep
+    // alive and whose lengths they state.
     let rc =
         unsafe { libc::syscall(libc::SYS_bpf, command as u32, std::ptr::from_mut(attr), size_of::<T>()) };
     match RawFd::try_from(rc) {
@@ -129,8 +131,8 @@ pub(crate) fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     let mut cookie = 0u64;
     let mut len = libc::socklen_t::try_from(size_of_val(&cookie)).unwrap_or_default();
     let (fd, out) = (socket.as_raw_fd(), (&raw mut cookie).cast());
-    // SAFETY: `out` and `len` outlive the call, `len` is the size of `cookie`, so the kernel writes no
-    // further, and any eight bytes are a valid `u64`.
+    // SAFETY: `out` and `len` outlive the call, `len` is the size of `cookie`, so the kernel writes
+    // no further, and any eight bytes are a valid `u64`.
     let rc = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, SO_NETNS_COOKIE, out, &raw mut len) };
     if rc == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }

@@ -13,7 +13,8 @@ use zerocopy::FromBytes as _;
 pub struct Trace(pub(crate) RingBuf<MapData>);
 
 impl Trace {
-    /// The next record, `None` if there is none now. The file descriptor becomes readable with the next.
+    /// The next record, `None` if there is none now. The file descriptor becomes readable with the
+    /// next.
     #[expect(clippy::should_implement_trait, reason = "an iterator that ends would not go on")]
     pub fn next(&mut self) -> Option<TraceRecord> {
         loop {

@@ -305,7 +305,8 @@ fn a_map_of_another_layout_is_replaced() {
     assert_eq!(kernel.cgroups().unwrap(), [(5, empty())]);
 }
 
-/// An earlier build called some maps by other names: what only got a new name keeps its contents, the rest goes.
+/// An earlier build called some maps by other names: what only got a new name keeps its contents,
+/// the rest goes.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_map_of_an_earlier_name_is_adopted() {

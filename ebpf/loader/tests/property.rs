@@ -1,4 +1,5 @@
-//! Facts at random, installed in the maps: the programs and the lists over plain values agree on every rule and verdict.
+//! Facts at random, installed in the maps: the programs and the lists over plain values agree on
+//! every rule and verdict.
 
 use std::cell::RefCell;
 
@@ -14,8 +15,8 @@ use proptest::{prelude::*, sample::select, test_runner::TestRunner};
 
 use crate::rig::{DNS, HBONE, INBOUND, OUTBOUND, Rig, address, agent::How, at, empty, repeated};
 
-/// The pod's own first and second, the other end's, and addresses that nobody has. The second ones are not assigned to
-/// the pod: what matters here is the verdict.
+/// The pod's own first and second, the other end's, and addresses that nobody has. The second ones
+/// are not assigned to the pod: what matters here is the verdict.
 const V4: [&str; 5] = ["10.99.0.1", "10.99.0.11", "10.99.0.2", "192.0.2.1", "127.0.0.1"];
 const V6: [&str; 5] = ["fd99::1", "fd99::11", "fd99::2", "2001:db8::1", "::1"];
 const PORTS: [u16; 8] = [53, 80, 81, 6379, OUTBOUND, INBOUND, HBONE, DNS];

@@ -1,7 +1,7 @@
 //! connect(2) of a pod's socket: asks the outbound list, redirects.
 //!
-//! The kernel calls `connect6` for every AF_INET6 socket, also when it dials a v4-mapped address. The redirect of such
-//! a call stays mapped, or the kernel would refuse it.
+//! The kernel calls `connect6` for every AF_INET6 socket, also when it dials a v4-mapped address.
+//! The redirect of such a call stays mapped, or the kernel would refuse it.
 
 use adit_ebpf_common::{
     address::Address,

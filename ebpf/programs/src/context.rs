@@ -1,15 +1,15 @@
 //! The kernel's contexts, behind methods that are safe to call.
 //!
-//! A field of a context is read and written by its own width, in one load or store: the verifier rewrites each access
-//! to what the running kernel has there, and refuses an access that the compiler merged with its neighbour or moved.
-//! So every access here is volatile.
+//! A field of a context is read and written by its own width, in one load or store: the verifier
+//! rewrites each access to what the running kernel has there, and refuses an access that the
+//! compiler merged with its neighbour or moved. So every access here is volatile.
 //!
-//! Where a field belongs to one address family, both families' fields are read before it is known which one counts. If
-//! they were read in branches, the compiler would merge the branches into one load at a computed offset, which the
-//! verifier refuses.
+//! Where a field belongs to one address family, both families' fields are read before it is known
+//! which one counts. If they were read in branches, the compiler would merge the branches into one
+//! load at a computed offset, which the verifier refuses.
 //!
-//! A context's address fields hold network byte order in memory, whatever the word's numeric value is. Ports differ
-//! from field to field; each accessor converts its own.
+//! A context's address fields hold network byte order in memory, whatever the word's numeric value
+//! is. Ports differ from field to field; each accessor converts its own.
 #![expect(unsafe_code, reason = "contexts are raw pointers, and aya has accessors for few of their fields")]
 
 use core::ffi::c_void;
@@ -29,13 +29,15 @@ const SO_MARK: i32 = 36;
 
 /// What the programs return to the kernel.
 pub mod verdict {
-    /// The only value that programs of sendmsg, recvmsg, getpeername and getsockopt return: the call goes on.
+    /// The only value that programs of sendmsg, recvmsg, getpeername and getsockopt return: the
+    /// call goes on.
     pub const PROCEED: i32 = 1;
     /// connect(2), bind(2) or socket(2) goes on.
     pub const ALLOW: i32 = 1;
     /// connect(2) fails with `EPERM`.
     pub const REFUSE: i32 = 0;
-    /// The kernel ignores what sock_ops programs return, unless a callback asks for a value. None of ours does.
+    /// The kernel ignores what sock_ops programs return, unless a callback asks for a value. None
+    /// of ours does.
     pub const IGNORED: u32 = 1;
     /// The opener of the connection sees a reset.
     pub const SK_DROP: u32 = 0;
@@ -47,9 +49,10 @@ pub mod verdict {
 macro_rules! read {
     ($context:expr, $($field:tt)+) => {{
         let context = $context;
-        // SAFETY: `context` is the kernel's context of the running program: `new`, which makes the only values
-        // of this type, takes it from aya's entry point. It lives until the program returns. The verifier has
-        // accepted an access of this field, at this width, in this program type.
+        // SAFETY: `context` is the kernel's context of the running program: `new`, which makes the
+        // only values of this type, takes it from aya's entry point. It lives until the program
+        // returns. The verifier has accepted an access of this field, at this width, in this
+        // program type.
         unsafe { (&raw const (*context).$($field)+).read_volatile() }
     }};
 }
@@ -58,8 +61,8 @@ macro_rules! read {
 macro_rules! write {
     ($context:expr, $value:expr, $($field:tt)+) => {{
         let (context, value) = ($context, $value);
-        // SAFETY: as in `read`; the verifier has accepted that this program type writes the field. No reference
-        // into the context exists.
+        // SAFETY: as in `read`; the verifier has accepted that this program type writes the field.
+        // No reference into the context exists.
         unsafe { (&raw mut (*context).$($field)+).write_volatile(value) }
     }};
 }
@@ -142,7 +145,8 @@ impl SocketEvent {
     /// The cookie of the netns that the socket was created in.
     #[inline(always)]
     pub fn netns_cookie(&self) -> u64 {
-        // SAFETY: the helper takes the context of this program type (Linux 5.7), which lives until the program returns.
+        // SAFETY: the helper takes the context of this program type (Linux 5.7), which lives until
+        // the program returns.
         unsafe { bpf_get_netns_cookie(self.0.cast()) }
     }
 }
@@ -151,7 +155,8 @@ impl SocketEvent {
 #[inline(always)]
 fn clear_mark(context: *mut c_void) {
     let mut none = 0u32;
-    // SAFETY: the two callers pass the context of a program type that may call this helper; the value lives on the
-    // stack and has the option's size. If it fails, the mark stays, and the connection fails visibly.
+    // SAFETY: the two callers pass the context of a program type that may call this helper; the
+    // value lives on the stack and has the option's size. If it fails, the mark stays, and the
+    // connection fails visibly.
     let _ = unsafe { bpf_setsockopt(context, SOL_SOCKET, SO_MARK, (&raw mut none).cast(), 4) };
 }

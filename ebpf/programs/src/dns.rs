@@ -1,9 +1,10 @@
-//! DNS queries of pods: to the tunnel's port on the loopback, with answers shown as the resolver's own.
+//! DNS queries of pods: to the tunnel's port on the loopback, with answers shown as the resolver's
+//! own.
 //!
-//! [`crate::connect`] redirects connected sockets, TCP or UDP. A datagram with an address of its own is redirected by
-//! `sendmsg`, and `recvmsg` corrects the address of what is received. For IPv4 destinations of IPv6 sockets the kernel
-//! calls the IPv4 program of `sendmsg` and the IPv6 one of `recvmsg`; with addresses in mapped form both speak of the
-//! same.
+//! [`crate::connect`] redirects connected sockets, TCP or UDP. A datagram with an address of its
+//! own is redirected by `sendmsg`, and `recvmsg` corrects the address of what is received. For IPv4
+//! destinations of IPv6 sockets the kernel calls the IPv4 program of `sendmsg` and the IPv6 one of
+//! `recvmsg`; with addresses in mapped form both speak of the same.
 
 use adit_ebpf_common::{
     address::Address,
@@ -55,8 +56,9 @@ fn captured(ctx: &SockAddr, address: Address, hook: Hook) -> Destination {
     to
 }
 
-/// An answer shows the resolver that its socket queried last. If a socket queries several at once, the answer may be
-/// another one's; it was one of them, and that is all that resolver libraries check.
+/// An answer shows the resolver that its socket queried last. If a socket queries several at once,
+/// the answer may be another one's; it was one of them, and that is all that resolver libraries
+/// check.
 #[cgroup_sock_addr(recvmsg4)]
 pub fn adit_recvmsg4(ctx: SockAddrContext) -> i32 {
     show_original_v4(&SockAddr::new(ctx));

@@ -1,8 +1,9 @@
-//! Reports cgroups that come and go and processes in them, and closes expected pods as their cgroup is made: the entry is
-//! in the map before `mkdir(2)` returns, so no process can ever have been in the cgroup without it.
+//! Reports cgroups that come and go and processes in them, and closes expected pods as their cgroup
+//! is made: the entry is in the map before `mkdir(2)` returns, so no process can ever have been in
+//! the cgroup without it.
 //!
-//! Raw tracepoints, since these need no tracefs, which a container seldom has. Events that are not below the scope's
-//! cgroup are dropped here, before they wake anybody.
+//! Raw tracepoints, since these need no tracefs, which a container seldom has. Events that are not
+//! below the scope's cgroup are dropped here, before they wake anybody.
 #![expect(
     unsafe_code,
     reason = "kernel memory behind a tracepoint's arguments, and helpers that take pointers"
@@ -36,8 +37,8 @@ static SCOPE: Array<Scope> = Array::with_max_entries(1, 0);
 static BASE: CgroupArray = CgroupArray::with_max_entries(1, 0);
 #[map(name = "lifecycle_lost")]
 static LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
-/// An event is too long for the stack. Programs do not interrupt each other on one CPU here: tracepoints of tasks, with
-/// migration off.
+/// An event is too long for the stack. Programs do not interrupt each other on one CPU here:
+/// tracepoints of tasks, with migration off.
 #[map(name = "lifecycle_event")]
 static EVENT: PerCpuArray<PathEvent> = PerCpuArray::with_max_entries(1, 0);
 #[map(name = "lifecycle_execs")]
@@ -45,7 +46,8 @@ static EXECS: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
 #[map(name = "expected_pods")]
 static EXPECTED: HashMap<Name, CgroupInfo> = HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
 
-// The first arguments of all four tracepoints of cgroups: `struct cgroup *cgroup, const char *path`.
+// The first arguments of all four tracepoints of cgroups: `struct cgroup *cgroup, const char
+// *path`.
 
 #[raw_tracepoint(tracepoint = "cgroup_mkdir")]
 pub fn adit_cgroup_made(context: RawTracePointContext) -> i32 {
@@ -62,7 +64,8 @@ pub fn adit_cgroup_attach(context: RawTracePointContext) -> i32 {
     report_path(&context, Kind::Joined)
 }
 
-/// Its first process came, or its last one went. With sched_process_exit the watcher would have to count processes.
+/// Its first process came, or its last one went. With sched_process_exit the watcher would have to
+/// count processes.
 #[raw_tracepoint(tracepoint = "cgroup_notify_populated")]
 pub fn adit_cgroup_populated(context: RawTracePointContext) -> i32 {
     report_path(&context, Kind::Populated)
@@ -78,7 +81,8 @@ pub fn adit_exec(_context: RawTracePointContext) -> i32 {
 ///
 /// 1. not below the base: nothing
 /// 2. in a cgroup of a pod that a tunnel serves: nothing, it has all that it needs
-/// 3. one of this cgroup was reported a moment ago: nothing, the watcher looks at it again by itself
+/// 3. one of this cgroup was reported a moment ago: nothing, the watcher looks at it again by
+///    itself
 /// 4. otherwise: an event
 ///
 /// So a storm of processes costs what these look-ups cost, and wakes nobody.
@@ -92,8 +96,8 @@ fn report_exec() {
     if maps::is_ready(cgroup_id) {
         return;
     }
-    // SAFETY: an aligned number, read at once; the kernel frees it only after this program. If two CPUs race, both
-    // report.
+    // SAFETY: an aligned number, read at once; the kernel frees it only after this program. If two
+    // CPUs race, both report.
     if let Some(last) = unsafe { EXECS.get(cgroup_id) }
         && now.wrapping_sub(*last) < QUIET_NS
     {
@@ -160,7 +164,8 @@ fn node(context: &RawTracePointContext, scope: &Scope) -> Option<*const u8> {
 
 #[inline(always)]
 fn read_at<T: Copy>(base: *const u8, offset: u32) -> Option<T> {
-    // SAFETY: the helper checks the address and copies; the callers read numbers and pointers, which any bytes are.
+    // SAFETY: the helper checks the address and copies; the callers read numbers and pointers,
+    // which any bytes are.
     unsafe { bpf_probe_read_kernel(base.wrapping_add(offset as usize).cast::<T>()) }.ok()
 }
 
@@ -175,8 +180,8 @@ fn close_if_expected(node: *const u8, scope: &Scope, cgroup_id: u64) -> bool {
     if read <= 0 || cgroup_id == 0 {
         return false;
     }
-    // SAFETY: the watcher replaces entries whole, and the kernel frees a replaced one only after this program. No entry is
-    // changed once it is there: a pod is expected only once.
+    // SAFETY: the watcher replaces entries whole, and the kernel frees a replaced one only after
+    // this program. No entry is changed once it is there: a pod is expected only once.
     let Some(info) = (unsafe { EXPECTED.get(name) }) else { return false };
     maps::set_cgroup(cgroup_id, info)
 }

@@ -13,11 +13,13 @@
 //!
 //! The lists themselves are in `adit_ebpf_common::decide`.
 //!
-//! `unsafe` is allowed in [`context`], [`maps`] and [`lifecycle`], and for two helpers in [`trace`]. No function is named
-//! like the ELF section of its program: the linker takes both for one symbol.
+//! `unsafe` is allowed in [`context`], [`maps`] and [`lifecycle`], and for two helpers in
+//! [`trace`]. No function is named like the ELF section of its program: the linker takes both for
+//! one symbol.
 #![no_std]
 #![no_main]
-// For one instruction that has no name in `core` on this target: see `maps::add_pinned_connections`.
+// For one instruction that has no name in `core` on this target: see
+// `maps::add_pinned_connections`.
 #![feature(asm_experimental_arch)]
 #![expect(
     clippy::inline_always,
@@ -41,8 +43,8 @@ mod sock_ops;
 mod trace;
 mod tunnel_mark;
 
-/// The kernel lets only programs under the GPL use some helpers. This crate is available under either of its two
-/// licences; the loaded object is under this one.
+/// The kernel lets only programs under the GPL use some helpers. This crate is available under
+/// either of its two licences; the loaded object is under this one.
 #[expect(unsafe_code, reason = "the kernel finds the licence by its section")]
 // SAFETY: nothing else is in this section or has this name.
 #[unsafe(link_section = "license")]

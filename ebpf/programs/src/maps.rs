@@ -1,5 +1,5 @@
-//! The maps, and the facts that the decision lists get from them. Names, keys and values: `adit_ebpf_common`, whose
-//! table of maps a test of the loader compares with the compiled object.
+//! The maps, and the facts that the decision lists get from them. Names, keys and values:
+//! `adit_ebpf_common`, whose table of maps a test of the loader compares with the compiled object.
 #![expect(unsafe_code, reason = "references into maps, and helpers that take pointers")]
 
 use core::{arch::asm, ptr::null_mut};
@@ -63,13 +63,13 @@ pub fn settings() -> Option<&'static Settings> {
     SETTINGS.get(0)
 }
 
-/// What is known of the calling task's cgroup: its own entry, else that of the nearest ancestor. So a new container of
-/// a known pod needs no entry of its own, and none can be late.
+/// What is known of the calling task's cgroup: its own entry, else that of the nearest ancestor. So
+/// a new container of a known pod needs no entry of its own, and none can be late.
 #[inline(always)]
 pub fn caller() -> Option<&'static CgroupInfo> {
-    // SAFETY: the helpers take no pointers. The watcher replaces entries whole, and the kernel frees a replaced one only
-    // after this program, or reuses its memory for another entry: a reader may see a mixture of two, whose addresses
-    // differ only together with the cgroup id.
+    // SAFETY: the helpers take no pointers. The watcher replaces entries whole, and the kernel
+    // frees a replaced one only after this program, or reuses its memory for another entry: a
+    // reader may see a mixture of two, whose addresses differ only together with the cgroup id.
     unsafe {
         if let Some(info) = CGROUP_INFO.get(bpf_get_current_cgroup_id()) {
             return Some(info);
@@ -159,8 +159,8 @@ impl ConnectFacts for Caller {
     fn has_tunnel_listener(&self, key: &ListenerKey) -> bool {
         let map = (&raw const TUNNEL_LISTENERS).cast_mut().cast();
         let mut key = *key;
-        // SAFETY: the key is of the map's type and lives on the stack. The helper holds a socket that it finds, and
-        // `bpf_sk_release` gives it back, exactly once.
+        // SAFETY: the key is of the map's type and lives on the stack. The helper holds a socket
+        // that it finds, and `bpf_sk_release` gives it back, exactly once.
         unsafe {
             let socket = bpf_map_lookup_elem(map, (&raw mut key).cast());
             !socket.is_null() && {
@@ -226,12 +226,14 @@ impl ArrivalFacts for Arriving<'_> {
 
     #[inline(always)]
     fn knows_all_app_listeners(&self, netns_cookie: u64) -> bool {
-        // SAFETY: the value is copied at once; a program or the watcher may change it then, as if it had done so later.
+        // SAFETY: the value is copied at once; a program or the watcher may change it then, as if
+        // it had done so later.
         unsafe { APP_LISTENER_STATE.get(netns_cookie) }.is_some_and(|state| state.complete != 0)
     }
 }
 
-/// Publishes where the opener of `flow` wanted to go. If that fails, the tunnel gets no answer and refuses the connection.
+/// Publishes where the opener of `flow` wanted to go. If that fails, the tunnel gets no answer and
+/// refuses the connection.
 #[inline(always)]
 pub fn publish_original(flow: &Flow, original: &Destination) {
     let _ = ORIGINAL_DST.insert(flow, original, 0);
@@ -276,33 +278,35 @@ pub fn uncount_pinned_connection(netns_cookie: u64) {
 #[inline(always)]
 fn add_pinned_connections(netns_cookie: u64, number: u64) -> bool {
     let Some(count) = PINNED_CONNECTIONS.get_ptr_mut(netns_cookie) else { return false };
-    // One atomic step, since a socket may close on another processor, or in an interrupt on this one. Without asking
-    // for the sum, which Linux before 5.12 cannot give.
-    // SAFETY: `count` points to an entry of the map, which the kernel frees only after this program; values of 8 bytes
-    // are aligned, and only these programs change them, always by this instruction.
+    // One atomic step, since a socket may close on another processor, or in an interrupt on this
+    // one. Without asking for the sum, which Linux before 5.12 cannot give.
+    // SAFETY: `count` points to an entry of the map, which the kernel frees only after this
+    // program; values of 8 bytes are aligned, and only these programs change them, always by this
+    // instruction.
     unsafe { asm!("lock *(u64 *)({count} + 0) += {number}", count = in(reg) count, number = in(reg) number) };
     true
 }
 
-/// Registers the listening socket of `ops`. The latest wins, so that a successor takes over by listening.
+/// Registers the listening socket of `ops`. The latest wins, so that a successor takes over by
+/// listening.
 #[inline(always)]
 pub fn register_tunnel_listener(ops: &SockOps, mut key: ListenerKey) {
     let map = (&raw const TUNNEL_LISTENERS).cast_mut().cast();
-    // SAFETY: `ops` is the context of the running sock_ops program, whose type may call this helper; the key is of
-    // the map's type and lives on the stack.
+    // SAFETY: `ops` is the context of the running sock_ops program, whose type may call this
+    // helper; the key is of the map's type and lives on the stack.
     let _ = unsafe { bpf_sock_hash_update(ops.as_ptr(), map, (&raw mut key).cast(), 0) };
 }
 
-/// Records that an application listens at `key`, if the watcher wants to know that of its netns. If there is no room, not
-/// every listener of the netns is known, and no port is refused there.
+/// Records that an application listens at `key`, if the watcher wants to know that of its netns. If
+/// there is no room, not every listener of the netns is known, and no port is refused there.
 #[inline(always)]
 pub fn record_app_listener(key: &ListenerKey) {
     let Some(state) = APP_LISTENER_STATE.get_ptr_mut(key.netns_cookie) else { return };
     if APP_LISTENERS.get_ptr(key).is_some() {
         return;
     }
-    // SAFETY: `state` points to an entry of the map, which the kernel frees only after the programs that saw it; its
-    // fields are aligned. Two programs that count at once may count one.
+    // SAFETY: `state` points to an entry of the map, which the kernel frees only after the programs
+    // that saw it; its fields are aligned. Two programs that count at once may count one.
     unsafe {
         let count = (&raw const (*state).count).read_volatile();
         if count < MAX_APP_LISTENERS && APP_LISTENERS.insert(key, 1, 0).is_ok() {
@@ -337,16 +341,16 @@ fn get_state(socket: Socket, flags: u64) -> Option<&'static mut SocketState> {
         return None;
     }
     let map = (&raw const SOCKET_STATE).cast_mut().cast();
-    // SAFETY: the kernel returns null, or a value of the map's type that lives as long as the socket, which the
-    // context holds until the program returns. Programs about one socket run one at a time, under its lock, and each
-    // has only one such reference at a time.
+    // SAFETY: the kernel returns null, or a value of the map's type that lives as long as the
+    // socket, which the context holds until the program returns. Programs about one socket run one
+    // at a time, under its lock, and each has only one such reference at a time.
     unsafe {
         bpf_sk_storage_get(map, socket.as_ptr().cast(), null_mut(), flags).cast::<SocketState>().as_mut()
     }
 }
 
-/// Forgets what an earlier connect on `socket` recorded. The rest of the state stays: on a socket of the tunnel, whose
-/// cgroup may be below the pods' cgroup, it holds the netns.
+/// Forgets what an earlier connect on `socket` recorded. The rest of the state stays: on a socket
+/// of the tunnel, whose cgroup may be below the pods' cgroup, it holds the netns.
 #[inline(always)]
 pub fn forget_redirect(socket: Socket) {
     if let Some(state) = state(socket) {

@@ -1,4 +1,5 @@
-//! Where a connection was meant to go: SO_ORIGINAL_DST for the tunnel, getpeername for the application.
+//! Where a connection was meant to go: SO_ORIGINAL_DST for the tunnel, getpeername for the
+//! application.
 
 use adit_ebpf_common::{
     address::{Address, is_v4, same},
@@ -19,8 +20,9 @@ const SOL_IPV6: i32 = 41;
 /// SO_ORIGINAL_DST and IP6T_SO_ORIGINAL_DST.
 const SO_ORIGINAL_DST: i32 = 80;
 
-/// Answers SO_ORIGINAL_DST for redirected connections in the form that netfilter gives it: an IPv4 one at level
-/// SOL_IP, an IPv6 one at level SOL_IPV6. Everything else stays the kernel's own answer.
+/// Answers SO_ORIGINAL_DST for redirected connections in the form that netfilter gives it: an IPv4
+/// one at level SOL_IP, an IPv6 one at level SOL_IPV6. Everything else stays the kernel's own
+/// answer.
 #[cgroup_sockopt(getsockopt)]
 pub fn adit_getsockopt(ctx: SockoptContext) -> i32 {
     answer(&SockOpt::new(ctx));
@@ -60,8 +62,8 @@ pub fn adit_peername6(ctx: SockAddrContext) -> i32 {
     PROCEED
 }
 
-/// In a program of the IPv4 family: puts where the socket wanted to go in place of where it was redirected to, if
-/// that is what the context shows.
+/// In a program of the IPv4 family: puts where the socket wanted to go in place of where it was
+/// redirected to, if that is what the context shows.
 #[inline(always)]
 pub fn show_original_v4(ctx: &SockAddr) {
     if let Some(state) = redirected(ctx)

@@ -1,4 +1,5 @@
-//! A connection that arrives in a pod's netns: asks the inbound list, steers to the tunnel's listener.
+//! A connection that arrives in a pod's netns: asks the inbound list, steers to the tunnel's
+//! listener.
 //!
 //! Nothing is rewritten: the socket that the tunnel accepts has the dialled address as its own.
 

@@ -1,15 +1,17 @@
 //! What happens to TCP sockets between the calls.
 //!
-//! The original destination travels from the application's socket to the tunnel's in three steps, none of which can come
-//! too late for the next:
+//! The original destination travels from the application's socket to the tunnel's in three steps,
+//! none of which can come too late for the next:
 //!
 //! 1. connect(2) writes it into the state of the application's socket
-//! 2. the connect callback, before the SYN leaves and with the source port chosen, publishes it under the flow
-//! 3. the established callback, before accept(2) can return, moves it into the state of the accepted socket
+//! 2. the connect callback, before the SYN leaves and with the source port chosen, publishes it
+//!    under the flow
+//! 3. the established callback, before accept(2) can return, moves it into the state of the
+//!    accepted socket
 //!
-//! The cgroup that a socket was created in decides which programs run: the tunnel's sockets stay with the tunnel,
-//! wherever their netns is. Where the tunnel's cgroup lies below the pods' cgroup, both programs run on a socket; each
-//! acts only on states that the other never makes.
+//! The cgroup that a socket was created in decides which programs run: the tunnel's sockets stay
+//! with the tunnel, wherever their netns is. Where the tunnel's cgroup lies below the pods' cgroup,
+//! both programs run on a socket; each acts only on states that the other never makes.
 
 use adit_ebpf_common::{
     address::{is_loopback, same},
@@ -33,7 +35,8 @@ use crate::{
     maps,
 };
 
-/// Sockets of pods: publishes original destinations, withdraws those that nobody took, records who listens.
+/// Sockets of pods: publishes original destinations, withdraws those that nobody took, records who
+/// listens.
 #[sock_ops]
 pub fn adit_pods_ops(ctx: SockOpsContext) -> u32 {
     let ops = SockOps::new(ctx);
@@ -55,8 +58,8 @@ pub fn adit_pods_ops(ctx: SockOpsContext) -> u32 {
     IGNORED
 }
 
-/// The tunnel's sockets: registers listeners, records the flows that it opens, moves original destinations to the sockets
-/// that it accepts, counts those that need the pod's netns prepared.
+/// The tunnel's sockets: registers listeners, records the flows that it opens, moves original
+/// destinations to the sockets that it accepts, counts those that need the pod's netns prepared.
 #[sock_ops]
 pub fn adit_tunnel_ops(ctx: SockOpsContext) -> u32 {
     let ops = SockOps::new(ctx);
@@ -64,16 +67,16 @@ pub fn adit_tunnel_ops(ctx: SockOpsContext) -> u32 {
         BPF_SOCK_OPS_TCP_CONNECT_CB => record_tunnel_flow(&ops),
         BPF_SOCK_OPS_TCP_LISTEN_CB => register(&ops),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(&ops),
-        // Not before the end of the flow: with SYN cookies the ACK looks the listener up once more. And not after it:
-        // another process's connection that reuses the ports must not pass.
+        // Not before the end of the flow: with SYN cookies the ACK looks the listener up once more.
+        // And not after it: another process's connection that reuses the ports must not pass.
         BPF_SOCK_OPS_STATE_CB if ops.is_closing() => closed(&ops),
         _ => (),
     }
     IGNORED
 }
 
-/// A pod's socket is bound, as sockets that listen are: records its netns, for the listen callback. The watcher finds a
-/// socket that listens without being bound.
+/// A pod's socket is bound, as sockets that listen are: records its netns, for the listen callback.
+/// The watcher finds a socket that listens without being bound.
 #[cgroup_sock(post_bind4)]
 pub fn adit_post_bind4(ctx: SockContext) -> i32 {
     record_netns_of_stream(&SocketEvent::new(ctx));
@@ -86,7 +89,8 @@ pub fn adit_post_bind6(ctx: SockContext) -> i32 {
     ALLOW
 }
 
-/// The tunnel creates a socket: records its netns, which sock_ops programs cannot read before Linux 5.15.
+/// The tunnel creates a socket: records its netns, which sock_ops programs cannot read before Linux
+/// 5.15.
 #[cgroup_sock(sock_create)]
 pub fn adit_sock_create(ctx: SockContext) -> i32 {
     record_netns(&SocketEvent::new(ctx));
@@ -100,7 +104,8 @@ fn record_netns_of_stream(event: &SocketEvent) {
     }
 }
 
-/// Without a state the socket works all the same; a listener then stays unregistered, and the pod follows its fail mode.
+/// Without a state the socket works all the same; a listener then stays unregistered, and the pod
+/// follows its fail mode.
 #[inline(always)]
 fn record_netns(event: &SocketEvent) {
     let cookie = event.netns_cookie();
@@ -113,7 +118,8 @@ fn record_netns(event: &SocketEvent) {
 #[inline(always)]
 fn redirected(ops: &SockOps) -> Option<(Flow, Destination)> {
     let state = maps::state(ops.socket())?;
-    // A flow on the loopback, such as DNS, is no key: every pod has the same addresses there. Nothing looks it up.
+    // A flow on the loopback, such as DNS, is no key: every pod has the same addresses there.
+    // Nothing looks it up.
     if !state.original.is_somewhere()
         || !state.redirect.is_somewhere()
         || is_loopback(&state.redirect.address)
@@ -197,7 +203,8 @@ fn move_original(ops: &SockOps, accepted: &Flow) {
     maps::withdraw_original(&opened);
 }
 
-/// To the pod: the tunnel is going to dial the application from the client's address, maybe only when the pod has left.
+/// To the pod: the tunnel is going to dial the application from the client's address, maybe only
+/// when the pod has left.
 #[inline(always)]
 fn count_arrival(ops: &SockOps, accepted: &Flow) {
     // The client dialled the pod's address, whatever the port; not one of the tunnel's own servers.

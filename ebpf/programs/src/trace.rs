@@ -1,5 +1,5 @@
-//! Reports each verdict: a line in `trace_pipe` with the fixed tag "adit", and a record in the ring buffer `trace`. The
-//! settings switch and filter this at run time.
+//! Reports each verdict: a line in `trace_pipe` with the fixed tag "adit", and a record in the ring
+//! buffer `trace`. The settings switch and filter this at run time.
 
 use adit_ebpf_common::{
     address::{Address, UNSPECIFIED, is_v4, same},
@@ -14,8 +14,8 @@ use crate::maps;
 
 const RULE_BYTES: usize = 52;
 
-/// The rules' names by number, each ended by a zero. One flat array, since a table of pointers would need relocations
-/// that no loader makes.
+/// The rules' names by number, each ended by a zero. One flat array, since a table of pointers
+/// would need relocations that no loader makes.
 static RULE_NAMES: [[u8; RULE_BYTES]; Rule::ALL.len()] = {
     let mut names = [[0; RULE_BYTES]; Rule::ALL.len()];
     let mut number = 0;
@@ -94,8 +94,8 @@ fn emit(settings: &Settings, record: &TraceRecord) {
     print(record);
 }
 
-/// Prints the rule, and for a connect its destination, for an arrival its source and the port that it dialled. Three
-/// values at most: more need Linux 5.16.
+/// Prints the rule, and for a connect its destination, for an arrival its source and the port that
+/// it dialled. Three values at most: more need Linux 5.16.
 #[inline(always)]
 #[expect(unsafe_code, reason = "bpf_printk takes pointers")]
 fn print(record: &TraceRecord) {
@@ -103,9 +103,9 @@ fn print(record: &TraceRecord) {
     let name = name.as_ptr();
     let is_arrival = record.hook == Hook::SkLookup as u16;
     let port = if is_arrival { record.local_port } else { record.remote_port };
-    // SAFETY: the helper reads the address and the name, which outlive the call: 4 bytes from the twelfth on or 16, and up
-    // to the zero that ends every name. %pI4 and %pI6 exist since Linux 5.13; before that it refuses the line, and the
-    // address is left out.
+    // SAFETY: the helper reads the address and the name, which outlive the call: 4 bytes from the
+    // twelfth on or 16, and up to the zero that ends every name. %pI4 and %pI6 exist since Linux
+    // 5.13; before that it refuses the line, and the address is left out.
     unsafe {
         let printed = match (is_arrival, is_v4(&record.remote)) {
             (false, true) => {

@@ -1,9 +1,10 @@
 //! The tunnel's mark stays on the last hop only.
 //!
-//! A tunnel that also works under an iptables agent marks every socket that it opens, listeners too. With our route in
-//! the pod's netns the mark means one thing: this connection uses the client's address, and its answers stay on this
-//! host. Such a socket is bound to that address before it connects. Any other socket loses the mark when it connects or
-//! listens, or the route would keep its packets from leaving the pod.
+//! A tunnel that also works under an iptables agent marks every socket that it opens, listeners
+//! too. With our route in the pod's netns the mark means one thing: this connection uses the
+//! client's address, and its answers stay on this host. Such a socket is bound to that address
+//! before it connects. Any other socket loses the mark when it connects or listens, or the route
+//! would keep its packets from leaving the pod.
 
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 

@@ -1,4 +1,5 @@
-//! What a machine boots into: busybox, the programs at their own paths, and a first process that runs one command.
+//! What a machine boots into: busybox, the programs at their own paths, and a first process that
+//! runs one command.
 
 use std::{
     fs::{self, File},

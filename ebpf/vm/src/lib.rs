@@ -1,7 +1,8 @@
 //! Boots the kernels of the support range, for tests: one kernel, some programs, one command.
 //!
-//! The machine is emulated in software (TCG), so this works wherever QEMU does, also inside a virtual machine; it is
-//! about twenty times slower than the processor, so it is for function only. `.ci/setup/kernels` fetches the kernels.
+//! The machine is emulated in software (TCG), so this works wherever QEMU does, also inside a
+//! virtual machine; it is about twenty times slower than the processor, so it is for function only.
+//! `.ci/setup/kernels` fetches the kernels.
 
 mod initramfs;
 
@@ -27,10 +28,11 @@ pub const INSIDE: &str = "ADIT_VM";
 const PATIENCE: Duration = Duration::from_secs(400);
 
 const MEMORY_MIB: &str = "1024";
-/// Without cmpxchg16b (cx16): QEMU 7.2 emulates it so that the kernel's allocator, which uses it, corrupts memory.
+/// Without cmpxchg16b (cx16): QEMU 7.2 emulates it so that the kernel's allocator, which uses it,
+/// corrupts memory.
 const PROCESSOR: &str = "qemu64,-cx16,+ssse3,+sse4.1,+sse4.2,+popcnt";
-/// An oops ends the machine. With the allocator's own checks (F) the kernel from 7.x on gives socket storage to
-/// programs also on a processor without cmpxchg16b.
+/// An oops ends the machine. With the allocator's own checks (F) the kernel from 7.x on gives
+/// socket storage to programs also on a processor without cmpxchg16b.
 const PARAMETERS: &str = "console=ttyS0 panic=-1 oops=panic quiet mitigations=off";
 const PARAMETERS_7: &str = "console=ttyS0 panic=-1 oops=panic quiet mitigations=off slab_debug=F";
 
@@ -39,9 +41,10 @@ pub fn is_inside() -> bool {
     env::var_os(INSIDE).is_some()
 }
 
-/// Boots `kernel` (one of [`KERNELS`]) with `programs`, each at its own path or found on PATH, with the libraries that
-/// it needs; busybox stands in for everything else. Runs `command` by its shell, as root in the initial namespaces, with cgroup v2,
-/// bpffs and tracefs mounted. What it printed; an error if it failed.
+/// Boots `kernel` (one of [`KERNELS`]) with `programs`, each at its own path or found on PATH, with
+/// the libraries that it needs; busybox stands in for everything else. Runs `command` by its shell,
+/// as root in the initial namespaces, with cgroup v2, bpffs and tracefs mounted. What it printed;
+/// an error if it failed.
 pub fn run(kernel: &str, programs: &[&Path], command: &str) -> anyhow::Result<String> {
     let folder = cache()?.join(kernel);
     ensure!(
@@ -76,8 +79,8 @@ pub fn run(kernel: &str, programs: &[&Path], command: &str) -> anyhow::Result<St
     }
 }
 
-/// As many machines as there are processors: what is emulated slowly must not also wait for its neighbour. Ours ends
-/// with what is returned.
+/// As many machines as there are processors: what is emulated slowly must not also wait for its
+/// neighbour. Ours ends with what is returned.
 fn turn() -> anyhow::Result<File> {
     let places = thread::available_parallelism().map_or(1, usize::from);
     let place = |number| File::create(env::temp_dir().join(format!("adit-vm-{number}.lock")));

@@ -1,7 +1,8 @@
-//! Which rules decide about a connection of a pod, for people who want to know why it is captured, or not.
+//! Which rules decide about a connection of a pod, for people who want to know why it is captured,
+//! or not.
 //!
-//! The loader answers by the kernel programs' own lists, from the maps as they are: a pod whose entries are not written
-//! yet is explained as the programs treat it now.
+//! The loader answers by the kernel programs' own lists, from the maps as they are: a pod whose
+//! entries are not written yet is explained as the programs treat it now.
 
 use std::net::SocketAddr;
 
@@ -20,12 +21,13 @@ pub struct Explanation {
     pub destination: SocketAddr,
     /// What happens when the pod connects.
     pub outbound: String,
-    /// What happens where the connection arrives, if that is a pod of this node and it arrives in clear.
+    /// What happens where the connection arrives, if that is a pod of this node and it arrives in
+    /// clear.
     pub inbound: Option<String>,
 }
 
-/// Explains a TCP connection of `pod`, whose cgroup is `cgroup` (`None`: it has none yet). `to_pod`: whether a pod of
-/// this node has the destination's address.
+/// Explains a TCP connection of `pod`, whose cgroup is `cgroup` (`None`: it has none yet).
+/// `to_pod`: whether a pod of this node has the destination's address.
 ///
 /// # Errors
 /// A map cannot be read.
@@ -38,7 +40,8 @@ pub fn explain(
 ) -> Result<Explanation, KernelError> {
     let to = Destination::new(address16(destination.ip().to_canonical()), destination.port());
     let outbound = kernel.explain_connect(cgroup, to)?;
-    // A pod that dials its own address is not met by the inbound list. From any other netns the rule is the same.
+    // A pod that dials its own address is not met by the inbound list. From any other netns the
+    // rule is the same.
     let inbound = if to_pod && outbound != Rule::OwnAddress {
         Some(kernel.explain_arrival(UNSPECIFIED, to)?)
     } else {

@@ -32,9 +32,10 @@ pub(super) fn nobody_in_the_way(cgroup: &Path) -> Check {
     }
 }
 
-/// Others' connect programs, such as load balancers of sockets. The kernel runs those of a cgroup before those of its
-/// ancestors, and of one cgroup in the order of attachment. Above ours they see what we left of a connection; at the same
-/// cgroup or below they may have rewritten a service's address before we see it.
+/// Others' connect programs, such as load balancers of sockets. The kernel runs those of a cgroup
+/// before those of its ancestors, and of one cgroup in the order of attachment. Above ours they see
+/// what we left of a connection; at the same cgroup or below they may have rewritten a service's
+/// address before we see it.
 pub(super) fn balancers(root: &Path, cgroup: &Path) -> Check {
     let (name, needed) = (
         "socket load balancer",

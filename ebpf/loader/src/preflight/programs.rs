@@ -1,4 +1,5 @@
-//! Every program by trial load, which tries its type, its helpers and its maps. They go when the check ends.
+//! Every program by trial load, which tries its type, its helpers and its maps. They go when the
+//! check ends.
 
 use std::error::Error;
 
@@ -97,7 +98,8 @@ pub(super) fn load_each() -> Vec<Check> {
     checks
 }
 
-/// An error with its causes in one line; of what the verifier wrote, the line that says what it minded.
+/// An error with its causes in one line; of what the verifier wrote, the line that says what it
+/// minded.
 fn reason(error: &(dyn Error + 'static)) -> String {
     let text = Report::new(error).to_string();
     let first = text.lines().next().unwrap_or_default();

@@ -52,7 +52,8 @@ impl Lookup {
         } else {
             (from_words(remote_v6), from_words(local_v6))
         };
-        // The word around `remote_port` reads the same as before Linux 5.18, where that field became 16 bits wide.
+        // The word around `remote_port` reads the same as before Linux 5.18, where that field
+        // became 16 bits wide.
         let local_port = u16::from_be(read!(self.0, remote_port));
         let remote_port = read!(self.0, local_port) as u16;
         Some(Arrival { flow: Flow { local, remote, local_port, remote_port }, is_v4 })

@@ -1,4 +1,5 @@
-//! connect, sendmsg, recvmsg, getpeername: programs about an address that an application gives or gets.
+//! connect, sendmsg, recvmsg, getpeername: programs about an address that an application gives or
+//! gets.
 
 use adit_ebpf_common::{
     address::{Address, from_v4_word, from_words, to_words},
@@ -10,7 +11,8 @@ use super::{IPPROTO_TCP, Socket, clear_mark};
 
 const IPPROTO_UDP: u32 = 17;
 
-/// The context of programs about an address that an application gives or gets: connect, sendmsg, recvmsg, getpeername.
+/// The context of programs about an address that an application gives or gets: connect, sendmsg,
+/// recvmsg, getpeername.
 pub struct SockAddr(*mut bpf_sock_addr);
 
 impl SockAddr {

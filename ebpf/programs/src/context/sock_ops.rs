@@ -49,7 +49,8 @@ impl SockOps {
     #[inline(always)]
     pub fn watch_close(&self) {
         let flags = read!(self.0, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
-        // SAFETY: the helper takes the context of this program type, which lives until the program returns.
+        // SAFETY: the helper takes the context of this program type, which lives until the program
+        // returns.
         let _ = unsafe { bpf_sock_ops_cb_flags_set(self.0, flags as i32) };
     }
 
@@ -66,7 +67,8 @@ impl SockOps {
     /// The connection, as this end sees it; `None` if it is neither IPv4 nor IPv6.
     #[inline(always)]
     pub fn flow(&self) -> Option<Flow> {
-        // The local port is in host byte order, the remote one in the upper half of a big-endian word.
+        // The local port is in host byte order, the remote one in the upper half of a big-endian
+        // word.
         let local_port = read!(self.0, local_port) as u16;
         let remote_port = u32::from_be(read!(self.0, remote_port)) as u16;
         let family = read!(self.0, family);

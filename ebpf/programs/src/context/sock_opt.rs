@@ -51,8 +51,9 @@ impl SockOpt {
         Socket(read!(self.0, __bindgen_anon_1.sk))
     }
 
-    /// Leaves the kernel's answer as it is. Before Linux 6.5 an answer of more than a page, such as the tables that
-    /// `iptables-save` reads, fails with `EFAULT` unless the program sets the length to 0.
+    /// Leaves the kernel's answer as it is. Before Linux 6.5 an answer of more than a page, such as
+    /// the tables that `iptables-save` reads, fails with `EFAULT` unless the program sets the
+    /// length to 0.
     #[inline(always)]
     pub fn leave(&self) {
         if read!(self.0, optlen) > PAGE {
@@ -92,10 +93,12 @@ impl SockOpt {
         if start as usize + size_of::<T>() > end {
             return;
         }
-        // SAFETY: the kernel's buffer for the answer reaches from `start` to `end`, has room for a `T` as compared
-        // above, and is aligned to more than the four bytes that the two types of sockaddr ask for.
+        // SAFETY: the kernel's buffer for the answer reaches from `start` to `end`, has room for a
+        // `T` as compared above, and is aligned to more than the four bytes that the two types of
+        // sockaddr ask for.
         unsafe { start.cast::<T>().write(sockaddr) };
-        // Two volatile stores: the compiler would merge plain ones into one of eight bytes, which the verifier refuses.
+        // Two volatile stores: the compiler would merge plain ones into one of eight bytes, which
+        // the verifier refuses.
         write!(self.0, size_of::<T>() as i32, optlen);
         write!(self.0, 0, retval);
     }
