@@ -95,7 +95,8 @@ pub fn scan(kernel: &mut Kernel, visitors: &Visitors, steered: &BTreeMap<u64, Po
         .map(|(cookie, fd)| (*cookie, Arc::clone(fd)))
         .collect();
     scan_open(kernel, visitors, &netns);
-    // Of netns whose pods left before they were steered. Their state first, so that the programs record no more.
+    // Of netns whose pods left before they were steered. Their state first, so that the programs
+    // record no more.
     for cookie in kernel.app_listener_netns().unwrap_or_default() {
         if !steered.contains_key(&cookie) {
             let _ = kernel.remove_app_listener_state(cookie);
@@ -144,8 +145,8 @@ fn scan_open(kernel: &mut Kernel, visitors: &Visitors, netns: &[Open]) {
 /// list is read, so that nothing falls in between.
 fn begin(kernel: &mut Kernel, cookie: u64) {
     let begun = kernel.app_listener_state(cookie).and_then(|state| {
-        // Whether the list was complete stays as it was. If a program finds no room at this moment, the list that is
-        // read next makes up for it.
+        // Whether the list was complete stays as it was. If a program finds no room at this moment,
+        // the list that is read next makes up for it.
         let state = AppListenerState { count: 0, ..state.unwrap_or_default() };
         kernel.set_app_listener_state(cookie, &state)
     });
