@@ -12,7 +12,7 @@ use std::{
 use nix::sys::signal::Signal;
 use testbed::{
     fakes::{FakeTunnel, Received},
-    lend::{Lent, transparent},
+    lend::{Lent, transparent, tunnel_listener},
     wait::wait_for,
     watcher_node::{NodePod, WatcherNode},
 };
@@ -268,6 +268,10 @@ fn exclusions_are_obeyed_live_and_explained() {
         assert!(ok, "{text}");
         serde_json::from_str::<serde_json::Value>(&text).unwrap()["outbound"].as_str().unwrap().to_owned()
     };
+    // What the programs would do now, not what is wanted: this tunnel has no listener yet.
+    assert_eq!(explained(&node, "10.1.1.1:6379"), "refuse: tunnel away, pod fails closed");
+    let outbound = "[::]:15001".parse().unwrap();
+    let _listener = tunnel_listener(&node.cgroup.join("tunnel"), &node.pods[pod].netns, outbound);
     assert_eq!(explained(&node, "10.1.1.1:6379"), "redirect to the tunnel");
     node.write_pods(
         &[true],

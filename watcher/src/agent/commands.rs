@@ -63,6 +63,7 @@ impl Commands<'_> {
     /// No pod is called so, or several are, or a map cannot be read: a sentence for the user.
     pub(super) fn explain(&self, pod: &str, destination: SocketAddr) -> Result<Explanation, String> {
         let view = answers::find(self.pods.views(), pod)?;
-        explanation(view, self.pods.views(), destination, self.applier).map_err(|error| Report::new(&error).to_string())
+        explanation(view, self.pods.views(), destination, self.applier)
+            .map_err(|error| Report::new(&error).to_string())
     }
 }

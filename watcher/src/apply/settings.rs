@@ -7,7 +7,7 @@ use adit_ebpf_loader::{Kernel, KernelError};
 use error_reporter::Report;
 use tracing::error;
 
-use crate::plan::{HBONE_PORT, INBOUND_PORT, DNS_PORT, OUTBOUND_PORT, address16};
+use crate::plan::{DNS_PORT, HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, address16};
 
 /// The settings as they were written last.
 #[derive(Debug)]

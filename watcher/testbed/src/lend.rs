@@ -77,6 +77,22 @@ pub(crate) fn serve_transparent(netns: &str, [from, to]: [SocketAddr; 2], mark: 
     give(Netns::named(netns).enter(connect).expect("a connection"));
 }
 
+/// A listener of a tunnel, which lives in `cgroup`, in the netns of a pod.
+pub fn tunnel_listener(cgroup: &Path, netns: &Netns, address: SocketAddr) -> Lent {
+    Lent::new(cgroup, &format!("listener {netns} {address}"))
+}
+
+/// The helper's side of [`tunnel_listener`].
+pub(crate) fn serve_listener(netns: &str, address: SocketAddr) {
+    let listen = || -> io::Result<Socket> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        socket.bind(&address.into())?;
+        socket.listen(16)?;
+        Ok(socket)
+    };
+    give(Netns::named(netns).enter(listen).expect("a listener"));
+}
+
 /// The helper's side: sends `socket` to the process that started this one, closes it here, and
 /// waits for the end.
 pub(crate) fn give(socket: Socket) {

@@ -16,6 +16,7 @@ pub fn serve() -> bool {
         ["transparent", netns, from, to, mark] => {
             lend::serve_transparent(netns, [from, to].map(address), mark.parse().expect("a mark"));
         }
+        ["listener", netns, at] => lend::serve_listener(netns, address(at)),
         ["talk", server, period] => probe::talk(address(server), period.parse().expect("microseconds")),
         ["connect", server] => probe::connect_once(address(server)),
         _ => panic!("no helper does {role:?}"),
