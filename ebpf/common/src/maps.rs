@@ -152,6 +152,7 @@ pub const RECORDS: &[Layout] = &[
 #[cfg(test)]
 mod tests {
     use alloc::{format, string::String, vec::Vec};
+    use core::fmt::Write as _;
 
     use super::*;
 
@@ -169,8 +170,9 @@ mod tests {
                 (true, None) => String::from("yes"),
                 (true, Some(name)) => format!("yes, adopts `{name}`"),
             };
-            table += &format!(
-                "| `{}` | {} | {} | {} | {} | {} | {pinned} | {} |\n",
+            let _ = writeln!(
+                table,
+                "| `{}` | {} | {} | {} | {} | {} | {pinned} | {} |",
                 map.name,
                 map.kind,
                 layout(map.key),
@@ -182,7 +184,7 @@ mod tests {
         }
         table += "\nRecords of the ring buffers:\n\n";
         for record in RECORDS {
-            table += &format!("* `{}` ({} bytes)\n", record.what, record.size);
+            let _ = writeln!(table, "* `{}` ({} bytes)", record.what, record.size);
         }
         table
     }
