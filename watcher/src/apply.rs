@@ -173,7 +173,7 @@ impl Applier {
                 }
             };
             if let Err(error) = result {
-                problems.push(format!("{step:?}: {}", Report::new(&error).to_string()));
+                problems.push(format!("{step:?}: {}", Report::new(&error)));
             }
         }
         for problem in &problems {

@@ -243,7 +243,10 @@ mod tests {
 
     #[test]
     fn the_registry_holds_exactly_the_rows() {
-        let text = Metrics::new().encode();
+        let metrics = Metrics::new();
+        // A family without a label set yet is not encoded.
+        metrics.event_received(SourceKind::Scan);
+        let text = metrics.encode();
         let registered: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
         let rows: Vec<String> = METRICS
             .iter()

@@ -2,6 +2,9 @@
 //!
 //! Needs root, `ip` and `nsenter`. Everything happens in private cgroups, netns and bpffs mounts.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(unreachable_pub, reason = "modules of a test program share helpers; nothing else can reach them")]
+
 mod dns;
 mod explain;
 mod inbound;

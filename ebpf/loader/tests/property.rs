@@ -26,6 +26,7 @@ const ELSEWHERE: u64 = 1;
 
 /// What the maps hold, and a connection each way.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own, drawn at random")]
 struct Case {
     flags: u32,
     detected: u32,

@@ -96,9 +96,9 @@ fn below(dir: &Path) -> io::Result<(CgroupId, Vec<PathBuf>)> {
 pub fn of_process(root: &Path, pid: i32) -> io::Result<PathBuf> {
     let unsupported = |message| io::Error::new(io::ErrorKind::Unsupported, message);
     let cgroups = Process::new(pid).and_then(|process| process.cgroups()).map_err(io_error)?;
-    let cgroup2 = cgroups.into_iter().find(|cgroup| cgroup.hierarchy == 0);
+    let unified = cgroups.into_iter().find(|cgroup| cgroup.hierarchy == 0);
     let path =
-        cgroup2.ok_or_else(|| unsupported(format!("process {pid} is in no cgroup2 directory")))?.pathname;
+        unified.ok_or_else(|| unsupported(format!("process {pid} is in no cgroup2 directory")))?.pathname;
     if path.starts_with("/..") {
         return Err(unsupported(format!("process {pid} is in {path}, outside this cgroup namespace")));
     }

@@ -191,6 +191,9 @@ pub fn ready(source: &mut dyn EventSource) -> Option<Event> {
 ///
 /// # Errors
 /// The forced one does not work, or not even inotify does.
+///
+/// # Panics
+/// Never: at least one kind is tried, and each either opens or says why not.
 pub fn open(
     forced: Option<SourceKind>,
     kernel: &mut Kernel,

@@ -185,11 +185,10 @@ impl Follower {
 
     /// Sends the loop what it does not know yet, if anything. Fails when the receiver is gone.
     async fn publish(&mut self, before: Option<String>) -> Result<(), mpsc::error::SendError<Update>> {
-        let changes = self.cluster.changes();
-        let mut changed = Vec::new();
-        for change in changes {
+        let mut entries = Vec::new();
+        for change in self.cluster.changes() {
             if change.entry_changed {
-                changed.push((change.uid.clone(), change.entry.clone()));
+                entries.push((change.uid.clone(), change.entry.clone()));
             }
             if let Some(writer) = &self.changes {
                 // It ends only with us.
@@ -199,8 +198,8 @@ impl Follower {
         if self.cluster.is_whole() && !self.listed_all {
             self.listed_all = true;
             self.updates.send(Update::All(self.cluster.all())).await?;
-        } else if !changed.is_empty() {
-            self.updates.send(Update::Changed(changed)).await?;
+        } else if !entries.is_empty() {
+            self.updates.send(Update::Changed(entries)).await?;
         }
         let problem = self.problem();
         match (&before, problem) {

@@ -206,7 +206,9 @@ mod tests {
         for PodOption { key, annotations: names, expected, example, default, about, .. } in OPTIONS {
             let _ = writeln!(keys, "| `{key}` | {expected} | {default} | {about} |");
             if let [name, others @ ..] = names {
-                let also: String = others.iter().map(|other| format!(" (or Istio's `{other}`)")).collect();
+                let also: Vec<String> =
+                    others.iter().map(|other| format!(" (or Istio's `{other}`)")).collect();
+                let also = also.concat();
                 let _ = writeln!(annotations, "| `{name}`{also} | {expected} | `{example}` | `{key}` |");
             }
         }

@@ -1,8 +1,8 @@
 //! Checks that the modules of a crate depend on each other in one direction.
 //!
-//! A crate's root lists its modules in its first doc comment, from the top to the bottom, one `//!
-//! * [`name`]` line each; a line may name several modules, in order. A module uses only modules
-//! below it.
+//! A crate's root lists its modules in its first doc comment, from the top to the bottom. Each line of
+//! the list begins with a star and the module's name as a link, and may name several modules, in
+//! order. A module uses only modules below it.
 
 use std::{
     collections::BTreeMap,
