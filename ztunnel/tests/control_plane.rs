@@ -47,7 +47,7 @@ fn tunnel_with(
 }
 
 fn name(pod: &MeshPod) -> String {
-    format!("Kubernetes//MeshPod/demo/{}", pod.name)
+    format!("Kubernetes//Pod/demo/{}", pod.name)
 }
 
 /// A workload as the control plane sends it.
