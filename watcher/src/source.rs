@@ -1,6 +1,6 @@
 //! Where pods come from: which pods this node has, and how each is to be treated.
 //!
-//! * [`file`]: a pods file as a source
+//! * [`mod@file`]: a pods file as a source
 //! * [`kubernetes`]: the API server as a source
 //! * [`options`]: what can be set for a pod, as key or annotation
 //! * [`selection`]: whether a pod is enrolled

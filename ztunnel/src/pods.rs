@@ -1,5 +1,5 @@
 //! The pods that this process serves. ZDS ([`zds`]) names them; every worker listens in their netns
-//! ([`listeners`](crate::worker::listeners)).
+//! ([`listeners`]).
 //!
 //! This file keeps the list: pods that are served, and pods that could not be started and are
 //! retried.
