@@ -224,8 +224,8 @@ impl Agent {
         let name = path.file_name().and_then(|given| name(given.as_bytes()));
         if let Some(info) = name.and_then(|name| self.applier.maps.record_closed(id, &name)) {
             self.pods.add_stray(PodPlan { cgroups: [(id, info)].into(), ..PodPlan::default() });
-            let place = cgroup_path::place(path, &self.config.attach);
-            self.queue.reconcile(place.map(|place| place.uid));
+            let pod_path = cgroup_path::resolve(path, &self.config.attach);
+            self.queue.reconcile(pod_path.map(|found| found.uid));
         }
     }
 

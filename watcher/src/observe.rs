@@ -27,12 +27,12 @@ pub struct Observed {
     /// That cgroup and all below it; empty: it does not exist.
     pub cgroups: BTreeMap<PathBuf, CgroupId>,
     /// Every netns that a process of the pod is in.
-    pub netns: Vec<Seen>,
+    pub netns: Vec<ObservedNetns>,
 }
 
 /// A netns that a process of a pod is in.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Seen {
+pub enum ObservedNetns {
     /// The node's own.
     Host,
     /// Another one.

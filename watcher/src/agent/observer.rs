@@ -16,7 +16,7 @@ use crate::{
     observe::{
         Observed, cgroup_path, cgroups,
         netns::{self, NetnsId, Visitors},
-        processes::{self, Look, Sightings},
+        processes::{self, NetnsHistory, PodObservation},
     },
 };
 
@@ -48,10 +48,10 @@ impl Observer {
         if let Some(uid) = pods.owner_uid(path) {
             return vec![uid.to_owned()];
         }
-        match cgroup_path::place(path, &self.base).filter(|place| pods.get(&place.uid).is_some()) {
-            Some(place) => {
-                self.dirs.insert(place.uid.clone(), place.pod_dir);
-                vec![place.uid]
+        match cgroup_path::resolve(path, &self.base).filter(|pod_path| pods.get(&pod_path.uid).is_some()) {
+            Some(pod_path) => {
+                self.dirs.insert(pod_path.uid.clone(), pod_path.pod_dir);
+                vec![pod_path.uid]
             }
             // A directory that the source named, not by its uid, and that is new.
             None => pods.with_given_cgroup(path),
@@ -120,28 +120,31 @@ impl Observer {
         }
         let looks = self.visit(pods, &to_visit);
         for ((uid, dir), found) in to_visit.into_iter().zip(looks) {
-            let Look { observed: found, opened, sightings } = found.unwrap_or_else(|error| {
+            let PodObservation { observed: found, opened, history } = found.unwrap_or_else(|error| {
                 warn!(uid, %error, "cannot read the pod's cgroup");
-                Look { observed: Observed { dir: Some(dir), ..Observed::default() }, ..Look::default() }
+                PodObservation {
+                    observed: Observed { dir: Some(dir), ..Observed::default() },
+                    ..PodObservation::default()
+                }
             });
             self.opened.extend(opened.into_iter().map(|(cookie, fd)| (cookie, Arc::new(fd))));
             let Some(entry) = pods.get_mut(&uid) else { continue };
-            entry.sightings = sightings;
+            entry.history = history;
             observed.push((uid, entry.keep_netns_while_empty(found)));
         }
         observed
     }
 
-    fn visit(&self, pods: &PodTable, to_visit: &[(String, PathBuf)]) -> Vec<std::io::Result<Look>> {
-        let items: Vec<(&PathBuf, &BTreeSet<IpAddr>, &Sightings)> = to_visit
+    fn visit(&self, pods: &PodTable, to_visit: &[(String, PathBuf)]) -> Vec<std::io::Result<PodObservation>> {
+        let items: Vec<(&PathBuf, &BTreeSet<IpAddr>, &NetnsHistory)> = to_visit
             .iter()
             .filter_map(|(uid, dir)| {
                 let entry = pods.get(uid)?;
-                Some((dir, &entry.view.pod.addresses, &entry.sightings))
+                Some((dir, &entry.view.pod.addresses, &entry.history))
             })
             .collect();
-        self.visitors.visit_each(&items, |visitor, (dir, addresses, sightings)| {
-            processes::observe(visitor, dir, addresses, &self.host, sightings)
+        self.visitors.visit_each(&items, |visitor, (dir, addresses, history)| {
+            processes::observe_pod(visitor, dir, addresses, &self.host, history)
         })
     }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use crate::{
     model::{exclusions::Exclusions, pod::Pod, reason::Reason, state::State},
-    observe::{Observed, processes::Sightings},
+    observe::{Observed, processes::NetnsHistory},
     plan::{Eligibility, PodPlan, PodView},
 };
 
@@ -38,7 +38,7 @@ pub(super) struct PodEntry {
     /// Until when its traffic passes in plaintext although no tunnel serves it.
     pub grace_until: Option<Instant>,
     /// In which netns its young processes were seen.
-    pub sightings: Sightings,
+    pub history: NetnsHistory,
     /// Since when it has no process although it is enrolled.
     pub empty_since: Option<Instant>,
     /// What could not be done for it.
@@ -64,7 +64,7 @@ impl PodEntry {
             exclusions: None,
             admitted: false,
             grace_until: None,
-            sightings: Sightings::default(),
+            history: NetnsHistory::default(),
             empty_since: None,
             problem: None,
             changed_at: now,

@@ -16,7 +16,7 @@ use std::{
 
 /// A path at or below a pod's directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct PodPath {
     /// The pod's own directory.
     pub pod_dir: PathBuf,
     /// As Kubernetes has it, with dashes.
@@ -39,7 +39,7 @@ pub enum Below {
 
 /// The pod that `path` belongs to. Only components below `base` count, and of these the *first* that names a
 /// pod: what a container makes inside its own cgroup, be it another cluster's pods, belongs to it.
-pub fn place(path: &Path, base: &Path) -> Option<Place> {
+pub fn resolve(path: &Path, base: &Path) -> Option<PodPath> {
     let mut pod_dir = base.to_owned();
     let mut components = path.strip_prefix(base).ok()?.iter();
     loop {
@@ -47,7 +47,7 @@ pub fn place(path: &Path, base: &Path) -> Option<Place> {
         pod_dir.push(name);
         if let Some(uid) = pod_uid(name) {
             let below = components.next().map_or(Below::Pod, below);
-            return Some(Place { pod_dir, uid, below });
+            return Some(PodPath { pod_dir, uid, below });
         }
     }
 }
@@ -172,7 +172,7 @@ mod tests {
             (format!("pod{HASH}/something"), HASH, Below::Other),
         ];
         for (path, uid, below) in table {
-            let found = place(&Path::new("/c").join(&path), Path::new("/c"));
+            let found = resolve(&Path::new("/c").join(&path), Path::new("/c"));
             let found = found.unwrap_or_else(|| panic!("{path}"));
             assert_eq!((found.uid.as_str(), found.below), (uid, below), "{path}");
             assert!(pod_uid(found.pod_dir.file_name().unwrap()).is_some(), "{path}: {:?}", found.pod_dir);
@@ -201,18 +201,18 @@ mod tests {
             format!("kubepods/pod{UID_}"),
             format!("machine.slice/libpod-pod{UID_}.slice"),
         ] {
-            assert_eq!(place(&Path::new("/c").join(&path), Path::new("/c")), None, "{path}");
+            assert_eq!(resolve(&Path::new("/c").join(&path), Path::new("/c")), None, "{path}");
         }
-        assert_eq!(place(Path::new("/c/kubepods"), Path::new("/elsewhere")), None);
+        assert_eq!(resolve(Path::new("/c/kubepods"), Path::new("/elsewhere")), None);
     }
 
     #[test]
     fn a_cluster_inside_a_pod_belongs_to_the_pod_and_its_own_watcher_sees_its_own() {
         let other = UID.replace('8', "9");
         let path = PathBuf::from(format!("/c/kubepods/pod{UID}/{ID}/kubelet/kubepods/pod{other}/{ID}"));
-        assert_eq!(place(&path, Path::new("/c")).unwrap().uid, UID);
+        assert_eq!(resolve(&path, Path::new("/c")).unwrap().uid, UID);
         let inner = PathBuf::from(format!("/c/kubepods/pod{UID}/{ID}/kubelet/kubepods"));
-        assert_eq!(place(&path, &inner).unwrap().uid, other);
+        assert_eq!(resolve(&path, &inner).unwrap().uid, other);
     }
 
     proptest! {
@@ -221,12 +221,12 @@ mod tests {
             parts in proptest::collection::vec("[a-z0-9_.-]{1,20}|pod[0-9a-f]{32}|kubepods-pod[0-9a-f]{32}\\.slice", 0..8)
         ) {
             let path = parts.iter().fold(PathBuf::from("/c"), |path, part| path.join(part));
-            if let Some(found) = place(&path, Path::new("/c")) {
+            if let Some(found) = resolve(&path, Path::new("/c")) {
                 prop_assert!(path.starts_with(&found.pod_dir));
                 prop_assert_eq!(pod_uid(found.pod_dir.file_name().unwrap()), Some(found.uid));
                 // None above it does: the first one holds.
                 let above = found.pod_dir.parent().unwrap();
-                prop_assert_eq!(place(above, Path::new("/c")), None);
+                prop_assert_eq!(resolve(above, Path::new("/c")), None);
             }
         }
 
@@ -243,7 +243,7 @@ mod tests {
             };
             let pod_dir = Path::new("/c/kubepods").join(name);
             let path = below.iter().fold(pod_dir.clone(), |path, part| path.join(part));
-            let found = place(&path, Path::new("/c")).unwrap();
+            let found = resolve(&path, Path::new("/c")).unwrap();
             prop_assert_eq!((found.uid, found.pod_dir), (uid, pod_dir));
         }
     }

@@ -16,7 +16,7 @@ use std::{
 use procfs::{Current as _, ProcResult, Uptime, process::Process};
 
 use super::{
-    Observed, Seen,
+    Observed, ObservedNetns,
     cgroup_path::{self, Below},
     cgroups::{self, CgroupId, Processes},
     netns::{self, NetnsId, Visitor},
@@ -48,17 +48,17 @@ const SETTLED_AFTER: Duration = Duration::from_millis(20);
 const AT_HOME_AFTER: Duration = Duration::from_secs(2);
 
 /// The netns of young processes, and since when they are in it. By pid and start time, since pids are reused.
-pub type Sightings = BTreeMap<(i32, u64), (NetnsId, Instant)>;
+pub type NetnsHistory = BTreeMap<(i32, u64), (NetnsId, Instant)>;
 
 /// The result of observing a pod.
 #[derive(Debug, Default)]
-pub struct Look {
+pub struct PodObservation {
     /// What the pod has.
     pub observed: Observed,
     /// Its open netns by cookie, for immediate use. Kept open, they would outlive their pods.
     pub opened: BTreeMap<u64, OwnedFd>,
     /// For the next observation.
-    pub sightings: Sightings,
+    pub history: NetnsHistory,
 }
 
 /// Observes the pod whose directory is `cgroup` and whose netns must have `addresses`. Each netns is entered
@@ -66,16 +66,16 @@ pub struct Look {
 ///
 /// # Errors
 /// The cgroup tree or a netns cannot be read.
-pub fn observe(
+pub fn observe_pod(
     visitor: &Visitor,
     cgroup: &Path,
     addresses: &BTreeSet<IpAddr>,
     host: &BTreeSet<NetnsId>,
-    earlier: &Sightings,
-) -> io::Result<Look> {
+    earlier: &NetnsHistory,
+) -> io::Result<PodObservation> {
     let cgroups: BTreeMap<PathBuf, CgroupId> = cgroups::tree(cgroup)?;
-    let mut found: BTreeMap<NetnsId, Seen> = BTreeMap::new();
-    let mut look = Look::default();
+    let mut found: BTreeMap<NetnsId, ObservedNetns> = BTreeMap::new();
+    let mut observation = PodObservation::default();
     for process in members(&cgroups, cgroup) {
         // A process that ended, or a zombie, has no netns any more.
         let Ok(netns) = open_own_netns(&process) else { continue };
@@ -85,27 +85,27 @@ pub fn observe(
         }
         let is_host = host.contains(&id);
         let seen = if is_host {
-            Seen::Host
+            ObservedNetns::Host
         } else {
             match netns::facts(visitor, netns.as_fd()) {
-                Ok(facts) => Seen::Pod(facts),
-                Err(error) => Seen::Unreadable(format!("process {}: {error}", process.pid)),
+                Ok(facts) => ObservedNetns::Pod(facts),
+                Err(error) => ObservedNetns::Unreadable(format!("process {}: {error}", process.pid)),
             }
         };
         // No other netns has the pod's own addresses. That proves it at once, in the usual case.
-        let proven = matches!(&seen, Seen::Pod(facts) if !addresses.is_empty()
+        let proven = matches!(&seen, ObservedNetns::Pod(facts) if !addresses.is_empty()
             && addresses.iter().all(|address| facts.addresses.contains(address)));
-        if !proven && !is_settled(&process, id, is_host, earlier, &mut look.sightings) {
+        if !proven && !is_settled(&process, id, is_host, earlier, &mut observation.history) {
             continue;
         }
-        if let Seen::Pod(facts) = &seen {
-            look.opened.insert(facts.cookie, netns);
+        if let ObservedNetns::Pod(facts) = &seen {
+            observation.opened.insert(facts.cookie, netns);
         }
         found.insert(id, seen);
     }
     let netns = found.into_values().collect();
-    look.observed = Observed { dir: Some(cgroup.to_owned()), cgroups, netns };
-    Ok(look)
+    observation.observed = Observed { dir: Some(cgroup.to_owned()), cgroups, netns };
+    Ok(observation)
 }
 
 fn open_own_netns(process: &Process) -> ProcResult<OwnedFd> {
@@ -117,8 +117,8 @@ fn is_settled(
     process: &Process,
     id: NetnsId,
     is_host: bool,
-    earlier: &Sightings,
-    sightings: &mut Sightings,
+    earlier: &NetnsHistory,
+    history: &mut NetnsHistory,
 ) -> bool {
     let Some((ticks, started)) = started(process) else { return false };
     let age = uptime().saturating_sub(started);
@@ -130,7 +130,7 @@ fn is_settled(
         Some((before, since)) if *before == id => *since,
         _ => now,
     };
-    sightings.insert((process.pid, ticks), (id, since));
+    history.insert((process.pid, ticks), (id, since));
     !is_host && now.duration_since(since) >= SETTLED_AFTER
 }
 

@@ -7,7 +7,7 @@ use crate::{
         pod::{Pod, Selection},
         reason::{Reason, ReasonCode},
     },
-    observe::{Observed, Seen, netns::NetnsFacts},
+    observe::{Observed, ObservedNetns, netns::NetnsFacts},
 };
 
 use super::claims::Claims;
@@ -122,7 +122,8 @@ pub fn evaluate(
 
 /// The netns that all processes of the pod are in, with those of its addresses that are the pod's.
 fn netns_of(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<NetnsFacts, Reason> {
-    let own = |seen: &Seen| matches!(seen, Seen::Pod(facts) if Some(facts.cookie) == current);
+    let own =
+        |seen: &ObservedNetns| matches!(seen, ObservedNetns::Pod(facts) if Some(facts.cookie) == current);
     let found = match observed
         .netns
         .iter()
@@ -132,19 +133,19 @@ fn netns_of(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<Netn
         [] => {
             return Err(Reason::new(ReasonCode::NoProcess, "no process in its cgroup"));
         }
-        [Seen::Host] => {
+        [ObservedNetns::Host] => {
             return Err(Reason::new(
                 ReasonCode::HostNetns,
                 "its processes are in the node's own network namespace",
             ));
         }
-        [Seen::Unreadable(problem)] => {
+        [ObservedNetns::Unreadable(problem)] => {
             return Err(Reason::new(
                 ReasonCode::NetnsUnreadable,
                 format!("cannot read its netns: {problem}"),
             ));
         }
-        [Seen::Pod(facts)] => facts,
+        [ObservedNetns::Pod(facts)] => facts,
         several => {
             let text = format!("its processes are in {} different network namespaces", several.len());
             return Err(Reason::new(ReasonCode::NetnsDisagree, text));

@@ -15,7 +15,7 @@ use crate::{
         pod::{FailMode, Pod, Selection},
     },
     observe::{
-        Observed, Seen,
+        Observed, ObservedNetns,
         cgroups::CgroupId,
         netns::{NetnsFacts, NetnsId},
     },
@@ -61,14 +61,14 @@ fn facts(n: u8) -> NetnsFacts {
 }
 
 /// A pod's cgroup with one container, whose processes are in netns `n`.
-fn seen(n: u8, netns: Vec<Seen>) -> Observed {
+fn seen(n: u8, netns: Vec<ObservedNetns>) -> Observed {
     let id = u64::from(n) * 10;
     let dir = PathBuf::from(format!("/observed/{n}"));
     Observed { dir: None, cgroups: [(dir.join("c"), id + 1), (dir, id)].into(), netns }
 }
 
 fn in_order(n: u8) -> Observed {
-    seen(n, vec![Seen::Pod(facts(n))])
+    seen(n, vec![ObservedNetns::Pod(facts(n))])
 }
 
 /// Each pod with its own directory.

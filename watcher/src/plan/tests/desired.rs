@@ -40,7 +40,7 @@ fn the_pods_own_fail_mode_beats_the_default() {
 
 #[test]
 fn host_network_is_left_alone_but_a_wrong_address_stays_closed() {
-    let plan = Setting::default().plan(vec![(pod("a"), seen(1, vec![Seen::Host]))]);
+    let plan = Setting::default().plan(vec![(pod("a"), seen(1, vec![ObservedNetns::Host]))]);
     assert_eq!(plan["a"], PodPlan::default());
     let mut wrong = pod("a");
     wrong.addresses = [IpAddr::from([9, 9, 9, 9])].into();

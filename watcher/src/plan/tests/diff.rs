@@ -134,7 +134,7 @@ fn an_acknowledgement_changes_two_maps_and_nothing_else() {
 #[test]
 fn a_new_netns_of_the_same_pod_replaces_without_a_withdrawal() {
     let before = Setting::default().plan(vec![(pod("a"), in_order(1))]);
-    let moved = seen(1, vec![Seen::Pod(NetnsFacts { cookie: 5, ..facts(1) })]);
+    let moved = seen(1, vec![ObservedNetns::Pod(NetnsFacts { cookie: 5, ..facts(1) })]);
     let after = Setting::default().plan(vec![(pod("a"), moved)]);
     assert_eq!(
         kinds_between(&before, &after),

@@ -29,14 +29,22 @@ fn each_bad_pod_is_refused_with_its_reason_and_the_others_are_not() {
         ("cgroup_outside", with(&|bad| bad.cgroup = Some(ATTACHED.into())), in_order(3)),
         ("cgroup_outside", with(&|bad| bad.cgroup = Some("/cgroup/elsewhere".into())), in_order(3)),
         ("cgroup_gone", pod("bad"), Observed::default()),
-        ("host_netns", pod("bad"), seen(3, vec![Seen::Host])),
-        ("netns_disagree", pod("bad"), seen(3, vec![Seen::Host, Seen::Pod(facts(3))])),
-        ("netns_unreadable", pod("bad"), seen(3, vec![Seen::Unreadable("EPERM".to_owned())])),
+        ("host_netns", pod("bad"), seen(3, vec![ObservedNetns::Host])),
+        ("netns_disagree", pod("bad"), seen(3, vec![ObservedNetns::Host, ObservedNetns::Pod(facts(3))])),
+        ("netns_unreadable", pod("bad"), seen(3, vec![ObservedNetns::Unreadable("EPERM".to_owned())])),
         ("no_process", pod("bad"), seen(3, vec![])),
-        ("no_address", pod("bad"), seen(3, vec![Seen::Pod(NetnsFacts { addresses: vec![], ..facts(3) })])),
+        (
+            "no_address",
+            pod("bad"),
+            seen(3, vec![ObservedNetns::Pod(NetnsFacts { addresses: vec![], ..facts(3) })]),
+        ),
         ("address_not_held", with(&|bad| bad.addresses = [IpAddr::from([10, 0, 0, 99])].into()), in_order(3)),
         ("netns_taken", pod("bad"), in_order(1)),
-        ("address_taken", pod("bad"), seen(3, vec![Seen::Pod(NetnsFacts { cookie: 7, ..facts(1) })])),
+        (
+            "address_taken",
+            pod("bad"),
+            seen(3, vec![ObservedNetns::Pod(NetnsFacts { cookie: 7, ..facts(1) })]),
+        ),
     ];
     for (expected, bad, observed) in table {
         let found = results(vec![(pod("a"), in_order(1)), (bad, observed), (pod("b"), in_order(2))]);
@@ -49,7 +57,7 @@ fn each_bad_pod_is_refused_with_its_reason_and_the_others_are_not() {
 fn the_first_owner_of_an_address_keeps_it_until_it_is_released() {
     let mut claims = Claims::default();
     let evaluate = |claims: &mut Claims, uid: &str, n: u8, facts: NetnsFacts| {
-        let mut observed = seen(n, vec![Seen::Pod(facts)]);
+        let mut observed = seen(n, vec![ObservedNetns::Pod(facts)]);
         observed.dir = pod(uid).cgroup;
         evaluate(&pod(uid), &observed, Path::new(ATTACHED), None, claims)
     };
@@ -68,7 +76,8 @@ fn the_first_owner_of_an_address_keeps_it_until_it_is_released() {
 
 #[test]
 fn a_pod_stays_in_its_netns_while_one_process_does() {
-    let observed = seen(1, vec![Seen::Pod(facts(9)), Seen::Pod(facts(1)), Seen::Host]);
+    let observed =
+        seen(1, vec![ObservedNetns::Pod(facts(9)), ObservedNetns::Pod(facts(1)), ObservedNetns::Host]);
     let current = [("a".to_owned(), facts(1).cookie)].into();
     let views = evaluate_all(placed(vec![(pod("a"), observed)]), &current);
     assert_eq!(views[0].eligibility, Eligibility::Eligible(facts(1)));

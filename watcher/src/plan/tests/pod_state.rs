@@ -62,7 +62,10 @@ fn a_pod_that_is_not_eligible_has_the_reason_of_that() {
     let closed = cgroup_info(IN_MESH, 0, &[]);
     let empty = PodProgress { info: Some(&closed), ..NOTHING };
     assert_eq!(state(&view(seen(1, vec![])), &empty), (State::Closed, "no_process".to_owned()));
-    assert_eq!(state(&view(seen(1, vec![Seen::Host])), &NOTHING), (State::Refused, "host_netns".to_owned()));
+    assert_eq!(
+        state(&view(seen(1, vec![ObservedNetns::Host])), &NOTHING),
+        (State::Refused, "host_netns".to_owned())
+    );
     let mut plain = view(in_order(1));
     plain.eligibility = Eligibility::Plain(None);
     assert_eq!(state(&plain, &empty), (State::Plain, String::new()));
