@@ -2,12 +2,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::{self, File},
-    io,
-    os::unix::fs::{FileExt as _, MetadataExt},
+    fs, io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
+use cgroups_rs::fs::{Controller as _, freezer::FreezerController, hierarchies};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use procfs::{ProcError, process::Process};
 
@@ -20,14 +20,16 @@ pub type CgroupId = u64;
 /// Where cgroup2 is mounted: `/sys/fs/cgroup` on unified nodes, `/sys/fs/cgroup/unified` on hybrid ones,
 /// else as the mount table has it.
 pub fn find_root() -> Option<PathBuf> {
-    ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
-        .into_iter()
-        .map(PathBuf::from)
-        .find(|dir| is_cgroup2(dir))
-        .or_else(|| {
-            let mounts = Process::myself().ok()?.mountinfo().ok()?;
-            mounts.into_iter().find(|mount| mount.fs_type == "cgroup2").map(|mount| mount.mount_point)
-        })
+    let unified = PathBuf::from(hierarchies::UNIFIED_MOUNTPOINT);
+    if hierarchies::is_cgroup2_unified_mode() {
+        return Some(unified);
+    }
+    let hybrid = unified.join("unified");
+    if is_cgroup2(&hybrid) {
+        return Some(hybrid);
+    }
+    let mounts = Process::myself().ok()?.mountinfo().ok()?;
+    mounts.into_iter().find(|mount| mount.fs_type == "cgroup2").map(|mount| mount.mount_point)
 }
 
 /// Whether `dir` is on a cgroup2 mount.
@@ -115,47 +117,30 @@ fn io_error(error: ProcError) -> io::Error {
     io::Error::new(kind, error)
 }
 
-/// The processes directly in one cgroup, for repeated listing.
-#[derive(Debug)]
-pub struct Processes(File);
-
-impl Processes {
-    /// Opens the list of the cgroup `dir`.
-    ///
-    /// # Errors
-    /// `NotFound`: the cgroup is gone.
-    pub fn open(dir: &Path) -> io::Result<Self> {
-        File::open(dir.join("cgroup.procs")).map(Self)
+/// The processes directly in the cgroup `dir`; none where it is gone. A process outside this pid
+/// namespace is listed as 0 by the kernel, and left out.
+///
+/// # Errors
+/// The list cannot be read for another reason than that the cgroup is gone.
+pub fn processes(dir: &Path) -> io::Result<Vec<i32>> {
+    // Its `Cgroup` takes cgroup2 at `/sys/fs/cgroup` only; a controller of it takes any folder, and
+    // the freezer is part of every cgroup2 folder.
+    let members = FreezerController::new(dir.to_owned(), PathBuf::new(), true).procs();
+    if members.is_empty() {
+        // It takes a list that it cannot read for an empty one. Only what can be read is believed.
+        return match fs::read_to_string(dir.join("cgroup.procs")) {
+            Ok(text) => Ok(text.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid != 0).collect()),
+            Err(error) if is_gone(&error) => Ok(Vec::new()),
+            Err(error) => Err(error),
+        };
     }
-
-    /// The pids in it now; none if the cgroup is gone. A process outside this pid namespace is listed as 0 and
-    /// left out.
-    pub fn list(&self) -> Vec<i32> {
-        let text = self.read().unwrap_or_default();
-        text.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid != 0).collect()
-    }
-
-    /// From the beginning, where the kernel goes through the members anew (`cgroup_procs_start`). Not by `read_to_string`, which
-    /// asks for a size that such a file does not have.
-    fn read(&self) -> io::Result<String> {
-        let (mut text, mut filled) = (vec![0; 4096], 0);
-        loop {
-            match self.0.read_at(&mut text[filled..], filled as u64)? {
-                0 => break,
-                length => filled += length,
-            }
-            if filled == text.len() {
-                text.resize(2 * filled, 0);
-            }
-        }
-        text.truncate(filled);
-        String::from_utf8(text).map_err(io::Error::other)
-    }
+    let pids = members.into_iter().filter_map(|member| i32::try_from(member.pid).ok());
+    Ok(pids.filter(|pid| *pid != 0).collect())
 }
 
-/// The processes directly in the cgroup `dir`; none where it is gone.
-pub fn processes(dir: &Path) -> Vec<i32> {
-    Processes::open(dir).map(|processes| processes.list()).unwrap_or_default()
+/// Whether a cgroup is gone: before its file was opened, or while it was read (`ENODEV`, kernfs).
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }
 
 /// The pods' directories below `base`, by uid. Of two with one uid, which no kubelet makes, the one that
@@ -227,28 +212,28 @@ mod tests {
 
     #[test]
     #[ignore = "makes a cgroup, needs root: make test"]
-    fn members_are_listed_anew_each_time() {
-        /// Removes the cgroup, however the test ends.
-        struct Made(PathBuf);
-        impl Drop for Made {
-            fn drop(&mut self) {
-                let _ = fs::remove_dir(&self.0);
-            }
-        }
-        let dir = Made(find_root().unwrap().join(format!("adit-members-{}", std::process::id())));
-        fs::create_dir(&dir.0).unwrap();
-        let list = Processes::open(&dir.0).unwrap();
-        let mut seen = vec![list.list()];
-        let mut process = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
-        let moved = fs::write(dir.0.join("cgroup.procs"), process.id().to_string());
-        seen.push(list.list());
+    fn members_are_those_of_the_moment() {
+        let cgroup = testbed::cgroup::Cgroup::new(&format!("adit-members-{}", std::process::id()));
+        let mut seen = vec![processes(cgroup.path()).unwrap()];
+        let placement = testbed::process::Placement::in_cgroup(cgroup.path());
+        let mut process = placement.command(&["sleep", "1000"]).spawn().unwrap();
+        testbed::wait::wait_for("the process in its cgroup", || {
+            Some(processes(cgroup.path()).unwrap()).filter(|members| !members.is_empty())
+        });
+        seen.push(processes(cgroup.path()).unwrap());
         process.kill().and_then(|()| process.wait()).unwrap();
-        seen.push(list.list());
-        drop(dir);
-        seen.push(list.list());
-        moved.unwrap();
-        let pid = i32::try_from(process.id()).unwrap();
-        assert_eq!(seen, [vec![], vec![pid], vec![], vec![]]);
+        testbed::wait::wait_for("an empty cgroup", || processes(cgroup.path()).unwrap().is_empty().then_some(()));
+        let dir = cgroup.path().to_owned();
+        drop(cgroup);
+        seen.push(processes(&dir).unwrap());
+        assert_eq!(seen, [vec![], vec![i32::try_from(process.id()).unwrap()], vec![]]);
+    }
+
+    #[test]
+    fn a_list_that_cannot_be_read_is_not_an_empty_one() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("cgroup.procs")).unwrap();
+        assert!(processes(dir.path()).is_err());
     }
 
     #[test]

@@ -18,26 +18,30 @@ use procfs::{Current as _, ProcResult, Uptime, process::Process};
 use super::{
     Observed, ObservedNetns,
     cgroup_path::{self, Below},
-    cgroups::{self, CgroupId, Processes},
+    cgroups::{self, CgroupId},
     netns::{self, NetnsId, Visitor},
 };
 
 /// The processes in `cgroups`, all at or below `pod_dir`, pinned. CRI-O's conmon is left out: it is in the
 /// pod's cgroup, but in the node's own netns.
-fn members(cgroups: &BTreeMap<PathBuf, CgroupId>, pod_dir: &Path) -> Vec<Process> {
+fn members(cgroups: &BTreeMap<PathBuf, CgroupId>, pod_dir: &Path) -> io::Result<Vec<Process>> {
     let is_conmon = |dir: &Path| {
         let name = dir.strip_prefix(pod_dir).ok().and_then(|below| below.iter().next());
         name.is_some_and(|name| cgroup_path::below(name) == Below::Conmon)
     };
-    let dirs = cgroups.keys().filter(|dir| !is_conmon(dir));
-    let lists: Vec<Processes> = dirs.filter_map(|dir| Processes::open(dir).ok()).collect();
-    let list = || lists.iter().flat_map(Processes::list).collect::<BTreeSet<_>>();
-    let pinned: Vec<Process> = list().into_iter().filter_map(|pid| Process::new(pid).ok()).collect();
+    let list = || -> io::Result<BTreeSet<i32>> {
+        let mut pids = BTreeSet::new();
+        for dir in cgroups.keys().filter(|dir| !is_conmon(dir)) {
+            pids.extend(cgroups::processes(dir)?);
+        }
+        Ok(pids)
+    };
+    let pinned: Vec<Process> = list()?.into_iter().filter_map(|pid| Process::new(pid).ok()).collect();
     if pinned.is_empty() {
-        return pinned;
+        return Ok(pinned);
     }
-    let still = list();
-    pinned.into_iter().filter(|process| still.contains(&process.pid)).collect()
+    let still = list()?;
+    Ok(pinned.into_iter().filter(|process| still.contains(&process.pid)).collect())
 }
 
 /// A container runtime puts a new process into its cgroup before it puts it into its namespaces. So the netns
@@ -76,7 +80,7 @@ pub fn observe_pod(
     let cgroups: BTreeMap<PathBuf, CgroupId> = cgroups::tree(cgroup)?;
     let mut found: BTreeMap<NetnsId, ObservedNetns> = BTreeMap::new();
     let mut observation = PodObservation::default();
-    for process in members(&cgroups, cgroup) {
+    for process in members(&cgroups, cgroup)? {
         // A process that ended, or a zombie, has no netns any more.
         let Ok(netns) = open_own_netns(&process) else { continue };
         let id = netns::id(netns.as_fd())?;
@@ -151,7 +155,7 @@ fn uptime() -> Duration {
 /// `NotFound`: no process of the pod is in that netns any more.
 pub fn open_netns(cgroup: &Path, id: NetnsId) -> io::Result<OwnedFd> {
     let cgroups = cgroups::tree(cgroup)?;
-    members(&cgroups, cgroup)
+    members(&cgroups, cgroup)?
         .into_iter()
         .filter_map(|process| open_own_netns(&process).ok())
         .find(|netns| netns::id(netns.as_fd()).is_ok_and(|found| found == id))

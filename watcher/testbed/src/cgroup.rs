@@ -1,19 +1,14 @@
-//! Private cgroups below the machine's cgroup v2 mount.
-//!
-//! Written by hand, since it is a few calls of the file system. cgroups-rs 0.5 takes cgroup2 only
-//! at `/sys/fs/cgroup`, which a hybrid machine has at `/sys/fs/cgroup/unified`, kills by
-//! `cgroup.kill` alone (Linux 5.14; the tests run on 5.10), and links a D-Bus client with an async
-//! runtime of its own.
+//! Private cgroups below the machine's cgroup v2 mount, by cgroups-rs.
 
 use std::{
     fs,
-    io::ErrorKind,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process,
     time::Duration,
 };
 
+use cgroups_rs::fs::{Controller as _, freezer::FreezerController};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -38,7 +33,7 @@ impl Cgroup {
     /// Makes cgroup `name` below the mount.
     pub fn new(name: &str) -> Self {
         let path = cgroup2_mount().join(name);
-        fs::create_dir_all(&path).expect("a cgroup");
+        create(&path);
         Self(path)
     }
 
@@ -55,7 +50,7 @@ impl Cgroup {
     /// Makes the cgroup `below` it, and returns its folder.
     pub fn create(&self, below: impl AsRef<Path>) -> PathBuf {
         let path = self.join(below);
-        fs::create_dir_all(&path).expect("a cgroup");
+        create(&path);
         path
     }
 
@@ -71,27 +66,40 @@ impl Drop for Cgroup {
     }
 }
 
-/// Kills the processes in the cgroup `top` and below it, then removes them, leaves first. A process
-/// that is killed leaves its cgroup some time after it has been waited for.
+/// The cgroup in folder `path`, for cgroups-rs. Its `Cgroup` takes cgroup2 at `/sys/fs/cgroup` only
+/// and switches controllers on in all cgroups above a new one. A controller of it takes any folder,
+/// and the freezer is in every cgroup2 folder without being switched on (Linux 5.2).
+fn controller(path: &Path) -> FreezerController {
+    FreezerController::new(path.to_owned(), PathBuf::new(), true)
+}
+
+fn create(path: &Path) {
+    controller(path).create().unwrap_or_else(|error| panic!("make cgroup {}: {error}", path.display()));
+}
+
+/// Kills the processes in the cgroup `top` and below it, then removes them. A process that is killed
+/// leaves its cgroup some time after it has been waited for.
 pub fn remove(top: &Path) {
+    try_wait(Duration::from_secs(5), || {
+        kill_below(top);
+        controller(top).delete().ok()
+    });
+}
+
+/// Not `cgroup.kill`, which is new in Linux 5.14: the tests run on 5.10.
+fn kill_below(top: &Path) {
     for entry in fs::read_dir(top).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            remove(&entry.path());
+            kill_below(&entry.path());
         }
     }
-    try_wait(Duration::from_secs(5), || {
-        for pid in members(top).into_iter().filter(|pid| pid.as_raw().cast_unsigned() != process::id()) {
-            let _ = kill(pid, Signal::SIGKILL);
-        }
-        match fs::remove_dir(top) {
-            Err(error) if error.kind() != ErrorKind::NotFound => None,
-            _ => Some(()),
-        }
-    });
+    for pid in members(top).into_iter().filter(|pid| pid.as_raw().cast_unsigned() != process::id()) {
+        let _ = kill(pid, Signal::SIGKILL);
+    }
 }
 
 /// The processes in the cgroup `path` itself; none if there is no such cgroup.
 pub fn members(path: &Path) -> Vec<Pid> {
-    let text = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
-    text.lines().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).collect()
+    let pids = controller(path).procs().into_iter();
+    pids.filter_map(|member| i32::try_from(member.pid).ok()).map(Pid::from_raw).collect()
 }

@@ -8,6 +8,7 @@ use std::{
 };
 
 use crate::{
+    cgroup,
     command::{run, text},
     fakes::FakeCa,
     netns::Netns,
@@ -134,8 +135,8 @@ impl ClusterNode {
         let command = Placement::in_cgroup(&self.cgroup).in_netns(&self.netns).command(&words);
         let process = Process::spawn("node", command, &self.dir.join("node.log"));
         let pid = wait_for("the node's container", || {
-            let members = fs::read_to_string(self.cgroup.join("cgroup.procs")).ok()?;
-            members.lines().filter_map(|pid| pid.parse().ok()).find(|pid: &u32| {
+            let members = cgroup::members(&self.cgroup).into_iter().map(|pid| pid.as_raw().cast_unsigned());
+            members.into_iter().find(|pid| {
                 fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "sleep")
             })
         });
