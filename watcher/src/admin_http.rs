@@ -16,10 +16,8 @@ use crate::metrics::Metrics;
 
 /// Serves until it is dropped.
 #[derive(Debug)]
-pub struct AdminServer {
+pub(crate) struct AdminServer {
     serving: JoinHandle<io::Result<()>>,
-    /// Where it listens; with the real port, if port 0 was asked for.
-    pub address: SocketAddr,
 }
 
 impl Drop for AdminServer {
@@ -33,7 +31,7 @@ impl AdminServer {
     ///
     /// # Errors
     /// The address cannot be listened at.
-    pub async fn bind(address: SocketAddr, metrics: Arc<Metrics>) -> io::Result<Self> {
+    pub(crate) async fn bind(address: SocketAddr, metrics: Arc<Metrics>) -> io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
         info!(%address, "metrics served");
@@ -42,7 +40,7 @@ impl AdminServer {
             .route("/healthz/ready", get(readiness))
             .with_state(metrics);
         let serving = tokio::spawn(async move { axum::serve(listener, routes).await });
-        Ok(Self { serving, address })
+        Ok(Self { serving })
     }
 }
 

@@ -249,7 +249,7 @@ impl Agent {
             }
             ZdsEvent::Withdrawn { conn, serial } => self.applier.draining.acknowledge(conn, serial),
             // From here on its acknowledgements say which pods are served.
-            ZdsEvent::SnapshotTaken { .. } => {
+            ZdsEvent::SnapshotTaken => {
                 self.adoption.end();
                 self.queue.reconcile_all();
             }

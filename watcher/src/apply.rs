@@ -1,13 +1,13 @@
 //! Does what the plan says. Each part owns what it applied:
 //!
-//! * [`maps`]: the kernel's maps of cgroups, addresses and exclusions
-//! * [`settings`]: the programs' settings, which hold for the whole node
-//! * [`netns`]: prepared and steered netns; [`netns_setup`]: the rule, route and sysctls of each
-//! * [`draining`]: netns of pods that left, while connections still need them
-//! * [`app_listeners`]: ports that applications listen on
-//! * [`tunnels`]: connected tunnels, their pods and acknowledgements; [`tunnel_cgroups`]: where
+//! * `maps`: the kernel's maps of cgroups, addresses and exclusions
+//! * `settings`: the programs' settings, which hold for the whole node
+//! * `netns`: prepared and steered netns; `netns_setup`: the rule, route and sysctls of each
+//! * `draining`: netns of pods that left, while connections still need them
+//! * `app_listeners`: ports that applications listen on
+//! * `tunnels`: connected tunnels, their pods and acknowledgements; `tunnel_cgroups`: where
 //!   they run
-//! * [`zds_server`]: ZDS, the protocol by which tunnels get their pods
+//! * `zds_server`: ZDS, the protocol by which tunnels get their pods
 //! * [`journal`]: what was changed outside the maps, on disk; [`restore`]: undoing it after a crash
 
 use std::{
@@ -44,17 +44,17 @@ use self::{
     zds_server::{Admission, ConnId},
 };
 
-pub mod app_listeners;
-pub mod draining;
+pub(crate) mod app_listeners;
+pub(crate) mod draining;
 pub mod journal;
-pub mod maps;
-pub mod netns;
-pub mod netns_setup;
+pub(crate) mod maps;
+pub(crate) mod netns;
+pub(crate) mod netns_setup;
 pub mod restore;
-pub mod settings;
-pub mod tunnel_cgroups;
-pub mod tunnels;
-pub mod zds_server;
+pub(crate) mod settings;
+pub(crate) mod tunnel_cgroups;
+pub(crate) mod tunnels;
+pub(crate) mod zds_server;
 
 /// Open netns, by cookie.
 pub type OpenNetns = BTreeMap<u64, Arc<OwnedFd>>;
@@ -66,17 +66,17 @@ pub struct Applier {
     /// The loaded programs and maps.
     pub kernel: Kernel,
     /// What the maps hold.
-    pub maps: AppliedMaps,
+    pub(crate) maps: AppliedMaps,
     /// The programs' settings.
-    pub settings: KernelSettings,
+    pub(crate) settings: KernelSettings,
     /// Netns of enrolled pods.
-    pub netns: SteeredNetns,
+    pub(crate) netns: SteeredNetns,
     /// Netns of pods that left.
-    pub draining: DrainingNetns,
+    pub(crate) draining: DrainingNetns,
     /// Ports that applications listen on.
-    pub app_listeners: AppListeners,
+    pub(crate) app_listeners: AppListeners,
     /// Connected tunnels.
-    pub tunnels: Tunnels,
+    pub(crate) tunnels: Tunnels,
     journal: Journal,
     visitors: Arc<Visitors>,
     /// What the node as a whole lacks, as sentences.
@@ -97,7 +97,7 @@ impl Applier {
     ///
     /// # Errors
     /// What is there cannot be read, with what was tried.
-    pub fn adopt(
+    pub(crate) fn adopt(
         kernel: Kernel,
         settings: KernelSettings,
         journal: Journal,
@@ -140,7 +140,7 @@ impl Applier {
     }
 
     /// Brings what is applied to `plan`, within `scope`. `opened` has netns that are open already.
-    pub fn apply(&mut self, scope: DiffScope<'_>, plan: &Plan, opened: &OpenNetns) -> ApplyReport {
+    pub(crate) fn apply(&mut self, scope: DiffScope<'_>, plan: &Plan, opened: &OpenNetns) -> ApplyReport {
         let applied = Applied {
             maps: self.maps.contents(),
             netns: self.netns.by_cookie(),
@@ -235,7 +235,7 @@ impl Applier {
     /// Admits the tunnel of process `pid` if it runs in a cgroup of its own. `pod_at` gives the
     /// name of the pod that owns a directory. Whether it was admitted; if not, its connection is
     /// closed.
-    pub fn admit_tunnel(
+    pub(crate) fn admit_tunnel(
         &mut self,
         conn: ConnId,
         pid: i32,

@@ -3,7 +3,7 @@
 //!
 //! State and maps have one writer, the watcher; so commands do not touch the maps themselves.
 //!
-//! * [`status`]: the types of `watcher status`; [`answers`]: filling them in
+//! * [`status`]: the types of `watcher status`; `answers`: filling them in
 //! * [`explain`]: which rule decides about a connection
 //! * [`trace`]: verdicts of the kernel programs, as they are given
 
@@ -26,7 +26,7 @@ use tracing::debug;
 
 use crate::unix_socket::{Bound, Serving};
 
-pub mod answers;
+pub(crate) mod answers;
 pub mod explain;
 pub mod status;
 pub mod trace;

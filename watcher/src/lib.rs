@@ -5,10 +5,10 @@
 //!
 //! * [`agent`]: the loop that owns all state and drives the rest
 //! * [`control`]: the socket by which commands ask a running watcher; status and explain
-//! * [`admin_http`]: `/metrics` and `/healthz/ready` over HTTP
-//! * [`metrics`]: what operators count, and readiness
+//! * `admin_http`: `/metrics` and `/healthz/ready` over HTTP
+//! * `metrics`: what operators count, and readiness
 //! * [`apply`]: does what the plan says: netns, maps, links, hand-over to the tunnel (ZDS)
-//! * [`plan`]: pods × observations × what is applied → steps; pure
+//! * `plan`: pods × observations × what is applied → steps; pure
 //! * [`source`]: where pods come from
 //! * [`observe`]: what is there, from cgroups and `/proc`
 //! * [`unix_socket`]: sockets that replace a dead one and leave no file
@@ -18,14 +18,14 @@
 //! Level-triggered: every event leads to a fresh look and a comparison, and a periodic scan makes up
 //! for events that were lost. An event can only make things faster.
 
-pub mod admin_http;
+mod admin_http;
 pub mod agent;
 pub mod apply;
 pub mod control;
-pub mod metrics;
+mod metrics;
 pub mod model;
 pub mod observe;
-pub mod plan;
+mod plan;
 pub mod source;
 mod sys;
 pub mod unix_socket;

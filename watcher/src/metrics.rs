@@ -25,7 +25,7 @@ const PREFIX: &str = "adit_watcher";
 
 /// A metric as the documentation shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MetricRow {
+pub(crate) struct MetricRow {
     /// Its name, without prefix, unit and `_total`.
     pub name: &'static str,
     /// `counter`, `gauge` or `histogram`.
@@ -77,11 +77,13 @@ const ENROLMENT_DURATION: MetricRow = MetricRow {
 };
 
 /// Every metric of the watcher.
-pub const METRICS: &[MetricRow] = &[PODS, EVENTS, EVENTS_LOST, CORRECTIONS, TUNNELS, ENROLMENT_DURATION];
+#[cfg(test)]
+pub(crate) const METRICS: &[MetricRow] = &[PODS, EVENTS, EVENTS_LOST, CORRECTIONS, TUNNELS, ENROLMENT_DURATION];
 
+#[cfg(test)]
 impl MetricRow {
     /// The name on `/metrics`; of a histogram, the name that its parts begin with.
-    pub fn full_name(&self) -> String {
+    pub(crate) fn full_name(&self) -> String {
         let unit = self.unit.map(|unit| format!("_{unit}")).unwrap_or_default();
         let total = if self.kind == "counter" { "_total" } else { "" };
         format!("{PREFIX}_{}{unit}{total}", self.name)
@@ -122,7 +124,7 @@ impl EncodeLabelValue for SourceKind {
 
 /// Written by the watcher's loop, read by [`crate::admin_http`].
 #[derive(Debug)]
-pub struct Metrics {
+pub(crate) struct Metrics {
     registry: Registry,
     pods: Family<StateLabel, Gauge>,
     events: Family<SourceLabel, Counter>,
@@ -135,7 +137,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Everything at 0.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut registry = Registry::with_prefix(PREFIX);
         let pods = Family::<StateLabel, Gauge>::default();
         for state in State::ALL {
@@ -154,7 +156,7 @@ impl Metrics {
     }
 
     /// A pod's state changed; `None`: it was not known, or is not any more.
-    pub fn pod(&self, before: Option<State>, after: Option<State>) {
+    pub(crate) fn pod(&self, before: Option<State>, after: Option<State>) {
         if before != after {
             before.map(|state| self.pods.get_or_create(&StateLabel { state }).dec());
             after.map(|state| self.pods.get_or_create(&StateLabel { state }).inc());
@@ -162,42 +164,42 @@ impl Metrics {
     }
 
     /// The source of events reported something.
-    pub fn event_received(&self, source: SourceKind) {
+    pub(crate) fn event_received(&self, source: SourceKind) {
         self.events.get_or_create(&SourceLabel { source }).inc();
     }
 
     /// So many events were lost.
-    pub fn lost(&self, count: u64) {
+    pub(crate) fn lost(&self, count: u64) {
         self.lost.inc_by(count);
     }
 
     /// A scan found a difference that no event reported.
-    pub fn corrected(&self) {
+    pub(crate) fn corrected(&self) {
         self.corrections.inc();
     }
 
     /// So many tunnels are connected now.
-    pub fn set_tunnels(&self, count: usize) {
+    pub(crate) fn set_tunnels(&self, count: usize) {
         self.tunnels.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
     /// A tunnel carries a pod's traffic, so many seconds after the pod was first observed.
-    pub fn enrolled_after(&self, seconds: f64) {
+    pub(crate) fn enrolled_after(&self, seconds: f64) {
         self.enrolment.observe(seconds);
     }
 
     /// Whether every pod of the node has been observed.
-    pub fn set_ready(&self, ready: bool) {
+    pub(crate) fn set_ready(&self, ready: bool) {
         self.ready.store(ready, Ordering::Relaxed);
     }
 
     /// As set last.
-    pub fn is_ready(&self) -> bool {
+    pub(crate) fn is_ready(&self) -> bool {
         self.ready.load(Ordering::Relaxed)
     }
 
     /// In the text format of OpenMetrics 1.0.
-    pub fn encode(&self) -> String {
+    pub(crate) fn encode(&self) -> String {
         let mut text = String::new();
         // Writing to a `String` does not fail.
         let _ = encode(&mut text, &self.registry);

@@ -1,23 +1,23 @@
 //! Reads the node: cgroups, the processes in them, and their network namespaces.
 //!
 //! * [`cgroups`]: the cgroup2 tree
-//! * [`cgroup_path`]: which pod and container a cgroup's path names
-//! * [`processes`]: which netns the processes of a pod are in
-//! * [`netns`]: enters a netns and reads its cookie and addresses
-//! * [`listeners`]: what listens in a netns
+//! * `cgroup_path`: which pod and container a cgroup's path names
+//! * `processes`: which netns the processes of a pod are in
+//! * `netns`: enters a netns and reads its cookie and addresses
+//! * `listeners`: what listens in a netns
 //! * [`events`]: what changed, as soon as it does
 
 use std::{collections::BTreeMap, path::PathBuf};
 
 use self::{cgroups::CgroupId, netns::NetnsFacts};
 
-pub mod cgroup_path;
+pub(crate) mod cgroup_path;
 pub mod cgroups;
 pub mod events;
-pub mod listeners;
-pub mod netlink;
-pub mod netns;
-pub mod processes;
+pub(crate) mod listeners;
+pub(crate) mod netlink;
+pub(crate) mod netns;
+pub(crate) mod processes;
 
 /// What a pod has on this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,12 +27,12 @@ pub struct Observed {
     /// That cgroup and all below it; empty: it does not exist.
     pub cgroups: BTreeMap<PathBuf, CgroupId>,
     /// Every netns that a process of the pod is in.
-    pub netns: Vec<ObservedNetns>,
+    pub(crate) netns: Vec<ObservedNetns>,
 }
 
 /// A netns that a process of a pod is in.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ObservedNetns {
+pub(crate) enum ObservedNetns {
     /// The node's own.
     Host,
     /// Another one.

@@ -19,30 +19,30 @@ use crate::{
     observe::{cgroups::CgroupId, netns::NetnsId},
 };
 
-pub use self::eligibility::{Eligibility, PodView};
-pub use crate::model::reason::{Reason, ReasonCode};
+pub(crate) use self::eligibility::{Eligibility, PodView};
+pub(crate) use crate::model::reason::{Reason, ReasonCode};
 
-pub mod claims;
-pub mod desired;
-pub mod diff;
-pub mod eligibility;
-pub mod pod_state;
+pub(crate) mod claims;
+pub(crate) mod desired;
+pub(crate) mod diff;
+pub(crate) mod eligibility;
+pub(crate) mod pod_state;
 
 /// The port of the tunnel's outbound listener, inside each pod's netns (Istio's number).
-pub const OUTBOUND_PORT: u16 = 15001;
+pub(crate) const OUTBOUND_PORT: u16 = 15001;
 /// The port of its listener for plaintext inbound connections.
-pub const INBOUND_PORT: u16 = 15006;
+pub(crate) const INBOUND_PORT: u16 = 15006;
 /// The port of its HBONE listener.
-pub const HBONE_PORT: u16 = 15008;
+pub(crate) const HBONE_PORT: u16 = 15008;
 /// The port of its DNS listeners, on the loopback of each pod.
-pub const DNS_PORT: u16 = 15053;
+pub(crate) const DNS_PORT: u16 = 15053;
 
 /// The plans of pods, by uid.
-pub type Plan = BTreeMap<String, PodPlan>;
+pub(crate) type Plan = BTreeMap<String, PodPlan>;
 
 /// What the maps, the netns and the tunnels should hold for one pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PodPlan {
+pub(crate) struct PodPlan {
     /// Its exclusions and the id by which its entries refer to them. The id is never 0.
     pub exclusions: Option<(u32, Exclusions)>,
     /// Names of cgroups that the programs close as they are made.
@@ -60,14 +60,14 @@ pub struct PodPlan {
 impl PodPlan {
     /// Whether it names cgroups to come that `earlier` did not name.
     #[must_use]
-    pub fn expects_more_than(&self, earlier: &Self) -> bool {
+    pub(crate) fn expects_more_than(&self, earlier: &Self) -> bool {
         self.expected.keys().any(|name| !earlier.expected.contains_key(name))
     }
 }
 
 /// A pod's netns, and how to find it again.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PodNetns {
+pub(crate) struct PodNetns {
     /// Its device and inode, valid while something holds it.
     pub id: NetnsId,
     /// The cgroup directory of its pod.
@@ -80,7 +80,7 @@ pub struct PodNetns {
 
 /// What a tunnel learns about a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PodWorkload {
+pub(crate) struct PodWorkload {
     /// The pod's name.
     pub name: String,
     /// Its Kubernetes namespace.
@@ -97,7 +97,7 @@ pub struct PodWorkload {
 
 /// `address` as the maps store it: 16 bytes, IPv4 in mapped form.
 #[must_use]
-pub fn address16(address: IpAddr) -> Address {
+pub(crate) fn address16(address: IpAddr) -> Address {
     match address {
         IpAddr::V4(v4) => mapped(v4.octets()),
         IpAddr::V6(v6) => v6.octets(),
@@ -106,7 +106,7 @@ pub fn address16(address: IpAddr) -> Address {
 
 /// A cgroup's map entry. Connections are redirected to the first address of each family.
 #[must_use]
-pub fn cgroup_info(flags: u32, exclusion_id: u32, addresses: &[IpAddr]) -> CgroupInfo {
+pub(crate) fn cgroup_info(flags: u32, exclusion_id: u32, addresses: &[IpAddr]) -> CgroupInfo {
     let first = |v4: bool| {
         addresses
             .iter()

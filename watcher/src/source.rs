@@ -2,7 +2,7 @@
 //!
 //! * [`mod@file`]: a pods file as a source
 //! * [`kubernetes`]: the API server as a source
-//! * [`options`]: what can be set for a pod, as key or annotation
+//! * `options`: what can be set for a pod, as key or annotation
 //! * [`selection`]: whether a pod is enrolled
 //!
 //! Every source produces [`Update`]s, and the watcher's loop consumes them without knowing the source. While
@@ -19,7 +19,7 @@ use crate::model::{pod::Update, reason::Reason, state::State};
 
 pub mod file;
 pub mod kubernetes;
-pub mod options;
+pub(crate) mod options;
 pub mod selection;
 
 /// The names of a pod travel in one ZDS packet of at most 1024 bytes; this leaves room for the rest.

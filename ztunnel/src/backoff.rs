@@ -7,7 +7,7 @@ use rand::RngExt;
 
 /// The delays between the attempts of one task.
 #[derive(Debug)]
-pub struct Backoff {
+pub(crate) struct Backoff {
     policy: ExponentialBuilder,
     delays: <ExponentialBuilder as BackoffBuilder>::Backoff,
     longest: Duration,
@@ -16,17 +16,17 @@ pub struct Backoff {
 
 impl Backoff {
     /// From 10 ms up to 15 s, as in Istio's tunnel.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::up_to(Duration::from_secs(15))
     }
 
     /// From 10 ms up to `longest`.
-    pub fn up_to(longest: Duration) -> Self {
+    pub(crate) fn up_to(longest: Duration) -> Self {
         Self::between(Duration::from_millis(10), longest)
     }
 
     /// From `first` up to `longest`, both in whole milliseconds.
-    pub fn between(first: Duration, longest: Duration) -> Self {
+    pub(crate) fn between(first: Duration, longest: Duration) -> Self {
         let policy =
             ExponentialBuilder::new().with_min_delay(first).with_max_delay(longest).without_max_times();
         Self { policy, delays: policy.build(), longest, jitter: 0.0 }
@@ -35,18 +35,18 @@ impl Backoff {
     /// Varies each delay by at most this share, such as 0.2, either way but never above the
     /// longest.
     #[must_use]
-    pub fn with_jitter(mut self, share: f64) -> Self {
+    pub(crate) fn with_jitter(mut self, share: f64) -> Self {
         self.jitter = share;
         self
     }
 
     /// Starts again with the first delay.
-    pub fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         self.delays = self.policy.build();
     }
 
     /// The next delay.
-    pub fn delay(&mut self) -> Duration {
+    pub(crate) fn delay(&mut self) -> Duration {
         let delay = self.delays.next().unwrap_or(self.longest);
         // backon doubles in `f32`, which is some nanoseconds off.
         let millis = u64::try_from((delay + Duration::from_micros(500)).as_millis()).unwrap_or(u64::MAX);

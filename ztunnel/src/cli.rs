@@ -5,9 +5,9 @@
 //! * [`status`]: prints the state of the running tunnel
 //! * [`completion`]: prints completion scripts for shells
 
-pub mod completion;
-pub mod config;
-pub mod status;
+pub(crate) mod completion;
+pub(crate) mod config;
+pub(crate) mod status;
 
 use std::path::PathBuf;
 
@@ -27,7 +27,7 @@ use clap::{Parser, Subcommand, ValueEnum};
   ztunnel status                                 show the state of the tunnel on this node
   ztunnel config print                           print every key with its value and origin"
 )]
-pub struct Arguments {
+pub(crate) struct Arguments {
     /// The configuration, YAML. Keys: docs/configuration.md, or `ztunnel config print`.
     #[arg(long, value_name = "FILE", env = "ZTUNNEL_CONFIG")]
     pub config: Option<PathBuf>,
@@ -36,7 +36,7 @@ pub struct Arguments {
 }
 
 #[derive(Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Runs the tunnel, as no command at all does: the arguments of Istio's DaemonSet are `proxy
     /// ztunnel`.
     #[command(after_help = "Examples:
@@ -56,7 +56,7 @@ pub enum Command {
 
 /// Output format.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Output {
+pub(crate) enum Output {
     /// For people.
     #[default]
     Text,
@@ -66,7 +66,7 @@ pub enum Output {
 
 /// The second word of `ztunnel proxy ztunnel`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ProxyRole {
+pub(crate) enum ProxyRole {
     /// The node tunnel.
     Ztunnel,
 }

@@ -6,10 +6,10 @@
 //!
 //! * [`resolve`]: raw settings → [`Config`], with the checks across keys
 //! * [`settings`]: the values that were set, and where; refuses unknown keys and invalid values
-//! * [`keys`]: the table of all keys
+//! * `keys`: the table of all keys
 //! * [`value`]: text → one typed value
 
-pub mod keys;
+pub(crate) mod keys;
 mod resolve;
 mod settings;
 mod value;

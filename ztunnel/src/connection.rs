@@ -9,7 +9,7 @@
 
 mod admission;
 mod application;
-pub mod error;
-pub mod inbound;
-pub mod inbound_plain;
-pub mod outbound;
+pub(crate) mod error;
+pub(crate) mod inbound;
+pub(crate) mod inbound_plain;
+pub(crate) mod outbound;

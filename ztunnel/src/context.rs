@@ -27,7 +27,7 @@ pub struct ProcessContext {
     /// Set if the mesh is known on demand (`xds.on_demand`).
     pub demand: Option<Demand>,
     /// As configured; a pod may need it otherwise.
-    pub socket: socket::SocketOptions,
+    pub(crate) socket: socket::SocketOptions,
     /// Whether applications are dialled from their clients' addresses.
     pub original_source: bool,
 }
@@ -51,8 +51,8 @@ impl ProcessContext {
 #[derive(Debug)]
 pub struct WorkerContext {
     pub process: Arc<ProcessContext>,
-    pub pool: TunnelPool,
-    pub resolver: HostResolver,
+    pub(crate) pool: TunnelPool,
+    pub(crate) resolver: HostResolver,
 }
 
 /// A connection that was accepted for a pod.

@@ -61,7 +61,7 @@ pub enum ControlPlaneError {
 }
 
 /// A control plane and its channels.
-pub struct ControlPlane {
+pub(crate) struct ControlPlane {
     config: ControlPlaneConfig,
     /// Rebuilt when the root file changes.
     channels: Mutex<Option<Connected>>,
@@ -81,17 +81,17 @@ struct Connected {
 
 impl ControlPlane {
     /// Connects on first use.
-    pub fn new(config: ControlPlaneConfig) -> Self {
+    pub(crate) fn new(config: ControlPlaneConfig) -> Self {
         Self { config, channels: Mutex::default() }
     }
 
     /// The address, for logs.
-    pub fn address(&self) -> &str {
+    pub(crate) fn address(&self) -> &str {
         &self.config.address
     }
 
     /// One per allowed server name, to be tried in this order.
-    pub fn channels(&self) -> Result<Vec<Channel>, ControlPlaneError> {
+    pub(crate) fn channels(&self) -> Result<Vec<Channel>, ControlPlaneError> {
         let root = root_pem(&self.config.root)?;
         let mut held = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(connected) = &*held
@@ -124,7 +124,7 @@ impl ControlPlane {
     }
 
     /// Adds our credentials. The token is read at each call, because the kubelet rotates it.
-    pub fn authenticate<T>(&self, call: &mut Request<T>) -> Result<(), ControlPlaneError> {
+    pub(crate) fn authenticate<T>(&self, call: &mut Request<T>) -> Result<(), ControlPlaneError> {
         let token = match &self.config.token {
             Token::Literal(token) => token.clone(),
             Token::File(path) => read("the token", path)?,

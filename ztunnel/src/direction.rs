@@ -2,7 +2,7 @@
 
 /// As seen by the workload in whose netns the tunnel accepted the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
+pub(crate) enum Direction {
     /// To the workload.
     Inbound,
     /// From the workload.
@@ -11,7 +11,7 @@ pub enum Direction {
 
 impl Direction {
     /// For logs and labels: `inbound` or `outbound`.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Inbound => "inbound",
             Self::Outbound => "outbound",
@@ -19,7 +19,7 @@ impl Direction {
     }
 
     /// Istio's label `reporter`: `source` or `destination`.
-    pub fn reporter(self) -> &'static str {
+    pub(crate) fn reporter(self) -> &'static str {
         match self {
             Self::Inbound => "destination",
             Self::Outbound => "source",

@@ -1,8 +1,8 @@
 //! Workloads, services and policies from a control plane: Envoy's delta xDS with Istio's resources.
 //!
-//! * [`client`]: keeps a stream to the control plane open
+//! * `client`: keeps a stream to the control plane open
 //! * [`delta`]: requests and responses of one resource type, and what stays known across streams
-//! * [`demand`]: subscribes to names when a connection needs them
+//! * `demand`: subscribes to names when a connection needs them
 //! * [`convert`]: protobuf resource → mesh type, validated as a whole
 //! * [`interner`]: shares what many resources have in common
 

@@ -10,14 +10,14 @@
 //! * [`names`]: which service a name belongs to, and its addresses
 //! * [`forward`]: queries the upstream resolvers
 //! * [`resolv_conf`]: finds the upstream resolvers
-//! * [`sockets`]: the sockets in the pod's netns
+//! * `sockets`: the sockets in the pod's netns
 
 mod forward;
 pub mod message;
 pub mod names;
 mod resolv_conf;
 mod serve;
-pub mod sockets;
+pub(crate) mod sockets;
 
 use std::{io, net::SocketAddr, path::Path, rc::Rc, sync::Arc};
 
@@ -61,7 +61,7 @@ impl Dns {
     ///
     /// # Errors
     /// The thread has ended.
-    pub fn serve(&self, pod: &Arc<ServedPod>, pairs: Vec<DnsSockets>) -> io::Result<()> {
+    pub(crate) fn serve(&self, pod: &Arc<ServedPod>, pairs: Vec<DnsSockets>) -> io::Result<()> {
         self.0.serve(pod, pairs)
     }
 

@@ -6,7 +6,7 @@ use std::{error::Error, iter::successors};
 ///
 /// By hand, since the crates for it (`display-error-chain`) write several lines, and a record of
 /// the log is one.
-pub fn error_chain(error: &dyn Error) -> String {
+pub(crate) fn error_chain(error: &dyn Error) -> String {
     let causes = successors(error.source(), |&cause| cause.source());
     causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
 }

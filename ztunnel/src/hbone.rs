@@ -2,15 +2,15 @@
 //!
 //! * this file: request headers and HTTP/2 settings, which both ends share
 //! * [`keepalive`]: detects a dead peer
-//! * [`client`]: one tunnel to a peer; [`pool`]: tunnels shared by the connections of a worker
-//! * [`nested`]: a tunnel inside a stream of another
-//! * [`server`]: accepts the CONNECT requests of one tunnel
+//! * [`client`]: one tunnel to a peer; `pool`: tunnels shared by the connections of a worker
+//! * `nested`: a tunnel inside a stream of another
+//! * `server`: accepts the CONNECT requests of one tunnel
 
 pub mod client;
 mod keepalive;
-pub mod nested;
-pub mod pool;
-pub mod server;
+pub(crate) mod nested;
+pub(crate) mod pool;
+pub(crate) mod server;
 
 use std::{
     net::{IpAddr, SocketAddr},

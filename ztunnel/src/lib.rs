@@ -5,59 +5,59 @@
 //! * [`admin`]: HTTP servers for operators
 //! * [`pods`]: which netns are served, as ZDS says
 //! * [`worker`]: one single-threaded runtime per core; a connection lives and dies on its worker
-//! * [`connection`]: follows one connection from accept to close
+//! * `connection`: follows one connection from accept to close
 //! * [`dns`]: answers names of the mesh in each pod's netns
-//! * [`workload_lookup`]: what a connection must know before it can be judged
+//! * `workload_lookup`: what a connection must know before it can be judged
 //! * [`context`]: the handles that a connection is given
-//! * [`threads`]: threads that serve pods
+//! * `threads`: threads that serve pods
 //! * [`hbone`]: HTTP/2 CONNECT in mutual TLS, as client (pooled) and as server
-//! * [`stream`]: copies both ways until both sides are done, or one breaks
+//! * `stream`: copies both ways until both sides are done, or one breaks
 //! * [`discovery`]: workloads, services and policies from a control plane
-//! * [`record`]: one access record per connection
+//! * `record`: one access record per connection
 //! * [`logging`]: the log and its filter
 //! * [`metrics`]: the counters
-//! * [`lookup`]: addresses of workloads that are known by name alone
-//! * [`route`], [`policy`]: where to, and whether; pure
+//! * `lookup`: addresses of workloads that are known by name alone
+//! * `route`, `policy`: where to, and whether; pure
 //! * [`mesh`]: what is known of others: workloads, services, policies
 //! * [`pod`]: a pod that is served
 //! * [`identity`]: SPIFFE ids, certificates, verification of peers
 //! * [`control_plane`]: gRPC channels to a control plane
-//! * [`socket`]: the few socket options that carry the design
+//! * `socket`: the few socket options that carry the design
 //! * [`drain`]: how the process shuts down
-//! * [`reason`], [`readiness`], [`direction`], [`backoff`], [`error_chain`], [`file_version`]: values that others
+//! * [`reason`], [`readiness`], `direction`, `backoff`, `error_chain`, `file_version`: values that others
 //!   share
 //! * [`config`]: the configuration
 
 pub mod admin;
-pub mod backoff;
+mod backoff;
 pub mod config;
-pub mod connection;
+mod connection;
 pub mod context;
 pub mod control_plane;
-pub mod direction;
+mod direction;
 pub mod discovery;
 pub mod dns;
 pub mod drain;
-pub mod error_chain;
-pub mod file_version;
+mod error_chain;
+mod file_version;
 pub mod hbone;
 pub mod identity;
 pub mod logging;
-pub mod lookup;
+mod lookup;
 pub mod mesh;
 pub mod metrics;
 pub mod pod;
 pub mod pods;
-pub mod policy;
+mod policy;
 pub mod readiness;
 pub mod reason;
-pub mod record;
-pub mod route;
-pub mod socket;
-pub mod stream;
-pub mod threads;
+mod record;
+mod route;
+mod socket;
+mod stream;
+mod threads;
 pub mod worker;
-pub mod workload_lookup;
+mod workload_lookup;
 
 #[cfg(test)]
 mod order {

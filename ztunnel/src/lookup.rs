@@ -23,7 +23,7 @@ const ATTEMPTS: usize = 2;
 
 /// Why a host name could not be resolved.
 #[derive(Debug, thiserror::Error)]
-pub enum LookupError {
+pub(crate) enum LookupError {
     #[error("no resolver is configured (dns.upstream, or /etc/resolv.conf) to look {hostname} up")]
     NoResolver { hostname: String },
     #[error("cannot look {hostname} up")]
@@ -33,7 +33,7 @@ pub enum LookupError {
 }
 
 /// One per worker, because a waiting connection must not leave its worker.
-pub struct HostResolver(Option<TokioResolver>);
+pub(crate) struct HostResolver(Option<TokioResolver>);
 
 impl std::fmt::Debug for HostResolver {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -43,7 +43,7 @@ impl std::fmt::Debug for HostResolver {
 
 impl HostResolver {
     /// Queries `upstream`, or the resolvers of `/etc/resolv.conf` if it is empty.
-    pub fn new(upstream: &[SocketAddr]) -> Self {
+    pub(crate) fn new(upstream: &[SocketAddr]) -> Self {
         let built = if upstream.is_empty() {
             TokioResolver::builder_tokio()
         } else {
@@ -63,7 +63,7 @@ impl HostResolver {
     }
 
     /// An address of a host, of the family of `like` if there is one.
-    pub async fn address(
+    pub(crate) async fn address(
         &self,
         hostname: &str,
         families: IpFamilies,

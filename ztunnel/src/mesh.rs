@@ -1,11 +1,11 @@
 //! The mesh: workloads, services and policies, as one immutable snapshot.
 //!
-//! * [`workloads`], [`services`], [`policies`]: one type each; [`gateways`]: waypoints and network
+//! * `workloads`, `services`, `policies`: one type each; `gateways`: waypoints and network
 //!   gateways
-//! * [`change`]: an update from a control plane, as a difference
+//! * `change`: an update from a control plane, as a difference
 //! * [`table`]: a hash table that is cheap to copy; [`index`]: the keys of each table
 //! * `view`: lookups that note missing names
-//! * [`store`]: holds the current snapshot and swaps it as a whole; a connection uses one snapshot
+//! * `store`: holds the current snapshot and swaps it as a whole; a connection uses one snapshot
 //! * [`local_file`]: the source without a control plane, watched for edits
 //! * [`baggage`]: the description of a workload that a tunnel sends to a peer
 

@@ -1,27 +1,28 @@
 //! The metrics of the tunnel. Names and labels are those of Istio's tunnel where it has them, since
 //! dashboards rely on them.
 //!
-//! To add a metric, add a row to [`catalog`] and either a field here, registered in a `register_*`,
+//! To add a metric, add a row to `catalog` and either a field here, registered in a `register_*`,
 //! if connections count it, or a [`Collector`], given to [`Metrics::collect`], if it is read at
 //! each scrape.
 //!
-//! * [`catalog`]: the table of all metrics, which `docs/metrics.md` shows
+//! * `catalog`: the table of all metrics, which `docs/metrics.md` shows
 //! * [`traffic`]: counters of connections, and their labels
-//! * [`open`], [`failures`]: the connections that are open now, and the last ones that failed
-//! * [`dns`], [`xds`], [`crl`]: DNS requests, messages of the control plane, revoked peers
+//! * `open`, `failures`: the connections that are open now, and the last ones that failed
+//! * `dns`, `xds`, [`crl`]: DNS requests, messages of the control plane, revoked peers
 //! * [`certificates`], [`log`], [`process`], [`runtime`]: read at each scrape
 
-pub mod catalog;
+#[cfg(test)]
+mod catalog;
 pub mod certificates;
 mod crl;
-pub mod dns;
-pub mod failures;
+pub(crate) mod dns;
+pub(crate) mod failures;
 pub mod log;
-pub mod open;
+pub(crate) mod open;
 mod process;
 mod runtime;
 mod traffic;
-pub mod xds;
+pub(crate) mod xds;
 
 pub use crl::CrlMetrics;
 
@@ -79,17 +80,17 @@ pub struct Metrics {
     /// HBONE connections held for reuse.
     pub pool: PoolMetrics,
     /// DNS requests.
-    pub dns: dns::DnsMetrics,
+    pub(crate) dns: dns::DnsMetrics,
     /// The control plane.
-    pub xds: xds::XdsMetrics,
+    pub(crate) xds: xds::XdsMetrics,
     /// Revoked peers.
     pub crl: CrlMetrics,
     /// The workers' runtimes.
     pub runtimes: Runtimes,
     /// The connections that are open now.
-    pub open: OpenConnections,
+    pub(crate) open: OpenConnections,
     /// The connections that failed.
-    pub failed_connections: FailedConnections,
+    pub(crate) failed_connections: FailedConnections,
 }
 
 impl fmt::Debug for Metrics {
@@ -273,7 +274,7 @@ impl Metrics {
     }
 
     /// Counts a failure. Rare, so that it needs no handle.
-    pub fn failed(&self, labels: &TrafficLabels, failed: FailedConnection) {
+    pub(crate) fn failed(&self, labels: &TrafficLabels, failed: FailedConnection) {
         let FailedConnection { direction, reason, .. } = failed;
         self.failed.get_or_create(labels).inc();
         self.failures.get_or_create(&FailureLabels { direction, reason: reason.code() }).inc();

@@ -27,7 +27,7 @@ pub struct ServedPod {
     pub identity: Identity,
     pub netns: Netns,
     /// Options for every socket in its netns, except those to the application.
-    pub socket: socket::SocketOptions,
+    pub(crate) socket: socket::SocketOptions,
     /// Set for the tunnel's own pod: the only port that peers can reach, the one for metrics. Its
     /// netns may be the node's, with other listeners. Since that netns is not prepared,
     /// applications there are not dialled from their clients' addresses.

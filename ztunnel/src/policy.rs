@@ -16,7 +16,7 @@ use std::{
 
 /// An inbound connection, as policies see it.
 #[derive(Clone, Copy, Debug)]
-pub struct InboundConnection<'a> {
+pub(crate) struct InboundConnection<'a> {
     pub source_ip: IpAddr,
     /// Proven by mutual TLS. `None` for plaintext.
     pub source: Option<&'a Identity>,
@@ -26,7 +26,7 @@ pub struct InboundConnection<'a> {
 
 /// Why a connection is denied.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Denied {
+pub(crate) enum Denied {
     #[error("explicitly denied by: {0}")]
     ByPolicy(PolicyKey),
     #[error("allow policies exist, but none allowed")]
@@ -41,7 +41,7 @@ pub enum Denied {
 /// 4. denied
 ///
 /// Policies on trial (`dry_run`) take no part; what they would have denied is logged.
-pub fn check(mesh: &Mesh, workload: &Workload, connection: &InboundConnection<'_>) -> Result<(), Denied> {
+pub(crate) fn check(mesh: &Mesh, workload: &Workload, connection: &InboundConnection<'_>) -> Result<(), Denied> {
     let (trial, in_force): (Vec<_>, Vec<_>) =
         protecting(mesh, workload).into_iter().partition(|policy| policy.dry_run);
     let facts = Facts {

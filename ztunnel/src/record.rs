@@ -10,14 +10,14 @@ mod live;
 
 use std::{
     error::Error,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex},
     time::Instant,
 };
 
 use tracing::{Level, event};
 
 use self::live::OpenConnection;
-pub use self::{ends::ConnectionEnds, live::ByteCounters};
+pub(crate) use self::{ends::ConnectionEnds, live::ByteCounters};
 use crate::{
     error_chain::error_chain,
     metrics::{
@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// An error that ends a connection. Its `Display` is the record's `error`.
-pub trait ConnectionFailure: Error {
+pub(crate) trait ConnectionFailure: Error {
     /// For the record, the metrics and the admin page.
     fn reason(&self) -> FailureReason;
 
@@ -41,7 +41,7 @@ pub trait ConnectionFailure: Error {
 
 /// One connection from open to close. Dropped without [`close`](Self::close), it was cut.
 #[derive(Debug)]
-pub struct ConnectionRecord {
+pub(crate) struct ConnectionRecord {
     metrics: Arc<Metrics>,
     open: Arc<OpenConnection>,
     slot: ConnectionSlot,
@@ -50,12 +50,12 @@ pub struct ConnectionRecord {
 
 impl ConnectionRecord {
     /// Counts an opened connection.
-    pub fn open(metrics: &Arc<Metrics>, ends: ConnectionEnds) -> Self {
+    pub(crate) fn open(metrics: &Arc<Metrics>, ends: ConnectionEnds) -> Self {
         Self::open_since(metrics, ends, Instant::now())
     }
 
     /// For a connection that was accepted at `started`, before its ends were known.
-    pub fn open_since(metrics: &Arc<Metrics>, ends: ConnectionEnds, started: Instant) -> Self {
+    pub(crate) fn open_since(metrics: &Arc<Metrics>, ends: ConnectionEnds, started: Instant) -> Self {
         let traffic = metrics.traffic(ends.labels("-"));
         traffic.opened.inc();
         traffic.sockets_open.inc();
@@ -69,25 +69,17 @@ impl ConnectionRecord {
         Self { metrics: Arc::clone(metrics), open, slot, closed: false }
     }
 
-    pub fn counters(&self) -> &ByteCounters {
+    pub(crate) fn counters(&self) -> &ByteCounters {
         &self.open.counters
     }
 
-    pub fn sent(&self, bytes: u64) {
-        self.open.counters.sent(bytes);
-    }
-
-    pub fn received(&self, bytes: u64) {
-        self.open.counters.received(bytes);
-    }
-
-    /// To add what was learnt after the opening. It shows in the access record; the counters' labels stay.
-    pub fn ends_mut(&mut self) -> MutexGuard<'_, ConnectionEnds> {
+    #[cfg(test)]
+    pub(crate) fn ends_mut(&mut self) -> std::sync::MutexGuard<'_, ConnectionEnds> {
         self.open.ends()
     }
 
     /// Writes the access record.
-    pub fn close(mut self, result: Result<(), &dyn ConnectionFailure>) {
+    pub(crate) fn close(mut self, result: Result<(), &dyn ConnectionFailure>) {
         match result {
             Ok(()) => self.finish(None),
             Err(failure) => self.fail(&error_chain(failure), failure.response_flags(), failure.reason()),
@@ -123,7 +115,7 @@ impl Drop for ConnectionRecord {
 }
 
 /// Records a connection that ended before its ends were known: it counts as failed, never as opened.
-pub fn record_early_failure(metrics: &Metrics, ends: &ConnectionEnds, failure: &dyn ConnectionFailure) {
+pub(crate) fn record_early_failure(metrics: &Metrics, ends: &ConnectionEnds, failure: &dyn ConnectionFailure) {
     let direction = ends.direction.as_str();
     let error = error_chain(failure);
     metrics.failed(&ends.labels(failure.response_flags()), ends.failed(&error, failure.reason()));

@@ -25,7 +25,7 @@ use crate::{
 
 /// Where an outbound connection goes.
 #[derive(Clone, Debug)]
-pub struct OutboundRoute {
+pub(crate) struct OutboundRoute {
     /// What the application addressed, if it was a service.
     pub service: Option<Arc<Service>>,
     /// The workload that the connection is made to: the endpoint, or a waypoint or gateway before it.
@@ -38,7 +38,7 @@ pub struct OutboundRoute {
 
 /// How the target is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Via {
+pub(crate) enum Via {
     Plain,
     /// Through the tunnel at `peer`, which must prove to be one of `expected`.
     Hbone {
@@ -58,14 +58,14 @@ pub enum Via {
 
 /// Where a connection goes, or which endpoint must be resolved first.
 #[derive(Clone, Debug)]
-pub enum OutboundDecision {
+pub(crate) enum OutboundDecision {
     Route(OutboundRoute),
     Unlocated(Unlocated),
 }
 
 /// An endpoint that has a host name and no address.
 #[derive(Clone, Debug)]
-pub struct Unlocated {
+pub(crate) struct Unlocated {
     pub hostname: Arc<str>,
     service: Arc<Service>,
     workload: Arc<Workload>,
@@ -74,11 +74,11 @@ pub struct Unlocated {
 
 impl Unlocated {
     /// Which of the host's addresses may be used.
-    pub fn families(&self) -> IpFamilies {
+    pub(crate) fn families(&self) -> IpFamilies {
         self.service.ip_families
     }
 
-    pub fn located(self, ip: IpAddr) -> OutboundRoute {
+    pub(crate) fn located(self, ip: IpAddr) -> OutboundRoute {
         let target = SocketAddr::new(ip, self.port);
         OutboundRoute {
             via: direct(&self.workload, target, self.service.subject_alt_names.clone()),
@@ -91,7 +91,7 @@ impl Unlocated {
 
 /// Why there is no route.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RouteError {
+pub(crate) enum RouteError {
     #[error("no healthy upstream: {service}")]
     NoHealthyUpstream { service: String },
     #[error("service {service} has no port {port}")]
@@ -108,7 +108,7 @@ pub enum RouteError {
 
 impl RouteError {
     /// For logs and metrics.
-    pub fn reason(&self) -> FailureReason {
+    pub(crate) fn reason(&self) -> FailureReason {
         match self {
             Self::NoHealthyUpstream { .. } => FailureReason::NoHealthyUpstream,
             Self::NoPort { .. } => FailureReason::NoSuchPort,
@@ -127,7 +127,7 @@ impl RouteError {
 ///    c. else: the endpoint that load balancing chooses, or an error
 /// 2. it is a workload's: there, through its waypoint if it has one that `source` is not itself
 /// 3. it is unknown: straight there
-pub fn outbound(
+pub(crate) fn outbound(
     mesh: &MeshView<'_>,
     source: &Workload,
     original: SocketAddr,

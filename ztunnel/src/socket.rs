@@ -18,14 +18,14 @@ use tokio::{
 use crate::config::Config;
 
 /// How long a TCP connect may take; Istio's tunnel has the same limit.
-pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Large enough for a burst of a thousand clients. The kernel limits it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 
 /// Options for every socket of the tunnel.
 #[derive(Clone, Debug, Default)]
-pub struct SocketOptions {
+pub(crate) struct SocketOptions {
     /// `SO_MARK`, by which the pod's netns distinguishes the tunnel's packets from the
     /// application's. 0: none.
     pub mark: u32,
@@ -37,7 +37,7 @@ pub struct SocketOptions {
 }
 
 impl SocketOptions {
-    pub fn new(config: &Config) -> Self {
+    pub(crate) fn new(config: &Config) -> Self {
         Self {
             mark: config.packet_mark.unwrap_or(0),
             keepalive: config.keepalive.map(|k| {
@@ -63,7 +63,7 @@ impl SocketOptions {
 
 /// `count` listeners on `port` of every address, in one group; or, where the port may not be shared, `count`
 /// handles of one listener. Call inside the netns that they shall serve.
-pub fn listen(
+pub(crate) fn listen(
     port: u16,
     count: usize,
     ipv6: bool,
@@ -114,7 +114,7 @@ fn new_socket(family_of: SocketAddr, options: &SocketOptions) -> io::Result<Sock
 
 /// Connects to `to` from inside `netns`. With `from`, the peer sees that address (and any port).
 /// Binding a foreign address needs `IP_TRANSPARENT` and therefore `CAP_NET_ADMIN`.
-pub async fn connect(
+pub(crate) async fn connect(
     netns: &Netns,
     to: SocketAddr,
     from: Option<IpAddr>,
@@ -159,7 +159,7 @@ fn speak_as(socket: &Socket, from: IpAddr) -> io::Result<()> {
 /// capture, so every socket of the tunnel must have it; the application's answers get another mark.
 /// Our watcher exempts the tunnel by its cgroup and uses the mark for the answers. Then only the
 /// last hop may have it: packets of any other marked socket would never leave the pod.
-pub fn mark_stays_local(mark: u32) -> bool {
+pub(crate) fn mark_stays_local(mark: u32) -> bool {
     // TEST-NET-1 (RFC 5737) and the documentation prefix (RFC 3849) belong to no host, and no
     // packet is sent. For a local route the kernel chooses the destination itself as the source
     // address, which only a transparent socket may use.
@@ -180,7 +180,7 @@ pub fn mark_stays_local(mark: u32) -> bool {
 }
 
 /// Whether this process may use source addresses of others.
-pub fn may_speak_as_others() -> bool {
+pub(crate) fn may_speak_as_others() -> bool {
     Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))
         .and_then(|socket| socket.set_ip_transparent_v4(true))
         .is_ok()
@@ -188,7 +188,7 @@ pub fn may_speak_as_others() -> bool {
 
 /// The original destination: from netfilter or our getsockopt program, IPv4 then IPv6. Otherwise
 /// the local address, which is the dialled one under `sk_lookup` and TPROXY.
-pub fn original_dst(stream: &TcpStream) -> io::Result<SocketAddr> {
+pub(crate) fn original_dst(stream: &TcpStream) -> io::Result<SocketAddr> {
     let socket = SockRef::from(stream);
     let recorded = |answer: io::Result<socket2::SockAddr>| {
         answer.ok().and_then(|a| a.as_socket()).filter(|a| !a.ip().is_unspecified() && a.port() != 0)
@@ -200,12 +200,12 @@ pub fn original_dst(stream: &TcpStream) -> io::Result<SocketAddr> {
 }
 
 /// Converts `::ffff:a.b.c.d`, as a dual-stack listener sees IPv4, to the IPv4 address.
-pub fn canonical(address: SocketAddr) -> SocketAddr {
+pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 /// Closes so that the peer sees a reset and not an end.
-pub fn reset(stream: TcpStream) {
+pub(crate) fn reset(stream: TcpStream) {
     // Fails only if the socket is already gone, and then no peer is left.
     let _ = stream.set_zero_linger();
     drop(stream);

@@ -18,7 +18,7 @@ use h2::{Reason, RecvStream, SendStream};
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
-pub use self::error::StreamError;
+pub(crate) use self::error::StreamError;
 use self::{
     from_socket::socket_to_stream,
     to_socket::{socket_to_socket, stream_to_socket},
@@ -29,14 +29,14 @@ use crate::{config::StreamConfig, record::ByteCounters};
 /// the TCP connection that it carries: h2 alone would send CANCEL, which peers take for a clean
 /// end.
 #[derive(Debug)]
-pub struct HboneStream {
+pub(crate) struct HboneStream {
     send: SendStream<Bytes>,
     recv: RecvStream,
     finished: bool,
 }
 
 impl HboneStream {
-    pub fn new(send: SendStream<Bytes>, recv: RecvStream) -> Self {
+    pub(crate) fn new(send: SendStream<Bytes>, recv: RecvStream) -> Self {
         Self { send, recv, finished: false }
     }
 
@@ -86,14 +86,14 @@ impl Unfinished {
 
 /// Whose counters the bytes read from the socket belong to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SocketIs {
+pub(crate) enum SocketIs {
     Client,
     Server,
 }
 
 /// Copies between a socket and an HBONE stream until both end, or until `cut`. On return both are
 /// closed, by FIN or by RST.
-pub async fn tunnel(
+pub(crate) async fn tunnel(
     socket: TcpStream,
     mut stream: HboneStream,
     side: SocketIs,
@@ -124,7 +124,7 @@ pub async fn tunnel(
 
 /// Copies between two sockets until both end, or until `cut`. On return both are closed, by FIN or
 /// by RST.
-pub async fn relay(
+pub(crate) async fn relay(
     client: TcpStream,
     server: TcpStream,
     counters: &ByteCounters,

@@ -13,7 +13,7 @@ use crate::{metrics::Metrics, pod::ServedPod};
 
 /// The control runtime's handle on such a thread. `T`: the sockets that are opened for each pod.
 #[derive(Debug)]
-pub struct PodThread<T> {
+pub(crate) struct PodThread<T> {
     orders: mpsc::UnboundedSender<(Arc<ServedPod>, T)>,
     thread: JoinHandle<()>,
 }
@@ -24,7 +24,7 @@ impl<T: Send + 'static> PodThread<T> {
     ///
     /// # Errors
     /// The process has no descriptors left for the runtime, or may start no more threads.
-    pub fn start<S, F>(
+    pub(crate) fn start<S, F>(
         name: String,
         metrics: &Metrics,
         prepare: impl FnOnce() -> S + Send + 'static,
@@ -47,14 +47,14 @@ impl<T: Send + 'static> PodThread<T> {
     ///
     /// # Errors
     /// The thread has ended, which only a panic makes it do.
-    pub fn serve(&self, pod: &Arc<ServedPod>, sockets: T) -> io::Result<()> {
+    pub(crate) fn serve(&self, pod: &Arc<ServedPod>, sockets: T) -> io::Result<()> {
         self.orders
             .send((Arc::clone(pod), sockets))
             .map_err(|_| io::Error::other(format!("the thread {} has ended", name_of(&self.thread))))
     }
 
     /// Waits until all pods are done, each of which has been stopped.
-    pub async fn finish(self) {
+    pub(crate) async fn finish(self) {
         let Self { orders, thread } = self;
         drop(orders);
         let name = name_of(&thread).to_owned();
@@ -88,7 +88,7 @@ async fn serve_pods<T, F>(
 }
 
 /// Waits for all of `tasks`.
-pub async fn finish_all(tasks: &mut JoinSet<()>) {
+pub(crate) async fn finish_all(tasks: &mut JoinSet<()>) {
     while let Some(ended) = tasks.join_next().await {
         report_panic(ended);
     }
@@ -96,7 +96,7 @@ pub async fn finish_all(tasks: &mut JoinSet<()>) {
 
 /// Logs a panic of one connection's or one query's task. It must not end the others, but it is a
 /// fault of the tunnel.
-pub fn report_panic(ended: Result<(), JoinError>) {
+pub(crate) fn report_panic(ended: Result<(), JoinError>) {
     if let Err(error) = ended
         && error.is_panic()
     {

@@ -4,7 +4,7 @@
 //! The control runtime (main thread) sends all workers the pods to serve. Each worker has its own
 //! listeners, and the kernel spreads connections over them.
 
-pub mod listeners;
+pub(crate) mod listeners;
 
 use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
@@ -60,7 +60,7 @@ impl Workers {
     ///
     /// # Errors
     /// A worker has ended.
-    pub fn serve(&self, pod: &Arc<ServedPod>, listeners: Vec<Listeners>) -> io::Result<()> {
+    pub(crate) fn serve(&self, pod: &Arc<ServedPod>, listeners: Vec<Listeners>) -> io::Result<()> {
         debug_assert_eq!(listeners.len(), self.0.len());
         self.0.iter().zip(listeners).try_for_each(|(worker, listeners)| worker.serve(pod, listeners))
     }

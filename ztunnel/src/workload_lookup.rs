@@ -18,13 +18,13 @@ const WORKLOAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// The pod is served, but no source has described its workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("failed to fetch information about local workload")]
-pub struct UnknownWorkload;
+pub(crate) struct UnknownWorkload;
 
 /// The pod's workload and a snapshot that has it. Waits up to 5 s for it.
 ///
 /// # Errors
 /// No source described the workload in that time.
-pub async fn own_workload(
+pub(crate) async fn own_workload(
     process: &ProcessContext,
     pod: &ServedPod,
 ) -> Result<(Arc<Mesh>, Arc<Workload>), UnknownWorkload> {
@@ -58,7 +58,7 @@ pub async fn own_workload(
 ///
 /// # Errors
 /// The control plane did not answer in time.
-pub async fn ensure_known<T>(
+pub(crate) async fn ensure_known<T>(
     process: &ProcessContext,
     mut mesh: Arc<Mesh>,
     mut rule: impl FnMut(&MeshView<'_>) -> T,

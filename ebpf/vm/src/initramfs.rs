@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, ensure};
 
 /// The mark on the console that the command's exit status follows.
-pub const STATUS: &str = "adit-vm status:";
+pub(crate) const STATUS: &str = "adit-vm status:";
 
 /// Real programs come before busybox's of the same name.
 const INIT: &str = r"#!/bin/sh
@@ -28,7 +28,7 @@ poweroff -f
 ";
 
 /// The image, in `work`.
-pub fn build(work: &Path, kernel: &Path, programs: &[&Path], command: &str) -> anyhow::Result<PathBuf> {
+pub(crate) fn build(work: &Path, kernel: &Path, programs: &[&Path], command: &str) -> anyhow::Result<PathBuf> {
     let root = work.join("root");
     for dir in ["busybox", "bin", "modules", "lib64"] {
         fs::create_dir_all(root.join(dir))?;

@@ -40,7 +40,7 @@ const PATIENCE: Duration = Duration::from_millis(100);
 
 /// Netns of new pods whose sockets are not listed yet.
 #[derive(Debug, Default)]
-pub struct AppListeners {
+pub(crate) struct AppListeners {
     unlisted: OpenNetns,
     due: Option<Instant>,
 }
@@ -48,14 +48,14 @@ pub struct AppListeners {
 impl AppListeners {
     /// When the sockets of new pods are listed at the latest.
     #[must_use]
-    pub fn due(&self) -> Option<Instant> {
+    pub(crate) fn due(&self) -> Option<Instant> {
         self.due
     }
 
     /// Has the programs record what begins to listen in the netns `fd`. What listens there already
     /// is listed later: the list goes through the listeners of all netns of the node
     /// (`tcp_diag_dump`), and no connection arrives before a tunnel serves the pod.
-    pub fn add(&mut self, kernel: &mut Kernel, cookie: u64, fd: Arc<OwnedFd>) {
+    pub(crate) fn add(&mut self, kernel: &mut Kernel, cookie: u64, fd: Arc<OwnedFd>) {
         begin(kernel, cookie);
         self.unlisted.insert(cookie, fd);
         self.due.get_or_insert_with(|| Instant::now() + PATIENCE);
@@ -63,7 +63,7 @@ impl AppListeners {
 
     /// Lists the sockets of new pods once a tunnel serves all of them. `is_served` takes a pod's
     /// uid.
-    pub fn list_new(
+    pub(crate) fn list_new(
         &mut self,
         kernel: &mut Kernel,
         visitors: &Visitors,
@@ -88,7 +88,7 @@ impl AppListeners {
 }
 
 /// Brings what is recorded up to date for every netns that is steered, as far as `opened` has it.
-pub fn scan(kernel: &mut Kernel, visitors: &Visitors, steered: &BTreeMap<u64, PodNetns>, opened: &OpenNetns) {
+pub(crate) fn scan(kernel: &mut Kernel, visitors: &Visitors, steered: &BTreeMap<u64, PodNetns>, opened: &OpenNetns) {
     let netns: Vec<Open> = opened
         .iter()
         .filter(|(cookie, _)| steered.contains_key(cookie))

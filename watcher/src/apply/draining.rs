@@ -38,13 +38,13 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// All draining netns, by cookie.
 #[derive(Debug, Default)]
-pub struct DrainingNetns {
+pub(crate) struct DrainingNetns {
     by_cookie: BTreeMap<u64, Draining>,
 }
 
 /// A netns that waits to be restored.
 #[derive(Debug)]
-pub struct Draining {
+pub(crate) struct Draining {
     /// The netns, and the pod that left it.
     pub netns: PodNetns,
     /// Withdrawals that tunnels have not acknowledged.
@@ -66,7 +66,7 @@ impl Draining {
 
     /// What it waits for, as a phrase.
     #[must_use]
-    pub fn waits_for(&self) -> String {
+    pub(crate) fn waits_for(&self) -> String {
         if self.pending.is_empty() {
             format!("{} open connections of the tunnel", self.connections)
         } else {
@@ -77,34 +77,34 @@ impl Draining {
 
 impl DrainingNetns {
     /// All of them, by cookie.
-    pub fn iter(&self) -> impl Iterator<Item = (u64, &Draining)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, &Draining)> {
         self.by_cookie.iter().map(|(cookie, draining)| (*cookie, draining))
     }
 
     /// A pod left `netns`, and the tunnels have to acknowledge the withdrawals in `pending`.
-    pub fn withdraw(&mut self, cookie: u64, netns: PodNetns, pending: BTreeSet<(ConnId, u64)>) {
+    pub(crate) fn withdraw(&mut self, cookie: u64, netns: PodNetns, pending: BTreeSet<(ConnId, u64)>) {
         self.by_cookie.insert(cookie, Draining::new(netns, pending));
     }
 
     /// No pod uses `netns` any more.
-    pub fn release(&mut self, cookie: u64, netns: PodNetns) {
+    pub(crate) fn release(&mut self, cookie: u64, netns: PodNetns) {
         self.by_cookie.entry(cookie).or_insert_with(|| Draining::new(netns, BTreeSet::new()));
     }
 
     /// A pod uses the netns again.
-    pub fn cancel(&mut self, cookie: u64) {
+    pub(crate) fn cancel(&mut self, cookie: u64) {
         self.by_cookie.remove(&cookie);
     }
 
     /// The tunnel of `conn` acknowledged the withdrawal `serial`.
-    pub fn acknowledge(&mut self, conn: ConnId, serial: u64) {
+    pub(crate) fn acknowledge(&mut self, conn: ConnId, serial: u64) {
         for draining in self.by_cookie.values_mut() {
             draining.pending.remove(&(conn, serial));
         }
     }
 
     /// The tunnel of `conn` is gone, and will acknowledge nothing.
-    pub fn forget_tunnel(&mut self, conn: ConnId) {
+    pub(crate) fn forget_tunnel(&mut self, conn: ConnId) {
         for draining in self.by_cookie.values_mut() {
             draining.pending.retain(|(other, _)| *other != conn);
         }
@@ -112,19 +112,19 @@ impl DrainingNetns {
 
     /// Whether a tunnel has not acknowledged a withdrawal yet.
     #[must_use]
-    pub fn waits_for_tunnels(&self) -> bool {
+    pub(crate) fn waits_for_tunnels(&self) -> bool {
         self.by_cookie.values().any(|draining| !draining.pending.is_empty())
     }
 
     /// When to check them next.
     #[must_use]
-    pub fn next_check(&self, now: Instant) -> Option<Instant> {
+    pub(crate) fn next_check(&self, now: Instant) -> Option<Instant> {
         let acknowledged = self.by_cookie.values().filter(|draining| draining.pending.is_empty());
         acknowledged.map(|draining| draining.next.max(now)).min()
     }
 
     /// Restores every netns that no connection needs any more.
-    pub fn settle(&mut self, kernel: &mut Kernel, journal: &mut Journal) {
+    pub(crate) fn settle(&mut self, kernel: &mut Kernel, journal: &mut Journal) {
         let now = Instant::now();
         let mut restored = Vec::new();
         for (cookie, draining) in &mut self.by_cookie {

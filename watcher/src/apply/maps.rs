@@ -26,7 +26,7 @@ use crate::{
 
 /// What was written to the maps.
 #[derive(Debug)]
-pub struct AppliedMaps {
+pub(crate) struct AppliedMaps {
     contents: MapContents,
 }
 
@@ -36,7 +36,7 @@ impl AppliedMaps {
     ///
     /// # Errors
     /// A map cannot be read.
-    pub fn read(kernel: &Kernel) -> Result<Self, KernelError> {
+    pub(crate) fn read(kernel: &Kernel) -> Result<Self, KernelError> {
         let mut contents = MapContents {
             cgroups: kernel.cgroups()?.into_iter().collect(),
             addresses: kernel.pods()?.into_iter().collect(),
@@ -50,26 +50,26 @@ impl AppliedMaps {
 
     /// What the maps hold.
     #[must_use]
-    pub fn contents(&self) -> &MapContents {
+    pub(crate) fn contents(&self) -> &MapContents {
         &self.contents
     }
 
     /// The highest id of an exclusion list; 0: there is none.
     #[must_use]
-    pub fn last_exclusion_id(&self) -> u32 {
+    pub(crate) fn last_exclusion_id(&self) -> u32 {
         self.contents.exclusions.keys().next_back().copied().unwrap_or(0)
     }
 
     /// The cookies of the netns that a tunnel serves.
     #[must_use]
-    pub fn ready_netns(&self) -> BTreeSet<u64> {
+    pub(crate) fn ready_netns(&self) -> BTreeSet<u64> {
         let ready = self.contents.addresses.values().filter(|record| record.flags & flag::READY != 0);
         ready.map(|record| record.netns_cookie).collect()
     }
 
     /// The cgroups of tunnels.
     #[must_use]
-    pub fn tunnel_cgroups(&self) -> BTreeSet<CgroupId> {
+    pub(crate) fn tunnel_cgroups(&self) -> BTreeSet<CgroupId> {
         let tunnels = self.contents.cgroups.iter().filter(|(_, info)| info.flags & flag::TUNNEL != 0);
         tunnels.map(|(id, _)| *id).collect()
     }
@@ -78,7 +78,7 @@ impl AppliedMaps {
     ///
     /// # Errors
     /// The kernel refused; then nothing is recorded.
-    pub fn apply(&mut self, kernel: &mut Kernel, write: &MapWrite) -> Result<(), KernelError> {
+    pub(crate) fn apply(&mut self, kernel: &mut Kernel, write: &MapWrite) -> Result<(), KernelError> {
         let contents = &mut self.contents;
         match write {
             MapWrite::RemoveCgroup(id) => {
@@ -121,13 +121,13 @@ impl AppliedMaps {
     ///
     /// # Errors
     /// The kernel refused.
-    pub fn add_tunnel(&mut self, kernel: &mut Kernel, id: CgroupId) -> Result<(), KernelError> {
+    pub(crate) fn add_tunnel(&mut self, kernel: &mut Kernel, id: CgroupId) -> Result<(), KernelError> {
         self.apply(kernel, &MapWrite::SetCgroup(id, cgroup_info(flag::TUNNEL, 0, &[])))
     }
 
     /// Records that the programs closed the new cgroup `id` by its `name`; its entry. `None`: no
     /// cgroup of this name is expected.
-    pub fn record_closed(&mut self, id: CgroupId, name: &Name) -> Option<CgroupInfo> {
+    pub(crate) fn record_closed(&mut self, id: CgroupId, name: &Name) -> Option<CgroupInfo> {
         let info = *self.contents.expected.get(name)?;
         self.contents.cgroups.insert(id, info);
         Some(info)
@@ -138,7 +138,7 @@ impl AppliedMaps {
     ///
     /// # Errors
     /// A map cannot be read; then nothing changes here.
-    pub fn read_back(&mut self, kernel: &Kernel) -> Result<bool, KernelError> {
+    pub(crate) fn read_back(&mut self, kernel: &Kernel) -> Result<bool, KernelError> {
         let cgroups: BTreeMap<_, _> = kernel.cgroups()?.into_iter().collect();
         let addresses: BTreeMap<_, _> = kernel.pods()?.into_iter().collect();
         let contents = &mut self.contents;

@@ -30,12 +30,12 @@ use super::{
 
 /// Netns whose inbound connections are steered, by cookie.
 #[derive(Debug)]
-pub struct SteeredNetns {
+pub(crate) struct SteeredNetns {
     by_cookie: BTreeMap<u64, PodNetns>,
 }
 
 /// What a [`NetnsStep`] needs besides the netns themselves.
-pub struct NetnsTools<'a> {
+pub(crate) struct NetnsTools<'a> {
     /// Attaches and removes the links.
     pub kernel: &'a mut Kernel,
     /// Records each preparation before it is done.
@@ -58,7 +58,7 @@ impl std::fmt::Debug for NetnsTools<'_> {
 
 /// What a [`NetnsStep`] led to, by the uids of the pods.
 #[derive(Debug, Default)]
-pub struct NetnsReport {
+pub(crate) struct NetnsReport {
     /// Netns that are in order now, open.
     pub ready: OpenNetns,
     /// Pods whose netns are steered now.
@@ -71,7 +71,7 @@ impl SteeredNetns {
     /// Takes over what an earlier run left, so that what no pod needs any more is undone. `steered`
     /// are the cookies of the netns that have links.
     #[must_use]
-    pub fn adopt(journal: &Journal, steered: Vec<u64>) -> Self {
+    pub(crate) fn adopt(journal: &Journal, steered: Vec<u64>) -> Self {
         let adopted = |id: NetnsId, uid: &str| PodNetns {
             id,
             pod_cgroup: PathBuf::new(),
@@ -89,13 +89,13 @@ impl SteeredNetns {
 
     /// All of them.
     #[must_use]
-    pub fn by_cookie(&self) -> &BTreeMap<u64, PodNetns> {
+    pub(crate) fn by_cookie(&self) -> &BTreeMap<u64, PodNetns> {
         &self.by_cookie
     }
 
     /// The cookie of the netns that is steered for the pod `uid`.
     #[must_use]
-    pub fn of_pod(&self, uid: &str) -> Option<u64> {
+    pub(crate) fn of_pod(&self, uid: &str) -> Option<u64> {
         self.by_cookie.iter().find(|(_, netns)| netns.uid == uid).map(|(cookie, _)| *cookie)
     }
 
@@ -103,7 +103,7 @@ impl SteeredNetns {
     ///
     /// # Errors
     /// The links cannot be removed. Netns that cannot be prepared or steered are in the report.
-    pub fn apply(
+    pub(crate) fn apply(
         &mut self,
         step: &NetnsStep,
         tools: &mut NetnsTools<'_>,
@@ -144,7 +144,7 @@ impl SteeredNetns {
     /// Compares with `linked`, the netns that the kernel has links for: those without one are
     /// steered again by the next comparison, and links that belong to no pod are removed. Whether
     /// links were missing.
-    pub fn read_back(&mut self, kernel: &mut Kernel, linked: Vec<u64>) -> bool {
+    pub(crate) fn read_back(&mut self, kernel: &mut Kernel, linked: Vec<u64>) -> bool {
         let before = self.by_cookie.len();
         self.by_cookie.retain(|cookie, _| linked.contains(cookie));
         let missing = before - self.by_cookie.len();

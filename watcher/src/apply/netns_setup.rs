@@ -59,7 +59,7 @@ const SYSCTLS: [(&str, &[&str]); 2] = [
 /// own `net/ipv4`, and the kernel goes through all of that name to find one (`proc_sys_compare`).
 /// With many pods that takes longer than everything else.
 #[derive(Debug)]
-pub struct Sysctls(Vec<Sysctl>);
+pub(crate) struct Sysctls(Vec<Sysctl>);
 
 #[derive(Debug)]
 struct Sysctl {
@@ -73,7 +73,7 @@ impl Sysctls {
     ///
     /// # Errors
     /// The netns cannot be entered, or a sysctl cannot be read.
-    pub fn of(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<Self> {
+    pub(crate) fn of(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<Self> {
         visitor.enter(netns, Self::own)
     }
 
@@ -106,7 +106,7 @@ impl Sysctls {
 
     /// Their values, by path.
     #[must_use]
-    pub fn values(&self) -> BTreeMap<String, String> {
+    pub(crate) fn values(&self) -> BTreeMap<String, String> {
         self.0.iter().map(|sysctl| (sysctl.path.clone(), sysctl.value.clone())).collect()
     }
 
@@ -135,7 +135,7 @@ impl Sysctl {
 ///
 /// # Errors
 /// The netns cannot be entered, or the kernel refused a change.
-pub fn prepare(visitor: &Visitor, netns: BorrowedFd<'_>, sysctls: &Sysctls, v6: bool) -> io::Result<()> {
+pub(crate) fn prepare(visitor: &Visitor, netns: BorrowedFd<'_>, sysctls: &Sysctls, v6: bool) -> io::Result<()> {
     visitor.enter(netns, || {
         let mut requests = Vec::new();
         for family in [Family::V4, Family::V6] {
@@ -153,7 +153,7 @@ pub fn prepare(visitor: &Visitor, netns: BorrowedFd<'_>, sysctls: &Sysctls, v6: 
 ///
 /// # Errors
 /// The netns cannot be entered, or the kernel refused a change.
-pub fn restore(netns: BorrowedFd<'_>, sysctls: &BTreeMap<String, String>) -> io::Result<()> {
+pub(crate) fn restore(netns: BorrowedFd<'_>, sysctls: &BTreeMap<String, String>) -> io::Result<()> {
     run_in(netns, || {
         let mut requests = Vec::new();
         for family in [Family::V4, Family::V6] {

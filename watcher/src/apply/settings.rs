@@ -11,7 +11,7 @@ use crate::plan::{DNS_PORT, HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, address16};
 
 /// The settings as they were written last.
 #[derive(Debug)]
-pub struct KernelSettings(Settings);
+pub(crate) struct KernelSettings(Settings);
 
 impl KernelSettings {
     /// Writes the settings of this run. Whether a tunnel serves is taken over from an earlier run;
@@ -19,7 +19,7 @@ impl KernelSettings {
     ///
     /// # Errors
     /// The map cannot be read or written.
-    pub fn open(kernel: &mut Kernel, resolvers: &[IpAddr]) -> Result<Self, KernelError> {
+    pub(crate) fn open(kernel: &mut Kernel, resolvers: &[IpAddr]) -> Result<Self, KernelError> {
         let before = kernel.settings()?;
         let mut slots = [UNSPECIFIED; 3];
         for (slot, resolver) in slots.iter_mut().zip(resolvers) {
@@ -43,18 +43,18 @@ impl KernelSettings {
 
     /// Whether the programs send traffic to a tunnel.
     #[must_use]
-    pub fn tunnel_up(&self) -> bool {
+    pub(crate) fn tunnel_up(&self) -> bool {
         self.0.tunnel_up == 1
     }
 
     /// Has the programs send traffic to a tunnel, or follow every pod's fail mode.
-    pub fn set_tunnel_up(&mut self, kernel: &mut Kernel, up: bool) {
+    pub(crate) fn set_tunnel_up(&mut self, kernel: &mut Kernel, up: bool) {
         self.change(kernel, |settings| settings.tunnel_up = up.into());
     }
 
     /// Has the programs report their verdicts, about `port` and `address` only where these are
     /// given.
-    pub fn start_trace(&mut self, kernel: &mut Kernel, port: Option<u16>, address: Option<IpAddr>) {
+    pub(crate) fn start_trace(&mut self, kernel: &mut Kernel, port: Option<u16>, address: Option<IpAddr>) {
         self.change(kernel, |settings| {
             settings.debug = 1;
             settings.debug_port = port.map_or(0, u32::from);
@@ -63,7 +63,7 @@ impl KernelSettings {
     }
 
     /// Has the programs report nothing.
-    pub fn stop_trace(&mut self, kernel: &mut Kernel) {
+    pub(crate) fn stop_trace(&mut self, kernel: &mut Kernel) {
         self.change(kernel, |settings| settings.debug = 0);
     }
 

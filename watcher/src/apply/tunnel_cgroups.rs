@@ -19,7 +19,7 @@ use super::{journal::Journal, maps::AppliedMaps};
 
 /// Cgroups that no tunnel may run in, or above.
 #[derive(Clone, Debug)]
-pub struct CgroupLayout {
+pub(crate) struct CgroupLayout {
     /// The root of the cgroup2 tree.
     pub root: PathBuf,
     /// The cgroup above all pods.
@@ -35,7 +35,7 @@ impl CgroupLayout {
     /// # Errors
     /// The process is gone or in no cgroup2 directory, or the tunnel shares its cgroup with others:
     /// the programs could not tell their sockets apart.
-    pub fn find_tunnel(
+    pub(crate) fn find_tunnel(
         &self,
         pid: i32,
         pod_at: impl FnOnce(&Path) -> Option<String>,
@@ -67,7 +67,7 @@ impl CgroupLayout {
 ///
 /// # Errors
 /// The cgroup is gone, the journal cannot be written, or the kernel refused.
-pub fn attach(
+pub(crate) fn attach(
     cgroup: &Path,
     kernel: &mut Kernel,
     journal: &mut Journal,
@@ -84,7 +84,7 @@ pub fn attach(
 }
 
 /// Detaches the programs from every recorded cgroup that is not in `used`.
-pub fn detach_unused(used: &BTreeSet<CgroupId>, kernel: &mut Kernel, journal: &mut Journal) {
+pub(crate) fn detach_unused(used: &BTreeSet<CgroupId>, kernel: &mut Kernel, journal: &mut Journal) {
     let recorded = journal.tunnels().iter().filter(|(id, _)| !used.contains(id));
     let unused: Vec<(CgroupId, PathBuf)> = recorded.map(|(id, dir)| (*id, dir.clone())).collect();
     for (id, dir) in unused {

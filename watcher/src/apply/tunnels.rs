@@ -28,7 +28,7 @@ const LONGEST_RETRY: Duration = Duration::from_secs(15);
 
 /// The tunnels, and what is offered to them.
 #[derive(Debug, Default)]
-pub struct Tunnels {
+pub(crate) struct Tunnels {
     connected: BTreeMap<ConnId, ConnectedTunnel>,
     /// What is offered, by uid.
     workloads: BTreeMap<String, PodWorkload>,
@@ -41,7 +41,7 @@ pub struct Tunnels {
 
 /// A connected tunnel.
 #[derive(Debug)]
-pub struct ConnectedTunnel {
+pub(crate) struct ConnectedTunnel {
     /// Its process.
     pub pid: i32,
     /// Its cgroup directory.
@@ -57,7 +57,7 @@ pub struct ConnectedTunnel {
 impl ConnectedTunnel {
     /// How many pods it serves.
     #[must_use]
-    pub fn pods(&self) -> usize {
+    pub(crate) fn pods(&self) -> usize {
         self.acknowledged.len()
     }
 }
@@ -93,43 +93,43 @@ struct Failure {
 impl Tunnels {
     /// How many are connected.
     #[must_use]
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.connected.len()
     }
 
     /// Whether none is connected.
     #[must_use]
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.connected.is_empty()
     }
 
     /// The connected ones.
-    pub fn iter(&self) -> impl Iterator<Item = &ConnectedTunnel> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &ConnectedTunnel> {
         self.connected.values()
     }
 
     /// What is offered, by uid.
     #[must_use]
-    pub fn workloads(&self) -> &BTreeMap<String, PodWorkload> {
+    pub(crate) fn workloads(&self) -> &BTreeMap<String, PodWorkload> {
         &self.workloads
     }
 
     /// Why the last tunnel that was rejected was; `None` once one was admitted.
     #[must_use]
-    pub fn rejected(&self) -> Option<&Reason> {
+    pub(crate) fn rejected(&self) -> Option<&Reason> {
         self.rejected.as_ref()
     }
 
     /// Whether any tunnel serves the present offer of `uid`.
     #[must_use]
-    pub fn serve(&self, uid: &str) -> bool {
+    pub(crate) fn serve(&self, uid: &str) -> bool {
         let Some(serial) = self.serials.get(uid) else { return false };
         self.connected.values().any(|tunnel| tunnel.acknowledged.get(uid) == Some(serial))
     }
 
     /// The error of a tunnel that refused `uid`.
     #[must_use]
-    pub fn refusal(&self, uid: &str) -> Option<&str> {
+    pub(crate) fn refusal(&self, uid: &str) -> Option<&str> {
         self.connected
             .values()
             .find_map(|tunnel| tunnel.failed.get(uid))
@@ -138,12 +138,12 @@ impl Tunnels {
 
     /// The cgroups of the connected tunnels.
     #[must_use]
-    pub fn cgroup_ids(&self) -> BTreeSet<CgroupId> {
+    pub(crate) fn cgroup_ids(&self) -> BTreeSet<CgroupId> {
         self.connected.values().map(|tunnel| tunnel.cgroup_id).collect()
     }
 
     /// Adds the tunnel of process `pid`. It gets its first message by [`Self::send_snapshots`].
-    pub fn admit(
+    pub(crate) fn admit(
         &mut self,
         conn: ConnId,
         pid: i32,
@@ -158,7 +158,7 @@ impl Tunnels {
     }
 
     /// Records why the tunnel of process `pid` is rejected.
-    pub fn reject(&mut self, pid: i32, reason: Reason) {
+    pub(crate) fn reject(&mut self, pid: i32, reason: Reason) {
         if self.rejected.as_ref() != Some(&reason) {
             warn!(pid, code = reason.code.code(), reason = reason.text, "tunnel rejected");
             self.rejected = Some(reason);
@@ -166,7 +166,7 @@ impl Tunnels {
     }
 
     /// Removes a tunnel whose connection ended. Whether it was connected.
-    pub fn remove(&mut self, conn: ConnId, reason: &str) -> bool {
+    pub(crate) fn remove(&mut self, conn: ConnId, reason: &str) -> bool {
         let Some(tunnel) = self.connected.remove(&conn) else { return false };
         warn!(tunnel.pid, reason, others = self.connected.len(), "tunnel disconnected");
         true
@@ -174,7 +174,7 @@ impl Tunnels {
 
     /// Does `step` and records it. `ready` has the netns that are open already. After a withdrawal:
     /// the cookie of the netns, and the acknowledgements to wait for.
-    pub fn apply(&mut self, step: &TunnelStep, ready: &OpenNetns) -> Option<(u64, BTreeSet<(ConnId, u64)>)> {
+    pub(crate) fn apply(&mut self, step: &TunnelStep, ready: &OpenNetns) -> Option<(u64, BTreeSet<(ConnId, u64)>)> {
         match step {
             TunnelStep::Withdraw(uid) => {
                 let pending = self.withdraw(uid);
@@ -221,7 +221,7 @@ impl Tunnels {
 
     /// When a refused pod is offered again next.
     #[must_use]
-    pub fn next_retry(&self) -> Option<Instant> {
+    pub(crate) fn next_retry(&self) -> Option<Instant> {
         self.connected
             .values()
             .flat_map(|tunnel| tunnel.failed.values())
@@ -230,7 +230,7 @@ impl Tunnels {
     }
 
     /// Offers again what is due.
-    pub fn retry(&mut self, now: Instant) {
+    pub(crate) fn retry(&mut self, now: Instant) {
         for tunnel in self.connected.values_mut() {
             for (uid, failure) in &mut tunnel.failed {
                 let due = failure.retry_at.is_some_and(|at| at <= now);
@@ -246,7 +246,7 @@ impl Tunnels {
     }
 
     /// Sends all pods to the tunnels that wait. To be called when all pods are known.
-    pub fn send_snapshots(&mut self) {
+    pub(crate) fn send_snapshots(&mut self) {
         for tunnel in self.connected.values_mut() {
             if matches!(tunnel.link, Link::Open(_)) {
                 continue;
@@ -265,7 +265,7 @@ impl Tunnels {
     }
 
     /// The tunnel of `conn` acknowledged `offer`, or refused it with `error`.
-    pub fn acknowledge(&mut self, conn: ConnId, offer: &OfferId, error: Option<String>) {
+    pub(crate) fn acknowledge(&mut self, conn: ConnId, offer: &OfferId, error: Option<String>) {
         // The answer to an earlier offer says nothing about the present one.
         if self.serials.get(&offer.uid) != Some(&offer.serial) {
             return;

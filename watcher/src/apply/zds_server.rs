@@ -53,31 +53,26 @@ const MAX_PENDING: usize = 64;
 const ACK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A tunnel's connection.
-pub type ConnId = u64;
+pub(crate) type ConnId = u64;
 
 /// What happens on the tunnels' connections.
 #[derive(Debug)]
-pub enum ZdsEvent {
+pub(crate) enum ZdsEvent {
     /// A tunnel connected. Dropping `admission` rejects it.
-    #[expect(missing_docs, reason = "the fields are what they are called")]
     Hello { conn: ConnId, pid: i32, admission: oneshot::Sender<Admission> },
     /// It serves the pod, or refused it with `error`.
-    #[expect(missing_docs, reason = "the fields are what they are called")]
     Added { conn: ConnId, offer: OfferId, error: Option<String> },
     /// It let go of the pod, or never had it.
-    #[expect(missing_docs, reason = "the fields are what they are called")]
     Withdrawn { conn: ConnId, serial: u64 },
     /// It has received all pods.
-    #[expect(missing_docs, reason = "the fields are what they are called")]
-    SnapshotTaken { conn: ConnId },
+    SnapshotTaken,
     /// The connection ended.
-    #[expect(missing_docs, reason = "the fields are what they are called")]
     Gone { conn: ConnId, reason: String },
 }
 
 /// What an admitted tunnel gets at the start, and where more comes from.
 #[derive(Debug)]
-pub struct Admission {
+pub(crate) struct Admission {
     /// All pods.
     pub snapshot: Vec<ZdsCommand>,
     /// Changes.
@@ -86,7 +81,7 @@ pub struct Admission {
 
 /// Which offer of which pod: the same uid may be offered, withdrawn and offered again.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OfferId {
+pub(crate) struct OfferId {
     /// The pod's uid.
     pub uid: String,
     /// Counts all offers and withdrawals of this run.
@@ -95,7 +90,7 @@ pub struct OfferId {
 
 /// What is sent to a tunnel.
 #[derive(Clone, Debug)]
-pub enum ZdsCommand {
+pub(crate) enum ZdsCommand {
     /// With the pod's netns if it is open already; otherwise it is opened through the pod's
     /// processes.
     Add(OfferId, PodWorkload, Option<Arc<OwnedFd>>),
@@ -105,20 +100,20 @@ pub enum ZdsCommand {
 
 /// Serves tunnels until it is dropped.
 #[derive(Debug)]
-pub struct ZdsServer(Serving);
+pub(crate) struct ZdsServer(Serving);
 
 impl ZdsServer {
     /// Listens at `path`.
     ///
     /// # Errors
     /// As of [`Bound::new`].
-    pub fn bind(path: &Path, events: mpsc::UnboundedSender<ZdsEvent>) -> io::Result<Self> {
+    pub(crate) fn bind(path: &Path, events: mpsc::UnboundedSender<ZdsEvent>) -> io::Result<Self> {
         let bound = Bound::new(path, Type::SEQPACKET)?;
         bound.serve("tunnels", move |conn, socket| connection(conn, socket, events.clone())).map(Self)
     }
 
     /// Resolves with the cause when serving ended, which it does only by a fault.
-    pub async fn failed(&mut self) -> String {
+    pub(crate) async fn failed(&mut self) -> String {
         self.0.failed().await
     }
 }
@@ -230,7 +225,7 @@ impl PendingAck {
                 ZdsEvent::Withdrawn { conn, serial: offer.serial }
             }
             Self::Snapshot => match error {
-                None => ZdsEvent::SnapshotTaken { conn },
+                None => ZdsEvent::SnapshotTaken,
                 Some(error) => return Err(invalid(&format!("refused the snapshot: {error}"))),
             },
         })

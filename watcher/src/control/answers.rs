@@ -24,7 +24,7 @@ use super::{
 ///
 /// # Errors
 /// There is none, or several: a sentence for the user.
-pub fn find<'a>(pods: impl Iterator<Item = &'a PodView>, named: &str) -> Result<&'a PodView, String> {
+pub(crate) fn find<'a>(pods: impl Iterator<Item = &'a PodView>, named: &str) -> Result<&'a PodView, String> {
     let fits = |view: &&PodView| view.pod.uid == named || view.pod.name == named || view.full_name() == named;
     let found: Vec<&PodView> = pods.filter(fits).collect();
     match found.as_slice() {
@@ -36,14 +36,14 @@ pub fn find<'a>(pods: impl Iterator<Item = &'a PodView>, named: &str) -> Result<
 
 /// The applied map entry of the pod's own cgroup.
 #[must_use]
-pub fn applied_info<'a>(view: &PodView, applier: &'a Applier) -> Option<&'a CgroupInfo> {
+pub(crate) fn applied_info<'a>(view: &PodView, applier: &'a Applier) -> Option<&'a CgroupInfo> {
     let id = view.observed.cgroups.get(view.observed.dir.as_ref()?)?;
     applier.maps.contents().cgroups.get(id)
 }
 
 /// A pod in `watcher status`, with its state and the reason for it.
 #[must_use]
-pub fn pod_status(view: &PodView, (state, reason): (State, Option<Reason>), default: FailMode) -> PodStatus {
+pub(crate) fn pod_status(view: &PodView, (state, reason): (State, Option<Reason>), default: FailMode) -> PodStatus {
     let (pod, facts) = (&view.pod, view.eligibility.facts());
     PodStatus {
         uid: Some(pod.uid.clone()),
@@ -62,7 +62,7 @@ pub fn pod_status(view: &PodView, (state, reason): (State, Option<Reason>), defa
 
 /// An entry of the source that is not used, in `watcher status`.
 #[must_use]
-pub fn rejected_status(entry: &BadEntry, reason: &Reason) -> PodStatus {
+pub(crate) fn rejected_status(entry: &BadEntry, reason: &Reason) -> PodStatus {
     PodStatus {
         uid: entry.uid.clone(),
         name: entry.name.clone(),
@@ -80,7 +80,7 @@ pub fn rejected_status(entry: &BadEntry, reason: &Reason) -> PodStatus {
 
 /// The connected tunnels.
 #[must_use]
-pub fn tunnels(applier: &Applier) -> Vec<TunnelStatus> {
+pub(crate) fn tunnels(applier: &Applier) -> Vec<TunnelStatus> {
     let status = |tunnel: &crate::apply::tunnels::ConnectedTunnel| TunnelStatus {
         pid: tunnel.pid,
         cgroup: tunnel.cgroup.clone(),
@@ -92,7 +92,7 @@ pub fn tunnels(applier: &Applier) -> Vec<TunnelStatus> {
 
 /// The netns of pods that left.
 #[must_use]
-pub fn draining(applier: &Applier) -> Vec<DrainingStatus> {
+pub(crate) fn draining(applier: &Applier) -> Vec<DrainingStatus> {
     let all = applier.draining.iter();
     all.map(|(cookie, draining)| DrainingStatus {
         netns: NetnsStatus { inode: draining.netns.id.inode, cookie },
@@ -107,7 +107,7 @@ pub fn draining(applier: &Applier) -> Vec<DrainingStatus> {
 ///
 /// # Errors
 /// A map cannot be read.
-pub fn explanation<'a>(
+pub(crate) fn explanation<'a>(
     view: &PodView,
     mut pods: impl Iterator<Item = &'a PodView>,
     destination: SocketAddr,

@@ -64,7 +64,7 @@ impl Tracer {
     /// # Errors
     /// Another trace is running, there is no such pod, or the records cannot be opened: a sentence
     /// for the user.
-    pub fn start<'a>(
+    pub(crate) fn start<'a>(
         &mut self,
         answers: &Answers,
         request: TraceRequest<'_>,
@@ -91,7 +91,7 @@ impl Tracer {
     }
 
     /// Sends the records that there are to the client.
-    pub fn forward<'a>(&mut self, pods: impl Iterator<Item = &'a PodView>) {
+    pub(crate) fn forward<'a>(&mut self, pods: impl Iterator<Item = &'a PodView>) {
         if let Some(session) = &mut self.0 {
             session.forward(pods);
         }

@@ -16,7 +16,7 @@ use std::{
 
 /// A path at or below a pod's directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PodPath {
+pub(crate) struct PodPath {
     /// The pod's own directory.
     pub pod_dir: PathBuf,
     /// As Kubernetes has it, with dashes.
@@ -26,7 +26,7 @@ pub struct PodPath {
 
 /// What a path is, relative to its pod's directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Below {
+pub(crate) enum Below {
     /// It is the pod's directory itself.
     Pod,
     /// In this container, or deeper.
@@ -39,7 +39,7 @@ pub enum Below {
 
 /// The pod that `path` belongs to. Only components below `base` count, and of these the *first* that names a
 /// pod: what a container makes inside its own cgroup, be it another cluster's pods, belongs to it.
-pub fn resolve(path: &Path, base: &Path) -> Option<PodPath> {
+pub(crate) fn resolve(path: &Path, base: &Path) -> Option<PodPath> {
     let mut pod_dir = base.to_owned();
     let mut components = path.strip_prefix(base).ok()?.iter();
     loop {
@@ -53,7 +53,7 @@ pub fn resolve(path: &Path, base: &Path) -> Option<PodPath> {
 }
 
 /// The uid in the name of a pod's directory.
-pub fn pod_uid(name: &OsStr) -> Option<String> {
+pub(crate) fn pod_uid(name: &OsStr) -> Option<String> {
     let name = name.to_str()?;
     let given = match name.strip_suffix(".slice") {
         Some(stem) => {
@@ -67,7 +67,7 @@ pub fn pod_uid(name: &OsStr) -> Option<String> {
 
 /// What the directory of the pod `uid` may be called below `base`: by the systemd driver where that is a slice, whose
 /// name its slices carry on, else by the cgroupfs driver.
-pub fn names(uid: &str, base: &Path) -> Vec<String> {
+pub(crate) fn names(uid: &str, base: &Path) -> Vec<String> {
     let base = base.file_name().and_then(OsStr::to_str).unwrap_or_default();
     match base.strip_suffix(".slice") {
         Some(stem) => {
@@ -95,7 +95,7 @@ fn is_uid(text: &str) -> bool {
 }
 
 /// What the directory called `name`, right below a pod's, is.
-pub fn below(name: &OsStr) -> Below {
+pub(crate) fn below(name: &OsStr) -> Below {
     let Some(name) = name.to_str() else { return Below::Other };
     let stem = name.strip_suffix(".scope").unwrap_or(name);
     if stem.starts_with("crio-conmon-") {

@@ -1,10 +1,10 @@
 //! Sources of events about cgroups and processes. An event only names what to observe again: it makes the
 //! watcher faster, and a lost one costs time until the next scan, nothing else.
 //!
-//! * [`lifecycle`]: our programs on the kernel's tracepoints; works in any container, and closes a new pod
+//! * `lifecycle`: our programs on the kernel's tracepoints; works in any container, and closes a new pod
 //!   before its cgroup can hold a process
-//! * [`connector`]: the kernel's process connector, where programs cannot be attached to tracepoints
-//! * [`scan`]: inotify on the pods' cgroups, available everywhere
+//! * `connector`: the kernel's process connector, where programs cannot be attached to tracepoints
+//! * `scan`: inotify on the pods' cgroups, available everywhere
 
 use std::{
     collections::BTreeSet,
@@ -22,9 +22,9 @@ use tracing::{info, warn};
 
 use self::{connector::Connector, lifecycle::LifecycleSource, scan::Scan};
 
-pub mod connector;
-pub mod lifecycle;
-pub mod scan;
+pub(crate) mod connector;
+pub(crate) mod lifecycle;
+pub(crate) mod scan;
 
 /// A source of events, as named in logs, in `watcher status` and on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]

@@ -11,14 +11,14 @@ use rtnetlink::sys::protocols::NETLINK_SOCK_DIAG;
 use super::netlink;
 
 /// A port that others can dial, and 4 or 6: the family of the socket. An IPv6 socket may serve IPv4 too.
-pub type Listening = (u16, u32);
+pub(crate) type Listening = (u16, u32);
 
 /// The listeners of the calling thread's netns that others can dial: not those on loopback. For MPTCP sockets
 /// the kernel lists their TCP subflows.
 ///
 /// # Errors
 /// The kernel refuses the dump, or the socket cannot be created.
-pub fn listening() -> io::Result<BTreeSet<Listening>> {
+pub(crate) fn listening() -> io::Result<BTreeSet<Listening>> {
     let socket = netlink::socket(NETLINK_SOCK_DIAG)?;
     let mut found = BTreeSet::new();
     for (family, any) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {

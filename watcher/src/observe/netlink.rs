@@ -17,7 +17,7 @@ const LARGEST: usize = 32 * 1024;
 ///
 /// # Errors
 /// The kernel does not know `protocol`.
-pub fn socket(protocol: isize) -> io::Result<Socket> {
+pub(crate) fn socket(protocol: isize) -> io::Result<Socket> {
     let mut socket = Socket::new(protocol)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
@@ -28,7 +28,7 @@ pub fn socket(protocol: isize) -> io::Result<Socket> {
 ///
 /// # Errors
 /// The kernel refuses the request, or sends something that does not parse.
-pub fn dump<M>(
+pub(crate) fn dump<M>(
     socket: &Socket,
     request: impl Into<NetlinkMessage<M>>,
     mut take: impl FnMut(M),
@@ -59,7 +59,7 @@ where
 ///
 /// # Errors
 /// The socket fails; an item: it does not parse.
-pub fn receive<'a, M: NetlinkDeserializable + 'a>(
+pub(crate) fn receive<'a, M: NetlinkDeserializable + 'a>(
     socket: &Socket,
     buffer: &'a mut Vec<u8>,
 ) -> io::Result<impl Iterator<Item = io::Result<NetlinkMessage<M>>> + 'a> {

@@ -13,7 +13,7 @@ use std::{
 };
 
 use adit_ebpf_loader::{own_netns_cookie, own_netns_cookie_by};
-pub use adit_netns::{NetnsId, run_in};
+pub(crate) use adit_netns::{NetnsId, run_in};
 use procfs::process::{self, Process};
 use rayon::{
     ThreadPool, ThreadPoolBuilder,
@@ -32,11 +32,11 @@ use super::netlink;
 const MOST_VISITORS: usize = 4;
 
 /// The interface index of `lo`, which is the first one of every netns.
-pub const LO: u32 = 1;
+pub(crate) const LO: u32 = 1;
 
 /// Properties of a netns.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NetnsFacts {
+pub(crate) struct NetnsFacts {
     /// Which one it is.
     pub id: NetnsId,
     /// Never reused before a reboot, unlike the inode.
@@ -49,12 +49,12 @@ pub struct NetnsFacts {
 ///
 /// # Errors
 /// As of fstat(2).
-pub fn id(netns: BorrowedFd<'_>) -> io::Result<NetnsId> {
+pub(crate) fn id(netns: BorrowedFd<'_>) -> io::Result<NetnsId> {
     NetnsId::of(netns)
 }
 
 /// The netns that are the node's and not a pod's: our own, and that of the first process.
-pub fn host() -> BTreeSet<NetnsId> {
+pub(crate) fn host() -> BTreeSet<NetnsId> {
     ["/proc/self/ns/net", "/proc/1/ns/net"]
         .into_iter()
         .filter_map(|path| fs::metadata(path).ok())
@@ -65,13 +65,13 @@ pub fn host() -> BTreeSet<NetnsId> {
 /// Threads that go from netns to netns. A few: entering netns is mostly waiting for the kernel's locks, so more of them
 /// would only wait for each other.
 #[derive(Debug)]
-pub struct Visitors {
+pub(crate) struct Visitors {
     threads: ThreadPool,
 }
 
 impl Visitors {
     /// At home where the calling thread is.
-    pub fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         let named = ThreadPoolBuilder::new().thread_name(|number| format!("visitor-{number}"));
         let cores = thread::available_parallelism().map_or(MOST_VISITORS, usize::from);
         let threads = named.num_threads(cores.min(MOST_VISITORS)).build().map_err(io::Error::other)?;
@@ -79,7 +79,7 @@ impl Visitors {
     }
 
     /// Does `work` for every item and gives the results in the items' order.
-    pub fn visit_each<I: Sync, T: Send>(
+    pub(crate) fn visit_each<I: Sync, T: Send>(
         &self,
         items: &[I],
         work: impl Fn(&Visitor, &I) -> T + Sync,
@@ -94,14 +94,14 @@ impl Visitors {
 
 /// What one of these threads can do.
 #[derive(Debug)]
-pub struct Visitor(());
+pub(crate) struct Visitor(());
 
 impl Visitor {
     /// Runs `work` inside `netns`, then returns home, since a netns lives on while a thread is in it.
     ///
     /// # Errors
     /// The netns cannot be entered, or those of `work`.
-    pub fn enter<T>(&self, netns: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    pub(crate) fn enter<T>(&self, netns: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         adit_netns::enter(netns, work)
     }
 }
@@ -110,7 +110,7 @@ impl Visitor {
 ///
 /// # Errors
 /// It cannot be entered (`CAP_SYS_ADMIN`) or queried.
-pub fn facts(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<NetnsFacts> {
+pub(crate) fn facts(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<NetnsFacts> {
     let id = id(netns)?;
     visitor.enter(netns, || {
         let socket = netlink::socket(NETLINK_ROUTE)?;
@@ -122,7 +122,7 @@ pub fn facts(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<NetnsFacts>
 ///
 /// # Errors
 /// It cannot be entered, or the kernel has no cookies (before Linux 5.14).
-pub fn cookie(netns: BorrowedFd<'_>) -> io::Result<u64> {
+pub(crate) fn cookie(netns: BorrowedFd<'_>) -> io::Result<u64> {
     run_in(netns, own_netns_cookie)
 }
 
@@ -170,7 +170,7 @@ fn is_link_local(address: &Ipv6Addr) -> bool {
 
 /// Every netns that a process is in or that is mounted somewhere, the node's own excepted. Each is
 /// opened only while `visit` looks at it.
-pub fn visit_all(mut visit: impl FnMut(NetnsId, BorrowedFd<'_>)) {
+pub(crate) fn visit_all(mut visit: impl FnMut(NetnsId, BorrowedFd<'_>)) {
     let mut seen = host();
     let processes = process::all_processes().into_iter().flatten().filter_map(Result::ok);
     let of_processes = processes.filter_map(|process| process.open_relative("ns/net").ok());

@@ -52,11 +52,11 @@ const SETTLED_AFTER: Duration = Duration::from_millis(20);
 const AT_HOME_AFTER: Duration = Duration::from_secs(2);
 
 /// The netns of young processes, and since when they are in it. By pid and start time, since pids are reused.
-pub type NetnsHistory = BTreeMap<(i32, u64), (NetnsId, Instant)>;
+pub(crate) type NetnsHistory = BTreeMap<(i32, u64), (NetnsId, Instant)>;
 
 /// The result of observing a pod.
 #[derive(Debug, Default)]
-pub struct PodObservation {
+pub(crate) struct PodObservation {
     /// What the pod has.
     pub observed: Observed,
     /// Its open netns by cookie, for immediate use. Kept open, they would outlive their pods.
@@ -70,7 +70,7 @@ pub struct PodObservation {
 ///
 /// # Errors
 /// The cgroup tree or a netns cannot be read.
-pub fn observe_pod(
+pub(crate) fn observe_pod(
     visitor: &Visitor,
     cgroup: &Path,
     addresses: &BTreeSet<IpAddr>,
@@ -153,7 +153,7 @@ fn uptime() -> Duration {
 ///
 /// # Errors
 /// `NotFound`: no process of the pod is in that netns any more.
-pub fn open_netns(cgroup: &Path, id: NetnsId) -> io::Result<OwnedFd> {
+pub(crate) fn open_netns(cgroup: &Path, id: NetnsId) -> io::Result<OwnedFd> {
     let cgroups = cgroups::tree(cgroup)?;
     members(&cgroups, cgroup)?
         .into_iter()

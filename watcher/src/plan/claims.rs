@@ -19,7 +19,7 @@ use crate::{
 
 /// Who owns what.
 #[derive(Debug, Default)]
-pub struct Claims {
+pub(crate) struct Claims {
     cgroups: BTreeMap<PathBuf, Owner>,
     cookies: BTreeMap<u64, Owner>,
     addresses: BTreeMap<IpAddr, Owner>,
@@ -41,7 +41,7 @@ impl Owner {
 
 /// What one pod owns.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Claimed {
+pub(crate) struct Claimed {
     cgroup: Option<PathBuf>,
     cookie: Option<u64>,
     addresses: Vec<IpAddr>,
@@ -50,13 +50,13 @@ pub struct Claimed {
 impl Claimed {
     /// Whether it owns nothing.
     #[must_use]
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 
     /// Whether `later` lacks something of this, so that others may claim it.
     #[must_use]
-    pub fn frees(&self, later: &Self) -> bool {
+    pub(crate) fn frees(&self, later: &Self) -> bool {
         (self.cgroup.is_some() && self.cgroup != later.cgroup)
             || (self.cookie.is_some() && self.cookie != later.cookie)
             || self.addresses.iter().any(|address| !later.addresses.contains(address))
@@ -66,12 +66,12 @@ impl Claimed {
 impl Claims {
     /// What `uid` owns.
     #[must_use]
-    pub fn of(&self, uid: &str) -> Claimed {
+    pub(crate) fn of(&self, uid: &str) -> Claimed {
         self.by_uid.get(uid).cloned().unwrap_or_default()
     }
 
     /// Takes everything from `uid`.
-    pub fn release(&mut self, uid: &str) {
+    pub(crate) fn release(&mut self, uid: &str) {
         let Some(claimed) = self.by_uid.remove(uid) else { return };
         if let Some(dir) = claimed.cgroup {
             self.cgroups.remove(&dir);
@@ -86,7 +86,7 @@ impl Claims {
 
     /// The uid of the pod in whose directory `path` is.
     #[must_use]
-    pub fn owner(&self, path: &Path) -> Option<&str> {
+    pub(crate) fn owner(&self, path: &Path) -> Option<&str> {
         path.ancestors().find_map(|dir| self.cgroups.get(dir)).map(|owner| owner.uid.as_str())
     }
 
@@ -94,7 +94,7 @@ impl Claims {
     ///
     /// # Errors
     /// Another pod owns it, or a directory above or below it.
-    pub fn claim_cgroup(&mut self, pod: &Pod, dir: &Path) -> Result<(), Reason> {
+    pub(crate) fn claim_cgroup(&mut self, pod: &Pod, dir: &Path) -> Result<(), Reason> {
         if let Some(other) = self.cgroups.get(dir) {
             let text = format!("cgroup {} belongs to pod {}", dir.display(), other.full_name);
             return Err(Reason::new(ReasonCode::DuplicateCgroup, text));
@@ -116,7 +116,7 @@ impl Claims {
     ///
     /// # Errors
     /// Another pod owns the netns or one of the addresses.
-    pub fn claim_netns(&mut self, pod: &Pod, facts: NetnsFacts) -> Result<NetnsFacts, Reason> {
+    pub(crate) fn claim_netns(&mut self, pod: &Pod, facts: NetnsFacts) -> Result<NetnsFacts, Reason> {
         if let Some(other) = self.cookies.get(&facts.cookie) {
             let text = format!("netns {} belongs to pod {}", facts.id.inode, other.full_name);
             return Err(Reason::new(ReasonCode::NetnsTaken, text));

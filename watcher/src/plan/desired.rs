@@ -16,7 +16,7 @@ use super::{Eligibility, PodNetns, PodPlan, PodView, PodWorkload, address16, cgr
 
 /// What [`pod_plan`] needs to know besides the pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Circumstances {
+pub(crate) struct Circumstances {
     /// The fail mode of pods that do not choose one.
     pub fail_mode: FailMode,
     /// Whether DNS queries go to the tunnel, for pods that do not choose.
@@ -34,7 +34,7 @@ pub struct Circumstances {
 
 /// What the node should hold for the pod of `view`.
 #[must_use]
-pub fn pod_plan(view: &PodView, circumstances: &Circumstances) -> PodPlan {
+pub(crate) fn pod_plan(view: &PodView, circumstances: &Circumstances) -> PodPlan {
     let PodView { pod, observed, eligibility } = view;
     let fail_open = pod.fail_mode.unwrap_or(circumstances.fail_mode) == FailMode::Open;
     let closed = flag::IN_MESH | if fail_open { flag::FAIL_OPEN } else { 0 };

@@ -22,7 +22,7 @@ const NETNS_BATCH: usize = 16;
 
 /// One change.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ApplyStep {
+pub(crate) enum ApplyStep {
     /// Done by [`crate::apply::maps`].
     Map(MapWrite),
     /// Done by [`crate::apply::netns`].
@@ -33,8 +33,7 @@ pub enum ApplyStep {
 
 /// A change of a kernel map's content.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "each variant names its map and holds key and value")]
-pub enum MapWrite {
+pub(crate) enum MapWrite {
     RemoveCgroup(CgroupId),
     RemoveAddress(Address),
     SetExclusions(u32, Exclusions),
@@ -47,7 +46,7 @@ pub enum MapWrite {
 
 /// A change of netns, which are named by their cookies.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NetnsStep {
+pub(crate) enum NetnsStep {
     /// Stop steering their inbound connections. All at once: it takes one wait for the kernel.
     Unsteer(BTreeSet<u64>),
     /// Undo the preparation once no connection needs it any more.
@@ -58,7 +57,7 @@ pub enum NetnsStep {
 
 /// A change of what tunnels serve, by the pod's uid.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum TunnelStep {
+pub(crate) enum TunnelStep {
     /// Tunnels let go of the pod.
     Withdraw(String),
     /// Tunnels serve the pod.
@@ -67,7 +66,7 @@ pub enum TunnelStep {
 
 /// What the maps hold for pods and tunnels.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct MapContents {
+pub(crate) struct MapContents {
     /// Exclusion lists by id.
     pub exclusions: BTreeMap<u32, Exclusions>,
     /// Entries that cgroups get as they are made, by name.
@@ -80,7 +79,7 @@ pub struct MapContents {
 
 /// Everything that is applied.
 #[derive(Clone, Copy, Debug)]
-pub struct Applied<'a> {
+pub(crate) struct Applied<'a> {
     /// The maps' contents.
     pub maps: &'a MapContents,
     /// Prepared and steered netns, by cookie.
@@ -91,7 +90,7 @@ pub struct Applied<'a> {
 
 /// What of the applied entries is compared.
 #[derive(Clone, Copy, Debug)]
-pub enum DiffScope<'a> {
+pub(crate) enum DiffScope<'a> {
     /// Everything: what no plan names is removed, except for the entries of the tunnels' own
     /// cgroups.
     All {
@@ -106,7 +105,7 @@ pub enum DiffScope<'a> {
 }
 
 /// The steps from `applied` to `plan`, within `scope`.
-pub fn steps(applied: &Applied<'_>, scope: DiffScope<'_>, plan: &Plan) -> Vec<ApplyStep> {
+pub(crate) fn steps(applied: &Applied<'_>, scope: DiffScope<'_>, plan: &Plan) -> Vec<ApplyStep> {
     let tunnel = cgroup_info(flag::TUNNEL, 0, &[]);
     let mut wanted = Entries::of(plan.iter());
     let before = match scope {

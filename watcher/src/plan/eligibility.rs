@@ -14,7 +14,7 @@ use super::claims::Claims;
 
 /// Whether a pod can be enrolled.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Eligibility {
+pub(crate) enum Eligibility {
     /// It is left alone; the reason if there is more to say than that no label enrolls it.
     Plain(Option<Reason>),
     /// It shall be enrolled and something is not there yet. Its cgroup is closed until then.
@@ -34,7 +34,7 @@ pub enum Eligibility {
 impl Eligibility {
     /// The netns and addresses of an eligible pod.
     #[must_use]
-    pub fn facts(&self) -> Option<&NetnsFacts> {
+    pub(crate) fn facts(&self) -> Option<&NetnsFacts> {
         match self {
             Self::Eligible(facts) => Some(facts),
             Self::Plain(_) | Self::Waiting(_) | Self::Refused { .. } => None,
@@ -43,14 +43,14 @@ impl Eligibility {
 
     /// Whether the result may change when another pod releases something.
     #[must_use]
-    pub fn is_blocked(&self) -> bool {
+    pub(crate) fn is_blocked(&self) -> bool {
         matches!(self, Self::Refused { reason, .. } if reason.code.is_claim_conflict())
     }
 }
 
 /// A pod: its specification, what was observed of it, and whether it can be enrolled.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PodView {
+pub(crate) struct PodView {
     /// What the source says.
     pub pod: Arc<Pod>,
     /// What was seen on the node.
@@ -62,7 +62,7 @@ pub struct PodView {
 impl PodView {
     /// `namespace/name`.
     #[must_use]
-    pub fn full_name(&self) -> String {
+    pub(crate) fn full_name(&self) -> String {
         format!("{}/{}", self.pod.namespace, self.pod.name)
     }
 }
@@ -72,7 +72,7 @@ impl PodView {
 /// `attached` is the cgroup that the programs are attached to. `current` is the cookie of the netns
 /// that the pod is enrolled with. The pod stays in that netns as long as one of its processes does;
 /// otherwise any process could leave the mesh by `unshare`.
-pub fn evaluate(
+pub(crate) fn evaluate(
     pod: &Pod,
     observed: &Observed,
     attached: &Path,

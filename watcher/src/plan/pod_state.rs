@@ -9,7 +9,7 @@ use super::{Eligibility, PodView, Reason, ReasonCode};
 /// What [`pod_state`] needs to know besides the pod: what is applied, and what tunnels
 /// acknowledged.
 #[derive(Clone, Copy, Debug)]
-pub struct PodProgress<'a> {
+pub(crate) struct PodProgress<'a> {
     /// The applied map entry of the pod's cgroup.
     pub info: Option<&'a CgroupInfo>,
     /// The fail mode of pods that do not choose one.
@@ -26,7 +26,7 @@ pub struct PodProgress<'a> {
 
 /// What happens to the traffic of the pod of `view`; the reason if it is not [`State::Open`].
 #[must_use]
-pub fn pod_state(view: &PodView, progress: &PodProgress<'_>) -> (State, Option<Reason>) {
+pub(crate) fn pod_state(view: &PodView, progress: &PodProgress<'_>) -> (State, Option<Reason>) {
     let fail_open = view.pod.fail_mode.unwrap_or(progress.fail_mode) == FailMode::Open;
     // Without a cgroup it has no traffic yet; its first connection will meet this entry.
     let expected = flag::IN_MESH | if fail_open { flag::FAIL_OPEN } else { 0 };

@@ -1,7 +1,7 @@
 //! The API server as a source: the pods of this node, and what their namespaces say of them.
 //!
-//! * [`pod`]: reads one pod of the API: labels, annotations, sidecars, static pods
-//! * [`cache`]: pods and namespaces as listed last, and what follows
+//! * `pod`: reads one pod of the API: labels, annotations, sidecars, static pods
+//! * `cache`: pods and namespaces as listed last, and what follows
 //! * `watch`: lists and watches one kind of object for ever
 //! * `status_writer`: writes the pods' state back to the API
 //! * `backoff`: how long to wait before the next attempt
@@ -25,8 +25,8 @@ use super::{Source, selection::DataplaneLabel};
 use crate::model::pod::Update;
 
 mod backoff;
-pub mod cache;
-pub mod pod;
+pub(crate) mod cache;
+pub(crate) mod pod;
 mod status_writer;
 mod watch;
 

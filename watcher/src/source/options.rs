@@ -21,21 +21,24 @@ use crate::model::{
 use super::selection;
 
 /// What the names of our annotations begin with.
-pub const ANNOTATION_PREFIX: &str = "ambient.adit.dev/";
+pub(crate) const ANNOTATION_PREFIX: &str = "ambient.adit.dev/";
 
 /// One option of a pod.
 #[derive(Debug)]
-pub struct PodOption {
+pub(crate) struct PodOption {
     /// Its key in an entry of the pods file.
     pub key: &'static str,
     /// The annotations that set it; the first that a pod has counts. None: the API has a field for it.
     pub annotations: &'static [&'static str],
     /// What a value may be, for messages and the documentation.
     pub expected: &'static str,
+    #[cfg_attr(not(test), expect(dead_code, reason = "for docs/configuration.md, which a test makes"))]
     /// A value as an annotation has it; for an option without annotations, as the pods file has it.
     pub example: &'static str,
+    #[cfg_attr(not(test), expect(dead_code, reason = "for docs/configuration.md, which a test makes"))]
     /// What holds where it is not set.
     pub default: &'static str,
+    #[cfg_attr(not(test), expect(dead_code, reason = "for docs/configuration.md, which a test makes"))]
     /// What it is for.
     pub about: &'static str,
     read: fn(&mut Pod, &Given<'_>) -> Option<()>,
@@ -51,7 +54,7 @@ struct Given<'a> {
 /// A value that an option cannot have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{key}: \"{value}\" is not valid, expected {expected}")]
-pub struct InvalidOption {
+pub(crate) struct InvalidOption {
     /// The key or annotation.
     pub key: String,
     /// The beginning of the value.
@@ -62,7 +65,7 @@ pub struct InvalidOption {
 
 impl InvalidOption {
     /// As a note, where the option is ignored and the pod goes on without it.
-    pub fn ignored(&self) -> String {
+    pub(crate) fn ignored(&self) -> String {
         format!("{}: \"{}\" ignored, expected {}", self.key, self.value, self.expected)
     }
 }
@@ -72,7 +75,7 @@ const TEXT: &str = "text";
 
 /// In the order in which the documentation lists them.
 #[rustfmt::skip]
-pub const OPTIONS: &[PodOption] = &[
+pub(crate) const OPTIONS: &[PodOption] = &[
     PodOption { key: "uid", annotations: &[], expected: TEXT, example: "8a4b0c1e", default: "required, unique", about: "the pod's uid", read: |pod, given| { pod.uid = given.text()?; Some(()) } },
     PodOption { key: "name", annotations: &[], expected: TEXT, example: "client", default: "required", about: "the pod's name", read: |pod, given| { pod.name = given.text()?; Some(()) } },
     PodOption { key: "namespace", annotations: &[], expected: TEXT, example: "demo", default: "`default`", about: "the pod's namespace", read: |pod, given| { pod.namespace = given.text()?; Some(()) } },
@@ -93,7 +96,7 @@ impl PodOption {
     ///
     /// # Errors
     /// The value as a whole makes no sense; the pod is left as it was.
-    pub fn set(&self, pod: &mut Pod, key: &str, value: &Value) -> Result<(), InvalidOption> {
+    pub(crate) fn set(&self, pod: &mut Pod, key: &str, value: &Value) -> Result<(), InvalidOption> {
         if value.is_null() {
             return Ok(());
         }
@@ -108,7 +111,7 @@ impl PodOption {
     }
 
     /// The annotation that sets it on a pod with `annotations`, and its text.
-    pub fn annotation<'a>(
+    pub(crate) fn annotation<'a>(
         &self,
         annotations: &'a BTreeMap<String, String>,
     ) -> Option<(&'static str, &'a String)> {
@@ -117,7 +120,7 @@ impl PodOption {
 }
 
 /// Our own annotations; Istio's are none of them.
-pub fn own_annotations() -> impl Iterator<Item = &'static str> {
+pub(crate) fn own_annotations() -> impl Iterator<Item = &'static str> {
     OPTIONS
         .iter()
         .flat_map(|option| option.annotations)

@@ -37,7 +37,7 @@ pub struct Overview {
     /// Number of open connections.
     pub connections_open: usize,
     /// The first of them.
-    pub connections: Vec<ConnectionView>,
+    pub(crate) connections: Vec<ConnectionView>,
     /// HBONE connections to peers' tunnels, held for reuse, and the streams in them.
     pub tunnels: i64,
     /// Streams in these connections.
@@ -102,7 +102,7 @@ pub struct LastFailure {
     pub seconds_ago: u64,
     /// The connection.
     #[serde(flatten)]
-    pub failed: FailedConnection,
+    pub(crate) failed: FailedConnection,
 }
 
 impl Overview {

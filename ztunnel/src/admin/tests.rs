@@ -198,7 +198,7 @@ fn open(bench: &Bench) -> ConnectionRecord {
 async fn the_dump_shows_connections_at_their_pod_while_they_are_open() {
     let bench = Bench::start().await;
     let record = open(&bench);
-    record.sent(7);
+    record.counters().sent(7);
     let dump = || async {
         let (_, body) = bench.get(ADMIN, "/config_dump").await;
         serde_json::from_str::<serde_json::Value>(&body).unwrap()["workloadState"]["uid-1"]["connections"]

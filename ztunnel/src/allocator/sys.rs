@@ -6,4 +6,4 @@
 // it. A reference to an array is one pointer; what it points to lives for ever and ends with a NUL.
 // Nothing else has that name.
 #[unsafe(export_name = "_rjem_malloc_conf")]
-pub static OPTIONS: &[u8; 46] = b"prof:true,prof_active:false,lg_prof_sample:19\0";
+pub(super) static OPTIONS: &[u8; 46] = b"prof:true,prof_active:false,lg_prof_sample:19\0";

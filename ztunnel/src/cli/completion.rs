@@ -8,11 +8,11 @@ use clap_complete::Shell;
 #[command(after_help = "Examples:
   ztunnel completion bash > /etc/bash_completion.d/ztunnel
   ztunnel completion zsh > \"${fpath[1]}/_ztunnel\"")]
-pub struct Completion {
+pub(crate) struct Completion {
     shell: Shell,
 }
 
-pub fn run(completion: &Completion) {
+pub(crate) fn run(completion: &Completion) {
     let mut command = super::Arguments::command();
     clap_complete::generate(completion.shell, &mut command, "ztunnel", &mut std::io::stdout());
 }

@@ -16,7 +16,7 @@ use ztunnel::{
 use super::Output;
 
 #[derive(Subcommand)]
-pub enum ConfigCommand {
+pub(crate) enum ConfigCommand {
     /// Checks the configuration and reports every error.
     ///
     /// Exit code 0: valid; 1: invalid.
@@ -38,7 +38,7 @@ pub enum ConfigCommand {
     },
 }
 
-pub fn run(command: ConfigCommand, file: Option<PathBuf>) -> Result<()> {
+pub(crate) fn run(command: ConfigCommand, file: Option<PathBuf>) -> Result<()> {
     match command {
         ConfigCommand::Check { file: own } => check(own.or(file).as_deref()),
         ConfigCommand::Print { output } => print(file.as_deref(), output),

@@ -25,7 +25,7 @@ const TIMEOUT: Duration = Duration::from_secs(20);
   ztunnel status                                   for people
   ztunnel status -o json | jq .connections         for programs
   kubectl exec -n adit-system ds/ztunnel -- ztunnel status")]
-pub struct Status {
+pub(crate) struct Status {
     /// Address of its admin server.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15000", env = "ADMIN_ADDR")]
     admin: String,
@@ -33,7 +33,7 @@ pub struct Status {
     output: Output,
 }
 
-pub fn run(arguments: &Status) -> Result<ExitCode> {
+pub(crate) fn run(arguments: &Status) -> Result<ExitCode> {
     let body = get(&arguments.admin, "/status")?;
     let status: Value = serde_json::from_str(&body).context("the answer is not JSON")?;
     let text = match arguments.output {

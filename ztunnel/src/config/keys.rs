@@ -9,7 +9,7 @@ use std::time::Duration;
 
 /// One key.
 #[derive(Debug)]
-pub struct ConfigKey {
+pub(crate) struct ConfigKey {
     /// Name in the file, dotted: `pool.idle` is `idle` of section `pool`.
     pub name: &'static str,
     /// Environment variable that overrides the file. For a map, the prefix of the variables of its
@@ -25,7 +25,7 @@ pub struct ConfigKey {
 
 /// The value of a key that is not set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DefaultValue {
+pub(crate) enum DefaultValue {
     /// This text, as it would be written.
     Is(&'static str),
     /// Computed from other settings; described in words.
@@ -36,7 +36,7 @@ pub enum DefaultValue {
 
 /// What a value may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ValueKind {
+pub(crate) enum ValueKind {
     /// Any text.
     Text,
     /// A path.
@@ -91,7 +91,7 @@ const fn key(
 
 /// In the order in which the documentation lists them.
 #[rustfmt::skip]
-pub const KEYS: &[ConfigKey] = &[
+pub(crate) const KEYS: &[ConfigKey] = &[
     key("mode", "PROXY_MODE", Choice(&["shared", "dedicated"]), Is("shared"), "what one process serves: all pods that the node agent hands over, or one workload in its own netns"),
     key("workload", "PROXY_WORKLOAD_INFO", Text, Nothing, "the workload of a dedicated tunnel: `namespace/name/service-account`"),
     key("workers", "ZTUNNEL_WORKER_THREADS", Workers, Depends("all cores that the cgroup allows, at most 16"), "threads that carry traffic"),
@@ -172,14 +172,14 @@ pub const KEYS: &[ConfigKey] = &[
 ///
 /// # Panics
 /// If the table has no such row: keys are constants of this program.
-pub fn row(name: &str) -> &'static ConfigKey {
+pub(crate) fn row(name: &str) -> &'static ConfigKey {
     let found = KEYS.iter().find(|key| key.name == name);
     found.unwrap_or_else(|| panic!("{name} has no row in config/keys.rs"))
 }
 
 impl ValueKind {
     /// What a value must be, for errors and the documentation.
-    pub fn expectation(self) -> String {
+    pub(crate) fn expectation(self) -> String {
         match self {
             Text | Secret => "text".to_owned(),
             Path => "a path".to_owned(),

@@ -110,7 +110,7 @@ const HIDDEN: &str = "(hidden)";
 /// The values that were set. Empty ones count as not set, since Helm templates often set variables
 /// without a value.
 #[derive(Debug)]
-pub struct RawSettings {
+pub(super) struct RawSettings {
     file: Option<String>,
     set: BTreeMap<&'static str, (Origin, Value)>,
 }
@@ -123,7 +123,7 @@ enum Value {
 
 impl RawSettings {
     /// Reads `file`, if given, then `variables` over it. Reports all errors at once.
-    pub fn read(
+    pub(super) fn read(
         file: Option<&Path>,
         variables: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self, ConfigError> {
@@ -236,7 +236,7 @@ impl RawSettings {
     }
 
     /// The key as the user wrote it: the variable's name, or file and key.
-    pub fn written_as(&self, name: &str) -> String {
+    pub(super) fn written_as(&self, name: &str) -> String {
         match (self.set.get(name), &self.file) {
             (Some((Origin::File, _)), Some(file)) => format!("{file}: {name}"),
             _ => row(name).variable.to_owned(),
@@ -244,7 +244,7 @@ impl RawSettings {
     }
 
     /// The error for a value of `name` that is not as expected.
-    pub fn invalid(&self, name: &str, expected: impl Into<String>) -> ConfigError {
+    pub(super) fn invalid(&self, name: &str, expected: impl Into<String>) -> ConfigError {
         let value =
             if row(name).kind == ValueKind::Secret { HIDDEN } else { self.get(name).unwrap_or_default() };
         ConfigError::Invalid {
@@ -255,7 +255,7 @@ impl RawSettings {
     }
 
     /// The value that was set, without the default.
-    pub fn get(&self, name: &str) -> Option<&str> {
+    pub(super) fn get(&self, name: &str) -> Option<&str> {
         match self.set.get(row(name).name) {
             Some((_, Value::Text(text))) => Some(text),
             _ => None,
@@ -282,50 +282,50 @@ impl RawSettings {
         self.checked(name, parse)?.ok_or_else(missing)
     }
 
-    pub fn text(&self, name: &str) -> Arc<str> {
+    pub(super) fn text(&self, name: &str) -> Arc<str> {
         self.or_default(name).unwrap_or_default().into()
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.or_default(name).unwrap_or_default().into()
     }
 
-    pub fn bool(&self, name: &str) -> Result<bool, ConfigError> {
+    pub(super) fn bool(&self, name: &str) -> Result<bool, ConfigError> {
         self.required(name, value::bool)
     }
 
-    pub fn optional_bool(&self, name: &str) -> Result<Option<bool>, ConfigError> {
+    pub(super) fn optional_bool(&self, name: &str) -> Result<Option<bool>, ConfigError> {
         self.checked(name, value::bool)
     }
 
     /// One of the row's choices, in its spelling.
-    pub fn choice(&self, name: &str) -> Result<&'static str, ConfigError> {
+    pub(super) fn choice(&self, name: &str) -> Result<&'static str, ConfigError> {
         let ValueKind::Choice(names) = row(name).kind else { return Ok("") };
         self.required(name, |text| names.iter().find(|choice| choice.eq_ignore_ascii_case(text)).copied())
     }
 
-    pub fn number(&self, name: &str) -> Result<u32, ConfigError> {
+    pub(super) fn number(&self, name: &str) -> Result<u32, ConfigError> {
         self.required(name, value::number)
     }
 
-    pub fn optional_number(&self, name: &str) -> Result<Option<u32>, ConfigError> {
+    pub(super) fn optional_number(&self, name: &str) -> Result<Option<u32>, ConfigError> {
         self.checked(name, value::number)
     }
 
-    pub fn duration(&self, name: &str) -> Result<Duration, ConfigError> {
+    pub(super) fn duration(&self, name: &str) -> Result<Duration, ConfigError> {
         self.required(name, value::duration)
     }
 
-    pub fn optional_duration(&self, name: &str) -> Result<Option<Duration>, ConfigError> {
+    pub(super) fn optional_duration(&self, name: &str) -> Result<Option<Duration>, ConfigError> {
         let seconds_too = row(name).kind == ValueKind::DurationOrSeconds;
         self.checked(name, if seconds_too { value::duration_or_seconds } else { value::duration })
     }
 
-    pub fn address(&self, name: &str) -> Result<Option<SocketAddr>, ConfigError> {
+    pub(super) fn address(&self, name: &str) -> Result<Option<SocketAddr>, ConfigError> {
         self.checked(name, value::address)
     }
 
-    pub fn map(&self, name: &str) -> BTreeMap<String, String> {
+    pub(super) fn map(&self, name: &str) -> BTreeMap<String, String> {
         match self.set.get(name) {
             Some((_, Value::Map(map))) => map.clone(),
             _ => BTreeMap::new(),
@@ -333,7 +333,7 @@ impl RawSettings {
     }
 
     /// Every key with its effective value.
-    pub fn effective(&self) -> Vec<Effective> {
+    pub(super) fn effective(&self) -> Vec<Effective> {
         KEYS.iter().map(|key| self.effective_key(key)).collect()
     }
 

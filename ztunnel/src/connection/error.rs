@@ -19,7 +19,7 @@ use crate::{
 
 /// Why an outbound connection failed.
 #[derive(Debug, thiserror::Error)]
-pub enum OutboundError {
+pub(crate) enum OutboundError {
     #[error("cannot tell what was dialled")]
     OriginalDst(#[source] io::Error),
     #[error("attempted recursive call to ourselves")]
@@ -69,7 +69,7 @@ impl ConnectionFailure for OutboundError {
 
 /// Why an inbound connection failed.
 #[derive(Debug, thiserror::Error)]
-pub enum InboundError {
+pub(crate) enum InboundError {
     #[error("no certificate to answer with")]
     Identity(#[source] IdentityError),
     #[error("tls handshake error")]

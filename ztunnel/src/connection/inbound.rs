@@ -48,7 +48,7 @@ struct InboundTunnel {
 }
 
 /// A connection that came in on 15008.
-pub async fn serve(accepted: Accepted) {
+pub(crate) async fn serve(accepted: Accepted) {
     let Accepted { stream, client: peer, pod, worker } = accepted;
     let Ok(local) = stream.local_addr().map(socket::canonical) else { return };
     let process = Arc::clone(&worker.process);

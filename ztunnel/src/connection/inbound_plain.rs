@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// A connection that was captured on 15006.
-pub async fn serve(accepted: Accepted) {
+pub(crate) async fn serve(accepted: Accepted) {
     let client = accepted.client;
     let Ok(target) = socket::original_dst(&accepted.stream) else { return socket::reset(accepted.stream) };
     let metrics = Arc::clone(&accepted.worker.process.metrics);

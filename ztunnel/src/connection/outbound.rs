@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// A connection that was captured on 15001.
-pub async fn serve(accepted: Accepted) {
+pub(crate) async fn serve(accepted: Accepted) {
     let client = accepted.client;
     let local = accepted.stream.local_addr().map_or(client, socket::canonical);
     let planned = plan(&accepted).await;

@@ -30,7 +30,10 @@ use crate::{
     control_plane::{ControlPlane, ControlPlaneError},
     error_chain::error_chain,
     mesh::{Store, local_file::ResourceDefaults},
-    metrics::xds::{Termination, XdsMetrics},
+    metrics::{
+        Metrics,
+        xds::{Termination, XdsMetrics},
+    },
     readiness::ReadyGuard,
 };
 
@@ -81,7 +84,7 @@ impl DiscoveryClient {
         defaults: ResourceDefaults,
         store: Arc<Store>,
         demand: Option<Demand>,
-        metrics: XdsMetrics,
+        metrics: &Metrics,
         ready: ReadyGuard,
     ) -> Self {
         let metadata = config.metadata.iter().map(|(key, value)| (key.clone(), proto_value(value)));
@@ -93,7 +96,7 @@ impl DiscoveryClient {
             demand: demand.clone(),
         };
         let control_plane = ControlPlane::new(config.service.clone());
-        Self { control_plane, node, demand, state: Some(state), metrics, ready }
+        Self { control_plane, node, demand, state: Some(state), metrics: metrics.xds.clone(), ready }
     }
 
     /// Runs until `stop`, and opens a new stream whenever one ends.

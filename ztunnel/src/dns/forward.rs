@@ -27,7 +27,7 @@ const AGAIN: Duration = Duration::from_secs(2);
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
-pub enum ForwardError {
+pub(super) enum ForwardError {
     #[error("no resolver is configured that pods could reach")]
     NoResolver,
     #[error("{resolver} did not answer in time")]
@@ -40,7 +40,7 @@ pub enum ForwardError {
 
 /// Queries `resolvers` in order until one answers, over the protocol that the client used. An error
 /// reply of the last one counts as an answer.
-pub async fn ask(
+pub(super) async fn ask(
     pod: &ServedPod,
     resolvers: &[SocketAddr],
     query: &[u8],
@@ -107,7 +107,7 @@ async fn by_tcp(pod: &ServedPod, to: SocketAddr, query: &[u8]) -> io::Result<Vec
 }
 
 /// A message in the TCP format (RFC 1035 §4.2.2).
-pub fn framed(message: &[u8]) -> io::Result<Vec<u8>> {
+pub(super) fn framed(message: &[u8]) -> io::Result<Vec<u8>> {
     let length = u16::try_from(message.len()).map_err(io::Error::other)?;
     let mut framed = Vec::with_capacity(2 + message.len());
     framed.extend_from_slice(&length.to_be_bytes());

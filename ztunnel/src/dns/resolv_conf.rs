@@ -14,7 +14,7 @@ const PORT: u16 = 53;
 
 /// The resolvers to forward to. `shared`: queries leave from the pods' netns, where a loopback
 /// address would be the pod's own. With an empty list, forwarded queries fail.
-pub fn resolvers(configured: &[SocketAddr], file: &Path, shared: bool) -> Vec<SocketAddr> {
+pub(super) fn resolvers(configured: &[SocketAddr], file: &Path, shared: bool) -> Vec<SocketAddr> {
     if !configured.is_empty() {
         return configured.to_vec();
     }

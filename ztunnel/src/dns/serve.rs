@@ -56,7 +56,7 @@ struct PodDns {
 }
 
 /// Serves `pod` on all of `pairs` until its `stop`.
-pub async fn serve(context: Rc<DnsContext>, pod: Arc<ServedPod>, pairs: Vec<DnsSockets>) {
+pub(super) async fn serve(context: Rc<DnsContext>, pod: Arc<ServedPod>, pairs: Vec<DnsSockets>) {
     let pod_dns = Rc::new(PodDns {
         pod,
         context,

@@ -14,7 +14,7 @@ const BACKLOG: i32 = 256;
 
 /// The sockets of one address. Either both exist or neither.
 #[derive(Debug)]
-pub struct DnsSockets {
+pub(crate) struct DnsSockets {
     pub udp: std::net::UdpSocket,
     /// The listener. Our watcher's kernel programs take it as the sign that the tunnel serves DNS
     /// here, so it is opened after the UDP socket.
@@ -22,7 +22,7 @@ pub struct DnsSockets {
 }
 
 /// Listens on `address`, and on `::1` beside `127.0.0.1` where the netns has it. Call inside the pod's netns.
-pub fn listen(address: SocketAddr, ipv6: bool, options: &SocketOptions) -> io::Result<Vec<DnsSockets>> {
+pub(crate) fn listen(address: SocketAddr, ipv6: bool, options: &SocketOptions) -> io::Result<Vec<DnsSockets>> {
     let mut pairs = vec![pair(address, options)?];
     if ipv6 && address.is_ipv4() && address.ip().is_loopback() {
         match pair(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), address.port()), options) {
@@ -55,7 +55,7 @@ fn pair(address: SocketAddr, options: &SocketOptions) -> io::Result<DnsSockets> 
 
 /// A socket in `pod`'s netns that receives datagrams only from `to`. The kernel chooses its port,
 /// as random as the port range allows (RFC 5452 §9.2).
-pub fn connected(pod: &ServedPod, to: SocketAddr) -> io::Result<UdpSocket> {
+pub(crate) fn connected(pod: &ServedPod, to: SocketAddr) -> io::Result<UdpSocket> {
     let socket = pod.netns.enter(|| {
         let socket = new(to, Type::DGRAM, Protocol::UDP, &pod.socket)?;
         socket.connect(&to.into())?;

@@ -36,7 +36,7 @@ pub(super) struct ActivityIo<T> {
 }
 
 impl<T> ActivityIo<T> {
-    pub fn new(io: T) -> (Self, LastActivity) {
+    pub(super) fn new(io: T) -> (Self, LastActivity) {
         let activity = LastActivity(Rc::new(Cell::new(Instant::now())));
         (Self { io, activity: activity.clone() }, activity)
     }
@@ -48,7 +48,7 @@ impl LastActivity {
     }
 
     /// Resolves when the peer is dead.
-    pub async fn until_dead(self, pings: Option<PingPong>) {
+    pub(super) async fn until_dead(self, pings: Option<PingPong>) {
         let Some(mut pings) = pings else { return std::future::pending().await };
         loop {
             let before = self.0.get();

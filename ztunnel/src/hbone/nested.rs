@@ -31,7 +31,7 @@ const CHUNK: usize = 256 << 10;
 
 /// The inner stream, and the identity that the server proved.
 #[derive(Debug)]
-pub struct NestedStream {
+pub(crate) struct NestedStream {
     pub response: Response<()>,
     pub stream: HboneStream,
     pub identity: Option<Identity>,
@@ -40,7 +40,7 @@ pub struct NestedStream {
 
 /// Opens a tunnel inside `outer` and sends `request` through it. The tunnel carries this one stream
 /// and ends with it; it keeps `lease` until then.
-pub async fn open(
+pub(crate) async fn open(
     outer: HboneStream,
     lease: StreamLease,
     peer: std::net::SocketAddr,

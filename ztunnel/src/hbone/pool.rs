@@ -36,7 +36,7 @@ use crate::{
 
 /// The properties that two connections must share to use one tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct TunnelKey {
+pub(crate) struct TunnelKey {
     pub source: Identity,
     pub expected: Vec<Identity>,
     pub peer: SocketAddr,
@@ -48,7 +48,7 @@ pub struct TunnelKey {
 const ATTEMPTS: usize = 4;
 
 #[derive(Clone, Debug)]
-pub struct TunnelPool(Rc<Inner>);
+pub(crate) struct TunnelPool(Rc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -93,7 +93,7 @@ impl Drop for Member {
 
 /// One stream's place in a tunnel. Keep it as long as the stream.
 #[derive(Debug)]
-pub struct StreamLease(Rc<Member>);
+pub(crate) struct StreamLease(Rc<Member>);
 
 impl StreamLease {
     fn new(member: &Rc<Member>) -> Self {
@@ -103,7 +103,7 @@ impl StreamLease {
     }
 
     /// The certificates of the peer.
-    pub fn chain(&self) -> &CertificateChain {
+    pub(crate) fn chain(&self) -> &CertificateChain {
         &self.0.chain
     }
 }
@@ -117,12 +117,12 @@ impl Drop for StreamLease {
 }
 
 impl TunnelPool {
-    pub fn new(limits: config::PoolConfig, metrics: PoolMetrics) -> Self {
+    pub(crate) fn new(limits: config::PoolConfig, metrics: PoolMetrics) -> Self {
         Self(Rc::new(Inner { limits, metrics, groups: RefCell::default() }))
     }
 
     /// Sends a CONNECT through a tunnel of `key`. If none has room, `dial` opens one.
-    pub async fn open<F>(
+    pub(crate) async fn open<F>(
         &self,
         key: &TunnelKey,
         request: &Request<()>,
@@ -151,12 +151,13 @@ impl TunnelPool {
     }
 
     /// Releases all tunnels from `netns`, so that it can be deleted. Open streams finish.
-    pub fn forget(&self, netns: NetnsId) {
+    pub(crate) fn forget(&self, netns: NetnsId) {
         self.0.groups.borrow_mut().retain(|key, _| key.netns != netns);
     }
 
     /// The number of tunnels for `key`.
-    pub fn tunnels(&self, key: &TunnelKey) -> usize {
+    #[cfg(test)]
+    pub(crate) fn tunnels(&self, key: &TunnelKey) -> usize {
         self.0.groups.borrow().get(key).map_or(0, |group| group.members.borrow().len())
     }
 

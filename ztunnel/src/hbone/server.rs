@@ -24,14 +24,14 @@ use crate::{config::H2Config, stream::HboneStream};
 
 /// A CONNECT request and the handle to answer it.
 #[derive(Debug)]
-pub struct ConnectRequest {
+pub(crate) struct ConnectRequest {
     pub request: Request<RecvStream>,
     respond: SendResponse<Bytes>,
 }
 
 impl ConnectRequest {
     /// Answers 200; from now on the stream carries the connection.
-    pub fn accept(mut self, headers: http::HeaderMap) -> Result<HboneStream, h2::Error> {
+    pub(crate) fn accept(mut self, headers: http::HeaderMap) -> Result<HboneStream, h2::Error> {
         let mut response = Response::new(());
         *response.headers_mut() = headers;
         let send = self.respond.send_response(response, false)?;
@@ -40,7 +40,7 @@ impl ConnectRequest {
 
     /// Answers with only `status`. Fails only if the tunnel is gone, which its owner notices
     /// anyway.
-    pub fn refuse(mut self, status: StatusCode) {
+    pub(crate) fn refuse(mut self, status: StatusCode) {
         let mut response = Response::new(());
         *response.status_mut() = status;
         let _ = self.respond.send_response(response, true);
@@ -48,7 +48,7 @@ impl ConnectRequest {
 }
 
 /// The server's half of the TLS handshake.
-pub async fn tls(
+pub(crate) async fn tls(
     socket: TcpStream,
     config: std::sync::Arc<rustls::ServerConfig>,
 ) -> io::Result<TlsStream<BufReader<TcpStream>>> {
@@ -66,7 +66,7 @@ pub async fn tls(
 
 /// Runs `handle` for every request until the peer closes the tunnel. After `stop` it sends GOAWAY,
 /// and open streams finish. Dropping the future ends all of them.
-pub async fn serve<T, F>(
+pub(crate) async fn serve<T, F>(
     io: T,
     h2: &H2Config,
     stop: CancellationToken,

@@ -206,19 +206,19 @@ pub(super) struct Policies {
 }
 
 impl Policies {
-    pub fn get(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {
+    pub(super) fn get(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {
         self.all.get(key)
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<Policy>> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Arc<Policy>> {
         self.all.values()
     }
 
-    pub fn by_scope(&self, namespace: &str) -> impl Iterator<Item = &Arc<Policy>> {
+    pub(super) fn by_scope(&self, namespace: &str) -> impl Iterator<Item = &Arc<Policy>> {
         self.global.iter().chain(self.by_namespace.get(namespace).into_iter().flatten())
     }
 
-    pub fn put(&mut self, policy: Policy) {
+    pub(super) fn put(&mut self, policy: Policy) {
         self.remove(&policy.key);
         let policy = Arc::new(policy);
         if let Some(scope) = self.scope(&policy) {
@@ -228,7 +228,7 @@ impl Policies {
         self.all.insert(policy.key.clone(), policy);
     }
 
-    pub fn remove(&mut self, key: &PolicyKey) {
+    pub(super) fn remove(&mut self, key: &PolicyKey) {
         let Some(policy) = self.all.remove(key) else { return };
         if let Some(scope) = self.scope(&policy) {
             scope.retain(|other| other.key != *key);

@@ -16,7 +16,7 @@ use super::{GatewayAddress, InvalidKey, Workload, gateways::WeightedWaypoint};
 use crate::identity::Identity;
 
 /// Service port → target port. Target port 0 is a named port, which each workload maps itself.
-pub type PortMap = BTreeMap<u16, u16>;
+pub(crate) type PortMap = BTreeMap<u16, u16>;
 
 /// The key of a service, written `namespace/hostname`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -245,12 +245,12 @@ pub(super) struct Ranges {
 type ByLength = BTreeMap<Reverse<u8>, HashMap<IpNet, Arc<Service>>>;
 
 impl Ranges {
-    pub fn put(&mut self, key: ServiceKey, service: Arc<Service>) {
+    pub(super) fn put(&mut self, key: ServiceKey, service: Arc<Service>) {
         self.services.insert(key, service);
         self.index();
     }
 
-    pub fn remove(&mut self, key: &ServiceKey) {
+    pub(super) fn remove(&mut self, key: &ServiceKey) {
         self.services.remove(key);
         self.index();
     }
@@ -267,7 +267,7 @@ impl Ranges {
         }
     }
 
-    pub fn find(&self, network: &str, ip: IpAddr) -> Option<&Arc<Service>> {
+    pub(super) fn find(&self, network: &str, ip: IpAddr) -> Option<&Arc<Service>> {
         self.by_network.get(network)?.iter().find_map(|(Reverse(length), ranges)| {
             // A length that the address' family does not have is the other one's.
             ranges.get(&IpNet::new(ip, *length).ok()?.trunc())

@@ -41,29 +41,29 @@ impl<T> Default for Table<T> {
 }
 
 impl<T: Keyed> Table<T> {
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.len
     }
 
     /// One entry with that key.
-    pub fn get(&self, key: &T::Key<'_>) -> Option<&T> {
+    pub(super) fn get(&self, key: &T::Key<'_>) -> Option<&T> {
         let hash = self.hasher.hash_one(key);
         self.shards[shard(hash)].find(hash, |entry| entry.has(key))
     }
 
     /// All entries with that key, in no order.
-    pub fn all<'a>(&'a self, key: T::Key<'_>) -> impl Iterator<Item = &'a T> {
+    pub(super) fn all<'a>(&'a self, key: T::Key<'_>) -> impl Iterator<Item = &'a T> {
         let hash = self.hasher.hash_one(&key);
         self.shards[shard(hash)].iter_hash(hash).filter(move |entry| entry.has(&key))
     }
 
     /// All entries, unordered.
-    pub fn iter(&self) -> impl Iterator<Item = &T> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
         self.shards.iter().flat_map(|shard| shard.iter())
     }
 
     /// Adds an entry; others with the same key stay.
-    pub fn add(&mut self, entry: T) {
+    pub(super) fn add(&mut self, entry: T) {
         let hasher = &self.hasher;
         let hash = hasher.hash_one(entry.key());
         let shard = Arc::make_mut(&mut self.shards[shard(hash)]);
@@ -72,7 +72,7 @@ impl<T: Keyed> Table<T> {
     }
 
     /// Removes the entry with that key for which `is` returns true.
-    pub fn take(&mut self, key: &T::Key<'_>, is: impl Fn(&T) -> bool) -> Option<T> {
+    pub(super) fn take(&mut self, key: &T::Key<'_>, is: impl Fn(&T) -> bool) -> Option<T> {
         let hash = self.hasher.hash_one(key);
         let shard = &mut self.shards[shard(hash)];
         let meant = |entry: &T| entry.has(key) && is(entry);
@@ -84,7 +84,7 @@ impl<T: Keyed> Table<T> {
     }
 
     /// The entry with that key, made by `new` if there is none. The caller must not change its key.
-    pub fn get_or_add(&mut self, key: &T::Key<'_>, new: impl FnOnce() -> T) -> &mut T {
+    pub(super) fn get_or_add(&mut self, key: &T::Key<'_>, new: impl FnOnce() -> T) -> &mut T {
         let hasher = &self.hasher;
         let hash = hasher.hash_one(key);
         let shard = Arc::make_mut(&mut self.shards[shard(hash)]);

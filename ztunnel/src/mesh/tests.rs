@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use super::*;
 
 /// A healthy workload in namespace `default` with service account `NAME`, reached by HBONE.
-pub fn workload(name: &str, ip: &str) -> Workload {
+pub(crate) fn workload(name: &str, ip: &str) -> Workload {
     let account = name.split('-').next().unwrap_or(name);
     let common = workloads::Common {
         namespace: "default".into(),
@@ -38,13 +38,13 @@ pub fn workload(name: &str, ip: &str) -> Workload {
 }
 
 /// The same but for what `change` does.
-pub fn but(mut workload: Workload, change: impl FnOnce(&mut workloads::Common)) -> Workload {
+pub(crate) fn but(mut workload: Workload, change: impl FnOnce(&mut workloads::Common)) -> Workload {
     change(&mut workload);
     workload
 }
 
 /// `NAME.default.svc.cluster.local` on one address, port 80 to 8080.
-pub fn service(name: &str, vip: &str) -> Service {
+pub(crate) fn service(name: &str, vip: &str) -> Service {
     Service {
         name: name.into(),
         namespace: "default".into(),
@@ -63,7 +63,7 @@ pub fn service(name: &str, vip: &str) -> Service {
     }
 }
 
-pub fn ip(text: &str) -> IpAddr {
+pub(crate) fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 

@@ -3,22 +3,18 @@
 
 /// One metric family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MetricRow {
+pub(crate) struct MetricRow {
     /// As scraped: with the suffix of its unit, and `_total` for a counter.
     pub name: &'static str,
     /// `counter`, `gauge` or `histogram`.
     pub kind: &'static str,
-    /// In the order of exposition. Those in [`OPTIONAL_LABELS`] may be absent.
+    /// In the order of exposition. Regions and zones are left out where they are not known.
     pub labels: &'static [&'static str],
     /// One line for the documentation.
     pub meaning: &'static str,
 }
 
 const NONE: &[&str] = &[];
-
-/// Labels that are left out where their value is not known.
-pub const OPTIONAL_LABELS: &[&str] =
-    &["source_region", "source_zone", "destination_region", "destination_zone"];
 
 /// Istio's labels of a connection.
 const TRAFFIC: &[&str] = &[
@@ -74,7 +70,7 @@ const fn row(
 
 /// In the order of the documentation.
 #[rustfmt::skip]
-pub const METRICS: &[MetricRow] = &[
+pub(crate) const METRICS: &[MetricRow] = &[
     row("istio_tcp_connections_opened_total", "counter", TRAFFIC, "connections opened"),
     row("istio_tcp_connections_closed_total", "counter", TRAFFIC, "connections closed"),
     row("istio_tcp_connections_failed_total", "counter", TRAFFIC, "connections that failed, before or after they were opened"),

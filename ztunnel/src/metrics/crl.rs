@@ -30,12 +30,12 @@ impl CrlMetrics {
     }
 
     /// Counts a peer that was refused or disconnected.
-    pub fn rejected(&self, direction: Direction) {
+    pub(crate) fn rejected(&self, direction: Direction) {
         self.rejections.get_or_create(&labels(direction)).inc();
     }
 
     /// Counts a connection whose peer no list can name.
-    pub fn untracked(&self, direction: Direction) {
+    pub(crate) fn untracked(&self, direction: Direction) {
         self.untracked.get_or_create(&labels(direction)).inc();
     }
 }

@@ -13,7 +13,7 @@ use crate::mesh::Workload;
 
 /// Query type, protocol and client.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct DnsLabels {
+pub(crate) struct DnsLabels {
     request_query_type: &'static str,
     request_protocol: &'static str,
     source_canonical_service: Arc<str>,
@@ -22,7 +22,7 @@ pub struct DnsLabels {
 
 impl DnsLabels {
     /// `protocol`: `udp` or `tcp`. Unknown parts of `source` are `unknown`.
-    pub fn new(query_type: &'static str, protocol: &'static str, source: Option<&Workload>) -> Self {
+    pub(crate) fn new(query_type: &'static str, protocol: &'static str, source: Option<&Workload>) -> Self {
         let or_unknown = |value: Option<&Arc<str>>| match value {
             Some(value) if !value.is_empty() => Arc::clone(value),
             _ => "unknown".into(),
@@ -38,7 +38,7 @@ impl DnsLabels {
 
 /// The families, shared with the registry.
 #[derive(Clone, Debug)]
-pub struct DnsMetrics {
+pub(crate) struct DnsMetrics {
     /// Requests of pods.
     pub requests: Family<DnsLabels, U64Counter>,
     /// Requests forwarded to a resolver.

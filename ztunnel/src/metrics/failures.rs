@@ -17,7 +17,7 @@ const LAST: usize = 50;
 /// A connection that failed, as its access record says it.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct FailedConnection {
+pub(crate) struct FailedConnection {
     /// When it failed.
     #[serde(skip)]
     pub at: SystemTime,
@@ -35,7 +35,7 @@ pub struct FailedConnection {
 
 /// Counts of failures, and the last ones.
 #[derive(Debug, Default)]
-pub struct FailedConnections(Mutex<Tally>);
+pub(crate) struct FailedConnections(Mutex<Tally>);
 
 #[derive(Debug, Default)]
 struct Tally {
@@ -45,7 +45,7 @@ struct Tally {
 
 impl FailedConnections {
     /// Adds a failure.
-    pub fn add(&self, failed: FailedConnection) {
+    pub(crate) fn add(&self, failed: FailedConnection) {
         let mut tally = self.tally();
         *tally.counts.entry((failed.direction, failed.reason)).or_default() += 1;
         if tally.last.len() == LAST {
@@ -55,12 +55,12 @@ impl FailedConnections {
     }
 
     /// How many by direction and reason.
-    pub fn counts(&self) -> BTreeMap<(&'static str, FailureReason), u64> {
+    pub(crate) fn counts(&self) -> BTreeMap<(&'static str, FailureReason), u64> {
         self.tally().counts.clone()
     }
 
     /// The last ones, the latest first.
-    pub fn last(&self) -> Vec<FailedConnection> {
+    pub(crate) fn last(&self) -> Vec<FailedConnection> {
         self.tally().last.iter().rev().cloned().collect()
     }
 

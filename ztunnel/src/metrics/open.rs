@@ -19,7 +19,7 @@ use serde::Serialize;
 use slab::Slab;
 
 /// A connection that is open.
-pub trait LiveConnection: Send + Sync + fmt::Debug {
+pub(crate) trait LiveConnection: Send + Sync + fmt::Debug {
     /// Adds what it carried since the last time to the counters.
     fn count(&self);
     /// What the admin server shows of it.
@@ -29,7 +29,7 @@ pub trait LiveConnection: Send + Sync + fmt::Debug {
 /// An open connection, for the admin server. The first four names are Istio's.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct ConnectionView {
+pub(crate) struct ConnectionView {
     /// The client.
     pub src: SocketAddr,
     /// The address that the client connected to, if the tunnel knows it.
@@ -65,11 +65,11 @@ const SHARDS: usize = 32;
 
 /// All open connections of this process.
 #[derive(Debug)]
-pub struct OpenConnections([Mutex<Slab<Arc<dyn LiveConnection>>>; SHARDS]);
+pub(crate) struct OpenConnections([Mutex<Slab<Arc<dyn LiveConnection>>>; SHARDS]);
 
 /// The slot of one connection, for [`OpenConnections::remove`].
 #[derive(Clone, Copy, Debug)]
-pub struct ConnectionSlot {
+pub(crate) struct ConnectionSlot {
     shard: usize,
     key: usize,
 }
@@ -95,23 +95,23 @@ impl Default for OpenConnections {
 
 impl OpenConnections {
     /// Adds a connection.
-    pub fn add(&self, live: Arc<dyn LiveConnection>) -> ConnectionSlot {
+    pub(crate) fn add(&self, live: Arc<dyn LiveConnection>) -> ConnectionSlot {
         let shard = own_shard();
         ConnectionSlot { shard, key: self.shard(shard).insert(live) }
     }
 
     /// Removes a connection.
-    pub fn remove(&self, slot: ConnectionSlot) {
+    pub(crate) fn remove(&self, slot: ConnectionSlot) {
         self.shard(slot.shard).try_remove(slot.key);
     }
 
     /// Adds the bytes carried since the last call to the counters.
-    pub fn count(&self) {
+    pub(crate) fn count(&self) {
         self.for_each(|live| live.count());
     }
 
     /// At most `limit` connections, and the number of all.
-    pub fn views(&self, limit: usize) -> (Vec<ConnectionView>, usize) {
+    pub(crate) fn views(&self, limit: usize) -> (Vec<ConnectionView>, usize) {
         let (mut views, mut all) = (Vec::new(), 0);
         self.for_each(|live| {
             all += 1;

@@ -10,7 +10,7 @@ use super::U64Counter;
 
 /// The families, shared with the registry.
 #[derive(Clone, Debug, Default)]
-pub struct XdsMetrics {
+pub(crate) struct XdsMetrics {
     terminations: Family<ReasonLabels, U64Counter>,
     messages: Family<UrlLabels, U64Counter>,
     bytes: Family<UrlLabels, U64Counter>,
@@ -18,7 +18,7 @@ pub struct XdsMetrics {
 
 /// How a stream ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
-pub enum Termination {
+pub(crate) enum Termination {
     /// It could not be opened.
     ConnectionError,
     /// The control plane ended it with an error.
@@ -51,12 +51,12 @@ impl XdsMetrics {
     }
 
     /// Counts a stream that ended.
-    pub fn terminated(&self, reason: Termination) {
+    pub(crate) fn terminated(&self, reason: Termination) {
         self.terminations.get_or_create(&ReasonLabels { reason }).inc();
     }
 
     /// Counts a message of resource type `url`.
-    pub fn received(&self, url: &str, bytes: usize) {
+    pub(crate) fn received(&self, url: &str, bytes: usize) {
         let labels = UrlLabels { url: url.to_owned() };
         self.messages.get_or_create(&labels).inc();
         self.bytes.get_or_create(&labels).inc_by(bytes as u64);

@@ -12,7 +12,7 @@ use crate::{
 
 /// Both ends of a connection, as far as they are known.
 #[derive(Clone, Debug)]
-pub struct ConnectionEnds {
+pub(crate) struct ConnectionEnds {
     pub direction: Direction,
     pub source: SocketAddr,
     pub source_workload: Option<Arc<Workload>>,
@@ -29,7 +29,7 @@ pub struct ConnectionEnds {
 
 impl ConnectionEnds {
     /// Only the addresses are known yet.
-    pub fn new(direction: Direction, source: SocketAddr, destination: SocketAddr) -> Self {
+    pub(crate) fn new(direction: Direction, source: SocketAddr, destination: SocketAddr) -> Self {
         Self {
             direction,
             source,

@@ -19,24 +19,24 @@ use crate::{
 
 /// Bytes that were carried. May be held by both copying directions.
 #[derive(Debug, Default)]
-pub struct ByteCounters {
+pub(crate) struct ByteCounters {
     sent: AtomicU64,
     received: AtomicU64,
 }
 
 impl ByteCounters {
     /// From the client to the server.
-    pub fn sent(&self, bytes: u64) {
+    pub(crate) fn sent(&self, bytes: u64) {
         self.sent.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// From the server to the client.
-    pub fn received(&self, bytes: u64) {
+    pub(crate) fn received(&self, bytes: u64) {
         self.received.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Bytes sent and received so far.
-    pub fn totals(&self) -> (u64, u64) {
+    pub(crate) fn totals(&self) -> (u64, u64) {
         (self.sent.load(Ordering::Relaxed), self.received.load(Ordering::Relaxed))
     }
 }

@@ -84,8 +84,8 @@ fn ends(direction: Direction) -> ConnectionEnds {
 fn a_record_has_istios_fields_in_their_order() {
     let log = logged(|| {
         let record = ConnectionRecord::open(&Arc::new(Metrics::new()), ends(Direction::Outbound));
-        record.sent(11);
-        record.received(22);
+        record.counters().sent(11);
+        record.counters().received(22);
         record.close(Ok(()));
     });
     let expected = " INFO access: connection complete src.addr=10.0.0.1:40000 src.workload=\"client\" \
@@ -214,8 +214,8 @@ fn what_is_learnt_later_shows_in_the_record_and_leaves_the_counters_balanced() {
 fn what_is_open_is_counted_while_it_lives_and_shown_until_it_ends() {
     let metrics = Arc::new(Metrics::new());
     let record = ConnectionRecord::open(&metrics, ends(Direction::Outbound));
-    record.sent(11);
-    record.received(22);
+    record.counters().sent(11);
+    record.counters().received(22);
     let scraped = |name: &str| {
         let text = metrics.encode().unwrap();
         let line = text.lines().find(|line| line.starts_with(name)).unwrap();
@@ -223,7 +223,7 @@ fn what_is_open_is_counted_while_it_lives_and_shown_until_it_ends() {
     };
     assert_eq!(scraped("istio_tcp_received_bytes_total"), 11);
     assert_eq!(scraped("istio_tcp_sent_bytes_total"), 22);
-    record.sent(1);
+    record.counters().sent(1);
     let (views, all) = metrics.open.views(10);
     assert_eq!(all, 1);
     let shown = serde_json::to_value(&views[0]).unwrap();

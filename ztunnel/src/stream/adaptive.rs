@@ -8,22 +8,22 @@ use tokio::net::TcpStream;
 /// Buffers start here and grow while reads fill them.
 const SMALL: usize = 16 << 10;
 /// Maximum bytes in memory per direction of a connection.
-pub const LARGE: usize = 256 << 10;
+pub(super) const LARGE: usize = 256 << 10;
 
 /// A read buffer that grows while reads fill it, and releases its memory when they no longer do.
-pub struct Adaptive {
+pub(super) struct Adaptive {
     buffer: BytesMut,
     /// Size of the next read.
     pub size: usize,
 }
 
 impl Adaptive {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { buffer: BytesMut::new(), size: SMALL }
     }
 
     /// One read of at most `limit` bytes; `Ok(None)`: nothing there yet. Empty bytes: the end.
-    pub fn read(&mut self, socket: &TcpStream, limit: usize) -> io::Result<Option<Bytes>> {
+    pub(super) fn read(&mut self, socket: &TcpStream, limit: usize) -> io::Result<Option<Bytes>> {
         if self.buffer.capacity() < self.size / 4 {
             self.buffer = BytesMut::with_capacity(self.size);
         }

@@ -8,7 +8,7 @@ use crate::reason::FailureReason;
 
 /// Why copying stopped before both sides ended.
 #[derive(Debug, thiserror::Error)]
-pub enum StreamError {
+pub(crate) enum StreamError {
     #[error("application connection broke")]
     Socket(#[source] io::Error),
     #[error("peer reset the stream: {0}")]
@@ -25,7 +25,7 @@ pub enum StreamError {
 
 impl StreamError {
     /// For logs and metrics.
-    pub fn reason(&self) -> FailureReason {
+    pub(crate) fn reason(&self) -> FailureReason {
         match self {
             Self::HalfClosed(_) => FailureReason::HalfClosedLimit,
             Self::Idle(_) => FailureReason::IdleLimit,

@@ -18,7 +18,7 @@ use crate::{config::Config, socket};
 
 /// The listener on which a connection arrived, which decides how it is handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ListenPort {
+pub(crate) enum ListenPort {
     /// From the pod's application.
     Outbound,
     /// To the application, plaintext.
@@ -28,14 +28,14 @@ pub enum ListenPort {
 }
 
 /// What an enrolled pod's traffic needs.
-pub const ALL: [ListenPort; 3] = [ListenPort::Outbound, ListenPort::Inbound, ListenPort::Hbone];
+pub(crate) const ALL: [ListenPort; 3] = [ListenPort::Outbound, ListenPort::Inbound, ListenPort::Hbone];
 
 /// One worker's share of each group. The sockets listen as soon as this exists.
 #[derive(Debug)]
-pub struct Listeners(Vec<(ListenPort, std::net::TcpListener)>);
+pub(crate) struct Listeners(Vec<(ListenPort, std::net::TcpListener)>);
 
 /// Opens the listeners of all workers on the ports of `which`. Call inside the pod's netns.
-pub fn open(
+pub(crate) fn open(
     which: &[ListenPort],
     workers: usize,
     config: &Config,
@@ -58,7 +58,7 @@ pub fn open(
 
 impl Listeners {
     /// Registers the sockets with the calling worker's runtime.
-    pub fn activate(self) -> io::Result<ActiveListeners> {
+    pub(crate) fn activate(self) -> io::Result<ActiveListeners> {
         let active = |(port, listener)| TcpListener::from_std(listener).map(|listener| (port, listener));
         let listeners = self.0.into_iter().map(active).collect::<io::Result<_>>()?;
         Ok(ActiveListeners { listeners, next: Cell::new(0) })
@@ -67,7 +67,7 @@ impl Listeners {
 
 /// Listeners in use.
 #[derive(Debug)]
-pub struct ActiveListeners {
+pub(crate) struct ActiveListeners {
     listeners: Vec<(ListenPort, TcpListener)>,
     /// The listener to poll first. It rotates, so that a busy port does not starve the others.
     next: Cell<usize>,
@@ -75,7 +75,7 @@ pub struct ActiveListeners {
 
 impl ActiveListeners {
     /// The next connection on any of the ports.
-    pub async fn accept(&self) -> (ListenPort, TcpStream, SocketAddr) {
+    pub(crate) async fn accept(&self) -> (ListenPort, TcpStream, SocketAddr) {
         loop {
             let (port, accepted) = poll_fn(|cx| self.poll(cx)).await;
             match accepted {
@@ -103,7 +103,7 @@ impl ActiveListeners {
     }
 
     /// Closes the listeners, with the connections that already wait: closing alone would reset them.
-    pub fn close(self) -> Vec<(ListenPort, TcpStream, SocketAddr)> {
+    pub(crate) fn close(self) -> Vec<(ListenPort, TcpStream, SocketAddr)> {
         let mut waiting = Vec::new();
         for (port, listener) in self.listeners {
             let Ok(listener) = listener.into_std() else { continue };

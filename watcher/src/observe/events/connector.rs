@@ -43,7 +43,7 @@ const BUFFER: usize = 32 << 20;
 
 /// The connector's socket, and inotify.
 #[derive(Debug)]
-pub struct Connector {
+pub(crate) struct Connector {
     socket: AsyncFd<OwnedFd>,
     base: PathBuf,
     cgroup_root: PathBuf,
@@ -55,7 +55,7 @@ impl Connector {
     ///
     /// # Errors
     /// The kernel does not offer the connector here.
-    pub fn below(base: &Path, cgroup_root: &Path) -> Result<Self, EventSourceError> {
+    pub(crate) fn below(base: &Path, cgroup_root: &Path) -> Result<Self, EventSourceError> {
         let fd = subscribe()?;
         let cgroups = Scan::new().map_err(EventSourceError::Inotify)?;
         let socket = pollable(fd).map_err(failed("wait for the connector"))?;

@@ -13,7 +13,7 @@ use crate::sys::pollable;
 
 /// The ring buffer and its readiness.
 #[derive(Debug)]
-pub struct LifecycleSource {
+pub(crate) struct LifecycleSource {
     lifecycle: Lifecycle,
     readable: AsyncFd<OwnedFd>,
     /// How many lost events were reported already.

@@ -14,7 +14,7 @@ use super::{Event, EventSource, EventSourceError, EventSourceNeeds, SourceKind};
 
 /// All watches, on one inotify instance: instances are limited per user.
 #[derive(Debug)]
-pub struct Scan {
+pub(crate) struct Scan {
     stream: EventStream<[u8; 4096]>,
     watches: Watches,
     cgroups: BTreeMap<PathBuf, Vec<WatchDescriptor>>,
@@ -26,7 +26,7 @@ impl Scan {
     ///
     /// # Errors
     /// The user has no inotify instance left.
-    pub fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         let inotify = Inotify::init()?;
         let watches = inotify.watches();
         Ok(Self {

@@ -37,7 +37,7 @@ use crate::{
 
 /// Why the file as a whole cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum PodsFileError {
+pub(crate) enum PodsFileError {
     /// It cannot be read.
     #[error("cannot read {path}")]
     Read {
@@ -58,7 +58,7 @@ pub enum PodsFileError {
 
 /// What is wrong with the text of a pods file.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidPodsFile {
+pub(crate) enum InvalidPodsFile {
     /// A writer that truncates before it writes would otherwise un-enrol every pod for a moment.
     #[error("the file is empty, expected the key `pods` (`pods: []` for none)")]
     Empty,
@@ -69,7 +69,7 @@ pub enum InvalidPodsFile {
 
 /// Why one entry of the file cannot be used.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidEntry {
+pub(crate) enum InvalidEntry {
     /// It is no map.
     #[error("expected the keys of a pod")]
     NotAPod,
@@ -118,7 +118,7 @@ struct FileSection {
 ///
 /// # Errors
 /// The file cannot be read, or is rejected as a whole.
-pub fn read(path: &Path, cgroup_root: &Path) -> Result<Vec<Entry>, PodsFileError> {
+pub(crate) fn read(path: &Path, cgroup_root: &Path) -> Result<Vec<Entry>, PodsFileError> {
     let path_buf = || path.to_owned();
     let text =
         std::fs::read_to_string(path).map_err(|source| PodsFileError::Read { path: path_buf(), source })?;
@@ -129,7 +129,7 @@ pub fn read(path: &Path, cgroup_root: &Path) -> Result<Vec<Entry>, PodsFileError
 ///
 /// # Errors
 /// The text is rejected as a whole.
-pub fn parse(text: &str, cgroup_root: &Path) -> Result<Vec<Entry>, InvalidPodsFile> {
+pub(crate) fn parse(text: &str, cgroup_root: &Path) -> Result<Vec<Entry>, InvalidPodsFile> {
     if text.trim().is_empty() {
         return Err(InvalidPodsFile::Empty);
     }

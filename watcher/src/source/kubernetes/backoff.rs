@@ -7,7 +7,7 @@ use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 /// Waits that double up to a limit. Each is random, between half and all of its whole length, so that
 /// the nodes of a cluster do not come back all at once.
 #[derive(Debug)]
-pub struct Backoff {
+pub(super) struct Backoff {
     waits: ExponentialBuilder,
     longest: Duration,
     next: ExponentialBackoff,
@@ -15,7 +15,7 @@ pub struct Backoff {
 
 impl Backoff {
     /// `first`: the whole length of the first wait; `longest`: the limit.
-    pub fn new(first: Duration, longest: Duration) -> Self {
+    pub(super) fn new(first: Duration, longest: Duration) -> Self {
         // `backon` adds a random part of each wait to it, so that half a wait becomes half to all of it.
         let waits = ExponentialBuilder::new()
             .with_min_delay(first / 2)
@@ -26,12 +26,12 @@ impl Backoff {
     }
 
     /// The next wait.
-    pub fn next(&mut self) -> Duration {
+    pub(super) fn next(&mut self) -> Duration {
         self.next.next().unwrap_or(self.longest)
     }
 
     /// The next wait is the first again.
-    pub fn reset(&mut self) {
+    pub(super) fn reset(&mut self) {
         self.next = self.waits.build();
     }
 }

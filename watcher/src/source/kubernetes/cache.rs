@@ -18,7 +18,7 @@ use super::pod::{self, ApiPod, ReadRules};
 
 /// What is known of both kinds of objects, each whole only after its first complete list.
 #[derive(Debug)]
-pub struct ClusterCache {
+pub(crate) struct ClusterCache {
     rules: ReadRules,
     namespaces: BTreeMap<String, LabelDecision>,
     /// By the API's uid.
@@ -36,7 +36,7 @@ pub struct ClusterCache {
 
 /// A change of one pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PodChange {
+pub(crate) struct PodChange {
     /// The uid of the pod's cgroup, by which the loop knows it.
     pub uid: String,
     /// `None`: gone.
@@ -49,7 +49,7 @@ pub struct PodChange {
 
 impl ClusterCache {
     /// Empty, until both kinds are listed.
-    pub fn new(rules: ReadRules) -> Self {
+    pub(crate) fn new(rules: ReadRules) -> Self {
         Self {
             rules,
             namespaces: BTreeMap::new(),
@@ -64,12 +64,12 @@ impl ClusterCache {
     }
 
     /// Whether both have been listed once.
-    pub fn is_whole(&self) -> bool {
+    pub(crate) fn is_whole(&self) -> bool {
         self.namespaces_listed && self.pods_listed
     }
 
     /// Applies an event of the watch of namespaces.
-    pub fn on_namespace(&mut self, event: Event<PartialObjectMeta<api::Namespace>>) {
+    pub(crate) fn on_namespace(&mut self, event: Event<PartialObjectMeta<api::Namespace>>) {
         let read = |namespace: PartialObjectMeta<api::Namespace>| {
             let decision = self.rules.label.decide(&namespace.metadata.labels.unwrap_or_default());
             namespace.metadata.name.map(|name| (name, decision))
@@ -111,7 +111,7 @@ impl ClusterCache {
     }
 
     /// Applies an event of the watch of pods.
-    pub fn on_pod(&mut self, event: Event<api::Pod>) {
+    pub(crate) fn on_pod(&mut self, event: Event<api::Pod>) {
         match event {
             Event::Init => self.listing_pods = Some(BTreeMap::new()),
             Event::InitApply(given) => {
@@ -144,7 +144,7 @@ impl ClusterCache {
     }
 
     /// What has changed since the last call; nothing before both lists were complete once.
-    pub fn changes(&mut self) -> Vec<PodChange> {
+    pub(crate) fn changes(&mut self) -> Vec<PodChange> {
         if !self.is_whole() {
             return Vec::new();
         }
@@ -153,7 +153,7 @@ impl ClusterCache {
     }
 
     /// Everything that was published.
-    pub fn all(&self) -> Vec<Entry> {
+    pub(crate) fn all(&self) -> Vec<Entry> {
         self.published.values().map(|(entry, _)| entry.clone()).collect()
     }
 

@@ -20,9 +20,9 @@ use crate::{
 };
 
 /// Where the result is written, as Istio's agent does.
-pub const REDIRECTION: &str = "ambient.istio.io/redirection";
+pub(crate) const REDIRECTION: &str = "ambient.istio.io/redirection";
 /// Its value.
-pub const REDIRECTION_ENABLED: &str = "enabled";
+pub(crate) const REDIRECTION_ENABLED: &str = "enabled";
 
 /// Set by Istio's injector on every pod that it gave a sidecar.
 const SIDECAR_STATUS: &str = "sidecar.istio.io/status";
@@ -33,7 +33,7 @@ const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 
 /// How pods are read.
 #[derive(Clone, Debug, Default)]
-pub struct ReadRules {
+pub(crate) struct ReadRules {
     /// The label that enrols.
     pub label: DataplaneLabel,
     /// Containers that carry their pod's traffic themselves.
@@ -42,7 +42,7 @@ pub struct ReadRules {
 
 /// A pod as the API has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ApiPod {
+pub(crate) struct ApiPod {
     /// The uid in the API; that of the cgroup is another for a static pod.
     pub api_uid: String,
     /// Seconds since 1970; of two that claim the same cgroup the older holds it.
@@ -63,7 +63,7 @@ pub struct ApiPod {
 ///
 /// # Errors
 /// Its uid cannot name a cgroup, or its names are too long.
-pub fn read(given: &api::Pod, rules: &ReadRules) -> Option<Result<ApiPod, BadEntry>> {
+pub(crate) fn read(given: &api::Pod, rules: &ReadRules) -> Option<Result<ApiPod, BadEntry>> {
     let phase = given.status.as_ref().and_then(|status| status.phase.as_deref());
     if matches!(phase, Some("Succeeded" | "Failed")) {
         return None;
@@ -104,7 +104,7 @@ pub fn read(given: &api::Pod, rules: &ReadRules) -> Option<Result<ApiPod, BadEnt
 
 impl ApiPod {
     /// The pod with its selection; `None` while it depends on a namespace that is not known.
-    pub fn decided(&self, namespace: Option<LabelDecision>) -> Option<Pod> {
+    pub(crate) fn decided(&self, namespace: Option<LabelDecision>) -> Option<Pod> {
         let selection = selection::combine(self.decision, namespace)?;
         let selection = selection::except(selection, self.host_network, self.sidecar.as_deref());
         Some(Pod { selection, ..self.pod.clone() })

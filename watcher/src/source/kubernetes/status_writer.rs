@@ -56,19 +56,19 @@ const MAX_NOTE_BYTES: usize = 1024;
 type Outcomes = mpsc::UnboundedReceiver<(String, Option<Outcome>)>;
 
 /// The API server, for writing.
-pub struct Api {
+pub(super) struct Api {
     client: Client,
     recorder: Recorder,
 }
 
 /// For connections of its own, so that no watch waits behind a write.
-pub fn config(config: &Config) -> Config {
+pub(super) fn config(config: &Config) -> Config {
     super::answering_within(REQUEST_TIMEOUT, config)
 }
 
 impl Api {
     /// Events name `node` as their reporter.
-    pub fn new(client: Client, node: String) -> Self {
+    pub(super) fn new(client: Client, node: String) -> Self {
         let reporter = Reporter { controller: "adit.dev/watcher".to_owned(), instance: Some(node) };
         Self { recorder: Recorder::new(client.clone(), reporter), client }
     }
@@ -241,7 +241,7 @@ struct StatusWriter {
 }
 
 /// Runs until both senders are gone.
-pub async fn run(api: Api, mut changes: mpsc::UnboundedReceiver<PodChange>, mut outcomes: Outcomes) {
+pub(super) async fn run(api: Api, mut changes: mpsc::UnboundedReceiver<PodChange>, mut outcomes: Outcomes) {
     let mut writer = StatusWriter {
         pods: BTreeMap::new(),
         annotation_limit: RateLimit::new(Duration::from_millis(50), 200),

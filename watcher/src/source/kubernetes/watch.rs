@@ -36,7 +36,7 @@ const STREAMS_LISTS: (u32, u32) = (1, 34);
 
 /// What the API server sent about one kind.
 #[derive(Debug)]
-pub enum Received<K> {
+pub(super) enum Received<K> {
     /// A list or change.
     Event(Event<K>),
     /// It cannot be watched now, and why.
@@ -46,7 +46,7 @@ pub enum Received<K> {
 }
 
 /// One kind of object, listed and watched for ever.
-pub struct Watched<K> {
+pub(super) struct Watched<K> {
     /// For messages, such as `pods`.
     what: &'static str,
     client: Client,
@@ -77,7 +77,7 @@ where
     ///
     /// # Errors
     /// No client can be created from `config`.
-    pub fn new(what: &'static str, config: &Config, fields: Option<String>) -> Result<Self, kube::Error> {
+    pub(super) fn new(what: &'static str, config: &Config, fields: Option<String>) -> Result<Self, kube::Error> {
         let (counter, answers) = watch::channel(0);
         let client = ClientBuilder::try_from(super::answering_within(ANSWER_TIMEOUT, config))?
             .with_layer(&CountAnswers(Arc::new(counter)))
@@ -102,7 +102,7 @@ where
     }
 
     /// The next event or failure. Cancel safe.
-    pub async fn next(&mut self) -> Received<K> {
+    pub(super) async fn next(&mut self) -> Received<K> {
         loop {
             if let Some(until) = self.wait_until {
                 tokio::time::sleep_until(until).await;
@@ -137,12 +137,12 @@ where
     }
 
     /// What has arrived already, without waiting.
-    pub fn ready(&mut self) -> Option<Received<K>> {
+    pub(super) fn ready(&mut self) -> Option<Received<K>> {
         if self.wait_until.is_some() { None } else { self.next().now_or_never() }
     }
 
     /// Uses streaming lists if the server is known to have them.
-    pub async fn prefer_streaming_lists(&mut self) {
+    pub(super) async fn prefer_streaming_lists(&mut self) {
         let answer = tokio::time::timeout(Duration::from_secs(5), self.client.apiserver_version()).await;
         let Ok(Ok(version)) = answer else { return };
         if has_streaming_lists(&version.major, &version.minor) {

@@ -8,7 +8,7 @@ use rcgen::{
 
 /// A CA, the server's and the administrator's certificates, and the key that signs tokens of
 /// service accounts.
-pub fn make_keys(dir: &Path) {
+pub(super) fn make_keys(dir: &Path) {
     let write = |name: &str, text: &str| fs::write(dir.join(name), text).expect(name);
     let mut params = CertificateParams::default();
     params.distinguished_name.push(DnType::CommonName, "the testbed's root");

@@ -141,7 +141,7 @@ struct LocalityEntry {
 }
 
 impl WorkloadEntry {
-    pub fn check(self, defaults: &ResourceDefaults) -> Result<Workload, LocalFileError> {
+    pub(super) fn check(self, defaults: &ResourceDefaults) -> Result<Workload, LocalFileError> {
         let object = format!("workload {}/{}", self.namespace, self.name);
         if self.name.is_empty() || self.namespace.is_empty() {
             return Err(invalid(object, "name, namespace", "may not be empty"));

@@ -79,7 +79,7 @@ struct ServiceAccountEntry {
 }
 
 impl PolicyEntry {
-    pub fn check(self) -> Result<Policy, LocalFileError> {
+    pub(super) fn check(self) -> Result<Policy, LocalFileError> {
         let object = format!("policy {}/{}", self.namespace, self.name);
         if self.name.is_empty() {
             return Err(invalid(object, "name", "may not be empty"));

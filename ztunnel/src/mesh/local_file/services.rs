@@ -53,7 +53,7 @@ struct HostnameEntry {
 }
 
 impl GatewayEntry {
-    pub fn check(self, object: &str, key: &'static str) -> Result<GatewayAddress, LocalFileError> {
+    pub(super) fn check(self, object: &str, key: &'static str) -> Result<GatewayAddress, LocalFileError> {
         if self.hbone_mtls_port == 0 {
             return Err(invalid(object, key, "hboneMtlsPort may not be 0"));
         }
@@ -223,7 +223,7 @@ impl From<LoadBalancerEntry> for LoadBalancing {
 }
 
 impl ServiceEntry {
-    pub fn check(self) -> Result<Service, LocalFileError> {
+    pub(super) fn check(self) -> Result<Service, LocalFileError> {
         let object = format!("service {}/{}", self.namespace, self.hostname);
         if self.hostname.is_empty() || self.namespace.is_empty() {
             return Err(invalid(object, "hostname, namespace", "may not be empty"));
