@@ -6,6 +6,8 @@
 //! with cargo-web and rust-web-src. A released compiler builds `core` too when RUSTC_BOOTSTRAP
 //! allows it.
 
+#![expect(clippy::disallowed_methods, reason = "cargo speaks to build scripts by the environment")]
+
 use std::{
     env,
     ffi::OsString,

@@ -39,6 +39,7 @@ impl AdminServer {
             .route("/metrics", get(text))
             .route("/healthz/ready", get(readiness))
             .with_state(metrics);
+        #[expect(clippy::disallowed_methods, reason = "`AdminServer` keeps the handle")]
         let serving = tokio::spawn(async move { axum::serve(listener, routes).await });
         Ok(Self { serving })
     }

@@ -78,7 +78,8 @@ const ENROLMENT_DURATION: MetricRow = MetricRow {
 
 /// Every metric of the watcher.
 #[cfg(test)]
-pub(crate) const METRICS: &[MetricRow] = &[PODS, EVENTS, EVENTS_LOST, CORRECTIONS, TUNNELS, ENROLMENT_DURATION];
+pub(crate) const METRICS: &[MetricRow] =
+    &[PODS, EVENTS, EVENTS_LOST, CORRECTIONS, TUNNELS, ENROLMENT_DURATION];
 
 #[cfg(test)]
 impl MetricRow {

@@ -79,7 +79,9 @@ impl Bound {
         F: Future<Output = ()> + Send + 'static,
     {
         let listener = pollable(self.socket.into())?;
-        Ok(Serving { accepting: tokio::spawn(accept_all(what, listener, handle)), _file: self.file })
+        #[expect(clippy::disallowed_methods, reason = "`Serving` keeps the handle")]
+        let accepting = tokio::spawn(accept_all(what, listener, handle));
+        Ok(Serving { accepting, _file: self.file })
     }
 }
 

@@ -151,6 +151,7 @@ impl Default for PortsConfig {
 impl PortsConfig {
     /// Whether `port` is the tunnel's own in every netns: traffic to it through the tunnel would
     /// go in circles.
+    #[must_use]
     pub fn is_own(&self, port: u16) -> bool {
         // 15080: where Istio's tunnel may offer SOCKS.
         [self.outbound, self.inbound, self.hbone, 15080].contains(&port)
@@ -196,6 +197,7 @@ pub struct StreamConfig {
 
 impl StreamConfig {
     /// The limit of a half-closed connection: the shorter of both.
+    #[must_use]
     pub fn half_closed(self) -> Duration {
         self.idle.map_or(self.half_closed, |idle| idle.min(self.half_closed))
     }

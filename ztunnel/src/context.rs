@@ -19,11 +19,11 @@ use crate::{
 /// Handles that all workers and the control runtime share.
 #[derive(Debug)]
 pub struct ProcessContext {
-    pub config: Arc<Config>,
-    pub store: Arc<Store>,
-    pub certificates: Arc<Certificates>,
-    pub revocations: Arc<Revocations>,
-    pub metrics: Arc<Metrics>,
+    pub(crate) config: Arc<Config>,
+    pub(crate) store: Arc<Store>,
+    pub(crate) certificates: Arc<Certificates>,
+    pub(crate) revocations: Arc<Revocations>,
+    pub(crate) metrics: Arc<Metrics>,
     /// Set if the mesh is known on demand (`xds.on_demand`).
     pub demand: Option<Demand>,
     /// As configured; a pod may need it otherwise.
@@ -33,6 +33,7 @@ pub struct ProcessContext {
 }
 
 impl ProcessContext {
+    /// What follows from `config` and from the rights of this process is decided here, once.
     pub fn new(
         config: Arc<Config>,
         store: Arc<Store>,
@@ -50,7 +51,7 @@ impl ProcessContext {
 /// One worker, as its connections see it.
 #[derive(Debug)]
 pub struct WorkerContext {
-    pub process: Arc<ProcessContext>,
+    pub(crate) process: Arc<ProcessContext>,
     pub(crate) pool: TunnelPool,
     pub(crate) resolver: HostResolver,
 }
@@ -58,8 +59,8 @@ pub struct WorkerContext {
 /// A connection that was accepted for a pod.
 #[derive(Debug)]
 pub struct Accepted {
-    pub stream: TcpStream,
-    pub client: SocketAddr,
-    pub pod: Arc<ServedPod>,
-    pub worker: Rc<WorkerContext>,
+    pub(crate) stream: TcpStream,
+    pub(crate) client: SocketAddr,
+    pub(crate) pod: Arc<ServedPod>,
+    pub(crate) worker: Rc<WorkerContext>,
 }

@@ -39,6 +39,8 @@ pub struct ResourceDecoder {
 }
 
 impl ResourceDecoder {
+    /// A decoder that has decoded nothing yet.
+    #[must_use]
     pub fn new(defaults: ResourceDefaults) -> Self {
         Self { defaults, texts: Interner::default(), commons: Interner::default() }
     }

@@ -17,6 +17,10 @@ const SLACK: Duration = Duration::from_secs(1);
 
 /// Cancels `stop` at the first SIGTERM or SIGINT. The handler is installed when this returns. `POST
 /// /quitquitquit` cancels the same token.
+///
+/// # Errors
+/// The handlers cannot be installed.
+#[expect(clippy::disallowed_methods, reason = "the caller keeps the handle")]
 pub fn on_signal(stop: &CancellationToken) -> io::Result<JoinHandle<()>> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = stop.clone();

@@ -22,11 +22,11 @@ use http::{HeaderValue, Method, Request, header::HeaderName};
 
 use crate::config::H2Config;
 
-pub const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
-pub const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
+pub(crate) const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
+pub(crate) const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
 /// The network of the client, on a request through a gateway.
 pub const FORWARDED_NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
-pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+pub(crate) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// Time limit for the TLS and HTTP/2 handshakes together.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -38,10 +38,10 @@ const SEND_BUFFER: usize = 1 << 20;
 /// The headers of a CONNECT request.
 #[derive(Debug)]
 pub struct ConnectHeaders<'a> {
-    pub authority: &'a str,
+    pub(crate) authority: &'a str,
     /// The workload that connects.
     pub baggage: Option<String>,
-    pub client: SocketAddr,
+    pub(crate) client: SocketAddr,
     /// The service that the client dialled, if any.
     pub service: Option<&'a str>,
     /// The client's network, if the request leaves it.
@@ -49,7 +49,7 @@ pub struct ConnectHeaders<'a> {
 }
 
 impl ConnectHeaders<'_> {
-    pub fn request(&self) -> Result<Request<()>, http::Error> {
+    pub(crate) fn request(&self) -> Result<Request<()>, http::Error> {
         let mut forwarded = format!("for=\"{}\"", self.client);
         if let Some(host) = self.service {
             forwarded.push_str(";host=");
@@ -79,10 +79,18 @@ impl ConnectHeaders<'_> {
 /// 0.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ConnectTarget {
+    /// An address and port.
     Address(SocketAddr),
-    Host { name: String, port: u16 },
+    /// A name, which the receiver resolves.
+    Host {
+        /// The name, as the client sent it.
+        name: String,
+        /// The port.
+        port: u16,
+    },
 }
 
+/// A CONNECT whose `:authority` is no address or name with a port.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no valid authority pseudo header")]
 pub struct InvalidTarget;
@@ -114,6 +122,7 @@ impl FromStr for ConnectTarget {
 
 /// The service that the client dialled, from its tunnel's `forwarded` header (RFC 7239):
 /// `for="…";host=…`.
+#[must_use]
 pub fn forwarded_host(forwarded: &str) -> Option<&str> {
     let host = forwarded.split(';').find_map(|part| part.trim().strip_prefix("host="))?;
     Some(host.trim_matches('"'))

@@ -28,6 +28,8 @@
 //!   share
 //! * [`config`]: the configuration
 
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test's tasks end with its runtime"))]
+
 pub mod admin;
 mod backoff;
 pub mod config;

@@ -80,7 +80,14 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
     let demand = on_demand.then(discovery::demand::Demand::default);
     let xds = config.xds.as_ref().map(|xds| {
         let (defaults, ready) = (ResourceDefaults::from(&*config), readiness.task("state manager"));
-        discovery::client::DiscoveryClient::new(xds, defaults, Arc::clone(&store), demand.clone(), &metrics, ready)
+        discovery::client::DiscoveryClient::new(
+            xds,
+            defaults,
+            Arc::clone(&store),
+            demand.clone(),
+            &metrics,
+            ready,
+        )
     });
 
     // Bind.

@@ -186,6 +186,7 @@ impl Mesh {
     }
 
     /// The workload with address `ip`. Never one on the host's network.
+    #[must_use]
     pub fn workload_by_address(&self, network: &str, ip: IpAddr) -> Option<&Arc<Workload>> {
         let key = (network, ip.to_canonical());
         let mut owners = self.by_address.all(key).map(|entry| &entry.workload);
@@ -199,6 +200,7 @@ impl Mesh {
     }
 
     /// The workload of a pod of this node, by the names that the node agent sent.
+    #[must_use]
     pub fn workload_by_name(
         &self,
         namespace: &str,
@@ -210,17 +212,20 @@ impl Mesh {
     }
 
     /// The workload that has this host name itself, not through a service.
+    #[must_use]
     pub fn workload_by_hostname(&self, key: &ServiceKey) -> Option<&Arc<Workload>> {
         self.by_own_hostname.get(&key.parts()).map(|entry| &entry.0)
     }
 
     /// The service with this key.
+    #[must_use]
     pub fn service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
         self.services.get(&key.parts()).map(|entry| &entry.0)
     }
 
     /// The service that has this address, else the one with the narrowest range around it. Among
     /// several, the first by namespace and name.
+    #[must_use]
     pub fn service_by_vip(&self, network: &str, ip: IpAddr) -> Option<&Arc<Service>> {
         let ip = ip.to_canonical();
         let exact = self.by_vip.all((network, ip)).map(|entry| &entry.service);
@@ -231,6 +236,7 @@ impl Mesh {
 
     /// The service with this host name. If several namespaces define it, the one in `namespace` is
     /// preferred, then the canonical one.
+    #[must_use]
     pub fn service_by_hostname(&self, hostname: &str, namespace: &str) -> Option<&Arc<Service>> {
         let named = self.services_named(hostname);
         named.min_by_key(|service| (&*service.namespace != namespace, !service.canonical, &service.namespace))
@@ -242,11 +248,13 @@ impl Mesh {
     }
 
     /// Every endpoint of a service, healthy or not.
+    #[must_use]
     pub fn endpoints(&self, service: &ServiceKey) -> &[Endpoint] {
         self.endpoints.get(&service.parts()).map_or(&[], |entry| &entry.endpoints)
     }
 
     /// The policy with this key.
+    #[must_use]
     pub fn policy(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {
         self.policies.get(key)
     }

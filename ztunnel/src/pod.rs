@@ -14,18 +14,21 @@ const LOOK_FOR_LINKS_EVERY: Duration = Duration::from_secs(5);
 /// The names of a pod, from the node agent. Its identity follows from these alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodInfo {
+    /// Its name.
     pub name: Arc<str>,
+    /// Its namespace.
     pub namespace: Arc<str>,
+    /// Its service account.
     pub service_account: Arc<str>,
 }
 
 /// A pod that is served.
 #[derive(Debug)]
 pub struct ServedPod {
-    pub uid: String,
-    pub info: PodInfo,
-    pub identity: Identity,
-    pub netns: Netns,
+    pub(crate) uid: String,
+    pub(crate) info: PodInfo,
+    pub(crate) identity: Identity,
+    pub(crate) netns: Netns,
     /// Options for every socket in its netns, except those to the application.
     pub(crate) socket: socket::SocketOptions,
     /// Set for the tunnel's own pod: the only port that peers can reach, the one for metrics. Its

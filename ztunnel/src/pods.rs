@@ -68,6 +68,7 @@ pub struct ServedPods {
 
 impl ServedPods {
     /// `stop` ends all of them.
+    #[must_use]
     pub fn new(
         process: Arc<ProcessContext>,
         workers: Workers,
@@ -79,6 +80,7 @@ impl ServedPods {
     }
 
     /// The pods as shown to operators. Each call returns the current state.
+    #[must_use]
     pub fn view(&self) -> Arc<dyn Fn() -> serde_json::Value + Send + Sync> {
         let view = self.published.subscribe();
         Arc::new(move || json!(*view.borrow()))
@@ -87,6 +89,9 @@ impl ServedPods {
     /// Serves `uid` in `netns`. A second call for the same netns changes nothing. Another netns
     /// replaces the old one, whose connections finish. A failed start is retried until it works or
     /// the pod is removed.
+    ///
+    /// # Errors
+    /// Why the first start failed.
     pub fn add(&mut self, uid: &str, info: PodInfo, netns: OwnedFd) -> io::Result<()> {
         let id = NetnsId::of(&netns)?;
         if self.running.get(uid).is_some_and(|pod| pod.netns.id() == id && pod.info == info) {
@@ -127,11 +132,12 @@ impl ServedPods {
         }
     }
 
-    pub fn knows(&self, uid: &str) -> bool {
+    pub(crate) fn knows(&self, uid: &str) -> bool {
         self.running.contains_key(uid) || self.pending.contains_key(uid)
     }
 
     /// Whether every pod that was handed over is served.
+    #[must_use]
     pub fn complete(&self) -> bool {
         self.pending.is_empty()
     }
@@ -175,6 +181,9 @@ impl ServedPods {
     }
 
     /// Serves the tunnel's own pod, so that its metrics are available over HBONE and under policy.
+    ///
+    /// # Errors
+    /// Its port cannot be listened at.
     pub fn serve_own(&mut self, info: PodInfo) -> io::Result<()> {
         let netns = Netns::current()?;
         let metrics = self.process.config.stats_address.port();
@@ -187,6 +196,9 @@ impl ServedPods {
 
     /// Serves the one workload of a dedicated tunnel, in the netns of this process. It is a reason not to start if
     /// that cannot be done.
+    ///
+    /// # Errors
+    /// A port cannot be listened at.
     pub fn serve_here(&mut self, info: PodInfo) -> io::Result<()> {
         let netns = File::open("/proc/thread-self/ns/net")?.into();
         self.start(DEDICATED, info, netns)?;

@@ -41,7 +41,11 @@ pub(crate) enum Denied {
 /// 4. denied
 ///
 /// Policies on trial (`dry_run`) take no part; what they would have denied is logged.
-pub(crate) fn check(mesh: &Mesh, workload: &Workload, connection: &InboundConnection<'_>) -> Result<(), Denied> {
+pub(crate) fn check(
+    mesh: &Mesh,
+    workload: &Workload,
+    connection: &InboundConnection<'_>,
+) -> Result<(), Denied> {
     let (trial, in_force): (Vec<_>, Vec<_>) =
         protecting(mesh, workload).into_iter().partition(|policy| policy.dry_run);
     let facts = Facts {

@@ -12,6 +12,7 @@ pub struct Readiness(Arc<Mutex<BTreeMap<&'static str, usize>>>);
 impl Readiness {
     /// Adds a pending task. It is done when the guard is set ready or dropped. Tasks with the same
     /// name count separately.
+    #[must_use]
     pub fn task(&self, name: &'static str) -> ReadyGuard {
         let mut guard = ReadyGuard { readiness: self.clone(), name, pending: false };
         guard.pending();
@@ -19,6 +20,7 @@ impl Readiness {
     }
 
     /// Names of the pending tasks, sorted. Empty: ready.
+    #[must_use]
     pub fn pending(&self) -> Vec<&'static str> {
         self.tasks().keys().copied().collect()
     }

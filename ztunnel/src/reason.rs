@@ -143,22 +143,26 @@ reasons! {
 
 impl FailureReason {
     /// The word in logs and metrics, such as `no_such_port`.
+    #[must_use]
     pub fn code(self) -> &'static str {
         self.row().code
     }
 
     /// What happened, in a sentence without a full stop.
+    #[must_use]
     pub fn meaning(self) -> &'static str {
         self.row().meaning
     }
 
     /// What an operator can do about it.
+    #[must_use]
     pub fn advice(self) -> &'static str {
         self.row().advice
     }
 
     /// Whether the cause usually goes away by itself, as a restart of the peer does. Others fail
     /// again until somebody changes configuration, policy or a program.
+    #[must_use]
     pub fn is_transient(self) -> bool {
         self.row().lasts == Lasts::Passes
     }

@@ -115,7 +115,11 @@ impl Drop for ConnectionRecord {
 }
 
 /// Records a connection that ended before its ends were known: it counts as failed, never as opened.
-pub(crate) fn record_early_failure(metrics: &Metrics, ends: &ConnectionEnds, failure: &dyn ConnectionFailure) {
+pub(crate) fn record_early_failure(
+    metrics: &Metrics,
+    ends: &ConnectionEnds,
+    failure: &dyn ConnectionFailure,
+) {
     let direction = ends.direction.as_str();
     let error = error_chain(failure);
     metrics.failed(&ends.labels(failure.response_flags()), ends.failed(&error, failure.reason()));

@@ -52,6 +52,7 @@ impl Workers {
     }
 
     /// How many there are.
+    #[must_use]
     pub fn count(&self) -> usize {
         self.0.len()
     }

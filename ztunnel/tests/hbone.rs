@@ -67,6 +67,7 @@ impl Probe {
             let socket = dial(pod, peer);
             let tunnel = client::handshake(socket, peer, credentials.client(&[expected]), &self.h2).await;
             let tunnel = tunnel.map_err(|error| error.to_string())?;
+            #[expect(clippy::disallowed_methods, reason = "the test owns it")]
             let driver = tokio::task::spawn_local(tunnel.driver);
             let mut requests = tunnel.requests.ready().await.map_err(|error| error.to_string())?;
             let request = Request::builder().method(method).uri(authority).body(()).expect("request");

@@ -16,7 +16,6 @@
 //! every field stands where `repr(C)` puts it, and the derives of `zerocopy` refuse a type with
 //! hidden padding.
 #![no_std]
-#![warn(missing_docs, unreachable_pub, clippy::missing_errors_doc)]
 #![expect(
     clippy::inline_always,
     reason = "before it inlines, the verifier sees calls that share 512 bytes of stack"

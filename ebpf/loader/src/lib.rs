@@ -20,8 +20,6 @@
 //! replaces the programs of the links in place, so that at every moment exactly one program
 //! decides.
 
-#![warn(missing_docs, unreachable_pub, clippy::missing_errors_doc)]
-
 mod btf;
 mod error;
 mod explain;

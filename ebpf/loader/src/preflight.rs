@@ -27,6 +27,7 @@ pub enum Level {
 
 impl Level {
     /// As commands print it.
+    #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Ok => "ok",
@@ -68,6 +69,7 @@ impl Check {
     }
 
     /// Whether the watcher cannot run.
+    #[must_use]
     pub fn failed(&self) -> bool {
         self.level == Level::Fail
     }
@@ -75,6 +77,7 @@ impl Check {
 
 /// All checks. `pods_cgroup` is where the pods' programs will be attached, the root of the mount if
 /// not known.
+#[must_use]
 pub fn checks(bpffs: &Path, cgroup_root: &Path, pods_cgroup: Option<&Path>) -> Vec<Check> {
     let pods_cgroup = pods_cgroup.unwrap_or(cgroup_root);
     let mut checks =

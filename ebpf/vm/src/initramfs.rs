@@ -28,7 +28,12 @@ poweroff -f
 ";
 
 /// The image, in `work`.
-pub(crate) fn build(work: &Path, kernel: &Path, programs: &[&Path], command: &str) -> anyhow::Result<PathBuf> {
+pub(crate) fn build(
+    work: &Path,
+    kernel: &Path,
+    programs: &[&Path],
+    command: &str,
+) -> anyhow::Result<PathBuf> {
     let root = work.join("root");
     for dir in ["busybox", "bin", "modules", "lib64"] {
         fs::create_dir_all(root.join(dir))?;

@@ -4,6 +4,8 @@
 //! virtual machine; it is about twenty times slower than the processor, so it is for function only.
 //! `.ci/setup/kernels` fetches the kernels.
 
+#![expect(clippy::disallowed_methods, reason = "who runs the tests says by the environment where things are")]
+
 mod initramfs;
 
 use std::{
@@ -37,14 +39,18 @@ const PARAMETERS: &str = "console=ttyS0 panic=-1 oops=panic quiet mitigations=of
 const PARAMETERS_7: &str = "console=ttyS0 panic=-1 oops=panic quiet mitigations=off slab_debug=F";
 
 /// Whether this process runs in one of these machines.
+#[must_use]
 pub fn is_inside() -> bool {
     env::var_os(INSIDE).is_some()
 }
 
 /// Boots `kernel` (one of [`KERNELS`]) with `programs`, each at its own path or found on PATH, with
 /// the libraries that it needs; busybox stands in for everything else. Runs `command` by its shell,
-/// as root in the initial namespaces, with cgroup v2, bpffs and tracefs mounted. What it printed;
-/// an error if it failed.
+/// as root in the initial namespaces, with cgroup v2, bpffs and tracefs mounted. Returns what it
+/// printed.
+///
+/// # Errors
+/// The kernel or a program is not there, the machine does not boot, or the command failed.
 pub fn run(kernel: &str, programs: &[&Path], command: &str) -> anyhow::Result<String> {
     let folder = cache()?.join(kernel);
     ensure!(
@@ -139,6 +145,9 @@ impl Drop for Machine {
 }
 
 /// The program called `name`, as the shell would find it.
+///
+/// # Errors
+/// There is none on PATH.
 pub fn on_path(name: &str) -> anyhow::Result<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)

@@ -88,7 +88,12 @@ impl AppListeners {
 }
 
 /// Brings what is recorded up to date for every netns that is steered, as far as `opened` has it.
-pub(crate) fn scan(kernel: &mut Kernel, visitors: &Visitors, steered: &BTreeMap<u64, PodNetns>, opened: &OpenNetns) {
+pub(crate) fn scan(
+    kernel: &mut Kernel,
+    visitors: &Visitors,
+    steered: &BTreeMap<u64, PodNetns>,
+    opened: &OpenNetns,
+) {
     let netns: Vec<Open> = opened
         .iter()
         .filter(|(cookie, _)| steered.contains_key(cookie))

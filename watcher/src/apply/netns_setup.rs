@@ -135,7 +135,12 @@ impl Sysctl {
 ///
 /// # Errors
 /// The netns cannot be entered, or the kernel refused a change.
-pub(crate) fn prepare(visitor: &Visitor, netns: BorrowedFd<'_>, sysctls: &Sysctls, v6: bool) -> io::Result<()> {
+pub(crate) fn prepare(
+    visitor: &Visitor,
+    netns: BorrowedFd<'_>,
+    sysctls: &Sysctls,
+    v6: bool,
+) -> io::Result<()> {
     visitor.enter(netns, || {
         let mut requests = Vec::new();
         for family in [Family::V4, Family::V6] {

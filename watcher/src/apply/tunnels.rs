@@ -174,7 +174,11 @@ impl Tunnels {
 
     /// Does `step` and records it. `ready` has the netns that are open already. After a withdrawal:
     /// the cookie of the netns, and the acknowledgements to wait for.
-    pub(crate) fn apply(&mut self, step: &TunnelStep, ready: &OpenNetns) -> Option<(u64, BTreeSet<(ConnId, u64)>)> {
+    pub(crate) fn apply(
+        &mut self,
+        step: &TunnelStep,
+        ready: &OpenNetns,
+    ) -> Option<(u64, BTreeSet<(ConnId, u64)>)> {
         match step {
             TunnelStep::Withdraw(uid) => {
                 let pending = self.withdraw(uid);

@@ -1,5 +1,7 @@
 //! The environment variables that are no options. Nothing else reads the environment.
 
+#![expect(clippy::disallowed_methods, reason = "the one place where the watcher reads it")]
+
 use std::env;
 
 /// Whether this process runs in a pod of a cluster: the kubelet sets `KUBERNETES_SERVICE_HOST` there.

@@ -43,7 +43,11 @@ pub(crate) fn applied_info<'a>(view: &PodView, applier: &'a Applier) -> Option<&
 
 /// A pod in `watcher status`, with its state and the reason for it.
 #[must_use]
-pub(crate) fn pod_status(view: &PodView, (state, reason): (State, Option<Reason>), default: FailMode) -> PodStatus {
+pub(crate) fn pod_status(
+    view: &PodView,
+    (state, reason): (State, Option<Reason>),
+    default: FailMode,
+) -> PodStatus {
     let (pod, facts) = (&view.pod, view.eligibility.facts());
     PodStatus {
         uid: Some(pod.uid.clone()),

@@ -21,6 +21,7 @@ pub struct Exclusions {
 
 impl Exclusions {
     /// Whether all of its traffic goes through the tunnel.
+    #[must_use]
     pub fn is_empty(&self) -> bool {
         self.outbound_ports.is_empty() && self.outbound_cidrs.is_empty() && self.inbound_ports.is_empty()
     }

@@ -46,6 +46,7 @@ pub enum EndsWith {
 
 impl EndsWith {
     /// Whether it passes by itself, in the words of `docs/reasons.md`.
+    #[must_use]
     pub fn describe(self) -> &'static str {
         match self {
             Self::PodStart => "yes, when the pod has started",
@@ -70,6 +71,7 @@ pub enum TrafficMeanwhile {
 
 impl TrafficMeanwhile {
     /// As in `docs/reasons.md`.
+    #[must_use]
     pub fn describe(self) -> &'static str {
         match self {
             Self::FailMode => "follows the fail mode",
@@ -205,52 +207,62 @@ reasons! {
 
 impl ReasonCode {
     /// The stable code, such as `address_not_held`.
+    #[must_use]
     pub fn code(self) -> &'static str {
         self.row().code
     }
 
     /// What happened, in general.
+    #[must_use]
     pub fn meaning(self) -> &'static str {
         self.row().meaning
     }
 
     /// What to do about it.
+    #[must_use]
     pub fn advice(self) -> &'static str {
         self.row().advice
     }
 
     /// What ends it.
+    #[must_use]
     pub fn ends_with(self) -> EndsWith {
         self.row().ends_with
     }
 
     /// What happens to the pod's traffic meanwhile.
+    #[must_use]
     pub fn traffic(self) -> TrafficMeanwhile {
         self.row().traffic
     }
 
     /// Whether it passes without anybody acting on the pod.
+    #[must_use]
     pub fn is_transient(self) -> bool {
         matches!(self.ends_with(), EndsWith::PodStart | EndsWith::Itself)
     }
 
     /// Whether the pod is in order and only has not started fully.
+    #[must_use]
     pub fn awaits_start(self) -> bool {
         self.ends_with() == EndsWith::PodStart
     }
 
     /// Whether another pod's release of a cgroup, netns or address may end it.
+    #[must_use]
     pub fn is_claim_conflict(self) -> bool {
         self.ends_with() == EndsWith::OwnerRelease
     }
 
     /// Whether somebody has to act; only then an Event on the pod reports it.
+    #[must_use]
     pub fn needs_action(self) -> bool {
         matches!(self.ends_with(), EndsWith::OwnerRelease | EndsWith::Change)
     }
 
     /// Whether the pod's cgroup is surely its own, so that what runs in it follows the fail mode
     /// rather than pass in plaintext because of a mistake.
+    #[must_use]
     pub fn keeps_closed(self) -> bool {
         self.traffic() == TrafficMeanwhile::FailMode
     }

@@ -23,6 +23,7 @@ impl State {
     pub const ALL: [Self; 5] = [Self::Open, Self::Closed, Self::Bypassed, Self::Refused, Self::Plain];
 
     /// As in `watcher status` and metrics.
+    #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Open => "open",

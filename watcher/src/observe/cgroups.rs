@@ -19,6 +19,7 @@ pub type CgroupId = u64;
 
 /// Where cgroup2 is mounted: `/sys/fs/cgroup` on unified nodes, `/sys/fs/cgroup/unified` on hybrid ones,
 /// else as the mount table has it.
+#[must_use]
 pub fn find_root() -> Option<PathBuf> {
     let unified = PathBuf::from(hierarchies::UNIFIED_MOUNTPOINT);
     if hierarchies::is_cgroup2_unified_mode() {
@@ -33,11 +34,13 @@ pub fn find_root() -> Option<PathBuf> {
 }
 
 /// Whether `dir` is on a cgroup2 mount.
+#[must_use]
 pub fn is_cgroup2(dir: &Path) -> bool {
     statfs(dir).is_ok_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC)
 }
 
 /// Where the kubelet keeps pods, below `root`; `root` itself where there is no kubelet.
+#[must_use]
 pub fn pods_dir(root: &Path) -> PathBuf {
     ["kubepods", "kubepods.slice"]
         .into_iter()
@@ -129,7 +132,9 @@ pub fn processes(dir: &Path) -> io::Result<Vec<i32>> {
     if members.is_empty() {
         // It takes a list that it cannot read for an empty one. Only what can be read is believed.
         return match fs::read_to_string(dir.join("cgroup.procs")) {
-            Ok(text) => Ok(text.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid != 0).collect()),
+            Ok(text) => {
+                Ok(text.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid != 0).collect())
+            }
             Err(error) if is_gone(&error) => Ok(Vec::new()),
             Err(error) => Err(error),
         };
@@ -145,6 +150,7 @@ fn is_gone(error: &io::Error) -> bool {
 
 /// The pods' directories below `base`, by uid. Of two with one uid, which no kubelet makes, the one that
 /// comes first by path counts.
+#[must_use]
 pub fn pods(base: &Path) -> BTreeMap<String, PathBuf> {
     let mut found: BTreeMap<String, PathBuf> = BTreeMap::new();
     visit_above_pods(base, &mut |dir, uid| {
@@ -158,6 +164,7 @@ pub fn pods(base: &Path) -> BTreeMap<String, PathBuf> {
 }
 
 /// `base` and every directory below it in which a pod's directory may be made.
+#[must_use]
 pub fn above_pods(base: &Path) -> BTreeSet<PathBuf> {
     let mut found = BTreeSet::from([base.to_owned()]);
     visit_above_pods(base, &mut |dir, uid| {
@@ -222,7 +229,9 @@ mod tests {
         });
         seen.push(processes(cgroup.path()).unwrap());
         process.kill().and_then(|()| process.wait()).unwrap();
-        testbed::wait::wait_for("an empty cgroup", || processes(cgroup.path()).unwrap().is_empty().then_some(()));
+        testbed::wait::wait_for("an empty cgroup", || {
+            processes(cgroup.path()).unwrap().is_empty().then_some(())
+        });
         let dir = cgroup.path().to_owned();
         drop(cgroup);
         seen.push(processes(&dir).unwrap());

@@ -40,6 +40,7 @@ pub enum SourceKind {
 
 impl SourceKind {
     /// As on the command line.
+    #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Lifecycle => "lifecycle",

@@ -101,7 +101,12 @@ impl Visitor {
     ///
     /// # Errors
     /// The netns cannot be entered, or those of `work`.
-    pub(crate) fn enter<T>(&self, netns: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    #[expect(clippy::unused_self, reason = "only a visitor's thread may enter a netns")]
+    pub(crate) fn enter<T>(
+        &self,
+        netns: BorrowedFd<'_>,
+        work: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
         adit_netns::enter(netns, work)
     }
 }

@@ -106,10 +106,13 @@ pub fn start(config: &Config, options: KubernetesConfig) -> Result<Source, Kuber
         let client =
             kube::Client::try_from(status_writer::config(config)).map_err(KubernetesError::Client)?;
         let api = status_writer::Api::new(client, options.node);
-        (Some(outcomes), Some(tokio::spawn(status_writer::run(api, change_receiver, outcome_receiver))))
+        #[expect(clippy::disallowed_methods, reason = "`Source` keeps the handle")]
+        let writer = tokio::spawn(status_writer::run(api, change_receiver, outcome_receiver));
+        (Some(outcomes), Some(writer))
     } else {
         (None, None)
     };
+    #[expect(clippy::disallowed_methods, reason = "`Source` keeps the handle")]
     let producer = tokio::spawn(follower.run());
     Ok(Source { name, updates, producer, outcomes, writer })
 }

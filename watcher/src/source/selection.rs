@@ -60,7 +60,7 @@ pub enum LabelDecision {
 }
 
 impl DataplaneLabel {
-    pub fn decide(&self, labels: &BTreeMap<String, String>) -> LabelDecision {
+    pub(crate) fn decide(&self, labels: &BTreeMap<String, String>) -> LabelDecision {
         match labels.get(&self.key) {
             Some(value) if *value == self.value => LabelDecision::Enrol,
             Some(value) if value == NONE => LabelDecision::OptOut,
@@ -71,6 +71,7 @@ impl DataplaneLabel {
 
 /// The decision of the pod's and the namespace's labels together. The pod's `none` wins, so that one pod of
 /// an enrolled namespace can stay out. `None`: it depends on the namespace, which is not known yet.
+#[must_use]
 pub fn combine(pod: LabelDecision, namespace: Option<LabelDecision>) -> Option<Selection> {
     match (pod, namespace) {
         (LabelDecision::Enrol, _) | (LabelDecision::Undecided, Some(LabelDecision::Enrol)) => {
@@ -82,12 +83,14 @@ pub fn combine(pod: LabelDecision, namespace: Option<LabelDecision>) -> Option<S
 }
 
 /// The decision of a pod's labels alone, where there are no namespaces.
+#[must_use]
 pub fn by_labels(labels: &BTreeMap<String, String>) -> Selection {
     combine(DataplaneLabel::default().decide(labels), Some(LabelDecision::Undecided)).unwrap_or_default()
 }
 
 /// `selection`, unless the pod cannot be enrolled whatever its labels decide. A pod that no label enrols
 /// needs no reason.
+#[must_use]
 pub fn except(selection: Selection, host_network: bool, sidecar: Option<&str>) -> Selection {
     match (selection, sidecar) {
         (Selection::Enrolled, _) if host_network => {

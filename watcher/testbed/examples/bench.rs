@@ -5,6 +5,8 @@
 //! meets all of them alike. With `PEER_BIN=/path/to/another/ztunnel` that binary does the same work
 //! beside ours. `ROUNDS` (3) and `SECONDS` (3) size it.
 
+#![expect(clippy::disallowed_methods, reason = "options of make bench")]
+
 use std::{env, fs, path::Path, process::ExitCode};
 
 use testbed::{

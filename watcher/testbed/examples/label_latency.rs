@@ -6,6 +6,8 @@
 //! A real watcher and a real tunnel serve 1, 20 and 60 pods that talk meanwhile.
 //! `testbed::label_latency` explains the measurement. `ROUNDS` (30) and `PODS` (`1 20 60`) size it.
 
+#![expect(clippy::disallowed_methods, reason = "options of make bench-labels")]
+
 use std::{collections::BTreeMap, env, time::Duration};
 
 use testbed::{

@@ -201,10 +201,12 @@ impl Cluster {
         }
     }
 
+    /// Replaces the tunnels' file of workloads, services and policies, which they follow.
     pub fn publish_mesh(&self) {
         files::replace(&self.mesh_file(), &self.mesh_yaml());
     }
 
+    /// Replaces the pods file of node number `node`, which its watcher follows.
     pub fn publish_pods(&self, node: usize) {
         files::replace(&self.nodes[node].pods_file(), &self.pods_yaml(node));
     }

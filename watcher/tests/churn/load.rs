@@ -121,6 +121,7 @@ fn started_and_spent(pid: u64) -> (u64, u64) {
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_storm_of_processes_hides_no_pod() {
     // A shell command that starts processes as fast as it can.
+    #[expect(clippy::disallowed_methods, reason = "an option of the test")]
     let storm = std::env::var("ADIT_STORM").unwrap_or_else(|_| "while :; do /bin/true; (:); done".to_owned());
     let mut node = WatcherNode::new();
     let networks: Vec<Netns> = (0..6).map(|number| network(&node, number)).collect();

@@ -28,6 +28,7 @@ use ztunnel::{
 /// A parser and its name.
 pub type Fuzzed = (&'static str, fn(&[u8]));
 
+/// Every parser of input that others can reach.
 pub const TARGETS: &[Fuzzed] = &[
     ("authority", authority),
     ("baggage", header_baggage),

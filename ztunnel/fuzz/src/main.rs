@@ -1,6 +1,7 @@
 //! libFuzzer over the target that `FUZZ_TARGET` names. `.ci/fuzz` runs it.
 #![no_main]
 #![allow(unsafe_code, reason = "libFuzzer calls C functions, which the macro defines")]
+#![expect(clippy::disallowed_methods, reason = "libFuzzer owns the arguments")]
 
 use std::sync::OnceLock;
 

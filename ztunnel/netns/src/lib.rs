@@ -70,6 +70,7 @@ impl Netns {
     }
 
     /// Which one it is.
+    #[must_use]
     pub fn id(&self) -> NetnsId {
         self.id
     }

@@ -107,6 +107,7 @@ pub struct LastFailure {
 
 impl Overview {
     /// Reads the current state.
+    #[must_use]
     pub fn new(admin: &Admin) -> Self {
         let now = SystemTime::now();
         let metrics = &admin.metrics;

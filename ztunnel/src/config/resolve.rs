@@ -28,6 +28,7 @@ impl Config {
     ///
     /// # Errors
     /// Everything that is wrong, each with the expected value: [`ConfigError`].
+    #[expect(clippy::disallowed_methods, reason = "the one place where the tunnel reads it")]
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
         Self::from_file_and_vars(file, std::env::vars())
     }
@@ -59,6 +60,7 @@ impl Config {
     }
 
     /// `[::]:port`, or `0.0.0.0:port` on a node without IPv6.
+    #[must_use]
     pub fn any_address(&self, port: u16) -> SocketAddr {
         let any = if self.ipv6 { IpAddr::from(Ipv6Addr::UNSPECIFIED) } else { Ipv4Addr::UNSPECIFIED.into() };
         SocketAddr::new(any, port)

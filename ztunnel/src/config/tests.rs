@@ -270,12 +270,10 @@ fn every_row_is_read_and_has_a_default_that_fits() {
     }
 }
 
-/// The table in the documentation is made from the rows: `UPDATE_DOCS=1 cargo test -p ztunnel
+/// The table in the documentation is made from the rows: `UPDATE_DOCS=1 cargo test
 /// documentation`.
 #[test]
 fn the_documentation_has_a_line_for_every_key() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/configuration.md");
-    let (begin, end) = ("<!-- keys: made from ztunnel/src/config/keys.rs -->\n", "<!-- end of keys -->\n");
     let mut table = "| key | variable | value | default | |\n|---|---|---|---|---|\n".to_owned();
     for key in keys::KEYS {
         let default = match key.default {
@@ -289,11 +287,9 @@ fn the_documentation_has_a_line_for_every_key() {
         };
         let _ = writeln!(table, "| `{}` | {variable} | {kind} | {default} | {} |", key.name, key.about);
     }
-    let document = std::fs::read_to_string(path).unwrap();
-    let (head, rest) = document.split_once(begin).expect("the marker before the table");
-    let (written, tail) = rest.split_once(end).expect("the marker behind the table");
-    if std::env::var_os("UPDATE_DOCS").is_some() {
-        return std::fs::write(path, format!("{head}{begin}{table}{end}{tail}")).unwrap();
-    }
-    assert!(written == table, "docs/configuration.md is out of date: UPDATE_DOCS=1 cargo test documentation");
+    testbed::doc_table::assert_current(
+        "docs/configuration.md",
+        "keys: made from ztunnel/src/config/keys.rs",
+        &table,
+    );
 }

@@ -91,16 +91,19 @@ pub struct ResponseOutcome {
 
 impl Subscription {
     /// Of a type such as [`super::ADDRESS`]; nothing is held yet.
+    #[must_use]
     pub fn new(type_url: &'static str) -> Self {
         Self { type_url, held: HashMap::new(), received: false }
     }
 
     /// The resource type.
+    #[must_use]
     pub fn type_url(&self) -> &'static str {
         self.type_url
     }
 
     /// Number of resources held.
+    #[must_use]
     pub fn held(&self) -> usize {
         self.held.len()
     }
@@ -128,6 +131,7 @@ impl Subscription {
     }
 
     /// A later request of the same stream.
+    #[must_use]
     pub fn update_request(&self, names: &SubscriptionChange) -> DeltaDiscoveryRequest {
         let texts = |names: &[Arc<str>]| names.iter().map(ToString::to_string).collect();
         DeltaDiscoveryRequest {

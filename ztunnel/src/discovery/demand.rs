@@ -53,8 +53,8 @@ enum Resolution {
 /// Names to subscribe to and to unsubscribe from, for the next request of the stream.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct SubscriptionChange {
-    pub subscribe: Vec<Arc<str>>,
-    pub unsubscribe: Vec<Arc<str>>,
+    pub(crate) subscribe: Vec<Arc<str>>,
+    pub(crate) unsubscribe: Vec<Arc<str>>,
 }
 
 /// The control plane did not answer within the time limit.
@@ -90,6 +90,7 @@ impl Demand {
 
     /// Subscribes to `name`, unless it is subscribed already. Whether the control plane has
     /// answered for it.
+    #[expect(clippy::must_use_candidate, reason = "who waits for a name by itself asks for no answer")]
     pub fn subscribe(&self, name: &str) -> bool {
         let mut subscribed = self.names();
         if let Some(state) = subscribed.names.get(name) {

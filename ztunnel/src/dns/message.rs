@@ -29,12 +29,14 @@ pub const HEADER: usize = 12;
 /// The transport of a query, which limits the size of the reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
+    /// A reply has at most 512 bytes, or what EDNS0 allows.
     Udp,
+    /// A reply has at most 65,535 bytes (RFC 1035 §4.2.2).
     Tcp,
 }
 
 impl Transport {
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Udp => "udp",
             Self::Tcp => "tcp",
@@ -58,10 +60,12 @@ pub enum QueryOutcome {
 pub struct HandledQuery {
     /// The query type as a metric label. Clients choose it, so rare types share `other`.
     pub query_type: &'static str,
+    /// What the caller does next.
     pub step: QueryOutcome,
 }
 
 /// Answers `query` from `mesh`.
+#[must_use]
 pub fn answer(
     mesh: &Mesh,
     zone: &DnsZone,
@@ -120,6 +124,7 @@ pub fn answer(
 }
 
 /// A reply with only `code`. `None` if the query has no header.
+#[must_use]
 pub fn error(query: &[u8], code: ResponseCode) -> Option<Vec<u8>> {
     let header = query.get(..HEADER)?;
     let mut reply = vec![0; HEADER];
@@ -139,6 +144,7 @@ pub fn error(query: &[u8], code: ResponseCode) -> Option<Vec<u8>> {
 
 /// Whether `reply` answers `query`: the question is the same, ignoring case (RFC 5452 §9.1). Errors
 /// may omit it.
+#[must_use]
 pub fn answers(query: &[u8], reply: &[u8]) -> bool {
     let count = |message: &[u8]| message.get(4..6).map(|count| [count[0], count[1]]);
     if reply.len() < HEADER || !is_response(reply) || query.get(..2) != reply.get(..2) {
@@ -154,6 +160,7 @@ pub fn answers(query: &[u8], reply: &[u8]) -> bool {
 }
 
 /// The response code of a reply that has a header.
+#[must_use]
 pub fn code(reply: &[u8]) -> ResponseCode {
     ResponseCode::from(0, reply.get(3).copied().unwrap_or_default() & 0x0f)
 }

@@ -11,7 +11,9 @@ use crate::mesh::{Mesh, Service};
 /// The pod that sent the query.
 #[derive(Clone, Copy, Debug)]
 pub struct DnsClient<'a> {
+    /// Where names without a namespace are looked for first.
     pub namespace: &'a str,
+    /// Its network: an address counts there only.
     pub network: &'a str,
 }
 
@@ -30,6 +32,8 @@ pub struct DnsZone {
 }
 
 impl DnsZone {
+    /// The zone `domain` (`cluster.local`), with or without a dot at its end.
+    #[must_use]
     pub fn new(domain: &str, preferred_namespace: Option<Arc<str>>, ipv6: bool) -> Self {
         let domain = domain.trim_matches('.').to_ascii_lowercase();
         Self { services: format!("svc.{domain}"), domain, preferred_namespace, ipv6 }
@@ -39,7 +43,9 @@ impl DnsZone {
 /// The requested address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AddressFamily {
+    /// A records.
     V4,
+    /// AAAA records.
     V6,
 }
 
@@ -54,6 +60,7 @@ pub struct FoundName {
 
 /// Looks up `name`, which is lower case and without the final dot. `None` if it is not a name of
 /// the mesh.
+#[must_use]
 pub fn find(
     mesh: &Mesh,
     zone: &DnsZone,

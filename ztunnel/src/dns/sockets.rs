@@ -22,7 +22,11 @@ pub(crate) struct DnsSockets {
 }
 
 /// Listens on `address`, and on `::1` beside `127.0.0.1` where the netns has it. Call inside the pod's netns.
-pub(crate) fn listen(address: SocketAddr, ipv6: bool, options: &SocketOptions) -> io::Result<Vec<DnsSockets>> {
+pub(crate) fn listen(
+    address: SocketAddr,
+    ipv6: bool,
+    options: &SocketOptions,
+) -> io::Result<Vec<DnsSockets>> {
     let mut pairs = vec![pair(address, options)?];
     if ipv6 && address.is_ipv4() && address.ip().is_loopback() {
         match pair(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), address.port()), options) {

@@ -28,23 +28,59 @@ pub(super) const TLS_WRITE: usize = 256 << 10;
 /// Why no stream to a peer came to be.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
+    /// No TCP connection.
     #[error("connection failed")]
-    Tcp { peer: SocketAddr, source: io::Error },
+    Tcp {
+        /// The address that was dialled.
+        peer: SocketAddr,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The pod has no certificate.
     #[error("no certificate to speak with")]
     Identity(#[source] IdentityError),
+    /// The peer was not proved to be who it must be, or did not speak TLS.
     #[error("tls handshake error")]
-    Tls { peer: SocketAddr, source: io::Error },
+    Tls {
+        /// The address that was dialled.
+        peer: SocketAddr,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The revocation list names the peer's certificate.
     #[error("the certificate of {peer} is revoked")]
-    Revoked { peer: SocketAddr },
+    Revoked {
+        /// The address that was dialled.
+        peer: SocketAddr,
+    },
+    /// The peer does not speak HTTP/2.
     #[error("http2 handshake with {peer} failed")]
-    Http { peer: SocketAddr, source: h2::Error },
+    Http {
+        /// The address that was dialled.
+        peer: SocketAddr,
+        /// The cause.
+        source: h2::Error,
+    },
+    /// The CONNECT was not answered.
     #[error("http stream to {peer} failed")]
-    Stream { peer: SocketAddr, source: h2::Error },
+    Stream {
+        /// The address that was dialled.
+        peer: SocketAddr,
+        /// The cause.
+        source: h2::Error,
+    },
+    /// The CONNECT was refused with this status.
     #[error("http status: {0}")]
     Status(StatusCode),
     /// In the tunnel within the gateway's.
     #[error("behind the gateway, to {authority}")]
-    Inner { authority: String, source: Box<Self> },
+    Inner {
+        /// The destination beyond the gateway.
+        authority: String,
+        /// What failed there.
+        source: Box<Self>,
+    },
+    /// Another connection dialled the tunnel, and ended before it was done.
     #[error("the tunnel's task ended before it was connected")]
     Abandoned,
 }
@@ -82,11 +118,13 @@ impl ConnectError {
 /// A tunnel that was just opened. It lives as long as `driver` is polled, which ends when every clone of
 /// `requests` and every stream are gone, or when the peer is.
 pub struct PeerTunnel {
+    /// Opens streams.
     pub requests: SendRequest<Bytes>,
     /// Who the peer proved to be.
     pub identity: Option<Identity>,
     /// By which certificates.
     pub chain: CertificateChain,
+    /// Moves the bytes of all streams.
     pub driver: Pin<Box<dyn Future<Output = Result<(), h2::Error>>>>,
 }
 
@@ -97,6 +135,9 @@ impl std::fmt::Debug for PeerTunnel {
 }
 
 /// TLS and HTTP/2 over a connection to `peer`.
+///
+/// # Errors
+/// A handshake failed or took too long, or the peer's certificate is revoked.
 pub async fn handshake<S>(
     socket: S,
     peer: SocketAddr,

@@ -52,6 +52,7 @@ pub(crate) async fn open(
     let (driver, identity, chain) = (tunnel.driver, tunnel.identity, tunnel.chain);
     // The task ends with its only stream, or with the gateway's connection, so it needs no owner.
     // It outlives the stream only to send the last frames.
+    #[expect(clippy::disallowed_methods, reason = "it ends with its only stream")]
     spawn_local(async move {
         if let Err(error) = driver.await {
             tracing::debug!(%peer, %error, "tunnel through a gateway ended");

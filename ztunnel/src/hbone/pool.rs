@@ -200,6 +200,7 @@ impl Inner {
         dialling: impl Future<Output = Result<PeerTunnel, ConnectError>> + 'static,
     ) -> Opening {
         let (pool, group) = (Rc::clone(self), Rc::clone(group));
+        #[expect(clippy::disallowed_methods, reason = "who waits for the tunnel holds the handle")]
         let task = spawn_local(async move {
             let dialled = dialling.await;
             // Before the waiters wake up, so that the next request starts a new handshake.
@@ -216,6 +217,10 @@ impl Inner {
             });
             let watched = Rc::downgrade(&member);
             group.members.borrow_mut().push(member);
+            #[expect(
+                clippy::disallowed_methods,
+                reason = "it ends with its connection, and takes the tunnel from the pool then"
+            )]
             spawn_local(drive(Rc::downgrade(&pool), key, watched, driver));
             Ok(())
         });

@@ -62,11 +62,13 @@ pub struct CertificateChain(Vec<CertificateId>);
 
 impl CertificateChain {
     /// Whether no certificate of the chain has a readable issuer and serial number.
+    #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
     /// From the certificates of a handshake.
+    #[must_use]
     pub fn of(certificates: Option<&[CertificateDer<'_>]>) -> Self {
         let id = |der: &CertificateDer<'_>| {
             let (_, parsed) = X509Certificate::from_der(der).ok()?;
@@ -78,6 +80,9 @@ impl CertificateChain {
 
 impl Revocations {
     /// Without a configured file, or while the file does not exist, nothing is revoked.
+    ///
+    /// # Errors
+    /// The file cannot be read, or is no revocation list.
     pub fn open(path: Option<PathBuf>) -> Result<Self, RevocationsError> {
         let revoked = match &path {
             Some(path) if path.exists() => read(path)?,
@@ -91,11 +96,13 @@ impl Revocations {
     }
 
     /// Whether a file is configured.
+    #[must_use]
     pub fn is_configured(&self) -> bool {
         self.path.is_some()
     }
 
     /// Whether a certificate of `chain` is revoked.
+    #[must_use]
     pub fn is_revoked(&self, chain: &CertificateChain) -> bool {
         let revoked = self.revoked.borrow();
         chain.0.iter().any(|id| revoked.contains(id))

@@ -38,6 +38,7 @@ pub struct TlsParameters {
 impl TlsParameters {
     /// AES-GCM only, as Istio's tunnel; key exchange groups in the order of aws-lc-rs, which
     /// prefers X25519MLKEM768.
+    #[must_use]
     pub fn new(config: TlsConfig) -> Self {
         let mut provider = aws_lc_rs::default_provider();
         provider.cipher_suites.retain(|suite| match suite.suite() {
@@ -70,6 +71,7 @@ impl Default for TlsParameters {
 ///
 /// `None` also for a certificate that has expired: a resumed handshake does not call the verifier
 /// again.
+#[must_use]
 pub fn peer_identity(certs: Option<&[CertificateDer<'_>]>) -> Option<Identity> {
     let leaf = certs?.first()?;
     let (_, parsed) = X509Certificate::from_der(leaf).ok()?;

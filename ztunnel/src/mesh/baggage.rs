@@ -30,6 +30,7 @@ pub struct Baggage {
 impl Baggage {
     /// The workload as described, for labels. Its identity comes from the certificate, not from
     /// here.
+    #[must_use]
     pub fn into_workload(self, identity: Option<&Identity>) -> Workload {
         let or = |claimed: Option<Arc<str>>| claimed.unwrap_or_default();
         let proven = |part: fn(&Identity) -> &Arc<str>| identity.map(part).cloned().unwrap_or_default();
@@ -50,6 +51,7 @@ impl Baggage {
 }
 
 /// The header value for a workload. Unknown parts are left out.
+#[must_use]
 pub fn of_workload(workload: &Workload) -> String {
     let kind = match &*workload.workload_type {
         known @ ("deployment" | "cronjob" | "job" | "pod") => known,

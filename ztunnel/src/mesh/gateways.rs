@@ -10,7 +10,7 @@ use super::{InvalidKey, ServiceKey};
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct GatewayAddress {
-    pub destination: GatewayDestination,
+    pub(crate) destination: GatewayDestination,
     /// Its HBONE port. Never 0.
     pub hbone_mtls_port: u16,
 }

@@ -74,6 +74,9 @@ impl From<&Config> for ResourceDefaults {
 }
 
 /// The mesh from the configured file or text; empty if none is configured.
+///
+/// # Errors
+/// The file cannot be read, or those of [`parse`].
 pub fn load(config: &Config) -> Result<Mesh, LocalFileError> {
     match &config.local_state {
         None => Ok(Mesh::default()),
@@ -125,6 +128,9 @@ fn read(path: &Path) -> Result<String, LocalFileError> {
 }
 
 /// Parses a complete document.
+///
+/// # Errors
+/// It is no YAML, has unknown keys, or an entry contradicts itself or another.
 pub fn parse(document: &str, defaults: &ResourceDefaults) -> Result<Mesh, LocalFileError> {
     // An empty file is an empty mesh; serde would report a missing value.
     // A workload may be named `y`, `n` or `on`, which are booleans in YAML 1.1.

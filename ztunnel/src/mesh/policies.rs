@@ -48,12 +48,13 @@ impl Serialize for PolicyKey {
     }
 }
 
+/// An authorization policy (Istio's `AuthorizationPolicy`, as the control plane sends it).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Policy {
-    pub key: PolicyKey,
-    pub scope: Scope,
-    pub action: Action,
+    pub(crate) key: PolicyKey,
+    pub(crate) scope: Scope,
+    pub(crate) action: Action,
     /// The policy matches if any rule matches. Without rules it matches nothing.
     pub rules: Vec<Rule>,
     /// Dry run: the result is only logged.
@@ -95,18 +96,18 @@ pub struct Clause(pub Vec<Match>);
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Match {
-    pub namespaces: Vec<StringMatch>,
-    pub not_namespaces: Vec<StringMatch>,
-    pub principals: Vec<StringMatch>,
-    pub not_principals: Vec<StringMatch>,
-    pub service_accounts: Vec<ServiceAccountMatch>,
-    pub not_service_accounts: Vec<ServiceAccountMatch>,
-    pub source_ips: Vec<IpNet>,
-    pub not_source_ips: Vec<IpNet>,
-    pub destination_ips: Vec<IpNet>,
-    pub not_destination_ips: Vec<IpNet>,
-    pub destination_ports: Vec<u16>,
-    pub not_destination_ports: Vec<u16>,
+    pub(crate) namespaces: Vec<StringMatch>,
+    pub(crate) not_namespaces: Vec<StringMatch>,
+    pub(crate) principals: Vec<StringMatch>,
+    pub(crate) not_principals: Vec<StringMatch>,
+    pub(crate) service_accounts: Vec<ServiceAccountMatch>,
+    pub(crate) not_service_accounts: Vec<ServiceAccountMatch>,
+    pub(crate) source_ips: Vec<IpNet>,
+    pub(crate) not_source_ips: Vec<IpNet>,
+    pub(crate) destination_ips: Vec<IpNet>,
+    pub(crate) not_destination_ips: Vec<IpNet>,
+    pub(crate) destination_ports: Vec<u16>,
+    pub(crate) not_destination_ports: Vec<u16>,
 }
 
 /// How a text is compared.
@@ -124,6 +125,7 @@ pub enum StringMatch {
 
 impl StringMatch {
     /// Whether `text` matches.
+    #[must_use]
     pub fn accepts(&self, text: &str) -> bool {
         match self {
             Self::Exact(exact) => text == exact,

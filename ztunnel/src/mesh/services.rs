@@ -75,13 +75,13 @@ pub struct Service {
     /// narrowest wins.
     #[serde(serialize_with = "network_addresses", skip_serializing_if = "Vec::is_empty")]
     pub cidr_vips: Vec<(Arc<str>, IpNet)>,
-    pub ports: PortMap,
+    pub(crate) ports: PortMap,
     /// The protocols of its ports, where known.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub app_protocols: BTreeMap<u16, AppProtocol>,
     /// Identities that its endpoints may present besides their own.
     pub subject_alt_names: Vec<Identity>,
-    pub ip_families: IpFamilies,
+    pub(crate) ip_families: IpFamilies,
     /// Whether this is the default among several services with the same host name.
     pub canonical: bool,
     /// How an endpoint is chosen.
@@ -113,11 +113,17 @@ pub struct LoadBalancing {
 /// A property that two workloads may share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum LbScope {
+    /// In one region.
     Region,
+    /// In one zone of it.
     Zone,
+    /// In one part of the zone.
     Subzone,
+    /// On one node.
     Node,
+    /// In one cluster.
     Cluster,
+    /// In one network.
     Network,
 }
 
@@ -188,6 +194,7 @@ pub enum IpFamilies {
 
 impl IpFamilies {
     /// Whether `ip` may be used.
+    #[must_use]
     pub fn accept(self, ip: IpAddr) -> bool {
         match self {
             Self::Any => true,
@@ -199,16 +206,19 @@ impl IpFamilies {
 
 impl Service {
     /// Its key.
+    #[must_use]
     pub fn key(&self) -> ServiceKey {
         ServiceKey { namespace: Arc::clone(&self.namespace), hostname: Arc::clone(&self.hostname) }
     }
 
     /// Whether unhealthy endpoints are used too.
+    #[must_use]
     pub fn allows_unhealthy(&self) -> bool {
         self.load_balancing.health_policy == HealthPolicy::AllowAll
     }
 
     /// Whether workloads of `namespace` can see it.
+    #[must_use]
     pub fn is_visible_from(&self, namespace: &str) -> bool {
         self.visibility == Visibility::Public || *self.namespace == *namespace
     }
@@ -225,6 +235,7 @@ pub struct Endpoint {
 
 impl Endpoint {
     /// The port at which this endpoint serves `port` of its service. `None`: it does not serve it.
+    #[must_use]
     pub fn target_port(&self, service: &Service, port: u16) -> Option<u16> {
         // Only ports of the service are valid. The workload's own mapping wins; a mapping to 0 uses
         // the service's.

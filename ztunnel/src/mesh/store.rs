@@ -22,6 +22,7 @@ impl Default for Store {
 
 impl Store {
     /// Starts with `mesh`, version 0.
+    #[must_use]
     pub fn new(mesh: Mesh) -> Self {
         Self { current: ArcSwap::from_pointee(mesh), version: watch::Sender::new(0) }
     }

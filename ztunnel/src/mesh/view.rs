@@ -21,17 +21,21 @@ pub struct MeshView<'a> {
 /// What the name of a gateway or waypoint stands for.
 #[derive(Clone, Copy, Debug)]
 pub enum NamedGateway<'a> {
+    /// A service; one of its endpoints is chosen.
     Service(&'a Arc<Service>),
+    /// A workload.
     Workload(&'a Arc<Workload>),
 }
 
 impl<'a> MeshView<'a> {
     /// Of a mesh that is known as a whole: what is not found does not exist.
+    #[must_use]
     pub fn complete(mesh: &'a Mesh) -> Self {
         Self { mesh, missed: None }
     }
 
     /// Of a mesh that is known on demand.
+    #[must_use]
     pub fn on_demand(mesh: &'a Mesh) -> Self {
         Self { mesh, missed: Some(RefCell::default()) }
     }

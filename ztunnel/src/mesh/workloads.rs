@@ -36,25 +36,28 @@ pub struct Workload {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Common {
+    /// Kubernetes namespace.
     pub namespace: Arc<str>,
+    /// With namespace and trust domain, its identity.
     pub service_account: Arc<str>,
-    pub trust_domain: Arc<str>,
+    pub(crate) trust_domain: Arc<str>,
+    /// Where its addresses can be reached directly.
     pub network: Arc<str>,
-    pub cluster_id: Arc<str>,
-    pub protocol: Protocol,
-    pub canonical_name: Arc<str>,
-    pub canonical_revision: Arc<str>,
+    pub(crate) cluster_id: Arc<str>,
+    pub(crate) protocol: Protocol,
+    pub(crate) canonical_name: Arc<str>,
+    pub(crate) canonical_revision: Arc<str>,
     /// Name of the object that manages the pod, such as its deployment.
     pub workload_name: Arc<str>,
     /// `deployment`, `cronjob`, `job` or `pod`.
     pub workload_type: Arc<str>,
-    pub locality: Locality,
+    pub(crate) locality: Locality,
     /// The services of which it is an endpoint, with target ports that differ from the service's.
     pub services: BTreeMap<ServiceKey, Arc<PortMap>>,
     /// Policies that select it by name.
     #[serde(rename = "authorizationPolicies")]
     pub policies: Vec<PolicyKey>,
-    pub host_network: bool,
+    pub(crate) host_network: bool,
     /// It speaks HBONE itself, without a tunnel on its node.
     pub native_tunnel: bool,
     /// The waypoint for traffic to its addresses. Traffic to a service uses that service's
@@ -93,7 +96,7 @@ impl std::ops::DerefMut for Workload {
 /// How an application that is a waypoint receives connections for others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct ApplicationTunnel {
-    pub protocol: ApplicationProtocol,
+    pub(crate) protocol: ApplicationProtocol,
     /// The port to dial in place of the addressed one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<NonZeroU16>,
@@ -136,6 +139,7 @@ pub struct Locality {
 
 impl Workload {
     /// Its SPIFFE id.
+    #[must_use]
     pub fn identity(&self) -> Identity {
         Identity {
             trust_domain: Arc::clone(&self.trust_domain),
@@ -145,6 +149,7 @@ impl Workload {
     }
 
     /// One of its addresses, preferably of the same family as `like`.
+    #[must_use]
     pub fn address_like(&self, like: IpAddr) -> Option<IpAddr> {
         let same_family = |ip: &&IpAddr| ip.is_ipv4() == like.to_canonical().is_ipv4();
         self.addresses.iter().find(same_family).or_else(|| self.addresses.first()).copied()

@@ -211,13 +211,10 @@ mod tests {
         assert_eq!(table, scraped);
     }
 
-    /// The table in the documentation is made from the rows: `UPDATE_DOCS=1 cargo test -p ztunnel
+    /// The table in the documentation is made from the rows: `UPDATE_DOCS=1 cargo test
     /// documentation`.
     #[test]
     fn the_documentation_has_a_line_for_every_metric() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
-        let begin = "<!-- metrics: made from ztunnel/src/metrics/catalog.rs -->\n";
-        let end = "<!-- end of the tunnel's metrics -->\n";
         let mut table = "| metric | type | labels | meaning |\n|---|---|---|---|\n".to_owned();
         for row in METRICS {
             let labels = match row.labels {
@@ -227,15 +224,14 @@ mod tests {
             };
             let _ = writeln!(table, "| `{}` | {} | {labels} | {} |", row.name, row.kind, row.meaning);
         }
-        let document = std::fs::read_to_string(path).unwrap();
+        let page = include_str!("../../../docs/metrics.md");
         for label in TRAFFIC {
-            assert!(document.contains(&format!("`{label}`")), "docs/metrics.md does not explain {label}");
+            assert!(page.contains(&format!("`{label}`")), "docs/metrics.md does not explain {label}");
         }
-        let (head, rest) = document.split_once(begin).expect("the marker before the table");
-        let (written, tail) = rest.split_once(end).expect("the marker behind the table");
-        if std::env::var_os("UPDATE_DOCS").is_some() {
-            return std::fs::write(path, format!("{head}{begin}{table}{end}{tail}")).unwrap();
-        }
-        assert!(written == table, "docs/metrics.md is out of date: UPDATE_DOCS=1 cargo test documentation");
+        testbed::doc_table::assert_current(
+            "docs/metrics.md",
+            "metrics: made from ztunnel/src/metrics/catalog.rs",
+            &table,
+        );
     }
 }

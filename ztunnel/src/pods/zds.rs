@@ -153,14 +153,31 @@ impl Session {
 /// A message of the node agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ZdsMessage {
-    Add { uid: String, info: PodInfo },
-    Keep { uid: String },
-    Del { uid: String },
+    /// Serve this pod; the netns comes with the packet.
+    Add {
+        /// The pod.
+        uid: String,
+        /// Its names.
+        info: PodInfo,
+    },
+    /// The pod is still there; only in a snapshot.
+    Keep {
+        /// The pod.
+        uid: String,
+    },
+    /// Serve it no longer.
+    Del {
+        /// The pod.
+        uid: String,
+    },
+    /// All pods were sent.
     SnapshotSent,
 }
 
-/// Decodes one packet, except its descriptors. The error is the text of the negative
-/// acknowledgement.
+/// Decodes one packet, except its descriptors.
+///
+/// # Errors
+/// The text of the negative acknowledgement.
 pub fn decode(packet: &[u8]) -> Result<ZdsMessage, String> {
     let request = WorkloadRequest::decode(packet).map_err(|e| format!("not a WorkloadRequest: {e}"))?;
     Ok(match request.payload.ok_or("message without a known payload")? {

@@ -43,6 +43,7 @@ pub fn start(path: PathBuf, cgroup_root: PathBuf) -> io::Result<Source> {
     let (sender, updates) = mpsc::channel(4);
     let name = format!("pods file {}", path.display());
     let reader = Reader { path, cgroup_root, entries: None, error: None };
+    #[expect(clippy::disallowed_methods, reason = "`Source` keeps the handle")]
     let producer = tokio::spawn(follow(reader, changes, sender));
     Ok(Source { name, updates, producer, outcomes: None, writer: None })
 }

@@ -77,7 +77,11 @@ where
     ///
     /// # Errors
     /// No client can be created from `config`.
-    pub(super) fn new(what: &'static str, config: &Config, fields: Option<String>) -> Result<Self, kube::Error> {
+    pub(super) fn new(
+        what: &'static str,
+        config: &Config,
+        fields: Option<String>,
+    ) -> Result<Self, kube::Error> {
         let (counter, answers) = watch::channel(0);
         let client = ClientBuilder::try_from(super::answering_within(ANSWER_TIMEOUT, config))?
             .with_layer(&CountAnswers(Arc::new(counter)))
