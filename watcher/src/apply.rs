@@ -25,7 +25,6 @@ use tokio::sync::oneshot;
 use tracing::{debug, error, warn};
 
 use crate::{
-    model::pod::Pod,
     observe::{cgroups::CgroupId, netns::Visitors},
     plan::{
         Plan, Reason,
@@ -40,7 +39,7 @@ use self::{
     maps::AppliedMaps,
     netns::{NetnsReport, NetnsTools, SteeredNetns},
     settings::KernelSettings,
-    tunnel_cgroups::{CgroupLayout, UnusedTunnelCgroups},
+    tunnel_cgroups::CgroupLayout,
     tunnels::Tunnels,
     zds_server::{Admission, ConnId},
 };
@@ -78,7 +77,6 @@ pub struct Applier {
     pub(crate) app_listeners: AppListeners,
     /// Connected tunnels.
     pub(crate) tunnels: Tunnels,
-    unused_tunnel_cgroups: UnusedTunnelCgroups,
     journal: Journal,
     visitors: Arc<Visitors>,
     /// What the node as a whole lacks, as sentences.
@@ -114,7 +112,6 @@ impl Applier {
             draining: DrainingNetns::default(),
             app_listeners: AppListeners::default(),
             tunnels: Tunnels::default(),
-            unused_tunnel_cgroups: UnusedTunnelCgroups::default(),
             kernel,
             journal,
             visitors,
@@ -191,7 +188,7 @@ impl Applier {
     fn apply_to_tunnels(&mut self, step: &TunnelStep, ready: &OpenNetns) {
         // Without its netns in order the pod stays closed; its netns is tried again.
         if let TunnelStep::Offer(_, workload) = step
-            && !self.netns.by_cookie().contains_key(&workload.cookie)
+            && !self.netns.is_prepared(workload.cookie)
         {
             return;
         }
@@ -224,8 +221,7 @@ impl Applier {
     /// When [`Self::do_due`] or a retry has something to do next.
     #[must_use]
     pub fn next_due(&self, now: Instant) -> Option<Instant> {
-        let unused = self.unused_tunnel_cgroups.next_check().map(|at| at.max(now));
-        [self.tunnels.next_retry(), self.draining.next_check(now), self.app_listeners.due(), unused]
+        [self.tunnels.next_retry(), self.draining.next_check(now), self.app_listeners.due()]
             .into_iter()
             .flatten()
             .min()
@@ -237,7 +233,7 @@ impl Applier {
     }
 
     /// Admits the tunnel of process `pid` if it runs in a cgroup of its own. `pod_at` gives the
-    /// pod that owns a directory. Whether it was admitted; if not, its connection is
+    /// name of the pod that owns a directory. Whether it was admitted; if not, its connection is
     /// closed.
     pub(crate) fn admit_tunnel(
         &mut self,
@@ -245,7 +241,7 @@ impl Applier {
         pid: i32,
         admission: oneshot::Sender<Admission>,
         layout: &CgroupLayout,
-        pod_at: impl FnOnce(&Path) -> Option<Arc<Pod>>,
+        pod_at: impl FnOnce(&Path) -> Option<String>,
     ) -> bool {
         let attached = layout.find_tunnel(pid, pod_at).and_then(|cgroup: PathBuf| {
             tunnel_cgroups::attach(&cgroup, &mut self.kernel, &mut self.journal, &mut self.maps)
@@ -283,20 +279,14 @@ impl Applier {
             warn!("no tunnel reconnected after the restart");
             self.settings.set_tunnel_up(&mut self.kernel, false);
         }
+        self.detach_unused_tunnels(&BTreeSet::new());
     }
 
     /// Detaches the programs from the cgroups of tunnels that are gone, except for those in
-    /// `adopted`, as soon as no socket can be left of them. Whether any was detached, and has to
-    /// lose its map entry.
-    pub fn detach_unused_tunnels(&mut self, adopted: &BTreeSet<CgroupId>, now: Instant) -> bool {
+    /// `adopted`.
+    pub fn detach_unused_tunnels(&mut self, adopted: &BTreeSet<CgroupId>) {
         let used = self.tunnels.cgroup_ids().union(adopted).copied().collect();
-        self.unused_tunnel_cgroups.detach(&used, &mut self.kernel, &mut self.journal, now)
-    }
-
-    /// The cgroups that are tunnels', also of tunnels that are gone and may have left sockets.
-    #[must_use]
-    pub fn tunnel_cgroups(&self) -> BTreeSet<CgroupId> {
-        self.journal.tunnels().keys().copied().collect()
+        tunnel_cgroups::detach_unused(&used, &mut self.kernel, &mut self.journal);
     }
 
     /// Restores every prepared netns at once, whatever still uses it, and removes links and maps.

@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 use adit_ebpf_common::{
     address::{Address, UNSPECIFIED, mapped},
-    enrolment::{CgroupInfo, PodRecord},
+    enrolment::{CgroupInfo, NetnsInfo, PodRecord},
     lifecycle::Name,
 };
 
@@ -51,8 +51,10 @@ pub(crate) struct PodPlan {
     pub cgroups: BTreeMap<CgroupId, CgroupInfo>,
     /// Its addresses, IPv4 in mapped form.
     pub addresses: BTreeMap<Address, PodRecord>,
-    /// Its netns, by cookie: to be prepared and steered.
-    pub netns: Option<(u64, PodNetns)>,
+    /// What holds for arrivals in its netns, by cookie.
+    pub arrivals: BTreeMap<u64, NetnsInfo>,
+    /// Its netns, by cookie: to be steered. More than one only if the pod is closed.
+    pub netns: BTreeMap<u64, PodNetns>,
     /// What tunnels receive.
     pub workload: Option<PodWorkload>,
 }
@@ -76,6 +78,8 @@ pub(crate) struct PodNetns {
     pub uid: String,
     /// Whether the pod has an IPv6 address, so that IPv6 must work there.
     pub v6: bool,
+    /// Whether it has what connections from the tunnel need. A netns that is only closed does not.
+    pub prepared: bool,
 }
 
 /// What a tunnel learns about a pod.

@@ -11,7 +11,7 @@
 
 use crate::{
     address::{Address, UNSPECIFIED, is_link_local, is_loopback, is_unspecified, is_v4, mapped, same},
-    enrolment::{CgroupInfo, PodRecord, flag},
+    enrolment::{CgroupInfo, NetnsInfo, flag},
     exclusions::{INBOUND, OUTBOUND},
     flows::{Destination, Flow},
     listeners::ListenerKey,
@@ -34,8 +34,6 @@ const LOOPBACK_V6: Address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 pub trait Facts {
     /// The settings of the node.
     fn settings(&self) -> &Settings;
-    /// The enrolled pod that has `address`.
-    fn pod(&self, address: &Address) -> Option<PodRecord>;
     /// Whether the list `exclusion_id` has `port` in `direction` ([`OUTBOUND`] or [`INBOUND`]).
     fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool;
 }
@@ -44,6 +42,12 @@ pub trait Facts {
 pub trait ConnectFacts: Facts {
     /// What is known of the caller's cgroup.
     fn caller(&self) -> Option<&CgroupInfo>;
+    /// The cookie of the netns that the socket was created in.
+    fn netns_cookie(&self) -> u64;
+    /// The entry of the pod that is known to have that netns.
+    fn netns_pod(&self) -> Option<&CgroupInfo>;
+    /// The netns cookie of the enrolled pod that has `address`.
+    fn owner(&self, address: &Address) -> Option<u64>;
     /// Whether the list `exclusion_id` has a range that `address` is in.
     fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool;
     /// Whether the tunnel has exactly this listener.
@@ -56,6 +60,8 @@ pub trait ConnectFacts: Facts {
 
 /// What the inbound list needs to know besides.
 pub trait ArrivalFacts: Facts {
+    /// What is known of the netns that the connection arrives in, as a pod's.
+    fn netns(&self) -> Option<NetnsInfo>;
     /// The cookie of the netns from which the tunnel opened `flow`, if it did.
     fn tunnel_flow(&self, flow: &Flow) -> Option<u64>;
     /// Gives the connection to exactly this listener of the tunnel. Whether it is there.
@@ -108,21 +114,25 @@ impl Outbound {
     }
 }
 
-/// Decides about an outbound connection:
+/// Decides about an outbound connection. *The pod's entry* is that of the caller's cgroup. If that
+/// has none, or the socket is in another netns than the cgroup's pod, it is the entry of the pod that
+/// has the socket's netns: so what runs in a pod's netns outside its cgroup is captured too.
 ///
 /// 1. a DNS query that [`dns_redirect`] captures: redirect to the tunnel's DNS port
 /// 2. not TCP: leave
 /// 3. to loopback, which 0.0.0.0 and :: mean too: leave; but refuse the tunnel's ports to an
 ///    enrolled, ready pod
 /// 4. the caller is a tunnel: leave, or its own traffic would come back to it
-/// 5. the caller is not enrolled, or a sidecar carries its traffic: leave
-/// 6. to one of the pod's own addresses: leave; but refuse the tunnel's ports
-/// 7. excluded by port or by CIDR: leave
-/// 8. the pod is not ready: by its fail mode
-/// 9. the pod has no address of this family, so there is nothing to redirect to: refuse
-/// 10. the tunnel's listener is gone: by the pod's fail mode
-/// 11. the original destination cannot be recorded, so the tunnel would not learn it: refuse
-/// 12. redirect to the tunnel
+/// 5. there is no entry, it does not enrol, or a sidecar carries its traffic: leave
+/// 6. the socket is in a netns that is no pod's, and the entry's pod has another one: leave. What a
+///    program runs in a netns of its own reaches nobody but by the pod's
+/// 7. to one of the pod's own addresses: leave; but refuse the tunnel's ports
+/// 8. excluded by port or by CIDR: leave
+/// 9. the pod is not ready: by its fail mode
+/// 10. the pod has no address of this family, so there is nothing to redirect to: refuse
+/// 11. the tunnel's listener is gone: by the pod's fail mode
+/// 12. the original destination cannot be recorded, so the tunnel would not learn it: refuse
+/// 13. redirect to the tunnel
 #[inline(always)]
 pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     let to = &call.destination;
@@ -140,7 +150,7 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     if local && !is_reserved(settings, to.port) {
         return Outbound::Leave(Rule::Loopback);
     }
-    let Some(info) = facts.caller() else {
+    let Some(info) = entry(facts) else {
         return Outbound::Leave(if local { Rule::Loopback } else { Rule::NotEnrolled });
     };
     if info.flags & flag::TUNNEL != 0 {
@@ -148,6 +158,9 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     }
     if info.flags & flag::IN_MESH == 0 || (info.flags | info.detected) & flag::SIDECAR != 0 {
         return Outbound::Leave(Rule::NotEnrolled);
+    }
+    if !is_here(facts, info) {
+        return Outbound::Leave(Rule::OtherNetns);
     }
     let ready = is_ready(settings, info.flags);
     if local || is_own_address(facts, info, &to.address) {
@@ -182,6 +195,21 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     Outbound::Redirect(Rule::Redirect, redirect)
 }
 
+/// The entry of the pod that connects, or of the tunnel.
+#[inline(always)]
+fn entry(facts: &impl ConnectFacts) -> Option<&CgroupInfo> {
+    match facts.caller() {
+        Some(info) if info.flags & flag::TUNNEL != 0 || is_here(facts, info) => Some(info),
+        caller => facts.netns_pod().or(caller),
+    }
+}
+
+/// Whether the socket is in the netns of the entry's pod, as far as that is known.
+#[inline(always)]
+fn is_here(facts: &impl ConnectFacts, info: &CgroupInfo) -> bool {
+    info.netns_cookie == 0 || info.netns_cookie == facts.netns_cookie()
+}
+
 /// The fail mode of a pod that no tunnel serves.
 #[inline(always)]
 fn without_tunnel(info: &CgroupInfo) -> Outbound {
@@ -195,16 +223,16 @@ fn without_tunnel(info: &CgroupInfo) -> Outbound {
 /// Whether `address` is one of the pod's. Its cgroup's entry has the first one of each family only;
 /// the others have a record with the pod's netns.
 #[inline(always)]
-fn is_own_address(facts: &impl Facts, info: &CgroupInfo, address: &Address) -> bool {
+fn is_own_address(facts: &impl ConnectFacts, info: &CgroupInfo, address: &Address) -> bool {
     same(address, &info.v4)
         || same(address, &info.v6)
-        || info.netns_cookie != 0
-            && facts.pod(address).is_some_and(|pod| pod.netns_cookie == info.netns_cookie)
+        || info.netns_cookie != 0 && facts.owner(address) == Some(info.netns_cookie)
 }
 
 /// Where a DNS query to `resolver` goes instead; port 0 means nowhere:
 ///
-/// 1. the caller's queries are not captured, or its traffic is not the tunnel's: nowhere
+/// 1. the pod's queries are not captured, its traffic is not the tunnel's, or the socket is in
+///    another netns: nowhere
 /// 2. no tunnel is ready for the pod: nowhere. DNS is no security boundary: the resolver answers a
 ///    name that the tunnel does not, and the connection that follows meets the pod's fail mode
 /// 3. the resolver is the pod's own (loopback, or one of its addresses) or on the link, or the
@@ -220,7 +248,7 @@ pub fn dns_redirect(facts: &impl ConnectFacts, resolver: &Destination) -> Destin
     const WANTED: u32 = flag::IN_MESH | flag::DNS_CAPTURE | flag::READY;
     const FOREIGN: u32 = flag::TUNNEL | flag::SIDECAR;
     let settings = facts.settings();
-    let Some(info) = facts.caller() else { return Destination::NOWHERE };
+    let Some(info) = entry(facts).filter(|info| is_here(facts, info)) else { return Destination::NOWHERE };
     if info.flags & WANTED != WANTED || (info.flags | info.detected) & FOREIGN != 0 || settings.tunnel_up == 0
     {
         return Destination::NOWHERE;
@@ -288,10 +316,10 @@ impl Inbound {
     }
 }
 
-/// Decides about an inbound TCP connection:
+/// Decides about an inbound TCP connection, whichever address of the netns it goes to:
 ///
 /// 1. from loopback, or from the address that it goes to: pass, the pod talks to itself
-/// 2. to an address that belongs to no enrolled pod: pass
+/// 2. the netns is not known as a pod's, so nobody can say what its policy is: drop
 /// 3. opened by the tunnel in this very netns: pass, this is how it reaches the application
 /// 4. to the tunnel's outbound or inbound port: drop, only redirected connections belong there
 /// 5. the port is excluded: pass
@@ -306,8 +334,8 @@ pub fn inbound(facts: &impl ArrivalFacts, arrival: &Arrival) -> Inbound {
     if is_loopback(&flow.local) || same(&flow.local, &flow.remote) {
         return Inbound::Pass(Rule::SameHost);
     }
-    let Some(pod) = facts.pod(&flow.remote) else {
-        return Inbound::Pass(Rule::Unknown);
+    let Some(pod) = facts.netns() else {
+        return Inbound::Drop(Rule::UnknownNetns);
     };
     if facts.tunnel_flow(flow) == Some(pod.netns_cookie) {
         return Inbound::Pass(Rule::NotedFlow);

@@ -2,7 +2,7 @@
 
 use crate::{address::Address, plain_data};
 
-/// Flags of [`CgroupInfo`] and [`PodRecord`].
+/// Flags of [`CgroupInfo`], [`NetnsInfo`] and [`PodRecord`].
 pub mod flag {
     /// The pod is enrolled: its traffic is redirected.
     pub const IN_MESH: u32 = 1;
@@ -47,8 +47,30 @@ pub struct CgroupInfo {
     pub pad: u16,
 }
 
-/// The pod that owns an address. Value of `pod_by_addr`, keyed by [`Address`]. Every address of an
-/// enrolled pod has a record.
+/// The pod whose netns it is. Value of `pod_by_netns`, keyed by netns cookie (`u64`). It decides about
+/// whatever arrives there, at any address: the copy of the program that is attached to a netns knows
+/// the cookie of that netns, see [`NETNS_COOKIE_PLACEHOLDER`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
+pub struct NetnsInfo {
+    /// The key once more, for readers that have the value only.
+    pub netns_cookie: u64,
+    /// The pod's own cgroup.
+    pub cgroup_id: u64,
+    /// Bits of [`flag`].
+    pub flags: u32,
+    /// As in [`CgroupInfo`].
+    pub exclusion_id: u32,
+}
+
+/// Stands in the compiled sk_lookup program where the cookie of its netns belongs: no kernel tells
+/// programs of this type where they run. The loader puts the cookie in before it loads the copy for a
+/// netns. The kernel counts cookies up from 1 and reaches this number never.
+pub const NETNS_COOKIE_PLACEHOLDER: u64 = 0x6164_6974_2d6e_6574;
+
+/// The enrolled pod that has an address. Value of `pod_by_addr`, keyed by [`Address`]. It says what is
+/// a pod's own address; [`NetnsInfo`] decides about arrivals.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
@@ -61,4 +83,4 @@ pub struct PodRecord {
     pub exclusion_id: u32,
 }
 
-plain_data!(CgroupInfo, PodRecord);
+plain_data!(CgroupInfo, NetnsInfo, PodRecord);

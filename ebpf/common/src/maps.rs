@@ -3,9 +3,9 @@
 
 use crate::{
     address::Address,
-    enrolment::{CgroupInfo, PodRecord},
+    enrolment::{CgroupInfo, NetnsInfo, PodRecord},
     exclusions::{ExcludedCidr, ExcludedPort},
-    flows::{Destination, Flow, SocketState, TunnelFlow},
+    flows::{Destination, Flow, SocketState},
     lifecycle::{Name, PathEvent, ProcessEvent, Scope},
     listeners::{AppListenerState, ListenerKey},
     settings::Settings,
@@ -76,9 +76,13 @@ maps! {
         pinned true, formerly None,
         "Which cgroup is which pod or tunnel, and what happens to its traffic.";
     POD_BY_ADDR = "pod_by_addr", "hash", Address: "Address", PodRecord: "PodRecord",
-        written by "watcher", read by "sk_lookup, connect, sendmsg, tunnel's sock_ops programs; watcher",
+        written by "watcher", read by "connect, sendmsg, tunnel's sock_ops programs; watcher",
         pinned true, formerly None,
-        "The enrolled pod that has an address.";
+        "The enrolled pod that has an address: which addresses are a pod's own.";
+    POD_BY_NETNS = "pod_by_netns", "hash", u64: "netns cookie", NetnsInfo: "NetnsInfo",
+        written by "watcher", read by "connect, sendmsg, sk_lookup programs; watcher",
+        pinned true, formerly None,
+        "Which netns is which pod's, and what happens to what arrives there, at any address.";
     SETTINGS = "settings", "array of 1", u32: "0", Settings: "Settings",
         written by "watcher", read by "all programs of traffic; watcher", pinned true, formerly None,
         "What applies to the whole node: ports, whether a tunnel is connected, tracing.";
@@ -91,10 +95,9 @@ maps! {
     ORIGINAL_DST = "original_dst", "LRU hash", Flow: "Flow", Destination: "Destination",
         written by "pods' sock_ops program", read by "tunnel's sock_ops program", pinned true, formerly None,
         "Where the opener of a redirected connection wanted to go, until the tunnel accepts it.";
-    TUNNEL_FLOWS = "tunnel_flows", "LRU hash", Flow: "Flow", TunnelFlow: "TunnelFlow",
+    TUNNEL_FLOWS = "tunnel_flows", "LRU hash", Flow: "Flow", u64: "netns cookie",
         written by "tunnel's sock_ops program", read by "sk_lookup program", pinned true, formerly None,
-        "Connections that the tunnel opens, which pass to the application during their handshake, in the netns \
-         they came from.";
+        "Connections that the tunnel opened, which pass to the application in the netns they came from.";
     PINNED_CONNECTIONS = "pinned_connections", "hash", u64: "netns cookie", u64: "count",
         written by "tunnel's sock_ops program; watcher removes", read by "watcher",
         pinned true, formerly Some("deliveries"),

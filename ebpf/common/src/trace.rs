@@ -8,7 +8,8 @@ use crate::{address::Address, plain_data};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct TraceRecord {
-    /// The cgroup id of the calling task; 0 where no task calls (`sk_lookup`).
+    /// The cgroup id of the calling task. Where no task calls (`sk_lookup`), that of the pod whose
+    /// netns it is, or 0.
     pub cgroup_id: u64,
     /// The pod's address.
     pub local: Address,
@@ -78,12 +79,13 @@ numbered! {
         Redirect = 11, "redirect to the tunnel";
         SameHost = 12, "pass: from the pod itself";
         NotedFlow = 13, "pass: the tunnel's own flow";
-        Unknown = 14, "pass: no enrolled pod has this address";
+        UnknownNetns = 14, "refuse: no pod is known to have this netns";
         SteerHbone = 15, "steer to HBONE";
         SteerPlain = 16, "steer to plaintext inbound";
         DropReserved = 17, "refuse: reserved port";
         DnsRedirect = 18, "redirect: DNS query to the tunnel";
         NotListening = 19, "refuse: nobody listens on the port";
+        OtherNetns = 20, "leave: socket of another netns than the pod's";
     }
 }
 

@@ -20,6 +20,9 @@ pub enum KernelError {
     /// The verifier refuses a program, or it cannot be attached to its tracepoint.
     #[error("the kernel refuses program {program}; `watcher preflight` says what it lacks")]
     Load { program: &'static str, source: Box<ProgramError> },
+    /// The program that steers arrivals cannot be made from the object.
+    #[error("cannot prepare the program that steers arrivals in netns")]
+    NetnsProgram { source: io::Error },
     /// A cgroup is gone, or the path names none.
     #[error("{} is not a cgroup v2 directory that can be opened", path.display())]
     Cgroup { path: PathBuf, source: io::Error },

@@ -6,11 +6,11 @@ use std::cell::RefCell;
 use adit_ebpf_common::{
     address::{Address, is_v4},
     decide::{self, Arrival, ArrivalFacts, Connect, ConnectFacts, Facts},
-    enrolment::{CgroupInfo, PodRecord},
+    enrolment::{CgroupInfo, NetnsInfo, PodRecord},
     exclusions::ExcludedPort,
     flows::{Destination, Flow},
     listeners::ListenerKey,
-    maps::{APP_LISTENERS, CGROUP_INFO, EXCLUDED_PORTS, POD_BY_ADDR},
+    maps::{APP_LISTENERS, CGROUP_INFO, EXCLUDED_PORTS, POD_BY_ADDR, POD_BY_NETNS},
     settings::Settings,
     trace::Rule,
 };
@@ -19,29 +19,43 @@ use crate::{Kernel, KernelError};
 
 impl Kernel {
     /// The rule for a TCP connect to `destination` (IPv4 in mapped form) from a process in the
-    /// cgroup `cgroup_id`. `None`: its pod has no cgroup, so no entry. The socket is taken to be
-    /// bound to no device, and to have room for a state.
+    /// cgroup `cgroup_id` by a socket of the netns `netns_cookie`. `None`: its pod has no cgroup, so no
+    /// entry; the netns of the cgroup's pod. The socket is taken to be bound to no device, and to have
+    /// room for a state.
     ///
     /// # Errors
     /// A map cannot be read.
     pub fn explain_connect(
         &self,
         cgroup_id: Option<u64>,
+        netns_cookie: Option<u64>,
         destination: Destination,
     ) -> Result<Rule, KernelError> {
-        let facts = self.facts(cgroup_id)?;
+        let mut facts = self.facts(cgroup_id)?;
+        if let Some(cookie) = netns_cookie.or_else(|| facts.caller.map(|info| info.netns_cookie)) {
+            facts.netns_cookie = cookie;
+            let netns: Option<NetnsInfo> = self.get(POD_BY_NETNS.name, &cookie)?;
+            if let Some(netns) = netns {
+                facts.netns_pod = self.get(CGROUP_INFO.name, &netns.cgroup_id)?;
+            }
+        }
         let call = Connect { is_tcp: true, is_udp: false, destination };
         let outbound = decide::outbound(&facts, &call);
         facts.checked(outbound.rule())
     }
 
-    /// The rule for a TCP connection in clear that arrives at `destination` from `source`, an
-    /// address in another netns (both in mapped form if IPv4).
+    /// The rule for a TCP connection in clear that arrives in the steered netns `netns_cookie` at
+    /// `destination` from `source`, an address in another netns (both in mapped form if IPv4).
     ///
     /// # Errors
     /// A map cannot be read.
-    pub fn explain_arrival(&self, source: Address, destination: Destination) -> Result<Rule, KernelError> {
-        let facts = self.facts(None)?;
+    pub fn explain_arrival(
+        &self,
+        netns_cookie: u64,
+        source: Address,
+        destination: Destination,
+    ) -> Result<Rule, KernelError> {
+        let facts = MapFacts { netns: self.get(POD_BY_NETNS.name, &netns_cookie)?, ..self.facts(None)? };
         let flow =
             Flow { local: source, remote: destination.address, local_port: 0, remote_port: destination.port };
         let inbound = decide::inbound(&facts, &Arrival { flow, is_v4: is_v4(&destination.address) });
@@ -54,7 +68,16 @@ impl Kernel {
             None => None,
         };
         let (settings, listeners) = (self.settings()?, self.tunnel_listeners()?);
-        Ok(MapFacts { kernel: self, settings, caller, listeners, failure: RefCell::default() })
+        Ok(MapFacts {
+            kernel: self,
+            settings,
+            caller,
+            netns_cookie: 0,
+            netns_pod: None,
+            netns: None,
+            listeners,
+            failure: RefCell::default(),
+        })
     }
 }
 
@@ -63,6 +86,10 @@ struct MapFacts<'a> {
     kernel: &'a Kernel,
     settings: Settings,
     caller: Option<CgroupInfo>,
+    netns_cookie: u64,
+    netns_pod: Option<CgroupInfo>,
+    /// Of the netns that the connection arrives in.
+    netns: Option<NetnsInfo>,
     listeners: Vec<ListenerKey>,
     /// The first look-up that failed. A fact has no way to say so.
     failure: RefCell<Option<KernelError>>,
@@ -87,10 +114,6 @@ impl Facts for MapFacts<'_> {
         &self.settings
     }
 
-    fn pod(&self, address: &Address) -> Option<PodRecord> {
-        self.or_default(self.kernel.get(POD_BY_ADDR.name, address))
-    }
-
     fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool {
         let key = ExcludedPort { exclusion_id, port, direction };
         exclusion_id != 0
@@ -102,6 +125,19 @@ impl Facts for MapFacts<'_> {
 impl ConnectFacts for MapFacts<'_> {
     fn caller(&self) -> Option<&CgroupInfo> {
         self.caller.as_ref()
+    }
+
+    fn netns_cookie(&self) -> u64 {
+        self.netns_cookie
+    }
+
+    fn netns_pod(&self) -> Option<&CgroupInfo> {
+        self.netns_pod.as_ref()
+    }
+
+    fn owner(&self, address: &Address) -> Option<u64> {
+        let record = self.kernel.get::<_, PodRecord>(POD_BY_ADDR.name, address);
+        self.or_default(record.map(|record| record.map(|record| record.netns_cookie)))
     }
 
     fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool {
@@ -122,6 +158,10 @@ impl ConnectFacts for MapFacts<'_> {
 }
 
 impl ArrivalFacts for MapFacts<'_> {
+    fn netns(&self) -> Option<NetnsInfo> {
+        self.netns
+    }
+
     /// The connection comes from another netns, where no flow of the tunnel is this pod's.
     fn tunnel_flow(&self, _flow: &Flow) -> Option<u64> {
         None

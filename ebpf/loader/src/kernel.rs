@@ -1,7 +1,7 @@
 //! Everything that one node has in the kernel.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     os::fd::BorrowedFd,
     path::{Path, PathBuf},
@@ -11,7 +11,7 @@ use adit_ebpf_common::maps::TRACE;
 use aya::{Ebpf, EbpfLoader, maps::RingBuf};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use crate::{KernelError, Trace, links, maps, object};
+use crate::{KernelError, Trace, links, maps, netns_program::NetnsProgram, object};
 
 /// The loaded programs, their links and their maps.
 ///
@@ -20,6 +20,9 @@ use crate::{KernelError, Trace, links, maps, object};
 #[derive(Debug)]
 pub struct Kernel {
     pub(crate) object: Ebpf,
+    netns_program: NetnsProgram,
+    /// The ids of the programs that this process attached to netns, by the netns's cookie.
+    steering: BTreeMap<u64, u32>,
     pins: PathBuf,
 }
 
@@ -44,7 +47,8 @@ impl Kernel {
         let mut object =
             loader.load(object::BYTES).map_err(|source| KernelError::Object { source: Box::new(source) })?;
         object::load_programs(&mut object)?;
-        Ok(Self { object, pins: pins.to_owned() })
+        let netns_program = NetnsProgram::new(&object)?;
+        Ok(Self { object, netns_program, steering: BTreeMap::new(), pins: pins.to_owned() })
     }
 
     /// Attaches the pods' programs (connect, getpeername, getsockopt, sock_ops) to the cgroup that
@@ -66,20 +70,30 @@ impl Kernel {
         links::attach_tunnel(&self.object, &links::folder(&self.pins), cgroup_dir)
     }
 
-    /// Detaches the programs of the tunnel whose cgroup was at `cgroup_dir` and had this `id`. Fine if they are not attached, or if the cgroup is gone.
+    /// Detaches the programs of a tunnel. Fine if they are not attached, or if the cgroup is gone.
     ///
     /// # Errors
     /// A pin cannot be removed.
-    pub fn detach_tunnel(&mut self, cgroup_dir: &Path, id: u64) -> Result<(), KernelError> {
-        links::detach_tunnel(&links::folder(&self.pins), cgroup_dir, id)
+    pub fn detach_tunnel(&mut self, cgroup_dir: &Path) -> Result<(), KernelError> {
+        links::detach_tunnel(&links::folder(&self.pins), cgroup_dir)
     }
 
-    /// Steers what arrives in a pod's netns. Idempotent.
+    /// Steers what arrives in a pod's netns, by what [`Self::set_netns`] says of it; without that it
+    /// is refused. Idempotent.
     ///
     /// # Errors
-    /// A link cannot be made.
+    /// The program for this netns cannot be loaded, or a link cannot be made.
     pub fn steer(&mut self, netns_cookie: u64, netns: BorrowedFd<'_>) -> Result<(), KernelError> {
-        links::steer(&self.object, &links::folder(&self.pins), netns_cookie, netns)
+        let (program, known) = (&self.netns_program, self.steering.get(&netns_cookie).copied());
+        let id = links::steer(program, known, &links::folder(&self.pins), netns_cookie, netns)?;
+        self.steering.insert(netns_cookie, id);
+        Ok(())
+    }
+
+    /// Whether this process steers what arrives in that netns.
+    #[must_use]
+    pub fn is_steering(&self, netns_cookie: u64) -> bool {
+        self.steering.contains_key(&netns_cookie)
     }
 
     /// Ends the steering of what arrives there, and forgets who listens there. Idempotent.
@@ -88,6 +102,7 @@ impl Kernel {
     /// A pin cannot be removed, or a map cannot be written.
     pub fn unsteer(&mut self, netns_cookies: &BTreeSet<u64>) -> Result<(), KernelError> {
         links::unsteer(&links::folder(&self.pins), netns_cookies)?;
+        self.steering.retain(|cookie, _| !netns_cookies.contains(cookie));
         self.forget_app_listeners(netns_cookies)
     }
 

@@ -8,6 +8,7 @@
 //! * [`lifecycle`]: events of cgroups and processes
 //! * [`kernel`]: everything that one node has in the kernel, pinned in one folder of a bpffs
 //! * [`links`]: attaches programs, and replaces them in place
+//! * [`netns_program`]: the program that steers arrivals, one copy for each netns
 //! * [`maps`]: adopts maps, reads and writes them
 //! * [`trace`]: the verdicts of the programs, while somebody watches
 //! * [`netns_cookie`]: which netns this thread is in, on old kernels too
@@ -28,6 +29,7 @@ mod lifecycle;
 mod links;
 mod maps;
 mod netns_cookie;
+mod netns_program;
 mod object;
 pub mod preflight;
 mod remove;

@@ -26,6 +26,7 @@ use aya_obj::generated::bpf_attach_type;
 
 use crate::{
     KernelError,
+    netns_program::NetnsProgram,
     object::{Attachment, NETNS, PODS, TUNNEL},
     sys,
 };
@@ -57,20 +58,33 @@ pub(crate) fn attach_tunnel(object: &Ebpf, folder: &Path, cgroup: &Path) -> Resu
     remove_if(folder, |name| name.starts_with(&of_path) && !name.starts_with(&prefix))
 }
 
-/// The cgroup may be gone already, and another at its path: its links are found by path and id.
-pub(crate) fn detach_tunnel(folder: &Path, cgroup: &Path, id: u64) -> Result<(), KernelError> {
-    let prefix = format!("{}{id}-", tunnel_prefix(cgroup));
+/// The cgroup may be gone already: its links are found by its path.
+pub(crate) fn detach_tunnel(folder: &Path, cgroup: &Path) -> Result<(), KernelError> {
+    let prefix = tunnel_prefix(cgroup);
     remove_if(folder, |name| name.starts_with(&prefix))
 }
 
+/// Leaves a link that runs a copy of `program` for the netns `cookie`; the id of that copy. `known`
+/// is the id of one that this process loaded before.
 pub(crate) fn steer(
-    object: &Ebpf,
+    program: &NetnsProgram,
+    known: Option<u32>,
     folder: &Path,
     cookie: u64,
     netns: BorrowedFd<'_>,
-) -> Result<(), KernelError> {
-    let name = format!("netns-{cookie}");
-    ensure(object, NETNS, folder, &name, netns, Path::new(&format!("netns {cookie}")))
+) -> Result<u32, KernelError> {
+    let path = folder.join(format!("netns-{cookie}"));
+    let target = PathBuf::from(format!("netns {cookie}"));
+    let failed = |source| KernelError::Attach { program: NETNS.program, target: target.clone(), source };
+    if let Some(known) = known
+        && path.exists()
+        && program_of(&path).map_err(&failed)? == known
+    {
+        return Ok(known);
+    }
+    let copy = program.load(cookie).map_err(&failed)?;
+    replace_or_create(NETNS, copy.as_fd(), &path, netns, &target)?;
+    program_of(&path).map_err(failed)
 }
 
 pub(crate) fn unsteer(folder: &Path, cookies: &BTreeSet<u64>) -> Result<(), KernelError> {
@@ -113,23 +127,33 @@ fn ensure(
     else {
         return Err(failed(io::Error::other("the program is not loaded")));
     };
-    let fd = fd.as_fd();
-    match sys::pinned(&path) {
-        Ok(link) => {
-            if program_of(&path).map_err(&failed)? == id {
-                return Ok(());
-            }
-            match sys::link_update(link.as_fd(), fd) {
-                Ok(()) => return Ok(()),
-                // What it was attached to is gone, and with it the link's effect.
-                Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => remove_link(&path)?,
-                Err(error) => return Err(failed(error)),
-            }
-        }
+    if path.exists() && program_of(&path).map_err(failed)? == id {
+        return Ok(());
+    }
+    replace_or_create(attachment, fd.as_fd(), &path, target, target_path)
+}
+
+/// Leaves a link pinned at `path` that runs `program` at `target`.
+fn replace_or_create(
+    attachment: Attachment,
+    program: BorrowedFd<'_>,
+    path: &Path,
+    target: BorrowedFd<'_>,
+    target_path: &Path,
+) -> Result<(), KernelError> {
+    let failed =
+        |source| KernelError::Attach { program: attachment.program, target: target_path.to_owned(), source };
+    match sys::pinned(path) {
+        Ok(link) => match sys::link_update(link.as_fd(), program) {
+            Ok(()) => return Ok(()),
+            // What it was attached to is gone, and with it the link's effect.
+            Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => remove_link(path)?,
+            Err(error) => return Err(failed(error)),
+        },
         Err(error) if error.kind() == io::ErrorKind::NotFound => (),
         Err(error) => return Err(KernelError::pin("open", path)(error)),
     }
-    let link = sys::link_create(fd, target, attachment.attach_type).map_err(|source| {
+    let link = sys::link_create(program, target, attachment.attach_type).map_err(|source| {
         match culprit(target_path, attachment.attach_type) {
             Some(culprit) if source.raw_os_error() == Some(libc::EPERM) => KernelError::Forbidden {
                 program: attachment.program,
@@ -140,7 +164,7 @@ fn ensure(
             _ => failed(source),
         }
     })?;
-    sys::pin(link.as_fd(), &path).map_err(KernelError::pin("pin the link", path))
+    sys::pin(link.as_fd(), path).map_err(KernelError::pin("pin the link", path))
 }
 
 /// The id of the program that the link pinned at `path` runs.

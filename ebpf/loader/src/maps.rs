@@ -8,12 +8,12 @@ use std::{
 
 use adit_ebpf_common::{
     address::Address,
-    enrolment::{CgroupInfo, PodRecord},
+    enrolment::{CgroupInfo, NetnsInfo, PodRecord},
     exclusions::{ExcludedCidr, ExcludedPort},
     listeners::{AppListenerState, ListenerKey},
     maps::{
         self, APP_LISTENER_STATE, APP_LISTENERS, CGROUP_INFO, EXCLUDED_CIDRS, EXCLUDED_PORTS, MapSpec,
-        PINNED_CONNECTIONS, POD_BY_ADDR, SETTINGS, TRACE, TUNNEL_LISTENERS,
+        PINNED_CONNECTIONS, POD_BY_ADDR, POD_BY_NETNS, SETTINGS, TRACE, TUNNEL_LISTENERS,
     },
     settings::Settings,
 };
@@ -155,6 +155,31 @@ impl Kernel {
     /// The map cannot be read.
     pub fn pods(&self) -> Result<Vec<(Address, PodRecord)>, KernelError> {
         self.list(POD_BY_ADDR.name)
+    }
+
+    /// Writes whose a netns is, and what happens to what arrives there. To be called before
+    /// [`Self::steer`], which closes a netns that nothing is known of.
+    ///
+    /// # Errors
+    /// The map cannot be written, or is full.
+    pub fn set_netns(&mut self, info: &NetnsInfo) -> Result<(), KernelError> {
+        self.insert(POD_BY_NETNS.name, info.netns_cookie, info)
+    }
+
+    /// Removes what is known of a netns, if anything is. To be called after [`Self::unsteer`].
+    ///
+    /// # Errors
+    /// The map cannot be written.
+    pub fn remove_netns(&mut self, netns_cookie: u64) -> Result<(), KernelError> {
+        self.take::<u64, NetnsInfo>(POD_BY_NETNS.name, &netns_cookie)
+    }
+
+    /// What is known of all netns, in no order.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn netns(&self) -> Result<Vec<(u64, NetnsInfo)>, KernelError> {
+        self.list(POD_BY_NETNS.name)
     }
 
     /// How many connections of tunnels in that netns need it prepared: those that use an address

@@ -7,7 +7,7 @@
 //! opened here too.
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     fs::File,
     io,
     os::{
@@ -20,8 +20,11 @@ use std::{
 use aya_obj::generated::{
     BPF_F_ALLOW_MULTI, bpf_attach_type,
     bpf_cmd::{
-        self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_OBJ_GET, BPF_OBJ_PIN, BPF_PROG_QUERY,
+        self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_OBJ_GET, BPF_OBJ_PIN, BPF_PROG_LOAD,
+        BPF_PROG_QUERY,
     },
+    bpf_insn,
+    bpf_prog_type::BPF_PROG_TYPE_SK_LOOKUP,
 };
 
 /// Several programs may be attached at this cgroup and below it.
@@ -46,6 +49,44 @@ pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
 /// Detaches `link`, whoever else holds it.
 pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     bpf(BPF_LINK_DETACH, &mut [number(link)]).map(|_| ())
+}
+
+/// Gives a program of sk_lookup to the kernel's verifier.
+pub(crate) fn load_sk_lookup(name: &str, instructions: &[bpf_insn], license: &CStr) -> io::Result<OwnedFd> {
+    /// The beginning of the structure that BPF_PROG_LOAD takes, as of Linux 4.17.
+    #[repr(C)]
+    struct Attr {
+        program_type: u32,
+        instruction_count: u32,
+        instructions: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log_buffer: u64,
+        kernel_version: u32,
+        flags: u32,
+        name: [u8; 16],
+        interface: u32,
+        expected_attach_type: u32,
+    }
+    let mut attr = Attr {
+        program_type: BPF_PROG_TYPE_SK_LOOKUP as u32,
+        instruction_count: u32::try_from(instructions.len()).unwrap_or(u32::MAX),
+        instructions: instructions.as_ptr().expose_provenance() as u64,
+        license: license.as_ptr().expose_provenance() as u64,
+        log_level: 0,
+        log_size: 0,
+        log_buffer: 0,
+        kernel_version: 0,
+        flags: 0,
+        name: [0; 16],
+        interface: 0,
+        expected_attach_type: bpf_attach_type::BPF_SK_LOOKUP as u32,
+    };
+    // The last byte stays zero.
+    let kept = name.len().min(15);
+    attr.name[..kept].copy_from_slice(&name.as_bytes()[..kept]);
+    Ok(owned(bpf(BPF_PROG_LOAD, &mut attr)?))
 }
 
 /// Gives `object` a name in a bpffs.

@@ -20,7 +20,7 @@ fn both(rig: &mut Rig, to: &str, port: u16) -> (Rule, Rule) {
     let connect = rules.iter().find(|(hook, _)| *hook != Hook::SkLookup).expect("a rule");
     let explained = rig
         .kernel
-        .explain_connect(Some(rig.cgroups.id("pods/mesh")), Destination::new(address(to), port))
+        .explain_connect(Some(rig.cgroups.id("pods/mesh")), None, Destination::new(address(to), port))
         .unwrap();
     (connect.1, explained)
 }
@@ -75,7 +75,9 @@ fn without_a_dns_listener_a_query_goes_as_any_connection() {
 fn an_arrival_is_explained_from_the_maps() {
     let mut rig = Rig::new();
     let explained = |rig: &Rig, to: &str, port: u16| {
-        rig.kernel.explain_arrival(address("10.99.0.2"), Destination::new(address(to), port)).unwrap()
+        rig.kernel
+            .explain_arrival(rig.cookie, address("10.99.0.2"), Destination::new(address(to), port))
+            .unwrap()
     };
     assert_eq!(explained(&rig, "10.99.0.1", 80), Rule::FailClosed, "the tunnel does not listen");
     rig.tunnel.listen(&format!("[::]:{INBOUND}"));
@@ -84,5 +86,10 @@ fn an_arrival_is_explained_from_the_maps() {
         let _ = rig.world.dial(How::Tcp, at(to, port));
         assert_eq!(rig.rules(port)[0].1, explained(&rig, to, port), "{to} {port}");
     }
-    assert_eq!(explained(&rig, "10.99.0.9", 80), Rule::Unknown);
+    for any in ["10.99.0.9", "fe80::1"] {
+        assert_eq!(explained(&rig, any, 80), Rule::SteerPlain, "whatever address is added to the netns");
+    }
+    let to = Destination::new(address("10.99.0.1"), 80);
+    let unknown = rig.kernel.explain_arrival(1, address("10.99.0.2"), to).unwrap();
+    assert_eq!(unknown, Rule::UnknownNetns);
 }

@@ -1,9 +1,9 @@
 //! The second decision list, rule by rule, and who may be steered to.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, SocketAddrV6};
 
 use adit_ebpf_common::{
-    enrolment::flag,
+    enrolment::{PodRecord, flag},
     exclusions::{ExcludedPort, INBOUND as IS_DIALLED},
     listeners::{AppListenerState, ListenerKey, MAX_APP_LISTENERS},
     trace::{Hook, Rule},
@@ -11,7 +11,11 @@ use adit_ebpf_common::{
 
 use testbed::wait::wait_for;
 
-use crate::rig::{HBONE, INBOUND, OUTBOUND, READY, Rig, agent::How, at, has_mptcp};
+use crate::rig::{
+    HBONE, INBOUND, OUTBOUND, READY, Rig, add_address,
+    agent::{Agent, How},
+    at, has_mptcp, interface_index,
+};
 
 const OPEN: u32 = flag::FAIL_OPEN;
 
@@ -159,20 +163,82 @@ fn the_pod_reaches_itself() {
     }
 }
 
+/// Link-local, of a second interface, added after the pod was enrolled: every address of the netns is
+/// the pod's, also one that no map names.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
-fn an_address_of_no_enrolled_pod_passes() {
+fn whatever_arrives_in_a_pods_netns_is_the_pods_at_any_address() {
+    let mut rig = Rig::new();
+    let app = rig.app.listen("[::]:8080");
+    let plain = rig.tunnel.listen(&format!("[::]:{INBOUND}"));
+    for address in ["10.99.0.11", "fd99::11", "fe80::11"] {
+        add_address(&rig.app, address);
+    }
+    add_address(&rig.world, "fe80::22");
+    let scope = interface_index(&rig.world);
+    let link_local = |port| SocketAddrV6::new("fe80::11".parse().unwrap(), port, 0, scope).into();
+    rig.kernel.remove_pod(crate::rig::address("10.99.0.1")).unwrap();
+    let others = ["10.99.0.1", "10.99.0.11", "fd99::11"].map(|ip| at(ip, 8080));
+    for to in others.into_iter().chain([link_local(8080)]) {
+        rig.rules(8080);
+        rig.world.dial(How::Tcp, to).unwrap_or_else(|errno| panic!("{to}: {errno}"));
+        assert_eq!(rig.rules(8080), [(Hook::SkLookup, Rule::SteerPlain)], "{to}");
+        rig.tunnel.accept(plain);
+    }
+    for port in [OUTBOUND, INBOUND] {
+        rig.world.dial(How::Tcp, link_local(port)).unwrap_err();
+        assert_eq!(rig.rules(port), [(Hook::SkLookup, Rule::DropReserved)]);
+    }
+    rig.set(flag::IN_MESH, true);
+    for to in others.into_iter().chain([link_local(8080)]) {
+        assert_eq!(rig.world.dial(How::Tcp, to).unwrap_err(), libc::ECONNREFUSED, "{to}");
+        assert_eq!(rig.rules(8080), [(Hook::SkLookup, Rule::FailClosed)], "{to}");
+    }
+    assert!(rig.app.is_idle(app));
+}
+
+/// The program is there and the map says nothing: nobody knows what the pod's policy is.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_netns_that_no_pod_is_known_to_have_is_closed_while_it_is_steered() {
     let mut rig = Rig::new();
     let app = rig.app.listen("[::]:8080");
     rig.tunnel.listen(&format!("[::]:{INBOUND}"));
-    rig.kernel.remove_pod(crate::rig::address("10.99.0.1")).unwrap();
-    rig.world.dial(How::Tcp, at("10.99.0.1", 8080)).unwrap();
+    rig.kernel.remove_netns(rig.cookie).unwrap();
+    for to in [at("10.99.0.1", 8080), at("fd99::1", 8080), at("10.99.0.1", HBONE)] {
+        assert_eq!(rig.world.dial(How::Tcp, to).unwrap_err(), libc::ECONNREFUSED, "{to}");
+        assert_eq!(rig.rules(to.port()), [(Hook::SkLookup, Rule::UnknownNetns)], "{to}");
+    }
+    rig.app.dial(How::Tcp, at("10.99.0.1", 8080)).unwrap();
     rig.app.accept(app);
-    assert_eq!(rig.rules(8080), [(Hook::SkLookup, Rule::Unknown)]);
+    rig.rules(8080);
     rig.kernel.unsteer(&[rig.cookie].into()).unwrap();
     rig.world.dial(How::Tcp, at("fd99::1", 8080)).unwrap();
     rig.app.accept(app);
     assert_eq!(rig.rules(8080), [], "nothing decides any more");
+}
+
+/// Two netns with the same address: each copy of the program knows its own, whoever claims it.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_neighbour_that_takes_the_pods_addresses_gets_nothing() {
+    let mut rig = Rig::new();
+    let plain = rig.tunnel.listen(&format!("[::]:{INBOUND}"));
+    let mut neighbour = Agent::start();
+    neighbour.enter_cgroup(&rig.cgroups.join("pods/plain"));
+    neighbour.new_netns();
+    let cookie = neighbour.cookie();
+    let mut other_tunnel = Agent::start();
+    other_tunnel.enter_cgroup(&rig.cgroups.join("tunnel"));
+    other_tunnel.enter_netns_of(&neighbour);
+    let steal = other_tunnel.listen(&format!("[::]:{INBOUND}"));
+    let record = PodRecord { netns_cookie: cookie, flags: READY, exclusion_id: 0 };
+    for ip in ["10.99.0.1", "fd99::1"] {
+        rig.kernel.set_pod(crate::rig::address(ip), &record).unwrap();
+        rig.world.dial(How::Tcp, at(ip, 8080)).unwrap();
+        rig.tunnel.accept(plain);
+    }
+    assert!(other_tunnel.is_idle(steal));
 }
 
 /// The tunnel dials the application from the pod's netns as the client, so neither address nor
@@ -190,7 +256,7 @@ fn the_tunnel_reaches_the_application_and_only_from_the_pods_own_netns() {
         rig.tunnel.close(dialled.handle);
     }
     // A tunnel's socket of another netns: the pod's inbound policy must see it.
-    let mut other = crate::rig::agent::Agent::start();
+    let mut other = Agent::start();
     other.enter_cgroup(&rig.cgroups.join("tunnel"));
     other.enter_netns_of(&rig.world);
     rig.rules(8080);

@@ -158,7 +158,45 @@ fn who_calls_is_found_by_cgroup() {
     rig.kernel.set_cgroup(inner, &info).unwrap();
     rig.plain.dial(How::Tcp, to).unwrap();
     assert_eq!(rig.rules(8080), [(Hook::Connect4, Rule::Tunnel)]);
-    rig.kernel.detach_tunnel(&dir, inner).unwrap();
+    rig.kernel.detach_tunnel(&dir).unwrap();
+}
+
+/// A browser's renderer, docker in docker: in the pod's cgroup, in a netns of its own.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_socket_of_another_netns_than_the_pods_is_left_alone() {
+    let mut rig = Rig::new();
+    rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    let listener = rig.world.listen("[::]:8080");
+    let mut nested = crate::rig::agent::Agent::start();
+    nested.enter_cgroup(&rig.cgroups.join("pods/mesh/container"));
+    nested.enter_netns_of(&rig.world);
+    for (flags, to) in [(READY, at("10.99.0.2", 8080)), (flag::IN_MESH, at("fd99::2", 8080))] {
+        rig.set(flags, true);
+        let dialled = nested.dial(How::Tcp, to).unwrap();
+        assert_eq!(rig.rules(8080)[0].1, Rule::OtherNetns);
+        rig.world.accept(listener);
+        nested.close(dialled.handle);
+    }
+}
+
+/// Outside the pod's cgroup and in its netns: a container in the wrong place, a worker of io_uring
+/// before Linux 5.12, which is in no cgroup.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_socket_of_a_pods_netns_is_the_pods_whatever_the_cgroup() {
+    let mut rig = Rig::new();
+    let tunnel = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    rig.plain.enter_netns_of(&rig.app);
+    let to = at("192.0.2.1", 80);
+    rig.plain.dial(How::Tcp, to).unwrap();
+    assert_eq!(rig.tunnel.accept(tunnel).original, Some(to));
+    assert_eq!(rig.rules(80), [(Hook::Connect4, Rule::Redirect)]);
+    rig.set(flag::IN_MESH, true);
+    assert_eq!(rig.plain.dial(How::Tcp, to).unwrap_err(), libc::EPERM);
+    rig.kernel.remove_netns(rig.cookie).unwrap();
+    rig.plain.begin(at("10.99.0.2", 80)).unwrap();
+    assert_eq!(rig.rules(80).last(), Some(&(Hook::Connect4, Rule::NotEnrolled)));
 }
 
 #[test]

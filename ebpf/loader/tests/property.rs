@@ -5,7 +5,7 @@ use std::cell::RefCell;
 
 use adit_ebpf_common::{
     decide::{Arrival, Connect, Inbound, Outbound, inbound, outbound, plain::PlainFacts},
-    enrolment::{CgroupInfo, PodRecord, flag},
+    enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
     exclusions::{ExcludedPort, INBOUND as IS_DIALLED, OUTBOUND as DIALS},
     flows::{Destination, Flow},
     listeners::{AppListenerState, ListenerKey},
@@ -31,6 +31,9 @@ struct Case {
     flags: u32,
     detected: u32,
     enrolled: bool,
+    netns_known: bool,
+    /// The netns that the pod's entry names: the socket's own, none, another one.
+    entry_netns: Option<u64>,
     tunnel_up: bool,
     exclusion_id: u32,
     has_v6: bool,
@@ -70,7 +73,7 @@ fn cases() -> impl Strategy<Value = Case> {
     let state = (
         flags,
         prop_oneof![8 => Just(0), 1 => Just(flag::SIDECAR)],
-        likely(),
+        (likely(), likely(), prop_oneof![8 => Just(None), 1 => Just(Some(0)), 2 => Just(Some(ELSEWHERE))]),
         likely(),
         prop_oneof![Just(0), Just(EXCLUSIONS[0])],
         likely(),
@@ -87,12 +90,23 @@ fn cases() -> impl Strategy<Value = Case> {
         select(PORTS.to_vec()),
     );
     (state, about).prop_map(|(state, about)| {
-        let (flags, detected, enrolled, tunnel_up, exclusion_id, has_v6, second, listens) = state;
+        let (
+            flags,
+            detected,
+            (enrolled, netns_known, entry_netns),
+            tunnel_up,
+            exclusion_id,
+            has_v6,
+            second,
+            listens,
+        ) = state;
         let ((ports, cidrs), resolver, app_listeners, complete, is_v4, to, arrives_at) = about;
         Case {
             flags,
             detected,
             enrolled,
+            netns_known,
+            entry_netns,
             tunnel_up,
             exclusion_id,
             has_v6,
@@ -126,7 +140,7 @@ fn install(rig: &mut Rig, case: &Case) -> PlainFacts {
         v6,
         redirect_v4: v4,
         redirect_v6: v6,
-        netns_cookie: rig.cookie,
+        netns_cookie: case.entry_netns.unwrap_or(rig.cookie),
         flags: case.flags,
         detected: case.detected,
         exclusion_id: case.exclusion_id,
@@ -138,20 +152,29 @@ fn install(rig: &mut Rig, case: &Case) -> PlainFacts {
         kernel.set_cgroup(id, &info).unwrap();
         facts.caller = Some(info);
     }
-    let record =
-        |netns_cookie| PodRecord { netns_cookie, flags: case.flags, exclusion_id: case.exclusion_id };
+    kernel.remove_netns(rig.cookie).unwrap();
+    if case.netns_known {
+        let (netns_cookie, cgroup_id) = (rig.cookie, id);
+        let (flags, exclusion_id) = (case.flags, case.exclusion_id);
+        let netns = NetnsInfo { netns_cookie, cgroup_id, flags, exclusion_id };
+        kernel.set_netns(&netns).unwrap();
+        facts.netns = Some(netns);
+        facts.netns_pod = facts.caller;
+    }
+    facts.socket_netns = rig.cookie;
     for (first, second) in [(V4[0], V4[1]), (V6[0], V6[1])] {
         kernel.remove_pod(address(first)).unwrap();
         kernel.remove_pod(address(second)).unwrap();
         if case.enrolled {
-            facts.pods.insert(address(first), record(rig.cookie));
+            facts.owners.insert(address(first), rig.cookie);
         }
         if let Some(own) = case.second {
-            facts.pods.insert(address(second), record(if own { rig.cookie } else { ELSEWHERE }));
+            facts.owners.insert(address(second), if own { rig.cookie } else { ELSEWHERE });
         }
     }
-    for (address, record) in &facts.pods {
-        kernel.set_pod(*address, record).unwrap();
+    for (address, netns_cookie) in &facts.owners {
+        let (flags, exclusion_id) = (case.flags, case.exclusion_id);
+        kernel.set_pod(*address, &PodRecord { netns_cookie: *netns_cookie, flags, exclusion_id }).unwrap();
     }
     for exclusion_id in EXCLUSIONS {
         kernel.clear_exclusions(exclusion_id).unwrap();
@@ -227,7 +250,8 @@ fn connects(rig: &mut Rig, case: &Case, facts: &PlainFacts) {
     let (to, port) = (if case.is_v4 { V4[case.to.0] } else { V6[case.to.0] }, case.to.1);
     let destination = Destination::new(address(to), port);
     let expected = outbound(facts, &Connect { is_tcp: true, is_udp: false, destination });
-    let explained = rig.kernel.explain_connect(Some(rig.cgroups.id("pods/mesh")), destination).unwrap();
+    let explained =
+        rig.kernel.explain_connect(Some(rig.cgroups.id("pods/mesh")), Some(rig.cookie), destination).unwrap();
     rig.rules(port);
     let dialled = rig.app.begin(at(to, port));
     let rules = rig.rules(port);
@@ -244,7 +268,8 @@ fn arrives(rig: &mut Rig, case: &Case, facts: &PlainFacts) {
     let port = case.arrives_at;
     let flow = Flow { local: address(from), remote: address(to), local_port: 0, remote_port: port };
     let expected = inbound(facts, &Arrival { flow, is_v4: case.is_v4 });
-    let explained = rig.kernel.explain_arrival(address(from), Destination::new(address(to), port)).unwrap();
+    let explained =
+        rig.kernel.explain_arrival(rig.cookie, address(from), Destination::new(address(to), port)).unwrap();
     rig.rules(port);
     let dialled = rig.world.dial(How::Tcp, at(to, port));
     let rules = rig.rules(port);

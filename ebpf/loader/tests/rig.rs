@@ -22,7 +22,7 @@ use std::{
 
 use adit_ebpf_common::{
     address::{Address, UNSPECIFIED},
-    enrolment::{CgroupInfo, PodRecord, flag},
+    enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
     settings::Settings,
     trace::{Hook, Rule},
 };
@@ -73,8 +73,8 @@ impl Rig {
         let trace = kernel.trace().unwrap();
         let resolvers = [UNSPECIFIED; 3];
         let mut rig = Self { app, plain, world, tunnel, cookie, resolvers, kernel, trace, cgroups, bpffs };
-        rig.steer();
         rig.set(READY, true);
+        rig.steer();
         let info = CgroupInfo { flags: flag::TUNNEL, ..empty() };
         let tunnel_id = rig.cgroups.id("tunnel");
         rig.kernel.set_cgroup(tunnel_id, &info).unwrap();
@@ -106,6 +106,7 @@ impl Rig {
             let record = PodRecord { netns_cookie: self.cookie, flags, exclusion_id: 7 };
             self.kernel.set_pod(own, &record).unwrap();
         }
+        self.set_netns(flags, 7);
         let settings = Settings {
             outbound_port: OUTBOUND,
             inbound_port: INBOUND,
@@ -119,6 +120,12 @@ impl Rig {
             pad: 0,
         };
         self.kernel.set_settings(&settings).unwrap();
+    }
+
+    /// Writes what holds for arrivals in the pod's netns.
+    pub fn set_netns(&mut self, flags: u32, exclusion_id: u32) {
+        let (netns_cookie, cgroup_id) = (self.cookie, self.cgroups.id("pods/mesh"));
+        self.kernel.set_netns(&NetnsInfo { netns_cookie, cgroup_id, flags, exclusion_id }).unwrap();
     }
 
     /// The rules given since the last call about `port` of the far end (connect) or of the pod
@@ -184,7 +191,14 @@ pub fn add_address(pod: &Agent, ip_address: &str) {
     ip(&pod.task().to_string(), &[&["addr", "add", &address, "dev", "eth0"], nodad].concat());
 }
 
-fn ip(pid: &str, args: &[&str]) {
+/// The number of an agent's `eth0`, which link-local addresses need.
+pub fn interface_index(agent: &Agent) -> u32 {
+    let said = ip(&agent.task().to_string(), &["-o", "link", "show", "dev", "eth0"]);
+    said.split(':').next().and_then(|number| number.trim().parse().ok()).expect("a number")
+}
+
+/// What it printed.
+fn ip(pid: &str, args: &[&str]) -> String {
     let output = Command::new("nsenter")
         .args([&format!("--net=/proc/{pid}/ns/net"), "ip"])
         .args(args)
@@ -192,6 +206,7 @@ fn ip(pid: &str, args: &[&str]) {
         .output()
         .unwrap();
     assert!(output.status.success(), "ip {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 /// How often, of `times`: in an emulated machine, which is slow and there for function alone, a

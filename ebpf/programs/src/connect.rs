@@ -51,7 +51,8 @@ fn run(ctx: &SockAddr, address: Address, hook: Hook) -> (i32, Destination) {
         destination: Destination::new(address, ctx.port()),
     };
     let info = if call.is_tcp || call.is_query() { maps::caller() } else { None };
-    let outbound = decide::outbound(&Caller { settings, info, socket }, &call);
+    let caller = Caller { settings, info, netns_cookie: ctx.netns_cookie(), socket };
+    let outbound = decide::outbound(&caller, &call);
     let (verdict, to) = match outbound {
         Outbound::Leave(_) => {
             // What an earlier connect on this socket recorded does not apply any more.

@@ -49,7 +49,8 @@ fn captured(ctx: &SockAddr, address: Address, hook: Hook) -> Destination {
     }
     let Some(settings) = maps::settings() else { return Destination::NOWHERE };
     let info = maps::caller();
-    let to = decide::dns_redirect(&Caller { settings, info, socket: ctx.socket() }, &resolver);
+    let caller = Caller { settings, info, netns_cookie: ctx.netns_cookie(), socket: ctx.socket() };
+    let to = decide::dns_redirect(&caller, &resolver);
     if to.is_somewhere() && settings.debug != 0 {
         trace::outbound(settings, hook, Rule::DnsRedirect, info, &resolver);
     }

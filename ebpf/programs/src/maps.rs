@@ -7,9 +7,9 @@ use core::{arch::asm, ptr::null_mut};
 use adit_ebpf_common::{
     address::Address,
     decide::{ArrivalFacts, ConnectFacts, Facts},
-    enrolment::{CgroupInfo, PodRecord, flag},
+    enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
     exclusions::{ExcludedCidr, ExcludedPort},
-    flows::{ACK_LIFETIME, Destination, Flow, SYN_LIFETIME, SocketState, TunnelFlow},
+    flows::{Destination, Flow, SocketState},
     listeners::{AppListenerState, ListenerKey, MAX_APP_LISTENERS},
     settings::Settings,
     trace::TraceRecord,
@@ -19,7 +19,7 @@ use aya_ebpf::{
     btf_maps::SkStorage,
     helpers::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_sk_release,
-        generated::{bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_sk_storage_get, bpf_sock_hash_update},
+        generated::{bpf_map_lookup_elem, bpf_sk_storage_get, bpf_sock_hash_update},
     },
     macros::{btf_map, map},
     maps::{Array, HashMap, LpmTrie, LruHashMap, RingBuf, SockHash, lpm_trie::Key},
@@ -31,6 +31,9 @@ use crate::context::{Lookup, SockOps, Socket};
 static CGROUP_INFO: HashMap<u64, CgroupInfo> = HashMap::with_max_entries(16384, 0);
 #[map(name = "pod_by_addr")]
 static POD_BY_ADDR: HashMap<Address, PodRecord> = HashMap::with_max_entries(4096, 0);
+/// Twice as many as cgroups could be pods: a netns whose record finds no room is closed, not open.
+#[map(name = "pod_by_netns")]
+static POD_BY_NETNS: HashMap<u64, NetnsInfo> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
 #[map(name = "settings")]
 static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 #[map(name = "excluded_ports")]
@@ -40,7 +43,7 @@ static EXCLUDED_CIDRS: LpmTrie<ExcludedCidr, u8> = LpmTrie::with_max_entries(655
 #[map(name = "original_dst")]
 static ORIGINAL_DST: LruHashMap<Flow, Destination> = LruHashMap::with_max_entries(65536, 0);
 #[map(name = "tunnel_flows")]
-static TUNNEL_FLOWS: LruHashMap<Flow, TunnelFlow> = LruHashMap::with_max_entries(65536, 0);
+static TUNNEL_FLOWS: LruHashMap<Flow, u64> = LruHashMap::with_max_entries(65536, 0);
 #[map(name = "pinned_connections")]
 static PINNED_CONNECTIONS: HashMap<u64, u64> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
 #[map(name = "tunnel_listeners")]
@@ -108,6 +111,14 @@ pub fn pod(address: &Address) -> Option<&'static PodRecord> {
     unsafe { POD_BY_ADDR.get(address) }
 }
 
+/// A copy. The memory of a replaced record may have become another netns's in between, which its
+/// cookie shows: then nothing is known.
+#[inline(always)]
+fn netns(cookie: u64) -> Option<NetnsInfo> {
+    // SAFETY: as in `caller`; the value is copied at once.
+    unsafe { POD_BY_NETNS.get(cookie) }.copied().filter(|info| info.netns_cookie == cookie)
+}
+
 #[inline(always)]
 fn is_port_excluded(exclusion_id: u32, port: u16, direction: u16) -> bool {
     exclusion_id != 0 && EXCLUDED_PORTS.get_ptr(ExcludedPort { exclusion_id, port, direction }).is_some()
@@ -119,10 +130,26 @@ fn is_cidr_excluded(exclusion_id: u32, address: &Address) -> bool {
     exclusion_id != 0 && EXCLUDED_CIDRS.get(Key::new(160, data)).is_some()
 }
 
+/// The cgroup of the pod that is known to have that netns; 0: none is.
+#[inline(always)]
+pub fn cgroup_in(netns_cookie: u64) -> u64 {
+    netns(netns_cookie).map_or(0, |netns| netns.cgroup_id)
+}
+
+/// The entry of the pod that is known to have that netns.
+#[inline(always)]
+fn pod_in(netns_cookie: u64) -> Option<&'static CgroupInfo> {
+    let netns = netns(netns_cookie)?;
+    // SAFETY: as in `caller`.
+    unsafe { CGROUP_INFO.get(netns.cgroup_id) }
+}
+
 /// What a program of connect or sendmsg knows.
 pub struct Caller {
     pub settings: &'static Settings,
     pub info: Option<&'static CgroupInfo>,
+    /// Of the netns that the socket was created in.
+    pub netns_cookie: u64,
     pub socket: Socket,
 }
 
@@ -130,11 +157,6 @@ impl Facts for Caller {
     #[inline(always)]
     fn settings(&self) -> &Settings {
         self.settings
-    }
-
-    #[inline(always)]
-    fn pod(&self, address: &Address) -> Option<PodRecord> {
-        pod(address).copied()
     }
 
     #[inline(always)]
@@ -147,6 +169,28 @@ impl ConnectFacts for Caller {
     #[inline(always)]
     fn caller(&self) -> Option<&CgroupInfo> {
         self.info
+    }
+
+    #[inline(always)]
+    fn netns_cookie(&self) -> u64 {
+        self.netns_cookie
+    }
+
+    #[inline(always)]
+    fn netns_pod(&self) -> Option<&CgroupInfo> {
+        let pod = pod_in(self.netns_cookie);
+        if pod.is_none() {
+            // Whether both entries are missing: the compiler would ask by one OR of two pointers, which
+            // the verifier refuses. It does not join tests around this.
+            // SAFETY: no instruction at all.
+            unsafe { asm!("", options(nomem, nostack, preserves_flags)) };
+        }
+        pod
+    }
+
+    #[inline(always)]
+    fn owner(&self, address: &Address) -> Option<u64> {
+        pod(address).map(|pod| pod.netns_cookie)
     }
 
     #[inline(always)]
@@ -197,11 +241,6 @@ impl Facts for Arriving<'_> {
     }
 
     #[inline(always)]
-    fn pod(&self, address: &Address) -> Option<PodRecord> {
-        pod(address).copied()
-    }
-
-    #[inline(always)]
     fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool {
         is_port_excluded(exclusion_id, port, direction)
     }
@@ -209,10 +248,14 @@ impl Facts for Arriving<'_> {
 
 impl ArrivalFacts for Arriving<'_> {
     #[inline(always)]
+    fn netns(&self) -> Option<NetnsInfo> {
+        netns(self.lookup.netns_cookie())
+    }
+
+    #[inline(always)]
     fn tunnel_flow(&self, flow: &Flow) -> Option<u64> {
         // SAFETY: one writer per key, the socket that has this flow; the value is copied at once.
-        let found = unsafe { TUNNEL_FLOWS.get(flow) }.copied()?;
-        (now() < found.valid_until).then_some(found.netns_cookie)
+        unsafe { TUNNEL_FLOWS.get(flow) }.copied()
     }
 
     #[inline(always)]
@@ -253,23 +296,7 @@ pub fn withdraw_original(flow: &Flow) {
 
 #[inline(always)]
 pub fn record_tunnel_flow(flow: &Flow, netns_cookie: u64) -> Result<(), i32> {
-    TUNNEL_FLOWS.insert(flow, TunnelFlow { netns_cookie, valid_until: now() + SYN_LIFETIME }, 0)
-}
-
-/// The tunnel's end of `flow` is established.
-#[inline(always)]
-pub fn shorten_tunnel_flow(flow: &Flow) {
-    let Some(found) = TUNNEL_FLOWS.get_ptr_mut(flow) else { return };
-    // SAFETY: `found` points to an entry of the map, which the kernel frees or reuses only after
-    // this program; its only writer is the socket that has this flow.
-    unsafe { (*found).valid_until = now() + ACK_LIFETIME };
-}
-
-/// `CLOCK_MONOTONIC`, in nanoseconds.
-#[inline(always)]
-fn now() -> u64 {
-    // SAFETY: the helper takes nothing.
-    unsafe { bpf_ktime_get_ns() }
+    TUNNEL_FLOWS.insert(flow, netns_cookie, 0)
 }
 
 #[inline(always)]

@@ -26,7 +26,7 @@ pub fn adit_sk_lookup(ctx: SkLookupContext) -> u32 {
     let verdict = decide::inbound(&Arriving { settings, lookup: &lookup }, &arrival);
     // A pod that talks to itself is no matter of the mesh.
     if settings.debug != 0 && verdict.rule() as u16 != Rule::SameHost as u16 {
-        trace::inbound(settings, verdict.rule(), &arrival.flow);
+        trace::inbound(settings, verdict.rule(), &arrival.flow, maps::cgroup_in(lookup.netns_cookie()));
     }
     match verdict {
         Inbound::Pass(_) => SK_PASS,

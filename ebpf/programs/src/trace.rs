@@ -47,11 +47,11 @@ pub fn outbound(settings: &Settings, hook: Hook, rule: Rule, info: Option<&Cgrou
     emit(settings, &record);
 }
 
-/// An arrival; `flow` is as its opener sees it, the record as the pod does.
+/// An arrival at the pod of `cgroup_id`; `flow` is as its opener sees it, the record as the pod does.
 #[inline(always)]
-pub fn inbound(settings: &Settings, rule: Rule, flow: &Flow) {
+pub fn inbound(settings: &Settings, rule: Rule, flow: &Flow, cgroup_id: u64) {
     let record = TraceRecord {
-        cgroup_id: 0,
+        cgroup_id,
         local: flow.remote,
         remote: flow.local,
         local_port: flow.remote_port,

@@ -55,6 +55,7 @@ pub(super) fn plan_pods(
             ready,
             in_grace: entry.in_grace(now),
             exclusion_id,
+            steered: applier.netns.all_of_pod(uid),
             cgroup_names: cgroup_names(&entry.view.pod, &config.attach),
         };
         let plan = pod_plan(&entry.view, &circumstances);

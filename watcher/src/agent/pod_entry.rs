@@ -1,6 +1,7 @@
 //! One pod: what is known of it, and when it is observed next.
 
 use std::{
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -41,6 +42,8 @@ pub(super) struct PodEntry {
     pub history: NetnsHistory,
     /// Since when it has no process although it is enrolled.
     pub empty_since: Option<Instant>,
+    /// The cookie of the netns that it was enrolled with last. It stays closed while the pod is.
+    pub held_netns: Option<u64>,
     /// What could not be done for it.
     pub problem: Option<Reason>,
     /// When it was last seen to change.
@@ -56,7 +59,12 @@ pub(super) struct PodEntry {
 impl PodEntry {
     /// A pod that was not observed yet.
     pub(super) fn new(pod: Arc<Pod>, rank: u64, now: Instant) -> Self {
-        let view = PodView { pod, observed: Observed::default(), eligibility: Eligibility::Plain(None) };
+        let view = PodView {
+            pod,
+            observed: Observed::default(),
+            eligibility: Eligibility::Plain(None),
+            closed_netns: BTreeMap::new(),
+        };
         Self {
             view,
             rank,
@@ -66,6 +74,7 @@ impl PodEntry {
             grace_until: None,
             history: NetnsHistory::default(),
             empty_since: None,
+            held_netns: None,
             problem: None,
             changed_at: now,
             next_observation: None,

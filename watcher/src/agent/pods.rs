@@ -273,10 +273,11 @@ impl PodTable {
         freed
     }
 
-    /// Pods that wait for another one to release something, as they were observed last.
-    pub(super) fn blocked(&self) -> Vec<(String, Observed)> {
+    /// Pods that wait for another one to release something or lost something, as they were observed last.
+    pub(super) fn blocked(&mut self) -> Vec<(String, Observed)> {
+        let evicted = self.claims.take_evicted();
         self.views()
-            .filter(|view| view.eligibility.is_blocked())
+            .filter(|view| view.eligibility.is_blocked() || evicted.contains(&view.pod.uid))
             .map(|view| (view.pod.uid.clone(), view.observed.clone()))
             .collect()
     }
@@ -294,9 +295,11 @@ impl PodTable {
         for (uid, observed) in observed {
             let Some(entry) = self.entries.get_mut(&uid) else { continue };
             let before = self.claims.of(&uid);
-            let (pod, current) = (&entry.view.pod, enrolled_netns(&uid));
+            let (pod, current) = (&entry.view.pod, enrolled_netns(&uid).or(entry.held_netns));
             let eligibility = eligibility::evaluate(pod, &observed, attached, current, &mut self.claims);
-            evaluation.freed |= before.frees(&self.claims.of(&uid));
+            let closed_netns =
+                eligibility::closed_netns(pod, &observed, &eligibility, current, &mut self.claims);
+            evaluation.freed |= before.frees(&self.claims.of(&uid)) || self.claims.has_evicted();
             if entry.view.observed.cgroups != observed.cgroups {
                 for id in entry.view.observed.cgroups.values() {
                     self.by_cgroup.remove(id);
@@ -308,7 +311,13 @@ impl PodTable {
                 let before = entry.view.eligibility.clone();
                 evaluation.changed.push((uid.clone(), before, eligibility.clone()));
             }
+            entry.held_netns = match &eligibility {
+                Eligibility::Eligible(facts) => Some(facts.cookie),
+                Eligibility::Plain(_) => None,
+                Eligibility::Waiting(_) | Eligibility::Refused { .. } => current,
+            };
             entry.view.eligibility = eligibility;
+            entry.view.closed_netns = closed_netns;
             entry.view.observed = observed;
             entry.schedule(now, changed);
             evaluation.uids.insert(uid);

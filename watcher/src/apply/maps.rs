@@ -40,10 +40,13 @@ impl AppliedMaps {
         let mut contents = MapContents {
             cgroups: kernel.cgroups()?.into_iter().collect(),
             addresses: kernel.pods()?.into_iter().collect(),
+            arrivals: kernel.netns()?.into_iter().collect(),
             ..MapContents::default()
         };
         let of_cgroups = contents.cgroups.values().map(|info| info.exclusion_id);
-        let ids = of_cgroups.chain(contents.addresses.values().map(|record| record.exclusion_id));
+        let of_netns = contents.arrivals.values().map(|info| info.exclusion_id);
+        let of_addresses = contents.addresses.values().map(|record| record.exclusion_id);
+        let ids = of_cgroups.chain(of_netns).chain(of_addresses);
         contents.exclusions = ids.filter(|id| *id != 0).map(|id| (id, Exclusions::default())).collect();
         Ok(Self { contents })
     }
@@ -105,6 +108,14 @@ impl AppliedMaps {
                 kernel.set_pod(*address, record)?;
                 contents.addresses.insert(*address, *record);
             }
+            MapWrite::SetArrivals(info) => {
+                kernel.set_netns(info)?;
+                contents.arrivals.insert(info.netns_cookie, *info);
+            }
+            MapWrite::RemoveArrivals(cookie) => {
+                kernel.remove_netns(*cookie)?;
+                contents.arrivals.remove(cookie);
+            }
             MapWrite::RemoveExclusions(id) => {
                 kernel.clear_exclusions(*id)?;
                 contents.exclusions.remove(id);
@@ -141,8 +152,9 @@ impl AppliedMaps {
     pub(crate) fn read_back(&mut self, kernel: &Kernel) -> Result<bool, KernelError> {
         let cgroups: BTreeMap<_, _> = kernel.cgroups()?.into_iter().collect();
         let addresses: BTreeMap<_, _> = kernel.pods()?.into_iter().collect();
+        let arrivals: BTreeMap<_, _> = kernel.netns()?.into_iter().collect();
         let contents = &mut self.contents;
-        if cgroups == contents.cgroups && addresses == contents.addresses {
+        if cgroups == contents.cgroups && addresses == contents.addresses && arrivals == contents.arrivals {
             return Ok(false);
         }
         warn!(
@@ -150,10 +162,13 @@ impl AppliedMaps {
             found_cgroups = cgroups.len(),
             addresses = contents.addresses.len(),
             found_addresses = addresses.len(),
+            netns = contents.arrivals.len(),
+            found_netns = arrivals.len(),
             "another program changed our maps; repairing them"
         );
         contents.cgroups = cgroups;
         contents.addresses = addresses;
+        contents.arrivals = arrivals;
         Ok(true)
     }
 }

@@ -1,4 +1,5 @@
-//! The netns of enrolled pods: prepared, then steered; released when their pods leave.
+//! The netns of enrolled pods: steered, then prepared; released when their pods leave. Those of pods
+//! that are kept closed are steered only: what arrives there is refused.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,7 +29,7 @@ use super::{
     netns_setup::{self, Sysctls},
 };
 
-/// Netns whose inbound connections are steered, by cookie.
+/// Netns whose inbound connections are steered, by cookie; each with whether it is prepared.
 #[derive(Debug)]
 pub(crate) struct SteeredNetns {
     by_cookie: BTreeMap<u64, PodNetns>,
@@ -72,17 +73,18 @@ impl SteeredNetns {
     /// are the cookies of the netns that have links.
     #[must_use]
     pub(crate) fn adopt(journal: &Journal, steered: Vec<u64>) -> Self {
-        let adopted = |id: NetnsId, uid: &str| PodNetns {
+        let adopted = |id: NetnsId, uid: &str, prepared: bool| PodNetns {
             id,
             pod_cgroup: PathBuf::new(),
             uid: uid.to_owned(),
             v6: false,
+            prepared,
         };
         let recorded = journal.netns().iter();
         let mut by_cookie: BTreeMap<u64, PodNetns> =
-            recorded.map(|(cookie, record)| (*cookie, adopted(record.id, &record.uid))).collect();
+            recorded.map(|(cookie, record)| (*cookie, adopted(record.id, &record.uid, true))).collect();
         for cookie in steered {
-            by_cookie.entry(cookie).or_insert_with(|| adopted(NetnsId { dev: 0, inode: 0 }, ""));
+            by_cookie.entry(cookie).or_insert_with(|| adopted(NetnsId { dev: 0, inode: 0 }, "", false));
         }
         Self { by_cookie }
     }
@@ -93,10 +95,24 @@ impl SteeredNetns {
         &self.by_cookie
     }
 
-    /// The cookie of the netns that is steered for the pod `uid`.
+    /// Whether the netns is steered, and prepared for connections of a tunnel.
+    #[must_use]
+    pub(crate) fn is_prepared(&self, cookie: u64) -> bool {
+        self.by_cookie.get(&cookie).is_some_and(|netns| netns.prepared)
+    }
+
+    /// The cookie of the netns that is prepared for the pod `uid`.
     #[must_use]
     pub(crate) fn of_pod(&self, uid: &str) -> Option<u64> {
-        self.by_cookie.iter().find(|(_, netns)| netns.uid == uid).map(|(cookie, _)| *cookie)
+        let prepared = |netns: &PodNetns| netns.uid == uid && netns.prepared;
+        self.by_cookie.iter().find(|(_, netns)| prepared(netns)).map(|(cookie, _)| *cookie)
+    }
+
+    /// All netns that are steered for the pod `uid`, by cookie.
+    #[must_use]
+    pub(crate) fn all_of_pod(&self, uid: &str) -> BTreeMap<u64, PodNetns> {
+        let of_pod = self.by_cookie.iter().filter(|(_, netns)| netns.uid == uid);
+        of_pod.map(|(cookie, netns)| (*cookie, netns.clone())).collect()
     }
 
     /// Does `step` and records it.
@@ -111,7 +127,10 @@ impl SteeredNetns {
         match step {
             NetnsStep::Unsteer(cookies) => tools.kernel.unsteer(cookies)?,
             NetnsStep::Release(cookie) => {
-                if let Some(netns) = self.by_cookie.remove(cookie) {
+                // One that was only closed has nothing to be restored.
+                if let Some(netns) = self.by_cookie.remove(cookie)
+                    && tools.journal.netns().contains_key(cookie)
+                {
                     tools.draining.release(*cookie, netns);
                 }
             }
@@ -120,23 +139,41 @@ impl SteeredNetns {
         Ok(NetnsReport::default())
     }
 
+    /// Steers first: whatever else fails, nothing arrives past what the maps say.
     fn steer(&mut self, batch: &[(u64, PodNetns)], tools: &mut NetnsTools<'_>) -> NetnsReport {
         let mut report = NetnsReport::default();
-        report.ready = prepare(batch, tools, &mut report.failed);
+        let mut steered = Vec::new();
         for (cookie, netns) in batch {
-            let Some(fd) = report.ready.get(cookie) else { continue };
-            match tools.kernel.steer(*cookie, fd.as_fd()) {
-                Ok(()) => {
-                    report.steered.push(netns.uid.clone());
-                    self.by_cookie.insert(*cookie, netns.clone());
-                }
-                Err(error) => {
-                    report.failed.push((
-                        netns.uid.clone(),
-                        Reason::new(ReasonCode::NetnsNotSteered, Report::new(&error).to_string()),
-                    ));
-                }
+            let is_steered = self.by_cookie.contains_key(cookie) && tools.kernel.is_steering(*cookie);
+            if !netns.prepared && is_steered {
+                // It may be that no process leads to it any more.
+                self.by_cookie.insert(*cookie, netns.clone());
+                report.steered.push(netns.uid.clone());
+                continue;
             }
+            let failed = |code, error: String| (netns.uid.clone(), Reason::new(code, error));
+            let fd = match open_netns(*cookie, netns, tools.opened) {
+                Ok(fd) => fd,
+                Err(error) => {
+                    report.failed.push(failed(ReasonCode::NetnsNotPrepared, error.to_string()));
+                    continue;
+                }
+            };
+            if let Err(error) = tools.kernel.steer(*cookie, fd.as_fd()) {
+                report.failed.push(failed(ReasonCode::NetnsNotSteered, Report::new(&error).to_string()));
+                continue;
+            }
+            let prepared = netns.prepared && self.is_prepared(*cookie);
+            self.by_cookie.insert(*cookie, PodNetns { prepared, ..netns.clone() });
+            steered.push((*cookie, netns, fd));
+        }
+        let (to_prepare, closed): (Vec<_>, Vec<_>) =
+            steered.into_iter().partition(|(_, netns, _)| netns.prepared);
+        report.steered.extend(closed.iter().map(|(_, netns, _)| netns.uid.clone()));
+        report.ready = prepare(to_prepare, tools, &mut report.failed);
+        for (cookie, netns) in batch.iter().filter(|(cookie, _)| report.ready.contains_key(cookie)) {
+            report.steered.push(netns.uid.clone());
+            self.by_cookie.insert(*cookie, netns.clone());
         }
         report
     }
@@ -162,29 +199,22 @@ impl SteeredNetns {
     }
 }
 
-/// Prepares netns side by side; those that are in order now.
+/// Prepares open netns side by side; those that are in order now.
 fn prepare(
-    batch: &[(u64, PodNetns)],
+    open: Vec<(u64, &PodNetns, Arc<OwnedFd>)>,
     tools: &mut NetnsTools<'_>,
     failed: &mut Vec<(String, Reason)>,
 ) -> OpenNetns {
     let mut fail = |netns: &PodNetns, error: &dyn std::fmt::Display| {
         failed.push((netns.uid.clone(), Reason::new(ReasonCode::NetnsNotPrepared, error.to_string())));
     };
-    let mut open: Vec<(u64, &PodNetns, Arc<OwnedFd>)> = Vec::new();
-    for (cookie, netns) in batch {
-        match open_netns(*cookie, netns, tools.opened) {
-            Ok(fd) => open.push((*cookie, netns, fd)),
-            Err(error) => fail(netns, &error),
-        }
-    }
     let sysctls = tools.visitors.visit_each(&open, |visitor, (_, _, fd)| Sysctls::of(visitor, fd.as_fd()));
     let (mut records, mut readable) = (Vec::new(), Vec::new());
     for ((cookie, netns, fd), sysctls) in open.into_iter().zip(sysctls) {
         match sysctls {
             Ok(sysctls) => {
                 let (id, uid, sysctls_before) = (netns.id, netns.uid.clone(), sysctls.values());
-                records.push((cookie, NetnsRecord::new(id, uid, sysctls_before)));
+                records.push((cookie, NetnsRecord { id, uid, sysctls_before }));
                 readable.push((cookie, netns, fd, sysctls));
             }
             Err(error) => fail(netns, &error),

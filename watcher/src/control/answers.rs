@@ -119,7 +119,10 @@ pub(crate) fn explanation<'a>(
 ) -> Result<Explanation, KernelError> {
     let cgroup = view.observed.dir.as_ref().and_then(|dir| view.observed.cgroups.get(dir)).copied();
     let address = destination.ip().to_canonical();
-    let to_pod =
-        pods.any(|other| other.eligibility.facts().is_some_and(|facts| facts.addresses.contains(&address)));
-    explain::explain(&applier.kernel, view.full_name(), cgroup, destination, to_pod)
+    let has_it = |other: &PodView| {
+        let facts = other.eligibility.facts().filter(|facts| facts.addresses.contains(&address))?;
+        Some(facts.cookie)
+    };
+    let arrives_in = pods.find_map(has_it);
+    explain::explain(&applier.kernel, view.full_name(), cgroup, destination, arrives_in)
 }

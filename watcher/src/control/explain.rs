@@ -27,7 +27,7 @@ pub struct Explanation {
 }
 
 /// Explains a TCP connection of `pod`, whose cgroup is `cgroup` (`None`: it has none yet).
-/// `to_pod`: whether a pod of this node has the destination's address.
+/// `arrives_in` is the cookie of the netns of the pod of this node that has the destination's address.
 ///
 /// # Errors
 /// A map cannot be read.
@@ -36,17 +36,16 @@ pub fn explain(
     pod: String,
     cgroup: Option<CgroupId>,
     destination: SocketAddr,
-    to_pod: bool,
+    arrives_in: Option<u64>,
 ) -> Result<Explanation, KernelError> {
     let to = Destination::new(address16(destination.ip().to_canonical()), destination.port());
-    let outbound = kernel.explain_connect(cgroup, to)?;
+    let outbound = kernel.explain_connect(cgroup, None, to)?;
     // A pod that dials its own address is not met by the inbound list. From any other netns the
     // rule is the same.
-    let inbound = if to_pod && outbound != Rule::OwnAddress {
-        Some(kernel.explain_arrival(UNSPECIFIED, to)?)
-    } else {
-        None
-    };
+    let inbound = arrives_in
+        .filter(|_| outbound != Rule::OwnAddress)
+        .map(|netns| kernel.explain_arrival(netns, UNSPECIFIED, to))
+        .transpose()?;
     Ok(Explanation {
         pod,
         destination,

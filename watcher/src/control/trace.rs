@@ -213,6 +213,9 @@ impl PodNames {
     }
 
     fn line(&self, record: &TraceRecord) -> TraceLine {
+        let pod = || self.by_cgroup.get(&record.cgroup_id).cloned();
+        // No process calls then; the address may be one that no map names.
+        let arrives = record.hook == Hook::SkLookup as u16;
         let unknown = |what: &str, number: u16| format!("{what} {number}");
         TraceLine {
             hook: Hook::from_number(record.hook)
@@ -221,8 +224,8 @@ impl PodNames {
                 .map_or_else(|| unknown("rule", record.rule), |rule| rule.as_str().to_owned()),
             local: SocketAddr::new(ip(&record.local), record.local_port),
             remote: SocketAddr::new(ip(&record.remote), record.remote_port),
-            caller: self.by_cgroup.get(&record.cgroup_id).cloned(),
-            local_pod: self.by_address.get(&record.local).cloned(),
+            caller: (!arrives).then(pod).flatten(),
+            local_pod: self.by_address.get(&record.local).cloned().or_else(|| arrives.then(pod).flatten()),
             remote_pod: self.by_address.get(&record.remote).cloned(),
         }
     }

@@ -165,8 +165,8 @@ reasons! {
         "the pod's netns cannot be entered or queried",
         "Read the message; `watcher preflight` names missing capabilities.";
     NetnsDisagree "netns_disagree", Change, FailMode,
-        "the pod's processes are in different netns",
-        "Find the process that left the pod's netns (`lsns -t net`).";
+        "the pod's processes are in different netns, and no addresses tell which one is its own",
+        "Find the process that left the pod's netns (`lsns -t net`), or name the pod's addresses.";
     AddressNotHeld "address_not_held", Change, FailMode,
         "the pod's netns does not hold an address that its source names",
         "Compare the pod's `status.podIPs` (or `addresses` in the pods file) with `ip address` in its netns.";
@@ -198,8 +198,8 @@ reasons! {
         "a tunnel connected whose cgroup cannot be found; it is not used",
         "Start the tunnel in a cgroup that the watcher can see.";
     TunnelCgroupShared "tunnel_cgroup_shared", Change, Unchanged,
-        "a tunnel connected that runs in a cgroup with the pods or the watcher, or in a pod that is no tunnel; it is not used",
-        "Start the tunnel in a cgroup of its own, or name its pod's service account by `--tunnel-account`.";
+        "a tunnel connected that runs in a cgroup with the pods or the watcher; it is not used",
+        "Start the tunnel in a cgroup of its own.";
     TunnelNotAttached "tunnel_not_attached", Change, Unchanged,
         "the programs could not be attached to the cgroup of a tunnel that connected; it is not used",
         "Read the message; `watcher preflight` names what the kernel lacks.";

@@ -4,7 +4,7 @@
 //! pod that is in order.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     path::{Path, PathBuf},
 };
@@ -24,18 +24,22 @@ pub(crate) struct Claims {
     cookies: BTreeMap<u64, Owner>,
     addresses: BTreeMap<IpAddr, Owner>,
     by_uid: BTreeMap<String, Claimed>,
+    /// Pods that lost an address to the pod that it is told of.
+    evicted: BTreeSet<String>,
 }
 
 #[derive(Clone, Debug)]
 struct Owner {
     uid: String,
     full_name: String,
+    /// The addresses that its source tells.
+    told: BTreeSet<IpAddr>,
 }
 
 impl Owner {
     fn new(pod: &Pod) -> Self {
         let full_name = format!("{}/{} ({})", pod.namespace, pod.name, pod.uid);
-        Self { uid: pod.uid.clone(), full_name }
+        Self { uid: pod.uid.clone(), full_name, told: pod.addresses.clone() }
     }
 }
 
@@ -43,7 +47,7 @@ impl Owner {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Claimed {
     cgroup: Option<PathBuf>,
-    cookie: Option<u64>,
+    cookies: BTreeSet<u64>,
     addresses: Vec<IpAddr>,
 }
 
@@ -58,7 +62,7 @@ impl Claimed {
     #[must_use]
     pub(crate) fn frees(&self, later: &Self) -> bool {
         (self.cgroup.is_some() && self.cgroup != later.cgroup)
-            || (self.cookie.is_some() && self.cookie != later.cookie)
+            || !self.cookies.is_subset(&later.cookies)
             || self.addresses.iter().any(|address| !later.addresses.contains(address))
     }
 }
@@ -76,7 +80,7 @@ impl Claims {
         if let Some(dir) = claimed.cgroup {
             self.cgroups.remove(&dir);
         }
-        if let Some(cookie) = claimed.cookie {
+        for cookie in claimed.cookies {
             self.cookies.remove(&cookie);
         }
         for address in claimed.addresses {
@@ -112,7 +116,9 @@ impl Claims {
         Ok(())
     }
 
-    /// Gives `pod` the netns and the addresses of `facts`.
+    /// Gives `pod` the netns and the addresses of `facts`. An address that its source tells is the
+    /// pod's, also if another pod claimed it before that has it without having been told so: whoever
+    /// may change its own netns may add any address there.
     ///
     /// # Errors
     /// Another pod owns the netns or one of the addresses.
@@ -121,17 +127,48 @@ impl Claims {
             let text = format!("netns {} belongs to pod {}", facts.id.inode, other.full_name);
             return Err(Reason::new(ReasonCode::NetnsTaken, text));
         }
-        if let Some((address, other)) =
-            facts.addresses.iter().find_map(|address| self.addresses.get_key_value(address))
-        {
+        let is_usurped = |(address, owner): &(&IpAddr, &Owner)| {
+            pod.addresses.contains(address) && !owner.told.contains(address)
+        };
+        let taken = facts.addresses.iter().filter_map(|address| self.addresses.get_key_value(address));
+        let (usurped, taken): (Vec<_>, Vec<_>) = taken.partition(is_usurped);
+        if let Some((address, other)) = taken.first() {
             let text = format!("address {address} belongs to pod {}", other.full_name);
             return Err(Reason::new(ReasonCode::AddressTaken, text));
         }
+        let evicted: BTreeSet<String> = usurped.iter().map(|(_, owner)| owner.uid.clone()).collect();
+        for uid in &evicted {
+            if let Some(claimed) = self.by_uid.get_mut(uid) {
+                claimed.addresses.retain(|address| !facts.addresses.contains(address));
+            }
+        }
+        self.evicted.extend(evicted);
         let claimed = self.by_uid.entry(pod.uid.clone()).or_default();
-        claimed.cookie = Some(facts.cookie);
+        claimed.cookies.insert(facts.cookie);
         claimed.addresses.clone_from(&facts.addresses);
         self.cookies.insert(facts.cookie, Owner::new(pod));
         self.addresses.extend(facts.addresses.iter().map(|address| (*address, Owner::new(pod))));
         Ok(facts)
+    }
+
+    /// Gives `pod` the netns `cookie` alone, to refuse what arrives there; whether it is the pod's now.
+    pub(crate) fn claim_closed_netns(&mut self, pod: &Pod, cookie: u64) -> bool {
+        if self.cookies.get(&cookie).is_some_and(|other| other.uid != pod.uid) {
+            return false;
+        }
+        self.cookies.insert(cookie, Owner::new(pod));
+        self.by_uid.entry(pod.uid.clone()).or_default().cookies.insert(cookie);
+        true
+    }
+
+    /// Whether pods lost an address since [`Self::take_evicted`].
+    #[must_use]
+    pub(crate) fn has_evicted(&self) -> bool {
+        !self.evicted.is_empty()
+    }
+
+    /// Those pods, which have to be evaluated again.
+    pub(crate) fn take_evicted(&mut self) -> BTreeSet<String> {
+        std::mem::take(&mut self.evicted)
     }
 }

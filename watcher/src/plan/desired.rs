@@ -1,15 +1,15 @@
 //! From an eligible pod to its plan: the map entries, the netns, and what tunnels receive.
 
-use std::net::IpAddr;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use adit_ebpf_common::{
-    enrolment::{CgroupInfo, PodRecord, flag},
+    enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
     lifecycle::Name,
 };
 
 use crate::{
     model::pod::{FailMode, Selection},
-    observe::netns::NetnsFacts,
+    observe::netns::{NetnsFacts, NetnsId},
 };
 
 use super::{Eligibility, PodNetns, PodPlan, PodView, PodWorkload, address16, cgroup_info};
@@ -28,6 +28,8 @@ pub(crate) struct Circumstances {
     pub in_grace: bool,
     /// The id of the pod's exclusions; 0: it has none.
     pub exclusion_id: u32,
+    /// Netns that are steered for the pod, by cookie.
+    pub steered: BTreeMap<u64, PodNetns>,
     /// Possible names of the cgroup of a pod that has none yet.
     pub cgroup_names: Vec<Name>,
 }
@@ -35,7 +37,7 @@ pub(crate) struct Circumstances {
 /// What the node should hold for the pod of `view`.
 #[must_use]
 pub(crate) fn pod_plan(view: &PodView, circumstances: &Circumstances) -> PodPlan {
-    let PodView { pod, observed, eligibility } = view;
+    let PodView { pod, observed, eligibility, .. } = view;
     let fail_open = pod.fail_mode.unwrap_or(circumstances.fail_mode) == FailMode::Open;
     let closed = flag::IN_MESH | if fail_open { flag::FAIL_OPEN } else { 0 };
     let mut plan = PodPlan::default();
@@ -46,7 +48,7 @@ pub(crate) fn pod_plan(view: &PodView, circumstances: &Circumstances) -> PodPlan
     let info = match eligibility {
         Eligibility::Plain(_) | Eligibility::Refused { keeps_closed: false, .. } => return plan,
         Eligibility::Waiting(_) | Eligibility::Refused { keeps_closed: true, .. } => {
-            cgroup_info(closed, 0, &[])
+            close(&mut plan, view, closed, &circumstances.steered)
         }
         Eligibility::Eligible(facts) => {
             let in_grace = circumstances.in_grace && !circumstances.ready;
@@ -58,6 +60,33 @@ pub(crate) fn pod_plan(view: &PodView, circumstances: &Circumstances) -> PodPlan
     };
     plan.cgroups = observed.cgroups.values().map(|id| (*id, info)).collect();
     plan
+}
+
+/// Closes the netns of a pod that is kept closed; returns the entry of its cgroups.
+fn close(plan: &mut PodPlan, view: &PodView, flags: u32, steered: &BTreeMap<u64, PodNetns>) -> CgroupInfo {
+    for (netns_cookie, id) in &view.closed_netns {
+        let before = || steered.get(netns_cookie).map(|before| before.id);
+        let Some(id): Option<NetnsId> = id.or_else(before) else { continue };
+        let netns = PodNetns {
+            id,
+            pod_cgroup: view.observed.dir.clone().unwrap_or_default(),
+            uid: view.pod.uid.clone(),
+            v6: false,
+            prepared: false,
+        };
+        plan.netns.insert(*netns_cookie, netns);
+        plan.arrivals.insert(*netns_cookie, arrivals(view, *netns_cookie, flags, 0));
+    }
+    // Of several nobody knows which one is the pod's: its processes are closed in all of them.
+    let mut cookies = plan.netns.keys().copied();
+    let only = cookies.next().filter(|_| cookies.next().is_none());
+    CgroupInfo { netns_cookie: only.unwrap_or(0), ..cgroup_info(flags, 0, &[]) }
+}
+
+/// What holds for arrivals in a netns of the pod of `view`.
+fn arrivals(view: &PodView, netns_cookie: u64, flags: u32, exclusion_id: u32) -> NetnsInfo {
+    let own = view.observed.dir.as_ref().and_then(|dir| view.observed.cgroups.get(dir));
+    NetnsInfo { netns_cookie, cgroup_id: own.copied().unwrap_or(0), flags, exclusion_id }
 }
 
 /// Fills in what only an eligible pod has; returns the entry of its cgroups.
@@ -76,13 +105,15 @@ fn enroll(
     let record = PodRecord { netns_cookie: facts.cookie, flags, exclusion_id };
     plan.addresses = facts.addresses.iter().map(|address| (address16(*address), record)).collect();
     let pod_cgroup = observed.dir.clone().unwrap_or_default();
+    plan.arrivals = [(facts.cookie, arrivals(view, facts.cookie, flags, exclusion_id))].into();
     let netns = PodNetns {
         id: facts.id,
         pod_cgroup: pod_cgroup.clone(),
         uid: pod.uid.clone(),
         v6: facts.addresses.iter().any(IpAddr::is_ipv6),
+        prepared: true,
     };
-    plan.netns = Some((facts.cookie, netns));
+    plan.netns = [(facts.cookie, netns)].into();
     plan.workload = Some(PodWorkload {
         name: pod.name.clone(),
         namespace: pod.namespace.clone(),

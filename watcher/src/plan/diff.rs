@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use adit_ebpf_common::{
     address::Address,
-    enrolment::{CgroupInfo, PodRecord, flag},
+    enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
     lifecycle::Name,
 };
 
@@ -40,6 +40,8 @@ pub(crate) enum MapWrite {
     SetExpected(Name, CgroupInfo),
     SetCgroup(CgroupId, CgroupInfo),
     SetAddress(Address, PodRecord),
+    SetArrivals(NetnsInfo),
+    RemoveArrivals(u64),
     RemoveExclusions(u32),
     RemoveExpected(Name),
 }
@@ -51,7 +53,7 @@ pub(crate) enum NetnsStep {
     Unsteer(BTreeSet<u64>),
     /// Undo the preparation once no connection needs it any more.
     Release(u64),
-    /// Prepare them side by side, then steer each that is in order.
+    /// Steer each, then prepare side by side those that are to be served.
     Steer(Vec<(u64, PodNetns)>),
 }
 
@@ -75,6 +77,8 @@ pub(crate) struct MapContents {
     pub cgroups: BTreeMap<CgroupId, CgroupInfo>,
     /// Entries by address.
     pub addresses: BTreeMap<Address, PodRecord>,
+    /// What holds for arrivals, by netns cookie.
+    pub arrivals: BTreeMap<u64, NetnsInfo>,
 }
 
 /// Everything that is applied.
@@ -119,6 +123,7 @@ pub(crate) fn steps(applied: &Applied<'_>, scope: DiffScope<'_>, plan: &Plan) ->
     let Applied { maps, netns, workloads } = *applied;
     let cgroups = gone(&maps.cgroups, before.map(|before| &before.cgroups), &wanted.cgroups);
     let addresses = gone(&maps.addresses, before.map(|before| &before.addresses), &wanted.addresses);
+    let arrivals = gone(&maps.arrivals, before.map(|before| &before.arrivals), &wanted.arrivals);
     let left = gone(netns, before.map(|before| &before.netns), &wanted.netns);
     let withdrawn = gone(workloads, before.map(|before| &before.workloads), &wanted.workloads);
     let exclusions = gone(&maps.exclusions, before.map(|before| &before.exclusions), &wanted.exclusions);
@@ -130,6 +135,8 @@ pub(crate) fn steps(applied: &Applied<'_>, scope: DiffScope<'_>, plan: &Plan) ->
     if !left.is_empty() {
         steps.push(ApplyStep::Netns(NetnsStep::Unsteer(left.iter().copied().collect())));
     }
+    // Only now: a steered netns that nothing is known of is closed.
+    steps.extend(arrivals.into_iter().map(MapWrite::RemoveArrivals).map(ApplyStep::Map));
     steps.extend(withdrawn.into_iter().map(TunnelStep::Withdraw).map(ApplyStep::Tunnel));
     steps.extend(left.into_iter().map(NetnsStep::Release).map(ApplyStep::Netns));
 
@@ -145,6 +152,9 @@ pub(crate) fn steps(applied: &Applied<'_>, scope: DiffScope<'_>, plan: &Plan) ->
         .extend(changed(&maps.cgroups, &wanted.cgroups).map(|(id, info)| set(MapWrite::SetCgroup(id, info))));
     steps.extend(
         changed(&maps.addresses, &wanted.addresses).map(|(at, record)| set(MapWrite::SetAddress(at, record))),
+    );
+    steps.extend(
+        changed(&maps.arrivals, &wanted.arrivals).map(|(_, arrivals)| set(MapWrite::SetArrivals(arrivals))),
     );
     steps.extend(enter(
         &changed(netns, &wanted.netns).collect::<Vec<_>>(),
@@ -178,6 +188,7 @@ struct Entries<'a> {
     expected: BTreeMap<&'a Name, &'a CgroupInfo>,
     cgroups: BTreeMap<&'a CgroupId, &'a CgroupInfo>,
     addresses: BTreeMap<&'a Address, &'a PodRecord>,
+    arrivals: BTreeMap<&'a u64, &'a NetnsInfo>,
     netns: BTreeMap<&'a u64, &'a PodNetns>,
     workloads: BTreeMap<&'a String, &'a PodWorkload>,
 }
@@ -190,7 +201,8 @@ impl<'a> Entries<'a> {
             entries.expected.extend(&plan.expected);
             entries.cgroups.extend(&plan.cgroups);
             entries.addresses.extend(&plan.addresses);
-            entries.netns.extend(plan.netns.iter().map(|(cookie, netns)| (cookie, netns)));
+            entries.arrivals.extend(&plan.arrivals);
+            entries.netns.extend(&plan.netns);
             entries.workloads.extend(plan.workload.iter().map(|workload| (uid, workload)));
         }
         entries

@@ -1,13 +1,16 @@
 //! Whether a pod can be enrolled, and if not, why.
 
-use std::{path::Path, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use crate::{
     model::{
         pod::{Pod, Selection},
         reason::{Reason, ReasonCode},
     },
-    observe::{Observed, ObservedNetns, netns::NetnsFacts},
+    observe::{
+        Observed, ObservedNetns,
+        netns::{NetnsFacts, NetnsId},
+    },
 };
 
 use super::claims::Claims;
@@ -57,6 +60,8 @@ pub(crate) struct PodView {
     pub observed: Observed,
     /// What follows from both.
     pub eligibility: Eligibility,
+    /// Netns of a pod that is kept closed, by cookie: nothing may arrive there either.
+    pub closed_netns: BTreeMap<u64, Option<NetnsId>>,
 }
 
 impl PodView {
@@ -120,7 +125,59 @@ pub(crate) fn evaluate(
     }
 }
 
-/// The netns that all processes of the pod are in, with those of its addresses that are the pod's.
+/// At most so many netns of a pod that cannot be enrolled are closed.
+const MOST_CLOSED: usize = 8;
+
+/// The netns of a pod that is kept closed, as far as they are certainly its own: those that its
+/// processes are in, and `current`, the one that it was enrolled with. The node's own and those of
+/// other pods never are.
+#[must_use]
+pub(crate) fn closed_netns(
+    pod: &Pod,
+    observed: &Observed,
+    eligibility: &Eligibility,
+    current: Option<u64>,
+    claims: &mut Claims,
+) -> BTreeMap<u64, Option<NetnsId>> {
+    if !matches!(eligibility, Eligibility::Waiting(_) | Eligibility::Refused { keeps_closed: true, .. }) {
+        return BTreeMap::new();
+    }
+    let alone = observed.netns.len() == 1;
+    let seen = observed.netns.iter().filter_map(|seen| match seen {
+        // Of several, one without addresses receives nothing.
+        ObservedNetns::Pod(facts) if alone || !facts.addresses.is_empty() => {
+            Some((facts.cookie, Some(facts.id)))
+        }
+        _ => None,
+    });
+    let mut closed: BTreeMap<u64, Option<NetnsId>> =
+        current.map(|cookie| (cookie, None)).into_iter().collect();
+    closed.extend(seen.take(MOST_CLOSED));
+    closed.retain(|cookie, _| claims.claim_closed_netns(pod, *cookie));
+    closed
+}
+
+/// Which of several netns is the pod's own. Programs give their children netns of their own: a
+/// browser its renderers, docker in docker its containers. The addresses tell: those that the pod's
+/// source names; before it names any, that only one netns has addresses at all.
+fn the_pods_own<'a>(pod: &Pod, several: &'a [ObservedNetns]) -> Option<&'a NetnsFacts> {
+    let has_all = |facts: &NetnsFacts| pod.addresses.iter().all(|address| facts.addresses.contains(address));
+    let is_own = |facts: &&NetnsFacts| !facts.addresses.is_empty() && has_all(facts);
+    let is_unclear = |seen: &ObservedNetns| !matches!(seen, ObservedNetns::Pod(_));
+    if pod.addresses.is_empty() && several.iter().any(is_unclear) {
+        return None;
+    }
+    let mut own = several
+        .iter()
+        .filter_map(|seen| match seen {
+            ObservedNetns::Pod(facts) => Some(facts),
+            ObservedNetns::Host | ObservedNetns::Unreadable(_) => None,
+        })
+        .filter(is_own);
+    own.next().filter(|_| own.next().is_none())
+}
+
+/// The netns that the processes of the pod are in, with those of its addresses that are the pod's.
 fn netns_of(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<NetnsFacts, Reason> {
     let own =
         |seen: &ObservedNetns| matches!(seen, ObservedNetns::Pod(facts) if Some(facts.cookie) == current);
@@ -146,6 +203,7 @@ fn netns_of(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<Netn
             ));
         }
         [ObservedNetns::Pod(facts)] => facts,
+        several if let Some(facts) = the_pods_own(pod, several) => facts,
         several => {
             let text = format!("its processes are in {} different network namespaces", several.len());
             return Err(Reason::new(ReasonCode::NetnsDisagree, text));

@@ -26,7 +26,7 @@ use super::{
     claims::Claims,
     desired::{Circumstances, pod_plan},
     diff::{Applied, ApplyStep, DiffScope, MapContents, steps},
-    eligibility::evaluate,
+    eligibility::{closed_netns, evaluate},
 };
 
 mod desired;
@@ -87,7 +87,8 @@ fn evaluate_all(pods: Vec<(Arc<Pod>, Observed)>, current: &BTreeMap<String, u64>
         .map(|(pod, observed)| {
             let current = current.get(&pod.uid).copied();
             let eligibility = evaluate(&pod, &observed, Path::new(ATTACHED), current, &mut claims);
-            PodView { pod, observed, eligibility }
+            let closed_netns = closed_netns(&pod, &observed, &eligibility, current, &mut claims);
+            PodView { pod, observed, eligibility, closed_netns }
         })
         .collect()
 }
@@ -98,6 +99,7 @@ struct Setting {
     ready: BTreeSet<String>,
     in_grace: BTreeSet<String>,
     exclusion_ids: BTreeMap<String, u32>,
+    steered: BTreeMap<String, BTreeMap<u64, PodNetns>>,
     fail_mode: FailMode,
     dns_capture: bool,
 }
@@ -112,6 +114,7 @@ impl Setting {
                 dns_capture: self.dns_capture,
                 ready: self.ready.contains(uid),
                 in_grace: self.in_grace.contains(uid),
+                steered: self.steered.get(uid).cloned().unwrap_or_default(),
                 exclusion_id: self.exclusion_ids.get(uid).copied().unwrap_or(0),
                 cgroup_names: vec![name(uid.as_bytes()).unwrap()],
             };
@@ -137,6 +140,7 @@ impl Node {
             node.maps.expected.extend(plan.expected);
             node.maps.cgroups.extend(plan.cgroups);
             node.maps.addresses.extend(plan.addresses);
+            node.maps.arrivals.extend(plan.arrivals);
             node.netns.extend(plan.netns);
             node.workloads.extend(plan.workload.map(|workload| (uid, workload)));
         }

@@ -8,7 +8,7 @@ use alloc::{
 use super::{ArrivalFacts, ConnectFacts, Facts};
 use crate::{
     address::Address,
-    enrolment::{CgroupInfo, PodRecord},
+    enrolment::{CgroupInfo, NetnsInfo},
     flows::{Destination, Flow},
     listeners::ListenerKey,
     settings::Settings,
@@ -21,8 +21,14 @@ pub struct PlainFacts {
     pub settings: Settings,
     /// What is known of the caller's cgroup.
     pub caller: Option<CgroupInfo>,
-    /// The records of pods.
-    pub pods: BTreeMap<Address, PodRecord>,
+    /// The cookie of the socket's netns.
+    pub socket_netns: u64,
+    /// The entry of the pod that has it.
+    pub netns_pod: Option<CgroupInfo>,
+    /// The netns cookies of the pods that have addresses.
+    pub owners: BTreeMap<Address, u64>,
+    /// What is known of the netns that a connection arrives in.
+    pub netns: Option<NetnsInfo>,
     /// Exclusion id, port and direction.
     pub excluded_ports: BTreeSet<(u32, u16, u16)>,
     /// Exclusion id, first address, and prefix length in mapped form.
@@ -48,7 +54,10 @@ impl PlainFacts {
         Self {
             settings,
             caller: None,
-            pods: BTreeMap::new(),
+            socket_netns: 0,
+            netns_pod: None,
+            owners: BTreeMap::new(),
+            netns: None,
             excluded_ports: BTreeSet::new(),
             excluded_cidrs: Vec::new(),
             tunnel_listeners: BTreeSet::new(),
@@ -70,10 +79,6 @@ impl Facts for PlainFacts {
         &self.settings
     }
 
-    fn pod(&self, address: &Address) -> Option<PodRecord> {
-        self.pods.get(address).copied()
-    }
-
     fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool {
         exclusion_id != 0 && self.excluded_ports.contains(&(exclusion_id, port, direction))
     }
@@ -82,6 +87,18 @@ impl Facts for PlainFacts {
 impl ConnectFacts for PlainFacts {
     fn caller(&self) -> Option<&CgroupInfo> {
         self.caller.as_ref()
+    }
+
+    fn netns_cookie(&self) -> u64 {
+        self.socket_netns
+    }
+
+    fn netns_pod(&self) -> Option<&CgroupInfo> {
+        self.netns_pod.as_ref()
+    }
+
+    fn owner(&self, address: &Address) -> Option<u64> {
+        self.owners.get(address).copied()
     }
 
     fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool {
@@ -108,6 +125,10 @@ impl ConnectFacts for PlainFacts {
 }
 
 impl ArrivalFacts for PlainFacts {
+    fn netns(&self) -> Option<NetnsInfo> {
+        self.netns
+    }
+
     fn tunnel_flow(&self, flow: &Flow) -> Option<u64> {
         self.tunnel_flows.iter().find(|(of, _)| of == flow).map(|(_, cookie)| *cookie)
     }

@@ -4,7 +4,7 @@ use super::{Arrival, Connect, Inbound, Outbound, inbound, outbound, plain::Plain
 use crate::{
     address::{Address, UNSPECIFIED, mapped},
     enrolment::{
-        CgroupInfo, PodRecord,
+        CgroupInfo, NetnsInfo,
         flag::{DNS_CAPTURE, FAIL_OPEN, IN_MESH, READY, SIDECAR, TUNNEL},
     },
     exclusions::{INBOUND, OUTBOUND},
@@ -20,6 +20,8 @@ const OWN_TOO: Address = mapped([10, 0, 0, 2]);
 const OTHER: Address = mapped([10, 0, 0, 7]);
 const OWN_V6: Address = v6(1);
 const OTHER_V6: Address = v6(7);
+const LINK_LOCAL: Address = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
+const LINK_LOCAL_TOO: Address = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 const LOOPBACK: Address = mapped([127, 0, 0, 2]);
 const RESOLVER: Address = mapped([10, 96, 0, 10]);
 
@@ -53,9 +55,10 @@ fn facts(flags: u32) -> PlainFacts {
         redirect_port: 15001,
         pad: 0,
     });
-    let record = PodRecord { netns_cookie: COOKIE, flags, exclusion_id: 3 };
-    facts.pods.extend([OWN, OWN_TOO, OWN_V6].map(|address| (address, record)));
-    facts.pods.insert(OTHER_V6, PodRecord { netns_cookie: COOKIE + 1, ..record });
+    facts.socket_netns = COOKIE;
+    facts.netns = Some(NetnsInfo { netns_cookie: COOKIE, cgroup_id: 1, flags, exclusion_id: 3 });
+    facts.owners.extend([OWN, OWN_TOO, OWN_V6].map(|address| (address, COOKIE)));
+    facts.owners.insert(OTHER_V6, COOKIE + 1);
     facts.excluded_ports.extend([(3, 6379, OUTBOUND), (3, 9090, INBOUND), (4, 80, OUTBOUND)]);
     facts.excluded_cidrs.extend([(3, mapped([192, 168, 0, 0]), 96 + 16), (4, UNSPECIFIED, 0)]);
     for port in [15001, 15006, 15008] {
@@ -116,7 +119,11 @@ fn each_missing_fact_has_its_rule() {
     assert_eq!(changed(|facts| facts.settings.tunnel_up = 0, OTHER), Rule::FailClosed);
     assert_eq!(changed(|facts| facts.tunnel_listeners.clear(), OTHER), Rule::FailClosed);
     assert_eq!(changed(|facts| facts.can_record = false, OTHER), Rule::NotRecorded);
-    assert_eq!(changed(|facts| facts.pods.clear(), OWN), Rule::OwnAddress, "its record comes a moment later");
+    assert_eq!(
+        changed(|facts| facts.owners.clear(), OWN),
+        Rule::OwnAddress,
+        "its record comes a moment later"
+    );
     let without_v6 = |facts: &mut PlainFacts| {
         let info = facts.caller.as_mut().unwrap();
         (info.v6, info.redirect_v6) = (UNSPECIFIED, UNSPECIFIED);
@@ -125,6 +132,32 @@ fn each_missing_fact_has_its_rule() {
     assert_eq!(changed(without_v6, OTHER), Rule::Redirect);
     let udp = Connect { is_tcp: false, is_udp: true, destination: Destination::new(OTHER, 80) };
     assert_eq!(outbound(&facts(IN_MESH | READY), &udp), Outbound::Leave(Rule::NotTcp));
+}
+
+#[test]
+fn the_sockets_netns_says_whose_a_connection_is() {
+    let ready = IN_MESH | READY;
+    let entry = |flags| facts(flags).caller;
+    let asked = |caller: Option<CgroupInfo>, netns_pod, elsewhere: bool| {
+        let mut facts = facts(ready);
+        (facts.caller, facts.netns_pod) = (caller, netns_pod);
+        facts.socket_netns += u64::from(elsewhere);
+        verdict(&facts, OTHER, 80).rule()
+    };
+    assert_eq!(asked(entry(ready), None, true), Rule::OtherNetns, "a netns of its own");
+    assert_eq!(asked(None, entry(ready), false), Rule::Redirect, "in the netns, in no pod's cgroup");
+    assert_eq!(asked(None, entry(IN_MESH), false), Rule::FailClosed);
+    let of_neighbour = entry(ready).map(|info| CgroupInfo { netns_cookie: COOKIE + 1, ..info });
+    assert_eq!(asked(of_neighbour, entry(IN_MESH), false), Rule::FailClosed, "in the neighbour's netns");
+    assert_eq!(asked(entry(TUNNEL), entry(ready), false), Rule::Tunnel);
+    let of_no_netns = entry(IN_MESH).map(|info| CgroupInfo { netns_cookie: 0, ..info });
+    assert_eq!(asked(of_no_netns, None, true), Rule::FailClosed, "closed before its netns is known");
+    let query = |elsewhere: bool| {
+        let mut facts = facts(ready | DNS_CAPTURE);
+        facts.socket_netns += u64::from(elsewhere);
+        verdict(&facts, RESOLVER, 53).rule()
+    };
+    assert_eq!((query(false), query(true)), (Rule::DnsRedirect, Rule::OtherNetns));
 }
 
 #[test]
@@ -167,7 +200,10 @@ fn the_first_inbound_rule_that_applies_wins() {
     for (flags, from, to, port, expected) in [
         (ready, LOOPBACK, OWN, 80, Inbound::Pass(Rule::SameHost)),
         (ready, OWN, OWN, 15001, Inbound::Pass(Rule::SameHost)),
-        (ready, OTHER, RESOLVER, 80, Inbound::Pass(Rule::Unknown)),
+        (ready, OTHER, RESOLVER, 80, Inbound::Pass(Rule::SteerPlain)),
+        (ready, LINK_LOCAL, LINK_LOCAL_TOO, 80, Inbound::Pass(Rule::SteerPlain)),
+        (ready, LINK_LOCAL, LINK_LOCAL_TOO, 15006, Inbound::Drop(Rule::DropReserved)),
+        (IN_MESH, OTHER, RESOLVER, 80, Inbound::Drop(Rule::FailClosed)),
         (ready, OTHER, OWN, 15001, Inbound::Drop(Rule::DropReserved)),
         (ready, OTHER, OWN, 15006, Inbound::Drop(Rule::DropReserved)),
         (IN_MESH, OTHER, OWN, 9090, Inbound::Pass(Rule::ExcludedPort)),
@@ -182,6 +218,16 @@ fn the_first_inbound_rule_that_applies_wins() {
     ] {
         assert_eq!(arrives(&facts(flags), from, to, port), expected, "{flags} {from:?} {to:?} {port}");
     }
+}
+
+#[test]
+fn what_arrives_in_a_netns_of_no_pod_is_dropped_unless_it_comes_from_there() {
+    let mut facts = facts(IN_MESH | READY);
+    facts.netns = None;
+    for port in [80, 9090, 15008] {
+        assert_eq!(arrives(&facts, OTHER, OWN, port), Inbound::Drop(Rule::UnknownNetns));
+    }
+    assert_eq!(arrives(&facts, LOOPBACK, OWN, 80), Inbound::Pass(Rule::SameHost));
 }
 
 #[test]

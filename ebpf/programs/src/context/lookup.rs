@@ -1,8 +1,11 @@
 //! sk_lookup: the program that chooses who accepts a connection.
 
+use core::arch::asm;
+
 use adit_ebpf_common::{
     address::{from_v4_word, from_words},
     decide::Arrival,
+    enrolment::NETNS_COOKIE_PLACEHOLDER,
     flows::Flow,
 };
 use aya_ebpf::{bindings::bpf_sk_lookup, programs::SkLookupContext};
@@ -22,6 +25,23 @@ impl Lookup {
     #[inline(always)]
     pub fn to_aya(&self) -> SkLookupContext {
         SkLookupContext::new(self.0)
+    }
+
+    /// The cookie of the netns that this copy of the program is attached to. The loader writes it into
+    /// this very instruction of each copy, since no helper tells it to programs of this type.
+    #[inline(always)]
+    pub fn netns_cookie(&self) -> u64 {
+        let cookie;
+        // SAFETY: loads a number into a register, and does nothing else.
+        unsafe {
+            asm!(
+                "{cookie} = {placeholder} ll",
+                cookie = out(reg) cookie,
+                placeholder = const NETNS_COOKIE_PLACEHOLDER,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+        cookie
     }
 
     /// The connection, as its opener sees it; `None` if it is not TCP.

@@ -5,7 +5,9 @@ use adit_ebpf_common::{
     address::{Address, from_v4_word, from_words, to_words},
     flows::Destination,
 };
-use aya_ebpf::{bindings::bpf_sock_addr, programs::SockAddrContext};
+use aya_ebpf::{
+    bindings::bpf_sock_addr, helpers::generated::bpf_get_netns_cookie, programs::SockAddrContext,
+};
 
 use super::{IPPROTO_TCP, Socket, clear_mark};
 
@@ -34,6 +36,14 @@ impl SockAddr {
     #[inline(always)]
     pub fn socket(&self) -> Socket {
         Socket(read!(self.0, __bindgen_anon_1.sk))
+    }
+
+    /// The cookie of the netns that the socket was created in. Linux 5.7.
+    #[inline(always)]
+    pub fn netns_cookie(&self) -> u64 {
+        // SAFETY: the helper takes the context of this program type, which lives until the program
+        // returns.
+        unsafe { bpf_get_netns_cookie(self.0.cast()) }
     }
 
     /// In host byte order.

@@ -49,6 +49,51 @@ fn host_network_is_left_alone_but_a_wrong_address_stays_closed() {
     assert_eq!((plan.cgroups.len(), plan.addresses.len(), plan.workload.is_some()), (2, 0, false));
 }
 
+/// The flags of each netns of pod `a` for arrivals, and whether it is prepared.
+fn netns(plan: &PodPlan) -> Vec<(u64, u32, bool)> {
+    assert!(plan.netns.keys().eq(plan.arrivals.keys()), "{plan:?}");
+    plan.arrivals
+        .values()
+        .map(|info| (info.netns_cookie, info.flags, plan.netns[&info.netns_cookie].prepared))
+        .collect()
+}
+
+#[test]
+fn a_pod_that_is_closed_is_closed_both_ways_in_every_netns_of_its_own() {
+    let setting = Setting { fail_mode: FailMode::Closed, ..Setting::default() };
+    let plan = |pod: Pod, observed| setting.plan(vec![(pod, observed)]).remove("a").unwrap();
+    let told = |last: u8| Pod { addresses: [IpAddr::from([10, 0, 0, last])].into(), ..pod("a") };
+    let found = plan(told(1), in_order(1));
+    assert_eq!(netns(&found), [(1001, IN_MESH, true)]);
+    assert_eq!(found.arrivals[&1001].cgroup_id, 10, "the pod's own cgroup");
+    let not_held = plan(told(99), in_order(1));
+    assert_eq!(netns(&not_held), [(1001, IN_MESH, false)]);
+    assert_eq!(not_held.cgroups[&10].netns_cookie, 1001, "what is in another netns is none of it");
+    let no_address = NetnsFacts { addresses: vec![], ..facts(1) };
+    let waits = plan(pod("a"), seen(1, vec![ObservedNetns::Pod(no_address.clone())]));
+    assert_eq!(netns(&waits), [(1001, IN_MESH, false)]);
+    let child = NetnsFacts { cookie: 7, ..no_address };
+    let several = [facts(1), facts(2), child].map(ObservedNetns::Pod).to_vec();
+    let disagree = plan(pod("a"), seen(1, several));
+    assert_eq!(netns(&disagree), [(1001, IN_MESH, false), (1002, IN_MESH, false)]);
+    assert_eq!(disagree.cgroups[&10].netns_cookie, 0, "closed in all of them");
+    let host = plan(told(1), seen(1, vec![ObservedNetns::Host, ObservedNetns::Unreadable(String::new())]));
+    assert!(host.netns.is_empty() && host.arrivals.is_empty() && !host.cgroups.is_empty());
+    let neighbours = setting.plan(vec![(pod("b"), in_order(1)), (pod("a"), in_order(1))]);
+    assert!(neighbours["a"].netns.is_empty(), "another pod's");
+    let left_alone = Pod { selection: Selection::Plain, ..told(99) };
+    assert_eq!(plan(left_alone, in_order(1)), PodPlan::default());
+}
+
+#[test]
+fn the_netns_that_a_pod_was_enrolled_with_stays_closed_when_it_is_not_seen() {
+    let observed = seen(1, vec![ObservedNetns::Unreadable("EMFILE".to_owned())]);
+    let views = evaluate_all(placed(vec![(pod("a"), observed)]), &[("a".to_owned(), 1001)].into());
+    let steered = Setting::default().plan(vec![(pod("a"), in_order(1))]).remove("a").unwrap().netns;
+    let circumstances = Circumstances { steered, ..Circumstances::default() };
+    assert_eq!(netns(&pod_plan(&views[0], &circumstances)), [(1001, IN_MESH, false)]);
+}
+
 #[test]
 fn every_container_and_address_has_its_entry() {
     let mut setting = Setting::default();

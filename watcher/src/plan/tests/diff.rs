@@ -14,6 +14,8 @@ fn kind(step: &ApplyStep) -> &'static str {
             MapWrite::RemoveExpected(_) => "remove expected",
             MapWrite::SetCgroup(..) => "set cgroup",
             MapWrite::SetAddress(..) => "set address",
+            MapWrite::SetArrivals(_) => "set arrivals",
+            MapWrite::RemoveArrivals(_) => "remove arrivals",
             MapWrite::RemoveExclusions(_) => "remove exclusions",
         },
         ApplyStep::Netns(NetnsStep::Unsteer(_)) => "unsteer",
@@ -57,13 +59,41 @@ fn leaving_is_the_reverse_of_coming() {
     let enrolled = setting.plan(vec![(pod("a"), in_order(1))]);
     assert_eq!(
         kinds_between(&Plan::new(), &enrolled),
-        ["set exclusions", "set cgroup", "set address", "steer", "offer"]
+        ["set exclusions", "set cgroup", "set address", "set arrivals", "steer", "offer"]
     );
     assert_eq!(
         kinds_between(&enrolled, &Plan::new()),
-        ["remove cgroup", "remove address", "unsteer", "withdraw", "release", "remove exclusions"]
+        [
+            "remove cgroup",
+            "remove address",
+            "unsteer",
+            "remove arrivals",
+            "withdraw",
+            "release",
+            "remove exclusions"
+        ]
     );
     assert!(Node::with(&enrolled).all_steps(&enrolled).is_empty());
+}
+
+/// A pod that was open and is refused: nothing arrives in between, and its netns is not let go.
+#[test]
+fn a_pod_that_is_refused_keeps_its_netns() {
+    let setting = Setting::default();
+    let open = setting.plan(vec![(pod("a"), in_order(1))]);
+    let wrong = Pod { addresses: [IpAddr::from([9, 9, 9, 9])].into(), ..pod("a") };
+    let refused = setting.plan(vec![(wrong, in_order(1))]);
+    // Ready before: the entries change.
+    let ready = Setting { ready: ["a".to_owned()].into(), ..Setting::default() };
+    let ready = ready.plan(vec![(pod("a"), in_order(1))]);
+    let closing = ["remove address", "withdraw", "set cgroup", "set arrivals", "steer"];
+    assert_eq!(kinds_between(&ready, &refused), closing);
+    assert_eq!(kinds_between(&refused, &open), ["set cgroup", "set address", "steer", "offer"]);
+    assert_eq!(
+        kinds_between(&refused, &Plan::new()),
+        ["remove cgroup", "unsteer", "remove arrivals", "release"]
+    );
+    assert!(Node::with(&refused).all_steps(&refused).is_empty());
 }
 
 #[test]
@@ -99,7 +129,10 @@ fn netns_come_in_batches_each_followed_by_its_offers() {
     let pods = (1..=20).map(|n| (pod(&format!("p{n}")), in_order(n))).collect();
     let plan = Setting::default().plan(pods);
     let steps = Node::default().all_steps(&plan);
-    assert_eq!(kinds(&steps), ["set cgroup", "set address", "steer", "offer", "steer", "offer"]);
+    assert_eq!(
+        kinds(&steps),
+        ["set cgroup", "set address", "set arrivals", "steer", "offer", "steer", "offer"]
+    );
     let batches: Vec<BTreeSet<u64>> = steps
         .iter()
         .filter_map(|step| match step {

@@ -84,6 +84,39 @@ fn a_pod_stays_in_its_netns_while_one_process_does() {
 }
 
 #[test]
+fn of_several_netns_the_one_with_the_pods_addresses_is_its_own() {
+    let told = |last: u8| Pod { addresses: [IpAddr::from([10, 0, 0, last])].into(), ..pod("a") };
+    let child = || ObservedNetns::Pod(NetnsFacts { addresses: vec![], ..facts(9) });
+    let [own, other] = [1, 2].map(|n| ObservedNetns::Pod(facts(n)));
+    let found = |pod: Pod, netns: Vec<ObservedNetns>| results(vec![(pod, seen(1, netns))]).remove(0);
+    let cookie = |found: &Eligibility| found.facts().map(|facts| facts.cookie);
+    assert_eq!(cookie(&found(told(1), vec![own.clone(), other.clone(), ObservedNetns::Host])), Some(1001));
+    assert_eq!(cookie(&found(told(2), vec![own.clone(), other.clone()])), Some(1002));
+    assert_eq!(code(&found(told(3), vec![own.clone(), other.clone()])), "netns_disagree");
+    assert_eq!(cookie(&found(pod("a"), vec![child(), own.clone()])), Some(1001), "a child reaches nobody");
+    assert_eq!(code(&found(pod("a"), vec![own.clone(), other])), "netns_disagree");
+    assert_eq!(code(&found(pod("a"), vec![own, ObservedNetns::Host])), "netns_disagree");
+}
+
+#[test]
+fn an_address_belongs_to_the_pod_that_it_is_told_of() {
+    let mut claims = Claims::default();
+    let mut evaluate = |uid: &str, n: u8, told: bool| {
+        let addresses = if told { facts(1).addresses.into_iter().collect() } else { BTreeSet::new() };
+        let pod = Pod { addresses, ..pod(uid) };
+        let mut observed = seen(n, vec![ObservedNetns::Pod(NetnsFacts { cookie: u64::from(n), ..facts(1) })]);
+        observed.dir = pod.cgroup.clone();
+        let found = evaluate(&pod, &observed, Path::new(ATTACHED), None, &mut claims);
+        (code(&found).to_owned(), claims.take_evicted().into_iter().collect::<Vec<_>>())
+    };
+    assert_eq!(evaluate("thief", 2, false), ("eligible".to_owned(), vec![]));
+    assert_eq!(evaluate("victim", 3, true), ("eligible".to_owned(), vec!["thief".to_owned()]));
+    assert_eq!(evaluate("thief", 2, false), ("address_taken".to_owned(), vec![]));
+    assert_eq!(evaluate("victim", 3, true), ("eligible".to_owned(), vec![]));
+    assert_eq!(evaluate("other", 4, true), ("address_taken".to_owned(), vec![]), "told of both");
+}
+
+#[test]
 fn named_addresses_are_the_only_ones() {
     let mut narrow = pod("a");
     narrow.addresses = [IpAddr::from([10, 0, 0, 1])].into();
