@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6},
     time::Duration,
 };
 
@@ -120,8 +120,10 @@ pub(crate) async fn connect(
     from: Option<IpAddr>,
     options: &SocketOptions,
 ) -> io::Result<TcpStream> {
-    // The source must have the peer's family, and must differ from the peer's address.
-    let from = from.filter(|from| from.is_ipv4() == to.is_ipv4() && *from != to.ip());
+    // The source must have the peer's family, and must differ from the peer's address. To a
+    // link-local address no other one leads back over the loopback.
+    let is_link_local = matches!(to.ip(), IpAddr::V6(v6) if v6.is_unicast_link_local());
+    let from = from.filter(|from| from.is_ipv4() == to.is_ipv4() && *from != to.ip() && !is_link_local);
     let socket = netns.enter(|| {
         let socket = new_socket(to, options)?;
         if let Some(from) = from {
@@ -199,9 +201,15 @@ pub(crate) fn original_dst(stream: &TcpStream) -> io::Result<SocketAddr> {
     ))
 }
 
-/// Converts `::ffff:a.b.c.d`, as a dual-stack listener sees IPv4, to the IPv4 address.
+/// Converts `::ffff:a.b.c.d`, as a dual-stack listener sees IPv4, to the IPv4 address. A link-local
+/// address keeps its interface, without which it leads nowhere.
 pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
+    match address {
+        SocketAddr::V6(v6) if v6.ip().is_unicast_link_local() => {
+            SocketAddrV6::new(*v6.ip(), v6.port(), 0, v6.scope_id()).into()
+        }
+        _ => SocketAddr::new(address.ip().to_canonical(), address.port()),
+    }
 }
 
 /// Closes so that the peer sees a reset and not an end.
@@ -233,6 +241,17 @@ mod tests {
         let _client = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
         let (server, _) = listener.accept().await.unwrap();
         assert_eq!(original_dst(&server).unwrap(), SocketAddr::from(([127, 0, 0, 1], port)));
+    }
+
+    #[test]
+    fn only_a_link_local_address_keeps_its_interface() {
+        for (address, expected) in [
+            ("[fe80::1%3]:80", "[fe80::1%3]:80"),
+            ("[fd00::1%3]:80", "[fd00::1]:80"),
+            ("[::ffff:10.0.0.1]:80", "10.0.0.1:80"),
+        ] {
+            assert_eq!(canonical(address.parse().unwrap()).to_string(), expected);
+        }
     }
 
     #[test]
