@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
+    time::{Duration, Instant},
 };
 
 use adit_ebpf_common::{
@@ -118,8 +119,45 @@ impl Tracer {
 struct TraceSession {
     trace: Trace,
     readable: AsyncFd<OwnedFd>,
+    /// Records were left by the last turn; the fd does not say so again.
+    has_more: bool,
     answers: Answers,
     filter: TraceFilter,
+    lost: LostRecords,
+}
+
+/// How many records are handled in one turn of the loop. The programs may report as fast as they
+/// are read, under a flood of SYNs for example, and everything else must have its turn.
+const BATCH: usize = 256;
+/// How often lost records are reported.
+const LOSS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Records that the client did not read in time.
+#[derive(Debug, Default)]
+struct LostRecords {
+    count: u64,
+    reported_at: Option<Instant>,
+}
+
+impl LostRecords {
+    /// One more, at `now`. How many there were since the last report, if it is time for one.
+    fn add(&mut self, now: Instant) -> Option<u64> {
+        self.count += 1;
+        if self.reported_at.is_some_and(|at| now < at + LOSS_INTERVAL) {
+            return None;
+        }
+        self.reported_at = Some(now);
+        Some(std::mem::take(&mut self.count))
+    }
+}
+
+/// Handles what `next` gives, at most [`BATCH`]. Whether there may be more.
+fn forward_batch<T>(mut next: impl FnMut() -> Option<T>, mut handle: impl FnMut(T)) -> bool {
+    for _ in 0..BATCH {
+        let Some(record) = next() else { return false };
+        handle(record);
+    }
+    true
 }
 
 /// Which verdicts a session gets; an empty filter lets all pass.
@@ -156,11 +194,15 @@ impl TraceSession {
             .try_clone_to_owned()
             .and_then(pollable)
             .map_err(|error| format!("cannot wait for records: {error}"))?;
-        while trace.next().is_some() {}
-        Ok(Self { trace, readable, answers, filter: pod.map(TraceFilter::of_pod).unwrap_or_default() })
+        trace.skip();
+        let filter = pod.map(TraceFilter::of_pod).unwrap_or_default();
+        Ok(Self { trace, readable, has_more: false, answers, filter, lost: LostRecords::default() })
     }
 
     async fn ready(&mut self) {
+        if self.has_more {
+            return tokio::task::yield_now().await;
+        }
         tokio::select! {
             readable = self.readable.readable() => {
                 if let Ok(mut guard) = readable {
@@ -178,15 +220,18 @@ impl TraceSession {
 
     fn forward<'a>(&mut self, pods: impl Iterator<Item = &'a PodView>) {
         let names = PodNames::of(pods);
-        while let Some(record) = self.trace.next() {
-            if !self.filter.lets_pass(&record) || self.answers.give(&Answer::Ok(names.line(&record))) {
-                continue;
-            }
-            if self.is_over() {
-                return;
-            }
-            warn!("the client of the trace reads too slowly; a record is lost");
-        }
+        let Self { trace, answers, filter, lost, .. } = self;
+        self.has_more = forward_batch(
+            || trace.next(),
+            |record| {
+                if !filter.lets_pass(&record) || answers.give(&Answer::Ok(names.line(&record))) {
+                    return;
+                }
+                if let Some(count) = lost.add(Instant::now()).filter(|_| !answers.is_closed()) {
+                    warn!(count, "the client of the trace reads too slowly; records are lost");
+                }
+            },
+        );
     }
 }
 
@@ -233,4 +278,29 @@ impl PodNames {
 
 fn ip(address: &Address) -> IpAddr {
     Ipv6Addr::from(*address).to_canonical()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_turn_ends_although_there_are_always_more_records() {
+        let mut handled = 0;
+        assert!(forward_batch(|| Some(()), |()| handled += 1));
+        assert_eq!(handled, BATCH);
+        let mut three = [1, 2, 3].into_iter();
+        assert!(!forward_batch(|| three.next(), |_| handled += 1));
+        assert_eq!(handled, BATCH + 3);
+    }
+
+    #[test]
+    fn losses_are_counted_and_reported_once_a_second() {
+        let (mut lost, start) = (LostRecords::default(), Instant::now());
+        assert_eq!(lost.add(start), Some(1));
+        for _ in 0..1000 {
+            assert_eq!(lost.add(start), None);
+        }
+        assert_eq!(lost.add(start + LOSS_INTERVAL), Some(1001));
+    }
 }
