@@ -6,7 +6,7 @@ use crate::{
     identity::Identity,
     mesh::{
         Mesh, Policy, PolicyKey, Workload,
-        policies::{Action, Facts},
+        policies::{Action, ConnectionFacts},
     },
 };
 use std::{
@@ -48,7 +48,7 @@ pub(crate) fn check(
 ) -> Result<(), Denied> {
     let (trial, in_force): (Vec<_>, Vec<_>) =
         protecting(mesh, workload).into_iter().partition(|policy| policy.dry_run);
-    let facts = Facts {
+    let facts = ConnectionFacts {
         source_ip: connection.source_ip,
         source: connection.source,
         destination_ip: connection.destination.ip(),
@@ -62,7 +62,7 @@ pub(crate) fn check(
     decide(&in_force, &facts)
 }
 
-fn decide(policies: &[&Arc<Policy>], facts: &Facts<'_>) -> Result<(), Denied> {
+fn decide(policies: &[&Arc<Policy>], facts: &ConnectionFacts<'_>) -> Result<(), Denied> {
     let by = |action| policies.iter().filter(move |policy| policy.action == action);
     if let Some(deny) = by(Action::Deny).find(|policy| policy.matches(facts)) {
         return Err(Denied::ByPolicy(deny.key.clone()));

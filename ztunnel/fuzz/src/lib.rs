@@ -59,8 +59,8 @@ fn authority(data: &[u8]) {
 /// The lines of a peer's `baggage`.
 fn header_baggage(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    let told = baggage::parse(text.split('\n'));
-    for value in [&told.cluster_id, &told.namespace, &told.workload_name, &told.service_name] {
+    let parsed = baggage::parse(text.split('\n'));
+    for value in [&parsed.cluster_id, &parsed.namespace, &parsed.workload_name, &parsed.service_name] {
         assert!(value.as_ref().is_none_or(|value| !value.is_empty()), "an empty value is none");
     }
 }

@@ -308,9 +308,9 @@ fn tls(settings: &RawSettings) -> Result<TlsConfig, ConfigError> {
 
 fn workers(settings: &RawSettings) -> NonZeroUsize {
     let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-    let asked = settings.get("workers").and_then(|text| value::workers(text, cores.get()));
+    let configured = settings.get("workers").and_then(|text| value::workers(text, cores.get()));
     let default = cores.min(const { NonZeroUsize::new(MAX_DEFAULT_WORKERS).unwrap() });
-    asked.and_then(NonZeroUsize::new).unwrap_or(default)
+    configured.and_then(NonZeroUsize::new).unwrap_or(default)
 }
 
 fn keepalive(settings: &RawSettings) -> Result<Option<KeepaliveConfig>, ConfigError> {

@@ -126,11 +126,11 @@ fn who_signs() {
     assert_eq!(ca.address, "https://istiod:15012");
     assert_eq!(ca.token, Token::Literal("a.b.c".to_owned()));
     assert_eq!(ca.headers.0, BTreeMap::from([("X_TENANT".to_owned(), "7".to_owned())]));
-    // In a cluster the development CA must have been asked for.
+    // In a cluster the development CA must have been chosen.
     let in_cluster = ("KUBERNETES_SERVICE_HOST", "10.0.0.1");
     assert_eq!(service(&[in_cluster]).address, "https://istiod.istio-system.svc:15012");
-    for asked in [("DEVELOPMENT_CA_DIR", "/ca"), ("FAKE_CA", "true")] {
-        assert!(matches!(config(&[in_cluster, asked]).unwrap().ca, CaConfig::Development { .. }));
+    for chosen in [("DEVELOPMENT_CA_DIR", "/ca"), ("FAKE_CA", "true")] {
+        assert!(matches!(config(&[in_cluster, chosen]).unwrap().ca, CaConfig::Development { .. }));
     }
     let both = [("FAKE_CA", "true"), ("CA_ADDRESS", "https://ca:1")];
     assert!(matches!(config(&both).unwrap().ca, CaConfig::Development { .. }));

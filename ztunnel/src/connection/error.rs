@@ -20,7 +20,7 @@ use crate::{
 /// Why an outbound connection failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OutboundError {
-    #[error("cannot tell what was dialled")]
+    #[error("cannot find out what was dialled")]
     OriginalDst(#[source] io::Error),
     #[error("attempted recursive call to ourselves")]
     Recursive,

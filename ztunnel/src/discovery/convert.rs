@@ -21,7 +21,7 @@ use crate::{
         GatewayAddress, GatewayDestination, InvalidKey, Policy, PolicyKey, Protocol, Service, ServiceKey,
         Workload,
         gateways::WeightedWaypoint,
-        policies::{Action, Clause, Match, Rule, Scope, ServiceAccountMatch, StringMatch},
+        policies::{Action, Clause, Match, PolicyScope, Rule, ServiceAccountMatch, StringMatch},
         services::{
             AppProtocol, HealthPolicy, IpFamilies, LbMode, LbScope, LoadBalancing, PortMap, Visibility,
         },
@@ -199,9 +199,9 @@ pub(super) fn policy(sent: security::Authorization) -> Result<Policy, InvalidRes
     Ok(Policy {
         rules: sent.rules.into_iter().map(rule).collect::<Result<_, InvalidResource>>()?,
         scope: match known(sent.scope, "scope")? {
-            security::Scope::Global => Scope::Global,
-            security::Scope::Namespace => Scope::Namespace,
-            security::Scope::WorkloadSelector => Scope::WorkloadSelector,
+            security::Scope::Global => PolicyScope::Global,
+            security::Scope::Namespace => PolicyScope::Namespace,
+            security::Scope::WorkloadSelector => PolicyScope::WorkloadSelector,
         },
         action: match known(sent.action, "action")? {
             security::Action::Allow => Action::Allow,

@@ -112,7 +112,7 @@ async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) 
     tokio::pin!(last);
     loop {
         tokio::select! {
-            // Not `try_recv_from`, which looks only at what the runtime was told, and leaves what came since.
+            // Not `try_recv_from`, which looks only at what the runtime has seen, and leaves what came since.
             received = udp.recv_from(&mut buffer) => match received {
                 Ok((length, client)) => pod_dns.datagram(&udp, &buffer[..length], client, &mut tasks),
                 Err(_) => break,
@@ -229,9 +229,9 @@ impl PodDns {
         let metrics = &self.context.process.metrics.dns;
         metrics.upstream_requests.get_or_create(&labels).inc();
         let started = Instant::now();
-        let asked = forward::ask(&self.pod, &self.context.resolvers, query, transport).await;
+        let reply = forward::ask(&self.pod, &self.context.resolvers, query, transport).await;
         metrics.upstream_duration.get_or_create(&labels).observe(started.elapsed().as_secs_f64());
-        asked
+        reply
             .inspect_err(|error| {
                 metrics.upstream_failures.get_or_create(&labels).inc();
                 let error: &dyn std::error::Error = error;

@@ -60,11 +60,11 @@ impl LastActivity {
                 return;
             }
             loop {
-                let asked = Instant::now();
+                let pinged = Instant::now();
                 match timeout(PATIENCE, poll_fn(|cx| pings.poll_pong(cx))).await {
                     Ok(Ok(_)) => break,
                     // The answer is late, but other data arrived.
-                    Err(_) if self.since(asked) => {}
+                    Err(_) if self.since(pinged) => {}
                     Ok(Err(_)) | Err(_) => return,
                 }
             }

@@ -53,7 +53,7 @@ impl Serialize for PolicyKey {
 #[serde(rename_all = "camelCase")]
 pub struct Policy {
     pub(crate) key: PolicyKey,
-    pub(crate) scope: Scope,
+    pub(crate) scope: PolicyScope,
     pub(crate) action: Action,
     /// The policy matches if any rule matches. Without rules it matches nothing.
     pub rules: Vec<Rule>,
@@ -63,7 +63,7 @@ pub struct Policy {
 
 /// The workloads that a policy protects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub enum Scope {
+pub enum PolicyScope {
     /// All workloads.
     Global,
     /// The workloads of its own namespace.
@@ -148,7 +148,7 @@ pub struct ServiceAccountMatch {
 
 /// The connection that a policy is evaluated for.
 #[derive(Clone, Copy, Debug)]
-pub struct Facts<'a> {
+pub struct ConnectionFacts<'a> {
     /// Address of the client.
     pub source_ip: IpAddr,
     /// `None` for plaintext, which has no namespace and no principal: matches on these fail.
@@ -161,7 +161,7 @@ pub struct Facts<'a> {
 
 impl Policy {
     /// Whether any rule matches.
-    pub fn matches(&self, facts: &Facts<'_>) -> bool {
+    pub fn matches(&self, facts: &ConnectionFacts<'_>) -> bool {
         // A principal is written without the scheme (Istio: `cluster.local/ns/a/sa/b`).
         let principal = facts.source.map(ToString::to_string);
         let principal = principal.as_deref().and_then(|id| id.strip_prefix("spiffe://"));
@@ -173,7 +173,7 @@ impl Policy {
 }
 
 impl Match {
-    fn matches(&self, facts: &Facts<'_>, principal: Option<&str>) -> bool {
+    fn matches(&self, facts: &ConnectionFacts<'_>, principal: Option<&str>) -> bool {
         let namespace = facts.source.map(|id| &*id.namespace);
         let text = |known: Option<&str>, m: &StringMatch| known.is_some_and(|known| m.accepts(known));
         let account = |m: &ServiceAccountMatch| {
@@ -243,9 +243,11 @@ impl Policies {
     /// The list for this scope, in order of the keys. `None` for policies that workloads name.
     fn scope(&mut self, policy: &Policy) -> Option<&mut Vec<Arc<Policy>>> {
         match policy.scope {
-            Scope::Global => Some(&mut self.global),
-            Scope::Namespace => Some(self.by_namespace.entry(Arc::clone(&policy.key.namespace)).or_default()),
-            Scope::WorkloadSelector => None,
+            PolicyScope::Global => Some(&mut self.global),
+            PolicyScope::Namespace => {
+                Some(self.by_namespace.entry(Arc::clone(&policy.key.namespace)).or_default())
+            }
+            PolicyScope::WorkloadSelector => None,
         }
     }
 }

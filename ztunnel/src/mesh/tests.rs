@@ -168,16 +168,16 @@ fn what_changes_is_all_that_changes_and_a_moved_address_is_its_last_owners() {
         [service("s", "10.96.0.1")],
         [],
     );
-    let told = mesh.with([
+    let updated = mesh.with([
         MeshChange::PutWorkload(workload("a-new", "10.0.0.1")),
         MeshChange::RemoveService(service("s", "10.96.0.1").key()),
     ]);
     let owner =
         |mesh: &Mesh| mesh.workload_by_address("", ip("10.0.0.1")).map(|found| found.name.to_string());
-    assert_eq!((owner(&mesh).as_deref(), owner(&told).as_deref()), (Some("z-old"), Some("a-new")));
-    assert!(told.service_by_vip("", ip("10.96.0.1")).is_none());
-    // Told of again, the old one does not become the new one.
-    let again = told.with([MeshChange::PutWorkload(workload("z-old", "10.0.0.1"))]);
+    assert_eq!((owner(&mesh).as_deref(), owner(&updated).as_deref()), (Some("z-old"), Some("a-new")));
+    assert!(updated.service_by_vip("", ip("10.96.0.1")).is_none());
+    // Sent again, the old one does not become the new one.
+    let again = updated.with([MeshChange::PutWorkload(workload("z-old", "10.0.0.1"))]);
     assert_eq!(owner(&again).as_deref(), Some("a-new"));
     let left = again.with([MeshChange::RemoveWorkload("uid-a-new".into())]);
     assert_eq!(owner(&left).as_deref(), Some("z-old"));

@@ -24,7 +24,7 @@ impl CrlMetrics {
         let help =
             "The total number of peers refused or cut since a certificate of theirs is revoked (unstable)";
         crl.register("policy_rejections", help, self.rejections.clone());
-        let help = "The total number of peers whose certificates could not be told apart by issuer and serial number, so \
+        let help = "The total number of peers whose certificates could not be distinguished by issuer and serial number, so \
                     that no list could name them (unstable)";
         crl.register("untracked_connections", help, self.untracked.clone());
     }

@@ -2,7 +2,7 @@ use std::collections::HashSet;
 
 use super::*;
 use crate::mesh::{
-    policies::{Clause, Match, Rule, Scope, ServiceAccountMatch, StringMatch},
+    policies::{Clause, Match, PolicyScope, Rule, ServiceAccountMatch, StringMatch},
     tests::{ip, workload},
 };
 
@@ -18,7 +18,7 @@ fn nets(text: &str) -> Vec<ipnet::IpNet> {
     vec![text.parse().unwrap()]
 }
 
-fn policy(name: &str, scope: Scope, action: Action, rules: Vec<Vec<Vec<Match>>>) -> Policy {
+fn policy(name: &str, scope: PolicyScope, action: Action, rules: Vec<Vec<Vec<Match>>>) -> Policy {
     let rules =
         rules.into_iter().map(|clauses| Rule(clauses.into_iter().map(Clause).collect())).collect::<Vec<_>>();
     let key = PolicyKey { namespace: "default".into(), name: name.into() };
@@ -27,7 +27,7 @@ fn policy(name: &str, scope: Scope, action: Action, rules: Vec<Vec<Vec<Match>>>)
 
 /// A global policy whose only rule is one match.
 fn only(action: Action, one: Match) -> Policy {
-    policy("p", Scope::Global, action, vec![vec![vec![one]]])
+    policy("p", PolicyScope::Global, action, vec![vec![vec![one]]])
 }
 
 /// From `spiffe://cluster.local/ns/shop/sa/web` at 10.0.0.1, or plaintext from there, to 10.0.0.2:8080.
@@ -164,7 +164,7 @@ fn rules_are_alternatives_clauses_are_all_needed_matches_are_alternatives() {
         (vec![vec![vec![no()]], vec![vec![yes()]]], true),
         (vec![vec![vec![no()]], vec![vec![no()]]], false),
     ] {
-        let allow = policy("p", Scope::Global, Action::Allow, rules.clone());
+        let allow = policy("p", PolicyScope::Global, Action::Allow, rules.clone());
         assert_eq!(checked(vec![allow], false).is_ok(), expected, "{rules:?}");
     }
 }
@@ -173,7 +173,7 @@ fn rules_are_alternatives_clauses_are_all_needed_matches_are_alternatives() {
 fn deny_beats_allow_and_without_allow_policies_all_is_allowed() {
     let everybody = || vec![vec![]];
     let nobody = Vec::new;
-    let of = |name, action, rules| policy(name, Scope::Global, action, rules);
+    let of = |name, action, rules| policy(name, PolicyScope::Global, action, rules);
     let by_deny = Denied::ByPolicy("default/deny".parse().unwrap());
     assert_eq!(by_deny.to_string(), "explicitly denied by: default/deny");
     for (policies, expected) in [
@@ -191,11 +191,11 @@ fn deny_beats_allow_and_without_allow_policies_all_is_allowed() {
 
 #[test]
 fn a_policy_on_trial_decides_nothing() {
-    let trial = |action, rules| Policy { dry_run: true, ..policy("t", Scope::Global, action, rules) };
+    let trial = |action, rules| Policy { dry_run: true, ..policy("t", PolicyScope::Global, action, rules) };
     assert_eq!(checked(vec![trial(Action::Deny, vec![vec![]])], false), Ok(()));
     assert_eq!(checked(vec![trial(Action::Allow, vec![])], false), Ok(()));
     // Neither does it allow what another one refuses.
-    let none = policy("none", Scope::Global, Action::Allow, vec![]);
+    let none = policy("none", PolicyScope::Global, Action::Allow, vec![]);
     assert_eq!(checked(vec![none, trial(Action::Allow, vec![vec![]])], false), Err(Denied::NotAllowed));
 }
 
@@ -218,9 +218,9 @@ fn a_policy_protects_its_scope() {
         refused.map(|workload| workload.name.to_string()).collect()
     };
     let only = |those: &[&str]| those.iter().map(ToString::to_string).collect::<HashSet<_>>();
-    assert_eq!(denied(Scope::Global), only(&["named", "plain", "elsewhere"]));
-    assert_eq!(denied(Scope::Namespace), only(&["named", "plain"]));
-    assert_eq!(denied(Scope::WorkloadSelector), only(&["named"]));
+    assert_eq!(denied(PolicyScope::Global), only(&["named", "plain", "elsewhere"]));
+    assert_eq!(denied(PolicyScope::Namespace), only(&["named", "plain"]));
+    assert_eq!(denied(PolicyScope::WorkloadSelector), only(&["named"]));
 }
 
 #[test]

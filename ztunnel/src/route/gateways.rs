@@ -30,7 +30,7 @@ pub(super) enum Within {
     AnyNetwork,
 }
 
-/// Whether `workload` itself is (one of) what `gateway` names. Told by what it is, not by its identity alone, which
+/// Whether `workload` itself is (one of) what `gateway` names. Decided by what it is, not by its identity alone, which
 /// others may share.
 pub(crate) fn is_gateway(mesh: &MeshView<'_>, workload: &Workload, gateway: &GatewayAddress) -> bool {
     match mesh.gateway(gateway) {

@@ -54,8 +54,8 @@ fn at(destination: &str) -> GatewayAddress {
     GatewayAddress { destination: destination.parse().unwrap(), hbone_mtls_port: 15008 }
 }
 
-/// How a peer is asked.
-fn asked(route: &OutboundRoute) -> (String, &str, String) {
+/// The peer that is dialled, the `:authority` and the identity that is expected.
+fn request_of(route: &OutboundRoute) -> (String, &str, String) {
     let Via::Hbone { peer, authority, expected } = &route.via else { panic!("{:?}", route.via) };
     (peer.to_string(), authority, expected.iter().map(ToString::to_string).collect())
 }
@@ -261,7 +261,7 @@ fn a_service_that_is_passed_through_keeps_the_dialled_address() {
     let mesh = mesh_with(passed("10.0.0.2"), unchanged, ["10.0.0.1", "10.0.0.2"]);
     let route = routed(&mesh, "10.0.0.2:9999").unwrap();
     assert_eq!(
-        asked(&route),
+        request_of(&route),
         ("10.0.0.2:15008".into(), "10.0.0.2:9999", route.workload.as_ref().unwrap().identity().to_string())
     );
     assert_eq!(&*route.service.unwrap().name, "web");
@@ -307,6 +307,6 @@ fn an_endpoint_known_by_name_alone_is_to_be_looked_up() {
     let OutboundDecision::Unlocated(unlocated) = found else { panic!("{found:?}") };
     assert_eq!(&*unlocated.hostname, "db.example");
     let route = unlocated.located(ip("192.0.2.7"));
-    assert_eq!(asked(&route).0, "192.0.2.7:15008");
-    assert_eq!(asked(&route).1, "192.0.2.7:8080");
+    assert_eq!(request_of(&route).0, "192.0.2.7:15008");
+    assert_eq!(request_of(&route).1, "192.0.2.7:8080");
 }

@@ -66,9 +66,17 @@ mod tests {
             assert_eq!(&*known_as(network, true).unwrap().name, "near-0", "{network:?}");
         }
         for network in [Some("west"), Some("")] {
-            let told = known_as(network, true).unwrap();
-            assert_eq!((&*told.workload_name, &*told.canonical_name), ("far", "shop"), "{network:?}");
-            assert_eq!((&*told.namespace, &*told.locality.region), ("shop", "r"), "the namespace is proven");
+            let described = known_as(network, true).unwrap();
+            assert_eq!(
+                (&*described.workload_name, &*described.canonical_name),
+                ("far", "shop"),
+                "{network:?}"
+            );
+            assert_eq!(
+                (&*described.namespace, &*described.locality.region),
+                ("shop", "r"),
+                "the namespace is proven"
+            );
             assert!(known_as(network, false).is_none());
         }
     }

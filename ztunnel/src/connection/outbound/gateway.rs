@@ -38,8 +38,8 @@ pub(super) async fn carry(
     metrics.connected(Direction::Outbound.as_str(), began.elapsed());
     if accepted.worker.process.config.response_baggage {
         let lines = inner.response.headers().get_all(BAGGAGE).iter();
-        let told = baggage::parse(lines.filter_map(|value| value.to_str().ok()));
-        ends.destination_workload = Some(Arc::new(told.into_workload(inner.identity.as_ref())));
+        let described = baggage::parse(lines.filter_map(|value| value.to_str().ok()));
+        ends.destination_workload = Some(Arc::new(described.into_workload(inner.identity.as_ref())));
     }
     ends.destination_identity = inner.identity;
     let record = ConnectionRecord::open_since(&metrics, ends, began);

@@ -153,7 +153,7 @@ fn a_policy_is_whole_or_refused() {
     let read = policy(with(sent)).unwrap();
     assert_eq!(
         (read.scope, read.action, read.key.to_string()),
-        (Scope::Namespace, Action::Deny, "demo/p".to_owned())
+        (PolicyScope::Namespace, Action::Deny, "demo/p".to_owned())
     );
     let one = &read.rules[0].0[0].0[0];
     assert_eq!(one.not_principals, [StringMatch::Presence]);

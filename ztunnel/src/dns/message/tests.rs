@@ -175,8 +175,8 @@ fn no_bytes_are_too_strange() {
 
 #[test]
 fn only_the_answer_to_the_same_question_counts() {
-    let asked = query("www.Example.org.", RecordType::A);
-    let bytes = asked.to_vec().unwrap();
+    let sent = query("www.Example.org.", RecordType::A);
+    let bytes = sent.to_vec().unwrap();
     let encoded = |message: Message| message.to_vec().unwrap();
     let good = reply(&query("www.eXample.org.", RecordType::A), ResponseCode::NoError);
     assert!(answers(&bytes, &encoded(good.clone())));
@@ -201,13 +201,12 @@ fn only_the_answer_to_the_same_question_counts() {
 
 #[test]
 fn an_error_repeats_the_question() {
-    let asked = query("www.example.org.", RecordType::A);
-    let failed =
-        Message::from_vec(&error(&asked.to_vec().unwrap(), ResponseCode::ServFail).unwrap()).unwrap();
+    let sent = query("www.example.org.", RecordType::A);
+    let failed = Message::from_vec(&error(&sent.to_vec().unwrap(), ResponseCode::ServFail).unwrap()).unwrap();
     assert_eq!(failed.metadata.response_code, ResponseCode::ServFail);
-    assert_eq!((failed.metadata.id, failed.queries), (4711, asked.queries.clone()));
+    assert_eq!((failed.metadata.id, failed.queries), (4711, sent.queries.clone()));
     assert_eq!(
-        code(&error(&asked.to_vec().unwrap(), ResponseCode::ServFail).unwrap()),
+        code(&error(&sent.to_vec().unwrap(), ResponseCode::ServFail).unwrap()),
         ResponseCode::ServFail
     );
 }

@@ -18,7 +18,7 @@ use crate::config::{RootSource, Token};
 
 const NAME: &str = "istiod.test";
 
-/// A certificate service that checks what it is asked.
+/// A certificate service that checks its requests.
 struct TestCa {
     issuer: CertifiedIssuer<'static, KeyPair>,
     answer: Answer,
@@ -45,10 +45,10 @@ impl IstioCertificateService for TestCa {
         assert_eq!(header("x-tenant"), "7");
         let request = request.into_inner();
         assert_eq!(request.validity_duration, 3600);
-        let asked = request.metadata.unwrap().fields["ImpersonatedIdentity"].clone();
+        let impersonated = request.metadata.unwrap().fields["ImpersonatedIdentity"].clone();
         let mut csr = CertificateSigningRequestParams::from_pem(&request.csr).unwrap();
         let SanType::URI(san) = &csr.params.subject_alt_names[0] else { panic!("no URI") };
-        assert_eq!(asked.kind, Some(Kind::StringValue(san.to_string())));
+        assert_eq!(impersonated.kind, Some(Kind::StringValue(san.to_string())));
         if let Answer::WithSan(other) = self.answer {
             csr.params.subject_alt_names = vec![SanType::URI(other.try_into().unwrap())];
         }

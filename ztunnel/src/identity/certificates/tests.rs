@@ -16,8 +16,8 @@ struct Scripted {
 
 #[derive(Default)]
 struct Script {
-    /// Every identity asked for, in order.
-    asked: Mutex<Vec<Identity>>,
+    /// Every identity that was requested, in order.
+    requested: Mutex<Vec<Identity>>,
     under_way: AtomicUsize,
     most_under_way: AtomicUsize,
     broken: std::sync::atomic::AtomicBool,
@@ -25,8 +25,8 @@ struct Script {
 }
 
 impl Script {
-    fn asked(&self) -> usize {
-        self.asked.lock().unwrap().len()
+    fn requested(&self) -> usize {
+        self.requested.lock().unwrap().len()
     }
 
     fn break_it(&self, broken: bool) {
@@ -37,7 +37,7 @@ impl Script {
 impl Authority for Scripted {
     fn issue(&self, identity: &Identity) -> Issuing {
         let script = Arc::clone(&self.script);
-        script.asked.lock().unwrap().push(identity.clone());
+        script.requested.lock().unwrap().push(identity.clone());
         let now = script.under_way.fetch_add(1, Ordering::Relaxed) + 1;
         script.most_under_way.fetch_max(now, Ordering::Relaxed);
         let signing = self.ca.issue(identity);
@@ -97,7 +97,7 @@ async fn many_who_wait_share_one_fetch() {
     assert!(got.iter().all(Result::is_ok));
     assert!(Arc::ptr_eq(got[0].as_ref().unwrap(), got[2].as_ref().unwrap()));
     bench.certificates.get(&ids[0]).await.unwrap();
-    assert_eq!(bench.script.asked(), 2);
+    assert_eq!(bench.script.requested(), 2);
 }
 
 #[tokio::test(start_paused = true)]
@@ -117,7 +117,7 @@ async fn a_failing_renewal_keeps_what_is_valid_until_it_expires() {
     let first = bench.certificates.get(&identity("a")).await.unwrap();
     bench.script.break_it(true);
     tokio::time::sleep(Duration::from_mins(50)).await;
-    assert!(bench.script.asked() > 5, "tried again only {} times", bench.script.asked());
+    assert!(bench.script.requested() > 5, "tried again only {} times", bench.script.requested());
     let kept = bench.certificates.get(&identity("a")).await.unwrap();
     assert!(Arc::ptr_eq(&first, &kept));
     assert!(bench.certificates.list()[0].error.is_some());
@@ -138,11 +138,11 @@ async fn a_failed_fetch_is_told_at_once_and_retried_by_itself() {
     for _ in 0..20 {
         bench.certificates.get(&identity("a")).await.unwrap_err();
     }
-    assert_eq!(bench.script.asked(), 1, "asking does not hurry it");
+    assert_eq!(bench.script.requested(), 1, "asking does not hurry it");
     bench.script.break_it(false);
     tokio::time::sleep(Duration::from_secs(2)).await;
     bench.certificates.get(&identity("a")).await.unwrap();
-    assert_eq!(bench.script.asked(), 2);
+    assert_eq!(bench.script.requested(), 2);
 }
 
 #[tokio::test(start_paused = true)]
@@ -154,8 +154,8 @@ async fn eight_fetches_at_a_time_and_who_waits_comes_first() {
     }
     tokio::time::sleep(Duration::from_millis(100)).await;
     bench.certificates.get(&identity("urgent")).await.unwrap();
-    let asked = bench.script.asked.lock().unwrap().clone();
-    assert_eq!(asked.iter().position(|id| *id == identity("urgent")), Some(8));
+    let requested = bench.script.requested.lock().unwrap().clone();
+    assert_eq!(requested.iter().position(|id| *id == identity("urgent")), Some(8));
     assert_eq!(bench.script.most_under_way.load(Ordering::Relaxed), 8);
 }
 
@@ -169,7 +169,7 @@ async fn who_is_forgotten_is_not_renewed() {
     tokio::time::sleep(HOUR).await;
     let known = bench.certificates.list();
     assert_eq!(known.len(), 1);
-    let of_b = bench.script.asked.lock().unwrap().iter().filter(|id| **id == identity("b")).count();
+    let of_b = bench.script.requested.lock().unwrap().iter().filter(|id| **id == identity("b")).count();
     assert_eq!(of_b, 1);
 }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, de::IgnoredAny};
 use super::{LocalFileError, check::from_text, invalid};
 use crate::mesh::{
     Policy, PolicyKey,
-    policies::{Action, Clause, Match, Rule, Scope, ServiceAccountMatch, StringMatch},
+    policies::{Action, Clause, Match, PolicyScope, Rule, ServiceAccountMatch, StringMatch},
 };
 
 /// A policy as it is written.
@@ -91,9 +91,9 @@ impl PolicyEntry {
         Ok(Policy {
             rules: self.rules.into_iter().map(rule).collect::<Result<_, LocalFileError>>()?,
             scope: match self.scope {
-                ScopeEntry::Global => Scope::Global,
-                ScopeEntry::Namespace => Scope::Namespace,
-                ScopeEntry::WorkloadSelector => Scope::WorkloadSelector,
+                ScopeEntry::Global => PolicyScope::Global,
+                ScopeEntry::Namespace => PolicyScope::Namespace,
+                ScopeEntry::WorkloadSelector => PolicyScope::WorkloadSelector,
             },
             action: match self.action {
                 ActionEntry::Allow => Action::Allow,

@@ -5,7 +5,7 @@ use tokio::time::timeout;
 use super::*;
 use crate::mesh::{
     PolicyKey, Protocol, ServiceKey,
-    policies::{Action, Clause, Match, Rule, Scope, ServiceAccountMatch, StringMatch},
+    policies::{Action, Clause, Match, PolicyScope, Rule, ServiceAccountMatch, StringMatch},
     services::{AppProtocol, HealthPolicy, LbMode, LbScope, PortMap, Visibility},
     tests::ip,
 };
@@ -98,7 +98,10 @@ fn every_key_of_the_format_is_understood() {
     assert_eq!(mesh.endpoints(&key).len(), 1);
 
     let policy = mesh.policy(&"default/one".parse().unwrap()).unwrap();
-    assert_eq!((policy.scope, policy.action, policy.dry_run), (Scope::WorkloadSelector, Action::Deny, true));
+    assert_eq!(
+        (policy.scope, policy.action, policy.dry_run),
+        (PolicyScope::WorkloadSelector, Action::Deny, true)
+    );
     let [Rule(clauses)] = &policy.rules[..] else { panic!("{:?}", policy.rules) };
     let [Clause(matches), Clause(empty)] = &clauses[..] else { panic!("{clauses:?}") };
     assert!(empty.is_empty());

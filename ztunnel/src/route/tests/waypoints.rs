@@ -25,7 +25,7 @@ fn a_pods_waypoint_is_asked_for_the_pods_address() {
     for name in NAMES {
         let mesh = with_waypoint(|_, pod| pod.waypoint = Some(at(name)));
         let route = routed(&mesh, "10.0.0.1:9999").unwrap();
-        assert_eq!(asked(&route), ("10.0.8.8:15008".into(), "10.0.0.1:9999", WAYPOINT.into()), "{name}");
+        assert_eq!(request_of(&route), ("10.0.8.8:15008".into(), "10.0.0.1:9999", WAYPOINT.into()), "{name}");
         assert_eq!(&*route.workload.unwrap().name, "waypoint-0");
         assert!(route.service.is_none());
     }
@@ -36,11 +36,11 @@ fn a_services_waypoint_is_asked_for_the_services_address() {
     for name in NAMES {
         let mesh = with_waypoint(|web, _| web.waypoint = Some(at(name)));
         let route = routed(&mesh, "10.96.0.1:80").unwrap();
-        assert_eq!(asked(&route), ("10.0.8.8:15008".into(), "10.96.0.1:80", WAYPOINT.into()), "{name}");
+        assert_eq!(request_of(&route), ("10.0.8.8:15008".into(), "10.96.0.1:80", WAYPOINT.into()), "{name}");
         assert_eq!(&*route.service.unwrap().name, "web");
         // The pod itself has none.
         let direct = routed(&mesh, "10.0.0.1:80").unwrap();
-        assert_eq!(asked(&direct).0, "10.0.0.1:15008");
+        assert_eq!(request_of(&direct).0, "10.0.0.1:15008");
     }
 }
 
@@ -50,14 +50,14 @@ fn a_waypoint_may_be_a_workload_with_a_host_name() {
     pod.waypoint = Some(at("default/waypoint.example"));
     let named = but(waypoint_pod(), |common| common.hostname = Some("waypoint.example".into()));
     let mesh = Mesh::new([pod, named], [], []);
-    assert_eq!(asked(&routed(&mesh, "10.0.0.1:80").unwrap()).0, "10.0.8.8:15008");
+    assert_eq!(request_of(&routed(&mesh, "10.0.0.1:80").unwrap()).0, "10.0.8.8:15008");
 }
 
 #[test]
 fn traffic_to_a_service_never_uses_a_pods_waypoint() {
     let mesh = with_waypoint(|_, pod| pod.waypoint = Some(at("/10.0.8.8")));
     let route = routed(&mesh, "10.96.0.1:80").unwrap();
-    assert_eq!(asked(&route).0, "10.0.0.1:15008");
+    assert_eq!(request_of(&route).0, "10.0.0.1:15008");
 }
 
 #[test]
@@ -69,7 +69,7 @@ fn what_a_waypoint_sends_is_not_sent_back_to_it() {
         });
         let mut rng = StdRng::seed_from_u64(7);
         let mut from = |source: &Workload, to: &str| {
-            asked(&outbound(&mesh, source, to.parse().unwrap(), &mut rng).unwrap()).0
+            request_of(&outbound(&mesh, source, to.parse().unwrap(), &mut rng).unwrap()).0
         };
         for to in ["10.0.0.1:8080", "10.96.0.1:80"] {
             assert_eq!(from(&waypoint_pod(), to), "10.0.0.1:15008", "{name}");
@@ -98,7 +98,7 @@ fn waypoints_share_by_weight_and_without_weights_the_single_one_takes_all() {
         for _ in 0..2000 {
             let to = "10.96.0.1:80".parse().unwrap();
             let key = match outbound(&mesh, &workload("client", "10.0.9.9"), to, &mut rng) {
-                Ok(route) => asked(&route).0,
+                Ok(route) => request_of(&route).0,
                 Err(error) => error.reason().to_string(),
             };
             *count.entry(key).or_insert(0_u32) += 1;
@@ -146,7 +146,7 @@ fn a_waypoint_of_another_network_is_out_of_reach() {
         assert_eq!(error.reason(), FailureReason::NoWaypoint, "{name}");
         if !name.starts_with("east") {
             let route = routed(&mesh(&[&far, &near]), "10.0.0.1:80").unwrap();
-            assert_eq!(asked(&route).0, "10.0.8.9:15008", "{name}");
+            assert_eq!(request_of(&route).0, "10.0.8.9:15008", "{name}");
         }
     }
 }
