@@ -233,7 +233,7 @@ impl Agent {
     fn on_tunnel(&mut self, event: ZdsEvent) {
         match event {
             ZdsEvent::Hello { conn, pid, admission } => {
-                let pod_at = |dir: &Path| self.pods.owner(dir).map(|entry| entry.view.pod.name.clone());
+                let pod_at = |dir: &Path| self.pods.owner(dir).map(|entry| Arc::clone(&entry.view.pod));
                 if self.applier.admit_tunnel(conn, pid, admission, &self.layout, pod_at) {
                     self.queue.reconcile_all();
                 }
@@ -262,7 +262,6 @@ impl Agent {
                     self.adoption.end();
                 }
                 self.queue.reconcile_all();
-                self.applier.detach_unused_tunnels(self.adoption.tunnels());
             }
         }
     }
@@ -279,6 +278,9 @@ impl Agent {
         let now = Instant::now();
         if self.pods.is_synced() && self.adoption.end_if_over(now) {
             self.applier.end_adoption();
+            self.queue.reconcile_all();
+        }
+        if self.applier.detach_unused_tunnels(self.adoption.tunnels(), now) {
             self.queue.reconcile_all();
         }
         self.queue.reconcile(self.pods.end_grace_periods(now));
@@ -339,7 +341,7 @@ impl Agent {
         let Planned { plan, before } =
             planning::plan_pods(&uids, &mut self.pods, &self.applier, &self.adoption, &self.config, now);
         let tunnels: BTreeSet<CgroupId> =
-            self.applier.tunnels.cgroup_ids().union(self.adoption.tunnels()).copied().collect();
+            self.applier.tunnel_cgroups().union(self.adoption.tunnels()).copied().collect();
         let scope = match work {
             Work::All => DiffScope::All { tunnels: &tunnels },
             Work::Pods(_) => DiffScope::Pods { before: &before },

@@ -25,6 +25,7 @@ use tokio::sync::oneshot;
 use tracing::{debug, error, warn};
 
 use crate::{
+    model::pod::Pod,
     observe::{cgroups::CgroupId, netns::Visitors},
     plan::{
         Plan, Reason,
@@ -39,7 +40,7 @@ use self::{
     maps::AppliedMaps,
     netns::{NetnsReport, NetnsTools, SteeredNetns},
     settings::KernelSettings,
-    tunnel_cgroups::CgroupLayout,
+    tunnel_cgroups::{CgroupLayout, UnusedTunnelCgroups},
     tunnels::Tunnels,
     zds_server::{Admission, ConnId},
 };
@@ -77,6 +78,7 @@ pub struct Applier {
     pub(crate) app_listeners: AppListeners,
     /// Connected tunnels.
     pub(crate) tunnels: Tunnels,
+    unused_tunnel_cgroups: UnusedTunnelCgroups,
     journal: Journal,
     visitors: Arc<Visitors>,
     /// What the node as a whole lacks, as sentences.
@@ -112,6 +114,7 @@ impl Applier {
             draining: DrainingNetns::default(),
             app_listeners: AppListeners::default(),
             tunnels: Tunnels::default(),
+            unused_tunnel_cgroups: UnusedTunnelCgroups::default(),
             kernel,
             journal,
             visitors,
@@ -221,7 +224,8 @@ impl Applier {
     /// When [`Self::do_due`] or a retry has something to do next.
     #[must_use]
     pub fn next_due(&self, now: Instant) -> Option<Instant> {
-        [self.tunnels.next_retry(), self.draining.next_check(now), self.app_listeners.due()]
+        let unused = self.unused_tunnel_cgroups.next_check().map(|at| at.max(now));
+        [self.tunnels.next_retry(), self.draining.next_check(now), self.app_listeners.due(), unused]
             .into_iter()
             .flatten()
             .min()
@@ -233,7 +237,7 @@ impl Applier {
     }
 
     /// Admits the tunnel of process `pid` if it runs in a cgroup of its own. `pod_at` gives the
-    /// name of the pod that owns a directory. Whether it was admitted; if not, its connection is
+    /// pod that owns a directory. Whether it was admitted; if not, its connection is
     /// closed.
     pub(crate) fn admit_tunnel(
         &mut self,
@@ -241,7 +245,7 @@ impl Applier {
         pid: i32,
         admission: oneshot::Sender<Admission>,
         layout: &CgroupLayout,
-        pod_at: impl FnOnce(&Path) -> Option<String>,
+        pod_at: impl FnOnce(&Path) -> Option<Arc<Pod>>,
     ) -> bool {
         let attached = layout.find_tunnel(pid, pod_at).and_then(|cgroup: PathBuf| {
             tunnel_cgroups::attach(&cgroup, &mut self.kernel, &mut self.journal, &mut self.maps)
@@ -279,14 +283,20 @@ impl Applier {
             warn!("no tunnel reconnected after the restart");
             self.settings.set_tunnel_up(&mut self.kernel, false);
         }
-        self.detach_unused_tunnels(&BTreeSet::new());
     }
 
     /// Detaches the programs from the cgroups of tunnels that are gone, except for those in
-    /// `adopted`.
-    pub fn detach_unused_tunnels(&mut self, adopted: &BTreeSet<CgroupId>) {
+    /// `adopted`, as soon as no socket can be left of them. Whether any was detached, and has to
+    /// lose its map entry.
+    pub fn detach_unused_tunnels(&mut self, adopted: &BTreeSet<CgroupId>, now: Instant) -> bool {
         let used = self.tunnels.cgroup_ids().union(adopted).copied().collect();
-        tunnel_cgroups::detach_unused(&used, &mut self.kernel, &mut self.journal);
+        self.unused_tunnel_cgroups.detach(&used, &mut self.kernel, &mut self.journal, now)
+    }
+
+    /// The cgroups that are tunnels', also of tunnels that are gone and may have left sockets.
+    #[must_use]
+    pub fn tunnel_cgroups(&self) -> BTreeSet<CgroupId> {
+        self.journal.tunnels().keys().copied().collect()
     }
 
     /// Restores every prepared netns at once, whatever still uses it, and removes links and maps.

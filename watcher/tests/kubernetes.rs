@@ -5,7 +5,7 @@ use std::fs;
 use serde_json::json;
 use testbed::{
     api_node::{ApiNode, REDIRECTION},
-    fakes::Received,
+    fakes::{FakeTunnel, Received},
     program::binary,
     wait::wait_for,
     watcher_node::WatcherNode,
@@ -92,6 +92,41 @@ fn a_pod_of_an_enrolled_namespace_is_closed_before_its_first_process() {
     node.report(number);
     node.wait_annotation("new", Some("enabled"));
     node.wait_state("new", "open", "");
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn a_tunnel_may_run_in_a_pod_of_its_own_service_account_and_in_no_other() {
+    let mut node = ApiNode::new(&json!({}));
+    let label = json!({"istio.io/dataplane-mode": "ambient"});
+    node.pod("app", &json!({"metadata": {"labels": label}}));
+    let account = |name: &str| json!({"spec": {"serviceAccountName": name}});
+    node.api.service_account(&node.namespace, "ztunnel");
+    let (own, _) = node.pod("tunnel", &account("ztunnel"));
+    let (other, _) = node.pod("other", &account("default"));
+    node.host.start(&["--tunnel-account", &format!("{}/ztunnel", node.namespace)]);
+    node.wait_ready();
+    let connect = |node: &ApiNode, number: usize| {
+        let container = node.host.pods[number].cgroup.join("container");
+        FakeTunnel::connect(&node.host.zds(), Some(&container)).of_namespace(&node.namespace)
+    };
+
+    assert_eq!(connect(&node, other).receive(), Received::Closed);
+    let reason = node.host.status()["rejected_tunnel"].clone();
+    assert_eq!(reason["code"], "tunnel_cgroup_shared");
+    let expected = format!("{0}/default, expected {0}/ztunnel", node.namespace);
+    assert!(reason["text"].as_str().expect("a text").contains(&expected), "{reason}");
+
+    // A pod that is to be enrolled is no tunnel, whatever its account.
+    let labelled = json!({"metadata": {"labels": label}, "spec": {"serviceAccountName": "ztunnel"}});
+    let (enrolled, _) = node.pod("enrolled", &labelled);
+    node.wait_state("enrolled", "closed", "no_tunnel");
+    assert_eq!(connect(&node, enrolled).receive(), Received::Closed);
+    node.api.delete_pod(&node.namespace, "enrolled");
+    wait_for("the pod to be gone", || node.find("enrolled").is_none());
+
+    let _tunnel = connect(&node, own).take_all();
+    node.wait_state("app", "open", "");
 }
 
 #[test]

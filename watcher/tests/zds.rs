@@ -174,15 +174,43 @@ fn a_pod_is_open_as_long_as_one_tunnel_serves_it() {
         (node.status()["tunnels"].as_array().unwrap().len() == 1).then_some(())
     });
     node.wait_state(pod, "open", "");
-    let of_tunnel = |node: &WatcherNode| {
-        node.pins().iter().filter(|pin| pin.to_string_lossy().contains("links/tunnel-")).count()
-    };
-    let links = of_tunnel(&node);
     drop(second);
     node.wait_state(pod, "closed", "no_tunnel");
-    wait_for("the tunnel's links to be removed", || links > 0 && of_tunnel(&node) == 0);
     node.write_pods(&[true], "  failMode: open\n");
     node.wait_state(pod, "bypassed", "no_tunnel");
+}
+
+/// The kernel runs the programs for the sockets that a tunnel still has after its ZDS connection.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_tunnels_programs_stay_until_its_cgroup_is_gone() {
+    let mut node = WatcherNode::new();
+    let pod = node.pod("a");
+    node.write_pods(&[true], "");
+    node.start(&[]);
+    let dir = node.cgroup.create("passing-tunnel");
+    let id = fs::metadata(&dir).unwrap().ino();
+    let of_tunnel = |node: &WatcherNode| {
+        let pins = node.pins();
+        let own = format!("-{id}-");
+        pins.iter()
+            .filter(|pin| pin.to_string_lossy().contains("links/tunnel-"))
+            .filter(|pin| pin.to_string_lossy().contains(&own))
+            .count()
+    };
+    let tunnel = FakeTunnel::connect(&node.zds(), Some(&dir));
+    tunnel.take_snapshot();
+    node.wait_state(pod, "open", "");
+    let links = of_tunnel(&node);
+    assert!(links > 0);
+    drop(tunnel);
+    node.wait_state(pod, "closed", "no_tunnel");
+    // Another tunnel comes and goes, elsewhere.
+    drop(FakeTunnel::connect(&node.zds(), Some(&node.cgroup.join("other-tunnel"))));
+    wait_for("no tunnel", || node.status()["tunnels"].as_array().unwrap().is_empty().then_some(()));
+    assert_eq!(of_tunnel(&node), links);
+    testbed::cgroup::remove(&dir);
+    wait_for("the tunnel's links to be removed", || of_tunnel(&node) == 0);
 }
 
 #[test]
@@ -195,7 +223,7 @@ fn a_tunnel_in_somebody_elses_cgroup_is_rejected() {
     let places = [
         ("contains the pods", node.cgroup.path().to_owned()),
         ("contains the watcher", node.cgroup.join("watcher")),
-        ("is pod a's", node.pods[0].cgroup.join("container")),
+        ("is to be enrolled", node.pods[0].cgroup.join("container")),
     ];
     for (why, cgroup) in places {
         let tunnel = FakeTunnel::connect(&node.zds(), Some(&cgroup));

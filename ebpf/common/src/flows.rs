@@ -40,11 +40,7 @@ impl Destination {
 }
 
 /// A connection as its opener sees it. Key of `original_dst` (value [`Destination`]) and of
-/// `tunnel_flows` (value `u64`: the cookie of the netns that the tunnel's socket lives in).
-///
-/// A flow in `tunnel_flows` passes `sk_lookup` only in the netns that it came from: when the tunnel
-/// dials one pod of the node on behalf of another, the inbound policy of the dialled pod must still
-/// see it.
+/// `tunnel_flows` (value [`TunnelFlow`]).
 ///
 /// In `original_dst` the remote end is the pod's own address (the target of the redirect), which no
 /// two pods of a node share. So a pod can only write keys of its own.
@@ -76,6 +72,33 @@ impl Flow {
     }
 }
 
+/// A connection that the tunnel opened. Value of `tunnel_flows`.
+///
+/// It passes `sk_lookup` only in the netns that it came from: when the tunnel dials one pod of the
+/// node on behalf of another, the inbound policy of the dialled pod must still see it.
+///
+/// It passes only during its handshake, which is all that the kernel looks a listener up for.
+/// Later the ports may be another's: the client's own next connection, or that of another pod with
+/// the client's address, would reach the application without the tunnel. So the entry has an end,
+/// whatever becomes of the socket, of the tunnel and of the program that removes it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
+pub struct TunnelFlow {
+    /// The cookie of the netns that the tunnel's socket is in.
+    pub netns_cookie: u64,
+    /// Until when it passes: nanoseconds of `CLOCK_MONOTONIC`.
+    pub valid_until: u64,
+}
+
+/// How long a SYN and its repetitions pass, in nanoseconds. The tunnel gives up after 10 s.
+pub const SYN_LIFETIME: u64 = 12_000_000_000;
+
+/// How long a flow passes after the tunnel's end is established, in nanoseconds. With SYN cookies
+/// (`tcp_syncookies`) the kernel looks the listener up once more for the ACK, and for what repeats
+/// it when the listener's queue was full.
+pub const ACK_LIFETIME: u64 = 2_000_000_000;
+
 /// What the programs remember of one socket. Value of the socket storage `socket_state`: it lives
 /// and dies with the socket, so the kernel cannot evict it, and no other socket can get it.
 ///
@@ -101,4 +124,4 @@ pub struct SocketState {
     pub pad: u32,
 }
 
-plain_data!(Destination, Flow, SocketState);
+plain_data!(Destination, Flow, SocketState, TunnelFlow);

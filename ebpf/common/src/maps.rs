@@ -5,7 +5,7 @@ use crate::{
     address::Address,
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
     exclusions::{ExcludedCidr, ExcludedPort},
-    flows::{Destination, Flow, SocketState},
+    flows::{Destination, Flow, SocketState, TunnelFlow},
     lifecycle::{Name, PathEvent, ProcessEvent, Scope},
     listeners::{AppListenerState, ListenerKey},
     settings::Settings,
@@ -95,9 +95,10 @@ maps! {
     ORIGINAL_DST = "original_dst", "LRU hash", Flow: "Flow", Destination: "Destination",
         written by "pods' sock_ops program", read by "tunnel's sock_ops program", pinned true, formerly None,
         "Where the opener of a redirected connection wanted to go, until the tunnel accepts it.";
-    TUNNEL_FLOWS = "tunnel_flows", "LRU hash", Flow: "Flow", u64: "netns cookie",
+    TUNNEL_FLOWS = "tunnel_flows", "LRU hash", Flow: "Flow", TunnelFlow: "TunnelFlow",
         written by "tunnel's sock_ops program", read by "sk_lookup program", pinned true, formerly None,
-        "Connections that the tunnel opened, which pass to the application in the netns they came from.";
+        "Connections that the tunnel opens, which pass to the application during their handshake, in the netns \
+         they came from.";
     PINNED_CONNECTIONS = "pinned_connections", "hash", u64: "netns cookie", u64: "count",
         written by "tunnel's sock_ops program; watcher removes", read by "watcher",
         pinned true, formerly Some("deliveries"),

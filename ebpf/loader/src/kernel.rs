@@ -70,12 +70,12 @@ impl Kernel {
         links::attach_tunnel(&self.object, &links::folder(&self.pins), cgroup_dir)
     }
 
-    /// Detaches the programs of a tunnel. Fine if they are not attached, or if the cgroup is gone.
+    /// Detaches the programs of the tunnel whose cgroup was at `cgroup_dir` and had this `id`. Fine if they are not attached, or if the cgroup is gone.
     ///
     /// # Errors
     /// A pin cannot be removed.
-    pub fn detach_tunnel(&mut self, cgroup_dir: &Path) -> Result<(), KernelError> {
-        links::detach_tunnel(&links::folder(&self.pins), cgroup_dir)
+    pub fn detach_tunnel(&mut self, cgroup_dir: &Path, id: u64) -> Result<(), KernelError> {
+        links::detach_tunnel(&links::folder(&self.pins), cgroup_dir, id)
     }
 
     /// Steers what arrives in a pod's netns, by what [`Self::set_netns`] says of it; without that it

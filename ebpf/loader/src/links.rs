@@ -58,9 +58,9 @@ pub(crate) fn attach_tunnel(object: &Ebpf, folder: &Path, cgroup: &Path) -> Resu
     remove_if(folder, |name| name.starts_with(&of_path) && !name.starts_with(&prefix))
 }
 
-/// The cgroup may be gone already: its links are found by its path.
-pub(crate) fn detach_tunnel(folder: &Path, cgroup: &Path) -> Result<(), KernelError> {
-    let prefix = tunnel_prefix(cgroup);
+/// The cgroup may be gone already, and another at its path: its links are found by path and id.
+pub(crate) fn detach_tunnel(folder: &Path, cgroup: &Path, id: u64) -> Result<(), KernelError> {
+    let prefix = format!("{}{id}-", tunnel_prefix(cgroup));
     remove_if(folder, |name| name.starts_with(&prefix))
 }
 

@@ -11,7 +11,8 @@ use std::{
 use adit_ebpf_common::{
     enrolment::flag,
     exclusions::{ExcludedPort, INBOUND as IS_DIALLED, OUTBOUND as DIALS},
-    flows::{Destination, Flow},
+    flows::{ACK_LIFETIME, Destination, Flow, TunnelFlow},
+    trace::{Hook, Rule},
 };
 use adit_ebpf_loader::{Kernel, KernelError, preflight};
 use aya::{
@@ -23,7 +24,7 @@ use aya::{
 use testbed::wait::wait_for;
 
 use crate::rig::{
-    Bpffs, HBONE, INBOUND, OUTBOUND, Rig, address, agent::How, at, cgroups, empty, repeated, sys,
+    Bpffs, HBONE, INBOUND, OUTBOUND, Rig, add_address, address, agent::How, at, cgroups, empty, repeated, sys,
 };
 
 /// Of the pods' cgroup, of a tunnel's, of a netns.
@@ -158,7 +159,7 @@ fn nothing_is_remembered_of_closed_connections() {
         let data = MapData::from_pin(maps.join(name)).unwrap();
         match Map::from_map_data(data).unwrap() {
             Map::LruHashMap(data) if name == "tunnel_flows" => {
-                HashMap::<_, Flow, u64>::try_from(Map::LruHashMap(data)).unwrap().keys().count()
+                HashMap::<_, Flow, TunnelFlow>::try_from(Map::LruHashMap(data)).unwrap().keys().count()
             }
             map => HashMap::<_, Flow, Destination>::try_from(map).unwrap().keys().count(),
         }
@@ -185,6 +186,47 @@ fn nothing_is_remembered_of_closed_connections() {
     // for a minute.
     rig.world.close(world);
     wait_for("closed flows are forgotten", || entries("tunnel_flows") == 0);
+}
+
+/// The end of a tunnel's connection may go unseen, and a connection may stay half open for an hour.
+/// Whoever has its ports then must not reach the application as if it were the tunnel.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_tunnels_flow_passes_during_its_handshake_only() {
+    let mut rig = Rig::new();
+    let flows = rig.bpffs.pins().join("maps/tunnel_flows");
+    let valid_until = || {
+        let map = Map::from_map_data(MapData::from_pin(&flows).unwrap()).unwrap();
+        let map = HashMap::<_, Flow, TunnelFlow>::try_from(map).unwrap();
+        map.iter().map(|entry| entry.unwrap().1.valid_until).max()
+    };
+    // Of CLOCK_BOOTTIME, in steps of 10 ms; no machine is suspended during a test.
+    let now = || {
+        let text = fs::read_to_string("/proc/uptime").unwrap();
+        let centiseconds: u64 = text.split(' ').next().unwrap().replace('.', "").parse().unwrap();
+        centiseconds * 10_000_000
+    };
+    let app = rig.app.listen("[::]:8080");
+    let plain = rig.tunnel.listen(&format!("[::]:{INBOUND}"));
+    let own = at("10.99.0.1", 8080);
+    // The client's address, which the tunnel speaks from.
+    add_address(&rig.app, "10.99.0.77");
+    let dialled = rig.tunnel.dial_from(at("10.99.0.77", 0), own).unwrap();
+    assert_eq!(rig.rules(8080).last(), Some(&(Hook::SkLookup, Rule::NotedFlow)));
+    let accepted = rig.app.accept(app);
+    let until = valid_until().expect("the flow is recorded");
+    assert!(until <= now() + ACK_LIFETIME + 10_000_000, "it is established, and passes no longer than that");
+
+    // As when the tunnel's programs are gone before its sockets.
+    rig.kernel.detach_tunnel(&rig.cgroups.join("tunnel"), rig.cgroups.id("tunnel")).unwrap();
+    rig.app.close(accepted.handle);
+    rig.tunnel.close(dialled.handle);
+    wait_for("the end of the handshake's time", || now() > until);
+    rig.rules(8080);
+    wait_for("the ports to be free", || rig.app.dial_from(dialled.local, own).is_ok());
+    assert_eq!(rig.rules(8080).last(), Some(&(Hook::SkLookup, Rule::SteerPlain)));
+    assert!(rig.app.is_idle(app), "the application got it");
+    rig.tunnel.accept(plain);
 }
 
 /// What needs the netns prepared although its pod left: the tunnel's connections that speak from an
@@ -338,8 +380,9 @@ fn attaching_elsewhere_detaches_here() {
     assert_eq!(pinned(&rig).len(), ALL_LINKS);
     rig.world.listen("0.0.0.0:8080");
     rig.app.dial(How::Tcp, at("10.99.0.2", 8080)).expect("not redirected any more");
-    rig.kernel.detach_tunnel(&rig.cgroups.join("tunnel")).unwrap();
-    rig.kernel.detach_tunnel(&rig.cgroups.join("tunnel")).expect("missing is fine");
+    let tunnel_id = rig.cgroups.id("tunnel");
+    rig.kernel.detach_tunnel(&rig.cgroups.join("tunnel"), tunnel_id).unwrap();
+    rig.kernel.detach_tunnel(&rig.cgroups.join("tunnel"), tunnel_id).expect("missing is fine");
     assert_eq!(pinned(&rig).len(), 12 + 1);
 }
 

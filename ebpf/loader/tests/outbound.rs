@@ -158,7 +158,7 @@ fn who_calls_is_found_by_cgroup() {
     rig.kernel.set_cgroup(inner, &info).unwrap();
     rig.plain.dial(How::Tcp, to).unwrap();
     assert_eq!(rig.rules(8080), [(Hook::Connect4, Rule::Tunnel)]);
-    rig.kernel.detach_tunnel(&dir).unwrap();
+    rig.kernel.detach_tunnel(&dir, inner).unwrap();
 }
 
 /// A browser's renderer, docker in docker: in the pod's cgroup, in a netns of its own.

@@ -9,7 +9,7 @@ use adit_ebpf_common::{
     decide::{ArrivalFacts, ConnectFacts, Facts},
     enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
     exclusions::{ExcludedCidr, ExcludedPort},
-    flows::{Destination, Flow, SocketState},
+    flows::{ACK_LIFETIME, Destination, Flow, SYN_LIFETIME, SocketState, TunnelFlow},
     listeners::{AppListenerState, ListenerKey, MAX_APP_LISTENERS},
     settings::Settings,
     trace::TraceRecord,
@@ -19,7 +19,7 @@ use aya_ebpf::{
     btf_maps::SkStorage,
     helpers::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_sk_release,
-        generated::{bpf_map_lookup_elem, bpf_sk_storage_get, bpf_sock_hash_update},
+        generated::{bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_sk_storage_get, bpf_sock_hash_update},
     },
     macros::{btf_map, map},
     maps::{Array, HashMap, LpmTrie, LruHashMap, RingBuf, SockHash, lpm_trie::Key},
@@ -43,7 +43,7 @@ static EXCLUDED_CIDRS: LpmTrie<ExcludedCidr, u8> = LpmTrie::with_max_entries(655
 #[map(name = "original_dst")]
 static ORIGINAL_DST: LruHashMap<Flow, Destination> = LruHashMap::with_max_entries(65536, 0);
 #[map(name = "tunnel_flows")]
-static TUNNEL_FLOWS: LruHashMap<Flow, u64> = LruHashMap::with_max_entries(65536, 0);
+static TUNNEL_FLOWS: LruHashMap<Flow, TunnelFlow> = LruHashMap::with_max_entries(65536, 0);
 #[map(name = "pinned_connections")]
 static PINNED_CONNECTIONS: HashMap<u64, u64> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
 #[map(name = "tunnel_listeners")]
@@ -255,7 +255,8 @@ impl ArrivalFacts for Arriving<'_> {
     #[inline(always)]
     fn tunnel_flow(&self, flow: &Flow) -> Option<u64> {
         // SAFETY: one writer per key, the socket that has this flow; the value is copied at once.
-        unsafe { TUNNEL_FLOWS.get(flow) }.copied()
+        let found = unsafe { TUNNEL_FLOWS.get(flow) }.copied()?;
+        (now() < found.valid_until).then_some(found.netns_cookie)
     }
 
     #[inline(always)]
@@ -296,7 +297,23 @@ pub fn withdraw_original(flow: &Flow) {
 
 #[inline(always)]
 pub fn record_tunnel_flow(flow: &Flow, netns_cookie: u64) -> Result<(), i32> {
-    TUNNEL_FLOWS.insert(flow, netns_cookie, 0)
+    TUNNEL_FLOWS.insert(flow, TunnelFlow { netns_cookie, valid_until: now() + SYN_LIFETIME }, 0)
+}
+
+/// The tunnel's end of `flow` is established.
+#[inline(always)]
+pub fn shorten_tunnel_flow(flow: &Flow) {
+    let Some(found) = TUNNEL_FLOWS.get_ptr_mut(flow) else { return };
+    // SAFETY: `found` points to an entry of the map, which the kernel frees or reuses only after
+    // this program; its only writer is the socket that has this flow.
+    unsafe { (*found).valid_until = now() + ACK_LIFETIME };
+}
+
+/// `CLOCK_MONOTONIC`, in nanoseconds.
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: the helper takes nothing.
+    unsafe { bpf_ktime_get_ns() }
 }
 
 #[inline(always)]

@@ -20,8 +20,8 @@ use adit_ebpf_common::{
 };
 use aya_ebpf::{
     bindings::{
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_TCP_CONNECT_CB,
-        BPF_SOCK_OPS_TCP_LISTEN_CB,
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB,
     },
     macros::{cgroup_sock, sock_ops},
     programs::{SockContext, SockOpsContext},
@@ -66,9 +66,12 @@ pub fn adit_tunnel_ops(ctx: SockOpsContext) -> u32 {
     match ops.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => record_tunnel_flow(&ops),
         BPF_SOCK_OPS_TCP_LISTEN_CB => register(&ops),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => {
+            if let Some(flow) = ops.flow() {
+                maps::shorten_tunnel_flow(&flow);
+            }
+        }
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(&ops),
-        // Not before the end of the flow: with SYN cookies the ACK looks the listener up once more.
-        // And not after it: another process's connection that reuses the ports must not pass.
         BPF_SOCK_OPS_STATE_CB if ops.is_closing() => closed(&ops),
         _ => (),
     }

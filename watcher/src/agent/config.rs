@@ -1,12 +1,16 @@
 //! What the watcher is configured to do.
 
 use std::{
+    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
 
-use crate::{model::pod::FailMode, observe::events::SourceKind};
+use crate::{
+    model::pod::{FailMode, ServiceAccount},
+    observe::events::SourceKind,
+};
 
 /// The options of `watcher run`, checked.
 #[derive(Clone, Debug)]
@@ -15,6 +19,8 @@ pub struct AgentConfig {
     pub node: String,
     /// Where tunnels connect.
     pub zds_socket: PathBuf,
+    /// Service accounts of pods that a tunnel may run in.
+    pub tunnel_accounts: BTreeSet<ServiceAccount>,
     /// Where commands connect.
     pub status_socket: PathBuf,
     /// Where this node's maps and links are pinned.

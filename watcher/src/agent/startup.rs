@@ -65,6 +65,7 @@ fn layout(config: &AgentConfig) -> CgroupLayout {
     CgroupLayout {
         root: config.cgroup_root.clone(),
         pods: config.attach.clone(),
+        tunnel_accounts: config.tunnel_accounts.clone(),
         own: cgroups::of_process(&config.cgroup_root, pid).ok(),
     }
 }

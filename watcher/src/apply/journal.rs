@@ -16,7 +16,6 @@ use crate::observe::{cgroups::CgroupId, netns::NetnsId};
 
 /// A prepared netns.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct NetnsRecord {
     /// Its device and inode.
     pub id: NetnsId,
@@ -24,15 +23,51 @@ pub struct NetnsRecord {
     pub uid: String,
     /// The sysctls' values before we set them, by path.
     pub sysctls_before: BTreeMap<String, String>,
+    /// What a later version records, kept for it.
+    #[serde(flatten)]
+    unknown: Unknown,
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+impl NetnsRecord {
+    /// A netns that is about to be prepared.
+    #[must_use]
+    pub(crate) fn new(id: NetnsId, uid: String, sysctls_before: BTreeMap<String, String>) -> Self {
+        Self { id, uid, sysctls_before, unknown: Unknown::new() }
+    }
+}
+
+/// Fields that this version does not know.
+type Unknown = BTreeMap<String, serde_json::Value>;
+
+/// A version that is rolled back must read what the later one wrote, and the later one must find
+/// its own fields again. So unknown fields are kept, and `version` grows only when a field changes
+/// its meaning, which an earlier version must refuse.
+#[derive(Debug, Serialize, Deserialize)]
 struct Content {
+    #[serde(default = "first_version")]
+    version: u32,
     /// By cookie.
+    #[serde(default)]
     netns: BTreeMap<u64, NetnsRecord>,
     /// Cgroups of tunnels that programs are attached to.
+    #[serde(default)]
     tunnels: BTreeMap<CgroupId, PathBuf>,
+    #[serde(flatten)]
+    unknown: Unknown,
+}
+
+/// What this code writes, and the latest that it reads.
+const VERSION: u32 = 1;
+
+/// Files without a version are of the first.
+fn first_version() -> u32 {
+    1
+}
+
+impl Default for Content {
+    fn default() -> Self {
+        Self { version: VERSION, netns: BTreeMap::new(), tunnels: BTreeMap::new(), unknown: Unknown::new() }
+    }
 }
 
 /// The file and its content.
@@ -50,13 +85,20 @@ impl Journal {
     /// The file cannot be read or parsed.
     pub fn open(dir: &Path) -> io::Result<Self> {
         let path = dir.join("records.json");
-        let content = match fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text).map_err(|error| {
-                io::Error::new(io::ErrorKind::InvalidData, format!("{}: {error}", path.display()))
-            })?,
+        let invalid =
+            |text: String| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {text}", path.display()));
+        let content: Content = match fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text).map_err(|error| invalid(error.to_string()))?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Content::default(),
             Err(error) => return Err(error),
         };
+        if content.version > VERSION {
+            let text = format!(
+                "version {}, expected at most {VERSION}: a later watcher wrote it; run `watcher uninstall` of that version",
+                content.version
+            );
+            return Err(invalid(text));
+        }
         Ok(Self { path, content })
     }
 
@@ -151,11 +193,8 @@ mod tests {
     use super::*;
 
     fn record(before: &str) -> NetnsRecord {
-        NetnsRecord {
-            id: NetnsId { dev: 4, inode: 9 },
-            uid: "u".to_owned(),
-            sysctls_before: BTreeMap::from([("/proc/sys/x".to_owned(), before.to_owned())]),
-        }
+        let sysctls = BTreeMap::from([("/proc/sys/x".to_owned(), before.to_owned())]);
+        NetnsRecord::new(NetnsId { dev: 4, inode: 9 }, "u".to_owned(), sysctls)
     }
 
     #[test]
@@ -187,6 +226,27 @@ mod tests {
         fs::create_dir(&folder).unwrap();
         journal.add_netns([(7, record("0"))]).unwrap();
         assert_eq!(Journal::open(&folder).unwrap().netns().len(), 1);
+    }
+
+    #[test]
+    fn what_a_later_version_records_is_kept_and_another_meaning_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("records.json");
+        let later = r#"{"version": 1, "netns": {"7": {"id": {"dev": 4, "inode": 9}, "uid": "u",
+            "sysctls_before": {}, "routes": ["x"]}}, "tunnels": {}, "qdiscs": {"7": 1}}"#;
+        fs::write(&file, later).unwrap();
+        let mut journal = Journal::open(dir.path()).unwrap();
+        journal.add_netns([(8, record("0"))]).unwrap();
+        let written: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        assert_eq!(written["netns"]["7"]["routes"][0], "x");
+        assert_eq!(written["qdiscs"]["7"], 1);
+        assert_eq!(Journal::open(dir.path()).unwrap().netns().len(), 2);
+        // As the versions without a number wrote it.
+        fs::write(&file, r#"{"netns": {}, "tunnels": {"5": "/c"}}"#).unwrap();
+        assert_eq!(Journal::open(dir.path()).unwrap().tunnels()[&5], Path::new("/c"));
+        fs::write(&file, r#"{"version": 2, "netns": {}, "tunnels": {}}"#).unwrap();
+        let error = Journal::open(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("expected at most 1"), "{error}");
     }
 
     #[test]

@@ -214,7 +214,7 @@ fn prepare(
         match sysctls {
             Ok(sysctls) => {
                 let (id, uid, sysctls_before) = (netns.id, netns.uid.clone(), sysctls.values());
-                records.push((cookie, NetnsRecord { id, uid, sysctls_before }));
+                records.push((cookie, NetnsRecord::new(id, uid, sysctls_before)));
                 readable.push((cookie, netns, fd, sysctls));
             }
             Err(error) => fail(netns, &error),

@@ -16,7 +16,7 @@ use tracing_subscriber::EnvFilter;
 
 use watcher::{
     agent,
-    model::pod::FailMode,
+    model::pod::{FailMode, ServiceAccount},
     observe::{cgroups, events::SourceKind},
     source::{
         Source,
@@ -55,6 +55,9 @@ pub(super) struct RunArgs {
     /// Where tunnels connect
     #[arg(long, default_value = "/var/run/ztunnel/ztunnel.sock", value_name = "PATH")]
     zds_socket: PathBuf,
+    /// A tunnel may run in a pod of this service account, as that of a DaemonSet; repeatable
+    #[arg(long = "tunnel-account", value_name = "NAMESPACE/NAME", default_values = ["istio-system/ztunnel", "adit-system/ztunnel"])]
+    tunnel_accounts: Vec<ServiceAccount>,
     /// The cgroup above all pods [default: kubepods or kubepods.slice, else the root]
     #[arg(long, value_name = "DIR")]
     attach: Option<PathBuf>,
@@ -135,6 +138,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         pins: args.mounts.pins(&args.node.name()),
         node: args.node.name(),
         zds_socket: args.zds_socket,
+        tunnel_accounts: args.tunnel_accounts.into_iter().collect(),
         cgroup_root,
         attach,
         fail_mode: args.fail_mode,

@@ -198,8 +198,8 @@ reasons! {
         "a tunnel connected whose cgroup cannot be found; it is not used",
         "Start the tunnel in a cgroup that the watcher can see.";
     TunnelCgroupShared "tunnel_cgroup_shared", Change, Unchanged,
-        "a tunnel connected that runs in a cgroup with the pods or the watcher; it is not used",
-        "Start the tunnel in a cgroup of its own.";
+        "a tunnel connected that runs in a cgroup with the pods or the watcher, or in a pod that is no tunnel; it is not used",
+        "Start the tunnel in a cgroup of its own, or name its pod's service account by `--tunnel-account`.";
     TunnelNotAttached "tunnel_not_attached", Change, Unchanged,
         "the programs could not be attached to the cgroup of a tunnel that connected; it is not used",
         "Read the message; `watcher preflight` names what the kernel lacks.";

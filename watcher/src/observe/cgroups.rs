@@ -143,8 +143,17 @@ pub fn processes(dir: &Path) -> io::Result<Vec<i32>> {
     Ok(pids.filter(|pid| *pid != 0).collect())
 }
 
+/// Whether a process is in the cgroup `dir` or below it.
+///
+/// # Errors
+/// `NotFound`: the cgroup is gone.
+pub(crate) fn is_populated(dir: &Path) -> io::Result<bool> {
+    let events = fs::read_to_string(dir.join("cgroup.events"))?;
+    Ok(events.lines().any(|line| line == "populated 1"))
+}
+
 /// Whether a cgroup is gone: before its file was opened, or while it was read (`ENODEV`, kernfs).
-fn is_gone(error: &io::Error) -> bool {
+pub(crate) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }
 
