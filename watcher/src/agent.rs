@@ -342,13 +342,17 @@ impl Agent {
             planning::plan_pods(&uids, &mut self.pods, &self.applier, &self.adoption, &self.config, now);
         let tunnels: BTreeSet<CgroupId> =
             self.applier.tunnel_cgroups().union(self.adoption.tunnels()).copied().collect();
+        let lists = self.pods.planned_lists();
         let scope = match work {
             Work::All => DiffScope::All { tunnels: &tunnels },
-            Work::Pods(_) => DiffScope::Pods { before: &before },
+            Work::Pods(_) => DiffScope::Pods { before: &before, lists: &lists },
         };
         let report = self.applier.apply(scope, &plan, self.observer.opened());
         for uid in report.steered {
             self.pods.clear_problem(&uid);
+        }
+        for uid in plan.keys().filter(|uid| report.failed.iter().all(|(failed, _)| failed != *uid)) {
+            self.pods.clear_map_problem(uid);
         }
         for (uid, reason) in report.failed {
             self.pods.set_problem(&uid, reason, now);

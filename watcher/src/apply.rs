@@ -28,7 +28,7 @@ use crate::{
     model::pod::Pod,
     observe::{cgroups::CgroupId, netns::Visitors},
     plan::{
-        Plan, Reason,
+        Plan, Reason, ReasonCode,
         diff::{self, Applied, ApplyStep, DiffScope, TunnelStep},
     },
 };
@@ -100,12 +100,12 @@ impl Applier {
     /// # Errors
     /// What is there cannot be read, with what was tried.
     pub(crate) fn adopt(
-        kernel: Kernel,
+        mut kernel: Kernel,
         settings: KernelSettings,
         journal: Journal,
         visitors: Arc<Visitors>,
     ) -> Result<Self, (&'static str, KernelError)> {
-        let maps = AppliedMaps::read(&kernel).map_err(|error| ("read the maps", error))?;
+        let maps = AppliedMaps::adopt(&mut kernel).map_err(|error| ("take over the maps", error))?;
         let linked = kernel.steered().map_err(|error| ("list the netns links", error))?;
         Ok(Self {
             maps,
@@ -144,6 +144,8 @@ impl Applier {
 
     /// Brings what is applied to `plan`, within `scope`. `opened` has netns that are open already.
     pub(crate) fn apply(&mut self, scope: DiffScope<'_>, plan: &Plan, opened: &OpenNetns) -> ApplyReport {
+        let (plan, refused) = self.maps.add_exclusions(&mut self.kernel, plan);
+        let plan = &*plan;
         let applied = Applied {
             maps: self.maps.contents(),
             netns: self.netns.by_cookie(),
@@ -151,6 +153,7 @@ impl Applier {
         };
         let steps = diff::steps(&applied, scope, plan);
         let (mut report, mut ready, mut problems) = (ApplyReport::default(), OpenNetns::new(), Vec::new());
+        report.failed.extend(refused);
         for step in steps {
             debug!(?step, "step");
             let result = match &step {
@@ -176,6 +179,14 @@ impl Applier {
                 }
             };
             if let Err(error) = result {
+                // What can be said of a pod is tried again for that pod alone.
+                if let ApplyStep::Map(write) = &step
+                    && let Some(uid) = write.pod(plan)
+                {
+                    let text = format!("cannot write an entry of the pod: {}", Report::new(&error));
+                    report.failed.push((uid.to_owned(), Reason::new(ReasonCode::NotInMaps, text)));
+                    continue;
+                }
                 problems.push(format!("{step:?}: {}", Report::new(&error)));
             }
         }

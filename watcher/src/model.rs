@@ -2,10 +2,12 @@
 //!
 //! * [`pod`]: a pod as its source describes it
 //! * [`exclusions`]: ports and address ranges that bypass the tunnel
+//! * [`notes`]: what was ignored of a pod's configuration
 //! * [`state`]: the state of a pod's traffic
 //! * [`reason`]: why a pod is not carried, or a tunnel not used
 
 pub mod exclusions;
+pub mod notes;
 pub mod pod;
 pub mod reason;
 pub mod state;

@@ -6,11 +6,11 @@
 //! 3. [`diff`] compares plans with what is applied; the result is a list of steps
 //! 4. [`pod_state`] says what happens to a pod's traffic now, and why
 
-use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc};
 
 use adit_ebpf_common::{
     address::{Address, UNSPECIFIED, mapped},
-    enrolment::{CgroupInfo, NetnsInfo, PodRecord},
+    enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
     lifecycle::Name,
 };
 
@@ -44,7 +44,7 @@ pub(crate) type Plan = BTreeMap<String, PodPlan>;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct PodPlan {
     /// Its exclusions and the id by which its entries refer to them. The id is never 0.
-    pub exclusions: Option<(u32, Exclusions)>,
+    pub exclusions: Option<(u32, Arc<Exclusions>)>,
     /// Names of cgroups that the programs close as they are made.
     pub expected: BTreeMap<Name, CgroupInfo>,
     /// Its cgroup and every container's below it.
@@ -60,6 +60,24 @@ pub(crate) struct PodPlan {
 }
 
 impl PodPlan {
+    /// The same while its exclusion list is not in the kernel: the pod stays in the mesh, and new
+    /// connections follow its fail mode. Without the list, excluded traffic would be carried; with
+    /// half of it, nobody could say which.
+    #[must_use]
+    pub(crate) fn without_exclusions(&self) -> Self {
+        let mut plan = Self { exclusions: None, ..self.clone() };
+        for info in plan.cgroups.values_mut() {
+            (info.flags, info.exclusion_id) = (info.flags & !flag::READY, 0);
+        }
+        for record in plan.addresses.values_mut() {
+            (record.flags, record.exclusion_id) = (record.flags & !flag::READY, 0);
+        }
+        for info in plan.arrivals.values_mut() {
+            (info.flags, info.exclusion_id) = (info.flags & !flag::READY, 0);
+        }
+        plan
+    }
+
     /// Whether it names cgroups to come that `earlier` did not name.
     #[must_use]
     pub(crate) fn expects_more_than(&self, earlier: &Self) -> bool {

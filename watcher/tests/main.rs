@@ -11,6 +11,7 @@ mod capture;
 mod churn;
 mod container_nodes;
 mod dns;
+mod exclusions;
 mod faults;
 mod kernels;
 mod kubernetes;

@@ -39,7 +39,7 @@ pub struct CgroupInfo {
     pub flags: u32,
     /// What the watcher found in the pod, such as a sidecar: bits of [`flag`].
     pub detected: u32,
-    /// The pod's entries in `excluded_ports` and `excluded_cidrs`; 0: none.
+    /// The pod's list in `exclusion_ports` and `exclusion_cidrs`; 0: none.
     pub exclusion_id: u32,
     /// Host byte order.
     pub redirect_port: u16,

@@ -4,7 +4,7 @@
 use crate::{
     address::Address,
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
-    exclusions::{ExcludedCidr, ExcludedPort},
+    exclusions::{ExcludedCidr, ExcludedPorts},
     flows::{Destination, Flow, SocketState, TunnelFlow},
     lifecycle::{Name, PathEvent, ProcessEvent, Scope},
     listeners::{AppListenerState, ListenerKey},
@@ -86,12 +86,12 @@ maps! {
     SETTINGS = "settings", "array of 1", u32: "0", Settings: "Settings",
         written by "watcher", read by "all programs of traffic; watcher", pinned true, formerly None,
         "What applies to the whole node: ports, whether a tunnel is connected, tracing.";
-    EXCLUDED_PORTS = "excluded_ports", "hash", ExcludedPort: "ExcludedPort", u8: "1",
+    EXCLUSION_PORTS = "exclusion_ports", "LPM trie", Lpm<ExcludedPorts>: "ExcludedPorts", u8: "1",
         written by "watcher", read by "connect, sendmsg, sk_lookup programs; watcher", pinned true, formerly None,
-        "Ports that a pod excludes from the mesh.";
-    EXCLUDED_CIDRS = "excluded_cidrs", "LPM trie", Lpm<ExcludedCidr>: "ExcludedCidr", u8: "1",
+        "Ports that pods exclude from the mesh. Lists have ids, and pods with equal lists share one.";
+    EXCLUSION_CIDRS = "exclusion_cidrs", "LPM trie", Lpm<ExcludedCidr>: "ExcludedCidr", u8: "1",
         written by "watcher", read by "connect, sendmsg programs; watcher", pinned true, formerly None,
-        "Address ranges that a pod excludes from the mesh.";
+        "Address ranges that pods exclude from the mesh, each of one address family.";
     ORIGINAL_DST = "original_dst", "LRU hash", Flow: "Flow", Destination: "Destination",
         written by "pods' sock_ops program", read by "tunnel's sock_ops program", pinned true, formerly None,
         "Where the opener of a redirected connection wanted to go, until the tunnel accepts it.";

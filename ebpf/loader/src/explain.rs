@@ -7,10 +7,9 @@ use adit_ebpf_common::{
     address::{Address, is_v4},
     decide::{self, Arrival, ArrivalFacts, Connect, ConnectFacts, Facts},
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
-    exclusions::ExcludedPort,
     flows::{Destination, Flow},
     listeners::ListenerKey,
-    maps::{APP_LISTENERS, CGROUP_INFO, EXCLUDED_PORTS, POD_BY_ADDR, POD_BY_NETNS},
+    maps::{APP_LISTENERS, CGROUP_INFO, POD_BY_ADDR, POD_BY_NETNS},
     settings::Settings,
     trace::Rule,
 };
@@ -115,10 +114,7 @@ impl Facts for MapFacts<'_> {
     }
 
     fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool {
-        let key = ExcludedPort { exclusion_id, port, direction };
-        exclusion_id != 0
-            && self
-                .or_default(self.kernel.get::<_, u8>(EXCLUDED_PORTS.name, &key).map(|found| found.is_some()))
+        exclusion_id != 0 && self.or_default(self.kernel.is_port_excluded(exclusion_id, port, direction))
     }
 }
 
@@ -141,7 +137,7 @@ impl ConnectFacts for MapFacts<'_> {
     }
 
     fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool {
-        exclusion_id != 0 && self.or_default(self.kernel.is_cidr_excluded(exclusion_id, *address))
+        exclusion_id != 0 && self.or_default(self.kernel.is_cidr_excluded(exclusion_id, address))
     }
 
     fn has_tunnel_listener(&self, key: &ListenerKey) -> bool {

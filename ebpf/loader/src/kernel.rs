@@ -11,7 +11,7 @@ use adit_ebpf_common::maps::TRACE;
 use aya::{Ebpf, EbpfLoader, maps::RingBuf};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use crate::{KernelError, Trace, links, maps, netns_program::NetnsProgram, object};
+use crate::{KernelError, Trace, exclusions, links, maps, netns_program::NetnsProgram, object};
 
 /// The loaded programs, their links and their maps.
 ///
@@ -39,7 +39,7 @@ impl Kernel {
         for dir in [&links_dir, &maps_dir] {
             fs::create_dir_all(dir).map_err(KernelError::pin("create", dir))?;
         }
-        maps::adopt_or_unpin(&maps_dir)?;
+        maps::adopt_or_unpin(&maps_dir, &exclusions::EARLIER)?;
         let mut loader = EbpfLoader::new();
         for map in maps::pinned() {
             loader.map_pin_path(map.name, maps_dir.join(map.name));
@@ -48,7 +48,9 @@ impl Kernel {
             loader.load(object::BYTES).map_err(|source| KernelError::Object { source: Box::new(source) })?;
         object::load_programs(&mut object)?;
         let netns_program = NetnsProgram::new(&object)?;
-        Ok(Self { object, netns_program, steering: BTreeMap::new(), pins: pins.to_owned() })
+        let mut kernel = Self { object, netns_program, steering: BTreeMap::new(), pins: pins.to_owned() };
+        exclusions::take_over(&mut kernel, &maps_dir)?;
+        Ok(kernel)
     }
 
     /// Attaches the pods' programs (connect, getpeername, getsockopt, sock_ops) to the cgroup that

@@ -9,6 +9,7 @@
 //! * [`kernel`]: everything that one node has in the kernel, pinned in one folder of a bpffs
 //! * [`links`]: attaches programs, and replaces them in place
 //! * [`netns_program`]: the program that steers arrivals, one copy for each netns
+//! * [`exclusions`]: exclusion lists, written whole or not at all
 //! * [`maps`]: adopts maps, reads and writes them
 //! * [`trace`]: the verdicts of the programs, while somebody watches
 //! * [`netns_cookie`]: which netns this thread is in, on old kernels too
@@ -23,6 +24,7 @@
 
 mod btf;
 mod error;
+mod exclusions;
 mod explain;
 mod kernel;
 mod lifecycle;
@@ -37,6 +39,7 @@ mod sys;
 mod trace;
 
 pub use error::KernelError;
+pub use exclusions::ExclusionList;
 pub use kernel::Kernel;
 pub use lifecycle::{Lifecycle, LifecycleEvent};
 pub use netns_cookie::{own_netns_cookie, own_netns_cookie_by};

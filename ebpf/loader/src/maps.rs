@@ -9,17 +9,16 @@ use std::{
 use adit_ebpf_common::{
     address::Address,
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
-    exclusions::{ExcludedCidr, ExcludedPort},
     listeners::{AppListenerState, ListenerKey},
     maps::{
-        self, APP_LISTENER_STATE, APP_LISTENERS, CGROUP_INFO, EXCLUDED_CIDRS, EXCLUDED_PORTS, MapSpec,
-        PINNED_CONNECTIONS, POD_BY_ADDR, POD_BY_NETNS, SETTINGS, TRACE, TUNNEL_LISTENERS,
+        self, APP_LISTENER_STATE, APP_LISTENERS, CGROUP_INFO, MapSpec, PINNED_CONNECTIONS, POD_BY_ADDR,
+        POD_BY_NETNS, SETTINGS, TRACE, TUNNEL_LISTENERS,
     },
     settings::Settings,
 };
 use aya::{
     Ebpf, Pod,
-    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, SockHash, lpm_trie::Key},
+    maps::{Array, HashMap, Map, MapData, MapError, MapInfo, SockHash},
 };
 use tracing::{info, warn};
 
@@ -36,13 +35,13 @@ pub(crate) fn pinned() -> impl Iterator<Item = &'static MapSpec> {
 }
 
 /// Makes the pins of earlier builds fit: a map that only changed its name is adopted, one of
-/// another layout, or that this build does not have, is unpinned. Programs that still run keep
-/// their maps until their links get new programs; the watcher fills the new maps from what it
-/// observes.
+/// another layout, or that this build does not have, is unpinned, but for those named in `kept`.
+/// Programs that still run keep their maps until their links get new programs; the watcher fills
+/// the new maps from what it observes.
 ///
 /// # Errors
 /// A pin cannot be listed, read, renamed or removed.
-pub(crate) fn adopt_or_unpin(folder: &Path) -> Result<(), KernelError> {
+pub(crate) fn adopt_or_unpin(folder: &Path, kept: &[&str]) -> Result<(), KernelError> {
     for map in pinned() {
         let (Some(formerly), path) = (map.formerly, folder.join(map.name)) else { continue };
         let old = folder.join(formerly);
@@ -53,6 +52,9 @@ pub(crate) fn adopt_or_unpin(folder: &Path) -> Result<(), KernelError> {
     }
     for entry in fs::read_dir(folder).map_err(KernelError::pin("list", folder))? {
         let path = entry.map_err(KernelError::pin("list", folder))?.path();
+        if path.file_name().is_some_and(|name| kept.iter().any(|kept| name == *kept)) {
+            continue;
+        }
         let map = pinned().find(|map| path.file_name().is_some_and(|name| name == map.name));
         if let Some(map) = map {
             let info = MapInfo::from_pin(&path).map_err(KernelError::map("open pinned", map.name))?;
@@ -199,53 +201,6 @@ impl Kernel {
         self.take::<u64, u64>(PINNED_CONNECTIONS.name, &netns_cookie)
     }
 
-    /// Adds a port to an exclusion list.
-    ///
-    /// # Errors
-    /// The map cannot be written, or is full.
-    pub fn exclude_port(&mut self, key: &ExcludedPort) -> Result<(), KernelError> {
-        self.insert(EXCLUDED_PORTS.name, *key, &1u8)
-    }
-
-    /// Adds a range to an exclusion list. `prefix_len` counts in the mapped form: 96 more for an
-    /// IPv4 range, 128 at most.
-    ///
-    /// # Errors
-    /// The map cannot be written, or is full.
-    pub fn exclude_cidr(
-        &mut self,
-        exclusion_id: u32,
-        prefix_len: u32,
-        address: Address,
-    ) -> Result<(), KernelError> {
-        let failed = |error| KernelError::map("write", EXCLUDED_CIDRS.name)(error);
-        let data = ExcludedCidr { exclusion_id_be: exclusion_id.to_be_bytes(), address };
-        let mut map =
-            LpmTrie::<_, ExcludedCidr, u8>::try_from(find_mut(&mut self.object, EXCLUDED_CIDRS.name))
-                .map_err(failed)?;
-        map.insert(&Key::new(32 + prefix_len, data), 1, 0).map_err(failed)
-    }
-
-    /// Removes all ports and ranges of an exclusion list.
-    ///
-    /// # Errors
-    /// A map cannot be read or written.
-    pub fn clear_exclusions(&mut self, exclusion_id: u32) -> Result<(), KernelError> {
-        let ports: Vec<(ExcludedPort, u8)> = self.list(EXCLUDED_PORTS.name)?;
-        for (key, _) in ports.iter().filter(|(key, _)| key.exclusion_id == exclusion_id) {
-            self.take::<ExcludedPort, u8>(EXCLUDED_PORTS.name, key)?;
-        }
-        let failed = |error| KernelError::map("write", EXCLUDED_CIDRS.name)(error);
-        let mut map =
-            LpmTrie::<_, ExcludedCidr, u8>::try_from(find_mut(&mut self.object, EXCLUDED_CIDRS.name))
-                .map_err(failed)?;
-        let keys = map.keys().collect::<Result<Vec<_>, _>>().map_err(failed)?;
-        for key in keys.iter().filter(|key| key.data().exclusion_id_be == exclusion_id.to_be_bytes()) {
-            missing_is_fine(map.remove(key)).map_err(failed)?;
-        }
-        Ok(())
-    }
-
     /// Records that an application has a listener.
     ///
     /// # Errors
@@ -328,19 +283,6 @@ impl Kernel {
         map.keys().collect::<Result<_, _>>().map_err(failed)
     }
 
-    /// Whether an exclusion list has a range that `address` is in.
-    pub(crate) fn is_cidr_excluded(&self, exclusion_id: u32, address: Address) -> Result<bool, KernelError> {
-        let failed = |error| KernelError::map("read", EXCLUDED_CIDRS.name)(error);
-        let data = ExcludedCidr { exclusion_id_be: exclusion_id.to_be_bytes(), address };
-        let map = LpmTrie::<_, ExcludedCidr, u8>::try_from(find(&self.object, EXCLUDED_CIDRS.name))
-            .map_err(failed)?;
-        match map.get(&Key::new(160, data), 0) {
-            Ok(_) => Ok(true),
-            Err(MapError::KeyNotFound) => Ok(false),
-            Err(error) => Err(failed(error)),
-        }
-    }
-
     /// The value of `key` in a hash map; `None`: it has none.
     pub(crate) fn get<K: Pod, V: Pod>(&self, name: &'static str, key: &K) -> Result<Option<V>, KernelError> {
         let failed = |error| KernelError::map("read", name)(error);
@@ -382,19 +324,19 @@ pub(crate) fn trace(folder: &Path) -> Result<Map, KernelError> {
     MapData::from_pin(folder.join(TRACE.name)).and_then(Map::from_map_data).map_err(failed)
 }
 
-fn find<'a>(object: &'a Ebpf, name: &'static str) -> &'a Map {
+pub(crate) fn find<'a>(object: &'a Ebpf, name: &'static str) -> &'a Map {
     object
         .map(name)
         .unwrap_or_else(|| unreachable!("map {name} is part of the object that this crate was built with"))
 }
 
-fn find_mut<'a>(object: &'a mut Ebpf, name: &'static str) -> &'a mut Map {
+pub(crate) fn find_mut<'a>(object: &'a mut Ebpf, name: &'static str) -> &'a mut Map {
     object
         .map_mut(name)
         .unwrap_or_else(|| unreachable!("map {name} is part of the object that this crate was built with"))
 }
 
-fn missing_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
+pub(crate) fn missing_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
     match result {
         Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),

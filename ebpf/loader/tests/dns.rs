@@ -2,9 +2,10 @@
 
 use adit_ebpf_common::{
     enrolment::flag,
-    exclusions::{ExcludedPort, OUTBOUND as DIALS},
+    exclusions::OUTBOUND as DIALS,
     trace::{Hook, Rule},
 };
+use adit_ebpf_loader::ExclusionList;
 
 use crate::rig::{DNS, READY, Rig, address, agent::How, at};
 
@@ -66,7 +67,8 @@ fn queries_go_to_the_tunnel_and_answers_come_from_the_resolver() {
 #[ignore = "loads eBPF, needs root: make test"]
 fn whatever_is_not_captured_reaches_the_resolver_itself() {
     let mut rig = Rig::new();
-    rig.kernel.exclude_port(&ExcludedPort { exclusion_id: 8, port: 53, direction: DIALS }).unwrap();
+    let port = ExclusionList::default().with_ports(DIALS, 53..=53);
+    rig.kernel.add_exclusions(8, &port).unwrap();
     serve(&mut rig);
     let resolver = rig.world.bind_udp("[::]:53");
     let elsewhere = rig.world.bind_udp("[::]:5353");
@@ -106,10 +108,11 @@ fn whatever_is_not_captured_reaches_the_resolver_itself() {
     assert_eq!(rig.world.receive(elsewhere).1, "other-port");
     rig.app.send(socket, Some(at("127.0.0.1", 53)), "own-resolver");
     assert_eq!(rig.app.receive(local).1, "own-resolver");
-    rig.kernel.exclude_cidr(7, 128, address("10.99.0.2")).unwrap();
+    let cidr = ExclusionList::default().with_cidr(address("10.99.0.2"), 128);
+    rig.kernel.add_exclusions(7, &cidr).unwrap();
     reaches(&mut rig, "excluded by CIDR");
-    rig.kernel.clear_exclusions(7).unwrap();
-    rig.kernel.exclude_port(&ExcludedPort { exclusion_id: 7, port: 53, direction: DIALS }).unwrap();
+    rig.kernel.remove_exclusions(7, &cidr).unwrap();
+    rig.kernel.add_exclusions(7, &port).unwrap();
     reaches(&mut rig, "excluded by port");
 }
 

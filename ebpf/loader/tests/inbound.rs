@@ -4,10 +4,11 @@ use std::net::{SocketAddr, SocketAddrV6};
 
 use adit_ebpf_common::{
     enrolment::{PodRecord, flag},
-    exclusions::{ExcludedPort, INBOUND as IS_DIALLED},
+    exclusions::INBOUND as IS_DIALLED,
     listeners::{AppListenerState, ListenerKey, MAX_APP_LISTENERS},
     trace::{Hook, Rule},
 };
+use adit_ebpf_loader::ExclusionList;
 
 use testbed::wait::wait_for;
 
@@ -33,7 +34,8 @@ use Gets::{App, Hbone, Nobody, Plain};
 #[ignore = "loads eBPF, needs root: make test"]
 fn the_first_rule_that_holds_decides() {
     let mut rig = Rig::new();
-    rig.kernel.exclude_port(&ExcludedPort { exclusion_id: 7, port: 9090, direction: IS_DIALLED }).unwrap();
+    let excluded = ExclusionList::default().with_ports(IS_DIALLED, 9090..=9090);
+    rig.kernel.add_exclusions(7, &excluded).unwrap();
     let app = [rig.app.listen("[::]:8080"), rig.app.listen("[::]:9090")];
     let plain = rig.tunnel.listen(&format!("[::]:{INBOUND}"));
     let hbone = rig.tunnel.listen(&format!("[::]:{HBONE}"));

@@ -10,7 +10,6 @@ use std::{
 
 use adit_ebpf_common::{
     enrolment::flag,
-    exclusions::{ExcludedPort, INBOUND as IS_DIALLED, OUTBOUND as DIALS},
     flows::{ACK_LIFETIME, Destination, Flow, TunnelFlow},
     trace::{Hook, Rule},
 };
@@ -321,15 +320,6 @@ fn maps_hold_what_was_written() {
     kernel.remove_pod(address("10.0.0.1")).expect("missing is fine");
     assert_eq!(kernel.cgroups().unwrap(), []);
     kernel.unsteer(&[99].into()).expect("missing is fine");
-    for exclusion_id in [1, 2] {
-        kernel.exclude_port(&ExcludedPort { exclusion_id, port: 80, direction: DIALS }).unwrap();
-        kernel.exclude_port(&ExcludedPort { exclusion_id, port: 80, direction: IS_DIALLED }).unwrap();
-        kernel.exclude_cidr(exclusion_id, 0, [0; 16]).unwrap();
-        kernel.exclude_cidr(exclusion_id, 104, address("10.0.0.0")).unwrap();
-    }
-    kernel.clear_exclusions(1).unwrap();
-    kernel.clear_exclusions(1).unwrap();
-    assert!(kernel.exclude_cidr(3, 129, [0; 16]).is_err(), "longer than an address");
 }
 
 /// Another build's map of another layout is replaced, the others are kept.

@@ -5,9 +5,10 @@ use std::{fs::File, net::SocketAddr, os::fd::AsFd as _};
 
 use adit_ebpf_common::{
     enrolment::flag,
-    exclusions::{ExcludedPort, OUTBOUND as DIALS},
+    exclusions::OUTBOUND as DIALS,
     trace::{Hook, Rule},
 };
+use adit_ebpf_loader::ExclusionList;
 
 use crate::rig::{
     HBONE, INBOUND, OUTBOUND, READY, Rig, address, agent::How, at, empty, has_mptcp, repeated, sys,
@@ -31,12 +32,17 @@ use Effect::{Reaches, Redirected, Refused};
 #[ignore = "loads eBPF, needs root: make test"]
 fn the_first_rule_that_holds_decides() {
     let mut rig = Rig::new();
-    rig.kernel.exclude_port(&ExcludedPort { exclusion_id: 7, port: 6379, direction: DIALS }).unwrap();
-    rig.kernel.exclude_cidr(7, 96 + 24, address("10.99.0.0")).unwrap();
-    rig.kernel.exclude_cidr(7, 128, address("fd99::2")).unwrap();
+    let own = ExclusionList::default()
+        .with_ports(DIALS, 6379..=6379)
+        .with_cidr(address("10.99.0.0"), 96 + 24)
+        .with_cidr(address("fd99::2"), 128);
+    rig.kernel.add_exclusions(7, &own).unwrap();
     // Of other pods: without effect.
-    rig.kernel.exclude_port(&ExcludedPort { exclusion_id: 8, port: 80, direction: DIALS }).unwrap();
-    rig.kernel.exclude_cidr(8, 0, [0; 16]).unwrap();
+    let others = ExclusionList::default()
+        .with_ports(DIALS, 80..=80)
+        .with_cidr([0; 16], 0)
+        .with_cidr(address("0.0.0.0"), 96);
+    rig.kernel.add_exclusions(8, &others).unwrap();
     let tunnel = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
     rig.app.listen("[::]:8080");
     rig.world.listen("[::]:8080");

@@ -6,11 +6,12 @@ use std::cell::RefCell;
 use adit_ebpf_common::{
     decide::{Arrival, Connect, Inbound, Outbound, inbound, outbound, plain::PlainFacts},
     enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
-    exclusions::{ExcludedPort, INBOUND as IS_DIALLED, OUTBOUND as DIALS},
+    exclusions::{CidrPrefix, INBOUND as IS_DIALLED, OUTBOUND as DIALS, PortPrefix},
     flows::{Destination, Flow},
     listeners::{AppListenerState, ListenerKey},
     trace::Rule,
 };
+use adit_ebpf_loader::ExclusionList;
 use proptest::{prelude::*, sample::select, test_runner::TestRunner};
 
 use crate::rig::{DNS, HBONE, INBOUND, OUTBOUND, Rig, address, agent::How, at, empty, repeated};
@@ -40,8 +41,8 @@ struct Case {
     /// The netns of the second addresses' records: none, the pod's, another one.
     second: Option<bool>,
     listens: [bool; 4],
-    excluded_ports: Vec<(u32, u16, u16)>,
-    excluded_cidrs: Vec<(u32, &'static str, u32)>,
+    excluded_ports: Vec<(u32, PortPrefix)>,
+    excluded_cidrs: Vec<(u32, CidrPrefix)>,
     resolver: Option<&'static str>,
     app_listeners: Vec<(u16, bool)>,
     complete: Option<bool>,
@@ -65,10 +66,27 @@ fn cases() -> impl Strategy<Value = Case> {
         .filter_map(|(set, bit)| set.then_some(bit))
         .sum::<u32>()
     });
-    let cidrs = select(vec![("10.99.0.0", 96 + 24), ("fd99::", 64), ("192.0.2.0", 96 + 24), ("::", 0)]);
+    // Whole families, and ranges of IPv6 that have the mapped form of IPv4 as far as bits go.
+    let cidrs = select(vec![
+        (true, "10.99.0.0", 96 + 24),
+        (true, "192.0.2.0", 96 + 24),
+        (true, "0.0.0.0", 96),
+        (false, "fd99::", 64),
+        (false, "::", 0),
+        (false, "::", 1),
+        (false, "::", 80),
+        (false, "::ffff:0:0", 96),
+    ])
+    .prop_map(|(is_v4, first, length)| CidrPrefix { is_v4, first: address(first), length });
+    let ports =
+        (any::<bool>(), select(PORTS.to_vec()), 0..=16u32).prop_map(|(dials, port, length)| PortPrefix {
+            direction: if dials { DIALS } else { IS_DIALLED },
+            first: port & u16::MAX.checked_shl(16 - length).unwrap_or(0),
+            length,
+        });
     let exclusions = (
-        prop::collection::vec((select(EXCLUSIONS.to_vec()), select(PORTS.to_vec()), 0..2u16), 0..3),
-        prop::collection::vec((select(EXCLUSIONS.to_vec()), cidrs), 0..2),
+        prop::collection::vec((select(EXCLUSIONS.to_vec()), ports), 0..3),
+        prop::collection::vec((select(EXCLUSIONS.to_vec()), cidrs), 0..3),
     );
     let state = (
         flags,
@@ -113,7 +131,7 @@ fn cases() -> impl Strategy<Value = Case> {
             second,
             listens,
             excluded_ports: ports,
-            excluded_cidrs: cidrs.into_iter().map(|(id, (first, length))| (id, first, length)).collect(),
+            excluded_cidrs: cidrs,
             resolver,
             app_listeners,
             complete,
@@ -176,18 +194,19 @@ fn install(rig: &mut Rig, case: &Case) -> PlainFacts {
         let (flags, exclusion_id) = (case.flags, case.exclusion_id);
         kernel.set_pod(*address, &PodRecord { netns_cookie: *netns_cookie, flags, exclusion_id }).unwrap();
     }
+    for (exclusion_id, list) in kernel.exclusions().unwrap() {
+        kernel.remove_exclusions(exclusion_id, &list).unwrap();
+    }
     for exclusion_id in EXCLUSIONS {
-        kernel.clear_exclusions(exclusion_id).unwrap();
+        let of = |id: &u32| *id == exclusion_id;
+        let list = ExclusionList {
+            ports: case.excluded_ports.iter().filter(|(id, _)| of(id)).map(|(_, ports)| *ports).collect(),
+            cidrs: case.excluded_cidrs.iter().filter(|(id, _)| of(id)).map(|(_, cidr)| *cidr).collect(),
+        };
+        kernel.add_exclusions(exclusion_id, &list).unwrap();
     }
-    for (exclusion_id, port, direction) in &case.excluded_ports {
-        let direction = if *direction == 0 { DIALS } else { IS_DIALLED };
-        kernel.exclude_port(&ExcludedPort { exclusion_id: *exclusion_id, port: *port, direction }).unwrap();
-        facts.excluded_ports.insert((*exclusion_id, *port, direction));
-    }
-    for (exclusion_id, first, length) in &case.excluded_cidrs {
-        kernel.exclude_cidr(*exclusion_id, *length, address(first)).unwrap();
-        facts.excluded_cidrs.push((*exclusion_id, address(first), *length));
-    }
+    facts.excluded_ports.clone_from(&case.excluded_ports);
+    facts.excluded_cidrs.clone_from(&case.excluded_cidrs);
     // As a listener of before is forgotten, its application is gone.
     kernel.unsteer(&[rig.cookie].into()).unwrap();
     rig.steer();

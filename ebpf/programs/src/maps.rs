@@ -8,7 +8,7 @@ use adit_ebpf_common::{
     address::Address,
     decide::{ArrivalFacts, ConnectFacts, Facts},
     enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
-    exclusions::{ExcludedCidr, ExcludedPort},
+    exclusions::{ExcludedCidr, ExcludedPorts},
     flows::{ACK_LIFETIME, Destination, Flow, SYN_LIFETIME, SocketState, TunnelFlow},
     listeners::{AppListenerState, ListenerKey, MAX_APP_LISTENERS},
     settings::Settings,
@@ -36,10 +36,10 @@ static POD_BY_ADDR: HashMap<Address, PodRecord> = HashMap::with_max_entries(4096
 static POD_BY_NETNS: HashMap<u64, NetnsInfo> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
 #[map(name = "settings")]
 static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
-#[map(name = "excluded_ports")]
-static EXCLUDED_PORTS: HashMap<ExcludedPort, u8> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
-#[map(name = "excluded_cidrs")]
-static EXCLUDED_CIDRS: LpmTrie<ExcludedCidr, u8> = LpmTrie::with_max_entries(65536, BPF_F_NO_PREALLOC);
+#[map(name = "exclusion_ports")]
+static EXCLUSION_PORTS: LpmTrie<ExcludedPorts, u8> = LpmTrie::with_max_entries(65536, BPF_F_NO_PREALLOC);
+#[map(name = "exclusion_cidrs")]
+static EXCLUSION_CIDRS: LpmTrie<ExcludedCidr, u8> = LpmTrie::with_max_entries(131_072, BPF_F_NO_PREALLOC);
 #[map(name = "original_dst")]
 static ORIGINAL_DST: LruHashMap<Flow, Destination> = LruHashMap::with_max_entries(65536, 0);
 #[map(name = "tunnel_flows")]
@@ -121,13 +121,14 @@ fn netns(cookie: u64) -> Option<NetnsInfo> {
 
 #[inline(always)]
 fn is_port_excluded(exclusion_id: u32, port: u16, direction: u16) -> bool {
-    exclusion_id != 0 && EXCLUDED_PORTS.get_ptr(ExcludedPort { exclusion_id, port, direction }).is_some()
+    let key = ExcludedPorts::new(exclusion_id, direction, port);
+    exclusion_id != 0 && EXCLUSION_PORTS.get(Key::new(ExcludedPorts::BITS, key)).is_some()
 }
 
 #[inline(always)]
 fn is_cidr_excluded(exclusion_id: u32, address: &Address) -> bool {
-    let data = ExcludedCidr { exclusion_id_be: exclusion_id.to_be_bytes(), address: *address };
-    exclusion_id != 0 && EXCLUDED_CIDRS.get(Key::new(160, data)).is_some()
+    let key = ExcludedCidr::new(exclusion_id, address);
+    exclusion_id != 0 && EXCLUSION_CIDRS.get(Key::new(ExcludedCidr::BITS, key)).is_some()
 }
 
 /// The cgroup of the pod that is known to have that netns; 0: none is.

@@ -32,7 +32,7 @@ pub(super) struct PodEntry {
     /// What was last planned for it.
     pub plan: PodPlan,
     /// The id of its exclusions, and the exclusions that have this id.
-    pub exclusions: Option<(u32, Exclusions)>,
+    pub exclusions: Option<(u32, Arc<Exclusions>)>,
     /// Whether its treatment until a tunnel serves it was decided: only a pod that ran in plaintext
     /// until then gets a grace period.
     pub admitted: bool,

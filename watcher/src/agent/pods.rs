@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     path::{Path, PathBuf},
+    sync::Arc,
     time::Instant,
 };
 
@@ -10,6 +11,7 @@ use tracing::warn;
 
 use crate::{
     model::{
+        exclusions::Exclusions,
         pod::{BadEntry, Entry, Pod, Update},
         reason::{Reason, ReasonCode},
         state::State,
@@ -46,6 +48,8 @@ pub(super) struct PodTable {
     /// The states of those, as they were reported last.
     gone_states: Vec<State>,
     last_rank: u64,
+    /// The ids of exclusion lists: equal lists have one id.
+    exclusion_ids: HashMap<Arc<Exclusions>, u32>,
     last_exclusion_id: u32,
 }
 
@@ -325,8 +329,8 @@ impl PodTable {
         evaluation
     }
 
-    /// Gives a pod with exclusions an id; 0: it has none. Other exclusions get another id, so that
-    /// the programs see the old list or the new one and nothing between.
+    /// Gives the exclusions of a pod an id; 0: it has none. Other exclusions have another id, so that
+    /// the programs see the old list or the new one and nothing between; equal ones share theirs.
     pub(super) fn exclusion_id(&mut self, uid: &str) -> u32 {
         let Some(entry) = self.entries.get_mut(uid) else { return 0 };
         let exclusions = &entry.view.pod.exclusions;
@@ -334,14 +338,28 @@ impl PodTable {
             entry.exclusions = None;
             return 0;
         }
-        match &entry.exclusions {
-            Some((id, before)) if before == exclusions => *id,
-            _ => {
-                self.last_exclusion_id = self.last_exclusion_id.wrapping_add(1).max(1);
-                entry.exclusions = Some((self.last_exclusion_id, exclusions.clone()));
-                self.last_exclusion_id
-            }
+        if let Some((id, before)) = &entry.exclusions
+            && before == exclusions
+        {
+            return *id;
         }
+        let exclusions = Arc::clone(exclusions);
+        let id = self.exclusion_ids.get(&exclusions).copied().unwrap_or_else(|| {
+            self.last_exclusion_id = self.last_exclusion_id.wrapping_add(1).max(1);
+            self.last_exclusion_id
+        });
+        entry.exclusions = Some((id, Arc::clone(&exclusions)));
+        // Of lists that no pod has any more, nothing is remembered.
+        let known: BTreeSet<u32> =
+            self.iter().filter_map(|entry| Some(entry.exclusions.as_ref()?.0)).collect();
+        self.exclusion_ids.retain(|_, id| known.contains(id));
+        self.exclusion_ids.insert(exclusions, id);
+        id
+    }
+
+    /// The ids of the exclusion lists that the pods' last plans name.
+    pub(super) fn planned_lists(&self) -> BTreeSet<u32> {
+        self.iter().filter_map(|entry| Some(entry.plan.exclusions.as_ref()?.0)).collect()
     }
 
     /// Ends the grace periods that are over; the pods' uids.
@@ -375,6 +393,16 @@ impl PodTable {
     /// Nothing is wrong with `uid` any more.
     pub(super) fn clear_problem(&mut self, uid: &str) {
         if let Some(entry) = self.entries.get_mut(uid) {
+            entry.problem = None;
+        }
+    }
+
+    /// The maps hold what was planned for `uid`.
+    pub(super) fn clear_map_problem(&mut self, uid: &str) {
+        let of_maps = [ReasonCode::ExclusionsNotSet, ReasonCode::NotInMaps];
+        if let Some(entry) = self.entries.get_mut(uid)
+            && entry.problem.as_ref().is_some_and(|problem| of_maps.contains(&problem.code))
+        {
             entry.problem = None;
         }
     }
@@ -448,17 +476,30 @@ mod tests {
     }
 
     #[test]
-    fn other_exclusions_get_another_id_and_equal_ones_keep_theirs() {
+    fn equal_exclusions_share_an_id_and_others_get_another() {
         let (mut pods, now) = (PodTable::new(6), Instant::now());
-        let with = |ports: &[u16]| {
-            let mut pod = Pod { uid: "a".to_owned(), ..Pod::default() };
-            pod.exclusions.outbound_ports = ports.iter().copied().collect();
-            Update::Changed(vec![("a".to_owned(), Some(Entry::Pod(Arc::new(pod))))])
+        let mut id = |uid: &str, ports: &[u16]| {
+            let exclusions = Exclusions {
+                outbound_ports: ports.iter().map(|port| *port..=*port).collect(),
+                ..Exclusions::default()
+            };
+            let pod = Pod { uid: uid.to_owned(), exclusions: Arc::new(exclusions), ..Pod::default() };
+            let update = vec![(uid.to_owned(), Some(Entry::Pod(Arc::new(pod))))];
+            pods.apply_update(Update::Changed(update), now);
+            pods.exclusion_id(uid)
         };
-        for (ports, id) in [(&[80][..], 7), (&[80], 7), (&[81], 8), (&[], 0), (&[81], 9)] {
-            pods.apply_update(with(ports), now);
-            assert_eq!(pods.exclusion_id("a"), id, "{ports:?}");
+        for (uid, ports, expected) in [
+            ("a", &[80][..], 7),
+            ("a", &[80], 7),
+            ("b", &[80], 7),
+            ("a", &[81], 8),
+            ("a", &[80], 7),
+            ("b", &[], 0),
+            ("a", &[], 0),
+        ] {
+            assert_eq!(id(uid, ports), expected, "{uid} {ports:?}");
         }
+        assert_eq!(id("c", &[82]), 9, "no id is given twice");
         assert_eq!(pods.exclusion_id("unknown"), 0);
     }
 }

@@ -2,24 +2,27 @@
 //! them.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
 };
 
 use adit_ebpf_common::{
     enrolment::{CgroupInfo, flag},
-    exclusions::{ExcludedPort, INBOUND, OUTBOUND},
+    exclusions::{INBOUND, MAPPED_BITS, OUTBOUND},
     lifecycle::Name,
 };
-use adit_ebpf_loader::{Kernel, KernelError};
+use adit_ebpf_loader::{ExclusionList, Kernel, KernelError};
+use error_reporter::Report;
 use ipnet::IpNet;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::{
     model::exclusions::Exclusions,
     observe::cgroups::CgroupId,
     plan::{
-        address16, cgroup_info,
+        Plan, Reason, ReasonCode, address16, cgroup_info,
         diff::{MapContents, MapWrite},
     },
 };
@@ -28,15 +31,21 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct AppliedMaps {
     contents: MapContents,
+    /// The entries of each exclusion list, by id: what has to be removed.
+    lists: BTreeMap<u32, ExclusionList>,
+    /// Lists that found no room, and why. They are not tried again before something is removed.
+    refused: BTreeMap<u32, String>,
+    last_exclusion_id: u32,
 }
 
 impl AppliedMaps {
-    /// Reads what an earlier run left. The contents of its exclusion lists are not read: an empty
-    /// list stands for each, so that it is removed when no pod needs it.
+    /// Reads what an earlier run left, and removes the exclusion lists that no entry names: a run
+    /// that was killed between two writes leaves them. An empty list stands for each of the others,
+    /// so that it is removed when no pod needs it.
     ///
     /// # Errors
-    /// A map cannot be read.
-    pub(crate) fn read(kernel: &Kernel) -> Result<Self, KernelError> {
+    /// A map cannot be read, or a list not be removed.
+    pub(crate) fn adopt(kernel: &mut Kernel) -> Result<Self, KernelError> {
         let mut contents = MapContents {
             cgroups: kernel.cgroups()?.into_iter().collect(),
             addresses: kernel.pods()?.into_iter().collect(),
@@ -47,8 +56,18 @@ impl AppliedMaps {
         let of_netns = contents.arrivals.values().map(|info| info.exclusion_id);
         let of_addresses = contents.addresses.values().map(|record| record.exclusion_id);
         let ids = of_cgroups.chain(of_netns).chain(of_addresses);
-        contents.exclusions = ids.filter(|id| *id != 0).map(|id| (id, Exclusions::default())).collect();
-        Ok(Self { contents })
+        contents.exclusions = ids.filter(|id| *id != 0).map(|id| (id, Arc::default())).collect();
+        let mut lists = kernel.exclusions()?;
+        let last = [
+            contents.exclusions.last_key_value().map(|(id, _)| *id),
+            lists.last_key_value().map(|(id, _)| *id),
+        ];
+        for (id, list) in lists.extract_if(.., |id, _| !contents.exclusions.contains_key(id)) {
+            info!(exclusion_id = id, entries = list.len(), "removing an exclusion list that no pod has");
+            kernel.remove_exclusions(id, &list)?;
+        }
+        let last_exclusion_id = last.into_iter().flatten().max().unwrap_or(0);
+        Ok(Self { contents, lists, refused: BTreeMap::new(), last_exclusion_id })
     }
 
     /// What the maps hold.
@@ -57,10 +76,10 @@ impl AppliedMaps {
         &self.contents
     }
 
-    /// The highest id of an exclusion list; 0: there is none.
+    /// The highest id that an exclusion list had when an earlier run ended; 0: there was none.
     #[must_use]
     pub(crate) fn last_exclusion_id(&self) -> u32 {
-        self.contents.exclusions.keys().next_back().copied().unwrap_or(0)
+        self.last_exclusion_id
     }
 
     /// The cookies of the netns that a tunnel serves.
@@ -92,10 +111,6 @@ impl AppliedMaps {
                 kernel.remove_pod(*address)?;
                 contents.addresses.remove(address);
             }
-            MapWrite::SetExclusions(id, exclusions) => {
-                set_exclusions(kernel, *id, exclusions)?;
-                contents.exclusions.insert(*id, exclusions.clone());
-            }
             MapWrite::SetExpected(name, info) => {
                 kernel.expect_pod(name, info)?;
                 contents.expected.insert(*name, *info);
@@ -117,7 +132,11 @@ impl AppliedMaps {
                 contents.arrivals.remove(cookie);
             }
             MapWrite::RemoveExclusions(id) => {
-                kernel.clear_exclusions(*id)?;
+                if let Some(list) = self.lists.get(id) {
+                    kernel.remove_exclusions(*id, list)?;
+                }
+                self.lists.remove(id);
+                self.refused.clear();
                 contents.exclusions.remove(id);
             }
             MapWrite::RemoveExpected(name) => {
@@ -126,6 +145,59 @@ impl AppliedMaps {
             }
         }
         Ok(())
+    }
+
+    /// Writes the exclusion lists of `plan` that are not there yet. The plan as far as they found
+    /// room, and the pods whose lists did not, by uid, with the reason.
+    pub(crate) fn add_exclusions<'a>(
+        &mut self,
+        kernel: &mut Kernel,
+        plan: &'a Plan,
+    ) -> (Cow<'a, Plan>, Vec<(String, Reason)>) {
+        let (mut fitting, mut refused) = (Cow::Borrowed(plan), Vec::new());
+        for (uid, pod) in plan {
+            let Some((id, exclusions)) = &pod.exclusions else { continue };
+            if let Err(why) = self.set_exclusions(kernel, *id, exclusions) {
+                fitting.to_mut().insert(uid.clone(), pod.without_exclusions());
+                refused.push((uid.clone(), Reason::new(ReasonCode::ExclusionsNotSet, why)));
+            }
+        }
+        (fitting, refused)
+    }
+
+    fn set_exclusions(
+        &mut self,
+        kernel: &mut Kernel,
+        id: u32,
+        exclusions: &Arc<Exclusions>,
+    ) -> Result<(), String> {
+        if self.contents.exclusions.get(&id) == Some(exclusions) {
+            return Ok(());
+        }
+        if let Some(why) = self.refused.get(&id) {
+            return Err(why.clone());
+        }
+        let wanted = entries(exclusions);
+        let there = self.lists.get(&id).cloned().unwrap_or_default();
+        let written = kernel
+            .add_exclusions(id, &wanted.without(&there))
+            .and_then(|()| kernel.remove_exclusions(id, &there.without(&wanted)));
+        match written {
+            Ok(()) => {
+                self.lists.insert(id, wanted);
+                self.contents.exclusions.insert(id, Arc::clone(exclusions));
+                Ok(())
+            }
+            Err(error) => {
+                let (ports, cidrs) = (wanted.ports.len(), wanted.cidrs.len());
+                let why = format!(
+                    "no room for the exclusion list, which takes {ports} entries of ports and {cidrs} of addresses: {}",
+                    Report::new(&error)
+                );
+                self.refused.insert(id, why.clone());
+                Err(why)
+            }
+        }
     }
 
     /// Enters the cgroup of a tunnel.
@@ -153,8 +225,14 @@ impl AppliedMaps {
         let cgroups: BTreeMap<_, _> = kernel.cgroups()?.into_iter().collect();
         let addresses: BTreeMap<_, _> = kernel.pods()?.into_iter().collect();
         let arrivals: BTreeMap<_, _> = kernel.netns()?.into_iter().collect();
+        let lists = kernel.exclusions()?;
+        self.refused.clear();
         let contents = &mut self.contents;
-        if cgroups == contents.cgroups && addresses == contents.addresses && arrivals == contents.arrivals {
+        if cgroups == contents.cgroups
+            && addresses == contents.addresses
+            && arrivals == contents.arrivals
+            && lists == self.lists
+        {
             return Ok(false);
         }
         warn!(
@@ -164,35 +242,43 @@ impl AppliedMaps {
             found_addresses = addresses.len(),
             netns = contents.arrivals.len(),
             found_netns = arrivals.len(),
+            lists = self.lists.len(),
+            found_lists = lists.len(),
             "another program changed our maps; repairing them"
         );
         contents.cgroups = cgroups;
         contents.addresses = addresses;
         contents.arrivals = arrivals;
+        // An empty list stands for one that has to be written again, or removed.
+        contents.exclusions.retain(|id, _| lists.contains_key(id));
+        for (id, list) in &lists {
+            if self.lists.get(id) != Some(list) {
+                contents.exclusions.insert(*id, Arc::default());
+            }
+        }
+        self.lists = lists;
         Ok(true)
     }
 }
 
-fn set_exclusions(
-    kernel: &mut Kernel,
-    exclusion_id: u32,
-    exclusions: &Exclusions,
-) -> Result<(), KernelError> {
+/// The entries that a list takes in the maps.
+fn entries(exclusions: &Exclusions) -> ExclusionList {
+    let mut list = ExclusionList::default();
     for (ports, direction) in [(&exclusions.outbound_ports, OUTBOUND), (&exclusions.inbound_ports, INBOUND)] {
-        for port in ports {
-            kernel.exclude_port(&ExcludedPort { exclusion_id, port: *port, direction })?;
+        for range in ports {
+            list = list.with_ports(direction, range.clone());
         }
     }
     for cidr in &exclusions.outbound_cidrs {
         let (address, length) = mapped_cidr(cidr);
-        kernel.exclude_cidr(exclusion_id, length, address)?;
+        list = list.with_cidr(address, length);
     }
-    Ok(())
+    list
 }
 
 /// `cidr` with its prefix length in IPv6 form: an IPv4 range is 96 bits longer.
 fn mapped_cidr(cidr: &IpNet) -> ([u8; 16], u32) {
-    let extra = if matches!(cidr.addr(), IpAddr::V4(_)) { 96 } else { 0 };
+    let extra = if matches!(cidr.addr(), IpAddr::V4(_)) { MAPPED_BITS } else { 0 };
     (address16(cidr.network()), u32::from(cidr.prefix_len()) + extra)
 }
 

@@ -60,7 +60,7 @@ pub(crate) fn pod_status(
         addresses: facts.map(|facts| facts.addresses.clone()).unwrap_or_default(),
         netns: facts.map(|facts| NetnsStatus { inode: facts.id.inode, cookie: facts.cookie }),
         cgroups: view.observed.cgroups.clone(),
-        notes: pod.notes.clone(),
+        notes: pod.notes.to_vec(),
     }
 }
 

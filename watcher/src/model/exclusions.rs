@@ -2,21 +2,40 @@
 //!
 //! An invalid item is noted and ignored, the others stay active: a typing error in one port must not take a
 //! pod out of the mesh, nor put the other ports into it.
+//!
+//! Whoever may create a pod writes these lists. So reading one takes time in proportion to its text: ranges are
+//! merged and never expanded, and what a list can take of the kernel's maps and of messages has limits.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    net::IpAddr,
+    ops::{ControlFlow, RangeInclusive},
+};
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use serde_json::Value;
 
-/// Traffic of a pod that bypasses the tunnel.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+use super::notes::Notes;
+
+/// How many items of a list are read. All annotations of a pod together have 256 KiB.
+const MAX_ITEMS: usize = 65_536;
+/// How many ranges of ports, merged, a list may have: about a sixth of the kernel's map at the worst.
+const MAX_PORT_RANGES: usize = 1024;
+/// How many ranges of addresses, merged, a list may have: an eighth of the kernel's map.
+const MAX_CIDRS: usize = 16_384;
+/// How many invalid items of a list are noted one by one.
+const MAX_INVALID: usize = 4;
+/// How much of an invalid item a note shows, in characters.
+const SHOWN: usize = 40;
+
+/// Traffic of a pod that bypasses the tunnel. Ranges are in order, and no two of them overlap or touch.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Exclusions {
     /// Destination ports of its connections.
-    pub outbound_ports: BTreeSet<u16>,
+    pub outbound_ports: Vec<RangeInclusive<u16>>,
     /// Destination addresses of its connections.
-    pub outbound_cidrs: BTreeSet<IpNet>,
+    pub outbound_cidrs: Vec<IpNet>,
     /// Its own ports, for connections to it.
-    pub inbound_ports: BTreeSet<u16>,
+    pub inbound_ports: Vec<RangeInclusive<u16>>,
 }
 
 impl Exclusions {
@@ -27,52 +46,101 @@ impl Exclusions {
     }
 }
 
-/// The single items of `value`: a number, a text with commas between items, or a list of both.
-fn items(value: &Value) -> Vec<String> {
-    match value {
-        Value::Array(list) => list.iter().flat_map(items).collect(),
-        Value::String(text) => {
-            text.split(',').map(|item| item.trim().to_owned()).filter(|item| !item.is_empty()).collect()
-        }
-        Value::Null => Vec::new(),
-        other => vec![other.to_string()],
-    }
-}
-
 /// Reads ports (`6379`, `"6379, 7070"`, `"7000-7010"`); invalid items go to `notes`, named by `key`.
-pub fn ports(key: &str, value: &Value, notes: &mut Vec<String>) -> BTreeSet<u16> {
-    let mut ports = BTreeSet::new();
-    for item in items(value) {
-        match range(&item) {
-            Some(range) => ports.extend(range),
-            None => notes.push(format!(
-                "{key}: \"{item}\" ignored, expected a port from 1 to 65535 or a range such as 7000-7010"
-            )),
+pub fn ports(key: &str, value: &Value, notes: &mut Notes) -> Vec<RangeInclusive<u16>> {
+    let expected = "a port from 1 to 65535 or a range such as 7000-7010";
+    let mut ranges = read(key, value, expected, notes, range);
+    ranges.sort_unstable();
+    let mut merged: Vec<(u16, u16)> = Vec::new();
+    for (first, last) in ranges {
+        match merged.last_mut() {
+            Some((_, end)) if first <= end.saturating_add(1) => *end = last.max(*end),
+            _ => merged.push((first, last)),
         }
     }
-    ports
+    limit(key, "ranges of ports", &mut merged, MAX_PORT_RANGES, notes);
+    merged.into_iter().map(|(first, last)| first..=last).collect()
 }
 
-fn range(item: &str) -> Option<std::ops::RangeInclusive<u16>> {
+fn range(item: &str) -> Option<(u16, u16)> {
     let (first, last) = item.split_once('-').unwrap_or((item, item));
     let (first, last) = (first.trim().parse::<u16>().ok()?, last.trim().parse::<u16>().ok()?);
-    (first != 0 && first <= last).then_some(first..=last)
+    (first != 0 && first <= last).then_some((first, last))
 }
 
-/// Reads CIDRs or single addresses; invalid items go to `notes`, named by `key`.
-pub fn cidrs(key: &str, value: &Value, notes: &mut Vec<String>) -> BTreeSet<IpNet> {
-    let mut cidrs = BTreeSet::new();
-    for item in items(value) {
-        match item.parse::<IpNet>().or_else(|_| item.parse::<IpAddr>().map(IpNet::from)) {
-            Ok(cidr) => drop(cidrs.insert(cidr.trunc())),
-            Err(_) => {
-                notes.push(format!(
-                    "{key}: \"{item}\" ignored, expected a CIDR such as 10.0.0.0/8 or fd00::/8"
-                ));
-            }
+/// Reads CIDRs or single addresses; invalid items go to `notes`, named by `key`. IPv4 in mapped form is IPv4.
+pub fn cidrs(key: &str, value: &Value, notes: &mut Notes) -> Vec<IpNet> {
+    let cidrs = read(key, value, "a CIDR such as 10.0.0.0/8 or fd00::/8", notes, |item| {
+        let cidr = item.parse::<IpNet>().or_else(|_| item.parse::<IpAddr>().map(IpNet::from)).ok()?;
+        Some(canonical(cidr).trunc())
+    });
+    let mut merged = IpNet::aggregate(&cidrs);
+    limit(key, "address ranges", &mut merged, MAX_CIDRS, notes);
+    merged
+}
+
+/// A range within `::ffff:0:0/96` as the range of IPv4 that it stands for.
+fn canonical(cidr: IpNet) -> IpNet {
+    let mapped = || {
+        let IpNet::V6(v6) = cidr else { return None };
+        let length = v6.prefix_len().checked_sub(96)?;
+        Ipv4Net::new(v6.addr().to_ipv4_mapped()?, length).ok()
+    };
+    mapped().map_or(cidr, IpNet::V4)
+}
+
+/// The items of `value` that `parse` takes; the others are noted.
+fn read<T>(
+    key: &str,
+    value: &Value,
+    expected: &str,
+    notes: &mut Notes,
+    parse: impl Fn(&str) -> Option<T>,
+) -> Vec<T> {
+    let (mut found, mut seen, mut invalid) = (Vec::new(), 0usize, 0usize);
+    let whole = each_item(value, &mut |item| {
+        if seen == MAX_ITEMS {
+            return ControlFlow::Break(());
         }
+        seen += 1;
+        if let Some(parsed) = parse(item) {
+            found.push(parsed);
+            return ControlFlow::Continue(());
+        }
+        invalid += 1;
+        if invalid <= MAX_INVALID {
+            let shown: String = item.chars().take(SHOWN).collect();
+            notes.push(format!("{key}: \"{shown}\" ignored, expected {expected}"));
+        }
+        ControlFlow::Continue(())
+    });
+    if invalid > MAX_INVALID {
+        notes.push(format!("{key}: {} more invalid items ignored", invalid - MAX_INVALID));
     }
-    cidrs
+    if whole.is_break() {
+        notes.push(format!("{key}: only the first {MAX_ITEMS} items are used, the others are ignored"));
+    }
+    found
+}
+
+/// Calls `each` for the single items of `value`, which is a number, a text with commas between items, or a list of
+/// both.
+fn each_item(value: &Value, each: &mut impl FnMut(&str) -> ControlFlow<()>) -> ControlFlow<()> {
+    match value {
+        Value::Array(list) => list.iter().try_for_each(|value| each_item(value, each)),
+        Value::String(text) => {
+            text.split(',').map(str::trim).filter(|item| !item.is_empty()).try_for_each(each)
+        }
+        Value::Null => ControlFlow::Continue(()),
+        other => each(&other.to_string()),
+    }
+}
+
+fn limit<T>(key: &str, what: &str, list: &mut Vec<T>, most: usize, notes: &mut Notes) {
+    if list.len() > most {
+        notes.push(format!("{key}: {} {what}, of which the first {most} are used", list.len()));
+        list.truncate(most);
+    }
 }
 
 #[cfg(test)]
@@ -81,16 +149,20 @@ mod tests {
 
     use super::*;
 
-    fn read_ports(value: &Value) -> (Vec<u16>, usize) {
-        let mut notes = Vec::new();
-        (ports("excludeOutboundPorts", value, &mut notes).into_iter().collect(), notes.len())
+    fn read_ports(value: &Value) -> (Vec<RangeInclusive<u16>>, usize) {
+        let mut notes = Notes::default();
+        (ports("excludeOutboundPorts", value, &mut notes), notes.len())
     }
 
     #[test]
-    fn ports_are_read_as_numbers_texts_and_ranges() {
-        assert_eq!(read_ports(&json!([6379, "7000-7002", 65535])), (vec![6379, 7000, 7001, 7002, 65535], 0));
-        assert_eq!(read_ports(&json!("6379, 7070")), (vec![6379, 7070], 0));
-        assert_eq!(read_ports(&json!(80)), (vec![80], 0));
+    fn ports_are_read_as_numbers_texts_and_ranges_and_merged() {
+        assert_eq!(
+            read_ports(&json!([6379, "7000-7002", 65535, 7003])),
+            (vec![6379..=6379, 7000..=7003, 65535..=65535], 0)
+        );
+        assert_eq!(read_ports(&json!("6379, 7070")), (vec![6379..=6379, 7070..=7070], 0));
+        assert_eq!(read_ports(&json!("100-200,1-65535,65534-65535")), (vec![1..=65535], 0));
+        assert_eq!(read_ports(&json!(80)), (vec![80..=80], 0));
         assert_eq!(read_ports(&json!(null)), (vec![], 0));
     }
 
@@ -106,21 +178,87 @@ mod tests {
             json!(1.5),
             json!(true),
         ] {
-            assert_eq!(read_ports(&json!([bad, 80])), (vec![80], 1), "{bad}");
+            assert_eq!(read_ports(&json!([bad, 80])), (vec![80..=80], 1), "{bad}");
         }
     }
 
+    fn read_cidrs(value: &Value) -> (Vec<String>, Notes) {
+        let mut notes = Notes::default();
+        let read = cidrs("excludeOutboundCidrs", value, &mut notes);
+        (read.iter().map(ToString::to_string).collect(), notes)
+    }
+
     #[test]
-    fn cidrs_may_be_everything_or_one_address() {
-        let mut notes = Vec::new();
-        let read = cidrs(
-            "excludeOutboundCidrs",
-            &json!(["0.0.0.0/0", "::/0", "10.1.2.3/8", "fd00::1", "10/8"]),
-            &mut notes,
-        );
-        let texts: Vec<String> = read.iter().map(ToString::to_string).collect();
-        assert_eq!(texts, ["0.0.0.0/0", "10.0.0.0/8", "::/0", "fd00::1/128"]);
+    fn cidrs_may_be_everything_of_a_family_or_one_address() {
+        let (read, notes) = read_cidrs(&json!(["::/0", "10.1.2.3/8", "192.0.2.1", "10/8", "10.0.0.0/9"]));
+        assert_eq!(read, ["10.0.0.0/8", "192.0.2.1/32", "::/0"]);
         assert_eq!(notes.len(), 1);
         assert!(notes[0].contains("\"10/8\""), "{notes:?}");
+        assert_eq!(read_cidrs(&json!("0.0.0.0/0,10.0.0.0/8,fd00::1")).0, ["0.0.0.0/0", "fd00::1/128"]);
+    }
+
+    #[test]
+    fn ipv4_in_mapped_form_is_ipv4() {
+        for (given, read) in [
+            ("::ffff:10.1.2.3", "10.1.2.3/32"),
+            ("::ffff:10.1.2.3/104", "10.0.0.0/8"),
+            ("::ffff:0:0/96", "0.0.0.0/0"),
+            ("::ffff:0:0/95", "::fffe:0:0/95"),
+        ] {
+            assert_eq!(read_cidrs(&json!(given)).0, [read], "{given}");
+        }
+    }
+
+    /// As long as all annotations of a pod together may be.
+    fn longest(item: &str) -> Value {
+        Value::String(item.repeat(256 * 1024 / item.len()))
+    }
+
+    #[test]
+    fn the_longest_lists_take_little() {
+        let count = |value: &Value| {
+            let mut items = 0;
+            let _ = each_item(value, &mut |_| {
+                items += 1;
+                ControlFlow::Continue(())
+            });
+            items
+        };
+        let all = longest("1-65535,");
+        assert_eq!(count(&all), 32_768, "each item is looked at once");
+        assert_eq!(read_ports(&all), (vec![1..=65535], 0));
+
+        for nonsense in ["x,", "65536,", "1-65535-,"] {
+            let mut notes = Notes::default();
+            assert!(ports("k", &longest(nonsense), &mut notes).is_empty());
+            assert!(cidrs("k", &longest(nonsense), &mut notes).is_empty());
+            assert!(notes.len() <= 2 * (MAX_INVALID + 2), "{} notes of {nonsense}", notes.len());
+            assert!(notes.iter().map(String::len).sum::<usize>() < 2000, "{notes:?}");
+            assert!(notes.iter().any(|note| note.contains("more invalid items")), "{notes:?}");
+        }
+        assert_eq!(read_cidrs(&longest("10.2.0.0/16,::/0,")).0, ["10.2.0.0/16", "::/0"]);
+    }
+
+    #[test]
+    fn what_is_past_a_limit_is_ignored_and_noted_by_name() {
+        let mut notes = Notes::default();
+        let odd: Vec<u32> = (1..65_536).step_by(2).collect();
+        assert_eq!(ports("excludeInboundPorts", &json!(odd), &mut notes).len(), MAX_PORT_RANGES);
+        assert_eq!(
+            notes.to_vec(),
+            ["excludeInboundPorts: 32768 ranges of ports, of which the first 1024 are used"]
+        );
+        let mut notes = Notes::default();
+        let single: Vec<String> = (0..20_000).map(|n| format!("10.{}.{}.1", n / 256, n % 256)).collect();
+        assert_eq!(cidrs("k", &json!(single), &mut notes).len(), MAX_CIDRS);
+        assert_eq!(notes.to_vec(), ["k: 20000 address ranges, of which the first 16384 are used"]);
+        let mut notes = Notes::default();
+        assert_eq!(ports("k", &json!(vec![80; MAX_ITEMS + 1]), &mut notes), [80..=80]);
+        assert_eq!(notes.to_vec(), ["k: only the first 65536 items are used, the others are ignored"]);
+        // What clusters have in practice fits whole.
+        let mut notes = Notes::default();
+        let ten_thousand: Vec<String> =
+            (0..10_000).map(|n| format!("10.{}.{}.1", n / 256, n % 256)).collect();
+        assert_eq!((cidrs("k", &json!(ten_thousand), &mut notes).len(), notes.len()), (10_000, 0));
     }
 }

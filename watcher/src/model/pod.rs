@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fmt, net::IpAddr, path::PathBuf, str::FromStr, 
 
 use serde::{Deserialize, Serialize};
 
-use super::{exclusions::Exclusions, reason::Reason};
+use super::{exclusions::Exclusions, notes::Notes, reason::Reason};
 
 /// What happens to an enrolled pod's traffic while no tunnel serves it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -51,10 +51,10 @@ pub struct Pod {
     pub dns_capture: Option<bool>,
     /// Addresses that the pod's netns must have; empty: any.
     pub addresses: BTreeSet<IpAddr>,
-    /// Traffic that bypasses the tunnel.
-    pub exclusions: Exclusions,
+    /// Traffic that bypasses the tunnel. Shared: lists may be long.
+    pub exclusions: Arc<Exclusions>,
     /// Invalid values that were ignored.
-    pub notes: Vec<String>,
+    pub notes: Notes,
 }
 
 /// A service account of the cluster.

@@ -184,6 +184,13 @@ reasons! {
         "the program that steers inbound connections could not be attached to the pod's netns",
         "Read the message; another program may be attached to that netns.";
 
+    ExclusionsNotSet "exclusions_not_set", Change, FailMode,
+        "the kernel's maps have no room for the pod's exclusion list; the pod gets none of it, and the others keep theirs",
+        "Make the lists of the node's pods shorter, or alike: pods with equal lists share one.";
+    NotInMaps "not_in_maps", Change, Plaintext,
+        "an entry of the pod could not be written to the kernel's maps; the watcher tries again",
+        "Read the message; if a map is full, find the pod with very many cgroups or addresses.";
+
     NoTunnel "no_tunnel", Itself, FailMode,
         "no tunnel is connected",
         "Start the tunnel; compare its `zds.socket` with `--zds-socket`.";

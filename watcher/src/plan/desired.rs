@@ -1,6 +1,6 @@
 //! From an eligible pod to its plan: the map entries, the netns, and what tunnels receive.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use adit_ebpf_common::{
     enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
@@ -100,7 +100,7 @@ fn enroll(
     let PodView { pod, observed, .. } = view;
     let exclusion_id = circumstances.exclusion_id;
     if exclusion_id != 0 {
-        plan.exclusions = Some((exclusion_id, pod.exclusions.clone()));
+        plan.exclusions = Some((exclusion_id, Arc::clone(&pod.exclusions)));
     }
     let record = PodRecord { netns_cookie: facts.cookie, flags, exclusion_id };
     plan.addresses = facts.addresses.iter().map(|address| (address16(*address), record)).collect();

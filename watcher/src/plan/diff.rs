@@ -3,8 +3,14 @@
 //! What leaves goes first, from the outside in: new connections must bypass the tunnel before it
 //! stops serving the pod. A pod that comes gets its map entries before its netns is touched, so
 //! that it is closed from the first moment on; tunnels receive it last.
+//!
+//! Exclusion lists are no steps: [`crate::apply::maps`] writes them before all steps, since an
+//! entry that names a list has to find it whole. Lists that no pod needs any more go last.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use adit_ebpf_common::{
     address::Address,
@@ -36,7 +42,6 @@ pub(crate) enum ApplyStep {
 pub(crate) enum MapWrite {
     RemoveCgroup(CgroupId),
     RemoveAddress(Address),
-    SetExclusions(u32, Exclusions),
     SetExpected(Name, CgroupInfo),
     SetCgroup(CgroupId, CgroupInfo),
     SetAddress(Address, PodRecord),
@@ -44,6 +49,20 @@ pub(crate) enum MapWrite {
     RemoveArrivals(u64),
     RemoveExclusions(u32),
     RemoveExpected(Name),
+}
+
+impl MapWrite {
+    /// The pod, by uid, whose entry this writes.
+    pub(crate) fn pod<'a>(&self, plan: &'a Plan) -> Option<&'a str> {
+        let writes = |pod: &PodPlan| match self {
+            Self::SetCgroup(id, _) => pod.cgroups.contains_key(id),
+            Self::SetAddress(address, _) => pod.addresses.contains_key(address),
+            Self::SetArrivals(info) => pod.arrivals.contains_key(&info.netns_cookie),
+            Self::SetExpected(name, _) => pod.expected.contains_key(name),
+            _ => false,
+        };
+        plan.iter().find(|(_, pod)| writes(pod)).map(|(uid, _)| uid.as_str())
+    }
 }
 
 /// A change of netns, which are named by their cookies.
@@ -70,7 +89,7 @@ pub(crate) enum TunnelStep {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct MapContents {
     /// Exclusion lists by id.
-    pub exclusions: BTreeMap<u32, Exclusions>,
+    pub exclusions: BTreeMap<u32, Arc<Exclusions>>,
     /// Entries that cgroups get as they are made, by name.
     pub expected: BTreeMap<Name, CgroupInfo>,
     /// Entries by cgroup id.
@@ -105,6 +124,8 @@ pub(crate) enum DiffScope<'a> {
     Pods {
         /// Earlier plans of the pods that are compared, and of pods that are gone.
         before: &'a [(String, PodPlan)],
+        /// The ids of the exclusion lists that any pod uses: equal lists of several pods are one.
+        lists: &'a BTreeSet<u32>,
     },
 }
 
@@ -112,12 +133,15 @@ pub(crate) enum DiffScope<'a> {
 pub(crate) fn steps(applied: &Applied<'_>, scope: DiffScope<'_>, plan: &Plan) -> Vec<ApplyStep> {
     let tunnel = cgroup_info(flag::TUNNEL, 0, &[]);
     let mut wanted = Entries::of(plan.iter());
-    let before = match scope {
+    let none = BTreeSet::new();
+    let (before, lists) = match scope {
         DiffScope::All { tunnels } => {
             wanted.cgroups.extend(tunnels.iter().map(|id| (id, &tunnel)));
-            None
+            (None, &none)
         }
-        DiffScope::Pods { before } => Some(Entries::of(before.iter().map(|(uid, plan)| (uid, plan)))),
+        DiffScope::Pods { before, lists } => {
+            (Some(Entries::of(before.iter().map(|(uid, plan)| (uid, plan)))), lists)
+        }
     };
     let before = before.as_ref();
     let Applied { maps, netns, workloads } = *applied;
@@ -126,7 +150,8 @@ pub(crate) fn steps(applied: &Applied<'_>, scope: DiffScope<'_>, plan: &Plan) ->
     let arrivals = gone(&maps.arrivals, before.map(|before| &before.arrivals), &wanted.arrivals);
     let left = gone(netns, before.map(|before| &before.netns), &wanted.netns);
     let withdrawn = gone(workloads, before.map(|before| &before.workloads), &wanted.workloads);
-    let exclusions = gone(&maps.exclusions, before.map(|before| &before.exclusions), &wanted.exclusions);
+    let mut exclusions = gone(&maps.exclusions, before.map(|before| &before.exclusions), &wanted.exclusions);
+    exclusions.retain(|id| !lists.contains(id));
     let expected = gone(&maps.expected, before.map(|before| &before.expected), &wanted.expected);
 
     let mut steps = Vec::new();
@@ -141,10 +166,6 @@ pub(crate) fn steps(applied: &Applied<'_>, scope: DiffScope<'_>, plan: &Plan) ->
     steps.extend(left.into_iter().map(NetnsStep::Release).map(ApplyStep::Netns));
 
     let set = |write| ApplyStep::Map(write);
-    steps.extend(
-        changed(&maps.exclusions, &wanted.exclusions)
-            .map(|(id, list)| set(MapWrite::SetExclusions(id, list))),
-    );
     steps.extend(
         changed(&maps.expected, &wanted.expected).map(|(name, info)| set(MapWrite::SetExpected(name, info))),
     );
@@ -184,7 +205,7 @@ fn enter(netns: &[(u64, PodNetns)], mut offers: Vec<(String, PodWorkload)>) -> V
 /// The entries of several plans, by kind.
 #[derive(Default)]
 struct Entries<'a> {
-    exclusions: BTreeMap<&'a u32, &'a Exclusions>,
+    exclusions: BTreeMap<&'a u32, &'a Arc<Exclusions>>,
     expected: BTreeMap<&'a Name, &'a CgroupInfo>,
     cgroups: BTreeMap<&'a CgroupId, &'a CgroupInfo>,
     addresses: BTreeMap<&'a Address, &'a PodRecord>,

@@ -11,7 +11,7 @@ use adit_ebpf_common::lifecycle::name;
 
 use crate::{
     model::{
-        exclusions::Exclusions,
+        notes::Notes,
         pod::{FailMode, Pod, Selection},
     },
     observe::{
@@ -47,8 +47,8 @@ fn pod(uid: &str) -> Pod {
         fail_mode: None,
         dns_capture: None,
         addresses: BTreeSet::new(),
-        exclusions: Exclusions::default(),
-        notes: Vec::new(),
+        exclusions: Arc::default(),
+        notes: Notes::default(),
     }
 }
 

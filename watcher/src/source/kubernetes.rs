@@ -96,7 +96,11 @@ pub fn start(config: &Config, options: KubernetesConfig) -> Result<Source, Kuber
     let follower = Follower {
         pods: Watched::new("pods", config, Some(fields)).map_err(KubernetesError::Client)?,
         namespaces: Watched::new("namespaces", config, None).map_err(KubernetesError::Client)?,
-        cluster: ClusterCache::new(ReadRules { label: options.label, sidecars: options.sidecars }),
+        cluster: ClusterCache::new(ReadRules {
+            label: options.label,
+            sidecars: options.sidecars,
+            ..ReadRules::default()
+        }),
         problems: [None, None],
         listed_all: false,
         updates: sender,

@@ -8,6 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     path::PathBuf,
+    sync::Arc,
 };
 
 use serde::de::DeserializeOwned;
@@ -85,9 +86,9 @@ pub(crate) const OPTIONS: &[PodOption] = &[
     PodOption { key: "addresses", annotations: &[], expected: "a list of IP addresses", example: "[10.0.1.2]", default: "what the netns has", about: "addresses that the pod's netns must have; else the pod is refused", read: |pod, given| { pod.addresses = given.parsed::<BTreeSet<IpAddr>>()?; Some(()) } },
     PodOption { key: "failMode", annotations: &["ambient.adit.dev/fail-mode"], expected: "closed or open", example: "open", default: "`--fail-mode`", about: "while no tunnel serves the pod: `closed` refuses its traffic (its connects fail with `EPERM`), `open` lets it pass in plaintext", read: fail_mode },
     PodOption { key: "dnsCapture", annotations: &["ambient.adit.dev/dns-capture", "ambient.istio.io/dns-capture"], expected: "true or false", example: "true", default: "`--dns-capture`", about: "whether the tunnel answers the pod's DNS queries", read: dns_capture },
-    PodOption { key: "excludeOutboundPorts", annotations: &["ambient.adit.dev/exclude-outbound-ports"], expected: PORTS, example: "6379,7000-7010", default: "none", about: "connections to these ports leave in plaintext", read: |pod, given| { pod.exclusions.outbound_ports = exclusions::ports(given.key, given.value, &mut pod.notes); Some(()) } },
-    PodOption { key: "excludeOutboundCidrs", annotations: &["ambient.adit.dev/exclude-outbound-cidrs"], expected: "CIDRs and addresses", example: "192.168.0.0/16,fd00::/8", default: "none", about: "connections to these addresses leave in plaintext", read: |pod, given| { pod.exclusions.outbound_cidrs = exclusions::cidrs(given.key, given.value, &mut pod.notes); Some(()) } },
-    PodOption { key: "excludeInboundPorts", annotations: &["ambient.adit.dev/exclude-inbound-ports"], expected: PORTS, example: "9090", default: "none", about: "connections to these ports reach the application directly; policy does not apply", read: |pod, given| { pod.exclusions.inbound_ports = exclusions::ports(given.key, given.value, &mut pod.notes); Some(()) } },
+    PodOption { key: "excludeOutboundPorts", annotations: &["ambient.adit.dev/exclude-outbound-ports"], expected: PORTS, example: "6379,7000-7010", default: "none", about: "connections to these ports leave in plaintext", read: |pod, given| { Arc::make_mut(&mut pod.exclusions).outbound_ports = exclusions::ports(given.key, given.value, &mut pod.notes); Some(()) } },
+    PodOption { key: "excludeOutboundCidrs", annotations: &["ambient.adit.dev/exclude-outbound-cidrs"], expected: "CIDRs and addresses", example: "192.168.0.0/16,fd00::/8", default: "none", about: "connections to these addresses leave in plaintext", read: |pod, given| { Arc::make_mut(&mut pod.exclusions).outbound_cidrs = exclusions::cidrs(given.key, given.value, &mut pod.notes); Some(()) } },
+    PodOption { key: "excludeInboundPorts", annotations: &["ambient.adit.dev/exclude-inbound-ports"], expected: PORTS, example: "9090", default: "none", about: "connections to these ports reach the application directly; policy does not apply", read: |pod, given| { Arc::make_mut(&mut pod.exclusions).inbound_ports = exclusions::ports(given.key, given.value, &mut pod.notes); Some(()) } },
 ];
 
 impl PodOption {
@@ -189,7 +190,7 @@ mod tests {
             };
             let mut pod = Pod::default();
             option.set(&mut pod, option.key, &example).unwrap();
-            assert_eq!(pod.notes, [""; 0], "{}", option.key);
+            assert!(pod.notes.is_empty(), "{}", option.key);
             assert_ne!(pod, Pod::default(), "{} sets nothing", option.key);
             let mut untouched = Pod::default();
             option.set(&mut untouched, option.key, &Value::Null).unwrap();

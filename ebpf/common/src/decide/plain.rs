@@ -9,6 +9,7 @@ use super::{ArrivalFacts, ConnectFacts, Facts};
 use crate::{
     address::Address,
     enrolment::{CgroupInfo, NetnsInfo},
+    exclusions::{CidrPrefix, PortPrefix},
     flows::{Destination, Flow},
     listeners::ListenerKey,
     settings::Settings,
@@ -29,10 +30,10 @@ pub struct PlainFacts {
     pub owners: BTreeMap<Address, u64>,
     /// What is known of the netns that a connection arrives in.
     pub netns: Option<NetnsInfo>,
-    /// Exclusion id, port and direction.
-    pub excluded_ports: BTreeSet<(u32, u16, u16)>,
-    /// Exclusion id, first address, and prefix length in mapped form.
-    pub excluded_cidrs: Vec<(u32, Address, u32)>,
+    /// Entries of exclusion lists, with their ids.
+    pub excluded_ports: Vec<(u32, PortPrefix)>,
+    /// The same.
+    pub excluded_cidrs: Vec<(u32, CidrPrefix)>,
     /// Netns cookie, port and family of the tunnel's listeners.
     pub tunnel_listeners: BTreeSet<(u64, u32, u32)>,
     /// The same of applications.
@@ -58,7 +59,7 @@ impl PlainFacts {
             netns_pod: None,
             owners: BTreeMap::new(),
             netns: None,
-            excluded_ports: BTreeSet::new(),
+            excluded_ports: Vec::new(),
             excluded_cidrs: Vec::new(),
             tunnel_listeners: BTreeSet::new(),
             app_listeners: BTreeSet::new(),
@@ -80,7 +81,8 @@ impl Facts for PlainFacts {
     }
 
     fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool {
-        exclusion_id != 0 && self.excluded_ports.contains(&(exclusion_id, port, direction))
+        let has = |(id, ports): &(u32, PortPrefix)| *id == exclusion_id && ports.contains(direction, port);
+        exclusion_id != 0 && self.excluded_ports.iter().any(has)
     }
 }
 
@@ -102,13 +104,8 @@ impl ConnectFacts for PlainFacts {
     }
 
     fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool {
-        let head = |address: &Address, length: u32| {
-            u128::from_be_bytes(*address).checked_shr(128 - length).unwrap_or(0)
-        };
-        exclusion_id != 0
-            && self.excluded_cidrs.iter().any(|(id, first, length)| {
-                *id == exclusion_id && head(first, *length) == head(address, *length)
-            })
+        let has = |(id, cidr): &(u32, CidrPrefix)| *id == exclusion_id && cidr.contains(address);
+        exclusion_id != 0 && self.excluded_cidrs.iter().any(has)
     }
 
     fn has_tunnel_listener(&self, key: &ListenerKey) -> bool {

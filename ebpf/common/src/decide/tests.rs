@@ -7,7 +7,7 @@ use crate::{
         CgroupInfo, NetnsInfo,
         flag::{DNS_CAPTURE, FAIL_OPEN, IN_MESH, READY, SIDECAR, TUNNEL},
     },
-    exclusions::{INBOUND, OUTBOUND},
+    exclusions::{CidrPrefix, INBOUND, MAPPED_BITS, OUTBOUND, PortPrefix},
     flows::{Destination, Flow},
     settings::Settings,
     trace::Rule,
@@ -59,8 +59,16 @@ fn facts(flags: u32) -> PlainFacts {
     facts.netns = Some(NetnsInfo { netns_cookie: COOKIE, cgroup_id: 1, flags, exclusion_id: 3 });
     facts.owners.extend([OWN, OWN_TOO, OWN_V6].map(|address| (address, COOKIE)));
     facts.owners.insert(OTHER_V6, COOKIE + 1);
-    facts.excluded_ports.extend([(3, 6379, OUTBOUND), (3, 9090, INBOUND), (4, 80, OUTBOUND)]);
-    facts.excluded_cidrs.extend([(3, mapped([192, 168, 0, 0]), 96 + 16), (4, UNSPECIFIED, 0)]);
+    let port = |direction, first| PortPrefix { direction, first, length: 16 };
+    facts.excluded_ports.extend([
+        (3, port(OUTBOUND, 6379)),
+        (3, port(INBOUND, 9090)),
+        (4, port(OUTBOUND, 80)),
+    ]);
+    let private = CidrPrefix { is_v4: true, first: mapped([192, 168, 0, 0]), length: MAPPED_BITS + 16 };
+    facts
+        .excluded_cidrs
+        .extend([(3, private), (4, CidrPrefix { is_v4: false, first: UNSPECIFIED, length: 0 })]);
     for port in [15001, 15006, 15008] {
         facts.tunnel_listeners.insert((COOKIE, port, 6));
     }

@@ -9,7 +9,6 @@ fn kind(step: &ApplyStep) -> &'static str {
         ApplyStep::Map(write) => match write {
             MapWrite::RemoveCgroup(_) => "remove cgroup",
             MapWrite::RemoveAddress(_) => "remove address",
-            MapWrite::SetExclusions(..) => "set exclusions",
             MapWrite::SetExpected(..) => "set expected",
             MapWrite::RemoveExpected(_) => "remove expected",
             MapWrite::SetCgroup(..) => "set cgroup",
@@ -59,7 +58,7 @@ fn leaving_is_the_reverse_of_coming() {
     let enrolled = setting.plan(vec![(pod("a"), in_order(1))]);
     assert_eq!(
         kinds_between(&Plan::new(), &enrolled),
-        ["set exclusions", "set cgroup", "set address", "set arrivals", "steer", "offer"]
+        ["set cgroup", "set address", "set arrivals", "steer", "offer"]
     );
     assert_eq!(
         kinds_between(&enrolled, &Plan::new()),
@@ -102,13 +101,28 @@ fn only_entries_that_earlier_plans_name_are_removed_when_a_few_pods_are_compared
     let whole = setting.plan(vec![(pod("a"), in_order(1)), (pod("b"), in_order(2))]);
     let node = Node::with(&whole);
     let before: Vec<_> = setting.plan(vec![(pod("a"), in_order(1))]).into_iter().collect();
-    let scope = DiffScope::Pods { before: &before };
+    let scope = DiffScope::Pods { before: &before, lists: &BTreeSet::new() };
     let only_a: Plan = before.iter().cloned().collect();
     assert!(node.steps(scope, &only_a).is_empty(), "a pod is planned alone as it is with others");
     let removed = node.steps(scope, &Plan::new());
     assert_eq!(removed, Node::with(&only_a).all_steps(&Plan::new()));
     // Of what a plan named and the kernel does not have, nothing is to be removed.
     assert!(Node::default().steps(scope, &Plan::new()).is_empty());
+}
+
+#[test]
+fn a_list_stays_as_long_as_one_pod_uses_it() {
+    let exclusion_ids = ["a", "b"].map(|uid| (uid.to_owned(), 1)).into();
+    let setting = Setting { exclusion_ids, ..Setting::default() };
+    let plan = setting.plan(vec![(pod("a"), in_order(1)), (pod("b"), in_order(2))]);
+    let node = Node::with(&plan);
+    let before = [("a".to_owned(), plan["a"].clone())];
+    for (used, removed) in [(BTreeSet::from([1]), false), (BTreeSet::new(), true)] {
+        let steps = node.steps(DiffScope::Pods { before: &before, lists: &used }, &Plan::new());
+        assert_eq!(kinds(&steps).contains(&"remove exclusions"), removed);
+    }
+    let only_b: Plan = [("b".to_owned(), plan["b"].clone())].into();
+    assert!(!kinds(&node.all_steps(&only_b)).contains(&"remove exclusions"));
 }
 
 #[test]
@@ -120,7 +134,7 @@ fn the_entries_of_tunnels_stay_when_everything_is_compared() {
     let mut node = Node::default();
     node.maps.cgroups.insert(77, info);
     assert!(node.steps(DiffScope::All { tunnels: &tunnels }, &Plan::new()).is_empty());
-    assert!(node.steps(DiffScope::Pods { before: &[] }, &Plan::new()).is_empty());
+    assert!(node.steps(DiffScope::Pods { before: &[], lists: &BTreeSet::new() }, &Plan::new()).is_empty());
     assert_eq!(kinds(&node.all_steps(&Plan::new())), ["remove cgroup"]);
 }
 

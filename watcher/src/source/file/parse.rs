@@ -228,8 +228,8 @@ pods:
         assert_eq!((first.uid.as_str(), first.service_account.as_str()), ("8a4b", "sa"));
         assert_eq!(first.fail_mode, Some(FailMode::Open));
         assert_eq!(first.addresses.len(), 2);
-        assert_eq!(first.exclusions.outbound_ports.len(), 12);
-        assert_eq!(first.exclusions.inbound_ports, [9090].into());
+        assert_eq!(first.exclusions.outbound_ports, [6379..=6379, 7000..=7010]);
+        assert_eq!(first.exclusions.inbound_ports, [9090..=9090]);
         assert_eq!(first.notes.len(), 1, "{:?}", first.notes);
         assert_eq!((second.uid.as_str(), second.namespace.as_str()), ("12", "default"));
         assert_eq!(second.cgroup, Some(root().join("kubepods/second")));

@@ -129,7 +129,9 @@ fn keep_last_valid(entries: Vec<Entry>, before: &[Entry]) -> Vec<Entry> {
         .map(|entry| {
             let Entry::Bad(bad) = &entry else { return entry };
             let Some(pod) = bad.uid.as_deref().and_then(earlier) else { return entry };
-            let notes = vec![format!("entry not valid, keeping the last valid one: {}", bad.problem)];
+            let notes = [format!("entry not valid, keeping the last valid one: {}", bad.problem)]
+                .into_iter()
+                .collect();
             Entry::Pod(Arc::new(Pod { notes, ..Pod::clone(&pod) }))
         })
         .collect()

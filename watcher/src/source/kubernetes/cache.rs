@@ -115,9 +115,7 @@ impl ClusterCache {
         match event {
             Event::Init => self.listing_pods = Some(BTreeMap::new()),
             Event::InitApply(given) => {
-                if let (Some(api_uid), Some(read)) =
-                    (given.metadata.uid.clone(), pod::read(&given, &self.rules))
-                {
+                if let (Some(api_uid), Some(read)) = (given.metadata.uid.clone(), self.read(&given)) {
                     self.listing_pods.get_or_insert_default().insert(api_uid, read);
                 }
             }
@@ -128,7 +126,7 @@ impl ClusterCache {
             }
             Event::Apply(given) => {
                 let Some(api_uid) = given.metadata.uid.clone() else { return };
-                let read = pod::read(&given, &self.rules);
+                let read = self.read(&given);
                 self.dirty.extend(read.as_ref().and_then(cgroup_uid));
                 let before = match read {
                     Some(read) => self.pods.insert(api_uid, read),
@@ -141,6 +139,12 @@ impl ClusterCache {
                 self.dirty.extend(before.as_ref().and_then(cgroup_uid));
             }
         }
+    }
+
+    /// Reads a pod, as far as it is otherwise than it was last.
+    fn read(&self, given: &api::Pod) -> Option<Result<ApiPod, BadEntry>> {
+        let before = given.metadata.uid.as_ref().and_then(|api_uid| self.pods.get(api_uid));
+        pod::read(given, &self.rules, before.and_then(|read| read.as_ref().ok()))
     }
 
     /// What has changed since the last call; nothing before both lists were complete once.

@@ -4,14 +4,19 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    hash::{BuildHasher as _, RandomState},
     net::IpAddr,
+    sync::Arc,
 };
 
 use k8s_openapi::api::core::v1 as api;
 use serde_json::Value;
 
 use crate::{
-    model::pod::{BadEntry, Pod},
+    model::{
+        notes::Notes,
+        pod::{BadEntry, Pod},
+    },
     source::{
         MAX_NAMES,
         options::{ANNOTATION_PREFIX, OPTIONS, own_annotations},
@@ -38,6 +43,17 @@ pub(crate) struct ReadRules {
     pub label: DataplaneLabel,
     /// Containers that carry their pod's traffic themselves.
     pub sidecars: BTreeSet<String>,
+    /// Its keys are random, so that nobody can write two texts with one hash.
+    pub hasher: RandomState,
+}
+
+/// What a pod's annotations set. Reading them may take a while, and most events change nothing of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ReadOptions {
+    /// The hash of the annotations' texts.
+    hash: u64,
+    /// A pod on which nothing else is set.
+    set: Pod,
 }
 
 /// A pod as the API has it.
@@ -57,13 +73,20 @@ pub(crate) struct ApiPod {
     pub marked: bool,
     /// As it is published, but for the selection.
     pub pod: Pod,
+    /// What its annotations set.
+    pub options: Arc<ReadOptions>,
 }
 
-/// Reads `given`. `None`: it has ended, or lacks a uid or a name.
+/// Reads `given`. `None`: it has ended, or lacks a uid or a name. `before` is the same pod as it was read last:
+/// annotations that did not change are not read again.
 ///
 /// # Errors
 /// Its uid cannot name a cgroup, or its names are too long.
-pub(crate) fn read(given: &api::Pod, rules: &ReadRules) -> Option<Result<ApiPod, BadEntry>> {
+pub(crate) fn read(
+    given: &api::Pod,
+    rules: &ReadRules,
+    before: Option<&ApiPod>,
+) -> Option<Result<ApiPod, BadEntry>> {
     let phase = given.status.as_ref().and_then(|status| status.phase.as_deref());
     if matches!(phase, Some("Succeeded" | "Failed")) {
         return None;
@@ -88,9 +111,9 @@ pub(crate) fn read(given: &api::Pod, rules: &ReadRules) -> Option<Result<ApiPod,
         return Some(Err(BadEntry { index: None, uid: Some(uid), name: Some(name), problem }));
     }
 
-    let mut pod = Pod { uid, name, namespace, service_account, ..Pod::default() };
+    let options = read_options(annotations, rules, before);
+    let mut pod = Pod { uid, name, namespace, service_account, ..options.set.clone() };
     pod.addresses = addresses(given, &mut pod.notes);
-    set_options(&mut pod, annotations);
     Some(Ok(ApiPod {
         api_uid,
         created: meta.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
@@ -99,6 +122,7 @@ pub(crate) fn read(given: &api::Pod, rules: &ReadRules) -> Option<Result<ApiPod,
         sidecar: sidecar(given, annotations, rules),
         marked: annotations.get(REDIRECTION).is_some_and(|value| value == REDIRECTION_ENABLED),
         pod,
+        options,
     }))
 }
 
@@ -128,7 +152,7 @@ fn is_uid(uid: &str) -> bool {
     !uid.is_empty() && uid.len() <= 64 && uid.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }
 
-fn addresses(given: &api::Pod, notes: &mut Vec<String>) -> BTreeSet<IpAddr> {
+fn addresses(given: &api::Pod, notes: &mut Notes) -> BTreeSet<IpAddr> {
     let Some(status) = &given.status else { return BTreeSet::new() };
     let listed = status.pod_ips.iter().flatten().map(|entry| entry.ip.as_str());
     // Old servers and hand-made pods may have the single one alone.
@@ -159,6 +183,25 @@ fn sidecar(given: &api::Pod, annotations: &BTreeMap<String, String>, rules: &Rea
         .chain(lasting)
         .find(|container| rules.sidecars.contains(&container.name))
         .map(|container| format!("it has the container {}", container.name))
+}
+
+/// What the annotations set, as it was read `before` if they are the same.
+fn read_options(
+    annotations: &BTreeMap<String, String>,
+    rules: &ReadRules,
+    before: Option<&ApiPod>,
+) -> Arc<ReadOptions> {
+    let counts = |key: &str| {
+        key.starts_with(ANNOTATION_PREFIX) || OPTIONS.iter().any(|option| option.annotations.contains(&key))
+    };
+    let texts: Vec<_> = annotations.iter().filter(|(key, _)| counts(key)).collect();
+    let hash = rules.hasher.hash_one(&texts);
+    if let Some(before) = before.filter(|before| before.options.hash == hash) {
+        return Arc::clone(&before.options);
+    }
+    let mut set = Pod::default();
+    set_options(&mut set, annotations);
+    Arc::new(ReadOptions { hash, set })
 }
 
 /// Sets what the annotations say; what they say wrong becomes a note.
@@ -193,7 +236,7 @@ mod tests {
 
     fn api_pod(value: Value) -> Option<ApiPod> {
         let given: api::Pod = serde_json::from_value(value).unwrap();
-        read(&given, &rules()).map(|read| read.unwrap())
+        read(&given, &rules(), None).map(|read| read.unwrap())
     }
 
     fn with_annotations(annotations: &Value) -> ApiPod {
@@ -229,7 +272,7 @@ mod tests {
         );
         assert_eq!((*fail_mode, *dns_capture), (Some(FailMode::Open), Some(false)));
         assert_eq!(addresses.len(), 2);
-        assert_eq!(exclusions.outbound_ports, [6379, 7000, 7001].into());
+        assert_eq!(exclusions.outbound_ports, [6379..=6379, 7000..=7001]);
         assert_eq!((exclusions.outbound_cidrs.len(), exclusions.inbound_ports.len()), (1, 1));
         assert_eq!((service_account.as_str(), notes.len()), ("web-sa", 0));
     }
@@ -244,12 +287,31 @@ mod tests {
             "elsewhere.dev/fail-mode": "ajar",
         }));
         assert_eq!((api_pod.pod.fail_mode, api_pod.pod.dns_capture), (None, None));
-        assert_eq!(api_pod.pod.exclusions.inbound_ports, [9090].into());
+        assert_eq!(api_pod.pod.exclusions.inbound_ports, [9090..=9090]);
         let notes = api_pod.pod.notes.join("\n");
         assert_eq!(api_pod.pod.notes.len(), 4, "{notes}");
         for part in ["\"ajar\"", "\"yes\"", "\"http\"", "exclude-inbound-port: unknown"] {
             assert!(notes.contains(part), "{part} in {notes}");
         }
+    }
+
+    #[test]
+    fn annotations_that_did_not_change_are_not_read_again() {
+        let rules = rules();
+        let pod = |ports: &str, label: &str| -> api::Pod {
+            let annotations = json!({"ambient.adit.dev/exclude-outbound-ports": ports, "other": label});
+            let metadata = json!({"uid": "u", "name": "n", "namespace": "d", "annotations": annotations});
+            serde_json::from_value(json!({"metadata": metadata, "status": {"podIP": label}})).unwrap()
+        };
+        let first = read(&pod("80-90,x", "10.0.0.1"), &rules, None).unwrap().unwrap();
+        let second = read(&pod("80-90,x", "10.0.0.2"), &rules, Some(&first)).unwrap().unwrap();
+        assert!(Arc::ptr_eq(&first.pod.exclusions, &second.pod.exclusions) && first != second);
+        assert_eq!((second.pod.notes.len(), second.pod.addresses.len()), (1, 1));
+        let third = read(&pod("80-91", "10.0.0.2"), &rules, Some(&second)).unwrap().unwrap();
+        assert_eq!(
+            (third.pod.exclusions.outbound_ports.as_slice(), third.pod.notes.len()),
+            (&[80..=91][..], 0)
+        );
     }
 
     #[test]
@@ -295,7 +357,7 @@ mod tests {
     fn a_uid_that_is_none_is_refused() {
         for bad in ["", "a/b", "..", &"a".repeat(65)] {
             let pod = json!({"metadata": {"uid": bad, "name": "n", "namespace": "d"}});
-            assert!(read(&serde_json::from_value(pod).unwrap(), &rules()).unwrap().is_err(), "{bad:?}");
+            assert!(read(&serde_json::from_value(pod).unwrap(), &rules(), None).unwrap().is_err(), "{bad:?}");
         }
     }
 }

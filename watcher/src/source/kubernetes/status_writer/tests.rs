@@ -3,10 +3,13 @@ use super::*;
 fn api_pod(marked: bool, notes: &[&str]) -> ApiPod {
     let pod = json!({"metadata": {"uid": "u", "name": "n", "namespace": "d"}});
     let pod = serde_json::from_value(pod).unwrap();
-    let mut api_pod =
-        crate::source::kubernetes::pod::read(&pod, &crate::source::kubernetes::pod::ReadRules::default())
-            .unwrap()
-            .unwrap();
+    let mut api_pod = crate::source::kubernetes::pod::read(
+        &pod,
+        &crate::source::kubernetes::pod::ReadRules::default(),
+        None,
+    )
+    .unwrap()
+    .unwrap();
     api_pod.marked = marked;
     api_pod.pod.notes = notes.iter().map(|note| (*note).to_owned()).collect();
     api_pod
