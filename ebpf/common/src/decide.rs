@@ -129,10 +129,12 @@ impl Outbound {
 /// 7. to one of the pod's own addresses: leave; but refuse the tunnel's ports
 /// 8. excluded by port or by CIDR: leave
 /// 9. the pod is not ready: by its fail mode
-/// 10. the pod has no address of this family, so there is nothing to redirect to: refuse
-/// 11. the tunnel's listener is gone: by the pod's fail mode
-/// 12. the original destination cannot be recorded, so the tunnel would not learn it: refuse
-/// 13. redirect to the tunnel
+/// 10. to a link-local address of IPv6: leave. It means nothing without its interface, which a
+///     redirect would lose
+/// 11. the pod has no address of this family, so there is nothing to redirect to: refuse
+/// 12. the tunnel's listener is gone: by the pod's fail mode
+/// 13. the original destination cannot be recorded, so the tunnel would not learn it: refuse
+/// 14. redirect to the tunnel
 #[inline(always)]
 pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     let to = &call.destination;
@@ -178,6 +180,9 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     }
     if !ready {
         return without_tunnel(info);
+    }
+    if is_link_local(&to.address) {
+        return Outbound::Leave(Rule::LinkLocal);
     }
     let tunnel = if is_v4(&to.address) { info.redirect_v4 } else { info.redirect_v6 };
     if same(&tunnel, &UNSPECIFIED) {

@@ -86,6 +86,7 @@ numbered! {
         DnsRedirect = 18, "redirect: DNS query to the tunnel";
         NotListening = 19, "refuse: nobody listens on the port";
         OtherNetns = 20, "leave: socket of another netns than the pod's";
+        LinkLocal = 21, "leave: link-local address";
     }
 }
 

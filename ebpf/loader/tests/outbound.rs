@@ -1,17 +1,23 @@
 //! The first decision list, rule by rule, and what a redirected connection looks like from both
 //! ends.
 
-use std::{fs::File, net::SocketAddr, os::fd::AsFd as _};
+use std::{
+    fs::File,
+    net::{SocketAddr, SocketAddrV6},
+    os::fd::AsFd as _,
+};
 
 use adit_ebpf_common::{
     enrolment::flag,
     exclusions::OUTBOUND as DIALS,
+    flows::Destination,
     trace::{Hook, Rule},
 };
 use adit_ebpf_loader::ExclusionList;
 
 use crate::rig::{
-    HBONE, INBOUND, OUTBOUND, READY, Rig, address, agent::How, at, empty, has_mptcp, repeated, sys,
+    HBONE, INBOUND, OUTBOUND, READY, Rig, add_address, address, agent::How, at, empty, has_mptcp,
+    interface_index, repeated, sys,
 };
 
 const OPEN: u32 = flag::FAIL_OPEN;
@@ -26,6 +32,28 @@ enum Effect {
     Refused,
 }
 use Effect::{Reaches, Redirected, Refused};
+
+/// Its scope is no part of an original destination: a redirect would lose it.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_link_local_destination_is_left_alone() {
+    let mut rig = Rig::new();
+    rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    rig.world.listen("[::]:8080");
+    add_address(&rig.world, "fe80::99:2");
+    // A link-local source comes by itself, once nobody else on the link has it.
+    add_address(&rig.app, "fe80::99:1");
+    let scope = interface_index(&rig.app);
+    let to = SocketAddrV6::new("fe80::99:2".parse().unwrap(), 8080, 0, scope).into();
+    let end = rig.app.dial(How::Tcp, to).unwrap();
+    assert_eq!(end.peer, to);
+    let destination = Destination::new(address("fe80::99:2"), 8080);
+    let explained =
+        rig.kernel.explain_connect(Some(rig.cgroups.id("pods/mesh")), Some(rig.cookie), destination).unwrap();
+    assert_eq!((rig.rules(8080)[0], explained), ((Hook::Connect6, Rule::LinkLocal), Rule::LinkLocal));
+    rig.set(flag::IN_MESH, true);
+    assert_eq!(rig.app.dial(How::Tcp, to).map(|_| ()), Err(libc::EPERM), "closed is closed");
+}
 
 /// The pod's flags, whether a tunnel is connected, the destination: the rule and its effect.
 #[test]

@@ -18,8 +18,8 @@ use crate::rig::{DNS, HBONE, INBOUND, OUTBOUND, Rig, address, agent::How, at, em
 
 /// The pod's own first and second, the other end's, and addresses that nobody has. The second ones
 /// are not assigned to the pod: what matters here is the verdict.
-const V4: [&str; 5] = ["10.99.0.1", "10.99.0.11", "10.99.0.2", "192.0.2.1", "127.0.0.1"];
-const V6: [&str; 5] = ["fd99::1", "fd99::11", "fd99::2", "2001:db8::1", "::1"];
+const V4: [&str; 6] = ["10.99.0.1", "10.99.0.11", "10.99.0.2", "192.0.2.1", "127.0.0.1", "10.99.0.9"];
+const V6: [&str; 6] = ["fd99::1", "fd99::11", "fd99::2", "2001:db8::1", "::1", "fe80::99:9"];
 const PORTS: [u16; 8] = [53, 80, 81, 6379, OUTBOUND, INBOUND, HBONE, DNS];
 /// The one that the pod has, and another pod's.
 const EXCLUSIONS: [u32; 2] = [7, 8];

@@ -110,6 +110,9 @@ fn the_first_outbound_rule_that_applies_wins() {
         (IN_MESH | FAIL_OPEN, OTHER, 80, Outbound::Leave(Rule::FailOpen)),
         (ready, OTHER, 80, Outbound::Redirect(Rule::Redirect, Destination::new(OWN, 15001))),
         (ready, OTHER, 15001, Outbound::Redirect(Rule::Redirect, Destination::new(OWN, 15001))),
+        (ready, LINK_LOCAL, 80, Outbound::Leave(Rule::LinkLocal)),
+        (IN_MESH, LINK_LOCAL, 80, Outbound::Refuse(Rule::FailClosed)),
+        (ready, LINK_LOCAL, 6379, Outbound::Leave(Rule::ExcludedPort)),
         (ready, OTHER_V6, 80, Outbound::Redirect(Rule::Redirect, Destination::new(OWN_V6, 15001))),
     ] {
         assert_eq!(verdict(&facts(flags), address, port), expected, "{flags} {address:?} {port}");
