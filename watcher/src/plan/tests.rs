@@ -74,7 +74,10 @@ fn in_order(n: u8) -> Observed {
 /// Each pod with its own directory.
 fn placed(pods: Vec<(Pod, Observed)>) -> Vec<(Arc<Pod>, Observed)> {
     let place = |(pod, observed): (Pod, Observed)| {
-        let observed = Observed { dir: pod.cgroup.clone(), ..observed };
+        let Some(dir) = pod.cgroup.clone() else { return (Arc::new(pod), observed) };
+        let ids = observed.cgroups.values().copied();
+        let cgroups = [dir.clone(), dir.join("c")].into_iter().zip(ids).collect();
+        let observed = Observed { dir: Some(dir), cgroups, ..observed };
         (Arc::new(pod), observed)
     };
     pods.into_iter().map(place).collect()

@@ -169,13 +169,13 @@ fn netns_come_in_batches_each_followed_by_its_offers() {
 }
 
 #[test]
-fn an_acknowledgement_changes_two_maps_and_nothing_else() {
+fn an_acknowledgement_changes_three_maps_and_nothing_else() {
     let before = Setting::default().plan(vec![(pod("a"), in_order(1)), (pod("b"), in_order(2))]);
     let after = Setting { ready: ["a".to_owned()].into(), ..Setting::default() }
         .plan(vec![(pod("a"), in_order(1)), (pod("b"), in_order(2))]);
     let found = Node::with(&before).all_steps(&after);
-    assert_eq!(found.len(), 4, "two cgroups and two addresses of pod a: {found:?}");
-    assert_eq!(kinds(&found), ["set cgroup", "set address"]);
+    assert_eq!(found.len(), 5, "two cgroups, two addresses and the netns of pod a: {found:?}");
+    assert_eq!(kinds(&found), ["set cgroup", "set address", "set arrivals"]);
 }
 
 #[test]
@@ -183,8 +183,15 @@ fn a_new_netns_of_the_same_pod_replaces_without_a_withdrawal() {
     let before = Setting::default().plan(vec![(pod("a"), in_order(1))]);
     let moved = seen(1, vec![ObservedNetns::Pod(NetnsFacts { cookie: 5, ..facts(1) })]);
     let after = Setting::default().plan(vec![(pod("a"), moved)]);
-    assert_eq!(
-        kinds_between(&before, &after),
-        ["unsteer", "release", "set cgroup", "set address", "steer", "offer"]
-    );
+    let expected = [
+        "unsteer",
+        "remove arrivals",
+        "release",
+        "set cgroup",
+        "set address",
+        "set arrivals",
+        "steer",
+        "offer",
+    ];
+    assert_eq!(kinds_between(&before, &after), expected);
 }
