@@ -80,16 +80,29 @@ impl Kernel {
         links::detach_tunnel(&links::folder(&self.pins), cgroup_dir, id)
     }
 
-    /// Steers what arrives in a pod's netns, by what [`Self::set_netns`] says of it; without that it
-    /// is refused. Idempotent.
-    ///
-    /// # Errors
-    /// The program for this netns cannot be loaded, or a link cannot be made.
-    pub fn steer(&mut self, netns_cookie: u64, netns: BorrowedFd<'_>) -> Result<(), KernelError> {
-        let (program, known) = (&self.netns_program, self.steering.get(&netns_cookie).copied());
-        let id = links::steer(program, known, &links::folder(&self.pins), netns_cookie, netns)?;
-        self.steering.insert(netns_cookie, id);
-        Ok(())
+    /// Steers what arrives in pods' netns, by what [`Self::set_netns`] says of them; without that it
+    /// is refused. Idempotent. For each netns, in their order, whether the program for it could be
+    /// loaded and its link made.
+    pub fn steer(&mut self, netns: &[(u64, BorrowedFd<'_>)]) -> Vec<Result<(), KernelError>> {
+        let folder = links::folder(&self.pins);
+        let is_current = |cookie: &u64| {
+            let known = self.steering.get(cookie);
+            known.is_some_and(|id| links::steered_by(&folder, *cookie) == Some(*id))
+        };
+        let cookies: Vec<u64> = netns.iter().map(|(cookie, _)| *cookie).collect();
+        let due: Vec<u64> = cookies.into_iter().filter(|cookie| !is_current(cookie)).collect();
+        let mut copies = self.netns_program.load_each(&due).into_iter();
+        let steering = &mut self.steering;
+        let mut steer = |(cookie, netns): &(u64, BorrowedFd<'_>)| {
+            if !due.contains(cookie) {
+                return Ok(());
+            }
+            let Some(copy) = copies.next() else { unreachable!("there is a copy for each") };
+            let id = links::steer(copy, &folder, *cookie, *netns)?;
+            steering.insert(*cookie, id);
+            Ok(())
+        };
+        netns.iter().map(&mut steer).collect()
     }
 
     /// Whether this process steers what arrives in that netns.

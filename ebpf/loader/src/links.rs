@@ -9,7 +9,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     io,
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
@@ -26,7 +26,6 @@ use aya_obj::generated::bpf_attach_type;
 
 use crate::{
     KernelError,
-    netns_program::NetnsProgram,
     object::{Attachment, NETNS, PODS, TUNNEL},
     sys,
 };
@@ -64,27 +63,28 @@ pub(crate) fn detach_tunnel(folder: &Path, cgroup: &Path, id: u64) -> Result<(),
     remove_if(folder, |name| name.starts_with(&prefix))
 }
 
-/// Leaves a link that runs a copy of `program` for the netns `cookie`; the id of that copy. `known`
-/// is the id of one that this process loaded before.
+/// Leaves a link that runs `copy` in the netns `cookie`; the id of the copy.
 pub(crate) fn steer(
-    program: &NetnsProgram,
-    known: Option<u32>,
+    copy: io::Result<OwnedFd>,
     folder: &Path,
     cookie: u64,
     netns: BorrowedFd<'_>,
 ) -> Result<u32, KernelError> {
-    let path = folder.join(format!("netns-{cookie}"));
+    let path = netns_link(folder, cookie);
     let target = PathBuf::from(format!("netns {cookie}"));
     let failed = |source| KernelError::Attach { program: NETNS.program, target: target.clone(), source };
-    if let Some(known) = known
-        && path.exists()
-        && program_of(&path).map_err(&failed)? == known
-    {
-        return Ok(known);
-    }
-    let copy = program.load(cookie).map_err(&failed)?;
-    replace_or_create(NETNS, copy.as_fd(), &path, netns, &target)?;
+    replace_or_create(NETNS, copy.map_err(&failed)?.as_fd(), &path, netns, &target)?;
     program_of(&path).map_err(failed)
+}
+
+/// The id of the program that the link of the netns `cookie` runs; `None`: there is no link.
+pub(crate) fn steered_by(folder: &Path, cookie: u64) -> Option<u32> {
+    let path = netns_link(folder, cookie);
+    path.exists().then(|| program_of(&path).ok()).flatten()
+}
+
+fn netns_link(folder: &Path, cookie: u64) -> PathBuf {
+    folder.join(format!("netns-{cookie}"))
 }
 
 pub(crate) fn unsteer(folder: &Path, cookies: &BTreeSet<u64>) -> Result<(), KernelError> {

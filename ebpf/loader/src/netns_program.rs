@@ -9,6 +9,7 @@ use std::{
     ffi::CString,
     io,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd},
+    thread,
 };
 
 use adit_ebpf_common::enrolment::NETNS_COOKIE_PLACEHOLDER;
@@ -20,6 +21,9 @@ use crate::{
     object::{self, NETNS},
     sys,
 };
+
+/// The verifier takes some 2 ms for a copy, and checks several side by side.
+const MOST_THREADS: usize = 4;
 
 /// `BPF_LD | BPF_IMM | BPF_DW`: loads a number of 64 bits, which takes two instructions.
 const LOAD_NUMBER: u8 = 0x18;
@@ -63,11 +67,31 @@ impl NetnsProgram {
         Ok(Self { instructions, license: program.license.clone(), places })
     }
 
+    /// Copies for the netns `cookies`, in their order, or why the kernel refuses them.
+    pub(crate) fn load_each(&self, cookies: &[u64]) -> Vec<io::Result<OwnedFd>> {
+        let threads = thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
+        let share = cookies.len().div_ceil(threads).max(1);
+        let load = |cookies: &[u64]| cookies.iter().map(|cookie| self.load(*cookie)).collect::<Vec<_>>();
+        let Some((own, others)) = cookies.split_at_checked(share) else { return load(cookies) };
+        thread::scope(|scope| {
+            let others: Vec<_> =
+                others.chunks(share).map(|cookies| scope.spawn(move || load(cookies))).collect();
+            let mut copies = load(own);
+            for other in others {
+                match other.join() {
+                    Ok(more) => copies.extend(more),
+                    Err(panic) => std::panic::resume_unwind(panic),
+                }
+            }
+            copies
+        })
+    }
+
     /// A copy for the netns `cookie`.
     ///
     /// # Errors
     /// The kernel refuses it.
-    pub(crate) fn load(&self, cookie: u64) -> io::Result<OwnedFd> {
+    fn load(&self, cookie: u64) -> io::Result<OwnedFd> {
         let mut instructions = self.instructions.clone();
         for place in &self.places {
             let (low, high) = halves(cookie);

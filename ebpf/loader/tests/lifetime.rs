@@ -51,7 +51,7 @@ fn pins_outlive_their_loader_and_a_successor_adopts_them() {
     for _ in 0..2 {
         rig.kernel.attach_pods(&rig.cgroups.join("pods")).unwrap();
         rig.kernel.attach_tunnel(&rig.cgroups.join("tunnel")).unwrap();
-        rig.kernel.steer(rig.cookie, netns.as_fd()).unwrap();
+        rig.kernel.steer(&[(rig.cookie, netns.as_fd())]).remove(0).unwrap();
     }
     assert_eq!(pinned(&rig), links, "the same links");
     assert!(programs.is_disjoint(&programs_of(&links)), "with the successor's programs");

@@ -84,7 +84,7 @@ impl Rig {
     /// Steers what arrives in the pod's netns.
     pub fn steer(&mut self) {
         let netns = fs::File::open(format!("/proc/{}/ns/net", self.app.task())).unwrap();
-        self.kernel.steer(self.cookie, netns.as_fd()).unwrap();
+        self.kernel.steer(&[(self.cookie, netns.as_fd())]).remove(0).unwrap();
     }
 
     /// Writes the pod's flags, and whether a tunnel is connected.

@@ -142,7 +142,8 @@ impl SteeredNetns {
     /// Steers first: whatever else fails, nothing arrives past what the maps say.
     fn steer(&mut self, batch: &[(u64, PodNetns)], tools: &mut NetnsTools<'_>) -> NetnsReport {
         let mut report = NetnsReport::default();
-        let mut steered = Vec::new();
+        let failed = |netns: &PodNetns, code, error: String| (netns.uid.clone(), Reason::new(code, error));
+        let mut open = Vec::new();
         for (cookie, netns) in batch {
             let is_steered = self.by_cookie.contains_key(cookie) && tools.kernel.is_steering(*cookie);
             if !netns.prepared && is_steered {
@@ -151,21 +152,25 @@ impl SteeredNetns {
                 report.steered.push(netns.uid.clone());
                 continue;
             }
-            let failed = |code, error: String| (netns.uid.clone(), Reason::new(code, error));
-            let fd = match open_netns(*cookie, netns, tools.opened) {
-                Ok(fd) => fd,
+            match open_netns(*cookie, netns, tools.opened) {
+                Ok(fd) => open.push((*cookie, netns, fd)),
                 Err(error) => {
-                    report.failed.push(failed(ReasonCode::NetnsNotPrepared, error.to_string()));
-                    continue;
+                    report.failed.push(failed(netns, ReasonCode::NetnsNotPrepared, error.to_string()));
                 }
-            };
-            if let Err(error) = tools.kernel.steer(*cookie, fd.as_fd()) {
-                report.failed.push(failed(ReasonCode::NetnsNotSteered, Report::new(&error).to_string()));
+            }
+        }
+        let fds: Vec<_> = open.iter().map(|(cookie, _, fd)| (*cookie, fd.as_fd())).collect();
+        let results = tools.kernel.steer(&fds);
+        let mut steered = Vec::new();
+        for ((cookie, netns, fd), result) in open.into_iter().zip(results) {
+            if let Err(error) = result {
+                let text = Report::new(&error).to_string();
+                report.failed.push(failed(netns, ReasonCode::NetnsNotSteered, text));
                 continue;
             }
-            let prepared = netns.prepared && self.is_prepared(*cookie);
-            self.by_cookie.insert(*cookie, PodNetns { prepared, ..netns.clone() });
-            steered.push((*cookie, netns, fd));
+            let prepared = netns.prepared && self.is_prepared(cookie);
+            self.by_cookie.insert(cookie, PodNetns { prepared, ..netns.clone() });
+            steered.push((cookie, netns, fd));
         }
         let (to_prepare, closed): (Vec<_>, Vec<_>) =
             steered.into_iter().partition(|(_, netns, _)| netns.prepared);
