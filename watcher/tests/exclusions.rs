@@ -226,3 +226,32 @@ fn a_list_that_finds_no_room_closes_its_pod_alone() {
     wait_for("one list", || kernel.exclusions().unwrap().len() == 1);
     assert_eq!(explained(&node, "a", "10.2.1.1:80"), CIDR);
 }
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_pod_whose_entries_find_no_room_is_named_and_comes_in_later() {
+    let mut node = WatcherNode::new();
+    let (a, b) = (node.pod("a"), node.pod("b"));
+    write(&node, &[String::new()]);
+    node.start(&["--rescan", "600"]);
+    let tunnel = node.tunnel();
+    tunnel.take_snapshot();
+    node.wait_state(a, "open", "");
+    let mut kernel = maps(&node);
+    let (_, entry) = kernel.cgroups().unwrap()[0];
+    // Ids that no cgroup has.
+    let others: Vec<u64> =
+        (1 << 60..).take_while(|id| kernel.set_cgroup(*id, &entry).is_ok()).take(100_000).collect();
+    assert!((1000..100_000).contains(&others.len()), "{} entries fill the map", others.len());
+    write(&node, &[String::new(), String::new()]);
+    // Its cgroup has no entry, so its connections pass: the status says so.
+    node.wait_state(b, "bypassed", "not_in_maps");
+    node.wait_state(a, "open", "");
+    for id in others {
+        kernel.remove_cgroup(id).unwrap();
+    }
+    let taken = tunnel.take_all();
+    node.wait_state(b, "open", "");
+    node.kill_watcher();
+    drop(taken.join());
+}
