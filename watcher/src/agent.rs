@@ -123,7 +123,10 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
         }
         agent.reporter.set_gauges(agent.applier.tunnels.len(), agent.is_ready());
         if events.wants_dirs() && agent.queue.take_dirs_changed() {
-            events.watch(&agent.pods.directories(&agent.config.attach));
+            match agent.pods.directories(&agent.config.attach) {
+                Ok(dirs) => events.watch(&dirs),
+                Err(error) => warn!(%error, "cannot list the cgroups to be watched; the scan finds changes"),
+            }
         }
         let wake = agent.next_due(next_scan);
         tokio::select! {
@@ -286,7 +289,9 @@ impl Agent {
         self.queue.reconcile(self.pods.end_grace_periods(now));
         self.applier.tunnels.retry(now);
         // Before the source has named all pods nothing is known: what an earlier run left stays.
+        // Nor does anything follow for what it enrolled and could not be observed since.
         if self.pods.is_synced()
+            && !self.awaits_adopted()
             && let Some(work) = self.queue.take_work(now)
         {
             self.apply(&work, now);
@@ -320,6 +325,7 @@ impl Agent {
             uids.extend(self.pods.uids());
             self.observer.find_dirs();
         }
+        let uids = self.pods.within_budget(uids, now);
         if uids.is_empty() {
             return;
         }
@@ -363,7 +369,15 @@ impl Agent {
     /// Whether every pod that was there at the start has been observed, and is enrolled as far as
     /// possible.
     fn is_ready(&self) -> bool {
-        self.pods.is_synced() && self.queue.is_idle()
+        self.pods.is_synced() && self.queue.is_idle() && !self.awaits_adopted()
+    }
+
+    /// Whether a pod that an earlier watcher enrolled could not be observed yet. While that may still
+    /// succeed, it stays as it is, and no tunnel is told which pods there are.
+    fn awaits_adopted(&self) -> bool {
+        let adopted = |uid: &str| self.applier.netns.of_pod(uid).is_some();
+        self.adoption.ends_at().is_some()
+            && self.pods.iter().any(|entry| !entry.is_observed() && adopted(&entry.view.pod.uid))
     }
 
     /// Reports the states that may have changed.
@@ -390,8 +404,8 @@ impl Agent {
 
     /// Answers a request; gives back the client of a detach, which is answered when that is done.
     fn answer(&mut self, IncomingRequest { request, answers }: IncomingRequest) -> Option<Answers> {
+        let ready = self.is_ready();
         let Self { config, pods, applier, reporter, .. } = self;
-        let ready = pods.is_synced() && self.queue.is_idle();
         match request {
             Request::Status => {
                 let commands = Commands { config, pods, applier, reporter, ready };

@@ -47,7 +47,7 @@ pub(crate) struct PodPlan {
     pub exclusions: Option<(u32, Arc<Exclusions>)>,
     /// Names of cgroups that the programs close as they are made.
     pub expected: BTreeMap<Name, CgroupInfo>,
-    /// Its cgroup and every container's below it.
+    /// Its cgroup and its containers' right below it.
     pub cgroups: BTreeMap<CgroupId, CgroupInfo>,
     /// Its addresses, IPv4 in mapped form.
     pub addresses: BTreeMap<Address, PodRecord>,

@@ -19,6 +19,7 @@ mod kubernetes_access;
 mod kubernetes_faults;
 mod labels;
 mod mesh;
+mod neighbours;
 mod preflight;
 mod zds;
 

@@ -9,11 +9,11 @@ use crate::{
     control::{
         answers::{self, explanation, pod_status, rejected_status},
         explain::Explanation,
-        status::Status,
+        status::{PodStatus, Status},
     },
 };
 
-use super::{config::AgentConfig, planning, pods::PodTable, reporter::Reporter};
+use super::{config::AgentConfig, planning, pod_entry::PodEntry, pods::PodTable, reporter::Reporter};
 
 /// The owners that answers are read from.
 #[derive(Clone, Copy, Debug)]
@@ -34,9 +34,12 @@ impl Commands<'_> {
     /// For `watcher status`.
     pub(super) fn status(&self) -> Status {
         let Self { config, pods, applier, reporter, ready } = *self;
-        let pod = |entry| {
+        let pod = |entry: &PodEntry| {
             let state = planning::state_of(entry, applier, config);
-            pod_status(&entry.view, state, config.fail_mode)
+            PodStatus {
+                not_observed: entry.doubt.clone(),
+                ..pod_status(&entry.view, state, config.fail_mode)
+            }
         };
         let rejected = pods.rejected().iter();
         Status {

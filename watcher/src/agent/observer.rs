@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -12,11 +11,14 @@ use tracing::warn;
 
 use crate::{
     apply::OpenNetns,
-    model::pod::Selection,
+    model::{
+        pod::Selection,
+        reason::{Reason, ReasonCode},
+    },
     observe::{
-        Observed, cgroup_path, cgroups,
+        Observed, budget, cgroup_path, cgroups,
         netns::{self, NetnsId, Visitors},
-        processes::{self, NetnsHistory, PodObservation},
+        processes::{self, PodObservation, Subject},
     },
 };
 
@@ -32,6 +34,10 @@ pub(super) struct Observer {
     visitors: Arc<Visitors>,
     /// Directories of pods that are found by their uid.
     dirs: BTreeMap<String, PathBuf>,
+    /// Why these may not be all.
+    dirs_unknown: Option<Reason>,
+    /// How many netns may be kept open.
+    most_open: usize,
     /// Netns that were opened by the last observations, until their pods are compared.
     opened: OpenNetns,
 }
@@ -39,8 +45,15 @@ pub(super) struct Observer {
 impl Observer {
     /// For pods below the cgroup `base`.
     pub(super) fn new(base: PathBuf, visitors: Arc<Visitors>) -> Self {
-        let opened = OpenNetns::new();
-        Self { base, host: netns::host(), visitors, dirs: BTreeMap::new(), opened }
+        Self {
+            base,
+            host: netns::host(),
+            visitors,
+            dirs: BTreeMap::new(),
+            dirs_unknown: None,
+            most_open: budget::open_netns(),
+            opened: OpenNetns::new(),
+        }
     }
 
     /// The pods whose cgroup `path` is, below which something happened: those to be observed.
@@ -58,9 +71,16 @@ impl Observer {
         }
     }
 
-    /// Reads anew where all pods are.
+    /// Reads anew where all pods are. If that fails, what is known holds.
     pub(super) fn find_dirs(&mut self) {
-        self.dirs = cgroups::pods(&self.base);
+        match cgroups::pods(&self.base) {
+            Ok(dirs) => (self.dirs, self.dirs_unknown) = (dirs, None),
+            Err(error) => {
+                let text = format!("cannot list the pods' cgroups below {}: {error}", self.base.display());
+                warn!(error = text, "pods not found anew; what is known of them holds");
+                self.dirs_unknown = Some(Reason::new(ReasonCode::NotObserved, text));
+            }
+        }
     }
 
     /// Netns that were opened by the last observations, by cookie.
@@ -86,7 +106,7 @@ impl Observer {
         for uid in uids.iter().filter(|uid| pods.get(uid).is_none()) {
             self.dirs.remove(uid);
         }
-        let observed = self.observe(pods, uids);
+        let observed = self.observe(pods, uids, &enrolled);
         let mut evaluation = pods.evaluate(observed, &self.base, &enrolled, now);
         freed |= evaluation.freed;
         while freed {
@@ -99,10 +119,16 @@ impl Observer {
     }
 
     /// What there is of the pods `uids`, in the source's order.
-    fn observe(&mut self, pods: &mut PodTable, uids: &BTreeSet<String>) -> Vec<(String, Observed)> {
+    fn observe(
+        &mut self,
+        pods: &mut PodTable,
+        uids: &BTreeSet<String>,
+        enrolled: impl Fn(&str) -> Option<u64>,
+    ) -> Vec<(String, Observed)> {
+        let is_gone = |dir: &PathBuf| matches!(cgroups::exists(dir), Ok(false));
         let is_lost = |uid: &String| {
             let by_uid = pods.get(uid).is_some_and(|entry| entry.view.pod.cgroup.is_none());
-            by_uid && self.dirs.get(uid).is_none_or(|dir| !dir.exists())
+            by_uid && self.dirs.get(uid).is_none_or(is_gone)
         };
         if uids.iter().any(is_lost) {
             self.find_dirs();
@@ -113,38 +139,47 @@ impl Observer {
             let Some(entry) = pods.get(&uid) else { continue };
             let pod = &entry.view.pod;
             let dir = pod.cgroup.as_ref().or_else(|| self.dirs.get(&uid)).cloned();
-            match dir {
-                Some(dir) if pod.selection == Selection::Enrolled => to_visit.push((uid, dir)),
-                dir => observed.push((uid, Observed { dir, ..Observed::default() })),
+            match (dir, &self.dirs_unknown) {
+                (dir, _) if pod.selection != Selection::Enrolled => {
+                    observed.push((uid, Observed { dir, ..Observed::default() }));
+                }
+                (Some(dir), _) => to_visit.push((uid, dir)),
+                (None, Some(reason)) => observed.push((uid, Observed::not_known(None, reason.clone()))),
+                (None, None) => observed.push((uid, Observed::default())),
             }
         }
-        let looks = self.visit(pods, &to_visit);
-        for ((uid, dir), found) in to_visit.into_iter().zip(looks) {
-            let PodObservation { observed: found, opened, history } = found.unwrap_or_else(|error| {
-                warn!(uid, %error, "cannot read the pod's cgroup");
-                PodObservation {
-                    observed: Observed { dir: Some(dir), ..Observed::default() },
-                    ..PodObservation::default()
+        // Some at a time, since each comes back with its netns open.
+        for batch in to_visit.chunks(self.most_open) {
+            for ((uid, _), found) in batch.iter().zip(self.visit(pods, batch, &enrolled)) {
+                let PodObservation { observed: found, opened, memory, took } = found;
+                if self.opened.len() < self.most_open {
+                    self.opened.extend(opened.map(|(cookie, fd)| (cookie, Arc::new(fd))));
                 }
-            });
-            self.opened.extend(opened.into_iter().map(|(cookie, fd)| (cookie, Arc::new(fd))));
-            let Some(entry) = pods.get_mut(&uid) else { continue };
-            entry.history = history;
-            observed.push((uid, entry.keep_netns_while_empty(found)));
+                let Some(entry) = pods.get_mut(uid) else { continue };
+                entry.memory = memory;
+                entry.spent.add(took, Instant::now());
+                observed.push((uid.clone(), entry.keep_netns_while_empty(found)));
+            }
         }
         observed
     }
 
-    fn visit(&self, pods: &PodTable, to_visit: &[(String, PathBuf)]) -> Vec<std::io::Result<PodObservation>> {
-        let items: Vec<(&PathBuf, &BTreeSet<IpAddr>, &NetnsHistory)> = to_visit
+    fn visit(
+        &self,
+        pods: &PodTable,
+        to_visit: &[(String, PathBuf)],
+        enrolled: impl Fn(&str) -> Option<u64>,
+    ) -> Vec<PodObservation> {
+        let subjects: Vec<Subject<'_>> = to_visit
             .iter()
             .filter_map(|(uid, dir)| {
                 let entry = pods.get(uid)?;
-                Some((dir, &entry.view.pod.addresses, &entry.history))
+                let (addresses, memory) = (&entry.view.pod.addresses, &entry.memory);
+                let current = enrolled(uid).or(entry.held_netns);
+                Some(Subject { dir, addresses, current, memory })
             })
             .collect();
-        self.visitors.visit_each(&items, |visitor, (dir, addresses, history)| {
-            processes::observe_pod(visitor, dir, addresses, &self.host, history)
-        })
+        self.visitors
+            .visit_each(&subjects, |visitor, subject| processes::observe_pod(visitor, *subject, &self.host))
     }
 }

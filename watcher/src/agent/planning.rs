@@ -43,7 +43,10 @@ pub(super) fn plan_pods(
         let exclusion_id = pods.exclusion_id(uid);
         let Some(entry) = pods.get_mut(uid) else { continue };
         let is_closed = entry.view.observed.cgroups.values().any(|id| closed.contains_key(id));
-        entry.admit(is_closed, !applier.tunnels.is_empty(), now);
+        // How it was treated so far is known only once it was observed.
+        if entry.is_observed() {
+            entry.admit(is_closed, !applier.tunnels.is_empty(), now);
+        }
         let ready = entry
             .view
             .eligibility

@@ -6,9 +6,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tracing::warn;
+
 use crate::{
-    model::{exclusions::Exclusions, pod::Pod, reason::Reason, state::State},
-    observe::{Observed, processes::NetnsHistory},
+    model::{
+        exclusions::Exclusions,
+        pod::{Pod, Selection},
+        reason::{Reason, ReasonCode},
+        state::State,
+    },
+    observe::{Observed, budget::Spent, processes::Memory},
     plan::{Eligibility, PodPlan, PodView},
 };
 
@@ -38,8 +45,12 @@ pub(super) struct PodEntry {
     pub admitted: bool,
     /// Until when its traffic passes in plaintext although no tunnel serves it.
     pub grace_until: Option<Instant>,
-    /// In which netns its young processes were seen.
-    pub history: NetnsHistory,
+    /// What its last observation left to the next one.
+    pub memory: Memory,
+    /// The time that its observations took.
+    pub spent: Spent,
+    /// Why it could not be observed the last time. What was known before holds.
+    pub doubt: Option<Reason>,
     /// Since when it has no process although it is enrolled.
     pub empty_since: Option<Instant>,
     /// The cookie of the netns that it was enrolled with last. It stays closed while the pod is.
@@ -59,12 +70,13 @@ pub(super) struct PodEntry {
 impl PodEntry {
     /// A pod that was not observed yet.
     pub(super) fn new(pod: Arc<Pod>, rank: u64, now: Instant) -> Self {
-        let view = PodView {
-            pod,
-            observed: Observed::default(),
-            eligibility: Eligibility::Plain(None),
-            closed_netns: BTreeMap::new(),
+        let reason = Reason::new(ReasonCode::NotObserved, "it was not observed yet");
+        let eligibility = match pod.selection {
+            Selection::Enrolled => Eligibility::Waiting(reason.clone()),
+            Selection::Plain | Selection::LeftAlone(_) => Eligibility::Plain(None),
         };
+        let observed = Observed::not_known(None, reason);
+        let view = PodView { pod, observed, eligibility, closed_netns: BTreeMap::new() };
         Self {
             view,
             rank,
@@ -72,7 +84,9 @@ impl PodEntry {
             exclusions: None,
             admitted: false,
             grace_until: None,
-            history: NetnsHistory::default(),
+            memory: Memory::default(),
+            spent: Spent::default(),
+            doubt: None,
             empty_since: None,
             held_netns: None,
             problem: None,
@@ -86,6 +100,30 @@ impl PodEntry {
     /// Whether the pod is left alone.
     pub(super) fn is_plain(&self) -> bool {
         matches!(self.view.eligibility, Eligibility::Plain(_))
+    }
+
+    /// Whether it was observed at least once, so that something follows from what is missing.
+    pub(super) fn is_observed(&self) -> bool {
+        self.view.observed.unknown().is_none()
+    }
+
+    /// It could not be observed. Whether what was known of it holds, since anything was.
+    pub(super) fn keeps_verdict(&mut self, reason: &Reason, now: Instant) -> bool {
+        if self.doubt.as_ref() != Some(reason) {
+            let (uid, code) = (&self.view.pod.uid, reason.code.code());
+            warn!(uid, code, reason = reason.text, "pod not observed; what is known of it holds");
+            self.doubt = Some(reason.clone());
+        }
+        let keeps = self.is_observed() && !self.is_plain();
+        if keeps {
+            self.next_observation = Some(self.not_before(now + RETRY_PAUSE, now));
+        }
+        keeps
+    }
+
+    /// `at`, or later if it took more than its share of time.
+    fn not_before(&self, at: Instant, now: Instant) -> Instant {
+        self.spent.wait_until(now).map_or(at, |until| until.max(at))
     }
 
     /// Whether its traffic passes in plaintext although no tunnel serves it.
@@ -126,10 +164,8 @@ impl PodEntry {
             Eligibility::Eligible(_) => (age < LONG).then(|| age.max(SETTLED)),
             Eligibility::Waiting(_) | Eligibility::Refused { .. } => Some((age / 4).clamp(SOON, SELDOM)),
         };
-        self.next_observation = pause.map(|pause| now + pause);
-        if self.empty_since.is_some() {
-            self.next_observation = Some(now + EMPTY_TIME / 4);
-        }
+        let pause = if self.empty_since.is_some() { Some(EMPTY_TIME / 4) } else { pause };
+        self.next_observation = pause.map(|pause| self.not_before(now + pause, now));
     }
 
     /// Has the pod observed at once, and often from then on.
@@ -144,7 +180,7 @@ impl PodEntry {
             return true;
         }
         // An eligible pod has nothing to gain.
-        let soon = now + PROCESS_PAUSE;
+        let soon = self.not_before(now + PROCESS_PAUSE, now);
         self.next_observation = Some(self.next_observation.map_or(soon, |next| next.min(soon)));
         false
     }
@@ -153,7 +189,10 @@ impl PodEntry {
     /// a moment only.
     pub(super) fn keep_netns_while_empty(&mut self, mut observed: Observed) -> Observed {
         let earlier = &self.view.observed;
-        let emptied = observed.netns.is_empty() && !observed.cgroups.is_empty() && !earlier.netns.is_empty();
+        let emptied = observed.netns.is_empty()
+            && observed.gap.is_none()
+            && !observed.cgroups.is_empty()
+            && !earlier.netns.is_empty();
         if !emptied {
             self.empty_since = None;
             return observed;
@@ -168,8 +207,6 @@ impl PodEntry {
 
 #[cfg(test)]
 mod tests {
-    use crate::model::reason::ReasonCode;
-
     use super::*;
 
     #[test]
@@ -188,6 +225,20 @@ mod tests {
         entry.view.eligibility = Eligibility::Plain(None);
         entry.schedule(at, true);
         assert_eq!(entry.next_observation, None);
+    }
+
+    #[test]
+    fn an_error_keeps_the_verdict_of_a_pod_that_was_observed_and_is_in_the_mesh() {
+        let (now, pod) = (Instant::now(), Pod { selection: Selection::Enrolled, ..Pod::default() });
+        let mut entry = PodEntry::new(Arc::new(pod), 1, now);
+        assert!(matches!(entry.view.eligibility, Eligibility::Waiting(_)) && !entry.is_observed());
+        let error = Reason::new(ReasonCode::NotObserved, "too many open files");
+        assert!(!entry.keeps_verdict(&error, now), "nothing is known of it");
+        entry.view.observed = Observed::default();
+        assert!(entry.keeps_verdict(&error, now));
+        assert_eq!((entry.next_observation, &entry.doubt), (Some(now + RETRY_PAUSE), &Some(error.clone())));
+        entry.view.eligibility = Eligibility::Plain(None);
+        assert!(!entry.keeps_verdict(&error, now), "a label came: until more is known it is closed");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    io,
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -12,12 +13,12 @@ use tracing::warn;
 use crate::{
     model::{
         exclusions::Exclusions,
-        pod::{BadEntry, Entry, Pod, Update},
+        pod::{BadEntry, Entry, Pod, Selection, Update},
         reason::{Reason, ReasonCode},
         state::State,
     },
     observe::{
-        Observed,
+        Observed, budget,
         cgroups::{self, CgroupId},
     },
     plan::{Eligibility, PodPlan, PodView, claims::Claims, eligibility},
@@ -51,6 +52,8 @@ pub(super) struct PodTable {
     /// The ids of exclusion lists: equal lists have one id.
     exclusion_ids: HashMap<Arc<Exclusions>, u32>,
     last_exclusion_id: u32,
+    /// Until when no pod is observed that takes its share of time again and again.
+    heavy_until: Option<Instant>,
 }
 
 /// What an evaluation changed.
@@ -298,6 +301,11 @@ impl PodTable {
         let mut evaluation = Evaluation::default();
         for (uid, observed) in observed {
             let Some(entry) = self.entries.get_mut(&uid) else { continue };
+            match observed.unknown() {
+                Some(reason) if entry.keeps_verdict(reason, now) => continue,
+                Some(_) => {}
+                None => entry.doubt = None,
+            }
             let before = self.claims.of(&uid);
             let (pod, current) = (&entry.view.pod, enrolled_netns(&uid).or(entry.held_netns));
             let eligibility = eligibility::evaluate(pod, &observed, attached, current, &mut self.claims);
@@ -413,6 +421,38 @@ impl PodTable {
         due.map(|(uid, _)| uid.clone()).collect()
     }
 
+    /// Of `uids` those that are to be observed at `now`. A pod that took more than its share of time is
+    /// due later, and of those that do so again and again only some are observed, the longest ago first.
+    pub(super) fn within_budget(&mut self, uids: BTreeSet<String>, now: Instant) -> BTreeSet<String> {
+        let (mut within, mut heavy) = (BTreeSet::new(), Vec::new());
+        for uid in uids {
+            let enrolled = |entry: &&mut PodEntry| entry.view.pod.selection == Selection::Enrolled;
+            match self.entries.get_mut(&uid).filter(enrolled) {
+                Some(entry) => match entry.spent.wait_until(now) {
+                    Some(until) => entry.next_observation = Some(until),
+                    None if entry.spent.is_heavy(now) => heavy.push((entry.spent.at(), uid)),
+                    None => drop(within.insert(uid)),
+                },
+                // Nothing of it is read.
+                None => drop(within.insert(uid)),
+            }
+        }
+        heavy.sort_unstable();
+        let free = self.heavy_until.is_none_or(|until| until <= now);
+        let take = if free { budget::HEAVY_AT_ONCE } else { 0 };
+        let later = heavy.split_off(take.min(heavy.len()));
+        if !heavy.is_empty() {
+            self.heavy_until = Some(now + budget::HEAVY_PAUSE);
+        }
+        within.extend(heavy.into_iter().map(|(_, uid)| uid));
+        for (_, uid) in later {
+            if let Some(entry) = self.entries.get_mut(&uid) {
+                entry.next_observation = self.heavy_until;
+            }
+        }
+        within
+    }
+
     /// When a pod is to be observed, or its grace period ends, next.
     pub(super) fn next_due(&self) -> Option<Instant> {
         self.iter().flat_map(|entry| [entry.next_observation, entry.grace_until]).flatten().min()
@@ -420,7 +460,10 @@ impl PodTable {
 
     /// The directories whose changes matter when inotify is the only source of cgroup events: every
     /// cgroup of the pods, and the directories where pods' cgroups are made, below `attached`.
-    pub(super) fn directories(&self, attached: &Path) -> BTreeSet<PathBuf> {
+    ///
+    /// # Errors
+    /// These cannot be read.
+    pub(super) fn directories(&self, attached: &Path) -> io::Result<BTreeSet<PathBuf>> {
         let mut watched: BTreeSet<PathBuf> = self
             .iter()
             .filter(|entry| !entry.is_plain())
@@ -431,15 +474,15 @@ impl PodTable {
             })
             .collect();
         if self.views().any(|view| view.pod.cgroup.is_none()) {
-            watched.extend(cgroups::above_pods(attached));
+            watched.extend(cgroups::above_pods(attached)?);
         }
-        watched
+        Ok(watched)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::time::Duration;
 
     use super::*;
 
@@ -473,6 +516,35 @@ mod tests {
         let left = vec![Entry::Bad(bad)];
         assert_eq!(pods.apply_update(Update::All(left), now), ["c".to_owned()].into());
         assert_eq!((names(&pods), pods.rejected().len()), (vec!["2"], 1));
+    }
+
+    #[test]
+    fn pods_that_take_much_time_are_observed_in_turn_and_the_others_at_once() {
+        let (mut pods, now) = (PodTable::default(), Instant::now());
+        let uids: Vec<String> = (0..6).map(|n| format!("p{n}")).collect();
+        let enrolled = |uid: &String| {
+            let (uid, selection) = (uid.clone(), Selection::Enrolled);
+            Entry::Pod(Arc::new(Pod { uid, selection, ..Pod::default() }))
+        };
+        pods.apply_update(Update::All(uids.iter().map(enrolled).collect()), now);
+        for (heavy, uid) in uids.iter().take(4).enumerate() {
+            let ended = now + budget::HEAVY_PAUSE * u32::try_from(heavy).unwrap() / 1000;
+            pods.get_mut(uid).unwrap().spent.add(Duration::from_millis(190), ended);
+        }
+        let all = || pods_set(&uids);
+        let at = |rounds: u32| now + budget::HEAVY_PAUSE * rounds + Duration::from_millis(10);
+        let first = pods.within_budget(all(), at(0));
+        assert_eq!(first, pods_set(&["p0", "p1", "p4", "p5"]));
+        assert_eq!(pods.within_budget(all(), at(0)), pods_set(&["p4", "p5"]), "not before the pause is over");
+        assert_eq!(pods.get("p3").unwrap().next_observation, Some(at(1)));
+        // Far over its share, it waits by itself.
+        pods.get_mut("p0").unwrap().spent.add(Duration::from_secs(1), at(0));
+        assert_eq!(pods.within_budget(pods_set(&["p0"]), at(1)), BTreeSet::new());
+        assert!(pods.get("p0").unwrap().next_observation > Some(at(10)));
+    }
+
+    fn pods_set(uids: &[impl ToString]) -> BTreeSet<String> {
+        uids.iter().map(ToString::to_string).collect()
     }
 
     #[test]

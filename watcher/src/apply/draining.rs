@@ -9,8 +9,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    os::fd::{AsFd, OwnedFd},
-    path::Path,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::{Duration, Instant},
 };
 
@@ -20,13 +19,14 @@ use tracing::{info, warn};
 
 use crate::{
     observe::{
+        cgroups,
         netns::{self, NetnsId},
         processes,
     },
     plan::PodNetns,
 };
 
-use super::{journal::Journal, netns_setup, zds_server::ConnId};
+use super::{OpenNetns, journal::Journal, netns_setup, zds_server::ConnId};
 
 /// A handshake that was under way when the pod left may still become a connection, which the
 /// programs cannot attribute to the pod. It takes a round trip, and a tunnel dials within
@@ -126,17 +126,31 @@ impl DrainingNetns {
     /// Restores every netns that no connection needs any more.
     pub(crate) fn settle(&mut self, kernel: &mut Kernel, journal: &mut Journal) {
         let now = Instant::now();
-        let mut restored = Vec::new();
+        let (mut idle, mut restored) = (Vec::new(), Vec::new());
         for (cookie, draining) in &mut self.by_cookie {
             if !draining.pending.is_empty() || draining.next > now {
                 continue;
             }
-            match draining.restore_if_idle(*cookie, kernel, journal) {
-                Ok(true) => restored.push(*cookie),
+            if !journal.netns().contains_key(cookie) {
+                // It was never prepared.
+                restored.push(*cookie);
+                continue;
+            }
+            match draining.is_idle(*cookie, kernel) {
+                Ok(true) => idle.push(*cookie),
                 Ok(false) => {}
-                Err(error) => warn!(cookie, %error, "cannot restore the netns of a pod that left"),
+                Err(error) => warn!(cookie, %error, "cannot tell whether a netns is in use"),
             }
             draining.next = now + draining.pauses.next().unwrap_or(LONGEST_PAUSE);
+        }
+        if !idle.is_empty() {
+            match self.open(&idle, journal) {
+                Ok(open) => restored.extend(restore(&idle, &open, kernel, journal)),
+                Err(error) => warn!(%error, "cannot look for the netns of pods that left; trying again"),
+            }
+        }
+        if restored.is_empty() {
+            return;
         }
         for cookie in &restored {
             self.by_cookie.remove(cookie);
@@ -145,38 +159,81 @@ impl DrainingNetns {
             warn!(%error, "cannot remove the netns of pods that left from the journal");
         }
     }
+
+    /// Opens those of `cookies` that anything still holds: most likely the pod itself, else a mount, else a
+    /// process elsewhere. All processes of the node are looked at once for all, and not at all for pods whose
+    /// cgroups are gone: what their processes held went with them.
+    ///
+    /// # Errors
+    /// What holds them cannot be told.
+    fn open(&self, cookies: &[u64], journal: &Journal) -> io::Result<OpenNetns> {
+        let mut open = OpenNetns::new();
+        let mut wanted: BTreeMap<NetnsId, u64> = BTreeMap::new();
+        let mut anywhere = false;
+        for cookie in cookies {
+            let (Some(draining), Some(record)) = (self.by_cookie.get(cookie), journal.netns().get(cookie))
+            else {
+                continue;
+            };
+            match processes::open_netns(&draining.netns.pod_cgroup, record.id) {
+                Ok(fd) if is_netns(&fd, *cookie) => drop(open.insert(*cookie, fd.into())),
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                Ok(_) | Err(_) => {
+                    wanted.insert(record.id, *cookie);
+                    anywhere |= !draining.is_deleted();
+                }
+            }
+        }
+        if wanted.is_empty() {
+            return Ok(open);
+        }
+        let take = |id: NetnsId, fd: BorrowedFd<'_>| {
+            if let Some(cookie) = wanted.get(&id)
+                && let Ok(fd) = fd.try_clone_to_owned()
+                && is_netns(&fd, *cookie)
+            {
+                open.insert(*cookie, fd.into());
+            }
+        };
+        if anywhere { netns::visit_all(take) } else { netns::visit_mounted(take) }?;
+        Ok(open)
+    }
 }
 
 impl Draining {
-    /// Whether it is restored, or was never prepared.
-    fn restore_if_idle(&mut self, cookie: u64, kernel: &mut Kernel, journal: &Journal) -> io::Result<bool> {
-        let Some(record) = journal.netns().get(&cookie) else { return Ok(true) };
+    /// Whether nothing needs the preparation any more.
+    fn is_idle(&mut self, cookie: u64, kernel: &Kernel) -> io::Result<bool> {
         self.connections = kernel.pinned_connections(cookie).map_err(io::Error::other)?;
         // A pod that was deleted has no application that they could lead to. The kernel may
         // continue to resend what is left of them, into a netns without links, for minutes.
-        if self.connections > 0 && self.netns.pod_cgroup.exists() {
-            return Ok(false);
-        }
-        if let Some(netns) = find(&self.netns.pod_cgroup, record.id, cookie) {
-            netns_setup::restore(netns.as_fd(), &record.sysctls_before)?;
-            info!(uid = record.uid, inode = record.id.inode, "netns restored");
-        }
-        kernel.forget_pinned_connections(cookie).map_err(io::Error::other)?;
-        Ok(true)
+        Ok(self.connections == 0 || !cgroups::exists(&self.netns.pod_cgroup)?)
+    }
+
+    /// Whether its pod's cgroup is known, and gone for sure.
+    fn is_deleted(&self) -> bool {
+        let dir = &self.netns.pod_cgroup;
+        !dir.as_os_str().is_empty() && matches!(cgroups::exists(dir), Ok(false))
     }
 }
 
-/// Opens the netns if anything still holds it. Most likely the pod itself does.
-fn find(pod_cgroup: &Path, id: NetnsId, cookie: u64) -> Option<OwnedFd> {
-    let is_it = |fd: &OwnedFd| netns::cookie(fd.as_fd()).is_ok_and(|found| found == cookie);
-    if let Some(found) = processes::open_netns(pod_cgroup, id).ok().filter(is_it) {
-        return Some(found);
-    }
-    let mut found = None;
-    netns::visit_all(|candidate, fd| {
-        if candidate == id && found.is_none() {
-            found = fd.try_clone_to_owned().ok().filter(is_it);
+fn is_netns(fd: &OwnedFd, cookie: u64) -> bool {
+    netns::cookie(fd.as_fd()).is_ok_and(|found| found == cookie)
+}
+
+/// Restores the netns `cookies` where they are still there, which `open` has then; those that are done.
+fn restore(cookies: &[u64], open: &OpenNetns, kernel: &mut Kernel, journal: &Journal) -> Vec<u64> {
+    let mut restored = Vec::new();
+    for cookie in cookies {
+        let Some(record) = journal.netns().get(cookie) else { continue };
+        let undone = open.get(cookie).map_or(Ok(()), |netns| {
+            netns_setup::restore(netns.as_fd(), &record.sysctls_before)?;
+            info!(uid = record.uid, inode = record.id.inode, "netns restored");
+            Ok(())
+        });
+        match undone.and_then(|()| kernel.forget_pinned_connections(*cookie).map_err(io::Error::other)) {
+            Ok(()) => restored.push(*cookie),
+            Err(error) => warn!(cookie, %error, "cannot restore the netns of a pod that left"),
         }
-    });
-    found
+    }
+    restored
 }

@@ -30,7 +30,7 @@ pub fn restore_all(journal: &mut Journal) -> io::Result<Undone> {
     let mut undone = Undone::default();
     let mut restored = Vec::new();
     if !recorded.is_empty() {
-        netns::visit_all(|id, fd| {
+        let visited = netns::visit_all(|id, fd| {
             if !recorded.values().any(|record| record.id == id) {
                 return;
             }
@@ -48,9 +48,13 @@ pub fn restore_all(journal: &mut Journal) -> io::Result<Undone> {
                 }
             }
         });
+        if let Err(error) = visited {
+            warn!(%error, "cannot look for all netns");
+            undone.failed.push(format!("netns that were not looked at: {error}"));
+        }
     }
     undone.netns_restored = restored.len();
-    undone.netns_gone = recorded.len() - restored.len() - undone.failed.len();
+    undone.netns_gone = recorded.len().saturating_sub(restored.len() + undone.failed.len());
     let done = if undone.failed.is_empty() { recorded.keys().copied().collect() } else { restored };
     journal.remove_netns(done)?;
     Ok(undone)

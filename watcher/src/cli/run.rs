@@ -58,7 +58,7 @@ pub(super) struct RunArgs {
     /// A tunnel may run in a pod of this service account, as that of a DaemonSet; repeatable
     #[arg(long = "tunnel-account", value_name = "NAMESPACE/NAME", default_values = ["istio-system/ztunnel", "adit-system/ztunnel"])]
     tunnel_accounts: Vec<ServiceAccount>,
-    /// The cgroup above all pods [default: kubepods or kubepods.slice, else the root]
+    /// The cgroup above all pods [default: kubepods or kubepods.slice, whichever has pods; else the root]
     #[arg(long, value_name = "DIR")]
     attach: Option<PathBuf>,
     /// Enrolled pods' traffic while no tunnel serves them: refuse it, or let it pass in plaintext
@@ -118,6 +118,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         args.dns_resolvers.len()
     );
     start_log(args.log_format)?;
+    raise_descriptor_limit();
     let cgroup_root = args.mounts.root();
     let attach = match &args.attach {
         Some(dir) => cgroup_root.join(dir).components().collect(),
@@ -157,6 +158,16 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         Ok::<_, anyhow::Error>(agent::run(config, source).await?)
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// As many descriptors as may be had: what runs out of them sees nothing and serves nobody.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
 }
 
 /// Which source the arguments select.

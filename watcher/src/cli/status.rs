@@ -137,8 +137,14 @@ fn pods_table(pods: &[PodStatus]) -> Table {
     for pod in pods {
         let state = serde_json::to_value(pod.state).ok().and_then(|state| state.as_str().map(str::to_owned));
         let addresses: Vec<String> = pod.addresses.iter().map(ToString::to_string).collect();
-        let mut why: Vec<String> =
-            pod.reason.iter().map(|reason| format!("{}: {}", reason.code, reason.text)).collect();
+        // A pod that is not open because of it says it once.
+        let doubt = pod.not_observed.iter().filter(|_| pod.not_observed != pod.reason);
+        let mut why: Vec<String> = pod
+            .reason
+            .iter()
+            .chain(doubt)
+            .map(|reason| format!("{}: {}", reason.code, reason.text))
+            .collect();
         why.extend(pod.notes.iter().cloned());
         table.add_row([
             or_dash(pod.namespace.as_ref()),

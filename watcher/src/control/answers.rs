@@ -59,6 +59,7 @@ pub(crate) fn pod_status(
         fail_mode: Some(pod.fail_mode.unwrap_or(default)),
         addresses: facts.map(|facts| facts.addresses.clone()).unwrap_or_default(),
         netns: facts.map(|facts| NetnsStatus { inode: facts.id.inode, cookie: facts.cookie }),
+        not_observed: None,
         cgroups: view.observed.cgroups.clone(),
         notes: pod.notes.to_vec(),
     }
@@ -77,6 +78,7 @@ pub(crate) fn rejected_status(entry: &BadEntry, reason: &Reason) -> PodStatus {
         fail_mode: None,
         addresses: Vec::new(),
         netns: None,
+        not_observed: None,
         cgroups: BTreeMap::new(),
         notes: Vec::new(),
     }

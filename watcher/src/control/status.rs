@@ -98,7 +98,10 @@ pub struct PodStatus {
     pub addresses: Vec<IpAddr>,
     /// Its netns; `None` unless it can be enrolled.
     pub netns: Option<NetnsStatus>,
-    /// The pod's cgroup and every container's below it, with their ids.
+    /// Why it could not be observed the last time. What was known of it before holds.
+    #[serde(default)]
+    pub not_observed: Option<Reason>,
+    /// The pod's cgroup and cgroups below it, as many as are looked at, with their ids.
     pub cgroups: BTreeMap<PathBuf, u64>,
     /// What in its entry is wrong and was ignored.
     pub notes: Vec<String>,

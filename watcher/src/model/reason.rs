@@ -152,6 +152,13 @@ reasons! {
         "the pod's cgroup is above or below that of another pod",
         "Give each pod a cgroup that contains no other pod's.";
 
+    NotObserved "not_observed", Itself, FailMode,
+        "the pod could not be observed, because of an error on the node; it is tried again",
+        "Read the message; often the watcher or the node is short of descriptors or memory.";
+    OverBudget "over_budget", Change, FailMode,
+        "the pod has more processes, netns, addresses or cgroups than the watcher looks at, and the first ones do not decide",
+        "Find out what the pod does; in a pods file, name its `addresses`.";
+
     NoProcess "no_process", PodStart, FailMode,
         "no process runs in the pod's cgroup yet",
         "Wait for the pod's first process.";

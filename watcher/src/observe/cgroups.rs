@@ -1,13 +1,15 @@
 //! The cgroup2 tree.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs, io,
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    fs::{self, File},
+    io::{self, BufRead as _, BufReader},
+    ops::ControlFlow,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
-use cgroups_rs::fs::{Controller as _, freezer::FreezerController, hierarchies};
+use cgroups_rs::fs::hierarchies;
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use procfs::{ProcError, process::Process};
 
@@ -39,14 +41,18 @@ pub fn is_cgroup2(dir: &Path) -> bool {
     statfs(dir).is_ok_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC)
 }
 
-/// Where the kubelet keeps pods, below `root`; `root` itself where there is no kubelet.
+/// Where the kubelet keeps pods, below `root`; `root` itself where there is no kubelet, or where it cannot be
+/// told. Each cgroup driver has a directory of its own, and that of an earlier driver stays until the node
+/// boots: it is the one without processes.
 #[must_use]
 pub fn pods_dir(root: &Path) -> PathBuf {
-    ["kubepods", "kubepods.slice"]
-        .into_iter()
-        .map(|name| root.join(name))
-        .find(|dir| dir.is_dir())
-        .unwrap_or_else(|| root.to_owned())
+    let dirs = ["kubepods", "kubepods.slice"].map(|name| root.join(name));
+    let there: Vec<&PathBuf> = dirs.iter().filter(|dir| dir.is_dir()).collect();
+    let live: Vec<&PathBuf> = there.iter().copied().filter(|dir| is_populated(dir).unwrap_or(true)).collect();
+    match (there.as_slice(), live.as_slice()) {
+        ([only], _) | (_, [only]) => (*only).clone(),
+        _ => root.to_owned(),
+    }
 }
 
 /// The id of the cgroup2 directory `dir`.
@@ -57,40 +63,61 @@ pub fn id(dir: &Path) -> io::Result<CgroupId> {
     Ok(fs::metadata(dir)?.ino())
 }
 
-/// `dir` and every cgroup below it; empty if `dir` is gone.
+/// A cgroup and the cgroups below it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tree {
+    /// By path; empty: the topmost one does not exist.
+    pub cgroups: BTreeMap<PathBuf, CgroupId>,
+    /// Whether these are all.
+    pub is_whole: bool,
+}
+
+/// `dir` and the cgroups below it, at most `limit` of them, those near `dir` first.
 ///
 /// # Errors
 /// A directory cannot be read for another reason than that it is gone.
-pub fn tree(dir: &Path) -> io::Result<BTreeMap<PathBuf, CgroupId>> {
-    let mut found = BTreeMap::new();
-    let mut waiting = vec![dir.to_owned()];
-    while let Some(dir) = waiting.pop() {
+pub fn tree(dir: &Path, limit: usize) -> io::Result<Tree> {
+    let mut found = Tree { is_whole: true, ..Tree::default() };
+    let mut waiting = VecDeque::from([dir.to_owned()]);
+    while let Some(dir) = waiting.pop_front() {
+        if found.cgroups.len() == limit {
+            found.is_whole = false;
+            break;
+        }
         // A directory may vanish during the walk; that is no error.
-        match below(&dir) {
-            Ok((id, children)) => {
+        match below(&dir, limit - waiting.len().min(limit)) {
+            Ok((id, children, is_whole)) => {
+                found.is_whole &= is_whole;
                 waiting.extend(children);
-                found.insert(dir, id);
+                found.cgroups.insert(dir, id);
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) if is_gone(&error) => {}
             Err(error) => return Err(error),
         }
     }
     Ok(found)
 }
 
-/// The id of the cgroup2 directory `dir`, and the directories in it.
-fn below(dir: &Path) -> io::Result<(CgroupId, Vec<PathBuf>)> {
+/// The id of the cgroup2 directory `dir`, at most `limit` directories in it, and whether these are all.
+fn below(dir: &Path, limit: usize) -> io::Result<(CgroupId, Vec<PathBuf>, bool)> {
     /// The link count of a directory without subdirectories (`kernfs_refresh_inode` counts them). Most are like
     /// that, and listing their forty files would take longer than all other reads for a pod.
     const CHILDLESS: u64 = 2;
     let metadata = fs::metadata(dir)?;
     let mut children = Vec::new();
     if metadata.nlink() != CHILDLESS {
-        let entries = fs::read_dir(dir)?.filter_map(Result::ok);
-        let dirs = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-        children.extend(dirs.map(|entry| entry.path()));
+        for entry in fs::read_dir(dir)? {
+            let entry = entry?;
+            if !entry.file_type()?.is_dir() {
+                continue;
+            }
+            if children.len() == limit {
+                return Ok((metadata.ino(), children, false));
+            }
+            children.push(entry.path());
+        }
     }
-    Ok((metadata.ino(), children))
+    Ok((metadata.ino(), children, true))
 }
 
 /// The cgroup2 directory of process `pid`, below `root`.
@@ -120,36 +147,80 @@ fn io_error(error: ProcError) -> io::Error {
     io::Error::new(kind, error)
 }
 
-/// The processes directly in the cgroup `dir`; none where it is gone. A process outside this pid
-/// namespace is listed as 0 by the kernel, and left out.
+/// The processes directly in the cgroup `dir`, at most `limit`; none where it is gone, and none in a
+/// threaded cgroup, whose processes are listed by the one above. A process outside this pid namespace is
+/// listed as 0 by the kernel, and left out.
+///
+/// Not by cgroups-rs, which reads the whole list and takes one that it cannot read for an empty one.
 ///
 /// # Errors
 /// The list cannot be read for another reason than that the cgroup is gone.
-pub fn processes(dir: &Path) -> io::Result<Vec<i32>> {
-    // Its `Cgroup` takes cgroup2 at `/sys/fs/cgroup` only; a controller of it takes any folder, and
-    // the freezer is part of every cgroup2 folder.
-    let members = FreezerController::new(dir.to_owned(), PathBuf::new(), true).procs();
-    if members.is_empty() {
-        // It takes a list that it cannot read for an empty one. Only what can be read is believed.
-        return match fs::read_to_string(dir.join("cgroup.procs")) {
-            Ok(text) => {
-                Ok(text.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid != 0).collect())
-            }
-            Err(error) if is_gone(&error) => Ok(Vec::new()),
-            Err(error) => Err(error),
-        };
-    }
-    let pids = members.into_iter().filter_map(|member| i32::try_from(member.pid).ok());
-    Ok(pids.filter(|pid| *pid != 0).collect())
+pub fn processes(dir: &Path, limit: usize) -> io::Result<Vec<i32>> {
+    let mut found = Vec::new();
+    each_process(dir, limit, |pid| {
+        found.push(pid);
+        ControlFlow::Continue(())
+    })?;
+    Ok(found)
 }
 
-/// Whether a process is in the cgroup `dir` or below it.
+/// Whether `pid` is among the first `limit` processes of the cgroup `dir`.
 ///
 /// # Errors
-/// `NotFound`: the cgroup is gone.
-pub(crate) fn is_populated(dir: &Path) -> io::Result<bool> {
-    let events = fs::read_to_string(dir.join("cgroup.events"))?;
-    Ok(events.lines().any(|line| line == "populated 1"))
+/// As of [`processes`].
+pub fn has_process(dir: &Path, pid: i32, limit: usize) -> io::Result<bool> {
+    let mut found = false;
+    each_process(dir, limit, |member| {
+        found = member == pid;
+        if found { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    Ok(found)
+}
+
+fn each_process(dir: &Path, limit: usize, mut visit: impl FnMut(i32) -> ControlFlow<()>) -> io::Result<()> {
+    let none = |error: &io::Error| is_gone(error) || error.raw_os_error() == Some(libc::EOPNOTSUPP);
+    let file = match File::open(dir.join("cgroup.procs")) {
+        Ok(file) => file,
+        Err(error) if none(&error) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for line in BufReader::new(file).lines().take(limit) {
+        match line {
+            Ok(line) => {
+                let pid = line.parse().ok().filter(|pid| *pid != 0);
+                if pid.is_some_and(|pid| visit(pid).is_break()) {
+                    break;
+                }
+            }
+            Err(error) if none(&error) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Whether a process is in the cgroup `dir` or below it; not if it is gone.
+///
+/// # Errors
+/// It cannot be read for another reason than that the cgroup is gone.
+pub fn is_populated(dir: &Path) -> io::Result<bool> {
+    match fs::read_to_string(dir.join("cgroup.events")) {
+        Ok(text) => Ok(text.lines().any(|line| line == "populated 1")),
+        Err(error) if is_gone(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether there is a cgroup `dir`.
+///
+/// # Errors
+/// That cannot be told.
+pub fn exists(dir: &Path) -> io::Result<bool> {
+    match id(dir) {
+        Ok(_) => Ok(true),
+        Err(error) if is_gone(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Whether a cgroup is gone: before its file was opened, or while it was read (`ENODEV`, kernfs).
@@ -159,8 +230,10 @@ pub(crate) fn is_gone(error: &io::Error) -> bool {
 
 /// The pods' directories below `base`, by uid. Of two with one uid, which no kubelet makes, the one that
 /// comes first by path counts.
-#[must_use]
-pub fn pods(base: &Path) -> BTreeMap<String, PathBuf> {
+///
+/// # Errors
+/// A directory cannot be read for another reason than that it is gone.
+pub fn pods(base: &Path) -> io::Result<BTreeMap<String, PathBuf>> {
     let mut found: BTreeMap<String, PathBuf> = BTreeMap::new();
     visit_above_pods(base, &mut |dir, uid| {
         if let Some(uid) = uid
@@ -168,32 +241,47 @@ pub fn pods(base: &Path) -> BTreeMap<String, PathBuf> {
         {
             found.insert(uid, dir);
         }
-    });
-    found
+    })?;
+    Ok(found)
 }
 
 /// `base` and every directory below it in which a pod's directory may be made.
-#[must_use]
-pub fn above_pods(base: &Path) -> BTreeSet<PathBuf> {
+///
+/// # Errors
+/// As of [`pods`].
+pub fn above_pods(base: &Path) -> io::Result<BTreeSet<PathBuf>> {
     let mut found = BTreeSet::from([base.to_owned()]);
     visit_above_pods(base, &mut |dir, uid| {
         if uid.is_none() {
             found.insert(dir);
         }
-    });
-    found
+    })?;
+    Ok(found)
 }
 
 /// Directories below `base`, those inside pods excepted, each with the uid that it is named by.
-fn visit_above_pods(base: &Path, visit: &mut impl FnMut(PathBuf, Option<String>)) {
-    let entries = fs::read_dir(base).into_iter().flatten().filter_map(Result::ok);
-    for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+fn visit_above_pods(base: &Path, visit: &mut impl FnMut(PathBuf, Option<String>)) -> io::Result<()> {
+    let entries = match fs::read_dir(base) {
+        Ok(entries) => entries,
+        Err(error) if is_gone(&error) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let entry = match entry {
+            Ok(entry) => entry,
+            Err(error) if is_gone(&error) => break,
+            Err(error) => return Err(error),
+        };
+        if !entry.file_type()?.is_dir() {
+            continue;
+        }
         let uid = cgroup_path::pod_uid(&entry.file_name());
         if uid.is_none() {
-            visit_above_pods(&entry.path(), visit);
+            visit_above_pods(&entry.path(), visit)?;
         }
         visit(entry.path(), uid);
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -203,11 +291,44 @@ mod tests {
     #[test]
     fn a_vanished_cgroup_is_an_empty_tree() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(tree(&dir.path().join("gone")).unwrap().is_empty());
+        assert!(tree(&dir.path().join("gone"), 10).unwrap().cgroups.is_empty());
         fs::create_dir_all(dir.path().join("pod/container/nested")).unwrap();
-        let tree = tree(&dir.path().join("pod")).unwrap();
-        assert_eq!(tree.len(), 3);
-        assert_eq!(tree[&dir.path().join("pod")], id(&dir.path().join("pod")).unwrap());
+        let tree = tree(&dir.path().join("pod"), 3).unwrap();
+        assert_eq!((tree.cgroups.len(), tree.is_whole), (3, true));
+        assert_eq!(tree.cgroups[&dir.path().join("pod")], id(&dir.path().join("pod")).unwrap());
+    }
+
+    #[test]
+    fn what_an_earlier_cgroup_driver_left_is_not_taken_for_the_pods() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        let make = |name: &str, populated: u8| {
+            fs::create_dir_all(root.join(name)).unwrap();
+            fs::write(root.join(name).join("cgroup.events"), format!("populated {populated}\nfrozen 0\n"))
+                .unwrap();
+        };
+        assert_eq!(pods_dir(root), root);
+        make("kubepods", 0);
+        assert_eq!(pods_dir(root), root.join("kubepods"), "a node without pods");
+        make("kubepods.slice", 1);
+        assert_eq!(pods_dir(root), root.join("kubepods.slice"));
+        make("kubepods", 1);
+        assert_eq!(pods_dir(root), root, "pods of both drivers run");
+    }
+
+    #[test]
+    fn of_a_large_tree_what_is_near_the_top_is_read_and_the_rest_is_known_to_be_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        for container in ["a", "b"] {
+            for nested in 0..10 {
+                fs::create_dir_all(dir.path().join(format!("{container}/{nested}"))).unwrap();
+            }
+        }
+        let tree = tree(dir.path(), 5).unwrap();
+        assert_eq!((tree.cgroups.len(), tree.is_whole), (5, false));
+        for near in [dir.path().to_owned(), dir.path().join("a"), dir.path().join("b")] {
+            assert!(tree.cgroups.contains_key(&near), "{tree:?}");
+        }
     }
 
     #[test]
@@ -217,9 +338,9 @@ mod tests {
         for path in [format!("burstable/pod{one}/c/kubepods/pod{two}"), "besteffort".to_owned()] {
             fs::create_dir_all(dir.path().join(path)).unwrap();
         }
-        let found = pods(dir.path());
+        let found = pods(dir.path()).unwrap();
         assert_eq!(found, [(one.to_owned(), dir.path().join(format!("burstable/pod{one}")))].into());
-        let above: Vec<_> = above_pods(dir.path()).into_iter().collect();
+        let above: Vec<_> = above_pods(dir.path()).unwrap().into_iter().collect();
         assert_eq!(
             above,
             [dir.path().to_owned(), dir.path().join("besteffort"), dir.path().join("burstable")]
@@ -230,20 +351,20 @@ mod tests {
     #[ignore = "makes a cgroup, needs root: make test"]
     fn members_are_those_of_the_moment() {
         let cgroup = testbed::cgroup::Cgroup::new(&format!("adit-members-{}", std::process::id()));
-        let mut seen = vec![processes(cgroup.path()).unwrap()];
+        let mut seen = vec![processes(cgroup.path(), 10).unwrap()];
         let placement = testbed::process::Placement::in_cgroup(cgroup.path());
         let mut process = placement.command(&["sleep", "1000"]).spawn().unwrap();
         testbed::wait::wait_for("the process in its cgroup", || {
-            Some(processes(cgroup.path()).unwrap()).filter(|members| !members.is_empty())
+            Some(processes(cgroup.path(), 10).unwrap()).filter(|members| !members.is_empty())
         });
-        seen.push(processes(cgroup.path()).unwrap());
+        seen.push(processes(cgroup.path(), 10).unwrap());
         process.kill().and_then(|()| process.wait()).unwrap();
         testbed::wait::wait_for("an empty cgroup", || {
-            processes(cgroup.path()).unwrap().is_empty().then_some(())
+            processes(cgroup.path(), 10).unwrap().is_empty().then_some(())
         });
         let dir = cgroup.path().to_owned();
         drop(cgroup);
-        seen.push(processes(&dir).unwrap());
+        seen.push(processes(&dir, 10).unwrap());
         assert_eq!(seen, [vec![], vec![i32::try_from(process.id()).unwrap()], vec![]]);
     }
 
@@ -251,7 +372,7 @@ mod tests {
     fn a_list_that_cannot_be_read_is_not_an_empty_one() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("cgroup.procs")).unwrap();
-        assert!(processes(dir.path()).is_err());
+        assert!(processes(dir.path(), 10).is_err());
     }
 
     #[test]

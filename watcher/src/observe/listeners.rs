@@ -1,6 +1,6 @@
 //! The listening TCP sockets of a netns, as the kernel lists them (sock_diag(7)).
 
-use std::{collections::BTreeSet, io};
+use std::{collections::BTreeSet, io, ops::ControlFlow};
 
 use netlink_packet_sock_diag::{
     AF_INET, AF_INET6, IPPROTO_TCP, SockDiagMessage,
@@ -33,6 +33,7 @@ pub(crate) fn listening() -> io::Result<BTreeSet<Listening>> {
             if let SockDiagMessage::InetResponse(response) = answer {
                 found.extend(dialled_from_outside(&response));
             }
+            ControlFlow::Continue(())
         })?;
     }
     Ok(found)

@@ -1,6 +1,6 @@
 //! Netlink requests to the kernel, in the calling thread's netns.
 
-use std::io;
+use std::{io, ops::ControlFlow};
 
 use rtnetlink::{
     packet_core::{
@@ -24,14 +24,15 @@ pub(crate) fn socket(protocol: isize) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Passes everything that the kernel lists for `request` to `take`.
+/// Passes what the kernel lists for `request` to `take`, until that breaks off. Then the socket is of no
+/// more use.
 ///
 /// # Errors
 /// The kernel refuses the request, or sends something that does not parse.
 pub(crate) fn dump<M>(
     socket: &Socket,
     request: impl Into<NetlinkMessage<M>>,
-    mut take: impl FnMut(M),
+    mut take: impl FnMut(M) -> ControlFlow<()>,
 ) -> io::Result<()>
 where
     M: NetlinkSerializable + NetlinkDeserializable,
@@ -46,7 +47,10 @@ where
     loop {
         for answer in receive(socket, &mut answers)? {
             match answer?.payload {
-                NetlinkPayload::InnerMessage(answer) => take(answer),
+                NetlinkPayload::InnerMessage(answer) => match take(answer) {
+                    ControlFlow::Continue(()) => {}
+                    ControlFlow::Break(()) => return Ok(()),
+                },
                 NetlinkPayload::Done(_) => return Ok(()),
                 NetlinkPayload::Error(error) => return Err(error.to_io()),
                 _ => {}

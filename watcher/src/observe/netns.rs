@@ -1,10 +1,11 @@
 //! Enters network namespaces and reads their cookies and addresses.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashSet},
     fs::{self, File},
     io,
     net::{IpAddr, Ipv6Addr},
+    ops::ControlFlow,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
@@ -14,7 +15,10 @@ use std::{
 
 use adit_ebpf_loader::{own_netns_cookie, own_netns_cookie_by};
 pub(crate) use adit_netns::{NetnsId, run_in};
-use procfs::process::{self, Process};
+use procfs::{
+    ProcError,
+    process::{self, Process},
+};
 use rayon::{
     ThreadPool, ThreadPoolBuilder,
     iter::{IndexedParallelIterator as _, IntoParallelRefIterator as _, ParallelIterator as _},
@@ -27,7 +31,7 @@ use rtnetlink::{
     sys::{Socket, protocols::NETLINK_ROUTE},
 };
 
-use super::netlink;
+use super::{budget, netlink};
 
 const MOST_VISITORS: usize = 4;
 
@@ -43,6 +47,15 @@ pub(crate) struct NetnsFacts {
     pub cookie: u64,
     /// Addresses by which others reach it (no loopback, no link-local), as the interfaces list them.
     pub addresses: Vec<IpAddr>,
+}
+
+/// The properties of a netns, as far as they are read.
+#[derive(Debug)]
+pub(crate) struct NetnsReading {
+    /// What was read.
+    pub facts: NetnsFacts,
+    /// Whether it has no more addresses than are read.
+    pub is_whole: bool,
 }
 
 /// The id of the netns behind the fd `netns`.
@@ -111,15 +124,17 @@ impl Visitor {
     }
 }
 
-/// Enters `netns` and reads its properties.
+/// Enters `netns` and reads its properties, addresses up to [`budget::ADDRESSES`].
 ///
 /// # Errors
 /// It cannot be entered (`CAP_SYS_ADMIN`) or queried.
-pub(crate) fn facts(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<NetnsFacts> {
+pub(crate) fn facts(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<NetnsReading> {
     let id = id(netns)?;
     visitor.enter(netns, || {
         let socket = netlink::socket(NETLINK_ROUTE)?;
-        Ok(NetnsFacts { id, cookie: own_netns_cookie_by(socket.as_fd())?, addresses: addresses(&socket)? })
+        let cookie = own_netns_cookie_by(socket.as_fd())?;
+        let (addresses, is_whole) = addresses(&socket, budget::ADDRESSES)?;
+        Ok(NetnsReading { facts: NetnsFacts { id, cookie, addresses }, is_whole })
     })
 }
 
@@ -131,21 +146,26 @@ pub(crate) fn cookie(netns: BorrowedFd<'_>) -> io::Result<u64> {
     run_in(netns, own_netns_cookie)
 }
 
-/// The addresses of `socket`'s netns by which others reach it. Not by getifaddrs(3), which lists all
-/// interfaces too and takes three times as long.
-fn addresses(socket: &Socket) -> io::Result<Vec<IpAddr>> {
-    let mut addresses = Vec::new();
+/// Of the first `limit` addresses of `socket`'s netns those by which others reach it; whether there are no
+/// more. Not by getifaddrs(3), which lists all interfaces too and takes three times as long.
+fn addresses(socket: &Socket, limit: usize) -> io::Result<(Vec<IpAddr>, bool)> {
+    let (mut addresses, mut known, mut listed) = (Vec::new(), HashSet::new(), 0);
     let all = RouteNetlinkMessage::GetAddress(AddressMessage::default());
     netlink::dump(socket, all, |answer| {
+        listed += 1;
+        if listed > limit {
+            return ControlFlow::Break(());
+        }
         if let RouteNetlinkMessage::NewAddress(message) = answer
             && message.header.index != LO
             && let Some(address) = ip_of(&message.attributes).filter(is_reachable)
-            && !addresses.contains(&address)
+            && known.insert(address)
         {
             addresses.push(address);
         }
+        ControlFlow::Continue(())
     })?;
-    Ok(addresses)
+    Ok((addresses, listed <= limit))
 }
 
 /// The interface's own end: of a point-to-point link `Address` is the other one.
@@ -175,19 +195,53 @@ fn is_link_local(address: &Ipv6Addr) -> bool {
 
 /// Every netns that a process is in or that is mounted somewhere, the node's own excepted. Each is
 /// opened only while `visit` looks at it.
-pub(crate) fn visit_all(mut visit: impl FnMut(NetnsId, BorrowedFd<'_>)) {
+///
+/// # Errors
+/// This process is short of descriptors or memory: there may be more.
+pub(crate) fn visit_all(mut visit: impl FnMut(NetnsId, BorrowedFd<'_>)) -> io::Result<()> {
     let mut seen = host();
-    let processes = process::all_processes().into_iter().flatten().filter_map(Result::ok);
-    let of_processes = processes.filter_map(|process| process.open_relative("ns/net").ok());
-    let mounts = Process::myself().and_then(|own| own.mountinfo());
-    let netns_mounts = mounts.into_iter().flatten().filter(|mount| mount.root.starts_with("net:["));
-    let mounted = netns_mounts.filter_map(|mount| File::open(mount.mount_point).ok());
-    for netns in of_processes.chain(mounted).map(OwnedFd::from) {
+    visit_mounted(|id, netns| {
+        if seen.insert(id) {
+            visit(id, netns);
+        }
+    })?;
+    let processes = process::all_processes().map_err(io::Error::other)?.filter_map(Result::ok);
+    for process in processes {
+        let netns: OwnedFd = match process.open_relative("ns/net") {
+            Ok(file) => file.into(),
+            Err(ProcError::Io(error, _)) if is_shortage(&error) => return Err(error),
+            Err(_) => continue,
+        };
         let Ok(id) = id(netns.as_fd()) else { continue };
         if seen.insert(id) {
             visit(id, netns.as_fd());
         }
     }
+    Ok(())
+}
+
+/// Every netns that is mounted somewhere, maybe more than once. Costs no look at any process.
+///
+/// # Errors
+/// As of [`visit_all`].
+pub(crate) fn visit_mounted(mut visit: impl FnMut(NetnsId, BorrowedFd<'_>)) -> io::Result<()> {
+    let mounts = Process::myself().and_then(|own| own.mountinfo()).map_err(io::Error::other)?;
+    for mount in mounts.into_iter().filter(|mount| mount.root.starts_with("net:[")) {
+        let netns: OwnedFd = match File::open(mount.mount_point) {
+            Ok(file) => file.into(),
+            Err(error) if is_shortage(&error) => return Err(error),
+            Err(_) => continue,
+        };
+        if let Ok(id) = id(netns.as_fd()) {
+            visit(id, netns.as_fd());
+        }
+    }
+    Ok(())
+}
+
+/// Whether it says nothing of what was to be opened.
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
 }
 
 #[cfg(test)]
@@ -231,11 +285,16 @@ mod tests {
         });
         let netns = netns.join().unwrap().unwrap();
         // On a thread of its own, which ends where it was sent.
-        let mut addresses = run_in(netns.as_fd(), || addresses(&netlink::socket(NETLINK_ROUTE)?)).unwrap();
+        let read =
+            |limit| run_in(netns.as_fd(), || addresses(&netlink::socket(NETLINK_ROUTE)?, limit)).unwrap();
+        let (mut addresses, is_whole) = read(budget::ADDRESSES);
+        assert!(is_whole);
         addresses.sort_unstable();
         let expected: Vec<IpAddr> =
             ["10.1.0.2", "10.2.0.2", "fd01::2"].iter().map(|ip| ip.parse().unwrap()).collect();
         assert_eq!(addresses, expected);
+        let (few, is_whole) = read(4);
+        assert!(!is_whole && few.len() < 4, "{few:?}");
     }
 
     #[test]

@@ -9,7 +9,11 @@ use adit_ebpf_common::{
 
 use crate::{
     model::pod::{FailMode, Selection},
-    observe::netns::{NetnsFacts, NetnsId},
+    observe::{
+        Observed,
+        cgroups::CgroupId,
+        netns::{NetnsFacts, NetnsId},
+    },
 };
 
 use super::{Eligibility, PodNetns, PodPlan, PodView, PodWorkload, address16, cgroup_info};
@@ -58,7 +62,7 @@ pub(crate) fn pod_plan(view: &PodView, circumstances: &Circumstances) -> PodPlan
             enroll(&mut plan, view, facts, flags, circumstances)
         }
     };
-    plan.cgroups = observed.cgroups.values().map(|id| (*id, info)).collect();
+    plan.cgroups = entered(observed).map(|id| (id, info)).collect();
     plan
 }
 
@@ -87,6 +91,17 @@ fn close(plan: &mut PodPlan, view: &PodView, flags: u32, steered: &BTreeMap<u64,
 fn arrivals(view: &PodView, netns_cookie: u64, flags: u32, exclusion_id: u32) -> NetnsInfo {
     let own = view.observed.dir.as_ref().and_then(|dir| view.observed.cgroups.get(dir));
     NetnsInfo { netns_cookie, cgroup_id: own.copied().unwrap_or(0), flags, exclusion_id }
+}
+
+/// The cgroups of a pod that have entries: its own, and those right below it, which are its containers. The
+/// programs find the entry of any other one by walking up, and what a pod makes below may not fill the map.
+/// An entry of a container's own spares an event for each exec in it.
+fn entered(observed: &Observed) -> impl Iterator<Item = CgroupId> {
+    const CONTAINERS: usize = 32;
+    let dir = observed.dir.as_deref();
+    let own = dir.and_then(|dir| observed.cgroups.get(dir));
+    let below = observed.cgroups.iter().filter(move |(path, _)| path.parent() == dir);
+    own.into_iter().chain(below.map(|(_, id)| id).take(CONTAINERS)).copied()
 }
 
 /// Fills in what only an eligible pod has; returns the entry of its cgroups.

@@ -8,7 +8,7 @@ use crate::{
         reason::{Reason, ReasonCode},
     },
     observe::{
-        Observed, ObservedNetns,
+        Gap, Observed, ObservedNetns,
         netns::{NetnsFacts, NetnsId},
     },
 };
@@ -106,6 +106,12 @@ pub(crate) fn evaluate(
         );
         return refused(Reason::new(ReasonCode::CgroupOutside, text));
     }
+    match &observed.gap {
+        // Not gone, and not allowed: closed until more is known.
+        Some(Gap::NotKnown(reason)) => return Eligibility::Waiting(reason.clone()),
+        Some(Gap::OverBudget(reason)) => return refused(reason.clone()),
+        None => {}
+    }
     if observed.cgroups.is_empty() {
         return match &pod.cgroup {
             Some(dir) => refused(Reason::new(
@@ -171,7 +177,7 @@ fn the_pods_own<'a>(pod: &Pod, several: &'a [ObservedNetns]) -> Option<&'a Netns
         .iter()
         .filter_map(|seen| match seen {
             ObservedNetns::Pod(facts) => Some(facts),
-            ObservedNetns::Host | ObservedNetns::Unreadable(_) => None,
+            ObservedNetns::Host => None,
         })
         .filter(is_own);
     own.next().filter(|_| own.next().is_none())
@@ -179,14 +185,7 @@ fn the_pods_own<'a>(pod: &Pod, several: &'a [ObservedNetns]) -> Option<&'a Netns
 
 /// The netns that the processes of the pod are in, with those of its addresses that are the pod's.
 fn netns_of(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<NetnsFacts, Reason> {
-    let own =
-        |seen: &ObservedNetns| matches!(seen, ObservedNetns::Pod(facts) if Some(facts.cookie) == current);
-    let found = match observed
-        .netns
-        .iter()
-        .find(|seen| own(seen))
-        .map_or(observed.netns.as_slice(), |seen| std::slice::from_ref(seen))
-    {
+    let found = match only_netns(&observed.netns, current) {
         [] => {
             return Err(Reason::new(ReasonCode::NoProcess, "no process in its cgroup"));
         }
@@ -194,12 +193,6 @@ fn netns_of(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<Netn
             return Err(Reason::new(
                 ReasonCode::HostNetns,
                 "its processes are in the node's own network namespace",
-            ));
-        }
-        [ObservedNetns::Unreadable(problem)] => {
-            return Err(Reason::new(
-                ReasonCode::NetnsUnreadable,
-                format!("cannot read its netns: {problem}"),
             ));
         }
         [ObservedNetns::Pod(facts)] => facts,
@@ -232,4 +225,11 @@ fn netns_of(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<Netn
         ));
     }
     Ok(facts)
+}
+
+/// Of `seen` the netns that the pod is enrolled with, else all.
+fn only_netns(seen: &[ObservedNetns], current: Option<u64>) -> &[ObservedNetns] {
+    let is_current =
+        |seen: &&ObservedNetns| matches!(seen, ObservedNetns::Pod(facts) if Some(facts.cookie) == current);
+    seen.iter().find(is_current).map_or(seen, std::slice::from_ref)
 }

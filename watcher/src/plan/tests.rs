@@ -15,7 +15,7 @@ use crate::{
         pod::{FailMode, Pod, Selection},
     },
     observe::{
-        Observed, ObservedNetns,
+        Gap, Observed, ObservedNetns,
         cgroups::CgroupId,
         netns::{NetnsFacts, NetnsId},
     },
@@ -64,7 +64,8 @@ fn facts(n: u8) -> NetnsFacts {
 fn seen(n: u8, netns: Vec<ObservedNetns>) -> Observed {
     let id = u64::from(n) * 10;
     let dir = PathBuf::from(format!("/observed/{n}"));
-    Observed { dir: None, cgroups: [(dir.join("c"), id + 1), (dir, id)].into(), netns }
+    let cgroups = [(dir.join("c"), id + 1), (dir.clone(), id)].into();
+    Observed { dir: Some(dir), cgroups, netns, gap: None }
 }
 
 fn in_order(n: u8) -> Observed {
@@ -74,11 +75,14 @@ fn in_order(n: u8) -> Observed {
 /// Each pod with its own directory.
 fn placed(pods: Vec<(Pod, Observed)>) -> Vec<(Arc<Pod>, Observed)> {
     let place = |(pod, observed): (Pod, Observed)| {
-        let Some(dir) = pod.cgroup.clone() else { return (Arc::new(pod), observed) };
-        let ids = observed.cgroups.values().copied();
-        let cgroups = [dir.clone(), dir.join("c")].into_iter().zip(ids).collect();
-        let observed = Observed { dir: Some(dir), cgroups, ..observed };
-        (Arc::new(pod), observed)
+        let Some(to) = pod.cgroup.clone() else { return (Arc::new(pod), observed) };
+        let from = observed.dir.clone().unwrap_or_default();
+        let moved = |path: &Path| {
+            path.strip_prefix(&from)
+                .map_or_else(|_| path.to_owned(), |below| to.join(below).components().collect())
+        };
+        let cgroups = observed.cgroups.iter().map(|(path, id)| (moved(path), *id)).collect();
+        (Arc::new(pod), Observed { dir: Some(to), cgroups, ..observed })
     };
     pods.into_iter().map(place).collect()
 }

@@ -3,7 +3,7 @@ use adit_ebpf_common::{
     enrolment::flag::{DNS_CAPTURE, FAIL_OPEN, IN_MESH, READY},
 };
 
-use crate::plan::{PodPlan, address16};
+use crate::plan::{PodPlan, Reason, ReasonCode, address16};
 
 use super::*;
 
@@ -58,6 +58,10 @@ fn netns(plan: &PodPlan) -> Vec<(u64, u32, bool)> {
         .collect()
 }
 
+fn not_known() -> Gap {
+    Gap::NotKnown(Reason::new(ReasonCode::NotObserved, "too many open files"))
+}
+
 #[test]
 fn a_pod_that_is_closed_is_closed_both_ways_in_every_netns_of_its_own() {
     let setting = Setting { fail_mode: FailMode::Closed, ..Setting::default() };
@@ -77,7 +81,7 @@ fn a_pod_that_is_closed_is_closed_both_ways_in_every_netns_of_its_own() {
     let disagree = plan(pod("a"), seen(1, several));
     assert_eq!(netns(&disagree), [(1001, IN_MESH, false), (1002, IN_MESH, false)]);
     assert_eq!(disagree.cgroups[&10].netns_cookie, 0, "closed in all of them");
-    let host = plan(told(1), seen(1, vec![ObservedNetns::Host, ObservedNetns::Unreadable(String::new())]));
+    let host = plan(told(1), Observed { gap: Some(not_known()), ..seen(1, vec![ObservedNetns::Host]) });
     assert!(host.netns.is_empty() && host.arrivals.is_empty() && !host.cgroups.is_empty());
     let neighbours = setting.plan(vec![(pod("b"), in_order(1)), (pod("a"), in_order(1))]);
     assert!(neighbours["a"].netns.is_empty(), "another pod's");
@@ -87,7 +91,7 @@ fn a_pod_that_is_closed_is_closed_both_ways_in_every_netns_of_its_own() {
 
 #[test]
 fn the_netns_that_a_pod_was_enrolled_with_stays_closed_when_it_is_not_seen() {
-    let observed = seen(1, vec![ObservedNetns::Unreadable("EMFILE".to_owned())]);
+    let observed = Observed { gap: Some(not_known()), ..seen(1, vec![]) };
     let views = evaluate_all(placed(vec![(pod("a"), observed)]), &[("a".to_owned(), 1001)].into());
     let steered = Setting::default().plan(vec![(pod("a"), in_order(1))]).remove("a").unwrap().netns;
     let circumstances = Circumstances { steered, ..Circumstances::default() };
@@ -121,4 +125,14 @@ fn the_pods_own_choice_of_dns_capture_beats_the_nodes() {
             "inbound has no use for it"
         );
     }
+}
+
+#[test]
+fn what_a_pod_makes_below_its_containers_takes_no_room_in_the_map() {
+    let mut observed = in_order(1);
+    let dir = observed.dir.clone().unwrap();
+    observed.cgroups.extend((0..1000).map(|n| (dir.join(format!("c/{n}")), 1000 + n)));
+    observed.cgroups.extend((0..1000).map(|n| (dir.join(format!("c{n}")), 5000 + n)));
+    let plan = Setting::default().plan(vec![(pod("a"), observed)]).remove("a").unwrap();
+    assert!(plan.cgroups.contains_key(&10) && plan.cgroups.len() <= 33, "{} entries", plan.cgroups.len());
 }

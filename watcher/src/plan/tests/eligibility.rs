@@ -1,4 +1,10 @@
+use crate::plan::{Reason, ReasonCode};
+
 use super::*;
+
+fn not_known(code: ReasonCode) -> Gap {
+    Gap::NotKnown(Reason::new(code, "too many open files"))
+}
 
 fn results(pods: Vec<(Pod, Observed)>) -> Vec<Eligibility> {
     evaluate_all(placed(pods), &BTreeMap::new()).into_iter().map(|view| view.eligibility).collect()
@@ -31,7 +37,21 @@ fn each_bad_pod_is_refused_with_its_reason_and_the_others_are_not() {
         ("cgroup_gone", pod("bad"), Observed::default()),
         ("host_netns", pod("bad"), seen(3, vec![ObservedNetns::Host])),
         ("netns_disagree", pod("bad"), seen(3, vec![ObservedNetns::Host, ObservedNetns::Pod(facts(3))])),
-        ("netns_unreadable", pod("bad"), seen(3, vec![ObservedNetns::Unreadable("EPERM".to_owned())])),
+        (
+            "netns_unreadable",
+            pod("bad"),
+            Observed { gap: Some(not_known(ReasonCode::NetnsUnreadable)), ..in_order(3) },
+        ),
+        (
+            "not_observed",
+            pod("bad"),
+            Observed { gap: Some(not_known(ReasonCode::NotObserved)), ..Observed::default() },
+        ),
+        (
+            "over_budget",
+            pod("bad"),
+            Observed { gap: Some(Gap::OverBudget(Reason::new(ReasonCode::OverBudget, ""))), ..in_order(3) },
+        ),
         ("no_process", pod("bad"), seen(3, vec![])),
         (
             "no_address",
@@ -122,4 +142,17 @@ fn named_addresses_are_the_only_ones() {
     narrow.addresses = [IpAddr::from([10, 0, 0, 1])].into();
     let Eligibility::Eligible(found) = results(vec![(narrow, in_order(1))]).remove(0) else { panic!() };
     assert_eq!(found.addresses, [IpAddr::from([10, 0, 0, 1])]);
+}
+
+#[test]
+fn a_pod_that_was_never_observed_is_closed() {
+    use adit_ebpf_common::enrolment::flag::IN_MESH;
+    for (cgroups, expected) in [(in_order(1).cgroups, 0), (BTreeMap::new(), 1)] {
+        let known = cgroups.len();
+        let observed = Observed { cgroups, gap: Some(not_known(ReasonCode::NotObserved)), ..seen(1, vec![]) };
+        let plan = Setting::default().plan(vec![(pod("a"), observed)]).remove("a").unwrap();
+        assert_eq!((plan.cgroups.len(), plan.expected.len()), (known, expected));
+        assert!(plan.cgroups.values().chain(plan.expected.values()).all(|info| info.flags == IN_MESH));
+        assert!(plan.netns.is_empty());
+    }
 }
