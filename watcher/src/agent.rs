@@ -44,7 +44,7 @@ use crate::{
     model::pod::Update,
     observe::{
         cgroup_path,
-        cgroups::CgroupId,
+        cgroups::{self, CgroupId},
         events::{self, Event},
     },
     plan::{Plan, PodPlan, diff::DiffScope},
@@ -195,6 +195,28 @@ impl Agent {
         }
         self.reporter.source_update(&update, first);
         self.queue.observe(self.pods.apply_update(update, Instant::now()));
+        if first && self.pods.keeps_running() {
+            self.keep_lost();
+        }
+    }
+
+    /// Has those pods observed that an earlier watcher enrolled, that the source does not name, and whose
+    /// processes run.
+    fn keep_lost(&mut self) {
+        let enrolled = self.applier.netns.by_cookie().values().map(|netns| netns.uid.clone());
+        let lost: Vec<String> =
+            enrolled.filter(|uid| !uid.is_empty() && self.pods.get(uid).is_none()).collect();
+        if lost.is_empty() {
+            return;
+        }
+        self.observer.find_dirs();
+        for uid in lost {
+            let dir = self.observer.dir(&uid).filter(|dir| !matches!(cgroups::is_populated(dir), Ok(false)));
+            if let Some(dir) = dir.cloned() {
+                self.pods.add_lost(&uid, dir, Instant::now());
+                self.queue.observe([uid]);
+            }
+        }
     }
 
     /// Something happened in a cgroup.
@@ -325,6 +347,7 @@ impl Agent {
             uids.extend(self.pods.uids());
             self.observer.find_dirs();
         }
+        self.pods.forget_ended(&uids);
         let uids = self.pods.within_budget(uids, now);
         if uids.is_empty() {
             return;

@@ -30,6 +30,9 @@ const MAX_NAMES: usize = 900;
 pub struct Source {
     /// For logs and `watcher status`, such as `pods file /etc/pods.yaml`.
     pub name: String,
+    /// Whether a pod that it does not name any more may run on. So it is with an API, whose objects can be
+    /// deleted by force; who removes an entry from a file wants the pod to leave the mesh.
+    pub forgets_running_pods: bool,
     /// What changed, in order.
     pub updates: mpsc::Receiver<Update>,
     /// Produces the updates; ends with their receiver.

@@ -17,7 +17,7 @@ fn labels_of_namespaces_and_pods_enrol_running_pods_and_take_them_out_again() {
     let mut node = ApiNode::new(&json!({}));
     let ambient = json!({"istio.io/dataplane-mode": "ambient"});
     let (_, uid) = node.pod("plain", &json!({}));
-    node.pod("labelled", &json!({"metadata": {"labels": ambient}}));
+    let (labelled, _) = node.pod("labelled", &json!({"metadata": {"labels": ambient}}));
     node.pod("opted-out", &json!({"metadata": {"labels": {"istio.io/dataplane-mode": "none"}}}));
     node.pod("injected", &json!({"metadata": {"annotations": {"sidecar.istio.io/status": "{}"}}}));
     let native = json!({"spec": {"initContainers": [{"name": "own-proxy", "image": "none", "restartPolicy": "Always"}]}});
@@ -71,6 +71,7 @@ fn labels_of_namespaces_and_pods_enrol_running_pods_and_take_them_out_again() {
 
     // A pod that ended is none, although the API still has it; nor is one that was deleted.
     node.api.set_status(&node.namespace, "labelled", &json!({"phase": "Succeeded"}));
+    node.host.pods[labelled].end();
     node.api.delete_pod(&node.namespace, "plain");
     wait_for("both pods to be gone", || {
         (node.find("labelled").is_none() && node.find("plain").is_none()).then_some(())

@@ -85,7 +85,7 @@ fn expires(options: &[&str]) {
     let mut node = ApiNode::of(Arc::new(ApiServer::start_with(options)), &json!({}));
     let ambient = json!({"metadata": {"labels": {"istio.io/dataplane-mode": "ambient"}}});
     node.pod("stays", &ambient);
-    node.pod("goes", &ambient);
+    let (goes, _) = node.pod("goes", &ambient);
     node.host.start(&[]);
     let _told = node.tunnel().take_all();
     node.wait_state("stays", "open", "");
@@ -95,6 +95,7 @@ fn expires(options: &[&str]) {
     watcher.signal(Signal::SIGSTOP);
     node.api.kill_server();
     node.api.start_server();
+    node.host.pods[goes].end();
     node.api.delete_pod(&node.namespace, "goes");
     let more = json!({"metadata": {"labels": {"istio.io/dataplane-mode": "none"}}});
     node.api.patch_pod(&node.namespace, "stays", &more);

@@ -11,10 +11,7 @@ use tracing::warn;
 
 use crate::{
     apply::OpenNetns,
-    model::{
-        pod::Selection,
-        reason::{Reason, ReasonCode},
-    },
+    model::reason::{Reason, ReasonCode},
     observe::{
         Observed, budget, cgroup_path, cgroups,
         netns::{self, NetnsId, Visitors},
@@ -83,6 +80,11 @@ impl Observer {
         }
     }
 
+    /// Where the pod `uid` was found by its uid.
+    pub(super) fn dir(&self, uid: &str) -> Option<&PathBuf> {
+        self.dirs.get(uid)
+    }
+
     /// Netns that were opened by the last observations, by cookie.
     pub(super) fn opened(&self) -> &OpenNetns {
         &self.opened
@@ -140,7 +142,7 @@ impl Observer {
             let pod = &entry.view.pod;
             let dir = pod.cgroup.as_ref().or_else(|| self.dirs.get(&uid)).cloned();
             match (dir, &self.dirs_unknown) {
-                (dir, _) if pod.selection != Selection::Enrolled => {
+                (dir, _) if !pod.selection.is_wanted() => {
                     observed.push((uid, Observed { dir, ..Observed::default() }));
                 }
                 (Some(dir), _) => to_visit.push((uid, dir)),

@@ -8,7 +8,11 @@ use adit_ebpf_common::lifecycle::{Name, name};
 use crate::{
     apply::Applier,
     control::answers,
-    model::{pod::Pod, reason::Reason, state::State},
+    model::{
+        pod::Pod,
+        reason::{Reason, ReasonCode},
+        state::State,
+    },
     observe::cgroup_path,
     plan::{
         Plan, PodPlan,
@@ -92,5 +96,14 @@ pub(super) fn state_of(entry: &PodEntry, applier: &Applier, config: &AgentConfig
         problem: entry.problem.as_ref(),
         refusal: applier.tunnels.refusal(&entry.view.pod.uid),
     };
-    pod_state(&entry.view, &progress)
+    if entry.runs_elsewhere(Instant::now()) {
+        let attached = config.attach.display();
+        let text = format!(
+            "the API says that it runs, and no process of it is in a cgroup of its uid below {attached}"
+        );
+        return (State::Bypassed, Some(Reason::new(ReasonCode::RunsElsewhere, text)));
+    }
+    let (state, reason) = pod_state(&entry.view, &progress);
+    let gone = || Reason::new(ReasonCode::ObjectGone, "its source does not name it, and processes of it run");
+    (state, reason.or_else(|| entry.object_gone.then(gone)))
 }

@@ -15,7 +15,7 @@ use crate::{
         reason::{Reason, ReasonCode},
         state::State,
     },
-    observe::{Observed, budget::Spent, processes::Memory},
+    observe::{Observed, budget::Spent, cgroups, processes::Memory},
     plan::{Eligibility, PodPlan, PodView},
 };
 
@@ -24,6 +24,9 @@ const GRACE_PERIOD: Duration = Duration::from_secs(5);
 /// An enrolled pod without any process keeps its netns for so long: between two containers there
 /// may be a moment without one.
 const EMPTY_TIME: Duration = Duration::from_secs(1);
+/// A pod that runs by the word of its source, and of which no process was seen for so long, runs where
+/// the programs do not reach it.
+const UNSEEN_TIME: Duration = Duration::from_secs(5);
 /// How soon an eligible pod is observed again when its processes come and go.
 const PROCESS_PAUSE: Duration = Duration::from_millis(200);
 /// How soon a pod is observed again after something could not be done for it.
@@ -51,6 +54,12 @@ pub(super) struct PodEntry {
     pub spent: Spent,
     /// Why it could not be observed the last time. What was known before holds.
     pub doubt: Option<Reason>,
+    /// Whether a process of it was ever seen.
+    was_seen: bool,
+    /// Its source does not name it any more, and processes of it may still run.
+    pub object_gone: bool,
+    /// Since when its source says that it runs, and no process of it was ever seen.
+    pub unseen_since: Option<Instant>,
     /// Since when it has no process although it is enrolled.
     pub empty_since: Option<Instant>,
     /// The cookie of the netns that it was enrolled with last. It stays closed while the pod is.
@@ -72,7 +81,7 @@ impl PodEntry {
     pub(super) fn new(pod: Arc<Pod>, rank: u64, now: Instant) -> Self {
         let reason = Reason::new(ReasonCode::NotObserved, "it was not observed yet");
         let eligibility = match pod.selection {
-            Selection::Enrolled => Eligibility::Waiting(reason.clone()),
+            Selection::Enrolled | Selection::ObjectGone => Eligibility::Waiting(reason.clone()),
             Selection::Plain | Selection::LeftAlone(_) => Eligibility::Plain(None),
         };
         let observed = Observed::not_known(None, reason);
@@ -87,6 +96,9 @@ impl PodEntry {
             memory: Memory::default(),
             spent: Spent::default(),
             doubt: None,
+            was_seen: false,
+            object_gone: false,
+            unseen_since: None,
             empty_since: None,
             held_netns: None,
             problem: None,
@@ -105,6 +117,37 @@ impl PodEntry {
     /// Whether it was observed at least once, so that something follows from what is missing.
     pub(super) fn is_observed(&self) -> bool {
         self.view.observed.unknown().is_none()
+    }
+
+    /// Whether it stays in the mesh, or closed, although its source does not name it any more: until its
+    /// cgroup is empty. Only a label takes a pod out whose processes run.
+    pub(super) fn outlives_object(&self) -> bool {
+        !self.is_plain() && !self.view.observed.cgroups.is_empty() && !self.has_ended()
+    }
+
+    /// Whether its cgroup is gone or without any process, for sure.
+    pub(super) fn has_ended(&self) -> bool {
+        match self.view.pod.cgroup.as_ref().or(self.view.observed.dir.as_ref()) {
+            Some(dir) => matches!(cgroups::is_populated(dir), Ok(false)),
+            None => self.is_observed(),
+        }
+    }
+
+    /// Whether it runs, by the word of its source, where the programs do not reach it.
+    pub(super) fn runs_elsewhere(&self, now: Instant) -> bool {
+        self.unseen_since.is_some_and(|since| now.saturating_duration_since(since) >= UNSEEN_TIME)
+    }
+
+    /// Notes whether a process of it was seen by now. What was seen once has a cgroup that is known.
+    fn note_unseen(&mut self, now: Instant) {
+        let Eligibility::Waiting(reason) = &self.view.eligibility else {
+            self.unseen_since = None;
+            return;
+        };
+        let unseen = matches!(reason.code, ReasonCode::NoCgroup | ReasonCode::NoProcess)
+            && self.view.pod.is_running
+            && !self.was_seen;
+        self.unseen_since = unseen.then(|| self.unseen_since.unwrap_or(now));
     }
 
     /// It could not be observed. Whether what was known of it holds, since anything was.
@@ -158,12 +201,16 @@ impl PodEntry {
         if changed {
             self.changed_at = now;
         }
+        self.was_seen |= !self.view.observed.netns.is_empty();
+        self.note_unseen(now);
         let age = now.saturating_duration_since(self.changed_at);
         let pause = match &self.view.eligibility {
             Eligibility::Plain(_) => None,
             Eligibility::Eligible(_) => (age < LONG).then(|| age.max(SETTLED)),
             Eligibility::Waiting(_) | Eligibility::Refused { .. } => Some((age / 4).clamp(SOON, SELDOM)),
         };
+        // Its end need not be reported by an event that is its own.
+        let pause = if self.object_gone { Some(pause.unwrap_or(SELDOM)) } else { pause };
         let pause = if self.empty_since.is_some() { Some(EMPTY_TIME / 4) } else { pause };
         self.next_observation = pause.map(|pause| self.not_before(now + pause, now));
     }
@@ -225,6 +272,22 @@ mod tests {
         entry.view.eligibility = Eligibility::Plain(None);
         entry.schedule(at, true);
         assert_eq!(entry.next_observation, None);
+    }
+
+    #[test]
+    fn a_pod_that_runs_unseen_for_some_seconds_runs_elsewhere() {
+        let (began, pod) = (Instant::now(), Pod { is_running: true, ..Pod::default() });
+        let mut entry = PodEntry::new(Arc::new(pod), 1, began);
+        let waiting = |code| Eligibility::Waiting(Reason::new(code, ""));
+        entry.view.eligibility = waiting(ReasonCode::NoCgroup);
+        entry.schedule(began, true);
+        entry.view.eligibility = waiting(ReasonCode::NoProcess);
+        entry.schedule(began + UNSEEN_TIME / 2, true);
+        assert!(!entry.runs_elsewhere(began + UNSEEN_TIME / 2) && entry.runs_elsewhere(began + UNSEEN_TIME));
+        // Once it was seen it is known where it is.
+        entry.view.observed.netns = vec![crate::observe::ObservedNetns::Host];
+        entry.schedule(began + UNSEEN_TIME, true);
+        assert!(!entry.runs_elsewhere(began + UNSEEN_TIME * 2));
     }
 
     #[test]

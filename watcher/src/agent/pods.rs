@@ -52,6 +52,8 @@ pub(super) struct PodTable {
     /// The ids of exclusion lists: equal lists have one id.
     exclusion_ids: HashMap<Arc<Exclusions>, u32>,
     last_exclusion_id: u32,
+    /// Whether a pod stays while it runs although the source does not name it any more.
+    keeps_running: bool,
     /// Until when no pod is observed that takes its share of time again and again.
     heavy_until: Option<Instant>,
 }
@@ -71,6 +73,16 @@ impl PodTable {
     /// An empty table. Exclusion lists get ids above `last_exclusion_id`.
     pub(super) fn new(last_exclusion_id: u32) -> Self {
         Self { last_exclusion_id, ..Self::default() }
+    }
+
+    /// Has pods stay while they run although the source does not name them any more.
+    pub(super) fn keep_running(&mut self) {
+        self.keeps_running = true;
+    }
+
+    /// Whether they do.
+    pub(super) fn keeps_running(&self) -> bool {
+        self.keeps_running
     }
 
     /// Whether the source has named all pods at least once.
@@ -157,7 +169,7 @@ impl PodTable {
                     match change {
                         Some(entry) => drop(self.set(entry, None, now, &mut changed)),
                         None if self.entries.contains_key(&uid) => {
-                            self.remove(&uid);
+                            self.remove(&uid, now);
                             changed.insert(uid);
                         }
                         None => {}
@@ -187,7 +199,7 @@ impl PodTable {
         }
         let gone: Vec<String> = self.entries.keys().filter(|uid| !listed.contains(*uid)).cloned().collect();
         for uid in gone {
-            self.remove(&uid);
+            self.remove(&uid, now);
             changed.insert(uid);
         }
         let new = self.rejected.iter().filter(|rejected| !before.contains(rejected));
@@ -220,7 +232,7 @@ impl PodTable {
         let uid = pod.uid.clone();
         if let Some(entry) = self.entries.get_mut(&uid) {
             entry.rank = rank.unwrap_or(entry.rank);
-            if entry.view.pod != pod {
+            if std::mem::take(&mut entry.object_gone) || entry.view.pod != pod {
                 entry.view.pod = pod;
                 entry.requeue_now(now);
                 changed.insert(uid.clone());
@@ -243,7 +255,41 @@ impl PodTable {
         self.rejected.push(RejectedEntry { entry, reason: Reason::new(ReasonCode::DuplicateUid, text) });
     }
 
-    fn remove(&mut self, uid: &str) {
+    /// Its source does not name `uid` any more. If processes of it run, it stays until they end.
+    fn remove(&mut self, uid: &str, now: Instant) {
+        match self.entries.get_mut(uid) {
+            Some(entry) if entry.object_gone => {}
+            Some(entry) if self.keeps_running && entry.outlives_object() => {
+                warn!(uid, code = ReasonCode::ObjectGone.code(), "pod gone from its source while it runs");
+                entry.object_gone = true;
+                entry.requeue_now(now);
+            }
+            _ => self.forget(uid),
+        }
+    }
+
+    /// Adds a pod that an earlier watcher enrolled, that the source does not name, and whose processes in
+    /// `cgroup` run.
+    pub(super) fn add_lost(&mut self, uid: &str, cgroup: PathBuf, now: Instant) {
+        let (name, selection) = (uid.to_owned(), Selection::ObjectGone);
+        let pod = Pod { uid: uid.to_owned(), name, cgroup: Some(cgroup), selection, ..Pod::default() };
+        self.last_rank += 1;
+        let mut entry = PodEntry::new(Arc::new(pod), self.last_rank, now);
+        entry.object_gone = true;
+        warn!(uid, code = ReasonCode::ObjectGone.code(), "pod gone from its source while it runs");
+        self.entries.insert(uid.to_owned(), entry);
+    }
+
+    /// Forgets those of `uids` whose source does not name them, and whose last process has ended.
+    pub(super) fn forget_ended(&mut self, uids: &BTreeSet<String>) {
+        for uid in uids {
+            if self.entries.get(uid).is_some_and(|entry| entry.object_gone && entry.has_ended()) {
+                self.forget(uid);
+            }
+        }
+    }
+
+    fn forget(&mut self, uid: &str) {
         if let Some(entry) = self.entries.remove(uid) {
             self.gone.push((uid.to_owned(), entry.plan));
             self.gone_states.extend(entry.state);
@@ -426,8 +472,8 @@ impl PodTable {
     pub(super) fn within_budget(&mut self, uids: BTreeSet<String>, now: Instant) -> BTreeSet<String> {
         let (mut within, mut heavy) = (BTreeSet::new(), Vec::new());
         for uid in uids {
-            let enrolled = |entry: &&mut PodEntry| entry.view.pod.selection == Selection::Enrolled;
-            match self.entries.get_mut(&uid).filter(enrolled) {
+            let is_read = |entry: &&mut PodEntry| entry.view.pod.selection.is_wanted();
+            match self.entries.get_mut(&uid).filter(is_read) {
                 Some(entry) => match entry.spent.wait_until(now) {
                     Some(until) => entry.next_observation = Some(until),
                     None if entry.spent.is_heavy(now) => heavy.push((entry.spent.at(), uid)),

@@ -112,7 +112,8 @@ impl Reporter {
     pub(super) fn pod_state(&mut self, entry: &mut PodEntry, state: State, reason: Option<Reason>) {
         let addresses = entry.view.eligibility.facts().map(|facts| facts.addresses.clone());
         let outcome = outcome(&entry.view, state, reason, addresses.unwrap_or_default());
-        self.outcome(&entry.view.pod.uid, Some(outcome));
+        // Of a pod that the source does not name there is nobody to tell.
+        self.outcome(&entry.view.pod.uid, (!entry.object_gone).then_some(outcome));
         self.metrics.pod(entry.state.replace(state), Some(state));
         if state == State::Open
             && let Some(since) = entry.waiting_since.take()

@@ -45,7 +45,7 @@ pub(super) fn start(
     kernel.attach_pods(&config.attach).map_err(failed("attach the pods' programs"))?;
     let events = events::open(config.events, kernel, &config.attach, &config.cgroup_root)?;
     info!(node = config.node, attached = %config.attach.display(), "watching");
-    let agent = Agent {
+    let mut agent = Agent {
         queue: Queue::default(),
         pods: PodTable::new(applier.maps.last_exclusion_id()),
         observer: Observer::new(config.attach.clone(), visitors),
@@ -56,6 +56,9 @@ pub(super) fn start(
         applier,
         config,
     };
+    if source.forgets_running_pods {
+        agent.pods.keep_running();
+    }
     Ok((agent, events))
 }
 

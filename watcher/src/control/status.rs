@@ -90,7 +90,7 @@ pub struct PodStatus {
     pub service_account: Option<String>,
     /// What happens to its traffic.
     pub state: State,
-    /// Why it is not open.
+    /// Why it is not open; or, of an open one, that its source does not name it any more.
     pub reason: Option<Reason>,
     /// What happens to its traffic while no tunnel serves it.
     pub fail_mode: Option<FailMode>,

@@ -25,8 +25,19 @@ pub enum Selection {
     /// No label enrols it.
     #[default]
     Plain,
+    /// Its source does not name it any more, and an earlier watcher enrolled it: all that is known are
+    /// processes that still run. They stay closed until they end.
+    ObjectGone,
     /// A label would enrol it, and a sidecar or the host's network excludes it.
     LeftAlone(Reason),
+}
+
+impl Selection {
+    /// Whether its processes concern the watcher.
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        matches!(self, Self::Enrolled | Self::ObjectGone)
+    }
 }
 
 /// A pod, from whatever source.
@@ -53,6 +64,8 @@ pub struct Pod {
     pub addresses: BTreeSet<IpAddr>,
     /// Traffic that bypasses the tunnel. Shared: lists may be long.
     pub exclusions: Arc<Exclusions>,
+    /// Whether its source says that containers of it run. False: that is not known.
+    pub is_running: bool,
     /// Invalid values that were ignored.
     pub notes: Notes,
 }

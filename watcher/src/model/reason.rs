@@ -159,6 +159,13 @@ reasons! {
         "the pod has more processes, netns, addresses or cgroups than the watcher looks at, and the first ones do not decide",
         "Find out what the pod does; in a pods file, name its `addresses`.";
 
+    ObjectGone "object_gone", Itself, Unchanged,
+        "the pod is gone from its source, or has failed, and processes of it still run; it stays in the mesh, or closed, until they end",
+        "End the processes if the node's container runtime does not; a pod leaves the mesh at once by its label.";
+    RunsElsewhere "runs_elsewhere", Change, Plaintext,
+        "the API says that containers of the pod run, and no process is in a cgroup of the pod that the programs are attached to",
+        "Compare the cgroup drivers of kubelet and container runtime, and `--attach` with where the containers are.";
+
     NoProcess "no_process", PodStart, FailMode,
         "no process runs in the pod's cgroup yet",
         "Wait for the pod's first process.";

@@ -95,6 +95,11 @@ pub(crate) fn evaluate(
     }
     match &pod.selection {
         Selection::Enrolled => {}
+        Selection::ObjectGone => {
+            let reason =
+                Reason::new(ReasonCode::ObjectGone, "its source does not name it, and processes of it run");
+            return Eligibility::Refused { reason, keeps_closed: true };
+        }
         Selection::Plain => return Eligibility::Plain(None),
         Selection::LeftAlone(reason) => return Eligibility::Plain(Some(reason.clone())),
     }

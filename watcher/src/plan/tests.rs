@@ -48,6 +48,7 @@ fn pod(uid: &str) -> Pod {
         dns_capture: None,
         addresses: BTreeSet::new(),
         exclusions: Arc::default(),
+        is_running: false,
         notes: Notes::default(),
     }
 }

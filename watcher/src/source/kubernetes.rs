@@ -118,7 +118,7 @@ pub fn start(config: &Config, options: KubernetesConfig) -> Result<Source, Kuber
     };
     #[expect(clippy::disallowed_methods, reason = "`Source` keeps the handle")]
     let producer = tokio::spawn(follower.run());
-    Ok(Source { name, updates, producer, outcomes, writer })
+    Ok(Source { forgets_running_pods: true, name, updates, producer, outcomes, writer })
 }
 
 struct Follower {

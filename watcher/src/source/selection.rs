@@ -159,7 +159,7 @@ mod tests {
         let code = |selection, host, sidecar| match except(selection, host, sidecar) {
             Selection::LeftAlone(reason) => reason.code.code(),
             Selection::Enrolled => "enrolled",
-            Selection::Plain => "plain",
+            Selection::Plain | Selection::ObjectGone => "plain",
         };
         assert_eq!(code(Selection::Enrolled, true, Some("a proxy")), "host_network");
         assert_eq!(code(Selection::Enrolled, false, Some("a proxy")), "sidecar");

@@ -114,6 +114,7 @@ pub(crate) fn read(
     let options = read_options(annotations, rules, before);
     let mut pod = Pod { uid, name, namespace, service_account, ..options.set.clone() };
     pod.addresses = addresses(given, &mut pod.notes);
+    pod.is_running = is_running(given);
     Some(Ok(ApiPod {
         api_uid,
         created: meta.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
@@ -150,6 +151,15 @@ fn cgroup_uid<'a>(api_uid: &'a str, annotations: &'a BTreeMap<String, String>) -
 /// It becomes part of names of files.
 fn is_uid(uid: &str) -> bool {
     !uid.is_empty() && uid.len() <= 64 && uid.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+}
+
+/// Whether a container of any kind runs, by the word of the kubelet.
+fn is_running(given: &api::Pod) -> bool {
+    let Some(status) = &given.status else { return false };
+    let kinds =
+        [&status.container_statuses, &status.init_container_statuses, &status.ephemeral_container_statuses];
+    let mut containers = kinds.into_iter().flatten().flatten();
+    containers.any(|container| container.state.as_ref().is_some_and(|state| state.running.is_some()))
 }
 
 fn addresses(given: &api::Pod, notes: &mut Notes) -> BTreeSet<IpAddr> {
