@@ -50,7 +50,10 @@ async fn text(State(metrics): State<Arc<Metrics>>) -> impl IntoResponse {
 }
 
 async fn readiness(State(metrics): State<Arc<Metrics>>) -> impl IntoResponse {
-    if metrics.is_ready() {
+    if metrics.is_standing_by() {
+        // Ready to take over: a rolling update ends the old one only when the new one is ready.
+        (StatusCode::OK, "standing by: another watcher works for this node\n")
+    } else if metrics.is_ready() {
         (StatusCode::OK, "ready\n")
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, "not all pods of this node have been observed yet\n")

@@ -8,6 +8,7 @@
 //! * `adoption`: what an earlier watcher left
 //! * `reporter`: outcomes to the source, metrics; `commands`: answers to commands
 //! * `startup`: loading the programs, and taking over what is there
+//! * `node_lock`: one watcher for each node; the next one stands by
 //! * `config`, `error`: what it is configured to do, and why it ends
 //!
 //! What is applied belongs to [`crate::apply`]. Everything here runs on one thread, so nothing
@@ -55,6 +56,7 @@ mod adoption;
 mod commands;
 mod config;
 mod error;
+mod node_lock;
 mod observer;
 mod planning;
 mod pod_entry;
@@ -100,8 +102,19 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
     let mut terminate = signal(SignalKind::terminate()).map_err(cannot("handle SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot("handle SIGINT"))?;
     let metrics = Arc::new(Metrics::new());
-    let _http = startup::serve_metrics(config.metrics_address, &metrics).await?;
-    // The sockets first: a second watcher of this node must end before it touches anything.
+    let http = startup::serve_metrics(config.metrics_address, &metrics).await;
+    // Before everything else: a second watcher of this node must not touch anything.
+    let lock = tokio::select! {
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+        lock = node_lock::acquire(&config.pins, &metrics) => lock,
+    };
+    let lock = lock.map_err(cannot(format!("lock the pins in {}", config.pins.display())))?;
+    let _http = match http {
+        // The watcher before this one had the address, in the same netns.
+        Err(_) if lock.stood_by => startup::serve_metrics(config.metrics_address, &metrics).await?,
+        http => http?,
+    };
     let (request_sender, mut requests) = mpsc::channel(16);
     let mut control =
         ControlServer::bind(&config.status_socket, request_sender).map_err(cannot("serve commands"))?;

@@ -134,6 +134,7 @@ pub(crate) struct Metrics {
     tunnels: Gauge<i64, AtomicI64>,
     enrolment: Histogram,
     ready: AtomicBool,
+    standing_by: AtomicBool,
 }
 
 impl Metrics {
@@ -153,7 +154,17 @@ impl Metrics {
         let enrolment = Histogram::new(exponential_buckets(0.0005, 2.0, 16));
         let enrolment = register(&mut registry, &ENROLMENT_DURATION, enrolment);
         let ready = AtomicBool::new(false);
-        Self { registry, pods, events, lost, corrections, tunnels, enrolment, ready }
+        Self {
+            registry,
+            pods,
+            events,
+            lost,
+            corrections,
+            tunnels,
+            enrolment,
+            ready,
+            standing_by: AtomicBool::new(false),
+        }
     }
 
     /// A pod's state changed; `None`: it was not known, or is not any more.
@@ -189,7 +200,17 @@ impl Metrics {
         self.enrolment.observe(seconds);
     }
 
-    /// Whether every pod of the node has been observed.
+    /// Says whether this watcher waits for another one of this node to end.
+    pub(crate) fn set_standing_by(&self, standing_by: bool) {
+        self.standing_by.store(standing_by, Ordering::Relaxed);
+    }
+
+    /// Whether this watcher waits for another one of this node to end.
+    pub(crate) fn is_standing_by(&self) -> bool {
+        self.standing_by.load(Ordering::Relaxed)
+    }
+
+    /// Says whether every pod of the node has been observed.
     pub(crate) fn set_ready(&self, ready: bool) {
         self.ready.store(ready, Ordering::Relaxed);
     }

@@ -164,10 +164,15 @@ pub fn remove_stale(path: &Path, kind: Type) -> io::Result<()> {
         }
         Ok(_) => {}
     }
-    match Socket::new(Domain::UNIX, kind, None)?.connect(&SockAddr::unix(path)?) {
+    let probe = Socket::new(Domain::UNIX, kind, None)?;
+    // Who serves it may hang, with as many connections waiting as it has room for.
+    probe.set_nonblocking(true)?;
+    let served = || io::Error::new(io::ErrorKind::AddrInUse, "served by another process");
+    match probe.connect(&SockAddr::unix(path)?) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(served()),
         Err(error) => Err(error),
-        Ok(()) => Err(io::Error::new(io::ErrorKind::AddrInUse, "served by another process")),
+        Ok(()) => Err(served()),
     }
 }
 
@@ -182,6 +187,16 @@ mod tests {
         let first = Bound::new(&path, Type::SEQPACKET).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(Bound::new(&path, Type::SEQPACKET).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        // One that does not accept, and has as many connections waiting as it has room for.
+        let waiting: Vec<Socket> = std::iter::from_fn(|| {
+            let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            socket.connect(&SockAddr::unix(&path).unwrap()).ok().map(|()| socket)
+        })
+        .collect();
+        assert!(waiting.len() > 16);
+        assert_eq!(Bound::new(&path, Type::SEQPACKET).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(waiting);
         let Bound { socket, file } = first;
         drop(socket);
         std::mem::forget(file);

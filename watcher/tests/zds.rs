@@ -236,6 +236,39 @@ fn a_tunnel_in_somebody_elses_cgroup_is_rejected() {
     node.wait_state(0, "closed", "no_tunnel");
 }
 
+/// As in a rolling update that starts the next watcher before it ends the last one.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_second_watcher_stands_by_and_takes_over() {
+    let mut node = WatcherNode::new();
+    let pod = node.pod("a");
+    node.write_pods(&[true], "");
+    node.start(&[]);
+    let tunnel = node.tunnel();
+    tunnel.take_snapshot();
+    node.wait_state(pod, "open", "");
+    let readiness = |address: &str| {
+        let url = format!("http://{address}/healthz/ready");
+        let output =
+            std::process::Command::new("curl").args(["-sf", "--max-time", "2", &url]).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let second = node.spawn(&[], &["--metrics-address", &free]);
+    wait_for("the second watcher to stand by", || readiness(&free).starts_with("standing by"));
+    node.wait_state(pod, "open", "");
+    assert_eq!(node.status()["tunnels"].as_array().unwrap().len(), 1, "the first one works");
+
+    node.kill_watcher();
+    assert_eq!(tunnel.receive(), Received::Closed);
+    wait_for("the second watcher to answer", || node.command(&["status", "-o", "json"]).0);
+    let tunnel = node.tunnel();
+    tunnel.take_snapshot();
+    node.wait_state(pod, "open", "");
+    assert_eq!(readiness(&free), "ready\n");
+    drop(second);
+}
+
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_killed_watcher_leaves_traffic_alone_and_its_successor_goes_on() {

@@ -167,6 +167,12 @@ impl WatcherNode {
 
     /// The same through `wrapper`, a program that runs the rest of its command line.
     pub fn start_under(&mut self, wrapper: &[&str], more: &[&str]) {
+        self.watcher = Some(self.spawn(wrapper, more));
+        wait_for("the watcher to answer", || self.command(&["status", "-o", "json"]).0);
+    }
+
+    /// One more watcher of this node, in the same way; it may not answer.
+    pub fn spawn(&self, wrapper: &[&str], more: &[&str]) -> Process {
         let words = self.run_words(more);
         let kubeconfig = self.kubeconfig.as_ref().map(|path| format!("KUBECONFIG={}", path.display()));
         let mut line = vec!["env"];
@@ -175,10 +181,10 @@ impl WatcherNode {
         let binary = binary("watcher");
         line.push(binary.to_str().expect("UTF-8 path"));
         line.extend(words.iter().map(String::as_str));
-        let log = self.dir.path().join("watcher.log");
+        let name = if self.watcher.is_some() { "next-watcher.log" } else { "watcher.log" };
+        let log = self.dir.path().join(name);
         let command = Placement::in_cgroup(&self.cgroup.join("watcher")).command(&line);
-        self.watcher = Some(Process::spawn("watcher", command, &log));
-        wait_for("the watcher to answer", || self.command(&["status", "-o", "json"]).0);
+        Process::spawn("watcher", command, &log)
     }
 
     /// Kills the watcher, if one runs, so that it can undo nothing.
