@@ -194,7 +194,7 @@ mod tests {
             socket.connect(&SockAddr::unix(&path).unwrap()).ok().map(|()| socket)
         })
         .collect();
-        assert!(waiting.len() > 16);
+        assert!(!waiting.is_empty());
         assert_eq!(Bound::new(&path, Type::SEQPACKET).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         drop(waiting);
         let Bound { socket, file } = first;
