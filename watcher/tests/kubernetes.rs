@@ -124,6 +124,7 @@ fn a_tunnel_may_run_in_a_pod_of_its_own_service_account_and_in_no_other() {
     node.wait_state("enrolled", "closed", "no_tunnel");
     assert_eq!(connect(&node, enrolled).receive(), Received::Closed);
     node.api.delete_pod(&node.namespace, "enrolled");
+    node.host.pods[enrolled].end();
     wait_for("the pod to be gone", || node.find("enrolled").is_none());
 
     let _tunnel = connect(&node, own).take_all();
