@@ -213,8 +213,8 @@ impl Agent {
         }
     }
 
-    /// Has those pods observed that an earlier watcher enrolled, that the source does not name, and whose
-    /// processes run.
+    /// Has those pods observed that an earlier watcher enrolled, that the source does not name, and
+    /// whose processes run.
     fn keep_lost(&mut self) {
         let enrolled = self.applier.netns.by_cookie().values().map(|netns| netns.uid.clone());
         let lost: Vec<String> =
@@ -408,8 +408,8 @@ impl Agent {
         self.pods.is_synced() && self.queue.is_idle() && !self.awaits_adopted()
     }
 
-    /// Whether a pod that an earlier watcher enrolled could not be observed yet. While that may still
-    /// succeed, it stays as it is, and no tunnel is told which pods there are.
+    /// Whether a pod that an earlier watcher enrolled could not be observed yet. While that may
+    /// still succeed, it stays as it is, and no tunnel is told which pods there are.
     fn awaits_adopted(&self) -> bool {
         let adopted = |uid: &str| self.applier.netns.of_pod(uid).is_some();
         self.adoption.ends_at().is_some()

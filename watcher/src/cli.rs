@@ -18,7 +18,8 @@ mod status;
 mod trace;
 mod uninstall;
 
-/// Enrols pods into the mesh: finds them, steers their traffic to the node's tunnel, and registers them there.
+/// Enrols pods into the mesh: finds them, steers their traffic to the node's tunnel, and registers
+/// them there.
 #[derive(Debug, Parser)]
 #[command(
     name = "watcher",

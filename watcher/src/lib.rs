@@ -15,8 +15,8 @@
 //! * `sys`: what needs `unsafe`
 //! * [`model`]: the values that all of them speak in
 //!
-//! Level-triggered: every event leads to a fresh look and a comparison, and a periodic scan makes up
-//! for events that were lost. An event can only make things faster.
+//! Level-triggered: every event leads to a fresh look and a comparison, and a periodic scan makes
+//! up for events that were lost. An event can only make things faster.
 
 mod admin_http;
 pub mod agent;

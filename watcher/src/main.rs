@@ -1,7 +1,7 @@
 //! The binary. It needs these capabilities:
 //!
-//! * `CAP_BPF` and `CAP_NET_ADMIN`: load the programs, write the maps, attach to cgroups and netns; set rules
-//!   and routes in the pods' netns
+//! * `CAP_BPF` and `CAP_NET_ADMIN`: load the programs, write the maps, attach to cgroups and netns;
+//!   set rules and routes in the pods' netns
 //! * `CAP_SYS_ADMIN`: enter the pods' netns (`setns`), and load programs on kernels before 5.8
 //! * `CAP_SYS_PTRACE`: open `/proc/PID/ns/net` of processes of other users
 //! * `CAP_DAC_OVERRIDE`: only where the pods' cgroups or the run directory are not root's

@@ -1,7 +1,8 @@
 //! What operators count, and whether the watcher is ready.
 //!
-//! To add a metric, add a row to [`METRICS`], register it in [`Metrics::new`] and count where it happens.
-//! The watcher's table in `docs/metrics.md` follows from the row; a test compares the rows with the registry.
+//! To add a metric, add a row to [`METRICS`], register it in [`Metrics::new`] and count where it
+//! happens. The watcher's table in `docs/metrics.md` follows from the row; a test compares the rows
+//! with the registry.
 //!
 //! No pod, address or uid is a label: a node makes thousands of pods in its life.
 

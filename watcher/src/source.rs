@@ -5,10 +5,10 @@
 //! * `options`: what can be set for a pod, as key or annotation
 //! * [`selection`]: whether a pod is enrolled
 //!
-//! Every source produces [`Update`]s, and the watcher's loop consumes them without knowing the source. While
-//! a source is unavailable it sends nothing, or the cause ([`Update::Unusable`]); the last known pods stay
-//! active. The state of each pod goes back to the source as an [`Outcome`], so that it can write the state
-//! where its users look.
+//! Every source produces [`Update`]s, and the watcher's loop consumes them without knowing the
+//! source. While a source is unavailable it sends nothing, or the cause ([`Update::Unusable`]); the
+//! last known pods stay active. The state of each pod goes back to the source as an [`Outcome`], so
+//! that it can write the state where its users look.
 
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
@@ -22,7 +22,8 @@ pub mod kubernetes;
 pub(crate) mod options;
 pub mod selection;
 
-/// The names of a pod travel in one ZDS packet of at most 1024 bytes; this leaves room for the rest.
+/// The names of a pod travel in one ZDS packet of at most 1024 bytes; this leaves room for the
+/// rest.
 const MAX_NAMES: usize = 900;
 
 /// A source of pods, as the watcher's loop sees it.
@@ -30,15 +31,16 @@ const MAX_NAMES: usize = 900;
 pub struct Source {
     /// For logs and `watcher status`, such as `pods file /etc/pods.yaml`.
     pub name: String,
-    /// Whether a pod that it does not name any more may run on. So it is with an API, whose objects can be
-    /// deleted by force; who removes an entry from a file wants the pod to leave the mesh.
+    /// Whether a pod that it does not name any more may run on. So it is with an API, whose objects
+    /// can be deleted by force; who removes an entry from a file wants the pod to leave the mesh.
     pub forgets_running_pods: bool,
     /// What changed, in order.
     pub updates: mpsc::Receiver<Update>,
     /// Produces the updates; ends with their receiver.
     pub producer: JoinHandle<()>,
-    /// Where outcomes go; `None`: the source writes nothing. Unbounded, since the loop never waits: the
-    /// writer receives them at once, and keeps only the last one of each uid while it cannot write.
+    /// Where outcomes go; `None`: the source writes nothing. Unbounded, since the loop never waits:
+    /// the writer receives them at once, and keeps only the last one of each uid while it cannot
+    /// write.
     pub outcomes: Option<mpsc::UnboundedSender<(String, Option<Outcome>)>>,
     /// Writes the outcomes; ends when it has written the last one after `outcomes` is dropped.
     pub writer: Option<JoinHandle<()>>,
@@ -73,7 +75,8 @@ pub struct Outcome {
     pub name: String,
     /// Its namespace.
     pub namespace: String,
-    /// [`State::Open`]: a tunnel carries its traffic. [`State::Plain`]: it is not enrolled, or not any more.
+    /// [`State::Open`]: a tunnel carries its traffic. [`State::Plain`]: it is not enrolled, or not
+    /// any more.
     pub state: State,
     /// Why it is not open.
     pub reason: Option<Reason>,

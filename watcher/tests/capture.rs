@@ -1,12 +1,12 @@
-//! What belongs to a pod is decided by its netns: every address of it is captured, and a pod that is
-//! closed is closed both ways.
+//! What belongs to a pod is decided by its netns: every address of it is captured, and a pod that
+//! is closed is closed both ways.
 
 use std::fs;
 
 use testbed::{
     cluster::{Cluster, ClusterPod, Enrol},
     command::run,
-    netns::Netns,
+    netns::TestNetns,
     process::Process,
     wait::{LIMIT, try_wait, wait_for},
 };
@@ -225,7 +225,7 @@ fn what_a_pod_does_in_a_netns_of_its_own_is_left_alone_and_keeps_no_pod_closed()
     let server = cluster.pod("server", 1, Enrol::Mesh);
     cluster.serve_web(&server, "hello");
     // Two netns that only the pod's own processes know.
-    let nested = [0, 1].map(|n| Netns::new(format!("{}-nested{n}", cluster.id)));
+    let nested = [0, 1].map(|n| TestNetns::new(format!("{}-nested{n}", cluster.id)));
     run(&format!(
         "ip -n {a} link add n0 type veth peer name n0 netns {b}
          ip -n {a} addr add 172.30.0.1/24 dev n0
@@ -236,7 +236,7 @@ fn what_a_pod_does_in_a_netns_of_its_own_is_left_alone_and_keeps_no_pod_closed()
         b = nested[1],
     ));
     let log = cluster.dir.path().join("nested.log");
-    let inside = |netns: &Netns| client.placement().in_netns(netns);
+    let inside = |netns: &TestNetns| client.placement().in_netns(netns);
     for netns in &nested {
         let sleep = Process::spawn("sleep", inside(netns).command(&["sleep", "infinity"]), &log);
         cluster.keep(sleep);

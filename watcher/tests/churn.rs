@@ -18,7 +18,7 @@ use nix::sys::signal::Signal;
 use testbed::{
     command::run,
     fakes::Received,
-    netns::Netns,
+    netns::TestNetns,
     process::KillOnDrop,
     program::{TestSize, binary},
     wait::wait_for,
@@ -50,8 +50,8 @@ fn publish(node: &WatcherNode, uids: &[String], enrolled: bool, more: &str) {
 }
 
 /// A netns with an address, and a default route to an interface where nothing answers.
-fn network(node: &WatcherNode, number: usize) -> Netns {
-    let netns = Netns::new(format!("{}-n{number}", node.name));
+fn network(node: &WatcherNode, number: usize) -> TestNetns {
+    let netns = TestNetns::new(format!("{}-n{number}", node.name));
     let (a, b) = (number / 250, number % 250 + 1);
     netns.run(&format!(
         "ip link add e0 type veth peer name e1
@@ -64,7 +64,7 @@ fn network(node: &WatcherNode, number: usize) -> Netns {
 }
 
 /// Starts a process in a cgroup that is made right before; the first thing it does in it is `then`.
-fn start_in(network: &Netns, container: &Path, then: &str) -> Child {
+fn start_in(network: &TestNetns, container: &Path, then: &str) -> Child {
     let script = format!("mkdir -p {0}; echo $$ > {0}/cgroup.procs; {then}", container.display());
     network
         .command("bash")
@@ -77,8 +77,8 @@ fn start_in(network: &Netns, container: &Path, then: &str) -> Child {
 }
 
 /// A pod that lasts in each of these.
-fn start_each(node: &WatcherNode, networks: &[Netns], uids: &[String]) -> Vec<KillOnDrop> {
-    let start = |(network, uid): (&Netns, &String)| {
+fn start_each(node: &WatcherNode, networks: &[TestNetns], uids: &[String]) -> Vec<KillOnDrop> {
+    let start = |(network, uid): (&TestNetns, &String)| {
         let dir = pods_dir(node).join(format!("pod{uid}/main"));
         KillOnDrop(start_in(network, &dir, "exec sleep infinity"))
     };
@@ -215,7 +215,7 @@ fn sixty_labels_at_once_take_milliseconds() {
     let mut node = WatcherNode::new();
     let pods = TestSize::get().pick(60, 200);
     let uids: Vec<String> = (0..pods).map(uid).collect();
-    let networks: Vec<Netns> = (0..pods).map(|number| network(&node, number)).collect();
+    let networks: Vec<TestNetns> = (0..pods).map(|number| network(&node, number)).collect();
     let _processes = start_each(&node, &networks, &uids);
     publish(&node, &uids, false, "");
     node.start(&[]);

@@ -1,5 +1,5 @@
-//! What the API says of a pod is not always what runs: a pod whose object is gone may run on, and one that
-//! runs may do so where no program reaches it.
+//! What the API says of a pod is not always what runs: a pod whose object is gone may run on, and
+//! one that runs may do so where no program reaches it.
 
 use std::fs;
 
@@ -13,8 +13,8 @@ use testbed::{
 
 const AMBIENT: &str = "istio.io/dataplane-mode";
 
-/// A process of pod `number` that prints what each connect(2) to a neighbour that does not exist says at once:
-/// `EPERM` where the programs refuse it, for lack of a listener of the fake tunnel.
+/// A process of pod `number` that prints what each connect(2) to a neighbour that does not exist
+/// says at once: `EPERM` where the programs refuse it, for lack of a listener of the fake tunnel.
 fn dialler(node: &ApiNode, number: usize) -> Process {
     let pod = &node.host.pods[number];
     let script = "

@@ -14,9 +14,9 @@ use testbed::{
     watcher_node::WatcherNode,
 };
 
-/// Connects again and again to an address that nobody has, and prints each change of what connect(2)
-/// says at once, and every thousandth attempt. `EPERM`: the programs refuse it. `EINPROGRESS`: it is
-/// on its way in clear.
+/// Connects again and again to an address that nobody has, and prints each change of what
+/// connect(2) says at once, and every thousandth attempt. `EPERM`: the programs refuse it.
+/// `EINPROGRESS`: it is on its way in clear.
 const DIAL: &str = "
 import errno, socket, sys, time
 last, count = None, 0
@@ -30,8 +30,8 @@ while True:
     time.sleep(0.001)
 ";
 
-/// A process of pod `number` that dials until it is dropped. The fake tunnel has no listeners, so every
-/// connection of an enrolled pod is refused.
+/// A process of pod `number` that dials until it is dropped. The fake tunnel has no listeners, so
+/// every connection of an enrolled pod is refused.
 fn dialler(node: &WatcherNode, number: usize) -> Process {
     let log = node.dir.path().join(format!("dial-{number}.log"));
     let to = format!("10.88.{number}.99");

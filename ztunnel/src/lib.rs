@@ -24,8 +24,8 @@
 //! * [`control_plane`]: gRPC channels to a control plane
 //! * `socket`: the few socket options that carry the design
 //! * [`drain`]: how the process shuts down
-//! * [`reason`], [`readiness`], `direction`, `backoff`, `error_chain`, `file_version`: values that others
-//!   share
+//! * [`reason`], [`readiness`], `direction`, `backoff`, `error_chain`, `file_version`: values that
+//!   others share
 //! * [`config`]: the configuration
 
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test's tasks end with its runtime"))]

@@ -194,8 +194,8 @@ impl ServedPods {
         Ok(())
     }
 
-    /// Serves the one workload of a dedicated tunnel, in the netns of this process. It is a reason not to start if
-    /// that cannot be done.
+    /// Serves the one workload of a dedicated tunnel, in the netns of this process. It is a reason
+    /// not to start if that cannot be done.
     ///
     /// # Errors
     /// A port cannot be listened at.

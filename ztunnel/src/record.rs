@@ -32,8 +32,8 @@ pub(crate) trait ConnectionFailure: Error {
     /// For the record, the metrics and the admin page.
     fn reason(&self) -> FailureReason;
 
-    /// Istio's flags: `DENY`, `CONNECT`, `TLS_FAILURE`, `H2_HANDSHAKE_FAILURE`, `NETWORK_POLICY`, `IDENTITY_ERROR`,
-    /// or `-` for what none of them says.
+    /// Istio's flags: `DENY`, `CONNECT`, `TLS_FAILURE`, `H2_HANDSHAKE_FAILURE`, `NETWORK_POLICY`,
+    /// `IDENTITY_ERROR`, or `-` for what none of them says.
     fn response_flags(&self) -> &'static str {
         "-"
     }
@@ -114,7 +114,8 @@ impl Drop for ConnectionRecord {
     }
 }
 
-/// Records a connection that ended before its ends were known: it counts as failed, never as opened.
+/// Records a connection that ended before its ends were known: it counts as failed, never as
+/// opened.
 pub(crate) fn record_early_failure(
     metrics: &Metrics,
     ends: &ConnectionEnds,

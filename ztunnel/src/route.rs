@@ -28,8 +28,8 @@ use crate::{
 pub(crate) struct OutboundRoute {
     /// What the application addressed, if it was a service.
     pub service: Option<Arc<Service>>,
-    /// The workload that the connection is made to: the endpoint, or a waypoint or gateway before it.
-    /// `None`: a destination outside of the mesh.
+    /// The workload that the connection is made to: the endpoint, or a waypoint or gateway before
+    /// it. `None`: a destination outside of the mesh.
     pub workload: Option<Arc<Workload>>,
     /// The workload's address and target port, or the original destination.
     pub target: SocketAddr,
@@ -46,8 +46,9 @@ pub(crate) enum Via {
         authority: String,
         expected: Vec<Identity>,
     },
-    /// Into another network: a tunnel to its gateway at `peer`, and within it one to an endpoint of the gateway's
-    /// choice, which must prove to be one of `inner_expected`. Both are requested for `authority`.
+    /// Into another network: a tunnel to its gateway at `peer`, and within it one to an endpoint of
+    /// the gateway's choice, which must prove to be one of `inner_expected`. Both are requested for
+    /// `authority`.
     Gateway {
         peer: SocketAddr,
         authority: String,
@@ -119,12 +120,12 @@ impl RouteError {
     }
 }
 
-/// Follows `original`, the address that an application of `source` dialled. First rule that holds wins:
+/// Follows `original`, the address that an application of `source` dialled. First rule that holds
+/// wins:
 ///
-/// 1. it is a service's that `source` may know:
-///    a. with a waypoint that `source` is not itself: there, requesting `original`
-///    b. that is passed through: as if it were no service's
-///    c. else: the endpoint that load balancing chooses, or an error
+/// 1. it is a service's that `source` may know: a. with a waypoint that `source` is not itself:
+///    there, requesting `original` b. that is passed through: as if it were no service's c. else:
+///    the endpoint that load balancing chooses, or an error
 /// 2. it is a workload's: there, through its waypoint if it has one that `source` is not itself
 /// 3. it is unknown: straight there
 pub(crate) fn outbound(
@@ -170,7 +171,8 @@ pub(crate) fn outbound(
     }))
 }
 
-/// `None`: it has no waypoint, or `source` is it, or one of them: its own traffic must get past itself.
+/// `None`: it has no waypoint, or `source` is it, or one of them: its own traffic must get past
+/// itself.
 fn to_service_waypoint(
     mesh: &MeshView<'_>,
     source: &Workload,

@@ -61,8 +61,8 @@ impl SocketOptions {
     }
 }
 
-/// `count` listeners on `port` of every address, in one group; or, where the port may not be shared, `count`
-/// handles of one listener. Call inside the netns that they shall serve.
+/// `count` listeners on `port` of every address, in one group; or, where the port may not be
+/// shared, `count` handles of one listener. Call inside the netns that they shall serve.
 pub(crate) fn listen(
     port: u16,
     count: usize,

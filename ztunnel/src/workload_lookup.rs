@@ -39,7 +39,8 @@ pub(crate) async fn own_workload(
                 return Some((mesh, workload));
             }
             if let Some(demand) = &process.demand {
-                // Istio's form of a pod's uid. Its control plane sends the pods of this node unasked.
+                // Istio's form of a pod's uid. Its control plane sends the pods of this node
+                // unasked.
                 let cluster = &process.config.cluster_id;
                 demand.subscribe(&format!("{cluster}//Pod/{}/{}", info.namespace, info.name));
             }

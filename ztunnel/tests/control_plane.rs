@@ -7,19 +7,19 @@ use serde_json::{Value, json};
 use testbed::{
     fakes::FakeControlPlane,
     mesh_pod::{MeshPod, read_line},
-    netns::Netns,
+    netns::TestNetns,
     tunnel_mesh::{TunnelMesh, TunnelNode},
     wait::wait_for,
 };
 
 /// A tunnel of node `a` that asks the control plane on `port`.
-fn tunnel(mesh: &TunnelMesh, netns: Netns, port: u64, pods: &[&MeshPod]) -> TunnelNode {
+fn tunnel(mesh: &TunnelMesh, netns: TestNetns, port: u64, pods: &[&MeshPod]) -> TunnelNode {
     tunnel_with(mesh, netns, port, pods, &[])
 }
 
 fn tunnel_with(
     mesh: &TunnelMesh,
-    netns: Netns,
+    netns: TestNetns,
     port: u64,
     pods: &[&MeshPod],
     more: &[(&str, &str)],

@@ -115,8 +115,8 @@ impl Outbound {
 }
 
 /// Decides about an outbound connection. *The pod's entry* is that of the caller's cgroup. If that
-/// has none, or the socket is in another netns than the cgroup's pod, it is the entry of the pod that
-/// has the socket's netns: so what runs in a pod's netns outside its cgroup is captured too.
+/// has none, or the socket is in another netns than the cgroup's pod, it is the entry of the pod
+/// that has the socket's netns: so what runs in a pod's netns outside its cgroup is captured too.
 ///
 /// 1. a DNS query that [`dns_redirect`] captures: redirect to the tunnel's DNS port
 /// 2. not TCP: leave

@@ -47,9 +47,9 @@ pub struct CgroupInfo {
     pub pad: u16,
 }
 
-/// The pod whose netns it is. Value of `pod_by_netns`, keyed by netns cookie (`u64`). It decides about
-/// whatever arrives there, at any address: the copy of the program that is attached to a netns knows
-/// the cookie of that netns, see [`NETNS_COOKIE_PLACEHOLDER`].
+/// The pod whose netns it is. Value of `pod_by_netns`, keyed by netns cookie (`u64`). It decides
+/// about whatever arrives there, at any address: the copy of the program that is attached to a
+/// netns knows the cookie of that netns, see [`NETNS_COOKIE_PLACEHOLDER`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
@@ -65,12 +65,12 @@ pub struct NetnsInfo {
 }
 
 /// Stands in the compiled sk_lookup program where the cookie of its netns belongs: no kernel tells
-/// programs of this type where they run. The loader puts the cookie in before it loads the copy for a
-/// netns. The kernel counts cookies up from 1 and reaches this number never.
+/// programs of this type where they run. The loader puts the cookie in before it loads the copy for
+/// a netns. The kernel counts cookies up from 1 and reaches this number never.
 pub const NETNS_COOKIE_PLACEHOLDER: u64 = 0x6164_6974_2d6e_6574;
 
-/// The enrolled pod that has an address. Value of `pod_by_addr`, keyed by [`Address`]. It says what is
-/// a pod's own address; [`NetnsInfo`] decides about arrivals.
+/// The enrolled pod that has an address. Value of `pod_by_addr`, keyed by [`Address`]. It says what
+/// is a pod's own address; [`NetnsInfo`] decides about arrivals.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]

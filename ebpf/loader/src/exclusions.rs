@@ -43,8 +43,8 @@ impl ExclusionList {
         self
     }
 
-    /// Adds a range of addresses. `length` counts in the mapped form: 96 more for an IPv4 range, 128
-    /// at most. A range that is longer than the whole mapped space is one of IPv6.
+    /// Adds a range of addresses. `length` counts in the mapped form: 96 more for an IPv4 range,
+    /// 128 at most. A range that is longer than the whole mapped space is one of IPv6.
     #[must_use]
     pub fn with_cidr(mut self, first: Address, length: u32) -> Self {
         self.cidrs.insert(CidrPrefix { is_v4: length >= MAPPED_BITS && is_v4(&first), first, length });

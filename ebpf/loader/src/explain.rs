@@ -18,9 +18,9 @@ use crate::{Kernel, KernelError};
 
 impl Kernel {
     /// The rule for a TCP connect to `destination` (IPv4 in mapped form) from a process in the
-    /// cgroup `cgroup_id` by a socket of the netns `netns_cookie`. `None`: its pod has no cgroup, so no
-    /// entry; the netns of the cgroup's pod. The socket is taken to be bound to no device, and to have
-    /// room for a state.
+    /// cgroup `cgroup_id` by a socket of the netns `netns_cookie`. `None`: its pod has no cgroup,
+    /// so no entry; the netns of the cgroup's pod. The socket is taken to be bound to no device,
+    /// and to have room for a state.
     ///
     /// # Errors
     /// A map cannot be read.

@@ -72,7 +72,8 @@ impl Kernel {
         links::attach_tunnel(&self.object, &links::folder(&self.pins), cgroup_dir)
     }
 
-    /// Detaches the programs of the tunnel whose cgroup was at `cgroup_dir` and had this `id`. Fine if they are not attached, or if the cgroup is gone.
+    /// Detaches the programs of the tunnel whose cgroup was at `cgroup_dir` and had this `id`. Fine
+    /// if they are not attached, or if the cgroup is gone.
     ///
     /// # Errors
     /// A pin cannot be removed.
@@ -80,9 +81,9 @@ impl Kernel {
         links::detach_tunnel(&links::folder(&self.pins), cgroup_dir, id)
     }
 
-    /// Steers what arrives in pods' netns, by what [`Self::set_netns`] says of them; without that it
-    /// is refused. Idempotent. For each netns, in their order, whether the program for it could be
-    /// loaded and its link made.
+    /// Steers what arrives in pods' netns, by what [`Self::set_netns`] says of them; without that
+    /// it is refused. Idempotent. For each netns, in their order, whether the program for it could
+    /// be loaded and its link made.
     pub fn steer(&mut self, netns: &[(u64, BorrowedFd<'_>)]) -> Vec<Result<(), KernelError>> {
         let folder = links::folder(&self.pins);
         let is_current = |cookie: &u64| {

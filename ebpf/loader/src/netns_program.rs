@@ -1,8 +1,8 @@
 //! The program that steers arrivals, one copy for each netns.
 //!
-//! A program of sk_lookup cannot ask in which netns it runs, in no kernel so far. So each netns gets
-//! a copy that has its cookie as a constant. The object is parsed and linked to the maps once; a copy
-//! then costs the verifier's time for one program, and no map.
+//! A program of sk_lookup cannot ask in which netns it runs, in no kernel so far. So each netns
+//! gets a copy that has its cookie as a constant. The object is parsed and linked to the maps once;
+//! a copy then costs the verifier's time for one program, and no map.
 
 use std::{
     collections::HashSet,

@@ -16,8 +16,8 @@ const BUFFER: usize = 256 << 10;
 pub struct Trace(pub(crate) RingBuf<MapData>);
 
 impl Trace {
-    /// Drops the records that are there now, and no more than the buffer holds: the programs may add
-    /// some meanwhile.
+    /// Drops the records that are there now, and no more than the buffer holds: the programs may
+    /// add some meanwhile.
     pub fn skip(&mut self) {
         for _ in 0..BUFFER / size_of::<TraceRecord>() {
             if self.0.next().is_none() {

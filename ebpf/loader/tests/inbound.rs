@@ -165,8 +165,8 @@ fn the_pod_reaches_itself() {
     }
 }
 
-/// Link-local, of a second interface, added after the pod was enrolled: every address of the netns is
-/// the pod's, also one that no map names.
+/// Link-local, of a second interface, added after the pod was enrolled: every address of the netns
+/// is the pod's, also one that no map names.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn whatever_arrives_in_a_pods_netns_is_the_pods_at_any_address() {

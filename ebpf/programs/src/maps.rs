@@ -181,8 +181,8 @@ impl ConnectFacts for Caller {
     fn netns_pod(&self) -> Option<&CgroupInfo> {
         let pod = pod_in(self.netns_cookie);
         if pod.is_none() {
-            // Whether both entries are missing: the compiler would ask by one OR of two pointers, which
-            // the verifier refuses. It does not join tests around this.
+            // Whether both entries are missing: the compiler would ask by one OR of two pointers,
+            // which the verifier refuses. It does not join tests around this.
             // SAFETY: no instruction at all.
             unsafe { asm!("", options(nomem, nostack, preserves_flags)) };
         }

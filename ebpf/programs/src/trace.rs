@@ -47,7 +47,8 @@ pub fn outbound(settings: &Settings, hook: Hook, rule: Rule, info: Option<&Cgrou
     emit(settings, &record);
 }
 
-/// An arrival at the pod of `cgroup_id`; `flow` is as its opener sees it, the record as the pod does.
+/// An arrival at the pod of `cgroup_id`; `flow` is as its opener sees it, the record as the pod
+/// does.
 #[inline(always)]
 pub fn inbound(settings: &Settings, rule: Rule, flow: &Flow, cgroup_id: u64) {
     let record = TraceRecord {

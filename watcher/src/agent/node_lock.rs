@@ -59,7 +59,8 @@ fn try_acquire(pins: &Path) -> io::Result<Option<File>> {
         Err(TryLockError::WouldBlock) => return Ok(None),
         Err(TryLockError::Error(error)) => return Err(error),
     }
-    // Its last holder may have removed the folder, and somebody else may have made and locked a new one.
+    // Its last holder may have removed the folder, and somebody else may have made and locked a new
+    // one.
     let is_current = fs::metadata(pins).is_ok_and(|found| {
         folder.metadata().is_ok_and(|locked| (locked.dev(), locked.ino()) == (found.dev(), found.ino()))
     });

@@ -24,8 +24,8 @@ const GRACE_PERIOD: Duration = Duration::from_secs(5);
 /// An enrolled pod without any process keeps its netns for so long: between two containers there
 /// may be a moment without one.
 const EMPTY_TIME: Duration = Duration::from_secs(1);
-/// A pod that runs by the word of its source, and of which no process was seen for so long, runs where
-/// the programs do not reach it.
+/// A pod that runs by the word of its source, and of which no process was seen for so long, runs
+/// where the programs do not reach it.
 const UNSEEN_TIME: Duration = Duration::from_secs(5);
 /// How soon an eligible pod is observed again when its processes come and go.
 const PROCESS_PAUSE: Duration = Duration::from_millis(200);
@@ -119,8 +119,8 @@ impl PodEntry {
         self.view.observed.unknown().is_none()
     }
 
-    /// Whether it stays in the mesh, or closed, although its source does not name it any more: until its
-    /// cgroup is empty. Only a label takes a pod out whose processes run.
+    /// Whether it stays in the mesh, or closed, although its source does not name it any more:
+    /// until its cgroup is empty. Only a label takes a pod out whose processes run.
     pub(super) fn outlives_object(&self) -> bool {
         !self.is_plain() && !self.view.observed.cgroups.is_empty() && !self.has_ended()
     }
@@ -138,7 +138,8 @@ impl PodEntry {
         self.unseen_since.is_some_and(|since| now.saturating_duration_since(since) >= UNSEEN_TIME)
     }
 
-    /// Notes whether a process of it was seen by now. What was seen once has a cgroup that is known.
+    /// Notes whether a process of it was seen by now. What was seen once has a cgroup that is
+    /// known.
     fn note_unseen(&mut self, now: Instant) {
         let Eligibility::Waiting(reason) = &self.view.eligibility else {
             self.unseen_since = None;

@@ -268,8 +268,8 @@ impl PodTable {
         }
     }
 
-    /// Adds a pod that an earlier watcher enrolled, that the source does not name, and whose processes in
-    /// `cgroup` run.
+    /// Adds a pod that an earlier watcher enrolled, that the source does not name, and whose
+    /// processes in `cgroup` run.
     pub(super) fn add_lost(&mut self, uid: &str, cgroup: PathBuf, now: Instant) {
         let (name, selection) = (uid.to_owned(), Selection::ObjectGone);
         let pod = Pod { uid: uid.to_owned(), name, cgroup: Some(cgroup), selection, ..Pod::default() };
@@ -326,7 +326,8 @@ impl PodTable {
         freed
     }
 
-    /// Pods that wait for another one to release something or lost something, as they were observed last.
+    /// Pods that wait for another one to release something or lost something, as they were observed
+    /// last.
     pub(super) fn blocked(&mut self) -> Vec<(String, Observed)> {
         let evicted = self.claims.take_evicted();
         self.views()
@@ -383,8 +384,9 @@ impl PodTable {
         evaluation
     }
 
-    /// Gives the exclusions of a pod an id; 0: it has none. Other exclusions have another id, so that
-    /// the programs see the old list or the new one and nothing between; equal ones share theirs.
+    /// Gives the exclusions of a pod an id; 0: it has none. Other exclusions have another id, so
+    /// that the programs see the old list or the new one and nothing between; equal ones share
+    /// theirs.
     pub(super) fn exclusion_id(&mut self, uid: &str) -> u32 {
         let Some(entry) = self.entries.get_mut(uid) else { return 0 };
         let exclusions = &entry.view.pod.exclusions;
@@ -467,8 +469,9 @@ impl PodTable {
         due.map(|(uid, _)| uid.clone()).collect()
     }
 
-    /// Of `uids` those that are to be observed at `now`. A pod that took more than its share of time is
-    /// due later, and of those that do so again and again only some are observed, the longest ago first.
+    /// Of `uids` those that are to be observed at `now`. A pod that took more than its share of
+    /// time is due later, and of those that do so again and again only some are observed, the
+    /// longest ago first.
     pub(super) fn within_budget(&mut self, uids: BTreeSet<String>, now: Instant) -> BTreeSet<String> {
         let (mut within, mut heavy) = (BTreeSet::new(), Vec::new());
         for uid in uids {

@@ -160,9 +160,9 @@ impl DrainingNetns {
         }
     }
 
-    /// Opens those of `cookies` that anything still holds: most likely the pod itself, else a mount, else a
-    /// process elsewhere. All processes of the node are looked at once for all, and not at all for pods whose
-    /// cgroups are gone: what their processes held went with them.
+    /// Opens those of `cookies` that anything still holds: most likely the pod itself, else a
+    /// mount, else a process elsewhere. All processes of the node are looked at once for all, and
+    /// not at all for pods whose cgroups are gone: what their processes held went with them.
     ///
     /// # Errors
     /// What holds them cannot be told.
@@ -220,7 +220,8 @@ fn is_netns(fd: &OwnedFd, cookie: u64) -> bool {
     netns::cookie(fd.as_fd()).is_ok_and(|found| found == cookie)
 }
 
-/// Restores the netns `cookies` where they are still there, which `open` has then; those that are done.
+/// Restores the netns `cookies` where they are still there, which `open` has then; those that are
+/// done.
 fn restore(cookies: &[u64], open: &OpenNetns, kernel: &mut Kernel, journal: &Journal) -> Vec<u64> {
     let mut restored = Vec::new();
     for cookie in cookies {

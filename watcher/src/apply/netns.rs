@@ -1,5 +1,5 @@
-//! The netns of enrolled pods: steered, then prepared; released when their pods leave. Those of pods
-//! that are kept closed are steered only: what arrives there is refused.
+//! The netns of enrolled pods: steered, then prepared; released when their pods leave. Those of
+//! pods that are kept closed are steered only: what arrives there is refused.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

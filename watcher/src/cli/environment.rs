@@ -4,7 +4,8 @@
 
 use std::env;
 
-/// Whether this process runs in a pod of a cluster: the kubelet sets `KUBERNETES_SERVICE_HOST` there.
+/// Whether this process runs in a pod of a cluster: the kubelet sets `KUBERNETES_SERVICE_HOST`
+/// there.
 pub(super) fn is_in_cluster() -> bool {
     env::var_os("KUBERNETES_SERVICE_HOST").is_some()
 }

@@ -25,7 +25,8 @@ Examples:
 pub(super) struct PreflightArgs {
     #[command(flatten)]
     mounts: MountArgs,
-    /// The cgroup above all pods [default: kubepods or kubepods.slice, whichever has pods; else the root]
+    /// The cgroup above all pods [default: kubepods or kubepods.slice, whichever has pods; else the
+    /// root]
     #[arg(long, value_name = "DIR")]
     attach: Option<PathBuf>,
     #[arg(short, long, value_enum, default_value = "human")]

@@ -58,7 +58,8 @@ pub(super) struct RunArgs {
     /// A tunnel may run in a pod of this service account, as that of a DaemonSet; repeatable
     #[arg(long = "tunnel-account", value_name = "NAMESPACE/NAME", default_values = ["istio-system/ztunnel", "adit-system/ztunnel"])]
     tunnel_accounts: Vec<ServiceAccount>,
-    /// The cgroup above all pods [default: kubepods or kubepods.slice, whichever has pods; else the root]
+    /// The cgroup above all pods [default: kubepods or kubepods.slice, whichever has pods; else the
+    /// root]
     #[arg(long, value_name = "DIR")]
     attach: Option<PathBuf>,
     /// Enrolled pods' traffic while no tunnel serves them: refuse it, or let it pass in plaintext
@@ -67,10 +68,12 @@ pub(super) struct RunArgs {
     /// Where events come from [default: the first of these that works here]
     #[arg(long, value_enum, value_name = "SOURCE")]
     events: Option<SourceKind>,
-    /// Send enrolled pods' DNS queries to the tunnel while it answers DNS; a pod's own `dnsCapture` wins
+    /// Send enrolled pods' DNS queries to the tunnel while it answers DNS; a pod's own `dnsCapture`
+    /// wins
     #[arg(long)]
     dns_capture: bool,
-    /// Capture only queries to this resolver (at most 3); use the tunnel's upstream resolvers [default: all]
+    /// Capture only queries to this resolver (at most 3); use the tunnel's upstream resolvers
+    /// [default: all]
     #[arg(long = "dns-resolver", value_name = "IP")]
     dns_resolvers: Vec<IpAddr>,
     /// Serve /metrics and /healthz/ready here, such as 127.0.0.1:15022 [default: nowhere]
@@ -96,7 +99,8 @@ struct KubernetesArgs {
     /// The label of namespaces and pods that enrols; the value `none` on a pod excludes it
     #[arg(long, value_name = "KEY=VALUE", default_value_t)]
     dataplane_label: DataplaneLabel,
-    /// Do not enrol pods with a container of this name, which carries their traffic as Istio's sidecar does
+    /// Do not enrol pods with a container of this name, which carries their traffic as Istio's
+    /// sidecar does
     #[arg(long = "sidecar-container", value_name = "NAME")]
     sidecar_containers: Vec<String>,
     /// Write no annotations and no Events
@@ -150,8 +154,8 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         rescan: Duration::from_secs(args.rescan),
         detach: args.detach,
     };
-    // This thread runs the loop that owns all state. A second one serves tunnels, the source and commands, so
-    // that a tunnel receives its next pod while the loop prepares others.
+    // This thread runs the loop that owns all state. A second one serves tunnels, the source and
+    // commands, so that a tunnel receives its next pod while the loop prepares others.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async {
         let source = wanted.start(config.cgroup_root.clone()).await?;

@@ -23,7 +23,8 @@ use watcher::{
 
 use super::{MountArgs, NodeArgs, Output, ask_once};
 
-/// Remove all links, programs, maps, rules, routes and sysctls of a node, whether its watcher runs or not
+/// Remove all links, programs, maps, rules, routes and sysctls of a node, whether its watcher runs
+/// or not
 #[derive(Debug, Args)]
 #[command(after_help = "A running watcher removes everything and exits. Succeeds when nothing is installed.
 

@@ -27,7 +27,8 @@ pub struct Explanation {
 }
 
 /// Explains a TCP connection of `pod`, whose cgroup is `cgroup` (`None`: it has none yet).
-/// `arrives_in` is the cookie of the netns of the pod of this node that has the destination's address.
+/// `arrives_in` is the cookie of the netns of the pod of this node that has the destination's
+/// address.
 ///
 /// # Errors
 /// A map cannot be read.

@@ -1,10 +1,11 @@
 //! Ports and address ranges that bypass the tunnel.
 //!
-//! An invalid item is noted and ignored, the others stay active: a typing error in one port must not take a
-//! pod out of the mesh, nor put the other ports into it.
+//! An invalid item is noted and ignored, the others stay active: a typing error in one port must
+//! not take a pod out of the mesh, nor put the other ports into it.
 //!
-//! Whoever may create a pod writes these lists. So reading one takes time in proportion to its text: ranges are
-//! merged and never expanded, and what a list can take of the kernel's maps and of messages has limits.
+//! Whoever may create a pod writes these lists. So reading one takes time in proportion to its
+//! text: ranges are merged and never expanded, and what a list can take of the kernel's maps and of
+//! messages has limits.
 
 use std::{
     net::IpAddr,
@@ -18,7 +19,8 @@ use super::notes::Notes;
 
 /// How many items of a list are read. All annotations of a pod together have 256 KiB.
 const MAX_ITEMS: usize = 65_536;
-/// How many ranges of ports, merged, a list may have: about a sixth of the kernel's map at the worst.
+/// How many ranges of ports, merged, a list may have: about a sixth of the kernel's map at the
+/// worst.
 const MAX_PORT_RANGES: usize = 1024;
 /// How many ranges of addresses, merged, a list may have: an eighth of the kernel's map.
 const MAX_CIDRS: usize = 16_384;
@@ -27,7 +29,8 @@ const MAX_INVALID: usize = 4;
 /// How much of an invalid item a note shows, in characters.
 const SHOWN: usize = 40;
 
-/// Traffic of a pod that bypasses the tunnel. Ranges are in order, and no two of them overlap or touch.
+/// Traffic of a pod that bypasses the tunnel. Ranges are in order, and no two of them overlap or
+/// touch.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Exclusions {
     /// Destination ports of its connections.
@@ -46,7 +49,8 @@ impl Exclusions {
     }
 }
 
-/// Reads ports (`6379`, `"6379, 7070"`, `"7000-7010"`); invalid items go to `notes`, named by `key`.
+/// Reads ports (`6379`, `"6379, 7070"`, `"7000-7010"`); invalid items go to `notes`, named by
+/// `key`.
 pub fn ports(key: &str, value: &Value, notes: &mut Notes) -> Vec<RangeInclusive<u16>> {
     let expected = "a port from 1 to 65535 or a range such as 7000-7010";
     let mut ranges = read(key, value, expected, notes, range);
@@ -68,7 +72,8 @@ fn range(item: &str) -> Option<(u16, u16)> {
     (first != 0 && first <= last).then_some((first, last))
 }
 
-/// Reads CIDRs or single addresses; invalid items go to `notes`, named by `key`. IPv4 in mapped form is IPv4.
+/// Reads CIDRs or single addresses; invalid items go to `notes`, named by `key`. IPv4 in mapped
+/// form is IPv4.
 pub fn cidrs(key: &str, value: &Value, notes: &mut Notes) -> Vec<IpNet> {
     let cidrs = read(key, value, "a CIDR such as 10.0.0.0/8 or fd00::/8", notes, |item| {
         let cidr = item.parse::<IpNet>().or_else(|_| item.parse::<IpAddr>().map(IpNet::from)).ok()?;
@@ -123,8 +128,8 @@ fn read<T>(
     found
 }
 
-/// Calls `each` for the single items of `value`, which is a number, a text with commas between items, or a list of
-/// both.
+/// Calls `each` for the single items of `value`, which is a number, a text with commas between
+/// items, or a list of both.
 fn each_item(value: &Value, each: &mut impl FnMut(&str) -> ControlFlow<()>) -> ControlFlow<()> {
     match value {
         Value::Array(list) => list.iter().try_for_each(|value| each_item(value, each)),

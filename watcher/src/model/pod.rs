@@ -25,8 +25,8 @@ pub enum Selection {
     /// No label enrols it.
     #[default]
     Plain,
-    /// Its source does not name it any more, and an earlier watcher enrolled it: all that is known are
-    /// processes that still run. They stay closed until they end.
+    /// Its source does not name it any more, and an earlier watcher enrolled it: all that is known
+    /// are processes that still run. They stay closed until they end.
     ObjectGone,
     /// A label would enrol it, and a sidecar or the host's network excludes it.
     LeftAlone(Reason),
@@ -51,8 +51,8 @@ pub struct Pod {
     pub namespace: String,
     /// Becomes, with the namespace, its identity.
     pub service_account: String,
-    /// The pod's directory in the cgroup2 tree; its containers' are below. `None`: found by the uid,
-    /// as kubelets name the directories ([`crate::observe::cgroup_path`]).
+    /// The pod's directory in the cgroup2 tree; its containers' are below. `None`: found by the
+    /// uid, as kubelets name the directories ([`crate::observe::cgroup_path`]).
     pub cgroup: Option<PathBuf>,
     /// Whether it is enrolled.
     pub selection: Selection,
@@ -123,8 +123,8 @@ pub struct BadEntry {
 /// What a source sends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Update {
-    /// Every pod of this node; all others are gone. The first update of a source is one, and the watcher is not
-    /// ready before it. Of two entries with the same claim the first holds it.
+    /// Every pod of this node; all others are gone. The first update of a source is one, and the
+    /// watcher is not ready before it. Of two entries with the same claim the first holds it.
     All(Vec<Entry>),
     /// What changed, by uid; `None`: gone. One message is one batch, applied as a whole.
     Changed(Vec<(String, Option<Entry>)>),

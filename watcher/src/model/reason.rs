@@ -1,7 +1,7 @@
 //! Why a pod's traffic is not carried, or a tunnel is not used: every reason code in one table.
 //!
-//! To add a reason, add a row to `reasons!` below and use it. Events, `watcher status`, the planner's
-//! rules and the watcher's table in `docs/reasons.md` follow from the row.
+//! To add a reason, add a row to `reasons!` below and use it. Events, `watcher status`, the
+//! planner's rules and the watcher's table in `docs/reasons.md` follow from the row.
 
 use std::fmt;
 
@@ -323,7 +323,8 @@ mod tests {
         assert!(!ReasonCode::HostNetns.keeps_closed());
     }
 
-    /// The watcher's table is made from the rows: `UPDATE_DOCS=1 cargo test -p watcher documentation`.
+    /// The watcher's table is made from the rows: `UPDATE_DOCS=1 cargo test -p watcher
+    /// documentation`.
     #[test]
     fn the_documentation_has_a_line_for_every_reason() {
         let mut table = String::from(

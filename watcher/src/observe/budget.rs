@@ -1,5 +1,5 @@
-//! How much of one pod is looked at. A pod decides by itself how many processes, netns, addresses and
-//! cgroups it has, so without limits one pod could keep the watcher from all others.
+//! How much of one pod is looked at. A pod decides by itself how many processes, netns, addresses
+//! and cgroups it has, so without limits one pod could keep the watcher from all others.
 //!
 //! What proves a pod's netns comes first, so that an ordinary pod never meets these limits.
 
@@ -37,8 +37,8 @@ pub(crate) fn deadline() -> Instant {
 const BURST: Duration = Duration::from_millis(200);
 /// One part in so many.
 const SHARE: u32 = 10;
-/// Of pods that take their share again and again so many are observed at once, with this pause after it:
-/// together they take no more than one of them could.
+/// Of pods that take their share again and again so many are observed at once, with this pause
+/// after it: together they take no more than one of them could.
 pub(crate) const HEAVY_AT_ONCE: usize = 2;
 pub(crate) const HEAVY_PAUSE: Duration = Duration::from_millis(500);
 

@@ -37,8 +37,9 @@ pub(crate) enum Below {
     Other,
 }
 
-/// The pod that `path` belongs to. Only components below `base` count, and of these the *first* that names a
-/// pod: what a container makes inside its own cgroup, be it another cluster's pods, belongs to it.
+/// The pod that `path` belongs to. Only components below `base` count, and of these the *first*
+/// that names a pod: what a container makes inside its own cgroup, be it another cluster's pods,
+/// belongs to it.
 pub(crate) fn resolve(path: &Path, base: &Path) -> Option<PodPath> {
     let mut pod_dir = base.to_owned();
     let mut components = path.strip_prefix(base).ok()?.iter();
@@ -65,8 +66,8 @@ pub(crate) fn pod_uid(name: &OsStr) -> Option<String> {
     is_uid(&given).then_some(given)
 }
 
-/// What the directory of the pod `uid` may be called below `base`: by the systemd driver where that is a slice, whose
-/// name its slices carry on, else by the cgroupfs driver.
+/// What the directory of the pod `uid` may be called below `base`: by the systemd driver where that
+/// is a slice, whose name its slices carry on, else by the cgroupfs driver.
 pub(crate) fn names(uid: &str, base: &Path) -> Vec<String> {
     let base = base.file_name().and_then(OsStr::to_str).unwrap_or_default();
     match base.strip_suffix(".slice") {

@@ -15,12 +15,12 @@ use procfs::{ProcError, process::Process};
 
 use super::cgroup_path;
 
-/// The 64-bit inode number of a cgroup2 directory, which is also `bpf_get_current_cgroup_id()` inside
-/// it (Linux 5.5). Not reused before a reboot.
+/// The 64-bit inode number of a cgroup2 directory, which is also `bpf_get_current_cgroup_id()`
+/// inside it (Linux 5.5). Not reused before a reboot.
 pub type CgroupId = u64;
 
-/// Where cgroup2 is mounted: `/sys/fs/cgroup` on unified nodes, `/sys/fs/cgroup/unified` on hybrid ones,
-/// else as the mount table has it.
+/// Where cgroup2 is mounted: `/sys/fs/cgroup` on unified nodes, `/sys/fs/cgroup/unified` on hybrid
+/// ones, else as the mount table has it.
 #[must_use]
 pub fn find_root() -> Option<PathBuf> {
     let unified = PathBuf::from(hierarchies::UNIFIED_MOUNTPOINT);
@@ -41,9 +41,9 @@ pub fn is_cgroup2(dir: &Path) -> bool {
     statfs(dir).is_ok_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC)
 }
 
-/// Where the kubelet keeps pods, below `root`; `root` itself where there is no kubelet, or where it cannot be
-/// told. Each cgroup driver has a directory of its own, and that of an earlier driver stays until the node
-/// boots: it is the one without processes.
+/// Where the kubelet keeps pods, below `root`; `root` itself where there is no kubelet, or where it
+/// cannot be told. Each cgroup driver has a directory of its own, and that of an earlier driver
+/// stays until the node boots: it is the one without processes.
 #[must_use]
 pub fn pods_dir(root: &Path) -> PathBuf {
     let dirs = ["kubepods", "kubepods.slice"].map(|name| root.join(name));
@@ -98,10 +98,12 @@ pub fn tree(dir: &Path, limit: usize) -> io::Result<Tree> {
     Ok(found)
 }
 
-/// The id of the cgroup2 directory `dir`, at most `limit` directories in it, and whether these are all.
+/// The id of the cgroup2 directory `dir`, at most `limit` directories in it, and whether these are
+/// all.
 fn below(dir: &Path, limit: usize) -> io::Result<(CgroupId, Vec<PathBuf>, bool)> {
-    /// The link count of a directory without subdirectories (`kernfs_refresh_inode` counts them). Most are like
-    /// that, and listing their forty files would take longer than all other reads for a pod.
+    /// The link count of a directory without subdirectories (`kernfs_refresh_inode` counts them).
+    /// Most are like that, and listing their forty files would take longer than all other reads for
+    /// a pod.
     const CHILDLESS: u64 = 2;
     let metadata = fs::metadata(dir)?;
     let mut children = Vec::new();
@@ -124,7 +126,8 @@ fn below(dir: &Path, limit: usize) -> io::Result<(CgroupId, Vec<PathBuf>, bool)>
 ///
 /// # Errors
 /// * `NotFound`: the process has ended.
-/// * `Unsupported`: the process is in no cgroup2 directory, or in one outside of our cgroup namespace.
+/// * `Unsupported`: the process is in no cgroup2 directory, or in one outside of our cgroup
+///   namespace.
 pub fn of_process(root: &Path, pid: i32) -> io::Result<PathBuf> {
     let unsupported = |message| io::Error::new(io::ErrorKind::Unsupported, message);
     let cgroups = Process::new(pid).and_then(|process| process.cgroups()).map_err(io_error)?;
@@ -147,11 +150,12 @@ fn io_error(error: ProcError) -> io::Error {
     io::Error::new(kind, error)
 }
 
-/// The processes directly in the cgroup `dir`, at most `limit`; none where it is gone, and none in a
-/// threaded cgroup, whose processes are listed by the one above. A process outside this pid namespace is
-/// listed as 0 by the kernel, and left out.
+/// The processes directly in the cgroup `dir`, at most `limit`; none where it is gone, and none in
+/// a threaded cgroup, whose processes are listed by the one above. A process outside this pid
+/// namespace is listed as 0 by the kernel, and left out.
 ///
-/// Not by cgroups-rs, which reads the whole list and takes one that it cannot read for an empty one.
+/// Not by cgroups-rs, which reads the whole list and takes one that it cannot read for an empty
+/// one.
 ///
 /// # Errors
 /// The list cannot be read for another reason than that the cgroup is gone.
@@ -228,8 +232,8 @@ pub(crate) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }
 
-/// The pods' directories below `base`, by uid. Of two with one uid, which no kubelet makes, the one that
-/// comes first by path counts.
+/// The pods' directories below `base`, by uid. Of two with one uid, which no kubelet makes, the one
+/// that comes first by path counts.
 ///
 /// # Errors
 /// A directory cannot be read for another reason than that it is gone.

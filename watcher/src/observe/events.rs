@@ -1,8 +1,8 @@
-//! Sources of events about cgroups and processes. An event only names what to observe again: it makes the
-//! watcher faster, and a lost one costs time until the next scan, nothing else.
+//! Sources of events about cgroups and processes. An event only names what to observe again: it
+//! makes the watcher faster, and a lost one costs time until the next scan, nothing else.
 //!
-//! * `lifecycle`: our programs on the kernel's tracepoints; works in any container, and closes a new pod
-//!   before its cgroup can hold a process
+//! * `lifecycle`: our programs on the kernel's tracepoints; works in any container, and closes a
+//!   new pod before its cgroup can hold a process
 //! * `connector`: the kernel's process connector, where programs cannot be attached to tracepoints
 //! * `scan`: inotify on the pods' cgroups, available everywhere
 

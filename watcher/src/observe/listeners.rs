@@ -10,11 +10,12 @@ use rtnetlink::sys::protocols::NETLINK_SOCK_DIAG;
 
 use super::netlink;
 
-/// A port that others can dial, and 4 or 6: the family of the socket. An IPv6 socket may serve IPv4 too.
+/// A port that others can dial, and 4 or 6: the family of the socket. An IPv6 socket may serve IPv4
+/// too.
 pub(crate) type Listening = (u16, u32);
 
-/// The listeners of the calling thread's netns that others can dial: not those on loopback. For MPTCP sockets
-/// the kernel lists their TCP subflows.
+/// The listeners of the calling thread's netns that others can dial: not those on loopback. For
+/// MPTCP sockets the kernel lists their TCP subflows.
 ///
 /// # Errors
 /// The kernel refuses the dump, or the socket cannot be created.

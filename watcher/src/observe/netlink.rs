@@ -24,8 +24,8 @@ pub(crate) fn socket(protocol: isize) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Passes what the kernel lists for `request` to `take`, until that breaks off. Then the socket is of no
-/// more use.
+/// Passes what the kernel lists for `request` to `take`, until that breaks off. Then the socket is
+/// of no more use.
 ///
 /// # Errors
 /// The kernel refuses the request, or sends something that does not parse.

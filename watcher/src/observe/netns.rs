@@ -45,7 +45,8 @@ pub(crate) struct NetnsFacts {
     pub id: NetnsId,
     /// Never reused before a reboot, unlike the inode.
     pub cookie: u64,
-    /// Addresses by which others reach it (no loopback, no link-local), as the interfaces list them.
+    /// Addresses by which others reach it (no loopback, no link-local), as the interfaces list
+    /// them.
     pub addresses: Vec<IpAddr>,
 }
 
@@ -75,8 +76,8 @@ pub(crate) fn host() -> BTreeSet<NetnsId> {
         .collect()
 }
 
-/// Threads that go from netns to netns. A few: entering netns is mostly waiting for the kernel's locks, so more of them
-/// would only wait for each other.
+/// Threads that go from netns to netns. A few: entering netns is mostly waiting for the kernel's
+/// locks, so more of them would only wait for each other.
 #[derive(Debug)]
 pub(crate) struct Visitors {
     threads: ThreadPool,
@@ -110,7 +111,8 @@ impl Visitors {
 pub(crate) struct Visitor(());
 
 impl Visitor {
-    /// Runs `work` inside `netns`, then returns home, since a netns lives on while a thread is in it.
+    /// Runs `work` inside `netns`, then returns home, since a netns lives on while a thread is in
+    /// it.
     ///
     /// # Errors
     /// The netns cannot be entered, or those of `work`.
@@ -146,8 +148,8 @@ pub(crate) fn cookie(netns: BorrowedFd<'_>) -> io::Result<u64> {
     run_in(netns, own_netns_cookie)
 }
 
-/// Of the first `limit` addresses of `socket`'s netns those by which others reach it; whether there are no
-/// more. Not by getifaddrs(3), which lists all interfaces too and takes three times as long.
+/// Of the first `limit` addresses of `socket`'s netns those by which others reach it; whether there
+/// are no more. Not by getifaddrs(3), which lists all interfaces too and takes three times as long.
 fn addresses(socket: &Socket, limit: usize) -> io::Result<(Vec<IpAddr>, bool)> {
     let (mut addresses, mut known, mut listed) = (Vec::new(), HashSet::new(), 0);
     let all = RouteNetlinkMessage::GetAddress(AddressMessage::default());

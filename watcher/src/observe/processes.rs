@@ -1,13 +1,13 @@
 //! Which netns the processes of a pod are in.
 //!
-//! A pid alone may be another process a moment later. So a process is pinned by an fd of its `/proc/PID`
-//! directory ([`Process`] holds one), which never leads to another process, *before* the cgroup's members
-//! are read again: a pid that is still a member then is a process of this pod, and what is opened through
-//! the fd is its own.
+//! A pid alone may be another process a moment later. So a process is pinned by an fd of its
+//! `/proc/PID` directory ([`Process`] holds one), which never leads to another process, *before*
+//! the cgroup's members are read again: a pid that is still a member then is a process of this pod,
+//! and what is opened through the fd is its own.
 //!
-//! Processes are looked at one after the other, and no descriptor is held longer than that takes: the
-//! netns of a process that is not pinned is read by stat(2), and only one that is new is worth a pin. The
-//! first process that proves the pod's netns ends the search.
+//! Processes are looked at one after the other, and no descriptor is held longer than that takes:
+//! the netns of a process that is not pinned is read by stat(2), and only one that is new is worth
+//! a pin. The first process that proves the pod's netns ends the search.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -32,14 +32,16 @@ use super::{
     netns::{self, NetnsId, NetnsReading, Visitor},
 };
 
-/// A container runtime puts a new process into its cgroup before it puts it into its namespaces. So the netns
-/// of a process younger than this counts only when a second observation, after [`SETTLED_AFTER`], agrees.
+/// A container runtime puts a new process into its cgroup before it puts it into its namespaces. So
+/// the netns of a process younger than this counts only when a second observation, after
+/// [`SETTLED_AFTER`], agrees.
 const YOUNG: Duration = Duration::from_millis(500);
 const SETTLED_AFTER: Duration = Duration::from_millis(20);
 /// Every process starts in the node's own netns, so that netns counts only after this long.
 const AT_HOME_AFTER: Duration = Duration::from_secs(2);
 
-/// The netns of young processes, and since when they are in it. By pid and start time, since pids are reused.
+/// The netns of young processes, and since when they are in it. By pid and start time, since pids
+/// are reused.
 type NetnsHistory = BTreeMap<(i32, u64), (NetnsId, Instant)>;
 
 /// What an observation leaves to the next one of the same pod.
@@ -83,8 +85,8 @@ pub(crate) struct PodObservation {
     pub took: Duration,
 }
 
-/// Observes a pod. `host` are the netns of the node itself. Each netns is entered every time: its id and
-/// addresses must not be cached, since both are reused by other pods.
+/// Observes a pod. `host` are the netns of the node itself. Each netns is entered every time: its
+/// id and addresses must not be cached, since both are reused by other pods.
 pub(crate) fn observe_pod(
     visitor: &Visitor,
     subject: Subject<'_>,
@@ -225,8 +227,9 @@ impl Search<'_> {
         let seen = self.known.get(&id);
         let current = self.subject.current;
         let is_current = matches!(seen, Some(ObservedNetns::Pod(facts)) if Some(facts.cookie) == current);
-        // The pod stays in its netns as long as one of its processes does: otherwise a process could take it
-        // out of the mesh by `unshare`. So what else has its addresses counts only when none does.
+        // The pod stays in its netns as long as one of its processes does: otherwise a process
+        // could take it out of the mesh by `unshare`. So what else has its addresses counts only
+        // when none does.
         if is_current || (proven && current.is_none()) {
             self.settled.clear();
             self.opened = None;
@@ -240,8 +243,8 @@ impl Search<'_> {
         if is_current || (proven && current.is_none()) { Err(Stop::Proven) } else { Ok(()) }
     }
 
-    /// Enters the netns `id`, unless it is known. Whether it has all the pod's addresses: no other one has them,
-    /// in the usual case.
+    /// Enters the netns `id`, unless it is known. Whether it has all the pod's addresses: no other
+    /// one has them, in the usual case.
     fn enter(&mut self, process: &Process, id: NetnsId, netns: &OwnedFd) -> Result<bool, Stop> {
         let wanted = self.subject.addresses;
         let has_all =
@@ -294,11 +297,11 @@ impl Search<'_> {
     }
 }
 
-/// The processes in `tree`, all at or below `pod_dir`, as many as are looked at, and whether these are all.
-/// CRI-O's conmon is left out: it is in the pod's cgroup, but in the node's own netns.
+/// The processes in `tree`, all at or below `pod_dir`, as many as are looked at, and whether these
+/// are all. CRI-O's conmon is left out: it is in the pod's cgroup, but in the node's own netns.
 ///
-/// The first ones of each cgroup come first, so that no container hides another one; among them by pid, so
-/// that what started first, as the sandbox does, comes first.
+/// The first ones of each cgroup come first, so that no container hides another one; among them by
+/// pid, so that what started first, as the sandbox does, comes first.
 fn members(tree: &cgroups::Tree, pod_dir: &Path) -> io::Result<(Vec<Member>, bool)> {
     const FIRST: usize = budget::PROCESSES / budget::CGROUPS;
     let is_conmon = |dir: &Path| {

@@ -117,8 +117,8 @@ impl Claims {
     }
 
     /// Gives `pod` the netns and the addresses of `facts`. An address that its source tells is the
-    /// pod's, also if another pod claimed it before that has it without having been told so: whoever
-    /// may change its own netns may add any address there.
+    /// pod's, also if another pod claimed it before that has it without having been told so:
+    /// whoever may change its own netns may add any address there.
     ///
     /// # Errors
     /// Another pod owns the netns or one of the addresses.
@@ -151,7 +151,8 @@ impl Claims {
         Ok(facts)
     }
 
-    /// Gives `pod` the netns `cookie` alone, to refuse what arrives there; whether it is the pod's now.
+    /// Gives `pod` the netns `cookie` alone, to refuse what arrives there; whether it is the pod's
+    /// now.
     pub(crate) fn claim_closed_netns(&mut self, pod: &Pod, cookie: u64) -> bool {
         if self.cookies.get(&cookie).is_some_and(|other| other.uid != pod.uid) {
             return false;

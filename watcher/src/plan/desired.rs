@@ -93,9 +93,9 @@ fn arrivals(view: &PodView, netns_cookie: u64, flags: u32, exclusion_id: u32) ->
     NetnsInfo { netns_cookie, cgroup_id: own.copied().unwrap_or(0), flags, exclusion_id }
 }
 
-/// The cgroups of a pod that have entries: its own, and those right below it, which are its containers. The
-/// programs find the entry of any other one by walking up, and what a pod makes below may not fill the map.
-/// An entry of a container's own spares an event for each exec in it.
+/// The cgroups of a pod that have entries: its own, and those right below it, which are its
+/// containers. The programs find the entry of any other one by walking up, and what a pod makes
+/// below may not fill the map. An entry of a container's own spares an event for each exec in it.
 fn entered(observed: &Observed) -> impl Iterator<Item = CgroupId> {
     const CONTAINERS: usize = 32;
     let dir = observed.dir.as_deref();

@@ -6,8 +6,8 @@
 //! * `status_writer`: writes the pods' state back to the API
 //! * `backoff`: how long to wait before the next attempt
 //!
-//! Only complete, successful responses change state. While the server is unreachable, refuses, or has sent
-//! half a list, no pod enters or leaves the mesh.
+//! Only complete, successful responses change state. While the server is unreachable, refuses, or
+//! has sent half a list, no pod enters or leaves the mesh.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -145,7 +145,8 @@ impl Follower {
                 received = self.namespaces.next() => self.on_namespace(received),
                 received = self.pods.next() => self.on_pod(received),
             }
-            // What has arrived by now is one batch: sixty pods of a namespace need not be sixty updates.
+            // What has arrived by now is one batch: sixty pods of a namespace need not be sixty
+            // updates.
             for _ in 0..EVENTS_AT_ONCE {
                 if let Some(received) = self.namespaces.ready() {
                     self.on_namespace(received);
@@ -230,8 +231,8 @@ fn clear_on_answer<K>(problem: &mut Option<String>, event: &kube::runtime::watch
     }
 }
 
-/// The causes of an error, from the outermost in, each once. By hand: `kube` repeats the text of a cause in
-/// its own, and `error_reporter` prints every text.
+/// The causes of an error, from the outermost in, each once. By hand: `kube` repeats the text of a
+/// cause in its own, and `error_reporter` prints every text.
 fn cause(error: &(dyn std::error::Error + 'static)) -> String {
     let mut texts: Vec<String> = Vec::new();
     let mut next = error.source();

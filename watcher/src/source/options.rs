@@ -1,5 +1,5 @@
-//! Everything that can be set for a pod, in one table: the key in the pods file, the annotations that
-//! mean the same, how the value is read, and what it is for.
+//! Everything that can be set for a pod, in one table: the key in the pods file, the annotations
+//! that mean the same, how the value is read, and what it is for.
 //!
 //! To add an option, add a row to [`OPTIONS`] and a field to [`Pod`]. Both sources, the checks for
 //! unknown keys and the tables in `docs/configuration.md` follow from the row.
@@ -29,7 +29,8 @@ pub(crate) const ANNOTATION_PREFIX: &str = "ambient.adit.dev/";
 pub(crate) struct PodOption {
     /// Its key in an entry of the pods file.
     pub key: &'static str,
-    /// The annotations that set it; the first that a pod has counts. None: the API has a field for it.
+    /// The annotations that set it; the first that a pod has counts. None: the API has a field for
+    /// it.
     pub annotations: &'static [&'static str],
     /// What a value may be, for messages and the documentation.
     pub expected: &'static str,
@@ -92,8 +93,8 @@ pub(crate) const OPTIONS: &[PodOption] = &[
 ];
 
 impl PodOption {
-    /// Sets it on `pod` to `value`, which its source names `key`. `null` leaves it unset. Single items
-    /// of a list that make no sense are noted on the pod and ignored.
+    /// Sets it on `pod` to `value`, which its source names `key`. `null` leaves it unset. Single
+    /// items of a list that make no sense are noted on the pod and ignored.
     ///
     /// # Errors
     /// The value as a whole makes no sense; the pod is left as it was.

@@ -69,8 +69,9 @@ impl DataplaneLabel {
     }
 }
 
-/// The decision of the pod's and the namespace's labels together. The pod's `none` wins, so that one pod of
-/// an enrolled namespace can stay out. `None`: it depends on the namespace, which is not known yet.
+/// The decision of the pod's and the namespace's labels together. The pod's `none` wins, so that
+/// one pod of an enrolled namespace can stay out. `None`: it depends on the namespace, which is not
+/// known yet.
 #[must_use]
 pub fn combine(pod: LabelDecision, namespace: Option<LabelDecision>) -> Option<Selection> {
     match (pod, namespace) {
@@ -88,8 +89,8 @@ pub fn by_labels(labels: &BTreeMap<String, String>) -> Selection {
     combine(DataplaneLabel::default().decide(labels), Some(LabelDecision::Undecided)).unwrap_or_default()
 }
 
-/// `selection`, unless the pod cannot be enrolled whatever its labels decide. A pod that no label enrols
-/// needs no reason.
+/// `selection`, unless the pod cannot be enrolled whatever its labels decide. A pod that no label
+/// enrols needs no reason.
 #[must_use]
 pub fn except(selection: Selection, host_network: bool, sidecar: Option<&str>) -> Selection {
     match (selection, sidecar) {

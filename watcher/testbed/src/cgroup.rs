@@ -77,8 +77,8 @@ fn create(path: &Path) {
     controller(path).create().unwrap_or_else(|error| panic!("make cgroup {}: {error}", path.display()));
 }
 
-/// Kills the processes in the cgroup `top` and below it, then removes them. A process that is killed
-/// leaves its cgroup some time after it has been waited for.
+/// Kills the processes in the cgroup `top` and below it, then removes them. A process that is
+/// killed leaves its cgroup some time after it has been waited for.
 pub fn remove(top: &Path) {
     try_wait(Duration::from_secs(5), || {
         kill_below(top);

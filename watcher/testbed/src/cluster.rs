@@ -36,7 +36,7 @@ use crate::{
     command::run,
     fakes::FakeCa,
     mount::Mount,
-    netns::Netns,
+    netns::TestNetns,
     process::Process,
     program::binary,
     wait::{LIMIT, try_wait, wait_for},
@@ -126,7 +126,7 @@ impl Cluster {
     pub fn pod_as(&mut self, name: &str, node: usize, enrol: Enrol, cgroup: &str) -> ClusterPod {
         let host = 10 + self.pods.len();
         let (on, number) = (&self.nodes[node], self.nodes[node].number);
-        let netns = Arc::new(Netns::new(format!("{}-{name}", self.id)));
+        let netns = Arc::new(TestNetns::new(format!("{}-{name}", self.id)));
         let cgroup = on.pods_cgroup().join(cgroup).join("main");
         fs::create_dir_all(&cgroup).expect("cgroup");
         let pod = ClusterPod {
@@ -214,7 +214,7 @@ impl Cluster {
     /// The tunnels ask a certificate service, as they would ask Istio's.
     pub fn use_certificate_service(&mut self) {
         let folder = self.dir.path().join("ca-service");
-        let netns: Vec<&Netns> = self.nodes.iter().map(|node| &node.netns).collect();
+        let netns: Vec<&TestNetns> = self.nodes.iter().map(|node| &node.netns).collect();
         self.fake_ca = Some(FakeCa::start(&folder, &netns));
         for node in &mut self.nodes {
             node.ca_service = Some(folder.clone());

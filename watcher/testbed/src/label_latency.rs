@@ -33,7 +33,7 @@ use crate::{
     api_server::ApiServer,
     cluster::{Cluster, ClusterPod, Enrol},
     helper,
-    netns::Netns,
+    netns::TestNetns,
     process::KillOnDrop,
 };
 
@@ -288,13 +288,13 @@ impl Probe {
 }
 
 /// A socket that listens in another netns.
-fn listen(netns: &Netns, address: (Ipv4Addr, u16)) -> TcpListener {
+fn listen(netns: &TestNetns, address: (Ipv4Addr, u16)) -> TcpListener {
     netns.enter(|| TcpListener::bind(address)).expect("bind")
 }
 
 /// Carries what is sent to `port` of the node's loopback to the same port of ours, where the API
 /// server is.
-fn forward(netns: &Netns, port: u16) {
+fn forward(netns: &TestNetns, port: u16) {
     let listener = listen(netns, (Ipv4Addr::LOCALHOST, port));
     thread::spawn(move || {
         for near in listener.incoming().map_while(Result::ok) {

@@ -24,7 +24,7 @@ use socket2::{Domain, Socket, Type};
 
 use crate::{
     helper,
-    netns::Netns,
+    netns::TestNetns,
     process::{KillOnDrop, Placement},
     wait::LIMIT,
 };
@@ -60,7 +60,7 @@ impl Lent {
 
 /// A connection as a tunnel, which lives in `cgroup`, makes it to an application: in the netns of
 /// the pod, with `mark`, from an address that is not the pod's.
-pub fn transparent(cgroup: &Path, netns: &Netns, from: SocketAddr, to: SocketAddr, mark: u32) -> Lent {
+pub fn transparent(cgroup: &Path, netns: &TestNetns, from: SocketAddr, to: SocketAddr, mark: u32) -> Lent {
     Lent::new(cgroup, &format!("transparent {netns} {from} {to} {mark}"))
 }
 
@@ -74,11 +74,11 @@ pub(crate) fn serve_transparent(netns: &str, [from, to]: [SocketAddr; 2], mark: 
         socket.connect_timeout(&to.into(), Duration::from_secs(5))?;
         Ok(socket)
     };
-    give(Netns::named(netns).enter(connect).expect("a connection"));
+    give(TestNetns::named(netns).enter(connect).expect("a connection"));
 }
 
 /// A listener of a tunnel, which lives in `cgroup`, in the netns of a pod.
-pub fn tunnel_listener(cgroup: &Path, netns: &Netns, address: SocketAddr) -> Lent {
+pub fn tunnel_listener(cgroup: &Path, netns: &TestNetns, address: SocketAddr) -> Lent {
     Lent::new(cgroup, &format!("listener {netns} {address}"))
 }
 
@@ -90,7 +90,7 @@ pub(crate) fn serve_listener(netns: &str, address: SocketAddr) {
         socket.listen(16)?;
         Ok(socket)
     };
-    give(Netns::named(netns).enter(listen).expect("a listener"));
+    give(TestNetns::named(netns).enter(listen).expect("a listener"));
 }
 
 /// The helper's side: sends `socket` to the process that started this one, closes it here, and

@@ -6,13 +6,13 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
 };
 
-use crate::netns::Netns;
+use crate::netns::TestNetns;
 
 /// A pod: a netns on the network of all pods.
 #[derive(Debug)]
 pub struct MeshPod {
     /// Its netns.
-    pub netns: Netns,
+    pub netns: TestNetns,
     /// Its name, also of its service account.
     pub name: String,
     /// Its IPv4 address.
@@ -29,7 +29,7 @@ impl MeshPod {
         (self.ip, port).into()
     }
 
-    /// See [`Netns::serve`].
+    /// See [`TestNetns::serve`].
     pub fn serve(&self, port: u16, each: impl Fn(TcpStream, IpAddr) + Send + Clone + 'static) {
         self.netns.serve(port, each);
     }

@@ -1,7 +1,7 @@
 //! Checks that the modules of a crate depend on each other in one direction.
 //!
-//! A crate's root lists its modules in its first doc comment, from the top to the bottom. Each line of
-//! the list begins with a star and the module's name as a link, and may name several modules, in
+//! A crate's root lists its modules in its first doc comment, from the top to the bottom. Each line
+//! of the list begins with a star and the module's name as a link, and may name several modules, in
 //! order. A module uses only modules below it.
 
 use std::{

@@ -24,13 +24,13 @@ use crate::{
 /// A netns with a name below `/run/netns`, deleted on drop. `Display` shows the name, as `ip -n`
 /// takes it.
 #[derive(Debug)]
-pub struct Netns {
+pub struct TestNetns {
     name: String,
     /// Whether this is the one that deletes it.
     is_owner: bool,
 }
 
-impl Netns {
+impl TestNetns {
     /// Makes it, with its loopback up.
     pub fn new(name: impl Into<String>) -> Self {
         let name = name.into();
@@ -153,13 +153,13 @@ impl Netns {
     }
 }
 
-impl fmt::Display for Netns {
+impl fmt::Display for TestNetns {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)
     }
 }
 
-impl Drop for Netns {
+impl Drop for TestNetns {
     fn drop(&mut self) {
         if self.is_owner {
             self.delete();

@@ -14,7 +14,7 @@ use nix::{
 };
 
 use crate::{
-    netns::Netns,
+    netns::TestNetns,
     wait::{try_wait, wait_for},
 };
 
@@ -34,7 +34,7 @@ impl Placement {
 
     /// In this netns, too.
     #[must_use]
-    pub fn in_netns(self, netns: &Netns) -> Self {
+    pub fn in_netns(self, netns: &TestNetns) -> Self {
         Self { netns: Some(netns.path()), ..self }
     }
 

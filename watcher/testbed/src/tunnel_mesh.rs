@@ -15,7 +15,7 @@ use std::{
 
 pub use self::tunnel::{TunnelNode, local};
 
-use crate::{command::run, mesh_pod::MeshPod, netns::Netns};
+use crate::{command::run, mesh_pod::MeshPod, netns::TestNetns};
 
 /// The mark of the tunnel's own sockets, which the capture leaves alone.
 pub const TUNNEL_MARK: u32 = 1337;
@@ -25,7 +25,7 @@ pub const TUNNEL_MARK: u32 = 1337;
 pub struct TunnelMesh {
     id: String,
     /// The router between the pods, outside the mesh.
-    pub router: Netns,
+    pub router: TestNetns,
     pods: u8,
     workloads: String,
     /// `services:` of the mesh file, as YAML.
@@ -42,7 +42,7 @@ impl TunnelMesh {
     /// A network without pods.
     pub fn new() -> Self {
         let id = format!("zt{}x{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let router = Netns::new(format!("{id}r"));
+        let router = TestNetns::new(format!("{id}r"));
         router.run("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1");
         let dir = tempfile::Builder::new().prefix(&id).tempdir().expect("temporary folder");
         let mesh = Self {
@@ -148,7 +148,7 @@ impl TunnelMesh {
         self.pods += 1;
         let ip = Ipv4Addr::new(10, 77, 0, self.pods);
         let ip6 = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, self.pods.into());
-        let netns = Netns::new(format!("{}p{}", self.id, self.pods));
+        let netns = TestNetns::new(format!("{}p{}", self.id, self.pods));
         let (pod, router, link) = (netns.name(), self.router.name(), format!("p{}", self.pods));
         run(&format!(
             "ip link add {link} netns {router} type veth peer name eth0 netns {pod}; \
@@ -223,7 +223,7 @@ impl TunnelMesh {
     }
 
     /// A netns for the tunnel of a node.
-    pub fn netns(&self, node: &str) -> Netns {
-        Netns::new(format!("{}n{node}{}", self.id, COUNT.fetch_add(1, Ordering::Relaxed)))
+    pub fn netns(&self, node: &str) -> TestNetns {
+        TestNetns::new(format!("{}n{node}{}", self.id, COUNT.fetch_add(1, Ordering::Relaxed)))
     }
 }

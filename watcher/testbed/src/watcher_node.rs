@@ -20,7 +20,7 @@ use crate::{
     cgroup::Cgroup,
     fakes::FakeTunnel,
     mount::Mount,
-    netns::Netns,
+    netns::TestNetns,
     process::{Placement, Process},
     program::binary,
     wait::{LIMIT, try_wait, wait_for},
@@ -95,7 +95,7 @@ impl WatcherNode {
     /// The same, with a cgroup of another name.
     pub fn pod_in(&mut self, name: &str, cgroup: &str) -> usize {
         let number = self.pods.len();
-        let netns = Netns::new(format!("{}-{name}", self.name));
+        let netns = TestNetns::new(format!("{}-{name}", self.name));
         let address = format!("10.88.{number}.2");
         netns.run(&format!(
             "ip link add e0 type veth peer name e1

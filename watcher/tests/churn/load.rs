@@ -19,7 +19,7 @@ fn pods_that_came_and_went_leave_nothing() {
     publish(&node, &[], true, "");
     node.start(&[]);
     let received = node.tunnel().take_all();
-    let networks: Vec<Netns> = (0..at_once).map(|number| network(&node, number)).collect();
+    let networks: Vec<TestNetns> = (0..at_once).map(|number| network(&node, number)).collect();
     let pins = node.pins();
     let mut before = None;
     for batch in 0..pods / at_once {
@@ -74,7 +74,7 @@ fn killed_at_any_moment_the_watcher_comes_back_to_the_right_state() {
     let mut node = WatcherNode::new();
     let (kills, pods) = (TestSize::get().pick(6, 100), 8);
     let uids: Vec<String> = (0..pods).map(uid).collect();
-    let networks: Vec<Netns> = (0..pods).map(|number| network(&node, number)).collect();
+    let networks: Vec<TestNetns> = (0..pods).map(|number| network(&node, number)).collect();
     let _processes = start_each(&node, &networks, &uids);
     for round in 0..kills {
         // Half of the pods change with every round, and the watcher dies somewhere in the middle of
@@ -124,7 +124,7 @@ fn a_storm_of_processes_hides_no_pod() {
     #[expect(clippy::disallowed_methods, reason = "an option of the test")]
     let storm = std::env::var("ADIT_STORM").unwrap_or_else(|_| "while :; do /bin/true; (:); done".to_owned());
     let mut node = WatcherNode::new();
-    let networks: Vec<Netns> = (0..6).map(|number| network(&node, number)).collect();
+    let networks: Vec<TestNetns> = (0..6).map(|number| network(&node, number)).collect();
     let dir = |node: &WatcherNode, number| pods_dir(node).join(format!("pod{}/main", uid(number)));
     let uids: Vec<String> = (0..networks.len()).map(uid).collect();
     publish(&node, &uids, true, "");

@@ -95,9 +95,9 @@ thread_local! {
     static HOME: io::Result<OwnedFd> = File::open(OWN).map(OwnedFd::from);
 }
 
-/// Runs `work` with the calling thread inside `netns`: what it opens stays there, the thread returns
-/// to the netns in which it was started. `work` is not `async`, so that nothing else can run on the
-/// thread meanwhile.
+/// Runs `work` with the calling thread inside `netns`: what it opens stays there, the thread
+/// returns to the netns in which it was started. `work` is not `async`, so that nothing else can
+/// run on the thread meanwhile.
 ///
 /// Aborts the process if the thread cannot return. An error instead would leave a thread in the
 /// netns of one pod that goes on to work for other pods: it would open their sockets, or write
@@ -113,8 +113,8 @@ pub fn enter<T>(netns: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<T>) -> 
     work()
 }
 
-/// Runs `work` inside `netns` on a thread of its own, which ends with it: for work that starts other
-/// threads or processes, or that changes what belongs to the thread.
+/// Runs `work` inside `netns` on a thread of its own, which ends with it: for work that starts
+/// other threads or processes, or that changes what belongs to the thread.
 ///
 /// # Errors
 /// `netns` cannot be entered, no thread can be started, `work` panics, or those of `work`.

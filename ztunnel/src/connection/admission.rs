@@ -22,7 +22,8 @@ pub(super) fn check(
     policy::check(mesh, workload, &connection)
 }
 
-/// Ends when a change of policy forbids what was allowed. A workload that is no longer known keeps what it has.
+/// Ends when a change of policy forbids what was allowed. A workload that is no longer known keeps
+/// what it has.
 pub(super) async fn until_denied(
     process: &ProcessContext,
     pod: &ServedPod,

@@ -1,5 +1,5 @@
-//! Follows the connections that come to a served pod through a peer's tunnel, port 15008: is the peer who it must
-//! be, may it, and will the application take it; then copies until it ends.
+//! Follows the connections that come to a served pod through a peer's tunnel, port 15008: is the
+//! peer who it must be, may it, and will the application take it; then copies until it ends.
 
 mod delivery;
 mod proxy_protocol;
@@ -38,8 +38,8 @@ use crate::{
 struct InboundTunnel {
     worker: Rc<WorkerContext>,
     pod: Arc<ServedPod>,
-    /// The peer that dialled: who it is by its certificate, where by its TCP connection. What it says in
-    /// headers is believed for labels only.
+    /// The peer that dialled: who it is by its certificate, where by its TCP connection. What it
+    /// says in headers is believed for labels only.
     peer: SocketAddr,
     identity: Option<Identity>,
     chain: CertificateChain,
@@ -120,7 +120,8 @@ async fn request(tunnel: Rc<InboundTunnel>, connect: ConnectRequest) {
     record.close(result.as_ref().copied().map_err(|error| error as &dyn ConnectionFailure));
 }
 
-/// The checks in the order of their answers: 400 for what is malformed, 503 for what leads nowhere, 401.
+/// The checks in the order of their answers: 400 for what is malformed, 503 for what leads nowhere,
+/// 401.
 async fn admit(tunnel: &InboundTunnel, connect: &ConnectRequest) -> Result<Admitted, InboundError> {
     let request = &connect.request;
     if request.method() != Method::CONNECT {
@@ -156,7 +157,8 @@ async fn admit(tunnel: &InboundTunnel, connect: &ConnectRequest) -> Result<Admit
     Ok(Admitted { workload, source, delivery })
 }
 
-/// The service that the client dialled, as its tunnel says: `forwarded: for="…";host=…`. For labels only.
+/// The service that the client dialled, as its tunnel says: `forwarded: for="…";host=…`. For labels
+/// only.
 fn forwarded_service(mesh: &Mesh, workload: &Workload, headers: &HeaderMap) -> Option<Arc<Service>> {
     let forwarded = headers.get(FORWARDED)?.to_str().ok()?;
     mesh.service_by_hostname(forwarded_host(forwarded)?, &workload.namespace).cloned()

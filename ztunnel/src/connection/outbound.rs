@@ -1,5 +1,5 @@
-//! Follows one connection that an application of a served pod makes: where did it want to go, who is that, and
-//! by which way; then copies until it ends.
+//! Follows one connection that an application of a served pod makes: where did it want to go, who
+//! is that, and by which way; then copies until it ends.
 
 mod gateway;
 mod tunnel;
@@ -57,7 +57,8 @@ pub(crate) async fn serve(accepted: Accepted) {
     record.close(result.as_ref().copied().map_err(|error| error as &dyn ConnectionFailure));
 }
 
-/// From which workload to where, and how. Errors come with the original destination if that is known.
+/// From which workload to where, and how. Errors come with the original destination if that is
+/// known.
 async fn plan(
     accepted: &Accepted,
 ) -> Result<(Arc<Workload>, OutboundRoute), (Option<SocketAddr>, OutboundError)> {

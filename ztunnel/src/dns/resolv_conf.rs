@@ -32,8 +32,8 @@ pub(super) fn resolvers(configured: &[SocketAddr], file: &Path, shared: bool) ->
     found.into_iter().map(|ip| SocketAddr::new(ip, PORT)).collect()
 }
 
-/// The addresses of the lines `nameserver ADDRESS` (resolv.conf(5)). Those with a scope belong to one netns' links
-/// and are left out.
+/// The addresses of the lines `nameserver ADDRESS` (resolv.conf(5)). Those with a scope belong to
+/// one netns' links and are left out.
 fn parse(text: &str) -> Vec<IpAddr> {
     let address = |line: &str| {
         let mut words = line.split_ascii_whitespace();

@@ -112,7 +112,8 @@ async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) 
     tokio::pin!(last);
     loop {
         tokio::select! {
-            // Not `try_recv_from`, which looks only at what the runtime has seen, and leaves what came since.
+            // Not `try_recv_from`, which looks only at what the runtime has seen, and leaves what
+            // came since.
             received = udp.recv_from(&mut buffer) => match received {
                 Ok((length, client)) => pod_dns.datagram(&udp, &buffer[..length], client, &mut tasks),
                 Err(_) => break,

@@ -21,7 +21,8 @@ pub(crate) struct DnsSockets {
     pub tcp: std::net::TcpListener,
 }
 
-/// Listens on `address`, and on `::1` beside `127.0.0.1` where the netns has it. Call inside the pod's netns.
+/// Listens on `address`, and on `::1` beside `127.0.0.1` where the netns has it. Call inside the
+/// pod's netns.
 pub(crate) fn listen(
     address: SocketAddr,
     ipv6: bool,

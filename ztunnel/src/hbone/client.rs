@@ -22,7 +22,8 @@ use crate::{
 /// TLS records are read from the socket in such pieces; rustls alone would ask for 4 KiB at a time.
 pub(super) const TLS_READ: usize = 64 << 10;
 
-/// So much plaintext is encrypted before it is written to the socket; by itself rustls stops at 64 KiB.
+/// So much plaintext is encrypted before it is written to the socket; by itself rustls stops at 64
+/// KiB.
 pub(super) const TLS_WRITE: usize = 256 << 10;
 
 /// Why no stream to a peer came to be.
@@ -115,8 +116,8 @@ impl ConnectError {
     }
 }
 
-/// A tunnel that was just opened. It lives as long as `driver` is polled, which ends when every clone of
-/// `requests` and every stream are gone, or when the peer is.
+/// A tunnel that was just opened. It lives as long as `driver` is polled, which ends when every
+/// clone of `requests` and every stream are gone, or when the peer is.
 pub struct PeerTunnel {
     /// Opens streams.
     pub requests: SendRequest<Bytes>,

@@ -1,8 +1,8 @@
 //! Tunnels shared by the connections of one worker.
 //!
-//! Only connections with the same [`TunnelKey`] share a tunnel. Full tunnels, and tunnels whose server is
-//! leaving (GOAWAY), are skipped. Requests that find no tunnel share one handshake. No lock is held
-//! across an await: a worker is one thread.
+//! Only connections with the same [`TunnelKey`] share a tunnel. Full tunnels, and tunnels whose
+//! server is leaving (GOAWAY), are skipped. Requests that find no tunnel share one handshake. No
+//! lock is held across an await: a worker is one thread.
 
 use std::{
     cell::{Cell, RefCell},

@@ -30,7 +30,8 @@ fn only(action: Action, one: Match) -> Policy {
     policy("p", PolicyScope::Global, action, vec![vec![vec![one]]])
 }
 
-/// From `spiffe://cluster.local/ns/shop/sa/web` at 10.0.0.1, or plaintext from there, to 10.0.0.2:8080.
+/// From `spiffe://cluster.local/ns/shop/sa/web` at 10.0.0.1, or plaintext from there, to
+/// 10.0.0.2:8080.
 fn checked(policies: Vec<Policy>, plaintext: bool) -> Result<(), Denied> {
     let mesh = Mesh::new([workload("db", "10.0.0.2")], [], policies);
     let source = "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap();

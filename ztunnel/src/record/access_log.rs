@@ -8,7 +8,8 @@ use tracing::{Level, event, field::DisplayValue};
 use super::ConnectionEnds;
 use crate::mesh::Workload;
 
-/// The fields of an access record. `tracing` needs the level at compile time, the fields are the same for all.
+/// The fields of an access record. `tracing` needs the level at compile time, the fields are the
+/// same for all.
 macro_rules! access {
     ($level:expr, $line:expr, $($last:tt)+) => {
         event!(

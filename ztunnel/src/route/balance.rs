@@ -90,8 +90,8 @@ mod tests {
     use super::*;
     use crate::mesh::tests::workload;
 
-    /// An endpoint by what it has in common with the client, as letters of Network, Cluster, Region, Zone,
-    /// Subzone (`s`) and Node (`n`, `c`, `r`, `z`, `s`, `o`).
+    /// An endpoint by what it has in common with the client, as letters of Network, Cluster,
+    /// Region, Zone, Subzone (`s`) and Node (`n`, `c`, `r`, `z`, `s`, `o`).
     fn endpoint(shared: &str) -> Workload {
         let mut endpoint = workload("web-0", "10.0.0.1");
         let common = Arc::make_mut(&mut endpoint.common);

@@ -30,8 +30,8 @@ pub(super) enum Within {
     AnyNetwork,
 }
 
-/// Whether `workload` itself is (one of) what `gateway` names. Decided by what it is, not by its identity alone, which
-/// others may share.
+/// Whether `workload` itself is (one of) what `gateway` names. Decided by what it is, not by its
+/// identity alone, which others may share.
 pub(crate) fn is_gateway(mesh: &MeshView<'_>, workload: &Workload, gateway: &GatewayAddress) -> bool {
     match mesh.gateway(gateway) {
         Some(NamedGateway::Service(service)) => {
@@ -44,7 +44,8 @@ pub(crate) fn is_gateway(mesh: &MeshView<'_>, workload: &Workload, gateway: &Gat
     }
 }
 
-/// One of those that `gateway` names, for a client. `None`: nobody knows it, or nobody of it is healthy and within reach.
+/// One of those that `gateway` names, for a client. `None`: nobody knows it, or nobody of it is
+/// healthy and within reach.
 pub(super) fn resolve(
     mesh: &MeshView<'_>,
     client: &Workload,

@@ -13,7 +13,8 @@ use crate::mesh::{
 mod on_demand;
 mod waypoints;
 
-/// Endpoints of service `web` at 10.96.0.1:80 → 8080; `change` turns plain ones into what a test needs.
+/// Endpoints of service `web` at 10.96.0.1:80 → 8080; `change` turns plain ones into what a test
+/// needs.
 fn mesh<const N: usize>(change: impl Fn(usize, &mut Workload), addresses: [&str; N]) -> Mesh {
     mesh_with(service("web", "10.96.0.1"), change, addresses)
 }
@@ -166,7 +167,8 @@ fn the_dialled_family_is_preferred_and_the_service_may_force_one() {
     assert_eq!(routed(&mesh, "10.96.0.1:80").unwrap().target.ip(), ip("fd00::1"));
 }
 
-/// A mesh with service `web` of pod 10.0.0.1, a pod `waypoint-0` at 10.0.8.8 and its service at 10.96.8.8.
+/// A mesh with service `web` of pod 10.0.0.1, a pod `waypoint-0` at 10.0.8.8 and its service at
+/// 10.96.8.8.
 #[test]
 fn an_endpoint_of_another_network_serves_nobody_here() {
     let east = |n: usize, pod: &mut Workload| {

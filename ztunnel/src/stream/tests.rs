@@ -16,7 +16,8 @@ async fn sockets() -> (TcpStream, TcpStream) {
     (dialled, listener.accept().await.unwrap().0)
 }
 
-/// An application socket whose other end is carried over HTTP/2, and the peer's half of that stream.
+/// An application socket whose other end is carried over HTTP/2, and the peer's half of that
+/// stream.
 async fn carried()
 -> (TcpStream, (SendStream<Bytes>, RecvStream), tokio::task::JoinHandle<Result<(), StreamError>>) {
     let (near, far) = tokio::io::duplex(1 << 20);
@@ -98,7 +99,8 @@ async fn reader_that_stands_still_stops_the_writer() {
                 written += application.write(&chunk).await.unwrap();
             }
         };
-        // Nobody reads `recv`: the stream's window, one send buffer and the kernel's buffers fill up, no more.
+        // Nobody reads `recv`: the stream's window, one send buffer and the kernel's buffers fill
+        // up, no more.
         let _ = tokio::time::timeout(Duration::from_millis(300), endless).await;
         assert!(written < 16 << 20, "{written} bytes went nowhere");
         drop((recv, task));

@@ -87,7 +87,8 @@ fn broken_by_peer(error: h2::Error) -> StreamError {
     }
 }
 
-/// Writes what the socket takes, straight from the received frames. Returns how many bytes that were.
+/// Writes what the socket takes, straight from the received frames. Returns how many bytes that
+/// were.
 async fn write_some(socket: &TcpStream, queue: &mut VecDeque<Bytes>) -> io::Result<usize> {
     let mut slices = [IoSlice::new(&[]); 64];
     let count = queue.len().min(slices.len());

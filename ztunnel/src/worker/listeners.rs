@@ -102,7 +102,8 @@ impl ActiveListeners {
         Poll::Pending
     }
 
-    /// Closes the listeners, with the connections that already wait: closing alone would reset them.
+    /// Closes the listeners, with the connections that already wait: closing alone would reset
+    /// them.
     pub(crate) fn close(self) -> Vec<(ListenPort, TcpStream, SocketAddr)> {
         let mut waiting = Vec::new();
         for (port, listener) in self.listeners {

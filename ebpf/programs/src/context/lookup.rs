@@ -27,8 +27,8 @@ impl Lookup {
         SkLookupContext::new(self.0)
     }
 
-    /// The cookie of the netns that this copy of the program is attached to. The loader writes it into
-    /// this very instruction of each copy, since no helper tells it to programs of this type.
+    /// The cookie of the netns that this copy of the program is attached to. The loader writes it
+    /// into this very instruction of each copy, since no helper tells it to programs of this type.
     #[inline(always)]
     pub fn netns_cookie(&self) -> u64 {
         let cookie;

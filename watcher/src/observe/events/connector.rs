@@ -1,13 +1,13 @@
-//! Events from the kernel's process connector (`Documentation/driver-api/connector.rst`), and from inotify for
-//! cgroups, of which the connector knows nothing.
+//! Events from the kernel's process connector (`Documentation/driver-api/connector.rst`), and from
+//! inotify for cgroups, of which the connector knows nothing.
 //!
-//! Only `exec` is subscribed to: by then a container's namespaces are final, unlike at `fork`. `cgroup.events`
-//! reports the end of the last process of a cgroup. Linux 6.6 and later filter before they copy an event; for
-//! older kernels we attach a socket filter. Both leave gaps in the sequence numbers, so only `ENOBUFS` shows
-//! lost events.
+//! Only `exec` is subscribed to: by then a container's namespaces are final, unlike at `fork`.
+//! `cgroup.events` reports the end of the last process of a cgroup. Linux 6.6 and later filter
+//! before they copy an event; for older kernels we attach a socket filter. Both leave gaps in the
+//! sequence numbers, so only `ENOBUFS` shows lost events.
 //!
-//! The kernel acknowledges LISTEN only in the initial network, pid and user namespace. Elsewhere no events
-//! would arrive, so [`Connector`] waits for the acknowledgement.
+//! The kernel acknowledges LISTEN only in the initial network, pid and user namespace. Elsewhere no
+//! events would arrive, so [`Connector`] waits for the acknowledgement.
 
 use std::{
     collections::BTreeSet,
@@ -32,8 +32,8 @@ const MCAST_LISTEN: u32 = 1;
 /// `PROC_EVENT_*`; none is the acknowledgement.
 const NONE: u32 = 0;
 const EXEC: u32 = 2;
-/// A netlink header and a connector header; then what happened, a CPU, a time, and for an exec the thread and
-/// the process.
+/// A netlink header and a connector header; then what happened, a CPU, a time, and for an exec the
+/// thread and the process.
 const WHAT: usize = 16 + 20;
 const ACK_ERROR: usize = WHAT + 16;
 const PROCESS: usize = ACK_ERROR + 4;
@@ -184,7 +184,8 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
-/// Accepts acknowledgements and execs. Classic BPF loads in network order what the kernel wrote in host order.
+/// Accepts acknowledgements and execs. Classic BPF loads in network order what the kernel wrote in
+/// host order.
 fn filter() -> [SockFilter; 5] {
     const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
     const EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K

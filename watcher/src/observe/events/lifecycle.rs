@@ -62,7 +62,8 @@ impl EventSource for LifecycleSource {
                 return Poll::Ready(Event::Lost(lost));
             }
             match ready!(self.readable.poll_read_ready(context)) {
-                // Cleared before the ring is read again, so that no event that arrives meanwhile is missed.
+                // Cleared before the ring is read again, so that no event that arrives meanwhile is
+                // missed.
                 Ok(mut guard) => guard.clear_ready(),
                 // The runtime is shutting down.
                 Err(_) => return Poll::Pending,

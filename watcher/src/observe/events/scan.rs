@@ -1,4 +1,5 @@
-//! Events from inotify on the pods' cgroups. A watch that cannot be added costs time until the next scan.
+//! Events from inotify on the pods' cgroups. A watch that cannot be added costs time until the next
+//! scan.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

@@ -1,8 +1,8 @@
 //! The pods file as a source: read again whenever it may have changed.
 //!
-//! It watches the directory with inotify, and reads the file every second too, since some volumes report no
-//! events. An invalid file or entry leaves the last valid one active: a typing error must not take a pod
-//! out of the mesh.
+//! It watches the directory with inotify, and reads the file every second too, since some volumes
+//! report no events. An invalid file or entry leaves the last valid one active: a typing error must
+//! not take a pod out of the mesh.
 
 use std::{
     ffi::OsStr,

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 
-/// Waits that double up to a limit. Each is random, between half and all of its whole length, so that
-/// the nodes of a cluster do not come back all at once.
+/// Waits that double up to a limit. Each is random, between half and all of its whole length, so
+/// that the nodes of a cluster do not come back all at once.
 #[derive(Debug)]
 pub(super) struct Backoff {
     waits: ExponentialBuilder,
@@ -16,7 +16,8 @@ pub(super) struct Backoff {
 impl Backoff {
     /// `first`: the whole length of the first wait; `longest`: the limit.
     pub(super) fn new(first: Duration, longest: Duration) -> Self {
-        // `backon` adds a random part of each wait to it, so that half a wait becomes half to all of it.
+        // `backon` adds a random part of each wait to it, so that half a wait becomes half to all
+        // of it.
         let waits = ExponentialBuilder::new()
             .with_min_delay(first / 2)
             .with_max_delay(longest / 2)

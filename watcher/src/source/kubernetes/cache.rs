@@ -1,5 +1,5 @@
-//! Pods and namespaces as the API listed them last, and what follows for the watcher's loop. Pure: no socket,
-//! no clock.
+//! Pods and namespaces as the API listed them last, and what follows for the watcher's loop. Pure:
+//! no socket, no clock.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -168,8 +168,9 @@ impl ClusterCache {
             None => None,
             Some(Err(bad)) => Some(Entry::Bad(bad.clone())),
             Some(Ok(api_pod)) => {
-                // Until its namespace is known, a known pod stays unchanged and a new one unpublished. That
-                // lasts as long as the watch of namespaces lags behind that of pods.
+                // Until its namespace is known, a known pod stays unchanged and a new one
+                // unpublished. That lasts as long as the watch of namespaces lags behind that of
+                // pods.
                 let namespace = self.namespaces.get(&api_pod.pod.namespace).copied();
                 Some(Entry::Pod(Arc::new(api_pod.decided(namespace)?)))
             }

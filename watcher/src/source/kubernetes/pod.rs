@@ -1,6 +1,7 @@
 //! Reads from one pod of the API what decides its enrolment, and nothing else.
 //!
-//! Users write annotations by hand: an invalid one is noted on the pod and ignored, the others stay active.
+//! Users write annotations by hand: an invalid one is noted on the pod and ignored, the others stay
+//! active.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,8 +32,8 @@ pub(crate) const REDIRECTION_ENABLED: &str = "enabled";
 
 /// Set by Istio's injector on every pod that it gave a sidecar.
 const SIDECAR_STATUS: &str = "sidecar.istio.io/status";
-/// A static pod is shown by the API as its mirror, with an uid of its own. The kubelet names its cgroup by
-/// this hash of its manifest.
+/// A static pod is shown by the API as its mirror, with an uid of its own. The kubelet names its
+/// cgroup by this hash of its manifest.
 const CONFIG_MIRROR: &str = "kubernetes.io/config.mirror";
 const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 
@@ -47,7 +48,8 @@ pub(crate) struct ReadRules {
     pub hasher: RandomState,
 }
 
-/// What a pod's annotations set. Reading them may take a while, and most events change nothing of them.
+/// What a pod's annotations set. Reading them may take a while, and most events change nothing of
+/// them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ReadOptions {
     /// The hash of the annotations' texts.
@@ -77,8 +79,8 @@ pub(crate) struct ApiPod {
     pub options: Arc<ReadOptions>,
 }
 
-/// Reads `given`. `None`: it has ended, or lacks a uid or a name. `before` is the same pod as it was read last:
-/// annotations that did not change are not read again.
+/// Reads `given`. `None`: it has ended, or lacks a uid or a name. `before` is the same pod as it
+/// was read last: annotations that did not change are not read again.
 ///
 /// # Errors
 /// Its uid cannot name a cgroup, or its names are too long.
@@ -136,8 +138,8 @@ impl ApiPod {
     }
 }
 
-/// The uid by which the kubelet names the pod's cgroup. Users can set these annotations on any pod, so a hash
-/// counts only in the form of one, which the uid of an ordinary pod never has.
+/// The uid by which the kubelet names the pod's cgroup. Users can set these annotations on any pod,
+/// so a hash counts only in the form of one, which the uid of an ordinary pod never has.
 fn cgroup_uid<'a>(api_uid: &'a str, annotations: &'a BTreeMap<String, String>) -> &'a str {
     let is_hash = |hash: &&String| {
         hash.len() == 32 && hash.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))

@@ -1,12 +1,14 @@
-//! Writes the state of the pods where their users look: an annotation on the pod, and Kubernetes Events.
+//! Writes the state of the pods where their users look: an annotation on the pod, and Kubernetes
+//! Events.
 //!
-//! * Annotation `ambient.istio.io/redirection: enabled`, as Istio's agent writes it: set when a tunnel carries the pod's traffic,
-//!   removed when the pod has left. An outage of the tunnel does not change it. It is written through
-//!   `pods/status`, so that the permission does not allow to change what the pod runs.
+//! * Annotation `ambient.istio.io/redirection: enabled`, as Istio's agent writes it: set when a
+//!   tunnel carries the pod's traffic, removed when the pod has left. An outage of the tunnel does
+//!   not change it. It is written through `pods/status`, so that the permission does not allow to
+//!   change what the pod runs.
 //! * Events (`events.k8s.io/v1`) on pods that need somebody's action.
 //!
-//! Level-triggered: the desired state is compared with what the API shows, and only a difference is written,
-//! at a limited rate; a failed write is repeated later. Nothing waits for these writes.
+//! Level-triggered: the desired state is compared with what the API shows, and only a difference is
+//! written, at a limited rate; a failed write is repeated later. Nothing waits for these writes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -43,8 +45,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 const EVENT_DELAY: Duration = Duration::from_secs(2);
 /// How long the last annotations may take when the watcher detaches.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
-/// A state is written when it has lasted for so long: a label can change every pod of the node, and serving
-/// them comes first. A state that passes sooner is never written.
+/// A state is written when it has lasted for so long: a label can change every pod of the node, and
+/// serving them comes first. A state that passes sooner is never written.
 const ANNOTATION_DELAY: Duration = Duration::from_millis(250);
 /// A pod is written again no sooner than this, in case somebody else writes the annotation too.
 const WRITE_INTERVAL: Duration = Duration::from_millis(500);
@@ -73,7 +75,8 @@ impl Api {
         Self { recorder: Recorder::new(client.clone(), reporter), client }
     }
 
-    /// Sets or removes the annotation. The uid makes the server refuse if another pod has the name by now.
+    /// Sets or removes the annotation. The uid makes the server refuse if another pod has the name
+    /// by now.
     async fn set_annotation(&self, api_pod: &ApiPod, marked: bool) -> Result<(), kube::Error> {
         let value = marked.then_some(REDIRECTION_ENABLED);
         let patch = json!({"metadata": {"uid": api_pod.api_uid, "annotations": {REDIRECTION: value}}});

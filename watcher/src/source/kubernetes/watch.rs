@@ -1,9 +1,9 @@
 //! One kind of object, listed and watched for ever.
 //!
-//! `kube`'s watcher resumes at the last version that it saw, and lists again when that is too old for the
-//! server. Added here: waits that grow while the server is unreachable, a notice when it answers again (a
-//! resumed watch without events looks like one that hangs), and a way out of a version that the server
-//! will never reach.
+//! `kube`'s watcher resumes at the last version that it saw, and lists again when that is too old
+//! for the server. Added here: waits that grow while the server is unreachable, a notice when it
+//! answers again (a resumed watch without events looks like one that hangs), and a way out of a
+//! version that the server will never reach.
 
 use std::{
     fmt::Debug,
@@ -28,8 +28,8 @@ use super::backoff::Backoff;
 const WATCH_SECS: u32 = 120;
 /// How long an answer may take to start; longer than a watch may be silent.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(WATCH_SECS as u64 + 10);
-/// After refusals to resume for so long the watch starts with a list: the server may have lost its state, and
-/// with it the version to resume from.
+/// After refusals to resume for so long the watch starts with a list: the server may have lost its
+/// state, and with it the version to resume from.
 const RESUME_TIMEOUT: Duration = Duration::from_secs(30);
 /// Since this version every server streams lists (Kubernetes 1.34).
 const STREAMS_LISTS: (u32, u32) = (1, 34);
@@ -161,8 +161,8 @@ where
         self.refused_since = None;
     }
 
-    /// Decides how to continue. `None`: the failure is expected (an expired version, a server without streaming
-    /// lists) and not reported.
+    /// Decides how to continue. `None`: the failure is expected (an expired version, a server
+    /// without streaming lists) and not reported.
     fn on_error(&mut self, error: &watcher::Error) -> Option<Received<K>> {
         let now = Instant::now();
         let pause = self.backoff.next();
@@ -318,7 +318,8 @@ mod tests {
             }
         }
         assert!(failures[0] < Duration::from_secs(40), "{:?}", failures[0]);
-        // The start of a list is no answer: the waits grow although there is one before each failure.
+        // The start of a list is no answer: the waits grow although there is one before each
+        // failure.
         assert!(listed >= failures.len() && failures.len() < 500, "{} attempts", failures.len());
         let longest = failures.windows(2).map(|pair| pair[1].saturating_sub(pair[0])).max().unwrap();
         assert!(longest < Duration::from_mins(1), "its return would go unnoticed for {longest:?}");

@@ -11,7 +11,7 @@ use crate::{
     cgroup,
     command::{run, text},
     fakes::FakeCa,
-    netns::Netns,
+    netns::TestNetns,
     process::{Placement, Process},
     program::binary,
     wait::wait_for,
@@ -25,7 +25,7 @@ pub struct ClusterNode {
     /// Pods of node 1 are 10.77.1.x and fd77:1::x.
     pub number: u8,
     /// Its netns, with the bridge of its pods and the link to the other node.
-    pub netns: Netns,
+    pub netns: TestNetns,
     /// `…/<cluster>/<node>`; below it `kubepods`, `ztunnel` and `watcher`.
     pub cgroup: PathBuf,
     /// For its files.
@@ -61,7 +61,7 @@ struct Container {
 
 impl ClusterNode {
     pub(super) fn new(cluster: &str, name: &str, number: u8, cgroups: &Path, dir: &Path) -> Self {
-        let netns = Netns::new(format!("{cluster}-{name}"));
+        let netns = TestNetns::new(format!("{cluster}-{name}"));
         let node = Self {
             name: name.to_owned(),
             number,

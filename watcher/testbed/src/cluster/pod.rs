@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     cgroup,
-    netns::Netns,
+    netns::TestNetns,
     process::{Placement, Process},
 };
 
@@ -29,7 +29,7 @@ pub struct ClusterPod {
     /// The index of its node: 0 is `a`, 1 is `b`.
     pub node: usize,
     /// Its netns.
-    pub netns: Arc<Netns>,
+    pub netns: Arc<TestNetns>,
     /// The container's cgroup; its parent is the pod's.
     pub cgroup: PathBuf,
     /// Its IPv4 address.

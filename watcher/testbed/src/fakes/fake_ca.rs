@@ -19,7 +19,7 @@ use ztunnel_api::ca::{
     istio_certificate_service_server::{IstioCertificateService, IstioCertificateServiceServer},
 };
 
-use crate::netns::Netns;
+use crate::netns::TestNetns;
 
 /// On the loopback of the node, at the port of Istio's control plane.
 const ADDRESS: &str = "127.0.0.1:15012";
@@ -37,7 +37,7 @@ struct Service {
 
 impl FakeCa {
     /// One root, served in each of `netns`; `root-cert.pem` and `token` are written to `folder`.
-    pub fn start(folder: &Path, netns: &[&Netns]) -> Self {
+    pub fn start(folder: &Path, netns: &[&TestNetns]) -> Self {
         fs::create_dir_all(folder).expect("folder");
         let key = KeyPair::generate().expect("key");
         let root_key = key.serialize_pem();
@@ -45,7 +45,7 @@ impl FakeCa {
         let root = root.pem();
         fs::write(folder.join("root-cert.pem"), &root).expect("root");
         fs::write(folder.join("token"), "a token of the testbed").expect("token");
-        let serve = |netns: &&Netns| {
+        let serve = |netns: &&TestNetns| {
             let (stop, stopped) = oneshot::channel();
             let (ready, is_ready) = std::sync::mpsc::channel();
             let service = Service { root_key: root_key.clone(), root: root.clone() };

@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{command::run, netns::Netns, process::KillOnDrop, program::cache, wait::LIMIT};
+use crate::{command::run, netns::TestNetns, process::KillOnDrop, program::cache, wait::LIMIT};
 
 /// The process of the control plane, in the netns of a node.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ pub struct FakeControlPlane {
 impl FakeControlPlane {
     /// Starts it on `port` of loopback (0: a free one), with a certificate whose root is
     /// `xds-root.pem` in `folder`.
-    pub fn start(folder: &Path, netns: &Netns, port: u64) -> Self {
+    pub fn start(folder: &Path, netns: &TestNetns, port: u64) -> Self {
         let python = cache().join("grpc/bin/python");
         assert!(python.exists(), "{} is missing: make setup", python.display());
         let (certificate, key) = server_certificate(folder);

@@ -12,7 +12,7 @@ use hickory_proto::{
     rr::{RData, Record, RecordType, rdata::A},
 };
 
-use crate::netns::Netns;
+use crate::netns::TestNetns;
 
 /// Its addresses: those of the router, which every pod reaches.
 pub const RESOLVER_ADDRESSES: [&str; 2] = ["169.254.1.1", "fd77::ffff"];
@@ -40,7 +40,7 @@ pub struct FakeResolver(Arc<Mutex<Vec<Query>>>);
 
 impl FakeResolver {
     /// The threads end with the test process.
-    pub fn start(netns: &Netns) -> Self {
+    pub fn start(netns: &TestNetns) -> Self {
         let log = Arc::new(Mutex::new(Vec::new()));
         for address in RESOLVER_ADDRESSES {
             let address = SocketAddr::new(address.parse().expect("address"), 53);

@@ -17,7 +17,7 @@ use super::TunnelMesh;
 use crate::{
     fakes::{FakeAgent, RESOLVER_ADDRESSES},
     mesh_pod::MeshPod,
-    netns::Netns,
+    netns::TestNetns,
     process::KillOnDrop,
     program::binary,
     wait::{LIMIT, try_wait, wait_for},
@@ -27,7 +27,7 @@ use crate::{
 #[derive(Debug)]
 pub struct TunnelNode {
     /// The netns of the node.
-    pub netns: Netns,
+    pub netns: TestNetns,
     /// `None` for a dedicated tunnel.
     agent: Option<FakeAgent>,
     /// The tunnel's first message to its agent.
@@ -38,12 +38,12 @@ pub struct TunnelNode {
 
 impl TunnelNode {
     /// Starts the tunnel in `netns` and waits for its hello.
-    pub fn start(mesh: &TunnelMesh, node: &str, netns: Netns) -> Self {
+    pub fn start(mesh: &TunnelMesh, node: &str, netns: TestNetns) -> Self {
         Self::start_with(mesh, node, netns, &[])
     }
 
     /// With more variables.
-    pub fn start_with(mesh: &TunnelMesh, node: &str, netns: Netns, variables: &[(&str, &str)]) -> Self {
+    pub fn start_with(mesh: &TunnelMesh, node: &str, netns: TestNetns, variables: &[(&str, &str)]) -> Self {
         let socket = mesh.dir.path().join(format!("{netns}.sock"));
         let mut agent = FakeAgent::listen(&socket);
         let mut variables = variables.to_vec();
@@ -67,7 +67,7 @@ impl TunnelNode {
     fn spawn(
         mesh: &TunnelMesh,
         node: &str,
-        netns: &Netns,
+        netns: &TestNetns,
         variables: &[(&str, &str)],
     ) -> (KillOnDrop, PathBuf) {
         let log = mesh.dir.path().join(format!("{netns}.log"));

@@ -2,7 +2,7 @@
 
 use std::{fs, path::PathBuf};
 
-use crate::{command::run, netns::Netns, process::Process, wait::wait_for};
+use crate::{command::run, netns::TestNetns, process::Process, wait::wait_for};
 
 /// A pod: a cgroup with one container, whose process is in a netns of its own.
 #[derive(Debug)]
@@ -10,7 +10,7 @@ pub struct NodePod {
     /// Its name.
     pub name: String,
     /// Its netns, with `e0` as its interface.
-    pub netns: Netns,
+    pub netns: TestNetns,
     /// The pod's cgroup; the container's is `container` below it.
     pub cgroup: PathBuf,
     /// Its IPv4 address.

@@ -1,5 +1,5 @@
-//! What the authority of a CONNECT means for the pod that it came to: may it be requested for that, and where is the
-//! application dialled. Pure.
+//! What the authority of a CONNECT means for the pod that it came to: may it be requested for that,
+//! and where is the application dialled. Pure.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -135,8 +135,8 @@ mod tests {
         workloads::ApplicationTunnel,
     };
 
-    /// Service `web` at 10.96.0.1 and pod 10.0.0.1, both behind the waypoint at 10.0.8.8; a pod without one at
-    /// 10.0.0.2, which serves `named`.
+    /// Service `web` at 10.96.0.1 and pod 10.0.0.1, both behind the waypoint at 10.0.8.8; a pod
+    /// without one at 10.0.0.2, which serves `named`.
     fn mesh(tunnel: Option<ApplicationTunnel>) -> (Mesh, Workload) {
         let at = |name: &str| GatewayAddress { destination: name.parse().unwrap(), hbone_mtls_port: 15008 };
         let mut web = service("web", "10.96.0.1");

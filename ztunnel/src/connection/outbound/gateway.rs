@@ -1,4 +1,5 @@
-//! The way into another network: a tunnel to its gateway and, within it, one to an endpoint that the gateway chooses.
+//! The way into another network: a tunnel to its gateway and, within it, one to an endpoint that
+//! the gateway chooses.
 
 use std::{sync::Arc, time::Instant};
 
@@ -16,7 +17,8 @@ use crate::{
     stream::{self, SocketIs},
 };
 
-/// Follows the connection to its end. Who answers is known only from its answer, so the record is opened after it.
+/// Follows the connection to its end. Who answers is known only from its answer, so the record is
+/// opened after it.
 pub(super) async fn carry(
     accepted: Accepted,
     source: &Arc<Workload>,
@@ -69,7 +71,8 @@ async fn open(
     let process = &accepted.worker.process;
     let outer = request(accepted, source, route, authority, None)?;
     let (stream, lease) = open_stream(accepted, &outer, target).await?;
-    // Behind the gateway our address means nothing: the network tells that the source is to be known by baggage.
+    // Behind the gateway our address means nothing: the network tells that the source is to be
+    // known by baggage.
     let inner = request(accepted, source, route, authority, Some(&source.network))?;
     let failed =
         |source| Arc::new(ConnectError::Inner { authority: authority.to_owned(), source: Box::new(source) });
