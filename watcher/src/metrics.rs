@@ -1,6 +1,6 @@
 //! What operators count, and whether the watcher is ready.
 //!
-//! To add a metric, add a row to [`METRICS`], register it in [`Metrics::new`] and count where it
+//! To add a metric, add a row to `METRICS`, register it in [`Metrics::new`] and count where it
 //! happens. The watcher's table in `docs/metrics.md` follows from the row; a test compares the rows
 //! with the registry.
 //!

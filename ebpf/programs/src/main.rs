@@ -25,6 +25,7 @@
     clippy::inline_always,
     reason = "before it inlines, the verifier sees calls that share 512 bytes of stack"
 )]
+#![allow(unreachable_pub, reason = "a binary has no outside: `pub` says what its other modules use")]
 #![expect(clippy::needless_pass_by_value, reason = "aya's macros pass contexts by value")]
 #![expect(
     clippy::cast_possible_truncation,

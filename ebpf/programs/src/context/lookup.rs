@@ -29,6 +29,7 @@ impl Lookup {
 
     /// The cookie of the netns that this copy of the program is attached to. The loader writes it
     /// into this very instruction of each copy, since no helper tells it to programs of this type.
+    #[expect(clippy::unused_self, reason = "only a running program of this type has it")]
     #[inline(always)]
     pub fn netns_cookie(&self) -> u64 {
         let cookie;
