@@ -8,6 +8,7 @@
 mod dns;
 mod exclusions;
 mod explain;
+mod flows;
 mod inbound;
 mod lifecycle;
 mod lifetime;
