@@ -1,0 +1,127 @@
+//! What happens when something arrives: an update of the source, an event of the kernel, a message
+//! of a tunnel. Each handler marks what it is about; the loop does the rest.
+
+use std::{os::unix::ffi::OsStrExt as _, path::Path, sync::Arc, time::Instant};
+
+use adit_ebpf_common::lifecycle::name;
+
+use crate::{
+    apply::zds_server::ZdsEvent,
+    model::pod::Update,
+    observe::{
+        cgroup_path,
+        cgroups::{self, CgroupId},
+        events::Event,
+    },
+    plan::PodPlan,
+};
+
+use super::Agent;
+
+impl Agent {
+    /// The source sent an update.
+    pub(super) fn on_update(&mut self, update: Update) {
+        let first = !self.pods.is_synced() && matches!(update, Update::All(_));
+        if first {
+            // What an earlier run left and no pod needs is found only by comparing everything.
+            self.queue.reconcile_all();
+            self.adoption.begin(Instant::now());
+        }
+        self.reporter.source_update(&update, first);
+        self.queue.observe(self.pods.apply_update(update, Instant::now()));
+        if first && self.pods.keeps_running() {
+            self.keep_lost();
+        }
+    }
+
+    /// Has those pods observed that an earlier watcher enrolled, that the source does not name, and
+    /// whose processes run.
+    fn keep_lost(&mut self) {
+        let enrolled = self.applier.netns.by_cookie().values().map(|netns| netns.uid.clone());
+        let lost: Vec<String> =
+            enrolled.filter(|uid| !uid.is_empty() && self.pods.get(uid).is_none()).collect();
+        if lost.is_empty() {
+            return;
+        }
+        self.observer.find_dirs();
+        for uid in lost {
+            let dir = self.observer.dir(&uid).filter(|dir| !matches!(cgroups::is_populated(dir), Ok(false)));
+            if let Some(dir) = dir.cloned() {
+                self.pods.add_lost(&uid, dir, Instant::now());
+                self.queue.observe([uid]);
+            }
+        }
+    }
+
+    /// Something happened in a cgroup.
+    pub(super) fn on_event(&mut self, event: Event) {
+        self.reporter.event();
+        match event {
+            Event::Cgroup { path, closed } => {
+                if let Some(id) = closed {
+                    self.on_closed(id, &path);
+                }
+                self.queue.observe(self.observer.pods_at(&path, &self.pods));
+            }
+            Event::Process { cgroup_id } => {
+                if let Some(entry) = self.pods.by_cgroup_mut(cgroup_id)
+                    && entry.process_started(Instant::now())
+                {
+                    self.queue.observe([entry.view.pod.uid.clone()]);
+                }
+            }
+            Event::Lost(count) => {
+                self.reporter.events_lost(count);
+                self.queue.scan();
+            }
+        }
+    }
+
+    /// The programs closed a new cgroup. Whether its entry stays is decided when its pod is
+    /// compared.
+    fn on_closed(&mut self, id: CgroupId, path: &Path) {
+        let name = path.file_name().and_then(|given| name(given.as_bytes()));
+        if let Some(info) = name.and_then(|name| self.applier.maps.record_closed(id, &name)) {
+            self.pods.add_stray(PodPlan { cgroups: [(id, info)].into(), ..PodPlan::default() });
+            let pod_path = cgroup_path::resolve(path, &self.config.attach);
+            self.queue.reconcile(pod_path.map(|found| found.uid));
+        }
+    }
+
+    /// Something happened on a tunnel's connection.
+    pub(super) fn on_tunnel(&mut self, event: ZdsEvent) {
+        match event {
+            ZdsEvent::Hello { conn, pid, admission } => {
+                let pod_at = |dir: &Path| self.pods.owner(dir).map(|entry| Arc::clone(&entry.view.pod));
+                if self.applier.admit_tunnel(conn, pid, admission, &self.layout, pod_at) {
+                    self.queue.reconcile_all();
+                }
+            }
+            ZdsEvent::Added { conn, offer, error } => {
+                if error.is_some()
+                    && let Some(entry) = self.pods.get_mut(&offer.uid)
+                {
+                    entry.grace_until = None;
+                }
+                self.applier.tunnels.acknowledge(conn, &offer, error);
+                self.queue.reconcile([offer.uid]);
+            }
+            ZdsEvent::Withdrawn { conn, serial } => self.applier.draining.acknowledge(conn, serial),
+            // From here on its acknowledgements say which pods are served.
+            ZdsEvent::SnapshotTaken => {
+                self.adoption.end();
+                self.queue.reconcile_all();
+            }
+            ZdsEvent::Gone { conn, reason } => {
+                if !self.applier.remove_tunnel(conn, &reason) {
+                    return;
+                }
+                if self.applier.tunnels.is_empty() {
+                    self.pods.end_all_grace_periods();
+                    self.adoption.end();
+                }
+                self.queue.reconcile_all();
+            }
+        }
+    }
+}
