@@ -50,7 +50,7 @@ pub struct Config {
     pub cluster_id: Arc<str>,
     /// DNS suffix of service names.
     pub cluster_domain: Arc<str>,
-    /// Trust domain of this node's workloads.
+    /// Trust domain of workloads for which nobody tells one.
     pub trust_domain: Arc<str>,
     /// The pod of this process. `None`: its metrics are not served over HBONE.
     pub own_pod: Option<OwnPod>,
@@ -221,8 +221,8 @@ pub struct XdsConfig {
 /// How to call a control plane.
 #[derive(Clone, Debug, Serialize)]
 pub struct ControlPlaneConfig {
-    /// Always `https://`.
-    pub address: String,
+    /// Where it is.
+    pub address: ControlPlaneAddress,
     /// CA that its certificate must chain to.
     pub root: RootSource,
     /// Authenticates this tunnel.
@@ -235,6 +235,30 @@ pub struct ControlPlaneConfig {
     /// `CA_HEADER_*`, `XDS_HEADER_*`: extra gRPC metadata.
     #[serde(skip)]
     pub headers: Headers,
+}
+
+/// Where a control plane is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ControlPlaneAddress {
+    /// `https://host:port`.
+    Https(String),
+    /// A Unix socket on this node. No TLS: who may open the socket is a matter of the node.
+    Socket(PathBuf),
+}
+
+impl std::fmt::Display for ControlPlaneAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Https(address) => f.write_str(address),
+            Self::Socket(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl Serialize for ControlPlaneAddress {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
 }
 
 /// TLS between tunnels.

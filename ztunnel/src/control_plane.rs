@@ -1,11 +1,15 @@
 //! Connects to a control plane, for certificates and discovery. The TLS root is read again when it
-//! changes. The server's certificate may have any of the configured names. Calls carry our token.
+//! changes. The server's certificate may have any of the configured names. Calls carry our token,
+//! if there is one.
 
 use std::{
     io,
     path::Path,
     str::FromStr,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -15,7 +19,9 @@ use tonic::{
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Uri},
 };
 
-use crate::config::{ControlPlaneConfig, RootSource, Token};
+use tracing::warn;
+
+use crate::config::{ControlPlaneAddress, ControlPlaneConfig, RootSource, Token};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const PING_INTERVAL: Duration = Duration::from_secs(30);
@@ -63,6 +69,10 @@ pub enum ControlPlaneError {
 /// A control plane and its channels.
 pub(crate) struct ControlPlane {
     config: ControlPlaneConfig,
+    /// As it is shown.
+    address: String,
+    /// Whether the log says that there is no token.
+    told_no_token: AtomicBool,
     /// Rebuilt when the root file changes.
     channels: Mutex<Option<Connected>>,
 }
@@ -74,7 +84,8 @@ impl std::fmt::Debug for ControlPlane {
 }
 
 struct Connected {
-    root: String,
+    /// `None` without TLS.
+    root: Option<String>,
     /// One per allowed server name, all connected lazily.
     channels: Vec<Channel>,
 }
@@ -82,39 +93,51 @@ struct Connected {
 impl ControlPlane {
     /// Connects on first use.
     pub(crate) fn new(config: ControlPlaneConfig) -> Self {
-        Self { config, channels: Mutex::default() }
+        let address = config.address.to_string();
+        Self { config, address, told_no_token: AtomicBool::new(false), channels: Mutex::default() }
     }
 
     /// The address, for logs.
     pub(crate) fn address(&self) -> &str {
-        &self.config.address
+        &self.address
     }
 
     /// One per allowed server name, to be tried in this order.
     pub(crate) fn channels(&self) -> Result<Vec<Channel>, ControlPlaneError> {
-        let root = root_pem(&self.config.root)?;
+        let root = match &self.config.address {
+            ControlPlaneAddress::Https(_) => Some(root_pem(&self.config.root)?),
+            ControlPlaneAddress::Socket(_) => None,
+        };
         let mut held = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(connected) = &*held
             && connected.root == root
         {
             return Ok(connected.channels.clone());
         }
-        let host = Uri::from_str(&self.config.address).ok().and_then(|uri| uri.host().map(str::to_owned));
-        let host = host.ok_or_else(|| ControlPlaneError::NoHost { address: self.config.address.clone() })?;
-        let channels = [Some(host), self.config.alt_name.clone()]
-            .into_iter()
-            .flatten()
-            .map(|name| self.channel_by(name, &root))
-            .collect::<Result<Vec<_>, _>>()?;
+        let channels = match &root {
+            None => vec![self.channel(None)?],
+            Some(root) => {
+                let host = Uri::from_str(&self.address).ok().and_then(|uri| uri.host().map(str::to_owned));
+                let host = host.ok_or_else(|| ControlPlaneError::NoHost { address: self.address.clone() })?;
+                let tls = |name| {
+                    ClientTlsConfig::new().ca_certificate(Certificate::from_pem(root)).domain_name(name)
+                };
+                let names = [Some(host), self.config.alt_name.clone()].into_iter().flatten();
+                names.map(|name| self.channel(Some(tls(name)))).collect::<Result<Vec<_>, _>>()?
+            }
+        };
         *held = Some(Connected { root, channels: channels.clone() });
         Ok(channels)
     }
 
-    fn channel_by(&self, name: String, root: &str) -> Result<Channel, ControlPlaneError> {
-        let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(root)).domain_name(name);
-        let endpoint = Endpoint::from_shared(self.config.address.clone())
-            .and_then(|endpoint| endpoint.tls_config(tls))
-            .map_err(|source| ControlPlaneError::Endpoint { address: self.config.address.clone(), source })?;
+    fn channel(&self, tls: Option<ClientTlsConfig>) -> Result<Channel, ControlPlaneError> {
+        let endpoint = Endpoint::from_shared(self.address.clone());
+        let endpoint = match tls {
+            Some(tls) => endpoint.and_then(|endpoint| endpoint.tls_config(tls)),
+            None => endpoint,
+        };
+        let endpoint = endpoint
+            .map_err(|source| ControlPlaneError::Endpoint { address: self.address.clone(), source })?;
         Ok(endpoint
             .connect_timeout(CONNECT_TIMEOUT)
             .http2_keep_alive_interval(PING_INTERVAL)
@@ -123,14 +146,32 @@ impl ControlPlane {
             .connect_lazy())
     }
 
-    /// Adds our credentials. The token is read at each call, because the kubelet rotates it.
-    pub(crate) fn authenticate<T>(&self, call: &mut Request<T>) -> Result<(), ControlPlaneError> {
-        let token = match &self.config.token {
-            Token::Literal(token) => token.clone(),
-            Token::File(path) => read("the token", path)?,
+    /// The token, which is read at each call, because the kubelet rotates it. `None` while there is
+    /// no file: the service may ask for none, and says so itself if it does.
+    fn token(&self) -> Result<Option<String>, ControlPlaneError> {
+        let path = match &self.config.token {
+            Token::Literal(token) => return Ok(Some(token.clone())),
+            Token::File(path) => path,
         };
+        match read("the token", path) {
+            Err(ControlPlaneError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                if !self.told_no_token.swap(true, Ordering::Relaxed) {
+                    warn!(address = self.address, path = %path.display(),
+                        "there is no file with a token; calls carry none until there is");
+                }
+                Ok(None)
+            }
+            token => token.map(Some),
+        }
+    }
+
+    /// Adds our credentials.
+    pub(crate) fn authenticate<T>(&self, call: &mut Request<T>) -> Result<(), ControlPlaneError> {
+        let token = self.token()?;
         let metadata = call.metadata_mut();
-        metadata.insert("authorization", ascii("the token", &format!("Bearer {}", token.trim()))?);
+        if let Some(token) = token {
+            metadata.insert("authorization", ascii("the token", &format!("Bearer {}", token.trim()))?);
+        }
         metadata.insert("clusterid", ascii("the cluster's id", &self.config.cluster_id)?);
         for (name, value) in &self.config.headers.0 {
             let what = "an extra header";

@@ -17,7 +17,7 @@ fn tunnel(mesh: &TunnelMesh, netns: TestNetns, port: u64, pods: &[&MeshPod]) -> 
     tunnel_with(mesh, netns, port, pods, &[])
 }
 
-fn tunnel_with(
+pub fn tunnel_with(
     mesh: &TunnelMesh,
     netns: TestNetns,
     port: u64,
@@ -46,12 +46,12 @@ fn tunnel_with(
     tunnel
 }
 
-fn name(pod: &MeshPod) -> String {
+pub fn name(pod: &MeshPod) -> String {
     format!("Kubernetes//Pod/demo/{}", pod.name)
 }
 
 /// A workload as the control plane sends it.
-fn workload(pod: &MeshPod, version: &str, tunnel_protocol: u32) -> Value {
+pub fn workload(pod: &MeshPod, version: &str, tunnel_protocol: u32) -> Value {
     let services = match pod.name.as_str() {
         "server" => json!({WEB: {"ports": [{"servicePort": 80, "targetPort": 8080}]}}),
         _ => json!({}),
@@ -64,7 +64,7 @@ fn workload(pod: &MeshPod, version: &str, tunnel_protocol: u32) -> Value {
     }}])
 }
 
-fn base64(bytes: &[u8]) -> String {
+pub fn base64(bytes: &[u8]) -> String {
     use base64::Engine;
     base64::engine::general_purpose::STANDARD.encode(bytes)
 }

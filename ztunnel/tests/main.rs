@@ -8,6 +8,7 @@ mod behaviours;
 mod connections;
 mod control_plane;
 mod dns;
+mod drop_in;
 mod envoy;
 mod gateways;
 mod hbone;

@@ -15,6 +15,8 @@ pub(crate) struct ConfigKey {
     /// Environment variable that overrides the file. For a map, the prefix of the variables of its
     /// entries.
     pub variable: &'static str,
+    /// Another variable for it, which counts where the first one is not set.
+    pub else_variable: Option<&'static str>,
     /// What a value may be.
     pub kind: ValueKind,
     /// The value when the key is not set.
@@ -86,7 +88,18 @@ const fn key(
     default: DefaultValue,
     about: &'static str,
 ) -> ConfigKey {
-    ConfigKey { name, variable, kind, default, about }
+    ConfigKey { name, variable, else_variable: None, kind, default, about }
+}
+
+impl ConfigKey {
+    const fn or(self, variable: &'static str) -> Self {
+        Self { else_variable: Some(variable), ..self }
+    }
+
+    /// Its variables; the first one that is set counts.
+    pub(super) fn variables(&self) -> impl Iterator<Item = &'static str> + use<> {
+        std::iter::once(self.variable).chain(self.else_variable)
+    }
 }
 
 /// In the order in which the documentation lists them.
@@ -99,9 +112,9 @@ pub(crate) const KEYS: &[ConfigKey] = &[
     key("node.name", "NODE_NAME", Text, Is(""), "name of this node"),
     key("node.instance_ip", "INSTANCE_IP", Text, Nothing, "address of the tunnel, sent to the control plane"),
     key("node.network", "NETWORK", Text, Is(""), "network of this node; workloads in other networks are reached through gateways"),
-    key("node.cluster", "CLUSTER_ID", Text, Is("Kubernetes"), "cluster id of this node"),
+    key("node.cluster", "ISTIO_META_CLUSTER_ID", Text, Is("Kubernetes"), "cluster id of this node: only workloads of this cluster are its pods").or("CLUSTER_ID"),
     key("node.cluster_domain", "CLUSTER_DOMAIN", Text, Is("cluster.local"), "DNS suffix of the cluster, for service names"),
-    key("node.trust_domain", "TRUST_DOMAIN", Text, Is("cluster.local"), "trust domain of this node's workloads"),
+    key("node.trust_domain", "TRUST_DOMAIN", Text, Is("cluster.local"), "trust domain of workloads for which the control plane or the mesh file tells none"),
 
     key("own.pod", "POD_NAME", Text, Nothing, "the tunnel's own pod. With namespace and service account, its metrics are also served over HBONE on port 15008 of its own netns, subject to policy"),
     key("own.namespace", "POD_NAMESPACE", Text, Nothing, "namespace of that pod"),
@@ -113,17 +126,17 @@ pub(crate) const KEYS: &[ConfigKey] = &[
     key("mesh.file", "LOCAL_XDS_PATH", Path, Nothing, "workloads, services and policies from a file, reloaded when it changes"),
     key("mesh.inline", "LOCAL_XDS", Text, Nothing, "the same document as text instead of a file"),
 
-    key("xds.address", "XDS_ADDRESS", Text, Depends("`https://istiod.istio-system.svc:15012` inside Kubernetes unless `mesh.file` or `mesh.inline` is set or the variable is set and empty, else none"), "https address of the control plane for workloads, services and policies"),
-    key("xds.root", "XDS_ROOT_CA", Text, Is("./var/run/secrets/istio/root-cert.pem"), "CA that the control plane's certificate must chain to: a file, PEM text, or `SYSTEM`"),
+    key("xds.address", "XDS_ADDRESS", Text, Depends("`https://istiod.istio-system.svc:15012` inside Kubernetes unless `mesh.file` or `mesh.inline` is set or the variable is set and empty, else none"), "address of the control plane for workloads, services and policies: https, or a socket on this node as `unix:/path`"),
+    key("xds.root", "XDS_ROOT_CA", Text, Is("./var/run/secrets/istio/root-cert.pem"), "CA that the control plane's certificate must chain to: a file, PEM text, or `SYSTEM`; not used with a socket"),
     key("xds.alt_name", "ALT_XDS_HOSTNAME", Text, Nothing, "another name that the control plane's certificate may have"),
     key("xds.headers", "XDS_HEADER_", Map, Nothing, "extra gRPC metadata"),
     key("xds.on_demand", "XDS_ON_DEMAND", Bool, Is("false"), "subscribe to workloads and services when a connection needs them, not to all at start; requires `dns.enabled: false`"),
     key("xds.metadata", "ISTIO_META_", Map, Nothing, "further node metadata for the control plane, as text"),
     key("xds.metadata_json", "ISTIO_METAJSON_", Map, Nothing, "further node metadata for the control plane, as JSON"),
 
-    key("ca.address", "CA_ADDRESS", Text, Depends("`https://istiod.istio-system.svc:15012` inside Kubernetes, else none"), "https address of the certificate service"),
-    key("ca.root", "CA_ROOT_CA", Text, Is("./var/run/secrets/istio/root-cert.pem"), "CA that the service's certificate must chain to: a file, PEM text, or `SYSTEM`"),
-    key("ca.token", "AUTH_TOKEN", Secret, Is("./var/run/secrets/tokens/istio-token"), "token that authenticates the tunnel: a file (any value with a slash) or the token itself"),
+    key("ca.address", "CA_ADDRESS", Text, Depends("`https://istiod.istio-system.svc:15012` inside Kubernetes, else none"), "address of the certificate service: https, or a socket on this node as `unix:/path`"),
+    key("ca.root", "CA_ROOT_CA", Text, Is("./var/run/secrets/istio/root-cert.pem"), "CA that the service's certificate must chain to: a file, PEM text, or `SYSTEM`; not used with a socket"),
+    key("ca.token", "AUTH_TOKEN", Secret, Is("./var/run/secrets/tokens/istio-token"), "token that authenticates the tunnel: a file (any value with a slash) or the token itself; while the file is missing, calls carry no token"),
     key("ca.alt_name", "ALT_CA_HOSTNAME", Text, Nothing, "another name that the service's certificate may have"),
     key("ca.headers", "CA_HEADER_", Map, Nothing, "extra gRPC metadata"),
     key("ca.development", "FAKE_CA", Bool, Is("false"), "use a CA inside the process. Not for production: every node holds the root key"),
@@ -154,7 +167,7 @@ pub(crate) const KEYS: &[ConfigKey] = &[
     key("hbone.application_tunnel_loopback", "LOCALHOST_APP_TUNNEL", Bool, Is("true"), "connect to applications that accept the PROXY protocol on loopback, else on the pod's address"),
 
     key("dns.enabled", "ISTIO_META_DNS_CAPTURE", Bool, Is("true"), "answer the pods' DNS queries for services of the mesh"),
-    key("dns.address", "DNS_PROXY_ADDR", Address, Is("localhost:15053"), "where the DNS proxy listens in each pod's netns; with an IPv4 loopback address it also listens on IPv6 loopback"),
+    key("dns.address", "ISTIO_META_DNS_PROXY_ADDR", Address, Is("localhost:15053"), "where the DNS proxy listens in each pod's netns; with an IPv4 loopback address it also listens on IPv6 loopback").or("DNS_PROXY_ADDR"),
     key("dns.preferred_namespace", "PREFERED_SERVICE_NAMESPACE", Text, Nothing, "namespace preferred among services with the same name, after the client's own"),
     key("dns.upstream", "DNS_UPSTREAM", Text, Depends("the resolvers of `/etc/resolv.conf`"), "resolvers for all other names: `IP:port` or `IP`, separated by commas"),
 

@@ -11,9 +11,9 @@ use std::{
 };
 
 use super::{
-    CaConfig, Config, ConfigError, ControlPlaneConfig, DnsConfig, H2Config, Headers, KeepaliveConfig,
-    LocalState, LogFormat, OwnPod, PoolConfig, PortsConfig, ProxyMode, ProxyTo, RootSource, StreamConfig,
-    TlsConfig, Token, XdsConfig, settings::RawSettings, value,
+    CaConfig, Config, ConfigError, ControlPlaneAddress, ControlPlaneConfig, DnsConfig, H2Config, Headers,
+    KeepaliveConfig, LocalState, LogFormat, OwnPod, PoolConfig, PortsConfig, ProxyMode, ProxyTo, RootSource,
+    StreamConfig, TlsConfig, Token, XdsConfig, settings::RawSettings, value,
 };
 
 /// Default limit: each worker adds listening sockets to every pod.
@@ -225,10 +225,17 @@ fn control_plane(
         "ca" => ["ca.address", "ca.root", "ca.alt_name", "ca.headers"],
         _ => ["xds.address", "xds.root", "xds.alt_name", "xds.headers"],
     };
-    let address = match address.split_once("://") {
-        None => format!("https://{address}"),
-        Some(("https", _)) => address.to_owned(),
-        Some(_) => return Err(settings.invalid(address_key, "an https address")),
+    let address = match (address.strip_prefix("unix:"), address.split_once("://")) {
+        (Some(path), _) => {
+            let path = path.strip_prefix("//").unwrap_or(path);
+            if !path.starts_with('/') {
+                return Err(settings.invalid(address_key, "unix: and an absolute path"));
+            }
+            ControlPlaneAddress::Socket(path.into())
+        }
+        (None, None) => ControlPlaneAddress::Https(format!("https://{address}")),
+        (None, Some(("https", _))) => ControlPlaneAddress::Https(address.to_owned()),
+        (None, Some(_)) => return Err(settings.invalid(address_key, "an https address, or unix:/path")),
     };
     let root = match &*settings.text(root) {
         "SYSTEM" => RootSource::System,

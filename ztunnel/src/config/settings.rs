@@ -94,7 +94,7 @@ pub enum Origin {
 pub struct Effective {
     /// Name in the file.
     pub key: &'static str,
-    /// Its environment variable.
+    /// Its environment variable: the one that has set it, if any has.
     pub variable: &'static str,
     /// `None`: not set, and no fixed default. Secrets show as `(hidden)`.
     pub value: Option<String>,
@@ -113,6 +113,8 @@ const HIDDEN: &str = "(hidden)";
 pub(super) struct RawSettings {
     file: Option<String>,
     set: BTreeMap<&'static str, (Origin, Value)>,
+    /// Which variable has set a key that has two.
+    by: BTreeMap<&'static str, &'static str>,
 }
 
 #[derive(Debug)]
@@ -128,7 +130,8 @@ impl RawSettings {
         variables: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self, ConfigError> {
         let mut errors = Vec::new();
-        let mut settings = Self { file: file.map(|path| path.display().to_string()), set: BTreeMap::new() };
+        let file_name = file.map(|path| path.display().to_string());
+        let mut settings = Self { file: file_name, set: BTreeMap::new(), by: BTreeMap::new() };
         if let Some(path) = file {
             settings.read_file(path, &mut errors)?;
         }
@@ -207,18 +210,24 @@ impl RawSettings {
     }
 
     fn read_variables(&mut self, variables: impl IntoIterator<Item = (String, String)>) {
-        let maps = || KEYS.iter().filter(|key| key.kind == ValueKind::Map);
-        for (variable, text) in variables.into_iter().filter(|(_, text)| !text.is_empty()) {
-            if let Some(key) = KEYS.iter().find(|key| key.variable == variable && key.kind != ValueKind::Map)
-            {
-                self.set.insert(key.name, (Origin::Environment, Value::Text(text)));
-            } else if let Some((key, name)) =
-                maps().find_map(|key| Some((key, variable.strip_prefix(key.variable)?)))
-            {
+        let is_map = |key: &&ConfigKey| key.kind == ValueKind::Map;
+        let variables: BTreeMap<_, _> = variables.into_iter().filter(|(_, text)| !text.is_empty()).collect();
+        for key in KEYS.iter().filter(|key| !is_map(key)) {
+            let found = key.variables().find_map(|name| Some((name, variables.get(name)?)));
+            if let Some((name, text)) = found {
+                self.set.insert(key.name, (Origin::Environment, Value::Text(text.clone())));
+                self.by.insert(key.name, name);
+            }
+        }
+        // Also those that set a key of their own: Istio's control plane expects every `ISTIO_META_*`
+        // in the metadata.
+        for (variable, text) in variables {
+            let of = |key: &'static ConfigKey| Some((key, variable.strip_prefix(key.variable)?.to_owned()));
+            if let Some((key, name)) = KEYS.iter().filter(is_map).find_map(of) {
                 let entry = self.set.entry(key.name).or_insert((Origin::File, Value::Map(BTreeMap::new())));
                 entry.0 = Origin::Environment;
                 if let Value::Map(map) = &mut entry.1 {
-                    map.insert(name.to_owned(), text);
+                    map.insert(name, text);
                 }
             }
         }
@@ -239,7 +248,7 @@ impl RawSettings {
     pub(super) fn written_as(&self, name: &str) -> String {
         match (self.set.get(name), &self.file) {
             (Some((Origin::File, _)), Some(file)) => format!("{file}: {name}"),
-            _ => row(name).variable.to_owned(),
+            _ => self.by.get(name).copied().unwrap_or(row(name).variable).to_owned(),
         }
     }
 
@@ -358,7 +367,8 @@ impl RawSettings {
             true => HIDDEN.to_owned(),
             false => value,
         });
-        Effective { key: key.name, variable: key.variable, value, hidden, origin }
+        let variable = self.by.get(key.name).copied().unwrap_or(key.variable);
+        Effective { key: key.name, variable, value, hidden, origin }
     }
 }
 
@@ -385,7 +395,7 @@ fn nearest(name: &str) -> Option<&'static str> {
     let likeness = |key: &ConfigKey| {
         let last = key.name.rsplit('.').next().unwrap_or(key.name);
         strsim::jaro_winkler(key.name, name)
-            .max(strsim::jaro_winkler(key.variable, name))
+            .max(key.variables().map(|variable| strsim::jaro_winkler(variable, name)).fold(0.0, f64::max))
             .max(strsim::jaro_winkler(last, name) * 0.95)
     };
     let best = KEYS.iter().map(|key| (likeness(key), key)).max_by(|a, b| a.0.total_cmp(&b.0));

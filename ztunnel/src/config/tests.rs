@@ -47,7 +47,11 @@ fn an_ill_formed_value_is_named_with_what_was_expected() {
             r#"SECRET_TTL="1s": expected a duration of at least 10s, such as 30s, 5m or 1h30m"#,
         ),
         ("ADMIN_ADDR", "0.0.0.0:15000", r#"ADMIN_ADDR="0.0.0.0:15000": expected a loopback address"#),
-        ("CA_ADDRESS", "http://ca:1", r#"CA_ADDRESS="http://ca:1": expected an https address"#),
+        (
+            "CA_ADDRESS",
+            "http://ca:1",
+            r#"CA_ADDRESS="http://ca:1": expected an https address, or unix:/path"#,
+        ),
         ("KEEPALIVE_RETRIES", "0", r#"KEEPALIVE_RETRIES="0": expected a number from 1 to 127"#),
         ("HTTP2_FRAME_SIZE", "100", r#"HTTP2_FRAME_SIZE="100": expected a number from 16384 to 16777215"#),
     ] {
@@ -117,18 +121,65 @@ fn dedicated_mode_names_its_workload_and_has_no_mark() {
 }
 
 #[test]
+fn what_istios_daemonset_sets_comes_first_and_reaches_the_control_plane() {
+    let set = [
+        ("CLUSTER_ID", "old"),
+        ("ISTIO_META_CLUSTER_ID", "east"),
+        ("DNS_PROXY_ADDR", "127.0.0.1:1"),
+        ("ISTIO_META_DNS_PROXY_ADDR", "127.0.0.1:15054"),
+        ("ISTIO_META_DNS_CAPTURE", "true"),
+        ("ISTIO_META_ENABLE_HBONE", "true"),
+        ("XDS_ADDRESS", "istiod.istio-system.svc:15012"),
+    ];
+    let both = config(&set).unwrap();
+    assert_eq!((&*both.cluster_id, both.dns.address.port()), ("east", 15054));
+    let xds = both.xds.unwrap();
+    assert_eq!(
+        xds.service.address,
+        ControlPlaneAddress::Https("https://istiod.istio-system.svc:15012".into())
+    );
+    assert_eq!(&*xds.service.cluster_id, "east");
+    for (key, value) in [
+        ("CLUSTER_ID", "east"),
+        ("DNS_CAPTURE", "true"),
+        ("DNS_PROXY_ADDR", "127.0.0.1:15054"),
+        ("ENABLE_HBONE", "true"),
+    ] {
+        assert_eq!(xds.metadata[key], value, "{key}");
+    }
+    let ours = config(&[("CLUSTER_ID", "west"), ("DNS_PROXY_ADDR", "127.0.0.1:1")]).unwrap();
+    assert_eq!((&*ours.cluster_id, ours.dns.address.port()), ("west", 1));
+    assert!(refusal(&[("DNS_PROXY_ADDR", "x")]).starts_with("DNS_PROXY_ADDR="), "named as it was written");
+}
+
+#[test]
+fn a_control_plane_may_be_a_socket_on_this_node() {
+    for (address, path) in
+        [("unix:/run/xds.sock", "/run/xds.sock"), ("unix:///run/xds.sock", "/run/xds.sock")]
+    {
+        let config = config(&[("XDS_ADDRESS", address), ("CA_ADDRESS", address)]).unwrap();
+        let socket = ControlPlaneAddress::Socket(path.into());
+        assert_eq!(config.xds.unwrap().service.address, socket);
+        assert!(matches!(config.ca, CaConfig::Service { service, .. } if service.address == socket));
+    }
+    for address in ["unix:run/xds.sock", "unix://", "unix:", "http://localhost:1"] {
+        assert!(refusal(&[("XDS_ADDRESS", address)]).contains("expected"), "{address}");
+    }
+}
+
+#[test]
 fn who_signs() {
     let service = |vars: &[(&str, &str)]| match config(vars).unwrap().ca {
         CaConfig::Service { service, .. } => service,
         other @ CaConfig::Development { .. } => panic!("{other:?}"),
     };
     let ca = service(&[("CA_ADDRESS", "istiod:15012"), ("AUTH_TOKEN", "a.b.c"), ("CA_HEADER_X_TENANT", "7")]);
-    assert_eq!(ca.address, "https://istiod:15012");
+    assert_eq!(ca.address.to_string(), "https://istiod:15012");
     assert_eq!(ca.token, Token::Literal("a.b.c".to_owned()));
     assert_eq!(ca.headers.0, BTreeMap::from([("X_TENANT".to_owned(), "7".to_owned())]));
     // In a cluster the development CA must have been chosen.
     let in_cluster = ("KUBERNETES_SERVICE_HOST", "10.0.0.1");
-    assert_eq!(service(&[in_cluster]).address, "https://istiod.istio-system.svc:15012");
+    assert_eq!(service(&[in_cluster]).address.to_string(), "https://istiod.istio-system.svc:15012");
     for chosen in [("DEVELOPMENT_CA_DIR", "/ca"), ("FAKE_CA", "true")] {
         assert!(matches!(config(&[in_cluster, chosen]).unwrap().ca, CaConfig::Development { .. }));
     }
@@ -262,7 +313,9 @@ fn every_row_is_read_and_has_a_default_that_fits() {
     let source = include_str!("resolve.rs");
     let mut names = std::collections::BTreeSet::new();
     for key in keys::KEYS {
-        assert!(names.insert(key.name) && names.insert(key.variable), "{} is there twice", key.name);
+        for name in key.variables().chain([key.name]) {
+            assert!(names.insert(name), "{name} is there twice");
+        }
         assert!(source.contains(&format!("\"{}\"", key.name)), "nobody reads {}", key.name);
         if let keys::DefaultValue::Is(text) = key.default {
             assert!(text.is_empty() || value::fits(key.kind, text), "{}: {text}", key.name);
@@ -283,7 +336,10 @@ fn the_documentation_has_a_line_for_every_key() {
         };
         let (variable, kind) = match key.kind {
             keys::ValueKind::Map => (format!("`{}*`", key.variable), key.kind.expectation()),
-            kind => (format!("`{}`", key.variable), kind.expectation()),
+            kind => {
+                let variables: Vec<_> = key.variables().map(|variable| format!("`{variable}`")).collect();
+                (variables.join(", else "), kind.expectation())
+            }
         };
         let _ = writeln!(table, "| `{}` | {variable} | {kind} | {default} | {} |", key.name, key.about);
     }

@@ -18,15 +18,28 @@ use crate::{command::run, netns::TestNetns, process::KillOnDrop, program::cache,
 pub struct FakeControlPlane {
     commands: ChildStdin,
     heard: mpsc::Receiver<Value>,
-    /// Its port on loopback.
+    /// Its port on loopback; 0 on a socket.
     pub port: u64,
     _process: KillOnDrop,
 }
 
 impl FakeControlPlane {
-    /// Starts it on `port` of loopback (0: a free one), with a certificate whose root is
-    /// `xds-root.pem` in `folder`.
+    /// Starts it on `port` of loopback (0: a free one), with a certificate for `localhost` and for
+    /// the name of Istio's, whose root is `xds-root.pem` in `folder`.
     pub fn start(folder: &Path, netns: &TestNetns, port: u64) -> Self {
+        let mut started = Self::listen(folder, netns, &format!("127.0.0.1:{port}"));
+        started.port = started.receive("listening")["listening"].as_u64().expect("a port");
+        started
+    }
+
+    /// Starts it on the Unix socket `socket`, without TLS.
+    pub fn start_at_socket(folder: &Path, netns: &TestNetns, socket: &Path) -> Self {
+        let started = Self::listen(folder, netns, &format!("unix:{}", socket.display()));
+        started.receive("listening");
+        started
+    }
+
+    fn listen(folder: &Path, netns: &TestNetns, at: &str) -> Self {
         let python = cache().join("grpc/bin/python");
         assert!(python.exists(), "{} is missing: make setup", python.display());
         let (certificate, key) = server_certificate(folder);
@@ -34,7 +47,8 @@ impl FakeControlPlane {
         command
             .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/src/fakes/fake_control_plane/control_plane.py"))
             .args([&certificate, &key])
-            .arg(port.to_string())
+            .arg(at)
+            .args([folder.join("xds-root.pem"), folder.join("root.key")])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped());
         let mut child = command.spawn().expect("python");
@@ -45,9 +59,7 @@ impl FakeControlPlane {
                 let _ = sender.send(serde_json::from_str(&line).expect("JSON"));
             }
         });
-        let mut started = Self { commands, heard, port, _process: KillOnDrop(child) };
-        started.port = started.receive("listening")["listening"].as_u64().expect("a port");
-        started
+        Self { commands, heard, port: 0, _process: KillOnDrop(child) }
     }
 
     /// The next line of this kind that it prints; others are skipped.
@@ -83,7 +95,7 @@ fn server_certificate(folder: &Path) -> (PathBuf, PathBuf) {
         run(&format!(
             "cd {}; openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout root.key \
              -out xds-root.pem -subj /O=xds -days 1; openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 \
-             -nodes -keyout server.key -out server.csr -subj /CN=x; echo subjectAltName=DNS:localhost > san; \
+             -nodes -keyout server.key -out server.csr -subj /CN=x; echo subjectAltName=DNS:localhost,DNS:istiod.istio-system.svc > san; \
              openssl x509 -req -in server.csr -CA xds-root.pem -CAkey root.key -set_serial 5 -days 1 -extfile san \
              -out server.crt",
             folder.display()

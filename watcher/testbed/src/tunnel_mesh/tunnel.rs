@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io,
     net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
 };
 
@@ -62,6 +62,43 @@ impl TunnelNode {
             [("PROXY_MODE", "dedicated"), ("PROXY_WORKLOAD_INFO", &info), ("PACKET_MARK", "1337")];
         let (child, log) = Self::spawn(mesh, &pod.node, &netns, &variables);
         Self { netns, agent: None, hello: Vec::new(), child, log }
+    }
+
+    /// One in a container's place: with nothing but `environment`, in a folder and with a
+    /// `/etc/hosts` and a `/run/ztunnel` of its own, and with the arguments of Istio's DaemonSet.
+    /// Its agent's socket is where Istio's is.
+    pub fn daemonset(
+        mesh: &TunnelMesh,
+        netns: TestNetns,
+        folder: &Path,
+        hosts: &str,
+        environment: &[(&str, &str)],
+    ) -> Self {
+        let sockets = folder.join("sockets");
+        std::fs::create_dir_all(&sockets).expect("folder");
+        std::fs::write(folder.join("hosts"), hosts).expect("hosts");
+        let mut agent = FakeAgent::listen(&sockets.join("ztunnel.sock"));
+        let log = mesh.dir.path().join(format!("{netns}.log"));
+        let output = File::create(&log).expect("log");
+        let script = format!(
+            "mount --bind {folder}/hosts /etc/hosts; mkdir {folder}/run; mount --bind {folder}/run /run; \
+             mkdir /run/ztunnel; mount --bind {sockets} /run/ztunnel; cd {folder}; exec {tunnel} proxy ztunnel",
+            folder = folder.display(),
+            sockets = sockets.display(),
+            tunnel = binary("ztunnel").display()
+        );
+        let mut command = netns.command("unshare");
+        command
+            .args(["-m", "sh", "-ec", &script])
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .envs(environment.iter().copied())
+            .stdin(Stdio::null())
+            .stderr(output.try_clone().expect("log"))
+            .stdout(output);
+        let child = KillOnDrop(command.spawn().expect("the tunnel starts"));
+        let hello = agent.accept();
+        Self { netns, agent: Some(agent), hello, child, log }
     }
 
     fn spawn(

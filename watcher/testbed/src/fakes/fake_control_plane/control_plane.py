@@ -1,14 +1,17 @@
 """A control plane of a foreign gRPC implementation: what it is told on stdin it sends, what it hears it prints.
 
+It signs certificates too. Arguments: certificate, key, where to listen (HOST:PORT with TLS, or unix:PATH without),
+the CA's certificate and its key.
+
 stdin, one JSON object a line:
   {"push": TYPE, "set": {NAME: [VERSION, MESSAGE]}, "remove": [NAME]}   one response; also kept for later streams
   {"hold": TYPE, "set": ..., "remove": ...}                              kept only
   {"hang_up": true}                                                      ends the stream
   {"mute": true}, {"mute": false}                                        names that are asked for are answered only later
-stdout: {"listening": PORT}, {"stream": METADATA}, {"request": ...}, {"ended": true}
+stdout: {"listening": PORT}, {"stream": METADATA}, {"request": ...}, {"ended": true}, {"signed": IDENTITY, "with": METADATA}
 TYPE is "address" or "authorization"; MESSAGE as protobuf's JSON.
 """
-import base64, ipaddress, json, os, queue, sys, tempfile, threading
+import base64, ipaddress, json, os, queue, subprocess, sys, tempfile, threading
 from concurrent import futures
 
 import grpc
@@ -17,14 +20,14 @@ from grpc_tools import protoc
 
 here = os.path.dirname(os.path.abspath(__file__))
 made = tempfile.mkdtemp()
-names = ["discovery", "istio", "security"]
+names = ["discovery", "istio", "security", "ca"]
 include = os.path.join(os.path.dirname(sys.modules["grpc_tools"].__file__), "_proto")
 assert 0 == protoc.main(
     ["protoc", f"-I{here}", f"-I{include}", f"--python_out={made}", f"--grpc_python_out={made}"]
     + [os.path.join(here, f"{name}.proto") for name in names]
 )
 sys.path.insert(0, made)
-import discovery_pb2, discovery_pb2_grpc, istio_pb2, security_pb2
+import ca_pb2, ca_pb2_grpc, discovery_pb2, discovery_pb2_grpc, istio_pb2, security_pb2
 
 URLS = {
     "address": "type.googleapis.com/istio.workload.Address",
@@ -121,10 +124,33 @@ class Service(discovery_pb2_grpc.AggregatedDiscoveryServiceServicer):
             yield one
 
 
-certificate, key = (open(path, "rb").read() for path in sys.argv[1:3])
+certificate_file, key_file, where, root_file, root_key_file = sys.argv[1:6]
+
+
+class Certificates(ca_pb2_grpc.IstioCertificateServiceServicer):
+    """Signs whatever it is asked to, with the identity that the request names."""
+
+    def CreateCertificate(self, request, context):
+        identity = json_format.MessageToDict(request.metadata)["ImpersonatedIdentity"]
+        say(signed=identity, **{"with": dict(context.invocation_metadata())})
+        folder = tempfile.mkdtemp(dir=made)
+        extensions = os.path.join(folder, "ext")
+        with open(extensions, "w") as file:
+            file.write(f"subjectAltName=critical,URI:{identity}\nextendedKeyUsage=serverAuth,clientAuth\n")
+        sign = ["openssl", "x509", "-req", "-CA", root_file, "-CAkey", root_key_file, "-days", "1",
+                "-set_serial", str(int.from_bytes(os.urandom(8), "big") >> 1), "-extfile", extensions]
+        leaf = subprocess.run(sign, input=request.csr.encode(), capture_output=True, check=True).stdout.decode()
+        return ca_pb2.IstioCertificateResponse(cert_chain=[leaf, open(root_file).read()])
+
+
+certificate, key = (open(path, "rb").read() for path in (certificate_file, key_file))
 server = grpc.server(futures.ThreadPoolExecutor(max_workers=16))
 discovery_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(Service(), server)
-port = server.add_secure_port(f"127.0.0.1:{sys.argv[3]}", grpc.ssl_server_credentials([(key, certificate)]))
+ca_pb2_grpc.add_IstioCertificateServiceServicer_to_server(Certificates(), server)
+if where.startswith("unix:"):
+    port = server.add_insecure_port(where)
+else:
+    port = server.add_secure_port(where, grpc.ssl_server_credentials([(key, certificate)]))
 server.start()
 say(listening=port)
 for line in sys.stdin:
