@@ -1,7 +1,7 @@
 //! SPIFFE ids, the certificates that prove them, and the verification of peers.
 //!
 //! * [`certificates`]: one valid certificate per local identity, fetched once, renewed at half of
-//!   its lifetime
+//!   its lifetime; `slot`: one of them, and when it is due; `clock`: the wall clock
 //! * [`ca_client`], [`development_ca`]: the two certificate authorities; [`authority`]: their trait
 //! * [`revocations`]: revoked certificates
 //! * [`credentials`]: a certificate with its key, as TLS configuration for both roles
@@ -10,15 +10,17 @@
 mod authority;
 mod ca_client;
 mod certificates;
+mod clock;
 mod credentials;
 mod development_ca;
 mod revocations;
+mod slot;
 mod trust;
 
 use std::{fmt, str::FromStr, sync::Arc};
 
 pub use ca_client::credentials_from_response;
-pub use certificates::{CertificateInfo, Certificates};
+pub use certificates::{AccountLease, CertificateInfo, Certificates};
 pub use credentials::Credentials;
 pub use revocations::{CertificateChain, Revocations, RevocationsError};
 pub use trust::{TlsParameters, peer_identity};

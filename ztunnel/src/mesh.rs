@@ -4,6 +4,7 @@
 //!   gateways
 //! * `change`: an update from a control plane, as a difference
 //! * [`table`]: a hash table that is cheap to copy; [`index`]: the keys of each table
+//! * `local_pod`: which workload is a pod of this node
 //! * `view`: lookups that note missing names
 //! * `store`: holds the current snapshot and swaps it as a whole; a connection uses one snapshot
 //! * [`local_file`]: the source without a control plane, watched for edits
@@ -14,6 +15,7 @@ pub mod change;
 pub mod gateways;
 mod index;
 pub mod local_file;
+mod local_pod;
 pub mod policies;
 pub mod services;
 pub mod store;
@@ -25,6 +27,7 @@ use std::{net::IpAddr, sync::Arc};
 
 pub use change::MeshChange;
 pub use gateways::{GatewayAddress, GatewayDestination};
+pub use local_pod::LocalPod;
 pub use policies::{Policy, PolicyKey};
 pub use services::{Endpoint, Service, ServiceKey};
 pub use store::Store;
@@ -199,16 +202,12 @@ impl Mesh {
         }
     }
 
-    /// The workload of a pod of this node, by the names that the node agent sent.
+    /// The workload of a pod of this node. `None` also while only namesakes of it are known.
     #[must_use]
-    pub fn workload_by_name(
-        &self,
-        namespace: &str,
-        name: &str,
-        service_account: &str,
-    ) -> Option<&Arc<Workload>> {
-        let mut named = self.by_name.all((namespace, name)).map(|entry| &entry.0);
-        named.find(|workload| &*workload.service_account == service_account)
+    pub fn workload_of(&self, pod: &LocalPod) -> Option<&Arc<Workload>> {
+        let named = self.by_name.all((&pod.namespace, &pod.name)).map(|entry| &entry.0);
+        let fitting = named.filter_map(|workload| Some((pod.fit(workload)?, workload)));
+        fitting.max_by(|(a, _), (b, _)| a.cmp(b)).map(|(_, workload)| workload)
     }
 
     /// The workload that has this host name itself, not through a service.

@@ -6,12 +6,16 @@ use adit_netns::Netns;
 use nix::net::if_::{Interface, if_nameindex};
 use tokio_util::sync::CancellationToken;
 
-use crate::{identity::Identity, socket};
+use crate::{
+    identity::AccountLease,
+    mesh::{LocalPod, Mesh, Workload},
+    socket,
+};
 
 /// Interval of the check whether a pod was deleted, while it has open connections.
 const LOOK_FOR_LINKS_EVERY: Duration = Duration::from_secs(5);
 
-/// The names of a pod, from the node agent. Its identity follows from these alone.
+/// The names of a pod, from the node agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodInfo {
     /// Its name.
@@ -27,7 +31,10 @@ pub struct PodInfo {
 pub struct ServedPod {
     pub(crate) uid: String,
     pub(crate) info: PodInfo,
-    pub(crate) identity: Identity,
+    /// The same names, and those of the node: how the mesh knows the pod.
+    pub(crate) local: LocalPod,
+    /// Keeps its certificates as long as a connection of the pod may need them.
+    pub(crate) _account: AccountLease,
     pub(crate) netns: Netns,
     /// Options for every socket in its netns, except those to the application.
     pub(crate) socket: socket::SocketOptions,
@@ -42,6 +49,12 @@ pub struct ServedPod {
 }
 
 impl ServedPod {
+    /// Its workload in `mesh`: its policies and, with the trust domain, its identity.
+    #[must_use]
+    pub fn workload<'mesh>(&self, mesh: &'mesh Mesh) -> Option<&'mesh Arc<Workload>> {
+        mesh.workload_of(&self.local)
+    }
+
     /// Resolves when the pod was deleted, not only taken out of the mesh. Every CNI plugin removes
     /// the links of a deleted pod's netns; our own sockets keep the netns itself.
     pub async fn deleted(&self) {

@@ -29,7 +29,7 @@ use crate::{
     config::ProxyMode,
     context::ProcessContext,
     dns::{Dns, sockets},
-    identity::Identity,
+    mesh::LocalPod,
     pod::{PodInfo, ServedPod},
     socket,
     worker::{
@@ -61,6 +61,8 @@ pub struct ServedPods {
     /// The tunnel's own pod. The node agent neither adds nor removes it.
     own: Option<Arc<ServedPod>>,
     pending: HashMap<String, Pending>,
+    /// Counts the snapshots of the mesh, which tells who the pods are.
+    mesh_changes: watch::Receiver<u64>,
     stop: CancellationToken,
     /// Name and state of each, by uid.
     published: watch::Sender<BTreeMap<String, serde_json::Value>>,
@@ -75,8 +77,9 @@ impl ServedPods {
         dns: Option<Dns>,
         stop: CancellationToken,
     ) -> Self {
-        let (running, pending) = (HashMap::new(), HashMap::new());
-        Self { process, workers, dns, running, own: None, pending, stop, published: watch::Sender::default() }
+        let mesh_changes = process.store.subscribe();
+        let (running, pending, published) = (HashMap::new(), HashMap::new(), watch::Sender::default());
+        Self { process, workers, dns, running, own: None, pending, mesh_changes, stop, published }
     }
 
     /// The pods as shown to operators. Each call returns the current state.
@@ -118,7 +121,6 @@ impl ServedPods {
             info!(pod.uid = uid, pod.name = %pod.info.name, "pod removed");
             pod.stop.cancel();
             self.process.metrics.pods.stopped.inc();
-            self.forget_identities();
         }
         self.publish(uid);
     }
@@ -142,13 +144,24 @@ impl ServedPods {
         self.pending.is_empty()
     }
 
-    /// Waits until a failed start is due, and retries it. Pending while there is none.
-    pub async fn retry(&mut self) {
+    /// Waits for something to do, and does it: a failed start is due, or the mesh has changed and
+    /// may tell more of who the pods are.
+    pub async fn upkeep(&mut self) {
         let due = self.pending.iter().min_by_key(|(_, pending)| pending.next);
-        let Some((uid, next)) = due.map(|(uid, pending)| (uid.clone(), pending.next)) else {
-            return std::future::pending().await;
+        let due = due.map(|(uid, pending)| (uid.clone(), pending.next));
+        let retry = async {
+            match due {
+                Some((uid, next)) => {
+                    sleep_until(next).await;
+                    uid
+                }
+                None => std::future::pending().await,
+            }
         };
-        sleep_until(next).await;
+        let uid = tokio::select! {
+            uid = retry => uid,
+            Ok(()) = self.mesh_changes.changed() => return self.prefetch_certificates(),
+        };
         let Some(mut pending) = self.pending.remove(&uid) else { return };
         let started =
             pending.netns.try_clone().and_then(|netns| self.start(&uid, pending.info.clone(), netns));
@@ -177,6 +190,7 @@ impl ServedPods {
         info!(pod.uid = uid, pod.name = %pod.info.name, pod.namespace = %pod.info.namespace,
             pod.service_account = %pod.info.service_account, "pod added");
         self.running.insert(uid.to_owned(), pod);
+        self.prefetch_certificates();
         Ok(())
     }
 
@@ -191,6 +205,7 @@ impl ServedPods {
         info!(pod.name = %pod.info.name, pod.namespace = %pod.info.namespace,
             pod.service_account = %pod.info.service_account, port = metrics, "own metrics are served over HBONE");
         self.own = Some(pod);
+        self.prefetch_certificates();
         Ok(())
     }
 
@@ -227,13 +242,17 @@ impl ServedPods {
             let names = dns.map(|_| sockets::listen(config.dns.address, config.ipv6, &socket));
             Ok((listeners, names))
         })?;
-        let identity = Identity {
-            trust_domain: Arc::clone(&config.trust_domain),
+        let local = LocalPod {
+            cluster_id: Arc::clone(&config.cluster_id),
+            node: Arc::clone(&config.node),
             namespace: Arc::clone(&info.namespace),
+            name: Arc::clone(&info.name),
             service_account: Arc::clone(&info.service_account),
         };
+        let (namespace, service_account) = (Arc::clone(&info.namespace), Arc::clone(&info.service_account));
+        let _account = self.process.certificates.lease(namespace, service_account);
         let (uid, stop, end) = (uid.to_owned(), self.stop.child_token(), self.stop.clone());
-        let pod = Arc::new(ServedPod { uid, info, identity, netns, socket, own_port, stop, end });
+        let pod = Arc::new(ServedPod { uid, info, local, _account, netns, socket, own_port, stop, end });
         self.workers.serve(&pod, listeners)?;
         // DNS is optional, connections are not: a pod whose DNS port is in use is served without
         // DNS.
@@ -243,11 +262,6 @@ impl ServedPods {
                 warn!(pod.uid, address = %config.dns.address, %error, "cannot serve the pod's DNS");
             }
             _ => {}
-        }
-        // Fetch the certificate ahead, so that the first connection does not wait for it. A
-        // dedicated tunnel fetches only its own, when it needs it.
-        if self.process.config.mode == ProxyMode::Shared {
-            self.process.certificates.prefetch(&pod.identity);
         }
         Ok(pod)
     }
@@ -268,10 +282,16 @@ impl ServedPods {
         });
     }
 
-    /// Keeps only the certificates that some pod needs.
-    fn forget_identities(&self) {
-        let wanted = self.running.values().chain(&self.own).map(|pod| pod.identity.clone()).collect();
-        self.process.certificates.retain(&wanted);
+    /// Has the certificates of the pods fetched ahead, so that the first connection does not wait.
+    /// A dedicated tunnel fetches only its own, when it needs it.
+    fn prefetch_certificates(&self) {
+        if self.process.config.mode != ProxyMode::Shared {
+            return;
+        }
+        let mesh = self.process.store.snapshot();
+        let pods = self.running.values().chain(&self.own);
+        let identities = pods.filter_map(|pod| pod.workload(&mesh)).map(|workload| workload.identity());
+        self.process.certificates.serve(&identities.collect());
     }
 }
 

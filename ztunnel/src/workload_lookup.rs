@@ -33,15 +33,13 @@ pub(crate) async fn own_workload(
         loop {
             changes.mark_unchanged();
             let mesh = process.store.snapshot();
-            let info = &pod.info;
-            let found = mesh.workload_by_name(&info.namespace, &info.name, &info.service_account).cloned();
-            if let Some(workload) = found {
+            if let Some(workload) = pod.workload(&mesh).cloned() {
                 return Some((mesh, workload));
             }
             if let Some(demand) = &process.demand {
                 // Istio's form of a pod's uid. Its control plane sends the pods of this node
                 // unasked.
-                let cluster = &process.config.cluster_id;
+                let (cluster, info) = (&process.config.cluster_id, &pod.info);
                 demand.subscribe(&format!("{cluster}//Pod/{}/{}", info.namespace, info.name));
             }
             changes.changed().await.ok()?;

@@ -62,8 +62,10 @@ impl Probe {
         let peer = server.at(15008);
         let expected = identity(&server.name);
         let asking = async {
-            let credentials =
-                self.certificates.get(&who.parse().expect("identity")).await.expect("certificate");
+            let who: Identity = who.parse().expect("identity");
+            let _lease =
+                self.certificates.lease(Arc::clone(&who.namespace), Arc::clone(&who.service_account));
+            let credentials = self.certificates.get(&who).await.expect("certificate");
             let socket = dial(pod, peer);
             let tunnel = client::handshake(socket, peer, credentials.client(&[expected]), &self.h2).await;
             let tunnel = tunnel.map_err(|error| error.to_string())?;

@@ -125,6 +125,7 @@ async fn the_dump_shows_what_is_known() {
     let bench = Bench::start().await;
     tokio::spawn(Arc::clone(&bench.admin.certificates).run(bench.stop.clone()));
     let id: Identity = "spiffe://cluster.local/ns/default/sa/web".parse().unwrap();
+    let _lease = bench.admin.certificates.lease(Arc::clone(&id.namespace), Arc::clone(&id.service_account));
     bench.admin.certificates.get(&id).await.unwrap();
     let (status, body) = bench.get(ADMIN, "/config_dump").await;
     assert_eq!(status, 200);

@@ -35,8 +35,7 @@ pub(super) async fn until_denied(
     loop {
         changes.mark_unchanged();
         let mesh = process.store.snapshot();
-        let info = &pod.info;
-        if let Some(workload) = mesh.workload_by_name(&info.namespace, &info.name, &info.service_account)
+        if let Some(workload) = pod.workload(&mesh)
             && check(&mesh, workload, client, identity, target).is_err()
         {
             return;

@@ -43,6 +43,8 @@ struct InboundTunnel {
     peer: SocketAddr,
     identity: Option<Identity>,
     chain: CertificateChain,
+    /// Who the pod proved to be.
+    own: Identity,
     /// The address that the peer dialled.
     local: SocketAddr,
 }
@@ -55,7 +57,12 @@ pub(crate) async fn serve(accepted: Accepted) {
     let fail = |error: InboundError| {
         record_early_failure(&process.metrics, &ConnectionEnds::new(Direction::Inbound, peer, local), &error);
     };
-    let credentials = match process.certificates.get(&pod.identity).await {
+    // The control plane tells the trust domain of the pod, and so who it is.
+    let own = match own_workload(&process, &pod).await {
+        Ok((_, workload)) => workload.identity(),
+        Err(error) => return fail(error.into()),
+    };
+    let credentials = match process.certificates.get(&own).await {
         Ok(credentials) => credentials,
         Err(error) => return fail(InboundError::Identity(error)),
     };
@@ -83,7 +90,7 @@ pub(crate) async fn serve(accepted: Accepted) {
         stop.cancel();
         std::future::pending::<()>().await;
     };
-    let tunnel = Rc::new(InboundTunnel { worker, pod, peer, identity, chain: chain.clone(), local });
+    let tunnel = Rc::new(InboundTunnel { worker, pod, peer, identity, chain: chain.clone(), own, local });
     let served =
         server::serve(tls, &process.config.h2, stop.clone(), |connect| request(Rc::clone(&tunnel), connect));
     let served = tokio::select! {
@@ -170,7 +177,7 @@ fn ends(tunnel: &InboundTunnel, admitted: &Admitted) -> ConnectionEnds {
     ends.source_identity.clone_from(&tunnel.identity);
     ends.hbone = Some(admitted.delivery.target);
     ends.destination_workload = Some(Arc::clone(&admitted.workload));
-    ends.destination_identity = Some(tunnel.pod.identity.clone());
+    ends.destination_identity = Some(tunnel.own.clone());
     ends.destination_service.clone_from(&admitted.delivery.service);
     ends
 }

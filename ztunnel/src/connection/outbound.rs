@@ -110,7 +110,7 @@ async fn hbone(
 ) -> Result<(), OutboundError> {
     let (metrics, began) = (Arc::clone(&accepted.worker.process.metrics), Instant::now());
     let opened = match request(&accepted, source, route, target.authority, None) {
-        Ok(request) => open_stream(&accepted, &request, target).await,
+        Ok(request) => open_stream(&accepted, source, &request, target).await,
         Err(error) => Err(error),
     };
     match opened {

@@ -204,7 +204,7 @@ impl PodDns {
         if step == QueryOutcome::Ignore {
             return Outcome::Nothing;
         }
-        let workload = mesh.workload_by_name(&info.namespace, &info.name, &info.service_account);
+        let workload = self.pod.workload(&mesh);
         let labels = DnsLabels::new(query_type, transport.as_str(), workload.map(|workload| &**workload));
         self.context.process.metrics.dns.requests.get_or_create(&labels).inc();
         match step {

@@ -1,47 +1,67 @@
-//! One valid certificate per local identity: fetched once for all that wait, renewed at half of its
-//! lifetime.
+//! One valid certificate per local identity: fetched once for all that wait, renewed at about half
+//! of its lifetime.
+//!
+//! A certificate is held for an identity only while a pod with its service account is served, or
+//! has connections: each such pod has an [`AccountLease`].
 
 use std::{
     collections::{HashMap, HashSet},
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
-use tokio::{
-    sync::{Notify, watch},
-    task::JoinSet,
-    time::Instant,
-};
+use tokio::{sync::Notify, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::{
-    Credentials, Identity, IdentityError, authority::Authority, ca_client::CaClient,
-    development_ca::DevelopmentCa, trust::TlsParameters,
+    Credentials, Identity, IdentityError,
+    authority::Authority,
+    ca_client::CaClient,
+    clock::WallClock,
+    development_ca::DevelopmentCa,
+    slot::{CertificateSlot, CertificateState, Now, Urgency},
+    trust::TlsParameters,
 };
 use crate::{
-    backoff::Backoff,
     config::{CaConfig, Config},
     error_chain::error_chain,
 };
 
 /// Concurrent fetches. The control plane may serve many nodes that start at the same time.
 const MAX_FETCHES: usize = 8;
-/// Delays between failed fetches: doubled from the first to the longest, each varied by up to a
-/// fifth either way.
-const FIRST_RETRY: Duration = Duration::from_secs(1);
-const LONGEST_RETRY: Duration = Duration::from_secs(150);
-const RETRY_JITTER: f64 = 0.2;
 
 /// The certificates of the workloads that this process serves. [`run`](Self::run) does all
 /// fetching: nothing is fetched before it runs or after it ended.
 pub struct Certificates {
     authority: Box<dyn Authority>,
-    slots: Mutex<HashMap<Identity, CertificateSlot>>,
+    clock: WallClock,
+    held: Mutex<Held>,
     /// Notified when a slot may be due.
     wanted: Notify,
     stopped: CancellationToken,
+}
+
+#[derive(Default)]
+struct Held {
+    slots: HashMap<Identity, CertificateSlot>,
+    /// How many leases there are of each account.
+    accounts: HashMap<Account, usize>,
+}
+
+/// Namespace and service account: an identity without its trust domain.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Account {
+    namespace: Arc<str>,
+    service_account: Arc<str>,
+}
+
+impl Account {
+    fn of(identity: &Identity) -> Self {
+        let Identity { namespace, service_account, .. } = identity;
+        Self { namespace: Arc::clone(namespace), service_account: Arc::clone(service_account) }
+    }
 }
 
 impl fmt::Debug for Certificates {
@@ -50,79 +70,23 @@ impl fmt::Debug for Certificates {
     }
 }
 
-/// State of one identity's certificate.
-#[derive(Clone, Debug, Default)]
-enum CertificateState {
-    /// The first fetch has not ended yet.
-    #[default]
-    Pending,
-    Valid(Arc<Credentials>),
-    /// The last fetch failed and no certificate is held; `run` retries.
-    Failed(IdentityError),
+/// As long as it lives, there are certificates for a service account, in whatever trust domain its
+/// pods are.
+#[derive(Debug)]
+pub struct AccountLease {
+    certificates: Arc<Certificates>,
+    account: Account,
 }
 
-/// The order in which due fetches start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Urgency {
-    /// A connection waits.
-    RealTime,
-    /// A workload may connect soon.
-    Warmup,
-    /// A valid certificate is due for renewal.
-    Background,
-}
-
-struct CertificateSlot {
-    state: watch::Sender<CertificateState>,
-    /// Error of the last renewal, while the certificate is still valid.
-    renewal_error: Option<IdentityError>,
-    /// When the certificate in `state` expires.
-    expires: Instant,
-    /// When to fetch next. `None` during a fetch.
-    due: Option<Instant>,
-    urgency: Urgency,
-    /// Delays between failed fetches.
-    backoff: Backoff,
-}
-
-impl CertificateSlot {
-    fn new(urgency: Urgency) -> Self {
-        let now = Instant::now();
-        Self {
-            state: watch::Sender::default(),
-            renewal_error: None,
-            expires: now,
-            due: Some(now),
-            urgency,
-            backoff: Backoff::between(FIRST_RETRY, LONGEST_RETRY).with_jitter(RETRY_JITTER),
+impl Drop for AccountLease {
+    fn drop(&mut self) {
+        let mut held = self.certificates.held();
+        let Some(leases) = held.accounts.get_mut(&self.account) else { return };
+        *leases -= 1;
+        if *leases == 0 {
+            held.accounts.remove(&self.account);
+            held.slots.retain(|identity, _| Account::of(identity) != self.account);
         }
-    }
-
-    /// Records the result of a fetch and when the next one is due.
-    fn record_result(&mut self, fetched: Result<Credentials, IdentityError>) {
-        let now = Instant::now();
-        match fetched {
-            Ok(credentials) => {
-                let clock = SystemTime::now();
-                // A certificate that is past half of its lifetime on arrival must not cause a tight
-                // loop.
-                let half_life = credentials.half_life_from(clock).max(FIRST_RETRY);
-                self.due = Some(now + half_life);
-                self.expires = now + credentials.expires_in(clock);
-                self.backoff.reset();
-                self.renewal_error = None;
-                self.state.send_replace(CertificateState::Valid(Arc::new(credentials)));
-            }
-            Err(error) => {
-                self.due = Some(now + self.backoff.delay());
-                if matches!(*self.state.borrow(), CertificateState::Valid(_)) && now < self.expires {
-                    self.renewal_error = Some(error);
-                } else {
-                    self.state.send_replace(CertificateState::Failed(error));
-                }
-            }
-        }
-        self.urgency = Urgency::Background;
     }
 }
 
@@ -152,79 +116,88 @@ impl Certificates {
                 Box::new(DevelopmentCa::open(folder, config.secret_ttl, tls)?)
             }
         };
-        Ok(Self::with_authority(authority))
+        Ok(Self::with_authority(authority, WallClock::system()))
     }
 
-    fn with_authority(authority: Box<dyn Authority>) -> Arc<Self> {
+    fn with_authority(authority: Box<dyn Authority>, clock: WallClock) -> Arc<Self> {
         Arc::new(Self {
             authority,
-            slots: Mutex::default(),
+            clock,
+            held: Mutex::default(),
             wanted: Notify::new(),
             stopped: CancellationToken::new(),
         })
     }
 
+    /// Allows certificates for the pods of a service account, as long as the lease lives.
+    pub fn lease(self: &Arc<Self>, namespace: Arc<str>, service_account: Arc<str>) -> AccountLease {
+        let account = Account { namespace, service_account };
+        *self.held().accounts.entry(account.clone()).or_default() += 1;
+        AccountLease { certificates: Arc::clone(self), account }
+    }
+
     /// The certificate of `identity`: at once if it is valid, else when the fetch ends.
     ///
     /// # Errors
-    /// The error of the last fetch. `run` retries after a delay; calling this again does not
-    /// shorten it.
+    /// The error of the last fetch, or [`IdentityError::Removed`] without a lease of the account.
+    /// `run` retries after a delay, which asking again shortens once some seconds have passed.
     pub async fn get(&self, identity: &Identity) -> Result<Arc<Credentials>, IdentityError> {
-        let mut state = {
-            let mut slots = self.slots();
-            let slot = match slots.get_mut(identity) {
-                Some(slot) => slot,
-                None => {
-                    slots.entry(identity.clone()).or_insert_with(|| CertificateSlot::new(Urgency::RealTime))
-                }
-            };
-            if matches!(*slot.state.borrow(), CertificateState::Valid(_)) && Instant::now() < slot.expires {
-                return ready(&slot.state.borrow()).unwrap_or(Err(IdentityError::Stopped));
+        let now = self.now();
+        let asked = {
+            let mut held = self.held();
+            let Held { slots, accounts } = &mut *held;
+            if !slots.contains_key(identity) && !accounts.contains_key(&Account::of(identity)) {
+                return Err(IdentityError::Removed { identity: identity.clone() });
             }
-            if matches!(*slot.state.borrow(), CertificateState::Valid(_)) {
-                let source = slot.renewal_error.clone().map(Arc::new);
-                return Err(IdentityError::Expired { identity: identity.clone(), source });
-            }
-            slot.urgency = Urgency::RealTime;
-            slot.state.subscribe()
+            let new = || CertificateSlot::new(Urgency::RealTime, now);
+            slots.entry(identity.clone()).or_insert_with(new).ask(identity, now)
+        };
+        let mut state = match asked {
+            Ok(answer) => return answer,
+            Err(state) => state,
         };
         self.wanted.notify_one();
         tokio::select! {
             biased;
-            result = state.wait_for(|state| ready(state).is_some()) => match result {
-                Ok(state) => ready(&state).unwrap_or(Err(IdentityError::Stopped)),
+            result = state.wait_for(|state| state.answer().is_some()) => match result {
+                Ok(state) => state.answer().unwrap_or(Err(IdentityError::Stopped)),
                 Err(_) => Err(IdentityError::Removed { identity: identity.clone() }),
             },
             () = self.stopped.cancelled() => Err(IdentityError::Stopped),
         }
     }
 
-    /// Fetches the certificate of a workload that may connect soon.
-    pub fn prefetch(&self, identity: &Identity) {
-        let mut slots = self.slots();
-        if !slots.contains_key(identity) {
-            slots.insert(identity.clone(), CertificateSlot::new(Urgency::Warmup));
+    /// Tells who the served pods are now. Their certificates are fetched, so that the first
+    /// connection does not wait. What an account was before, in another trust domain, is forgotten.
+    pub fn serve(&self, identities: &HashSet<Identity>) {
+        let (now, mut new) = (self.now(), false);
+        let current: HashSet<Account> = identities.iter().map(Account::of).collect();
+        let mut held = self.held();
+        let Held { slots, accounts } = &mut *held;
+        slots.retain(|known, _| identities.contains(known) || !current.contains(&Account::of(known)));
+        for identity in identities.iter().filter(|one| accounts.contains_key(&Account::of(one))) {
+            if !slots.contains_key(identity) {
+                slots.insert(identity.clone(), CertificateSlot::new(Urgency::Warmup, now));
+                new = true;
+            }
+        }
+        if new {
             self.wanted.notify_one();
         }
-    }
-
-    /// Removes all other identities.
-    pub fn retain(&self, wanted: &HashSet<Identity>) {
-        self.slots().retain(|identity, _| wanted.contains(identity));
     }
 
     /// All identities, sorted.
     pub fn list(&self) -> Vec<CertificateInfo> {
         let known = |(identity, slot): (&Identity, &CertificateSlot)| {
-            let (credentials, failed) = match &*slot.state.borrow() {
+            let (credentials, failed) = match slot.state() {
                 CertificateState::Pending => (None, None),
-                CertificateState::Valid(credentials) => (Some(Arc::clone(credentials)), None),
+                CertificateState::Valid(credentials) => (Some(credentials), None),
                 CertificateState::Failed(error) => (None, Some(error.to_string())),
             };
             let error = failed.or_else(|| slot.renewal_error.as_ref().map(ToString::to_string));
             CertificateInfo { identity: identity.clone(), credentials, error }
         };
-        let mut all: Vec<_> = self.slots().iter().map(known).collect();
+        let mut all: Vec<_> = self.held().slots.iter().map(known).collect();
         all.sort_by(|a, b| a.identity.cmp(&b.identity));
         all
     }
@@ -243,29 +216,33 @@ impl Certificates {
                     Err(error) => warn!(%error, "certificate fetch panicked or was cancelled"),
                 },
                 () = self.wanted.notified() => {}
-                () = sleep_until(next) => {}
+                () = sleep(next) => {}
             }
         }
     }
 
-    /// Starts due fetches, the most urgent first, and returns when the next one is due. `None`
-    /// while the number of fetches is at its limit.
+    /// Starts due fetches, the most urgent first, and returns when to look again. `None`: not
+    /// before a fetch ends.
     fn start_due(
         &self,
         fetches: &mut JoinSet<(Identity, Result<Credentials, IdentityError>)>,
-    ) -> Option<Instant> {
-        let mut slots = self.slots();
-        let now = Instant::now();
-        let mut waiting: Vec<_> = slots.iter_mut().filter(|(_, slot)| slot.due.is_some()).collect();
-        waiting.sort_by_key(|(_, slot)| (slot.due > Some(now), slot.urgency, slot.due));
-        for (identity, slot) in waiting {
-            if slot.due > Some(now) {
-                return slot_minimum(&slots);
+    ) -> Option<Duration> {
+        let now = self.now();
+        let mut held = self.held();
+        let waiting = held.slots.iter_mut().filter_map(|(identity, slot)| {
+            let due_in = slot.due_in(now)?;
+            Some((due_in, identity, slot))
+        });
+        let mut waiting: Vec<_> = waiting.collect();
+        waiting.sort_by_key(|(due_in, _, slot)| (!due_in.is_zero(), *due_in, slot.urgency));
+        for (due_in, identity, slot) in waiting {
+            if !due_in.is_zero() {
+                return Some(due_in);
             }
             if fetches.len() >= MAX_FETCHES {
                 return None;
             }
-            slot.due = None;
+            slot.starts();
             debug!(%identity, urgency = ?slot.urgency, "fetching a certificate");
             let (identity, issuing) = (identity.clone(), self.authority.issue(identity));
             fetches.spawn(async move { (identity, issuing.await) });
@@ -280,32 +257,32 @@ impl Certificates {
                 warn!(%identity, error = %error_chain(error), "certificate fetch failed, retrying");
             }
         }
+        let (now, works) = (self.now(), fetched.is_ok());
+        let mut held = self.held();
         // Without a slot the identity was removed during the fetch.
-        if let Some(slot) = self.slots().get_mut(identity) {
-            slot.record_result(fetched);
+        let stale =
+            held.slots.get_mut(identity).is_some_and(|slot| slot.record_result(identity, fetched, now));
+        if works {
+            held.slots.values_mut().for_each(|slot| slot.authority_is_back(now));
+        }
+        if stale {
+            warn!(%identity, "a new certificate is already past half of its lifetime: \
+                compare the clock of this node with that of the certificate service");
         }
     }
 
-    fn slots(&self) -> MutexGuard<'_, HashMap<Identity, CertificateSlot>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    fn now(&self) -> Now {
+        Now { monotonic: Instant::now(), wall: self.clock.now() }
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn ready(state: &CertificateState) -> Option<Result<Arc<Credentials>, IdentityError>> {
-    match state {
-        CertificateState::Pending => None,
-        CertificateState::Valid(credentials) => Some(Ok(Arc::clone(credentials))),
-        CertificateState::Failed(error) => Some(Err(error.clone())),
-    }
-}
-
-fn slot_minimum(slots: &HashMap<Identity, CertificateSlot>) -> Option<Instant> {
-    slots.values().filter_map(|slot| slot.due).min()
-}
-
-async fn sleep_until(next: Option<Instant>) {
-    match next {
-        Some(next) => tokio::time::sleep_until(next).await,
+async fn sleep(until_next: Option<Duration>) {
+    match until_next {
+        Some(pause) => tokio::time::sleep(pause).await,
         None => std::future::pending().await,
     }
 }

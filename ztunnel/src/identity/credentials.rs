@@ -164,14 +164,10 @@ impl Credentials {
         &self.root_certs
     }
 
-    /// Time from `now` until half of the lifetime has passed.
-    pub(super) fn half_life_from(&self, now: SystemTime) -> Duration {
+    /// When `part` of the lifetime has passed.
+    pub(super) fn after(&self, part: f64) -> SystemTime {
         let life = self.not_after.duration_since(self.not_before).unwrap_or_default();
-        (self.not_before + life / 2).duration_since(now).unwrap_or_default()
-    }
-
-    pub(super) fn expires_in(&self, now: SystemTime) -> Duration {
-        self.not_after.duration_since(now).unwrap_or_default()
+        self.not_before + life.mul_f64(part)
     }
 }
 

@@ -25,6 +25,7 @@ use tracing::info;
 use super::{
     Credentials, Identity, IdentityError,
     authority::{Authority, Issuing},
+    clock::WallClock,
     trust::TlsParameters,
 };
 
@@ -42,6 +43,7 @@ pub(super) struct DevelopmentCa {
     root: CertificateDer<'static>,
     ttl: Duration,
     tls: TlsParameters,
+    clock: WallClock,
 }
 
 impl DevelopmentCa {
@@ -57,7 +59,13 @@ impl DevelopmentCa {
         let root = CertificateDer::from_pem_slice(pem.as_bytes())
             .map_err(IdentityError::unusable("the development CA's root"))?;
         let issuer = Issuer::from_ca_cert_der(&root, key)?;
-        Ok(Self { issuer, root, ttl, tls })
+        Ok(Self { issuer, root, ttl, tls, clock: WallClock::system() })
+    }
+
+    /// Signs at another time.
+    #[cfg(test)]
+    pub(super) fn with_clock(self, clock: WallClock) -> Self {
+        Self { clock, ..self }
     }
 
     fn sign(&self, identity: &Identity) -> Result<Credentials, IdentityError> {
@@ -70,7 +78,7 @@ impl DevelopmentCa {
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.use_authority_key_identifier_extension = true;
         params.serial_number = Some(serial());
-        (params.not_before, params.not_after) = validity(self.ttl);
+        (params.not_before, params.not_after) = validity(self.clock.now().into(), self.ttl);
         let leaf = params.signed_by(&key, &self.issuer)?;
         let key = PrivateKeyDer::try_from(key.serialize_der())
             .map_err(|reason| IdentityError::PrivateKey { reason })?;
@@ -127,15 +135,14 @@ fn new_root() -> Result<(String, String), IdentityError> {
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params.serial_number = Some(serial());
-    (params.not_before, params.not_after) = validity(ROOT_LIFE);
+    (params.not_before, params.not_after) = validity(OffsetDateTime::now_utc(), ROOT_LIFE);
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     let key_pem = key.serialize_pem();
     let root = CertifiedIssuer::self_signed(params, key)?;
     Ok((format!("{key_pem}{}", root.pem()), root.pem()))
 }
 
-fn validity(life: Duration) -> (OffsetDateTime, OffsetDateTime) {
-    let now = OffsetDateTime::now_utc();
+fn validity(now: OffsetDateTime, life: Duration) -> (OffsetDateTime, OffsetDateTime) {
     (now - CLOCK_SKEW, now + life)
 }
 

@@ -37,6 +37,17 @@ pub(crate) fn workload(name: &str, ip: &str) -> Workload {
     }
 }
 
+/// The names of the pod that [`workload`] with the same name makes, on `node-a`.
+pub(crate) fn local_pod(name: &str) -> LocalPod {
+    LocalPod {
+        cluster_id: "Kubernetes".into(),
+        node: "node-a".into(),
+        namespace: "default".into(),
+        name: name.into(),
+        service_account: name.split('-').next().unwrap_or(name).into(),
+    }
+}
+
 /// The same but for what `change` does.
 pub(crate) fn but(mut workload: Workload, change: impl FnOnce(&mut workloads::Common)) -> Workload {
     change(&mut workload);
@@ -84,15 +95,41 @@ fn host_network_workloads_are_never_found_by_address() {
     let host = |name| but(workload(name, "192.168.0.1"), |common| common.host_network = true);
     let mesh = Mesh::new([host("a"), host("b")], [], []);
     assert!(mesh.workload_by_address("", ip("192.168.0.1")).is_none());
-    assert!(mesh.workload_by_name("default", "a", "a").is_some());
+    assert!(mesh.workload_of(&local_pod("a")).is_some());
 }
 
 #[test]
 fn a_pod_is_found_by_name_only_with_its_service_account() {
     let mesh = Mesh::new([workload("web-1", "10.0.0.1")], [], []);
-    assert!(mesh.workload_by_name("default", "web-1", "web").is_some());
-    assert!(mesh.workload_by_name("default", "web-1", "admin").is_none());
-    assert!(mesh.workload_by_name("shop", "web-1", "web").is_none());
+    let named = local_pod("web-1");
+    assert!(mesh.workload_of(&named).is_some());
+    assert!(mesh.workload_of(&LocalPod { service_account: "admin".into(), ..named.clone() }).is_none());
+    assert!(mesh.workload_of(&LocalPod { namespace: "shop".into(), ..named }).is_none());
+}
+
+/// One node name in every cluster, as `kind` and many installers give them.
+#[test]
+fn a_pod_is_not_its_namesake_of_another_cluster() {
+    let of = |uid: &str, cluster: &str, node: &str| {
+        let mut workload = but(workload("web-1", "10.0.0.1"), |common| common.cluster_id = cluster.into());
+        (workload.uid, workload.node) = (uid.into(), node.into());
+        workload
+    };
+    let ours = of("Kubernetes//Pod/default/web-1", "Kubernetes", "node-a");
+    let moved = of("Kubernetes//Pod/default/web-1", "Kubernetes", "node-b");
+    let machine = of("Kubernetes/networking.istio.io/WorkloadEntry/default/web-1", "Kubernetes", "");
+    let others = || (0..8).map(|n| of(&format!("c{n}//Pod/default/web-1"), &format!("c{n}"), "node-a"));
+    let found = |known: Vec<Workload>| {
+        let mesh = Mesh::new(known, [], []);
+        mesh.workload_of(&local_pod("web-1"))
+            .map(|workload| (workload.uid.to_string(), workload.node.to_string()))
+    };
+    let uid = || "Kubernetes//Pod/default/web-1".to_owned();
+    let with = |more: &[&Workload]| others().chain(more.iter().map(|one| (*one).clone())).collect::<Vec<_>>();
+    assert_eq!(found(with(&[&ours])), Some((uid(), "node-a".to_owned())));
+    assert_eq!(found(with(&[&ours, &machine])), Some((uid(), "node-a".to_owned())));
+    assert_eq!(found(with(&[&moved, &machine])), Some((uid(), "node-b".to_owned())), "its cluster, at least");
+    assert_eq!(found(with(&[])), None, "unknown is not somebody else");
 }
 
 #[test]

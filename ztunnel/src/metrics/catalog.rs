@@ -143,6 +143,7 @@ mod tests {
         let config = Config::from_vars([("DEVELOPMENT_CA_DIR".to_owned(), folder)]).unwrap();
         let certificates = Certificates::new(&config).unwrap();
         let fetching = tokio::spawn(Arc::clone(&certificates).run(CancellationToken::new()));
+        let _lease = certificates.lease("demo".into(), "web".into());
         certificates.get(&"spiffe://cluster.local/ns/demo/sa/web".parse().unwrap()).await.unwrap();
         fetching.abort();
         metrics.collect(Box::new(CertificateExpiry(certificates)));

@@ -70,7 +70,7 @@ pub async fn run(path: &Path, pods: &mut ServedPods, ready: &mut ReadyGuard, sto
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = &mut pause => break,
-                () = pods.retry() => {}
+                () = pods.upkeep() => {}
             }
         }
     }
@@ -91,7 +91,7 @@ async fn serve(
         }
         let packet = tokio::select! {
             packet = link.receive() => packet?,
-            () = pods.retry() => continue,
+            () = pods.upkeep() => continue,
         };
         let error = session.handle(packet, pods).err().unwrap_or_default();
         if !error.is_empty() {

@@ -70,13 +70,13 @@ async fn open(
     let PeerTarget { peer, authority, .. } = *target;
     let process = &accepted.worker.process;
     let outer = request(accepted, source, route, authority, None)?;
-    let (stream, lease) = open_stream(accepted, &outer, target).await?;
+    let (stream, lease) = open_stream(accepted, source, &outer, target).await?;
     // Behind the gateway our address means nothing: the network tells that the source is to be
     // known by baggage.
     let inner = request(accepted, source, route, authority, Some(&source.network))?;
     let failed =
         |source| Arc::new(ConnectError::Inner { authority: authority.to_owned(), source: Box::new(source) });
-    let credentials = process.certificates.get(&accepted.pod.identity).await;
+    let credentials = process.certificates.get(&source.identity()).await;
     let tls = credentials.map_err(|error| failed(ConnectError::Identity(error)))?.client(inner_expected);
     let opened = nested::open(stream, lease, peer, tls, &process.config.h2, inner).await;
     let inner = opened.map_err(failed)?;

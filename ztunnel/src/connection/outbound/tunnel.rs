@@ -39,7 +39,7 @@ pub(super) fn ends(accepted: &Accepted, source: &Arc<Workload>, route: &Outbound
     if let Via::Hbone { peer, .. } | Via::Gateway { peer, .. } = &route.via {
         ends.destination = *peer;
         ends.hbone = Some(route.target);
-        ends.source_identity = Some(accepted.pod.identity.clone());
+        ends.source_identity = Some(source.identity());
         ends.destination_identity = route.workload.as_ref().map(|workload| workload.identity());
     }
     ends
@@ -63,21 +63,22 @@ pub(super) fn request(
     connect.request().map_err(|source| OutboundError::Request { authority: authority.to_owned(), source })
 }
 
-/// Sends a request through a tunnel that the connections of the pod share.
+/// Sends a request through a tunnel that the connections of the pod share, as `source`.
 pub(super) async fn open_stream(
     accepted: &Accepted,
+    source: &Workload,
     request: &http::Request<()>,
     target: &PeerTarget<'_>,
 ) -> Result<(HboneStream, StreamLease), OutboundError> {
     let Accepted { pod, worker, .. } = accepted;
     let PeerTarget { peer, expected, .. } = *target;
     let key =
-        TunnelKey { source: pod.identity.clone(), expected: expected.to_vec(), peer, netns: pod.netns.id() };
+        TunnelKey { source: source.identity(), expected: expected.to_vec(), peer, netns: pod.netns.id() };
     let dial = || {
         let (process, pod, expected) = (Arc::clone(&worker.process), Arc::clone(pod), expected.to_vec());
+        let identity = key.source.clone();
         async move {
-            let credentials =
-                process.certificates.get(&pod.identity).await.map_err(ConnectError::Identity)?;
+            let credentials = process.certificates.get(&identity).await.map_err(ConnectError::Identity)?;
             let socket = socket::connect(&pod.netns, peer, None, &pod.socket)
                 .await
                 .map_err(|source| ConnectError::Tcp { peer, source })?;
