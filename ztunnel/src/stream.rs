@@ -9,6 +9,7 @@
 mod adaptive;
 mod error;
 mod from_socket;
+mod scratch;
 mod to_socket;
 
 use std::{future::Future, pin::pin};
@@ -103,10 +104,11 @@ pub(crate) async fn tunnel(
 ) -> Result<(), StreamError> {
     let from_socket = |n| if side == SocketIs::Client { counters.sent(n) } else { counters.received(n) };
     let to_socket = |n| if side == SocketIs::Client { counters.received(n) } else { counters.sent(n) };
-    let socket = Unfinished::new(socket)?;
+    let mut socket = Unfinished::new(socket)?;
+    let (read, write) = socket.0.split();
     let result = both(
-        socket_to_stream(&socket.0, &mut stream.send, from_socket),
-        stream_to_socket(&mut stream.recv, &socket.0, to_socket),
+        socket_to_stream(read, &mut stream.send, from_socket),
+        stream_to_socket(&mut stream.recv, write, to_socket),
         || counters.totals(),
         limits,
         cut,
@@ -131,10 +133,11 @@ pub(crate) async fn relay(
     limits: StreamConfig,
     cut: impl Future<Output = ()>,
 ) -> Result<(), StreamError> {
-    let (client, server) = (Unfinished::new(client)?, Unfinished::new(server)?);
+    let (mut client, mut server) = (Unfinished::new(client)?, Unfinished::new(server)?);
+    let ((from_client, to_client), (from_server, to_server)) = (client.0.split(), server.0.split());
     both(
-        socket_to_socket(&client.0, &server.0, |n| counters.sent(n)),
-        socket_to_socket(&server.0, &client.0, |n| counters.received(n)),
+        socket_to_socket(from_client, to_server, |n| counters.sent(n)),
+        socket_to_socket(from_server, to_client, |n| counters.received(n)),
         || counters.totals(),
         limits,
         cut,

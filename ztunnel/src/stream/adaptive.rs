@@ -1,49 +1,71 @@
 //! The size of reads.
 
-use std::io;
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use tokio::net::TcpStream;
+use tokio::net::tcp::ReadHalf;
+use tokio_util::io::poll_read_buf;
 
-/// Buffers start here and grow while reads fill them.
+use super::scratch::{self, LARGE};
+
+/// Reads start at this size and grow while they are filled. Up to here they go through the worker's
+/// scratch, and what was read is copied.
 const SMALL: usize = 16 << 10;
-/// Maximum bytes in memory per direction of a connection.
-pub(super) const LARGE: usize = 256 << 10;
 
-/// A read buffer that grows while reads fill it, and releases its memory when they no longer do.
-pub(super) struct Adaptive {
+/// The reads of one direction of a connection. Between transfers it holds no memory.
+pub(super) struct AdaptiveReads {
+    /// For reads larger than `SMALL`, which are not copied.
     buffer: BytesMut,
     /// Size of the next read.
     pub size: usize,
 }
 
-impl Adaptive {
+impl AdaptiveReads {
     pub(super) fn new() -> Self {
         Self { buffer: BytesMut::new(), size: SMALL }
     }
 
-    /// One read of at most `limit` bytes; `Ok(None)`: nothing there yet. Empty bytes: the end.
-    pub(super) fn read(&mut self, socket: &TcpStream, limit: usize) -> io::Result<Option<Bytes>> {
-        if self.buffer.capacity() < self.size / 4 {
-            self.buffer = BytesMut::with_capacity(self.size);
+    /// One read of at most `limit` bytes. Empty bytes: the end.
+    pub(super) fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &mut ReadHalf<'_>,
+        limit: usize,
+    ) -> Poll<io::Result<Bytes>> {
+        let wanted = self.size.min(limit);
+        let data = if wanted <= SMALL {
+            ready!(scratch::poll_read(cx, socket, wanted, Bytes::copy_from_slice))?
+        } else {
+            ready!(self.poll_read_large(cx, socket, wanted))?
+        };
+        if data.len() == wanted {
+            self.size = (self.size * 2).min(LARGE);
+        } else if data.len() < self.size / 8 && self.size > SMALL {
+            self.size /= 2;
         }
-        let room = self.buffer.capacity().min(limit);
-        match socket.try_read_buf(&mut (&mut self.buffer).limit(room)) {
-            Ok(n) => {
-                if n == self.size.min(limit) {
-                    self.size = (self.size * 2).min(LARGE);
-                } else if n < self.size / 8 && self.size > SMALL {
-                    self.size /= 2;
-                }
-                Ok(Some(self.buffer.split().freeze()))
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if self.buffer.capacity() > SMALL {
-                    self.buffer = BytesMut::new(); // an idle connection holds no large buffer
-                }
-                Ok(None)
-            }
-            Err(error) => Err(error),
+        Poll::Ready(Ok(data))
+    }
+
+    fn poll_read_large(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &mut ReadHalf<'_>,
+        wanted: usize,
+    ) -> Poll<io::Result<Bytes>> {
+        if self.buffer.capacity() < wanted / 4 {
+            self.buffer = BytesMut::with_capacity(wanted);
         }
+        let room = self.buffer.capacity().min(wanted);
+        ready!(poll_read_buf(Pin::new(socket), cx, &mut (&mut self.buffer).limit(room)))?;
+        Poll::Ready(Ok(self.buffer.split().freeze()))
+    }
+
+    /// Gives back the memory, since nothing is there to read.
+    pub(super) fn sleep(&mut self) {
+        self.buffer = BytesMut::new();
     }
 }

@@ -1,42 +1,41 @@
 //! Copies from a socket into an HBONE stream.
 
-use std::{future::poll_fn, task::Poll};
+use std::{
+    future::poll_fn,
+    task::{Context, Poll},
+};
 
 use bytes::Bytes;
 use h2::{Reason, SendStream};
-use tokio::net::TcpStream;
+use tokio::net::tcp::ReadHalf;
 
-use super::{adaptive::Adaptive, error::StreamError};
+use super::{adaptive::AdaptiveReads, error::StreamError};
 
 /// Copies until the socket ends, or the stream takes no more.
 pub(super) async fn socket_to_stream(
-    socket: &TcpStream,
+    mut socket: ReadHalf<'_>,
     send: &mut SendStream<Bytes>,
     moved: impl Fn(u64),
 ) -> Result<(), StreamError> {
-    let mut buffer = Adaptive::new();
+    let mut from = Source { send, reads: AdaptiveReads::new(), reserved: false };
     loop {
-        // Also wakes when the peer resets the stream: nothing else checks while the application is
-        // silent.
-        let readable = async {
-            let room = capacity(send, buffer.size).await?;
-            tokio::select! {
-                biased;
-                broken = reset_by_peer(send) => Err(broken),
-                ready = socket.readable() => ready.map(|()| room).map_err(StreamError::Socket),
-            }
+        let room = async {
+            poll_fn(|cx| from.poll_readable(cx, &socket)).await?;
+            from.capacity().await
         };
-        let room = match readable.await {
+        let room = match room.await {
             // The peer accepts no more data, but what it sent earlier may still be on its way to
             // the application.
             Err(StreamError::Reset(Reason::CANCEL | Reason::NO_ERROR)) => return Ok(()),
             other => other?,
         };
-        let Some(data) = buffer.read(socket, room).map_err(StreamError::Socket)? else { continue };
+        let read = poll_fn(|cx| Poll::Ready(from.reads.poll_read(cx, &mut socket, room))).await;
+        let Poll::Ready(data) = read else { continue };
+        let data = data.map_err(StreamError::Socket)?;
         let (n, ended) = (data.len(), data.is_empty());
-        if let Err(error) = send.send_data(data, ended) {
+        if let Err(error) = from.send.send_data(data, ended) {
             // The stream has the more precise reason.
-            return Err(known_reset(send).await.unwrap_or(StreamError::Tunnel(error)));
+            return Err(from.known_reset().await.unwrap_or(StreamError::Tunnel(error)));
         }
         if ended {
             return Ok(());
@@ -45,47 +44,74 @@ pub(super) async fn socket_to_stream(
     }
 }
 
-/// Waits until some of `wanted` bytes may be sent, and says how many.
-async fn capacity(send: &mut SendStream<Bytes>, wanted: usize) -> Result<usize, StreamError> {
-    send.reserve_capacity(wanted);
-    loop {
-        // `poll_capacity` reports only changes; existing capacity must be read first.
-        let now = send.capacity();
-        if now > 0 {
-            return Ok(now);
+/// The sending half of a stream, and how much of the tunnel's window it has reserved. h2 takes what
+/// it assigns to a stream away from all others, so a stream reserves when its socket has something
+/// to send, and gives back what it did not use before it sleeps.
+struct Source<'a> {
+    send: &'a mut SendStream<Bytes>,
+    reads: AdaptiveReads,
+    reserved: bool,
+}
+
+impl Source<'_> {
+    /// Ready when the socket has data, or has ended. Also wakes when the peer resets the stream:
+    /// nothing else checks while the application is silent.
+    fn poll_readable(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &ReadHalf<'_>,
+    ) -> Poll<Result<(), StreamError>> {
+        if let Poll::Ready(reset) = self.send.poll_reset(cx) {
+            return Poll::Ready(Err(reset.map_or_else(StreamError::Tunnel, StreamError::Reset)));
         }
-        let grown = poll_fn(|cx| {
-            if let Poll::Ready(reset) = send.poll_reset(cx) {
-                return Poll::Ready(Err(reset.map_or_else(StreamError::Tunnel, StreamError::Reset)));
+        let ready = socket.as_ref().poll_read_ready(cx);
+        if ready.is_pending() {
+            self.reads.sleep();
+            if std::mem::take(&mut self.reserved) {
+                self.send.reserve_capacity(0);
             }
-            send.poll_capacity(cx).map(Ok)
-        });
-        match grown.await? {
-            Some(Ok(_)) => {}
-            Some(Err(error)) => return Err(StreamError::Tunnel(error)),
-            None => {
-                let unknown = StreamError::Reset(Reason::INTERNAL_ERROR);
-                return Err(known_reset(send).await.unwrap_or(unknown));
+        }
+        ready.map_err(StreamError::Socket)
+    }
+
+    /// Waits until a part of the next read may be sent, and says how much. Meanwhile the data stays
+    /// in the socket.
+    async fn capacity(&mut self) -> Result<usize, StreamError> {
+        self.reserved = true;
+        self.send.reserve_capacity(self.reads.size);
+        loop {
+            // `poll_capacity` reports only changes; existing capacity must be read first.
+            let now = self.send.capacity();
+            if now > 0 {
+                return Ok(now);
+            }
+            self.reads.sleep();
+            let grown = poll_fn(|cx| {
+                if let Poll::Ready(reset) = self.send.poll_reset(cx) {
+                    return Poll::Ready(Err(reset.map_or_else(StreamError::Tunnel, StreamError::Reset)));
+                }
+                self.send.poll_capacity(cx).map(Ok)
+            });
+            match grown.await? {
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Err(StreamError::Tunnel(error)),
+                None => {
+                    let unknown = StreamError::Reset(Reason::INTERNAL_ERROR);
+                    return Err(self.known_reset().await.unwrap_or(unknown));
+                }
             }
         }
     }
-}
 
-async fn reset_by_peer(send: &mut SendStream<Bytes>) -> StreamError {
-    match poll_fn(|cx| send.poll_reset(cx)).await {
-        Ok(reason) => StreamError::Reset(reason),
-        Err(error) => StreamError::Tunnel(error),
-    }
-}
-
-/// The reset that has already happened, if there was one.
-async fn known_reset(send: &mut SendStream<Bytes>) -> Option<StreamError> {
-    poll_fn(|cx| {
-        Poll::Ready(match send.poll_reset(cx) {
-            Poll::Ready(Ok(reason)) => Some(StreamError::Reset(reason)),
-            Poll::Ready(Err(error)) => Some(StreamError::Tunnel(error)),
-            Poll::Pending => None,
+    /// The reset that has already happened, if there was one.
+    async fn known_reset(&mut self) -> Option<StreamError> {
+        poll_fn(|cx| {
+            Poll::Ready(match self.send.poll_reset(cx) {
+                Poll::Ready(Ok(reason)) => Some(StreamError::Reset(reason)),
+                Poll::Ready(Err(error)) => Some(StreamError::Tunnel(error)),
+                Poll::Pending => None,
+            })
         })
-    })
-    .await
+        .await
+    }
 }

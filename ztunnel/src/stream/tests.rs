@@ -18,37 +18,88 @@ async fn sockets() -> (TcpStream, TcpStream) {
 
 /// An application socket whose other end is carried over HTTP/2, and the peer's half of that
 /// stream.
-async fn carried()
--> (TcpStream, (SendStream<Bytes>, RecvStream), tokio::task::JoinHandle<Result<(), StreamError>>) {
+struct Carried {
+    application: TcpStream,
+    peer: (SendStream<Bytes>, RecvStream),
+    task: tokio::task::JoinHandle<Result<(), StreamError>>,
+}
+
+async fn carried() -> Carried {
+    carried_together(1, SocketIs::Client).await.pop().unwrap()
+}
+
+/// `count` connections in one tunnel, whose peer has the default window of 65,535 bytes. We are at
+/// the `side` of its client or of its server.
+async fn carried_together(count: usize, side: SocketIs) -> Vec<Carried> {
     let (near, far) = tokio::io::duplex(1 << 20);
     let (mut requests, connection) = h2::client::handshake(near).await.unwrap();
     spawn_local(connection);
     let server = spawn_local(async move {
         let mut connection = h2::server::handshake(far).await.unwrap();
-        let (request, mut respond) = connection.accept().await.unwrap().unwrap();
-        let send = respond.send_response(http::Response::new(()), false).unwrap();
+        let mut streams = Vec::new();
+        while streams.len() < count {
+            let (request, mut respond) = connection.accept().await.unwrap().unwrap();
+            let send = respond.send_response(http::Response::new(()), false).unwrap();
+            streams.push((send, request.into_body()));
+        }
         spawn_local(async move { while connection.accept().await.is_some() {} });
-        (send, request.into_body())
+        streams
     });
-    let request = http::Request::builder().method("CONNECT").uri("a:1").body(()).unwrap();
-    let (response, send) = requests.send_request(request, false).unwrap();
-    let recv = response.await.unwrap().into_body();
-    let (application, ours) = sockets().await;
-    let task = spawn_local(async move {
-        let counters = ByteCounters::default();
-        let result = tunnel(
-            ours,
-            HboneStream::new(send, recv),
-            SocketIs::Client,
-            &counters,
-            LIMITS,
-            std::future::pending(),
-        )
-        .await;
-        drop(requests);
-        result
-    });
-    (application, server.await.unwrap(), task)
+    let mut clients = Vec::new();
+    for _ in 0..count {
+        requests = requests.ready().await.unwrap();
+        let request = http::Request::builder().method("CONNECT").uri("a:1").body(()).unwrap();
+        let (response, send) = requests.send_request(request, false).unwrap();
+        clients.push((send, response.await.unwrap().into_body()));
+    }
+    let servers = server.await.unwrap();
+    let (ours, peers) = if side == SocketIs::Client { (clients, servers) } else { (servers, clients) };
+    let mut all = Vec::new();
+    for ((send, recv), peer) in ours.into_iter().zip(peers) {
+        let (application, socket) = sockets().await;
+        let requests = requests.clone();
+        let task = spawn_local(async move {
+            let (counters, stream) = (ByteCounters::default(), HboneStream::new(send, recv));
+            let result = tunnel(socket, stream, side, &counters, LIMITS, std::future::pending()).await;
+            drop(requests);
+            result
+        });
+        all.push(Carried { application, peer, task });
+    }
+    all
+}
+
+impl Carried {
+    /// From the application to the peer.
+    async fn transfer(&mut self, bytes: usize) {
+        let data = vec![7; bytes];
+        let reading = async {
+            let mut left = bytes;
+            while left > 0 {
+                let data = self.peer.1.data().await.unwrap().unwrap();
+                left -= data.len();
+                self.peer.1.flow_control().release_capacity(data.len()).unwrap();
+            }
+        };
+        let (written, ()) = tokio::join!(self.application.write_all(&data), reading);
+        written.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn idle_streams_leave_the_peers_window_to_those_that_have_something_to_send() {
+    let test = async {
+        for side in [SocketIs::Client, SocketIs::Server] {
+            for (number, stream) in carried_together(101, side).await.iter_mut().enumerate() {
+                // After a large transfer, and after a message, nothing may be kept.
+                for bytes in [1 << 20, 10] {
+                    let carried = tokio::time::timeout(Duration::from_secs(20), stream.transfer(bytes)).await;
+                    assert!(carried.is_ok(), "{side:?}: the stream after {number} idle ones carries nothing");
+                }
+            }
+        }
+    };
+    LocalSet::new().run_until(test).await;
 }
 
 #[tokio::test]
@@ -57,7 +108,7 @@ async fn reset_stream_resets_the_socket_and_cancel_ends_it() {
         for (reason, reset) in
             [(Reason::CONNECT_ERROR, true), (Reason::INTERNAL_ERROR, true), (Reason::CANCEL, false)]
         {
-            let (mut application, (mut send, _recv), task) = carried().await;
+            let Carried { mut application, peer: (mut send, _recv), task } = carried().await;
             send.send_data(Bytes::from_static(b"half"), false).unwrap();
             application.read_exact(&mut [0; 4]).await.unwrap();
             send.send_reset(reason);
@@ -73,7 +124,7 @@ async fn reset_stream_resets_the_socket_and_cancel_ends_it() {
 async fn reset_socket_resets_the_stream_and_so_does_a_task_that_is_cut() {
     let test = async {
         for cut in [false, true] {
-            let (mut application, (_send, mut recv), task) = carried().await;
+            let Carried { mut application, peer: (_send, mut recv), task } = carried().await;
             application.write_all(b"half").await.unwrap();
             assert_eq!(recv.data().await.unwrap().unwrap(), "half");
             if cut {
@@ -91,7 +142,7 @@ async fn reset_socket_resets_the_stream_and_so_does_a_task_that_is_cut() {
 #[tokio::test]
 async fn reader_that_stands_still_stops_the_writer() {
     let test = async {
-        let (mut application, (_send, recv), task) = carried().await;
+        let Carried { mut application, peer: (_send, recv), task } = carried().await;
         let mut written = 0;
         let chunk = vec![0; 1 << 16];
         let endless = async {

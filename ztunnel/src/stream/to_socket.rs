@@ -1,25 +1,34 @@
 //! Copies into a socket, from an HBONE stream or from another socket.
 
 use std::{
-    cell::RefCell,
     collections::VecDeque,
     future::poll_fn,
     io::{self, IoSlice},
     net::Shutdown,
+    pin::Pin,
     task::Poll,
 };
 
 use bytes::{Buf, Bytes};
 use h2::{Reason, RecvStream};
 use socket2::SockRef;
-use tokio::net::TcpStream;
+use tokio::{
+    io::AsyncWrite as _,
+    net::{
+        TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
+};
 
-use super::{adaptive::LARGE, error::StreamError};
+use super::{
+    error::StreamError,
+    scratch::{self, LARGE},
+};
 
 /// Copies until the stream ends.
 pub(super) async fn stream_to_socket(
     recv: &mut RecvStream,
-    socket: &TcpStream,
+    mut socket: WriteHalf<'_>,
     moved: impl Fn(u64),
 ) -> Result<(), StreamError> {
     let mut queue = VecDeque::new();
@@ -49,17 +58,17 @@ pub(super) async fn stream_to_socket(
             }
         }
         while !queue.is_empty() {
-            let n = write_some(socket, &mut queue).await.map_err(StreamError::Socket)?;
+            let n = write_some(&mut socket, &mut queue).await.map_err(StreamError::Socket)?;
             moved(n as u64);
             // Only now may the peer send more. This fails only if the stream has ended, which
             // `recv` reports.
             let _ = recv.flow_control().release_capacity(n);
         }
         if let Some(broken) = broken {
-            return clean_if_compatible(broken, socket);
+            return clean_if_compatible(broken, socket.as_ref());
         }
         if ended {
-            return end(socket);
+            return end(socket.as_ref());
         }
     }
 }
@@ -89,18 +98,14 @@ fn broken_by_peer(error: h2::Error) -> StreamError {
 
 /// Writes what the socket takes, straight from the received frames. Returns how many bytes that
 /// were.
-async fn write_some(socket: &TcpStream, queue: &mut VecDeque<Bytes>) -> io::Result<usize> {
+async fn write_some(socket: &mut WriteHalf<'_>, queue: &mut VecDeque<Bytes>) -> io::Result<usize> {
     let mut slices = [IoSlice::new(&[]); 64];
     let count = queue.len().min(slices.len());
     for (slice, data) in slices.iter_mut().zip(queue.iter()) {
         *slice = IoSlice::new(data);
     }
-    let written = loop {
-        match socket.try_write_vectored(&slices[..count]) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.writable().await?,
-            other => break other?,
-        }
-    };
+    let slices = &slices[..count];
+    let written = poll_fn(|cx| Pin::new(&mut *socket).poll_write_vectored(cx, slices)).await?;
     let mut left = written;
     while let Some(first) = queue.front_mut() {
         if first.len() > left {
@@ -113,44 +118,33 @@ async fn write_some(socket: &TcpStream, queue: &mut VecDeque<Bytes>) -> io::Resu
     Ok(written)
 }
 
-thread_local! {
-    /// The read buffer of `socket_to_socket`, shared by all connections of a worker. It is not used
-    /// across an await, and idle connections hold no memory.
-    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; LARGE].into_boxed_slice());
-}
-
 /// Copies until `from` ends.
 pub(super) async fn socket_to_socket(
-    from: &TcpStream,
-    to: &TcpStream,
+    mut from: ReadHalf<'_>,
+    mut to: WriteHalf<'_>,
     moved: impl Fn(u64),
 ) -> Result<(), StreamError> {
-    /// Reads once, writes as much as the other side accepts, and returns the rest.
-    fn step(from: &TcpStream, to: &TcpStream) -> io::Result<Option<(usize, Vec<u8>)>> {
-        SCRATCH.with_borrow_mut(|scratch| {
-            let n = match from.try_read(scratch) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                other => other?,
-            };
-            if n == 0 {
-                return Ok(Some((0, Vec::new())));
-            }
-            let written = match to.try_write(&scratch[..n]) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-                other => other?,
-            };
-            Ok(Some((n, scratch[written..n].to_vec())))
-        })
-    }
     loop {
-        from.readable().await.map_err(StreamError::Socket)?;
-        let Some((n, rest)) = step(from, to).map_err(StreamError::Socket)? else { continue };
+        // Writes at once what the other side takes, and keeps only the rest.
+        let step = poll_fn(|cx| {
+            scratch::poll_read(cx, &mut from, LARGE, |data| {
+                if data.is_empty() {
+                    return Ok((0, Bytes::new()));
+                }
+                let written = match to.try_write(data) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                    other => other?,
+                };
+                Ok((data.len(), Bytes::copy_from_slice(&data[written..])))
+            })
+        });
+        let (n, rest) = step.await.flatten().map_err(StreamError::Socket)?;
         if n == 0 {
-            return end(to);
+            return end(to.as_ref());
         }
-        let mut rest = VecDeque::from([Bytes::from(rest)]);
+        let mut rest = VecDeque::from([rest]);
         while !rest.iter().all(Bytes::is_empty) {
-            write_some(to, &mut rest).await.map_err(StreamError::Socket)?;
+            write_some(&mut to, &mut rest).await.map_err(StreamError::Socket)?;
         }
         moved(n as u64);
     }
