@@ -1,5 +1,9 @@
 //! Generates the messages from `proto/`, with a compiler written in Rust: no `protoc` is needed.
 
+use std::path::Path;
+
+use prost::Message as _;
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
     let files = protox::compile(
@@ -12,6 +16,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ],
         ["proto"],
     )?;
+    let descriptors = Path::new(&std::env::var("OUT_DIR")?).join("descriptors");
+    std::fs::write(descriptors, files.encode_to_vec())?;
     tonic_prost_build::configure().compile_fds(files)?;
     Ok(())
 }

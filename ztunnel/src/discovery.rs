@@ -4,6 +4,7 @@
 //! * [`delta`]: requests and responses of one resource type, and what stays known across streams
 //! * `demand`: subscribes to names when a connection needs them
 //! * [`convert`]: protobuf resource → mesh type, validated as a whole
+//! * `unknown_fields`: finds what a newer control plane added to a message
 //! * [`interner`]: shares what many resources have in common
 
 pub mod client;
@@ -11,6 +12,7 @@ mod convert;
 pub mod delta;
 pub mod demand;
 mod interner;
+mod unknown_fields;
 
 use prost::Message as _;
 use prost_types::Any;
@@ -58,6 +60,9 @@ impl ResourceDecoder {
             },
             AUTHORIZATION => {
                 let sent = Authorization::decode(&*resource.value)?;
+                if let Some(field) = unknown_fields::in_policy(&resource.value)? {
+                    return Err(DecodeError::UnknownField { field });
+                }
                 Ok(MeshChange::PutPolicy(convert::policy(sent)?))
             }
             other => Err(DecodeError::UnexpectedType { type_url: other.to_owned() }),
@@ -82,6 +87,12 @@ pub enum DecodeError {
     UnexpectedType {
         /// The type.
         type_url: String,
+    },
+    /// A policy has a field that this tunnel does not know. Without it, its meaning is not known.
+    #[error("{field} is a field that this tunnel does not know")]
+    UnknownField {
+        /// Where, such as `rules.clauses.matches.13`.
+        field: String,
     },
     /// The resource has a name and no content.
     #[error("has no content")]

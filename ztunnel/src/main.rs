@@ -27,7 +27,7 @@ use ztunnel::{
     metrics::{Metrics, certificates::CertificateExpiry, log::LostLogLines},
     pod::PodInfo,
     pods::{ServedPods, zds},
-    readiness::Readiness,
+    readiness::{Readiness, ReadyGuard},
     worker::Workers,
 };
 
@@ -67,7 +67,10 @@ fn run(file: Option<&Path>) -> Result<()> {
 
 async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) -> Result<()> {
     // Load.
-    let store = Arc::new(Store::new(local_file::load(&config)?));
+    let store = Arc::new(match &config.xds {
+        Some(_) => Store::untold(),
+        None => Store::new(local_file::load(&config)?),
+    });
     let certificates = Certificates::new(&config)?;
     let revocations = Arc::new(Revocations::open(config.crl.clone())?);
     let mut metrics = Metrics::new();
@@ -135,24 +138,12 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
         services.spawn(client.run(end.clone()));
     }
     if let Some(LocalState::Path(path)) = &config.local_state {
-        services.spawn(local_file::watch(path.clone(), ResourceDefaults::from(&*config), store, end.clone()));
+        let (defaults, store) = (ResourceDefaults::from(&*config), Arc::clone(&store));
+        services.spawn(local_file::watch(path.clone(), defaults, store, end.clone()));
     }
-    match config.mode.clone() {
-        ProxyMode::Shared => {
-            if let Some(OwnPod { name, namespace, service_account }) = config.own_pod.clone()
-                && let Err(error) = pods.serve_own(PodInfo { name, namespace, service_account })
-            {
-                // Serving the node's pods matters more.
-                warn!(%error, "cannot serve own metrics over HBONE; continuing without");
-            }
-            zds::run(&config.zds_socket, &mut pods, &mut pods_ready, &stop).await;
-        }
-        ProxyMode::Dedicated { namespace, name, service_account } => {
-            let pod = PodInfo { name, namespace, service_account };
-            pods.serve_here(pod).context("cannot listen for the workload, in whose netns this process is")?;
-            pods_ready.ready();
-            stop.cancelled().await;
-        }
+    // Who serves a pod before the policies are known would serve it without.
+    if stop.run_until_cancelled(store.until_known()).await.is_some() {
+        serve_pods(&config, &mut pods, &mut pods_ready, &stop).await?;
     }
 
     // Drain.
@@ -162,6 +153,33 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
     services.shutdown().await;
     signals.abort();
     info!("stopped");
+    Ok(())
+}
+
+/// Serves the pods that this process is for until `stop`.
+async fn serve_pods(
+    config: &Config,
+    pods: &mut ServedPods,
+    ready: &mut ReadyGuard,
+    stop: &CancellationToken,
+) -> Result<()> {
+    match config.mode.clone() {
+        ProxyMode::Shared => {
+            if let Some(OwnPod { name, namespace, service_account }) = config.own_pod.clone()
+                && let Err(error) = pods.serve_own(PodInfo { name, namespace, service_account })
+            {
+                // Serving the node's pods matters more.
+                warn!(%error, "cannot serve own metrics over HBONE; continuing without");
+            }
+            zds::run(&config.zds_socket, pods, ready, stop).await;
+        }
+        ProxyMode::Dedicated { namespace, name, service_account } => {
+            let pod = PodInfo { name, namespace, service_account };
+            pods.serve_here(pod).context("cannot listen for the workload, in whose netns this process is")?;
+            ready.ready();
+            stop.cancelled().await;
+        }
+    }
     Ok(())
 }
 

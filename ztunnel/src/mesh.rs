@@ -28,7 +28,7 @@ use std::{net::IpAddr, sync::Arc};
 pub use change::MeshChange;
 pub use gateways::{GatewayAddress, GatewayDestination};
 pub use local_pod::LocalPod;
-pub use policies::{Policy, PolicyKey};
+pub use policies::{Policy, PolicyKey, PolicyKnowledge};
 pub use services::{Endpoint, Service, ServiceKey};
 pub use store::Store;
 pub use view::{MeshView, NamedGateway};
@@ -252,9 +252,9 @@ impl Mesh {
         self.endpoints.get(&service.parts()).map_or(&[], |entry| &entry.endpoints)
     }
 
-    /// The policy with this key.
+    /// What is known of the policy with this key.
     #[must_use]
-    pub fn policy(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {
+    pub fn policy(&self, key: &PolicyKey) -> PolicyKnowledge<'_> {
         self.policies.get(key)
     }
 

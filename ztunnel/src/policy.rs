@@ -1,17 +1,16 @@
 //! Whether a connection may reach a workload: deny first, then allow.
 
-use tracing::{debug, info};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use crate::{
     identity::Identity,
     mesh::{
-        Mesh, Policy, PolicyKey, Workload,
+        Mesh, Policy, PolicyKey, PolicyKnowledge, Workload,
         policies::{Action, ConnectionFacts},
     },
-};
-use std::{
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
 };
 
 /// An inbound connection, as policies see it.
@@ -24,67 +23,105 @@ pub(crate) struct InboundConnection<'a> {
     pub destination: SocketAddr,
 }
 
-/// Why a connection is denied.
+/// Why a connection is not allowed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Denied {
     #[error("explicitly denied by: {0}")]
     ByPolicy(PolicyKey),
+    #[error(
+        "denied: policy {0} was refused, so what it allows is not known; the tunnel's log has the reason"
+    )]
+    ByStandIn(PolicyKey),
     #[error("allow policies exist, but none allowed")]
     NotAllowed,
+    #[error("the workload names policy {0}, of which the control plane has said nothing")]
+    Unheard(PolicyKey),
 }
 
-/// First rule that holds wins:
-///
-/// 1. a deny policy matches: denied
-/// 2. no allow policy protects the workload: allowed
-/// 3. an allow policy matches: allowed
-/// 4. denied
-///
-/// Policies on trial (`dry_run`) take no part; what they would have denied is logged.
-pub(crate) fn check(
-    mesh: &Mesh,
-    workload: &Workload,
+/// What protects one workload: the policies of the whole mesh, of its namespace, and those that it
+/// names.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Protection {
+    in_force: Vec<Arc<Policy>>,
+    /// On trial (`dry_run`): they decide nothing.
+    trial: Vec<Arc<Policy>>,
+    /// Named, and never heard of.
+    unheard: Vec<PolicyKey>,
+}
+
+impl Protection {
+    /// What protects `workload`. A named policy that was removed is none: the workload will soon
+    /// name it no longer.
+    pub(crate) fn of(mesh: &Mesh, workload: &Workload) -> Self {
+        let mut all = Self::default();
+        for policy in mesh.policies_by_scope(&workload.namespace) {
+            all.add(policy);
+        }
+        for key in &workload.policies {
+            match mesh.policy(key) {
+                PolicyKnowledge::Held(policy) => all.add(policy),
+                PolicyKnowledge::Removed => {}
+                PolicyKnowledge::Unheard => all.unheard.push(key.clone()),
+            }
+        }
+        all
+    }
+
+    fn add(&mut self, policy: &Arc<Policy>) {
+        let list = if policy.dry_run { &mut self.trial } else { &mut self.in_force };
+        list.push(Arc::clone(policy));
+    }
+
+    /// First rule that holds wins:
+    ///
+    /// 1. a deny policy matches: denied
+    /// 2. a policy was never heard of: not allowed, since it may be one that denies
+    /// 3. no allow policy protects the workload: allowed
+    /// 4. an allow policy matches: allowed
+    /// 5. denied
+    ///
+    /// Policies on trial take no part.
+    pub(crate) fn check(&self, connection: &InboundConnection<'_>) -> Result<(), Denied> {
+        decide(&self.in_force, &self.unheard, connection)
+    }
+
+    /// What the policies on trial alone would do.
+    pub(crate) fn try_out(&self, connection: &InboundConnection<'_>) -> Result<(), Denied> {
+        decide(&self.trial, &[], connection)
+    }
+}
+
+fn decide(
+    policies: &[Arc<Policy>],
+    unheard: &[PolicyKey],
     connection: &InboundConnection<'_>,
 ) -> Result<(), Denied> {
-    let (trial, in_force): (Vec<_>, Vec<_>) =
-        protecting(mesh, workload).into_iter().partition(|policy| policy.dry_run);
+    if policies.is_empty() && unheard.is_empty() {
+        return Ok(());
+    }
     let facts = ConnectionFacts {
         source_ip: connection.source_ip,
         source: connection.source,
         destination_ip: connection.destination.ip(),
         destination_port: connection.destination.port(),
     };
-    if !trial.is_empty()
-        && let Err(denied) = decide(&trial, &facts)
-    {
-        info!(dst.workload = &*workload.name, source_ip = %connection.source_ip, %denied, "dry-run: would deny");
-    }
-    decide(&in_force, &facts)
-}
-
-fn decide(policies: &[&Arc<Policy>], facts: &ConnectionFacts<'_>) -> Result<(), Denied> {
     let by = |action| policies.iter().filter(move |policy| policy.action == action);
-    if let Some(deny) = by(Action::Deny).find(|policy| policy.matches(facts)) {
-        return Err(Denied::ByPolicy(deny.key.clone()));
+    if let Some(deny) = by(Action::Deny).find(|policy| policy.matches(&facts)) {
+        let key = deny.key.clone();
+        return Err(if deny.stand_in { Denied::ByStandIn(key) } else { Denied::ByPolicy(key) });
+    }
+    if let Some(key) = unheard.first() {
+        return Err(Denied::Unheard(key.clone()));
     }
     let mut allows = by(Action::Allow).peekable();
-    if allows.peek().is_none() || allows.any(|policy| policy.matches(facts)) {
+    if allows.peek().is_none() || allows.any(|policy| policy.matches(&facts)) {
         return Ok(());
     }
-    Err(Denied::NotAllowed)
-}
-
-/// The policies of the whole mesh, of the workload's namespace, and those that the workload names.
-/// A named policy that is unknown is skipped, as in Istio's tunnel: it may have been deleted since.
-fn protecting<'a>(mesh: &'a Mesh, workload: &Workload) -> Vec<&'a Arc<Policy>> {
-    let named = workload.policies.iter().filter_map(|key| {
-        let policy = mesh.policy(key);
-        if policy.is_none() {
-            debug!(policy = %key, workload = &*workload.name, "a policy that the workload names is unknown");
-        }
-        policy
-    });
-    mesh.policies_by_scope(&workload.namespace).chain(named).collect()
+    // A policy that is known to the letter comes before what stands in for another.
+    match by(Action::Allow).all(|policy| policy.stand_in).then(|| by(Action::Allow).next()).flatten() {
+        Some(stand_in) => Err(Denied::ByStandIn(stand_in.key.clone())),
+        None => Err(Denied::NotAllowed),
+    }
 }
 
 #[cfg(test)]

@@ -136,6 +136,9 @@ reasons! {
     UnknownHost = "unknown_host", Stays,
         "a peer requested a host name that is not known here",
         "Check whether the peer's control plane knows more than ours.";
+    UnknownPolicy = "unknown_policy", Passes,
+        "the pod's workload names a policy of which the control plane has said nothing",
+        "The record names the policy. Check the connection to the control plane, or that the policy is in the mesh file.";
     UnknownWorkload = "unknown_workload", Passes,
         "no source described the pod's own workload within 5 s",
         "Check the connection to the control plane, or that the pod is in the mesh file.";

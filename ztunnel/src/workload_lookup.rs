@@ -20,7 +20,7 @@ const WORKLOAD_TIMEOUT: Duration = Duration::from_secs(5);
 #[error("failed to fetch information about local workload")]
 pub(crate) struct UnknownWorkload;
 
-/// The pod's workload and a snapshot that has it. Waits up to 5 s for it.
+/// The pod's workload and a snapshot that has it, and all policies. Waits up to 5 s for it.
 ///
 /// # Errors
 /// No source described the workload in that time.
@@ -32,6 +32,11 @@ pub(crate) async fn own_workload(
     let arrived = async {
         loop {
             changes.mark_unchanged();
+            // A workload may be told before the policies: whoever waits for it waits for those too.
+            if !process.store.is_known() {
+                changes.changed().await.ok()?;
+                continue;
+            }
             let mesh = process.store.snapshot();
             if let Some(workload) = pod.workload(&mesh).cloned() {
                 return Some((mesh, workload));

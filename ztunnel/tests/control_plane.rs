@@ -13,7 +13,7 @@ use testbed::{
 };
 
 /// A tunnel of node `a` that asks the control plane on `port`.
-fn tunnel(mesh: &TunnelMesh, netns: TestNetns, port: u64, pods: &[&MeshPod]) -> TunnelNode {
+pub fn tunnel(mesh: &TunnelMesh, netns: TestNetns, port: u64, pods: &[&MeshPod]) -> TunnelNode {
     tunnel_with(mesh, netns, port, pods, &[])
 }
 
@@ -24,6 +24,22 @@ pub fn tunnel_with(
     pods: &[&MeshPod],
     more: &[(&str, &str)],
 ) -> TunnelNode {
+    let mut tunnel = unheard(mesh, netns, port, more);
+    tunnel.agent().accept();
+    serve(&mut tunnel, pods);
+    tunnel
+}
+
+/// Hands `pods` over to a tunnel that has said hello.
+pub fn serve(tunnel: &mut TunnelNode, pods: &[&MeshPod]) {
+    for pod in pods {
+        assert_eq!(tunnel.agent().add(pod), "");
+    }
+    assert_eq!(tunnel.agent().snapshot(), "");
+}
+
+/// A tunnel that may not have said hello yet.
+pub fn unheard(mesh: &TunnelMesh, netns: TestNetns, port: u64, more: &[(&str, &str)]) -> TunnelNode {
     let address = format!("https://localhost:{port}");
     let root = mesh.dir.path().join("xds-root.pem").display().to_string();
     let variables = [
@@ -38,12 +54,7 @@ pub fn tunnel_with(
         ("POD_NAME", "ztunnel-a"),
         ("POD_NAMESPACE", "adit"),
     ];
-    let mut tunnel = TunnelNode::start_with(mesh, "a", netns, &[&variables, more].concat());
-    for pod in pods {
-        assert_eq!(tunnel.agent().add(pod), "");
-    }
-    assert_eq!(tunnel.agent().snapshot(), "");
-    tunnel
+    TunnelNode::start_unheard(mesh, "a", netns, &[&variables, more].concat())
 }
 
 pub fn name(pod: &MeshPod) -> String {

@@ -14,4 +14,5 @@ mod gateways;
 mod hbone;
 mod operators;
 mod pods;
+mod policy_known;
 mod revocations;

@@ -6,6 +6,10 @@
 //! * [`discovery`]: control plane → tunnel, the protocol; [`workload`] and [`security`], what it
 //!   carries
 
+/// The definitions themselves, an encoded `FileDescriptorSet`: for who must see what a generated
+/// type leaves out.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors"));
+
 macro_rules! generated {
     ($(#[$meta:meta])* $module:ident, $package:literal) => {
         $(#[$meta])*

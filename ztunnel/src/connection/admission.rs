@@ -1,47 +1,115 @@
 //! Whether a client may reach a pod, and for how long. The same for HBONE and for plaintext.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    cell::Cell,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::time::{Instant, timeout_at};
+use tracing::{debug, info};
 
 use crate::{
     context::ProcessContext,
     identity::Identity,
     mesh::{Mesh, Workload},
     pod::ServedPod,
-    policy::{self, Denied},
+    policy::{Denied, InboundConnection, Protection},
 };
 
-/// Whether policy lets `client` reach `target` of `workload`.
-pub(super) fn check(
-    mesh: &Mesh,
-    workload: &Workload,
-    client: IpAddr,
-    identity: Option<&Identity>,
-    target: SocketAddr,
-) -> Result<(), Denied> {
-    let connection = policy::InboundConnection { source_ip: client, source: identity, destination: target };
-    policy::check(mesh, workload, &connection)
+/// How long a policy that a workload names, and of which nothing was heard, is waited for. A control
+/// plane tells workloads before policies, in one push, so it is on its way.
+const HEAR_OF_POLICY: Duration = Duration::from_millis(1500);
+
+/// A connection that policy decides about, from its admission to its end.
+pub(super) struct Subject<'a> {
+    process: &'a ProcessContext,
+    pod: &'a ServedPod,
+    connection: InboundConnection<'a>,
+    /// Whether the log has a line that a policy on trial would deny it.
+    reported: Cell<bool>,
 }
 
-/// Ends when a change of policy forbids what was allowed. A workload that is no longer known keeps
-/// what it has.
-pub(super) async fn until_denied(
-    process: &ProcessContext,
-    pod: &ServedPod,
-    client: IpAddr,
-    identity: Option<&Identity>,
-    target: SocketAddr,
-) {
-    let mut changes = process.store.subscribe();
-    loop {
-        changes.mark_unchanged();
-        let mesh = process.store.snapshot();
-        if let Some(workload) = pod.workload(&mesh)
-            && check(&mesh, workload, client, identity, target).is_err()
+impl<'a> Subject<'a> {
+    /// `client`, who has proved to be `identity`, wants to reach `target` of `pod`.
+    pub(super) fn new(
+        process: &'a ProcessContext,
+        pod: &'a ServedPod,
+        client: IpAddr,
+        identity: Option<&'a Identity>,
+        target: SocketAddr,
+    ) -> Self {
+        let connection = InboundConnection { source_ip: client, source: identity, destination: target };
+        Self { process, pod, connection, reported: Cell::new(false) }
+    }
+
+    /// Whether policy lets it pass, as `mesh` knows it. Where that names a policy of which nothing
+    /// was heard, waits for it.
+    pub(super) async fn admit(&self, mesh: &Mesh, workload: &Workload) -> Result<(), Denied> {
+        let mut changes = self.process.store.subscribe();
+        match self.check(&Protection::of(mesh, workload)) {
+            Err(Denied::Unheard(policy)) => {
+                debug!(%policy, workload = &*workload.name, "waiting for policies that the workload names");
+            }
+            decided => return decided,
+        }
+        let deadline = Instant::now() + HEAR_OF_POLICY;
+        loop {
+            changes.mark_unchanged();
+            // A workload that is gone meanwhile keeps what was known of it.
+            let decided = match self.current() {
+                Some((mesh, workload)) => self.check(&Protection::of(&mesh, &workload)),
+                None => self.check(&Protection::of(mesh, workload)),
+            };
+            let heard = timeout_at(deadline, changes.changed());
+            match decided {
+                Err(Denied::Unheard(_)) if matches!(heard.await, Ok(Ok(()))) => {}
+                decided => return decided,
+            }
+        }
+    }
+
+    /// Ends when a change of policy forbids what was allowed. A workload that is no longer known
+    /// keeps what it has.
+    pub(super) async fn until_denied(&self) {
+        let mut changes = self.process.store.subscribe();
+        let mut unheard_since = None;
+        loop {
+            changes.mark_unchanged();
+            let decided =
+                self.current().map(|(mesh, workload)| self.check(&Protection::of(&mesh, &workload)));
+            match decided {
+                Some(Err(Denied::Unheard(_))) => {
+                    let since = *unheard_since.get_or_insert_with(Instant::now);
+                    if timeout_at(since + HEAR_OF_POLICY, changes.changed()).await.is_err() {
+                        return;
+                    }
+                    continue;
+                }
+                Some(Err(_)) => return,
+                Some(Ok(())) | None => unheard_since = None,
+            }
+            if changes.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
+    }
+
+    fn current(&self) -> Option<(Arc<Mesh>, Arc<Workload>)> {
+        let mesh = self.process.store.snapshot();
+        let workload = self.pod.workload(&mesh).cloned();
+        workload.map(|workload| (mesh, workload))
+    }
+
+    fn check(&self, protection: &Protection) -> Result<(), Denied> {
+        if !self.reported.get()
+            && let Err(denied) = protection.try_out(&self.connection)
         {
-            return;
+            self.reported.set(true);
+            let InboundConnection { source_ip, destination, .. } = self.connection;
+            info!(pod.name = &*self.pod.info.name, %source_ip, %destination, %denied, "dry-run: would deny");
         }
-        if changes.changed().await.is_err() {
-            return std::future::pending().await;
-        }
+        protection.check(&self.connection)
     }
 }

@@ -95,13 +95,24 @@ pub(crate) enum InboundError {
     #[error("a certificate of the peer is revoked")]
     Revoked,
     #[error("connection closed due to policy rejection")]
-    Denied(#[from] Denied),
+    Denied(#[source] Denied),
+    #[error("connection refused: a policy is not known")]
+    UnknownPolicy(#[source] Denied),
     #[error("connection failed")]
     Dial(#[source] io::Error),
     #[error("connection closed due to policy change")]
     PolicyChange,
     #[error(transparent)]
     Stream(StreamError),
+}
+
+impl From<Denied> for InboundError {
+    fn from(denied: Denied) -> Self {
+        match denied {
+            Denied::Unheard(_) => Self::UnknownPolicy(denied),
+            denied => Self::Denied(denied),
+        }
+    }
 }
 
 impl From<StreamError> for InboundError {
@@ -139,6 +150,7 @@ impl ConnectionFailure for InboundError {
             Self::UnknownWorkload(_) => FailureReason::UnknownWorkload,
             Self::Unanswered(_) => FailureReason::Unanswered,
             Self::Denied(_) => FailureReason::Denied,
+            Self::UnknownPolicy(_) => FailureReason::UnknownPolicy,
             Self::Revoked => FailureReason::Revoked,
             Self::Dial(_) => FailureReason::Connect,
             Self::PolicyChange => FailureReason::PolicyChange,

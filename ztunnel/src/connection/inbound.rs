@@ -13,11 +13,7 @@ use source::{Peer, source};
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 use tracing::debug;
 
-use super::{
-    admission::{check, until_denied},
-    application,
-    error::InboundError,
-};
+use super::{admission::Subject, application, error::InboundError};
 use crate::{
     context::{Accepted, WorkerContext},
     direction::Direction,
@@ -104,7 +100,8 @@ pub(crate) async fn serve(accepted: Accepted) {
 }
 
 /// A CONNECT request that passed all checks.
-struct Admitted {
+struct Admitted<'a> {
+    subject: Subject<'a>,
     workload: Arc<Workload>,
     /// The client, for labels.
     source: Option<Arc<Workload>>,
@@ -129,7 +126,10 @@ async fn request(tunnel: Rc<InboundTunnel>, connect: ConnectRequest) {
 
 /// The checks in the order of their answers: 400 for what is malformed, 503 for what leads nowhere,
 /// 401.
-async fn admit(tunnel: &InboundTunnel, connect: &ConnectRequest) -> Result<Admitted, InboundError> {
+async fn admit<'a>(
+    tunnel: &'a InboundTunnel,
+    connect: &ConnectRequest,
+) -> Result<Admitted<'a>, InboundError> {
     let request = &connect.request;
     if request.method() != Method::CONNECT {
         return Err(InboundError::Method(request.method().clone()));
@@ -151,7 +151,9 @@ async fn admit(tunnel: &InboundTunnel, connect: &ConnectRequest) -> Result<Admit
     if foreign || process.config.ports.is_own(port) {
         return Err(InboundError::Recursive);
     }
-    check(&mesh, &workload, tunnel.peer.ip(), tunnel.identity.as_ref(), delivery.target)?;
+    let (client, identity) = (tunnel.peer.ip(), tunnel.identity.as_ref());
+    let subject = Subject::new(process, &tunnel.pod, client, identity, delivery.target);
+    subject.admit(&mesh, &workload).await?;
     if delivery.service.is_none() {
         delivery.service = forwarded_service(&mesh, &workload, request.headers());
     }
@@ -161,7 +163,7 @@ async fn admit(tunnel: &InboundTunnel, connect: &ConnectRequest) -> Result<Admit
         ensure_known(process, mesh, |view| source(view, &workload, peer, request.headers(), believed)).await;
     // For labels: without an answer there are none.
     let source = source.map_or(None, |(_, source)| source);
-    Ok(Admitted { workload, source, delivery })
+    Ok(Admitted { subject, workload, source, delivery })
 }
 
 /// The service that the client dialled, as its tunnel says: `forwarded: for="…";host=…`. For labels
@@ -171,7 +173,7 @@ fn forwarded_service(mesh: &Mesh, workload: &Workload, headers: &HeaderMap) -> O
     mesh.service_by_hostname(forwarded_host(forwarded)?, &workload.namespace).cloned()
 }
 
-fn ends(tunnel: &InboundTunnel, admitted: &Admitted) -> ConnectionEnds {
+fn ends(tunnel: &InboundTunnel, admitted: &Admitted<'_>) -> ConnectionEnds {
     let mut ends = ConnectionEnds::new(Direction::Inbound, tunnel.peer, tunnel.local);
     ends.source_workload.clone_from(&admitted.source);
     ends.source_identity.clone_from(&tunnel.identity);
@@ -184,7 +186,7 @@ fn ends(tunnel: &InboundTunnel, admitted: &Admitted) -> ConnectionEnds {
 
 async fn carry(
     tunnel: &InboundTunnel,
-    admitted: &Admitted,
+    admitted: &Admitted<'_>,
     connect: ConnectRequest,
     counters: &ByteCounters,
 ) -> Result<(), InboundError> {
@@ -205,16 +207,9 @@ async fn carry(
         headers.insert(BAGGAGE, value);
     }
     let stream = connect.accept(headers).map_err(InboundError::Http)?;
-    let denied = until_denied(
-        process,
-        &tunnel.pod,
-        tunnel.peer.ip(),
-        tunnel.identity.as_ref(),
-        admitted.delivery.target,
-    );
     let cut = async {
         tokio::select! {
-            () = denied => {}
+            () = admitted.subject.until_denied() => {}
             () = process.revocations.until_revoked(tunnel.chain.clone()) => {}
         }
     };

@@ -1,13 +1,9 @@
 //! Follows one plaintext connection to a served pod: port 15006. Policy holds here too, but the
 //! client has no proven identity.
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
 
-use super::{
-    admission::{check, until_denied},
-    application,
-    error::InboundError,
-};
+use super::{admission::Subject, application, error::InboundError};
 use crate::{
     context::Accepted,
     direction::Direction,
@@ -21,19 +17,21 @@ use crate::{
 pub(crate) async fn serve(accepted: Accepted) {
     let client = accepted.client;
     let Ok(target) = socket::original_dst(&accepted.stream) else { return socket::reset(accepted.stream) };
-    let metrics = Arc::clone(&accepted.worker.process.metrics);
+    let (worker, pod) = (Rc::clone(&accepted.worker), Arc::clone(&accepted.pod));
+    let metrics = &worker.process.metrics;
+    let subject = Subject::new(&worker.process, &pod, client.ip(), None, target);
     let mut ends = ConnectionEnds::new(Direction::Inbound, client, target);
-    let Admitted { source, workload } = match admit(&accepted, target).await {
+    let Admitted { source, workload } = match admit(&accepted, &subject, target).await {
         Ok(admitted) => admitted,
         Err(error) => {
-            record_early_failure(&metrics, &ends, &error);
+            record_early_failure(metrics, &ends, &error);
             return socket::reset(accepted.stream);
         }
     };
     ends.source_workload = source;
     ends.destination_workload = Some(workload);
-    let record = ConnectionRecord::open(&metrics, ends);
-    let result = carry(accepted, target, record.counters()).await;
+    let record = ConnectionRecord::open(metrics, ends);
+    let result = carry(accepted, &subject, target, record.counters()).await;
     record.close(result.as_ref().copied().map_err(|error| error as &dyn ConnectionFailure));
 }
 
@@ -44,14 +42,18 @@ struct Admitted {
     workload: Arc<Workload>,
 }
 
-async fn admit(accepted: &Accepted, target: SocketAddr) -> Result<Admitted, InboundError> {
+async fn admit(
+    accepted: &Accepted,
+    subject: &Subject<'_>,
+    target: SocketAddr,
+) -> Result<Admitted, InboundError> {
     let process = &accepted.worker.process;
     if process.config.ports.is_own(target.port()) {
         return Err(InboundError::Recursive);
     }
     let (mesh, workload) = own_workload(process, &accepted.pod).await?;
     let client = accepted.client.ip();
-    check(&mesh, &workload, client, None, target)?;
+    subject.admit(&mesh, &workload).await?;
     let source =
         ensure_known(process, mesh, |view| view.workload_by_address(&workload.network, client).cloned())
             .await;
@@ -59,7 +61,12 @@ async fn admit(accepted: &Accepted, target: SocketAddr) -> Result<Admitted, Inbo
     Ok(Admitted { source: source.map_or(None, |(_, source)| source), workload })
 }
 
-async fn carry(accepted: Accepted, target: SocketAddr, counters: &ByteCounters) -> Result<(), InboundError> {
+async fn carry(
+    accepted: Accepted,
+    subject: &Subject<'_>,
+    target: SocketAddr,
+    counters: &ByteCounters,
+) -> Result<(), InboundError> {
     let Accepted { stream, client, pod, worker } = accepted;
     let (process, began) = (&worker.process, Instant::now());
     let application = match application::dial(process, &pod, target, client.ip()).await {
@@ -70,6 +77,5 @@ async fn carry(accepted: Accepted, target: SocketAddr, counters: &ByteCounters) 
         }
     };
     process.metrics.connected(Direction::Inbound.as_str(), began.elapsed());
-    let denied = until_denied(process, &pod, client.ip(), None, target);
-    Ok(stream::relay(stream, application, counters, process.config.limits, denied).await?)
+    Ok(stream::relay(stream, application, counters, process.config.limits, subject.until_denied()).await?)
 }

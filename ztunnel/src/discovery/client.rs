@@ -77,8 +77,8 @@ enum StreamEnd {
 }
 
 impl DiscoveryClient {
-    /// Connects to nothing yet. `ready` becomes ready when all subscribed resources were received
-    /// once.
+    /// Connects to nothing yet. When all subscribed resources were received once, `store` is known
+    /// and `ready` ready.
     pub fn new(
         config: &XdsConfig,
         defaults: ResourceDefaults,
@@ -216,7 +216,11 @@ impl DiscoveryClient {
             Ok(done) => done,
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         };
+        for subscription in &state.subscriptions {
+            self.metrics.refused(subscription.type_url(), subscription.refused());
+        }
         if state.is_complete() {
+            state.store.set_known();
             self.ready.ready();
         }
         self.state = Some(state);
@@ -259,7 +263,8 @@ impl DiscoveryState {
             warn!(
                 type_url = subscription.type_url(),
                 resources = outcome.refused.join("; "),
-                "resources refused; their previous versions stay in force"
+                "resources refused; their previous versions stay in force, and policies without one \
+                 allow nobody"
             );
         }
         debug!(

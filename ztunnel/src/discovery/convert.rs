@@ -9,7 +9,9 @@ use std::{
 };
 
 use ipnet::IpNet;
+use prost::Message as _;
 use ztunnel_api::{
+    discovery::Resource,
     security,
     workload::{self as proto, load_balancing},
 };
@@ -208,8 +210,36 @@ pub(super) fn policy(sent: security::Authorization) -> Result<Policy, InvalidRes
             security::Action::Deny => Action::Deny,
         },
         dry_run: sent.dry_run,
+        stand_in: false,
         key: PolicyKey { namespace: sent.namespace.into(), name: sent.name.into() },
     })
+}
+
+/// What is left of a policy that is refused: as much as it may forbid, and nothing that it may allow.
+///
+/// It protects what the policy says that it protects; everything, if that is not known. One that
+/// allows some allows nobody; any other denies everybody.
+pub(super) fn stand_in(refused: &Resource) -> Policy {
+    let content = refused.resource.as_ref();
+    let sent = content.and_then(|any| security::Authorization::decode(&*any.value).ok());
+    let key = match &sent {
+        Some(sent) if !sent.name.is_empty() => {
+            PolicyKey { namespace: sent.namespace.as_str().into(), name: sent.name.as_str().into() }
+        }
+        _ => (refused.name.parse())
+            .unwrap_or_else(|_| PolicyKey { namespace: "".into(), name: refused.name.as_str().into() }),
+    };
+    let scope = match sent.as_ref().map(|sent| security::Scope::try_from(sent.scope)) {
+        Some(Ok(security::Scope::Namespace)) => PolicyScope::Namespace,
+        Some(Ok(security::Scope::WorkloadSelector)) => PolicyScope::WorkloadSelector,
+        Some(Ok(security::Scope::Global) | Err(_)) | None => PolicyScope::Global,
+    };
+    let (action, rules) = match sent.as_ref().map(|sent| security::Action::try_from(sent.action)) {
+        Some(Ok(security::Action::Allow)) => (Action::Allow, Vec::new()),
+        Some(Ok(security::Action::Deny) | Err(_)) | None => (Action::Deny, vec![Rule::default()]),
+    };
+    let dry_run = sent.is_some_and(|sent| sent.dry_run);
+    Policy { key, scope, action, rules, dry_run, stand_in: true }
 }
 
 fn one_match(sent: security::Match) -> Result<Match, InvalidResource> {

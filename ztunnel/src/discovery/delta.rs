@@ -2,15 +2,16 @@
 //! streams. Pure.
 //!
 //! Every resource is accepted or refused by itself. A refusal names the resource and the reason;
-//! its previous version stays in force, and so do the other resources of the response. The first
-//! request of the next stream lists the versions held, so that the control plane sends differences
-//! only.
+//! its previous version stays in force, and so do the other resources of the response. Where a
+//! policy has no previous version, a stricter one stands in for it: a policy that is not understood
+//! is not one that is not there. The first request of the next stream lists the versions held, so
+//! that the control plane sends differences only.
 
 use std::{collections::HashMap, sync::Arc};
 
-use ztunnel_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
+use ztunnel_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status};
 
-use super::{DecodeError, ResourceDecoder, demand::SubscriptionChange};
+use super::{AUTHORIZATION, DecodeError, ResourceDecoder, convert::stand_in, demand::SubscriptionChange};
 use crate::mesh::{MeshChange, PolicyKey, ServiceKey};
 
 const EVERYTHING: &str = "*";
@@ -23,6 +24,9 @@ pub struct Subscription {
     type_url: &'static str,
     /// By resource name. There may be 100,000 of them.
     held: HashMap<Arc<str>, HeldResource>,
+    /// The names whose last version was refused; each with the policy that stands in, if nothing is
+    /// held.
+    refused: HashMap<Arc<str>, Option<PolicyKey>>,
     /// Whether any response was received, on this stream or an earlier one.
     pub received: bool,
 }
@@ -93,7 +97,7 @@ impl Subscription {
     /// Of a type such as [`super::ADDRESS`]; nothing is held yet.
     #[must_use]
     pub fn new(type_url: &'static str) -> Self {
-        Self { type_url, held: HashMap::new(), received: false }
+        Self { type_url, held: HashMap::new(), refused: HashMap::new(), received: false }
     }
 
     /// The resource type.
@@ -108,6 +112,12 @@ impl Subscription {
         self.held.len()
     }
 
+    /// Number of resources whose last version was refused.
+    #[must_use]
+    pub fn refused(&self) -> usize {
+        self.refused.len()
+    }
+
     /// The first request of a stream, with the versions held. An empty list of names subscribes to
     /// everything. With `only`, it subscribes to those names alone: it lists the wildcard too and
     /// unsubscribes from it at once, because a first request without the wildcard and with an empty
@@ -120,6 +130,10 @@ impl Subscription {
             unsubscribe.push(EVERYTHING.to_owned());
         }
         let versions = self.held.iter().map(|(name, held)| (name.to_string(), held.version.to_string()));
+        // What stands in has no version: the control plane sends the resource again, or says that it
+        // is gone.
+        let stand_ins = self.refused.iter().filter(|(_, stand_in)| stand_in.is_some());
+        let versions = versions.chain(stand_ins.map(|(name, _)| (name.to_string(), String::new())));
         DeltaDiscoveryRequest {
             node: Some(node),
             type_url: self.type_url.to_owned(),
@@ -147,11 +161,30 @@ impl Subscription {
         self.held.remove_entry(name).map(|(name, held)| held.key(&name))
     }
 
+    /// The control plane says that there is no `name`. That is news of a policy also if it was never
+    /// sent: a workload may name it.
+    fn removed(&mut self, name: &str) -> Option<MeshChange> {
+        let stand_in = self.refused.remove(name).flatten();
+        let held = self.remove(name).or_else(|| stand_in.map(ResourceKey::Policy));
+        let named = || (self.type_url == AUTHORIZATION).then(|| name.parse().ok()).flatten();
+        held.or_else(|| named().map(ResourceKey::Policy)).map(ResourceKey::removed)
+    }
+
+    /// The changes of a resource that cannot be used. What is held stays.
+    fn refuse(&mut self, resource: &Resource) -> Vec<MeshChange> {
+        let before = self.refused.remove(&*resource.name).flatten();
+        let unheld = self.type_url == AUTHORIZATION && !self.held.contains_key(&*resource.name);
+        let stand_in = unheld.then(|| stand_in(resource));
+        self.refused.insert((&*resource.name).into(), stand_in.as_ref().map(|policy| policy.key.clone()));
+        let gone = before.filter(|key| stand_in.as_ref().is_some_and(|policy| policy.key != *key));
+        gone.map(MeshChange::RemovePolicy).into_iter().chain(stand_in.map(MeshChange::PutPolicy)).collect()
+    }
+
     /// Decodes a response and updates what is held.
     pub fn apply(&mut self, decoder: &ResourceDecoder, response: DeltaDiscoveryResponse) -> ResponseOutcome {
         let (mut changes, mut refused) = (Vec::with_capacity(response.resources.len()), Vec::new());
         for name in response.removed_resources {
-            changes.extend(self.remove(&name).map(ResourceKey::removed));
+            changes.extend(self.removed(&name));
         }
         for resource in response.resources {
             let read = match &resource.resource {
@@ -164,11 +197,14 @@ impl Subscription {
                 Ok(change) => change,
                 Err(reason) => {
                     refused.push(format!("{}: {reason}", resource.name));
+                    changes.extend(self.refuse(&resource));
                     continue;
                 }
             };
             let key = ResourceKey::of(&change);
-            if let Some(before) = self.remove(&resource.name)
+            let stand_in = self.refused.remove(&*resource.name).flatten();
+            let before = self.remove(&resource.name).or_else(|| stand_in.map(ResourceKey::Policy));
+            if let Some(before) = before
                 && before != key
             {
                 changes.push(before.removed());
@@ -197,7 +233,7 @@ mod tests {
     use prost::Message as _;
     use prost_types::Any;
     use ztunnel_api::{
-        discovery::Resource,
+        security::{self, Authorization},
         workload::{Address, Service, TunnelProtocol, Workload, address::Type},
     };
 
@@ -274,6 +310,60 @@ mod tests {
         assert!(versions(&addresses).is_empty());
     }
 
+    fn policies(resources: &[(&str, Vec<u8>)], removed: &[&str]) -> DeltaDiscoveryResponse {
+        let resource = |(name, value): &(&str, Vec<u8>)| {
+            let resource = Some(Any { type_url: AUTHORIZATION.to_owned(), value: value.clone() });
+            Resource { name: (*name).to_owned(), version: "1".to_owned(), resource, aliases: vec![] }
+        };
+        let resources = resources.iter().map(resource).collect();
+        DeltaDiscoveryResponse { type_url: AUTHORIZATION.to_owned(), ..response("n", resources, removed) }
+    }
+
+    #[test]
+    fn a_refused_policy_leaves_a_stricter_one_until_it_is_understood_or_gone() {
+        let (decoder, mut subscription) = (decoder(), Subscription::new(AUTHORIZATION));
+        let versions = |subscription: &Subscription| {
+            subscription.initial_request(Node::default(), None).initial_resource_versions
+        };
+        let sent = |name: &str, action: i32| Authorization {
+            name: name.to_owned(),
+            namespace: "demo".to_owned(),
+            scope: security::Scope::Namespace.into(),
+            action,
+            ..Authorization::default()
+        };
+        let of = |action| ("demo/p", sent("p", action).encode_to_vec());
+        let taken = subscription.apply(&decoder, policies(&[of(9)], &[]));
+        let [MeshChange::PutPolicy(stand_in)] = &taken.changes[..] else { panic!("{taken:?}") };
+        assert!(stand_in.stand_in && stand_in.rules.len() == 1);
+        assert_eq!((subscription.refused(), subscription.held()), (1, 0));
+        // The next stream is told that there is something of that name, in no version.
+        assert_eq!(versions(&subscription), [("demo/p".to_owned(), String::new())].into());
+
+        let taken = subscription.apply(&decoder, policies(&[of(1)], &[]));
+        assert!(matches!(&taken.changes[..], [MeshChange::PutPolicy(policy)] if !policy.stand_in));
+        assert_eq!((subscription.refused(), subscription.held()), (0, 1));
+        // Now one is held, and stays in force.
+        let taken = subscription.apply(&decoder, policies(&[of(9)], &[]));
+        assert_eq!((taken.changes, subscription.refused(), subscription.held()), (vec![], 1, 1));
+        assert_eq!(versions(&subscription), [("demo/p".to_owned(), "1".to_owned())].into());
+        let taken = subscription.apply(&decoder, policies(&[], &["demo/p"]));
+        assert_eq!(taken.changes, [MeshChange::RemovePolicy("demo/p".parse().unwrap())]);
+        assert_eq!((subscription.refused(), subscription.held()), (0, 0));
+
+        // What stands in goes with its resource, under whatever key it is.
+        let other = ("demo/p", sent("q", 9).encode_to_vec());
+        subscription.apply(&decoder, policies(&[other], &[]));
+        let taken = subscription.apply(&decoder, policies(&[of(1)], &[]));
+        assert!(
+            matches!(&taken.changes[..], [MeshChange::RemovePolicy(_), MeshChange::PutPolicy(_)]),
+            "{taken:?}"
+        );
+        // A removal of what was never sent is news all the same.
+        let taken = subscription.apply(&decoder, policies(&[], &["demo/never"]));
+        assert_eq!(taken.changes, [MeshChange::RemovePolicy("demo/never".parse().unwrap())]);
+    }
+
     #[test]
     fn a_name_that_becomes_something_else_is_not_what_it_was() {
         let (decoder, mut addresses) = (decoder(), Subscription::new(ADDRESS));
@@ -300,7 +390,7 @@ mod tests {
     fn what_is_empty_or_of_another_type_is_refused() {
         let (decoder, mut addresses) = (decoder(), Subscription::new(ADDRESS));
         let empty = Resource { name: "e".to_owned(), ..Resource::default() };
-        let other = Any { type_url: crate::discovery::AUTHORIZATION.to_owned(), value: vec![] };
+        let other = Any { type_url: AUTHORIZATION.to_owned(), value: vec![] };
         let other = Resource { name: "o".to_owned(), resource: Some(other), ..Resource::default() };
         let cut = Any { type_url: ADDRESS.to_owned(), value: vec![0x0a, 0xff] };
         let cut = Resource { name: "c".to_owned(), resource: Some(cut), ..Resource::default() };

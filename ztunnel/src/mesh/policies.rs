@@ -59,6 +59,10 @@ pub struct Policy {
     pub rules: Vec<Rule>,
     /// Dry run: the result is only logged.
     pub dry_run: bool,
+    /// The control plane sent something that this tunnel does not understand. This is what is left
+    /// of it: stricter than it can have been.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub stand_in: bool,
 }
 
 /// The workloads that a policy protects.
@@ -199,17 +203,39 @@ fn holds<T>(wanted: &[T], unwanted: &[T], accepts: impl Fn(&T) -> bool) -> bool 
     (wanted.is_empty() || wanted.iter().any(&accepts)) && !unwanted.iter().any(&accepts)
 }
 
+/// What is known of a policy that somebody names.
+#[derive(Clone, Copy, Debug)]
+pub enum PolicyKnowledge<'a> {
+    /// It is this.
+    Held(&'a Arc<Policy>),
+    /// It was removed, or its source said that there is none.
+    Removed,
+    /// No word of it yet. It may forbid anything.
+    Unheard,
+}
+
+/// Removed policies that are remembered as such. Workloads name a removed policy for a moment only,
+/// so the number covers any burst; what is forgotten counts as unheard, which is stricter.
+const REMEMBERED: usize = 4096;
+
 /// All policies. There are few compared with workloads, so a change copies the lists.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Policies {
     all: BTreeMap<PolicyKey, Arc<Policy>>,
     global: Vec<Arc<Policy>>,
     by_namespace: HashMap<Arc<str>, Vec<Arc<Policy>>>,
+    /// With the order of their removal.
+    removed: BTreeMap<PolicyKey, u64>,
+    removals: u64,
 }
 
 impl Policies {
-    pub(super) fn get(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {
-        self.all.get(key)
+    pub(super) fn get(&self, key: &PolicyKey) -> PolicyKnowledge<'_> {
+        match self.all.get(key) {
+            Some(policy) => PolicyKnowledge::Held(policy),
+            None if self.removed.contains_key(key) => PolicyKnowledge::Removed,
+            None => PolicyKnowledge::Unheard,
+        }
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Arc<Policy>> {
@@ -221,7 +247,8 @@ impl Policies {
     }
 
     pub(super) fn put(&mut self, policy: Policy) {
-        self.remove(&policy.key);
+        self.take(&policy.key);
+        self.removed.remove(&policy.key);
         let policy = Arc::new(policy);
         if let Some(scope) = self.scope(&policy) {
             let place = scope.partition_point(|other| other.key < policy.key);
@@ -230,7 +257,20 @@ impl Policies {
         self.all.insert(policy.key.clone(), policy);
     }
 
+    /// Also remembers that it was removed, whether or not it was there.
     pub(super) fn remove(&mut self, key: &PolicyKey) {
+        self.take(key);
+        self.removals += 1;
+        self.removed.insert(key.clone(), self.removals);
+        if self.removed.len() > REMEMBERED
+            && let Some(oldest) = self.removed.iter().min_by_key(|(_, order)| **order)
+        {
+            let oldest = oldest.0.clone();
+            self.removed.remove(&oldest);
+        }
+    }
+
+    fn take(&mut self, key: &PolicyKey) {
         let Some(policy) = self.all.remove(key) else { return };
         if let Some(scope) = self.scope(&policy) {
             scope.retain(|other| other.key != *key);
@@ -249,5 +289,44 @@ impl Policies {
             }
             PolicyScope::WorkloadSelector => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn policy(name: &str) -> Policy {
+        let key = PolicyKey { namespace: "demo".into(), name: name.into() };
+        let (scope, action) = (PolicyScope::Global, Action::Deny);
+        Policy { key, scope, action, rules: Vec::new(), dry_run: false, stand_in: false }
+    }
+
+    #[test]
+    fn unheard_removed_and_held_are_told_apart() {
+        let mut policies = Policies::default();
+        let key = policy("a").key;
+        assert!(matches!(policies.get(&key), PolicyKnowledge::Unheard));
+        policies.put(policy("a"));
+        assert!(matches!(policies.get(&key), PolicyKnowledge::Held(_)));
+        policies.remove(&key);
+        assert!(matches!(policies.get(&key), PolicyKnowledge::Removed));
+        policies.put(policy("a"));
+        assert!(matches!(policies.get(&key), PolicyKnowledge::Held(_)));
+        // Its source may say that there is none before it ever said that there is one.
+        let never = policy("never").key;
+        policies.remove(&never);
+        assert!(matches!(policies.get(&never), PolicyKnowledge::Removed));
+    }
+
+    #[test]
+    fn the_oldest_removals_are_forgotten() {
+        let mut policies = Policies::default();
+        for number in 0..=REMEMBERED {
+            policies.remove(&policy(&number.to_string()).key);
+        }
+        assert!(matches!(policies.get(&policy("0").key), PolicyKnowledge::Unheard));
+        assert!(matches!(policies.get(&policy("1").key), PolicyKnowledge::Removed));
+        assert_eq!(policies.removed.len(), REMEMBERED);
     }
 }

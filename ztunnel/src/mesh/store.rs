@@ -1,4 +1,4 @@
-//! Holds the current snapshot of the mesh.
+//! Holds the current snapshot of the mesh, and whether it may be judged by.
 
 use std::sync::Arc;
 
@@ -8,10 +8,15 @@ use tokio::sync::watch;
 use super::{Mesh, MeshChange};
 
 /// The source of a connection's snapshot. All workers read it without locks; one task writes it.
+///
+/// An empty mesh may mean that there is nothing, or that nobody has told anything yet. Without
+/// policies everything is allowed, so no connection may be judged by the latter:
+/// [`is_known`](Self::is_known) tells them apart.
 #[derive(Debug)]
 pub struct Store {
     current: ArcSwap<Mesh>,
     version: watch::Sender<u64>,
+    known: watch::Sender<bool>,
 }
 
 impl Default for Store {
@@ -21,10 +26,39 @@ impl Default for Store {
 }
 
 impl Store {
-    /// Starts with `mesh`, version 0.
+    /// Starts with `mesh`, version 0, which is all that there is.
     #[must_use]
     pub fn new(mesh: Mesh) -> Self {
-        Self { current: ArcSwap::from_pointee(mesh), version: watch::Sender::new(0) }
+        Self {
+            current: ArcSwap::from_pointee(mesh),
+            version: watch::Sender::new(0),
+            known: watch::Sender::new(true),
+        }
+    }
+
+    /// Starts with nothing, and not even that is known: until [`set_known`](Self::set_known).
+    #[must_use]
+    pub fn untold() -> Self {
+        Self { known: watch::Sender::new(false), ..Self::new(Mesh::default()) }
+    }
+
+    /// Whether every kind of resource that decides about connections was told once. Ask this
+    /// before you take a [`snapshot`](Self::snapshot) to judge by.
+    pub fn is_known(&self) -> bool {
+        *self.known.borrow()
+    }
+
+    /// Waits until it [is known](Self::is_known).
+    pub async fn until_known(&self) {
+        // An error means that the sender is gone; `self` holds it.
+        let _ = self.known.subscribe().wait_for(|known| *known).await;
+    }
+
+    /// The current snapshot may be judged by, from now on. Wakes those who wait for a change.
+    pub fn set_known(&self) {
+        if !self.known.send_replace(true) {
+            self.version.send_modify(|version| *version += 1);
+        }
     }
 
     /// The current snapshot.
@@ -54,6 +88,19 @@ impl Store {
 mod tests {
     use super::*;
     use crate::mesh::tests::workload;
+
+    #[tokio::test]
+    async fn what_nobody_told_is_not_known_and_an_empty_mesh_is() {
+        let store = Store::untold();
+        let mut versions = store.subscribe();
+        store.replace(Mesh::new([workload("web-1", "10.0.0.1")], [], []));
+        assert!(!store.is_known());
+        versions.mark_unchanged();
+        store.set_known();
+        assert!(store.is_known() && versions.has_changed().unwrap());
+        store.until_known().await;
+        assert!(Store::default().is_known());
+    }
 
     #[test]
     fn a_change_is_visible_once_announced_and_old_snapshots_stay() {

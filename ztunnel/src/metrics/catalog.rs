@@ -85,6 +85,7 @@ pub(crate) const METRICS: &[MetricRow] = &[
     row("istio_xds_connection_terminations_total", "counter", &["reason"], "control plane streams that ended; `reason`: `ConnectionError`, `Error`, `Reconnect` or `Complete`"),
     row("istio_xds_message_total", "counter", &["url"], "messages from the control plane by resource type"),
     row("istio_xds_message_bytes_total", "counter", &["url"], "bytes of these messages"),
+    row("ztunnel_xds_refused_resources", "gauge", &["url"], "resources of the control plane whose last version was refused, by resource type; the log has the reasons"),
     row("istio_crl_policy_rejections_total", "counter", &["reporter"], "peers refused or disconnected because their certificate is revoked"),
     row("istio_crl_untracked_connections_total", "counter", &["reporter"], "connections whose peer certificate has no readable issuer and serial number, so that no revocation list applies"),
     row("istio_build", "gauge", &["component", "tag"], "always 1; the labels name program and version"),
@@ -173,6 +174,7 @@ mod tests {
         metrics.dns.upstream_duration.get_or_create(&dns).observe(0.0);
         metrics.xds.terminated(Termination::Complete);
         metrics.xds.received("url", 1);
+        metrics.xds.refused("url", 1);
         metrics.crl.rejected(Direction::Inbound);
         metrics.crl.untracked(Direction::Inbound);
         metrics.encode().unwrap()

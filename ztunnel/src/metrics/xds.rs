@@ -1,8 +1,9 @@
-//! `istio_xds_*`: streams and messages of the control plane, with Istio's names.
+//! `istio_xds_*`: streams and messages of the control plane, with Istio's names; `ztunnel_xds_*`:
+//! ours.
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue},
-    metrics::family::Family,
+    metrics::{family::Family, gauge::Gauge},
     registry::Registry,
 };
 
@@ -14,6 +15,7 @@ pub(crate) struct XdsMetrics {
     terminations: Family<ReasonLabels, U64Counter>,
     messages: Family<UrlLabels, U64Counter>,
     bytes: Family<UrlLabels, U64Counter>,
+    refused: Family<UrlLabels, Gauge>,
 }
 
 /// How a stream ended.
@@ -48,11 +50,19 @@ impl XdsMetrics {
         xds.register("message", help, self.messages.clone());
         let help = "The total number of bytes received from the control plane (unstable)";
         xds.register("message_bytes", help, self.bytes.clone());
+        let help = "Resources whose last version was refused";
+        registry.register("ztunnel_xds_refused_resources", help, self.refused.clone());
     }
 
     /// Counts a stream that ended.
     pub(crate) fn terminated(&self, reason: Termination) {
         self.terminations.get_or_create(&ReasonLabels { reason }).inc();
+    }
+
+    /// How many resources of type `url` are refused as the control plane sent them last.
+    pub(crate) fn refused(&self, url: &str, count: usize) {
+        let labels = UrlLabels { url: url.to_owned() };
+        self.refused.get_or_create(&labels).set(count.try_into().unwrap_or(i64::MAX));
     }
 
     /// Counts a message of resource type `url`.

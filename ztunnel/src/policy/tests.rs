@@ -2,6 +2,7 @@ use std::collections::HashSet;
 
 use super::*;
 use crate::mesh::{
+    MeshChange,
     policies::{Clause, Match, PolicyScope, Rule, ServiceAccountMatch, StringMatch},
     tests::{ip, workload},
 };
@@ -22,7 +23,7 @@ fn policy(name: &str, scope: PolicyScope, action: Action, rules: Vec<Vec<Vec<Mat
     let rules =
         rules.into_iter().map(|clauses| Rule(clauses.into_iter().map(Clause).collect())).collect::<Vec<_>>();
     let key = PolicyKey { namespace: "default".into(), name: name.into() };
-    Policy { key, scope, action, rules, dry_run: false }
+    Policy { key, scope, action, rules, dry_run: false, stand_in: false }
 }
 
 /// A global policy whose only rule is one match.
@@ -40,7 +41,7 @@ fn checked(policies: Vec<Policy>, plaintext: bool) -> Result<(), Denied> {
         source: (!plaintext).then_some(&source),
         destination: "10.0.0.2:8080".parse().unwrap(),
     };
-    check(&mesh, mesh.workload_by_address("", ip("10.0.0.2")).unwrap(), &connection)
+    Protection::of(&mesh, mesh.workload_by_address("", ip("10.0.0.2")).unwrap()).check(&connection)
 }
 
 fn matches(one: Match) -> bool {
@@ -200,22 +201,50 @@ fn a_policy_on_trial_decides_nothing() {
     assert_eq!(checked(vec![none, trial(Action::Allow, vec![vec![]])], false), Err(Denied::NotAllowed));
 }
 
+/// Unknown is neither gone nor allowed.
+#[test]
+fn a_named_policy_that_was_never_heard_of_allows_nothing_and_a_removed_one_is_none() {
+    let mut named = workload("named", "10.0.0.1");
+    named.policies = vec!["default/late".parse().unwrap()];
+    let connection = InboundConnection {
+        source_ip: ip("10.0.0.9"),
+        source: None,
+        destination: "10.0.0.1:80".parse().unwrap(),
+    };
+    let decided = |mesh: &Mesh| {
+        Protection::of(mesh, mesh.workload_by_address("", ip("10.0.0.1")).unwrap()).check(&connection)
+    };
+    let late: PolicyKey = "default/late".parse().unwrap();
+    let allow = policy("all", PolicyScope::Global, Action::Allow, vec![vec![]]);
+    let mesh = Mesh::new([named.clone()], [], [allow]);
+    assert_eq!(decided(&mesh), Err(Denied::Unheard(late.clone())));
+    assert_eq!(decided(&mesh.with([MeshChange::RemovePolicy(late.clone())])), Ok(()));
+    // What is certain is said first.
+    let deny = policy("deny", PolicyScope::Global, Action::Deny, vec![vec![]]);
+    let by_deny = Err(Denied::ByPolicy(deny.key.clone()));
+    assert_eq!(decided(&mesh.with([MeshChange::PutPolicy(deny)])), by_deny);
+    let arrived = policy("late", PolicyScope::WorkloadSelector, Action::Deny, vec![vec![]]);
+    assert_eq!(decided(&mesh.with([MeshChange::PutPolicy(arrived)])), Err(Denied::ByPolicy(late)));
+}
+
 #[test]
 fn a_policy_protects_its_scope() {
     let deny = |scope| policy("deny", scope, Action::Deny, vec![vec![]]);
     let mut named = workload("named", "10.0.0.1");
     named.policies = vec!["default/deny".parse().unwrap(), "default/gone".parse().unwrap()];
+    let gone = MeshChange::RemovePolicy("default/gone".parse().unwrap());
     let mut elsewhere = workload("elsewhere", "10.0.0.3");
     elsewhere.namespace = "shop".into();
     let workloads = [named, workload("plain", "10.0.0.2"), elsewhere];
     let denied = |scope| -> HashSet<String> {
-        let mesh = Mesh::new(workloads.clone(), [], [deny(scope)]);
+        let mesh = Mesh::new(workloads.clone(), [], [deny(scope)]).with([gone.clone()]);
         let connection = InboundConnection {
             source_ip: ip("10.0.0.9"),
             source: None,
             destination: "10.0.0.1:80".parse().unwrap(),
         };
-        let refused = mesh.workloads().filter(|workload| check(&mesh, workload, &connection).is_err());
+        let refused =
+            mesh.workloads().filter(|workload| Protection::of(&mesh, workload).check(&connection).is_err());
         refused.map(|workload| workload.name.to_string()).collect()
     };
     let only = |those: &[&str]| those.iter().map(ToString::to_string).collect::<HashSet<_>>();
@@ -234,5 +263,5 @@ fn an_address_counts_in_either_of_its_forms() {
         destination: "[::ffff:10.0.0.2]:80".parse().unwrap(),
     };
     let db = mesh.workload_by_address("", ip("10.0.0.2")).unwrap();
-    check(&mesh, db, &connection).unwrap_err();
+    Protection::of(&mesh, db).check(&connection).unwrap_err();
 }

@@ -46,9 +46,20 @@ impl FakeAgent {
         // Closed on exec: while a program that a test starts held it, hanging up would have no
         // effect.
         let fd = accept4(self.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC).expect("the tunnel connects");
-        self.connection = Some(own(fd));
-        setsockopt(self.connection.as_ref().expect("set"), sockopt::ReceiveTimeout, &time_value(LIMIT))
-            .expect("timeout");
+        self.greet(own(fd))
+    }
+
+    /// The same; `None` if no tunnel comes within `limit`.
+    pub fn try_accept(&mut self, limit: Duration) -> Option<Vec<u8>> {
+        setsockopt(&self.listener, sockopt::ReceiveTimeout, &time_value(limit)).expect("timeout");
+        let came = accept4(self.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC);
+        setsockopt(&self.listener, sockopt::ReceiveTimeout, &time_value(LIMIT)).expect("timeout");
+        Some(self.greet(own(came.ok()?)))
+    }
+
+    fn greet(&mut self, connection: OwnedFd) -> Vec<u8> {
+        setsockopt(&connection, sockopt::ReceiveTimeout, &time_value(LIMIT)).expect("timeout");
+        self.connection = Some(connection);
         self.receive().expect("hello")
     }
 

@@ -44,14 +44,25 @@ impl TunnelNode {
 
     /// With more variables.
     pub fn start_with(mesh: &TunnelMesh, node: &str, netns: TestNetns, variables: &[(&str, &str)]) -> Self {
+        let mut started = Self::start_unheard(mesh, node, netns, variables);
+        started.hello = started.agent().accept();
+        started
+    }
+
+    /// The same, without waiting for its hello.
+    pub fn start_unheard(
+        mesh: &TunnelMesh,
+        node: &str,
+        netns: TestNetns,
+        variables: &[(&str, &str)],
+    ) -> Self {
         let socket = mesh.dir.path().join(format!("{netns}.sock"));
-        let mut agent = FakeAgent::listen(&socket);
+        let agent = FakeAgent::listen(&socket);
         let mut variables = variables.to_vec();
         let path = socket.display().to_string();
         variables.push(("INPOD_UDS", &path));
         let (child, log) = Self::spawn(mesh, node, &netns, &variables);
-        let hello = agent.accept();
-        Self { netns, agent: Some(agent), hello, child, log }
+        Self { netns, agent: Some(agent), hello: Vec::new(), child, log }
     }
 
     /// One that serves `pod` alone, in its netns.

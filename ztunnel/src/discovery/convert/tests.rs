@@ -179,3 +179,39 @@ fn a_policy_is_whole_or_refused() {
     let unknown = security::Authorization { action: 7, ..with(security::Match::default()) };
     assert_eq!(policy(unknown).unwrap_err().field, "action");
 }
+
+/// An empty message is a policy that allows, for the whole mesh: what is not said has its default.
+#[test]
+fn what_stands_in_for_a_policy_forbids_at_least_what_that_may_forbid() {
+    let resource = |value: Vec<u8>| {
+        let resource = Some(prost_types::Any { type_url: String::new(), value });
+        Resource { name: "demo/p".to_owned(), resource, ..Resource::default() }
+    };
+    let of = |scope: i32, action: i32, dry_run| {
+        let (name, namespace) = ("p".to_owned(), "demo".to_owned());
+        let sent = security::Authorization { name, namespace, scope, action, dry_run, ..Default::default() };
+        stand_in(&resource(sent.encode_to_vec()))
+    };
+    for (scope, action, expected) in [
+        (0, 0, (PolicyScope::Global, Action::Allow, 0)),
+        (1, 0, (PolicyScope::Namespace, Action::Allow, 0)),
+        (2, 1, (PolicyScope::WorkloadSelector, Action::Deny, 1)),
+        (1, 2, (PolicyScope::Namespace, Action::Deny, 1)),
+        (3, 1, (PolicyScope::Global, Action::Deny, 1)),
+        (3, 0, (PolicyScope::Global, Action::Allow, 0)),
+    ] {
+        let policy = of(scope, action, false);
+        assert_eq!((policy.scope, policy.action, policy.rules.len()), expected, "{scope} {action}");
+        assert!(policy.stand_in && !policy.dry_run);
+        assert_eq!(policy.key.to_string(), "demo/p");
+        assert!(policy.rules.iter().all(|rule| rule.0.is_empty()), "without clauses it matches everybody");
+    }
+    assert!(of(0, 1, true).dry_run, "it decided nothing, and does not now");
+    for nonsense in [resource(vec![0x0a, 0xff]), Resource { resource: None, ..resource(vec![]) }] {
+        let policy = stand_in(&nonsense);
+        assert_eq!((policy.scope, policy.action), (PolicyScope::Global, Action::Deny));
+        assert_eq!((policy.key.to_string(), policy.rules.len()), ("demo/p".to_owned(), 1));
+    }
+    let nameless = Resource { name: "nameless".to_owned(), ..resource(vec![0xff]) };
+    assert_eq!(stand_in(&nameless).key.to_string(), "/nameless");
+}

@@ -100,6 +100,7 @@ impl PolicyEntry {
                 ActionEntry::Deny => Action::Deny,
             },
             dry_run: self.dry_run,
+            stand_in: false,
             key: PolicyKey { namespace: self.namespace.into(), name: self.name.into() },
         })
     }

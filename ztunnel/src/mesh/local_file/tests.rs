@@ -97,7 +97,7 @@ fn every_key_of_the_format_is_understood() {
     assert_eq!(service.load_balancing.health_policy, HealthPolicy::AllowAll);
     assert_eq!(mesh.endpoints(&key).len(), 1);
 
-    let policy = mesh.policy(&"default/one".parse().unwrap()).unwrap();
+    let policy = mesh.policies().find(|policy| policy.key.to_string() == "default/one").unwrap();
     assert_eq!(
         (policy.scope, policy.action, policy.dry_run),
         (PolicyScope::WorkloadSelector, Action::Deny, true)

@@ -8,8 +8,9 @@ stdin, one JSON object a line:
   {"hold": TYPE, "set": ..., "remove": ...}                              kept only
   {"hang_up": true}                                                      ends the stream
   {"mute": true}, {"mute": false}                                        names that are asked for are answered only later
+  {"hold_back": TYPE}, {"let_go": TYPE}                                  responses of that type are sent only later
 stdout: {"listening": PORT}, {"stream": METADATA}, {"request": ...}, {"ended": true}, {"signed": IDENTITY, "with": METADATA}
-TYPE is "address" or "authorization"; MESSAGE as protobuf's JSON.
+TYPE is "address" or "authorization"; MESSAGE as protobuf's JSON, or {"raw": BASE64}: any bytes.
 """
 import base64, ipaddress, json, os, queue, subprocess, sys, tempfile, threading
 from concurrent import futures
@@ -40,6 +41,7 @@ lock = threading.Lock()
 streams = []
 unmuted = threading.Event()
 unmuted.set()
+held_back = {}  # by type: the responses that wait, each with its stream
 nonce = 0
 
 
@@ -65,10 +67,11 @@ def find(kind, names):
 
 def resource(kind, name, version, message):
     content = MESSAGES[kind]()
-    json_format.ParseDict(message, content)
+    if "raw" not in message:
+        json_format.ParseDict(message, content)
     made = discovery_pb2.Resource(name=name, version=version, aliases=aliases(message))
     made.resource.type_url = URLS[kind]
-    made.resource.value = content.SerializeToString()
+    made.resource.value = base64.b64decode(message["raw"]) if "raw" in message else content.SerializeToString()
     return made
 
 
@@ -79,6 +82,13 @@ def response(kind, changed, removed):
     return discovery_pb2.DeltaDiscoveryResponse(
         type_url=URLS[kind], nonce=str(nonce), resources=resources, removed_resources=removed
     )
+
+
+def put(out, one):
+    """Sends a response on a stream, or keeps it while its type is held back."""
+    with lock:
+        waiting = held_back.get(KINDS[one.type_url])
+        (out.put(one) if waiting is None else waiting.append((out, one)))
 
 
 class Service(discovery_pb2_grpc.AggregatedDiscoveryServiceServicer):
@@ -108,10 +118,10 @@ class Service(discovery_pb2_grpc.AggregatedDiscoveryServiceServicer):
                             unmuted.wait()
                             found, gone = find(kind, names)
                             changed = [n for n in found if held.get(n) != state[kind][n][0]]
-                            out.put(response(kind, changed, gone + [n for n in held if n not in state[kind]]))
+                            put(out, response(kind, changed, gone + [n for n in held if n not in state[kind]]))
                     elif not request.response_nonce:
                         changed = [n for n, (version, _) in state[kind].items() if held.get(n) != version]
-                        out.put(response(kind, changed, [n for n in held if n not in state[kind]]))
+                        put(out, response(kind, changed, [n for n in held if n not in state[kind]]))
             except grpc.RpcError:
                 pass
             except Exception as error:  # the stream went away
@@ -159,6 +169,14 @@ for line in sys.stdin:
         (unmuted.clear if command["mute"] else unmuted.set)()
         say(mute=True)
         continue
+    if "hold_back" in command:
+        held_back[command["hold_back"]] = []
+        continue
+    if "let_go" in command:
+        with lock:
+            for out, one in held_back.pop(command["let_go"], []):
+                out.put(one)
+        continue
     if "hang_up" in command:
         while streams:
             streams.pop().put(None)
@@ -169,5 +187,5 @@ for line in sys.stdin:
     state[kind].update(command.get("set", {}))
     if "push" in command:
         for out in streams[-1:]:
-            out.put(response(kind, list(command.get("set", {})), command.get("remove", [])))
+            put(out, response(kind, list(command.get("set", {})), command.get("remove", [])))
 server.stop(None)
