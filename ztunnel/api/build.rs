@@ -4,6 +4,7 @@ use std::path::Path;
 
 use prost::Message as _;
 
+#[expect(clippy::disallowed_methods, reason = "Cargo tells a build script its folder in a variable")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
     let files = protox::compile(

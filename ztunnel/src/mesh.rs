@@ -62,7 +62,8 @@ impl InvalidKey {
 #[derive(Clone, Debug, Default)]
 pub struct Mesh {
     workloads: Table<ByUid>,
-    arrived: u64,
+    /// Counts the workloads that were added or changed.
+    puts: u64,
     by_address: Table<ByAddress>,
     by_name: Table<ByName>,
     by_own_hostname: Table<HostnameInOwnNamespace>,
@@ -97,8 +98,8 @@ impl Mesh {
                 MeshChange::PutService(service) => mesh.put_service(&Arc::new(service)),
                 MeshChange::PutPolicy(policy) => Arc::make_mut(&mut mesh.policies).put(policy),
                 MeshChange::RemoveWorkload(uid) => {
-                    if let Some(gone) = mesh.workloads.take(&&*uid, |_| true) {
-                        mesh.unlink_workload(&gone.workload);
+                    if let Some(ByUid(gone)) = mesh.workloads.take(&&*uid, |_| true) {
+                        mesh.unlink_workload(&gone);
                     }
                 }
                 MeshChange::RemoveService(key) => mesh.take_service(&key),
@@ -109,15 +110,15 @@ impl Mesh {
     }
 
     fn put_workload(&mut self, workload: &Arc<Workload>) {
-        let arrival = self.arrived + 1;
-        let before = self.workloads.get(&&*workload.uid).map(|known| Arc::clone(&known.workload));
-        // An update of a known workload does not count as a new arrival.
-        let known =
-            self.workloads.get_or_add(&&*workload.uid, || ByUid { workload: Arc::clone(workload), arrival });
-        known.workload = Arc::clone(workload);
-        match before {
-            Some(before) => self.unlink_workload(&before),
-            None => self.arrived = arrival,
+        self.puts += 1;
+        let before = self.workloads.get(&&*workload.uid).map(|ByUid(known)| Arc::clone(known));
+        *self.workloads.get_or_add(&&*workload.uid, || ByUid(Arc::clone(workload))) =
+            ByUid(Arc::clone(workload));
+        // An update that leaves an address where it was is no move of that address.
+        let since: Vec<u64> =
+            workload.addresses.iter().map(|ip| self.has_had(before.as_ref(), workload, *ip)).collect();
+        if let Some(before) = before {
+            self.unlink_workload(&before);
         }
         self.by_name.add(ByName(Arc::clone(workload)));
         if workload.hostname.is_some() {
@@ -125,8 +126,8 @@ impl Mesh {
         }
         // The addresses of host-network pods are the node's: they do not identify the pod.
         if !workload.host_network {
-            for address in 0..workload.addresses.len() {
-                self.by_address.add(ByAddress { workload: Arc::clone(workload), address });
+            for (address, since) in since.into_iter().enumerate() {
+                self.by_address.add(ByAddress { workload: Arc::clone(workload), address, since });
             }
         }
         for (key, ports) in &workload.services {
@@ -135,6 +136,14 @@ impl Mesh {
             let endpoint = Endpoint { workload: Arc::clone(workload), ports: Arc::clone(ports) };
             Arc::make_mut(&mut known.endpoints).push(endpoint);
         }
+    }
+
+    /// Since when a workload has the address `ip`: since this change, unless it was its own `before`.
+    fn has_had(&self, before: Option<&Arc<Workload>>, now: &Workload, ip: IpAddr) -> u64 {
+        let key = (&*now.network, ip.to_canonical());
+        let mut entries = self.by_address.all(key);
+        let own = before.and_then(|before| entries.find(|entry| Arc::ptr_eq(&entry.workload, before)));
+        own.map_or(self.puts, |entry| entry.since)
     }
 
     /// Removes it from every table except the one by uid.
@@ -192,14 +201,7 @@ impl Mesh {
     #[must_use]
     pub fn workload_by_address(&self, network: &str, ip: IpAddr) -> Option<&Arc<Workload>> {
         let key = (network, ip.to_canonical());
-        let mut owners = self.by_address.all(key).map(|entry| &entry.workload);
-        let (first, second) = (owners.next()?, owners.next());
-        let arrival =
-            |workload: &&Arc<Workload>| self.workloads.get(&&*workload.uid).map_or(0, |known| known.arrival);
-        match second {
-            None => Some(first),
-            Some(second) => [first, second].into_iter().chain(owners).max_by_key(arrival),
-        }
+        self.by_address.all(key).max_by_key(|entry| entry.since).map(|entry| &entry.workload)
     }
 
     /// The workload of a pod of this node. `None` also while only namesakes of it are known.
@@ -265,7 +267,7 @@ impl Mesh {
 
     /// All workloads, unordered.
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
-        self.workloads.iter().map(|entry| &entry.workload)
+        self.workloads.iter().map(|ByUid(workload)| workload)
     }
 
     /// All services, unordered.

@@ -5,22 +5,17 @@ use std::{net::IpAddr, sync::Arc};
 use super::{Endpoint, Service, ServiceKey, Workload, table::Keyed};
 
 #[derive(Clone, Debug)]
-pub(super) struct ByUid {
-    pub workload: Arc<Workload>,
-    /// The order of arrival. When an address moves from one workload to the next, the control plane
-    /// may send the new owner before it removes the old one. The later one owns the address.
-    pub arrival: u64,
-}
+pub(super) struct ByUid(pub Arc<Workload>);
 
 impl Keyed for ByUid {
     type Key<'a> = &'a str;
 
     fn key(&self) -> &str {
-        &self.workload.uid
+        &self.0.uid
     }
 
     fn has(&self, key: &&str) -> bool {
-        *self.workload.uid == **key
+        *self.0.uid == **key
     }
 }
 
@@ -30,6 +25,10 @@ pub(super) struct ByAddress {
     pub workload: Arc<Workload>,
     /// Its index in the list of addresses.
     pub address: usize,
+    /// When the workload got this address, counted in changes. When an address moves from one
+    /// workload to the next, the control plane may send the new owner before it removes the old one.
+    /// The later one owns the address.
+    pub since: u64,
 }
 
 impl Keyed for ByAddress {

@@ -132,6 +132,26 @@ fn a_pod_is_not_its_namesake_of_another_cluster() {
     assert_eq!(found(with(&[])), None, "unknown is not somebody else");
 }
 
+/// A StatefulSet's pod keeps its uid in the mesh when it comes back, with whatever address is free.
+#[test]
+fn an_address_is_of_who_got_it_last_whether_new_or_back_under_its_name() {
+    let at = |mesh: &Mesh, address| mesh.workload_by_address("", ip(address)).unwrap().name.to_string();
+    let put = |name, addresses: &[&str]| {
+        let mut workload = workload(name, addresses[0]);
+        workload.addresses = addresses.iter().map(|address| ip(address)).collect();
+        MeshChange::PutWorkload(workload)
+    };
+    let first = Mesh::default().with([put("db-0", &["10.0.0.1"]), put("web-1", &["10.0.0.2"])]);
+    // web-1 is going, and the control plane has not said so yet.
+    let back = first.with([put("db-0", &["10.0.0.2"])]);
+    assert_eq!(at(&back, "10.0.0.2"), "db-0");
+    // What else is said of the stale owner moves no address, not even another one that it gets.
+    let updated = back.with([put("web-1", &["10.0.0.2"]), put("web-1", &["10.0.0.2", "fd00::2"])]);
+    assert_eq!((at(&updated, "10.0.0.2"), at(&updated, "fd00::2")), ("db-0".to_owned(), "web-1".to_owned()));
+    assert_eq!(at(&updated.with([MeshChange::RemoveWorkload("uid-web-1".into())]), "10.0.0.2"), "db-0");
+    assert_eq!(at(&updated.with([MeshChange::RemoveWorkload("uid-db-0".into())]), "10.0.0.2"), "web-1");
+}
+
 #[test]
 fn the_mapping_of_the_workload_wins_and_a_named_port_needs_one() {
     let mut web = service("web", "10.96.0.1");
