@@ -17,9 +17,10 @@
 //! * [`logging`]: the log and its filter
 //! * [`metrics`]: the counters
 //! * `lookup`: addresses of workloads that are known by name alone
-//! * `route`, `policy`: where to, and whether; pure
-//! * [`mesh`]: what is known of others: workloads, services, policies
+//! * `route`: where to; pure
 //! * [`pod`]: a pod that is served
+//! * `policy`: whether a connection may pass
+//! * [`mesh`]: what is known of others: workloads, services, policies
 //! * [`identity`]: SPIFFE ids, certificates, verification of peers
 //! * [`control_plane`]: gRPC channels to a control plane
 //! * `socket`: the few socket options that carry the design

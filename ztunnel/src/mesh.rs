@@ -57,6 +57,10 @@ impl InvalidKey {
     }
 }
 
+/// All policies of one moment. See [`Mesh::policy_set`].
+#[derive(Clone, Debug)]
+pub struct PolicySet(Arc<Policies>);
+
 /// Everything known at one moment, indexed for the lookups that a connection makes. A copy shares
 /// unchanged parts.
 #[derive(Clone, Debug, Default)]
@@ -258,6 +262,18 @@ impl Mesh {
     #[must_use]
     pub fn policy(&self, key: &PolicyKey) -> PolicyKnowledge<'_> {
         self.policies.get(key)
+    }
+
+    /// All policies as they are now, to find out later whether one has changed.
+    #[must_use]
+    pub fn policy_set(&self) -> PolicySet {
+        PolicySet(Arc::clone(&self.policies))
+    }
+
+    /// Whether no policy has changed since.
+    #[must_use]
+    pub fn has_policies(&self, set: &PolicySet) -> bool {
+        Arc::ptr_eq(&self.policies, &set.0)
     }
 
     /// Those that apply to every workload, then those of its namespace.

@@ -1,6 +1,9 @@
 //! A pod that is served.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use adit_netns::Netns;
 use nix::net::if_::{Interface, if_nameindex};
@@ -8,7 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     identity::AccountLease,
-    mesh::{LocalPod, Mesh, Workload},
+    mesh::{LocalPod, Mesh, Store, Workload},
+    policy::PodProtection,
     socket,
 };
 
@@ -42,6 +46,8 @@ pub struct ServedPod {
     /// netns may be the node's, with other listeners. Since that netns is not prepared,
     /// applications there are not dialled from their clients' addresses.
     pub own_port: Option<u16>,
+    /// What its open connections are judged by.
+    pub(crate) protection: PodProtection,
     /// Stops accepting; open connections finish.
     pub stop: CancellationToken,
     /// The process ends: open connections have a deadline.
@@ -53,6 +59,12 @@ impl ServedPod {
     #[must_use]
     pub fn workload<'mesh>(&self, mesh: &'mesh Mesh) -> Option<&'mesh Arc<Workload>> {
         mesh.workload_of(&self.local)
+    }
+
+    /// Keeps its protection up to date, until nobody holds the pod.
+    pub(crate) async fn follow_policies(store: Arc<Store>, pod: Weak<Self>) {
+        let find = |pod: &Self, mesh: &Mesh| pod.workload(mesh).cloned();
+        PodProtection::follow(store, pod, |pod| &pod.protection, find).await;
     }
 
     /// Resolves when the pod was deleted, not only taken out of the mesh. Every CNI plugin removes

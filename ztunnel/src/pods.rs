@@ -19,6 +19,7 @@ use adit_netns::{Netns, NetnsId};
 use serde_json::json;
 use tokio::{
     sync::watch,
+    task::JoinSet,
     time::{Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
@@ -31,6 +32,7 @@ use crate::{
     dns::{Dns, sockets},
     mesh::LocalPod,
     pod::{PodInfo, ServedPod},
+    policy::PodProtection,
     socket,
     worker::{
         Workers,
@@ -63,6 +65,8 @@ pub struct ServedPods {
     pending: HashMap<String, Pending>,
     /// Counts the snapshots of the mesh, which tells who the pods are.
     mesh_changes: watch::Receiver<u64>,
+    /// The tasks that keep the pods' protection up to date.
+    followers: JoinSet<()>,
     stop: CancellationToken,
     /// Name and state of each, by uid.
     published: watch::Sender<BTreeMap<String, serde_json::Value>>,
@@ -79,7 +83,8 @@ impl ServedPods {
     ) -> Self {
         let mesh_changes = process.store.subscribe();
         let (running, pending, published) = (HashMap::new(), HashMap::new(), watch::Sender::default());
-        Self { process, workers, dns, running, own: None, pending, mesh_changes, stop, published }
+        let followers = JoinSet::new();
+        Self { process, workers, dns, running, own: None, pending, mesh_changes, followers, stop, published }
     }
 
     /// The pods as shown to operators. Each call returns the current state.
@@ -223,7 +228,7 @@ impl ServedPods {
     }
 
     fn listen(
-        &self,
+        &mut self,
         uid: &str,
         info: PodInfo,
         netns: Netns,
@@ -252,7 +257,23 @@ impl ServedPods {
         let (namespace, service_account) = (Arc::clone(&info.namespace), Arc::clone(&info.service_account));
         let _account = self.process.certificates.lease(namespace, service_account);
         let (uid, stop, end) = (uid.to_owned(), self.stop.child_token(), self.stop.clone());
-        let pod = Arc::new(ServedPod { uid, info, local, _account, netns, socket, own_port, stop, end });
+        let protection = PodProtection::default();
+        let pod = Arc::new(ServedPod {
+            uid,
+            info,
+            local,
+            _account,
+            netns,
+            socket,
+            own_port,
+            protection,
+            stop,
+            end,
+        });
+        // Each ends by itself when its pod is gone.
+        while self.followers.try_join_next().is_some() {}
+        let store = Arc::clone(&self.process.store);
+        self.followers.spawn(ServedPod::follow_policies(store, Arc::downgrade(&pod)));
         self.workers.serve(&pod, listeners)?;
         // DNS is optional, connections are not: a pod whose DNS port is in use is served without
         // DNS.

@@ -1,14 +1,19 @@
 //! Whether a connection may reach a workload: deny first, then allow.
+//!
+//! * [`Protection`]: what protects one workload, and what it decides
+//! * [`PodProtection`]: the same of a served pod, as it changes
 
 use std::{
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, Weak},
 };
+
+use tokio::sync::watch;
 
 use crate::{
     identity::Identity,
     mesh::{
-        Mesh, Policy, PolicyKey, PolicyKnowledge, Workload,
+        Mesh, Policy, PolicyKey, PolicyKnowledge, PolicySet, Store, Workload,
         policies::{Action, ConnectionFacts},
     },
 };
@@ -72,6 +77,21 @@ impl Protection {
         list.push(Arc::clone(policy));
     }
 
+    /// Whether `other` is the same policies: then it decides the same, too.
+    fn is(&self, other: &Self) -> bool {
+        let same = |these: &[Arc<Policy>], those: &[Arc<Policy>]| {
+            these.len() == those.len() && these.iter().zip(those).all(|(this, that)| Arc::ptr_eq(this, that))
+        };
+        same(&self.in_force, &other.in_force)
+            && same(&self.trial, &other.trial)
+            && self.unheard == other.unheard
+    }
+
+    /// Whether the workload names a policy that was never heard of.
+    pub(crate) fn names_unheard(&self) -> bool {
+        !self.unheard.is_empty()
+    }
+
     /// First rule that holds wins:
     ///
     /// 1. a deny policy matches: denied
@@ -88,6 +108,58 @@ impl Protection {
     /// What the policies on trial alone would do.
     pub(crate) fn try_out(&self, connection: &InboundConnection<'_>) -> Result<(), Denied> {
         decide(&self.trial, &[], connection)
+    }
+}
+
+/// What protects a served pod, for its open connections. A mesh changes all the time, and very few
+/// changes are about the policies of one pod: only those wake anybody.
+#[derive(Debug, Default)]
+pub(crate) struct PodProtection(watch::Sender<Arc<Protection>>);
+
+impl PodProtection {
+    /// Starts with what holds now.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<Protection>> {
+        self.0.subscribe()
+    }
+
+    /// Follows what `store` says of the workload that `find` finds, until the pod is gone: `of` is
+    /// its handle. A workload that is no longer known keeps what it had.
+    pub(crate) async fn follow<P>(
+        store: Arc<Store>,
+        pod: Weak<P>,
+        of: impl Fn(&P) -> &Self,
+        find: impl Fn(&P, &Mesh) -> Option<Arc<Workload>>,
+    ) {
+        let mut changes = store.subscribe();
+        let mut last: Option<(Arc<Workload>, PolicySet)> = None;
+        loop {
+            changes.mark_unchanged();
+            {
+                let Some(pod) = pod.upgrade() else { return };
+                let mesh = store.snapshot();
+                let unchanged = |workload: &Arc<Workload>| {
+                    last.as_ref()
+                        .is_some_and(|(seen, set)| Arc::ptr_eq(seen, workload) && mesh.has_policies(set))
+                };
+                if let Some(workload) = find(&pod, &mesh).filter(|workload| !unchanged(workload)) {
+                    of(&pod).set(Protection::of(&mesh, &workload));
+                    last = Some((workload, mesh.policy_set()));
+                }
+            }
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn set(&self, now: Protection) {
+        self.0.send_if_modified(|held| {
+            let changed = !held.is(&now);
+            if changed {
+                *held = Arc::new(now);
+            }
+            changed
+        });
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, info};
 
 use crate::{
@@ -70,28 +70,22 @@ impl<'a> Subject<'a> {
         }
     }
 
-    /// Ends when a change of policy forbids what was allowed. A workload that is no longer known
-    /// keeps what it has.
+    /// Ends when a change of policy forbids what was allowed. Wakes only for a change of what
+    /// protects the pod.
     pub(super) async fn until_denied(&self) {
-        let mut changes = self.process.store.subscribe();
-        let mut unheard_since = None;
+        let mut protection = self.pod.protection.subscribe();
         loop {
-            changes.mark_unchanged();
-            let decided =
-                self.current().map(|(mesh, workload)| self.check(&Protection::of(&mesh, &workload)));
-            match decided {
-                Some(Err(Denied::Unheard(_))) => {
-                    let since = *unheard_since.get_or_insert_with(Instant::now);
-                    if timeout_at(since + HEAR_OF_POLICY, changes.changed()).await.is_err() {
-                        return;
-                    }
-                    continue;
+            let decided = self.check(&protection.borrow_and_update());
+            let changed = match decided {
+                Ok(()) => protection.changed().await.is_ok(),
+                Err(Denied::Unheard(_)) => {
+                    let heard = protection.wait_for(|now| !now.names_unheard());
+                    matches!(timeout(HEAR_OF_POLICY, heard).await, Ok(Ok(_)))
                 }
-                Some(Err(_)) => return,
-                Some(Ok(())) | None => unheard_since = None,
-            }
-            if changes.changed().await.is_err() {
-                return std::future::pending().await;
+                Err(_) => false,
+            };
+            if !changed {
+                return;
             }
         }
     }
