@@ -52,6 +52,8 @@ pub struct Config {
     pub cluster_domain: Arc<str>,
     /// Trust domain of workloads for which nobody tells one.
     pub trust_domain: Arc<str>,
+    /// Other trust domains that are this mesh, such as the one before a migration.
+    pub trust_domain_aliases: Arc<[Arc<str>]>,
     /// The pod of this process. `None`: its metrics are not served over HBONE.
     pub own_pod: Option<OwnPod>,
     /// The mesh from a document.

@@ -46,6 +46,43 @@ impl fmt::Display for Identity {
     }
 }
 
+/// The trust domains that are one mesh: its own, and its aliases, such as the one before a
+/// migration. The same namespace and service account in any of them is the same workload.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TrustDomains {
+    own: Arc<str>,
+    aliases: Arc<[Arc<str>]>,
+}
+
+impl TrustDomains {
+    /// The mesh of trust domain `own`, which is also `aliases`.
+    #[must_use]
+    pub fn new(own: Arc<str>, aliases: Arc<[Arc<str>]>) -> Self {
+        Self { own, aliases }
+    }
+
+    /// Its own, then the aliases.
+    pub fn names(&self) -> impl Iterator<Item = &Arc<str>> {
+        std::iter::once(&self.own).chain(&*self.aliases)
+    }
+
+    /// Whether `domain` is one of them.
+    #[must_use]
+    pub fn contains(&self, domain: &str) -> bool {
+        self.names().any(|name| **name == *domain)
+    }
+
+    /// Whether both are one workload.
+    #[must_use]
+    pub fn same(&self, one: &Identity, other: &Identity) -> bool {
+        one == other
+            || one.namespace == other.namespace
+                && one.service_account == other.service_account
+                && self.contains(&one.trust_domain)
+                && self.contains(&other.trust_domain)
+    }
+}
+
 /// A text that is not the SPIFFE id of a workload.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not of the form spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICE_ACCOUNT")]
@@ -219,6 +256,20 @@ mod tests {
     fn an_identity_survives_writing_and_reading() {
         let text = "spiffe://cluster.local/ns/shop/sa/web-1.v2";
         assert_eq!(text.parse::<Identity>().unwrap().to_string(), text);
+    }
+
+    #[test]
+    fn a_workload_is_the_same_in_all_trust_domains_of_its_mesh_and_no_other() {
+        let domains = TrustDomains::new("new.example".into(), ["old.example".into()].into());
+        let id = |text: &str| text.parse::<Identity>().unwrap();
+        let web = id("spiffe://new.example/ns/shop/sa/web");
+        assert!(domains.same(&web, &id("spiffe://old.example/ns/shop/sa/web")));
+        assert!(domains.same(&web, &web));
+        assert!(!domains.same(&web, &id("spiffe://old.example/ns/shop/sa/db")));
+        assert!(!domains.same(&web, &id("spiffe://old.example/ns/bank/sa/web")));
+        assert!(!domains.same(&web, &id("spiffe://foreign.example/ns/shop/sa/web")));
+        let foreign = id("spiffe://foreign.example/ns/shop/sa/web");
+        assert!(domains.same(&foreign, &foreign), "a service may name who serves it by another mesh's id");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
-    identity::Identity,
+    identity::{Identity, TrustDomains},
     mesh::{
         Mesh, Policy, PolicyKey, PolicyKnowledge, PolicySet, Store, Workload,
         policies::{Action, ConnectionFacts},
@@ -52,13 +52,16 @@ pub(crate) struct Protection {
     trial: Vec<Arc<Policy>>,
     /// Named, and never heard of.
     unheard: Vec<PolicyKey>,
+    /// The mesh that the workload is in.
+    domains: TrustDomains,
 }
 
 impl Protection {
-    /// What protects `workload`. A named policy that was removed is none: the workload will soon
-    /// name it no longer.
-    pub(crate) fn of(mesh: &Mesh, workload: &Workload) -> Self {
-        let mut all = Self::default();
+    /// What protects `workload`, whose trust domain has these `aliases`. A named policy that was
+    /// removed is none: the workload will soon name it no longer.
+    pub(crate) fn of(mesh: &Mesh, workload: &Workload, aliases: &Arc<[Arc<str>]>) -> Self {
+        let domains = TrustDomains::new(Arc::clone(&workload.trust_domain), Arc::clone(aliases));
+        let mut all = Self { domains, ..Self::default() };
         for policy in mesh.policies_by_scope(&workload.namespace) {
             all.add(policy);
         }
@@ -85,6 +88,7 @@ impl Protection {
         same(&self.in_force, &other.in_force)
             && same(&self.trial, &other.trial)
             && self.unheard == other.unheard
+            && self.domains == other.domains
     }
 
     /// Whether the workload names a policy that was never heard of.
@@ -102,12 +106,12 @@ impl Protection {
     ///
     /// Policies on trial take no part.
     pub(crate) fn check(&self, connection: &InboundConnection<'_>) -> Result<(), Denied> {
-        decide(&self.in_force, &self.unheard, connection)
+        decide(&self.in_force, &self.unheard, connection, &self.domains)
     }
 
     /// What the policies on trial alone would do.
     pub(crate) fn try_out(&self, connection: &InboundConnection<'_>) -> Result<(), Denied> {
-        decide(&self.trial, &[], connection)
+        decide(&self.trial, &[], connection, &self.domains)
     }
 }
 
@@ -126,6 +130,7 @@ impl PodProtection {
     /// its handle. A workload that is no longer known keeps what it had.
     pub(crate) async fn follow<P>(
         store: Arc<Store>,
+        aliases: Arc<[Arc<str>]>,
         pod: Weak<P>,
         of: impl Fn(&P) -> &Self,
         find: impl Fn(&P, &Mesh) -> Option<Arc<Workload>>,
@@ -142,7 +147,7 @@ impl PodProtection {
                         .is_some_and(|(seen, set)| Arc::ptr_eq(seen, workload) && mesh.has_policies(set))
                 };
                 if let Some(workload) = find(&pod, &mesh).filter(|workload| !unchanged(workload)) {
-                    of(&pod).set(Protection::of(&mesh, &workload));
+                    of(&pod).set(Protection::of(&mesh, &workload, &aliases));
                     last = Some((workload, mesh.policy_set()));
                 }
             }
@@ -167,16 +172,13 @@ fn decide(
     policies: &[Arc<Policy>],
     unheard: &[PolicyKey],
     connection: &InboundConnection<'_>,
+    domains: &TrustDomains,
 ) -> Result<(), Denied> {
     if policies.is_empty() && unheard.is_empty() {
         return Ok(());
     }
-    let facts = ConnectionFacts {
-        source_ip: connection.source_ip,
-        source: connection.source,
-        destination_ip: connection.destination.ip(),
-        destination_port: connection.destination.port(),
-    };
+    let InboundConnection { source_ip, source, destination } = *connection;
+    let facts = ConnectionFacts::new(source_ip, source, destination, domains);
     let by = |action| policies.iter().filter(move |policy| policy.action == action);
     if let Some(deny) = by(Action::Deny).find(|policy| policy.matches(&facts)) {
         let key = deny.key.clone();

@@ -91,6 +91,7 @@ fn resolve(settings: &RawSettings, in_kubernetes: bool, without_xds: bool) -> Re
         node: settings.text("node.name"),
         cluster_domain: settings.text("node.cluster_domain"),
         trust_domain: settings.text("node.trust_domain"),
+        trust_domain_aliases: trust_domain_aliases(settings)?,
         own_pod: own_pod(settings),
         xds: xds(settings, &cluster_id, in_kubernetes && !without_xds)?,
         local_state: local_state(settings)?,
@@ -172,6 +173,21 @@ fn proxy_mode(settings: &RawSettings) -> Result<ProxyMode, ConfigError> {
         }
         _ => Err(settings.invalid(key, expected)),
     }
+}
+
+fn trust_domain_aliases(settings: &RawSettings) -> Result<Arc<[Arc<str>]>, ConfigError> {
+    let key = "node.trust_domain_aliases";
+    let alias = |text: &str| match is_trust_domain(text) {
+        true => Ok(Arc::from(text)),
+        false => Err(settings.invalid(key, "trust domains such as old.example.org, separated by commas")),
+    };
+    settings.get(key).into_iter().flat_map(|text| text.split(',')).map(str::trim).map(alias).collect()
+}
+
+/// SPIFFE-ID §2.1, and upper case, which some meshes have.
+fn is_trust_domain(text: &str) -> bool {
+    !text.is_empty()
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_'))
 }
 
 /// `None` unless all three are set: Istio's DaemonSet sets all of them, others may set `POD_NAME`

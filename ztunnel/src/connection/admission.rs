@@ -48,7 +48,7 @@ impl<'a> Subject<'a> {
     /// was heard, waits for it.
     pub(super) async fn admit(&self, mesh: &Mesh, workload: &Workload) -> Result<(), Denied> {
         let mut changes = self.process.store.subscribe();
-        match self.check(&Protection::of(mesh, workload)) {
+        match self.check(&self.protection(mesh, workload)) {
             Err(Denied::Unheard(policy)) => {
                 debug!(%policy, workload = &*workload.name, "waiting for policies that the workload names");
             }
@@ -59,8 +59,8 @@ impl<'a> Subject<'a> {
             changes.mark_unchanged();
             // A workload that is gone meanwhile keeps what was known of it.
             let decided = match self.current() {
-                Some((mesh, workload)) => self.check(&Protection::of(&mesh, &workload)),
-                None => self.check(&Protection::of(mesh, workload)),
+                Some((mesh, workload)) => self.check(&self.protection(&mesh, &workload)),
+                None => self.check(&self.protection(mesh, workload)),
             };
             let heard = timeout_at(deadline, changes.changed());
             match decided {
@@ -94,6 +94,10 @@ impl<'a> Subject<'a> {
         let mesh = self.process.store.snapshot();
         let workload = self.pod.workload(&mesh).cloned();
         workload.map(|workload| (mesh, workload))
+    }
+
+    fn protection(&self, mesh: &Mesh, workload: &Workload) -> Protection {
+        Protection::of(mesh, workload, &self.process.config.trust_domain_aliases)
     }
 
     fn check(&self, protection: &Protection) -> Result<(), Denied> {

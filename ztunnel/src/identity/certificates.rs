@@ -107,7 +107,7 @@ impl Certificates {
     /// # Errors
     /// The root of the development CA cannot be read, written or used.
     pub fn new(config: &Config) -> Result<Arc<Self>, IdentityError> {
-        let tls = TlsParameters::new(config.tls);
+        let tls = TlsParameters::new(config.tls).with_aliases(Arc::clone(&config.trust_domain_aliases));
         let authority: Box<dyn Authority> = match &config.ca {
             CaConfig::Service { service, impersonate } => {
                 Box::new(CaClient::new(service.clone(), *impersonate, config.secret_ttl, tls))

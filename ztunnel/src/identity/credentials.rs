@@ -91,7 +91,7 @@ impl Credentials {
         let certified = Arc::new(CertifiedKey::new(chain, signer));
         certified.keys_match().map_err(IdentityError::unusable("the signed certificate"))?;
 
-        let verifier = TrustedClient::new(Arc::clone(&roots), Arc::clone(&identity.trust_domain), tls)?;
+        let verifier = TrustedClient::new(Arc::clone(&roots), &identity.trust_domain, tls)?;
         let mut server = ServerConfig::builder_with_provider(Arc::clone(&tls.provider))
             .with_protocol_versions(tls.versions())
             .map_err(IdentityError::unusable("the TLS provider"))?
@@ -139,7 +139,8 @@ impl Credentials {
     }
 
     fn client_config(&self, expected: Vec<Identity>) -> ClientConfig {
-        let verifier = ExpectedServer::new(Arc::clone(&self.roots), expected, &self.tls);
+        let own = &self.identity.trust_domain;
+        let verifier = ExpectedServer::new(Arc::clone(&self.roots), expected, own, &self.tls);
         let mut config = ClientConfig::builder_with_provider(Arc::clone(&self.tls.provider))
             .with_protocol_versions(self.tls.versions())
             .expect("the same provider made the server's configuration")

@@ -22,7 +22,7 @@ use rustls::{
 };
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-use super::{Identity, IdentityError};
+use super::{Identity, IdentityError, TrustDomains};
 use crate::config::TlsConfig;
 
 static TLS13_ONLY: [&SupportedProtocolVersion; 1] = [&TLS13];
@@ -33,6 +33,7 @@ static WITH_TLS12: [&SupportedProtocolVersion; 2] = [&TLS13, &TLS12];
 pub struct TlsParameters {
     pub(super) provider: Arc<CryptoProvider>,
     tls12: bool,
+    aliases: Arc<[Arc<str>]>,
 }
 
 impl TlsParameters {
@@ -52,7 +53,18 @@ impl TlsParameters {
         if config.only_post_quantum {
             provider.kx_groups.retain(|group| group.name() == NamedGroup::X25519MLKEM768);
         }
-        Self { provider: Arc::new(provider), tls12: config.tls12 }
+        Self { provider: Arc::new(provider), tls12: config.tls12, aliases: Arc::default() }
+    }
+
+    /// Peers of these trust domains are accepted like those of the own one.
+    #[must_use]
+    pub fn with_aliases(self, aliases: Arc<[Arc<str>]>) -> Self {
+        Self { aliases, ..self }
+    }
+
+    /// The mesh of a certificate of trust domain `own`.
+    pub(super) fn domains(&self, own: &Arc<str>) -> TrustDomains {
+        TrustDomains::new(Arc::clone(own), Arc::clone(&self.aliases))
     }
 
     /// TLS 1.3, and 1.2 where the configuration allows it.
@@ -133,12 +145,20 @@ fn wrong_identity(expected: String, got: Vec<String>) -> Error {
 pub(super) struct ExpectedServer {
     roots: Arc<RootCertStore>,
     expected: Vec<Identity>,
+    domains: TrustDomains,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl ExpectedServer {
-    pub(super) fn new(roots: Arc<RootCertStore>, expected: Vec<Identity>, tls: &TlsParameters) -> Self {
-        Self { roots, expected, algorithms: tls.provider.signature_verification_algorithms }
+    /// `own`: the trust domain of the client.
+    pub(super) fn new(
+        roots: Arc<RootCertStore>,
+        expected: Vec<Identity>,
+        own: &Arc<str>,
+        tls: &TlsParameters,
+    ) -> Self {
+        let algorithms = tls.provider.signature_verification_algorithms;
+        Self { roots, expected, domains: tls.domains(own), algorithms }
     }
 }
 
@@ -155,7 +175,8 @@ impl ServerCertVerifier for ExpectedServer {
         let algorithms = self.algorithms.all;
         verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, algorithms)?;
         let names = uri_names(leaf);
-        if names.iter().filter_map(|name| name.parse().ok()).any(|id| self.expected.contains(&id)) {
+        let is_expected = |id: Identity| self.expected.iter().any(|one| self.domains.same(one, &id));
+        if names.iter().filter_map(|name| name.parse().ok()).any(is_expected) {
             return Ok(ServerCertVerified::assertion());
         }
         let expected: Vec<_> = self.expected.iter().map(Identity::to_string).collect();
@@ -185,25 +206,25 @@ impl ServerCertVerifier for ExpectedServer {
     }
 }
 
-/// Accepts clients whose identity (the first SPIFFE id, which policies use) is in the same trust
-/// domain.
+/// Accepts clients whose identity (the first SPIFFE id, which policies use) is in the same mesh: in
+/// its trust domain, or in an alias of that.
 #[derive(Debug)]
 pub(super) struct TrustedClient {
     chain: Arc<dyn ClientCertVerifier>,
-    trust_domain: Arc<str>,
+    domains: TrustDomains,
 }
 
 impl TrustedClient {
     pub(super) fn new(
         roots: Arc<RootCertStore>,
-        trust_domain: Arc<str>,
+        own: &Arc<str>,
         tls: &TlsParameters,
     ) -> Result<Self, IdentityError> {
         let chain = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&tls.provider))
             .clear_root_hint_subjects() // clients have one certificate, so a hint is of no use
             .build()
             .map_err(IdentityError::unusable("the set of root certificates"))?;
-        Ok(Self { chain, trust_domain })
+        Ok(Self { chain, domains: tls.domains(own) })
     }
 }
 
@@ -220,8 +241,12 @@ impl ClientCertVerifier for TrustedClient {
     ) -> Result<ClientCertVerified, Error> {
         let verified = self.chain.verify_client_cert(leaf, intermediates, now)?;
         match first_identity(leaf) {
-            Some(id) if id.trust_domain == self.trust_domain => Ok(verified),
-            _ => Err(wrong_identity(format!("spiffe://{}/..", self.trust_domain), uri_names(leaf))),
+            Some(id) if self.domains.contains(&id.trust_domain) => Ok(verified),
+            _ => {
+                let expected: Vec<_> =
+                    self.domains.names().map(|name| format!("spiffe://{name}/..")).collect();
+                Err(wrong_identity(expected.join(" or "), uri_names(leaf)))
+            }
         }
     }
 

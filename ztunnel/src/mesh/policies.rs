@@ -1,9 +1,10 @@
 //! Authorization policies as written: who may connect to whom. [`crate::policy`] applies them.
 
 use std::{
+    cell::OnceCell,
     collections::{BTreeMap, HashMap},
     fmt,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     str::FromStr,
     sync::Arc,
 };
@@ -12,7 +13,7 @@ use ipnet::IpNet;
 use serde::{Serialize, Serializer};
 
 use super::InvalidKey;
-use crate::identity::Identity;
+use crate::identity::{Identity, TrustDomains};
 
 /// The key of a policy, written `namespace/name`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -150,36 +151,63 @@ pub struct ServiceAccountMatch {
     pub service_account: String,
 }
 
+/// The trust domain by which policies mean the mesh that they are in, whatever its name is.
+const THIS_MESH: &str = "cluster.local";
+
 /// The connection that a policy is evaluated for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ConnectionFacts<'a> {
-    /// Address of the client.
-    pub source_ip: IpAddr,
+    source_ip: IpAddr,
     /// `None` for plaintext, which has no namespace and no principal: matches on these fail.
-    pub source: Option<&'a Identity>,
-    /// Address of the server.
-    pub destination_ip: IpAddr,
-    /// Port of the server.
-    pub destination_port: u16,
+    source: Option<&'a Identity>,
+    destination: SocketAddr,
+    domains: &'a TrustDomains,
+    /// How policies may write the principal. Made when the first one asks.
+    principals: OnceCell<Vec<String>>,
+}
+
+impl<'a> ConnectionFacts<'a> {
+    /// From `source_ip`, which has proved to be `source`, to `destination` in the mesh of `domains`.
+    #[must_use]
+    pub fn new(
+        source_ip: IpAddr,
+        source: Option<&'a Identity>,
+        destination: SocketAddr,
+        domains: &'a TrustDomains,
+    ) -> Self {
+        Self { source_ip, source, destination, domains, principals: OnceCell::new() }
+    }
+
+    /// Without the scheme (Istio: `cluster.local/ns/a/sa/b`). A workload of this mesh may be written
+    /// with any of the mesh's trust domains, and with [`THIS_MESH`].
+    fn principals(&self) -> &[String] {
+        self.principals.get_or_init(|| {
+            let Some(Identity { trust_domain, namespace, service_account }) = self.source else {
+                return Vec::new();
+            };
+            let in_domain = |domain: &str| format!("{domain}/ns/{namespace}/sa/{service_account}");
+            if !self.domains.contains(trust_domain) {
+                return vec![in_domain(trust_domain)];
+            }
+            let this_mesh = (!self.domains.contains(THIS_MESH)).then_some(THIS_MESH);
+            self.domains.names().map(|name| &**name).chain(this_mesh).map(in_domain).collect()
+        })
+    }
 }
 
 impl Policy {
     /// Whether any rule matches.
     pub fn matches(&self, facts: &ConnectionFacts<'_>) -> bool {
-        // A principal is written without the scheme (Istio: `cluster.local/ns/a/sa/b`).
-        let principal = facts.source.map(ToString::to_string);
-        let principal = principal.as_deref().and_then(|id| id.strip_prefix("spiffe://"));
-        let clause = |Clause(matches): &Clause| {
-            matches.is_empty() || matches.iter().any(|one| one.matches(facts, principal))
-        };
+        let clause =
+            |Clause(matches): &Clause| matches.is_empty() || matches.iter().any(|one| one.matches(facts));
         self.rules.iter().any(|Rule(clauses)| clauses.iter().all(clause))
     }
 }
 
 impl Match {
-    fn matches(&self, facts: &ConnectionFacts<'_>, principal: Option<&str>) -> bool {
-        let namespace = facts.source.map(|id| &*id.namespace);
-        let text = |known: Option<&str>, m: &StringMatch| known.is_some_and(|known| m.accepts(known));
+    fn matches(&self, facts: &ConnectionFacts<'_>) -> bool {
+        let namespace = |m: &StringMatch| facts.source.is_some_and(|id| m.accepts(&id.namespace));
+        let principal = |m: &StringMatch| facts.principals().iter().any(|known| m.accepts(known));
         let account = |m: &ServiceAccountMatch| {
             facts
                 .source
@@ -187,14 +215,14 @@ impl Match {
         };
         let within = |ip: IpAddr, net: &IpNet| net.contains(&ip.to_canonical());
         self != &Self::default()
-            && holds(&self.namespaces, &self.not_namespaces, |m| text(namespace, m))
-            && holds(&self.principals, &self.not_principals, |m| text(principal, m))
+            && holds(&self.namespaces, &self.not_namespaces, namespace)
+            && holds(&self.principals, &self.not_principals, principal)
             && holds(&self.service_accounts, &self.not_service_accounts, account)
             && holds(&self.source_ips, &self.not_source_ips, |net| within(facts.source_ip, net))
             && holds(&self.destination_ips, &self.not_destination_ips, |net| {
-                within(facts.destination_ip, net)
+                within(facts.destination.ip(), net)
             })
-            && holds(&self.destination_ports, &self.not_destination_ports, |&p| p == facts.destination_port)
+            && holds(&self.destination_ports, &self.not_destination_ports, |&p| p == facts.destination.port())
     }
 }
 

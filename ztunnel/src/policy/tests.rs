@@ -31,6 +31,11 @@ fn only(action: Action, one: Match) -> Policy {
     policy("p", PolicyScope::Global, action, vec![vec![vec![one]]])
 }
 
+/// What protects `workload` in a mesh without aliases.
+fn protection(mesh: &Mesh, workload: &Workload) -> Protection {
+    Protection::of(mesh, workload, &Arc::default())
+}
+
 /// From `spiffe://cluster.local/ns/shop/sa/web` at 10.0.0.1, or plaintext from there, to
 /// 10.0.0.2:8080.
 fn checked(policies: Vec<Policy>, plaintext: bool) -> Result<(), Denied> {
@@ -41,7 +46,7 @@ fn checked(policies: Vec<Policy>, plaintext: bool) -> Result<(), Denied> {
         source: (!plaintext).then_some(&source),
         destination: "10.0.0.2:8080".parse().unwrap(),
     };
-    Protection::of(&mesh, mesh.workload_by_address("", ip("10.0.0.2")).unwrap()).check(&connection)
+    protection(&mesh, mesh.workload_by_address("", ip("10.0.0.2")).unwrap()).check(&connection)
 }
 
 fn matches(one: Match) -> bool {
@@ -212,7 +217,7 @@ fn a_named_policy_that_was_never_heard_of_allows_nothing_and_a_removed_one_is_no
         destination: "10.0.0.1:80".parse().unwrap(),
     };
     let decided = |mesh: &Mesh| {
-        Protection::of(mesh, mesh.workload_by_address("", ip("10.0.0.1")).unwrap()).check(&connection)
+        protection(mesh, mesh.workload_by_address("", ip("10.0.0.1")).unwrap()).check(&connection)
     };
     let late: PolicyKey = "default/late".parse().unwrap();
     let allow = policy("all", PolicyScope::Global, Action::Allow, vec![vec![]]);
@@ -244,7 +249,7 @@ fn a_policy_protects_its_scope() {
             destination: "10.0.0.1:80".parse().unwrap(),
         };
         let refused =
-            mesh.workloads().filter(|workload| Protection::of(&mesh, workload).check(&connection).is_err());
+            mesh.workloads().filter(|workload| protection(&mesh, workload).check(&connection).is_err());
         refused.map(|workload| workload.name.to_string()).collect()
     };
     let only = |those: &[&str]| those.iter().map(ToString::to_string).collect::<HashSet<_>>();
@@ -263,5 +268,89 @@ fn an_address_counts_in_either_of_its_forms() {
         destination: "[::ffff:10.0.0.2]:80".parse().unwrap(),
     };
     let db = mesh.workload_by_address("", ip("10.0.0.2")).unwrap();
-    Protection::of(&mesh, db).check(&connection).unwrap_err();
+    protection(&mesh, db).check(&connection).unwrap_err();
+}
+
+/// Policies of a mesh that was renamed, or that writes `cluster.local` for itself, as Istio's do.
+#[test]
+fn a_principal_may_be_written_with_any_trust_domain_of_the_mesh() {
+    let aliases = ["old.example".into()].into();
+    let matches = |source: &str, one: Match| {
+        let mut db = workload("db", "10.0.0.2");
+        db.trust_domain = "new.example".into();
+        let mesh = Mesh::new([db], [], [only(Action::Allow, one)]);
+        let source = source.parse().unwrap();
+        let connection = InboundConnection {
+            source_ip: ip("10.0.0.1"),
+            source: Some(&source),
+            destination: "10.0.0.2:8080".parse().unwrap(),
+        };
+        let db = mesh.workload_by_address("", ip("10.0.0.2")).unwrap();
+        Protection::of(&mesh, db, &aliases).check(&connection).is_ok()
+    };
+    let by = |principals: Vec<StringMatch>| Match { principals, ..Match::default() };
+    let but = |not_principals: Vec<StringMatch>| Match { not_principals, ..Match::default() };
+    for own in ["spiffe://new.example/ns/shop/sa/web", "spiffe://old.example/ns/shop/sa/web"] {
+        for written in ["new.example", "old.example", "cluster.local"] {
+            let principal = format!("{written}/ns/shop/sa/web");
+            assert!(matches(own, by(exact(&principal))), "{own} {principal}");
+            assert!(!matches(own, but(exact(&principal))), "{own} {principal}");
+            assert!(matches(own, by(vec![StringMatch::Prefix(format!("{written}/ns/shop/"))])));
+        }
+        assert!(!matches(own, by(exact("foreign.example/ns/shop/sa/web"))));
+        assert!(!matches(own, by(exact("new.example/ns/shop/sa/db"))));
+    }
+    let foreign = "spiffe://foreign.example/ns/shop/sa/web";
+    assert!(matches(foreign, by(exact("foreign.example/ns/shop/sa/web"))));
+    for mesh in ["new.example", "old.example", "cluster.local"] {
+        assert!(!matches(foreign, by(exact(&format!("{mesh}/ns/shop/sa/web")))), "{mesh}");
+    }
+}
+
+/// Everything that is not about the policies of a pod leaves its connections asleep.
+#[tokio::test]
+async fn only_a_change_of_what_protects_a_pod_wakes_its_connections() {
+    let of_namespace = |namespace: &str, name: &str| {
+        let mut policy = policy(name, PolicyScope::Namespace, Action::Deny, vec![]);
+        policy.key.namespace = namespace.into();
+        policy
+    };
+    let store = Arc::new(Store::new(Mesh::new([workload("db", "10.0.0.2")], [], [])));
+    let pod = Arc::new(PodProtection::default());
+    let find = |_: &PodProtection, mesh: &Mesh| mesh.workload_by_name("default", "db", "db").cloned();
+    let follow = PodProtection::follow(Arc::clone(&store), Arc::default(), Arc::downgrade(&pod), |pod| pod, find);
+    let following = tokio::spawn(follow);
+    let mut connection = pod.subscribe();
+    let mut woken_by = async |changes: Vec<MeshChange>| {
+        store.apply(changes);
+        // The follower was woken before, so it runs before this task goes on.
+        tokio::task::yield_now().await;
+        tokio::task::yield_now().await;
+        let woken = connection.has_changed().unwrap();
+        connection.mark_unchanged();
+        woken
+    };
+    let moved = workload("db", "10.0.0.3");
+    let mut naming = moved.clone();
+    naming.policies = vec!["default/late".parse().unwrap()];
+    let late = policy("late", PolicyScope::WorkloadSelector, Action::Deny, vec![]);
+    for (change, wakes) in [
+        (MeshChange::PutWorkload(workload("web", "10.0.0.9")), false),
+        (MeshChange::PutWorkload(moved), false),
+        (MeshChange::PutPolicy(of_namespace("shop", "other")), false),
+        (MeshChange::PutPolicy(of_namespace("default", "own")), true),
+        (MeshChange::RemovePolicy("shop/other".parse().unwrap()), false),
+        (MeshChange::PutWorkload(naming), true),
+        (MeshChange::PutPolicy(late), true),
+        (MeshChange::RemoveWorkload("uid-db".into()), false),
+        (MeshChange::RemovePolicy("default/own".parse().unwrap()), false),
+        (MeshChange::PutWorkload(workload("db", "10.0.0.3")), true),
+    ] {
+        let what = format!("{change:?}");
+        assert_eq!(woken_by(vec![change]).await, wakes, "{what}");
+    }
+    // It ends with the pod.
+    drop((pod, connection));
+    store.replace(Mesh::default());
+    following.await.unwrap();
 }

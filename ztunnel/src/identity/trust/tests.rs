@@ -112,6 +112,30 @@ fn a_client_of_another_trust_domain_is_refused() {
     assert!(error.contains("spiffe://cluster.local/..") && error.contains("other.example"), "{error}");
 }
 
+/// While a mesh is renamed, either side may have a certificate of the old name, and the mesh may know
+/// it by the new one.
+#[test]
+fn an_alias_of_the_trust_domain_is_the_own_one_for_clients_and_servers() {
+    let folder = tempfile::tempdir().unwrap();
+    let tls = TlsParameters::default().with_aliases(["old.example".into()].into());
+    let ca = DevelopmentCa::open(folder.path(), HOUR, tls).unwrap();
+    let ca = Ca { ca, _folder: folder };
+    let old = |account: &str| id(&format!("spiffe://old.example/ns/shop/sa/{account}"));
+    for (from, server, expected) in
+        [(old("client"), web(), web()), (client(), old("web"), web()), (client(), web(), old("web"))]
+    {
+        let shaken = shake(ca.sign(&from).client(&[expected]), ca.sign(&server).server()).unwrap();
+        assert_eq!(peer_identity(shaken.server.peer_certificates()), Some(from));
+        assert_eq!(peer_identity(shaken.client.peer_certificates()), Some(server));
+    }
+    let db = [id("spiffe://cluster.local/ns/shop/sa/db"), old("db")];
+    let error = shake(ca.sign(&client()).client(&db), ca.sign(&old("web")).server()).err().unwrap();
+    assert!(error.to_string().contains("expected SAN"), "{error}");
+    let foreign = ca.sign(&id("spiffe://other.example/ns/shop/sa/client"));
+    let error = shake(foreign.client(&[web()]), ca.sign(&web()).server()).err().unwrap().to_string();
+    assert!(error.contains("spiffe://cluster.local/.. or spiffe://old.example/.."), "{error}");
+}
+
 #[test]
 fn another_root_is_refused_by_both_sides() {
     let (ours, theirs) = (Ca::new(), Ca::new());
@@ -130,7 +154,8 @@ fn another_root_is_refused_by_both_sides() {
 fn a_client_without_certificate_is_refused() {
     let ca = Ca::new();
     let server = ca.sign(&web());
-    let verifier = ExpectedServer::new(roots_of(&server), vec![web()], &TlsParameters::default());
+    let verifier =
+        ExpectedServer::new(roots_of(&server), vec![web()], &web().trust_domain, &TlsParameters::default());
     let config = ClientConfig::builder_with_provider(TlsParameters::default().provider)
         .with_protocol_versions(&[&TLS13])
         .unwrap()
