@@ -106,18 +106,25 @@ impl FromStr for ConnectTarget {
         // Rust parses "+80" as a number. An address must not be taken for a name.
         let digits = port.bytes().all(|byte| byte.is_ascii_digit());
         match port.parse() {
-            Ok(port)
-                if port != 0
-                    && digits
-                    && name.parse::<IpAddr>().is_err()
-                    && !name.is_empty()
-                    && !name.contains([':', '[', ']', '@', '/']) =>
-            {
+            Ok(port) if port != 0 && digits && name.parse::<IpAddr>().is_err() && is_host_name(name) => {
                 Ok(Self::Host { name: name.to_owned(), port })
             }
             _ => Err(InvalidTarget),
         }
     }
+}
+
+/// RFC 1123 §2.1. With `xds.on_demand` a peer's name is kept and goes to the control plane.
+fn is_host_name(name: &str) -> bool {
+    let letter = |byte: u8| byte.is_ascii_alphanumeric();
+    let is_label = |label: &str| {
+        let bytes = label.as_bytes();
+        (1..=63).contains(&bytes.len())
+            && bytes.iter().all(|byte| letter(*byte) || *byte == b'-')
+            && letter(bytes[0])
+            && letter(bytes[bytes.len() - 1])
+    };
+    name.len() <= 253 && name.split('.').all(is_label)
 }
 
 /// The service that the client dialled, from its tunnel's `forwarded` header (RFC 7239):
@@ -180,6 +187,15 @@ mod tests {
             ("", None),
         ] {
             assert_eq!(authority.parse().ok(), expected, "{authority}");
+        }
+        let of = |name: &str| format!("{name}:80").parse::<ConnectTarget>();
+        let longest = [&"a".repeat(63)[..]; 4].join(".")[..253].to_owned();
+        of(&longest).unwrap();
+        of("1-a.B.svc").unwrap();
+        let too_long = format!("{}.{}", &longest[..250], "abc");
+        for name in [&too_long, &"a".repeat(64), "a..b", ".a", "a.", "-a", "a-", "a b", "a%2fb", "ä", "a_b"]
+        {
+            assert_eq!(of(name), Err(InvalidTarget), "{name}");
         }
     }
 

@@ -127,6 +127,9 @@ reasons! {
     Tls = "tls", Stays,
         "the TLS handshake with the peer failed: no common root, another identity, or an expired certificate",
         "The record's error has the expected and the presented identity.";
+    TooManyUnanswered = "too_many_unanswered", Passes,
+        "1,024 names that the pod's connections need have no answer of the control plane yet (`xds.on_demand`)",
+        "Check the connection to the control plane. With one, find out why the pod dials so many addresses.";
     Unanswered = "unanswered", Passes,
         "the control plane did not resolve the destination within 5 s (`xds.on_demand`)",
         "Check the connection to the control plane. Until then unknown destinations are refused, not sent in plaintext.";

@@ -61,9 +61,10 @@ pub(crate) async fn own_workload(
 /// the rule runs once, on `mesh`.
 ///
 /// # Errors
-/// The control plane did not answer in time.
+/// The control plane did not answer in time, or too many names of the pod have no answer.
 pub(crate) async fn ensure_known<T>(
     process: &ProcessContext,
+    pod: &ServedPod,
     mut mesh: Arc<Mesh>,
     mut rule: impl FnMut(&MeshView<'_>) -> T,
 ) -> Result<(Arc<Mesh>, T), UnresolvedName> {
@@ -78,7 +79,7 @@ pub(crate) async fn ensure_known<T>(
         };
         let mut new = false;
         for name in missed {
-            new |= demand.resolve(&name).await?;
+            new |= demand.resolve(&name, &pod.uid).await?;
         }
         // An answer may name others in turn. Ends, since a name is new only once.
         if !new {
@@ -86,4 +87,26 @@ pub(crate) async fn ensure_known<T>(
         }
         mesh = process.store.snapshot();
     }
+}
+
+/// What `rule` finds for a label, on `mesh`: nobody waits for it. Where the mesh is known on demand
+/// and the peer has `proven` that it is of the mesh, requests what the rule did not find, for the
+/// next connection; strangers make the control plane no work.
+pub(crate) fn for_label<T>(
+    process: &ProcessContext,
+    pod: &ServedPod,
+    mesh: &Mesh,
+    proven: bool,
+    rule: impl FnOnce(&MeshView<'_>) -> T,
+) -> T {
+    let Some(demand) = process.demand.as_ref().filter(|_| proven) else {
+        return rule(&MeshView::complete(mesh));
+    };
+    let view = MeshView::on_demand(mesh);
+    let found = rule(&view);
+    for name in view.into_missed() {
+        // A pod with too many names gets no label either.
+        let _ = demand.subscribe_for(&name, &pod.uid);
+    }
+    found
 }

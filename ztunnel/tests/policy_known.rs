@@ -166,8 +166,8 @@ fn a_policy_that_is_not_understood_is_stricter_than_meant_and_never_laxer() {
             }
         };
         assert!(error.starts_with("demo/new: "), "{what}: {error}");
-        assert_eq!(gauge(), 1, "{what}");
         assert!(!passes(&client, &server), "{what}: a connection passed");
+        assert_eq!(gauge(), 1, "{what}");
         assert!(node.is_ready(), "{what}");
         control.send(&json!({"push": "authorization", "remove": ["demo/new"]}));
         wait_for("the policy to go", || passes(&client, &server));

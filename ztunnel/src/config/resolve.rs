@@ -177,9 +177,9 @@ fn proxy_mode(settings: &RawSettings) -> Result<ProxyMode, ConfigError> {
 
 fn trust_domain_aliases(settings: &RawSettings) -> Result<Arc<[Arc<str>]>, ConfigError> {
     let key = "node.trust_domain_aliases";
-    let alias = |text: &str| match is_trust_domain(text) {
-        true => Ok(Arc::from(text)),
-        false => Err(settings.invalid(key, "trust domains such as old.example.org, separated by commas")),
+    let alias = |text: &str| {
+        let expected = "trust domains such as old.example.org, separated by commas";
+        if is_trust_domain(text) { Ok(Arc::from(text)) } else { Err(settings.invalid(key, expected)) }
     };
     settings.get(key).into_iter().flat_map(|text| text.split(',')).map(str::trim).map(alias).collect()
 }

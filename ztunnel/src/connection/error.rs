@@ -50,7 +50,7 @@ impl ConnectionFailure for OutboundError {
             Self::UnknownWorkload(_) => FailureReason::UnknownWorkload,
             Self::Route(error) => error.reason(),
             Self::Lookup(_) => FailureReason::Lookup,
-            Self::Unanswered(_) => FailureReason::Unanswered,
+            Self::Unanswered(error) => unresolved(error),
             Self::Dial(_) => FailureReason::Connect,
             Self::Request { .. } => FailureReason::InvalidRequest,
             Self::Hbone(error) => error.reason(),
@@ -64,6 +64,13 @@ impl ConnectionFailure for OutboundError {
             Self::Hbone(error) => error.response_flags(),
             _ => "-",
         }
+    }
+}
+
+fn unresolved(error: &UnresolvedName) -> FailureReason {
+    match error {
+        UnresolvedName::Unanswered { .. } => FailureReason::Unanswered,
+        UnresolvedName::TooMany { .. } => FailureReason::TooManyUnanswered,
     }
 }
 
@@ -148,7 +155,7 @@ impl ConnectionFailure for InboundError {
             Self::UnknownPort { .. } => FailureReason::NoSuchPort,
             Self::Recursive => FailureReason::Recursive,
             Self::UnknownWorkload(_) => FailureReason::UnknownWorkload,
-            Self::Unanswered(_) => FailureReason::Unanswered,
+            Self::Unanswered(error) => unresolved(error),
             Self::Denied(_) => FailureReason::Denied,
             Self::UnknownPolicy(_) => FailureReason::UnknownPolicy,
             Self::Revoked => FailureReason::Revoked,

@@ -27,7 +27,7 @@ use crate::{
     record::{ByteCounters, ConnectionEnds, ConnectionFailure, ConnectionRecord, record_early_failure},
     socket,
     stream::{self, SocketIs, StreamError},
-    workload_lookup::{ensure_known, own_workload},
+    workload_lookup::{ensure_known, for_label, own_workload},
 };
 
 /// One tunnel of a peer, as its requests see it.
@@ -141,7 +141,7 @@ async fn admit<'a>(
         return Err(InboundError::Revoked);
     }
     let (mesh, workload) = own_workload(process, &tunnel.pod).await?;
-    let (mesh, delivery) = ensure_known(process, mesh, |view| {
+    let (mesh, delivery) = ensure_known(process, &tunnel.pod, mesh, |view| {
         delivery(view, &workload, tunnel.local, &target, process.config.proxy_to)
     })
     .await?;
@@ -159,10 +159,9 @@ async fn admit<'a>(
     }
     let peer = Peer { ip: tunnel.peer.ip(), identity: tunnel.identity.as_ref() };
     let believed = process.config.response_baggage;
-    let source =
-        ensure_known(process, mesh, |view| source(view, &workload, peer, request.headers(), believed)).await;
-    // For labels: without an answer there are none.
-    let source = source.map_or(None, |(_, source)| source);
+    let source = for_label(process, &tunnel.pod, &mesh, identity.is_some(), |view| {
+        source(view, &workload, peer, request.headers(), believed)
+    });
     Ok(Admitted { subject, workload, source, delivery })
 }
 

@@ -10,7 +10,7 @@ use crate::{
     mesh::Workload,
     record::{ByteCounters, ConnectionEnds, ConnectionFailure, ConnectionRecord, record_early_failure},
     socket, stream,
-    workload_lookup::{ensure_known, own_workload},
+    workload_lookup::{for_label, own_workload},
 };
 
 /// A connection that was captured on 15006.
@@ -54,11 +54,10 @@ async fn admit(
     let (mesh, workload) = own_workload(process, &accepted.pod).await?;
     let client = accepted.client.ip();
     subject.admit(&mesh, &workload).await?;
-    let source =
-        ensure_known(process, mesh, |view| view.workload_by_address(&workload.network, client).cloned())
-            .await;
-    // For labels: without an answer there are none.
-    Ok(Admitted { source: source.map_or(None, |(_, source)| source), workload })
+    let source = for_label(process, &accepted.pod, &mesh, false, |view| {
+        view.workload_by_address(&workload.network, client).cloned()
+    });
+    Ok(Admitted { source, workload })
 }
 
 async fn carry(

@@ -76,7 +76,8 @@ async fn plan(
         return Err(failed(OutboundError::Recursive));
     }
     let rule = |view: &MeshView<'_>| route::outbound(view, &source, original, &mut rand::rng());
-    let (_, found) = ensure_known(process, mesh, rule).await.map_err(|error| failed(error.into()))?;
+    let (_, found) =
+        ensure_known(process, &accepted.pod, mesh, rule).await.map_err(|error| failed(error.into()))?;
     let route = match found.map_err(|error| failed(error.into()))? {
         OutboundDecision::Route(route) => route,
         OutboundDecision::Unlocated(endpoint) => {

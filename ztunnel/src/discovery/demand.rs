@@ -3,10 +3,11 @@
 //! A subscription stays: the control plane sends updates and the removal of the resource. Names
 //! that do not exist stay subscribed too; otherwise every connection to an address outside the mesh
 //! would wait for the answer again. Applications choose what they dial, so the number of absent
-//! names is bounded: the oldest are unsubscribed first.
+//! names is bounded: the oldest are unsubscribed first. So is the number of names of one pod that
+//! have no answer yet: while the control plane is away, nothing else takes them out.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, hash_map::Entry},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -20,6 +21,11 @@ use tokio::{
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Absent names that stay subscribed.
 const MAX_ABSENT: usize = 65_536;
+/// Names without an answer that one pod may have. Beyond them its connections to further names are
+/// refused.
+const MAX_PENDING: usize = 1024;
+/// The same of all pods together.
+const MAX_PENDING_OF_ALL: usize = 65_536;
 
 /// The subscribed names, shared by the connections that add to them and the stream that sends them.
 #[derive(Clone, Debug, Default)]
@@ -40,12 +46,15 @@ struct SubscribedNames {
     /// Absent names in the order in which the control plane reported them, by `count`.
     absent: BTreeMap<u64, Arc<str>>,
     count: u64,
+    /// How many names of each pod have no answer yet.
+    pending: HashMap<Arc<str>, usize>,
     unsent: SubscriptionChange,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Resolution {
-    Pending,
+    /// Asked for by this pod; `None`: by the tunnel itself.
+    Pending(Option<Arc<str>>),
     Found,
     Absent(u64),
 }
@@ -57,22 +66,32 @@ pub struct SubscriptionChange {
     pub(crate) unsubscribe: Vec<Arc<str>>,
 }
 
-/// The control plane did not answer within the time limit.
+/// Why a name is not resolved.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("control plane did not resolve {name} within {} s", RESOLVE_TIMEOUT.as_secs())]
-pub struct UnresolvedName {
-    name: String,
+pub enum UnresolvedName {
+    /// The control plane did not answer within the time limit.
+    #[error("control plane did not resolve {name} within {} s", RESOLVE_TIMEOUT.as_secs())]
+    Unanswered {
+        /// The name.
+        name: String,
+    },
+    /// The pod has too many names without an answer already.
+    #[error("control plane is not asked for {name}: {MAX_PENDING} names of the pod have no answer yet")]
+    TooMany {
+        /// The name.
+        name: String,
+    },
 }
 
 impl Demand {
-    /// Subscribes to `name` and waits until the control plane has sent it or reported it absent.
-    /// `false`: it had answered before this call.
+    /// Subscribes to `name` for the pod `uid`, and waits until the control plane has sent it or
+    /// reported it absent. `false`: it had answered before this call.
     ///
     /// # Errors
-    /// [`UnresolvedName`]: no answer within 5 s. The subscription stays.
-    pub async fn resolve(&self, name: &str) -> Result<bool, UnresolvedName> {
+    /// No answer within 5 s, and the subscription stays; or too many names of the pod have none.
+    pub async fn resolve(&self, name: &str, uid: &str) -> Result<bool, UnresolvedName> {
         let mut answers = self.0.answers.subscribe();
-        if self.subscribe(name) {
+        if self.subscribe_for(name, uid)? {
             return Ok(false);
         }
         let answered = async {
@@ -84,27 +103,46 @@ impl Demand {
         };
         timeout(RESOLVE_TIMEOUT, answered)
             .await
-            .map_err(|_| UnresolvedName { name: name.to_owned() })
+            .map_err(|_| UnresolvedName::Unanswered { name: name.to_owned() })
             .map(|()| true)
     }
 
-    /// Subscribes to `name`, unless it is subscribed already. Whether the control plane has
-    /// answered for it.
+    /// Subscribes to `name` for the tunnel itself, unless it is subscribed already. Whether the
+    /// control plane has answered for it.
     #[expect(clippy::must_use_candidate, reason = "who waits for a name by itself asks for no answer")]
     pub fn subscribe(&self, name: &str) -> bool {
         let mut subscribed = self.names();
         if let Some(state) = subscribed.names.get(name) {
-            return *state != Resolution::Pending;
+            return !matches!(state, Resolution::Pending(_));
         }
-        let name: Arc<str> = name.into();
-        subscribed.names.insert(Arc::clone(&name), Resolution::Pending);
-        subscribed.unsent.subscribe.push(name);
+        subscribed.add(name, None);
         self.0.added.notify_one();
         false
     }
 
+    /// The same for the pod `uid`.
+    ///
+    /// # Errors
+    /// [`UnresolvedName::TooMany`]
+    pub fn subscribe_for(&self, name: &str, uid: &str) -> Result<bool, UnresolvedName> {
+        let mut subscribed = self.names();
+        if let Some(state) = subscribed.names.get(name) {
+            return Ok(!matches!(state, Resolution::Pending(_)));
+        }
+        let known = subscribed.pending.get_key_value(uid).map(|(uid, count)| (Arc::clone(uid), *count));
+        let (uid, count) = known.unwrap_or_else(|| (uid.into(), 0));
+        // Pods that are gone by now count in the sum.
+        if count >= MAX_PENDING || subscribed.pending.values().sum::<usize>() >= MAX_PENDING_OF_ALL {
+            return Err(UnresolvedName::TooMany { name: name.to_owned() });
+        }
+        subscribed.pending.insert(Arc::clone(&uid), count + 1);
+        subscribed.add(name, Some(uid));
+        self.0.added.notify_one();
+        Ok(false)
+    }
+
     fn is_resolved(&self, name: &str) -> bool {
-        self.names().names.get(name).is_none_or(|state| *state != Resolution::Pending)
+        self.names().names.get(name).is_none_or(|state| !matches!(state, Resolution::Pending(_)))
     }
 
     /// All subscribed names, for the first request of a stream. Clears what was not sent yet, since
@@ -158,15 +196,30 @@ impl Demand {
 }
 
 impl SubscribedNames {
+    fn add(&mut self, name: &str, uid: Option<Arc<str>>) {
+        let name: Arc<str> = name.into();
+        self.names.insert(Arc::clone(&name), Resolution::Pending(uid));
+        self.unsent.subscribe.push(name);
+    }
+
     /// Ignores names that nobody subscribed to.
     fn set(&mut self, name: &str, state: Resolution) {
         let Some((name, _)) = self.names.get_key_value(name) else { return };
         let name = Arc::clone(name);
-        if let Some(Resolution::Absent(when)) = self.names.insert(Arc::clone(&name), state) {
-            self.absent.remove(&when);
-        }
         if let Resolution::Absent(when) = state {
-            self.absent.insert(when, name);
+            self.absent.insert(when, Arc::clone(&name));
+        }
+        match self.names.insert(name, state) {
+            Some(Resolution::Absent(when)) => drop(self.absent.remove(&when)),
+            Some(Resolution::Pending(Some(uid))) => {
+                if let Entry::Occupied(mut pending) = self.pending.entry(uid) {
+                    *pending.get_mut() -= 1;
+                    if *pending.get() == 0 {
+                        pending.remove();
+                    }
+                }
+            }
+            _ => {}
         }
     }
 }
@@ -184,7 +237,7 @@ mod tests {
         let demand = Demand::default();
         let resolve = || {
             let demand = demand.clone();
-            tokio::spawn(async move { demand.resolve("/10.0.0.1").await })
+            tokio::spawn(async move { demand.resolve("/10.0.0.1", "pod").await })
         };
         let (first, second) = (resolve(), resolve());
         let sent = demand.unsent().await;
@@ -193,7 +246,7 @@ mod tests {
         assert!(!first.is_finished() && !second.is_finished());
         demand.record_answers(["/10.0.0.1"], []);
         assert_eq!((first.await.unwrap(), second.await.unwrap()), (Ok(true), Ok(true)));
-        assert_eq!(demand.resolve("/10.0.0.1").await, Ok(false));
+        assert_eq!(demand.resolve("/10.0.0.1", "pod").await, Ok(false));
         // The next stream subscribes to it again by itself.
         assert_eq!(texts(&demand.all()), ["/10.0.0.1"]);
     }
@@ -201,14 +254,36 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn absent_is_an_answer_and_a_timeout_keeps_the_subscription() {
         let demand = Demand::default();
-        let error = demand.resolve("/10.0.0.1").await.unwrap_err();
+        let error = demand.resolve("/10.0.0.1", "pod").await.unwrap_err();
         assert_eq!(error.to_string(), "control plane did not resolve /10.0.0.1 within 5 s");
         assert_eq!(texts(&demand.all()), ["/10.0.0.1"]);
         demand.record_answers([], ["/10.0.0.1"]);
-        assert_eq!(demand.resolve("/10.0.0.1").await, Ok(false));
+        assert_eq!(demand.resolve("/10.0.0.1", "pod").await, Ok(false));
         // Once it exists, it is no longer a candidate for unsubscribing.
         demand.record_answers(["/10.0.0.1"], []);
         assert!(demand.names().absent.is_empty());
+    }
+
+    /// A scan of a network, or a peer that makes names up, while the control plane is away.
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_has_so_many_names_without_an_answer_and_no_more() {
+        let demand = Demand::default();
+        for number in 0..MAX_PENDING {
+            assert_eq!(demand.subscribe_for(&number.to_string(), "scanner"), Ok(false));
+        }
+        let refused = demand.resolve("one more", "scanner").await;
+        assert_eq!(refused, Err(UnresolvedName::TooMany { name: "one more".to_owned() }));
+        assert_eq!(demand.names().names.len(), MAX_PENDING);
+        // A name that is asked for already costs nothing, and other pods have their own.
+        assert_eq!(demand.subscribe_for("7", "scanner"), Ok(false));
+        assert_eq!(demand.subscribe_for("one more", "other"), Ok(false));
+        demand.record_answers(["7"], ["8", "one more"]);
+        assert_eq!(demand.subscribe_for("7", "scanner"), Ok(true));
+        for name in ["a", "b"] {
+            assert_eq!(demand.subscribe_for(name, "scanner"), Ok(false));
+        }
+        demand.subscribe_for("c", "scanner").unwrap_err();
+        assert!(!demand.names().pending.contains_key("other"));
     }
 
     #[tokio::test(start_paused = true)]
