@@ -317,8 +317,10 @@ async fn only_a_change_of_what_protects_a_pod_wakes_its_connections() {
     };
     let store = Arc::new(Store::new(Mesh::new([workload("db", "10.0.0.2")], [], [])));
     let pod = Arc::new(PodProtection::default());
-    let find = |_: &PodProtection, mesh: &Mesh| mesh.workload_by_name("default", "db", "db").cloned();
-    let follow = PodProtection::follow(Arc::clone(&store), Arc::default(), Arc::downgrade(&pod), |pod| pod, find);
+    let find =
+        |_: &PodProtection, mesh: &Mesh| mesh.workloads().find(|workload| &*workload.name == "db").cloned();
+    let follow =
+        PodProtection::follow(Arc::clone(&store), Arc::default(), Arc::downgrade(&pod), |pod| pod, find);
     let following = tokio::spawn(follow);
     let mut connection = pod.subscribe();
     let mut woken_by = async |changes: Vec<MeshChange>| {
