@@ -47,7 +47,8 @@ impl fmt::Display for Identity {
 }
 
 /// The trust domains that are one mesh: its own, and its aliases, such as the one before a
-/// migration. The same namespace and service account in any of them is the same workload.
+/// migration. The same namespace and service account in any of them is the same workload. Every node
+/// may list all names of the mesh: the own one among the aliases counts once.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TrustDomains {
     own: Arc<str>,
@@ -63,7 +64,7 @@ impl TrustDomains {
 
     /// Its own, then the aliases.
     pub fn names(&self) -> impl Iterator<Item = &Arc<str>> {
-        std::iter::once(&self.own).chain(&*self.aliases)
+        std::iter::once(&self.own).chain(self.aliases.iter().filter(|alias| **alias != self.own))
     }
 
     /// Whether `domain` is one of them.

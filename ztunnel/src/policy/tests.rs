@@ -322,6 +322,7 @@ async fn only_a_change_of_what_protects_a_pod_wakes_its_connections() {
     let follow =
         PodProtection::follow(Arc::clone(&store), Arc::default(), Arc::downgrade(&pod), |pod| pod, find);
     let following = tokio::spawn(follow);
+    tokio::task::yield_now().await;
     let mut connection = pod.subscribe();
     let mut woken_by = async |changes: Vec<MeshChange>| {
         store.apply(changes);
