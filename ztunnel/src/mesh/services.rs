@@ -205,6 +205,12 @@ impl IpFamilies {
 }
 
 impl Service {
+    /// One of its addresses: preferably in `network`, then one of IPv4.
+    pub(crate) fn vip_for(&self, network: &str) -> Option<IpAddr> {
+        let far = |(of, ip): &&(Arc<str>, IpAddr)| (**of != *network, !ip.to_canonical().is_ipv4());
+        self.vips.iter().min_by_key(far).map(|(_, ip)| ip.to_canonical())
+    }
+
     /// Its key.
     #[must_use]
     pub fn key(&self) -> ServiceKey {

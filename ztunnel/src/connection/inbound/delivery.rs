@@ -28,7 +28,9 @@ pub(super) struct Delivery {
 pub(super) enum Handover {
     /// Dialled at the target, from the client's address if that is kept.
     Plain,
-    /// Dialled at `dial`, with a PROXY header that names `requested` as the client's destination.
+    /// Dialled at `dial`, with a PROXY header that names `requested` as the client's destination. A
+    /// service that was requested by name has its address and port there, as Istio's tunnel tells
+    /// them: by these a waypoint finds its route.
     Proxy { dial: SocketAddr, requested: SocketAddr },
 }
 
@@ -40,7 +42,7 @@ pub(super) fn delivery(
     target: &ConnectTarget,
     proxy_to: ProxyTo,
 ) -> Result<Delivery, InboundError> {
-    let (service, requested) = match target {
+    let (service, port, requested) = match target {
         ConnectTarget::Address(requested) => {
             let ip = requested.ip().to_canonical();
             let service = if ip == local.ip() {
@@ -54,15 +56,18 @@ pub(super) fn delivery(
                     }
                 }
             };
-            (service, SocketAddr::new(ip, requested.port()))
+            (service, requested.port(), SocketAddr::new(ip, requested.port()))
         }
         ConnectTarget::Host { name, port } => {
-            let (service, port) = resolve(mesh, workload, name, *port)?;
-            (service, SocketAddr::new(local.ip(), port))
+            let (service, resolved) = resolve(mesh, workload, name, *port)?;
+            let vip = service.as_ref().and_then(|service| service.vip_for(&workload.network));
+            let requested =
+                vip.map_or_else(|| SocketAddr::new(local.ip(), resolved), |vip| SocketAddr::new(vip, *port));
+            (service, resolved, requested)
         }
     };
     let tunnel = workload.application_tunnel;
-    let port = tunnel.and_then(|tunnel| tunnel.port).map_or_else(|| requested.port(), Into::into);
+    let port = tunnel.and_then(|tunnel| tunnel.port).map_or(port, Into::into);
     let target = SocketAddr::new(local.ip(), port);
     let to = match tunnel.map(|tunnel| tunnel.protocol) {
         Some(ApplicationProtocol::Proxy) => {
@@ -130,7 +135,7 @@ fn resolve(
 mod tests {
     use super::*;
     use crate::mesh::{
-        Mesh,
+        Mesh, MeshChange,
         tests::{service, workload},
         workloads::ApplicationTunnel,
     };
@@ -206,6 +211,10 @@ mod tests {
             let delivery = delivered(tunnel(port), "10.96.0.1:80", to).unwrap();
             assert_eq!(delivery.to, Handover::Proxy { dial: dial.parse().unwrap(), requested });
         }
+        // By name: the service's address, and its own port.
+        let delivery = delivered(tunnel(15088), "web.default.svc.cluster.local:80", ProxyTo::Loopback);
+        let dial = "127.0.0.1:15088".parse().unwrap();
+        assert_eq!(delivery.unwrap().to, Handover::Proxy { dial, requested });
         let error = delivered(tunnel(15088), "10.0.0.2:8080", ProxyTo::Loopback).unwrap_err();
         assert!(matches!(error, InboundError::IpMismatch { .. }), "{error}");
     }
@@ -229,6 +238,43 @@ mod tests {
         assert!(matches!(at("web.default.svc.cluster.local:80"), Err(InboundError::UnknownPort { .. })));
     }
 
+    /// A pod that serves `named` at 8080, and takes PROXY headers at that port too.
+    #[test]
+    fn a_service_by_name_is_told_by_its_address_and_the_port_that_was_asked_for() {
+        let (mesh, _) = mesh(None);
+        let mut other =
+            mesh.workloads().find(|pod| &*pod.name == "other-0").map(|pod| (**pod).clone()).unwrap();
+        other.application_tunnel =
+            Some(ApplicationTunnel { protocol: ApplicationProtocol::Proxy, port: None });
+        let mut named = service("named", "10.96.0.2");
+        named.ports = [(80, 8080)].into();
+        let vip = |network: &str, address: &str| (network.into(), address.parse().unwrap());
+        let requested = |vips: Vec<(Arc<str>, IpAddr)>, authority: &str| {
+            let named = Service { vips, ..named.clone() };
+            let mesh = mesh.with([MeshChange::PutService(named), MeshChange::PutWorkload(other.clone())]);
+            let (view, local) = (MeshView::complete(&mesh), "10.0.0.2:15008".parse().unwrap());
+            let target = authority.parse().unwrap();
+            let delivery = delivery(&view, &other, local, &target, ProxyTo::PodAddress).unwrap();
+            let Handover::Proxy { dial, requested } = delivery.to else { panic!("{:?}", delivery.to) };
+            (dial.to_string(), requested.to_string())
+        };
+        let name = "named.default.svc.cluster.local:80";
+        let dial = || "10.0.0.2:8080".to_owned();
+        for (vips, told) in [
+            (vec![vip("", "10.96.0.2")], "10.96.0.2:80"),
+            (vec![vip("", "fd96::2"), vip("", "10.96.0.2")], "10.96.0.2:80"),
+            (vec![vip("west", "10.97.0.2"), vip("", "fd96::2")], "[fd96::2]:80"),
+            (vec![vip("west", "fd97::2"), vip("west", "10.97.0.2")], "10.97.0.2:80"),
+            (vec![], "10.0.0.2:8080"),
+        ] {
+            assert_eq!(requested(vips, name), (dial(), told.to_owned()));
+        }
+        assert_eq!(
+            requested(vec![], "other.example:70"),
+            ("10.0.0.2:70".to_owned(), "10.0.0.2:70".to_owned())
+        );
+    }
+
     #[test]
     fn what_is_not_known_of_the_request_is_missed() {
         let (mesh, waypoint) = mesh(None);
@@ -244,7 +290,7 @@ mod tests {
         for known in ["10.96.0.1:80", "10.0.0.1:80", "web.default.svc.cluster.local:80"] {
             assert!(missed(&mesh, known).is_empty(), "{known}");
             // Of the same, but without the waypoint that they name.
-            let gone = mesh.with([crate::mesh::MeshChange::RemoveWorkload(waypoint.uid.clone())]);
+            let gone = mesh.with([MeshChange::RemoveWorkload(waypoint.uid.clone())]);
             assert_eq!(missed(&gone, known), ["/10.0.8.8"], "{known}");
         }
     }
