@@ -23,7 +23,7 @@ pub use ca_client::credentials_from_response;
 pub use certificates::{AccountLease, CertificateInfo, Certificates};
 pub use credentials::Credentials;
 pub use revocations::{CertificateChain, Revocations, RevocationsError};
-pub use trust::{TlsParameters, peer_identity};
+pub use trust::{NoIdentity, TlsParameters, peer_identity};
 
 use crate::control_plane::ControlPlaneError;
 

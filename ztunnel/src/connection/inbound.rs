@@ -70,7 +70,11 @@ pub(crate) async fn serve(accepted: Accepted) {
         Err(error) => return fail(InboundError::Tls(error)),
     };
     let certificates = tls.get_ref().1.peer_certificates();
-    let (identity, chain) = (peer_identity(certificates), CertificateChain::of(certificates));
+    let chain = CertificateChain::of(certificates);
+    let identity = match peer_identity(certificates) {
+        Ok(identity) => Some(identity),
+        Err(error) => return fail(InboundError::Tls(io::Error::other(error))),
+    };
     if process.revocations.is_configured() && chain.is_empty() {
         process.metrics.crl.untracked(Direction::Inbound);
     }

@@ -5,7 +5,7 @@ use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc};
 use bytes::Bytes;
 use h2::client::SendRequest;
 use http::StatusCode;
-use rustls_pki_types::{IpAddr, Ipv4Addr, ServerName};
+use rustls_pki_types::ServerName;
 use tokio::{
     io::{AsyncRead, AsyncWrite, BufReader},
     time::timeout,
@@ -15,7 +15,7 @@ use tokio_rustls::TlsConnector;
 use super::{HANDSHAKE_TIMEOUT, client_settings, keepalive::ActivityIo};
 use crate::{
     config::H2Config,
-    identity::{CertificateChain, Identity, IdentityError, peer_identity},
+    identity::{CertificateChain, Identity, IdentityError, NoIdentity, peer_identity},
     reason::FailureReason,
 };
 
@@ -47,6 +47,12 @@ pub enum ConnectError {
         peer: SocketAddr,
         /// The cause.
         source: io::Error,
+    },
+    /// The session was resumed, and the peer's certificate has expired since it began.
+    #[error("the session with {peer} was resumed, and its certificate has expired")]
+    Expired {
+        /// The address that was dialled.
+        peer: SocketAddr,
     },
     /// The revocation list names the peer's certificate.
     #[error("the certificate of {peer} is revoked")]
@@ -92,7 +98,7 @@ impl ConnectError {
         match self {
             Self::Tcp { .. } => FailureReason::Connect,
             Self::Identity(_) => FailureReason::Identity,
-            Self::Tls { .. } => FailureReason::Tls,
+            Self::Tls { .. } | Self::Expired { .. } => FailureReason::Tls,
             Self::Revoked { .. } => FailureReason::Revoked,
             Self::Http { .. } => FailureReason::H2Handshake,
             Self::Stream { .. } | Self::Abandoned => FailureReason::H2Stream,
@@ -106,7 +112,7 @@ impl ConnectError {
         match self {
             Self::Tcp { .. } => "CONNECT",
             Self::Identity(_) => "IDENTITY_ERROR",
-            Self::Tls { .. } => "TLS_FAILURE",
+            Self::Tls { .. } | Self::Expired { .. } => "TLS_FAILURE",
             Self::Revoked { .. } => "CERT_REVOKED",
             Self::Http { .. } => "H2_HANDSHAKE_FAILURE",
             Self::Status(StatusCode::UNAUTHORIZED) => "DENY",
@@ -148,16 +154,21 @@ pub async fn handshake<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin + 'static,
 {
-    // No name is checked or sent: the peer is who its SPIFFE id says.
-    let nobody = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0, 0, 0, 0])));
-    let tls = TlsConnector::from(tls).connect(nobody, BufReader::with_capacity(TLS_READ, socket));
+    // No name is checked or sent: the peer is who its SPIFFE id says. Sessions are kept by this
+    // name, and one replica cannot resume those of another.
+    let name = ServerName::IpAddress(peer.ip().to_canonical().into());
+    let tls = TlsConnector::from(tls).connect(name, BufReader::with_capacity(TLS_READ, socket));
     let late = || io::Error::new(io::ErrorKind::TimedOut, format!("not done within {HANDSHAKE_TIMEOUT:?}"));
     let tls = timeout(HANDSHAKE_TIMEOUT, tls).await.unwrap_or_else(|_| Err(late()));
     let mut tls = tls.map_err(|source| ConnectError::Tls { peer, source })?;
     tls.get_mut().1.set_buffer_limit(Some(TLS_WRITE));
     let certificates = tls.get_ref().1.peer_certificates();
-    let (identity, chain) = (peer_identity(certificates), CertificateChain::of(certificates));
-    Ok(PeerTunnel { identity, chain, ..http(tls, peer, h2).await? })
+    let chain = CertificateChain::of(certificates);
+    let identity = peer_identity(certificates).map_err(|error| match error {
+        NoIdentity::Expired => ConnectError::Expired { peer },
+        NoIdentity::Missing => ConnectError::Tls { peer, source: io::Error::other(error) },
+    })?;
+    Ok(PeerTunnel { identity: Some(identity), chain, ..http(tls, peer, h2).await? })
 }
 
 /// HTTP/2 alone. The client's half of the handshake does not wait for the server's.

@@ -138,6 +138,14 @@ impl Credentials {
         config
     }
 
+    /// Has the next handshake with a server of `expected` show its certificate.
+    pub(crate) fn forget_sessions(&self, expected: &[Identity]) {
+        let mut key = expected.to_vec();
+        key.sort_unstable();
+        key.dedup();
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+    }
+
     fn client_config(&self, expected: Vec<Identity>) -> ClientConfig {
         let own = &self.identity.trust_domain;
         let verifier = ExpectedServer::new(Arc::clone(&self.roots), expected, own, &self.tls);

@@ -3,11 +3,12 @@
 //! The check runs at the end of each handshake, including resumed ones, and again for open
 //! connections when the file changes. A certificate is revoked if the file lists its serial number
 //! under its issuer, or if an intermediate above it is revoked. If the file does not mention the
-//! issuer, the certificate is valid. The signatures of the lists are not checked: whoever can write
+//! issuer, the certificate is valid. A peer that shows a certificate that cannot be read is refused,
+//! since nobody can say whether it is revoked. The signatures of the lists are not checked: whoever can write
 //! the file can revoke.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashMap, HashSet},
     io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -18,15 +19,70 @@ use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, pem::PemOb
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
-use x509_parser::prelude::{CertificateRevocationList, FromDer, X509Certificate};
+use x509_parser::{
+    prelude::{AttributeTypeAndValue, CertificateRevocationList, FromDer, X509Certificate, X509Name},
+    x509::ReasonCode,
+};
 
 use crate::file_version::FileVersion;
 
 /// The interval at which the file is checked for changes.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Encoded issuer name and serial number.
-type CertificateId = (Vec<u8>, Vec<u8>);
+/// Issuer and serial number.
+type CertificateId = (IssuerName, Vec<u8>);
+
+/// The name of an issuer in a form in which equal names are equal values (RFC 5280 §7.1): a CRL may
+/// write the name with another type of string, other case, or other white space than the
+/// certificate.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct IssuerName(Vec<BTreeSet<(String, AttributeValue)>>);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum AttributeValue {
+    Text(String),
+    /// Not a text: tag and content.
+    Other(u32, Vec<u8>),
+}
+
+impl IssuerName {
+    fn of(name: &X509Name<'_>) -> Self {
+        let one = |attribute: &AttributeTypeAndValue<'_>| {
+            (attribute.attr_type().to_id_string(), AttributeValue::of(attribute))
+        };
+        Self(name.iter_rdn().map(|rdn| rdn.iter().map(one).collect()).collect())
+    }
+}
+
+impl AttributeValue {
+    fn of(attribute: &AttributeTypeAndValue<'_>) -> Self {
+        let value = attribute.attr_value();
+        let text = attribute.as_str().map(str::to_owned).ok().or_else(|| match value.header.tag().0 {
+            // BMPString, UniversalString, TeletexString (taken for Latin-1, as everybody writes it).
+            30 => utf16(value.data),
+            28 => utf32(value.data),
+            20 => Some(value.data.iter().map(|&byte| char::from(byte)).collect()),
+            _ => None,
+        });
+        match text {
+            Some(text) => {
+                let words: Vec<_> = text.split_whitespace().map(str::to_lowercase).collect();
+                Self::Text(words.join(" "))
+            }
+            None => Self::Other(value.header.tag().0, value.data.to_vec()),
+        }
+    }
+}
+
+fn utf16(data: &[u8]) -> Option<String> {
+    let units = data.chunks(2).map(|pair| <[u8; 2]>::try_from(pair).ok().map(u16::from_be_bytes));
+    String::from_utf16(&units.collect::<Option<Vec<_>>>()?).ok()
+}
+
+fn utf32(data: &[u8]) -> Option<String> {
+    let one = |four: &[u8]| char::from_u32(u32::from_be_bytes(four.try_into().ok()?));
+    data.chunks(4).map(one).collect()
+}
 
 /// Why a file is rejected.
 #[derive(Debug, thiserror::Error)]
@@ -58,13 +114,21 @@ pub struct Revocations {
 
 /// The certificates of one peer: the leaf and its intermediates.
 #[derive(Clone, Debug, Default)]
-pub struct CertificateChain(Vec<CertificateId>);
+pub struct CertificateChain {
+    known: Vec<CertificateId>,
+    /// Whether there is one whose issuer and serial number cannot be read.
+    unreadable: bool,
+}
 
 impl CertificateChain {
-    /// Whether no certificate of the chain has a readable issuer and serial number.
+    /// Whether there is no certificate.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.known.is_empty() && !self.unreadable
+    }
+
+    fn meets(&self, revoked: &HashSet<CertificateId>) -> bool {
+        self.unreadable || self.known.iter().any(|id| revoked.contains(id))
     }
 
     /// From the certificates of a handshake.
@@ -72,9 +136,11 @@ impl CertificateChain {
     pub fn of(certificates: Option<&[CertificateDer<'_>]>) -> Self {
         let id = |der: &CertificateDer<'_>| {
             let (_, parsed) = X509Certificate::from_der(der).ok()?;
-            Some((parsed.issuer().as_raw().to_vec(), parsed.raw_serial().to_vec()))
+            Some((IssuerName::of(parsed.issuer()), parsed.raw_serial().to_vec()))
         };
-        Self(certificates.unwrap_or_default().iter().filter_map(id).collect())
+        let certificates = certificates.unwrap_or_default();
+        let known: Vec<_> = certificates.iter().filter_map(id).collect();
+        Self { unreadable: known.len() < certificates.len(), known }
     }
 }
 
@@ -104,8 +170,7 @@ impl Revocations {
     /// Whether a certificate of `chain` is revoked.
     #[must_use]
     pub fn is_revoked(&self, chain: &CertificateChain) -> bool {
-        let revoked = self.revoked.borrow();
-        chain.0.iter().any(|id| revoked.contains(id))
+        self.is_configured() && chain.meets(&self.revoked.borrow())
     }
 
     /// Resolves when a certificate of `chain` is revoked.
@@ -114,7 +179,7 @@ impl Revocations {
             return std::future::pending().await;
         }
         let mut changes = self.revoked.subscribe();
-        let found = changes.wait_for(|revoked| chain.0.iter().any(|id| revoked.contains(id))).await;
+        let found = changes.wait_for(|revoked| chain.meets(revoked)).await;
         if found.is_err() {
             std::future::pending::<()>().await;
         }
@@ -158,23 +223,45 @@ fn read(path: &Path) -> Result<HashSet<CertificateId>, RevocationsError> {
     if lists.is_empty() {
         return Err(invalid("no block of type X509 CRL".to_owned()));
     }
-    let mut revoked = HashSet::new();
+    // Of each certificate, what the newest list says. A delta list may take one from the older,
+    // complete list (`removeFromCRL`). Of equally new ones, the stricter counts.
+    let mut said: HashMap<CertificateId, (BigEndian, bool)> = HashMap::new();
     for list in &lists {
         let (_, list) =
             CertificateRevocationList::from_der(list).map_err(|error| invalid(error.to_string()))?;
-        let issuer = list.issuer().as_raw();
-        revoked.extend(
-            list.iter_revoked_certificates().map(|entry| (issuer.to_vec(), entry.raw_serial().to_vec())),
-        );
+        let issuer = IssuerName::of(list.issuer());
+        let number = BigEndian::of(list.crl_number().map(x509_parser::num_bigint::BigUint::to_bytes_be));
+        for entry in list.iter_revoked_certificates() {
+            let removed = matches!(entry.reason_code(), Some((_, ReasonCode::RemoveFromCRL)));
+            let says = (number.clone(), !removed);
+            let known = said.entry((issuer.clone(), entry.raw_serial().to_vec()));
+            let newest = known.or_insert_with(|| says.clone());
+            if *newest < says {
+                *newest = says;
+            }
+        }
     }
-    Ok(revoked)
+    Ok(said.into_iter().filter(|(_, (_, revoked))| *revoked).map(|(id, _)| id).collect())
+}
+
+/// A number of any size, in an order that is its own: shorter is smaller.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct BigEndian(usize, Vec<u8>);
+
+impl BigEndian {
+    fn of(bytes: Option<Vec<u8>>) -> Self {
+        let bytes = bytes.unwrap_or_default();
+        let digits: Vec<u8> = bytes.into_iter().skip_while(|&byte| byte == 0).collect();
+        Self(digits.len(), digits)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use rcgen::{
-        CertificateParams, CertificateRevocationListParams, CertifiedIssuer, IsCa, KeyIdMethod, KeyPair,
-        RevokedCertParams, SerialNumber,
+        CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DistinguishedName, DnType,
+        DnValue, IsCa, Issuer, KeyIdMethod, KeyPair, RevocationReason, RevokedCertParams, SerialNumber,
+        string::{BmpString, PrintableString, TeletexString},
     };
     use time::{Duration as Span, OffsetDateTime};
 
@@ -182,7 +269,7 @@ mod tests {
 
     fn named(name: &str, serial: u64) -> CertificateParams {
         let mut params = CertificateParams::default();
-        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        params.distinguished_name.push(DnType::CommonName, name);
         params.serial_number = Some(SerialNumber::from(serial));
         params
     }
@@ -193,20 +280,29 @@ mod tests {
         params
     }
 
-    fn list(issuer: &rcgen::Issuer<'_, KeyPair>, serials: &[u64]) -> String {
+    fn list(issuer: &Issuer<'_, KeyPair>, serials: &[u64]) -> String {
+        let entries: Vec<_> = serials.iter().map(|&serial| (serial, None)).collect();
+        numbered_list(issuer, 1, &entries)
+    }
+
+    fn numbered_list(
+        issuer: &Issuer<'_, KeyPair>,
+        number: u64,
+        entries: &[(u64, Option<RevocationReason>)],
+    ) -> String {
         let now = OffsetDateTime::now_utc();
-        let revoked = |serial: &u64| RevokedCertParams {
+        let revoked = |(serial, reason): &(u64, Option<RevocationReason>)| RevokedCertParams {
             serial_number: SerialNumber::from(*serial),
             revocation_time: now,
-            reason_code: None,
+            reason_code: *reason,
             invalidity_date: None,
         };
         let params = CertificateRevocationListParams {
             this_update: now,
             next_update: now + Span::days(1),
-            crl_number: SerialNumber::from(1),
+            crl_number: SerialNumber::from(number),
             issuing_distribution_point: None,
-            revoked_certs: serials.iter().map(revoked).collect(),
+            revoked_certs: entries.iter().map(revoked).collect(),
             key_identifier_method: KeyIdMethod::Sha256,
         };
         params.signed_by(issuer).unwrap().pem().unwrap()
@@ -230,6 +326,62 @@ mod tests {
         assert!(!revoked_by(list(&middle, &[5])), "and another's number 5");
         assert!(revoked_by(list(&root, &[8]) + &list(&middle, &[6, 7])), "by the second list of a file");
         assert!(!Revocations::open(None).unwrap().is_revoked(&chain));
+    }
+
+    fn is_revoked(chain: &CertificateChain, lists: &str) -> bool {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), lists).unwrap();
+        Revocations::open(Some(file.path().to_owned())).unwrap().is_revoked(chain)
+    }
+
+    #[test]
+    fn an_issuer_is_the_same_in_whatever_type_of_string_it_is_written() {
+        let issuer = |name: DnValue| {
+            let mut params = authority("", 1);
+            params.distinguished_name = DistinguishedName::new();
+            params.distinguished_name.push(DnType::CommonName, name);
+            Issuer::new(params, KeyPair::generate().unwrap())
+        };
+        let signer = issuer(DnValue::Utf8String("Root of Example".to_owned()));
+        let leaf = named("leaf", 7).signed_by(&KeyPair::generate().unwrap(), &signer).unwrap();
+        let chain = CertificateChain::of(Some(&[leaf.der().clone()]));
+        let text = "root  OF example ";
+        for name in [
+            DnValue::PrintableString(PrintableString::try_from(text).unwrap()),
+            DnValue::BmpString(BmpString::try_from(text).unwrap()),
+            DnValue::TeletexString(TeletexString::try_from(text).unwrap()),
+        ] {
+            assert!(is_revoked(&chain, &list(&issuer(name.clone()), &[7])), "{name:?}");
+        }
+        assert!(!is_revoked(
+            &chain,
+            &list(&issuer(DnValue::Utf8String("Root of Examples".to_owned())), &[7])
+        ));
+    }
+
+    #[test]
+    fn what_a_newer_list_removes_is_not_revoked() {
+        let root = CertifiedIssuer::self_signed(authority("root", 1), KeyPair::generate().unwrap()).unwrap();
+        let leaf = named("leaf", 7).signed_by(&KeyPair::generate().unwrap(), &root).unwrap();
+        let chain = CertificateChain::of(Some(&[leaf.der().clone()]));
+        let held = |number| numbered_list(&root, number, &[(7, Some(RevocationReason::CertificateHold))]);
+        let removed = |number| numbered_list(&root, number, &[(7, Some(RevocationReason::RemoveFromCrl))]);
+        assert!(!is_revoked(&chain, &removed(300)));
+        assert!(!is_revoked(&chain, &(held(255) + &removed(300))));
+        assert!(!is_revoked(&chain, &(removed(300) + &held(255))), "whatever their order in the file");
+        assert!(is_revoked(&chain, &(removed(300) + &held(301))), "held again");
+        assert!(is_revoked(&chain, &(removed(300) + &held(300))), "one of them is wrong");
+    }
+
+    #[test]
+    fn a_certificate_that_cannot_be_read_is_not_left_out() {
+        let root = CertifiedIssuer::self_signed(authority("root", 1), KeyPair::generate().unwrap()).unwrap();
+        let leaf = named("leaf", 7).signed_by(&KeyPair::generate().unwrap(), &root).unwrap();
+        let chain =
+            CertificateChain::of(Some(&[leaf.der().clone(), CertificateDer::from(vec![0x30, 0x03, 1])]));
+        assert!(!chain.is_empty());
+        assert!(is_revoked(&chain, &list(&root, &[8])), "nobody can say whether it is revoked");
+        assert!(!Revocations::open(None).unwrap().is_revoked(&chain), "nobody wants to know");
     }
 
     #[test]

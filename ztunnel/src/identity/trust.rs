@@ -79,19 +79,30 @@ impl Default for TlsParameters {
     }
 }
 
-/// The identity of a peer whose handshake succeeded: the first SPIFFE id of its certificate.
+/// Why a peer is nobody, although its handshake succeeded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoIdentity {
+    /// A resumed handshake does not call the verifier again.
+    #[error("the session was resumed by a peer whose certificate has expired")]
+    Expired,
+    /// The verifiers of both sides refuse such a certificate.
+    #[error("the peer has no certificate with a SPIFFE id")]
+    Missing,
+}
+
+/// The identity of a peer whose handshake succeeded: the first SPIFFE id of its certificate. Without
+/// one, the connection must end: a peer is never nobody.
 ///
-/// `None` also for a certificate that has expired: a resumed handshake does not call the verifier
-/// again.
-#[must_use]
-pub fn peer_identity(certs: Option<&[CertificateDer<'_>]>) -> Option<Identity> {
-    let leaf = certs?.first()?;
-    let (_, parsed) = X509Certificate::from_der(leaf).ok()?;
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).ok()?.as_secs();
-    if parsed.validity().not_after.timestamp() < i64::try_from(now).ok()? {
-        return None;
+/// # Errors
+/// The certificate has expired since the handshake that is resumed, or there is none.
+pub fn peer_identity(certs: Option<&[CertificateDer<'_>]>) -> Result<Identity, NoIdentity> {
+    let leaf = certs.and_then(<[_]>::first).ok_or(NoIdentity::Missing)?;
+    let (_, parsed) = X509Certificate::from_der(leaf).map_err(|_| NoIdentity::Missing)?;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    if parsed.validity().not_after.timestamp() < i64::try_from(now).unwrap_or(i64::MAX) {
+        return Err(NoIdentity::Expired);
     }
-    first_identity(leaf)
+    first_identity(leaf).ok_or(NoIdentity::Missing)
 }
 
 fn first_identity(leaf: &CertificateDer<'_>) -> Option<Identity> {

@@ -86,6 +86,9 @@ pub(super) async fn open_stream(
             let tunnel =
                 client::handshake(socket, peer, credentials.client(&expected), &process.config.h2).await;
             process.metrics.tls_handshake(Direction::Outbound.as_str(), began.elapsed());
+            if let Err(ConnectError::Expired { .. }) = tunnel {
+                credentials.forget_sessions(&expected);
+            }
             end_when_revoked(process, peer, tunnel?)
         }
     };

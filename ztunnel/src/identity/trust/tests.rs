@@ -26,8 +26,12 @@ struct Ca {
 
 impl Ca {
     fn new() -> Self {
+        Self::living(HOUR)
+    }
+
+    fn living(life: Duration) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let ca = DevelopmentCa::open(folder.path(), HOUR, TlsParameters::default()).unwrap();
+        let ca = DevelopmentCa::open(folder.path(), life, TlsParameters::default()).unwrap();
         Self { ca, _folder: folder }
     }
 
@@ -70,8 +74,8 @@ fn two_of_one_mesh_know_each_other() {
     let ca = Ca::new();
     let (server, client_side) = (ca.sign(&web()), ca.sign(&client()));
     let shaken = shake(client_side.client(&[web()]), server.server()).unwrap();
-    assert_eq!(peer_identity(shaken.server.peer_certificates()), Some(client()));
-    assert_eq!(peer_identity(shaken.client.peer_certificates()), Some(web()));
+    assert_eq!(peer_identity(shaken.server.peer_certificates()), Ok(client()));
+    assert_eq!(peer_identity(shaken.client.peer_certificates()), Ok(web()));
     assert_eq!(shaken.server.alpn_protocol(), Some(&b"h2"[..]));
     assert_eq!(shaken.server.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
     assert_eq!(shaken.server.server_name(), None);
@@ -84,7 +88,7 @@ fn a_second_handshake_is_resumed_and_keeps_the_identity() {
     shake(client_side.client(&[web()]), server.server()).unwrap();
     let again = shake(client_side.client(&[web()]), server.server()).unwrap();
     assert_eq!(again.server.handshake_kind(), Some(rustls::HandshakeKind::Resumed));
-    assert_eq!(peer_identity(again.server.peer_certificates()), Some(client()));
+    assert_eq!(peer_identity(again.server.peer_certificates()), Ok(client()));
     // A client that expects another identity does not resume, and is refused.
     let error = shake(client_side.client(&[client()]), server.server()).err().unwrap();
     assert!(error.to_string().contains("expected SAN"), "{error}");
@@ -204,13 +208,13 @@ fn an_expired_certificate_is_no_identity() {
     let mut params = CertificateParams::default();
     params.subject_alt_names = vec![SanType::URI(web().to_string().try_into().unwrap())];
     let valid = params.self_signed(&key).unwrap();
-    assert_eq!(peer_identity(Some(&[valid.der().clone()])), Some(web()));
+    assert_eq!(peer_identity(Some(&[valid.der().clone()])), Ok(web()));
     params.not_before = date_time_ymd(2001, 1, 1);
     params.not_after = date_time_ymd(2001, 1, 2);
     let expired = params.self_signed(&key).unwrap();
-    assert_eq!(peer_identity(Some(&[expired.der().clone()])), None);
-    assert_eq!(peer_identity(None), None);
-    assert_eq!(peer_identity(Some(&[])), None);
+    assert_eq!(peer_identity(Some(&[expired.der().clone()])), Err(NoIdentity::Expired));
+    assert_eq!(peer_identity(None), Err(NoIdentity::Missing));
+    assert_eq!(peer_identity(Some(&[])), Err(NoIdentity::Missing));
 }
 
 #[test]
@@ -233,4 +237,24 @@ fn roots_of(credentials: &Credentials) -> Arc<RootCertStore> {
         roots.add(root.clone()).unwrap();
     }
     Arc::new(roots)
+}
+
+/// The server's ticket is for that server alone; the client's certificate ends in between.
+#[test]
+fn a_resumed_session_of_an_expired_certificate_is_nobody_on_either_side() {
+    let short = Ca::living(Duration::from_secs(2));
+    let (server, client_side) = (short.sign(&web()), short.sign(&client()));
+    shake(client_side.client(&[web()]), server.server()).unwrap();
+    let limit = std::time::Instant::now() + Duration::from_secs(20);
+    while SystemTime::now() <= client_side.not_after + Duration::from_secs(1) {
+        assert!(std::time::Instant::now() < limit);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let again = shake(client_side.client(&[web()]), server.server()).unwrap();
+    assert_eq!(again.server.handshake_kind(), Some(rustls::HandshakeKind::Resumed));
+    assert_eq!(peer_identity(again.server.peer_certificates()), Err(NoIdentity::Expired));
+    assert_eq!(peer_identity(again.client.peer_certificates()), Err(NoIdentity::Expired));
+    client_side.forget_sessions(&[web()]);
+    let error = shake(client_side.client(&[web()]), server.server()).err().unwrap().to_string();
+    assert!(error.contains("xpired"), "the certificate is looked at again: {error}");
 }
