@@ -39,6 +39,17 @@ use crate::{
 
 /// Bytes. A response with all resources of a large mesh is one message.
 const LARGEST_MESSAGE: usize = 200 << 20;
+/// How long a call may take to begin: a control plane that answers pings and nothing else is left
+/// for its other name, or for another replica. The headers often come with the first response,
+/// which takes long in a large mesh: so the limit doubles with every call that does not begin.
+const BEGIN: Duration = Duration::from_secs(30);
+const LONGEST_BEGIN: Duration = Duration::from_mins(5);
+/// Part by which delays between calls vary, either way: all tunnels of a mesh see the end of a
+/// control plane at the same time.
+const JITTER: f64 = 0.5;
+/// A stream that lasted so long has shown that the control plane works; the next delay is the
+/// shortest. One that a response ends early has not.
+const HEALTHY: Duration = Duration::from_mins(1);
 /// How often the log repeats that the control plane is unreachable.
 const REMIND_EVERY: Duration = Duration::from_mins(5);
 
@@ -53,6 +64,8 @@ pub struct DiscoveryClient {
     state: Option<DiscoveryState>,
     metrics: XdsMetrics,
     ready: ReadyGuard,
+    /// How long the next call may take to begin.
+    begin: Duration,
 }
 
 #[derive(Debug)]
@@ -70,6 +83,8 @@ enum StreamEnd {
     Unusable(#[from] ControlPlaneError),
     #[error("cannot open a stream to the control plane at {address}")]
     NotBegun { address: String, source: Box<Status> },
+    #[error("the control plane at {address} did not begin to answer within {within:?}")]
+    NoAnswer { address: String, within: Duration },
     #[error("control plane stream failed")]
     Broken(#[source] Box<Status>),
     #[error("control plane closed the stream")]
@@ -96,20 +111,23 @@ impl DiscoveryClient {
             demand: demand.clone(),
         };
         let control_plane = ControlPlane::new(config.service.clone());
-        Self { control_plane, node, demand, state: Some(state), metrics: metrics.xds.clone(), ready }
+        let (state, metrics) = (Some(state), metrics.xds.clone());
+        Self { control_plane, node, demand, state, metrics, ready, begin: BEGIN }
     }
 
     /// Runs until `stop`, and opens a new stream whenever one ends.
     pub async fn run(mut self, stop: CancellationToken) {
-        let mut backoff = Backoff::new();
+        let mut backoff = Backoff::new().with_jitter(JITTER);
         let mut warned: Option<Instant> = None;
         loop {
-            let mut received = false;
+            let (mut received, began) = (false, tokio::time::Instant::now());
             let Some(ended) = stop.run_until_cancelled(self.stream(&mut received)).await else { return };
             self.metrics.terminated(ended.kind());
             if received {
-                backoff.reset();
                 warned = None;
+            }
+            if began.elapsed() >= HEALTHY && received {
+                backoff.reset();
             }
             let pause = backoff.delay();
             let error = error_chain(&ended);
@@ -171,10 +189,11 @@ impl DiscoveryClient {
     }
 
     async fn call(
-        &self,
+        &mut self,
     ) -> Result<(mpsc::UnboundedSender<DeltaDiscoveryRequest>, Streaming<DeltaDiscoveryResponse>), StreamEnd>
     {
-        let mut refused = Status::unavailable("no server name to try");
+        let (address, within) = (|client: &Self| client.control_plane.address().to_owned(), self.begin);
+        let mut refused = None;
         for channel in self.control_plane.channels()? {
             let (requests, receiver) = mpsc::unbounded_channel();
             for request in self.state.iter().flat_map(|state| state.first(&self.node)) {
@@ -187,19 +206,23 @@ impl DiscoveryClient {
             let mut service = AggregatedDiscoveryServiceClient::new(channel)
                 .max_decoding_message_size(LARGEST_MESSAGE)
                 .max_encoding_message_size(LARGEST_MESSAGE);
-            match service.delta_aggregated_resources(call).await {
-                Ok(responses) => return Ok((requests, responses.into_inner())),
+            match tokio::time::timeout(within, service.delta_aggregated_resources(call)).await {
+                Ok(Ok(responses)) => {
+                    self.begin = BEGIN;
+                    return Ok((requests, responses.into_inner()));
+                }
                 // Its certificate may have another name: try the next channel.
-                Err(status) if status.code() == Code::Unavailable => refused = status,
-                Err(status) => {
-                    refused = status;
+                Ok(Err(status)) if status.code() == Code::Unavailable => refused = Some(status),
+                Ok(Err(status)) => {
+                    refused = Some(status);
                     break;
                 }
+                Err(_) => self.begin = LONGEST_BEGIN.min(within * 2),
             }
         }
-        Err(StreamEnd::NotBegun {
-            address: self.control_plane.address().to_owned(),
-            source: Box::new(refused),
+        Err(match refused {
+            Some(status) => StreamEnd::NotBegun { address: address(self), source: Box::new(status) },
+            None => StreamEnd::NoAnswer { address: address(self), within },
         })
     }
 
@@ -302,7 +325,7 @@ impl ResponseNames {
 impl StreamEnd {
     fn kind(&self) -> Termination {
         match self {
-            Self::Unusable(_) | Self::NotBegun { .. } => Termination::ConnectionError,
+            Self::Unusable(_) | Self::NotBegun { .. } | Self::NoAnswer { .. } => Termination::ConnectionError,
             Self::Broken(status) if matches!(status.code(), Code::Unavailable | Code::Cancelled) => {
                 Termination::Reconnect
             }
@@ -329,3 +352,6 @@ fn proto_value(value: &serde_json::Value) -> Value {
     };
     Value { kind: Some(kind) }
 }
+
+#[cfg(test)]
+mod tests;
