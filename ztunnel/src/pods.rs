@@ -255,14 +255,14 @@ impl ServedPods {
             service_account: Arc::clone(&info.service_account),
         };
         let (namespace, service_account) = (Arc::clone(&info.namespace), Arc::clone(&info.service_account));
-        let _account = self.process.certificates.lease(namespace, service_account);
+        let account = self.process.certificates.lease(namespace, service_account);
         let (uid, stop, end) = (uid.to_owned(), self.stop.child_token(), self.stop.clone());
         let protection = PodProtection::default();
         let pod = Arc::new(ServedPod {
             uid,
             info,
             local,
-            _account,
+            _account: account,
             netns,
             socket,
             own_port,

@@ -248,7 +248,7 @@ impl RawSettings {
     pub(super) fn written_as(&self, name: &str) -> String {
         match (self.set.get(name), &self.file) {
             (Some((Origin::File, _)), Some(file)) => format!("{file}: {name}"),
-            _ => self.by.get(name).copied().unwrap_or(row(name).variable).to_owned(),
+            _ => self.by.get(name).copied().unwrap_or_else(|| row(name).variable).to_owned(),
         }
     }
 
