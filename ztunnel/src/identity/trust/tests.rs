@@ -129,8 +129,8 @@ fn an_alias_of_the_trust_domain_is_the_own_one_for_clients_and_servers() {
         [(old("client"), web(), web()), (client(), old("web"), web()), (client(), web(), old("web"))]
     {
         let shaken = shake(ca.sign(&from).client(&[expected]), ca.sign(&server).server()).unwrap();
-        assert_eq!(peer_identity(shaken.server.peer_certificates()), Some(from));
-        assert_eq!(peer_identity(shaken.client.peer_certificates()), Some(server));
+        assert_eq!(peer_identity(shaken.server.peer_certificates()), Ok(from));
+        assert_eq!(peer_identity(shaken.client.peer_certificates()), Ok(server));
     }
     let db = [id("spiffe://cluster.local/ns/shop/sa/db"), old("db")];
     let error = shake(ca.sign(&client()).client(&db), ca.sign(&old("web")).server()).err().unwrap();
