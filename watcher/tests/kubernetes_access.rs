@@ -150,30 +150,54 @@ fn the_role_does_not_let_anybody_change_what_pods_run() {
     assert_eq!(image(pod).as_deref(), Some("none"));
 }
 
-/// What keeps a watcher to its own node, where it is wanted.
-const OWN_NODE: &str = include_str!("../../charts/adit/files/watcher-own-node.yaml");
+/// What keeps a watcher to one annotation on the pods of its own node.
+const OWN_NODE: &str = include_str!("../../charts/adit/templates/watcher-own-node.yaml");
 
 #[test]
 #[ignore = "needs root: make test"]
-fn with_the_optional_policy_a_watcher_writes_to_its_own_nodes_pods_only() {
+fn with_the_charts_policy_a_watcher_changes_one_annotation_of_its_own_nodes_pods() {
     let api = std::sync::Arc::new(ApiServer::start());
     api.apply(OWN_NODE);
     let mut node = ApiNode::of(api, &json!({"istio.io/dataplane-mode": "ambient"}));
-    node.pod("own", &json!({}));
+    let (own, _) = node.pod("own", &json!({"metadata": {"annotations": {"kept": "as it is"}}}));
     node.api.pod(&node.namespace, "foreign", "another-node", &json!({}));
     let account = json!({"spec": {"serviceAccountName": "adit-watcher"}});
     let uid = node.api.pod("adit-system", "watcher", &node.host.name, &account);
     let kubeconfig = node.api.kubeconfig_of_pod("adit-system", "adit-watcher", Some(("watcher", &uid)));
 
     let pods: Api<Pod> = Api::namespaced(client(&node.api, &kubeconfig), &node.namespace);
-    let mark = Patch::Merge(json!({"metadata": {"annotations": {"test": "mark"}}}));
-    node.api.wait("the policy to be in force", || async {
-        let patched = pods.patch_status("foreign", &PatchParams::default(), &mark).await;
-        patched.err().filter(|error| error.to_string().contains("its own node only")).map(drop)
-    });
-    node.host.kubeconfig = Some(kubeconfig);
+    let refusal = |name: &str, patch: &Value| {
+        let patch = Patch::Merge(patch);
+        let patched = node.api.block_on(pods.patch_status(name, &PatchParams::default(), &patch));
+        patched.err().map(|error| error.to_string())
+    };
+    let mark = |value: Value| json!({"metadata": {"annotations": {"ambient.istio.io/redirection": value}}});
+    let in_force = |said: Option<String>| said.is_some_and(|said| said.contains("its own node only"));
+    wait_for("the policy to be in force", || in_force(refusal("foreign", &mark(json!("enabled")))));
+    for more in [
+        json!({"status": {"podIP": "10.99.0.1", "podIPs": [{"ip": "10.99.0.1"}]}}),
+        json!({"status": {"conditions": [{"type": "Ready", "status": "True"}]}}),
+        json!({"metadata": {"labels": {"app": "another"}}}),
+        json!({"metadata": {"finalizers": ["example.org/stays"]}}),
+        json!({"metadata": {"annotations": {"another": "annotation"}}}),
+        json!({"metadata": {"annotations": {"kept": "no more"}}}),
+        json!({"metadata": {"annotations": {"kept": null}}}),
+    ] {
+        let said = refusal("own", &more).unwrap_or_else(|| panic!("{more} is let pass"));
+        assert!(
+            said.contains("changes the annotation ambient.istio.io/redirection and nothing else"),
+            "{said}"
+        );
+    }
+    let said = refusal("own", &mark(json!("disabled"))).expect("refused");
+    assert!(said.contains("is enabled, or not there"), "{said}");
+
+    node.host.kubeconfig = Some(kubeconfig.clone());
     node.host.start(&[]);
     let _told = node.tunnel().take_all();
     node.wait_state("own", "open", "");
     node.wait_annotation("own", Some("enabled"));
+    node.api.label_namespace(&node.namespace, &json!({"istio.io/dataplane-mode": null}));
+    node.wait_annotation("own", None);
+    node.report(own);
 }
