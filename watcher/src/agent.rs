@@ -215,6 +215,7 @@ impl Agent {
         // Nor does anything follow for what it enrolled and could not be observed since.
         if self.pods.is_synced()
             && !self.awaits_adopted()
+        self.queue.reconcile(self.pods.left(now));
             && let Some(work) = self.queue.take_work(now)
         {
             self.apply(&work, now);

@@ -17,6 +17,7 @@ mod kernels;
 mod kubernetes;
 mod kubernetes_access;
 mod kubernetes_faults;
+mod kubernetes_mesh;
 mod kubernetes_truth;
 mod labels;
 mod mesh;

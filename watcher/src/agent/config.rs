@@ -44,6 +44,9 @@ pub struct AgentConfig {
     /// How often everything is scanned. A scan makes up for lost events and for maps that others
     /// changed, and finds ports that no application listens on any more.
     pub rescan: Duration,
+    /// For how long peers may still connect by HBONE to a pod whose label is off, after the source
+    /// has ceased to tell them that they should.
+    pub leave_grace: Duration,
     /// Undo everything at the end.
     pub detach: bool,
 }

@@ -56,13 +56,17 @@ pub(super) fn plan_pods(
             .eligibility
             .facts()
             .is_some_and(|facts| applier.is_served(uid, facts.cookie) || adoption.is_ready(facts.cookie));
+        let steered = applier.netns.all_of_pod(uid);
+        let is_served = steered.values().any(|netns| netns.prepared);
+        let leaving = entry.leave(is_served, config.leave_grace, now);
         let circumstances = Circumstances {
+            leaving,
             fail_mode: config.fail_mode,
             dns_capture: config.dns_capture,
             ready,
             in_grace: entry.in_grace(now),
             exclusion_id,
-            steered: applier.netns.all_of_pod(uid),
+            steered,
             cgroup_names: cgroup_names(&entry.view.pod, &config.attach),
         };
         let plan = pod_plan(&entry.view, &circumstances);
@@ -107,3 +111,8 @@ pub(super) fn state_of(entry: &PodEntry, applier: &Applier, config: &AgentConfig
     let gone = || Reason::new(ReasonCode::ObjectGone, "its source does not name it, and processes of it run");
     (state, reason.or_else(|| entry.object_gone.then(gone)))
 }
+    let leaving = || {
+        let text = "its label is off; peers that have not heard of it yet may still connect by HBONE";
+        Reason::new(ReasonCode::Leaving, text)
+    };
+    let reason = reason.or_else(|| entry.leaves_at().map(|_| leaving()));

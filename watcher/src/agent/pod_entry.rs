@@ -29,8 +29,20 @@ const EMPTY_TIME: Duration = Duration::from_secs(1);
 const UNSEEN_TIME: Duration = Duration::from_secs(5);
 /// How soon an eligible pod is observed again when its processes come and go.
 const PROCESS_PAUSE: Duration = Duration::from_millis(200);
+/// How long a pod whose label is off waits until its source has ceased to announce it. Longer, the
+/// source cannot be written to.
+const ANNOUNCED_TIME: Duration = Duration::from_secs(30);
 /// How soon a pod is observed again after something could not be done for it.
 pub(super) const RETRY_PAUSE: Duration = Duration::from_secs(1);
+
+/// A pod whose label is off, and that peers may still take for one of the mesh.
+#[derive(Clone, Copy, Debug)]
+struct Leaving {
+    /// Whether its source announced it by then.
+    is_announced: bool,
+    /// Until when its HBONE listener is served.
+    until: Instant,
+}
 
 /// A pod, and everything that is remembered of it.
 #[derive(Debug)]
@@ -48,6 +60,8 @@ pub(super) struct PodEntry {
     pub admitted: bool,
     /// Until when its traffic passes in plaintext although no tunnel serves it.
     pub grace_until: Option<Instant>,
+    /// It was in the mesh, and its label is off.
+    leaving: Option<Leaving>,
     /// What its last observation left to the next one.
     pub memory: Memory,
     /// The time that its observations took.
@@ -93,6 +107,7 @@ impl PodEntry {
             exclusions: None,
             admitted: false,
             grace_until: None,
+            leaving: None,
             memory: Memory::default(),
             spent: Spent::default(),
             doubt: None,
@@ -173,6 +188,34 @@ impl PodEntry {
     /// Whether its traffic passes in plaintext although no tunnel serves it.
     pub(super) fn in_grace(&self, now: Instant) -> bool {
         self.grace_until.is_some_and(|until| until > now)
+    }
+
+    /// Whether its HBONE listener is served on although its label is off: until peers had the time
+    /// to hear that its source does not announce it any more. `is_prepared`: its netns has what
+    /// the tunnel's connections to the application need.
+    pub(super) fn leave(&mut self, is_prepared: bool, grace: Duration, now: Instant) -> bool {
+        let is_off = matches!(self.view.pod.selection, Selection::Plain | Selection::LeftAlone(_));
+        let is_announced = self.view.pod.is_announced;
+        let may_be_dialled = is_announced || self.plan.workload.is_some();
+        if !is_off || !is_prepared || !may_be_dialled || grace.is_zero() {
+            self.leaving = None;
+            return false;
+        }
+        let until = match self.leaving {
+            Some(leaving) if leaving.is_announced == is_announced => leaving.until,
+            _ if is_announced => now + ANNOUNCED_TIME.max(grace),
+            _ => now + grace,
+        };
+        self.leaving = Some(Leaving { is_announced, until });
+        if until <= now {
+            self.leaving = None;
+        }
+        until > now
+    }
+
+    /// Until when its HBONE listener is served although its label is off.
+    pub(super) fn leaves_at(&self) -> Option<Instant> {
+        self.leaving.map(|leaving| leaving.until)
     }
 
     /// Decides, for a pod that is new, how it is treated until a tunnel serves it. `is_closed`: the
@@ -303,6 +346,35 @@ mod tests {
         assert_eq!((entry.next_observation, &entry.doubt), (Some(now + RETRY_PAUSE), &Some(error.clone())));
         entry.view.eligibility = Eligibility::Plain(None);
         assert!(!entry.keeps_verdict(&error, now), "a label came: until more is known it is closed");
+    }
+
+    #[test]
+    fn a_pod_leaves_when_its_source_announces_it_no_more_and_peers_had_time_to_hear_of_it() {
+        let (now, grace) = (Instant::now(), Duration::from_secs(5));
+        let mut entry = PodEntry::new(Arc::new(Pod::default()), 1, now);
+        assert!(!entry.leave(true, grace, now), "nobody takes it for one of the mesh");
+        let announced = |is_announced| Arc::new(Pod { is_announced, ..Pod::default() });
+        entry.view.pod = announced(true);
+        assert!(!entry.leave(false, grace, now), "its netns has nothing that could serve");
+        assert!(!entry.leave(true, Duration::ZERO, now), "not wanted");
+        assert!(entry.leave(true, grace, now));
+        let after = |seconds| now + Duration::from_secs(seconds);
+        assert!(entry.leave(true, grace, after(9)), "the annotation is still there");
+        entry.plan.workload = Some(crate::plan::PodWorkload {
+            name: String::new(),
+            namespace: String::new(),
+            service_account: String::new(),
+            cookie: 1,
+            netns: crate::observe::netns::NetnsId { dev: 4, inode: 1 },
+            pod_cgroup: std::path::PathBuf::new(),
+        });
+        entry.view.pod = announced(false);
+        assert!(entry.leave(true, grace, after(10)) && entry.leave(true, grace, after(14)));
+        assert_eq!(entry.leaves_at(), Some(after(15)));
+        assert!(!entry.leave(true, grace, after(15)));
+        // A source that cannot be written to keeps nobody for ever.
+        entry.view.pod = announced(true);
+        assert!(entry.leave(true, grace, after(20)) && !entry.leave(true, grace, after(50)));
     }
 
     #[test]

@@ -284,6 +284,12 @@ impl PodTable {
         self.iter().filter_map(|entry| Some(entry.plan.exclusions.as_ref()?.0)).collect()
     }
 
+    /// The pods whose HBONE listeners are served no longer, as their labels are off.
+    pub(super) fn left(&self, now: Instant) -> Vec<String> {
+        let over = |entry: &PodEntry| entry.leaves_at().is_some_and(|at| at <= now);
+        self.iter().filter(|entry| over(entry)).map(|entry| entry.view.pod.uid.clone()).collect()
+    }
+
     /// Ends the grace periods that are over; the pods' uids.
     pub(super) fn end_grace_periods(&mut self, now: Instant) -> Vec<String> {
         let over = self.entries.iter_mut().filter(|(_, entry)| entry.grace_until.is_some_and(|at| at <= now));
@@ -368,9 +374,12 @@ impl PodTable {
         within
     }
 
-    /// When a pod is to be observed, or its grace period ends, next.
+    /// When a pod is to be observed, its grace period ends, or it leaves, next.
     pub(super) fn next_due(&self) -> Option<Instant> {
-        self.iter().flat_map(|entry| [entry.next_observation, entry.grace_until]).flatten().min()
+        self.iter()
+            .flat_map(|entry| [entry.next_observation, entry.grace_until, entry.leaves_at()])
+            .flatten()
+            .min()
     }
 
     /// The directories whose changes matter when inotify is the only source of cgroup events: every

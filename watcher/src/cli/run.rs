@@ -77,6 +77,10 @@ pub(super) struct RunArgs {
     #[arg(long = "dns-resolver", value_name = "IP")]
     dns_resolvers: Vec<IpAddr>,
     /// Serve /metrics and /healthz/ready here, such as 127.0.0.1:15022 [default: nowhere]
+    /// Seconds for which a pod whose label is off still accepts HBONE, for peers that have not
+    /// heard of it yet
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = clap::value_parser!(u64).range(..=600))]
+    leave_grace: u64,
     #[arg(long, value_name = "ADDRESS")]
     metrics_address: Option<SocketAddr>,
     /// Seconds between two scans of everything, which correct for lost events
@@ -129,6 +133,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         None => cgroups::pods_dir(&cgroup_root),
     };
     let checks = preflight::checks(&args.mounts.bpffs, &cgroup_root, &attach);
+        leave_grace: Duration::from_secs(args.leave_grace),
     if checks.iter().any(Check::failed) {
         preflight::print_human(&mut io::stderr(), checks.iter().filter(|check| check.failed()))?;
         anyhow::bail!("this node is not ready; nothing was attached");

@@ -68,6 +68,8 @@ pub struct Pod {
     pub is_running: bool,
     /// Invalid values that were ignored.
     pub notes: Notes,
+    /// Whether its source tells others that it is in the mesh, as far as the source knows.
+    pub is_announced: bool,
 }
 
 /// A service account of the cluster.

@@ -136,6 +136,10 @@ reasons! {
         "the pod has a sidecar that carries its traffic",
         "Remove the sidecar to enrol the pod.";
 
+    Leaving "leaving", Itself, Plaintext,
+        "the pod's label is off; for some seconds peers that have not heard of it yet may still connect by HBONE",
+        "None is needed; `--leave-grace` says how long.";
+
     NoCgroup "no_cgroup", PodStart, FailMode,
         "no cgroup matches the pod's uid yet",
         "Wait for the container runtime; if it lasts, compare `--attach` with where the kubelet keeps pods.";

@@ -1,6 +1,6 @@
 //! From an eligible pod to its plan: the map entries, the netns, and what tunnels receive.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc};
 
 use adit_ebpf_common::{
     enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
@@ -8,7 +8,7 @@ use adit_ebpf_common::{
 };
 
 use crate::{
-    model::pod::{FailMode, Selection},
+    model::pod::{FailMode, Pod, Selection},
     observe::{
         Observed,
         cgroups::CgroupId,
@@ -20,6 +20,7 @@ use super::{Eligibility, PodNetns, PodPlan, PodView, PodWorkload, address16, cgr
 
 /// What [`pod_plan`] needs to know besides the pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is answered by another owner")]
 pub(crate) struct Circumstances {
     /// The fail mode of pods that do not choose one.
     pub fail_mode: FailMode,
@@ -30,6 +31,8 @@ pub(crate) struct Circumstances {
     /// Whether the pod ran in plaintext until now. It continues to do so until a tunnel serves it,
     /// since a label put on a running pod must not fail a single connection.
     pub in_grace: bool,
+    /// Whether its HBONE listener is served although no label enrols it any more.
+    pub leaving: bool,
     /// The id of the pod's exclusions; 0: it has none.
     pub exclusion_id: u32,
     /// Netns that are steered for the pod, by cookie.
@@ -50,6 +53,10 @@ pub(crate) fn pod_plan(view: &PodView, circumstances: &Circumstances) -> PodPlan
         plan.expected = circumstances.cgroup_names.iter().map(|name| (*name, info)).collect();
     }
     let info = match eligibility {
+        Eligibility::Plain(_) if circumstances.leaving => {
+            leave(&mut plan, view, &circumstances.steered);
+            return plan;
+        }
         Eligibility::Plain(_) | Eligibility::Refused { keeps_closed: false, .. } => return plan,
         Eligibility::Waiting(_) | Eligibility::Refused { keeps_closed: true, .. } => {
             close(&mut plan, view, closed, &circumstances.steered)
@@ -85,6 +92,32 @@ fn close(plan: &mut PodPlan, view: &PodView, flags: u32, steered: &BTreeMap<u64,
     let mut cookies = plan.netns.keys().copied();
     let only = cookies.next().filter(|_| cookies.next().is_none());
     CgroupInfo { netns_cookie: only.unwrap_or(0), ..cgroup_info(flags, 0, &[]) }
+}
+
+/// Leaves a pod alone whose label is off, but for the tunnel's HBONE listener: what arrives passes,
+/// to that listener too, and the tunnel goes on to serve those who dial it.
+fn leave(plan: &mut PodPlan, view: &PodView, steered: &BTreeMap<u64, PodNetns>) {
+    let Some((cookie, netns)) = steered.iter().find(|(_, netns)| netns.prepared) else { return };
+    let mut netns = netns.clone();
+    if let Some(dir) = &view.observed.dir {
+        // What an earlier watcher left does not say where its pod is.
+        netns.pod_cgroup.clone_from(dir);
+    }
+    plan.arrivals = [(*cookie, arrivals(view, *cookie, flag::IN_MESH | flag::FAIL_OPEN, 0))].into();
+    plan.workload = Some(workload(&view.pod, *cookie, netns.id, netns.pod_cgroup.clone()));
+    plan.netns = [(*cookie, netns)].into();
+}
+
+/// What tunnels receive of `pod`.
+fn workload(pod: &Pod, cookie: u64, netns: NetnsId, pod_cgroup: PathBuf) -> PodWorkload {
+    PodWorkload {
+        name: pod.name.clone(),
+        namespace: pod.namespace.clone(),
+        service_account: pod.service_account.clone(),
+        cookie,
+        netns,
+        pod_cgroup,
+    }
 }
 
 /// What holds for arrivals in a netns of the pod of `view`.
@@ -129,14 +162,7 @@ fn enroll(
         prepared: true,
     };
     plan.netns = [(facts.cookie, netns)].into();
-    plan.workload = Some(PodWorkload {
-        name: pod.name.clone(),
-        namespace: pod.namespace.clone(),
-        service_account: pod.service_account.clone(),
-        cookie: facts.cookie,
-        netns: facts.id,
-        pod_cgroup,
-    });
+    plan.workload = Some(workload(pod, facts.cookie, facts.id, pod_cgroup));
     let captures_dns = pod.dns_capture.unwrap_or(circumstances.dns_capture);
     let dns = if captures_dns { flag::DNS_CAPTURE } else { 0 };
     CgroupInfo { netns_cookie: facts.cookie, ..cgroup_info(flags | dns, exclusion_id, &facts.addresses) }

@@ -50,6 +50,7 @@ fn pod(uid: &str) -> Pod {
         exclusions: Arc::default(),
         is_running: false,
         notes: Notes::default(),
+        is_announced: false,
     }
 }
 
@@ -120,6 +121,7 @@ impl Setting {
             let circumstances = Circumstances {
                 fail_mode: self.fail_mode,
                 dns_capture: self.dns_capture,
+                leaving: false,
                 ready: self.ready.contains(uid),
                 in_grace: self.in_grace.contains(uid),
                 steered: self.steered.get(uid).cloned().unwrap_or_default(),

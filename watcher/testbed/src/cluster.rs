@@ -10,6 +10,7 @@
 //! Every cluster has names of its own, so several can stand side by side. Dropping one removes all
 //! of it.
 
+mod api;
 mod files;
 mod node;
 mod pod;

@@ -18,8 +18,8 @@ pub(crate) mod probe;
 
 use std::{
     fs,
-    io::{self, BufRead as _, BufReader, Write as _},
-    net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    io::{BufRead as _, BufReader, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     process::{Child, Stdio},
     sync::{Arc, mpsc},
     thread,
@@ -33,7 +33,6 @@ use crate::{
     api_server::ApiServer,
     cluster::{Cluster, ClusterPod, Enrol},
     helper,
-    netns::TestNetns,
     process::KillOnDrop,
 };
 
@@ -92,27 +91,16 @@ impl LabelLatency {
         let server = cluster.pod("server", 0, Enrol::Plain);
         let address = SocketAddr::new(server.v4.parse().expect("an address"), PORT);
         serve(&server);
-        let node = cluster.nodes[0].pins_name.clone();
-        let pods: Vec<ClusterPod> = (0..count)
-            .map(|number| {
-                let name = format!("p{number}");
-                let uid = api.pod(&namespace, &name, &node, &json!({}));
-                let pod = cluster.pod_as(&name, 0, Enrol::Plain, &format!("pod{uid}"));
-                let ips = [&pod.v4, &pod.v6].map(|ip| json!({"ip": ip}));
-                let status = json!({"phase": "Running", "podIP": pod.v4, "podIPs": ips});
-                api.set_status(&namespace, &name, &status);
-                pod
-            })
-            .collect();
+        let pods: Vec<ClusterPod> =
+            (0..count).map(|number| cluster.pod_of_api(&api, &namespace, &format!("p{number}"), 0)).collect();
         let names = pods.iter().map(|pod| pod.name.clone()).chain((0..NEW_PODS).map(new_pod));
         let workload = |name| json!({"uid": name, "name": name, "namespace": namespace, "serviceAccount": "default", "protocol": "TCP"});
         let mesh: Vec<Value> = names.map(workload).collect();
         fs::write(cluster.mesh_file(), json!({"workloads": mesh}).to_string()).expect("mesh file");
         let (cgroup2, bpffs, mesh, ca) =
             (cluster.cgroup2.clone(), cluster.bpffs(), cluster.mesh_file(), cluster.ca_dir());
+        cluster.follow_api(0, &api);
         let on = &mut cluster.nodes[0];
-        on.kubeconfig = Some(api.watcher_kubeconfig());
-        forward(&on.netns, api.port());
         on.start_watcher(&cgroup2, &bpffs, &["--detach"]);
         on.start_tunnel(&mesh, &ca);
         let period = (count * 1_000_000 / HURRIED).max(1000);
@@ -287,33 +275,10 @@ impl Probe {
     }
 }
 
-/// A socket that listens in another netns.
-fn listen(netns: &TestNetns, address: (Ipv4Addr, u16)) -> TcpListener {
-    netns.enter(|| TcpListener::bind(address)).expect("bind")
-}
-
-/// Carries what is sent to `port` of the node's loopback to the same port of ours, where the API
-/// server is.
-fn forward(netns: &TestNetns, port: u16) {
-    let listener = listen(netns, (Ipv4Addr::LOCALHOST, port));
-    thread::spawn(move || {
-        for near in listener.incoming().map_while(Result::ok) {
-            // Who is away is away through this, too.
-            let Ok(far) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) else { continue };
-            for (from, to) in [(&near, &far), (&far, &near)] {
-                let (mut from, mut to) = (from.try_clone().expect("clone"), to.try_clone().expect("clone"));
-                thread::spawn(move || {
-                    let _ = io::copy(&mut from, &mut to);
-                    let _ = to.shutdown(Shutdown::Write);
-                });
-            }
-        }
-    });
-}
-
 /// Tells each client in `pod`'s netns the port that it comes from, then echoes.
 fn serve(pod: &ClusterPod) {
-    let listener = listen(&pod.netns, (Ipv4Addr::UNSPECIFIED, PORT));
+    let bind = || TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT));
+    let listener = pod.netns.enter(bind).expect("bind");
     // It ends with this process. Once the links of the netns are gone, no client can reach it.
     listener.set_nonblocking(true).expect("non-blocking");
     let serve = async move {

@@ -45,6 +45,8 @@ pub struct WatcherNode {
     pub dir: tempfile::TempDir,
     /// The kubeconfig by which its watcher follows an API server; `None`: it reads the pods file.
     pub kubeconfig: Option<PathBuf>,
+    /// The watcher's `--leave-grace`. Most tests are not about it, and would wait for its end.
+    pub leave_grace: u32,
     /// More variables of its watcher's environment, `NAME=value`.
     pub env: Vec<String>,
 }
@@ -64,6 +66,7 @@ impl WatcherNode {
             bpffs: Mount::bpffs(&bpffs),
             dir,
             kubeconfig: None,
+            leave_grace: 0,
             env: Vec::new(),
         };
         for below in ["pods", "watcher", "tunnel", "other-tunnel"] {
@@ -148,7 +151,8 @@ impl WatcherNode {
         let (pods, zds, bpffs) = (path("pods.yaml"), path("zds.sock"), path("bpf"));
         let attach = self.cgroup.join("pods").display().to_string();
         let source: &[&str] = if self.kubeconfig.is_some() { &["--kubernetes"] } else { &["--pods", &pods] };
-        let words = ["--zds-socket", &zds, "--bpffs", &bpffs, "--attach", &attach];
+        let grace = self.leave_grace.to_string();
+        let words = ["--zds-socket", &zds, "--bpffs", &bpffs, "--attach", &attach, "--leave-grace", &grace];
         let words = ["run"].iter().chain(source).chain(&words).chain(more).map(|word| (*word).to_owned());
         words.chain(self.arguments()).collect()
     }

@@ -136,3 +136,25 @@ fn what_a_pod_makes_below_its_containers_takes_no_room_in_the_map() {
     let plan = Setting::default().plan(vec![(pod("a"), observed)]).remove("a").unwrap();
     assert!(plan.cgroups.contains_key(&10) && plan.cgroups.len() <= 33, "{} entries", plan.cgroups.len());
 }
+
+#[test]
+fn a_pod_that_leaves_keeps_its_hbone_listener_and_nothing_else() {
+    let (mut leaving, observed) = (pod("a"), in_order(1));
+    leaving.selection = Selection::Plain;
+    let dir = observed.dir.clone().unwrap();
+    let served = &Setting::default().plan(vec![(pod("a"), in_order(1))])["a"];
+    let view = PodView {
+        pod: Arc::new(leaving),
+        observed: Observed { dir: Some(dir), ..Observed::default() },
+        eligibility: Eligibility::Plain(None),
+        closed_netns: BTreeMap::new(),
+    };
+    let steered = served.netns.clone();
+    let circumstances = Circumstances { leaving: true, steered, ..Circumstances::default() };
+    let plan = pod_plan(&view, &circumstances);
+    assert!(plan.cgroups.is_empty() && plan.addresses.is_empty() && plan.exclusions.is_none());
+    assert_eq!(netns(&plan), [(1001, IN_MESH | FAIL_OPEN, true)], "what arrives passes");
+    assert_eq!(plan.workload.as_ref().map(|workload| workload.cookie), Some(1001));
+    let over = Circumstances { leaving: false, ..circumstances };
+    assert_eq!(pod_plan(&view, &over), PodPlan::default());
+}

@@ -117,13 +117,15 @@ pub(crate) fn read(
     let mut pod = Pod { uid, name, namespace, service_account, ..options.set.clone() };
     pod.addresses = addresses(given, &mut pod.notes);
     pod.is_running = is_running(given);
+    let marked = annotations.get(REDIRECTION).is_some_and(|value| value == REDIRECTION_ENABLED);
+    pod.is_announced = marked;
     Some(Ok(ApiPod {
         api_uid,
         created: meta.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
         decision: rules.label.decide(meta.labels.as_ref().unwrap_or(&BTreeMap::new())),
         host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),
         sidecar: sidecar(given, annotations, rules),
-        marked: annotations.get(REDIRECTION).is_some_and(|value| value == REDIRECTION_ENABLED),
+        marked,
         pod,
         options,
     }))

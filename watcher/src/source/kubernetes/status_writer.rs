@@ -45,8 +45,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 const EVENT_DELAY: Duration = Duration::from_secs(2);
 /// How long the last annotations may take when the watcher detaches.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
-/// A state is written when it has lasted for so long: a label can change every pod of the node, and
-/// serving them comes first. A state that passes sooner is never written.
+/// The annotation is set when the pod has been open for so long: a label can change every pod of
+/// the node, and serving them comes first. It is removed at once.
 const ANNOTATION_DELAY: Duration = Duration::from_millis(250);
 /// A pod is written again no sooner than this, in case somebody else writes the annotation too.
 const WRITE_INTERVAL: Duration = Duration::from_millis(500);
@@ -197,7 +197,9 @@ impl TrackedPod {
             Some(State::Closed | State::Bypassed) | None => None,
         };
         if let Some(marked) = marked.filter(|marked| *marked != api_pod.marked) {
-            return Some((Write::Annotation(marked), at_least(self.since + ANNOTATION_DELAY)));
+            // Peers of a pod that leaves have to hear of it before it stops to serve them.
+            let delay = if marked { ANNOTATION_DELAY } else { Duration::ZERO };
+            return Some((Write::Annotation(marked), at_least(self.since + delay)));
         }
         if self.reported.len() >= MAX_EVENTS_PER_POD {
             return None;
