@@ -121,6 +121,11 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
         let scan = agent.queue.take_scan() || Instant::now() >= next_scan;
         if scan {
             next_scan = Instant::now() + agent.config.rescan;
+            // What the programs did themselves is not the work of others.
+            for _ in 0..EVENT_BATCH {
+                let Some(event) = events::ready(events.as_mut()) else { break };
+                agent.on_event(event);
+            }
         }
         agent.reconcile(scan);
         // After all that is there: a pod that a tunnel has just taken need not be reported as

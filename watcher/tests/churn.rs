@@ -243,3 +243,28 @@ fn sixty_labels_at_once_take_milliseconds() {
         });
     }
 }
+
+/// Pods that come are closed by the programs themselves, which no scan may take for a change that
+/// others made.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn scans_take_a_hundred_pods_that_come_for_nobodys_change() {
+    let mut node = WatcherNode::new();
+    let uids: Vec<String> = (0..100).map(uid).collect();
+    publish(&node, &uids, true, "");
+    node.start(&["--events", "lifecycle", "--rescan", "1"]);
+    wait_for("the watcher to know the pods", || node.status()["ready"].as_bool().filter(|ready| *ready));
+    // As long as it takes for some scans to fall among them.
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_secs(5) {
+        for uid in &uids {
+            fs::create_dir_all(pods_dir(&node).join(format!("pod{uid}"))).expect("cgroup");
+        }
+        for uid in &uids {
+            fs::remove_dir(pods_dir(&node).join(format!("pod{uid}"))).expect("cgroup");
+        }
+    }
+    let log = node.log();
+    let told: Vec<&str> = log.lines().filter(|line| line.contains("another program changed")).collect();
+    assert!(told.is_empty(), "{told:#?}");
+}

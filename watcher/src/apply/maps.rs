@@ -228,6 +228,13 @@ impl AppliedMaps {
         let lists = kernel.exclusions()?;
         self.refused.clear();
         let contents = &mut self.contents;
+        // The programs closed them as they were made, and the events that say so are on their way.
+        let closed = |id: &CgroupId, info: &CgroupInfo| {
+            !contents.cgroups.contains_key(id) && contents.expected.values().any(|expected| expected == info)
+        };
+        let closed: Vec<_> = cgroups.iter().filter(|(id, info)| closed(id, info)).collect();
+        let closed: Vec<_> = closed.into_iter().map(|(id, info)| (*id, *info)).collect();
+        contents.cgroups.extend(closed);
         if cgroups == contents.cgroups
             && addresses == contents.addresses
             && arrivals == contents.arrivals
