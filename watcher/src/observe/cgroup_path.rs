@@ -67,18 +67,18 @@ pub(crate) fn pod_uid(name: &OsStr) -> Option<String> {
 }
 
 /// What the directory of the pod `uid` may be called below `base`: by the systemd driver where that
-/// is a slice, whose name its slices carry on, else by the cgroupfs driver.
+/// is a slice, whose name its slices carry on; by the cgroupfs driver where it is that driver's; and
+/// by either where it is neither, as the root of all cgroups.
 pub(crate) fn names(uid: &str, base: &Path) -> Vec<String> {
     let base = base.file_name().and_then(OsStr::to_str).unwrap_or_default();
+    let slices = |stem: &str| {
+        let uid = uid.replace('-', "_");
+        ["", "-burstable", "-besteffort"].map(|class| format!("{stem}{class}-pod{uid}.slice"))
+    };
     match base.strip_suffix(".slice") {
-        Some(stem) => {
-            let uid = uid.replace('-', "_");
-            ["", "-burstable", "-besteffort"]
-                .iter()
-                .map(|class| format!("{stem}{class}-pod{uid}.slice"))
-                .collect()
-        }
-        None => vec![format!("pod{uid}")],
+        Some(stem) => slices(stem).to_vec(),
+        None if base == "kubepods" => vec![format!("pod{uid}")],
+        None => [format!("pod{uid}")].into_iter().chain(slices("kubepods")).collect(),
     }
 }
 
@@ -188,6 +188,8 @@ mod tests {
             }
         }
         assert_eq!(names(UID, Path::new("/c/kubepods.slice")).len(), 3);
+        assert_eq!(names(UID, Path::new("/c/kubepods")).len(), 1);
+        assert_eq!(names(UID, Path::new("/c")).len(), 4, "nobody knows the driver");
     }
 
     #[test]

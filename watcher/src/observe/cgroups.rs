@@ -43,16 +43,47 @@ pub fn is_cgroup2(dir: &Path) -> bool {
 
 /// Where the kubelet keeps pods, below `root`; `root` itself where there is no kubelet, or where it
 /// cannot be told. Each cgroup driver has a directory of its own, and that of an earlier driver
-/// stays until the node boots: it is the one without processes.
+/// stays until the node boots: it is the one without processes. A kubelet with a cgroup root of its
+/// own, as in Kind, has it deeper: `kubelet/kubepods`, `kubelet.slice/kubelet-kubepods.slice`.
 #[must_use]
 pub fn pods_dir(root: &Path) -> PathBuf {
-    let dirs = ["kubepods", "kubepods.slice"].map(|name| root.join(name));
-    let there: Vec<&PathBuf> = dirs.iter().filter(|dir| dir.is_dir()).collect();
-    let live: Vec<&PathBuf> = there.iter().copied().filter(|dir| is_populated(dir).unwrap_or(true)).collect();
-    match (there.as_slice(), live.as_slice()) {
-        ([only], _) | (_, [only]) => (*only).clone(),
+    /// `docker/<id>/kubelet/kubepods` is as deep.
+    const DEEPEST: usize = 4;
+    let mut level = vec![root.to_owned()];
+    let (mut there, mut visited) = (Vec::new(), 0);
+    for _ in 0..DEEPEST {
+        let mut next = Vec::new();
+        for dir in level.iter().flat_map(|dir| directories(dir)).take(MOST_VISITED - visited) {
+            visited += 1;
+            if is_kubepods(&dir) { there.push(dir) } else { next.push(dir) }
+        }
+        // A pod may have a cluster inside: what is nearer to the root is the node's own.
+        let live: Vec<&PathBuf> = there.iter().filter(|dir| is_populated(dir).unwrap_or(true)).collect();
+        match live.as_slice() {
+            [] => level = next,
+            [only] => return (*only).clone(),
+            _ => return root.to_owned(),
+        }
+    }
+    match there.as_slice() {
+        [only] => only.clone(),
         _ => root.to_owned(),
     }
+}
+
+/// Directories that [`pods_dir`] looks at.
+const MOST_VISITED: usize = 4096;
+
+/// Whether a kubelet keeps all of its pods below a directory of this name.
+fn is_kubepods(dir: &Path) -> bool {
+    let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    name == "kubepods" || name == "kubepods.slice" || name.ends_with("-kubepods.slice")
+}
+
+fn directories(dir: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    let entries = fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok);
+    let is_dir = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+    entries.filter(is_dir).map(|entry| entry.path())
 }
 
 /// The id of the cgroup2 directory `dir`.
@@ -318,6 +349,34 @@ mod tests {
         assert_eq!(pods_dir(root), root.join("kubepods.slice"));
         make("kubepods", 1);
         assert_eq!(pods_dir(root), root, "pods of both drivers run");
+    }
+
+    #[test]
+    fn the_pods_of_a_kubelet_with_a_cgroup_root_of_its_own_are_found() {
+        for path in [
+            "kubelet/kubepods",
+            "kubelet.slice/kubelet-kubepods.slice",
+            "a.slice/a-b.slice/a-b-kubepods.slice",
+            "docker/0123abcd/kubelet/kubepods",
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let root = dir.path();
+            let make = |name: &str, populated: u8| {
+                let dir = root.join(name);
+                fs::create_dir_all(&dir).unwrap();
+                fs::write(dir.join("cgroup.events"), format!("populated {populated}\n")).unwrap();
+            };
+            make("system.slice/containerd.service", 1);
+            make(path, 0);
+            assert_eq!(pods_dir(root), root.join(path), "without pods");
+            make(path, 1);
+            make(&format!("{path}/burstable/pod0/c/kubelet/kubepods"), 1);
+            assert_eq!(pods_dir(root), root.join(path), "with a cluster inside a pod");
+            make("kubepods", 0);
+            assert_eq!(pods_dir(root), root.join(path), "beside an empty rest");
+            make("kubepods", 1);
+            assert_eq!(pods_dir(root), root.join("kubepods"), "the node's own is nearer to the root");
+        }
     }
 
     #[test]
