@@ -11,6 +11,8 @@ use std::{
 use futures_util::StreamExt as _;
 use inotify::{EventMask, EventStream, Inotify, WatchDescriptor, WatchMask, Watches};
 
+use crate::observe::cgroups::{self, CgroupId};
+
 use super::{Event, EventSource, EventSourceError, EventSourceNeeds, SourceKind};
 
 /// All watches, on one inotify instance: instances are limited per user.
@@ -18,8 +20,16 @@ use super::{Event, EventSource, EventSourceError, EventSourceNeeds, SourceKind};
 pub(crate) struct Scan {
     stream: EventStream<[u8; 4096]>,
     watches: Watches,
-    cgroups: BTreeMap<PathBuf, Vec<WatchDescriptor>>,
+    cgroups: BTreeMap<PathBuf, Watched>,
     dirs: HashMap<WatchDescriptor, PathBuf>,
+}
+
+/// A directory's watches. One that is removed keeps them, and tells nothing more; another one may be
+/// made under the same path.
+#[derive(Debug)]
+struct Watched {
+    id: CgroupId,
+    watches: Vec<WatchDescriptor>,
 }
 
 impl Scan {
@@ -42,7 +52,15 @@ impl Scan {
     fn watch_cgroups(&mut self, wanted: &BTreeSet<PathBuf>) {
         let mut before = std::mem::take(&mut self.cgroups);
         for dir in wanted {
-            let watches = before.remove(dir).unwrap_or_else(|| {
+            let Ok(id) = cgroups::id(dir) else { continue };
+            let same = before.remove_entry(dir).and_then(|(path, watched)| {
+                if watched.id == id {
+                    return Some(watched.watches);
+                }
+                before.insert(path, watched);
+                None
+            });
+            let watches = same.unwrap_or_else(|| {
                 let mask =
                     WatchMask::CREATE | WatchMask::DELETE | WatchMask::DELETE_SELF | WatchMask::ONLYDIR;
                 // `cgroup.events` changes when the first process comes and when the last one goes.
@@ -53,10 +71,10 @@ impl Scan {
             });
             self.dirs.extend(watches.iter().map(|watch| (watch.clone(), dir.clone())));
             if !watches.is_empty() {
-                self.cgroups.insert(dir.clone(), watches);
+                self.cgroups.insert(dir.clone(), Watched { id, watches });
             }
         }
-        for watch in before.into_values().flatten() {
+        for watch in before.into_values().flat_map(|watched| watched.watches) {
             self.dirs.remove(&watch);
             // Fails if the directory is gone, and the watch with it.
             let _ = self.watches.remove(watch);
@@ -108,5 +126,38 @@ impl EventSource for Scan {
 
     fn wants_dirs(&self) -> bool {
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, time::Duration};
+
+    use testbed::cgroup::Cgroup;
+
+    use super::*;
+
+    #[tokio::test]
+    #[ignore = "makes cgroups, needs root: make test"]
+    async fn a_cgroup_that_was_made_again_is_watched_again() {
+        let cgroup = Cgroup::new(&format!("adit-scan-{}", std::process::id()));
+        let dir = cgroup.create("pod");
+        let mut scan = Scan::new().unwrap();
+        let wanted: BTreeSet<PathBuf> = [dir.clone()].into();
+        scan.watch_cgroups(&wanted);
+        fs::remove_dir(&dir).unwrap();
+        fs::create_dir(&dir).unwrap();
+        scan.watch_cgroups(&wanted);
+        fs::create_dir(dir.join("container")).unwrap();
+        let told = async {
+            loop {
+                let event = std::future::poll_fn(|context| scan.poll_next(context)).await;
+                if matches!(&event, Event::Cgroup { path, .. } if *path == dir.join("container")) {
+                    return;
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), told).await.expect("an event of the new directory");
+        fs::remove_dir(dir.join("container")).unwrap();
     }
 }
