@@ -215,19 +215,19 @@ impl Agent {
             self.queue.reconcile_all();
         }
         self.queue.reconcile(self.pods.end_grace_periods(now));
+        self.queue.reconcile(self.pods.left(now));
         self.applier.tunnels.retry(now);
         // Before the source has named all pods nothing is known: what an earlier run left stays.
         // Nor does anything follow for what it enrolled and could not be observed since.
         if self.pods.is_synced()
             && !self.awaits_adopted()
-        self.queue.reconcile(self.pods.left(now));
             && let Some(work) = self.queue.take_work(now)
         {
             self.apply(&work, now);
         }
         self.observer.close_netns();
         self.applier.do_due(now);
-        self.tracer.stop_if_over(&mut self.applier);
+        self.tracer.update(&self.pods.views(), &mut self.applier);
         if self.is_ready() {
             self.applier.tunnels.send_snapshots();
         }
@@ -345,9 +345,9 @@ impl Agent {
                 let commands = Commands { config, pods, applier, reporter, ready };
                 answers.give(&Answer::from(commands.explain(&pod, destination)));
             }
-            Request::Trace { pod, port, address } => {
-                let filter = TraceRequest { pod: pod.as_deref(), port, address };
-                if let Err(problem) = self.tracer.start(&answers, filter, pods.views(), applier) {
+            Request::Trace { pod, port, address, not_addresses } => {
+                let filter = TraceRequest { pod, port, address, not_addresses };
+                if let Err(problem) = self.tracer.start(&answers, filter, &pods.views(), applier) {
                     answers.give(&Answer::<TraceLine>::Error(problem));
                 }
             }

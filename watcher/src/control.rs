@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use socket2::{Socket, Type};
 use tokio::{
@@ -52,6 +53,9 @@ pub enum Request {
         port: Option<u16>,
         /// Only verdicts about this address, at either end.
         address: Option<IpAddr>,
+        /// No verdicts whose either end is in one of these.
+        #[serde(default)]
+        not_addresses: Vec<IpNet>,
     },
     /// Undo everything and end. Answered when it is done.
     Detach,

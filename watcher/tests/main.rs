@@ -23,6 +23,7 @@ mod labels;
 mod mesh;
 mod neighbours;
 mod preflight;
+mod trace;
 mod zds;
 
 /// Not a test: the others start it as processes of pods and tunnels (`testbed::helper`).

@@ -29,8 +29,16 @@ pub struct Settings {
     /// Where the tunnel answers DNS on the loopback of each pod, in host byte order; 0: it answers
     /// none.
     pub dns_port: u16,
-    /// Always zero.
-    pub pad: u16,
+    /// Which verdicts are reported besides: bits of [`trace_filter`]. 0: all.
+    pub trace_filter: u16,
+}
+
+/// Bits of [`Settings::trace_filter`].
+pub mod trace_filter {
+    /// Only verdicts about what `trace_watched` has.
+    pub const WATCHED: u16 = 1;
+    /// None whose either end is in a range of `trace_left_out`.
+    pub const LEFT_OUT: u16 = 1 << 1;
 }
 
 plain_data!(Settings);

@@ -27,6 +27,27 @@ pub struct TraceRecord {
 
 plain_data!(TraceRecord);
 
+/// The key in `trace_watched` of the cgroup `id`.
+#[inline(always)]
+#[must_use]
+pub const fn watched_cgroup(id: u64) -> Address {
+    no_address(b'c', id)
+}
+
+/// The key in `trace_watched` of the netns `cookie`.
+#[inline(always)]
+#[must_use]
+pub const fn watched_netns(cookie: u64) -> Address {
+    no_address(b'n', cookie)
+}
+
+/// A multicast address, which no TCP connection has at either end.
+#[inline(always)]
+const fn no_address(kind: u8, id: u64) -> Address {
+    let id = id.to_be_bytes();
+    [0xff, kind, 0, 0, 0, 0, 0, 0, id[0], id[1], id[2], id[3], id[4], id[5], id[6], id[7]]
+}
+
 /// Numbers with names: what is stored is the number, what people read is the name.
 macro_rules! numbered {
     ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $number:literal, $text:literal;)+ }) => {
@@ -93,6 +114,14 @@ numbered! {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn keys_of_cgroups_and_netns_are_no_addresses_and_differ() {
+        let keys = [watched_cgroup(1), watched_cgroup(256), watched_netns(1), watched_netns(u64::MAX)];
+        for (at, key) in keys.iter().enumerate() {
+            assert!(core::net::Ipv6Addr::from(*key).is_multicast() && !keys[..at].contains(key));
+        }
+    }
 
     #[test]
     fn every_rule_is_found_by_its_number() {

@@ -9,6 +9,7 @@
 //! * [`kernel`]: everything that one node has in the kernel, pinned in one folder of a bpffs
 //! * [`links`]: attaches programs, and replaces them in place
 //! * [`netns_program`]: the program that steers arrivals, one copy for each netns
+//! * [`trace_filter`]: which verdicts the programs report
 //! * [`exclusions`]: exclusion lists, written whole or not at all
 //! * [`maps`]: adopts maps, reads and writes them
 //! * [`trace`]: the verdicts of the programs, while somebody watches
@@ -37,6 +38,7 @@ pub mod preflight;
 mod remove;
 mod sys;
 mod trace;
+mod trace_filter;
 
 pub use error::KernelError;
 pub use exclusions::ExclusionList;

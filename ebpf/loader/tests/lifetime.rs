@@ -4,11 +4,16 @@
 use std::{
     collections::BTreeSet,
     fs::{self, File},
+    net::Ipv6Addr,
     os::fd::AsFd,
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use adit_ebpf_common::enrolment::flag;
+use adit_ebpf_common::{
+    enrolment::flag,
+    settings::trace_filter::{LEFT_OUT, WATCHED},
+    trace::{watched_cgroup, watched_netns},
+};
 use adit_ebpf_loader::{Kernel, KernelError, preflight};
 use aya::{EbpfLoader, maps::MapInfo, programs::loaded_links};
 
@@ -295,6 +300,52 @@ fn the_trace_follows_its_filter() {
     rig.kernel.set_settings(&settings).unwrap();
     let _ = rig.app.dial(How::Tcp, at("192.0.2.1", 80));
     assert!(rig.trace.next().is_none());
+}
+
+/// What nobody watches takes no room in the buffer: it is left out in the kernel.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn the_trace_reports_only_pods_that_are_watched_and_no_range_that_is_left_out() {
+    let mut rig = Rig::new();
+    rig.set(flag::IN_MESH, true);
+    let mut settings = rig.kernel.settings().unwrap();
+    (settings.debug, settings.debug_port, settings.debug_address) = (1, 0, [0; 16]);
+    let mut seen = |rig: &mut Rig, filter: u16| -> Vec<String> {
+        settings.trace_filter = filter;
+        rig.kernel.set_settings(&settings).unwrap();
+        let _ = rig.app.dial(How::Tcp, at("192.0.2.1", 80));
+        let _ = rig.app.dial(How::Tcp, at("192.0.2.2", 80));
+        let _ = rig.app.dial(How::Tcp, at("2001:db8::1", 80));
+        let records = std::iter::from_fn(|| rig.trace.next());
+        records.map(|record| Ipv6Addr::from(record.remote).to_canonical().to_string()).collect()
+    };
+    let (one, two, three) = ("192.0.2.1", "192.0.2.2", "2001:db8::1");
+    assert_eq!(seen(&mut rig, 0), [one, two, three]);
+    assert_eq!(seen(&mut rig, WATCHED), [""; 0], "nobody is watched");
+    let own = rig.cgroups.id("pods/mesh/container");
+    for (key, reported) in [
+        (watched_cgroup(own), &[one, two, three][..]),
+        (watched_cgroup(own + 1), &[]),
+        (watched_netns(rig.cookie), &[one, two, three]),
+        (watched_netns(rig.cookie + 1), &[]),
+        (address(two), &[two]),
+        (address(three), &[three]),
+    ] {
+        rig.kernel.watch(&key, true).unwrap();
+        assert_eq!(seen(&mut rig, WATCHED), reported, "{key:?}");
+        rig.kernel.watch(&key, false).unwrap();
+        rig.kernel.watch(&key, false).unwrap();
+    }
+    for (range, length, reported) in [
+        ("192.0.2.2", 128, &[one, three][..]),
+        ("192.0.2.0", 96 + 24, &[three]),
+        ("2001:db8::", 32, &[one, two]),
+    ] {
+        rig.kernel.leave_out(address(range), length, true).unwrap();
+        assert_eq!(seen(&mut rig, LEFT_OUT), reported, "{range}/{length}");
+        rig.kernel.leave_out(address(range), length, false).unwrap();
+    }
+    assert_eq!(seen(&mut rig, LEFT_OUT), [one, two, three]);
 }
 
 /// The pins of links, with the links' ids.

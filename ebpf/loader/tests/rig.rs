@@ -117,7 +117,7 @@ impl Rig {
             debug_address: UNSPECIFIED,
             resolvers: self.resolvers,
             dns_port: DNS,
-            pad: 0,
+            trace_filter: 0,
         };
         self.kernel.set_settings(&settings).unwrap();
     }

@@ -1,16 +1,27 @@
 //! Reports each verdict: a line in `trace_pipe` with the fixed tag "adit", and a record in the ring
-//! buffer `trace`. The settings switch and filter this at run time.
+//! buffer `trace`. The settings switch and filter this at run time; what nobody watches takes no
+//! room in the buffer.
 
 use adit_ebpf_common::{
     address::{Address, UNSPECIFIED, is_v4, same},
     enrolment::CgroupInfo,
     flows::{Destination, Flow},
-    settings::Settings,
-    trace::{Hook, Rule, TraceRecord},
+    settings::{Settings, trace_filter},
+    trace::{Hook, Rule, TraceRecord, watched_cgroup, watched_netns},
 };
-use aya_ebpf::helpers::{bpf_get_current_cgroup_id, bpf_printk};
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    helpers::{bpf_get_current_cgroup_id, bpf_printk},
+    macros::map,
+    maps::{HashMap, LpmTrie, lpm_trie::Key},
+};
 
 use crate::maps;
+
+#[map(name = "trace_watched")]
+static WATCHED: HashMap<Address, u32> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
+#[map(name = "trace_left_out")]
+static LEFT_OUT: LpmTrie<Address, u8> = LpmTrie::with_max_entries(1024, BPF_F_NO_PREALLOC);
 
 const RULE_BYTES: usize = 52;
 
@@ -44,7 +55,7 @@ pub fn outbound(settings: &Settings, hook: Hook, rule: Rule, info: Option<&Cgrou
         hook: hook as u16,
         rule: rule as u16,
     };
-    emit(settings, &record);
+    emit(settings, &record, info.map_or(0, |info| info.netns_cookie));
 }
 
 /// An arrival at the pod of `cgroup_id`; `flow` is as its opener sees it, the record as the pod
@@ -60,7 +71,7 @@ pub fn inbound(settings: &Settings, rule: Rule, flow: &Flow, cgroup_id: u64) {
         hook: Hook::SkLookup as u16,
         rule: rule as u16,
     };
-    emit(settings, &record);
+    emit(settings, &record, 0);
 }
 
 /// The cgroup of the calling task.
@@ -82,7 +93,7 @@ fn own_address(info: Option<&CgroupInfo>, destination: &Address) -> Address {
 }
 
 #[inline(always)]
-fn emit(settings: &Settings, record: &TraceRecord) {
+fn emit(settings: &Settings, record: &TraceRecord, netns_cookie: u64) {
     let port = settings.debug_port;
     if port != 0 && u32::from(record.local_port) != port && u32::from(record.remote_port) != port {
         return;
@@ -91,8 +102,37 @@ fn emit(settings: &Settings, record: &TraceRecord) {
     if !same(address, &UNSPECIFIED) && !same(address, &record.local) && !same(address, &record.remote) {
         return;
     }
+    if settings.trace_filter & trace_filter::WATCHED != 0 && !is_watched(record, netns_cookie) {
+        return;
+    }
+    if settings.trace_filter & trace_filter::LEFT_OUT != 0
+        && (is_left_out(&record.local) || is_left_out(&record.remote))
+    {
+        return;
+    }
     maps::trace(record);
     print(record);
+}
+
+/// Whether somebody watches an end of the connection, the caller's cgroup, or its pod's netns.
+#[inline(always)]
+fn is_watched(record: &TraceRecord, netns_cookie: u64) -> bool {
+    has(&watched_cgroup(record.cgroup_id))
+        || netns_cookie != 0 && has(&watched_netns(netns_cookie))
+        || has(&record.local)
+        || has(&record.remote)
+}
+
+#[inline(always)]
+#[expect(unsafe_code, reason = "a reference into a map")]
+fn has(key: &Address) -> bool {
+    // SAFETY: only whether there is one is asked.
+    unsafe { WATCHED.get(key) }.is_some()
+}
+
+#[inline(always)]
+fn is_left_out(address: &Address) -> bool {
+    LEFT_OUT.get(Key::new(128, *address)).is_some()
 }
 
 /// Prints the rule, and for a connect its destination, for an arrival its source and the port that

@@ -115,12 +115,12 @@ impl PodTable {
     }
 
     /// All pods, in the order of their uids.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &PodEntry> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &PodEntry> + Clone {
         self.entries.values()
     }
 
     /// All pods as plans see them.
-    pub(super) fn views(&self) -> impl Iterator<Item = &PodView> {
+    pub(super) fn views(&self) -> impl Iterator<Item = &PodView> + Clone {
         self.iter().map(|entry| &entry.view)
     }
 

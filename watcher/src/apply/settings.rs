@@ -1,13 +1,29 @@
 //! The programs' settings, which hold for the whole node.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
-use adit_ebpf_common::{address::UNSPECIFIED, settings::Settings};
+use adit_ebpf_common::{
+    address::{Address, UNSPECIFIED},
+    settings::{Settings, trace_filter},
+};
 use adit_ebpf_loader::{Kernel, KernelError};
 use error_reporter::Report;
-use tracing::error;
+use tracing::{error, warn};
 
 use crate::plan::{DNS_PORT, HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, address16};
+
+/// What the programs report of their verdicts: at least what any client of a trace wants.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct KernelFilter {
+    /// Only this port; `None`: any.
+    pub port: Option<u16>,
+    /// Only this address; `None`: any.
+    pub address: Option<IpAddr>,
+    /// Only what these marks name; `None`: everything.
+    pub watched: Option<BTreeSet<Address>>,
+    /// Ranges, with their prefix lengths in IPv6 form, that nobody wants to see.
+    pub left_out: BTreeSet<(Address, u32)>,
+}
 
 /// The settings as they were written last.
 #[derive(Debug)]
@@ -35,7 +51,7 @@ impl KernelSettings {
             debug_address: UNSPECIFIED,
             resolvers: slots,
             dns_port: DNS_PORT,
-            pad: 0,
+            trace_filter: 0,
         };
         kernel.set_settings(&settings)?;
         Ok(Self(settings))
@@ -52,19 +68,37 @@ impl KernelSettings {
         self.change(kernel, |settings| settings.tunnel_up = up.into());
     }
 
-    /// Has the programs report their verdicts, about `port` and `address` only where these are
-    /// given.
-    pub(crate) fn start_trace(&mut self, kernel: &mut Kernel, port: Option<u16>, address: Option<IpAddr>) {
+    /// Has the programs report their verdicts as `wanted`; so far they filter by `before`. What the
+    /// maps have no room for is not filtered there.
+    pub(crate) fn trace(&mut self, kernel: &mut Kernel, before: &KernelFilter, wanted: &KernelFilter) {
+        if self.0.debug == 1 && before == wanted {
+            return;
+        }
+        let none = BTreeSet::new();
+        let (old, new) = (before.watched.as_ref().unwrap_or(&none), wanted.watched.as_ref().unwrap_or(&none));
+        // What is wanted is there before it is asked for, and what is not goes after that.
+        let watched = new.difference(old).try_for_each(|key| kernel.watch(key, true));
+        let added = wanted.left_out.difference(&before.left_out);
+        let left_out =
+            added.clone().try_for_each(|(address, length)| kernel.leave_out(*address, *length, true));
+        for error in [&watched, &left_out].into_iter().filter_map(|done| done.as_ref().err()) {
+            warn!(error = %Report::new(error), "the programs cannot filter the trace");
+        }
+        let by_pod = if wanted.watched.is_some() && watched.is_ok() { trace_filter::WATCHED } else { 0 };
+        let by_range = if wanted.left_out.is_empty() { 0 } else { trace_filter::LEFT_OUT };
         self.change(kernel, |settings| {
             settings.debug = 1;
-            settings.debug_port = port.map_or(0, u32::from);
-            settings.debug_address = address.map_or(UNSPECIFIED, address16);
+            settings.debug_port = wanted.port.map_or(0, u32::from);
+            settings.debug_address = wanted.address.map_or(UNSPECIFIED, address16);
+            settings.trace_filter = by_pod | by_range;
         });
+        forget(kernel, old.difference(new), before.left_out.difference(&wanted.left_out));
     }
 
-    /// Has the programs report nothing.
-    pub(crate) fn stop_trace(&mut self, kernel: &mut Kernel) {
+    /// Has the programs report nothing, and forget what they filtered by.
+    pub(crate) fn stop_trace(&mut self, kernel: &mut Kernel, before: &KernelFilter) {
         self.change(kernel, |settings| settings.debug = 0);
+        forget(kernel, before.watched.iter().flatten(), before.left_out.iter());
     }
 
     /// Writes the settings if they differ.
@@ -78,5 +112,19 @@ impl KernelSettings {
             Ok(()) => self.0 = settings,
             Err(error) => error!(error = %Report::new(&error), "cannot write the settings"),
         }
+    }
+}
+
+/// Removes entries of the trace's maps. One that stays costs a record that nobody gets.
+fn forget<'a>(
+    kernel: &mut Kernel,
+    mut watched: impl Iterator<Item = &'a Address>,
+    mut left_out: impl Iterator<Item = &'a (Address, u32)>,
+) {
+    let done = watched
+        .try_for_each(|key| kernel.watch(key, false))
+        .and_then(|()| left_out.try_for_each(|(address, length)| kernel.leave_out(*address, *length, false)));
+    if let Err(error) = done {
+        warn!(error = %Report::new(&error), "cannot remove a filter of the trace");
     }
 }

@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::Context as _;
 use clap::Args;
+use ipnet::IpNet;
 
 use watcher::control::{Answer, Request, ask, trace::TraceLine};
 
@@ -19,6 +20,7 @@ use super::{NodeArgs, Output, no_watcher};
 
 Examples:
   watcher trace --pod client
+  watcher trace --pod client --not-address 10.0.0.5 --not-address fd00::/8
   watcher trace --port 80 --address 10.0.2.3 -o json")]
 pub(super) struct TraceArgs {
     #[command(flatten)]
@@ -32,12 +34,20 @@ pub(super) struct TraceArgs {
     /// Only verdicts about this address, at either end
     #[arg(long)]
     address: Option<IpAddr>,
+    /// No verdicts whose either end is in this range, or is this address; repeatable
+    #[arg(long = "not-address", value_name = "CIDR", value_parser = cidr)]
+    not_addresses: Vec<IpNet>,
     #[arg(short, long, value_enum, default_value = "human")]
     output: Output,
 }
 
 pub(super) fn run(args: &TraceArgs) -> anyhow::Result<ExitCode> {
-    let request = Request::Trace { pod: args.pod.clone(), port: args.port, address: args.address };
+    let request = Request::Trace {
+        pod: args.pod.clone(),
+        port: args.port,
+        address: args.address,
+        not_addresses: args.not_addresses.clone(),
+    };
     let answers = ask::<TraceLine>(&args.node.socket(), &request).with_context(|| no_watcher(&args.node))?;
     for answer in answers {
         let line = match answer.context("the watcher's answer cannot be read")? {
@@ -52,6 +62,13 @@ pub(super) fn run(args: &TraceArgs) -> anyhow::Result<ExitCode> {
         out.flush()?;
     }
     anyhow::bail!("the watcher ended")
+}
+
+/// A range, or an address, which is a range of one.
+fn cidr(text: &str) -> Result<IpNet, String> {
+    text.parse::<IpNet>()
+        .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
+        .map_err(|_| "expected a CIDR or an address, such as 10.0.0.0/8".to_owned())
 }
 
 fn human(line: &TraceLine) -> String {

@@ -1,4 +1,6 @@
 //! Verdicts of the kernel programs, with names, for `watcher trace`.
+//!
+//! * `filter`: which of them a client gets, and what the programs leave out themselves
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,17 +15,22 @@ use adit_ebpf_common::{
 };
 use adit_ebpf_loader::{Kernel, Trace};
 use error_reporter::Report;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 use tracing::{info, warn};
 
 use crate::{
-    apply::Applier,
+    apply::{Applier, settings::KernelFilter},
     plan::{PodView, address16},
     sys::pollable,
 };
 
 use super::{Answer, Answers, answers};
+
+pub(crate) mod filter;
+
+use self::filter::TraceFilter;
 
 /// One verdict of the kernel programs, with names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,85 +52,161 @@ pub struct TraceLine {
 }
 
 /// Which verdicts a client wants.
-#[derive(Clone, Copy, Debug)]
-pub struct TraceRequest<'a> {
+#[derive(Clone, Debug)]
+pub struct TraceRequest {
     /// Only verdicts about this pod: uid, name or namespace/name.
-    pub pod: Option<&'a str>,
+    pub pod: Option<String>,
     /// Only verdicts about this port, at either end.
     pub port: Option<u16>,
     /// Only verdicts about this address, at either end.
     pub address: Option<IpAddr>,
+    /// No verdicts whose either end is in one of these.
+    pub not_addresses: Vec<IpNet>,
 }
 
-/// Runs at most one trace, since the programs have one filter.
+/// Runs any number of traces. The programs report what at least one of them wants; each gets what it
+/// asked for.
 #[derive(Debug, Default)]
-pub struct Tracer(Option<TraceSession>);
+pub struct Tracer {
+    records: Option<Records>,
+    clients: Vec<Client>,
+    /// What the programs filter by.
+    applied: KernelFilter,
+}
+
+/// The records of the programs.
+#[derive(Debug)]
+struct Records {
+    trace: Trace,
+    readable: AsyncFd<OwnedFd>,
+    /// Records were left by the last turn; the fd does not say so again.
+    has_more: bool,
+}
+
+/// Who runs `watcher trace`.
+#[derive(Debug)]
+struct Client {
+    answers: Answers,
+    filter: TraceFilter,
+    lost: LostRecords,
+}
 
 impl Tracer {
     /// Has the programs report their verdicts, and sends them to the client behind `answers`.
     ///
     /// # Errors
-    /// Another trace is running, there is no such pod, or the records cannot be opened: a sentence
-    /// for the user.
+    /// There is no such pod, or the records cannot be opened: a sentence for the user.
     pub(crate) fn start<'a>(
         &mut self,
         answers: &Answers,
-        request: TraceRequest<'_>,
-        pods: impl Iterator<Item = &'a PodView>,
+        request: TraceRequest,
+        pods: &(impl Iterator<Item = &'a PodView> + Clone),
         applier: &mut Applier,
     ) -> Result<(), String> {
-        if self.0.as_ref().is_some_and(|session| !session.is_over()) {
-            return Err("another trace is running; only one at a time".to_owned());
+        let TraceRequest { pod, port, address, not_addresses } = request;
+        let view = pod.as_deref().map(|pod| answers::find(pods.clone(), pod)).transpose()?;
+        if self.records.is_none() {
+            self.records = Some(Records::open(&applier.kernel)?);
         }
-        let TraceRequest { pod, port, address } = request;
-        let view = pod.map(|pod| answers::find(pods, pod)).transpose()?;
-        self.0 = Some(TraceSession::start(&applier.kernel, answers.clone(), view)?);
-        applier.settings.start_trace(&mut applier.kernel, port, address);
-        info!(pod, port, ?address, "trace on");
+        info!(pod, port, ?address, ?not_addresses, others = self.clients.len(), "trace on");
+        let pod = view.map(|view| view.pod.uid.clone());
+        let filter = TraceFilter { pod, port, address, not_addresses, marks: BTreeSet::new() };
+        self.clients.push(Client { answers: answers.clone(), filter, lost: LostRecords::default() });
+        self.update(pods, applier);
         Ok(())
     }
 
-    /// Resolves when there may be records, or the client disconnected; never without a trace.
+    /// Resolves when there may be records, or a client disconnected; never without a trace.
     pub async fn ready(&mut self) {
-        match &mut self.0 {
-            Some(session) => session.ready().await,
-            None => std::future::pending().await,
+        let Some(records) = &mut self.records else { return std::future::pending().await };
+        let closed = self.clients.iter().map(|client| Box::pin(client.answers.closed()));
+        tokio::select! {
+            () = records.ready() => {}
+            _ = futures_util::future::select_all(closed), if !self.clients.is_empty() => {}
         }
     }
 
-    /// Sends the records that there are to the client.
+    /// Sends the records that there are to those who asked for them.
     pub(crate) fn forward<'a>(&mut self, pods: impl Iterator<Item = &'a PodView>) {
-        if let Some(session) = &mut self.0 {
-            session.forward(pods);
-        }
+        let Some(Records { trace, has_more, .. }) = &mut self.records else { return };
+        let (names, clients) = (PodNames::of(pods), &mut self.clients);
+        *has_more = forward_batch(
+            || trace.next(),
+            |record| {
+                let wanted = clients.iter_mut().filter(|client| client.filter.lets_pass(&record));
+                let mut line = None;
+                for client in wanted {
+                    client.give(line.get_or_insert_with(|| Answer::Ok(names.line(&record))));
+                }
+            },
+        );
     }
 
-    /// Has the programs report nothing once the client disconnected.
-    pub fn stop_if_over(&mut self, applier: &mut Applier) {
-        if self.0.as_ref().is_some_and(TraceSession::is_over) {
-            self.stop(applier);
+    /// Lets go of clients that disconnected, and has the programs report what the others want of
+    /// the pods as they are now.
+    pub(crate) fn update<'a>(
+        &mut self,
+        pods: &(impl Iterator<Item = &'a PodView> + Clone),
+        applier: &mut Applier,
+    ) {
+        if self.records.is_none() {
+            return;
         }
+        self.clients.retain(|client| !client.answers.is_closed());
+        if self.clients.is_empty() {
+            self.stop(applier);
+            return;
+        }
+        for client in &mut self.clients {
+            client.filter.update(pods.clone());
+        }
+        let wanted = filter::for_all(self.clients.iter().map(|client| &client.filter));
+        applier.settings.trace(&mut applier.kernel, &self.applied, &wanted);
+        self.applied = wanted;
     }
 
     /// Has the programs report nothing.
     pub fn stop(&mut self, applier: &mut Applier) {
-        if self.0.take().is_some() {
-            applier.settings.stop_trace(&mut applier.kernel);
+        if self.records.take().is_some() {
+            self.clients.clear();
+            applier.settings.stop_trace(&mut applier.kernel, &std::mem::take(&mut self.applied));
             info!("trace off");
         }
     }
 }
 
-/// A running `watcher trace`.
-#[derive(Debug)]
-struct TraceSession {
-    trace: Trace,
-    readable: AsyncFd<OwnedFd>,
-    /// Records were left by the last turn; the fd does not say so again.
-    has_more: bool,
-    answers: Answers,
-    filter: TraceFilter,
-    lost: LostRecords,
+impl Records {
+    /// Opens the records of the programs. Those of an earlier trace are dropped.
+    fn open(kernel: &Kernel) -> Result<Self, String> {
+        let mut trace = kernel.trace().map_err(|error| Report::new(&error).to_string())?;
+        let readable = trace
+            .as_fd()
+            .try_clone_to_owned()
+            .and_then(pollable)
+            .map_err(|error| format!("cannot wait for records: {error}"))?;
+        trace.skip();
+        Ok(Self { trace, readable, has_more: false })
+    }
+
+    async fn ready(&mut self) {
+        if self.has_more {
+            return tokio::task::yield_now().await;
+        }
+        if let Ok(mut guard) = self.readable.readable().await {
+            guard.clear_ready();
+        }
+    }
+}
+
+impl Client {
+    fn give(&mut self, line: &Answer<TraceLine>) {
+        if self.answers.give(line) || self.answers.is_closed() {
+            return;
+        }
+        if let Some(count) = self.lost.add(Instant::now()) {
+            warn!(count, "the client of a trace reads too slowly; records are lost");
+        }
+    }
 }
 
 /// How many records are handled in one turn of the loop. The programs may report as fast as they
@@ -158,81 +241,6 @@ fn forward_batch<T>(mut next: impl FnMut() -> Option<T>, mut handle: impl FnMut(
         handle(record);
     }
     true
-}
-
-/// Which verdicts a session gets; an empty filter lets all pass.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct TraceFilter {
-    cgroups: BTreeSet<u64>,
-    addresses: BTreeSet<Address>,
-}
-
-impl TraceFilter {
-    fn of_pod(view: &PodView) -> Self {
-        let addresses = view.eligibility.facts().into_iter().flat_map(|facts| &facts.addresses);
-        Self {
-            cgroups: view.observed.cgroups.values().copied().collect(),
-            addresses: addresses.map(|address| address16(*address)).collect(),
-        }
-    }
-
-    fn lets_pass(&self, record: &TraceRecord) -> bool {
-        (self.cgroups.is_empty() && self.addresses.is_empty())
-            || self.cgroups.contains(&record.cgroup_id)
-            || self.addresses.contains(&record.local)
-            || self.addresses.contains(&record.remote)
-    }
-}
-
-impl TraceSession {
-    /// Opens the records of the programs, for `pod` or for all. Records of an earlier trace are
-    /// dropped.
-    fn start(kernel: &Kernel, answers: Answers, pod: Option<&PodView>) -> Result<Self, String> {
-        let mut trace = kernel.trace().map_err(|error| Report::new(&error).to_string())?;
-        let readable = trace
-            .as_fd()
-            .try_clone_to_owned()
-            .and_then(pollable)
-            .map_err(|error| format!("cannot wait for records: {error}"))?;
-        trace.skip();
-        let filter = pod.map(TraceFilter::of_pod).unwrap_or_default();
-        Ok(Self { trace, readable, has_more: false, answers, filter, lost: LostRecords::default() })
-    }
-
-    async fn ready(&mut self) {
-        if self.has_more {
-            return tokio::task::yield_now().await;
-        }
-        tokio::select! {
-            readable = self.readable.readable() => {
-                if let Ok(mut guard) = readable {
-                    guard.clear_ready();
-                }
-            }
-            () = self.answers.closed() => {}
-        }
-    }
-
-    /// Whether the client disconnected.
-    fn is_over(&self) -> bool {
-        self.answers.is_closed()
-    }
-
-    fn forward<'a>(&mut self, pods: impl Iterator<Item = &'a PodView>) {
-        let names = PodNames::of(pods);
-        let Self { trace, answers, filter, lost, .. } = self;
-        self.has_more = forward_batch(
-            || trace.next(),
-            |record| {
-                if !filter.lets_pass(&record) || answers.give(&Answer::Ok(names.line(&record))) {
-                    return;
-                }
-                if let Some(count) = lost.add(Instant::now()).filter(|_| !answers.is_closed()) {
-                    warn!(count, "the client of the trace reads too slowly; records are lost");
-                }
-            },
-        );
-    }
 }
 
 /// Names of pods, by what identifies them in a record.

@@ -41,7 +41,7 @@ fn facts(flags: u32) -> PlainFacts {
         debug_address: UNSPECIFIED,
         resolvers: [RESOLVER, OWN_TOO, UNSPECIFIED],
         dns_port: 15053,
-        pad: 0,
+        trace_filter: 0,
     });
     facts.caller = Some(CgroupInfo {
         v4: OWN,
