@@ -5,6 +5,7 @@
 //! * `processes`: which netns the processes of a pod are in
 //! * `budget`: how much of one pod is looked at
 //! * `netns`: enters a netns and reads its cookie and addresses
+//! * `guests`: what lies behind a pod's netns
 //! * `listeners`: what listens in a netns
 //! * [`events`]: what changed, as soon as it does
 
@@ -18,6 +19,7 @@ pub(crate) mod budget;
 pub(crate) mod cgroup_path;
 pub mod cgroups;
 pub mod events;
+pub(crate) mod guests;
 pub(crate) mod listeners;
 pub(crate) mod netlink;
 pub(crate) mod netns;

@@ -154,3 +154,43 @@ fn a_pod_that_runs_where_no_program_reaches_it_is_bypassed_and_not_closed() {
     let _process = Process::spawn("late", command, &node.host.dir.path().join("late.log"));
     node.wait_state("empty", "refused", "netns_taken");
 }
+
+/// A virtual machine, or containers of its own.
+#[test]
+#[ignore = "needs root: make test"]
+fn a_guest_behind_a_pods_netns_is_told() {
+    let mut node = ApiNode::new(&json!({AMBIENT: "ambient"}));
+    let (vm, _) = node.pod("vm", &json!({}));
+    let (gateway, _) = node.pod("gateway", &json!({}));
+    let (normal, _) = node.pod("normal", &json!({}));
+    node.host.start(&["--rescan", "1"]);
+    let _told = node.tunnel().take_all();
+    for name in ["vm", "gateway", "normal"] {
+        node.wait_state(name, "open", "");
+    }
+    node.host.pods[vm].netns.run("ip tuntap add tap0 mode tap");
+    node.host.pods[gateway].netns.run(
+        "sysctl -qw net.ipv4.ip_forward=1
+         nft add table ip guest
+         nft 'add chain ip guest out { type nat hook postrouting priority 100; }'
+         nft add rule ip guest out masquerade",
+    );
+    for name in ["vm", "gateway"] {
+        node.wait_state(name, "bypassed", "guest_behind_pod");
+        wait_for("an Event", || {
+            let api = kube::Api::<k8s_openapi::api::events::v1::Event>::namespaced(
+                node.api.client(),
+                &node.namespace,
+            );
+            let events = node.api.block_on(api.list(&kube::api::ListParams::default())).ok()?;
+            events.items.into_iter().find(|event| {
+                event.reason.as_deref() == Some("GuestBehindPod")
+                    && event.regarding.as_ref().is_some_and(|pod| pod.name.as_deref() == Some(name))
+            })
+        });
+    }
+    node.wait_state("normal", "open", "");
+    assert!(node.host.pods[normal].is_prepared());
+    node.host.pods[vm].netns.run("ip link del tap0");
+    node.wait_state("vm", "open", "");
+}

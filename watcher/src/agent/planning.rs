@@ -107,12 +107,16 @@ pub(super) fn state_of(entry: &PodEntry, applier: &Applier, config: &AgentConfig
         );
         return (State::Bypassed, Some(Reason::new(ReasonCode::RunsElsewhere, text)));
     }
+    if let Some(guest) = entry.view.eligibility.facts().and_then(|facts| facts.guest.as_ref()) {
+        let text = format!("its netns has a guest ({guest}), whose traffic passes by the tunnel");
+        return (State::Bypassed, Some(Reason::new(ReasonCode::GuestBehindPod, text)));
+    }
     let (state, reason) = pod_state(&entry.view, &progress);
-    let gone = || Reason::new(ReasonCode::ObjectGone, "its source does not name it, and processes of it run");
-    (state, reason.or_else(|| entry.object_gone.then(gone)))
-}
     let leaving = || {
         let text = "its label is off; peers that have not heard of it yet may still connect by HBONE";
         Reason::new(ReasonCode::Leaving, text)
     };
     let reason = reason.or_else(|| entry.leaves_at().map(|_| leaving()));
+    let gone = || Reason::new(ReasonCode::ObjectGone, "its source does not name it, and processes of it run");
+    (state, reason.or_else(|| entry.object_gone.then(gone)))
+}

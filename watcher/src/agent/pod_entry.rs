@@ -386,6 +386,7 @@ mod tests {
                 id: crate::observe::netns::NetnsId { dev: 4, inode: 1 },
                 cookie: 1,
                 addresses: Vec::new(),
+                guest: None,
             });
             entry
         };

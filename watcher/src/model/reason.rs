@@ -170,6 +170,10 @@ reasons! {
         "the API says that containers of the pod run, and no process is in a cgroup of the pod that the programs are attached to",
         "Compare the cgroup drivers of kubelet and container runtime, and `--attach` with where the containers are.";
 
+    GuestBehindPod "guest_behind_pod", Change, Unchanged,
+        "a virtual machine or another netns is behind the pod's; what it sends and receives is forwarded past the tunnel, in plaintext and without policy",
+        "Give the guest a netns with a pod of its own, or take the pod out of the mesh; no option includes such traffic.";
+
     NoProcess "no_process", PodStart, FailMode,
         "no process runs in the pod's cgroup yet",
         "Wait for the pod's first process.";

@@ -11,7 +11,7 @@ use rtnetlink::{
 };
 
 /// The most that the kernel sends at a time (`netlink_dump`).
-const LARGEST: usize = 32 * 1024;
+pub(crate) const LARGEST: usize = 32 * 1024;
 
 /// A socket connected to the kernel.
 ///

@@ -31,7 +31,7 @@ use rtnetlink::{
     sys::{Socket, protocols::NETLINK_ROUTE},
 };
 
-use super::{budget, netlink};
+use super::{budget, guests, netlink};
 
 const MOST_VISITORS: usize = 4;
 
@@ -48,6 +48,8 @@ pub(crate) struct NetnsFacts {
     /// Addresses by which others reach it (no loopback, no link-local), as the interfaces list
     /// them.
     pub addresses: Vec<IpAddr>,
+    /// What shows that there is a virtual machine, or another netns, behind it: a phrase.
+    pub guest: Option<String>,
 }
 
 /// The properties of a netns, as far as they are read.
@@ -136,7 +138,9 @@ pub(crate) fn facts(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<Netn
         let socket = netlink::socket(NETLINK_ROUTE)?;
         let cookie = own_netns_cookie_by(socket.as_fd())?;
         let (addresses, is_whole) = addresses(&socket, budget::ADDRESSES)?;
-        Ok(NetnsReading { facts: NetnsFacts { id, cookie, addresses }, is_whole })
+        // It is only told: what cannot be read keeps nobody out of the mesh.
+        let guest = if is_whole { guests::find(&socket).ok().flatten() } else { None };
+        Ok(NetnsReading { facts: NetnsFacts { id, cookie, addresses, guest }, is_whole })
     })
 }
 

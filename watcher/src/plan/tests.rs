@@ -60,6 +60,7 @@ fn facts(n: u8) -> NetnsFacts {
         cookie: 1000 + u64::from(n),
         addresses: vec![IpAddr::from([10, 0, 0, n]), format!("fd00::{n}").parse().unwrap()],
     }
+        guest: None,
 }
 
 /// A pod's cgroup with one container, whose processes are in netns `n`.
