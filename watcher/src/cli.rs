@@ -14,6 +14,7 @@ mod environment;
 mod explain;
 mod preflight;
 mod run;
+mod source;
 mod status;
 mod trace;
 mod uninstall;

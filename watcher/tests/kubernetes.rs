@@ -222,7 +222,7 @@ fn options_that_cannot_work_are_refused_with_what_to_do() {
         (vec![], vec!["--kubernetes", "--node", "a"], "KUBECONFIG"),
         (vec![("KUBECONFIG", path.display().to_string())], vec!["--kubernetes", "--node", "a"], "KUBECONFIG"),
         (vec![], vec!["--kubernetes", "--pods", "x"], "cannot be used with"),
-        (vec![], vec!["--kubernetes", "--dataplane-label", "x=none"], "expected KEY=VALUE"),
+        (vec![], vec!["--kubernetes", "--dataplane-label", "x=none"], "expected KEY=VALUE or KEY"),
     ] {
         let output = std::process::Command::new(binary("watcher"))
             .env_clear()
@@ -265,4 +265,72 @@ fn who_undoes_everything_takes_the_annotations_back() {
             node.host.log()
         );
     }
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn uninstalling_takes_back_the_annotations_that_a_killed_watcher_left_or_says_what_stays() {
+    let mut node = ApiNode::new(&json!({"istio.io/dataplane-mode": "ambient"}));
+    for name in ["a", "b"] {
+        node.pod(name, &json!({}));
+    }
+    node.host.start(&[]);
+    let _told = node.tunnel().take_all();
+    for name in ["a", "b"] {
+        node.wait_annotation(name, Some("enabled"));
+    }
+    node.host.kill_watcher();
+    let uninstall = |kubeconfig: &std::path::Path| {
+        let bpffs = node.host.bpffs().display().to_string();
+        let zds = node.host.zds().display().to_string();
+        let words = ["uninstall", "--kubernetes", "--bpffs", &bpffs, "--zds-socket", &zds, "-o", "json"];
+        let output = node.host.prepared(&words).env("KUBECONFIG", kubeconfig).output().expect("watcher");
+        let said: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(said["ok"], output.status.success(), "{said}");
+        said
+    };
+    // Where it may not, or cannot, it says so; the node is in order all the same.
+    let away = node.host.dir.path().join("away.kubeconfig");
+    let text = fs::read_to_string(node.api.watcher_kubeconfig()).expect("kubeconfig");
+    fs::write(&away, text.replace(&node.api.port().to_string(), "1")).expect("kubeconfig");
+    let said = uninstall(&away);
+    assert!(said["ok"] == false && said["links"].as_u64().is_some_and(|links| links > 0), "{said}");
+    let failed = said["annotations"]["failed"][0].as_str().expect("a sentence");
+    assert!(failed.contains("cannot be looked for"), "{said}");
+
+    let said = uninstall(&node.api.watcher_kubeconfig());
+    assert!(said["ok"] == true && said["annotations"]["pods"] == 2, "{said}");
+    for name in ["a", "b"] {
+        assert_eq!(node.api.annotation(&node.namespace, name, REDIRECTION), None, "{name}");
+    }
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn any_of_several_labels_enrols_and_istios_none_opts_out() {
+    let mut node = ApiNode::new(&json!({}));
+    let labels = |labels: serde_json::Value| json!({"metadata": {"labels": labels}});
+    node.pod("istios", &labels(json!({"istio.io/dataplane-mode": "ambient"})));
+    node.pod("vendors", &labels(json!({"vendor.example/mesh": "on"})));
+    node.pod("bare", &labels(json!({"in-mesh": ""})));
+    node.pod("other", &labels(json!({"vendor.example/mesh": "off"})));
+    node.pod("out", &labels(json!({"vendor.example/mesh": "on", "istio.io/dataplane-mode": "none"})));
+    node.pod("plain", &json!({}));
+    let options = ["istio.io/dataplane-mode=ambient", "vendor.example/mesh=on", "in-mesh"];
+    node.host.start(&options.map(|option| ["--dataplane-label", option]).concat());
+    let _told = node.tunnel().take_all();
+    for (name, state) in [
+        ("istios", "open"),
+        ("vendors", "open"),
+        ("bare", "open"),
+        ("other", "plain"),
+        ("out", "plain"),
+        ("plain", "plain"),
+    ] {
+        node.wait_state(name, state, "");
+    }
+    // By the namespace too; the pod's own opt-out stays.
+    node.api.label_namespace(&node.namespace, &json!({"vendor.example/mesh": "on"}));
+    node.wait_state("plain", "open", "");
+    node.wait_state("out", "plain", "");
 }

@@ -1,7 +1,6 @@
 //! `watcher run`: enrols pods until it is stopped.
 
 use std::{
-    collections::BTreeSet,
     io::{self, IsTerminal as _},
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -18,15 +17,12 @@ use watcher::{
     agent,
     model::pod::{FailMode, ServiceAccount},
     observe::{cgroups, events::SourceKind},
-    source::{
-        Source,
-        file::watch,
-        kubernetes::{self, KubernetesConfig},
-        selection::DataplaneLabel,
-    },
 };
 
-use super::{MountArgs, NodeArgs, environment, preflight};
+use super::{
+    MountArgs, NodeArgs, environment, preflight,
+    source::{KubernetesArgs, SourceArgs},
+};
 
 /// Enrol this node's pods until stopped; the API server or a file lists them
 #[derive(Debug, Args)]
@@ -43,9 +39,8 @@ Examples:
   watcher run --pods pods.yaml --node a --attach /sys/fs/cgroup/pods --zds-socket /run/a/zds.sock"
 )]
 pub(super) struct RunArgs {
-    /// The pods of this node (YAML); an edit takes effect at once
-    #[arg(long, value_name = "FILE", conflicts_with = "kubernetes")]
-    pods: Option<PathBuf>,
+    #[command(flatten)]
+    source: SourceArgs,
     #[command(flatten)]
     kubernetes: KubernetesArgs,
     #[command(flatten)]
@@ -77,39 +72,21 @@ pub(super) struct RunArgs {
     #[arg(long = "dns-resolver", value_name = "IP")]
     dns_resolvers: Vec<IpAddr>,
     /// Serve /metrics and /healthz/ready here, such as 127.0.0.1:15022 [default: nowhere]
-    /// Seconds for which a pod whose label is off still accepts HBONE, for peers that have not
-    /// heard of it yet
-    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = clap::value_parser!(u64).range(..=600))]
-    leave_grace: u64,
     #[arg(long, value_name = "ADDRESS")]
     metrics_address: Option<SocketAddr>,
     /// Seconds between two scans of everything, which correct for lost events
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = clap::value_parser!(u64).range(1..=3600))]
     rescan: u64,
+    /// Seconds for which a pod whose label is off still accepts HBONE, for peers that have not
+    /// heard of it yet
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = clap::value_parser!(u64).range(..=600))]
+    leave_grace: u64,
     /// Remove everything on SIGTERM and SIGINT
     #[arg(long)]
     detach: bool,
     /// The format of log lines on stderr; RUST_LOG selects which are written
     #[arg(long, value_enum, default_value = "text")]
     log_format: LogFormat,
-}
-
-/// The API server as the source of pods.
-#[derive(Debug, Args)]
-struct KubernetesArgs {
-    /// Take this node's pods from the API server; needs the node's name
-    #[arg(long)]
-    kubernetes: bool,
-    /// The label of namespaces and pods that enrols; the value `none` on a pod excludes it
-    #[arg(long, value_name = "KEY=VALUE", default_value_t)]
-    dataplane_label: DataplaneLabel,
-    /// Do not enrol pods with a container of this name, which carries their traffic as Istio's
-    /// sidecar does
-    #[arg(long = "sidecar-container", value_name = "NAME")]
-    sidecar_containers: Vec<String>,
-    /// Write no annotations and no Events
-    #[arg(long)]
-    no_write_back: bool,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -133,7 +110,6 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         None => cgroups::pods_dir(&cgroup_root),
     };
     let checks = preflight::checks(&args.mounts.bpffs, &cgroup_root, &attach);
-        leave_grace: Duration::from_secs(args.leave_grace),
     if checks.iter().any(Check::failed) {
         preflight::print_human(&mut io::stderr(), checks.iter().filter(|check| check.failed()))?;
         anyhow::bail!("this node is not ready; nothing was attached");
@@ -141,7 +117,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     for check in checks.iter().filter(|check| check.level == Level::Warn) {
         tracing::warn!(check = check.name, found = check.found, advice = check.advice, "preflight");
     }
-    let wanted = wanted_source(&args)?;
+    let wanted = args.source.wanted(args.node.node.as_deref(), Some(&args.kubernetes))?;
     let config = agent::AgentConfig {
         status_socket: args.node.socket(),
         run_dir: args.node.dir(),
@@ -157,6 +133,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         dns_resolvers: args.dns_resolvers,
         metrics_address: args.metrics_address,
         rescan: Duration::from_secs(args.rescan),
+        leave_grace: Duration::from_secs(args.leave_grace),
         detach: args.detach,
     };
     // This thread runs the loop that owns all state. A second one serves tunnels, the source and
@@ -176,47 +153,6 @@ fn raise_descriptor_limit() {
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
         tracing::warn!(%error, "cannot raise the limit of open files");
-    }
-}
-
-/// Which source the arguments select.
-enum Wanted {
-    PodsFile(PathBuf),
-    Kubernetes(KubernetesConfig),
-}
-
-fn wanted_source(args: &RunArgs) -> anyhow::Result<Wanted> {
-    if let Some(path) = &args.pods {
-        return Ok(Wanted::PodsFile(std::path::absolute(path).context("the path of the pods file")?));
-    }
-    anyhow::ensure!(
-        args.kubernetes.kubernetes || environment::is_in_cluster(),
-        "no pod source: pass --pods FILE or --kubernetes"
-    );
-    // With a host name that is not the node's name, no pod would ever be found.
-    let node = args.node.node.clone().context(
-        "the node's name is missing: set NODE_NAME (spec.nodeName by the downward API) or --node to its name in Kubernetes",
-    )?;
-    Ok(Wanted::Kubernetes(KubernetesConfig {
-        node,
-        label: args.kubernetes.dataplane_label.clone(),
-        sidecars: args.kubernetes.sidecar_containers.iter().cloned().collect::<BTreeSet<_>>(),
-        write_back: !args.kubernetes.no_write_back,
-    }))
-}
-
-impl Wanted {
-    async fn start(self, cgroup_root: PathBuf) -> anyhow::Result<Source> {
-        match self {
-            Self::PodsFile(path) => {
-                let failed = format!("cannot watch the directory of {}", path.display());
-                watch::start(path, cgroup_root).context(failed)
-            }
-            Self::Kubernetes(options) => {
-                let config = kubernetes::config(environment::has_kubeconfig()).await?;
-                Ok(kubernetes::start(&config, options)?)
-            }
-        }
     }
 }
 

@@ -62,14 +62,16 @@ pub struct Pod {
     pub dns_capture: Option<bool>,
     /// Addresses that the pod's netns must have; empty: any.
     pub addresses: BTreeSet<IpAddr>,
+    /// Interfaces whose arriving traffic the tunnel should carry as the pod's own, which it cannot.
+    pub virtual_interfaces: Vec<String>,
     /// Traffic that bypasses the tunnel. Shared: lists may be long.
     pub exclusions: Arc<Exclusions>,
     /// Whether its source says that containers of it run. False: that is not known.
     pub is_running: bool,
-    /// Invalid values that were ignored.
-    pub notes: Notes,
     /// Whether its source tells others that it is in the mesh, as far as the source knows.
     pub is_announced: bool,
+    /// Invalid values that were ignored.
+    pub notes: Notes,
 }
 
 /// A service account of the cluster.

@@ -46,11 +46,12 @@ fn pod(uid: &str) -> Pod {
         selection: Selection::Enrolled,
         fail_mode: None,
         dns_capture: None,
+        virtual_interfaces: Vec::new(),
         addresses: BTreeSet::new(),
         exclusions: Arc::default(),
         is_running: false,
-        notes: Notes::default(),
         is_announced: false,
+        notes: Notes::default(),
     }
 }
 
@@ -59,8 +60,8 @@ fn facts(n: u8) -> NetnsFacts {
         id: NetnsId { dev: 4, inode: u64::from(n) },
         cookie: 1000 + u64::from(n),
         addresses: vec![IpAddr::from([10, 0, 0, n]), format!("fd00::{n}").parse().unwrap()],
-    }
         guest: None,
+    }
 }
 
 /// A pod's cgroup with one container, whose processes are in netns `n`.
@@ -120,9 +121,9 @@ impl Setting {
         let plan = |view: &PodView| {
             let uid = &view.pod.uid;
             let circumstances = Circumstances {
+                leaving: false,
                 fail_mode: self.fail_mode,
                 dns_capture: self.dns_capture,
-                leaving: false,
                 ready: self.ready.contains(uid),
                 in_grace: self.in_grace.contains(uid),
                 steered: self.steered.get(uid).cloned().unwrap_or_default(),

@@ -21,7 +21,7 @@ use self::{
     pod::ReadRules,
     watch::{Received, Watched},
 };
-use super::{Source, selection::DataplaneLabel};
+use super::{Source, selection::EnrolmentLabels};
 use crate::model::pod::Update;
 
 mod backoff;
@@ -34,12 +34,12 @@ mod watch;
 const EVENTS_AT_ONCE: usize = 10_000;
 
 /// What the source follows and writes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct KubernetesConfig {
     /// The node whose pods are followed.
     pub node: String,
-    /// The label that enrols.
-    pub label: DataplaneLabel,
+    /// The labels that enrol.
+    pub labels: EnrolmentLabels,
     /// Names of containers that carry their pod's traffic themselves.
     pub sidecars: BTreeSet<String>,
     /// Whether the pods' state is written back.
@@ -97,7 +97,7 @@ pub fn start(config: &Config, options: KubernetesConfig) -> Result<Source, Kuber
         pods: Watched::new("pods", config, Some(fields)).map_err(KubernetesError::Client)?,
         namespaces: Watched::new("namespaces", config, None).map_err(KubernetesError::Client)?,
         cluster: ClusterCache::new(ReadRules {
-            label: options.label,
+            labels: options.labels,
             sidecars: options.sidecars,
             ..ReadRules::default()
         }),

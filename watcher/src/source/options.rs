@@ -90,7 +90,18 @@ pub(crate) const OPTIONS: &[PodOption] = &[
     PodOption { key: "excludeOutboundPorts", annotations: &["ambient.adit.dev/exclude-outbound-ports"], expected: PORTS, example: "6379,7000-7010", default: "none", about: "connections to these ports leave in plaintext", read: |pod, given| { Arc::make_mut(&mut pod.exclusions).outbound_ports = exclusions::ports(given.key, given.value, &mut pod.notes); Some(()) } },
     PodOption { key: "excludeOutboundCidrs", annotations: &["ambient.adit.dev/exclude-outbound-cidrs"], expected: "CIDRs and addresses", example: "192.168.0.0/16,fd00::/8", default: "none", about: "connections to these addresses leave in plaintext", read: |pod, given| { Arc::make_mut(&mut pod.exclusions).outbound_cidrs = exclusions::cidrs(given.key, given.value, &mut pod.notes); Some(()) } },
     PodOption { key: "excludeInboundPorts", annotations: &["ambient.adit.dev/exclude-inbound-ports"], expected: PORTS, example: "9090", default: "none", about: "connections to these ports reach the application directly; policy does not apply", read: |pod, given| { Arc::make_mut(&mut pod.exclusions).inbound_ports = exclusions::ports(given.key, given.value, &mut pod.notes); Some(()) } },
+    PodOption { key: "bypassInbound", annotations: &["ambient.adit.dev/bypass-inbound-capture", "ambient.istio.io/bypass-inbound-capture"], expected: "true or false", example: "true", default: "`false`", about: "`true`: whatever arrives at the pod reaches the application directly, on every port; policy does not apply. Peers in the mesh still reach it by HBONE", read: bypass_inbound },
+    PodOption { key: "rerouteVirtualInterfaces", annotations: &["istio.io/reroute-virtual-interfaces"], expected: "names of interfaces", example: "tap0,net1", default: "none", about: "cannot be obeyed: what arrives by these interfaces, from a virtual machine for example, is forwarded past the tunnel. A note and an Event say so", read: virtual_interfaces },
 ];
+
+/// Notes what is set and cannot be obeyed.
+pub(crate) fn note_refused(pod: &mut Pod, key: &str) {
+    if !pod.virtual_interfaces.is_empty() {
+        let names = pod.virtual_interfaces.join(", ");
+        pod.notes
+            .push(format!("{key}: cannot be obeyed, what arrives by {names} is forwarded past the tunnel"));
+    }
+}
 
 impl PodOption {
     /// Sets it on `pod` to `value`, which its source names `key`. `null` leaves it unset. Single
@@ -143,6 +154,14 @@ impl Given<'_> {
             _ => None,
         }
     }
+
+    fn truth(&self) -> Option<bool> {
+        match self.value {
+            Value::Bool(truth) => Some(*truth),
+            Value::String(text) => text.trim().parse().ok(),
+            _ => None,
+        }
+    }
 }
 
 fn labels(pod: &mut Pod, given: &Given<'_>) -> Option<()> {
@@ -160,11 +179,22 @@ fn fail_mode(pod: &mut Pod, given: &Given<'_>) -> Option<()> {
 }
 
 fn dns_capture(pod: &mut Pod, given: &Given<'_>) -> Option<()> {
-    pod.dns_capture = Some(match given.value {
-        Value::Bool(capture) => *capture,
-        Value::String(text) => text.trim().parse().ok()?,
-        _ => return None,
-    });
+    pod.dns_capture = Some(given.truth()?);
+    Some(())
+}
+
+fn virtual_interfaces(pod: &mut Pod, given: &Given<'_>) -> Option<()> {
+    let text = given.value.as_str()?;
+    let names = text.split(',').map(str::trim).filter(|name| !name.is_empty());
+    pod.virtual_interfaces = names.map(shorten).take(16).collect();
+    Some(())
+}
+
+/// The same as an exclusion of every port, whatever `excludeInboundPorts` says.
+fn bypass_inbound(pod: &mut Pod, given: &Given<'_>) -> Option<()> {
+    if given.truth()? {
+        Arc::make_mut(&mut pod.exclusions).inbound_ports = vec![1..=u16::MAX];
+    }
     Some(())
 }
 

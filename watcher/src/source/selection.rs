@@ -1,49 +1,78 @@
-//! Whether a pod is enrolled: a label of the pod or of its namespace decides, Istio's by default.
+//! Whether a pod is enrolled: labels of the pod or of its namespace decide, Istio's by default.
 
-use std::{collections::BTreeMap, str::FromStr};
+use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use crate::model::pod::Selection;
 use crate::model::reason::{Reason, ReasonCode};
 
-/// The label's value that leaves a pod alone although its namespace is enrolled.
+/// Istio's label. Its value `none` on a pod leaves the pod alone, whichever labels enrol.
+pub const MODE: &str = "istio.io/dataplane-mode";
+/// The value of a label that leaves a pod alone although its namespace is enrolled.
 const NONE: &str = "none";
 
-/// The label that enrols, and the value that means this mesh.
+/// A label that enrols.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DataplaneLabel {
-    /// The label's key.
-    pub key: String,
-    /// The value that enrols.
-    pub value: String,
+pub struct LabelSelector {
+    key: String,
+    /// The value that enrols; `None`: every value but `none`.
+    value: Option<String>,
 }
 
-impl Default for DataplaneLabel {
-    fn default() -> Self {
-        Self { key: "istio.io/dataplane-mode".to_owned(), value: "ambient".to_owned() }
+impl LabelSelector {
+    fn selects(&self, labels: &BTreeMap<String, String>) -> bool {
+        labels.get(&self.key).is_some_and(|given| match &self.value {
+            Some(value) => given == value,
+            None => given != NONE,
+        })
     }
 }
 
-impl std::fmt::Display for DataplaneLabel {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}={}", self.key, self.value)
-    }
-}
-
-/// A text that is no label.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("expected KEY=VALUE such as {}, with a value other than {NONE}", DataplaneLabel::default())]
-pub struct InvalidDataplaneLabel;
-
-impl FromStr for DataplaneLabel {
-    type Err = InvalidDataplaneLabel;
-
-    fn from_str(text: &str) -> Result<Self, InvalidDataplaneLabel> {
-        match text.split_once('=') {
-            Some((key, value)) if !key.is_empty() && !value.is_empty() && value != NONE => {
-                Ok(Self { key: key.to_owned(), value: value.to_owned() })
-            }
-            _ => Err(InvalidDataplaneLabel),
+impl fmt::Display for LabelSelector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.value {
+            Some(value) => write!(f, "{}={value}", self.key),
+            None => f.write_str(&self.key),
         }
+    }
+}
+
+/// A text that selects no label.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected KEY=VALUE or KEY, such as {MODE}=ambient, with a value other than {NONE}")]
+pub struct InvalidLabelSelector;
+
+impl FromStr for LabelSelector {
+    type Err = InvalidLabelSelector;
+
+    fn from_str(text: &str) -> Result<Self, InvalidLabelSelector> {
+        let (key, value) = match text.split_once('=') {
+            Some((key, value)) => (key, Some(value)),
+            None => (text, None),
+        };
+        let name = key.split_once('/').map_or(key, |(_, name)| name);
+        let valid = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        let is_word = |text: &str| !text.is_empty() && text.bytes().all(valid);
+        let prefix_fits = key.split_once('/').is_none_or(|(prefix, _)| is_word(prefix));
+        if !is_word(name) || !prefix_fits || value.is_some_and(|value| !is_word(value) || value == NONE) {
+            return Err(InvalidLabelSelector);
+        }
+        Ok(Self { key: key.to_owned(), value: value.map(str::to_owned) })
+    }
+}
+
+/// The labels that enrol, any of them; Istio's by default.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EnrolmentLabels(Vec<LabelSelector>);
+
+impl Default for EnrolmentLabels {
+    fn default() -> Self {
+        Self(vec![LabelSelector { key: MODE.to_owned(), value: Some("ambient".to_owned()) }])
+    }
+}
+
+impl From<Vec<LabelSelector>> for EnrolmentLabels {
+    fn from(selectors: Vec<LabelSelector>) -> Self {
+        Self(selectors)
     }
 }
 
@@ -59,13 +88,18 @@ pub enum LabelDecision {
     Undecided,
 }
 
-impl DataplaneLabel {
+impl EnrolmentLabels {
+    /// What `labels` decide. `none`, as the value of Istio's label or of one that enrols, beats
+    /// every other label beside it.
     pub(crate) fn decide(&self, labels: &BTreeMap<String, String>) -> LabelDecision {
-        match labels.get(&self.key) {
-            Some(value) if *value == self.value => LabelDecision::Enrol,
-            Some(value) if value == NONE => LabelDecision::OptOut,
-            _ => LabelDecision::Undecided,
+        let says_none = |key: &str| labels.get(key).is_some_and(|value| value == NONE);
+        if says_none(MODE) || self.0.iter().any(|selector| says_none(&selector.key)) {
+            return LabelDecision::OptOut;
         }
+        if self.0.iter().any(|selector| selector.selects(labels)) {
+            return LabelDecision::Enrol;
+        }
+        LabelDecision::Undecided
     }
 }
 
@@ -86,7 +120,7 @@ pub fn combine(pod: LabelDecision, namespace: Option<LabelDecision>) -> Option<S
 /// The decision of a pod's labels alone, where there are no namespaces.
 #[must_use]
 pub fn by_labels(labels: &BTreeMap<String, String>) -> Selection {
-    combine(DataplaneLabel::default().decide(labels), Some(LabelDecision::Undecided)).unwrap_or_default()
+    combine(EnrolmentLabels::default().decide(labels), Some(LabelDecision::Undecided)).unwrap_or_default()
 }
 
 /// `selection`, unless the pod cannot be enrolled whatever its labels decide. A pod that no label
@@ -144,14 +178,43 @@ mod tests {
         }
     }
 
+    fn selectors(texts: &[&str]) -> EnrolmentLabels {
+        texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<LabelSelector>>().into()
+    }
+
     #[test]
-    fn the_label_can_be_another_one() {
-        let label: DataplaneLabel = "example.org/mesh=on".parse().unwrap();
-        assert_eq!(label.decide(&labels("example.org/mesh", "on")), LabelDecision::Enrol);
-        assert_eq!(label.decide(&labels("example.org/mesh", "none")), LabelDecision::OptOut);
-        assert_eq!(label.decide(&labels("istio.io/dataplane-mode", "ambient")), LabelDecision::Undecided);
-        for bad in ["", "=", "key", "key=", "=on", "key=none"] {
-            assert!(bad.parse::<DataplaneLabel>().is_err(), "{bad:?}");
+    fn any_of_several_labels_enrols_by_key_or_by_value() {
+        use LabelDecision::{Enrol, OptOut, Undecided};
+        let several = selectors(&["istio.io/dataplane-mode=ambient", "vendor.example/mesh=on", "bare"]);
+        for (given, decision) in [
+            (&[("istio.io/dataplane-mode", "ambient")][..], Enrol),
+            (&[("vendor.example/mesh", "on")], Enrol),
+            (&[("vendor.example/mesh", "off")], Undecided),
+            (&[("vendor.example/mesh", "none")], OptOut),
+            (&[("bare", "")], Enrol),
+            (&[("bare", "whatever")], Enrol),
+            (&[("bare", "none")], OptOut),
+            (&[("other", "on")], Undecided),
+            (&[("vendor.example/mesh", "on"), ("istio.io/dataplane-mode", "none")], OptOut),
+            (&[("vendor.example/mesh", "none"), ("istio.io/dataplane-mode", "ambient")], OptOut),
+            (&[("vendor.example/mesh", "off"), ("bare", "")], Enrol),
+        ] {
+            let given = given.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+            assert_eq!(several.decide(&given), decision, "{given:?}");
+        }
+        // Istio's `none` counts where its label does not enrol, too.
+        let other = selectors(&["vendor.example/mesh=on"]);
+        assert_eq!(other.decide(&labels(MODE, "ambient")), Undecided);
+        assert_eq!(other.decide(&labels(MODE, "none")), OptOut);
+    }
+
+    #[test]
+    fn what_is_no_selector_is_refused() {
+        for good in ["key", "example.org/mesh=on", "a-b_c.d/e=f.g"] {
+            assert_eq!(good.parse::<LabelSelector>().unwrap().to_string(), good);
+        }
+        for bad in ["", "=", "key=", "=on", "key=none", "a b", "k=a,b", "a/b/c", "/a", "a/", "key!=x"] {
+            assert!(bad.parse::<LabelSelector>().is_err(), "{bad:?}");
         }
     }
 

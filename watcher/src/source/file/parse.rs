@@ -31,7 +31,7 @@ use crate::{
     model::pod::{BadEntry, Entry, Pod},
     source::{
         MAX_NAMES,
-        options::{InvalidOption, OPTIONS},
+        options::{self, InvalidOption, OPTIONS},
     },
 };
 
@@ -165,6 +165,7 @@ fn pod(keys: &Map<String, Value>, cgroup_root: &Path) -> Result<Pod, InvalidEntr
     for option in OPTIONS {
         option.set(&mut pod, option.key, keys.get(option.key).unwrap_or(&Value::Null))?;
     }
+    options::note_refused(&mut pod, "rerouteVirtualInterfaces");
     if let Some(key) = keys.keys().find(|key| OPTIONS.iter().all(|option| option.key != *key)) {
         return Err(InvalidEntry::UnknownKey { key: key.clone() });
     }

@@ -71,7 +71,7 @@ impl ClusterCache {
     /// Applies an event of the watch of namespaces.
     pub(crate) fn on_namespace(&mut self, event: Event<PartialObjectMeta<api::Namespace>>) {
         let read = |namespace: PartialObjectMeta<api::Namespace>| {
-            let decision = self.rules.label.decide(&namespace.metadata.labels.unwrap_or_default());
+            let decision = self.rules.labels.decide(&namespace.metadata.labels.unwrap_or_default());
             namespace.metadata.name.map(|name| (name, decision))
         };
         match event {

@@ -20,8 +20,8 @@ use crate::{
     },
     source::{
         MAX_NAMES,
-        options::{ANNOTATION_PREFIX, OPTIONS, own_annotations},
-        selection::{self, DataplaneLabel, LabelDecision},
+        options::{self, ANNOTATION_PREFIX, OPTIONS, own_annotations},
+        selection::{self, EnrolmentLabels, LabelDecision},
     },
 };
 
@@ -40,8 +40,8 @@ const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 /// How pods are read.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ReadRules {
-    /// The label that enrols.
-    pub label: DataplaneLabel,
+    /// The labels that enrol.
+    pub labels: EnrolmentLabels,
     /// Containers that carry their pod's traffic themselves.
     pub sidecars: BTreeSet<String>,
     /// Its keys are random, so that nobody can write two texts with one hash.
@@ -122,7 +122,7 @@ pub(crate) fn read(
     Some(Ok(ApiPod {
         api_uid,
         created: meta.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
-        decision: rules.label.decide(meta.labels.as_ref().unwrap_or(&BTreeMap::new())),
+        decision: rules.labels.decide(meta.labels.as_ref().unwrap_or(&BTreeMap::new())),
         host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),
         sidecar: sidecar(given, annotations, rules),
         marked,
@@ -227,6 +227,7 @@ fn set_options(pod: &mut Pod, annotations: &BTreeMap<String, String>) {
             pod.notes.push(invalid.ignored());
         }
     }
+    options::note_refused(pod, "istio.io/reroute-virtual-interfaces");
     let unknown = annotations
         .keys()
         .filter(|key| key.starts_with(ANNOTATION_PREFIX) && own_annotations().all(|own| own != *key));
@@ -307,6 +308,21 @@ mod tests {
         for part in ["\"ajar\"", "\"yes\"", "\"http\"", "exclude-inbound-port: unknown"] {
             assert!(notes.contains(part), "{part} in {notes}");
         }
+    }
+
+    #[test]
+    fn istios_annotations_are_obeyed_or_refused_by_name() {
+        let set = |annotations: &Value| with_annotations(annotations).pod;
+        let all = set(&json!({"ambient.istio.io/bypass-inbound-capture": "true",
+            "ambient.adit.dev/exclude-inbound-ports": "80"}));
+        assert_eq!((all.exclusions.inbound_ports.as_slice(), all.notes.len()), (&[1..=65535][..], 0));
+        let none = set(&json!({"ambient.istio.io/bypass-inbound-capture": "false"}));
+        assert!(none.exclusions.is_empty() && none.notes.is_empty());
+        let bad = set(&json!({"ambient.istio.io/bypass-inbound-capture": "yes"}));
+        assert!(bad.exclusions.is_empty() && bad.notes[0].contains("bypass-inbound-capture: \"yes\""));
+        let refused = set(&json!({"istio.io/reroute-virtual-interfaces": "tap0, net1"}));
+        assert!(refused.notes[0].starts_with("istio.io/reroute-virtual-interfaces: cannot be obeyed"));
+        assert!(refused.notes[0].contains("tap0, net1"));
     }
 
     #[test]
