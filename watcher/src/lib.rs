@@ -5,6 +5,7 @@
 //!
 //! * [`agent`]: the loop that owns all state and drives the rest
 //! * [`control`]: the socket by which commands ask a running watcher; status and explain
+//! * [`preflight`]: whether this process sees the node as the watcher must
 //! * `admin_http`: `/metrics` and `/healthz/ready` over HTTP
 //! * `metrics`: what operators count, and readiness
 //! * [`apply`]: does what the plan says: netns, maps, links, hand-over to the tunnel (ZDS)
@@ -26,6 +27,7 @@ mod metrics;
 pub mod model;
 pub mod observe;
 mod plan;
+pub mod preflight;
 pub mod source;
 mod sys;
 pub mod unix_socket;

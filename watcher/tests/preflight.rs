@@ -5,9 +5,9 @@ use std::{
     process::{Command, Output},
 };
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use socket2::{Domain, SockAddr, Socket, Type};
-use testbed::{fakes::Received, program::binary, watcher_node::WatcherNode};
+use testbed::{api_node::ApiNode, fakes::Received, program::binary, watcher_node::WatcherNode};
 
 /// Nothing but what preflight asks for by name.
 const ENOUGH: &str = "--bounding-set=-all,+net_admin,+sys_ptrace,+sys_admin";
@@ -18,11 +18,16 @@ fn watcher() -> String {
 
 /// `watcher preflight -o json`, by `wrapper`: whether all is well, and the checks.
 fn preflight(node: &WatcherNode, wrapper: &[&str]) -> (bool, Vec<Value>) {
+    preflight_with(node, wrapper, &[])
+}
+
+/// The same with more options.
+fn preflight_with(node: &WatcherNode, wrapper: &[&str], more: &[&str]) -> (bool, Vec<Value>) {
     let bpffs = node.bpffs().display().to_string();
     let attach = node.cgroup.join("pods").display().to_string();
     let watcher = watcher();
     let words = [&*watcher, "preflight", "-o", "json", "--bpffs", &bpffs, "--attach", &attach];
-    let line: Vec<&str> = wrapper.iter().copied().chain(words).collect();
+    let line: Vec<&str> = wrapper.iter().copied().chain(words).chain(more.iter().copied()).collect();
     let output = Command::new(line[0]).args(&line[1..]).output().expect("preflight");
     let answer: Value = serde_json::from_slice(&output.stdout)
         .unwrap_or_else(|error| panic!("{line:?}: {error}: {output:?}"));
@@ -109,23 +114,88 @@ fn a_watcher_that_lacks_something_refuses_by_name_and_attaches_nothing() {
     assert_eq!(node.pins(), before);
 }
 
-/// As in a container of Kind: the tracepoints work there, the process connector does not.
+/// The tracepoints work there, the process connector does not.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
-fn namespaces_are_no_obstacle_and_the_connector_is_not_needed() {
+fn a_netns_is_no_obstacle_and_the_connector_is_not_needed() {
     let node = WatcherNode::new();
-    for wrapper in [&["unshare", "--cgroup", "--net"][..], &["unshare", "--net", "--pid", "--fork"]] {
-        let (ok, checks) = preflight(&node, wrapper);
-        assert!(ok, "{checks:#?}");
-        let connector = found(&checks, "process connector");
-        assert!(connector.starts_with("not available, lifecycle ring buffer is used"), "{connector}");
-    }
+    let (ok, checks) = preflight(&node, &["unshare", "--net"]);
+    assert!(ok, "{checks:#?}");
+    let connector = found(&checks, "process connector");
+    assert!(connector.starts_with("not available, lifecycle ring buffer is used"), "{connector}");
     let (ok, checks) = preflight(&node, &[]);
     assert!(ok, "{checks:#?}");
     for name in ["kernel", "cgroup v2", "bpffs", "BTF", "cgroup/sock_addr", "sock_ops", "sk_lookup"] {
         assert!(!found(&checks, name).is_empty());
     }
     assert_eq!(node.pins().len(), 2, "bpffs has two files of its own: {:?}", node.pins());
+}
+
+/// As container runtimes make one that is not privileged, or not in the node's pid namespace.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_container_that_cannot_do_it_is_told_what_to_change() {
+    let node = WatcherNode::new();
+    let own = node.cgroup.join("watcher/cgroup.procs").display().to_string();
+    let private_cgroups = format!("echo $$ > {own} && exec unshare --cgroup \"$@\"");
+    let read_only = "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec \"$@\"";
+    for (wrapper, name, says, advice) in [
+        (&["sh", "-c", &private_cgroups, "sh"][..], "cgroup namespace", "outside", "privileged: true"),
+        (&["unshare", "--pid", "--fork"], "pid namespace", "outside of it", "hostPID: true"),
+        (
+            &["unshare", "--mount", "sh", "-c", read_only, "sh"],
+            "sysctls",
+            "/proc/sys/net",
+            "privileged: true",
+        ),
+        (&["prlimit", "--nofile=200:200"], "open files", "200", "LimitNOFILE"),
+    ] {
+        let (ok, checks) = preflight(&node, wrapper);
+        assert!(!ok, "{wrapper:?}: {checks:#?}");
+        assert_eq!(failed(&checks), [name], "{wrapper:?}");
+        let check = checks.iter().find(|check| check["name"] == name).expect("the check");
+        for (key, part) in [("found", says), ("advice", advice)] {
+            assert!(check[key].as_str().is_some_and(|text| text.contains(part)), "{check}");
+        }
+    }
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn how_many_of_the_nodes_pods_can_be_found_is_told() {
+    let mut node = WatcherNode::new();
+    let pods = node.dir.path().join("pods.yaml").display().to_string();
+    node.pod("here");
+    let absent = "- {uid: uid-x, name: absent, cgroup: nowhere}\n";
+    node.write_pods(&[true], absent);
+    let told = |wrapper: &[&str], more: &[&str]| {
+        let (_, checks) = preflight_with(&node, wrapper, more);
+        checks.into_iter().find(|check| check["name"] == "pods").expect("the check")
+    };
+    let check = told(&[], &["--pods", &pods]);
+    assert_eq!(check["level"], "warn", "{check}");
+    let text = check["found"].as_str().expect("text");
+    assert!(text.starts_with("1 of 2 found") && text.ends_with("not default/absent"), "{check}");
+
+    // The API says what runs.
+    let api = ApiNode::new(&json!({}));
+    let running = json!({"containerStatuses": [{
+        "name": "main", "image": "i", "imageID": "i", "ready": true, "restartCount": 0,
+        "state": {"running": {}},
+    }]});
+    let kubeconfig = format!("KUBECONFIG={}", api.api.watcher_kubeconfig().display());
+    let wrapper = ["env", &kubeconfig];
+    let of_api = ["--kubernetes", "--node", &node.name];
+    api.api.pod(&api.namespace, "elsewhere", &node.name, &json!({}));
+    api.api.pod(&api.namespace, "new", &node.name, &json!({}));
+    api.api.set_status(&api.namespace, "elsewhere", &running);
+    let check = told(&wrapper, &of_api);
+    assert!(check["level"] == "fail", "{check}");
+    assert!(check["found"].as_str().is_some_and(|text| text.starts_with("0 of 1 found")), "{check}");
+    let away = told(&["env", "KUBECONFIG=/nowhere"], &of_api);
+    assert!(
+        away["level"] == "fail" && away["found"].as_str().is_some_and(|text| text.contains("KUBECONFIG"))
+    );
 }
 
 #[test]

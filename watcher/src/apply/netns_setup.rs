@@ -130,6 +130,14 @@ impl Sysctl {
     }
 }
 
+/// Whether this process may write the sysctls that a pod's netns needs.
+///
+/// # Errors
+/// It may not; with the path.
+pub(crate) fn are_writable() -> io::Result<()> {
+    Sysctls::own().map(drop)
+}
+
 /// Prepares `netns`, whose sysctls are `sysctls`. Repeating it changes nothing. `v6`: whether IPv6
 /// must work there.
 ///

@@ -4,6 +4,7 @@ use std::{
     io::{self, Write},
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use adit_ebpf_loader::preflight::{self, Check, Level};
@@ -13,7 +14,7 @@ use serde_json::json;
 
 use watcher::observe::{cgroups, events::SourceKind};
 
-use super::{MountArgs, Output};
+use super::{MountArgs, Output, source::SourceArgs};
 
 /// Check whether this node can run the watcher, and print what it lacks; changes nothing
 #[derive(Debug, Args)]
@@ -21,10 +22,17 @@ use super::{MountArgs, Output};
 
 Examples:
   watcher preflight
+  watcher preflight --kubernetes --node worker-1
   watcher preflight -o json | jq '.checks[] | select(.ok | not)'")]
 pub(super) struct PreflightArgs {
     #[command(flatten)]
     mounts: MountArgs,
+    /// Also check how many pods of this source can be found
+    #[command(flatten)]
+    source: SourceArgs,
+    /// The node's name in Kubernetes
+    #[arg(long, env = "NODE_NAME", value_parser = super::node_name)]
+    node: Option<String>,
     /// The cgroup above all pods [default: kubepods or kubepods.slice, whichever has pods; else the
     /// root]
     #[arg(long, value_name = "DIR")]
@@ -38,6 +46,9 @@ pub(super) fn run(args: &PreflightArgs) -> anyhow::Result<ExitCode> {
     let attach = args.attach.clone().map_or_else(|| cgroups::pods_dir(&root), |dir| root.join(dir));
     let mut checks = checks(&args.mounts.bpffs, &root, &attach);
     checks.push(process_connector());
+    if args.source.is_given() {
+        checks.push(pods(args, root, &attach));
+    }
     let ok = !checks.iter().any(Check::failed);
     let mut out = io::stdout().lock();
     match args.output {
@@ -58,7 +69,26 @@ pub(super) fn run(args: &PreflightArgs) -> anyhow::Result<ExitCode> {
 
 /// The checks that `watcher run` makes first.
 pub(super) fn checks(bpffs: &Path, root: &Path, attach: &Path) -> Vec<Check> {
-    preflight::checks(bpffs, root, Some(attach))
+    let mut checks = preflight::checks(bpffs, root, Some(attach));
+    checks.extend(watcher::preflight::checks(root, attach));
+    checks
+}
+
+/// How many pods of the source can be found.
+fn pods(args: &PreflightArgs, root: PathBuf, attach: &Path) -> Check {
+    const LIMIT: Duration = Duration::from_secs(10);
+    let found = || {
+        let wanted = args.source.wanted(args.node.as_deref(), None)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(wanted.first_pods(root, LIMIT))
+    };
+    match found() {
+        Ok(pods) => watcher::preflight::pods_found(&pods, attach),
+        Err(error) => {
+            let advice = "give the watcher the rights in charts/adit/templates/watcher-rbac.yaml, or correct the pods file";
+            Check::fail("pods", "a source that names the node's pods", format!("{error:#}"), advice)
+        }
+    }
 }
 
 /// Only the second choice among the sources of events, so nothing fails without it.

@@ -4,6 +4,7 @@
 //! * `cache`: pods and namespaces as listed last, and what follows
 //! * `watch`: lists and watches one kind of object for ever
 //! * `status_writer`: writes the pods' state back to the API
+//! * `cleanup`: takes what was written back when the watcher is gone
 //! * `backoff`: how long to wait before the next attempt
 //!
 //! Only complete, successful responses change state. While the server is unreachable, refuses, or
@@ -16,6 +17,7 @@ use kube::{Config, core::PartialObjectMeta};
 use tokio::sync::mpsc;
 use tracing::info;
 
+pub use self::cleanup::{TakenBack, take_back_annotations};
 use self::{
     cache::{ClusterCache, PodChange},
     pod::ReadRules,
@@ -26,6 +28,7 @@ use crate::model::pod::Update;
 
 mod backoff;
 pub(crate) mod cache;
+mod cleanup;
 pub(crate) mod pod;
 mod status_writer;
 mod watch;

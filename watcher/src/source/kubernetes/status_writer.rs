@@ -63,6 +63,11 @@ pub(super) struct Api {
     recorder: Recorder,
 }
 
+/// How the watcher names itself as a writer.
+pub(super) fn params() -> PatchParams {
+    PatchParams { field_manager: Some("adit-watcher".to_owned()), ..PatchParams::default() }
+}
+
 /// For connections of its own, so that no watch waits behind a write.
 pub(super) fn config(config: &Config) -> Config {
     super::answering_within(REQUEST_TIMEOUT, config)
@@ -80,9 +85,8 @@ impl Api {
     async fn set_annotation(&self, api_pod: &ApiPod, marked: bool) -> Result<(), kube::Error> {
         let value = marked.then_some(REDIRECTION_ENABLED);
         let patch = json!({"metadata": {"uid": api_pod.api_uid, "annotations": {REDIRECTION: value}}});
-        let params = PatchParams { field_manager: Some("adit-watcher".to_owned()), ..PatchParams::default() };
         let pods = kube::Api::<Pod>::namespaced(self.client.clone(), &api_pod.pod.namespace);
-        pods.patch_status(&api_pod.pod.name, &params, &Patch::Merge(&patch)).await.map(drop)
+        pods.patch_status(&api_pod.pod.name, &params(), &Patch::Merge(&patch)).await.map(drop)
     }
 
     async fn publish_event(&self, api_pod: &ApiPod, warning: &PodWarning) -> Result<(), kube::Error> {
