@@ -146,6 +146,10 @@ fn server_that_is_somebody_else_is_refused_and_named() {
     let mut mesh = TunnelMesh::new();
     let (client, server) = (mesh.enrolled("a", "client"), mesh.enrolled("b", "server"));
     server.serve_double_echo(8080);
+    mesh.add_to_last_workload(
+        "- uid: Kubernetes//Pod/demo/impostor\n  name: impostor\n  namespace: demo\n  serviceAccount: impostor\n  \
+         workloadIps: [10.99.0.1]\n  node: b\n  clusterId: Kubernetes\n",
+    );
     let a = mesh.node("a", &[&client]);
     // The node of the server serves it under another name, so with another certificate.
     let mut b = mesh.node_without_pods("b");
