@@ -8,18 +8,22 @@
 //! * [`serve`]: one pod's queries, from socket to socket
 //! * [`message`]: bytes of a query → bytes of a reply, or the decision to forward it
 //! * [`names`]: which service a name belongs to, and its addresses
-//! * [`forward`]: queries the upstream resolvers
+//! * [`forward`]: queries the resolver that the pod asked, or else the configured ones; `health`: which
+//!   of them are away
+//! * `share`: how many queries a pod may have answered in a second
 //! * [`resolv_conf`]: finds the upstream resolvers
 //! * `sockets`: the sockets in the pod's netns
 
 mod forward;
+mod health;
 pub mod message;
 pub mod names;
 mod resolv_conf;
 mod serve;
+mod share;
 pub(crate) mod sockets;
 
-use std::{io, net::SocketAddr, path::Path, rc::Rc, sync::Arc};
+use std::{cell::RefCell, io, net::SocketAddr, path::Path, rc::Rc, sync::Arc};
 
 use self::{names::DnsZone, sockets::DnsSockets};
 use crate::{config::ProxyMode, context::ProcessContext, pod::ServedPod, threads::PodThread};
@@ -31,7 +35,10 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 struct DnsContext {
     process: Arc<ProcessContext>,
     zone: DnsZone,
+    /// For queries of which it is not known whom the pod asked.
     resolvers: Vec<SocketAddr>,
+    /// Room for one message of any size. Not borrowed across an await.
+    scratch: RefCell<Box<[u8]>>,
 }
 
 /// The control runtime's handle on the thread that serves DNS.
@@ -51,7 +58,8 @@ impl Dns {
         let metrics = Arc::clone(&process.metrics);
         let process = Arc::clone(process);
         PodThread::start("dns".to_owned(), &metrics, move || {
-            let context = Rc::new(DnsContext { process, zone, resolvers });
+            let scratch = RefCell::new(vec![0; usize::from(u16::MAX)].into());
+            let context = Rc::new(DnsContext { process, zone, resolvers, scratch });
             move |pod, pairs| serve::serve(Rc::clone(&context), pod, pairs)
         })
         .map(Self)

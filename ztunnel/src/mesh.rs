@@ -74,6 +74,8 @@ pub struct Mesh {
     services: Table<ServiceByKey>,
     by_hostname: Table<ServiceByHostname>,
     by_vip: Table<ServiceByVip>,
+    /// How many labels the longest host name with a wildcard has had.
+    deepest_wildcard: usize,
     ranges: Arc<Ranges>,
     endpoints: Table<EndpointsOf>,
     policies: Arc<Policies>,
@@ -179,6 +181,9 @@ impl Mesh {
     fn put_service(&mut self, service: &Arc<Service>) {
         let key = service.key();
         self.take_service(&key);
+        if service.hostname.starts_with('*') {
+            self.deepest_wildcard = self.deepest_wildcard.max(service.hostname.split('.').count());
+        }
         self.services.add(ServiceByKey(Arc::clone(service)));
         self.by_hostname.add(ServiceByHostname(Arc::clone(service)));
         for vip in 0..service.vips.len() {
@@ -250,6 +255,12 @@ impl Mesh {
     /// All services with exactly this name, which may be a wildcard; one per namespace.
     pub fn services_named(&self, hostname: &str) -> impl Iterator<Item = &Arc<Service>> {
         self.by_hostname.all(hostname).map(|entry| &entry.0)
+    }
+
+    /// No host name with a wildcard has more labels than this.
+    #[must_use]
+    pub fn deepest_wildcard(&self) -> usize {
+        self.deepest_wildcard
     }
 
     /// Every endpoint of a service, healthy or not.

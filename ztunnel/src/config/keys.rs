@@ -170,7 +170,7 @@ pub(crate) const KEYS: &[ConfigKey] = &[
     key("dns.enabled", "ISTIO_META_DNS_CAPTURE", Bool, Is("true"), "answer the pods' DNS queries for services of the mesh"),
     key("dns.address", "ISTIO_META_DNS_PROXY_ADDR", Address, Is("localhost:15053"), "where the DNS proxy listens in each pod's netns; with an IPv4 loopback address it also listens on IPv6 loopback").or("DNS_PROXY_ADDR"),
     key("dns.preferred_namespace", "PREFERED_SERVICE_NAMESPACE", Text, Nothing, "namespace preferred among services with the same name, after the client's own"),
-    key("dns.upstream", "DNS_UPSTREAM", Text, Depends("the resolvers of `/etc/resolv.conf`"), "resolvers for all other names: `IP:port` or `IP`, separated by commas"),
+    key("dns.upstream", "DNS_UPSTREAM", Text, Depends("the resolvers of `/etc/resolv.conf`"), "resolvers for queries of which it is not known whom the pod asked: `IP:port` or `IP`, separated by commas"),
 
     key("drain.grace_period", "TERMINATION_GRACE_PERIOD_SECONDS", DurationOrSeconds, Nothing, "the pod's `terminationGracePeriodSeconds`, after which the kubelet kills the tunnel"),
     key("drain.deadline", "CONNECTION_TERMINATION_DEADLINE", TIME, Depends("5 s before the grace period ends (1 s, if that is 10 s or less), else `5s`"), "how long open connections may continue after the shutdown signal"),

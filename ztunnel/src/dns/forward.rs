@@ -1,19 +1,22 @@
-//! Forwards queries to the upstream resolvers, from the pod's netns: with the pod's address and
-//! under its network policy.
+//! Forwards queries to the resolver that the pod asked, from the pod's netns: with the pod's address
+//! and under its network policy. Where it is not known whom the pod asked, to the configured
+//! resolvers.
 //!
 //! The query is forwarded unchanged except for its id, so signatures, options and additional
 //! records stay. The id and the port are random, so that an attacker who did not see the query
 //! cannot guess them (RFC 5452).
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{cell::RefCell, io, net::SocketAddr, slice, time::Duration};
 
 use hickory_proto::op::ResponseCode;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
+    net::UdpSocket,
     time::{Instant, timeout, timeout_at},
 };
 
 use super::{
+    health::ResolverHealth,
     message::{self, Transport},
     sockets,
 };
@@ -25,6 +28,17 @@ const TOTAL: Duration = Duration::from_secs(5);
 /// Time after which a datagram is sent again: it, or its answer, may be lost.
 const AGAIN: Duration = Duration::from_secs(2);
 
+/// Bytes that are kept of an answer. A client that has room for more asks again by TCP.
+const MOST_KEPT: usize = 4096;
+
+/// The resolver that a pod asked.
+#[derive(Debug)]
+pub(super) struct AskedResolver {
+    pub address: SocketAddr,
+    /// Connected to it, if it was found by such a socket.
+    pub socket: Option<UdpSocket>,
+}
+
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ForwardError {
@@ -32,31 +46,56 @@ pub(super) enum ForwardError {
     NoResolver,
     #[error("{resolver} did not answer in time")]
     TimedOut { resolver: SocketAddr },
+    #[error("{resolver} has not answered for a while")]
+    Away { resolver: SocketAddr },
     #[error("cannot ask {resolver}")]
     Io { resolver: SocketAddr, source: io::Error },
     #[error("{resolver} answered another question")]
     OtherQuestion { resolver: SocketAddr },
 }
 
-/// Queries `resolvers` in order until one answers, over the protocol that the client used. An error
-/// reply of the last one counts as an answer.
+/// How a pod's queries are forwarded.
+#[derive(Debug)]
+pub(super) struct Forwarder<'a> {
+    pub pod: &'a ServedPod,
+    pub health: &'a ResolverHealth,
+    /// Where it is not known whom the pod asked.
+    pub configured: &'a [SocketAddr],
+    pub scratch: &'a RefCell<Box<[u8]>>,
+}
+
+/// Asks the resolver that the pod asked, or the configured ones in order until one answers, over the
+/// protocol that the client used. An error reply of the last one counts as an answer.
 pub(super) async fn ask(
-    pod: &ServedPod,
-    resolvers: &[SocketAddr],
+    Forwarder { pod, health, configured, scratch }: Forwarder<'_>,
+    asked: Option<AskedResolver>,
     query: &[u8],
     transport: Transport,
 ) -> Result<Vec<u8>, ForwardError> {
     let mut own = query.to_vec();
     let mut last = Err(ForwardError::NoResolver);
+    let (one, mut socket) = asked.map_or((None, None), |asked| (Some(asked.address), asked.socket));
+    let resolvers = one.as_ref().map_or(configured, slice::from_ref);
     let share = TOTAL / u32::try_from(resolvers.len().max(1)).unwrap_or(1);
     for &resolver in resolvers {
+        if !health.may_ask(resolver) {
+            last = Err(ForwardError::Away { resolver });
+            continue;
+        }
         own[..2].copy_from_slice(&rand::random::<[u8; 2]>());
         let answered = match transport {
-            Transport::Udp => by_udp(pod, resolver, &own, share).await,
+            Transport::Udp => match socket.take().map_or_else(|| sockets::connected(pod, resolver), Ok) {
+                Ok(socket) => by_udp(&socket, &own, share, scratch).await,
+                Err(error) => Err(error),
+            },
             Transport::Tcp => {
                 timeout(share, by_tcp(pod, resolver, &own)).await.map_err(io::Error::from).flatten()
             }
         };
+        match &answered {
+            Ok(_) => health.answered(resolver),
+            Err(_) => health.lost(resolver),
+        }
         last = match answered {
             Ok(reply) if !message::answers(&own, &reply) => Err(ForwardError::OtherQuestion { resolver }),
             Ok(mut reply) => {
@@ -76,20 +115,32 @@ pub(super) async fn ask(
 
 /// Sends the query, repeats it after a while, and waits for its answer. Other datagrams are
 /// dropped.
-async fn by_udp(pod: &ServedPod, to: SocketAddr, query: &[u8], within: Duration) -> io::Result<Vec<u8>> {
-    let socket = sockets::connected(pod, to)?;
+async fn by_udp(
+    socket: &UdpSocket,
+    query: &[u8],
+    within: Duration,
+    scratch: &RefCell<Box<[u8]>>,
+) -> io::Result<Vec<u8>> {
     let end = Instant::now() + within;
-    let mut buffer = vec![0; usize::from(u16::MAX)];
     loop {
         socket.send(query).await?;
         let again = end.min(Instant::now() + AGAIN);
         loop {
-            let Ok(received) = timeout_at(again, socket.recv(&mut buffer)).await else { break };
-            let length = received?;
-            if message::answers(query, &buffer[..length]) {
-                buffer.truncate(length);
-                return Ok(buffer);
+            let Ok(readable) = timeout_at(again, socket.readable()).await else { break };
+            readable?;
+            let mut scratch = scratch.borrow_mut();
+            let reply = match socket.try_recv(&mut scratch) {
+                Ok(length) => &scratch[..length],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(error) => return Err(error),
+            };
+            if !message::answers(query, reply) {
+                continue;
             }
+            if reply.len() <= MOST_KEPT {
+                return Ok(reply.to_vec());
+            }
+            return message::truncated(reply).ok_or_else(|| io::ErrorKind::InvalidData.into());
         }
         if Instant::now() >= end {
             return Err(io::ErrorKind::TimedOut.into());
@@ -101,9 +152,17 @@ async fn by_tcp(pod: &ServedPod, to: SocketAddr, query: &[u8]) -> io::Result<Vec
     let mut stream = socket::connect(&pod.netns, to, None, &pod.socket).await?;
     stream.write_all(&framed(query)?).await?;
     let length = stream.read_u16().await?;
-    let mut reply = vec![0; usize::from(length)];
-    stream.read_exact(&mut reply).await?;
-    Ok(reply)
+    read_message(&mut stream, length).await
+}
+
+/// Reads a message of `length` bytes, with no more memory than has arrived.
+pub(super) async fn read_message(
+    stream: &mut (impl AsyncReadExt + Unpin),
+    length: u16,
+) -> io::Result<Vec<u8>> {
+    let mut message = Vec::new();
+    stream.take(length.into()).read_to_end(&mut message).await?;
+    if message.len() < length.into() { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(message) }
 }
 
 /// A message in the TCP format (RFC 1035 §4.2.2).

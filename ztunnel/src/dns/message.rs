@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use hickory_proto::{
-    op::{Edns, Message, MessageType, OpCode, ResponseCode},
+    op::{Edns, Message, MessageType, OpCode, Query, ResponseCode},
     rr::{
         DNSClass, Name, RData, Record, RecordType,
         rdata::{A, AAAA, CNAME},
@@ -11,7 +11,7 @@ use hickory_proto::{
 };
 use rand::seq::SliceRandom;
 
-use super::names::{self, AddressFamily, DnsClient, DnsZone};
+use super::names::{self, AddressFamily, DnsClient, DnsZone, FoundName};
 use crate::mesh::Mesh;
 
 /// The TTL of our answers, in seconds. Endpoints of headless services change often.
@@ -79,32 +79,83 @@ pub fn answer(
     if query.len() < HEADER || is_response(query) {
         return handled("other", QueryOutcome::Ignore);
     }
-    let Ok(message) = Message::from_vec(query) else { return failed(ResponseCode::FormErr) };
-    if message.metadata.op_code != OpCode::Query {
-        return failed(ResponseCode::NotImp);
+    // Updates, notifications and whatever else there is are the resolver's matter.
+    if query[2] & 0x78 != u8::from(OpCode::Query) << 3 {
+        return handled("other", QueryOutcome::Forward);
     }
-    let [question] = &message.queries[..] else { return failed(ResponseCode::FormErr) };
+    // So is what only the resolver may understand, if it asks one question.
+    let Ok(message) = Message::from_vec(query) else {
+        let question = question_end(query).is_some_and(|end| end > HEADER);
+        return if question {
+            handled("other", QueryOutcome::Forward)
+        } else {
+            failed(ResponseCode::FormErr)
+        };
+    };
+    let question = match &message.queries[..] {
+        [question] => question,
+        [] => return handled("other", QueryOutcome::Forward),
+        _ => return failed(ResponseCode::FormErr),
+    };
     let query_type = label(question.query_type());
     if message.edns.as_ref().is_some_and(|edns| edns.version() != 0) {
         let reply = reply(&message, ResponseCode::BADVERS);
         return handled(query_type, encode(&reply, &message, transport));
     }
-    let family = match question.query_type() {
+    if family(question) == AddressFamily::Neither {
+        return handled(query_type, QueryOutcome::Forward);
+    }
+    match find(mesh, zone, client, question) {
+        Some(found) if !found.outside_first => {
+            handled(query_type, found_reply(found, &message, question, transport))
+        }
+        _ => handled(query_type, QueryOutcome::Forward),
+    }
+}
+
+/// The reply to a query for which the resolver knows no such name, if the mesh does: its addresses,
+/// or none where another type of record is asked for. Without it, a name with addresses would not
+/// exist when it is asked for, say, TXT.
+#[must_use]
+pub fn answer_instead(
+    mesh: &Mesh,
+    zone: &DnsZone,
+    client: DnsClient<'_>,
+    transport: Transport,
+    query: &[u8],
+) -> Option<Vec<u8>> {
+    let message = Message::from_vec(query).ok()?;
+    let [question] = &message.queries[..] else { return None };
+    let found = find(mesh, zone, client, question).filter(|_| message.metadata.op_code == OpCode::Query)?;
+    match found_reply(found, &message, question, transport) {
+        QueryOutcome::Reply(reply) => Some(reply),
+        QueryOutcome::Forward | QueryOutcome::Ignore => None,
+    }
+}
+
+fn family(question: &Query) -> AddressFamily {
+    match question.query_type() {
         RecordType::A => AddressFamily::V4,
         RecordType::AAAA => AddressFamily::V6,
-        _ => return handled(query_type, QueryOutcome::Forward),
-    };
-    let found = match text(question.name()) {
-        Some(name) if question.query_class() == DNSClass::IN => {
-            names::find(mesh, zone, client, &name, family)
-        }
-        _ => None,
-    };
-    let Some(mut found) = found else { return handled(query_type, QueryOutcome::Forward) };
+        _ => AddressFamily::Neither,
+    }
+}
+
+fn find(mesh: &Mesh, zone: &DnsZone, client: DnsClient<'_>, question: &Query) -> Option<FoundName> {
+    let name = text(question.name()).filter(|_| question.query_class() == DNSClass::IN)?;
+    names::find(mesh, zone, client, &name, family(question))
+}
+
+fn found_reply(
+    mut found: FoundName,
+    message: &Message,
+    question: &Query,
+    transport: Transport,
+) -> QueryOutcome {
     // Clients use the first address.
     found.addresses.shuffle(&mut rand::rng());
     found.addresses.truncate(MOST_ADDRESSES);
-    let mut reply = reply(&message, ResponseCode::NoError);
+    let mut reply = reply(message, ResponseCode::NoError);
     reply.metadata.authoritative = true;
     let mut owner = question.name().clone();
     if let Some(target) = found.alias_of.and_then(|name| Name::from_ascii(format!("{name}.")).ok())
@@ -120,7 +171,7 @@ pub fn answer(
         };
         reply.add_answer(Record::from_rdata(owner.clone(), TTL, data));
     }
-    handled(query_type, encode(&reply, &message, transport))
+    encode(&reply, message, transport)
 }
 
 /// A reply with only `code`. `None` if the query has no header.
@@ -142,20 +193,31 @@ pub fn error(query: &[u8], code: ResponseCode) -> Option<Vec<u8>> {
     Some(reply)
 }
 
+/// `reply` without its records, and with the flag that makes the client ask again by TCP. `None` if
+/// its question cannot be read.
+#[must_use]
+pub fn truncated(reply: &[u8]) -> Option<Vec<u8>> {
+    let mut short = reply.get(..question_end(reply)?)?.to_vec();
+    short[2] |= 0x02;
+    short[6..HEADER].fill(0);
+    Some(short)
+}
+
 /// Whether `reply` answers `query`: the question is the same, ignoring case (RFC 5452 §9.1). Errors
-/// may omit it.
+/// may omit it, and so may answers to other operations (RFC 2136 §3.8).
 #[must_use]
 pub fn answers(query: &[u8], reply: &[u8]) -> bool {
     let count = |message: &[u8]| message.get(4..6).map(|count| [count[0], count[1]]);
     if reply.len() < HEADER || !is_response(reply) || query.get(..2) != reply.get(..2) {
         return false;
     }
-    let is_error = reply[3] & 0x0f != 0;
+    let may_omit = reply[3] & 0x0f != 0 || query[2] & 0x78 != 0;
     match question_end(query) {
+        Some(HEADER) => count(reply) == Some([0, 0]),
         Some(end) if count(reply) == Some([0, 1]) => {
             reply.get(HEADER..end).is_some_and(|question| question.eq_ignore_ascii_case(&query[HEADER..end]))
         }
-        _ => is_error && count(reply) == Some([0, 0]),
+        _ => may_omit && count(reply) == Some([0, 0]),
     }
 }
 

@@ -3,6 +3,10 @@
 //! A pod may use any of Kubernetes' short forms of a service name, and its resolver appends search
 //! domains to names with few dots. So a name is tried unchanged, then completed to a full service
 //! name, then with each search domain removed. Each form is also tried against wildcards.
+//!
+//! `a.b` may mean service `a` of namespace `b`, or a name of the outside world: whoever may create
+//! a namespace `com` must not own `google.com`. So it is ours only where the outside has no such
+//! name. A pod's resolver tries its search domains first, and never gets so far.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -47,6 +51,8 @@ pub enum AddressFamily {
     V4,
     /// AAAA records.
     V6,
+    /// Records of another type, of which services have none.
+    Neither,
 }
 
 /// The result for a name.
@@ -56,6 +62,8 @@ pub struct FoundName {
     pub alias_of: Option<String>,
     /// Empty if the name exists but has no address of the family.
     pub addresses: Vec<IpAddr>,
+    /// Whether the name may be one of the outside world, which then counts.
+    pub outside_first: bool,
 }
 
 /// Looks up `name`, which is lower case and without the final dot. `None` if it is not a name of
@@ -69,10 +77,12 @@ pub fn find(
     family: AddressFamily,
 ) -> Option<FoundName> {
     for alias in aliases(zone, client, name) {
-        let service = with_wildcards(&alias.name).find_map(|name| best(mesh, zone, client, &name));
+        let mut names = with_wildcards(&alias.name, mesh.deepest_wildcard());
+        let service = names.find_map(|name| best(mesh, zone, client, &name));
         if let Some(service) = service {
             let addresses = addresses(mesh, zone, client, service, family);
-            return Some(FoundName { alias_of: alias.stripped, addresses });
+            let outside_first = alias.outside_first;
+            return Some(FoundName { alias_of: alias.stripped, addresses, outside_first });
         }
     }
     None
@@ -82,26 +92,27 @@ struct Alias {
     name: String,
     /// The name without its search domain, if one was removed.
     stripped: Option<String>,
+    outside_first: bool,
 }
 
 fn aliases(zone: &DnsZone, client: DnsClient<'_>, name: &str) -> Vec<Alias> {
     let namespaced = format!("{}.{}", client.namespace, zone.services);
     let mut aliases: Vec<Alias> = Vec::new();
-    let mut add = |name: String, stripped: Option<&str>| {
+    let mut add = |name: String, stripped: Option<&str>, outside_first| {
         if !aliases.iter().any(|alias| alias.name == name) {
-            aliases.push(Alias { name, stripped: stripped.map(str::to_owned) });
+            aliases.push(Alias { name, stripped: stripped.map(str::to_owned), outside_first });
         }
     };
-    add(name.to_owned(), None);
+    add(name.to_owned(), None, false);
     if let Some(full) = full_name(zone, &namespaced, name) {
-        add(full, None);
+        add(full, None, name.split('.').count() == 2);
     }
     for search in [namespaced.as_str(), &zone.services, &zone.domain] {
         let stripped = name.strip_suffix(search).and_then(|rest| rest.strip_suffix('.'));
         let Some(stripped) = stripped.filter(|rest| !rest.is_empty()) else { continue };
-        add(stripped.to_owned(), Some(stripped));
+        add(stripped.to_owned(), Some(stripped), false);
         if let Some(full) = full_name(zone, &namespaced, stripped) {
-            add(full, Some(stripped));
+            add(full, Some(stripped), false);
         }
     }
     aliases
@@ -118,9 +129,10 @@ fn full_name(zone: &DnsZone, namespaced: &str, name: &str) -> Option<String> {
     }
 }
 
-/// `a.b.c`, `*.b.c`, `*.c`.
-fn with_wildcards(name: &str) -> impl Iterator<Item = String> {
-    let parents = name.match_indices('.').map(|(dot, _)| format!("*{}", &name[dot..]));
+/// `a.b.c`, `*.b.c`, `*.c`; those with at most `deepest` labels.
+fn with_wildcards(name: &str, deepest: usize) -> impl Iterator<Item = String> {
+    let too_deep = name.split('.').count().saturating_sub(deepest);
+    let parents = name.match_indices('.').skip(too_deep).map(|(dot, _)| format!("*{}", &name[dot..]));
     std::iter::once(name.to_owned()).chain(parents)
 }
 
@@ -169,6 +181,7 @@ fn addresses(
     let is_wanted = |ip: &IpAddr| match family {
         AddressFamily::V4 => ip.is_ipv4(),
         AddressFamily::V6 => ip.is_ipv6() && zone.ipv6,
+        AddressFamily::Neither => false,
     };
     let mut addresses: Vec<IpAddr> = if service.vips.is_empty() {
         let endpoints = mesh.endpoints(&service.key()).iter().map(|endpoint| &endpoint.workload);

@@ -1,6 +1,7 @@
 //! Serves the DNS of one pod: receives queries, answers or forwards them, and ends with the pod.
 
 use std::{
+    cell::Cell,
     io,
     net::SocketAddr,
     rc::Rc,
@@ -13,20 +14,24 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream, UdpSocket},
     sync::{OwnedSemaphorePermit, Semaphore},
-    task::JoinSet,
+    task::{JoinSet, yield_now},
     time::{sleep, timeout},
 };
 use tracing::{debug, warn};
 
 use super::{
-    DnsContext, forward,
+    DnsContext,
+    forward::{self, AskedResolver, Forwarder},
+    health::ResolverHealth,
     message::{self, HandledQuery, QueryOutcome, Transport},
     names::DnsClient,
-    sockets::DnsSockets,
+    share::QueryShare,
+    sockets::{self, DnsSockets},
 };
 use crate::{
     metrics::dns::DnsLabels,
     pod::ServedPod,
+    socket,
     threads::{finish_all, report_panic},
 };
 
@@ -37,6 +42,10 @@ const MOST_FORWARDED: usize = 256;
 const MOST_CONNECTIONS: usize = 64;
 /// An idle connection is closed after this time (RFC 7766 §6.2.3).
 const IDLE: Duration = Duration::from_secs(10);
+/// Datagrams of one pod that are handled before it is the next one's turn.
+const TURN: usize = 16;
+/// Size of the largest query that is taken over UDP.
+const LARGEST_QUERY: usize = 4096;
 /// A port without a sender (RFC 863).
 const DISCARD: u16 = 9;
 /// Time for the kernel to deliver a datagram for which it has already chosen the socket.
@@ -53,6 +62,10 @@ struct PodDns {
     context: Rc<DnsContext>,
     forwards: Arc<Semaphore>,
     connections: Arc<Semaphore>,
+    share: QueryShare,
+    health: ResolverHealth,
+    /// How many datagrams in a row nobody told the resolver of.
+    untold: Cell<u32>,
 }
 
 /// Serves `pod` on all of `pairs` until its `stop`.
@@ -62,6 +75,9 @@ pub(super) async fn serve(context: Rc<DnsContext>, pod: Arc<ServedPod>, pairs: V
         context,
         forwards: Arc::new(Semaphore::new(MOST_FORWARDED)),
         connections: Arc::new(Semaphore::new(MOST_CONNECTIONS)),
+        share: QueryShare::new(),
+        health: ResolverHealth::default(),
+        untold: Cell::new(0),
     });
     let mut tasks = JoinSet::new();
     for pair in pairs {
@@ -78,16 +94,18 @@ pub(super) async fn serve(context: Rc<DnsContext>, pod: Arc<ServedPod>, pairs: V
 
 async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) {
     let mut tasks = JoinSet::new();
-    let mut buffer = vec![0; usize::from(u16::MAX)];
     loop {
         // No fixed order: a flood of datagrams must not block connections.
         tokio::select! {
             () = pod_dns.pod.stop.cancelled() => break,
             Some(ended) = tasks.join_next() => report_panic(ended),
-            received = udp.recv_from(&mut buffer) => match received {
-                Ok((length, client)) => pod_dns.datagram(&udp, &buffer[..length], client, &mut tasks),
-                Err(error) => pause("receive a query", &error).await,
-            },
+            received = pod_dns.readable(&udp) => {
+                if let Err(error) = received.and_then(|()| pod_dns.receive(&udp, &mut tasks)) {
+                    pause("receive a query", &error).await;
+                }
+                // Or this pod would go on until its socket is empty.
+                yield_now().await;
+            }
             accepted = tcp.accept() => match accepted {
                 Ok((stream, _)) => pod_dns.connection(stream, &mut tasks),
                 Err(error) => pause("accept a connection", &error).await,
@@ -112,12 +130,11 @@ async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) 
     tokio::pin!(last);
     loop {
         tokio::select! {
-            // Not `try_recv_from`, which looks only at what the runtime has seen, and leaves what
-            // came since.
-            received = udp.recv_from(&mut buffer) => match received {
-                Ok((length, client)) => pod_dns.datagram(&udp, &buffer[..length], client, &mut tasks),
-                Err(_) => break,
-            },
+            received = udp.readable() => {
+                if received.and_then(|()| pod_dns.receive(&udp, &mut tasks)).is_err() {
+                    break;
+                }
+            }
             () = &mut last => break,
         }
     }
@@ -133,6 +150,25 @@ async fn pause(attempt: &str, error: &io::Error) {
 }
 
 impl PodDns {
+    /// Waits for a datagram, and for the pod's share of queries.
+    async fn readable(&self, socket: &UdpSocket) -> io::Result<()> {
+        self.share.available().await;
+        socket.readable().await
+    }
+
+    /// Handles the datagrams that are there, at most a turn's.
+    fn receive(self: &Rc<Self>, socket: &Rc<UdpSocket>, tasks: &mut JoinSet<()>) -> io::Result<()> {
+        let mut scratch = self.context.scratch.borrow_mut();
+        for _ in 0..TURN {
+            match socket.try_recv_from(&mut scratch) {
+                Ok((length, client)) => self.datagram(socket, &scratch[..length], client, tasks),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
     fn datagram(
         self: &Rc<Self>,
         socket: &Rc<UdpSocket>,
@@ -146,12 +182,26 @@ impl PodDns {
             Outcome::Ask(labels, permit) => {
                 let (pod_dns, socket, query) = (Rc::clone(self), Rc::clone(socket), query.to_vec());
                 tasks.spawn_local(async move {
-                    if let Some(reply) = pod_dns.ask(&query, Transport::Udp, labels, permit).await {
+                    let asked = pod_dns.asked(client);
+                    if let Some(reply) = pod_dns.ask(&query, Transport::Udp, asked, labels, permit).await {
                         send(&socket, &reply, client);
                     }
                 });
             }
         }
+    }
+
+    /// The resolver that `client` sent its datagram to. Where nothing in the kernel knows it, as
+    /// under an iptables agent, that is soon asked for in vain only now and then.
+    fn asked(&self, client: SocketAddr) -> Option<AskedResolver> {
+        let untold = self.untold.get();
+        self.untold.set(untold.wrapping_add(1));
+        if untold >= 16 && !untold.is_multiple_of(64) {
+            return None;
+        }
+        let (address, socket) = sockets::asked(&self.pod, client)?;
+        self.untold.set(0);
+        Some(AskedResolver { address, socket: Some(socket) })
     }
 
     fn connection(self: &Rc<Self>, stream: TcpStream, tasks: &mut JoinSet<()>) {
@@ -169,7 +219,10 @@ impl PodDns {
     /// Handles one query after the other until the client closes, is idle for too long, or the pod
     /// is removed.
     async fn talk(&self, mut stream: TcpStream) -> io::Result<()> {
+        let own = stream.local_addr()?;
+        let asked = socket::original_dst(&stream).ok().filter(|asked| *asked != socket::canonical(own));
         loop {
+            self.share.available().await;
             let stopped = async {
                 self.pod.stop.cancelled().await;
                 sleep(LAST_QUESTION).await;
@@ -183,24 +236,32 @@ impl PodDns {
                     Err(_) => return Ok(()),
                 },
             };
-            let mut query = vec![0; usize::from(length)];
-            timeout(IDLE, stream.read_exact(&mut query)).await??;
+            let query = timeout(IDLE, forward::read_message(&mut stream, length)).await??;
             let reply = match self.handle(&query, Transport::Tcp) {
                 Outcome::Nothing => return Ok(()),
                 Outcome::Reply(reply) => Some(reply),
-                Outcome::Ask(labels, permit) => self.ask(&query, Transport::Tcp, labels, permit).await,
+                Outcome::Ask(labels, permit) => {
+                    let asked = asked.map(|address| AskedResolver { address, socket: None });
+                    self.ask(&query, Transport::Tcp, asked, labels, permit).await
+                }
             };
             let Some(reply) = reply else { return Ok(()) };
             timeout(IDLE, stream.write_all(&forward::framed(&reply)?)).await??;
         }
     }
 
+    fn client(&self) -> DnsClient<'_> {
+        DnsClient { namespace: &self.pod.info.namespace, network: &self.context.process.config.network }
+    }
+
     fn handle(&self, query: &[u8], transport: Transport) -> Outcome {
-        let (config, info) = (&self.context.process.config, &self.pod.info);
+        self.share.take();
+        if transport == Transport::Udp && query.len() > LARGEST_QUERY {
+            return message::error(query, ResponseCode::FormErr).map_or(Outcome::Nothing, Outcome::Reply);
+        }
         let mesh = self.context.process.store.snapshot();
-        let client = DnsClient { namespace: &info.namespace, network: &config.network };
         let HandledQuery { query_type, step } =
-            message::answer(&mesh, &self.context.zone, client, transport, query);
+            message::answer(&mesh, &self.context.zone, self.client(), transport, query);
         if step == QueryOutcome::Ignore {
             return Outcome::Nothing;
         }
@@ -224,13 +285,16 @@ impl PodDns {
         &self,
         query: &[u8],
         transport: Transport,
+        asked: Option<AskedResolver>,
         labels: DnsLabels,
         _permit: OwnedSemaphorePermit,
     ) -> Option<Vec<u8>> {
         let metrics = &self.context.process.metrics.dns;
         metrics.upstream_requests.get_or_create(&labels).inc();
         let started = Instant::now();
-        let reply = forward::ask(&self.pod, &self.context.resolvers, query, transport).await;
+        let DnsContext { resolvers, scratch, process, zone } = &*self.context;
+        let forwarder = Forwarder { pod: &self.pod, health: &self.health, configured: resolvers, scratch };
+        let reply = forward::ask(forwarder, asked, query, transport).await;
         metrics.upstream_duration.get_or_create(&labels).observe(started.elapsed().as_secs_f64());
         reply
             .inspect_err(|error| {
@@ -239,6 +303,13 @@ impl PodDns {
                 debug!(pod.uid = self.pod.uid, error, "a query was not answered");
             })
             .ok()
+            .map(|reply| match message::code(&reply) {
+                ResponseCode::NXDomain => {
+                    let mesh = process.store.snapshot();
+                    message::answer_instead(&mesh, zone, self.client(), transport, query).unwrap_or(reply)
+                }
+                _ => reply,
+            })
             .or_else(|| message::error(query, ResponseCode::ServFail))
     }
 }

@@ -69,6 +69,16 @@ pub(crate) fn connected(pod: &ServedPod, to: SocketAddr) -> io::Result<UdpSocket
     UdpSocket::from_std(socket.into())
 }
 
+/// Finds the resolver that `client`, a socket of the pod that sent a datagram here, asked. Our
+/// watcher's kernel programs know it: they turn the tunnel's connection to a captured client into
+/// one to that resolver. `None` without them, or where the client is gone.
+pub(crate) fn asked(pod: &ServedPod, client: SocketAddr) -> Option<(SocketAddr, UdpSocket)> {
+    let socket = connected(pod, client).ok()?;
+    let peer = socket.peer_addr().ok()?;
+    let same = (peer.ip().to_canonical(), peer.port()) == (client.ip().to_canonical(), client.port());
+    (!same).then_some((peer, socket))
+}
+
 fn new(family_of: SocketAddr, kind: Type, protocol: Protocol, options: &SocketOptions) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(family_of), kind.nonblocking(), Some(protocol))?;
     if options.mark != 0 {

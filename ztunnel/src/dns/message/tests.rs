@@ -124,10 +124,6 @@ fn addresses_come_in_any_order_and_not_without_limit() {
 
 #[test]
 fn what_is_no_query_is_refused_and_what_is_an_answer_is_ignored() {
-    let mut status = query("web.", RecordType::A);
-    status.metadata.op_code = OpCode::Status;
-    assert_eq!(replied(&status, Transport::Udp).metadata.response_code, ResponseCode::NotImp);
-
     let mut two = query("web.", RecordType::A);
     two.add_query(Query::query(Name::from_ascii("six.").unwrap(), RecordType::A));
     assert_eq!(replied(&two, Transport::Udp).metadata.response_code, ResponseCode::FormErr);
@@ -209,4 +205,64 @@ fn an_error_repeats_the_question() {
         code(&error(&sent.to_vec().unwrap(), ResponseCode::ServFail).unwrap()),
         ResponseCode::ServFail
     );
+}
+
+#[test]
+fn other_operations_and_what_only_the_resolver_understands_are_forwarded() {
+    let mut update = query("web.", RecordType::SOA);
+    update.metadata.op_code = OpCode::Update;
+    let mut unread = query("web.", RecordType::A).to_vec().unwrap();
+    // One additional record, of which there is only half.
+    unread[11] = 1;
+    unread.extend([0, 0, 41]);
+    for (what, bytes) in [
+        ("update", update.to_vec().unwrap()),
+        ("notify", {
+            update.metadata.op_code = OpCode::Notify;
+            update.to_vec().unwrap()
+        }),
+        ("no question", Message::new(1, MessageType::Query, OpCode::Query).to_vec().unwrap()),
+        ("half a record", unread),
+    ] {
+        assert_eq!(handle(&bytes, Transport::Udp).step, QueryOutcome::Forward, "{what}");
+    }
+    update.metadata.op_code = OpCode::Update;
+    let (update, mut reply) = (update.to_vec().unwrap(), update.to_vec().unwrap()[..HEADER].to_vec());
+    reply[2] |= 0x80;
+    reply[4..HEADER].fill(0);
+    assert!(answers(&update, &reply), "an answer to an update may be a header alone");
+}
+
+#[test]
+fn a_name_of_the_mesh_exists_for_every_type_of_record() {
+    let zone = DnsZone::new("cluster.local", None, true);
+    let instead = |name: &str, kind| {
+        let bytes = query(name, kind).to_vec().unwrap();
+        let client = DnsClient { namespace: "default", network: "" };
+        answer_instead(&mesh(), &zone, client, Transport::Udp, &bytes)
+            .map(|reply| Message::from_vec(&reply).unwrap())
+    };
+    for kind in [RecordType::TXT, RecordType::HTTPS, RecordType::MX, RecordType::Unknown(4242)] {
+        let reply = instead("web.default.svc.cluster.local.", kind).unwrap();
+        assert_eq!((reply.metadata.response_code, reply.answers.len()), (ResponseCode::NoError, 0), "{kind}");
+        assert_eq!(instead("nosuch.default.svc.cluster.local.", kind), None);
+    }
+}
+
+#[test]
+fn two_labels_are_a_name_of_the_outside_world_first() {
+    let bytes = query("web.default.", RecordType::A).to_vec().unwrap();
+    assert_eq!(handle(&bytes, Transport::Udp).step, QueryOutcome::Forward);
+    let zone = DnsZone::new("cluster.local", None, true);
+    let client = DnsClient { namespace: "default", network: "" };
+    let reply = answer_instead(&mesh(), &zone, client, Transport::Udp, &bytes).unwrap();
+    assert_eq!(addresses(&Message::from_vec(&reply).unwrap()), [ip("10.1.0.1")]);
+}
+
+#[test]
+fn a_reply_that_is_too_long_to_keep_is_cut_to_its_question() {
+    let long = replied(&query("many.", RecordType::A), Transport::Tcp).to_vec().unwrap();
+    let short = Message::from_vec(&truncated(&long).unwrap()).unwrap();
+    assert!(short.metadata.truncation && short.answers.is_empty());
+    assert_eq!(short.queries[0].name().to_ascii(), "many.");
 }
