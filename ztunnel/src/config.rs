@@ -73,6 +73,8 @@ pub struct Config {
     pub workers: NonZeroUsize,
     /// HBONE connections kept for reuse.
     pub pool: PoolConfig,
+    /// What one pod may take of what all share.
+    pub budget: BudgetConfig,
     /// HTTP/2 flow control.
     pub h2: H2Config,
     /// Idle limits of connections.
@@ -328,6 +330,24 @@ pub struct PoolConfig {
     /// An unused connection is closed after this time.
     #[serde(serialize_with = "seconds")]
     pub idle: Duration,
+    /// How long the peer may take to answer a request.
+    #[serde(serialize_with = "seconds")]
+    pub answer_limit: Duration,
+}
+
+/// What one pod, and what others do to it, may take of this process.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct BudgetConfig {
+    /// Descriptors that the connections of a pod may hold. `None`: as many as are free.
+    pub pod_descriptors: Option<u32>,
+    /// Descriptors that connections leave to others. `None`: a share of the limit of open files.
+    pub reserved_descriptors: Option<u32>,
+    /// Handshakes of peers under way.
+    pub pod_handshakes: u32,
+    /// Connects to applications under way.
+    pub pod_dials: u32,
+    /// Label sets of a metric.
+    pub metric_label_sets: u32,
 }
 
 /// The DNS proxy.

@@ -2,10 +2,13 @@
 
 use std::{net::SocketAddr, rc::Rc, sync::Arc};
 
+use nix::sys::resource::{Resource, getrlimit};
 use tokio::net::TcpStream;
+use tracing::info;
 
 use crate::{
-    config::Config,
+    budget::{DescriptorLease, ProcessDescriptors},
+    config::{Config, ProxyMode},
     discovery::demand::Demand,
     hbone::pool::TunnelPool,
     identity::{Certificates, Revocations},
@@ -14,6 +17,7 @@ use crate::{
     metrics::Metrics,
     pod::ServedPod,
     socket,
+    supervision::Supervisor,
 };
 
 /// Handles that all workers and the control runtime share.
@@ -30,10 +34,15 @@ pub struct ProcessContext {
     pub(crate) socket: socket::SocketOptions,
     /// Whether applications are dialled from their clients' addresses.
     pub original_source: bool,
+    /// To whom threads report that they ended.
+    pub(crate) supervisor: Supervisor,
+    /// File descriptors that all connections share.
+    pub(crate) descriptors: Arc<ProcessDescriptors>,
 }
 
 impl ProcessContext {
-    /// What follows from `config` and from the rights of this process is decided here, once.
+    /// What follows from `config` and from the rights and limits of this process is decided here,
+    /// once.
     pub fn new(
         config: Arc<Config>,
         store: Arc<Store>,
@@ -41,10 +50,29 @@ impl ProcessContext {
         revocations: Arc<Revocations>,
         metrics: Arc<Metrics>,
         demand: Option<Demand>,
+        supervisor: Supervisor,
     ) -> Self {
         let socket = socket::SocketOptions::new(&config);
         let original_source = config.original_source.unwrap_or_else(socket::may_speak_as_others);
-        Self { config, store, certificates, revocations, metrics, demand, socket, original_source }
+        let open_files = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
+        let open_files = usize::try_from(open_files).unwrap_or(usize::MAX);
+        let reserve = config.budget.reserved_descriptors.map(|reserve| reserve as usize);
+        let fair = config.mode == ProxyMode::Shared;
+        let descriptors = ProcessDescriptors::new(open_files, reserve, fair);
+        info!(open_files, for_connections = descriptors.limit(), "file descriptors");
+        let descriptors = Arc::new(descriptors);
+        Self {
+            config,
+            store,
+            certificates,
+            revocations,
+            metrics,
+            demand,
+            socket,
+            original_source,
+            supervisor,
+            descriptors,
+        }
     }
 }
 
@@ -63,4 +91,6 @@ pub struct Accepted {
     pub(crate) client: SocketAddr,
     pub(crate) pod: Arc<ServedPod>,
     pub(crate) worker: Rc<WorkerContext>,
+    /// The descriptors that it takes.
+    pub(crate) descriptors: DescriptorLease,
 }

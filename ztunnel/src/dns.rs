@@ -55,9 +55,9 @@ impl Dns {
         let zone = DnsZone::new(&config.cluster_domain, config.dns.preferred_namespace.clone(), config.ipv6);
         let in_pods_netns = config.mode == ProxyMode::Shared;
         let resolvers = resolv_conf::resolvers(&config.dns.upstream, Path::new(RESOLV_CONF), in_pods_netns);
-        let metrics = Arc::clone(&process.metrics);
+        let (metrics, supervisor) = (Arc::clone(&process.metrics), process.supervisor.clone());
         let process = Arc::clone(process);
-        PodThread::start("dns".to_owned(), &metrics, move || {
+        PodThread::start("dns".to_owned(), &metrics, &supervisor, move || {
             let scratch = RefCell::new(vec![0; usize::from(u16::MAX)].into());
             let context = Rc::new(DnsContext { process, zone, resolvers, scratch });
             move |pod, pairs| serve::serve(Rc::clone(&context), pod, pairs)

@@ -1,7 +1,7 @@
 //! HBONE: TCP in HTTP/2 CONNECT in mutual TLS, on port 15008 of the peer's pod.
 //!
 //! * this file: request headers and HTTP/2 settings, which both ends share
-//! * [`keepalive`]: detects a dead peer
+//! * [`keepalive`]: detects a dead peer; `read_ahead`: buffers what is read from it
 //! * [`client`]: one tunnel to a peer; `pool`: tunnels shared by the connections of a worker
 //! * `nested`: a tunnel inside a stream of another
 //! * `server`: accepts the CONNECT requests of one tunnel
@@ -10,6 +10,7 @@ pub mod client;
 mod keepalive;
 pub(crate) mod nested;
 pub(crate) mod pool;
+mod read_ahead;
 pub(crate) mod server;
 
 use std::{

@@ -23,16 +23,19 @@
 //! * [`mesh`]: what is known of others: workloads, services, policies
 //! * [`identity`]: SPIFFE ids, certificates, verification of peers
 //! * [`control_plane`]: gRPC channels to a control plane
+//! * [`budget`]: what one pod may take of what all share
 //! * `socket`: the few socket options that carry the design
 //! * [`drain`]: how the process shuts down
-//! * [`reason`], [`readiness`], `direction`, `backoff`, `error_chain`, `file_version`: values that
-//!   others share
+//! * [`reason`], [`readiness`], `direction`, `backoff`, `error_chain`, `file_version`, `rarely`:
+//!   values that others share
+//! * [`supervision`]: what must not end before the process does
 //! * [`config`]: the configuration
 
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test's tasks end with its runtime"))]
 
 pub mod admin;
 mod backoff;
+pub mod budget;
 pub mod config;
 mod connection;
 pub mod context;
@@ -52,12 +55,14 @@ pub mod metrics;
 pub mod pod;
 pub mod pods;
 mod policy;
+mod rarely;
 pub mod readiness;
 pub mod reason;
 mod record;
 mod route;
 mod socket;
 mod stream;
+pub mod supervision;
 mod threads;
 pub mod worker;
 mod workload_lookup;

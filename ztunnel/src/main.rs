@@ -5,7 +5,7 @@ mod cli;
 
 use std::{io::Write, path::Path, process::ExitCode, sync::Arc, time::SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use clap::Parser;
 use cli::{Arguments, Command};
 use tokio::{runtime::Builder, task::JoinSet};
@@ -28,6 +28,7 @@ use ztunnel::{
     pod::PodInfo,
     pods::{ServedPods, zds},
     readiness::{Readiness, ReadyGuard},
+    supervision::{self, Supervisor},
     worker::Workers,
 };
 
@@ -56,6 +57,7 @@ fn run(file: Option<&Path>) -> Result<()> {
     let (logging, log_writer) = Logging::init(config.log_format, &config.log_filter)?;
     info!(version = env!("CARGO_PKG_VERSION"), node = %config.node, workers = config.workers, "starting");
     info!(config = %serde_json::to_string(&*config)?, "effective configuration");
+    supervision::observe_panics();
     raise_descriptor_limit();
     let runtime =
         Builder::new_current_thread().enable_all().build().context("cannot start the control runtime")?;
@@ -73,7 +75,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
     });
     let certificates = Certificates::new(&config)?;
     let revocations = Arc::new(Revocations::open(config.crl.clone())?);
-    let mut metrics = Metrics::new();
+    let mut metrics = Metrics::new(config.budget.metric_label_sets as usize);
     metrics.collect(Box::new(CertificateExpiry(Arc::clone(&certificates))));
     metrics.collect(Box::new(lost_lines));
     let metrics = Arc::new(metrics);
@@ -97,6 +99,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
     let servers = Servers::bind(&config).await?;
     let (stop, end) = (CancellationToken::new(), CancellationToken::new());
     let signals = drain::on_signal(&stop).context("cannot install the signal handlers")?;
+    let supervisor = Supervisor::default();
     let process = Arc::new(ProcessContext::new(
         Arc::clone(&config),
         Arc::clone(&store),
@@ -104,16 +107,19 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
         Arc::clone(&revocations),
         Arc::clone(&metrics),
         demand,
+        supervisor.clone(),
     ));
     let workers = Workers::start(&process).context("cannot start the workers")?;
     let start_dns = || {
-        let _ready = readiness.task("dns proxy");
-        Dns::start(&process).context("cannot start the DNS proxy")
+        let ready = readiness.task("dns proxy");
+        let dns = Dns::start(&process).context("cannot start the DNS proxy")?;
+        ready.done();
+        anyhow::Ok(dns)
     };
     let dns = config.dns.enabled.then(start_dns).transpose()?;
     let mut pods = ServedPods::new(process, workers, dns, stop.clone());
 
-    // Serve. Services that draining connections need run until `end`.
+    // Serve. Services that draining connections need run until `end`, and none may end before.
     let mut services = JoinSet::new();
     let admin = Admin {
         config: Arc::clone(&config),
@@ -127,23 +133,38 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
         started: SystemTime::now(),
     };
     let served = servers.serve(admin, end.clone());
-    services.spawn(async {
+    let watch = || supervisor.clone();
+    services.spawn(watch().watch("the admin, metrics and readiness servers", async {
         if let Err(error) = served.await {
             error!(%error, "admin, metrics and readiness servers stopped");
         }
-    });
-    services.spawn(certificates.run(end.clone()));
-    services.spawn(revocations.watch(end.clone()));
+    }));
+    services.spawn(watch().watch("the renewal of certificates", certificates.run(end.clone())));
+    if revocations.is_configured() {
+        services.spawn(watch().watch("the watch for revocations", revocations.watch(end.clone())));
+    }
     if let Some(client) = xds {
-        services.spawn(client.run(end.clone()));
+        services.spawn(watch().watch("discovery", client.run(end.clone())));
     }
     if let Some(LocalState::Path(path)) = &config.local_state {
         let (defaults, store) = (ResourceDefaults::from(&*config), Arc::clone(&store));
-        services.spawn(local_file::watch(path.clone(), defaults, store, end.clone()));
+        let watching = local_file::watch(path.clone(), defaults, store, end.clone());
+        services.spawn(watch().watch("the watch of the mesh file", watching));
     }
-    // Who serves a pod before the policies are known would serve it without.
-    if stop.run_until_cancelled(store.until_known()).await.is_some() {
-        serve_pods(&config, &mut pods, &mut pods_ready, &stop).await?;
+    let serving = async {
+        // Who serves a pod before the policies are known would serve it without.
+        match stop.run_until_cancelled(store.until_known()).await {
+            Some(_) => serve_pods(&config, &mut pods, &mut pods_ready, &stop).await,
+            None => Ok(()),
+        }
+    };
+    let ended_early = tokio::select! {
+        served = serving => served.map(|()| None)?,
+        ended = supervisor.ended_early() => Some(ended),
+    };
+    if let Some(ended) = &ended_early {
+        error!(%ended, "shutting down");
+        stop.cancel();
     }
 
     // Drain.
@@ -153,7 +174,10 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
     services.shutdown().await;
     signals.abort();
     info!("stopped");
-    Ok(())
+    match ended_early {
+        Some(ended) => Err(anyhow!("{ended}")),
+        None => Ok(()),
+    }
 }
 
 /// Serves the pods that this process is for until `stop`.

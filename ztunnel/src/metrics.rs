@@ -6,7 +6,7 @@
 //! each scrape.
 //!
 //! * `catalog`: the table of all metrics, which `docs/metrics.md` shows
-//! * [`traffic`]: counters of connections, and their labels
+//! * [`traffic`]: counters of connections, and their labels; `label_sets` limits how many there are
 //! * `open`, `failures`: the connections that are open now, and the last ones that failed
 //! * `dns`, `xds`, [`crl`]: DNS requests, messages of the control plane, revoked peers
 //! * [`certificates`], [`log`], [`process`], [`runtime`]: read at each scrape
@@ -17,8 +17,10 @@ pub mod certificates;
 mod crl;
 pub(crate) mod dns;
 pub(crate) mod failures;
+mod label_sets;
 pub mod log;
 pub(crate) mod open;
+mod panics;
 mod process;
 mod runtime;
 mod traffic;
@@ -27,10 +29,8 @@ pub(crate) mod xds;
 pub use crl::CrlMetrics;
 
 use std::{
-    collections::HashMap,
     fmt,
-    hash::{BuildHasher, RandomState},
-    sync::{Arc, PoisonError, RwLock, atomic::AtomicU64},
+    sync::{Arc, atomic::AtomicU64},
     time::Duration,
 };
 
@@ -46,11 +46,14 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::mesh::Workload;
+use crate::{mesh::Workload, reason::FailureReason};
 use failures::{FailedConnection, FailedConnections};
+pub(crate) use label_sets::LabelSet;
+use label_sets::LabelSets;
 use open::OpenConnections;
 pub use runtime::Runtimes;
 pub use traffic::{EndLabels, Traffic, TrafficLabels};
+use traffic::{OnDemandDns, OnDemandDnsLabels, TrafficSets};
 
 type U64Counter = Counter<u64, AtomicU64>;
 
@@ -62,19 +65,14 @@ fn latency() -> Histogram {
 /// The registry and every family in it. Shared by all workers.
 pub struct Metrics {
     registry: Registry,
-    opened: Family<TrafficLabels, U64Counter>,
-    closed: Family<TrafficLabels, U64Counter>,
-    failed: Family<TrafficLabels, U64Counter>,
-    received: Family<TrafficLabels, U64Counter>,
-    sent: Family<TrafficLabels, U64Counter>,
-    sockets_open: Family<ReporterLabels, Gauge>,
+    /// By what peers, pods and the control plane say.
+    traffic: Arc<TrafficSets>,
+    /// By reporter.
+    sockets_open: [(&'static str, Gauge); 2],
     failures: Family<FailureLabels, U64Counter>,
-    on_demand_dns: Family<OnDemandDnsLabels, U64Counter>,
+    on_demand_dns: Arc<OnDemandDns>,
     connect: Family<DirectionLabels, Histogram, fn() -> Histogram>,
     tls_handshake: Family<DirectionLabels, Histogram, fn() -> Histogram>,
-    /// One handle per label set, by the hash of the labels: see [`Metrics::traffic`].
-    handles: RwLock<HashMap<u64, Vec<Arc<Traffic>>>>,
-    hasher: RandomState,
     /// Pods served, pods still to be served, and their coming and going.
     pub pods: PodMetrics,
     /// HBONE connections held for reuse.
@@ -134,47 +132,33 @@ struct FailureLabels {
     reason: &'static str,
 }
 
-/// The client and the host looked up. Host names come from the control plane, so their number is
-/// bounded.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OnDemandDnsLabels {
-    source_workload: Arc<str>,
-    source_canonical_service: Arc<str>,
-    source_canonical_revision: Arc<str>,
-    source_workload_namespace: Arc<str>,
-    source_cluster: Arc<str>,
-    hostname: Arc<str>,
-}
-
 /// `inbound` or `outbound`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct DirectionLabels {
     direction: &'static str,
 }
 
+/// Label sets of a family unless configured otherwise.
+const LABEL_SETS: usize = 20_000;
+
 impl Default for Metrics {
     fn default() -> Self {
-        Self::new()
+        Self::new(LABEL_SETS)
     }
 }
 
 impl Metrics {
-    /// Registers all families; collectors are added by [`collect`](Self::collect).
-    pub fn new() -> Self {
+    /// Registers all families; collectors are added by [`collect`](Self::collect). `label_sets`: how
+    /// many a family may have whose labels are names.
+    pub fn new(label_sets: usize) -> Self {
         let mut metrics = Self {
             registry: Registry::default(),
-            opened: Family::default(),
-            closed: Family::default(),
-            failed: Family::default(),
-            received: Family::default(),
-            sent: Family::default(),
-            sockets_open: Family::default(),
+            traffic: Arc::new(LabelSets::new(label_sets)),
+            sockets_open: Default::default(),
             failures: Family::default(),
-            on_demand_dns: Family::default(),
+            on_demand_dns: Arc::new(LabelSets::new(label_sets)),
             connect: Family::new_with_constructor(latency),
             tls_handshake: Family::new_with_constructor(latency),
-            handles: RwLock::default(),
-            hasher: RandomState::new(),
             pods: PodMetrics::default(),
             pool: PoolMetrics::default(),
             dns: dns::DnsMetrics::default(),
@@ -194,15 +178,11 @@ impl Metrics {
     }
 
     fn register_traffic(&mut self) {
-        let mut tcp = |name: &str, help: &str, family: &Family<TrafficLabels, U64Counter>| {
-            self.registry.register(format!("istio_tcp_{name}"), help, family.clone());
-        };
-        tcp("connections_opened", "The total number of TCP connections opened", &self.opened);
-        tcp("connections_closed", "The total number of TCP connections closed", &self.closed);
-        tcp("connections_failed", "The total number of TCP connections that failed (unstable)", &self.failed);
-        tcp("received_bytes", "The total number of bytes received from clients", &self.received);
-        tcp("sent_bytes", "The total number of bytes sent to clients", &self.sent);
-        let sockets = self.sockets_open.clone();
+        self.registry.register_collector(Box::new(Arc::clone(&self.traffic)));
+        self.registry.register_collector(Box::new(Arc::clone(&self.on_demand_dns)));
+        let sockets = Family::<ReporterLabels, Gauge>::default();
+        self.sockets_open = ["source", "destination"]
+            .map(|reporter| (reporter, sockets.get_or_create_owned(&ReporterLabels { reporter })));
         self.registry.register(
             "istio_tcp_sockets_open",
             "The current number of open TCP sockets (unstable)",
@@ -210,8 +190,6 @@ impl Metrics {
         );
         let failures = self.failures.clone();
         self.registry.register("ztunnel_connection_failures", "Failed connections by reason", failures);
-        let help = "The total number of look-ups of workloads that have a host name alone (unstable)";
-        self.registry.register("istio_on_demand_dns", help, self.on_demand_dns.clone());
     }
 
     fn register_tunnels(&mut self) {
@@ -232,6 +210,7 @@ impl Metrics {
         build.get_or_create(&labels).set(1);
         self.registry.register("istio_build", "Istio component build info", build);
         self.registry.register_collector(Box::new(process::ProcessMetrics));
+        self.registry.register_collector(Box::new(panics::Panics));
         self.registry.register_collector(Box::new(self.runtimes.clone()));
 
         let manager = self.registry.sub_registry_with_prefix("workload_manager");
@@ -246,54 +225,34 @@ impl Metrics {
         manager.register("proxies_stopped", "The total number of pods whose serving ended", stopped);
     }
 
-    /// The counters of a label set. The five families are queried once per set, so that a
-    /// connection costs one hash of its labels and a read lock.
-    pub fn traffic(&self, labels: TrafficLabels) -> Arc<Traffic> {
-        let hash = self.hasher.hash_one(&labels);
-        let of_hash = |handles: &HashMap<u64, Vec<Arc<Traffic>>>| {
-            handles.get(&hash)?.iter().find(|traffic| traffic.labels == labels).cloned()
-        };
-        if let Some(known) = of_hash(&self.handles.read().unwrap_or_else(PoisonError::into_inner)) {
-            return known;
-        }
-        let mut handles = self.handles.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = of_hash(&handles) {
-            return known;
-        }
-        let reporter = ReporterLabels { reporter: labels.reporter };
-        let traffic = Arc::new(Traffic {
-            opened: self.opened.get_or_create_owned(&labels),
-            closed: self.closed.get_or_create_owned(&labels),
-            received: self.received.get_or_create_owned(&labels),
-            sent: self.sent.get_or_create_owned(&labels),
-            sockets_open: self.sockets_open.get_or_create_owned(&reporter),
-            labels,
-        });
-        handles.entry(hash).or_default().push(Arc::clone(&traffic));
-        traffic
+    /// The counters of a label set.
+    pub(crate) fn traffic(&self, labels: TrafficLabels) -> Arc<LabelSet<TrafficLabels, Traffic>> {
+        self.traffic.get(labels)
+    }
+
+    /// The connections open now, as `reporter` sees them.
+    pub(crate) fn sockets_open(&self, reporter: &'static str) -> Gauge {
+        let found = self.sockets_open.iter().find(|(of, _)| *of == reporter);
+        found.map(|(_, gauge)| gauge.clone()).unwrap_or_default()
     }
 
     /// Counts a failure. Rare, so that it needs no handle.
     pub(crate) fn failed(&self, labels: &TrafficLabels, failed: FailedConnection) {
         let FailedConnection { direction, reason, .. } = failed;
-        self.failed.get_or_create(labels).inc();
+        self.traffic(labels.clone()).failed.inc();
         self.failures.get_or_create(&FailureLabels { direction, reason: reason.code() }).inc();
         self.failed_connections.add(failed);
     }
 
+    /// Counts a connection that was refused before anything was known of it. Costs little, since
+    /// there may be many of them.
+    pub(crate) fn refused(&self, direction: &'static str, reason: FailureReason) {
+        self.failures.get_or_create(&FailureLabels { direction, reason: reason.code() }).inc();
+    }
+
     /// Counts a look-up of `hostname` for a connection of `source`.
     pub fn on_demand_dns(&self, source: &Workload, hostname: &Arc<str>) {
-        let or_unknown =
-            |value: &Arc<str>| if value.is_empty() { "unknown".into() } else { Arc::clone(value) };
-        let labels = OnDemandDnsLabels {
-            source_workload: or_unknown(&source.workload_name),
-            source_canonical_service: or_unknown(&source.canonical_name),
-            source_canonical_revision: or_unknown(&source.canonical_revision),
-            source_workload_namespace: or_unknown(&source.namespace),
-            source_cluster: or_unknown(&source.cluster_id),
-            hostname: Arc::clone(hostname),
-        };
-        self.on_demand_dns.get_or_create(&labels).inc();
+        self.on_demand_dns.get(OnDemandDnsLabels::new(source, hostname)).inc();
     }
 
     /// Counts a connection whose destination took `lasted` to connect.
@@ -332,6 +291,22 @@ impl Metrics {
 mod tests {
     use super::*;
 
+    #[test]
+    fn beyond_the_limit_connections_count_without_names() {
+        let metrics = Metrics::new(2);
+        for n in 0..100 {
+            let source = EndLabels { workload: format!("job-{n}").into(), ..EndLabels::default() };
+            metrics.traffic(TrafficLabels { source, ..labels() }).opened.inc();
+        }
+        let text = metrics.encode().unwrap();
+        let samples: Vec<&str> =
+            text.lines().filter(|line| line.starts_with("istio_tcp_connections_opened_total{")).collect();
+        assert_eq!(samples.len(), 3, "{samples:?}");
+        let rest = samples.iter().find(|line| line.contains("source_workload=\"overflow\"")).unwrap();
+        assert!(rest.contains("reporter=\"source\"") && rest.ends_with(" 98"), "{rest}");
+        assert!(!rest.contains("source_zone"), "{rest}");
+    }
+
     fn labels() -> TrafficLabels {
         let source = EndLabels { workload: "web".into(), zone: "a".into(), ..EndLabels::default() };
         TrafficLabels { reporter: "source", source, response_flags: "-", ..TrafficLabels::default() }
@@ -339,7 +314,7 @@ mod tests {
 
     #[test]
     fn a_line_has_istios_names_and_all_its_labels() {
-        let metrics = Metrics::new();
+        let metrics = Metrics::default();
         metrics.traffic(labels()).opened.inc();
         let expected = "istio_tcp_connections_opened_total{reporter=\"source\",source_workload=\"web\",\
             source_canonical_service=\"unknown\",source_canonical_revision=\"unknown\",\
@@ -357,7 +332,7 @@ mod tests {
 
     #[test]
     fn equal_labels_share_their_counters() {
-        let metrics = Metrics::new();
+        let metrics = Metrics::default();
         metrics.traffic(labels()).sent.inc_by(1);
         metrics.traffic(labels()).sent.inc_by(2);
         metrics.traffic(TrafficLabels { mutual_tls: true, ..labels() }).sent.inc_by(4);
@@ -366,7 +341,7 @@ mod tests {
 
     #[test]
     fn the_process_and_the_build_are_described() {
-        let metrics = Metrics::new();
+        let metrics = Metrics::default();
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         metrics.runtimes.add(runtime.metrics());
         let text = metrics.encode().unwrap();
@@ -389,7 +364,7 @@ mod tests {
 
     #[test]
     fn latencies_fall_into_buckets_by_direction() {
-        let metrics = Metrics::new();
+        let metrics = Metrics::default();
         metrics.connected("outbound", Duration::from_millis(3));
         metrics.tls_handshake("inbound", Duration::from_mins(1));
         let text = metrics.encode().unwrap();

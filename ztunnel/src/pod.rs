@@ -10,6 +10,7 @@ use nix::net::if_::{Interface, if_nameindex};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    budget::{DescriptorLease, PodBudget},
     identity::AccountLease,
     mesh::{LocalPod, Mesh, Store, Workload},
     policy::PodProtection,
@@ -48,6 +49,10 @@ pub struct ServedPod {
     pub own_port: Option<u16>,
     /// What its open connections are judged by.
     pub(crate) protection: PodProtection,
+    /// What its connections may take.
+    pub(crate) budget: PodBudget,
+    /// Of its listeners.
+    pub(crate) _descriptors: DescriptorLease,
     /// Stops accepting; open connections finish.
     pub stop: CancellationToken,
     /// The process ends: open connections have a deadline.

@@ -27,6 +27,7 @@ use tracing::{info, warn};
 
 use crate::{
     backoff::Backoff,
+    budget::PodBudget,
     config::ProxyMode,
     context::ProcessContext,
     dns::{Dns, sockets},
@@ -258,6 +259,9 @@ impl ServedPods {
         let account = self.process.certificates.lease(namespace, service_account);
         let (uid, stop, end) = (uid.to_owned(), self.stop.child_token(), self.stop.clone());
         let protection = PodProtection::default();
+        let budget = PodBudget::new(&config.budget, &self.process.descriptors);
+        // The netns, the listeners, and DNS over UDP and TCP, for two families.
+        let descriptors = budget.descriptors.take_anyway(1 + ports.len() * self.workers.count() + 4);
         let pod = Arc::new(ServedPod {
             uid,
             info,
@@ -267,6 +271,8 @@ impl ServedPods {
             socket,
             own_port,
             protection,
+            budget,
+            _descriptors: descriptors,
             stop,
             end,
         });

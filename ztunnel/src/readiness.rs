@@ -10,8 +10,8 @@ use std::{
 pub struct Readiness(Arc<Mutex<BTreeMap<&'static str, usize>>>);
 
 impl Readiness {
-    /// Adds a pending task. It is done when the guard is set ready or dropped. Tasks with the same
-    /// name count separately.
+    /// Adds a pending task. It is pending again when its guard is dropped: whoever was responsible
+    /// for it is gone. Tasks with the same name count separately.
     #[must_use]
     pub fn task(&self, name: &'static str) -> ReadyGuard {
         let mut guard = ReadyGuard { readiness: self.clone(), name, pending: false };
@@ -52,6 +52,12 @@ impl ReadyGuard {
         }
     }
 
+    /// The task is done once and for all.
+    pub fn done(mut self) {
+        self.ready();
+        self.readiness = Readiness::default();
+    }
+
     /// The task is pending, again if it was done.
     pub fn pending(&mut self) {
         if !std::mem::replace(&mut self.pending, true) {
@@ -62,6 +68,25 @@ impl ReadyGuard {
 
 impl Drop for ReadyGuard {
     fn drop(&mut self) {
-        self.ready();
+        self.pending();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_task_whose_guard_is_gone_is_not_ready() {
+        let readiness = Readiness::default();
+        let (mut state, mut pods) = (readiness.task("state"), readiness.task("pods"));
+        state.ready();
+        assert_eq!(readiness.pending(), ["pods"]);
+        pods.ready();
+        assert!(readiness.pending().is_empty());
+        drop(pods);
+        assert_eq!(readiness.pending(), ["pods"], "although it was ready before");
+        readiness.task("dns").done();
+        assert_eq!(readiness.pending(), ["pods"]);
     }
 }

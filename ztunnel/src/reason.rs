@@ -58,6 +58,9 @@ reasons! {
     Broken = "broken", Passes,
         "the connection broke while it was open: a reset, or a peer that no longer answers",
         "The record's error names the side. A reset by an application comes from that application.";
+    ClientLeft = "client_left", Passes,
+        "the client gave up before its destination was connected",
+        "Look for a slow destination: the client's own timeout is shorter than the connect took.";
     Connect = "connect", Passes,
         "the destination refused the connection or did not answer",
         "Check that the application listens and that no NetworkPolicy blocks the connection.";
@@ -97,6 +100,9 @@ reasons! {
     Method = "method", Stays,
         "a peer sent a request other than CONNECT",
         "The peer does not speak HBONE. Check which program connects to port 15008.";
+    NoAnswer = "no_answer", Passes,
+        "the peer's tunnel did not answer the request in time (`hbone.answer_limit`)",
+        "Check whether the application's node is overloaded. Read the log of the peer's tunnel.";
     NoGateway = "no_gateway", Stays,
         "the destination is on another network, and no gateway into that network is known",
         "Check that the network has an east-west gateway. A pod may be reachable by its service only.";
@@ -127,6 +133,15 @@ reasons! {
     Tls = "tls", Stays,
         "the TLS handshake with the peer failed: no common root, another identity, or an expired certificate",
         "The record's error has the expected and the presented identity.";
+    TooManyConnections = "too_many_connections", Passes,
+        "the pod holds as many file descriptors as one pod may",
+        "Look for connections that are never closed; otherwise raise the limit of open files, or `budget.pod_descriptors`.";
+    TooManyDials = "too_many_dials", Passes,
+        "too many connects to the pod's applications wait for an answer (`budget.pod_dials`)",
+        "Check whether an application of the pod hangs, or whether somebody scans its ports.";
+    TooManyHandshakes = "too_many_handshakes", Passes,
+        "too many peers have begun a TLS handshake with the pod and not ended it (`budget.pod_handshakes`)",
+        "Check whether somebody floods port 15008 of the pod.";
     TooManyUnanswered = "too_many_unanswered", Passes,
         "1,024 names that the pod's connections need have no answer of the control plane yet (`xds.on_demand`)",
         "Check the connection to the control plane. With one, find out why the pod dials so many addresses.";

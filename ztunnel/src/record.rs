@@ -58,13 +58,14 @@ impl ConnectionRecord {
     pub(crate) fn open_since(metrics: &Arc<Metrics>, ends: ConnectionEnds, started: Instant) -> Self {
         let traffic = metrics.traffic(ends.labels("-"));
         traffic.opened.inc();
-        traffic.sockets_open.inc();
+        let sockets = metrics.sockets_open(ends.direction.reporter());
+        sockets.inc();
         event!(
             target: "access", Level::DEBUG, src.addr = %ends.source, dst.addr = %ends.destination,
             direction = ends.direction.as_str(), "connection opened"
         );
         let (ends, counters, counted) = (Mutex::new(ends), ByteCounters::default(), Mutex::default());
-        let open = Arc::new(OpenConnection { traffic, ends, started, counters, counted });
+        let open = Arc::new(OpenConnection { traffic, sockets, ends, started, counters, counted });
         let slot = metrics.open.add(Arc::<OpenConnection>::clone(&open));
         Self { metrics: Arc::clone(metrics), open, slot, closed: false }
     }
@@ -100,7 +101,7 @@ impl ConnectionRecord {
         self.metrics.open.remove(self.slot);
         self.open.count();
         self.open.traffic.closed.inc();
-        self.open.traffic.sockets_open.dec();
+        self.open.sockets.dec();
         let (sent, received) = self.open.counters.totals();
         access_log::write(&self.open.ends(), sent, received, self.open.started.elapsed(), failure);
     }

@@ -11,8 +11,9 @@ use adit_netns::Netns;
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
+    io::Interest,
     net::{TcpSocket, TcpStream},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use crate::config::Config;
@@ -212,6 +213,25 @@ pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
     }
 }
 
+/// How long a client that closed its half waits for the connection that it asked for. Such a client
+/// may be gone, which looks the same, or may have said all that it has to say.
+const HALF_CLOSED_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Resolves when the client at the other end of `stream` is gone, or has closed its half a while
+/// ago. Reads nothing.
+pub(crate) async fn client_left(stream: &TcpStream) {
+    // Besides errors, `PRIORITY` waits for the end of the client's half; urgent data, which it is
+    // made for, is not subscribed to.
+    match stream.ready(Interest::PRIORITY | Interest::ERROR).await {
+        Ok(ready) if !ready.is_error() && !ready.is_write_closed() => {}
+        _ => return,
+    }
+    tokio::select! {
+        () = sleep(HALF_CLOSED_PATIENCE) => {}
+        _ = stream.ready(Interest::ERROR) => {}
+    }
+}
+
 /// Closes so that the peer sees a reset and not an end.
 pub(crate) fn reset(stream: TcpStream) {
     // Fails only if the socket is already gone, and then no peer is left.
@@ -232,6 +252,30 @@ mod tests {
         reset(server);
         let error = client.read(&mut [0; 1]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_resets_has_left_and_one_that_closed_its_half_waits_for_a_while() {
+        use tokio::{io::AsyncWriteExt, time::Instant};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let connected = async || {
+            let mut client = TcpStream::connect(address).await.unwrap();
+            client.write_all(b"data that nobody has read yet").await.unwrap();
+            (client, listener.accept().await.unwrap().0)
+        };
+        let (mut client, server) = connected().await;
+        // The data alone does not wake it: the time passes only while everybody sleeps.
+        assert!(timeout(Duration::from_secs(60), client_left(&server)).await.is_err());
+        client.shutdown().await.unwrap();
+        let begun = Instant::now();
+        client_left(&server).await;
+        assert!(begun.elapsed() >= HALF_CLOSED_PATIENCE);
+        let (client, server) = connected().await;
+        reset(client);
+        let begun = Instant::now();
+        client_left(&server).await;
+        assert!(begun.elapsed() < HALF_CLOSED_PATIENCE);
     }
 
     #[tokio::test]

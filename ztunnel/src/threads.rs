@@ -9,7 +9,7 @@ use tokio::{
 };
 use tracing::error;
 
-use crate::{metrics::Metrics, pod::ServedPod};
+use crate::{metrics::Metrics, pod::ServedPod, supervision::Supervisor};
 
 /// The control runtime's handle on such a thread. `T`: the sockets that are opened for each pod.
 #[derive(Debug)]
@@ -19,14 +19,16 @@ pub(crate) struct PodThread<T> {
 }
 
 impl<T: Send + 'static> PodThread<T> {
-    /// Starts the thread `name`. `prepare` runs on it and returns what serves one pod until the
-    /// pod's `stop`.
+    /// Starts the thread `name`, which must not end before `supervisor` does. `prepare` runs on it
+    /// and returns what serves one pod until the pod's `stop`.
     ///
     /// # Errors
-    /// The process has no descriptors left for the runtime, or may start no more threads.
+    /// The process has no descriptors left for the runtime or for the thread's netns, or may start
+    /// no more threads.
     pub(crate) fn start<S, F>(
         name: String,
         metrics: &Metrics,
+        supervisor: &Supervisor,
         prepare: impl FnOnce() -> S + Send + 'static,
     ) -> io::Result<Self>
     where
@@ -36,10 +38,20 @@ impl<T: Send + 'static> PodThread<T> {
         let (orders, pods) = mpsc::unbounded_channel();
         let runtime = Builder::new_current_thread().enable_all().build()?;
         metrics.runtimes.add(runtime.metrics());
+        let lifeline = supervisor.lifeline(format!("the thread {name}"));
         let serve_all = async move || serve_pods(pods, prepare()).await;
-        let thread = std::thread::Builder::new()
-            .name(name)
-            .spawn(move || LocalSet::new().block_on(&runtime, serve_all()))?;
+        let (prepared, home) = std::sync::mpsc::sync_channel(1);
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            // Later there may be no descriptors left, and without a way home it could enter no
+            // netns.
+            let home = adit_netns::remember_home();
+            let at_home = home.is_ok();
+            if prepared.send(home).is_ok() && at_home {
+                LocalSet::new().block_on(&runtime, serve_all());
+            }
+            lifeline.release();
+        })?;
+        home.recv().map_err(io::Error::other)??;
         Ok(Self { orders, thread })
     }
 
@@ -101,5 +113,26 @@ pub(crate) fn report_panic(ended: Result<(), JoinError>) {
         && error.is_panic()
     {
         error!(%error, thread = std::thread::current().name(), "a task panicked");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_thread_that_panics_is_reported_and_one_that_is_finished_is_not() {
+        let (metrics, supervisor) = (Metrics::default(), Supervisor::default());
+        let start = |name: &str, panics: bool| {
+            PodThread::<()>::start(name.to_owned(), &metrics, &supervisor, move || {
+                assert!(!panics, "on purpose");
+                |_, ()| std::future::ready(())
+            })
+        };
+        start("good", false).unwrap().finish().await;
+        let bad = start("bad", true).unwrap();
+        let ended = supervisor.ended_early().await;
+        assert_eq!((&*ended.name, ended.panicked), ("the thread bad", true));
+        bad.finish().await;
     }
 }

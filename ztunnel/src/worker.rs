@@ -10,7 +10,7 @@ use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
 use tokio::{net::TcpStream, task::JoinSet};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::{
     connection::{inbound, inbound_plain, outbound},
@@ -18,6 +18,8 @@ use crate::{
     hbone::pool::TunnelPool,
     lookup::HostResolver,
     pod::ServedPod,
+    reason::FailureReason,
+    socket,
     threads::{PodThread, finish_all, report_panic},
     worker::listeners::{ActiveListeners, ListenPort, Listeners},
 };
@@ -39,7 +41,8 @@ impl Workers {
         let start = |number: usize| {
             let metrics = Arc::clone(&process.metrics);
             let process = Arc::clone(process);
-            PodThread::start(format!("worker-{number}"), &metrics, move || {
+            let supervisor = process.supervisor.clone();
+            PodThread::start(format!("worker-{number}"), &metrics, &supervisor, move || {
                 let worker = Rc::new(WorkerContext {
                     pool: TunnelPool::new(process.config.pool, process.metrics.pool.clone()),
                     resolver: HostResolver::new(&process.config.dns.upstream),
@@ -94,7 +97,11 @@ async fn serve_pod(worker: Rc<WorkerContext>, pod: Arc<ServedPod>, listeners: Li
     let mut connections = JoinSet::new();
     let accept = |connections: &mut JoinSet<()>,
                   (port, stream, client): (ListenPort, TcpStream, SocketAddr)| {
-        let accepted = Accepted { stream, client, pod: Arc::clone(&pod), worker: Rc::clone(&worker) };
+        let Some(descriptors) = pod.budget.descriptors.take(port.descriptors()) else {
+            return refuse(&worker, &pod, port, stream);
+        };
+        let (pod, worker) = (Arc::clone(&pod), Rc::clone(&worker));
+        let accepted = Accepted { stream, client, pod, worker, descriptors };
         match port {
             ListenPort::Outbound => connections.spawn_local(outbound::serve(accepted)),
             ListenPort::Inbound => connections.spawn_local(inbound_plain::serve(accepted)),
@@ -127,6 +134,15 @@ async fn serve_pod(worker: Rc<WorkerContext>, pod: Arc<ServedPod>, listeners: Li
     }
     connections.shutdown().await;
     worker.pool.forget(pod.netns.id());
+}
+
+/// Beyond the pod's budget a connection must cost next to nothing: no record, and few log lines.
+fn refuse(worker: &WorkerContext, pod: &ServedPod, port: ListenPort, stream: TcpStream) {
+    socket::reset(stream);
+    worker.process.metrics.refused(port.direction().as_str(), FailureReason::TooManyConnections);
+    if let Some(left_out) = pod.budget.said.due() {
+        warn!(pod.uid, pod.name = %pod.info.name, left_out, "the pod has too many connections; new ones are refused");
+    }
 }
 
 async fn accept_until(

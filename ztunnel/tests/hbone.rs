@@ -2,6 +2,7 @@
 
 mod pool;
 mod tls;
+mod work;
 
 use std::{
     collections::HashMap,

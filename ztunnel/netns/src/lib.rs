@@ -8,6 +8,7 @@
 //! All of it needs `CAP_SYS_ADMIN` (setns(2)), but for reading ids.
 
 use std::{
+    cell::OnceCell,
     fs::File,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -91,8 +92,24 @@ impl AsFd for Netns {
 }
 
 thread_local! {
-    /// The netns in which this thread was started; opened the first time that the thread leaves it.
-    static HOME: io::Result<OwnedFd> = File::open(OWN).map(OwnedFd::from);
+    /// The netns in which this thread was started. Only success is kept: an error may pass.
+    static HOME: OnceCell<OwnedFd> = const { OnceCell::new() };
+}
+
+/// Opens the way home for the calling thread, from the netns in which it was started. By itself
+/// [`enter`] does so the first time; a thread that must be able to enter a netns later, when there
+/// may be no descriptors left, does it when it starts.
+///
+/// # Errors
+/// `/proc` cannot be read, or no descriptors are left.
+pub fn remember_home() -> io::Result<()> {
+    HOME.with(|home| {
+        if home.get().is_none() {
+            // Cannot be set already: it belongs to this thread.
+            let _ = home.set(File::open(OWN)?.into());
+        }
+        Ok(())
+    })
 }
 
 /// Runs `work` with the calling thread inside `netns`: what it opens stays there, the thread
@@ -107,7 +124,7 @@ thread_local! {
 /// # Errors
 /// `netns` cannot be entered, or those of `work`.
 pub fn enter<T>(netns: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    HOME.with(|home| home.as_ref().map(|_| ()).map_err(copy))?;
+    remember_home()?;
     setns(netns, CloneFlags::CLONE_NEWNET)?;
     let _home = ReturnHome;
     work()
@@ -133,20 +150,15 @@ struct ReturnHome;
 
 impl Drop for ReturnHome {
     fn drop(&mut self) {
-        let back = HOME.with(|home| match home {
-            Ok(fd) => setns(fd, CloneFlags::CLONE_NEWNET).map_err(io::Error::from),
-            Err(error) => Err(copy(error)),
+        let back = HOME.with(|home| match home.get() {
+            Some(fd) => setns(fd, CloneFlags::CLONE_NEWNET).map_err(io::Error::from),
+            None => Err(io::Error::other("its own netns is not known")),
         });
         if let Err(error) = back {
             tracing::error!(%error, "cannot return from a pod's netns");
             std::process::abort();
         }
     }
-}
-
-/// `io::Error` is not `Clone`; kind and text are enough here.
-fn copy(error: &io::Error) -> io::Error {
-    io::Error::new(error.kind(), error.to_string())
 }
 
 #[cfg(test)]
@@ -175,6 +187,23 @@ mod tests {
         });
         assert!(entered.is_err());
         assert_eq!(Netns::current().expect("home").id(), home.id());
+    }
+
+    #[test]
+    #[ignore = "needs root: make test"]
+    fn a_thread_without_descriptors_enters_once_there_are_some_again() {
+        use nix::sys::resource::{Resource, getrlimit, setrlimit};
+        let other = new_netns();
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("limit");
+        thread::spawn(move || {
+            setrlimit(Resource::RLIMIT_NOFILE, 0, hard).expect("limit");
+            let without = other.enter(|| Ok(()));
+            setrlimit(Resource::RLIMIT_NOFILE, soft, hard).expect("limit");
+            assert_eq!(without.expect_err("no descriptors").raw_os_error(), Some(24), "EMFILE");
+            other.enter(|| Ok(())).expect("descriptors again");
+        })
+        .join()
+        .expect("the thread");
     }
 
     #[test]

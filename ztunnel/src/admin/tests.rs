@@ -52,7 +52,7 @@ impl Bench {
             store: Arc::new(Store::new(Mesh::new([web], [service], []))),
             certificates: Certificates::new(&config).unwrap(),
             logging: Logging::for_tests("info"),
-            metrics: Arc::new(Metrics::new()),
+            metrics: Arc::new(Metrics::default()),
             readiness: Readiness::default(),
             workload_state: Arc::new(|| {
                 let info = json!({ "name": "web-1", "namespace": "default", "serviceAccount": "web" });
@@ -95,9 +95,9 @@ async fn ready_means_that_nothing_is_pending() {
     let second = bench.admin.readiness.task("state manager");
     let pending = "not ready, pending: state manager, workload proxy manager\n".to_owned();
     assert_eq!(ready().await, (500, pending.clone()));
-    drop(state);
+    state.done();
     assert_eq!(ready().await, (500, pending));
-    drop(second);
+    second.done();
     proxy.ready();
     proxy.ready();
     assert_eq!(ready().await.0, 200);

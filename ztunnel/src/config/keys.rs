@@ -167,6 +167,15 @@ pub(crate) const KEYS: &[ConfigKey] = &[
     key("hbone.response_baggage", "ENABLE_RESPONSE_BAGGAGE", Bool, Is("true"), "describe the server's workload in CONNECT responses, and use what peers send there for metric labels"),
     key("hbone.application_tunnel_loopback", "LOCALHOST_APP_TUNNEL", Bool, Is("true"), "connect to applications that accept the PROXY protocol on loopback, else on the pod's address"),
 
+    key("hbone.answer_limit", "CONNECT_ANSWER_LIMIT", Lasts { min: Duration::from_secs(1) }, Is("15s"), "how long a peer may take to answer a CONNECT request; it answers when it has connected to the application"),
+
+    key("budget.pod_descriptors", "POD_DESCRIPTORS", Number { min: 16, max: u32::MAX }, Depends("as many as are free, so that a pod alone gets half of all"), "file descriptors that the connections of one pod may hold. A connection takes two at most. Beyond it, new ones are refused"),
+    key("budget.reserved_descriptors", "RESERVED_DESCRIPTORS", ANY, Depends("a sixteenth of the limit of open files, at least 256"), "file descriptors that connections leave for the control plane, certificates and the node agent"),
+    key("budget.pod_handshakes", "POD_HANDSHAKES", Number { min: 2, max: 1 << 20 }, Is("256"), "TLS handshakes of peers with one pod at the same time; others wait. While more than half of them are taken, one peer address gets an eighth of them at most"),
+    key("budget.pod_dials", "POD_DIALS", Number { min: 2, max: 1 << 20 }, Is("1024"), "connects to the applications of one pod at the same time, for peers and plaintext clients; others wait, with the same share for one address"),
+
+    key("budget.metric_label_sets", "METRIC_LABEL_SETS", Number { min: 1, max: u32::MAX }, Is("20000"), "label sets of a metric whose labels are names of workloads and services. Beyond it connections count in a set named `overflow`. A set that was not used for an hour goes"),
+
     key("dns.enabled", "ISTIO_META_DNS_CAPTURE", Bool, Is("true"), "answer the pods' DNS queries for services of the mesh"),
     key("dns.address", "ISTIO_META_DNS_PROXY_ADDR", Address, Is("localhost:15053"), "where the DNS proxy listens in each pod's netns; with an IPv4 loopback address it also listens on IPv6 loopback").or("DNS_PROXY_ADDR"),
     key("dns.preferred_namespace", "PREFERED_SERVICE_NAMESPACE", Text, Nothing, "namespace preferred among services with the same name, after the client's own"),

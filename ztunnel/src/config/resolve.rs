@@ -11,9 +11,9 @@ use std::{
 };
 
 use super::{
-    CaConfig, Config, ConfigError, ControlPlaneAddress, ControlPlaneConfig, DnsConfig, H2Config, Headers,
-    KeepaliveConfig, LocalState, LogFormat, OwnPod, PoolConfig, PortsConfig, ProxyMode, ProxyTo, RootSource,
-    StreamConfig, TlsConfig, Token, XdsConfig, settings::RawSettings, value,
+    BudgetConfig, CaConfig, Config, ConfigError, ControlPlaneAddress, ControlPlaneConfig, DnsConfig,
+    H2Config, Headers, KeepaliveConfig, LocalState, LogFormat, OwnPod, PoolConfig, PortsConfig, ProxyMode,
+    ProxyTo, RootSource, StreamConfig, TlsConfig, Token, XdsConfig, settings::RawSettings, value,
 };
 
 /// Default limit: each worker adds listening sockets to every pod.
@@ -103,6 +103,14 @@ fn resolve(settings: &RawSettings, in_kubernetes: bool, without_xds: bool) -> Re
         pool: PoolConfig {
             max_streams: settings.number("pool.max_streams")?,
             idle: settings.duration("pool.idle")?,
+            answer_limit: settings.duration("hbone.answer_limit")?,
+        },
+        budget: BudgetConfig {
+            pod_descriptors: settings.optional_number("budget.pod_descriptors")?,
+            reserved_descriptors: settings.optional_number("budget.reserved_descriptors")?,
+            pod_handshakes: settings.number("budget.pod_handshakes")?,
+            pod_dials: settings.number("budget.pod_dials")?,
+            metric_label_sets: settings.number("budget.metric_label_sets")?,
         },
         dns: dns(settings)?,
         h2: H2Config {

@@ -6,7 +6,7 @@ use http::{Method, StatusCode};
 
 use crate::{
     discovery::demand::UnresolvedName,
-    hbone::{InvalidTarget, client::ConnectError},
+    hbone::{InvalidTarget, client::ConnectError, server::Abandoned},
     identity::IdentityError,
     lookup::LookupError,
     policy::Denied,
@@ -17,6 +17,10 @@ use crate::{
     workload_lookup::UnknownWorkload,
 };
 
+/// The client gave up before its destination was connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ClientLeft;
+
 /// Why an outbound connection failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OutboundError {
@@ -24,6 +28,8 @@ pub(crate) enum OutboundError {
     OriginalDst(#[source] io::Error),
     #[error("attempted recursive call to ourselves")]
     Recursive,
+    #[error("the client left before it was connected")]
+    ClientLeft,
     #[error(transparent)]
     UnknownWorkload(#[from] UnknownWorkload),
     #[error(transparent)]
@@ -42,11 +48,18 @@ pub(crate) enum OutboundError {
     Stream(#[from] StreamError),
 }
 
+impl From<ClientLeft> for OutboundError {
+    fn from(ClientLeft: ClientLeft) -> Self {
+        Self::ClientLeft
+    }
+}
+
 impl ConnectionFailure for OutboundError {
     fn reason(&self) -> FailureReason {
         match self {
             Self::OriginalDst(_) => FailureReason::NoOriginalDst,
             Self::Recursive => FailureReason::Recursive,
+            Self::ClientLeft => FailureReason::ClientLeft,
             Self::UnknownWorkload(_) => FailureReason::UnknownWorkload,
             Self::Route(error) => error.reason(),
             Self::Lookup(_) => FailureReason::Lookup,
@@ -77,6 +90,14 @@ fn unresolved(error: &UnresolvedName) -> FailureReason {
 /// Why an inbound connection failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum InboundError {
+    #[error("too many handshakes of peers under way for the pod (budget.pod_handshakes)")]
+    TooManyHandshakes,
+    #[error("too many connections of the pod (budget.pod_descriptors)")]
+    TooManyConnections,
+    #[error("too many connects to the pod's applications under way (budget.pod_dials)")]
+    TooManyDials,
+    #[error("the client left before it was connected")]
+    ClientLeft,
     #[error("no certificate to answer with")]
     Identity(#[source] IdentityError),
     #[error("tls handshake error")]
@@ -113,6 +134,18 @@ pub(crate) enum InboundError {
     Stream(StreamError),
 }
 
+impl From<ClientLeft> for InboundError {
+    fn from(ClientLeft: ClientLeft) -> Self {
+        Self::ClientLeft
+    }
+}
+
+impl From<Abandoned> for InboundError {
+    fn from(Abandoned: Abandoned) -> Self {
+        Self::ClientLeft
+    }
+}
+
 impl From<Denied> for InboundError {
     fn from(denied: Denied) -> Self {
         match denied {
@@ -145,6 +178,10 @@ impl InboundError {
 impl ConnectionFailure for InboundError {
     fn reason(&self) -> FailureReason {
         match self {
+            Self::TooManyHandshakes => FailureReason::TooManyHandshakes,
+            Self::TooManyConnections => FailureReason::TooManyConnections,
+            Self::TooManyDials => FailureReason::TooManyDials,
+            Self::ClientLeft => FailureReason::ClientLeft,
             Self::Identity(_) => FailureReason::Identity,
             Self::Tls(_) => FailureReason::Tls,
             Self::Http(_) => FailureReason::H2,

@@ -5,10 +5,11 @@ mod delivery;
 mod proxy_protocol;
 mod source;
 
-use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
+use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
 
 use delivery::{Delivery, Handover, delivery};
-use http::{HeaderMap, HeaderValue, Method};
+use h2::RecvStream;
+use http::{HeaderMap, HeaderValue, Method, Request};
 use source::{Peer, source};
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 use tracing::debug;
@@ -47,11 +48,18 @@ struct InboundTunnel {
 
 /// A connection that came in on 15008.
 pub(crate) async fn serve(accepted: Accepted) {
-    let Accepted { stream, client: peer, pod, worker } = accepted;
+    let Accepted { stream, client: peer, pod, worker, descriptors: _descriptors } = accepted;
     let Ok(local) = stream.local_addr().map(socket::canonical) else { return };
     let process = Arc::clone(&worker.process);
     let fail = |error: InboundError| {
         record_early_failure(&process.metrics, &ConnectionEnds::new(Direction::Inbound, peer, local), &error);
+    };
+    // Until the handshake is done nobody knows who that is.
+    let Ok(place) = pod.budget.handshake(peer.ip()).await else {
+        socket::reset(stream);
+        return process
+            .metrics
+            .refused(Direction::Inbound.as_str(), InboundError::TooManyHandshakes.reason());
     };
     // The control plane tells the trust domain of the pod, and so who it is.
     let own = match own_workload(&process, &pod).await {
@@ -65,6 +73,7 @@ pub(crate) async fn serve(accepted: Accepted) {
     let began = Instant::now();
     let tls = server::tls(stream, credentials.server()).await;
     process.metrics.tls_handshake(Direction::Inbound.as_str(), began.elapsed());
+    drop(place);
     let tls = match tls {
         Ok(tls) => tls,
         Err(error) => return fail(InboundError::Tls(error)),
@@ -112,10 +121,14 @@ struct Admitted<'a> {
     delivery: Delivery,
 }
 
-async fn request(tunnel: Rc<InboundTunnel>, connect: ConnectRequest) {
+async fn request(tunnel: Rc<InboundTunnel>, mut connect: ConnectRequest) {
     let process = &tunnel.worker.process;
-    let admitted = match admit(&tunnel, &connect).await {
+    let admitted = match connect.while_wanted(async |request| admit(&tunnel, request).await).await {
         Ok(admitted) => admitted,
+        // A peer may do this very often.
+        Err(error @ InboundError::ClientLeft) => {
+            return process.metrics.refused(Direction::Inbound.as_str(), error.reason());
+        }
         Err(error) => {
             let mut ends = ConnectionEnds::new(Direction::Inbound, tunnel.peer, tunnel.local);
             ends.source_identity.clone_from(&tunnel.identity);
@@ -132,9 +145,8 @@ async fn request(tunnel: Rc<InboundTunnel>, connect: ConnectRequest) {
 /// 401.
 async fn admit<'a>(
     tunnel: &'a InboundTunnel,
-    connect: &ConnectRequest,
+    request: &Request<RecvStream>,
 ) -> Result<Admitted<'a>, InboundError> {
-    let request = &connect.request;
     if request.method() != Method::CONNECT {
         return Err(InboundError::Method(request.method().clone()));
     }
@@ -190,14 +202,18 @@ fn ends(tunnel: &InboundTunnel, admitted: &Admitted<'_>) -> ConnectionEnds {
 async fn carry(
     tunnel: &InboundTunnel,
     admitted: &Admitted<'_>,
-    connect: ConnectRequest,
+    mut connect: ConnectRequest,
     counters: &ByteCounters,
 ) -> Result<(), InboundError> {
     let (process, began) = (&tunnel.worker.process, Instant::now());
-    let application = match dial(tunnel, &admitted.delivery).await {
+    let Some(_descriptors) = tunnel.pod.budget.descriptors.take(1) else {
+        let error = InboundError::TooManyConnections;
+        connect.refuse(error.status());
+        return Err(error);
+    };
+    let application = match connect.while_wanted(async |_| dial(tunnel, &admitted.delivery).await).await {
         Ok(application) => application,
         Err(error) => {
-            let error = InboundError::Dial(error);
             connect.refuse(error.status());
             return Err(error);
         }
@@ -223,7 +239,7 @@ async fn carry(
 }
 
 /// Connects to the application, and sends it a PROXY header if it wants one.
-async fn dial(tunnel: &InboundTunnel, delivery: &Delivery) -> io::Result<TcpStream> {
+async fn dial(tunnel: &InboundTunnel, delivery: &Delivery) -> Result<TcpStream, InboundError> {
     let process = &tunnel.worker.process;
     let (dial, requested) = match delivery.to {
         Handover::Plain => {
@@ -231,8 +247,8 @@ async fn dial(tunnel: &InboundTunnel, delivery: &Delivery) -> io::Result<TcpStre
         }
         Handover::Proxy { dial, requested } => (dial, requested),
     };
-    let mut application = socket::connect(&tunnel.pod.netns, dial, None, &process.socket).await?;
+    let mut application = application::dial_itself(process, &tunnel.pod, dial, tunnel.peer.ip()).await?;
     let header = proxy_protocol::header(tunnel.peer, requested, tunnel.identity.as_ref());
-    application.write_all(&header).await?;
+    application.write_all(&header).await.map_err(InboundError::Dial)?;
     Ok(application)
 }

@@ -3,7 +3,7 @@
 
 use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
 
-use super::{admission::Subject, application, error::InboundError};
+use super::{admission::Subject, application, client::while_waiting, error::InboundError};
 use crate::{
     context::Accepted,
     direction::Direction,
@@ -21,7 +21,8 @@ pub(crate) async fn serve(accepted: Accepted) {
     let metrics = &worker.process.metrics;
     let subject = Subject::new(&worker.process, &pod, client.ip(), None, target);
     let mut ends = ConnectionEnds::new(Direction::Inbound, client, target);
-    let Admitted { source, workload } = match admit(&accepted, &subject, target).await {
+    let admitting = admit(&accepted, &subject, target);
+    let Admitted { source, workload } = match while_waiting(&accepted.stream, admitting).await {
         Ok(admitted) => admitted,
         Err(error) => {
             record_early_failure(metrics, &ends, &error);
@@ -66,13 +67,14 @@ async fn carry(
     target: SocketAddr,
     counters: &ByteCounters,
 ) -> Result<(), InboundError> {
-    let Accepted { stream, client, pod, worker } = accepted;
+    let Accepted { stream, client, pod, worker, descriptors: _descriptors } = accepted;
     let (process, began) = (&worker.process, Instant::now());
-    let application = match application::dial(process, &pod, target, client.ip()).await {
+    let dialling = application::dial(process, &pod, target, client.ip());
+    let application = match while_waiting(&stream, dialling).await {
         Ok(application) => application,
         Err(error) => {
             socket::reset(stream);
-            return Err(InboundError::Dial(error));
+            return Err(error);
         }
     };
     process.metrics.connected(Direction::Inbound.as_str(), began.elapsed());

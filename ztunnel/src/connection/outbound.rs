@@ -9,7 +9,7 @@ use std::{net::SocketAddr, sync::Arc, time::Instant};
 use tokio::net::TcpStream;
 
 use self::tunnel::{PeerTarget, ends, open_stream, request, revoked_if_cut};
-use super::error::OutboundError;
+use super::{client::while_waiting, error::OutboundError};
 use crate::{
     context::Accepted,
     direction::Direction,
@@ -26,11 +26,16 @@ use crate::{
 pub(crate) async fn serve(accepted: Accepted) {
     let client = accepted.client;
     let local = accepted.stream.local_addr().map_or(client, socket::canonical);
-    let planned = plan(&accepted).await;
+    let original = socket::original_dst(&accepted.stream).map_err(OutboundError::OriginalDst);
+    let dialled = *original.as_ref().unwrap_or(&local);
+    let planned = match original {
+        Ok(original) => while_waiting(&accepted.stream, plan(&accepted, original)).await,
+        Err(error) => Err(error),
+    };
     let (source, route) = match planned {
         Ok(planned) => planned,
-        Err((original, error)) => {
-            let ends = ConnectionEnds::new(Direction::Outbound, client, original.unwrap_or(local));
+        Err(error) => {
+            let ends = ConnectionEnds::new(Direction::Outbound, client, dialled);
             record_early_failure(&accepted.worker.process.metrics, &ends, &error);
             return socket::reset(accepted.stream);
         }
@@ -57,34 +62,30 @@ pub(crate) async fn serve(accepted: Accepted) {
     record.close(result.as_ref().copied().map_err(|error| error as &dyn ConnectionFailure));
 }
 
-/// From which workload to where, and how. Errors come with the original destination if that is
-/// known.
+/// From which workload to where, and how.
 async fn plan(
     accepted: &Accepted,
-) -> Result<(Arc<Workload>, OutboundRoute), (Option<SocketAddr>, OutboundError)> {
+    original: SocketAddr,
+) -> Result<(Arc<Workload>, OutboundRoute), OutboundError> {
     let process = &accepted.worker.process;
-    let original =
-        socket::original_dst(&accepted.stream).map_err(|error| (None, OutboundError::OriginalDst(error)))?;
-    let failed = |error: OutboundError| (Some(original), error);
-    let (mesh, source) = own_workload(process, &accepted.pod).await.map_err(|error| failed(error.into()))?;
+    let (mesh, source) = own_workload(process, &accepted.pod).await?;
     // Whoever dials the tunnel itself has no destination; carrying it would lead back here.
     let to_itself = original.ip().is_loopback() || source.addresses.contains(&original.ip());
     let local = accepted.stream.local_addr().map(|local| local.ip().to_canonical());
     if process.config.ports.is_own(original.port())
         && (to_itself || local.is_ok_and(|local| local == original.ip()))
     {
-        return Err(failed(OutboundError::Recursive));
+        return Err(OutboundError::Recursive);
     }
     let rule = |view: &MeshView<'_>| route::outbound(view, &source, original, &mut rand::rng());
-    let (_, found) =
-        ensure_known(process, &accepted.pod, mesh, rule).await.map_err(|error| failed(error.into()))?;
-    let route = match found.map_err(|error| failed(error.into()))? {
+    let (_, found) = ensure_known(process, &accepted.pod, mesh, rule).await?;
+    let route = match found? {
         OutboundDecision::Route(route) => route,
         OutboundDecision::Unlocated(endpoint) => {
             let (resolver, families) = (&accepted.worker.resolver, endpoint.families());
             let found = resolver.address(&endpoint.hostname, families, original.ip()).await;
             process.metrics.on_demand_dns(&source, &endpoint.hostname);
-            endpoint.located(found.map_err(|error| failed(error.into()))?)
+            endpoint.located(found?)
         }
     };
     Ok((source, route))
@@ -93,7 +94,7 @@ async fn plan(
 async fn plain(accepted: Accepted, target: SocketAddr, counters: &ByteCounters) -> Result<(), OutboundError> {
     let (metrics, began) = (Arc::clone(&accepted.worker.process.metrics), Instant::now());
     let limits = accepted.worker.process.config.limits;
-    match dial(&accepted, target).await {
+    match while_waiting(&accepted.stream, dial(&accepted, target)).await {
         Ok(server) => {
             metrics.connected(Direction::Outbound.as_str(), began.elapsed());
             Ok(stream::relay(accepted.stream, server, counters, limits, std::future::pending()).await?)
@@ -110,11 +111,11 @@ async fn hbone(
     counters: &ByteCounters,
 ) -> Result<(), OutboundError> {
     let (metrics, began) = (Arc::clone(&accepted.worker.process.metrics), Instant::now());
-    let opened = match request(&accepted, source, route, target.authority, None) {
-        Ok(request) => open_stream(&accepted, source, &request, target).await,
-        Err(error) => Err(error),
+    let opening = async {
+        let request = request(&accepted, source, route, target.authority, None)?;
+        open_stream(&accepted, source, &request, target).await
     };
-    match opened {
+    match while_waiting(&accepted.stream, opening).await {
         Ok((stream, lease)) => {
             metrics.connected(Direction::Outbound.as_str(), began.elapsed());
             let process = Arc::clone(&accepted.worker.process);

@@ -1,26 +1,23 @@
 //! One tunnel to a peer: TCP from the pod's netns, mutual TLS as the pod, HTTP/2.
 
-use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc};
+use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use h2::client::SendRequest;
 use http::StatusCode;
 use rustls_pki_types::ServerName;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, BufReader},
+    io::{AsyncRead, AsyncWrite},
     time::timeout,
 };
 use tokio_rustls::TlsConnector;
 
-use super::{HANDSHAKE_TIMEOUT, client_settings, keepalive::ActivityIo};
+use super::{HANDSHAKE_TIMEOUT, client_settings, keepalive::ActivityIo, read_ahead::ReadAhead};
 use crate::{
     config::H2Config,
     identity::{CertificateChain, Identity, IdentityError, NoIdentity, peer_identity},
     reason::FailureReason,
 };
-
-/// TLS records are read from the socket in such pieces; rustls alone would ask for 4 KiB at a time.
-pub(super) const TLS_READ: usize = 64 << 10;
 
 /// So much plaintext is encrypted before it is written to the socket; by itself rustls stops at 64
 /// KiB.
@@ -76,6 +73,14 @@ pub enum ConnectError {
         /// The cause.
         source: h2::Error,
     },
+    /// The peer did not answer the CONNECT in time.
+    #[error("{peer} did not answer within {limit:?}")]
+    NoAnswer {
+        /// The address that was dialled.
+        peer: SocketAddr,
+        /// `hbone.answer_limit`.
+        limit: Duration,
+    },
     /// The CONNECT was refused with this status.
     #[error("http status: {0}")]
     Status(StatusCode),
@@ -102,6 +107,7 @@ impl ConnectError {
             Self::Revoked { .. } => FailureReason::Revoked,
             Self::Http { .. } => FailureReason::H2Handshake,
             Self::Stream { .. } | Self::Abandoned => FailureReason::H2Stream,
+            Self::NoAnswer { .. } => FailureReason::NoAnswer,
             Self::Status(_) => FailureReason::RefusedByPeer,
             Self::Inner { source, .. } => source.reason(),
         }
@@ -117,7 +123,7 @@ impl ConnectError {
             Self::Http { .. } => "H2_HANDSHAKE_FAILURE",
             Self::Status(StatusCode::UNAUTHORIZED) => "DENY",
             Self::Inner { source, .. } => source.response_flags(),
-            Self::Stream { .. } | Self::Abandoned | Self::Status(_) => "-",
+            Self::Stream { .. } | Self::Abandoned | Self::NoAnswer { .. } | Self::Status(_) => "-",
         }
     }
 }
@@ -157,7 +163,7 @@ where
     // No name is checked or sent: the peer is who its SPIFFE id says. Sessions are kept by this
     // name, and one replica cannot resume those of another.
     let name = ServerName::IpAddress(peer.ip().to_canonical().into());
-    let tls = TlsConnector::from(tls).connect(name, BufReader::with_capacity(TLS_READ, socket));
+    let tls = TlsConnector::from(tls).connect(name, ReadAhead::new(socket));
     let late = || io::Error::new(io::ErrorKind::TimedOut, format!("not done within {HANDSHAKE_TIMEOUT:?}"));
     let tls = timeout(HANDSHAKE_TIMEOUT, tls).await.unwrap_or_else(|_| Err(late()));
     let mut tls = tls.map_err(|source| ConnectError::Tls { peer, source })?;

@@ -6,6 +6,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::{Buf, Bytes};
@@ -14,6 +15,7 @@ use http::{Request, Response, StatusCode};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     task::spawn_local,
+    time::timeout,
 };
 
 use super::{
@@ -39,7 +41,7 @@ pub(crate) struct NestedStream {
 }
 
 /// Opens a tunnel inside `outer` and sends `request` through it. The tunnel carries this one stream
-/// and ends with it; it keeps `lease` until then.
+/// and ends with it; it keeps `lease` until then. The answer may take `limit`.
 pub(crate) async fn open(
     outer: HboneStream,
     lease: StreamLease,
@@ -47,6 +49,7 @@ pub(crate) async fn open(
     tls: Arc<rustls::ClientConfig>,
     h2: &H2Config,
     request: Request<()>,
+    limit: Duration,
 ) -> Result<NestedStream, ConnectError> {
     let tunnel = client::handshake(Pipe::new(outer), peer, tls, h2).await?;
     let (driver, identity, chain) = (tunnel.driver, tunnel.identity, tunnel.chain);
@@ -60,9 +63,14 @@ pub(crate) async fn open(
         drop(lease);
     });
     let failed = |source| ConnectError::Stream { peer, source };
-    let mut requests = tunnel.requests.ready().await.map_err(failed)?;
-    let (response, send) = requests.send_request(request, false).map_err(failed)?;
-    let (head, recv) = response.await.map_err(failed)?.into_parts();
+    let answered = async {
+        let mut requests = tunnel.requests.ready().await?;
+        let (response, send) = requests.send_request(request, false)?;
+        Ok((response.await?, send))
+    };
+    let answered = timeout(limit, answered).await.map_err(|_| ConnectError::NoAnswer { peer, limit })?;
+    let (response, send) = answered.map_err(failed)?;
+    let (head, recv) = response.into_parts();
     if head.status != StatusCode::OK {
         return Err(ConnectError::Status(head.status));
     }

@@ -23,7 +23,7 @@ use h2::{Reason, client::SendRequest};
 use http::{Request, Response, StatusCode};
 use tokio::{
     task::spawn_local,
-    time::{Instant, sleep_until},
+    time::{Instant, sleep_until, timeout},
 };
 
 use super::client::{ConnectError, PeerTunnel};
@@ -135,7 +135,11 @@ impl TunnelPool {
         let mut attempt = 1;
         loop {
             let lease = self.lease(key, &dial).await?;
-            let error = match send(&lease, request.clone()).await {
+            let limit = self.0.limits.answer_limit;
+            let Ok(sent) = timeout(limit, send(&lease, request.clone())).await else {
+                return Err(Arc::new(ConnectError::NoAnswer { peer, limit }));
+            };
+            let error = match sent {
                 Ok((response, stream)) if response.status() == StatusCode::OK => {
                     return Ok((response, stream, lease));
                 }

@@ -1,12 +1,15 @@
 //! Accepts the CONNECT requests of one tunnel.
 
-use std::{future::Future, io};
+use std::{
+    future::{Future, poll_fn},
+    io,
+};
 
 use bytes::Bytes;
 use h2::{Reason, RecvStream, server::SendResponse};
 use http::{Request, Response, StatusCode};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, BufReader},
+    io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     task::JoinSet,
     time::timeout,
@@ -15,10 +18,7 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    HANDSHAKE_TIMEOUT,
-    client::{TLS_READ, TLS_WRITE},
-    keepalive::ActivityIo,
-    server_settings,
+    HANDSHAKE_TIMEOUT, client::TLS_WRITE, keepalive::ActivityIo, read_ahead::ReadAhead, server_settings,
 };
 use crate::{config::H2Config, stream::HboneStream};
 
@@ -29,7 +29,25 @@ pub(crate) struct ConnectRequest {
     respond: SendResponse<Bytes>,
 }
 
+/// The peer does not wait for the answer any more: it reset the stream, or the tunnel is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Abandoned;
+
 impl ConnectRequest {
+    /// Does `work` for the request, unless the peer gives it up first. h2 does not count a stream
+    /// that was reset, so whatever is done for it until the answer must be within this.
+    pub(crate) async fn while_wanted<T, E: From<Abandoned>>(
+        &mut self,
+        work: impl AsyncFnOnce(&Request<RecvStream>) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let Self { request, respond } = self;
+        tokio::select! {
+            biased;
+            _ = poll_fn(|cx| respond.poll_reset(cx)) => Err(Abandoned.into()),
+            done = work(request) => done,
+        }
+    }
+
     /// Answers 200; from now on the stream carries the connection.
     pub(crate) fn accept(mut self, headers: http::HeaderMap) -> Result<HboneStream, h2::Error> {
         let mut response = Response::new(());
@@ -51,9 +69,8 @@ impl ConnectRequest {
 pub(crate) async fn tls(
     socket: TcpStream,
     config: std::sync::Arc<rustls::ServerConfig>,
-) -> io::Result<TlsStream<BufReader<TcpStream>>> {
-    let socket = BufReader::with_capacity(TLS_READ, socket);
-    match timeout(HANDSHAKE_TIMEOUT, TlsAcceptor::from(config).accept(socket)).await {
+) -> io::Result<TlsStream<ReadAhead<TcpStream>>> {
+    match timeout(HANDSHAKE_TIMEOUT, TlsAcceptor::from(config).accept(ReadAhead::new(socket))).await {
         Ok(done) => done.map(|mut tls| {
             tls.get_mut().1.set_buffer_limit(Some(TLS_WRITE));
             tls
@@ -64,7 +81,8 @@ pub(crate) async fn tls(
     }
 }
 
-/// Runs `handle` for every request until the peer closes the tunnel. After `stop` it sends GOAWAY,
+/// Runs `handle` for every request until the peer closes the tunnel. As many run at once as the peer
+/// may have streams; those of streams that ended count until they are done. After `stop` it sends GOAWAY,
 /// and open streams finish. Dropping the future ends all of them.
 pub(crate) async fn serve<T, F>(
     io: T,
@@ -84,8 +102,13 @@ where
     let mut streams = JoinSet::new();
     let (mut leaving, mut result) = (false, Ok(()));
     loop {
+        let has_room = streams.len() < H2Config::STREAMS as usize;
         tokio::select! {
-            next = connection.accept() => match next {
+            // Without room for another one, it still moves the bytes of those that there are.
+            next = poll_fn(|cx| match has_room {
+                true => connection.poll_accept(cx),
+                false => connection.poll_closed(cx).map(|ended| ended.err().map(Err)),
+            }) => match next {
                 Some(Ok((request, respond))) => {
                     streams.spawn_local(handle(ConnectRequest { request, respond }));
                 }

@@ -8,6 +8,9 @@ use super::{
 };
 use crate::identity::Identity;
 
+/// Bytes of a value that are kept: as many as a Kubernetes label may have.
+const LONGEST: usize = 63;
+
 /// A peer's description of its workload. These are claims: use them for labels, never for policy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Baggage {
@@ -35,7 +38,9 @@ impl Baggage {
         let or = |claimed: Option<Arc<str>>| claimed.unwrap_or_default();
         let proven = |part: fn(&Identity) -> &Arc<str>| identity.map(part).cloned().unwrap_or_default();
         let common = Common {
-            namespace: self.namespace.unwrap_or_else(|| proven(|identity| &identity.namespace)),
+            // What is proven counts more than what is said.
+            namespace: identity
+                .map_or_else(|| or(self.namespace), |identity| Arc::clone(&identity.namespace)),
             service_account: proven(|identity| &identity.service_account),
             trust_domain: proven(|identity| &identity.trust_domain),
             cluster_id: or(self.cluster_id),
@@ -89,7 +94,7 @@ pub fn parse<'a>(lines: impl IntoIterator<Item = &'a str>) -> Baggage {
             "cloud.availability_zone" => &mut baggage.zone,
             _ => continue,
         };
-        *field = (!value.is_empty()).then(|| value.into());
+        *field = (!value.is_empty()).then(|| value[..value.floor_char_boundary(LONGEST)].into());
     }
     baggage
 }
@@ -130,5 +135,19 @@ mod tests {
         };
         assert_eq!(parse(lines), expected);
         assert_eq!(parse([]), Baggage::default());
+    }
+
+    #[test]
+    fn values_are_cut_at_the_length_of_a_label() {
+        let long = format!("service.name={}", "ä".repeat(100));
+        assert_eq!(*parse([&*long]).service_name.unwrap(), *"ä".repeat(31));
+    }
+
+    #[test]
+    fn a_proven_namespace_counts_more_than_a_claimed_one() {
+        let claimed = || parse(["k8s.namespace.name=claimed"]);
+        let identity = "spiffe://td/ns/proven/sa/web".parse().unwrap();
+        assert_eq!(&*claimed().into_workload(Some(&identity)).namespace, "proven");
+        assert_eq!(&*claimed().into_workload(None).namespace, "claimed");
     }
 }

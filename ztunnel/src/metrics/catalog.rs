@@ -99,6 +99,7 @@ pub(crate) const METRICS: &[MetricRow] = &[
     row("ztunnel_pool_connections", "gauge", NONE, "HBONE connections to peers held for reuse"),
     row("ztunnel_pool_streams", "gauge", NONE, "streams open in these connections"),
     row("ztunnel_certificate_expiration_timestamp_seconds", "gauge", &["identity"], "when the certificate of an identity expires, in seconds since 1970"),
+    row("ztunnel_panics_total", "counter", NONE, "panics in the tunnel. Each ended a connection or a query, or the process"),
     row("ztunnel_log_lines_lost_total", "counter", NONE, "log lines dropped because writing was too slow"),
     row("process_open_fds", "gauge", NONE, "open file descriptors"),
     row("process_max_fds", "gauge", NONE, "limit of open file descriptors"),
@@ -138,7 +139,7 @@ mod tests {
 
     /// A registry in which every family has a sample.
     async fn scraped() -> String {
-        let mut metrics = Metrics::new();
+        let mut metrics = Metrics::default();
         let folder = tempfile::tempdir().unwrap();
         let folder = folder.path().display().to_string();
         let config = Config::from_vars([("DEVELOPMENT_CA_DIR".to_owned(), folder)]).unwrap();
@@ -153,7 +154,7 @@ mod tests {
         metrics.runtimes.add(tokio::runtime::Handle::current().metrics());
         let end = EndLabels { region: "r".into(), zone: "z".into(), ..EndLabels::default() };
         let labels = TrafficLabels { source: end.clone(), destination: end, ..TrafficLabels::default() };
-        metrics.traffic(labels.clone());
+        metrics.traffic(labels.clone()).opened.inc();
         let failed = FailedConnection {
             at: SystemTime::now(),
             direction: "outbound",

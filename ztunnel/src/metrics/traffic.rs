@@ -3,11 +3,16 @@
 use std::{fmt, sync::Arc};
 
 use prometheus_client::{
-    encoding::{EncodeLabel, EncodeLabelSet, LabelSetEncoder},
-    metrics::gauge::Gauge,
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabel, EncodeLabelSet, LabelSetEncoder},
+    metrics::MetricType,
 };
 
-use super::U64Counter;
+use super::{
+    U64Counter,
+    label_sets::{LabelSets, Labels, OVERFLOW},
+};
+use crate::mesh::Workload;
 
 /// Istio's traffic labels. Empty values show as `unknown`, except the localities, which are left
 /// out.
@@ -98,18 +103,132 @@ impl EncodeLabelSet for TrafficLabels {
     }
 }
 
+impl Labels for TrafficLabels {
+    fn overflow(&self) -> Self {
+        let name = || Arc::<str>::from(OVERFLOW);
+        let end = EndLabels {
+            workload: name(),
+            canonical_service: name(),
+            canonical_revision: name(),
+            namespace: name(),
+            principal: name(),
+            cluster: name(),
+            region: Arc::default(),
+            zone: Arc::default(),
+        };
+        Self {
+            source: end.clone(),
+            destination: end,
+            destination_service: name(),
+            destination_service_namespace: name(),
+            destination_service_name: name(),
+            ..*self
+        }
+    }
+}
+
 /// The counters of one label set.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Traffic {
-    pub(super) labels: TrafficLabels,
     /// Connections opened.
     pub opened: U64Counter,
     /// Connections closed.
     pub closed: U64Counter,
+    /// Connections that failed.
+    pub failed: U64Counter,
     /// Bytes from the client: Istio's convention, at both reporters.
     pub received: U64Counter,
     /// Bytes to the client.
     pub sent: U64Counter,
-    /// Connections open now, of the reporter.
-    pub sockets_open: Gauge,
+}
+
+/// The traffic of all label sets.
+pub(super) type TrafficSets = LabelSets<TrafficLabels, Traffic>;
+
+type OfTraffic = fn(&Traffic) -> &U64Counter;
+
+impl Collector for TrafficSets {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let families: [(&str, &str, OfTraffic); 5] = [
+            ("connections_opened", "The total number of TCP connections opened", |t| &t.opened),
+            ("connections_closed", "The total number of TCP connections closed", |t| &t.closed),
+            ("connections_failed", "The total number of TCP connections that failed (unstable)", |t| {
+                &t.failed
+            }),
+            ("received_bytes", "The total number of bytes received from clients", |t| &t.received),
+            ("sent_bytes", "The total number of bytes sent to clients", |t| &t.sent),
+        ];
+        let sets = self.all();
+        for (name, help, counter) in families {
+            let name = format!("istio_tcp_{name}");
+            let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Counter)?;
+            for set in &sets {
+                // A set of connections that failed early was never opened, and most never fail.
+                let counts = if name.ends_with("failed") { set.failed.get() } else { set.opened.get() };
+                if counts > 0 {
+                    let value = counter(set).get();
+                    family.encode_family(&set.labels)?.encode_counter::<NoLabels, _, u64>(&value, None)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Of a counter without an exemplar.
+type NoLabels = [(&'static str, &'static str); 0];
+
+/// The client and the host looked up.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct OnDemandDnsLabels {
+    source_workload: Arc<str>,
+    source_canonical_service: Arc<str>,
+    source_canonical_revision: Arc<str>,
+    source_workload_namespace: Arc<str>,
+    source_cluster: Arc<str>,
+    hostname: Arc<str>,
+}
+
+impl OnDemandDnsLabels {
+    pub(super) fn new(source: &Workload, hostname: &Arc<str>) -> Self {
+        let or_unknown =
+            |value: &Arc<str>| if value.is_empty() { "unknown".into() } else { Arc::clone(value) };
+        Self {
+            source_workload: or_unknown(&source.workload_name),
+            source_canonical_service: or_unknown(&source.canonical_name),
+            source_canonical_revision: or_unknown(&source.canonical_revision),
+            source_workload_namespace: or_unknown(&source.namespace),
+            source_cluster: or_unknown(&source.cluster_id),
+            hostname: Arc::clone(hostname),
+        }
+    }
+}
+
+impl Labels for OnDemandDnsLabels {
+    fn overflow(&self) -> Self {
+        let name = || Arc::<str>::from(OVERFLOW);
+        Self {
+            source_workload: name(),
+            source_canonical_service: name(),
+            source_canonical_revision: name(),
+            source_workload_namespace: name(),
+            source_cluster: name(),
+            hostname: name(),
+        }
+    }
+}
+
+/// Look-ups of all label sets.
+pub(super) type OnDemandDns = LabelSets<OnDemandDnsLabels, U64Counter>;
+
+impl Collector for OnDemandDns {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let help = "The total number of look-ups of workloads that have a host name alone (unstable)";
+        let mut family = encoder.encode_descriptor("istio_on_demand_dns", help, None, MetricType::Counter)?;
+        for set in self.all() {
+            let value = set.get();
+            family.encode_family(&set.labels)?.encode_counter::<NoLabels, _, u64>(&value, None)?;
+        }
+        Ok(())
+    }
 }

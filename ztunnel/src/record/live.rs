@@ -8,11 +8,13 @@ use std::{
     time::Instant,
 };
 
+use prometheus_client::metrics::gauge::Gauge;
+
 use super::ConnectionEnds;
 use crate::{
     direction::Direction,
     metrics::{
-        Traffic,
+        LabelSet, Traffic, TrafficLabels,
         open::{ConnectionView, LiveConnection},
     },
 };
@@ -45,7 +47,8 @@ impl ByteCounters {
 #[derive(Debug)]
 pub(super) struct OpenConnection {
     /// Of the ends as they were at the opening, so that what was opened is closed.
-    pub(super) traffic: Arc<Traffic>,
+    pub(super) traffic: Arc<LabelSet<TrafficLabels, Traffic>>,
+    pub(super) sockets: Gauge,
     pub(super) ends: Mutex<ConnectionEnds>,
     pub(super) started: Instant,
     pub(super) counters: ByteCounters,

@@ -83,7 +83,7 @@ fn ends(direction: Direction) -> ConnectionEnds {
 #[test]
 fn a_record_has_istios_fields_in_their_order() {
     let log = logged(|| {
-        let record = ConnectionRecord::open(&Arc::new(Metrics::new()), ends(Direction::Outbound));
+        let record = ConnectionRecord::open(&Arc::new(Metrics::default()), ends(Direction::Outbound));
         record.counters().sent(11);
         record.counters().received(22);
         record.close(Ok(()));
@@ -105,7 +105,7 @@ fn what_is_unknown_is_left_out() {
             "10.0.0.1:40000".parse().unwrap(),
             "10.0.0.2:80".parse().unwrap(),
         );
-        ConnectionRecord::open(&Arc::new(Metrics::new()), ends).close(Ok(()));
+        ConnectionRecord::open(&Arc::new(Metrics::default()), ends).close(Ok(()));
     });
     assert_eq!(
         log,
@@ -116,7 +116,7 @@ fn what_is_unknown_is_left_out() {
 
 #[test]
 fn a_failure_is_an_error_with_its_causes() {
-    let metrics = Arc::new(Metrics::new());
+    let metrics = Arc::new(Metrics::default());
     let log = logged(|| ConnectionRecord::open(&metrics, ends(Direction::Outbound)).close(Err(&refused())));
     assert!(log.starts_with("ERROR access: connection complete "), "{log}");
     assert!(log.ends_with(" error=\"connection failed: refused\" reason=\"connect\"\n"), "{log}");
@@ -128,7 +128,7 @@ fn a_failure_is_an_error_with_its_causes() {
 
 #[test]
 fn a_record_that_nobody_closed_was_cut() {
-    let metrics = Arc::new(Metrics::new());
+    let metrics = Arc::new(Metrics::default());
     let log = logged(|| drop(ConnectionRecord::open(&metrics, ends(Direction::Inbound))));
     assert!(log.ends_with(" error=\"connection cut\" reason=\"cut\"\n"), "{log}");
     assert!(metrics.encode().unwrap().contains("reason=\"cut\"} 1"));
@@ -136,7 +136,7 @@ fn a_record_that_nobody_closed_was_cut() {
 
 #[test]
 fn who_is_denied_early_was_never_open() {
-    let metrics = Metrics::new();
+    let metrics = Metrics::default();
     let ends = ConnectionEnds::new(
         Direction::Inbound,
         "10.0.0.1:1".parse().unwrap(),
@@ -155,7 +155,7 @@ fn who_is_denied_early_was_never_open() {
 
 #[test]
 fn metrics_tell_from_the_servers_side_at_both_reporters() {
-    let metrics = Arc::new(Metrics::new());
+    let metrics = Arc::new(Metrics::default());
     for direction in [Direction::Inbound, Direction::Outbound] {
         let record = ConnectionRecord::open(&metrics, ends(direction));
         record.counters().sent(11);
@@ -193,7 +193,7 @@ fn metrics_tell_from_the_servers_side_at_both_reporters() {
 
 #[test]
 fn what_is_learnt_later_shows_in_the_record_and_leaves_the_counters_balanced() {
-    let metrics = Arc::new(Metrics::new());
+    let metrics = Arc::new(Metrics::default());
     let log = logged(|| {
         let mut early = ends(Direction::Outbound);
         early.hbone = None;
@@ -212,7 +212,7 @@ fn what_is_learnt_later_shows_in_the_record_and_leaves_the_counters_balanced() {
 
 #[test]
 fn what_is_open_is_counted_while_it_lives_and_shown_until_it_ends() {
-    let metrics = Arc::new(Metrics::new());
+    let metrics = Arc::new(Metrics::default());
     let record = ConnectionRecord::open(&metrics, ends(Direction::Outbound));
     record.counters().sent(11);
     record.counters().received(22);
@@ -241,7 +241,7 @@ fn what_is_open_is_counted_while_it_lives_and_shown_until_it_ends() {
 
 #[test]
 fn a_table_of_open_connections_shows_as_many_as_asked_and_counts_all() {
-    let metrics = Arc::new(Metrics::new());
+    let metrics = Arc::new(Metrics::default());
     let open = |_| ConnectionRecord::open(&metrics, ends(Direction::Inbound));
     let elsewhere =
         std::thread::scope(|scope| scope.spawn(|| (0..3).map(open).collect::<Vec<_>>()).join().unwrap());

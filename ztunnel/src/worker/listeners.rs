@@ -14,7 +14,7 @@ use tokio::{
     time::sleep,
 };
 
-use crate::{config::Config, socket};
+use crate::{config::Config, direction::Direction, rarely::Rarely, socket};
 
 /// The listener on which a connection arrived, which decides how it is handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +25,25 @@ pub(crate) enum ListenPort {
     Inbound,
     /// To the application, through a peer's tunnel.
     Hbone,
+}
+
+impl ListenPort {
+    /// The direction of its connections.
+    pub(crate) fn direction(self) -> Direction {
+        match self {
+            Self::Outbound => Direction::Outbound,
+            Self::Inbound | Self::Hbone => Direction::Inbound,
+        }
+    }
+
+    /// How many descriptors a connection takes at most: its own, and the one behind it. The streams
+    /// of a tunnel take theirs when they come.
+    pub(crate) fn descriptors(self) -> usize {
+        match self {
+            Self::Outbound | Self::Inbound => 2,
+            Self::Hbone => 1,
+        }
+    }
 }
 
 /// What an enrolled pod's traffic needs.
@@ -65,6 +84,9 @@ impl Listeners {
     }
 }
 
+/// All listeners of all pods fail together when the process has no descriptors left.
+static CANNOT_ACCEPT: Rarely = Rarely::every(Duration::from_secs(10));
+
 /// Listeners in use.
 #[derive(Debug)]
 pub(crate) struct ActiveListeners {
@@ -82,7 +104,9 @@ impl ActiveListeners {
                 Ok((stream, peer)) => return (port, stream, socket::canonical(peer)),
                 Err(error) if is_of_one_connection(&error) => {}
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept");
+                    if let Some(left_out) = CANNOT_ACCEPT.due() {
+                        tracing::warn!(%error, left_out, "cannot accept connections");
+                    }
                     sleep(Duration::from_millis(100)).await; // out of descriptors: at once would spin
                 }
             }

@@ -8,6 +8,7 @@ use crate::{
     hbone::{BAGGAGE, FORWARDED_NETWORK},
     identity::Identity,
     mesh::{MeshView, Workload, baggage},
+    route::is_gateway,
 };
 
 /// The peer, by its TCP connection and by its certificate.
@@ -18,7 +19,8 @@ pub(super) struct Peer<'a> {
 }
 
 /// Finds the client by its address. A request from another network (`x-forwarded-network`) has the
-/// gateway's address: then the client's own baggage counts, if it is `believed`.
+/// address of our network's gateway: then the client's own baggage counts, if it is `believed`. From
+/// any other address it is a stranger's word, and labels by strangers' words would have no end.
 pub(super) fn source(
     mesh: &MeshView<'_>,
     workload: &Workload,
@@ -30,18 +32,26 @@ pub(super) fn source(
     if from.is_none_or(|network| network.eq_ignore_ascii_case(workload.network.as_bytes())) {
         return mesh.workload_by_address(&workload.network, peer.ip).cloned();
     }
-    if !believed {
+    if !believed || !is_gateway_of(mesh, workload, peer.ip) {
         return None;
     }
     let lines = headers.get_all(BAGGAGE).iter().filter_map(|line| line.to_str().ok());
     Some(Arc::new(baggage::parse(lines).into_workload(peer.identity)))
 }
 
+/// Whether `ip` is the address of the gateway into the network of `workload`.
+fn is_gateway_of(mesh: &MeshView<'_>, workload: &Workload, ip: IpAddr) -> bool {
+    workload.network_gateway.as_ref().is_some_and(|gateway| {
+        let peer = mesh.workload_by_address(&workload.network, ip);
+        peer.is_some_and(|peer| is_gateway(mesh, peer, gateway))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::mesh::{
-        Mesh,
+        GatewayAddress, Mesh,
         tests::{but, ip, workload},
     };
 
@@ -49,24 +59,28 @@ mod tests {
     fn the_client_is_known_by_address_unless_it_comes_from_another_network() {
         let mut server = workload("web-0", "10.0.0.1");
         server.network = "East".into();
-        let near = but(workload("near-0", "10.0.0.2"), |common| common.network = "East".into());
-        let mesh = Mesh::new([server.clone(), near], [], []);
+        server.network_gateway =
+            Some(GatewayAddress { destination: "East/10.0.0.3".parse().unwrap(), hbone_mtls_port: 15008 });
+        let east = |name, ip| but(workload(name, ip), |common| common.network = "East".into());
+        let mesh =
+            Mesh::new([server.clone(), east("near-0", "10.0.0.2"), east("gateway-0", "10.0.0.3")], [], []);
         let identity = "spiffe://td/ns/shop/sa/far".parse().unwrap();
-        let known_as = |network: Option<&'static str>, believed| {
+        let known_as = |from: &str, network: Option<&'static str>, believed| {
             let mut headers = HeaderMap::new();
             if let Some(network) = network {
                 headers.insert(FORWARDED_NETWORK, HeaderValue::from_static(network));
             }
             headers.insert(BAGGAGE, HeaderValue::from_static("k8s.deployment.name=far"));
             headers.append(BAGGAGE, HeaderValue::from_static("service.name=shop,cloud.region=r"));
-            let peer = Peer { ip: ip("10.0.0.2"), identity: Some(&identity) };
+            let peer = Peer { ip: ip(from), identity: Some(&identity) };
             source(&MeshView::complete(&mesh), &server, peer, &headers, believed)
         };
         for network in [None, Some("East"), Some("eaST")] {
-            assert_eq!(&*known_as(network, true).unwrap().name, "near-0", "{network:?}");
+            assert_eq!(&*known_as("10.0.0.2", network, true).unwrap().name, "near-0", "{network:?}");
         }
         for network in [Some("west"), Some("")] {
-            let described = known_as(network, true).unwrap();
+            assert!(known_as("10.0.0.2", network, true).is_none(), "a stranger's word");
+            let described = known_as("10.0.0.3", network, true).unwrap();
             assert_eq!(
                 (&*described.workload_name, &*described.canonical_name),
                 ("far", "shop"),
@@ -77,7 +91,7 @@ mod tests {
                 ("shop", "r"),
                 "the namespace is proven"
             );
-            assert!(known_as(network, false).is_none());
+            assert!(known_as("10.0.0.3", network, false).is_none());
         }
     }
 

@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Instant};
 
 use super::tunnel::{PeerTarget, ends, open_stream, request, revoked_if_cut};
-use crate::connection::error::OutboundError;
+use crate::connection::{client::while_waiting, error::OutboundError};
 use crate::{
     context::Accepted,
     direction::Direction,
@@ -29,7 +29,8 @@ pub(super) async fn carry(
     let began = Instant::now();
     let metrics = Arc::clone(&accepted.worker.process.metrics);
     let mut ends = ends(&accepted, source, route);
-    let inner = match open(&accepted, source, route, target, inner_expected).await {
+    let opening = open(&accepted, source, route, target, inner_expected);
+    let inner = match while_waiting(&accepted.stream, opening).await {
         Ok(inner) => inner,
         Err(error) => {
             let record = ConnectionRecord::open_since(&metrics, ends, began);
@@ -78,7 +79,9 @@ async fn open(
         |source| Arc::new(ConnectError::Inner { authority: authority.to_owned(), source: Box::new(source) });
     let credentials = process.certificates.get(&source.identity()).await;
     let tls = credentials.map_err(|error| failed(ConnectError::Identity(error)))?.client(inner_expected);
-    let opened = nested::open(stream, lease, peer, tls, &process.config.h2, inner).await;
+    let opened =
+        nested::open(stream, lease, peer, tls, &process.config.h2, inner, process.config.pool.answer_limit)
+            .await;
     let inner = opened.map_err(failed)?;
     if process.revocations.is_revoked(&inner.chain) {
         process.metrics.crl.rejected(Direction::Outbound);

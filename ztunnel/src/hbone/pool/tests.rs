@@ -10,6 +10,8 @@ use crate::{config::H2Config, hbone::client};
 
 const H2: H2Config = H2Config { stream_window: 1 << 20, connection_window: 4 << 20, frame: 1 << 20 };
 
+const ANSWER_LIMIT: Duration = Duration::from_secs(15);
+
 /// What a server does with its connection.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Server {
@@ -19,6 +21,8 @@ enum Server {
     Leaves,
     /// Answers once, and breaks at the second request.
     Breaks,
+    /// Answers nothing.
+    Silent,
 }
 
 struct Bed {
@@ -29,7 +33,10 @@ struct Bed {
 impl Bed {
     fn new(max_streams: u32, idle: Duration) -> Self {
         Self {
-            pool: TunnelPool::new(config::PoolConfig { max_streams, idle }, PoolMetrics::default()),
+            pool: TunnelPool::new(
+                config::PoolConfig { max_streams, idle, answer_limit: ANSWER_LIMIT },
+                PoolMetrics::default(),
+            ),
             dials: Rc::default(),
         }
     }
@@ -56,10 +63,14 @@ impl Bed {
 
 async fn serve(io: tokio::io::DuplexStream, server: Server) {
     let mut connection = h2::server::Builder::new().handshake::<_, Bytes>(io).await.unwrap();
-    let mut streams = Vec::new();
+    let (mut streams, mut waiting) = (Vec::new(), Vec::new());
     while let Some(Ok((request, mut respond))) = connection.accept().await {
         if server == Server::Breaks && !streams.is_empty() {
             return;
+        }
+        if server == Server::Silent {
+            waiting.push((request, respond));
+            continue;
         }
         streams.push((respond.send_response(Response::new(()), false).unwrap(), request));
         if server == Server::Leaves {
@@ -137,6 +148,19 @@ async fn request_that_lost_its_tunnel_is_sent_again() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_request_that_is_not_answered_ends_and_gives_its_place_back() {
+    let test = async {
+        let bed = Bed::new(1, Duration::from_mins(5));
+        for _ in 0..3 {
+            let error = bed.open(&key("a"), Server::Silent).await.expect_err("no answer");
+            assert!(matches!(*error, ConnectError::NoAnswer { limit: ANSWER_LIMIT, .. }), "{error}");
+        }
+        assert_eq!(bed.dials.get(), 1, "the tunnel has room again");
+    };
+    local(test).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn unused_tunnel_is_closed_and_a_used_one_is_kept() {
     let test = async {
         let bed = Bed::new(100, Duration::from_mins(1));
@@ -158,7 +182,7 @@ async fn unused_tunnel_is_closed_and_a_used_one_is_kept() {
 async fn failed_handshake_fails_all_who_wait_and_is_tried_anew_for_the_next() {
     let test = async {
         let pool = TunnelPool::new(
-            config::PoolConfig { max_streams: 100, idle: Duration::from_mins(1) },
+            config::PoolConfig { max_streams: 100, idle: Duration::from_mins(1), answer_limit: ANSWER_LIMIT },
             PoolMetrics::default(),
         );
         let request = Request::builder().method(Method::CONNECT).uri("10.0.0.1:80").body(()).unwrap();
