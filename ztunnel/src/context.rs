@@ -16,6 +16,7 @@ use crate::{
     mesh::Store,
     metrics::Metrics,
     pod::ServedPod,
+    route::FailedEndpoints,
     socket,
     supervision::Supervisor,
 };
@@ -82,6 +83,8 @@ pub struct WorkerContext {
     pub(crate) process: Arc<ProcessContext>,
     pub(crate) pool: TunnelPool,
     pub(crate) resolver: HostResolver,
+    /// What its connections could not reach lately.
+    pub(crate) failed: FailedEndpoints,
 }
 
 /// A connection that was accepted for a pod.

@@ -70,6 +70,7 @@ pub struct Metrics {
     /// By reporter.
     sockets_open: [(&'static str, Gauge); 2],
     failures: Family<FailureLabels, U64Counter>,
+    retries: Family<RetryLabels, U64Counter>,
     on_demand_dns: Arc<OnDemandDns>,
     connect: Family<DirectionLabels, Histogram, fn() -> Histogram>,
     tls_handshake: Family<DirectionLabels, Histogram, fn() -> Histogram>,
@@ -132,6 +133,12 @@ struct FailureLabels {
     reason: &'static str,
 }
 
+/// Why the endpoint before failed.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RetryLabels {
+    reason: &'static str,
+}
+
 /// `inbound` or `outbound`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct DirectionLabels {
@@ -156,6 +163,7 @@ impl Metrics {
             traffic: Arc::new(LabelSets::new(label_sets)),
             sockets_open: Default::default(),
             failures: Family::default(),
+            retries: Family::default(),
             on_demand_dns: Arc::new(LabelSets::new(label_sets)),
             connect: Family::new_with_constructor(latency),
             tls_handshake: Family::new_with_constructor(latency),
@@ -199,6 +207,8 @@ impl Metrics {
         ours.register_with_unit("connect_duration", help, Unit::Seconds, connect);
         let help = "TLS handshakes that came to an end, by who began: inbound ones are a peer's";
         ours.register_with_unit("tls_handshake_duration", help, Unit::Seconds, handshake);
+        let help = "Connections tried at another endpoint, by the reason of the failure before";
+        ours.register("connect_retries", help, self.retries.clone());
         let PoolMetrics { connections, streams } = self.pool.clone();
         ours.register("pool_connections", "HBONE connections held for reuse", connections);
         ours.register("pool_streams", "Streams open in them", streams);
@@ -248,6 +258,11 @@ impl Metrics {
     /// there may be many of them.
     pub(crate) fn refused(&self, direction: &'static str, reason: FailureReason) {
         self.failures.get_or_create(&FailureLabels { direction, reason: reason.code() }).inc();
+    }
+
+    /// Counts a connection that was tried at another endpoint, because of `reason`.
+    pub(crate) fn retried(&self, reason: FailureReason) {
+        self.retries.get_or_create(&RetryLabels { reason: reason.code() }).inc();
     }
 
     /// Counts a look-up of `hostname` for a connection of `source`.

@@ -16,7 +16,7 @@ use std::{
 
 use tracing::{Level, event};
 
-use self::live::OpenConnection;
+use self::live::{Counted, OpenConnection};
 pub(crate) use self::{ends::ConnectionEnds, live::ByteCounters};
 use crate::{
     error_chain::error_chain,
@@ -64,14 +64,25 @@ impl ConnectionRecord {
             target: "access", Level::DEBUG, src.addr = %ends.source, dst.addr = %ends.destination,
             direction = ends.direction.as_str(), "connection opened"
         );
-        let (ends, counters, counted) = (Mutex::new(ends), ByteCounters::default(), Mutex::default());
-        let open = Arc::new(OpenConnection { traffic, sockets, ends, started, counters, counted });
+        let counted = Mutex::new(Counted { traffic, sent: 0, received: 0 });
+        let (ends, counters) = (Mutex::new(ends), ByteCounters::default());
+        let open = Arc::new(OpenConnection { sockets, ends, started, counters, counted });
         let slot = metrics.open.add(Arc::<OpenConnection>::clone(&open));
         Self { metrics: Arc::clone(metrics), open, slot, closed: false }
     }
 
     pub(crate) fn counters(&self) -> &ByteCounters {
         &self.open.counters
+    }
+
+    /// The connection is tried at another endpoint, before a byte was carried. It has one record; the
+    /// metrics of each endpoint count a connection, so that what was opened is closed.
+    pub(crate) fn redirect(&mut self, ends: ConnectionEnds) {
+        let traffic = self.metrics.traffic(ends.labels("-"));
+        traffic.opened.inc();
+        let before = std::mem::replace(&mut self.open.counted().traffic, traffic);
+        before.closed.inc();
+        *self.open.ends() = ends;
     }
 
     #[cfg(test)]
@@ -100,7 +111,7 @@ impl ConnectionRecord {
         self.closed = true;
         self.metrics.open.remove(self.slot);
         self.open.count();
-        self.open.traffic.closed.inc();
+        self.open.counted().traffic.closed.inc();
         self.open.sockets.dec();
         let (sent, received) = self.open.counters.totals();
         access_log::write(&self.open.ends(), sent, received, self.open.started.elapsed(), failure);

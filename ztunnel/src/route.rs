@@ -1,15 +1,17 @@
 //! Where an outbound connection goes, decided from one snapshot of the mesh.
 
+mod avoid;
 mod balance;
 mod gateways;
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
 };
 
 use rand::Rng;
 
+pub(crate) use avoid::{Avoid, FailedEndpoints};
 use gateways::Within;
 pub(crate) use gateways::is_gateway;
 
@@ -34,6 +36,18 @@ pub(crate) struct OutboundRoute {
     /// The workload's address and target port, or the original destination.
     pub target: SocketAddr,
     pub via: Via,
+}
+
+impl OutboundRoute {
+    /// What is dialled, for another connection to avoid if that fails: the port of the application,
+    /// or the tunnel of a waypoint or gateway.
+    pub(crate) fn endpoint(&self) -> SocketAddr {
+        match &self.via {
+            Via::Hbone { peer, .. } if peer.ip() != self.target.ip() => *peer,
+            Via::Gateway { peer, .. } => *peer,
+            Via::Plain | Via::Hbone { .. } => self.target,
+        }
+    }
 }
 
 /// How the target is reached.
@@ -120,8 +134,8 @@ impl RouteError {
     }
 }
 
-/// Follows `original`, the address that an application of `source` dialled. First rule that holds
-/// wins:
+/// Follows `original`, the address that an application of `source` dialled. Where there is a choice,
+/// what `avoid` names comes last, or not at all. First rule that holds wins:
 ///
 /// 1. it is a service's that `source` may know: a. with a waypoint that `source` is not itself:
 ///    there, requesting `original` b. that is passed through: as if it were no service's c. else:
@@ -132,6 +146,7 @@ pub(crate) fn outbound(
     mesh: &MeshView<'_>,
     source: &Workload,
     original: SocketAddr,
+    avoid: &Avoid<'_>,
     rng: &mut impl Rng,
 ) -> Result<OutboundDecision, RouteError> {
     let original = SocketAddr::new(original.ip().to_canonical(), original.port());
@@ -139,11 +154,11 @@ pub(crate) fn outbound(
         .service_by_vip(&source.network, original.ip())
         .filter(|service| service.is_visible_from(&source.namespace));
     if let Some(service) = service {
-        if let Some(route) = to_service_waypoint(mesh, source, service, original, rng)? {
+        if let Some(route) = to_service_waypoint(mesh, source, service, original, avoid, rng)? {
             return Ok(OutboundDecision::Route(route));
         }
         if service.load_balancing.mode != LbMode::Passthrough {
-            return to_service(mesh, source, service, original, rng);
+            return to_service(mesh, source, service, original, avoid, rng);
         }
     }
     let Some(workload) = mesh.workload_by_address(&source.network, original.ip()) else {
@@ -161,7 +176,7 @@ pub(crate) fn outbound(
         && !is_gateway(mesh, source, waypoint)
     {
         let name = || workload.name.to_string();
-        return to_waypoint(mesh, source, waypoint, original, name, rng).map(OutboundDecision::Route);
+        return to_waypoint(mesh, source, waypoint, original, name, avoid, rng).map(OutboundDecision::Route);
     }
     Ok(OutboundDecision::Route(OutboundRoute {
         service: service.cloned(),
@@ -178,6 +193,7 @@ fn to_service_waypoint(
     source: &Workload,
     service: &Arc<Service>,
     original: SocketAddr,
+    avoid: &Avoid<'_>,
     rng: &mut impl Rng,
 ) -> Result<Option<OutboundRoute>, RouteError> {
     let weighted = service.weighted_waypoints.iter();
@@ -194,7 +210,7 @@ fn to_service_waypoint(
             Some(waypoint) => Err(no_waypoint(service.key().to_string(), waypoint)),
         };
     };
-    let mut route = to_waypoint(mesh, source, waypoint, original, || service.key().to_string(), rng)?;
+    let mut route = to_waypoint(mesh, source, waypoint, original, || service.key().to_string(), avoid, rng)?;
     route.service = Some(Arc::clone(service));
     Ok(Some(route))
 }
@@ -206,9 +222,11 @@ fn to_waypoint(
     waypoint: &GatewayAddress,
     original: SocketAddr,
     destination: impl Fn() -> String,
+    avoid: &Avoid<'_>,
     rng: &mut impl Rng,
 ) -> Result<OutboundRoute, RouteError> {
-    let Some(gateway) = gateways::resolve(mesh, source, waypoint, Within::OwnNetwork, original.ip(), rng)
+    let Some(gateway) =
+        gateways::resolve(mesh, source, waypoint, Within::OwnNetwork, original.ip(), avoid, rng)
     else {
         return Err(no_waypoint(destination(), waypoint));
     };
@@ -225,6 +243,7 @@ fn to_service(
     source: &Workload,
     service: &Arc<Service>,
     original: SocketAddr,
+    avoid: &Avoid<'_>,
     rng: &mut impl Rng,
 ) -> Result<OutboundDecision, RouteError> {
     let key = service.key();
@@ -235,6 +254,11 @@ fn to_service(
     let candidates = endpoints.iter().filter_map(|endpoint| {
         let rank = balance::rank(source, &endpoint.workload, &service.load_balancing)?;
         let reach = Reach::of(endpoint, source, service, original)?;
+        let rank = match reach {
+            Reach::Here(target) => avoid.rank(rank, target)?,
+            // Its address is known later.
+            Reach::Named(..) | Reach::Beyond(_) => avoid.rank(rank, NOWHERE)?,
+        };
         Some((rank, endpoint.workload.capacity, (endpoint, reach)))
     });
     match balance::choose(candidates, rng) {
@@ -251,12 +275,15 @@ fn to_service(
             port,
         })),
         Some((endpoint, Reach::Beyond(gateway))) => {
-            to_gateway(mesh, source, service, &endpoint.workload, gateway, original, rng)
+            to_gateway(mesh, source, service, &endpoint.workload, gateway, original, avoid, rng)
                 .map(OutboundDecision::Route)
         }
         None => Err(unreachable(source, service, endpoints)),
     }
 }
+
+/// Has never failed.
+const NOWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
 
 /// Where an endpoint serves the port that was dialled.
 enum Reach<'a> {
@@ -296,9 +323,11 @@ fn to_gateway(
     endpoint: &Workload,
     address: &GatewayAddress,
     original: SocketAddr,
+    avoid: &Avoid<'_>,
     rng: &mut impl Rng,
 ) -> Result<OutboundRoute, RouteError> {
-    let Some(gateway) = gateways::resolve(mesh, source, address, Within::AnyNetwork, original.ip(), rng)
+    let Some(gateway) =
+        gateways::resolve(mesh, source, address, Within::AnyNetwork, original.ip(), avoid, rng)
     else {
         let (workload, gateway) = (endpoint.name.to_string(), address.to_string());
         return Err(RouteError::UnknownGateway { workload, gateway });

@@ -189,17 +189,24 @@ pub(crate) fn may_speak_as_others() -> bool {
         .is_ok()
 }
 
-/// The original destination: from netfilter or our getsockopt program, IPv4 then IPv6. Otherwise
-/// the local address, which is the dialled one under `sk_lookup` and TPROXY.
-pub(crate) fn original_dst(stream: &TcpStream) -> io::Result<SocketAddr> {
+/// Where a client wanted to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct OriginalDst {
+    pub address: SocketAddr,
+    /// By netfilter or our getsockopt program. Otherwise it is the local address, which is the
+    /// dialled one under `sk_lookup` and TPROXY.
+    pub is_recorded: bool,
+}
+
+/// The original destination: the recorded one, IPv4 then IPv6, or the local address.
+pub(crate) fn original_dst(stream: &TcpStream) -> io::Result<OriginalDst> {
     let socket = SockRef::from(stream);
     let recorded = |answer: io::Result<socket2::SockAddr>| {
         answer.ok().and_then(|a| a.as_socket()).filter(|a| !a.ip().is_unspecified() && a.port() != 0)
     };
     let local = stream.local_addr()?;
-    Ok(canonical(
-        recorded(socket.original_dst_v4()).or_else(|| recorded(socket.original_dst_v6())).unwrap_or(local),
-    ))
+    let found = recorded(socket.original_dst_v4()).or_else(|| recorded(socket.original_dst_v6()));
+    Ok(OriginalDst { address: canonical(found.unwrap_or(local)), is_recorded: found.is_some() })
 }
 
 /// Converts `::ffff:a.b.c.d`, as a dual-stack listener sees IPv4, to the IPv4 address. A link-local
@@ -284,7 +291,8 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         let _client = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
         let (server, _) = listener.accept().await.unwrap();
-        assert_eq!(original_dst(&server).unwrap(), SocketAddr::from(([127, 0, 0, 1], port)));
+        let local = SocketAddr::from(([127, 0, 0, 1], port));
+        assert_eq!(original_dst(&server).unwrap().address, local);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use crate::{
     lookup::HostResolver,
     pod::ServedPod,
     reason::FailureReason,
+    route::FailedEndpoints,
     socket,
     threads::{PodThread, finish_all, report_panic},
     worker::listeners::{ActiveListeners, ListenPort, Listeners},
@@ -46,6 +47,7 @@ impl Workers {
                 let worker = Rc::new(WorkerContext {
                     pool: TunnelPool::new(process.config.pool, process.metrics.pool.clone()),
                     resolver: HostResolver::new(&process.config.dns.upstream),
+                    failed: FailedEndpoints::default(),
                     process,
                 });
                 move |pod, listeners| serve_pod(Rc::clone(&worker), pod, listeners)

@@ -6,7 +6,11 @@ use http::{Method, StatusCode};
 
 use crate::{
     discovery::demand::UnresolvedName,
-    hbone::{InvalidTarget, client::ConnectError, server::Abandoned},
+    hbone::{
+        InvalidTarget,
+        client::{ConnectError, is_of_peer},
+        server::Abandoned,
+    },
     identity::IdentityError,
     lookup::LookupError,
     policy::Denied,
@@ -51,6 +55,18 @@ pub(crate) enum OutboundError {
 impl From<ClientLeft> for OutboundError {
     fn from(ClientLeft: ClientLeft) -> Self {
         Self::ClientLeft
+    }
+}
+
+impl OutboundError {
+    /// Whether another endpoint may be reached although this one was not. Nothing of the client was
+    /// sent by then.
+    pub(super) fn is_of_endpoint(&self) -> bool {
+        match self {
+            Self::Dial(error) => is_of_peer(error),
+            Self::Hbone(error) => error.is_of_peer(),
+            _ => false,
+        }
     }
 }
 

@@ -16,7 +16,8 @@ use crate::{
 /// A connection that was captured on 15006.
 pub(crate) async fn serve(accepted: Accepted) {
     let client = accepted.client;
-    let Ok(target) = socket::original_dst(&accepted.stream) else { return socket::reset(accepted.stream) };
+    let Ok(original) = socket::original_dst(&accepted.stream) else { return socket::reset(accepted.stream) };
+    let target = original.address;
     let (worker, pod) = (Rc::clone(&accepted.worker), Arc::clone(&accepted.pod));
     let metrics = &worker.process.metrics;
     let subject = Subject::new(&worker.process, &pod, client.ip(), None, target);

@@ -1,71 +1,118 @@
 //! Follows one connection that an application of a served pod makes: where did it want to go, who
 //! is that, and by which way; then copies until it ends.
+//!
+//! If an endpoint cannot be connected, another one of the service is tried, as long as a connect may
+//! take. Nothing that the client said was sent by then.
 
 mod gateway;
+mod server;
 mod tunnel;
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{io, net::SocketAddr, sync::Arc, time::Instant};
 
-use tokio::net::TcpStream;
+use tracing::debug;
 
-use self::tunnel::{PeerTarget, ends, open_stream, request, revoked_if_cut};
+use self::{server::connect, tunnel::ends};
 use super::{client::while_waiting, error::OutboundError};
 use crate::{
     context::Accepted,
     direction::Direction,
-    hbone::client::ConnectError,
     mesh::{MeshView, Workload},
-    record::{ByteCounters, ConnectionEnds, ConnectionFailure, ConnectionRecord, record_early_failure},
-    route::{self, OutboundDecision, OutboundRoute, Via},
+    record::{ConnectionEnds, ConnectionFailure, ConnectionRecord, record_early_failure},
+    route::{self, Avoid, OutboundDecision, OutboundRoute, Via},
     socket,
-    stream::{self, SocketIs},
     workload_lookup::{ensure_known, own_workload},
 };
 
+/// How many endpoints one connection is tried at. A client must not cause a connect to each of a
+/// thousand.
+const MOST_ENDPOINTS: usize = 4;
+
 /// A connection that was captured on 15001.
 pub(crate) async fn serve(accepted: Accepted) {
-    let client = accepted.client;
+    let (client, began) = (accepted.client, Instant::now());
+    let process = Arc::clone(&accepted.worker.process);
     let local = accepted.stream.local_addr().map_or(client, socket::canonical);
-    let original = socket::original_dst(&accepted.stream).map_err(OutboundError::OriginalDst);
+    let original = original_dst(&accepted);
     let dialled = *original.as_ref().unwrap_or(&local);
     let planned = match original {
-        Ok(original) => while_waiting(&accepted.stream, plan(&accepted, original)).await,
+        Ok(original) => while_waiting(&accepted.stream, plan(&accepted, original, &[])).await,
         Err(error) => Err(error),
     };
-    let (source, route) = match planned {
+    let (mut source, mut route) = match planned {
         Ok(planned) => planned,
         Err(error) => {
             let ends = ConnectionEnds::new(Direction::Outbound, client, dialled);
-            record_early_failure(&accepted.worker.process.metrics, &ends, &error);
+            record_early_failure(&process.metrics, &ends, &error);
             return socket::reset(accepted.stream);
         }
     };
-    let metrics = Arc::clone(&accepted.worker.process.metrics);
-    let open = || ConnectionRecord::open(&metrics, ends(&accepted, &source, &route));
-    let (record, result) = match &route.via {
-        Via::Plain => {
-            let record = open();
-            let result = plain(accepted, route.target, record.counters()).await;
-            (record, result)
+    // Through a gateway only the answer tells who the server is: then the record is opened after it.
+    let open = |source: &Arc<Workload>, route: &OutboundRoute| {
+        let known = !matches!(route.via, Via::Gateway { .. });
+        known.then(|| ConnectionRecord::open(&process.metrics, ends(&accepted, source, route)))
+    };
+    let mut record = open(&source, &route);
+    let mut connected = while_waiting(&accepted.stream, connect(&accepted, &source, &route)).await;
+    let mut tried = Vec::new();
+    while let Err(error) = &connected
+        && error.is_of_endpoint()
+    {
+        accepted.worker.failed.add(route.endpoint());
+        tried.push(route.endpoint());
+        if tried.len() == MOST_ENDPOINTS || began.elapsed() >= socket::CONNECT_TIMEOUT {
+            break;
         }
-        Via::Hbone { peer, authority, expected } => {
-            let record = open();
-            let target = PeerTarget { peer: *peer, authority, expected };
-            let result = hbone(accepted, &source, &route, &target, record.counters()).await;
-            (record, result)
+        let next = match while_waiting(&accepted.stream, plan(&accepted, dialled, &tried)).await {
+            Ok(next) if !tried.contains(&next.1.endpoint()) => next,
+            // There is no other one. What the client is told is why the first ones failed.
+            _ => break,
+        };
+        debug!(src.addr = %client, failed = %route.endpoint(), next = %next.1.endpoint(), %error, "trying another endpoint");
+        process.metrics.retried(error.reason());
+        (source, route) = next;
+        match &mut record {
+            Some(record) => record.redirect(ends(&accepted, &source, &route)),
+            None => record = open(&source, &route),
         }
-        Via::Gateway { peer, authority, expected, inner_expected } => {
-            let target = PeerTarget { peer: *peer, authority, expected };
-            return gateway::carry(accepted, &source, &route, &target, inner_expected).await;
+        connected = while_waiting(&accepted.stream, connect(&accepted, &source, &route)).await;
+    }
+    let mut ends = ends(&accepted, &source, &route);
+    let result = match connected {
+        Ok(server) => {
+            accepted.worker.failed.remove(route.endpoint());
+            server.describe(&process, &mut ends);
+            let record =
+                record.get_or_insert_with(|| ConnectionRecord::open_since(&process.metrics, ends, began));
+            server.carry(accepted, record.counters()).await
+        }
+        Err(error) => {
+            record.get_or_insert_with(|| ConnectionRecord::open_since(&process.metrics, ends, began));
+            // It was accepted before the destination was known to be reachable.
+            socket::reset(accepted.stream);
+            Err(error)
         }
     };
-    record.close(result.as_ref().copied().map_err(|error| error as &dyn ConnectionFailure));
+    if let Some(record) = record {
+        record.close(result.as_ref().copied().map_err(|error| error as &dyn ConnectionFailure));
+    }
 }
 
-/// From which workload to where, and how.
+/// What the application dialled.
+fn original_dst(accepted: &Accepted) -> Result<SocketAddr, OutboundError> {
+    let original = socket::original_dst(&accepted.stream).map_err(OutboundError::OriginalDst)?;
+    // Nobody recorded one, and it was not kept either, as TPROXY does.
+    if !original.is_recorded && original.address.port() == accepted.worker.process.config.ports.outbound {
+        return Err(OutboundError::OriginalDst(io::ErrorKind::NotFound.into()));
+    }
+    Ok(original.address)
+}
+
+/// From which workload to where, and how. Not to what was `tried`, if there is another way.
 async fn plan(
     accepted: &Accepted,
     original: SocketAddr,
+    tried: &[SocketAddr],
 ) -> Result<(Arc<Workload>, OutboundRoute), OutboundError> {
     let process = &accepted.worker.process;
     let (mesh, source) = own_workload(process, &accepted.pod).await?;
@@ -77,7 +124,8 @@ async fn plan(
     {
         return Err(OutboundError::Recursive);
     }
-    let rule = |view: &MeshView<'_>| route::outbound(view, &source, original, &mut rand::rng());
+    let avoid = Avoid { tried, failed: Some(&accepted.worker.failed) };
+    let rule = |view: &MeshView<'_>| route::outbound(view, &source, original, &avoid, &mut rand::rng());
     let (_, found) = ensure_known(process, &accepted.pod, mesh, rule).await?;
     let route = match found? {
         OutboundDecision::Route(route) => route,
@@ -89,63 +137,4 @@ async fn plan(
         }
     };
     Ok((source, route))
-}
-
-async fn plain(accepted: Accepted, target: SocketAddr, counters: &ByteCounters) -> Result<(), OutboundError> {
-    let (metrics, began) = (Arc::clone(&accepted.worker.process.metrics), Instant::now());
-    let limits = accepted.worker.process.config.limits;
-    match while_waiting(&accepted.stream, dial(&accepted, target)).await {
-        Ok(server) => {
-            metrics.connected(Direction::Outbound.as_str(), began.elapsed());
-            Ok(stream::relay(accepted.stream, server, counters, limits, std::future::pending()).await?)
-        }
-        Err(error) => refuse(accepted, error),
-    }
-}
-
-async fn hbone(
-    accepted: Accepted,
-    source: &Workload,
-    route: &OutboundRoute,
-    target: &PeerTarget<'_>,
-    counters: &ByteCounters,
-) -> Result<(), OutboundError> {
-    let (metrics, began) = (Arc::clone(&accepted.worker.process.metrics), Instant::now());
-    let opening = async {
-        let request = request(&accepted, source, route, target.authority, None)?;
-        open_stream(&accepted, source, &request, target).await
-    };
-    match while_waiting(&accepted.stream, opening).await {
-        Ok((stream, lease)) => {
-            metrics.connected(Direction::Outbound.as_str(), began.elapsed());
-            let process = Arc::clone(&accepted.worker.process);
-            // A tunnel that must end takes connections for a moment still.
-            if process.revocations.is_revoked(lease.chain()) {
-                return refuse(accepted, Arc::new(ConnectError::Revoked { peer: target.peer }).into());
-            }
-            let revoked = process.revocations.until_revoked(lease.chain().clone());
-            let done = stream::tunnel(
-                accepted.stream,
-                stream,
-                SocketIs::Client,
-                counters,
-                process.config.limits,
-                revoked,
-            )
-            .await;
-            done.map_err(|error| revoked_if_cut(error, target.peer))
-        }
-        Err(error) => refuse(accepted, error),
-    }
-}
-
-/// The connection was accepted before the destination was known to be reachable: reset it.
-fn refuse(accepted: Accepted, error: OutboundError) -> Result<(), OutboundError> {
-    socket::reset(accepted.stream);
-    Err(error)
-}
-
-async fn dial(accepted: &Accepted, target: SocketAddr) -> Result<TcpStream, OutboundError> {
-    let pod = &accepted.pod;
-    socket::connect(&pod.netns, target, None, &pod.socket).await.map_err(OutboundError::Dial)
 }

@@ -113,6 +113,22 @@ impl ConnectError {
         }
     }
 
+    /// Whether it is this peer that cannot be reached, or cannot reach the application. Others may.
+    pub(crate) fn is_of_peer(&self) -> bool {
+        match self {
+            Self::Tcp { source, .. } => is_of_peer(source),
+            Self::Tls { .. }
+            | Self::Revoked { .. }
+            | Self::Http { .. }
+            | Self::Stream { .. }
+            | Self::NoAnswer { .. } => true,
+            // Any other status is an answer, such as that policy forbids it.
+            Self::Status(status) => status.is_server_error(),
+            Self::Inner { source, .. } => source.is_of_peer(),
+            Self::Identity(_) | Self::Abandoned => false,
+        }
+    }
+
     /// Istio's flags for it.
     pub fn response_flags(&self) -> &'static str {
         match self {
@@ -126,6 +142,13 @@ impl ConnectError {
             Self::Stream { .. } | Self::Abandoned | Self::NoAnswer { .. } | Self::Status(_) => "-",
         }
     }
+}
+
+/// Whether a connect failed at the other end, and not for lack of something here.
+pub(crate) fn is_of_peer(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionRefused, ConnectionReset, HostUnreachable, NetworkUnreachable, TimedOut};
+    let kinds = [ConnectionRefused, ConnectionReset, HostUnreachable, NetworkUnreachable, TimedOut];
+    kinds.contains(&error.kind())
 }
 
 /// A tunnel that was just opened. It lives as long as `driver` is polled, which ends when every

@@ -94,6 +94,7 @@ pub(crate) const METRICS: &[MetricRow] = &[
     row("workload_manager_proxies_started_total", "counter", NONE, "pods whose serving began"),
     row("workload_manager_proxies_stopped_total", "counter", NONE, "pods whose serving ended"),
     row("ztunnel_connection_failures_total", "counter", &["direction", "reason"], "failed connections by [reason](reasons.md)"),
+    row("ztunnel_connect_retries_total", "counter", &["reason"], "connections tried at another endpoint of their service, by the [reason](reasons.md) why the one before failed"),
     row("ztunnel_connect_duration_seconds", "histogram", &["direction"], "time from the routing decision until the destination was connected"),
     row("ztunnel_tls_handshake_duration_seconds", "histogram", &["direction"], "duration of TLS handshakes, failed ones too; `inbound`: begun by a peer"),
     row("ztunnel_pool_connections", "gauge", NONE, "HBONE connections to peers held for reuse"),
@@ -164,6 +165,7 @@ mod tests {
             error: String::new(),
         };
         metrics.failed(&labels, failed);
+        metrics.retried(FailureReason::Connect);
         metrics.connected("outbound", Duration::ZERO);
         metrics.tls_handshake("outbound", Duration::ZERO);
         metrics.on_demand_dns(&Workload::default(), &"host".into());

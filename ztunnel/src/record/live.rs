@@ -46,30 +46,41 @@ impl ByteCounters {
 /// An open connection, as the table of open connections holds it.
 #[derive(Debug)]
 pub(super) struct OpenConnection {
-    /// Of the ends as they were at the opening, so that what was opened is closed.
-    pub(super) traffic: Arc<LabelSet<TrafficLabels, Traffic>>,
     pub(super) sockets: Gauge,
     pub(super) ends: Mutex<ConnectionEnds>,
     pub(super) started: Instant,
     pub(super) counters: ByteCounters,
-    /// What the metrics know already: sent and received. Whoever holds it counts.
-    pub(super) counted: Mutex<(u64, u64)>,
+    /// Whoever holds it counts.
+    pub(super) counted: Mutex<Counted>,
+}
+
+/// What the metrics know of a connection.
+#[derive(Debug)]
+pub(super) struct Counted {
+    /// Of the ends as they were at the opening, so that what was opened is closed.
+    pub(super) traffic: Arc<LabelSet<TrafficLabels, Traffic>>,
+    pub(super) sent: u64,
+    pub(super) received: u64,
 }
 
 impl OpenConnection {
     pub(super) fn ends(&self) -> MutexGuard<'_, ConnectionEnds> {
         self.ends.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    pub(super) fn counted(&self) -> MutexGuard<'_, Counted> {
+        self.counted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl LiveConnection for OpenConnection {
     fn count(&self) {
-        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counted = self.counted();
         let (sent, received) = self.counters.totals();
         // Istio counts metrics from the server's side, and logs from the client's.
-        self.traffic.received.inc_by(sent - counted.0);
-        self.traffic.sent.inc_by(received - counted.1);
-        *counted = (sent, received);
+        counted.traffic.received.inc_by(sent - counted.sent);
+        counted.traffic.sent.inc_by(received - counted.received);
+        (counted.sent, counted.received) = (sent, received);
     }
 
     fn view(&self) -> ConnectionView {

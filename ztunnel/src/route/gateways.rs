@@ -7,7 +7,7 @@ use std::{
 
 use rand::Rng;
 
-use super::balance;
+use super::{Avoid, balance};
 use crate::{
     identity::Identity,
     mesh::{GatewayAddress, GatewayDestination, MeshView, NamedGateway, Workload, services::IpFamilies},
@@ -52,6 +52,7 @@ pub(super) fn resolve(
     gateway: &GatewayAddress,
     within: Within,
     like: IpAddr,
+    avoid: &Avoid<'_>,
     rng: &mut impl Rng,
 ) -> Option<Gateway> {
     let port = gateway.hbone_mtls_port;
@@ -80,6 +81,7 @@ pub(super) fn resolve(
                     // A gateway takes HBONE whether or not its service lists that port.
                     let peer = SocketAddr::new(ip, endpoint.target_port(service, port).unwrap_or(port));
                     let rank = balance::rank(client, workload, &service.load_balancing)?;
+                    let rank = avoid.rank(rank, peer)?;
                     Some((rank, workload.capacity, (workload, peer)))
                 });
             let (workload, peer) = balance::choose(candidates, rng)?;

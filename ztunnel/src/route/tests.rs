@@ -45,9 +45,11 @@ fn outbound(
     original: SocketAddr,
     rng: &mut impl Rng,
 ) -> Result<OutboundRoute, RouteError> {
-    super::outbound(&MeshView::complete(mesh), source, original, rng).map(|outbound| match outbound {
-        OutboundDecision::Route(route) => route,
-        OutboundDecision::Unlocated(unlocated) => panic!("{unlocated:?}"),
+    super::outbound(&MeshView::complete(mesh), source, original, &Avoid::default(), rng).map(|outbound| {
+        match outbound {
+            OutboundDecision::Route(route) => route,
+            OutboundDecision::Unlocated(unlocated) => panic!("{unlocated:?}"),
+        }
     })
 }
 
@@ -303,9 +305,14 @@ fn an_endpoint_known_by_name_alone_is_to_be_looked_up() {
     };
     let mesh = mesh(named, ["10.0.0.1"]);
     let (client, mut rng) = (workload("client", "10.0.9.9"), StdRng::seed_from_u64(7));
-    let found =
-        super::outbound(&MeshView::complete(&mesh), &client, "10.96.0.1:80".parse().unwrap(), &mut rng)
-            .unwrap();
+    let found = super::outbound(
+        &MeshView::complete(&mesh),
+        &client,
+        "10.96.0.1:80".parse().unwrap(),
+        &Avoid::default(),
+        &mut rng,
+    )
+    .unwrap();
     let OutboundDecision::Unlocated(unlocated) = found else { panic!("{found:?}") };
     assert_eq!(&*unlocated.hostname, "db.example");
     let route = unlocated.located(ip("192.0.2.7"));

@@ -260,3 +260,59 @@ fn a_pod_with_many_connections_leaves_room_for_its_neighbours() {
     drop(many);
     wait_for("room again", || !open(&greedy, 1).is_empty());
 }
+fn two_endpoints(mesh: &mut TunnelMesh, of: impl Fn(&mut TunnelMesh, &str) -> MeshPod) -> [MeshPod; 2] {
+    mesh.services.push_str(
+        "- name: web\n  namespace: demo\n  hostname: web.demo.svc.cluster.local\n  vips: [\"/10.96.0.1\"]\n  \
+         ports: {80: 8080}\n",
+    );
+    ["web-0", "web-1"].map(|name| {
+        let pod = of(mesh, name);
+        mesh.add_to_last_workload("  services:\n    demo/web.demo.svc.cluster.local: {}\n");
+        pod
+    })
+}
+
+/// One of the two does not listen.
+#[test]
+#[ignore = "needs root: make test"]
+fn a_refused_connection_is_tried_at_another_endpoint() {
+    for meshed in [true, false] {
+        let mut mesh = TunnelMesh::new();
+        let client = mesh.enrolled("a", "client");
+        let [broken, sound] =
+            two_endpoints(
+                &mut mesh,
+                |mesh, name| {
+                    if meshed { mesh.enrolled("b", name) } else { mesh.plain("b", name) }
+                },
+            );
+        sound.serve_double_echo(8080);
+        let a = mesh.node("a", &[&client]);
+        let served: &[_] = if meshed { &[&broken, &sound] } else { &[] };
+        let _b = mesh.node("b", served);
+        for n in 0..30 {
+            let mut stream = client.netns.connect(([10, 96, 0, 1], 80));
+            let greeting = read_line(&mut stream);
+            assert!(greeting.is_ok(), "connection {n}, meshed: {meshed}: {greeting:?}");
+        }
+        let retried = a.metric("ztunnel_connect_retries_total", &["reason"]).unwrap_or(0);
+        // What failed is avoided for a moment: not half of all.
+        assert!((1..10).contains(&retried), "{retried} of 30 were tried again, meshed: {meshed}");
+        let records = a.records(30, &["\"direction\":\"outbound\""]);
+        assert!(records.iter().all(|record| record["dst.workload"] == "web-1"), "{records:?}");
+    }
+}
+
+/// Both refuse: each is tried once, and the client hears of it.
+#[test]
+#[ignore = "needs root: make test"]
+fn a_connection_that_all_endpoints_refuse_is_refused() {
+    let mut mesh = TunnelMesh::new();
+    let client = mesh.enrolled("a", "client");
+    let pods = two_endpoints(&mut mesh, |mesh, name| mesh.enrolled("b", name));
+    let a = mesh.node("a", &[&client]);
+    let _b = mesh.node("b", &[&pods[0], &pods[1]]);
+    assert_eq!(client.netns.refusal(([10, 96, 0, 1], 80)), ErrorKind::ConnectionReset);
+    assert_eq!(a.metric("ztunnel_connect_retries_total", &["reason"]), Some(1));
+    assert_eq!(a.records(1, &["\"direction\":\"outbound\""]).len(), 1, "one record for one connection");
+}

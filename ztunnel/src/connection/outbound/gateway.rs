@@ -1,73 +1,42 @@
 //! The way into another network: a tunnel to its gateway and, within it, one to an endpoint that
 //! the gateway chooses.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
-use super::tunnel::{PeerTarget, ends, open_stream, request, revoked_if_cut};
-use crate::connection::{client::while_waiting, error::OutboundError};
+use super::tunnel::{PeerTarget, open_stream, request};
+use crate::connection::error::OutboundError;
 use crate::{
-    context::Accepted,
+    context::{Accepted, ProcessContext},
     direction::Direction,
-    hbone::{BAGGAGE, client::ConnectError, nested},
+    hbone::{
+        BAGGAGE,
+        client::ConnectError,
+        nested::{self, NestedStream},
+    },
     identity::Identity,
     mesh::{Workload, baggage},
-    record::{ConnectionFailure, ConnectionRecord},
+    record::ConnectionEnds,
     route::OutboundRoute,
-    socket,
-    stream::{self, SocketIs},
 };
 
-/// Follows the connection to its end. Who answers is known only from its answer, so the record is
-/// opened after it.
-pub(super) async fn carry(
-    accepted: Accepted,
-    source: &Arc<Workload>,
-    route: &OutboundRoute,
-    target: &PeerTarget<'_>,
-    inner_expected: &[Identity],
-) {
-    let began = Instant::now();
-    let metrics = Arc::clone(&accepted.worker.process.metrics);
-    let mut ends = ends(&accepted, source, route);
-    let opening = open(&accepted, source, route, target, inner_expected);
-    let inner = match while_waiting(&accepted.stream, opening).await {
-        Ok(inner) => inner,
-        Err(error) => {
-            let record = ConnectionRecord::open_since(&metrics, ends, began);
-            socket::reset(accepted.stream);
-            return record.close(Err(&error));
-        }
-    };
-    metrics.connected(Direction::Outbound.as_str(), began.elapsed());
-    if accepted.worker.process.config.response_baggage {
+/// Who answered, in the words of the answer.
+pub(super) fn describe(process: &ProcessContext, inner: &NestedStream, ends: &mut ConnectionEnds) {
+    if process.config.response_baggage {
         let lines = inner.response.headers().get_all(BAGGAGE).iter();
         let described = baggage::parse(lines.filter_map(|value| value.to_str().ok()));
         ends.destination_workload = Some(Arc::new(described.into_workload(inner.identity.as_ref())));
     }
-    ends.destination_identity = inner.identity;
-    let record = ConnectionRecord::open_since(&metrics, ends, began);
-    let process = Arc::clone(&accepted.worker.process);
-    let revoked = process.revocations.until_revoked(inner.chain);
-    let result = stream::tunnel(
-        accepted.stream,
-        inner.stream,
-        SocketIs::Client,
-        record.counters(),
-        process.config.limits,
-        revoked,
-    )
-    .await;
-    let result = result.map_err(|error| revoked_if_cut(error, target.peer));
-    record.close(result.as_ref().copied().map_err(|error| error as &dyn ConnectionFailure));
+    ends.destination_identity.clone_from(&inner.identity);
 }
 
-async fn open(
+/// The stream to the endpoint that the gateway chose.
+pub(super) async fn open(
     accepted: &Accepted,
     source: &Workload,
     route: &OutboundRoute,
     target: &PeerTarget<'_>,
     inner_expected: &[Identity],
-) -> Result<nested::NestedStream, OutboundError> {
+) -> Result<NestedStream, OutboundError> {
     let PeerTarget { peer, authority, .. } = *target;
     let process = &accepted.worker.process;
     let outer = request(accepted, source, route, authority, None)?;

@@ -5,7 +5,13 @@ use super::*;
 /// What is missing to route a connection to `to`.
 fn missed(mesh: &Mesh, to: &str) -> Vec<String> {
     let (view, mut rng) = (MeshView::on_demand(mesh), StdRng::seed_from_u64(7));
-    let _ = super::super::outbound(&view, &workload("client", "10.0.9.9"), to.parse().unwrap(), &mut rng);
+    let _ = super::super::outbound(
+        &view,
+        &workload("client", "10.0.9.9"),
+        to.parse().unwrap(),
+        &Avoid::default(),
+        &mut rng,
+    );
     view.into_missed()
 }
 
