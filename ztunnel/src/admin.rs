@@ -22,7 +22,7 @@ use std::{
 use axum::{
     Json, Router,
     extract::{Query, Request, State},
-    http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
+    http::{HeaderMap, HeaderValue, StatusCode, Uri, header, uri::Authority},
     middleware::{self, Next},
     response::{Html, IntoResponse, Response},
     routing::{get, post},
@@ -128,7 +128,7 @@ impl Servers {
             .route("/quitquitquit", post(quit))
             .route("/debug/pprof/profile", get(profile::cpu))
             .route("/debug/pprof/heap", get(profile::heap))
-            .route("/debug/pprof/heap/profiling", get(profile::heap_profiling).post(profile::heap_profiling))
+            .route("/debug/pprof/heap/profiling", get(profile::heap_state).post(profile::heap_profiling))
             .layer(CompressionLayer::new())
             .layer(middleware::from_fn(refuse_other_sites))
             .with_state(Arc::new(admin));
@@ -198,14 +198,24 @@ async fn config_dump(State(admin): State<Arc<Admin>>) -> Response {
     }
 }
 
-/// Refuses requests that a browser sends from another site, which it marks with `Origin`. Other
-/// clients send none.
+/// Refuses requests that a browser sends from another site. It marks them with `Origin`, or with
+/// `Sec-Fetch-Site` if they change nothing; other clients send neither. A site whose name was made to
+/// point at loopback sends its own name as `Host`.
 async fn refuse_other_sites(request: Request, next: Next) -> Response {
     let own = |origin: &HeaderValue| {
         let uri = origin.to_str().ok().and_then(|origin| origin.parse::<Uri>().ok());
         uri.and_then(|uri| uri.host().map(is_loopback)).unwrap_or(false)
     };
-    if request.headers().get(header::ORIGIN).is_some_and(|origin| !own(origin)) {
+    let headers = request.headers();
+    let own_host = |host: &HeaderValue| {
+        let authority = host.to_str().ok().and_then(|host| host.parse::<Authority>().ok());
+        authority.is_some_and(|authority| is_loopback(authority.host()))
+    };
+    let from_here = |site: &HeaderValue| matches!(site.as_bytes(), b"same-origin" | b"none");
+    if headers.get(header::ORIGIN).is_some_and(|origin| !own(origin))
+        || headers.get("sec-fetch-site").is_some_and(|site| !from_here(site))
+        || headers.get(header::HOST).is_some_and(|host| !own_host(host))
+    {
         return (StatusCode::FORBIDDEN, "requests from other sites are refused\n").into_response();
     }
     next.run(request).await

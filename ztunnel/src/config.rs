@@ -157,8 +157,8 @@ impl PortsConfig {
     /// go in circles.
     #[must_use]
     pub fn is_own(&self, port: u16) -> bool {
-        // 15080: where Istio's tunnel may offer SOCKS.
-        [self.outbound, self.inbound, self.hbone, 15080].contains(&port)
+        // 15053: DNS. 15080: where Istio's tunnel may offer SOCKS.
+        [self.outbound, self.inbound, self.hbone, 15053, 15080].contains(&port)
     }
 }
 

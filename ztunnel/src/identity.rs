@@ -13,6 +13,7 @@ mod certificates;
 mod clock;
 mod credentials;
 mod development_ca;
+mod expiry;
 mod revocations;
 mod slot;
 mod trust;
@@ -22,6 +23,7 @@ use std::{fmt, str::FromStr, sync::Arc};
 pub use ca_client::credentials_from_response;
 pub use certificates::{AccountLease, CertificateInfo, Certificates};
 pub use credentials::Credentials;
+pub use expiry::{first_expiry, until};
 pub use revocations::{CertificateChain, Revocations, RevocationsError};
 pub use trust::{NoIdentity, TlsParameters, peer_identity};
 

@@ -151,15 +151,8 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
         let watching = local_file::watch(path.clone(), defaults, store, end.clone());
         services.spawn(watch().watch("the watch of the mesh file", watching));
     }
-    let serving = async {
-        // Who serves a pod before the policies are known would serve it without.
-        match stop.run_until_cancelled(store.until_known()).await {
-            Some(_) => serve_pods(&config, &mut pods, &mut pods_ready, &stop).await,
-            None => Ok(()),
-        }
-    };
     let ended_early = tokio::select! {
-        served = serving => served.map(|()| None)?,
+        served = serve_pods(&config, &store, &mut pods, &mut pods_ready, &stop) => served.map(|()| None)?,
         ended = supervisor.ended_early() => Some(ended),
     };
     if let Some(ended) = &ended_early {
@@ -174,19 +167,21 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
     services.shutdown().await;
     signals.abort();
     info!("stopped");
-    match ended_early {
-        Some(ended) => Err(anyhow!("{ended}")),
-        None => Ok(()),
-    }
+    ended_early.map_or(Ok(()), |ended| Err(anyhow!("{ended}")))
 }
 
 /// Serves the pods that this process is for until `stop`.
 async fn serve_pods(
     config: &Config,
+    store: &Store,
     pods: &mut ServedPods,
     ready: &mut ReadyGuard,
     stop: &CancellationToken,
 ) -> Result<()> {
+    // Who serves a pod before the policies are known would serve it without.
+    if stop.run_until_cancelled(store.until_known()).await.is_none() {
+        return Ok(());
+    }
     match config.mode.clone() {
         ProxyMode::Shared => {
             if let Some(OwnPod { name, namespace, service_account }) = config.own_pod.clone()

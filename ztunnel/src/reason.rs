@@ -118,6 +118,9 @@ reasons! {
     NoWaypoint = "no_waypoint", Passes,
         "the destination's waypoint is unknown or has no healthy endpoint in the pod's network",
         "Check that the waypoint's pods are ready. Traffic never bypasses a waypoint.";
+    NotOwnAddress = "not_own_address", Stays,
+        "a plaintext connection that came to the pod is for an address that is not the pod's",
+        "A neighbour on the pod's network sends it the traffic of others. If the address is the pod's, add it to its interface.";
     PolicyChange = "policy_change", Stays,
         "a change of policy forbids a connection that was open",
         "Expected. `/config_dump` shows the policy.";

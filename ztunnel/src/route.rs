@@ -275,7 +275,7 @@ fn to_service(
             port,
         })),
         Some((endpoint, Reach::Beyond(gateway))) => {
-            to_gateway(mesh, source, service, &endpoint.workload, gateway, original, avoid, rng)
+            to_gateway(mesh, source, service, (&endpoint.workload, gateway), original, avoid, rng)
                 .map(OutboundDecision::Route)
         }
         None => Err(unreachable(source, service, endpoints)),
@@ -320,8 +320,7 @@ fn to_gateway(
     mesh: &MeshView<'_>,
     source: &Workload,
     service: &Arc<Service>,
-    endpoint: &Workload,
-    address: &GatewayAddress,
+    (endpoint, address): (&Workload, &GatewayAddress),
     original: SocketAddr,
     avoid: &Avoid<'_>,
     rng: &mut impl Rng,

@@ -121,10 +121,7 @@ pub(crate) async fn connect(
     from: Option<IpAddr>,
     options: &SocketOptions,
 ) -> io::Result<TcpStream> {
-    // The source must have the peer's family, and must differ from the peer's address. To a
-    // link-local address no other one leads back over the loopback.
-    let is_link_local = matches!(to.ip(), IpAddr::V6(v6) if v6.is_unicast_link_local());
-    let from = from.filter(|from| from.is_ipv4() == to.is_ipv4() && *from != to.ip() && !is_link_local);
+    let from = from.filter(|from| may_be_source(*from, to.ip()));
     let socket = netns.enter(|| {
         let socket = new_socket(to, options)?;
         if let Some(from) = from {
@@ -139,6 +136,14 @@ pub(crate) async fn connect(
             Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {CONNECT_TIMEOUT:?}")))
         }
     }
+}
+
+/// The source must have the destination's family, and must differ from its address. To a link-local
+/// address no other one leads back over the loopback, and one as the source means nothing without
+/// its interface, which differs here.
+fn may_be_source(from: IpAddr, to: IpAddr) -> bool {
+    let is_link_local = |ip| matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
+    from.is_ipv4() == to.is_ipv4() && from != to && !is_link_local(from) && !is_link_local(to)
 }
 
 fn speak_as(socket: &Socket, from: IpAddr) -> io::Result<()> {
@@ -239,6 +244,15 @@ pub(crate) async fn client_left(stream: &TcpStream) {
     }
 }
 
+/// Whether `netns` has the address `ip`: others cannot be bound.
+pub(crate) fn is_local(netns: &Netns, ip: IpAddr) -> bool {
+    let bound = netns.enter(|| {
+        let socket = Socket::new(Domain::for_address(SocketAddr::new(ip, 0)), Type::DGRAM, None)?;
+        socket.bind(&SocketAddr::new(ip, 0).into())
+    });
+    bound.is_ok()
+}
+
 /// Closes so that the peer sees a reset and not an end.
 pub(crate) fn reset(stream: TcpStream) {
     // Fails only if the socket is already gone, and then no peer is left.
@@ -273,7 +287,7 @@ mod tests {
         };
         let (mut client, server) = connected().await;
         // The data alone does not wake it: the time passes only while everybody sleeps.
-        assert!(timeout(Duration::from_secs(60), client_left(&server)).await.is_err());
+        assert!(timeout(Duration::from_mins(1), client_left(&server)).await.is_err());
         client.shutdown().await.unwrap();
         let begun = Instant::now();
         client_left(&server).await;
@@ -293,6 +307,20 @@ mod tests {
         let (server, _) = listener.accept().await.unwrap();
         let local = SocketAddr::from(([127, 0, 0, 1], port));
         assert_eq!(original_dst(&server).unwrap().address, local);
+    }
+
+    #[test]
+    fn only_an_address_that_leads_back_is_a_source() {
+        for (from, to, may) in [
+            ("10.0.0.2", "10.0.0.1", true),
+            ("fd00::2", "fd00::1", true),
+            ("10.0.0.1", "10.0.0.1", false),
+            ("10.0.0.2", "fd00::1", false),
+            ("fe80::2", "fd00::1", false),
+            ("fd00::2", "fe80::1", false),
+        ] {
+            assert_eq!(may_be_source(from.parse().unwrap(), to.parse().unwrap()), may, "{from} {to}");
+        }
     }
 
     #[test]

@@ -272,3 +272,29 @@ fn tunnels_own_ports_lead_nowhere() {
     let opened = wait_for("metrics", || Some(node.metrics()));
     assert!(!opened.contains("connections_opened_total{reporter=\"destination\""), "{opened}");
 }
+
+/// The router has a route to the pod for an address that is not the pod's, as any neighbour on its
+/// network may.
+#[test]
+#[ignore = "needs root: make test"]
+fn a_neighbour_cannot_use_a_pod_as_a_proxy() {
+    let mut mesh = TunnelMesh::new();
+    let (pod, outside) = (mesh.enrolled("a", "pod"), mesh.plain("a", "outside"));
+    let elsewhere = ([198, 51, 100, 7], 8080);
+    outside.netns.run("ip addr add 198.51.100.7/32 dev eth0");
+    // What comes from the pod goes where it belongs.
+    mesh.router.run(&format!(
+        "ip route add 198.51.100.7 via {} dev p1 onlink; ip route add 198.51.100.7 dev p2 table 200; \
+         ip rule add iif p1 lookup 200",
+        pod.ip
+    ));
+    outside.serve_double_echo(8080);
+    let node = mesh.node_with("a", &[&pod], &[("ENABLE_ORIG_SRC", "false")]);
+    assert_eq!(mesh.router.refusal(elsewhere), ErrorKind::ConnectionReset);
+    node.records(1, &["198.51.100.7:8080", "\"reason\":\"not_own_address\""]);
+    // An address of the pod that the control plane does not name is the pod's.
+    pod.netns.run("ip addr add 198.51.100.7/32 dev lo");
+    pod.serve_double_echo(8080);
+    let mut stream = mesh.router.connect(elsewhere);
+    read_line(&mut stream).expect("greeting");
+}

@@ -54,6 +54,27 @@ fn node_agent_is_answered_as_the_protocol_says() {
     assert_eq!(node.agent().delete("one"), "", "again");
 }
 
+/// The tunnel refuses the message, keeps the session, and closes what came with it.
+#[test]
+#[ignore = "needs root: make test"]
+fn a_message_with_very_many_descriptors_is_refused_and_leaves_none() {
+    let mut mesh = TunnelMesh::new();
+    let pod = mesh.enrolled("a", "one");
+    let mut node = mesh.node_without_pods("a");
+    assert_eq!(node.agent().snapshot(), "");
+    node.wait_ready();
+    let open =
+        |node: &TunnelNode| std::fs::read_dir(format!("/proc/{}/fd", node.pid())).expect("fds").count();
+    let before = open(&node);
+    for count in [9, 253] {
+        let many: Vec<_> = (0..count).map(|_| pod.netns.open()).collect();
+        let error = node.agent().add_as("x", "x", &many);
+        assert!(error.contains(&format!("has {count}")), "{error}");
+    }
+    wait_for("the descriptors to be closed", || open(&node) <= before);
+    assert_eq!(node.agent().add(&pod), "", "the session goes on");
+}
+
 #[test]
 #[ignore = "needs root: make test"]
 fn a_certificate_is_fetched_ahead_and_kept_until_the_last_pod_of_its_account_goes() {

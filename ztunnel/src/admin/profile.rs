@@ -169,6 +169,11 @@ pub(super) struct HeapQuery {
     activate: Option<bool>,
 }
 
+/// Whether heap sampling is on. Changes nothing, whatever the query says.
+pub(super) async fn heap_state() -> Response {
+    heap_profiling(Query(HeapQuery { activate: None })).await
+}
+
 /// Switches heap sampling, if requested, and returns its state. Profiles lack what was allocated
 /// while it was off.
 pub(super) async fn heap_profiling(Query(query): Query<HeapQuery>) -> Response {

@@ -71,7 +71,8 @@ impl Bench {
     /// Status, head and body of the answer.
     async fn ask(&self, server: usize, method: &str, path: &str, headers: &str) -> (u16, String, String) {
         let mut stream = TcpStream::connect(self.addresses[server]).await.unwrap();
-        let request = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}\r\n");
+        let host = if headers.contains("Host:") { "" } else { "Host: localhost:15000\r\n" };
+        let request = format!("{method} {path} HTTP/1.1\r\nConnection: close\r\n{host}{headers}\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
@@ -265,6 +266,16 @@ async fn a_page_of_another_site_cannot_change_anything() {
     for origin in ["https://example.org", "null", "http://10.0.0.1:15000", "http://localhost.example.org"] {
         let header: &'static str = Box::leak(format!("Origin: {origin}\r\n").into_boxed_str());
         assert_eq!(quit(header).await.0, 403, "{origin}");
+    }
+    // By a name that was made to point here, and from a page that cannot read the answer.
+    for header in ["Host: example.org\r\n", "Sec-Fetch-Site: cross-site\r\n"] {
+        for path in ["/config_dump", "/debug/pprof/profile?seconds=1", "/debug/pprof/heap/profiling"] {
+            assert_eq!(bench.ask(ADMIN, "GET", path, header).await.0, 403, "{header}");
+        }
+    }
+    for host in ["127.0.0.1:15000", "[::1]:15000", "localhost"] {
+        let header = format!("Host: {host}\r\n");
+        assert_eq!(bench.ask(ADMIN, "GET", "/status", &header).await.0, 200, "{host}");
     }
     assert!(!bench.admin.quit.is_cancelled());
     assert_eq!(quit("Origin: http://localhost:15000\r\n").await.0, 200);

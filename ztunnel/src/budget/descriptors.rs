@@ -22,7 +22,7 @@ impl ProcessDescriptors {
     /// sixteenth, at least 256, at most half.
     #[must_use]
     pub fn new(open_files: usize, reserve: Option<usize>, fair: bool) -> Self {
-        let reserve = reserve.unwrap_or((open_files / 16).max(LEAST_RESERVE).min(open_files / 2));
+        let reserve = reserve.unwrap_or_else(|| (open_files / 16).max(LEAST_RESERVE).min(open_files / 2));
         Self { limit: open_files.saturating_sub(reserve), held: AtomicUsize::new(0), fair }
     }
 

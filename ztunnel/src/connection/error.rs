@@ -126,6 +126,8 @@ pub(crate) enum InboundError {
     Authority(#[from] InvalidTarget),
     #[error("ip mismatch: {connection} != {authority}")]
     IpMismatch { connection: IpAddr, authority: IpAddr },
+    #[error("{0} is no address of the pod")]
+    NotOwnAddress(IpAddr),
     #[error("no service or workload for hostname {0}")]
     UnknownHost(String),
     #[error("requested service {service}:{port} cannot resolve port")]
@@ -204,6 +206,7 @@ impl ConnectionFailure for InboundError {
             Self::Method(_) => FailureReason::Method,
             Self::Authority(_) => FailureReason::Authority,
             Self::IpMismatch { .. } => FailureReason::IpMismatch,
+            Self::NotOwnAddress(_) => FailureReason::NotOwnAddress,
             Self::UnknownHost(_) => FailureReason::UnknownHost,
             Self::UnknownPort { .. } => FailureReason::NoSuchPort,
             Self::Recursive => FailureReason::Recursive,

@@ -5,7 +5,7 @@ mod delivery;
 mod proxy_protocol;
 mod source;
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
+use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
 
 use delivery::{Delivery, Handover, delivery};
 use h2::RecvStream;
@@ -22,7 +22,7 @@ use crate::{
         BAGGAGE, ConnectTarget, FORWARDED, InvalidTarget, forwarded_host,
         server::{self, ConnectRequest},
     },
-    identity::{CertificateChain, Identity, peer_identity},
+    identity::{CertificateChain, Identity, first_expiry, peer_identity, until},
     mesh::{Mesh, Service, Workload, baggage},
     pod::ServedPod,
     record::{ByteCounters, ConnectionEnds, ConnectionFailure, ConnectionRecord, record_early_failure},
@@ -84,6 +84,7 @@ pub(crate) async fn serve(accepted: Accepted) {
         Ok(identity) => Some(identity),
         Err(error) => return fail(InboundError::Tls(io::Error::other(error))),
     };
+    let end = first_expiry(certificates).map_or(credentials.not_after, |end| end.min(credentials.not_after));
     if process.revocations.is_configured() && chain.is_empty() {
         process.metrics.crl.untracked(Direction::Inbound);
     }
@@ -99,12 +100,19 @@ pub(crate) async fn serve(accepted: Accepted) {
         stop.cancel();
         std::future::pending::<()>().await;
     };
+    // A peer proves anew who it is when one of the two certificates has expired.
+    let expired = async {
+        until(end).await;
+        stop.cancel();
+        std::future::pending::<()>().await;
+    };
     let tunnel = Rc::new(InboundTunnel { worker, pod, peer, identity, chain: chain.clone(), own, local });
     let served =
         server::serve(tls, &process.config.h2, stop.clone(), |connect| request(Rc::clone(&tunnel), connect));
     let served = tokio::select! {
         served = served => served,
         () = revoked => return,
+        () = expired => return,
     };
     if let Err(error) = served {
         // Its streams, if there were any, have their own records.

@@ -9,7 +9,8 @@ use crate::{
     direction::Direction,
     mesh::Workload,
     record::{ByteCounters, ConnectionEnds, ConnectionFailure, ConnectionRecord, record_early_failure},
-    socket, stream,
+    socket::{self, OriginalDst},
+    stream,
     workload_lookup::{for_label, own_workload},
 };
 
@@ -22,7 +23,7 @@ pub(crate) async fn serve(accepted: Accepted) {
     let metrics = &worker.process.metrics;
     let subject = Subject::new(&worker.process, &pod, client.ip(), None, target);
     let mut ends = ConnectionEnds::new(Direction::Inbound, client, target);
-    let admitting = admit(&accepted, &subject, target);
+    let admitting = admit(&accepted, &subject, original);
     let Admitted { source, workload } = match while_waiting(&accepted.stream, admitting).await {
         Ok(admitted) => admitted,
         Err(error) => {
@@ -47,13 +48,20 @@ struct Admitted {
 async fn admit(
     accepted: &Accepted,
     subject: &Subject<'_>,
-    target: SocketAddr,
+    original: OriginalDst,
 ) -> Result<Admitted, InboundError> {
+    let target = original.address;
     let process = &accepted.worker.process;
     if process.config.ports.is_own(target.port()) {
         return Err(InboundError::Recursive);
     }
     let (mesh, workload) = own_workload(process, &accepted.pod).await?;
+    // A redirect also catches what is not for the pod: a neighbour on its network could use it as a
+    // proxy, with its address.
+    let is_own = |ip| workload.addresses.contains(&ip) || socket::is_local(&accepted.pod.netns, ip);
+    if original.is_recorded && !is_own(target.ip()) {
+        return Err(InboundError::NotOwnAddress(target.ip()));
+    }
     let client = accepted.client.ip();
     subject.admit(&mesh, &workload).await?;
     let source = for_label(process, &accepted.pod, &mesh, false, |view| {

@@ -220,7 +220,8 @@ impl PodDns {
     /// is removed.
     async fn talk(&self, mut stream: TcpStream) -> io::Result<()> {
         let own = stream.local_addr()?;
-        let asked = socket::original_dst(&stream).ok().filter(|asked| *asked != socket::canonical(own));
+        let asked = socket::original_dst(&stream).ok().map(|asked| asked.address);
+        let asked = asked.filter(|asked| *asked != socket::canonical(own));
         loop {
             self.share.available().await;
             let stopped = async {

@@ -1,6 +1,13 @@
 //! One tunnel to a peer: TCP from the pod's netns, mutual TLS as the pod, HTTP/2.
 
-use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use h2::client::SendRequest;
@@ -15,7 +22,7 @@ use tokio_rustls::TlsConnector;
 use super::{HANDSHAKE_TIMEOUT, client_settings, keepalive::ActivityIo, read_ahead::ReadAhead};
 use crate::{
     config::H2Config,
-    identity::{CertificateChain, Identity, IdentityError, NoIdentity, peer_identity},
+    identity::{CertificateChain, Identity, IdentityError, NoIdentity, first_expiry, peer_identity},
     reason::FailureReason,
 };
 
@@ -118,6 +125,7 @@ impl ConnectError {
         match self {
             Self::Tcp { source, .. } => is_of_peer(source),
             Self::Tls { .. }
+            | Self::Expired { .. }
             | Self::Revoked { .. }
             | Self::Http { .. }
             | Self::Stream { .. }
@@ -160,6 +168,8 @@ pub struct PeerTunnel {
     pub identity: Option<Identity>,
     /// By which certificates.
     pub chain: CertificateChain,
+    /// When the first certificate of the two ends expires. New streams need another tunnel then.
+    pub end: Option<SystemTime>,
     /// Moves the bytes of all streams.
     pub driver: Pin<Box<dyn Future<Output = Result<(), h2::Error>>>>,
 }
@@ -197,7 +207,8 @@ where
         NoIdentity::Expired => ConnectError::Expired { peer },
         NoIdentity::Missing => ConnectError::Tls { peer, source: io::Error::other(error) },
     })?;
-    Ok(PeerTunnel { identity: Some(identity), chain, ..http(tls, peer, h2).await? })
+    let end = first_expiry(certificates);
+    Ok(PeerTunnel { identity: Some(identity), chain, end, ..http(tls, peer, h2).await? })
 }
 
 /// HTTP/2 alone. The client's half of the handshake does not wait for the server's.
@@ -215,5 +226,5 @@ where
             () = alive => Ok(()),
         }
     });
-    Ok(PeerTunnel { requests, identity: None, chain: CertificateChain::default(), driver })
+    Ok(PeerTunnel { requests, identity: None, chain: CertificateChain::default(), end: None, driver })
 }

@@ -11,6 +11,7 @@ use std::{
     net::SocketAddr,
     rc::{Rc, Weak},
     sync::Arc,
+    time::SystemTime,
 };
 
 use adit_netns::NetnsId;
@@ -29,7 +30,7 @@ use tokio::{
 use super::client::{ConnectError, PeerTunnel};
 use crate::{
     config,
-    identity::{CertificateChain, Identity},
+    identity::{CertificateChain, Identity, until},
     metrics::PoolMetrics,
     stream::HboneStream,
 };
@@ -209,7 +210,7 @@ impl Inner {
             let dialled = dialling.await;
             // Before the waiters wake up, so that the next request starts a new handshake.
             group.opening.borrow_mut().take();
-            let PeerTunnel { requests, driver, chain, .. } = dialled?;
+            let PeerTunnel { requests, driver, chain, end, .. } = dialled?;
             pool.metrics.connections.inc();
             let member = Rc::new(Member {
                 metrics: pool.metrics.clone(),
@@ -225,7 +226,7 @@ impl Inner {
                 clippy::disallowed_methods,
                 reason = "it ends with its connection, and takes the tunnel from the pool then"
             )]
-            spawn_local(drive(Rc::downgrade(&pool), key, watched, driver));
+            spawn_local(drive(Rc::downgrade(&pool), key, watched, driver, end));
             Ok(())
         });
         task.map(|ended| ended.unwrap_or(Err(ConnectError::Abandoned)).map_err(Arc::new))
@@ -256,6 +257,7 @@ async fn drive(
     key: TunnelKey,
     member: Weak<Member>,
     mut driver: impl Future<Output = Result<(), h2::Error>> + Unpin,
+    end: Option<SystemTime>,
 ) {
     let unused = async {
         loop {
@@ -270,8 +272,18 @@ async fn drive(
             sleep_until(until).await;
         }
     };
+    let expired = async {
+        match end {
+            Some(end) => until(end).await,
+            None => std::future::pending().await,
+        }
+        if let (Some(pool), Some(member)) = (pool.upgrade(), member.upgrade()) {
+            pool.remove(&key, &member);
+        }
+    };
     let ended = tokio::select! {
         ended = &mut driver => ended,
+        () = expired => driver.await,
         // With no handle left, the driver closes the connection after the last stream.
         () = unused => driver.await,
     };

@@ -105,9 +105,12 @@ where
         let has_room = streams.len() < H2Config::STREAMS as usize;
         tokio::select! {
             // Without room for another one, it still moves the bytes of those that there are.
-            next = poll_fn(|cx| match has_room {
-                true => connection.poll_accept(cx),
-                false => connection.poll_closed(cx).map(|ended| ended.err().map(Err)),
+            next = poll_fn(|cx| {
+                if has_room {
+                    connection.poll_accept(cx)
+                } else {
+                    connection.poll_closed(cx).map(|ended| ended.err().map(Err))
+                }
             }) => match next {
                 Some(Ok((request, respond))) => {
                     streams.spawn_local(handle(ConnectRequest { request, respond }));

@@ -47,7 +47,13 @@ impl<L, V> Deref for LabelSet<L, V> {
     }
 }
 
-type Sets<L, V> = HashTable<Arc<LabelSet<L, V>>>;
+type Table<L, V> = HashTable<Arc<LabelSet<L, V>>>;
+
+/// The sets by their labels. Those without names do not count against the limit.
+struct Sets<L, V> {
+    named: Table<L, V>,
+    overflow: Table<L, V>,
+}
 
 /// All sets of a family.
 pub(crate) struct LabelSets<L, V> {
@@ -66,7 +72,8 @@ impl<L, V> fmt::Debug for LabelSets<L, V> {
 impl<L: Labels, V: Default> LabelSets<L, V> {
     /// At most `most`, and those of [`Labels::overflow`].
     pub(super) fn new(most: usize) -> Self {
-        Self { most, sets: RwLock::default(), hasher: RandomState::new(), began: Instant::now() }
+        let sets = Sets { named: Table::new(), overflow: Table::new() };
+        Self { most, sets: RwLock::new(sets), hasher: RandomState::new(), began: Instant::now() }
     }
 
     /// The set of `labels`. Costs a connection one hash of its labels and a read lock.
@@ -77,43 +84,47 @@ impl<L: Labels, V: Default> LabelSets<L, V> {
     /// Those that are in use, or were within the last hour.
     pub(super) fn all(&self) -> Vec<Arc<LabelSet<L, V>>> {
         let mut sets = self.sets.write().unwrap_or_else(PoisonError::into_inner);
-        self.remove_unused(&mut sets, Instant::now());
+        self.remove_unused(&mut sets.named, Instant::now());
         // Copied out, so that workers do not wait while the text is written.
-        sets.iter().cloned().collect()
+        sets.named.iter().chain(&sets.overflow).cloned().collect()
     }
 
     fn get_at(&self, labels: L, now: Instant) -> Arc<LabelSet<L, V>> {
         let seconds = now.duration_since(self.began).as_secs();
         let hash = self.hasher.hash_one(&labels);
-        let find = |sets: &Sets<L, V>, hash, labels: &L| {
-            let found = Arc::clone(sets.find(hash, |set| set.labels == *labels)?);
+        let find = |table: &Table<L, V>, hash, labels: &L| {
+            let found = Arc::clone(table.find(hash, |set| set.labels == *labels)?);
             found.used.store(seconds, Ordering::Relaxed);
             Some(found)
         };
-        if let Some(known) = find(&self.sets.read().unwrap_or_else(PoisonError::into_inner), hash, &labels) {
+        if let Some(known) =
+            find(&self.sets.read().unwrap_or_else(PoisonError::into_inner).named, hash, &labels)
+        {
             return known;
         }
         let mut sets = self.sets.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = find(&sets, hash, &labels) {
+        if let Some(known) = find(&sets.named, hash, &labels) {
             return known;
         }
-        let (mut hash, mut labels) = (hash, labels);
-        if sets.len() >= self.most {
-            self.remove_unused(&mut sets, now);
+        if sets.named.len() >= self.most {
+            self.remove_unused(&mut sets.named, now);
         }
-        if sets.len() >= self.most {
-            labels = labels.overflow();
-            hash = self.hasher.hash_one(&labels);
-            if let Some(known) = find(&sets, hash, &labels) {
+        let (table, hash, labels) = if sets.named.len() < self.most {
+            (&mut sets.named, hash, labels)
+        } else {
+            let labels = labels.overflow();
+            let hash = self.hasher.hash_one(&labels);
+            if let Some(known) = find(&sets.overflow, hash, &labels) {
                 return known;
             }
-        }
+            (&mut sets.overflow, hash, labels)
+        };
         let new = Arc::new(LabelSet { labels, values: V::default(), used: AtomicU64::new(seconds) });
-        sets.insert_unique(hash, Arc::clone(&new), |set| self.hasher.hash_one(&set.labels));
+        table.insert_unique(hash, Arc::clone(&new), |set| self.hasher.hash_one(&set.labels));
         new
     }
 
-    fn remove_unused(&self, sets: &mut Sets<L, V>, now: Instant) {
+    fn remove_unused(&self, sets: &mut Table<L, V>, now: Instant) {
         let seconds = now.duration_since(self.began).as_secs();
         // With the lock held nobody else can take a handle on a set that is here alone.
         sets.retain(|set| {
@@ -143,19 +154,19 @@ mod tests {
         names
     }
 
-    fn name(name: impl ToString) -> Name {
-        Name(name.to_string())
+    fn name(name: &str) -> Name {
+        Name(name.to_owned())
     }
 
     #[test]
     fn beyond_the_limit_all_count_in_one_set() {
         let sets = LabelSets::<Name, Counter>::new(3);
         for n in 0..1000 {
-            sets.get(name(n)).inc();
+            sets.get(name(&n.to_string())).inc();
         }
         assert_eq!(names(&sets), ["0", "1", "2", OVERFLOW]);
-        assert_eq!(sets.get(name(7)).get(), 997);
-        assert_eq!(sets.get(name(1)).get(), 1, "what is known counts on");
+        assert_eq!(sets.get(name("7")).get(), 997);
+        assert_eq!(sets.get(name("1")).get(), 1, "what is known counts on");
     }
 
     #[test]

@@ -36,8 +36,9 @@ const PACKET: usize = 1024;
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Interval between warnings that there is no agent.
 const SAY_AGAIN: Duration = Duration::from_secs(15);
-/// One descriptor is expected; the space is for detecting too many.
-const DESCRIPTORS: usize = 8;
+/// One descriptor is expected. There is space for as many as the kernel passes on (`SCM_MAX_FD`):
+/// with less, those that did arrive could not be closed.
+const DESCRIPTORS: usize = 253;
 
 /// Follows the node agent at `path` until `stop`. `ready` is set while the agent is connected and
 /// all its pods are served.
@@ -112,9 +113,7 @@ impl Session {
     /// Handles one message. The error is the text of the negative acknowledgement.
     fn handle(&mut self, packet: Packet, pods: &mut ServedPods) -> Result<(), String> {
         if packet.truncated {
-            return Err(format!(
-                "message longer than {PACKET} bytes, or with more than {DESCRIPTORS} descriptors"
-            ));
+            return Err(format!("message longer than {PACKET} bytes"));
         }
         let message = decode(&packet.data)?;
         debug!(?message, descriptors = packet.descriptors.len(), "node agent says");

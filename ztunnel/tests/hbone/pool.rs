@@ -82,3 +82,19 @@ fn streams_that_nobody_reads_do_not_touch_another_one_of_their_tunnel() {
     assert_eq!(sent.load(Ordering::Relaxed), before, "the others stood still meanwhile");
     drop(slow);
 }
+
+/// A peer proves who it is as long as its certificate is valid. What is open ends by itself.
+#[test]
+#[ignore = "needs root: make test"]
+fn a_tunnel_takes_no_new_streams_after_its_certificates_and_keeps_those_it_has() {
+    let (_mesh, client, server, [a, _b]) = pooled(&[("SECRET_TTL", "10s"), ("ZTUNNEL_WORKER_THREADS", "1")]);
+    let mut long = greeted(&client, &server);
+    let handshakes = || a.metric("ztunnel_tls_handshake_duration_seconds_count", &["direction=\"outbound\""]);
+    assert_eq!(handshakes(), Some(1));
+    wait_for("another handshake", || {
+        drop(greeted(&client, &server));
+        handshakes() == Some(2)
+    });
+    long.write_all(b"on").expect("write");
+    long.read_exact(&mut [0; 4]).expect("echo");
+}

@@ -67,7 +67,7 @@ impl EchoStream {
     }
 }
 
-fn connect_to(to: impl ToString) -> Request<()> {
+fn connect_to(to: SocketAddr) -> Request<()> {
     Request::builder().method(Method::CONNECT).uri(to.to_string()).body(()).expect("request")
 }
 
@@ -83,8 +83,10 @@ impl Probe {
         let local = tokio::task::LocalSet::new();
         let (peer, expected) = (server.at(15008), identity(&server.name));
         let talking = async {
-            let credentials =
-                self.certificates.get(&who.parse().expect("identity")).await.expect("certificate");
+            let who: Identity = who.parse().expect("identity");
+            let _lease =
+                self.certificates.lease(Arc::clone(&who.namespace), Arc::clone(&who.service_account));
+            let credentials = self.certificates.get(&who).await.expect("certificate");
             let socket = dial(pod, peer);
             let tunnel = client::handshake(socket, peer, credentials.client(&[expected]), &self.h2).await;
             let tunnel = tunnel.expect("a tunnel");

@@ -71,8 +71,12 @@ pub(super) fn delivery(
     let target = SocketAddr::new(local.ip(), port);
     let to = match tunnel.map(|tunnel| tunnel.protocol) {
         Some(ApplicationProtocol::Proxy) => {
+            // Without a port of its own, the peer chooses one: on loopback that would lead to whatever
+            // the pod shows to nobody, such as Envoy's admin server.
+            let is_fixed = tunnel.is_some_and(|tunnel| tunnel.port.is_some());
             let dial = match (proxy_to, target.is_ipv4()) {
                 (ProxyTo::PodAddress, _) => target,
+                _ if !is_fixed => target,
                 (ProxyTo::Loopback, true) => (Ipv4Addr::LOCALHOST, port).into(),
                 (ProxyTo::Loopback, false) => (Ipv6Addr::LOCALHOST, port).into(),
             };
@@ -206,7 +210,7 @@ mod tests {
         for (port, to, dial) in [
             (15088, ProxyTo::Loopback, "127.0.0.1:15088"),
             (15088, ProxyTo::PodAddress, "10.0.8.8:15088"),
-            (0, ProxyTo::Loopback, "127.0.0.1:80"),
+            (0, ProxyTo::Loopback, "10.0.8.8:80"),
         ] {
             let delivery = delivered(tunnel(port), "10.96.0.1:80", to).unwrap();
             assert_eq!(delivery.to, Handover::Proxy { dial: dial.parse().unwrap(), requested });

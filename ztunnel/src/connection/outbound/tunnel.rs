@@ -89,7 +89,10 @@ pub(super) async fn open_stream(
             if let Err(ConnectError::Expired { .. }) = tunnel {
                 credentials.forget_sessions(&expected);
             }
-            end_when_revoked(process, peer, tunnel?)
+            let mut tunnel = tunnel?;
+            let own = credentials.not_after;
+            tunnel.end = Some(tunnel.end.map_or(own, |end| end.min(own)));
+            end_when_revoked(process, peer, tunnel)
         }
     };
     let (_response, stream, lease) = worker.pool.open(&key, request, dial).await?;
