@@ -8,7 +8,9 @@
 //! * [`settings`]: the values that were set, and where; refuses unknown keys and invalid values
 //! * `keys`: the table of all keys
 //! * [`value`]: text → one typed value
+//! * `available_memory`: how much memory there is
 
+mod available_memory;
 pub(crate) mod keys;
 mod resolve;
 mod settings;
@@ -77,6 +79,8 @@ pub struct Config {
     pub budget: BudgetConfig,
     /// HTTP/2 flow control.
     pub h2: H2Config,
+    /// What streams may hold.
+    pub memory: MemoryConfig,
     /// Idle limits of connections.
     pub limits: StreamConfig,
     /// The DNS proxy.
@@ -350,6 +354,15 @@ pub struct BudgetConfig {
     pub metric_label_sets: u32,
 }
 
+/// What streams may make the process hold, in bytes.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct MemoryConfig {
+    /// Those of one pod.
+    pub pod_bytes: usize,
+    /// Those of all pods.
+    pub total_bytes: usize,
+}
+
 /// The DNS proxy.
 #[derive(Clone, Debug, Serialize)]
 pub struct DnsConfig {
@@ -366,7 +379,7 @@ pub struct DnsConfig {
 /// HTTP/2 flow control, in bytes.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct H2Config {
-    /// Receive window of a stream.
+    /// Largest receive window of a stream.
     pub stream_window: u32,
     /// Receive window of a connection.
     pub connection_window: u32,

@@ -13,6 +13,7 @@ use crate::{
     hbone::pool::TunnelPool,
     identity::{Certificates, Revocations},
     lookup::HostResolver,
+    memory::MemoryBudget,
     mesh::Store,
     metrics::Metrics,
     pod::ServedPod,
@@ -29,6 +30,8 @@ pub struct ProcessContext {
     pub(crate) certificates: Arc<Certificates>,
     pub(crate) revocations: Arc<Revocations>,
     pub(crate) metrics: Arc<Metrics>,
+    /// For what streams have received.
+    pub(crate) memory: Arc<MemoryBudget>,
     /// Set if the mesh is known on demand (`xds.on_demand`).
     pub demand: Option<Demand>,
     /// As configured; a pod may need it otherwise.
@@ -54,6 +57,7 @@ impl ProcessContext {
         supervisor: Supervisor,
     ) -> Self {
         let socket = socket::SocketOptions::new(&config);
+        let memory = MemoryBudget::new(config.memory.total_bytes, metrics.memory.clone());
         let original_source = config.original_source.unwrap_or_else(socket::may_speak_as_others);
         let open_files = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
         let open_files = usize::try_from(open_files).unwrap_or(usize::MAX);
@@ -68,6 +72,7 @@ impl ProcessContext {
             certificates,
             revocations,
             metrics,
+            memory,
             demand,
             socket,
             original_source,

@@ -34,7 +34,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Bytes that one stream may queue for sending. With several busy streams, more than one frame each
 /// only adds latency.
-const SEND_BUFFER: usize = 1 << 20;
+const SEND_BUFFER: usize = 256 << 10;
 
 /// The headers of a CONNECT request.
 #[derive(Debug)]
@@ -136,15 +136,16 @@ pub fn forwarded_host(forwarded: &str) -> Option<&str> {
     Some(host.trim_matches('"'))
 }
 
-/// Each small DATA frame that waits for a slow application counts as 256 bytes against its
-/// connection. Too many close the connection for all streams. This allows 262,144 tiny frames,
-/// about 50 MiB.
-const DATA_FRAME_BUDGET: usize = 64 << 20;
+/// Each small DATA frame that no stream has taken from the connection yet counts as 256 bytes
+/// against it. Too many close the connection for all streams. Streams take frames also while their
+/// application is slow, so only those count that arrive at once: this allows 65,536.
+const DATA_FRAME_BUDGET: usize = 16 << 20;
 
-fn client_settings(config: &H2Config) -> h2::client::Builder {
+/// `window`: of each stream.
+fn client_settings(config: &H2Config, window: u32) -> h2::client::Builder {
     let mut builder = h2::client::Builder::new();
     builder
-        .initial_window_size(config.stream_window)
+        .initial_window_size(window)
         .initial_connection_window_size(config.connection_window)
         .max_frame_size(config.frame)
         .max_header_list_size(16 << 10)
@@ -154,10 +155,10 @@ fn client_settings(config: &H2Config) -> h2::client::Builder {
     builder
 }
 
-fn server_settings(config: &H2Config) -> h2::server::Builder {
+fn server_settings(config: &H2Config, window: u32) -> h2::server::Builder {
     let mut builder = h2::server::Builder::new();
     builder
-        .initial_window_size(config.stream_window)
+        .initial_window_size(window)
         .initial_connection_window_size(config.connection_window)
         .max_frame_size(config.frame)
         .max_header_list_size(64 << 10)

@@ -21,6 +21,7 @@
 //! * [`pod`]: a pod that is served
 //! * `policy`: whether a connection may pass
 //! * [`mesh`]: what is known of others: workloads, services, policies
+//! * [`memory`]: budgets for what streams have received and nobody has taken yet
 //! * [`identity`]: SPIFFE ids, certificates, verification of peers
 //! * [`control_plane`]: gRPC channels to a control plane
 //! * [`budget`]: what one pod may take of what all share
@@ -50,6 +51,7 @@ pub mod hbone;
 pub mod identity;
 pub mod logging;
 mod lookup;
+pub mod memory;
 pub mod mesh;
 pub mod metrics;
 pub mod pod;

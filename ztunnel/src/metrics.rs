@@ -46,7 +46,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::{mesh::Workload, reason::FailureReason};
+use crate::{memory::MemoryMetrics, mesh::Workload, reason::FailureReason};
 use failures::{FailedConnection, FailedConnections};
 pub(crate) use label_sets::LabelSet;
 use label_sets::LabelSets;
@@ -78,6 +78,8 @@ pub struct Metrics {
     pub pods: PodMetrics,
     /// HBONE connections held for reuse.
     pub pool: PoolMetrics,
+    /// What streams have received and their sockets have not taken.
+    pub memory: MemoryMetrics,
     /// DNS requests.
     pub(crate) dns: dns::DnsMetrics,
     /// The control plane.
@@ -169,6 +171,7 @@ impl Metrics {
             tls_handshake: Family::new_with_constructor(latency),
             pods: PodMetrics::default(),
             pool: PoolMetrics::default(),
+            memory: MemoryMetrics::default(),
             dns: dns::DnsMetrics::default(),
             xds: xds::XdsMetrics::default(),
             crl: CrlMetrics::default(),
@@ -212,6 +215,11 @@ impl Metrics {
         let PoolMetrics { connections, streams } = self.pool.clone();
         ours.register("pool_connections", "HBONE connections held for reuse", connections);
         ours.register("pool_streams", "Streams open in them", streams);
+        let MemoryMetrics { promised, held } = self.memory.clone();
+        let help = "What the windows of open streams allow peers to send";
+        ours.register_with_unit("stream_window", help, Unit::Bytes, promised);
+        let help = "What streams have received and slow applications have not taken yet";
+        ours.register_with_unit("stream_held", help, Unit::Bytes, held);
     }
 
     fn register_process(&mut self) {

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     budget::{DescriptorLease, PodBudget},
     identity::AccountLease,
+    memory::MemoryBudget,
     mesh::{LocalPod, Mesh, Store, Workload},
     policy::PodProtection,
     socket,
@@ -43,6 +44,8 @@ pub struct ServedPod {
     pub(crate) netns: Netns,
     /// Options for every socket in its netns, except those to the application.
     pub(crate) socket: socket::SocketOptions,
+    /// For what its streams have received.
+    pub(crate) memory: Arc<MemoryBudget>,
     /// Set for the tunnel's own pod: the only port that peers can reach, the one for metrics. Its
     /// netns may be the node's, with other listeners. Since that netns is not prepared,
     /// applications there are not dialled from their clients' addresses.

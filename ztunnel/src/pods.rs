@@ -262,6 +262,7 @@ impl ServedPods {
         let budget = PodBudget::new(&config.budget, &self.process.descriptors);
         // The netns, the listeners, and DNS over UDP and TCP, for two families.
         let descriptors = budget.descriptors.take_anyway(1 + ports.len() * self.workers.count() + 4);
+        let memory = self.process.memory.of_pod(config.memory.pod_bytes);
         let pod = Arc::new(ServedPod {
             uid,
             info,
@@ -269,6 +270,7 @@ impl ServedPods {
             _account: account,
             netns,
             socket,
+            memory,
             own_port,
             protection,
             budget,

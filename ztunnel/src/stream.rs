@@ -5,10 +5,15 @@
 //!   and a reset stream becomes RST on the socket. Exception: CANCEL and NO_ERROR end cleanly,
 //!   because Istio's tunnel sends them for connections that ended well.
 //! * Back-pressure: data is read only if it can be passed on.
+//!
+//! * `from_socket`: from the application into the stream; `adaptive`: the size of its reads
+//! * `to_socket`: from the stream to the application; `received`: what waits for it
+//! * `scratch`: the read buffer of the worker
 
 mod adaptive;
 mod error;
 mod from_socket;
+mod received;
 mod scratch;
 mod to_socket;
 
@@ -24,7 +29,7 @@ use self::{
     from_socket::socket_to_stream,
     to_socket::{socket_to_socket, stream_to_socket},
 };
-use crate::{config::StreamConfig, record::ByteCounters};
+use crate::{config::StreamConfig, memory::StreamMemory, record::ByteCounters};
 
 /// Both halves of an HBONE stream. If dropped before [`finished`](Self::finished), it is reset like
 /// the TCP connection that it carries: h2 alone would send CANCEL, which peers take for a clean
@@ -33,12 +38,14 @@ use crate::{config::StreamConfig, record::ByteCounters};
 pub(crate) struct HboneStream {
     send: SendStream<Bytes>,
     recv: RecvStream,
+    memory: StreamMemory,
     finished: bool,
 }
 
 impl HboneStream {
-    pub(crate) fn new(send: SendStream<Bytes>, recv: RecvStream) -> Self {
-        Self { send, recv, finished: false }
+    /// `memory`: the stream's part in its tunnel's.
+    pub(crate) fn new(send: SendStream<Bytes>, recv: RecvStream, memory: StreamMemory) -> Self {
+        Self { send, recv, memory, finished: false }
     }
 
     fn finished(mut self) {
@@ -48,6 +55,13 @@ impl HboneStream {
     /// For uses other than copying to a socket.
     pub(crate) fn halves(&mut self) -> (&mut SendStream<Bytes>, &mut RecvStream) {
         (&mut self.send, &mut self.recv)
+    }
+
+    /// `bytes` of what was received are used up: the peer may send as many again.
+    pub(crate) fn taken(&mut self, bytes: usize) {
+        self.memory.taken(bytes);
+        // This fails only if the stream has ended, which the next read reports.
+        let _ = self.recv.flow_control().release_capacity(bytes);
     }
 
     /// Ends the sending side. A stream that is dropped afterwards ends cleanly.
@@ -108,7 +122,7 @@ pub(crate) async fn tunnel(
     let (read, write) = socket.0.split();
     let result = both(
         socket_to_stream(read, &mut stream.send, from_socket),
-        stream_to_socket(&mut stream.recv, write, to_socket),
+        stream_to_socket(&mut stream.recv, write, &mut stream.memory, to_socket),
         || counters.totals(),
         limits,
         cut,

@@ -1,5 +1,6 @@
 //! What a peer sees on 15008: statuses, policies, TLS.
 
+mod memory;
 mod pool;
 mod tls;
 mod work;
@@ -29,6 +30,7 @@ use ztunnel::{
     config::{Config, H2Config},
     hbone::client,
     identity::{Certificates, Identity},
+    memory::{MemoryBudget, MemoryMetrics},
 };
 
 /// A peer of the mesh that can misbehave, with certificates of the mesh's CA.
@@ -36,6 +38,7 @@ struct Probe {
     runtime: tokio::runtime::Runtime,
     certificates: Arc<Certificates>,
     h2: H2Config,
+    budget: Arc<MemoryBudget>,
     /// Whether replies must carry the baggage of the server.
     expects_baggage: bool,
 }
@@ -47,7 +50,8 @@ impl Probe {
         let certificates = Certificates::new(&config).expect("CA");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
         runtime.spawn(Arc::clone(&certificates).run(CancellationToken::new()));
-        Self { runtime, certificates, h2: config.h2, expects_baggage: true }
+        let budget = MemoryBudget::new(1 << 30, MemoryMetrics::default());
+        Self { runtime, certificates, h2: config.h2, budget, expects_baggage: true }
     }
 
     /// Sends one request from `pod` as `who`: the answer's status and headers, or how it failed.
@@ -68,7 +72,7 @@ impl Probe {
                 self.certificates.lease(Arc::clone(&who.namespace), Arc::clone(&who.service_account));
             let credentials = self.certificates.get(&who).await.expect("certificate");
             let socket = dial(pod, peer);
-            let tunnel = client::handshake(socket, peer, credentials.client(&[expected]), &self.h2).await;
+            let tunnel = client::handshake(socket, peer, credentials.client(&[expected]), &self.h2, &self.budget).await;
             let tunnel = tunnel.map_err(|error| error.to_string())?;
             #[expect(clippy::disallowed_methods, reason = "the test owns it")]
             let driver = tokio::task::spawn_local(tunnel.driver);

@@ -78,6 +78,7 @@ use ValueKind::{
 
 /// RFC 9113 §6.5.2: a window is at most 2^31-1.
 const WINDOW: ValueKind = Number { min: 1, max: (1 << 31) - 1 };
+const MEMORY: ValueKind = Number { min: 1 << 20, max: u32::MAX };
 const ANY: ValueKind = Number { min: 0, max: u32::MAX };
 const TIME: ValueKind = Lasts { min: Duration::ZERO };
 
@@ -159,9 +160,11 @@ pub(crate) const KEYS: &[ConfigKey] = &[
 
     key("pool.max_streams", "POOL_MAX_STREAMS_PER_CONNECTION", Number { min: 1, max: u32::MAX }, Is("100"), "streams per pooled HBONE connection; more open another connection"),
     key("pool.idle", "POOL_UNUSED_RELEASE_TIMEOUT", TIME, Is("5m"), "an unused HBONE connection is closed after this time"),
-    key("h2.stream_window_bytes", "HTTP2_STREAM_WINDOW_SIZE", WINDOW, Is("4194304"), "HTTP/2 flow control window of a stream, in bytes"),
-    key("h2.connection_window_bytes", "HTTP2_CONNECTION_WINDOW_SIZE", WINDOW, Depends("200 times the stream window, at most 2147483647, so that streams whose data is not read never block the others"), "HTTP/2 flow control window of a connection, in bytes"),
+    key("h2.stream_window_bytes", "HTTP2_STREAM_WINDOW_SIZE", WINDOW, Is("4194304"), "largest HTTP/2 flow control window of a stream, in bytes. A window begins at 262144 and grows while the application takes what arrives; with many streams in a tunnel it is smaller, down to 65536"),
+    key("h2.connection_window_bytes", "HTTP2_CONNECTION_WINDOW_SIZE", WINDOW, Depends("200 times the largest stream window, at most 2147483647, so that streams whose data is not read never block the others"), "HTTP/2 flow control window of a connection, in bytes"),
     key("h2.frame_bytes", "HTTP2_FRAME_SIZE", Number { min: 1 << 14, max: (1 << 24) - 1 }, Is("1048576"), "largest HTTP/2 DATA frame, in bytes"),
+    key("memory.pod_bytes", "POD_STREAM_MEMORY", MEMORY, Is("134217728"), "what the streams of one pod may make the tunnel hold for applications that do not read, in bytes. Beyond it each further stream has a window of 65536"),
+    key("memory.total_bytes", "STREAM_MEMORY", MEMORY, Depends("a quarter of the memory that the process may use, at most 1073741824"), "the same for all pods together, in bytes"),
     key("stream.half_closed_limit", "HALF_CLOSED_LIMIT", Lasts { min: Duration::from_secs(1) }, Is("1h"), "a half-closed connection without traffic is closed after this time; the default equals kube-proxy's conntrack timeout"),
     key("stream.idle_limit", "IDLE_LIMIT", Lasts { min: Duration::from_secs(1) }, Nothing, "a connection without traffic is closed after this time; without a value, never"),
     key("hbone.response_baggage", "ENABLE_RESPONSE_BAGGAGE", Bool, Is("true"), "describe the server's workload in CONNECT responses, and use what peers send there for metric labels"),

@@ -12,8 +12,9 @@ use std::{
 
 use super::{
     BudgetConfig, CaConfig, Config, ConfigError, ControlPlaneAddress, ControlPlaneConfig, DnsConfig,
-    H2Config, Headers, KeepaliveConfig, LocalState, LogFormat, OwnPod, PoolConfig, PortsConfig, ProxyMode,
-    ProxyTo, RootSource, StreamConfig, TlsConfig, Token, XdsConfig, settings::RawSettings, value,
+    H2Config, Headers, KeepaliveConfig, LocalState, LogFormat, MemoryConfig, OwnPod, PoolConfig, PortsConfig,
+    ProxyMode, ProxyTo, RootSource, StreamConfig, TlsConfig, Token, XdsConfig,
+    available_memory::available_memory, settings::RawSettings, value,
 };
 
 /// Default limit: each worker adds listening sockets to every pod.
@@ -117,6 +118,12 @@ fn resolve(settings: &RawSettings, in_kubernetes: bool, without_xds: bool) -> Re
             stream_window,
             connection_window: settings.optional_number("h2.connection_window_bytes")?.unwrap_or(all_windows),
             frame: settings.number("h2.frame_bytes")?,
+        },
+        memory: MemoryConfig {
+            pod_bytes: settings.number("memory.pod_bytes")? as usize,
+            total_bytes: settings
+                .optional_number("memory.total_bytes")?
+                .map_or_else(stream_memory, |bytes| bytes as usize),
         },
         limits: StreamConfig {
             half_closed: settings.duration("stream.half_closed_limit")?,
@@ -391,6 +398,11 @@ fn dns(settings: &RawSettings) -> Result<DnsConfig, ConfigError> {
         preferred_namespace: settings.get("dns.preferred_namespace").map(Into::into),
         upstream,
     })
+}
+
+/// What all streams may hold, unless it is configured.
+fn stream_memory() -> usize {
+    (available_memory() / 4).min(1 << 30)
 }
 
 fn ipv6_available() -> bool {

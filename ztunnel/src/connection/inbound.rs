@@ -107,8 +107,9 @@ pub(crate) async fn serve(accepted: Accepted) {
         std::future::pending::<()>().await;
     };
     let tunnel = Rc::new(InboundTunnel { worker, pod, peer, identity, chain: chain.clone(), own, local });
-    let served =
-        server::serve(tls, &process.config.h2, stop.clone(), |connect| request(Rc::clone(&tunnel), connect));
+    let served = server::serve(tls, &process.config.h2, &tunnel.pod.memory, stop.clone(), |connect| {
+        request(Rc::clone(&tunnel), connect)
+    });
     let served = tokio::select! {
         served = served => served,
         () = revoked => return,

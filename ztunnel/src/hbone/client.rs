@@ -23,6 +23,7 @@ use super::{HANDSHAKE_TIMEOUT, client_settings, keepalive::ActivityIo, read_ahea
 use crate::{
     config::H2Config,
     identity::{CertificateChain, Identity, IdentityError, NoIdentity, first_expiry, peer_identity},
+    memory::{MemoryBudget, TunnelMemory},
     reason::FailureReason,
 };
 
@@ -170,6 +171,8 @@ pub struct PeerTunnel {
     pub chain: CertificateChain,
     /// When the first certificate of the two ends expires. New streams need another tunnel then.
     pub end: Option<SystemTime>,
+    /// What its streams may make this process hold.
+    pub(crate) memory: TunnelMemory,
     /// Moves the bytes of all streams.
     pub driver: Pin<Box<dyn Future<Output = Result<(), h2::Error>>>>,
 }
@@ -180,7 +183,7 @@ impl std::fmt::Debug for PeerTunnel {
     }
 }
 
-/// TLS and HTTP/2 over a connection to `peer`.
+/// TLS and HTTP/2 over a connection to `peer`. `budget`: the pod's.
 ///
 /// # Errors
 /// A handshake failed or took too long, or the peer's certificate is revoked.
@@ -189,6 +192,7 @@ pub async fn handshake<S>(
     peer: SocketAddr,
     tls: Arc<rustls::ClientConfig>,
     h2: &H2Config,
+    budget: &Arc<MemoryBudget>,
 ) -> Result<PeerTunnel, ConnectError>
 where
     S: AsyncRead + AsyncWrite + Unpin + 'static,
@@ -208,23 +212,36 @@ where
         NoIdentity::Missing => ConnectError::Tls { peer, source: io::Error::other(error) },
     })?;
     let end = first_expiry(certificates);
-    Ok(PeerTunnel { identity: Some(identity), chain, end, ..http(tls, peer, h2).await? })
+    Ok(PeerTunnel { identity: Some(identity), chain, end, ..http(tls, peer, h2, budget).await? })
 }
 
 /// HTTP/2 alone. The client's half of the handshake does not wait for the server's.
-pub(super) async fn http<T>(io: T, peer: SocketAddr, h2: &H2Config) -> Result<PeerTunnel, ConnectError>
+pub(super) async fn http<T>(
+    io: T,
+    peer: SocketAddr,
+    h2: &H2Config,
+    budget: &Arc<MemoryBudget>,
+) -> Result<PeerTunnel, ConnectError>
 where
     T: AsyncRead + AsyncWrite + Unpin + 'static,
 {
     let (io, activity) = ActivityIo::new(io);
-    let (requests, mut connection) =
-        client_settings(h2).handshake(io).await.map_err(|source| ConnectError::Http { peer, source })?;
+    let memory = TunnelMemory::new(budget, h2.stream_window);
+    let handshake = client_settings(h2, memory.initial_window()).handshake(io).await;
+    let (requests, mut connection) = handshake.map_err(|source| ConnectError::Http { peer, source })?;
     let alive = activity.until_dead(connection.ping_pong());
+    let windows = memory.clone();
     let driver = Box::pin(async move {
-        tokio::select! {
-            ended = &mut connection => ended,
-            () = alive => Ok(()),
+        tokio::pin!(alive);
+        loop {
+            tokio::select! {
+                ended = &mut connection => return ended,
+                () = &mut alive => return Ok(()),
+                window = windows.changed() => {
+                    windows.announced(window, connection.set_initial_window_size(window).is_ok());
+                }
+            }
         }
     });
-    Ok(PeerTunnel { requests, identity: None, chain: CertificateChain::default(), end: None, driver })
+    Ok(PeerTunnel { requests, identity: None, chain: CertificateChain::default(), end: None, memory, driver })
 }

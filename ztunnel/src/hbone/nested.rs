@@ -25,6 +25,7 @@ use super::{
 use crate::{
     config::H2Config,
     identity::{CertificateChain, Identity},
+    memory::MemoryBudget,
     stream::HboneStream,
 };
 
@@ -48,11 +49,12 @@ pub(crate) async fn open(
     peer: std::net::SocketAddr,
     tls: Arc<rustls::ClientConfig>,
     h2: &H2Config,
+    budget: &Arc<MemoryBudget>,
     request: Request<()>,
     limit: Duration,
 ) -> Result<NestedStream, ConnectError> {
-    let tunnel = client::handshake(Pipe::new(outer), peer, tls, h2).await?;
-    let (driver, identity, chain) = (tunnel.driver, tunnel.identity, tunnel.chain);
+    let tunnel = client::handshake(Pipe::new(outer), peer, tls, h2, budget).await?;
+    let (driver, identity, chain, memory) = (tunnel.driver, tunnel.identity, tunnel.chain, tunnel.memory);
     // The task ends with its only stream, or with the gateway's connection, so it needs no owner.
     // It outlives the stream only to send the last frames.
     #[expect(clippy::disallowed_methods, reason = "it ends with its only stream")]
@@ -76,7 +78,7 @@ pub(crate) async fn open(
     }
     Ok(NestedStream {
         response: Response::from_parts(head, ()),
-        stream: HboneStream::new(send, recv),
+        stream: HboneStream::new(send, recv, memory.stream()),
         identity,
         chain,
     })
@@ -112,9 +114,7 @@ impl AsyncRead for Pipe {
         let n = pipe.rest.len().min(into.remaining());
         into.put_slice(&pipe.rest[..n]);
         pipe.rest.advance(n);
-        // Only now may the peer send more. This fails only if the stream has ended, which the next
-        // read reports.
-        let _ = recv.flow_control().release_capacity(n);
+        pipe.stream.taken(n);
         Poll::Ready(Ok(()))
     }
 }

@@ -31,6 +31,7 @@ use super::client::{ConnectError, PeerTunnel};
 use crate::{
     config,
     identity::{CertificateChain, Identity, until},
+    memory::TunnelMemory,
     metrics::PoolMetrics,
     stream::HboneStream,
 };
@@ -83,6 +84,7 @@ struct Member {
     /// Whether the server has ever answered. Until then it may still refuse our certificate.
     proven: Cell<bool>,
     chain: CertificateChain,
+    memory: TunnelMemory,
     metrics: PoolMetrics,
 }
 
@@ -210,7 +212,7 @@ impl Inner {
             let dialled = dialling.await;
             // Before the waiters wake up, so that the next request starts a new handshake.
             group.opening.borrow_mut().take();
-            let PeerTunnel { requests, driver, chain, end, .. } = dialled?;
+            let PeerTunnel { requests, driver, chain, memory, end, .. } = dialled?;
             pool.metrics.connections.inc();
             let member = Rc::new(Member {
                 metrics: pool.metrics.clone(),
@@ -219,6 +221,7 @@ impl Inner {
                 unused_since: Cell::new(Instant::now()),
                 proven: Cell::new(false),
                 chain,
+                memory,
             });
             let watched = Rc::downgrade(&member);
             group.members.borrow_mut().push(member);
@@ -311,9 +314,10 @@ impl From<SendError> for h2::Error {
 async fn send(lease: &StreamLease, request: Request<()>) -> Result<(Response<()>, HboneStream), SendError> {
     let mut requests = lease.0.requests.clone().ready().await.map_err(SendError::NotSent)?;
     let (response, send) = requests.send_request(request, false).map_err(SendError::NotSent)?;
+    let memory = lease.0.memory.stream();
     let (head, recv) = response.await.map_err(SendError::NotAnswered)?.into_parts();
     lease.0.proven.set(true);
-    Ok((Response::from_parts(head, ()), HboneStream::new(send, recv)))
+    Ok((Response::from_parts(head, ()), HboneStream::new(send, recv, memory)))
 }
 
 /// Whether the request may be sent again: the server left before it (RFC 9113 §6.8), or refused the

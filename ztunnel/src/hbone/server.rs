@@ -3,6 +3,7 @@
 use std::{
     future::{Future, poll_fn},
     io,
+    sync::Arc,
 };
 
 use bytes::Bytes;
@@ -20,13 +21,18 @@ use tokio_util::sync::CancellationToken;
 use super::{
     HANDSHAKE_TIMEOUT, client::TLS_WRITE, keepalive::ActivityIo, read_ahead::ReadAhead, server_settings,
 };
-use crate::{config::H2Config, stream::HboneStream};
+use crate::{
+    config::H2Config,
+    memory::{MemoryBudget, StreamMemory, TunnelMemory},
+    stream::HboneStream,
+};
 
 /// A CONNECT request and the handle to answer it.
 #[derive(Debug)]
 pub(crate) struct ConnectRequest {
     pub request: Request<RecvStream>,
     respond: SendResponse<Bytes>,
+    memory: StreamMemory,
 }
 
 /// The peer does not wait for the answer any more: it reset the stream, or the tunnel is gone.
@@ -40,7 +46,7 @@ impl ConnectRequest {
         &mut self,
         work: impl AsyncFnOnce(&Request<RecvStream>) -> Result<T, E>,
     ) -> Result<T, E> {
-        let Self { request, respond } = self;
+        let Self { request, respond, .. } = self;
         tokio::select! {
             biased;
             _ = poll_fn(|cx| respond.poll_reset(cx)) => Err(Abandoned.into()),
@@ -53,7 +59,7 @@ impl ConnectRequest {
         let mut response = Response::new(());
         *response.headers_mut() = headers;
         let send = self.respond.send_response(response, false)?;
-        Ok(HboneStream::new(send, self.request.into_body()))
+        Ok(HboneStream::new(send, self.request.into_body(), self.memory))
     }
 
     /// Answers with only `status`. Fails only if the tunnel is gone, which its owner notices
@@ -68,7 +74,7 @@ impl ConnectRequest {
 /// The server's half of the TLS handshake.
 pub(crate) async fn tls(
     socket: TcpStream,
-    config: std::sync::Arc<rustls::ServerConfig>,
+    config: Arc<rustls::ServerConfig>,
 ) -> io::Result<TlsStream<ReadAhead<TcpStream>>> {
     match timeout(HANDSHAKE_TIMEOUT, TlsAcceptor::from(config).accept(ReadAhead::new(socket))).await {
         Ok(done) => done.map(|mut tls| {
@@ -84,9 +90,11 @@ pub(crate) async fn tls(
 /// Runs `handle` for every request until the peer closes the tunnel. As many run at once as the peer
 /// may have streams; those of streams that ended count until they are done. After `stop` it sends GOAWAY,
 /// and open streams finish. Dropping the future ends all of them.
+/// `budget`: the pod's, for memory.
 pub(crate) async fn serve<T, F>(
     io: T,
     h2: &H2Config,
+    budget: &Arc<MemoryBudget>,
     stop: CancellationToken,
     handle: impl Fn(ConnectRequest) -> F,
 ) -> Result<(), h2::Error>
@@ -95,7 +103,9 @@ where
     F: Future<Output = ()> + 'static,
 {
     let (io, activity) = ActivityIo::new(io);
-    let handshake = timeout(HANDSHAKE_TIMEOUT, server_settings(h2).handshake::<_, Bytes>(io)).await;
+    let memory = TunnelMemory::new(budget, h2.stream_window);
+    let settings = server_settings(h2, memory.initial_window());
+    let handshake = timeout(HANDSHAKE_TIMEOUT, settings.handshake::<_, Bytes>(io)).await;
     let mut connection = handshake.unwrap_or_else(|_| Err(Reason::SETTINGS_TIMEOUT.into()))?;
     let dead = activity.until_dead(connection.ping_pong());
     tokio::pin!(dead);
@@ -113,7 +123,8 @@ where
                 }
             }) => match next {
                 Some(Ok((request, respond))) => {
-                    streams.spawn_local(handle(ConnectRequest { request, respond }));
+                    let memory = memory.stream();
+                    streams.spawn_local(handle(ConnectRequest { request, respond, memory }));
                 }
                 Some(Err(error)) => {
                     result = Err(error);
@@ -122,6 +133,9 @@ where
                 None => break,
             },
             Some(_) = streams.join_next() => {}
+            window = memory.changed() => {
+                memory.announced(window, connection.set_initial_window_size(window).is_ok());
+            }
             () = stop.cancelled(), if !leaving => {
                 leaving = true;
                 connection.graceful_shutdown();

@@ -7,6 +7,7 @@ use tokio::{
 };
 
 use super::*;
+use crate::memory::{MemoryBudget, MemoryMetrics, TunnelMemory};
 
 const LIMITS: StreamConfig = StreamConfig { half_closed: Duration::from_mins(1), idle: None };
 
@@ -54,12 +55,14 @@ async fn carried_together(count: usize, side: SocketIs) -> Vec<Carried> {
     }
     let servers = server.await.unwrap();
     let (ours, peers) = if side == SocketIs::Client { (clients, servers) } else { (servers, clients) };
+    let budget = MemoryBudget::new(1 << 30, MemoryMetrics::default());
+    let memory = TunnelMemory::new(&budget, 1 << 16);
     let mut all = Vec::new();
     for ((send, recv), peer) in ours.into_iter().zip(peers) {
         let (application, socket) = sockets().await;
-        let requests = requests.clone();
+        let (requests, memory) = (requests.clone(), memory.stream());
         let task = spawn_local(async move {
-            let (counters, stream) = (ByteCounters::default(), HboneStream::new(send, recv));
+            let (counters, stream) = (ByteCounters::default(), HboneStream::new(send, recv, memory));
             let result = tunnel(socket, stream, side, &counters, LIMITS, std::future::pending()).await;
             drop(requests);
             result

@@ -1,15 +1,14 @@
 //! Copies into a socket, from an HBONE stream or from another socket.
 
 use std::{
-    collections::VecDeque,
     future::poll_fn,
     io::{self, IoSlice},
     net::Shutdown,
     pin::Pin,
-    task::Poll,
+    task::{Context, Poll, ready},
 };
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf as _, Bytes};
 use h2::{Reason, RecvStream};
 use socket2::SockRef;
 use tokio::{
@@ -22,54 +21,88 @@ use tokio::{
 
 use super::{
     error::StreamError,
+    received::Received,
     scratch::{self, LARGE},
 };
+use crate::memory::StreamMemory;
 
 /// Copies until the stream ends.
 pub(super) async fn stream_to_socket(
     recv: &mut RecvStream,
-    mut socket: WriteHalf<'_>,
+    socket: WriteHalf<'_>,
+    memory: &mut StreamMemory,
     moved: impl Fn(u64),
 ) -> Result<(), StreamError> {
-    let mut queue = VecDeque::new();
-    loop {
-        let mut ended = match recv.data().await {
-            Some(data) => {
-                queue.push_back(data.map_err(broken_by_peer)?);
-                false
+    let mut copy = ToSocket { recv, socket, memory, received: Received::default(), ended: None };
+    poll_fn(|cx| copy.poll(cx, &moved)).await
+}
+
+struct ToSocket<'a> {
+    recv: &'a mut RecvStream,
+    socket: WriteHalf<'a>,
+    memory: &'a mut StreamMemory,
+    received: Received,
+    /// How the stream ended. What it sent before is written first.
+    ended: Option<Result<(), StreamError>>,
+}
+
+impl ToSocket<'_> {
+    fn poll(&mut self, cx: &mut Context<'_>, moved: &impl Fn(u64)) -> Poll<Result<(), StreamError>> {
+        loop {
+            self.receive(cx);
+            if self.received.bytes() == 0 {
+                let Some(ended) = self.ended.take() else { return Poll::Pending };
+                return Poll::Ready(match ended {
+                    Ok(()) => end(self.socket.as_ref()),
+                    Err(broken) => clean_if_compatible(broken, self.socket.as_ref()),
+                });
             }
-            None => true,
-        };
-        // Data that has also arrived goes into the same write.
-        let mut waiting: usize = queue.iter().map(Bytes::len).sum();
-        let mut broken = None;
-        while !ended && waiting < LARGE {
-            match poll_fn(|cx| Poll::Ready(recv.poll_data(cx))).await {
+            match self.poll_write(cx) {
+                Poll::Ready(written) => moved(written.map_err(StreamError::Socket)? as u64),
+                Poll::Pending => {
+                    if !self.received.is_stalled() {
+                        self.received.stall();
+                        self.memory.hold(self.received.bytes());
+                        self.receive(cx);
+                    }
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+
+    /// Takes what has arrived: as much as one write may take, so that it all goes into that. If the
+    /// socket takes nothing, everything: h2 would keep small frames at a large cost.
+    fn receive(&mut self, cx: &mut Context<'_>) {
+        let stalled = self.received.is_stalled();
+        while self.ended.is_none() && (stalled || self.received.bytes() < LARGE) {
+            match self.recv.poll_data(cx) {
                 Poll::Ready(Some(Ok(data))) => {
-                    waiting += data.len();
-                    queue.push_back(data);
+                    if stalled {
+                        self.memory.hold(data.len());
+                    }
+                    self.received.push(data);
                 }
-                Poll::Ready(Some(Err(error))) => {
-                    broken = Some(broken_by_peer(error));
-                    break;
-                }
-                Poll::Ready(None) => ended = true,
-                Poll::Pending => break,
+                Poll::Ready(Some(Err(error))) => self.ended = Some(Err(broken_by_peer(error))),
+                Poll::Ready(None) => self.ended = Some(Ok(())),
+                Poll::Pending => return,
             }
         }
-        while !queue.is_empty() {
-            let n = write_some(&mut socket, &mut queue).await.map_err(StreamError::Socket)?;
-            moved(n as u64);
-            // Only now may the peer send more. This fails only if the stream has ended, which
-            // `recv` reports.
-            let _ = recv.flow_control().release_capacity(n);
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut slices = [IoSlice::new(&[]); 64];
+        let count = self.received.slices(&mut slices);
+        let written = ready!(Pin::new(&mut self.socket).poll_write_vectored(cx, &slices[..count]))?;
+        if self.received.is_stalled() {
+            self.memory.release(written);
         }
-        if let Some(broken) = broken {
-            return clean_if_compatible(broken, socket.as_ref());
-        }
-        if ended {
-            return end(socket.as_ref());
-        }
+        self.received.advance(written);
+        self.memory.taken(written);
+        // Only now may the peer send more. This fails only if the stream has ended, which `recv`
+        // reports.
+        let _ = self.recv.flow_control().release_capacity(written);
+        Poll::Ready(Ok(written))
     }
 }
 
@@ -96,28 +129,6 @@ fn broken_by_peer(error: h2::Error) -> StreamError {
     }
 }
 
-/// Writes what the socket takes, straight from the received frames. Returns how many bytes that
-/// were.
-async fn write_some(socket: &mut WriteHalf<'_>, queue: &mut VecDeque<Bytes>) -> io::Result<usize> {
-    let mut slices = [IoSlice::new(&[]); 64];
-    let count = queue.len().min(slices.len());
-    for (slice, data) in slices.iter_mut().zip(queue.iter()) {
-        *slice = IoSlice::new(data);
-    }
-    let slices = &slices[..count];
-    let written = poll_fn(|cx| Pin::new(&mut *socket).poll_write_vectored(cx, slices)).await?;
-    let mut left = written;
-    while let Some(first) = queue.front_mut() {
-        if first.len() > left {
-            first.advance(left);
-            break;
-        }
-        left -= first.len();
-        queue.pop_front();
-    }
-    Ok(written)
-}
-
 /// Copies until `from` ends.
 pub(super) async fn socket_to_socket(
     mut from: ReadHalf<'_>,
@@ -138,13 +149,13 @@ pub(super) async fn socket_to_socket(
                 Ok((data.len(), Bytes::copy_from_slice(&data[written..])))
             })
         });
-        let (n, rest) = step.await.flatten().map_err(StreamError::Socket)?;
+        let (n, mut rest) = step.await.flatten().map_err(StreamError::Socket)?;
         if n == 0 {
             return end(to.as_ref());
         }
-        let mut rest = VecDeque::from([rest]);
-        while !rest.iter().all(Bytes::is_empty) {
-            write_some(&mut to, &mut rest).await.map_err(StreamError::Socket)?;
+        while !rest.is_empty() {
+            let written = poll_fn(|cx| Pin::new(&mut to).poll_write(cx, &rest)).await;
+            rest.advance(written.map_err(StreamError::Socket)?);
         }
         moved(n as u64);
     }

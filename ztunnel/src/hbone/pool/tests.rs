@@ -6,7 +6,7 @@ use http::Method;
 use tokio::{task::LocalSet, time::sleep};
 
 use super::*;
-use crate::{config::H2Config, hbone::client};
+use crate::{config::H2Config, hbone::client, memory::{MemoryBudget, MemoryMetrics}};
 
 const H2: H2Config = H2Config { stream_window: 1 << 20, connection_window: 4 << 20, frame: 1 << 20 };
 
@@ -54,7 +54,8 @@ impl Bed {
                 sleep(Duration::from_millis(5)).await;
                 let (ours, theirs) = tokio::io::duplex(64 << 10);
                 spawn_local(serve(theirs, server));
-                client::http(ours, "10.0.0.1:15008".parse().unwrap(), &H2).await
+                let budget = MemoryBudget::new(1 << 30, MemoryMetrics::default());
+                client::http(ours, "10.0.0.1:15008".parse().unwrap(), &H2, &budget).await
             }
         };
         self.pool.open(key, &request, dial).await.map(|(_, stream, lease)| (stream, lease))
