@@ -21,7 +21,10 @@ use std::{
 
 use http::{HeaderValue, Method, Request, header::HeaderName};
 
-use crate::config::H2Config;
+use crate::{
+    config::H2Config,
+    memory::{RESET_REMEMBERED, RESETS},
+};
 
 pub(crate) const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
 pub(crate) const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
@@ -151,6 +154,8 @@ fn client_settings(config: &H2Config, window: u32) -> h2::client::Builder {
         .max_header_list_size(16 << 10)
         .max_send_buffer_size(SEND_BUFFER)
         .data_frame_budget(DATA_FRAME_BUDGET)
+        .max_concurrent_reset_streams(RESETS)
+        .reset_stream_duration(RESET_REMEMBERED)
         .enable_push(false);
     builder
 }
@@ -164,7 +169,9 @@ fn server_settings(config: &H2Config, window: u32) -> h2::server::Builder {
         .max_header_list_size(64 << 10)
         .max_concurrent_streams(H2Config::STREAMS)
         .max_send_buffer_size(SEND_BUFFER)
-        .data_frame_budget(DATA_FRAME_BUDGET);
+        .data_frame_budget(DATA_FRAME_BUDGET)
+        .max_concurrent_reset_streams(RESETS)
+        .reset_stream_duration(RESET_REMEMBERED);
     builder
 }
 

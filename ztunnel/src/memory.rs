@@ -13,7 +13,7 @@
 //! Each stream has a window of its own, so none waits for what another one does not read.
 //!
 //! * this file: the budgets of pods and the process
-//! * `tunnel`: the windows of one tunnel
+//! * `tunnel`: the windows of one tunnel, and how many streams of it were reset
 
 mod tunnel;
 
@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use prometheus_client::metrics::gauge::Gauge;
 
-pub(crate) use self::tunnel::{StreamMemory, TunnelMemory};
+pub(crate) use self::tunnel::{RESET_REMEMBERED, RESETS, StreamMemory, TunnelChange, TunnelMemory};
 
 /// Bytes of streams in memory. Each budget has its own; those of the process are shown.
 #[derive(Clone, Debug, Default)]

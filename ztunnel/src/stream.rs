@@ -78,6 +78,7 @@ impl Drop for HboneStream {
     fn drop(&mut self) {
         if !self.finished {
             self.send.send_reset(Reason::CONNECT_ERROR);
+            self.memory.reset();
         }
     }
 }

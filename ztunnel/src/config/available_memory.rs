@@ -30,7 +30,8 @@ mod tests {
     fn the_lowest_limit_on_the_way_up_holds() {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir_all(root.path().join("kubepods/pod1")).unwrap();
-        let set = |folder: &str, limit| fs::write(root.path().join(folder).join("memory.max"), limit).unwrap();
+        let set =
+            |folder: &str, limit| fs::write(root.path().join(folder).join("memory.max"), limit).unwrap();
         let limit = || limit_of(root.path(), "1:name=systemd:/x\n0::/kubepods/pod1\n");
         assert_eq!(limit(), None);
         set("kubepods", "max\n");

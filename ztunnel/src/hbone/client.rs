@@ -23,7 +23,7 @@ use super::{HANDSHAKE_TIMEOUT, client_settings, keepalive::ActivityIo, read_ahea
 use crate::{
     config::H2Config,
     identity::{CertificateChain, Identity, IdentityError, NoIdentity, first_expiry, peer_identity},
-    memory::{MemoryBudget, TunnelMemory},
+    memory::{MemoryBudget, TunnelChange, TunnelMemory},
     reason::FailureReason,
 };
 
@@ -229,17 +229,21 @@ where
     let memory = TunnelMemory::new(budget, h2.stream_window);
     let handshake = client_settings(h2, memory.initial_window()).handshake(io).await;
     let (requests, mut connection) = handshake.map_err(|source| ConnectError::Http { peer, source })?;
-    let alive = activity.until_dead(connection.ping_pong());
-    let windows = memory.clone();
+    let alive = activity.until_dead(connection.ping_pong(), memory.clone());
+    let state = memory.clone();
     let driver = Box::pin(async move {
         tokio::pin!(alive);
         loop {
             tokio::select! {
                 ended = &mut connection => return ended,
                 () = &mut alive => return Ok(()),
-                window = windows.changed() => {
-                    windows.announced(window, connection.set_initial_window_size(window).is_ok());
-                }
+                change = state.changed() => match change {
+                    TunnelChange::Window(window) => {
+                        state.announced(window, connection.set_initial_window_size(window).is_ok());
+                    }
+                    // The pool opens no more streams here. The connection ends after the last one.
+                    TunnelChange::Leave => {}
+                },
             }
         }
     });

@@ -4,6 +4,7 @@ use std::{
     future::{Future, poll_fn},
     io,
     sync::Arc,
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -23,9 +24,13 @@ use super::{
 };
 use crate::{
     config::H2Config,
-    memory::{MemoryBudget, StreamMemory, TunnelMemory},
+    memory::{MemoryBudget, StreamMemory, TunnelChange, TunnelMemory},
     stream::HboneStream,
 };
+
+/// A tunnel without streams is closed after this time. Clients close theirs earlier, but one that
+/// died cannot, and a tunnel without streams is not asked whether its client lives.
+const UNUSED: Duration = Duration::from_mins(10);
 
 /// A CONNECT request and the handle to answer it.
 #[derive(Debug)]
@@ -107,7 +112,8 @@ where
     let settings = server_settings(h2, memory.initial_window());
     let handshake = timeout(HANDSHAKE_TIMEOUT, settings.handshake::<_, Bytes>(io)).await;
     let mut connection = handshake.unwrap_or_else(|_| Err(Reason::SETTINGS_TIMEOUT.into()))?;
-    let dead = activity.until_dead(connection.ping_pong());
+    let dead = activity.until_dead(connection.ping_pong(), memory.clone());
+    let mut unused = Box::pin(memory.unused_for(UNUSED));
     tokio::pin!(dead);
     let mut streams = JoinSet::new();
     let (mut leaving, mut result) = (false, Ok(()));
@@ -133,8 +139,22 @@ where
                 None => break,
             },
             Some(_) = streams.join_next() => {}
-            window = memory.changed() => {
-                memory.announced(window, connection.set_initial_window_size(window).is_ok());
+            change = memory.changed() => match change {
+                TunnelChange::Window(window) => {
+                    memory.announced(window, connection.set_initial_window_size(window).is_ok());
+                }
+                TunnelChange::Leave => {
+                    leaving = true;
+                    connection.graceful_shutdown();
+                }
+            },
+            () = &mut unused => {
+                if leaving {
+                    break; // it did not even answer the GOAWAY
+                }
+                leaving = true;
+                connection.graceful_shutdown();
+                unused.set(memory.unused_for(UNUSED + HANDSHAKE_TIMEOUT));
             }
             () = stop.cancelled(), if !leaving => {
                 leaving = true;
@@ -151,3 +171,6 @@ where
     while streams.join_next().await.is_some() {}
     result
 }
+
+#[cfg(test)]
+mod tests;

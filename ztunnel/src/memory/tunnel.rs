@@ -9,12 +9,12 @@ use std::{
     future::poll_fn,
     rc::Rc,
     sync::Arc,
-    task::{Poll, Waker},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
 use slab::Slab;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 
 use super::{MemoryBudget, difference};
 
@@ -27,6 +27,24 @@ const TUNNEL: usize = 16 << 20;
 /// A stream that takes a whole window in less time may need a larger one. Within the round trips
 /// that occur between sites, so that one window per round trip is no limit.
 const QUICK: Duration = Duration::from_millis(100);
+
+/// h2 remembers each stream that was reset for [`RESET_REMEMBERED`], at most [`RESETS`] of them. Data
+/// that was on its way to one that it has forgotten counts as the peer's error, and 1,024 of these
+/// end the tunnel for all. So a tunnel leaves before that: it takes no new streams.
+pub(crate) const RESETS: usize = 4096;
+pub(crate) const RESET_REMEMBERED: Duration = Duration::from_secs(10);
+/// Within [`RESET_REMEMBERED`]. Twice as many may be remembered, since that time is counted from the
+/// first one; and some are left for the streams that are open then.
+const RESETS_UNTIL_LEAVING: usize = RESETS / 2 - 512;
+
+/// What the driver of a tunnel has to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TunnelChange {
+    /// Tell the peer of this window, and call [`TunnelMemory::announced`].
+    Window(u32),
+    /// Take no new streams.
+    Leave,
+}
 
 /// One tunnel, as its streams and its driver see it.
 #[derive(Clone, Debug)]
@@ -47,9 +65,22 @@ struct Tunnel {
     beyond: Cell<usize>,
     /// What is promised in the budget.
     promised: Cell<usize>,
+    /// When the last stream ended.
+    unused_since: Cell<Instant>,
+    /// Streams that were reset since then.
+    resets: Cell<(usize, Instant)>,
+    leaving: Cell<Leaving>,
     /// The last change has to wait until the peer acknowledged the one before.
     waits: Cell<bool>,
     driver: RefCell<Option<Waker>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leaving {
+    No,
+    /// The driver does not know yet.
+    Soon,
+    Yes,
 }
 
 impl TunnelMemory {
@@ -63,6 +94,9 @@ impl TunnelMemory {
             streams: RefCell::default(),
             beyond: Cell::new(0),
             promised: Cell::new(0),
+            unused_since: Cell::new(Instant::now()),
+            resets: Cell::new((0, Instant::now())),
+            leaving: Cell::new(Leaving::No),
             waits: Cell::new(false),
             driver: RefCell::default(),
         }))
@@ -83,6 +117,9 @@ impl TunnelMemory {
         let tunnel = Rc::clone(&self.0);
         let key = tunnel.streams.borrow_mut().insert(0);
         let (streams, room) = (self.streams(), tunnel.budget.room() + tunnel.promised.get());
+        if streams == 1 {
+            tunnel.wake_driver();
+        }
         let window = fitting(tunnel.window.get(), streams, room);
         if window == tunnel.window.get() {
             tunnel.update_promise();
@@ -92,19 +129,47 @@ impl TunnelMemory {
         StreamMemory { tunnel, key, taken: 0, since: Instant::now() }
     }
 
-    /// Resolves with the window that the peer must be told of. Answer with
-    /// [`announced`](Self::announced).
-    pub(crate) async fn changed(&self) -> u32 {
+    /// Whether it takes no new streams.
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.0.leaving.get() != Leaving::No
+    }
+
+    /// Resolves when a stream is open.
+    pub(crate) async fn used(&self) {
+        poll_fn(|cx| {
+            if self.streams() > 0 {
+                return Poll::Ready(());
+            }
+            self.0.driven_by(cx);
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// Resolves when no stream was open for as long as `limit`.
+    pub(crate) async fn unused_for(&self, limit: Duration) {
+        loop {
+            let since = if self.streams() == 0 { self.0.unused_since.get() } else { Instant::now() };
+            if since.elapsed() >= limit {
+                return;
+            }
+            sleep_until(since + limit).await;
+        }
+    }
+
+    /// Resolves with what the driver has to do.
+    pub(crate) async fn changed(&self) -> TunnelChange {
         poll_fn(|cx| {
             let tunnel = &self.0;
+            if tunnel.leaving.get() == Leaving::Soon {
+                tunnel.leaving.set(Leaving::Yes);
+                return Poll::Ready(TunnelChange::Leave);
+            }
             if tunnel.window == tunnel.announced || tunnel.waits.take() {
-                match &mut *tunnel.driver.borrow_mut() {
-                    Some(driver) => driver.clone_from(cx.waker()),
-                    none => *none = Some(cx.waker().clone()),
-                }
+                tunnel.driven_by(cx);
                 return Poll::Pending;
             }
-            Poll::Ready(tunnel.window.get())
+            Poll::Ready(TunnelChange::Window(tunnel.window.get()))
         })
         .await
     }
@@ -142,6 +207,17 @@ impl Tunnel {
         let beyond = |(_, held): (usize, &usize)| held.saturating_sub(window as usize);
         self.beyond.set(self.streams.borrow().iter().map(beyond).sum());
         self.update_promise();
+        self.wake_driver();
+    }
+
+    fn driven_by(&self, cx: &Context<'_>) {
+        match &mut *self.driver.borrow_mut() {
+            Some(driver) => driver.clone_from(cx.waker()),
+            none => *none = Some(cx.waker().clone()),
+        }
+    }
+
+    fn wake_driver(&self) {
         if let Some(driver) = &*self.driver.borrow() {
             driver.wake_by_ref();
         }
@@ -193,6 +269,18 @@ impl StreamMemory {
         self.tunnel.hold(self.key, |held| held.saturating_sub(bytes));
     }
 
+    /// The stream was reset.
+    pub(crate) fn reset(&self) {
+        let (now, tunnel) = (Instant::now(), &self.tunnel);
+        let (count, since) = tunnel.resets.get();
+        let (count, since) = if now - since < RESET_REMEMBERED { (count + 1, since) } else { (1, now) };
+        tunnel.resets.set((count, since));
+        if count >= RESETS_UNTIL_LEAVING && tunnel.leaving.get() == Leaving::No {
+            tunnel.leaving.set(Leaving::Soon);
+            tunnel.wake_driver();
+        }
+    }
+
     /// The socket took `bytes`, held before or not. If it is quick, the window may grow.
     pub(crate) fn taken(&mut self, bytes: usize) {
         self.taken += bytes;
@@ -210,6 +298,7 @@ impl Drop for StreamMemory {
     fn drop(&mut self) {
         self.tunnel.hold(self.key, |_| 0);
         self.tunnel.streams.borrow_mut().remove(self.key);
+        self.tunnel.unused_since.set(Instant::now());
         self.tunnel.update_promise();
     }
 }
@@ -301,16 +390,34 @@ mod tests {
         drop(more);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn a_tunnel_leaves_before_h2_forgets_streams_that_were_reset() {
+        let tunnel = TunnelMemory::new(&budget(1 << 30).0, LARGEST);
+        // Many, but slowly.
+        for _ in 0..10 * RESETS {
+            tunnel.stream().reset();
+            tokio::time::advance(RESET_REMEMBERED / 1000).await;
+        }
+        assert!(!tunnel.is_leaving());
+        for _ in 0..RESETS_UNTIL_LEAVING {
+            tunnel.stream().reset();
+        }
+        assert!(tunnel.is_leaving());
+        assert_eq!(tunnel.changed().await, TunnelChange::Leave);
+        assert_eq!(futures_util::poll!(Box::pin(tunnel.changed())), Poll::Pending, "once");
+    }
+
     #[tokio::test]
     async fn a_change_that_cannot_be_announced_yet_is_asked_for_again() {
         let tunnel = TunnelMemory::new(&budget(1 << 30).0, LARGEST);
         let mut stream = tunnel.stream();
         quick(&mut stream, 1);
-        let window = tunnel.changed().await;
+        let change = tunnel.changed().await;
+        let TunnelChange::Window(window) = change else { panic!("{change:?}") };
         tunnel.announced(window, false);
         let mut again = Box::pin(tunnel.changed());
         assert_eq!(futures_util::poll!(&mut again), Poll::Pending);
-        assert_eq!(again.await, window);
+        assert_eq!(again.await, change);
         tunnel.announced(window, true);
         assert_eq!(futures_util::poll!(Box::pin(tunnel.changed())), Poll::Pending);
     }

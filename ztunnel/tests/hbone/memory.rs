@@ -76,5 +76,7 @@ fn a_thousand_downloads_that_nobody_reads_cost_little_and_slow_nobody() {
 
     drop(downloads);
     wait_for("the memory to be given back", || (gauge(&a, "ztunnel_stream_held_bytes") == 0).then_some(()));
-    wait_for("the windows to be given back", || (gauge(&a, "ztunnel_stream_window_bytes") == 0).then_some(()));
+    wait_for("the windows to be given back", || {
+        (gauge(&a, "ztunnel_stream_window_bytes") == 0).then_some(())
+    });
 }

@@ -88,7 +88,9 @@ impl Probe {
                 self.certificates.lease(Arc::clone(&who.namespace), Arc::clone(&who.service_account));
             let credentials = self.certificates.get(&who).await.expect("certificate");
             let socket = dial(pod, peer);
-            let tunnel = client::handshake(socket, peer, credentials.client(&[expected]), &self.h2).await;
+            let tunnel =
+                client::handshake(socket, peer, credentials.client(&[expected]), &self.h2, &self.budget)
+                    .await;
             let tunnel = tunnel.expect("a tunnel");
             #[expect(clippy::disallowed_methods, reason = "the test owns it")]
             let driver = tokio::task::spawn_local(tunnel.driver);

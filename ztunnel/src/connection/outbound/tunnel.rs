@@ -83,9 +83,14 @@ pub(super) async fn open_stream(
                 .await
                 .map_err(|source| ConnectError::Tcp { peer, source })?;
             let began = Instant::now();
-            let tunnel =
-                client::handshake(socket, peer, credentials.client(&expected), &process.config.h2, &pod.memory)
-                    .await;
+            let tunnel = client::handshake(
+                socket,
+                peer,
+                credentials.client(&expected),
+                &process.config.h2,
+                &pod.memory,
+            )
+            .await;
             process.metrics.tls_handshake(Direction::Outbound.as_str(), began.elapsed());
             if let Err(ConnectError::Expired { .. }) = tunnel {
                 credentials.forget_sessions(&expected);
