@@ -81,7 +81,7 @@ pub struct Metrics {
     /// What streams have received and their sockets have not taken.
     pub memory: MemoryMetrics,
     /// DNS requests.
-    pub(crate) dns: dns::DnsMetrics,
+    pub(crate) dns: Arc<dns::DnsMetrics>,
     /// The control plane.
     pub(crate) xds: xds::XdsMetrics,
     /// Revoked peers.
@@ -172,7 +172,7 @@ impl Metrics {
             pods: PodMetrics::default(),
             pool: PoolMetrics::default(),
             memory: MemoryMetrics::default(),
-            dns: dns::DnsMetrics::default(),
+            dns: Arc::new(LabelSets::new(label_sets)),
             xds: xds::XdsMetrics::default(),
             crl: CrlMetrics::default(),
             runtimes: Runtimes::default(),
@@ -182,7 +182,6 @@ impl Metrics {
         metrics.register_traffic();
         metrics.register_tunnels();
         metrics.register_process();
-        metrics.dns.register(&mut metrics.registry);
         metrics.xds.register(&mut metrics.registry);
         metrics.crl.register(&mut metrics.registry);
         metrics
@@ -191,6 +190,7 @@ impl Metrics {
     fn register_traffic(&mut self) {
         self.registry.register_collector(Box::new(Arc::clone(&self.traffic)));
         self.registry.register_collector(Box::new(Arc::clone(&self.on_demand_dns)));
+        self.registry.register_collector(Box::new(Arc::clone(&self.dns)));
         let sockets = Family::<ReporterLabels, Gauge>::default();
         self.sockets_open = ["source", "destination"]
             .map(|reporter| (reporter, sockets.get_or_create_owned(&ReporterLabels { reporter })));

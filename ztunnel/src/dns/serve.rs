@@ -29,8 +29,12 @@ use super::{
     sockets::{self, DnsSockets},
 };
 use crate::{
-    metrics::dns::DnsLabels,
+    metrics::{
+        LabelSet,
+        dns::{DnsCounters, DnsLabels},
+    },
     pod::ServedPod,
+    rarely::Rarely,
     socket,
     threads::{finish_all, report_panic},
 };
@@ -145,7 +149,11 @@ async fn one_address(pod_dns: Rc<PodDns>, udp: Rc<UdpSocket>, tcp: TcpListener) 
 
 /// Out of descriptors or memory: retrying at once would spin.
 async fn pause(attempt: &str, error: &io::Error) {
-    warn!(%error, "cannot {attempt}");
+    /// For all pods: they fail together.
+    static FAILED: Rarely = Rarely::every(Duration::from_secs(10));
+    if let Some(left_out) = FAILED.due() {
+        warn!(%error, left_out, "cannot {attempt}");
+    }
     sleep(Duration::from_millis(100)).await;
 }
 
@@ -179,11 +187,11 @@ impl PodDns {
         match self.handle(query, Transport::Udp) {
             Outcome::Nothing => {}
             Outcome::Reply(reply) => send(socket, &reply, client),
-            Outcome::Ask(labels, permit) => {
+            Outcome::Ask(counters, permit) => {
                 let (pod_dns, socket, query) = (Rc::clone(self), Rc::clone(socket), query.to_vec());
                 tasks.spawn_local(async move {
                     let asked = pod_dns.asked(client);
-                    if let Some(reply) = pod_dns.ask(&query, Transport::Udp, asked, labels, permit).await {
+                    if let Some(reply) = pod_dns.ask(&query, Transport::Udp, asked, counters, permit).await {
                         send(&socket, &reply, client);
                     }
                 });
@@ -241,9 +249,9 @@ impl PodDns {
             let reply = match self.handle(&query, Transport::Tcp) {
                 Outcome::Nothing => return Ok(()),
                 Outcome::Reply(reply) => Some(reply),
-                Outcome::Ask(labels, permit) => {
+                Outcome::Ask(counters, permit) => {
                     let asked = asked.map(|address| AskedResolver { address, socket: None });
-                    self.ask(&query, Transport::Tcp, asked, labels, permit).await
+                    self.ask(&query, Transport::Tcp, asked, counters, permit).await
                 }
             };
             let Some(reply) = reply else { return Ok(()) };
@@ -268,11 +276,12 @@ impl PodDns {
         }
         let workload = self.pod.workload(&mesh);
         let labels = DnsLabels::new(query_type, transport.as_str(), workload.map(|workload| &**workload));
-        self.context.process.metrics.dns.requests.get_or_create(&labels).inc();
+        let counters = self.context.process.metrics.dns.get(labels);
+        counters.requests.inc();
         match step {
             QueryOutcome::Reply(reply) => Outcome::Reply(reply),
             QueryOutcome::Forward => match Arc::clone(&self.forwards).try_acquire_owned() {
-                Ok(permit) => Outcome::Ask(labels, permit),
+                Ok(permit) => Outcome::Ask(counters, permit),
                 Err(_) => {
                     message::error(query, ResponseCode::ServFail).map_or(Outcome::Nothing, Outcome::Reply)
                 }
@@ -287,19 +296,18 @@ impl PodDns {
         query: &[u8],
         transport: Transport,
         asked: Option<AskedResolver>,
-        labels: DnsLabels,
+        counters: QueryCounters,
         _permit: OwnedSemaphorePermit,
     ) -> Option<Vec<u8>> {
-        let metrics = &self.context.process.metrics.dns;
-        metrics.upstream_requests.get_or_create(&labels).inc();
+        counters.upstream_requests.inc();
         let started = Instant::now();
         let DnsContext { resolvers, scratch, process, zone } = &*self.context;
         let forwarder = Forwarder { pod: &self.pod, health: &self.health, configured: resolvers, scratch };
         let reply = forward::ask(forwarder, asked, query, transport).await;
-        metrics.upstream_duration.get_or_create(&labels).observe(started.elapsed().as_secs_f64());
+        counters.upstream_duration.observe(started.elapsed().as_secs_f64());
         reply
             .inspect_err(|error| {
-                metrics.upstream_failures.get_or_create(&labels).inc();
+                counters.upstream_failures.inc();
                 let error: &dyn std::error::Error = error;
                 debug!(pod.uid = self.pod.uid, error, "a query was not answered");
             })
@@ -315,11 +323,14 @@ impl PodDns {
     }
 }
 
+/// Those of the client that asks.
+type QueryCounters = Arc<LabelSet<DnsLabels, DnsCounters>>;
+
 /// The remaining work for a query.
 enum Outcome {
     Nothing,
     Reply(Vec<u8>),
-    Ask(DnsLabels, OwnedSemaphorePermit),
+    Ask(QueryCounters, OwnedSemaphorePermit),
 }
 
 /// A reply that cannot be sent at once is dropped, as datagrams may be; the client retries.

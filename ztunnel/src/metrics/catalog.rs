@@ -171,12 +171,11 @@ mod tests {
         metrics.connected("outbound", Duration::ZERO);
         metrics.tls_handshake("outbound", Duration::ZERO);
         metrics.on_demand_dns(&Workload::default(), &"host".into());
-        let dns = DnsLabels::new("A", "udp", None);
-        for family in [&metrics.dns.requests, &metrics.dns.upstream_requests, &metrics.dns.upstream_failures]
-        {
-            family.get_or_create(&dns).inc();
+        let dns = metrics.dns.get(DnsLabels::new("A", "udp", None));
+        for counter in [&dns.requests, &dns.upstream_requests, &dns.upstream_failures] {
+            counter.inc();
         }
-        metrics.dns.upstream_duration.get_or_create(&dns).observe(0.0);
+        dns.upstream_duration.observe(0.0);
         metrics.xds.terminated(Termination::Complete);
         metrics.xds.received("url", 1);
         metrics.xds.refused("url", 1);

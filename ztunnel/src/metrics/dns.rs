@@ -1,14 +1,18 @@
 //! `istio_dns_*`: DNS requests of the pods.
 
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
 use prometheus_client::{
-    encoding::EncodeLabelSet,
-    metrics::{family::Family, histogram::Histogram},
-    registry::{Registry, Unit},
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric as _},
+    metrics::{MetricType, counter::Counter, histogram::Histogram},
+    registry::Unit,
 };
 
-use super::U64Counter;
+use super::{
+    U64Counter,
+    label_sets::{LabelSets, Labels, OVERFLOW},
+};
 use crate::mesh::Workload;
 
 /// Query type, protocol and client.
@@ -36,42 +40,67 @@ impl DnsLabels {
     }
 }
 
-/// The families, shared with the registry.
-#[derive(Clone, Debug)]
-pub(crate) struct DnsMetrics {
-    /// Requests of pods.
-    pub requests: Family<DnsLabels, U64Counter>,
-    /// Requests forwarded to a resolver.
-    pub upstream_requests: Family<DnsLabels, U64Counter>,
-    /// Forwarded requests without an answer.
-    pub upstream_failures: Family<DnsLabels, U64Counter>,
-    /// Time until the resolver answered.
-    pub upstream_duration: Family<DnsLabels, Histogram, fn() -> Histogram>,
+impl Labels for DnsLabels {
+    fn overflow(&self) -> Self {
+        let name = || Arc::<str>::from(OVERFLOW);
+        Self { source_canonical_service: name(), source_canonical_revision: name(), ..*self }
+    }
 }
 
-impl Default for DnsMetrics {
+/// The counters of one label set.
+#[derive(Debug)]
+pub(crate) struct DnsCounters {
+    /// Requests of pods.
+    pub requests: U64Counter,
+    /// Requests forwarded to a resolver.
+    pub upstream_requests: U64Counter,
+    /// Forwarded requests without an answer.
+    pub upstream_failures: U64Counter,
+    /// Time until the resolver answered.
+    pub upstream_duration: Histogram,
+}
+
+impl Default for DnsCounters {
     fn default() -> Self {
         Self {
-            requests: Family::default(),
-            upstream_requests: Family::default(),
-            upstream_failures: Family::default(),
-            upstream_duration: Family::new_with_constructor(|| {
-                Histogram::new([0.0005, 0.001, 0.01, 0.1, 1.0, 5.0])
-            }),
+            requests: Counter::default(),
+            upstream_requests: Counter::default(),
+            upstream_failures: Counter::default(),
+            upstream_duration: Histogram::new([0.0005, 0.001, 0.01, 0.1, 1.0, 5.0]),
         }
     }
 }
 
-impl DnsMetrics {
-    pub(super) fn register(&self, registry: &mut Registry) {
-        let registry = registry.sub_registry_with_prefix("istio_dns");
-        let Self { requests, upstream_requests, upstream_failures, upstream_duration } = self.clone();
-        registry.register("requests", "The total number of DNS requests", requests);
-        let help = "The total number of DNS requests forwarded upstream";
-        registry.register("upstream_requests", help, upstream_requests);
-        let help = "The total number of forwarded DNS requests that nobody answered";
-        registry.register("upstream_failures", help, upstream_failures);
-        let help = "How long forwarded DNS requests took";
-        registry.register_with_unit("upstream_request_duration", help, Unit::Seconds, upstream_duration);
+/// The DNS of all clients. There may be many over time, such as Jobs.
+pub(crate) type DnsMetrics = LabelSets<DnsLabels, DnsCounters>;
+
+type OfCounters = fn(&DnsCounters) -> &U64Counter;
+
+impl Collector for DnsMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let counters: [(&str, &str, OfCounters); 3] = [
+            ("requests", "The total number of DNS requests", |c| &c.requests),
+            ("upstream_requests", "The total number of DNS requests forwarded upstream", |c| {
+                &c.upstream_requests
+            }),
+            ("upstream_failures", "The total number of forwarded DNS requests that nobody answered", |c| {
+                &c.upstream_failures
+            }),
+        ];
+        let sets = self.all();
+        for (name, help, counter) in counters {
+            let name = format!("istio_dns_{name}");
+            let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Counter)?;
+            for set in sets.iter().filter(|set| counter(set).get() > 0) {
+                counter(set).encode(family.encode_family(&set.labels)?)?;
+            }
+        }
+        let (name, help) = ("istio_dns_upstream_request_duration", "How long forwarded DNS requests took");
+        let unit = Some(&Unit::Seconds);
+        let mut family = encoder.encode_descriptor(name, help, unit, MetricType::Histogram)?;
+        for set in sets.iter().filter(|set| set.upstream_requests.get() > 0) {
+            set.upstream_duration.encode(family.encode_family(&set.labels)?)?;
+        }
+        Ok(())
     }
 }
