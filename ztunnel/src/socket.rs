@@ -244,11 +244,13 @@ pub(crate) async fn client_left(stream: &TcpStream) {
     }
 }
 
-/// Whether `netns` has the address `ip`: others cannot be bound.
-pub(crate) fn is_local(netns: &Netns, ip: IpAddr) -> bool {
+/// Whether `netns` has the address of `address`, on its interface if it is a link-local one: others
+/// cannot be bound.
+pub(crate) fn is_local(netns: &Netns, mut address: SocketAddr) -> bool {
+    address.set_port(0);
     let bound = netns.enter(|| {
-        let socket = Socket::new(Domain::for_address(SocketAddr::new(ip, 0)), Type::DGRAM, None)?;
-        socket.bind(&SocketAddr::new(ip, 0).into())
+        let socket = Socket::new(Domain::for_address(address), Type::DGRAM, None)?;
+        socket.bind(&address.into())
     });
     bound.is_ok()
 }

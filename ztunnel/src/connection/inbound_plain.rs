@@ -58,8 +58,9 @@ async fn admit(
     let (mesh, workload) = own_workload(process, &accepted.pod).await?;
     // A redirect also catches what is not for the pod: a neighbour on its network could use it as a
     // proxy, with its address.
-    let is_own = |ip| workload.addresses.contains(&ip) || socket::is_local(&accepted.pod.netns, ip);
-    if original.is_recorded && !is_own(target.ip()) {
+    let is_own =
+        || workload.addresses.contains(&target.ip()) || socket::is_local(&accepted.pod.netns, target);
+    if original.is_recorded && !is_own() {
         return Err(InboundError::NotOwnAddress(target.ip()));
     }
     let client = accepted.client.ip();
