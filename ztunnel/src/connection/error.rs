@@ -16,7 +16,7 @@ use crate::{
     policy::Denied,
     reason::FailureReason,
     record::ConnectionFailure,
-    route::RouteError,
+    route::{OutboundRoute, RouteError},
     stream::StreamError,
     workload_lookup::UnknownWorkload,
 };
@@ -59,12 +59,12 @@ impl From<ClientLeft> for OutboundError {
 }
 
 impl OutboundError {
-    /// Whether another endpoint may be reached although this one was not. Nothing of the client was
-    /// sent by then.
-    pub(super) fn is_of_endpoint(&self) -> bool {
+    /// Whether another endpoint may be reached although that of `route` was not. Nothing of the client
+    /// was sent by then.
+    pub(super) fn is_of_endpoint(&self, route: &OutboundRoute) -> bool {
         match self {
             Self::Dial(error) => is_of_peer(error),
-            Self::Hbone(error) => error.is_of_peer(),
+            Self::Hbone(error) => error.is_of_peer(route.endpoint() == route.target),
             _ => false,
         }
     }

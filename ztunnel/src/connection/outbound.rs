@@ -56,7 +56,7 @@ pub(crate) async fn serve(accepted: Accepted) {
     let mut connected = while_waiting(&accepted.stream, connect(&accepted, &source, &route)).await;
     let mut tried = Vec::new();
     while let Err(error) = &connected
-        && error.is_of_endpoint()
+        && error.is_of_endpoint(&route)
     {
         accepted.worker.failed.add(route.endpoint());
         tried.push(route.endpoint());

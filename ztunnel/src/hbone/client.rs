@@ -121,20 +121,20 @@ impl ConnectError {
         }
     }
 
-    /// Whether it is this peer that cannot be reached, or cannot reach the application. Others may.
-    pub(crate) fn is_of_peer(&self) -> bool {
+    /// Whether it is this peer that cannot be reached, or, if the application `is_behind` it, cannot
+    /// reach that. Others may. A waypoint or gateway that answers is not to blame for what is behind.
+    pub(crate) fn is_of_peer(&self, is_behind: bool) -> bool {
         match self {
             Self::Tcp { source, .. } => is_of_peer(source),
             Self::Tls { .. }
             | Self::Expired { .. }
             | Self::Revoked { .. }
             | Self::Http { .. }
-            | Self::Stream { .. }
-            | Self::NoAnswer { .. } => true,
+            | Self::Stream { .. } => true,
+            Self::NoAnswer { .. } => is_behind,
             // Any other status is an answer, such as that policy forbids it.
-            Self::Status(status) => status.is_server_error(),
-            Self::Inner { source, .. } => source.is_of_peer(),
-            Self::Identity(_) | Self::Abandoned => false,
+            Self::Status(status) => is_behind && status.is_server_error(),
+            Self::Inner { .. } | Self::Identity(_) | Self::Abandoned => false,
         }
     }
 
