@@ -6,7 +6,6 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
 };
 
 use bytes::{Buf, Bytes};
@@ -23,7 +22,7 @@ use super::{
     pool::StreamLease,
 };
 use crate::{
-    config::H2Config,
+    config::Config,
     identity::{CertificateChain, Identity},
     memory::MemoryBudget,
     stream::HboneStream,
@@ -42,18 +41,17 @@ pub(crate) struct NestedStream {
 }
 
 /// Opens a tunnel inside `outer` and sends `request` through it. The tunnel carries this one stream
-/// and ends with it; it keeps `lease` until then. The answer may take `limit`.
+/// and ends with it; it keeps `lease` until then.
 pub(crate) async fn open(
     outer: HboneStream,
     lease: StreamLease,
     peer: std::net::SocketAddr,
     tls: Arc<rustls::ClientConfig>,
-    h2: &H2Config,
+    config: &Config,
     budget: &Arc<MemoryBudget>,
     request: Request<()>,
-    limit: Duration,
 ) -> Result<NestedStream, ConnectError> {
-    let tunnel = client::handshake(Pipe::new(outer), peer, tls, h2, budget).await?;
+    let tunnel = client::handshake(Pipe::new(outer), peer, tls, &config.h2, budget).await?;
     let (driver, identity, chain, memory) = (tunnel.driver, tunnel.identity, tunnel.chain, tunnel.memory);
     // The task ends with its only stream, or with the gateway's connection, so it needs no owner.
     // It outlives the stream only to send the last frames.
@@ -70,6 +68,7 @@ pub(crate) async fn open(
         let (response, send) = requests.send_request(request, false)?;
         Ok((response.await?, send))
     };
+    let limit = config.pool.answer_limit;
     let answered = timeout(limit, answered).await.map_err(|_| ConnectError::NoAnswer { peer, limit })?;
     let (response, send) = answered.map_err(failed)?;
     let (head, recv) = response.into_parts();

@@ -48,8 +48,7 @@ pub(super) async fn open(
         |source| Arc::new(ConnectError::Inner { authority: authority.to_owned(), source: Box::new(source) });
     let credentials = process.certificates.get(&source.identity()).await;
     let tls = credentials.map_err(|error| failed(ConnectError::Identity(error)))?.client(inner_expected);
-    let (h2, limit, memory) = (&process.config.h2, process.config.pool.answer_limit, &accepted.pod.memory);
-    let opened = nested::open(stream, lease, peer, tls, h2, memory, inner, limit).await;
+    let opened = nested::open(stream, lease, peer, tls, &process.config, &accepted.pod.memory, inner).await;
     let inner = opened.map_err(failed)?;
     if process.revocations.is_revoked(&inner.chain) {
         process.metrics.crl.rejected(Direction::Outbound);
