@@ -26,7 +26,10 @@ use tracing::{debug, error, warn};
 
 use crate::{
     model::pod::Pod,
-    observe::{cgroups::CgroupId, netns::Visitors},
+    observe::{
+        cgroups::{self, CgroupId},
+        netns::Visitors,
+    },
     plan::{
         Plan, Reason, ReasonCode,
         diff::{self, Applied, ApplyStep, DiffScope, TunnelStep},
@@ -120,6 +123,21 @@ impl Applier {
             visitors,
             problems: Vec::new(),
         })
+    }
+
+    /// Replaces the programs of an earlier build on tunnels that it left, which go on to serve until
+    /// they connect. To be called before the pods' programs are attached, whose redirects an
+    /// earlier build may not understand.
+    pub(crate) fn update_tunnel_programs(&mut self) {
+        for (id, dir) in self.journal.tunnels() {
+            // A cgroup that is gone has no sockets, and another one at its path is not the tunnel's.
+            if cgroups::id(dir).is_ok_and(|found| found == *id)
+                && let Err(error) = self.kernel.attach_tunnel(dir)
+            {
+                let (cgroup, error) = (dir.display(), Report::new(&error));
+                warn!(%cgroup, %error, "cannot update the programs of a tunnel");
+            }
+        }
     }
 
     /// What could not be done for the node as a whole by the last [`Self::apply`].

@@ -12,13 +12,17 @@
 use crate::{
     address::{Address, UNSPECIFIED, is_link_local, is_loopback, is_unspecified, is_v4, mapped, same},
     enrolment::{CgroupInfo, NetnsInfo, flag},
-    exclusions::{INBOUND, OUTBOUND},
+    exclusions::OUTBOUND,
     flows::{Destination, Flow},
     listeners::ListenerKey,
+    redirect_ports::redirect_port,
     settings::Settings,
     trace::Rule,
 };
 
+pub use self::inbound::{Arrival, Inbound, inbound};
+
+mod inbound;
 #[cfg(any(test, feature = "plain"))]
 pub mod plain;
 #[cfg(test)]
@@ -52,6 +56,8 @@ pub trait ConnectFacts: Facts {
     fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool;
     /// Whether the tunnel has exactly this listener.
     fn has_tunnel_listener(&self, key: &ListenerKey) -> bool;
+    /// The port that the socket is bound to, in host byte order; 0: the kernel is to choose one.
+    fn source_port(&self) -> u16;
     /// Whether the socket is bound to a device, from where the loopback is out of reach.
     fn is_bound_to_device(&self) -> bool;
     /// Records on the socket where it wanted to go, and where it goes instead. Whether it could.
@@ -60,10 +66,14 @@ pub trait ConnectFacts: Facts {
 
 /// What the inbound list needs to know besides.
 pub trait ArrivalFacts: Facts {
-    /// What is known of the netns that the connection arrives in, as a pod's.
+    /// The cookie of the netns that the connection arrives in.
+    fn arrival_netns(&self) -> u64;
+    /// What is known of that netns, as a pod's.
     fn netns(&self) -> Option<NetnsInfo>;
     /// The cookie of the netns from which the tunnel opened `flow`, if it did.
     fn tunnel_flow(&self, flow: &Flow) -> Option<u64>;
+    /// Whether connect(2) redirected `flow` to the tunnel, which has not accepted it yet.
+    fn is_redirected(&self, flow: &Flow) -> bool;
     /// Gives the connection to exactly this listener of the tunnel. Whether it is there.
     fn steer(&self, to: &ListenerKey) -> bool;
     /// Whether an application is known to have exactly this listener.
@@ -192,7 +202,12 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     if !facts.has_tunnel_listener(&listener) && !facts.has_tunnel_listener(&listener.v6()) {
         return without_tunnel(info);
     }
-    let redirect = Destination::new(tunnel, info.redirect_port);
+    let port = if info.flags & flag::SPREAD != 0 {
+        redirect_port(to, facts.source_port())
+    } else {
+        info.redirect_port
+    };
+    let redirect = Destination::new(tunnel, port);
     // Always overwritten: one socket may connect, dissolve and connect again.
     if !facts.record(to, &redirect) {
         return Outbound::Refuse(Rule::NotRecorded);
@@ -290,104 +305,6 @@ fn is_captured(settings: &Settings, resolver: &Address) -> bool {
         || same(&named[0], resolver)
         || same(&named[1], resolver)
         || same(&named[2], resolver)
-}
-
-/// A connection that arrives at a pod's netns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Arrival {
-    /// As its opener sees it: `remote` is the pod.
-    pub flow: Flow,
-    /// The family of the packet.
-    pub is_v4: bool,
-}
-
-/// The verdict about an arrival.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Inbound {
-    /// It goes to the listener that it was steered to, else to the pod's own.
-    Pass(Rule),
-    /// The opener sees a reset.
-    Drop(Rule),
-}
-
-impl Inbound {
-    /// The rule that decided.
-    #[inline(always)]
-    #[must_use]
-    pub const fn rule(&self) -> Rule {
-        match self {
-            Self::Pass(rule) | Self::Drop(rule) => *rule,
-        }
-    }
-}
-
-/// Decides about an inbound TCP connection, whichever address of the netns it goes to:
-///
-/// 1. from loopback, or from the address that it goes to: pass, the pod talks to itself
-/// 2. the netns is not known as a pod's, so nobody can say what its policy is: drop
-/// 3. opened by the tunnel in this very netns: pass, this is how it reaches the application
-/// 4. to the tunnel's outbound or inbound port: drop, only redirected connections belong there
-/// 5. the port is excluded: pass
-/// 6. the pod is not ready: by its fail mode
-/// 7. to the HBONE port: steer to the tunnel's HBONE listener; without one, by the pod's fail mode
-/// 8. the tunnel has no plaintext listener: by the pod's fail mode
-/// 9. no application listens on the port: drop, as without a tunnel in between
-/// 10. steer to the tunnel's plaintext listener
-#[inline(always)]
-pub fn inbound(facts: &impl ArrivalFacts, arrival: &Arrival) -> Inbound {
-    let flow = &arrival.flow;
-    if is_loopback(&flow.local) || same(&flow.local, &flow.remote) {
-        return Inbound::Pass(Rule::SameHost);
-    }
-    let Some(pod) = facts.netns() else {
-        return Inbound::Drop(Rule::UnknownNetns);
-    };
-    if facts.tunnel_flow(flow) == Some(pod.netns_cookie) {
-        return Inbound::Pass(Rule::NotedFlow);
-    }
-    let settings = facts.settings();
-    let port = flow.remote_port;
-    if port == settings.outbound_port || port == settings.inbound_port {
-        return Inbound::Drop(Rule::DropReserved);
-    }
-    if facts.is_port_excluded(pod.exclusion_id, port, INBOUND) {
-        return Inbound::Pass(Rule::ExcludedPort);
-    }
-    let is_hbone = port == settings.hbone_port;
-    let tunnel_port = if is_hbone { port } else { settings.inbound_port };
-    let to = ListenerKey::new(pod.netns_cookie, tunnel_port, arrival.is_v4);
-    if !is_ready(settings, pod.flags) || !steer(facts, to) {
-        return if pod.flags & flag::FAIL_OPEN != 0 {
-            Inbound::Pass(Rule::FailOpen)
-        } else {
-            Inbound::Drop(Rule::FailClosed)
-        };
-    }
-    if is_hbone {
-        return Inbound::Pass(Rule::SteerHbone);
-    }
-    // What is dropped goes to no socket, also when it was steered before.
-    if may_listen(facts, ListenerKey::new(pod.netns_cookie, port, arrival.is_v4)) {
-        Inbound::Pass(Rule::SteerPlain)
-    } else {
-        Inbound::Drop(Rule::NotListening)
-    }
-}
-
-/// Steers to the tunnel's listener `to`. A listener of IPv6 serves IPv4 too, where there is no
-/// other.
-#[inline(always)]
-fn steer(facts: &impl ArrivalFacts, to: ListenerKey) -> bool {
-    facts.steer(&to) || to.family == 4 && facts.steer(&to.v6())
-}
-
-/// Whether an application may have the listener `key`: where not every listener is known, it may.
-#[inline(always)]
-fn may_listen(facts: &impl ArrivalFacts, key: ListenerKey) -> bool {
-    facts.has_app_listener(&key)
-        // A socket of IPv6 may serve IPv4 too.
-        || key.family == 4 && facts.has_app_listener(&key.v6())
-        || !facts.knows_all_app_listeners(key.netns_cookie)
 }
 
 #[inline(always)]

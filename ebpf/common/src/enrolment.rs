@@ -18,6 +18,9 @@ pub mod flag {
     /// The pod's DNS queries are redirected to the tunnel, while it answers them. Bits 5 to 7 are
     /// unused: their number is kept so that maps that an earlier build filled still read the same.
     pub const DNS_CAPTURE: u32 = 1 << 8;
+    /// Connections are redirected to [`crate::redirect_ports`], not all to one port: the programs
+    /// of the pod's netns and of the tunnels know these.
+    pub const SPREAD: u32 = 1 << 9;
 }
 
 /// What the programs know of a cgroup. Value of `cgroup_info_map`, keyed by cgroup id (`u64`).
@@ -41,7 +44,7 @@ pub struct CgroupInfo {
     pub detected: u32,
     /// The pod's list in `exclusion_ports` and `exclusion_cidrs`; 0: none.
     pub exclusion_id: u32,
-    /// Host byte order.
+    /// The port of the tunnel's outbound listener, in host byte order.
     pub redirect_port: u16,
     /// Always zero.
     pub pad: u16,

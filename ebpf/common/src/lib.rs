@@ -9,6 +9,7 @@
 //! * [`exclusions`]: which connections of a pod stay outside the mesh
 //! * [`enrolment`]: which cgroup is which pod, and what happens to its traffic
 //! * [`listeners`]: who listens where
+//! * [`redirect_ports`]: to which port a connection is redirected
 //! * [`flows`]: original destinations, and flows that pass untouched
 //! * [`address`]: one 16-byte form for both address families
 //!
@@ -32,6 +33,7 @@ pub mod flows;
 pub mod lifecycle;
 pub mod listeners;
 pub mod maps;
+pub mod redirect_ports;
 pub mod settings;
 pub mod trace;
 

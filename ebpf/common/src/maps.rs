@@ -93,7 +93,8 @@ maps! {
         written by "watcher", read by "connect, sendmsg programs; watcher", pinned true, formerly None,
         "Address ranges that pods exclude from the mesh, each of one address family.";
     ORIGINAL_DST = "original_dst", "LRU hash", Flow: "Flow", Destination: "Destination",
-        written by "pods' sock_ops program", read by "tunnel's sock_ops program", pinned true, formerly None,
+        written by "pods' sock_ops program", read by "sk_lookup, tunnel's sock_ops programs",
+        pinned true, formerly None,
         "Where the opener of a redirected connection wanted to go, until the tunnel accepts it.";
     TUNNEL_FLOWS = "tunnel_flows", "LRU hash", Flow: "Flow", TunnelFlow: "TunnelFlow",
         written by "tunnel's sock_ops program", read by "sk_lookup program", pinned true, formerly None,

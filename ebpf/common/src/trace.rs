@@ -108,6 +108,8 @@ numbered! {
         NotListening = 19, "refuse: nobody listens on the port";
         OtherNetns = 20, "leave: socket of another netns than the pod's";
         LinkLocal = 21, "leave: link-local address";
+        SteerOutbound = 22, "steer to outbound";
+        ListenerGone = 23, "refuse: the tunnel went away after the redirect";
     }
 }
 

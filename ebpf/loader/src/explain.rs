@@ -19,7 +19,7 @@ use crate::{Kernel, KernelError};
 impl Kernel {
     /// The rule for a TCP connect to `destination` (IPv4 in mapped form) from a process in the
     /// cgroup `cgroup_id` by a socket of the netns `netns_cookie`. `None`: its pod has no cgroup,
-    /// so no entry; the netns of the cgroup's pod. The socket is taken to be bound to no device,
+    /// so no entry; the netns of the cgroup's pod. The socket is taken to be bound to nothing,
     /// and to have room for a state.
     ///
     /// # Errors
@@ -144,6 +144,10 @@ impl ConnectFacts for MapFacts<'_> {
         self.listeners.contains(key)
     }
 
+    fn source_port(&self) -> u16 {
+        0
+    }
+
     fn is_bound_to_device(&self) -> bool {
         false
     }
@@ -154,6 +158,15 @@ impl ConnectFacts for MapFacts<'_> {
 }
 
 impl ArrivalFacts for MapFacts<'_> {
+    fn arrival_netns(&self) -> u64 {
+        self.netns.map_or(0, |netns| netns.netns_cookie)
+    }
+
+    /// The connection comes from another netns.
+    fn is_redirected(&self, _flow: &Flow) -> bool {
+        false
+    }
+
     fn netns(&self) -> Option<NetnsInfo> {
         self.netns
     }

@@ -14,6 +14,7 @@ mod lifecycle;
 mod lifetime;
 mod matrix;
 mod outbound;
+mod ports;
 mod property;
 mod rig;
 

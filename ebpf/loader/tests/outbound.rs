@@ -342,7 +342,7 @@ fn nobody_gets_an_original_destination_without_a_redirect() {
     assert_eq!(rig.tunnel.accept(tunnel).original, None);
 }
 
-fn canonical(address: SocketAddr) -> SocketAddr {
+pub fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 

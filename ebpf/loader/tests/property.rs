@@ -53,13 +53,14 @@ struct Case {
 
 fn cases() -> impl Strategy<Value = Case> {
     let likely = || prop::bool::weighted(0.8);
-    let bits = (likely(), likely(), any::<bool>(), any::<bool>(), prop::bool::weighted(0.1));
-    let flags = bits.prop_map(|(enrolled, ready, open, dns, sidecar)| {
+    let bits = (likely(), likely(), any::<[bool; 3]>(), prop::bool::weighted(0.1));
+    let flags = bits.prop_map(|(enrolled, ready, [open, dns, spread], sidecar)| {
         [
             (enrolled, flag::IN_MESH),
             (ready, flag::READY),
             (open, flag::FAIL_OPEN),
             (dns, flag::DNS_CAPTURE),
+            (spread, flag::SPREAD),
             (sidecar, flag::SIDECAR),
         ]
         .into_iter()

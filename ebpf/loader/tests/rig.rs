@@ -34,7 +34,8 @@ pub const OUTBOUND: u16 = 15001;
 pub const INBOUND: u16 = 15006;
 pub const HBONE: u16 = 15008;
 pub const DNS: u16 = 15053;
-pub const READY: u32 = flag::IN_MESH | flag::READY;
+/// As the watcher writes it for a pod that is served.
+pub const READY: u32 = flag::IN_MESH | flag::READY | flag::SPREAD;
 
 pub struct Rig {
     // Dropped in this order: processes before the cgroups that they are in.

@@ -16,7 +16,7 @@ use crate::{
         SockAddr,
         verdict::{ALLOW, REFUSE},
     },
-    maps::{self, Caller},
+    maps::{self, facts::Caller},
     trace,
 };
 

@@ -100,6 +100,12 @@ impl Socket {
         !self.is_null() && read!(self.0, bound_dev_if) != 0
     }
 
+    /// The port that it is bound to, in host byte order; 0: to none, or there is no socket.
+    #[inline(always)]
+    pub fn source_port(self) -> u16 {
+        if self.is_null() { 0 } else { read!(self.0, src_port) as u16 }
+    }
+
     /// Whether there is a socket, without an IPv4 source address.
     #[inline(always)]
     pub fn lacks_source_v4(self) -> bool {

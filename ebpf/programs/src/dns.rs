@@ -16,7 +16,7 @@ use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 
 use crate::{
     context::{SockAddr, verdict::PROCEED},
-    maps::{self, Caller},
+    maps::{self, facts::Caller},
     original_dst::{show_original_v4, show_original_v6},
     trace,
 };

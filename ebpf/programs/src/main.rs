@@ -8,7 +8,7 @@
 //! * [`tunnel_mark`]: keeps the tunnel's mark to connections that use the client's address
 //! * [`lifecycle`]: reports cgroups and processes, and closes expected pods as their cgroup is made
 //! * [`trace`]: reports each verdict, while somebody watches
-//! * [`maps`]: the maps, and the answers that the lists get from them
+//! * [`maps`]: the maps, and the facts that the lists get from them
 //! * [`context`]: safe access to the kernel's contexts
 //!
 //! The lists themselves are in `adit_ebpf_common::decide`.

@@ -1,12 +1,11 @@
-//! The maps, and the facts that the decision lists get from them. Names, keys and values:
-//! `adit_ebpf_common`, whose table of maps a test of the loader compares with the compiled object.
+//! The maps. Names, keys and values: `adit_ebpf_common`, whose table of maps a test of the loader
+//! compares with the compiled object. What the decision lists learn from them: [`facts`].
 #![expect(unsafe_code, reason = "references into maps, and helpers that take pointers")]
 
 use core::{arch::asm, ptr::null_mut};
 
 use adit_ebpf_common::{
     address::Address,
-    decide::{ArrivalFacts, ConnectFacts, Facts},
     enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
     exclusions::{ExcludedCidr, ExcludedPorts},
     flows::{ACK_LIFETIME, Destination, Flow, SYN_LIFETIME, SocketState, TunnelFlow},
@@ -18,14 +17,16 @@ use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE},
     btf_maps::SkStorage,
     helpers::{
-        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_sk_release,
-        generated::{bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_sk_storage_get, bpf_sock_hash_update},
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id,
+        generated::{bpf_ktime_get_ns, bpf_sk_storage_get, bpf_sock_hash_update},
     },
     macros::{btf_map, map},
     maps::{Array, HashMap, LpmTrie, LruHashMap, RingBuf, SockHash, lpm_trie::Key},
 };
 
-use crate::context::{Lookup, SockOps, Socket};
+use crate::context::{SockOps, Socket};
+
+pub mod facts;
 
 #[map(name = "cgroup_info_map")]
 static CGROUP_INFO: HashMap<u64, CgroupInfo> = HashMap::with_max_entries(16384, 0);
@@ -143,139 +144,6 @@ fn pod_in(netns_cookie: u64) -> Option<&'static CgroupInfo> {
     let netns = netns(netns_cookie)?;
     // SAFETY: as in `caller`.
     unsafe { CGROUP_INFO.get(netns.cgroup_id) }
-}
-
-/// What a program of connect or sendmsg knows.
-pub struct Caller {
-    pub settings: &'static Settings,
-    pub info: Option<&'static CgroupInfo>,
-    /// Of the netns that the socket was created in.
-    pub netns_cookie: u64,
-    pub socket: Socket,
-}
-
-impl Facts for Caller {
-    #[inline(always)]
-    fn settings(&self) -> &Settings {
-        self.settings
-    }
-
-    #[inline(always)]
-    fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool {
-        is_port_excluded(exclusion_id, port, direction)
-    }
-}
-
-impl ConnectFacts for Caller {
-    #[inline(always)]
-    fn caller(&self) -> Option<&CgroupInfo> {
-        self.info
-    }
-
-    #[inline(always)]
-    fn netns_cookie(&self) -> u64 {
-        self.netns_cookie
-    }
-
-    #[inline(always)]
-    fn netns_pod(&self) -> Option<&CgroupInfo> {
-        let pod = pod_in(self.netns_cookie);
-        if pod.is_none() {
-            // Whether both entries are missing: the compiler would ask by one OR of two pointers,
-            // which the verifier refuses. It does not join tests around this.
-            // SAFETY: no instruction at all.
-            unsafe { asm!("", options(nomem, nostack, preserves_flags)) };
-        }
-        pod
-    }
-
-    #[inline(always)]
-    fn owner(&self, address: &Address) -> Option<u64> {
-        pod(address).map(|pod| pod.netns_cookie)
-    }
-
-    #[inline(always)]
-    fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool {
-        is_cidr_excluded(exclusion_id, address)
-    }
-
-    /// The kernel removes the entry with the socket, however the tunnel ended.
-    #[inline(always)]
-    fn has_tunnel_listener(&self, key: &ListenerKey) -> bool {
-        let map = (&raw const TUNNEL_LISTENERS).cast_mut().cast();
-        let mut key = *key;
-        // SAFETY: the key is of the map's type and lives on the stack. The helper holds a socket
-        // that it finds, and `bpf_sk_release` gives it back, exactly once.
-        unsafe {
-            let socket = bpf_map_lookup_elem(map, (&raw mut key).cast());
-            !socket.is_null() && {
-                bpf_sk_release(socket);
-                true
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn is_bound_to_device(&self) -> bool {
-        self.socket.is_bound_to_device()
-    }
-
-    #[inline(always)]
-    fn record(&self, original: &Destination, redirect: &Destination) -> bool {
-        let Some(state) = state_or_new(self.socket) else { return false };
-        state.original = *original;
-        state.redirect = *redirect;
-        true
-    }
-}
-
-/// What the sk_lookup program knows.
-pub struct Arriving<'a> {
-    pub settings: &'static Settings,
-    pub lookup: &'a Lookup,
-}
-
-impl Facts for Arriving<'_> {
-    #[inline(always)]
-    fn settings(&self) -> &Settings {
-        self.settings
-    }
-
-    #[inline(always)]
-    fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool {
-        is_port_excluded(exclusion_id, port, direction)
-    }
-}
-
-impl ArrivalFacts for Arriving<'_> {
-    #[inline(always)]
-    fn netns(&self) -> Option<NetnsInfo> {
-        netns(self.lookup.netns_cookie())
-    }
-
-    #[inline(always)]
-    fn tunnel_flow(&self, flow: &Flow) -> Option<u64> {
-        // SAFETY: one writer per key, the socket that has this flow; the value is copied at once.
-        let found = unsafe { TUNNEL_FLOWS.get(flow) }.copied()?;
-        (now() < found.valid_until).then_some(found.netns_cookie)
-    }
-
-    #[inline(always)]
-    fn steer(&self, to: &ListenerKey) -> bool {
-        TUNNEL_LISTENERS.redirect_sk_lookup(self.lookup.to_aya(), *to, 0).is_ok()
-    }
-
-    #[inline(always)]
-    fn has_app_listener(&self, key: &ListenerKey) -> bool {
-        APP_LISTENERS.get_ptr(key).is_some()
-    }
-
-    #[inline(always)]
-    fn knows_all_app_listeners(&self, netns_cookie: u64) -> bool {
-        // SAFETY: the value is copied at once; a program or the watcher may change it then, as if
-        // it had done so later.
-        unsafe { APP_LISTENER_STATE.get(netns_cookie) }.is_some_and(|state| state.complete != 0)
-    }
 }
 
 /// Publishes where the opener of `flow` wanted to go. If that fails, the tunnel gets no answer and

@@ -14,7 +14,7 @@ use crate::{
         Lookup,
         verdict::{SK_DROP, SK_PASS},
     },
-    maps::{self, Arriving},
+    maps::{self, facts::Arriving},
     trace,
 };
 
@@ -24,8 +24,9 @@ pub fn adit_sk_lookup(ctx: SkLookupContext) -> u32 {
     let Some(arrival) = lookup.arrival() else { return SK_PASS };
     let Some(settings) = maps::settings() else { return SK_PASS };
     let verdict = decide::inbound(&Arriving { settings, lookup: &lookup }, &arrival);
-    // A pod that talks to itself is no matter of the mesh.
-    if settings.debug != 0 && verdict.rule() as u16 != Rule::SameHost as u16 {
+    // A pod that talks to itself is no matter of the mesh, and of a redirect connect(2) told.
+    let rule = verdict.rule() as u16;
+    if settings.debug != 0 && rule != Rule::SameHost as u16 && rule != Rule::SteerOutbound as u16 {
         trace::inbound(settings, verdict.rule(), &arrival.flow, maps::cgroup_in(lookup.netns_cookie()));
     }
     match verdict {

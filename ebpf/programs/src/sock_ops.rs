@@ -184,9 +184,9 @@ fn register(ops: &SockOps) {
 /// The tunnel is about to accept.
 #[inline(always)]
 fn accepted(ops: &SockOps) {
-    let Some(settings) = maps::settings() else { return };
     let Some(accepted) = ops.flow() else { return };
-    if accepted.local_port == settings.outbound_port {
+    // A connection of the pod to its own address comes here by a redirect only.
+    if same(&accepted.local, &accepted.remote) {
         move_original(ops, &accepted);
     } else {
         count_arrival(ops, &accepted);

@@ -51,10 +51,10 @@ pub(super) fn plan_pods(
         if entry.is_observed() {
             entry.admit(is_closed, !applier.tunnels.is_empty(), now);
         }
-        let ready = entry
-            .view
-            .eligibility
-            .facts()
+        let facts = entry.view.eligibility.facts();
+        // The programs of an earlier build know one port.
+        let spread = facts.is_some_and(|facts| applier.kernel.is_steering(facts.cookie));
+        let ready = facts
             .is_some_and(|facts| applier.is_served(uid, facts.cookie) || adoption.is_ready(facts.cookie));
         let steered = applier.netns.all_of_pod(uid);
         let is_served = steered.values().any(|netns| netns.prepared);
@@ -64,6 +64,7 @@ pub(super) fn plan_pods(
             fail_mode: config.fail_mode,
             dns_capture: config.dns_capture,
             ready,
+            spread,
             in_grace: entry.in_grace(now),
             exclusion_id,
             steered,

@@ -41,6 +41,7 @@ pub(super) fn start(
         KernelSettings::open(&mut kernel, &config.dns_resolvers).map_err(failed("write the settings"))?;
     let mut applier = Applier::adopt(kernel, settings, journal, Arc::clone(&visitors))
         .map_err(|(what, source)| AgentError::Kernel { what, source })?;
+    applier.update_tunnel_programs();
     let kernel = &mut applier.kernel;
     kernel.attach_pods(&config.attach).map_err(failed("attach the pods' programs"))?;
     let events = events::open(config.events, kernel, &config.attach, &config.cgroup_root)?;

@@ -126,21 +126,23 @@ impl Journal {
     /// # Errors
     /// The file cannot be written; then nothing is recorded.
     pub fn add_netns(&mut self, records: impl IntoIterator<Item = (u64, NetnsRecord)>) -> io::Result<()> {
-        let mut new = Vec::new();
+        let before = self.content.netns.clone();
         for (cookie, record) in records {
-            if let Entry::Vacant(entry) = self.content.netns.entry(cookie) {
-                entry.insert(record);
-                new.push(cookie);
+            match self.content.netns.entry(cookie) {
+                Entry::Vacant(entry) => drop(entry.insert(record)),
+                // An earlier build may have set fewer sysctls. Of those that it set, the value from
+                // before is what it recorded.
+                Entry::Occupied(mut entry) => {
+                    for (path, value) in record.sysctls_before {
+                        entry.get_mut().sysctls_before.entry(path).or_insert(value);
+                    }
+                }
             }
         }
-        if new.is_empty() {
+        if self.content.netns == before {
             return Ok(());
         }
-        self.save().inspect_err(|_| {
-            for cookie in new {
-                self.content.netns.remove(&cookie);
-            }
-        })
+        self.save().inspect_err(|_| self.content.netns = before)
     }
 
     /// Removes netns, all in one write.
@@ -202,10 +204,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut journal = Journal::open(dir.path()).unwrap();
         journal.add_netns([(7, record("0"))]).unwrap();
-        journal.add_netns([(7, record("1"))]).unwrap();
+        let mut more = record("1");
+        more.sysctls_before.insert("/proc/sys/y".to_owned(), "2".to_owned());
+        journal.add_netns([(7, more)]).unwrap();
         journal.add_tunnel(5, Path::new("/c")).unwrap();
         let mut again = Journal::open(dir.path()).unwrap();
-        assert_eq!(again.netns()[&7].sysctls_before["/proc/sys/x"], "0");
+        let before = |path| again.netns()[&7].sysctls_before[path].clone();
+        assert_eq!(before("/proc/sys/x"), "0");
+        assert_eq!(before("/proc/sys/y"), "2", "an earlier build did not set it");
         assert_eq!(again.tunnels()[&5], Path::new("/c"));
         again.remove_netns([7]).unwrap();
         again.remove_tunnel(5).unwrap();

@@ -28,6 +28,8 @@ pub(crate) struct Circumstances {
     pub dns_capture: bool,
     /// Whether a connected tunnel acknowledged the pod with its present netns.
     pub ready: bool,
+    /// Whether the programs that spread redirects over ports are attached to its netns.
+    pub spread: bool,
     /// Whether the pod ran in plaintext until now. It continues to do so until a tunnel serves it,
     /// since a label put on a running pod must not fail a single connection.
     pub in_grace: bool,
@@ -165,5 +167,7 @@ fn enroll(
     plan.workload = Some(workload(pod, facts.cookie, facts.id, pod_cgroup));
     let captures_dns = pod.dns_capture.unwrap_or(circumstances.dns_capture);
     let dns = if captures_dns { flag::DNS_CAPTURE } else { 0 };
-    CgroupInfo { netns_cookie: facts.cookie, ..cgroup_info(flags | dns, exclusion_id, &facts.addresses) }
+    let spread = if circumstances.spread { flag::SPREAD } else { 0 };
+    let flags = flags | dns | spread;
+    CgroupInfo { netns_cookie: facts.cookie, ..cgroup_info(flags, exclusion_id, &facts.addresses) }
 }

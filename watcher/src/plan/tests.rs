@@ -125,6 +125,7 @@ impl Setting {
                 fail_mode: self.fail_mode,
                 dns_capture: self.dns_capture,
                 ready: self.ready.contains(uid),
+                spread: false,
                 in_grace: self.in_grace.contains(uid),
                 steered: self.steered.get(uid).cloned().unwrap_or_default(),
                 exclusion_id: self.exclusion_ids.get(uid).copied().unwrap_or(0),

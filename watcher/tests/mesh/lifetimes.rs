@@ -181,7 +181,7 @@ fn traces(cluster: &Cluster) -> Vec<String> {
             "ip route show table all",
             "ip -6 route show table all",
             "ss -Hltn",
-            "sysctl net.ipv4.tcp_fwmark_accept net.ipv4.fwmark_reflect net.ipv6.fwmark_reflect net.ipv4.tcp_migrate_req",
+            "sysctl net.ipv4.tcp_fwmark_accept net.ipv4.fwmark_reflect net.ipv6.fwmark_reflect net.ipv4.tcp_migrate_req net.ipv4.tcp_tw_reuse",
         ] {
             let output = pod.exec(&line.split(' ').collect::<Vec<_>>());
             // A question that fails would answer alike before and after.

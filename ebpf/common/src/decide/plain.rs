@@ -22,7 +22,7 @@ pub struct PlainFacts {
     pub settings: Settings,
     /// What is known of the caller's cgroup.
     pub caller: Option<CgroupInfo>,
-    /// The cookie of the socket's netns.
+    /// The cookie of the socket's netns, and of the one that a connection arrives in.
     pub socket_netns: u64,
     /// The entry of the pod that has it.
     pub netns_pod: Option<CgroupInfo>,
@@ -42,6 +42,10 @@ pub struct PlainFacts {
     pub complete: BTreeSet<u64>,
     /// Flows that the tunnel opened, with the netns it opened them from.
     pub tunnel_flows: Vec<(Flow, u64)>,
+    /// Flows that connect(2) redirected.
+    pub redirected: Vec<Flow>,
+    /// The port that the socket is bound to; 0: none.
+    pub source_port: u16,
     /// Whether the socket is bound to a device.
     pub is_bound_to_device: bool,
     /// Whether there is memory for what is recorded of a socket.
@@ -65,6 +69,8 @@ impl PlainFacts {
             app_listeners: BTreeSet::new(),
             complete: BTreeSet::new(),
             tunnel_flows: Vec::new(),
+            redirected: Vec::new(),
+            source_port: 0,
             is_bound_to_device: false,
             can_record: true,
         }
@@ -112,6 +118,10 @@ impl ConnectFacts for PlainFacts {
         self.tunnel_listeners.contains(&parts(key))
     }
 
+    fn source_port(&self) -> u16 {
+        self.source_port
+    }
+
     fn is_bound_to_device(&self) -> bool {
         self.is_bound_to_device
     }
@@ -122,6 +132,14 @@ impl ConnectFacts for PlainFacts {
 }
 
 impl ArrivalFacts for PlainFacts {
+    fn arrival_netns(&self) -> u64 {
+        self.socket_netns
+    }
+
+    fn is_redirected(&self, flow: &Flow) -> bool {
+        self.redirected.contains(flow)
+    }
+
     fn netns(&self) -> Option<NetnsInfo> {
         self.netns
     }

@@ -5,10 +5,11 @@ use crate::{
     address::{Address, UNSPECIFIED, mapped},
     enrolment::{
         CgroupInfo, NetnsInfo,
-        flag::{DNS_CAPTURE, FAIL_OPEN, IN_MESH, READY, SIDECAR, TUNNEL},
+        flag::{DNS_CAPTURE, FAIL_OPEN, IN_MESH, READY, SIDECAR, SPREAD, TUNNEL},
     },
     exclusions::{CidrPrefix, INBOUND, MAPPED_BITS, OUTBOUND, PortPrefix},
     flows::{Destination, Flow},
+    redirect_ports::redirect_port,
     settings::Settings,
     trace::Rule,
 };
@@ -146,6 +147,21 @@ fn each_missing_fact_has_its_rule() {
 }
 
 #[test]
+fn redirects_are_spread_where_all_programs_know_it() {
+    let mut facts = facts(IN_MESH | READY | SPREAD);
+    for (to, own) in [(OTHER, OWN), (OTHER_V6, OWN_V6)] {
+        for source_port in [0, 40000] {
+            facts.source_port = source_port;
+            let port = redirect_port(&Destination::new(to, 80), source_port);
+            let expected = Outbound::Redirect(Rule::Redirect, Destination::new(own, port));
+            assert_eq!(verdict(&facts, to, 80), expected);
+        }
+    }
+    facts.tunnel_listeners.remove(&(COOKIE, 15001, 6));
+    assert_eq!(verdict(&facts, OTHER, 80).rule(), Rule::FailClosed);
+}
+
+#[test]
 fn the_sockets_netns_says_whose_a_connection_is() {
     let ready = IN_MESH | READY;
     let entry = |flags| facts(flags).caller;
@@ -239,6 +255,19 @@ fn what_arrives_in_a_netns_of_no_pod_is_dropped_unless_it_comes_from_there() {
         assert_eq!(arrives(&facts, OTHER, OWN, port), Inbound::Drop(Rule::UnknownNetns));
     }
     assert_eq!(arrives(&facts, LOOPBACK, OWN, 80), Inbound::Pass(Rule::SameHost));
+}
+
+#[test]
+fn what_connect_redirected_goes_to_the_outbound_listener_or_nowhere() {
+    let mut facts = facts(IN_MESH | READY | FAIL_OPEN);
+    for port in [600, 15001] {
+        facts.redirected = [flow(OWN, OWN, port), flow(OTHER, OWN, port)].into();
+        assert_eq!(arrives(&facts, OWN, OWN, port), Inbound::Pass(Rule::SteerOutbound));
+        assert_eq!(arrives(&facts, OWN_TOO, OWN_TOO, port), Inbound::Pass(Rule::SameHost));
+        assert_ne!(arrives(&facts, OTHER, OWN, port).rule(), Rule::SteerOutbound, "from outside");
+    }
+    facts.tunnel_listeners.clear();
+    assert_eq!(arrives(&facts, OWN, OWN, 15001), Inbound::Drop(Rule::ListenerGone));
 }
 
 #[test]

@@ -140,6 +140,16 @@ impl Agent {
         self.tell(format_args!("dial-from {from} {to}")).map(|answer| end(&answer))
     }
 
+    /// The same from a source port that other sockets may have too.
+    pub fn dial_from_shared(&mut self, from: SocketAddr, to: SocketAddr) -> Result<End, i32> {
+        self.tell(format_args!("dial-from-shared {from} {to}")).map(|answer| end(&answer))
+    }
+
+    /// By TCP, with a socket that is bound to the interface of that name.
+    pub fn dial_by(&mut self, device: &str, to: SocketAddr) -> Result<End, i32> {
+        self.tell(format_args!("dial-by {device} {to}")).map(|answer| end(&answer))
+    }
+
     /// Dissolves a connection and dials with the same socket.
     pub fn redial(&mut self, handle: u32, to: SocketAddr) -> Result<End, i32> {
         self.tell(format_args!("redial {handle} {to}")).map(|answer| end(&answer))
@@ -270,9 +280,18 @@ impl Sockets {
                     _ => Ok(self.keep(socket).to_string()),
                 }
             }
-            ["dial-from", from, to] => {
+            ["dial-by", device, to] => {
+                let to: SocketAddr = parse(to)?;
+                let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+                socket.set_write_timeout(Some(PATIENCE))?;
+                socket.bind_device(Some(device.as_bytes()))?;
+                socket.connect(&to.into())?;
+                self.describe(socket)
+            }
+            [kind @ ("dial-from" | "dial-from-shared"), from, to] => {
                 let (from, to): (SocketAddr, SocketAddr) = (parse(from)?, parse(to)?);
                 let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+                socket.set_reuse_address(kind == "dial-from-shared")?;
                 socket.set_write_timeout(Some(PATIENCE))?;
                 socket.set_mark(self.mark)?;
                 socket.bind(&from.into())?;

@@ -30,7 +30,7 @@ impl NodePod {
     /// The rules, routes and sysctls of its netns: all that a watcher may change there.
     pub fn traces(&self) -> String {
         let Self { netns, .. } = self;
-        let sysctls = "net.ipv4.tcp_fwmark_accept net.ipv4.fwmark_reflect net.ipv6.fwmark_reflect net.ipv4.tcp_migrate_req";
+        let sysctls = "net.ipv4.tcp_fwmark_accept net.ipv4.fwmark_reflect net.ipv6.fwmark_reflect net.ipv4.tcp_migrate_req net.ipv4.tcp_tw_reuse";
         let shown: String = [
             format!("ip -n {netns} rule"),
             format!("ip -n {netns} -6 rule"),
