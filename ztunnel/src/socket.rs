@@ -8,7 +8,6 @@ use std::{
 };
 
 use adit_netns::Netns;
-use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
     io::Interest,
@@ -17,6 +16,8 @@ use tokio::{
 };
 
 use crate::config::Config;
+
+mod client_source;
 
 /// How long a TCP connect may take; Istio's tunnel has the same limit.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -121,21 +122,12 @@ pub(crate) async fn connect(
     from: Option<IpAddr>,
     options: &SocketOptions,
 ) -> io::Result<TcpStream> {
-    let from = from.filter(|from| may_be_source(*from, to.ip()));
-    let socket = netns.enter(|| {
-        let socket = new_socket(to, options)?;
-        if let Some(from) = from {
-            speak_as(&socket, from)?;
-        }
-        Ok(socket)
-    })?;
-    let connecting = TcpSocket::from_std_stream(socket.into()).connect(to);
-    match timeout(CONNECT_TIMEOUT, connecting).await {
-        Ok(connected) => connected,
-        Err(_) => {
-            Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {CONNECT_TIMEOUT:?}")))
-        }
+    if let Some(from) = from.filter(|from| may_be_source(*from, to.ip())) {
+        return client_source::connect(netns, to, from, options).await;
     }
+    let socket = netns.enter(|| new_socket(to, options))?;
+    let connecting = TcpSocket::from_std_stream(socket.into()).connect(to);
+    timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or_else(|_| Err(no_answer()))
 }
 
 /// The source must have the destination's family, and must differ from its address. To a link-local
@@ -146,18 +138,8 @@ fn may_be_source(from: IpAddr, to: IpAddr) -> bool {
     from.is_ipv4() == to.is_ipv4() && from != to && !is_link_local(from) && !is_link_local(to)
 }
 
-fn speak_as(socket: &Socket, from: IpAddr) -> io::Result<()> {
-    if from.is_ipv4() {
-        socket.set_ip_transparent_v4(true)?;
-        socket.set_freebind_v4(true)?;
-    } else {
-        socket.set_ip_transparent_v6(true)?;
-        socket.set_freebind_v6(true)?;
-    }
-    // The kernel chooses the port at connect, per destination. Otherwise the port range would be
-    // shared by all destinations of a source address.
-    setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?;
-    socket.bind(&SocketAddr::new(from, 0).into())
+fn no_answer() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {CONNECT_TIMEOUT:?}"))
 }
 
 /// Whether the calling thread's netns delivers packets with `mark` locally, whatever their
