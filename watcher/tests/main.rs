@@ -23,6 +23,7 @@ mod labels;
 mod mesh;
 mod neighbours;
 mod preflight;
+mod sockets;
 mod trace;
 mod zds;
 

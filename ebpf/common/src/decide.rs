@@ -50,6 +50,8 @@ pub trait ConnectFacts: Facts {
     fn netns_cookie(&self) -> u64;
     /// The entry of the pod that is known to have that netns.
     fn netns_pod(&self) -> Option<&CgroupInfo>;
+    /// The flags of that netns, as far as it is known as a pod's; 0: it is not.
+    fn netns_flags(&self) -> u32;
     /// The netns cookie of the enrolled pod that has `address`.
     fn owner(&self, address: &Address) -> Option<u64>;
     /// Whether the list `exclusion_id` has a range that `address` is in.
@@ -133,18 +135,20 @@ impl Outbound {
 /// 3. to loopback, which 0.0.0.0 and :: mean too: leave; but refuse the tunnel's ports to an
 ///    enrolled, ready pod
 /// 4. the caller is a tunnel: leave, or its own traffic would come back to it
-/// 5. there is no entry, it does not enrol, or a sidecar carries its traffic: leave
-/// 6. the socket is in a netns that is no pod's, and the entry's pod has another one: leave. What a
+/// 5. there is no entry, though the socket's netns is an enrolled pod's: by that pod's fail mode. The
+///    entry found no room, or somebody removed it
+/// 6. there is no entry, it does not enrol, or a sidecar carries its traffic: leave
+/// 7. the socket is in a netns that is no pod's, and the entry's pod has another one: leave. What a
 ///    program runs in a netns of its own reaches nobody but by the pod's
-/// 7. to one of the pod's own addresses: leave; but refuse the tunnel's ports
-/// 8. excluded by port or by CIDR: leave
-/// 9. the pod is not ready: by its fail mode
-/// 10. to a link-local address of IPv6: leave. It means nothing without its interface, which a
+/// 8. to one of the pod's own addresses: leave; but refuse the tunnel's ports
+/// 9. excluded by port or by CIDR: leave
+/// 10. the pod is not ready: by its fail mode
+/// 11. to a link-local address of IPv6: leave. It means nothing without its interface, which a
 ///     redirect would lose
-/// 11. the pod has no address of this family, so there is nothing to redirect to: refuse
-/// 12. the tunnel's listener is gone: by the pod's fail mode
-/// 13. the original destination cannot be recorded, so the tunnel would not learn it: refuse
-/// 14. redirect to the tunnel
+/// 12. the pod has no address of this family, so there is nothing to redirect to: refuse
+/// 13. the tunnel's listener is gone: by the pod's fail mode
+/// 14. the original destination cannot be recorded, so the tunnel would not learn it: refuse
+/// 15. redirect to the tunnel
 #[inline(always)]
 pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     let to = &call.destination;
@@ -163,7 +167,7 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
         return Outbound::Leave(Rule::Loopback);
     }
     let Some(info) = entry(facts) else {
-        return Outbound::Leave(if local { Rule::Loopback } else { Rule::NotEnrolled });
+        return if local { Outbound::Leave(Rule::Loopback) } else { without_entry(facts.netns_flags()) };
     };
     if info.flags & flag::TUNNEL != 0 {
         return Outbound::Leave(Rule::Tunnel);
@@ -228,6 +232,18 @@ fn entry(facts: &impl ConnectFacts) -> Option<&CgroupInfo> {
 #[inline(always)]
 fn is_here(facts: &impl ConnectFacts, info: &CgroupInfo) -> bool {
     info.netns_cookie == 0 || info.netns_cookie == facts.netns_cookie()
+}
+
+/// For a caller of whom nothing is known, by the flags of the socket's netns.
+#[inline(always)]
+fn without_entry(netns_flags: u32) -> Outbound {
+    if netns_flags & flag::IN_MESH == 0 || netns_flags & flag::SIDECAR != 0 {
+        Outbound::Leave(Rule::NotEnrolled)
+    } else if netns_flags & flag::FAIL_OPEN != 0 {
+        Outbound::Leave(Rule::FailOpen)
+    } else {
+        Outbound::Refuse(Rule::NoEntry)
+    }
 }
 
 /// The fail mode of a pod that no tunnel serves.

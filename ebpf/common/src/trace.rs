@@ -110,6 +110,7 @@ numbered! {
         LinkLocal = 21, "leave: link-local address";
         SteerOutbound = 22, "steer to outbound";
         ListenerGone = 23, "refuse: the tunnel went away after the redirect";
+        NoEntry = 24, "refuse: enrolled netns of a pod without an entry";
     }
 }
 

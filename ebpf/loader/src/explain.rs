@@ -34,6 +34,7 @@ impl Kernel {
         if let Some(cookie) = netns_cookie.or_else(|| facts.caller.map(|info| info.netns_cookie)) {
             facts.netns_cookie = cookie;
             let netns: Option<NetnsInfo> = self.get(POD_BY_NETNS.name, &cookie)?;
+            facts.netns = netns;
             if let Some(netns) = netns {
                 facts.netns_pod = self.get(CGROUP_INFO.name, &netns.cgroup_id)?;
             }
@@ -87,7 +88,7 @@ struct MapFacts<'a> {
     caller: Option<CgroupInfo>,
     netns_cookie: u64,
     netns_pod: Option<CgroupInfo>,
-    /// Of the netns that the connection arrives in.
+    /// Of the netns of the socket, or that the connection arrives in.
     netns: Option<NetnsInfo>,
     listeners: Vec<ListenerKey>,
     /// The first look-up that failed. A fact has no way to say so.
@@ -129,6 +130,10 @@ impl ConnectFacts for MapFacts<'_> {
 
     fn netns_pod(&self) -> Option<&CgroupInfo> {
         self.netns_pod.as_ref()
+    }
+
+    fn netns_flags(&self) -> u32 {
+        self.netns.map_or(0, |netns| netns.flags)
     }
 
     fn owner(&self, address: &Address) -> Option<u64> {

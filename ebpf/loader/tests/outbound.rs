@@ -233,6 +233,35 @@ fn a_socket_of_a_pods_netns_is_the_pods_whatever_the_cgroup() {
     assert_eq!(rig.rules(80).last(), Some(&(Hook::Connect4, Rule::NotEnrolled)));
 }
 
+/// The entry found no room, or somebody removed it. The pod must not go on in clear.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_pod_without_an_entry_follows_its_fail_mode() {
+    let mut rig = Rig::new();
+    rig.world.listen("[::]:8080");
+    let pod = rig.cgroups.id("pods/mesh");
+    rig.kernel.remove_cgroup(pod).unwrap();
+    for to in [at("10.99.0.2", 8080), at("fd99::2", 8080)] {
+        for (flags, rule) in [
+            (READY, Rule::NoEntry),
+            (flag::IN_MESH, Rule::NoEntry),
+            (flag::IN_MESH | OPEN, Rule::FailOpen),
+            (OPEN, Rule::NotEnrolled),
+        ] {
+            rig.set_netns(flags, 0);
+            rig.rules(8080);
+            let dialled = rig.app.dial(How::Tcp, to);
+            let destination = Destination::new(address(&to.ip().to_string()), 8080);
+            let explained = rig.kernel.explain_connect(Some(pod), Some(rig.cookie), destination).unwrap();
+            assert_eq!((rig.rules(8080)[0].1, explained), (rule, rule), "{flags} {to}");
+            match rule {
+                Rule::NoEntry => assert_eq!(dialled.map(|_| ()), Err(libc::EPERM), "{flags} {to}"),
+                _ => assert_eq!(dialled.unwrap().peer, to, "{flags} {to}"),
+            }
+        }
+    }
+}
+
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_pod_without_an_address_of_the_family_is_refused_there() {

@@ -28,8 +28,10 @@ use crate::context::{SockOps, Socket};
 
 pub mod facts;
 
+/// A pod has at most 33, see `watcher/src/plan/desired.rs`: room for far more pods than a node can
+/// have.
 #[map(name = "cgroup_info_map")]
-static CGROUP_INFO: HashMap<u64, CgroupInfo> = HashMap::with_max_entries(16384, 0);
+static CGROUP_INFO: HashMap<u64, CgroupInfo> = HashMap::with_max_entries(65536, 0);
 #[map(name = "pod_by_addr")]
 static POD_BY_ADDR: HashMap<Address, PodRecord> = HashMap::with_max_entries(4096, 0);
 /// Twice as many as cgroups could be pods: a netns whose record finds no room is closed, not open.

@@ -155,6 +155,10 @@ pub(crate) fn steps(applied: &Applied<'_>, scope: DiffScope<'_>, plan: &Plan) ->
     let expected = gone(&maps.expected, before.map(|before| &before.expected), &wanted.expected);
 
     let mut steps = Vec::new();
+    // While a netns is known as enrolled, its pod's connections are refused without an entry.
+    let known = arrivals.iter().filter_map(|cookie| maps.arrivals.get(cookie));
+    let leaving = known.map(|info| NetnsInfo { flags: flag::FAIL_OPEN, ..*info });
+    steps.extend(leaving.map(MapWrite::SetArrivals).map(ApplyStep::Map));
     steps.extend(cgroups.into_iter().map(MapWrite::RemoveCgroup).map(ApplyStep::Map));
     steps.extend(addresses.into_iter().map(MapWrite::RemoveAddress).map(ApplyStep::Map));
     if !left.is_empty() {

@@ -28,7 +28,7 @@ pub struct PlainFacts {
     pub netns_pod: Option<CgroupInfo>,
     /// The netns cookies of the pods that have addresses.
     pub owners: BTreeMap<Address, u64>,
-    /// What is known of the netns that a connection arrives in.
+    /// What is known of that netns.
     pub netns: Option<NetnsInfo>,
     /// Entries of exclusion lists, with their ids.
     pub excluded_ports: Vec<(u32, PortPrefix)>,
@@ -103,6 +103,10 @@ impl ConnectFacts for PlainFacts {
 
     fn netns_pod(&self) -> Option<&CgroupInfo> {
         self.netns_pod.as_ref()
+    }
+
+    fn netns_flags(&self) -> u32 {
+        self.netns.map_or(0, |netns| netns.flags)
     }
 
     fn owner(&self, address: &Address) -> Option<u64> {

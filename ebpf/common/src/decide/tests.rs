@@ -127,7 +127,20 @@ fn each_missing_fact_has_its_rule() {
         change(&mut facts);
         verdict(&facts, address, 80).rule()
     };
-    assert_eq!(changed(|facts| facts.caller = None, OTHER), Rule::NotEnrolled);
+    assert_eq!(changed(|facts| facts.caller = None, OTHER), Rule::NoEntry);
+    assert_eq!(changed(|facts| facts.caller = None, LOOPBACK), Rule::Loopback);
+    let unknown = |facts: &mut PlainFacts| (facts.caller, facts.netns) = (None, None);
+    assert_eq!(changed(unknown, OTHER), Rule::NotEnrolled);
+    for (flags, rule) in [
+        (FAIL_OPEN, Rule::NotEnrolled),
+        (IN_MESH | FAIL_OPEN, Rule::FailOpen),
+        (IN_MESH | READY | SIDECAR, Rule::NotEnrolled),
+    ] {
+        let mut facts = facts(IN_MESH | READY);
+        facts.caller = None;
+        facts.netns.as_mut().unwrap().flags = flags;
+        assert_eq!(verdict(&facts, OTHER, 80).rule(), rule, "{flags}");
+    }
     assert_eq!(changed(|facts| facts.settings.tunnel_up = 0, OTHER), Rule::FailClosed);
     assert_eq!(changed(|facts| facts.tunnel_listeners.clear(), OTHER), Rule::FailClosed);
     assert_eq!(changed(|facts| facts.can_record = false, OTHER), Rule::NotRecorded);
@@ -215,7 +228,7 @@ fn a_query_is_captured_only_where_the_tunnel_answers_for_that_resolver() {
     assert_eq!(changed(|facts| facts.settings.resolvers[0] = UNSPECIFIED), Rule::DnsRedirect);
     assert_eq!(changed(|facts| facts.is_bound_to_device = true), Rule::Redirect);
     assert_eq!(changed(|facts| facts.settings.tunnel_up = 0), Rule::FailClosed);
-    assert_eq!(changed(|facts| facts.caller = None), Rule::NotEnrolled);
+    assert_eq!(changed(|facts| facts.caller = None), Rule::NoEntry);
     assert_eq!(changed(|facts| facts.can_record = false), Rule::NotRecorded);
     let no_dns = |facts: &mut PlainFacts| facts.tunnel_listeners.retain(|(_, port, _)| *port != 15053);
     assert_eq!(changed(no_dns), Rule::Redirect, "the tunnel has no DNS listener yet");

@@ -63,6 +63,11 @@ impl ConnectFacts for Caller {
     }
 
     #[inline(always)]
+    fn netns_flags(&self) -> u32 {
+        netns(self.netns_cookie).map_or(0, |netns| netns.flags)
+    }
+
+    #[inline(always)]
     fn owner(&self, address: &Address) -> Option<u64> {
         pod(address).map(|pod| pod.netns_cookie)
     }

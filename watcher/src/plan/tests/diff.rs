@@ -63,6 +63,8 @@ fn leaving_is_the_reverse_of_coming() {
     assert_eq!(
         kinds_between(&enrolled, &Plan::new()),
         [
+            // Before the entry of the cgroup goes, its netns is not enrolled any more.
+            "set arrivals",
             "remove cgroup",
             "remove address",
             "unsteer",
@@ -90,7 +92,7 @@ fn a_pod_that_is_refused_keeps_its_netns() {
     assert_eq!(kinds_between(&refused, &open), ["set cgroup", "set address", "steer", "offer"]);
     assert_eq!(
         kinds_between(&refused, &Plan::new()),
-        ["remove cgroup", "unsteer", "remove arrivals", "release"]
+        ["set arrivals", "remove cgroup", "unsteer", "remove arrivals", "release"]
     );
     assert!(Node::with(&refused).all_steps(&refused).is_empty());
 }
@@ -184,6 +186,7 @@ fn a_new_netns_of_the_same_pod_replaces_without_a_withdrawal() {
     let moved = seen(1, vec![ObservedNetns::Pod(NetnsFacts { cookie: 5, ..facts(1) })]);
     let after = Setting::default().plan(vec![(pod("a"), moved)]);
     let expected = [
+        "set arrivals",
         "unsteer",
         "remove arrivals",
         "release",
