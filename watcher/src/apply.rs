@@ -4,6 +4,7 @@
 //! * `settings`: the programs' settings, which hold for the whole node
 //! * `netns`: prepared and steered netns; `netns_setup`: the rule, route and sysctls of each
 //! * `draining`: netns of pods that left, while connections still need them
+//! * `new_pods`: what arrives for pods before their netns is known
 //! * `app_listeners`: ports that applications listen on
 //! * `tunnels`: connected tunnels, their pods and acknowledgements; `tunnel_cgroups`: where
 //!   they run
@@ -41,6 +42,7 @@ use self::{
     draining::DrainingNetns,
     journal::Journal,
     maps::AppliedMaps,
+    new_pods::NewPods,
     netns::{NetnsReport, NetnsTools, SteeredNetns},
     settings::KernelSettings,
     tunnel_cgroups::{CgroupLayout, UnusedTunnelCgroups},
@@ -54,6 +56,7 @@ pub mod journal;
 pub(crate) mod maps;
 pub(crate) mod netns;
 pub(crate) mod netns_setup;
+pub(crate) mod new_pods;
 pub mod restore;
 pub(crate) mod settings;
 pub(crate) mod tunnel_cgroups;
@@ -82,6 +85,7 @@ pub struct Applier {
     /// Connected tunnels.
     pub(crate) tunnels: Tunnels,
     unused_tunnel_cgroups: UnusedTunnelCgroups,
+    new_pods: NewPods,
     journal: Journal,
     visitors: Arc<Visitors>,
     /// What the node as a whole lacks, as sentences.
@@ -107,6 +111,7 @@ impl Applier {
         settings: KernelSettings,
         journal: Journal,
         visitors: Arc<Visitors>,
+        pods_cgroup: PathBuf,
     ) -> Result<Self, (&'static str, KernelError)> {
         let maps = AppliedMaps::adopt(&mut kernel).map_err(|error| ("take over the maps", error))?;
         let linked = kernel.steered().map_err(|error| ("list the netns links", error))?;
@@ -118,6 +123,7 @@ impl Applier {
             app_listeners: AppListeners::default(),
             tunnels: Tunnels::default(),
             unused_tunnel_cgroups: UnusedTunnelCgroups::default(),
+            new_pods: NewPods::new(pods_cgroup),
             kernel,
             journal,
             visitors,
@@ -164,6 +170,7 @@ impl Applier {
     pub(crate) fn apply(&mut self, scope: DiffScope<'_>, plan: &Plan, opened: &OpenNetns) -> ApplyReport {
         let (plan, refused) = self.maps.add_exclusions(&mut self.kernel, plan);
         let plan = &*plan;
+        self.new_pods.prepare(&mut self.kernel, plan);
         let applied = Applied {
             maps: self.maps.contents(),
             netns: self.netns.by_cookie(),
@@ -248,13 +255,14 @@ impl Applier {
         let (kernel, steered) = (&mut self.kernel, self.netns.by_cookie());
         self.app_listeners.list_new(kernel, &self.visitors, steered, |uid| tunnels.serve(uid), now);
         self.draining.settle(kernel, &mut self.journal);
+        self.new_pods.settle(kernel, self.maps.contents(), now);
     }
 
     /// When [`Self::do_due`] or a retry has something to do next.
     #[must_use]
     pub fn next_due(&self, now: Instant) -> Option<Instant> {
         let unused = self.unused_tunnel_cgroups.next_check().map(|at| at.max(now));
-        [self.tunnels.next_retry(), self.draining.next_check(now), self.app_listeners.due(), unused]
+        [self.tunnels.next_retry(), self.draining.next_check(now), self.app_listeners.due(), self.new_pods.due(), unused]
             .into_iter()
             .flatten()
             .min()

@@ -2,8 +2,10 @@
 
 use std::{fs, time::Duration};
 
+use nix::sys::signal::Signal;
 use testbed::{
     cluster::{Cluster, Enrol},
+    command::text,
     label_latency::SANDBOX_TO_CONTAINER,
     process::{Placement, Process},
     program::TestSize,
@@ -83,5 +85,61 @@ fn the_first_connect_of_every_new_pod_arrives_as_that_pod() {
         // never passed by.
         assert!(answered * 10 >= pods * 9, "{mode}: {answered} of {pods}\n{}", cluster.nodes[0].story());
         assert!(mode == "open" || as_themselves == answered, "{mode}\n{}", cluster.nodes[0].story());
+    }
+}
+
+/// The watcher is late: it sees the pod's first process only when that has listened for a while.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn nobody_reaches_a_new_pod_before_its_netns_is_known() {
+    const SERVE: &str = "import socket, sys
+s = socket.create_server(('', 8080)) if sys.argv[1] == '4' else socket.create_server(('::', 8080), family=socket.AF_INET6)
+while True:
+    c, peer = s.accept(); c.recv(4096); c.sendall(b'HTTP/1.0 200 OK\\r\\n\\r\\nhello'); c.close()";
+    for family in ["4", "6"] {
+        let mut cluster = Cluster::new();
+        let client = cluster.pod("client", 0, Enrol::Plain);
+        // For its netns and its addresses.
+        let place = cluster.pod("place", 1, Enrol::Plain);
+        cluster.start();
+        let node = &cluster.nodes[1];
+        let uid = "00000000-0000-4000-8000-000000000007";
+        let file = format!(
+            "pods:\n- uid: {uid}\n  name: place\n  namespace: demo\n  serviceAccount: place\n  \
+             failMode: closed\n  labels: {{istio.io/dataplane-mode: ambient}}\n"
+        );
+        let next = node.pods_file().with_extension("next");
+        fs::write(&next, file).expect("pods file");
+        fs::rename(&next, node.pods_file()).expect("pods file");
+        wait_for("the pod to be expected", || node.status().contains(uid).then_some(()));
+        let watcher = node.watcher.as_ref().expect("running");
+        watcher.signal(Signal::SIGSTOP);
+
+        let pod = node.pods_cgroup().join(format!("burstable/pod{uid}"));
+        fs::create_dir_all(pod.join("main")).expect("cgroup");
+        let log = cluster.dir.path().join("late.log");
+        let command = Placement::in_cgroup(&pod.join("main"))
+            .in_netns(&place.netns)
+            .command(&["python3", "-c", SERVE, family]);
+        let mut late = Process::spawn("late", command, &log);
+        let (url, own) = match family {
+            "4" => (format!("http://{}:8080/", place.v4), "http://127.0.0.1:8080/".to_owned()),
+            _ => (format!("http://[{}]:8080/", place.v6), "http://[::1]:8080/".to_owned()),
+        };
+        // To itself it may talk at once, over the loopback and by its own address.
+        wait_for("the application to listen", || place.netns.curl(&own).1.contains("hello").then_some(()));
+        assert!(place.netns.curl(&url).1.contains("hello"), "from the pod itself");
+        let answer = client.exec(&["curl", "-sS", "--max-time", "2", &url]);
+        assert!(!answer.status.success(), "answered before anybody knew the netns: {}", text(&answer));
+
+        watcher.signal(Signal::SIGCONT);
+        wait_for("an answer through the tunnel", || client.curl(&url).ok());
+        let from = if family == "4" { &client.v4 } else { &client.v6 };
+        let recorded = |line: &String| line.contains("inbound") && line.contains(from.as_str());
+        wait_for("its record", || node.access_log().iter().any(recorded).then_some(()));
+        late.kill();
+        for dir in [pod.join("main"), pod] {
+            wait_for("the cgroup to be empty", || fs::remove_dir(&dir).is_ok());
+        }
     }
 }

@@ -63,6 +63,16 @@ impl Kernel {
         links::attach_pods(&self.object, &links::folder(&self.pins), cgroup_dir)
     }
 
+    /// Drops what arrives for pods below `cgroup_dir` whose entry knows no netns and is closed. It
+    /// costs a program for every packet of every pod, so it is for when there may be such pods.
+    /// Idempotent.
+    ///
+    /// # Errors
+    /// As of [`Self::attach_pods`], or a pin cannot be removed.
+    pub fn drop_unknown_arrivals(&mut self, cgroup_dir: &Path, drop: bool) -> Result<(), KernelError> {
+        links::set_ingress(&self.object, &links::folder(&self.pins), cgroup_dir, drop)
+    }
+
     /// Attaches the tunnel's programs (sock_create, sock_ops, getsockopt) to a tunnel's cgroup. To
     /// be called before it opens its listeners: only sockets created after this count. Idempotent.
     ///

@@ -26,7 +26,7 @@ use aya_obj::generated::bpf_attach_type;
 
 use crate::{
     KernelError,
-    object::{Attachment, NETNS, PODS, TUNNEL},
+    object::{Attachment, INGRESS, NETNS, PODS, TUNNEL},
     sys,
 };
 
@@ -44,6 +44,22 @@ pub(crate) fn attach_pods(object: &Ebpf, folder: &Path, cgroup: &Path) -> Result
     }
     // Only now: a pod below both is never without programs.
     remove_if(folder, |name| name.starts_with("pods-") && !name.starts_with(&prefix))
+}
+
+/// Attaches the program that sees packets to `cgroup`, or detaches it.
+pub(crate) fn set_ingress(
+    object: &Ebpf,
+    folder: &Path,
+    cgroup: &Path,
+    attached: bool,
+) -> Result<(), KernelError> {
+    let (dir, id) = open_cgroup(cgroup)?;
+    let name = format!("pods-{id}-{}", INGRESS.program);
+    if attached {
+        ensure(object, INGRESS, folder, &name, dir.as_fd(), cgroup)
+    } else {
+        remove_link(&folder.join(name))
+    }
 }
 
 pub(crate) fn attach_tunnel(object: &Ebpf, folder: &Path, cgroup: &Path) -> Result<(), KernelError> {

@@ -40,6 +40,11 @@ pub(crate) const PODS: [Attachment; 12] = [
     attachment("adit_connect6", bpf_attach_type::BPF_CGROUP_INET6_CONNECT),
 ];
 
+/// To the cgroup above all pods, while pods are expected whose netns is not known. It sees every
+/// packet.
+pub(crate) const INGRESS: Attachment =
+    attachment("adit_ingress", bpf_attach_type::BPF_CGROUP_INET_INGRESS);
+
 /// To a tunnel's cgroup. The program that records the netns of a socket comes first, before any
 /// socket can listen.
 pub(crate) const TUNNEL: [Attachment; 5] = [
@@ -55,7 +60,7 @@ pub(crate) const NETNS: Attachment = attachment("adit_sk_lookup", bpf_attach_typ
 
 /// Gives every program to the kernel's verifier.
 pub(crate) fn load_programs(object: &mut Ebpf) -> Result<(), KernelError> {
-    for Attachment { program: name, .. } in PODS.into_iter().chain(TUNNEL).chain([NETNS]) {
+    for Attachment { program: name, .. } in PODS.into_iter().chain(TUNNEL).chain([INGRESS, NETNS]) {
         let Some(program) = object.program_mut(name) else {
             unreachable!("program {name} is part of the object that this crate was built with");
         };
@@ -74,6 +79,7 @@ pub(crate) fn load(program: &mut Program) -> Result<(), ProgramError> {
         Program::CgroupSockAddr(program) => program.load(),
         Program::CgroupSockopt(program) => program.load(),
         Program::CgroupSock(program) => program.load(),
+        Program::CgroupSkb(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::SkLookup(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),

@@ -3,7 +3,7 @@
 use std::net::{SocketAddr, SocketAddrV6};
 
 use adit_ebpf_common::{
-    enrolment::{PodRecord, flag},
+    enrolment::{CgroupInfo, PodRecord, flag},
     exclusions::INBOUND as IS_DIALLED,
     listeners::{AppListenerState, ListenerKey, MAX_APP_LISTENERS},
     trace::{Hook, Rule},
@@ -15,7 +15,7 @@ use testbed::wait::wait_for;
 use crate::rig::{
     HBONE, INBOUND, OUTBOUND, READY, Rig, add_address,
     agent::{Agent, How},
-    at, has_mptcp, interface_index,
+    at, empty, has_mptcp, interface_index,
 };
 
 const OPEN: u32 = flag::FAIL_OPEN;
@@ -337,4 +337,48 @@ fn listeners_come_and_go() {
 
 fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// Its netns is known to nobody, so no program is attached there; its cgroup is closed since it was
+/// made.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn what_arrives_for_a_closed_pod_of_no_known_netns_waits() {
+    let mut rig = Rig::new();
+    let pods = rig.cgroups.join("pods");
+    rig.kernel.unsteer(&[rig.cookie].into()).unwrap();
+    let id = rig.cgroups.id("pods/mesh");
+    let closed = CgroupInfo { flags: flag::IN_MESH, ..empty() };
+    rig.kernel.set_cgroup(id, &closed).unwrap();
+    let listener = rig.app.listen("[::]:8080");
+    rig.kernel.drop_unknown_arrivals(&pods, true).unwrap();
+    for (own, loopback) in [("10.99.0.1", "127.0.0.1"), ("fd99::1", "::1")] {
+        rig.kernel.set_cgroup(id, &closed).unwrap();
+        // Somebody else in the netns, since a closed pod does not know its own address yet.
+        for itself in [own, loopback] {
+            let end = rig.tunnel.dial(How::Tcp, at(itself, 8080)).unwrap();
+            rig.app.accept(listener);
+            rig.tunnel.close(end.handle);
+        }
+        let waiting = rig.world.begin(at(own, 8080)).unwrap();
+        assert!(rig.app.is_idle(listener), "reached at {own}");
+        // What may be reached is: an open pod, one whose netns is known, one of no entry.
+        let open = CgroupInfo { flags: flag::IN_MESH | flag::FAIL_OPEN, ..empty() };
+        let known = CgroupInfo { netns_cookie: rig.cookie, ..closed };
+        for info in [Some(open), Some(known), None] {
+            match &info {
+                Some(info) => rig.kernel.set_cgroup(id, info).unwrap(),
+                None => rig.kernel.remove_cgroup(id).unwrap(),
+            }
+            let end = rig.world.dial(How::Tcp, at(own, 8080)).unwrap();
+            rig.world.close(end.handle);
+            rig.app.accept(listener);
+        }
+        // The one that waited repeats itself.
+        rig.app.accept(listener);
+        rig.world.close(waiting);
+    }
+    rig.kernel.set_cgroup(id, &closed).unwrap();
+    rig.kernel.drop_unknown_arrivals(&pods, false).unwrap();
+    rig.world.dial(How::Tcp, at("10.99.0.1", 8080)).unwrap();
 }

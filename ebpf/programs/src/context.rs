@@ -39,9 +39,10 @@ pub mod verdict {
     /// The kernel ignores what sock_ops programs return, unless a callback asks for a value. None
     /// of ours does.
     pub const IGNORED: u32 = 1;
-    /// The opener of the connection sees a reset.
+    /// The opener of the connection sees a reset; in a program of packets, no answer.
     pub const SK_DROP: u32 = 0;
-    /// The connection goes to the assigned socket, or to the one that the kernel finds.
+    /// The connection, or the packet, goes to the assigned socket, or to the one that the kernel
+    /// finds.
     pub const SK_PASS: u32 = 1;
 }
 
@@ -68,11 +69,13 @@ macro_rules! write {
 }
 
 mod lookup;
+mod packet;
 mod sock_addr;
 mod sock_ops;
 mod sock_opt;
 
 pub use lookup::Lookup;
+pub use packet::Packet;
 pub use sock_addr::SockAddr;
 pub use sock_ops::SockOps;
 pub use sock_opt::SockOpt;

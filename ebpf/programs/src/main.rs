@@ -3,6 +3,7 @@
 //! * [`connect`]: asks the outbound list when a pod connects, and redirects
 //! * [`dns`]: redirects DNS queries where a pod wants that, and shows the answers as the resolver's
 //! * [`sk_lookup`]: asks the inbound list when a connection arrives in a pod's netns, and steers
+//! * [`unknown_netns`]: drops what arrives for pods whose netns is not known yet
 //! * [`sock_ops`]: passes the original destination to the tunnel; records its flows and listeners
 //! * [`original_dst`]: answers SO_ORIGINAL_DST to the tunnel, and getpeername to the application
 //! * [`tunnel_mark`]: keeps the tunnel's mark to connections that use the client's address
@@ -43,6 +44,7 @@ mod sk_lookup;
 mod sock_ops;
 mod trace;
 mod tunnel_mark;
+mod unknown_netns;
 
 /// The kernel lets only programs under the GPL use some helpers. This crate is available under
 /// either of its two licences; the loaded object is under this one.

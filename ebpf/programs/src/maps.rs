@@ -24,7 +24,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, LruHashMap, RingBuf, SockHash, lpm_trie::Key},
 };
 
-use crate::context::{SockOps, Socket};
+use crate::context::{Packet, SockOps, Socket};
 
 pub mod facts;
 
@@ -84,6 +84,28 @@ pub fn caller() -> Option<&'static CgroupInfo> {
         while level > 0 {
             // 0 below the task's own level.
             let id = bpf_get_current_ancestor_cgroup_id(level);
+            if id != 0
+                && let Some(info) = CGROUP_INFO.get(id)
+            {
+                return Some(info);
+            }
+            level -= 1;
+        }
+    }
+    None
+}
+
+/// The same of the cgroup of the socket that a packet is for.
+#[inline(always)]
+pub fn receiver(packet: &Packet) -> Option<&'static CgroupInfo> {
+    // SAFETY: as in `caller`.
+    unsafe {
+        if let Some(info) = CGROUP_INFO.get(packet.cgroup_id()) {
+            return Some(info);
+        }
+        let mut level = DEEPEST_CGROUP;
+        while level > 0 {
+            let id = packet.ancestor_cgroup_id(level);
             if id != 0
                 && let Some(info) = CGROUP_INFO.get(id)
             {

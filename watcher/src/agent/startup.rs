@@ -39,7 +39,7 @@ pub(super) fn start(
     let mut kernel = Kernel::open(&config.pins).map_err(failed("load the programs and maps"))?;
     let settings =
         KernelSettings::open(&mut kernel, &config.dns_resolvers).map_err(failed("write the settings"))?;
-    let mut applier = Applier::adopt(kernel, settings, journal, Arc::clone(&visitors))
+    let mut applier = Applier::adopt(kernel, settings, journal, Arc::clone(&visitors), config.attach.clone())
         .map_err(|(what, source)| AgentError::Kernel { what, source })?;
     applier.update_tunnel_programs();
     let kernel = &mut applier.kernel;

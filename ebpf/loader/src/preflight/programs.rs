@@ -9,7 +9,7 @@ use error_reporter::Report;
 use super::Check;
 use crate::{
     lifecycle,
-    object::{self, NETNS, PODS, TUNNEL},
+    object::{self, INGRESS, NETNS, PODS, TUNNEL},
 };
 
 /// A type of program, what it is for, and what the kernel needs to have it.
@@ -23,7 +23,7 @@ struct Kind {
 const CGROUP_BPF: &str = "run with the capabilities above; a kernel needs CONFIG_CGROUP_BPF, and the helper that the verifier names";
 const NET: &str = "run with the capabilities above; a kernel needs CONFIG_BPF_STREAM_PARSER, and the helper that the verifier names";
 
-const KINDS: [Kind; 5] = [
+const KINDS: [Kind; 6] = [
     Kind {
         name: "cgroup/sock_addr",
         needed: "programs of connect, sendmsg, recvmsg and getpeername",
@@ -41,6 +41,12 @@ const KINDS: [Kind; 5] = [
         needed: "a program that notes the netns of the tunnel's sockets",
         advice: CGROUP_BPF,
         is_it: |program| matches!(program, Program::CgroupSock(_)),
+    },
+    Kind {
+        name: "cgroup/skb",
+        needed: "a program that drops what arrives for new pods",
+        advice: CGROUP_BPF,
+        is_it: |program| matches!(program, Program::CgroupSkb(_)),
     },
     Kind {
         name: "sock_ops",
@@ -66,7 +72,7 @@ pub(super) fn load_each() -> Vec<Check> {
     };
     let mut checks =
         vec![Check::ok("maps", "a kernel that makes every map", format!("{} made", object.maps().count()))];
-    let mut names: Vec<_> = PODS.iter().chain(&TUNNEL).chain([&NETNS]).map(|place| place.program).collect();
+    let mut names: Vec<_> = PODS.iter().chain(&TUNNEL).chain([&INGRESS, &NETNS]).map(|place| place.program).collect();
     names.sort_unstable();
     names.dedup();
     for Kind { name, needed, advice, is_it } in KINDS {
