@@ -76,7 +76,11 @@ fn build() -> Result<(), String> {
         return Err(format!("{} build in {} failed", toolchain.cargo.display(), programs.display()));
     }
     let built = target_dir.join(TARGET).join(PROFILE).join("adit");
-    fs::copy(&built, out.join("adit.o"))
+    // A new file, not new contents: build folders that share files by hard links, as copies of a warm
+    // one may, would get each other's programs.
+    let object = out.join("adit.o");
+    drop(fs::remove_file(&object));
+    fs::copy(&built, &object)
         .map(|_| ())
         .map_err(|error| format!("cannot copy {}: {error}", built.display()))
 }
