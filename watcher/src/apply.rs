@@ -42,8 +42,8 @@ use self::{
     draining::DrainingNetns,
     journal::Journal,
     maps::AppliedMaps,
-    new_pods::NewPods,
     netns::{NetnsReport, NetnsTools, SteeredNetns},
+    new_pods::NewPods,
     settings::KernelSettings,
     tunnel_cgroups::{CgroupLayout, UnusedTunnelCgroups},
     tunnels::Tunnels,
@@ -262,10 +262,16 @@ impl Applier {
     #[must_use]
     pub fn next_due(&self, now: Instant) -> Option<Instant> {
         let unused = self.unused_tunnel_cgroups.next_check().map(|at| at.max(now));
-        [self.tunnels.next_retry(), self.draining.next_check(now), self.app_listeners.due(), self.new_pods.due(), unused]
-            .into_iter()
-            .flatten()
-            .min()
+        [
+            self.tunnels.next_retry(),
+            self.draining.next_check(now),
+            self.app_listeners.due(),
+            self.new_pods.due(),
+            unused,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     /// Compares the recorded listening ports with the kernel's list, for the netns in `opened`.

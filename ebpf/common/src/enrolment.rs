@@ -28,6 +28,9 @@ pub mod flag {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct CgroupInfo {
+    /// The key once more: see [`NetnsInfo::netns_cookie`]. The loader fills it in. First, since the
+    /// kernel writes values from their beginning on.
+    pub cgroup_id: u64,
     /// The pod's first IPv4 address in mapped form, or all zero.
     pub v4: Address,
     /// The pod's first IPv6 address, or all zero.
@@ -57,7 +60,8 @@ pub struct CgroupInfo {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct NetnsInfo {
-    /// The key once more, for readers that have the value only.
+    /// The key once more. The memory of a replaced entry becomes another one's, maybe while a program
+    /// reads it: if the key is still there when all has been read, all of it was this entry's.
     pub netns_cookie: u64,
     /// The pod's own cgroup.
     pub cgroup_id: u64,

@@ -111,12 +111,12 @@ impl Kernel {
         map.set(0, settings, 0).map_err(failed)
     }
 
-    /// Writes what a cgroup stands for.
+    /// Writes what a cgroup stands for. The field `cgroup_id` of `info` does not count.
     ///
     /// # Errors
     /// The map cannot be written, or is full.
     pub fn set_cgroup(&mut self, cgroup_id: u64, info: &CgroupInfo) -> Result<(), KernelError> {
-        self.insert(CGROUP_INFO.name, cgroup_id, info)
+        self.insert(CGROUP_INFO.name, cgroup_id, &CgroupInfo { cgroup_id, ..*info })
     }
 
     /// Removes a cgroup's entry, if there is one.
@@ -127,12 +127,16 @@ impl Kernel {
         self.take::<u64, CgroupInfo>(CGROUP_INFO.name, &cgroup_id)
     }
 
-    /// All cgroups with their entries, in no order.
+    /// All cgroups with their entries as they were given to [`Self::set_cgroup`], in no order. An
+    /// entry that names another cgroup keeps that: nobody uses it.
     ///
     /// # Errors
     /// The map cannot be read.
     pub fn cgroups(&self) -> Result<Vec<(u64, CgroupInfo)>, KernelError> {
-        self.list(CGROUP_INFO.name)
+        let given = |(id, info): (u64, CgroupInfo)| {
+            (id, CgroupInfo { cgroup_id: if info.cgroup_id == id { 0 } else { info.cgroup_id }, ..info })
+        };
+        self.list(CGROUP_INFO.name).map(|all| all.into_iter().map(given).collect())
     }
 
     /// Writes which pod has an address.

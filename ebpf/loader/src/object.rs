@@ -42,8 +42,7 @@ pub(crate) const PODS: [Attachment; 12] = [
 
 /// To the cgroup above all pods, while pods are expected whose netns is not known. It sees every
 /// packet.
-pub(crate) const INGRESS: Attachment =
-    attachment("adit_ingress", bpf_attach_type::BPF_CGROUP_INET_INGRESS);
+pub(crate) const INGRESS: Attachment = attachment("adit_ingress", bpf_attach_type::BPF_CGROUP_INET_INGRESS);
 
 /// To a tunnel's cgroup. The program that records the netns of a socket comes first, before any
 /// socket can listen.

@@ -146,6 +146,7 @@ impl Rig {
 
 pub const fn empty() -> CgroupInfo {
     CgroupInfo {
+        cgroup_id: 0,
         v4: UNSPECIFIED,
         v6: UNSPECIFIED,
         redirect_v4: UNSPECIFIED,

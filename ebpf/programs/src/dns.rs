@@ -48,11 +48,14 @@ fn captured(ctx: &SockAddr, address: Address, hook: Hook) -> Destination {
         return Destination::NOWHERE;
     }
     let Some(settings) = maps::settings() else { return Destination::NOWHERE };
-    let info = maps::caller();
-    let caller = Caller { settings, info, netns_cookie: ctx.netns_cookie(), socket: ctx.socket() };
+    let own = maps::caller();
+    let caller = Caller::new(settings, ctx.netns_cookie(), ctx.socket(), own);
     let to = decide::dns_redirect(&caller, &resolver);
+    if !caller.is_current() {
+        return Destination::NOWHERE;
+    }
     if to.is_somewhere() && settings.debug != 0 {
-        trace::outbound(settings, hook, Rule::DnsRedirect, info, &resolver);
+        trace::outbound(settings, hook, Rule::DnsRedirect, own.map(|entry| entry.info), &resolver);
     }
     to
 }

@@ -183,7 +183,7 @@ fn close_if_expected(node: *const u8, scope: &Scope, cgroup_id: u64) -> bool {
     // SAFETY: the watcher replaces entries whole, and the kernel frees a replaced one only after
     // this program. No entry is changed once it is there: a pod is expected only once.
     let Some(info) = (unsafe { EXPECTED.get(name) }) else { return false };
-    maps::set_cgroup(cgroup_id, info)
+    maps::set_cgroup(cgroup_id, &CgroupInfo { cgroup_id, ..*info })
 }
 
 #[inline(always)]

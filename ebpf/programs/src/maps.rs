@@ -69,50 +69,71 @@ pub fn settings() -> Option<&'static Settings> {
     SETTINGS.get(0)
 }
 
+/// The entry of a cgroup, with the key by which it was found.
+#[derive(Clone, Copy)]
+pub struct Entry {
+    pub info: &'static CgroupInfo,
+    key: u64,
+}
+
+impl Entry {
+    #[inline(always)]
+    fn of(key: u64) -> Option<Self> {
+        // SAFETY: the watcher replaces entries whole, and the kernel frees a replaced one only after
+        // this program. It may reuse its memory for another entry before: whoever acts on what he
+        // read asks `is_current` first.
+        unsafe { CGROUP_INFO.get(key) }.map(|info| Self { info, key })
+    }
+
+    /// Whether all that was read of the entry so far is this cgroup's.
+    #[inline(always)]
+    pub fn is_current(&self) -> bool {
+        // SAFETY: no instruction; the compiler moves no read of memory across it. The field is
+        // aligned, and lives as long as the map.
+        unsafe {
+            asm!("", options(nostack, preserves_flags));
+            (&raw const self.info.cgroup_id).read_volatile() == self.key
+        }
+    }
+}
+
 /// What is known of the calling task's cgroup: its own entry, else that of the nearest ancestor. So
 /// a new container of a known pod needs no entry of its own, and none can be late.
 #[inline(always)]
-pub fn caller() -> Option<&'static CgroupInfo> {
-    // SAFETY: the helpers take no pointers. The watcher replaces entries whole, and the kernel
-    // frees a replaced one only after this program, or reuses its memory for another entry: a
-    // reader may see a mixture of two, whose addresses differ only together with the cgroup id.
-    unsafe {
-        if let Some(info) = CGROUP_INFO.get(bpf_get_current_cgroup_id()) {
-            return Some(info);
+pub fn caller() -> Option<Entry> {
+    // SAFETY: the helper takes no pointers.
+    if let Some(entry) = Entry::of(unsafe { bpf_get_current_cgroup_id() }) {
+        return Some(entry);
+    }
+    let mut level = DEEPEST_CGROUP;
+    while level > 0 {
+        // SAFETY: the helper takes no pointers. 0 below the task's own level.
+        let id = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        if id != 0
+            && let Some(entry) = Entry::of(id)
+        {
+            return Some(entry);
         }
-        let mut level = DEEPEST_CGROUP;
-        while level > 0 {
-            // 0 below the task's own level.
-            let id = bpf_get_current_ancestor_cgroup_id(level);
-            if id != 0
-                && let Some(info) = CGROUP_INFO.get(id)
-            {
-                return Some(info);
-            }
-            level -= 1;
-        }
+        level -= 1;
     }
     None
 }
 
 /// The same of the cgroup of the socket that a packet is for.
 #[inline(always)]
-pub fn receiver(packet: &Packet) -> Option<&'static CgroupInfo> {
-    // SAFETY: as in `caller`.
-    unsafe {
-        if let Some(info) = CGROUP_INFO.get(packet.cgroup_id()) {
-            return Some(info);
+pub fn receiver(packet: &Packet) -> Option<Entry> {
+    if let Some(entry) = Entry::of(packet.cgroup_id()) {
+        return Some(entry);
+    }
+    let mut level = DEEPEST_CGROUP;
+    while level > 0 {
+        let id = packet.ancestor_cgroup_id(level);
+        if id != 0
+            && let Some(entry) = Entry::of(id)
+        {
+            return Some(entry);
         }
-        let mut level = DEEPEST_CGROUP;
-        while level > 0 {
-            let id = packet.ancestor_cgroup_id(level);
-            if id != 0
-                && let Some(info) = CGROUP_INFO.get(id)
-            {
-                return Some(info);
-            }
-            level -= 1;
-        }
+        level -= 1;
     }
     None
 }
@@ -120,8 +141,7 @@ pub fn receiver(packet: &Packet) -> Option<&'static CgroupInfo> {
 /// Whether a tunnel serves the pod of exactly this cgroup.
 #[inline(always)]
 pub fn is_ready(cgroup_id: u64) -> bool {
-    // SAFETY: as in `caller`.
-    unsafe { CGROUP_INFO.get(cgroup_id) }.is_some_and(|info| info.flags & flag::READY != 0)
+    Entry::of(cgroup_id).is_some_and(|entry| entry.info.flags & flag::READY != 0)
 }
 
 /// Gives a cgroup its entry; whether there was room.
@@ -132,16 +152,28 @@ pub fn set_cgroup(id: u64, info: &CgroupInfo) -> bool {
 
 #[inline(always)]
 pub fn pod(address: &Address) -> Option<&'static PodRecord> {
-    // SAFETY: as in `caller`.
+    // SAFETY: as in `Entry`; of a record that became another one's, the cookie is that of a netns in
+    // which nobody is who asks.
     unsafe { POD_BY_ADDR.get(address) }
 }
 
-/// A copy. The memory of a replaced record may have become another netns's in between, which its
-/// cookie shows: then nothing is known.
+/// A copy, of a record that was still this netns's when all of it was read. A replaced record has a
+/// successor, which the second look finds.
 #[inline(always)]
 fn netns(cookie: u64) -> Option<NetnsInfo> {
-    // SAFETY: as in `caller`; the value is copied at once.
-    unsafe { POD_BY_NETNS.get(cookie) }.copied().filter(|info| info.netns_cookie == cookie)
+    let mut looks = 0;
+    while looks < 2 {
+        // SAFETY: as in `Entry`. The copy is made before the key is read again.
+        unsafe {
+            let found = POD_BY_NETNS.get_ptr(cookie)?;
+            let copy = found.read_volatile();
+            if (&raw const (*found).netns_cookie).read_volatile() == cookie {
+                return Some(copy);
+            }
+        }
+        looks += 1;
+    }
+    None
 }
 
 #[inline(always)]
@@ -164,10 +196,8 @@ pub fn cgroup_in(netns_cookie: u64) -> u64 {
 
 /// The entry of the pod that is known to have that netns.
 #[inline(always)]
-fn pod_in(netns_cookie: u64) -> Option<&'static CgroupInfo> {
-    let netns = netns(netns_cookie)?;
-    // SAFETY: as in `caller`.
-    unsafe { CGROUP_INFO.get(netns.cgroup_id) }
+fn pod_in(netns_cookie: u64) -> Option<Entry> {
+    Entry::of(netns(netns_cookie)?.cgroup_id)
 }
 
 /// Publishes where the opener of `flow` wanted to go. If that fails, the tunnel gets no answer and

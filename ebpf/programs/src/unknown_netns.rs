@@ -7,7 +7,7 @@
 //!
 //! A program for each packet is attached only while such pods are expected.
 
-use adit_ebpf_common::enrolment::{CgroupInfo, flag};
+use adit_ebpf_common::enrolment::flag;
 use aya_ebpf::{macros::cgroup_skb, programs::SkBuffContext};
 
 use crate::{
@@ -29,7 +29,9 @@ pub fn adit_ingress(ctx: SkBuffContext) -> i32 {
 fn is_closed(packet: &Packet) -> bool {
     const CLOSED: u32 = flag::IN_MESH;
     const DECIDES: u32 = flag::IN_MESH | flag::FAIL_OPEN | flag::TUNNEL | flag::SIDECAR;
-    let is_unknown = |info: &CgroupInfo| info.netns_cookie == 0 && info.flags & DECIDES == CLOSED;
-    // A pod that talks to itself is no matter of the mesh.
-    maps::receiver(packet).is_some_and(is_unknown) && !packet.is_from_itself()
+    let Some(entry) = maps::receiver(packet) else { return false };
+    let is_unknown = entry.info.netns_cookie == 0 && entry.info.flags & DECIDES == CLOSED;
+    // A pod that talks to itself is no matter of the mesh. Whoever meets an entry that is being
+    // replaced is dropped, and asks again.
+    (is_unknown || !entry.is_current()) && !packet.is_from_itself()
 }

@@ -45,6 +45,7 @@ fn facts(flags: u32) -> PlainFacts {
         trace_filter: 0,
     });
     facts.caller = Some(CgroupInfo {
+        cgroup_id: 1,
         v4: OWN,
         v6: OWN_V6,
         redirect_v4: OWN,

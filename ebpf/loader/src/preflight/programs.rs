@@ -72,7 +72,8 @@ pub(super) fn load_each() -> Vec<Check> {
     };
     let mut checks =
         vec![Check::ok("maps", "a kernel that makes every map", format!("{} made", object.maps().count()))];
-    let mut names: Vec<_> = PODS.iter().chain(&TUNNEL).chain([&INGRESS, &NETNS]).map(|place| place.program).collect();
+    let mut names: Vec<_> =
+        PODS.iter().chain(&TUNNEL).chain([&INGRESS, &NETNS]).map(|place| place.program).collect();
     names.sort_unstable();
     names.dedup();
     for Kind { name, needed, advice, is_it } in KINDS {

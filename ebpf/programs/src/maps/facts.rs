@@ -5,7 +5,7 @@ use core::arch::asm;
 use adit_ebpf_common::{
     address::Address,
     decide::{ArrivalFacts, ConnectFacts, Facts},
-    enrolment::{CgroupInfo, NetnsInfo},
+    enrolment::{CgroupInfo, NetnsInfo, flag},
     flows::{Destination, Flow},
     listeners::ListenerKey,
     settings::Settings,
@@ -13,7 +13,7 @@ use adit_ebpf_common::{
 use aya_ebpf::helpers::{bpf_sk_release, generated::bpf_map_lookup_elem};
 
 use super::{
-    APP_LISTENER_STATE, APP_LISTENERS, ORIGINAL_DST, TUNNEL_FLOWS, TUNNEL_LISTENERS, is_cidr_excluded,
+    APP_LISTENER_STATE, APP_LISTENERS, Entry, ORIGINAL_DST, TUNNEL_FLOWS, TUNNEL_LISTENERS, is_cidr_excluded,
     is_port_excluded, netns, now, pod, pod_in, state_or_new,
 };
 use crate::context::{Lookup, Socket};
@@ -21,10 +21,40 @@ use crate::context::{Lookup, Socket};
 /// What a program of connect or sendmsg knows.
 pub struct Caller {
     pub settings: &'static Settings,
-    pub info: Option<&'static CgroupInfo>,
     /// Of the netns that the socket was created in.
     pub netns_cookie: u64,
     pub socket: Socket,
+    own: Option<Entry>,
+    pod: Option<Entry>,
+}
+
+impl Caller {
+    /// `own` is the entry of the calling task's cgroup.
+    #[inline(always)]
+    pub fn new(settings: &'static Settings, netns_cookie: u64, socket: Socket, own: Option<Entry>) -> Self {
+        // The lists ask for no other entry where the caller's own is the one.
+        let is_own = match own {
+            Some(Entry { info, .. }) => {
+                info.flags & flag::TUNNEL != 0 || info.netns_cookie == 0 || info.netns_cookie == netns_cookie
+            }
+            None => false,
+        };
+        let pod = if is_own { None } else { pod_in(netns_cookie) };
+        Self { settings, netns_cookie, socket, own, pod }
+    }
+
+    /// Whether what the lists learnt of entries is of these entries, and of no others.
+    #[inline(always)]
+    pub fn is_current(&self) -> bool {
+        let own = match self.own {
+            Some(entry) => entry.is_current(),
+            None => true,
+        };
+        own && match self.pod {
+            Some(entry) => entry.is_current(),
+            None => true,
+        }
+    }
 }
 
 impl Facts for Caller {
@@ -42,7 +72,7 @@ impl Facts for Caller {
 impl ConnectFacts for Caller {
     #[inline(always)]
     fn caller(&self) -> Option<&CgroupInfo> {
-        self.info
+        self.own.map(|entry| entry.info)
     }
 
     #[inline(always)]
@@ -52,7 +82,7 @@ impl ConnectFacts for Caller {
 
     #[inline(always)]
     fn netns_pod(&self) -> Option<&CgroupInfo> {
-        let pod = pod_in(self.netns_cookie);
+        let pod = self.pod.map(|entry| entry.info);
         if pod.is_none() {
             // Whether both entries are missing: the compiler would ask by one OR of two pointers,
             // which the verifier refuses. It does not join tests around this.
