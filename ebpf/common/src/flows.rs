@@ -1,7 +1,7 @@
 //! Original destinations, and flows that pass untouched.
 
 use crate::{
-    address::{Address, UNSPECIFIED},
+    address::{Address, UNSPECIFIED, to_words},
     plain_data,
 };
 
@@ -120,8 +120,55 @@ pub struct SocketState {
     pub redirect: Destination,
     /// 1: counted in `pinned_connections`.
     pub pins_netns: u32,
-    /// Always zero.
-    pub pad: u32,
+    /// Of `original` and `redirect`, where connect or sendmsg wrote them: see [`check`]. 0: an
+    /// earlier build wrote them.
+    pub check: u32,
+}
+
+/// What shows that the two destinations belong together; never 0. Threads that share a UDP socket
+/// write and read its state side by side, without the socket's lock.
+#[inline(always)]
+#[must_use]
+pub const fn check(original: &Destination, redirect: &Destination) -> u32 {
+    let (from, to) = (to_words(&original.address), to_words(&redirect.address));
+    let words = [
+        from[0],
+        from[1],
+        from[2],
+        from[3],
+        original.port as u32,
+        to[0],
+        to[1],
+        to[2],
+        to[3],
+        redirect.port as u32,
+    ];
+    let mut hash = 1u32;
+    let mut i = 0;
+    while i < words.len() {
+        hash = (hash ^ words[i]).wrapping_mul(0x0100_0193).rotate_left(7);
+        i += 1;
+    }
+    hash | 1
 }
 
 plain_data!(Destination, Flow, SocketState, TunnelFlow);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::address::mapped;
+
+    #[test]
+    fn a_mixture_of_two_answers_does_not_pass() {
+        let [a, b] = [10, 11].map(|last| Destination::new(mapped([10, 96, 0, last]), 53));
+        let c = Destination::new([0xfd; 16], 53);
+        let redirect = Destination::new(mapped([127, 0, 0, 1]), 15053);
+        for (one, other) in [(a, b), (a, c), (c, b)] {
+            let mut mixed = one;
+            mixed.address[12..].copy_from_slice(&other.address[12..]);
+            assert_ne!(check(&one, &redirect), check(&other, &redirect));
+            assert!(mixed == other || check(&mixed, &redirect) != check(&one, &redirect));
+        }
+    }
+}

@@ -6,6 +6,7 @@
 #![allow(unreachable_pub, reason = "modules of a test program share helpers; nothing else can reach them")]
 
 mod dns;
+mod entries;
 mod exclusions;
 mod explain;
 mod flows;

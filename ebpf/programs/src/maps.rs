@@ -326,11 +326,23 @@ fn get_state(socket: Socket, flags: u64) -> Option<&'static mut SocketState> {
     }
     let map = (&raw const SOCKET_STATE).cast_mut().cast();
     // SAFETY: the kernel returns null, or a value of the map's type that lives as long as the
-    // socket, which the context holds until the program returns. Programs about one socket run one
-    // at a time, under its lock, and each has only one such reference at a time.
+    // socket, which the context holds until the program returns. Programs about one TCP socket run
+    // one at a time, under its lock, and each has only one such reference at a time. Of UDP only
+    // sendmsg, recvmsg and connect have states: they write and read whole fields, and `redirected`
+    // finds out when these do not belong together.
     unsafe {
         bpf_sk_storage_get(map, socket.as_ptr().cast(), null_mut(), flags).cast::<SocketState>().as_mut()
     }
+}
+
+/// A copy of the state of a socket that connect or sendmsg redirected.
+#[inline(always)]
+pub fn redirected(socket: Socket) -> Option<SocketState> {
+    let state: *const SocketState = state(socket)?;
+    // SAFETY: the reference is valid, see `get_state`. Volatile, since another thread that uses the
+    // socket may write at the same time: what was read is what is looked at.
+    let state = unsafe { state.read_volatile() };
+    (state.original.is_somewhere() && state.redirect.is_somewhere()).then_some(state)
 }
 
 /// Forgets what an earlier connect on `socket` recorded. The rest of the state stays: on a socket

@@ -3,7 +3,7 @@
 
 use adit_ebpf_common::{
     address::{Address, is_v4, same},
-    flows::SocketState,
+    flows::{Destination, check},
 };
 use aya_ebpf::{
     macros::{cgroup_sock_addr, cgroup_sockopt},
@@ -66,30 +66,35 @@ pub fn adit_peername6(ctx: SockAddrContext) -> i32 {
 /// redirected to, if that is what the context shows.
 #[inline(always)]
 pub fn show_original_v4(ctx: &SockAddr) {
-    if let Some(state) = redirected(ctx)
-        && shows_redirect(ctx, &ctx.address_v4(), state)
-    {
-        ctx.set_v4(&state.original);
+    let original = original_of(ctx, &ctx.address_v4());
+    if original.is_somewhere() {
+        ctx.set_v4(&original);
     }
 }
 
 /// Like [`show_original_v4`], in a program of the IPv6 family.
 #[inline(always)]
 pub fn show_original_v6(ctx: &SockAddr) {
-    if let Some(state) = redirected(ctx)
-        && shows_redirect(ctx, &ctx.address_v6(), state)
-    {
-        ctx.set_v6(&state.original);
+    let original = original_of(ctx, &ctx.address_v6());
+    if original.is_somewhere() {
+        ctx.set_v6(&original);
     }
 }
 
+/// Nowhere, if `peer` is not where the socket was redirected to.
 #[inline(always)]
-fn redirected(ctx: &SockAddr) -> Option<&'static SocketState> {
-    let state = maps::state(ctx.socket())?;
-    (state.original.is_somewhere() && state.redirect.is_somewhere()).then_some(state)
-}
-
-#[inline(always)]
-fn shows_redirect(ctx: &SockAddr, peer: &Address, state: &SocketState) -> bool {
-    ctx.port() == state.redirect.port && same(peer, &state.redirect.address)
+fn original_of(ctx: &SockAddr, peer: &Address) -> Destination {
+    let mut looks = 0;
+    // Another thread may be writing a state of UDP.
+    while looks < 2 {
+        let Some(state) = maps::redirected(ctx.socket()) else { return Destination::NOWHERE };
+        if ctx.port() != state.redirect.port || !same(peer, &state.redirect.address) {
+            return Destination::NOWHERE;
+        }
+        if state.check == 0 || state.check == check(&state.original, &state.redirect) {
+            return state.original;
+        }
+        looks += 1;
+    }
+    Destination::NOWHERE
 }

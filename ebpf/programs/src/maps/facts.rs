@@ -6,7 +6,7 @@ use adit_ebpf_common::{
     address::Address,
     decide::{ArrivalFacts, ConnectFacts, Facts},
     enrolment::{CgroupInfo, NetnsInfo, flag},
-    flows::{Destination, Flow},
+    flows::{Destination, Flow, check},
     listeners::ListenerKey,
     settings::Settings,
 };
@@ -138,6 +138,7 @@ impl ConnectFacts for Caller {
         let Some(state) = state_or_new(self.socket) else { return false };
         state.original = *original;
         state.redirect = *redirect;
+        state.check = check(original, redirect);
         true
     }
 }
