@@ -80,9 +80,7 @@ fn build() -> Result<(), String> {
     // one may, would get each other's programs.
     let object = out.join("adit.o");
     drop(fs::remove_file(&object));
-    fs::copy(&built, &object)
-        .map(|_| ())
-        .map_err(|error| format!("cannot copy {}: {error}", built.display()))
+    fs::copy(&built, &object).map(|_| ()).map_err(|error| format!("cannot copy {}: {error}", built.display()))
 }
 
 struct Toolchain {

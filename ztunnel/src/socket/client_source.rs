@@ -199,11 +199,11 @@ mod tests {
                         Ok(socket.into())
                     };
                     // Each thread stays in the netns of the one that starts it.
-                    let parts = ports.chunks(count.div_ceil(8));
-                    let threads: Vec<_> = parts
-                        .map(|part| {
+                    let shares = ports.chunks(count.div_ceil(8));
+                    let threads: Vec<_> = shares
+                        .map(|share| {
                             scope.spawn(move || {
-                                part.iter().filter_map(|port| one(*port).ok()).collect::<Vec<_>>()
+                                share.iter().filter_map(|port| one(*port).ok()).collect::<Vec<_>>()
                             })
                         })
                         .collect();

@@ -280,14 +280,7 @@ impl Sockets {
                     _ => Ok(self.keep(socket).to_string()),
                 }
             }
-            ["dial-by", device, to] => {
-                let to: SocketAddr = parse(to)?;
-                let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
-                socket.set_write_timeout(Some(PATIENCE))?;
-                socket.bind_device(Some(device.as_bytes()))?;
-                socket.connect(&to.into())?;
-                self.describe(socket)
-            }
+            ["dial-by", device, to] => self.dial_by(device, parse(to)?),
             [kind @ ("dial-from" | "dial-from-shared"), from, to] => {
                 let (from, to): (SocketAddr, SocketAddr) = (parse(from)?, parse(to)?);
                 let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
@@ -367,6 +360,14 @@ impl Sockets {
             }
             _ => socket.connect(&to.into())?,
         }
+        self.describe(socket)
+    }
+
+    fn dial_by(&mut self, device: &str, to: SocketAddr) -> io::Result<String> {
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+        socket.set_write_timeout(Some(PATIENCE))?;
+        socket.bind_device(Some(device.as_bytes()))?;
+        socket.connect(&to.into())?;
         self.describe(socket)
     }
 
