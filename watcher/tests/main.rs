@@ -9,6 +9,7 @@
 mod arrival;
 mod capture;
 mod churn;
+mod clear;
 mod container_nodes;
 mod dns;
 mod exclusions;

@@ -5,6 +5,8 @@
 //! * [`module_order`]: checks that a crate's modules depend on each other in the order that its
 //!   root lists
 //! * [`roles`]: what helpers do
+//! * [`pod_program`]: a program for pods that dials and serves
+//! * [`capture`]: what leaves the pods of a node
 //! * [`label_latency`]: how long a label takes, at a node whose pods talk
 //! * [`traffic`]: requests through a cluster
 //! * [`cluster`]: two nodes with real watchers and real tunnels
@@ -33,6 +35,7 @@
 
 pub mod api_node;
 pub mod api_server;
+pub mod capture;
 pub mod cgroup;
 pub mod cluster;
 pub mod command;
@@ -46,6 +49,7 @@ pub mod mesh_pod;
 pub mod module_order;
 pub mod mount;
 pub mod netns;
+pub mod pod_program;
 pub mod process;
 pub mod program;
 pub mod roles;

@@ -1,6 +1,8 @@
 //! What the helpers of the testbed do.
 
-use crate::{fakes::fake_tunnel, helper::role, label_latency::probe, lend};
+use std::{path::Path, time::Duration};
+
+use crate::{fakes::fake_tunnel, helper::role, label_latency::probe, lend, pod_program};
 
 /// Does what the role of this process says, where it is a role of the testbed's own, and returns
 /// when that is done. Whether this process is a helper.
@@ -18,6 +20,10 @@ pub fn serve() -> bool {
         }
         ["listener", netns, at] => lend::serve_listener(netns, address(at)),
         ["talk", server, period] => probe::talk(address(server), period.parse().expect("microseconds")),
+        ["pod", targets, period] => {
+            let period = Duration::from_micros(period.parse().expect("microseconds"));
+            pod_program::run(Path::new(targets), period);
+        }
         ["connect", server] => probe::connect_once(address(server)),
         _ => panic!("no helper does {role:?}"),
     }

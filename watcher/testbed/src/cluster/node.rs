@@ -45,6 +45,8 @@ pub struct ClusterNode {
     pub kubeconfig: Option<PathBuf>,
     /// More options of its watcher.
     pub watcher_words: Vec<String>,
+    /// What its watcher is started by: a program that runs the rest of its command line.
+    pub watcher_wrapper: Vec<String>,
     /// The folder of the certificate service that its tunnel uses; `None`: the development CA.
     pub ca_service: Option<PathBuf>,
 }
@@ -77,6 +79,7 @@ impl ClusterNode {
             ca_service: None,
             kubeconfig: None,
             watcher_words: Vec::new(),
+            watcher_wrapper: Vec::new(),
         };
         for below in ["kubepods", "ztunnel", "watcher"] {
             fs::create_dir_all(node.cgroup.join(below)).expect("cgroup");
@@ -178,15 +181,16 @@ impl ClusterNode {
         self.dir.join("pods.yaml")
     }
 
-    /// Starts its watcher with `more` options, and waits until it serves.
-    pub fn start_watcher(&mut self, cgroup2: &Path, bpffs: &Path, more: &[&str]) {
+    /// One more watcher of this node, which the caller keeps, with `more` options.
+    pub fn spawn_watcher(&self, cgroup2: &Path, bpffs: &Path, more: &[&str]) -> Process {
         let path = |p: &Path| p.to_str().expect("UTF-8 path").to_owned();
         let (pods, zds, status) =
             (path(&self.pods_file()), path(&self.zds_socket()), path(&self.status_socket()));
         let (attach, root, bpffs) =
             (path(&self.as_seen_inside(&self.pods_cgroup())), path(cgroup2), path(bpffs));
         let binary = path(&binary("watcher"));
-        let mut line = vec![binary.as_str(), "run", "--node", &self.pins_name];
+        let mut line: Vec<&str> = self.watcher_wrapper.iter().map(String::as_str).collect();
+        line.extend([binary.as_str(), "run", "--node", &self.pins_name]);
         match &self.kubeconfig {
             Some(_) => line.push("--kubernetes"),
             None => line.extend(["--pods", &pods]),
@@ -202,9 +206,15 @@ impl ClusterNode {
         if let Some(kubeconfig) = &self.kubeconfig {
             command.env("KUBECONFIG", kubeconfig);
         }
+        Process::spawn("watcher", command, &self.dir.join("watcher.log"))
+    }
+
+    /// Starts its watcher with `more` options, and waits until it serves.
+    pub fn start_watcher(&mut self, cgroup2: &Path, bpffs: &Path, more: &[&str]) {
         let (zds, status) = (self.zds_socket(), self.status_socket());
         let log = self.dir.join("watcher.log");
-        let watcher = self.watcher.insert(Process::spawn("watcher", command, &log));
+        let watcher = self.spawn_watcher(cgroup2, bpffs, more);
+        let watcher = self.watcher.insert(watcher);
         wait_for("the watcher to serve", || {
             assert!(
                 watcher.is_running(),
