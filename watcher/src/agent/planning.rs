@@ -56,6 +56,9 @@ pub(super) fn plan_pods(
         let spread = facts.is_some_and(|facts| applier.kernel.is_steering(facts.cookie));
         let ready = facts
             .is_some_and(|facts| applier.is_served(uid, facts.cookie) || adoption.is_ready(facts.cookie));
+        if ready {
+            entry.end_grace();
+        }
         let steered = applier.netns.all_of_pod(uid);
         let is_served = steered.values().any(|netns| netns.prepared);
         let leaving = entry.leave(is_served, config.leave_grace, now);

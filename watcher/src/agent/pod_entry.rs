@@ -218,6 +218,11 @@ impl PodEntry {
         self.leaving.map(|leaving| leaving.until)
     }
 
+    /// A tunnel serves it: no later gap between two tunnels lets it out in plaintext.
+    pub(super) fn end_grace(&mut self) {
+        self.grace_until = None;
+    }
+
     /// Decides, for a pod that is new, how it is treated until a tunnel serves it. `is_closed`: the
     /// programs refuse its traffic already.
     pub(super) fn admit(&mut self, is_closed: bool, has_tunnel: bool, now: Instant) {
@@ -401,6 +406,12 @@ mod tests {
         // Decided once: a tunnel that connects later changes nothing.
         let mut entry = eligible();
         entry.admit(false, false, now);
+        entry.admit(false, true, now);
+        assert!(!entry.in_grace(now));
+        // A tunnel served it: what follows is no grace.
+        let mut entry = eligible();
+        entry.admit(false, true, now);
+        entry.end_grace();
         entry.admit(false, true, now);
         assert!(!entry.in_grace(now));
     }
