@@ -55,7 +55,10 @@ impl Rig {
     /// What pods dial, and what attackers dial.
     pub fn write_targets(&self) {
         let lines = |addresses: Vec<IpAddr>| -> String {
-            addresses.iter().map(|address| format!("{}\n", SocketAddr::new(*address, PORT))).collect()
+            addresses.iter().fold(String::new(), |mut lines, address| {
+                let _ = writeln!(lines, "{}", SocketAddr::new(*address, PORT));
+                lines
+            })
         };
         let servers = (0..2).flat_map(|node| Place { node: number(node), host: Role::Server as u8 }.told());
         replace(&self.targets("servers"), &lines(servers.collect()));

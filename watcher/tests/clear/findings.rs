@@ -138,7 +138,7 @@ impl Rig {
         let mut story = format!("{}\nwhat was done, in ms before it:\n", self.summary());
         let first = self.trace.partition_point(|(when, _)| *when < at).saturating_sub(40);
         for (when, what) in &self.trace[first..] {
-            let before = at as i128 - i128::from(*when);
+            let before = i128::from(at) - i128::from(*when);
             let _ = writeln!(story, "{:>9} {what}", before / 1000);
         }
         for node in &self.cluster.nodes {

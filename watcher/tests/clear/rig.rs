@@ -93,7 +93,7 @@ impl Rig {
     pub fn new(seed: u64) -> Self {
         eprintln!("ADIT_CLEAR_SEED={seed}");
         let mut cluster = Cluster::new();
-        cluster.policies = STRICT.to_owned();
+        STRICT.clone_into(&mut cluster.policies);
         let captures = [0, 1].map(|node| Capture::start(&cluster.nodes[node].netns));
         let mut rig = Self {
             hosts: [0, 1].map(Host::new),

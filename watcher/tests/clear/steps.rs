@@ -74,7 +74,7 @@ impl Rig {
         match host.tunnels.len() {
             0 => steps.push((8, Step::StartTunnel(node))),
             1 => {
-                steps.extend([(kill_weight, Step::KillTunnel(node)), (kill_weight, Step::StartTunnel(node))])
+                steps.extend([(kill_weight, Step::KillTunnel(node)), (kill_weight, Step::StartTunnel(node))]);
             }
             _ => steps.extend([(6, Step::RetireTunnel(node)), (2, Step::KillTunnel(node))]),
         }
