@@ -155,10 +155,14 @@ pub(crate) fn steps(applied: &Applied<'_>, scope: DiffScope<'_>, plan: &Plan) ->
     let expected = gone(&maps.expected, before.map(|before| &before.expected), &wanted.expected);
 
     let mut steps = Vec::new();
-    // While a netns is known as enrolled, its pod's connections are refused without an entry.
+    // While a netns is known as enrolled and closed, its pod's connections are refused without an
+    // entry. So it is open before the entries of a pod go that leaves.
     let known = arrivals.iter().filter_map(|cookie| maps.arrivals.get(cookie));
     let leaving = known.map(|info| NetnsInfo { flags: flag::FAIL_OPEN, ..*info });
-    steps.extend(leaving.map(MapWrite::SetArrivals).map(ApplyStep::Map));
+    let (opening, closing): (Vec<_>, Vec<_>) = changed(&maps.arrivals, &wanted.arrivals)
+        .map(|(_, info)| info)
+        .partition(|info| info.flags & flag::FAIL_OPEN != 0);
+    steps.extend(leaving.chain(opening).map(MapWrite::SetArrivals).map(ApplyStep::Map));
     steps.extend(cgroups.into_iter().map(MapWrite::RemoveCgroup).map(ApplyStep::Map));
     steps.extend(addresses.into_iter().map(MapWrite::RemoveAddress).map(ApplyStep::Map));
     if !left.is_empty() {
@@ -178,9 +182,7 @@ pub(crate) fn steps(applied: &Applied<'_>, scope: DiffScope<'_>, plan: &Plan) ->
     steps.extend(
         changed(&maps.addresses, &wanted.addresses).map(|(at, record)| set(MapWrite::SetAddress(at, record))),
     );
-    steps.extend(
-        changed(&maps.arrivals, &wanted.arrivals).map(|(_, arrivals)| set(MapWrite::SetArrivals(arrivals))),
-    );
+    steps.extend(closing.into_iter().map(|info| set(MapWrite::SetArrivals(info))));
     steps.extend(enter(
         &changed(netns, &wanted.netns).collect::<Vec<_>>(),
         changed(workloads, &wanted.workloads).collect(),

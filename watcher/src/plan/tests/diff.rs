@@ -1,4 +1,4 @@
-use adit_ebpf_common::enrolment::flag::{IN_MESH, TUNNEL};
+use adit_ebpf_common::enrolment::flag::{FAIL_OPEN, IN_MESH, TUNNEL};
 
 use crate::plan::diff::{MapWrite, NetnsStep, TunnelStep};
 
@@ -75,6 +75,18 @@ fn leaving_is_the_reverse_of_coming() {
         ]
     );
     assert!(Node::with(&enrolled).all_steps(&enrolled).is_empty());
+}
+
+/// Without its cgroup's entry, a pod of a netns that is known as closed would be refused.
+#[test]
+fn a_netns_is_open_before_the_entries_of_a_pod_go_that_leaves_and_is_served_on() {
+    let enrolled = Setting::default().plan(vec![(pod("a"), in_order(1))]);
+    let mut leaving = enrolled.clone();
+    let plan = leaving.get_mut("a").unwrap();
+    (plan.cgroups, plan.addresses) = (BTreeMap::new(), BTreeMap::new());
+    plan.arrivals.values_mut().for_each(|info| info.flags = IN_MESH | FAIL_OPEN);
+    assert_eq!(kinds_between(&enrolled, &leaving), ["set arrivals", "remove cgroup", "remove address"]);
+    assert_eq!(kinds_between(&leaving, &enrolled), ["set cgroup", "set address", "set arrivals"]);
 }
 
 /// A pod that was open and is refused: nothing arrives in between, and its netns is not let go.
