@@ -56,7 +56,8 @@ fn captured_queries_are_answered_by_the_tunnel_and_by_the_resolver_when_it_is_go
     let resolver = Process::spawn("resolver", command, &log);
     wait_for("the resolver", || fs::read_to_string(&log).is_ok_and(|log| log.contains("bound")));
     node.start_watcher(&cgroup2, &bpffs, &["--detach", "--dns-capture", "--dns-resolver", ADDRESS]);
-    let environment = [("ISTIO_META_DNS_CAPTURE", "true"), ("DNS_UPSTREAM", ADDRESS)];
+    // Nobody is there: what is forwarded goes to the resolver that the application asked.
+    let environment = [("ISTIO_META_DNS_CAPTURE", "true"), ("DNS_UPSTREAM", "192.0.2.99")];
     node.tunnel = Some(node.spawn_tunnel(&mesh, &ca, &environment));
     node.wait_tunnel_ready();
     let netns = node.netns.alias();
@@ -73,6 +74,7 @@ fn captured_queries_are_answered_by_the_tunnel_and_by_the_resolver_when_it_is_go
     assert_eq!(dig(&client, "web.demo.svc.cluster.local", &["+tcp"]), WEB_V4);
     assert_eq!(lookup(&client, resolv_conf, "web"), WEB_V4);
     assert_eq!(lookup(&client, resolv_conf, "www.example.org"), "192.0.2.7");
+    assert_eq!(dig(&client, "www.example.org", &[]), "192.0.2.7");
     assert_eq!(dig(&plain, "web.demo.svc.cluster.local", &[]), "192.0.2.7", "not enrolled, not captured");
     let (_, metrics) = netns.curl("http://127.0.0.1:15020/metrics");
     let counted = |line: &&str| {

@@ -274,8 +274,7 @@ fn is_own_address(facts: &impl ConnectFacts, info: &CgroupInfo, address: &Addres
 /// 3. the resolver is the pod's own (loopback, or one of its addresses) or on the link, or the
 ///    socket is bound to a device, from where the loopback is out of reach: nowhere
 /// 4. excluded by port or by CIDR: nowhere
-/// 5. the settings name resolvers, and this is none of them: nowhere, since the tunnel would query
-///    others
+/// 5. the settings name resolvers, and this is none of them: nowhere
 /// 6. the tunnel does not serve DNS in this netns: nowhere, for the same reason as 2
 /// 7. the resolver cannot be recorded, so the answer would come from a wrong address: nowhere
 /// 8. to the tunnel's DNS port

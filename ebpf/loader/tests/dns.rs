@@ -49,13 +49,19 @@ fn queries_go_to_the_tunnel_and_answers_come_from_the_resolver() {
         assert_eq!((word.as_str(), rig.rules(53)), ("query", vec![(sends, Rule::DnsRedirect)]), "{to}");
         rig.tunnel.send(served.udp[family], Some(client), "answer");
         assert_eq!(rig.app.receive(socket), (to, "answer".to_owned()), "{to} unconnected");
+        let asked = std::net::SocketAddr::new(to.ip().to_canonical(), 53);
+        assert_eq!(rig.tunnel.dial(How::Udp, client).unwrap().peer, asked, "the tunnel can ask the same");
+        assert_eq!(rig.app.dial(How::Udp, client).unwrap().peer, client, "nobody else is told");
 
         let connected = rig.app.dial(How::Udp, to).unwrap();
         assert_eq!((connected.peer, rig.rules(53)), (to, vec![(connects, Rule::DnsRedirect)]));
         rig.app.send(connected.handle, None, "query");
         let (client, _) = rig.tunnel.receive(served.udp[family]);
+        assert_eq!(rig.tunnel.dial(How::Udp, client).unwrap().peer, asked, "{to} connected");
         rig.tunnel.send(served.udp[family], Some(client), "answer");
         assert_eq!(rig.app.receive(connected.handle), (to, "answer".to_owned()), "{to} connected");
+        rig.app.close(connected.handle);
+        assert_eq!(rig.tunnel.dial(How::Udp, client).unwrap().peer, client, "who is gone has asked nobody");
 
         let stream = rig.app.dial(How::Tcp, to).unwrap();
         assert_eq!((stream.peer, rig.rules(53)), (to, vec![(connects, Rule::DnsRedirect)]));

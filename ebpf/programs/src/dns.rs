@@ -5,9 +5,13 @@
 //! own is redirected by `sendmsg`, and `recvmsg` corrects the address of what is received. For IPv4
 //! destinations of IPv6 sockets the kernel calls the IPv4 program of `sendmsg` and the IPv6 one of
 //! `recvmsg`; with addresses in mapped form both speak of the same.
+//!
+//! A datagram does not tell the tunnel which resolver it was sent to. The tunnel learns it by a
+//! connect of a UDP socket to the client that sent it: a socket with the client's address exists in
+//! that netns, and knows where it was redirected from.
 
 use adit_ebpf_common::{
-    address::Address,
+    address::{Address, is_loopback},
     decide,
     flows::Destination,
     trace::{Hook, Rule},
@@ -73,4 +77,29 @@ pub fn adit_recvmsg4(ctx: SockAddrContext) -> i32 {
 pub fn adit_recvmsg6(ctx: SockAddrContext) -> i32 {
     show_original_v6(&SockAddr::new(ctx));
     PROCEED
+}
+
+/// For a connect of the tunnel to a client of its DNS proxy: the resolver that the client asked
+/// last. Nowhere for other connects.
+#[inline(always)]
+pub fn asked_by_v4(call: &SockAddr) -> Destination {
+    let Some((client, port)) = dns_client(call, call.address_v4()) else { return Destination::NOWHERE };
+    maps::dns_clients::original_v4(call, &client, port)
+}
+
+/// Like [`asked_by_v4`], in a program of the IPv6 family.
+#[inline(always)]
+pub fn asked_by_v6(call: &SockAddr) -> Destination {
+    let Some((client, port)) = dns_client(call, call.address_v6()) else { return Destination::NOWHERE };
+    maps::dns_clients::original_v6(call, &client, port)
+}
+
+/// Where the tunnel connects to, if it may be such a client, and the port of the DNS proxy.
+#[inline(always)]
+fn dns_client(call: &SockAddr, address: Address) -> Option<(Destination, u16)> {
+    if !call.is_udp() || !is_loopback(&address) {
+        return None;
+    }
+    let settings = maps::settings()?;
+    Some((Destination::new(address, call.port()), settings.dns_port))
 }

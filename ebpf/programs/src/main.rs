@@ -6,7 +6,8 @@
 //! * [`unknown_netns`]: drops what arrives for pods whose netns is not known yet
 //! * [`sock_ops`]: passes the original destination to the tunnel; records its flows and listeners
 //! * [`original_dst`]: answers SO_ORIGINAL_DST to the tunnel, and getpeername to the application
-//! * [`tunnel_mark`]: keeps the tunnel's mark to connections that use the client's address
+//! * [`tunnel_mark`]: keeps the tunnel's mark to connections that use the client's address; tells the
+//!   tunnel's DNS proxy which resolver was asked
 //! * [`lifecycle`]: reports cgroups and processes, and closes expected pods as their cgroup is made
 //! * [`trace`]: reports each verdict, while somebody watches
 //! * [`maps`]: the maps, and the facts that the lists get from them

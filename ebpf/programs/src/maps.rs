@@ -26,6 +26,7 @@ use aya_ebpf::{
 
 use crate::context::{Packet, SockOps, Socket};
 
+pub mod dns_clients;
 pub mod facts;
 
 /// A pod has at most 33, see `watcher/src/plan/desired.rs`: room for far more pods than a node can

@@ -1,4 +1,5 @@
-//! The tunnel's mark stays on the last hop only.
+//! The tunnel's own connects: its mark stays on the last hop only, and a connect to a client of its
+//! DNS proxy leads to the resolver that this client asked.
 //!
 //! A tunnel that also works under an iptables agent marks every socket that it opens, listeners
 //! too. With our route in the pod's netns the mark means one thing: this connection uses the
@@ -8,13 +9,20 @@
 
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 
-use crate::context::{SockAddr, verdict::PROCEED};
+use crate::{
+    context::{SockAddr, verdict::PROCEED},
+    dns,
+};
 
 #[cgroup_sock_addr(connect4)]
 pub fn adit_tunnel_mark4(ctx: SockAddrContext) -> i32 {
     let call = SockAddr::new(ctx);
     if call.socket().lacks_source_v4() {
         call.clear_mark();
+    }
+    let resolver = dns::asked_by_v4(&call);
+    if resolver.is_somewhere() {
+        call.set_v4(&resolver);
     }
     PROCEED
 }
@@ -24,6 +32,10 @@ pub fn adit_tunnel_mark6(ctx: SockAddrContext) -> i32 {
     let call = SockAddr::new(ctx);
     if call.socket().lacks_source_v6() {
         call.clear_mark();
+    }
+    let resolver = dns::asked_by_v6(&call);
+    if resolver.is_somewhere() {
+        call.set_v6(&resolver);
     }
     PROCEED
 }

@@ -67,8 +67,7 @@ pub(super) struct RunArgs {
     /// wins
     #[arg(long)]
     dns_capture: bool,
-    /// Capture only queries to this resolver (at most 3); use the tunnel's upstream resolvers
-    /// [default: all]
+    /// Capture only queries to this resolver (at most 3) [default: all]
     #[arg(long = "dns-resolver", value_name = "IP")]
     dns_resolvers: Vec<IpAddr>,
     /// Serve /metrics and /healthz/ready here, such as 127.0.0.1:15022 [default: nowhere]

@@ -1,6 +1,8 @@
 //! connect, sendmsg, recvmsg, getpeername: programs about an address that an application gives or
 //! gets.
 
+use core::ffi::c_void;
+
 use adit_ebpf_common::{
     address::{Address, from_v4_word, from_words, to_words},
     flows::Destination,
@@ -21,6 +23,12 @@ impl SockAddr {
     #[inline(always)]
     pub fn new(context: SockAddrContext) -> Self {
         Self(context.sock_addr)
+    }
+
+    /// For the helpers that take the context.
+    #[inline(always)]
+    pub fn as_ptr(&self) -> *mut c_void {
+        self.0.cast()
     }
 
     #[inline(always)]
