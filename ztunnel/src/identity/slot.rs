@@ -156,12 +156,13 @@ impl CertificateSlot {
         self.next = NextFetch::UnderWay;
     }
 
-    /// The certificate authority works again: what failed is not put off any longer.
+    /// The certificate authority works: what failed is not put off for long. What has failed just
+    /// now is, or an identity that is refused would be asked for whenever another one is not.
     pub(super) fn authority_is_back(&mut self, now: Now) {
         let failed =
             self.renewal_error.is_some() || matches!(*self.state.borrow(), CertificateState::Failed(_));
-        if failed {
-            self.hasten(now);
+        if failed && let NextFetch::At(due) = &mut self.next {
+            *due = now.monotonic.max(self.ask_again).min(*due);
         }
     }
 

@@ -24,6 +24,8 @@ struct Script {
     under_way: AtomicUsize,
     most_under_way: AtomicUsize,
     broken: std::sync::atomic::AtomicBool,
+    /// An identity that it never signs.
+    refused: Mutex<Option<Identity>>,
     takes: Mutex<Duration>,
 }
 
@@ -44,11 +46,12 @@ impl Authority for Scripted {
         let now = script.under_way.fetch_add(1, Ordering::Relaxed) + 1;
         script.most_under_way.fetch_max(now, Ordering::Relaxed);
         let signing = self.ca.issue(identity);
+        let refused = script.refused.lock().unwrap().as_ref() == Some(identity);
         Box::pin(async move {
             let takes = *script.takes.lock().unwrap();
             tokio::time::sleep(takes).await;
             script.under_way.fetch_sub(1, Ordering::Relaxed);
-            if script.broken.load(Ordering::Relaxed) {
+            if script.broken.load(Ordering::Relaxed) || refused {
                 return Err(IdentityError::TimedOut { address: "https://ca".to_owned() });
             }
             signing.await
@@ -299,9 +302,26 @@ async fn after_an_outage_everything_is_fetched_at_once() {
     bench.script.break_it(false);
     // The delays are at 150 s by now. Somebody asks for one of them.
     timeout(Duration::from_secs(1), bench.certificates.get(&all[0])).await.expect("at once").unwrap();
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    tokio::time::sleep(Duration::from_secs(8)).await;
     let held = bench.certificates.list().iter().filter(|known| known.credentials.is_some()).count();
     assert_eq!(held, all.len(), "the first success shows that the outage is over");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_identity_is_not_asked_for_whenever_another_one_is_signed() {
+    let mut bench = bench();
+    *bench.script.refused.lock().unwrap() = Some(identity("b"));
+    *bench.script.takes.lock().unwrap() = Duration::from_millis(100);
+    let mut all: HashSet<_> = (0..80).map(|n| identity(&format!("pod-{n}"))).collect();
+    for one in &all {
+        bench.lease(&one.service_account);
+    }
+    all.insert(identity("b"));
+    bench.certificates.serve(&all);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(bench.script.requested() >= 81, "all were asked for");
+    let of_b = bench.script.requested.lock().unwrap().iter().filter(|id| **id == identity("b")).count();
+    assert!(of_b <= 3, "{of_b} times in two seconds");
 }
 
 #[tokio::test(start_paused = true)]
