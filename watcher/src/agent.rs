@@ -6,7 +6,7 @@
 //! * `pods`: the table of pods; `pod_entry`: one of them
 //! * `observer`: reads from the node what there is of pods
 //! * `planning`: from the table of pods to plans and states
-//! * `adoption`: what an earlier watcher left
+//! * `kept_pods`: pods of tunnels that are not connected
 //! * `reporter`: outcomes to the source, metrics; `commands`: answers to commands
 //! * `startup`: loading the programs, and taking over what is there
 //! * `node_lock`: one watcher for each node; the next one stands by
@@ -45,11 +45,11 @@ use crate::{
     source::Source,
 };
 
-mod adoption;
 mod commands;
 mod config;
 mod error;
 mod handlers;
+mod kept_pods;
 mod node_lock;
 mod observer;
 mod planning;
@@ -63,7 +63,7 @@ use self::error::cannot;
 pub use self::{config::AgentConfig, error::AgentError};
 
 use self::{
-    adoption::Adoption, commands::Commands, observer::Observer, planning::Planned, pods::PodTable,
+    commands::Commands, kept_pods::KeptPods, observer::Observer, planning::Planned, pods::PodTable,
     queue::Queue, queue::Work, reporter::Reporter,
 };
 
@@ -78,7 +78,9 @@ struct Agent {
     queue: Queue,
     pods: PodTable,
     observer: Observer,
-    adoption: Adoption,
+    kept: KeptPods,
+    /// Whether pods that the source names first should have been closed since they began.
+    closes_first: bool,
     applier: Applier,
     reporter: Reporter,
     tracer: Tracer,
@@ -128,6 +130,7 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
             }
         }
         agent.reconcile(scan);
+        agent.take_over()?;
         // After all that is there: a pod that a tunnel has just taken need not be reported as
         // waiting for it.
         if zds_events.is_empty() && source.updates.is_empty() {
@@ -207,11 +210,12 @@ impl Agent {
             self.applier.scan_app_listeners(self.observer.opened());
         }
         let now = Instant::now();
-        if self.pods.is_synced() && self.adoption.end_if_over(now) {
-            self.applier.end_adoption();
+        self.check_kept(now);
+        if self.pods.is_synced() && self.kept.end_if_over(now) {
+            self.applier.end_kept();
             self.queue.reconcile_all();
         }
-        if self.applier.detach_unused_tunnels(self.adoption.tunnels(), now) {
+        if self.applier.detach_unused_tunnels(self.kept.tunnels(), now) {
             self.queue.reconcile_all();
         }
         self.queue.reconcile(self.pods.end_grace_periods(now));
@@ -231,6 +235,22 @@ impl Agent {
         if self.is_ready() {
             self.applier.tunnels.send_snapshots();
         }
+    }
+
+    /// Has this version's programs decide as soon as the maps hold everything. Until then those of
+    /// another version do, with their own maps.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    fn take_over(&mut self) -> Result<(), AgentError> {
+        // What cannot be done for one pod must not leave the others to programs that know no news.
+        let is_filled = self.is_ready() && self.queue.resync_at().is_none();
+        let is_overdue = self.pods.is_synced() && self.kept.ends_at().is_none();
+        if self.applier.kernel.must_be_filled() && (is_filled || is_overdue) {
+            startup::attach(&mut self.applier, &self.config)?;
+            info!("this version's maps are filled, and its programs decide");
+        }
+        Ok(())
     }
 
     fn read_back(&mut self) {
@@ -275,9 +295,9 @@ impl Agent {
             Work::Pods(uids) => uids.clone(),
         };
         let Planned { plan, before } =
-            planning::plan_pods(&uids, &mut self.pods, &self.applier, &self.adoption, &self.config, now);
+            planning::plan_pods(&uids, &mut self.pods, &self.applier, &self.kept, &self.config, now);
         let tunnels: BTreeSet<CgroupId> =
-            self.applier.tunnel_cgroups().union(self.adoption.tunnels()).copied().collect();
+            self.applier.tunnel_cgroups().union(self.kept.tunnels()).copied().collect();
         let lists = self.pods.planned_lists();
         let scope = match work {
             Work::All => DiffScope::All { tunnels: &tunnels },
@@ -306,7 +326,7 @@ impl Agent {
     /// still succeed, it stays as it is, and no tunnel is told which pods there are.
     fn awaits_adopted(&self) -> bool {
         let adopted = |uid: &str| self.applier.netns.of_pod(uid).is_some();
-        self.adoption.ends_at().is_some()
+        self.kept.ends_at().is_some()
             && self.pods.iter().any(|entry| !entry.is_observed() && adopted(&entry.view.pod.uid))
     }
 
@@ -325,11 +345,17 @@ impl Agent {
 
     /// When something is due next.
     fn next_due(&self, next_scan: Instant) -> Instant {
-        let adoption = self.adoption.ends_at().filter(|_| self.pods.is_synced());
-        [self.queue.resync_at(), self.applier.next_due(Instant::now()), self.pods.next_due(), adoption]
-            .into_iter()
-            .flatten()
-            .fold(next_scan, Instant::min)
+        let kept_until = self.kept.ends_at().filter(|_| self.pods.is_synced());
+        [
+            self.queue.resync_at(),
+            self.applier.next_due(Instant::now()),
+            self.pods.next_due(),
+            kept_until,
+            self.kept.next_check(),
+        ]
+        .into_iter()
+        .flatten()
+        .fold(next_scan, Instant::min)
     }
 
     /// Answers a request; gives back the client of a detach, which is answered when that is done.

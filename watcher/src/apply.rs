@@ -46,7 +46,7 @@ use self::{
     new_pods::NewPods,
     settings::KernelSettings,
     tunnel_cgroups::{CgroupLayout, UnusedTunnelCgroups},
-    tunnels::Tunnels,
+    tunnels::{LostTunnel, Tunnels},
     zds_server::{Admission, ConnId},
 };
 
@@ -307,24 +307,36 @@ impl Applier {
         }
     }
 
-    /// Removes a tunnel whose connection ended. Whether it was connected.
-    pub fn remove_tunnel(&mut self, conn: ConnId, reason: &str) -> bool {
+    /// Removes a tunnel whose connection ended; `None`: it was not connected.
+    pub(crate) fn remove_tunnel(&mut self, conn: ConnId, reason: &str) -> Option<LostTunnel> {
         self.draining.forget_tunnel(conn);
-        if !self.tunnels.remove(conn, reason) {
-            return false;
-        }
-        if self.tunnels.is_empty() {
-            // One write, before anything else: from here on every pod follows its fail mode.
-            self.settings.set_tunnel_up(&mut self.kernel, false);
-        }
-        true
+        self.tunnels.remove(conn, reason)
     }
 
-    /// What an earlier watcher left does not count any more.
-    pub fn end_adoption(&mut self) {
+    /// No tunnel serves any pod. One write, before anything else: from here on every pod follows
+    /// its fail mode.
+    pub(crate) fn without_tunnel(&mut self) {
+        self.settings.set_tunnel_up(&mut self.kernel, false);
+    }
+
+    /// What tunnels served that are not connected does not count any more.
+    pub(crate) fn end_kept(&mut self) {
         if self.tunnels.is_empty() && self.settings.tunnel_up() {
-            warn!("no tunnel reconnected after the restart");
-            self.settings.set_tunnel_up(&mut self.kernel, false);
+            warn!("no tunnel reconnected in time");
+            self.without_tunnel();
+        }
+    }
+
+    /// Gives the cgroups of known tunnels this version's programs.
+    pub(crate) fn attach_known_tunnels(&mut self) {
+        for (id, dir) in self.journal.tunnels() {
+            // Of one that is gone, another's may be at its path.
+            if !cgroups::id(dir).is_ok_and(|found| found == *id) {
+                continue;
+            }
+            if let Err(error) = self.kernel.attach_tunnel(dir) {
+                warn!(cgroup = %dir.display(), error = %Report::new(&error), "cannot attach to a tunnel's cgroup");
+            }
         }
     }
 

@@ -26,6 +26,7 @@ mod neighbours;
 mod preflight;
 mod sockets;
 mod trace;
+mod upgrade;
 mod zds;
 
 /// Not a test: the others start it as processes of pods and tunnels (`testbed::helper`).

@@ -279,6 +279,8 @@ fn a_killed_watcher_leaves_traffic_alone_and_its_successor_goes_on() {
     node.start(&[]);
     let tunnel = node.tunnel();
     tunnel.take_snapshot();
+    let address = "[::]:15001".parse().unwrap();
+    let _listener = tunnel_listener(&node.cgroup.join("tunnel"), &node.pods[pod].netns, address);
     node.wait_state(pod, "open", "");
     // A pin that was replaced would have another inode.
     let links = |node: &WatcherNode| {

@@ -33,9 +33,21 @@ pub enum KernelError {
     /// A link cannot be made or changed.
     #[error("cannot attach {program} to {}", target.display())]
     Attach { program: &'static str, target: PathBuf, source: io::Error },
+    /// A lifecycle program cannot be attached to its tracepoint.
+    #[error("cannot attach to {}", target.display())]
+    Tracepoint { target: PathBuf, source: io::Error },
     /// The lifecycle programs are attached, but did not report a cgroup of our own.
     #[error("the kernel reports no event of a cgroup made below {}", path.display())]
     Silent { path: PathBuf },
+    /// A later version, or something else, left a map that this version cannot use, and whose
+    /// contents nobody can copy.
+    #[error(
+        "{} is not of this version, and map {map} cannot be made anew while a tunnel's listeners are in it; run the version that made it, or `watcher uninstall` of this one, and restart the tunnel", path.display()
+    )]
+    OtherVersion { map: &'static str, path: PathBuf },
+    /// The kernel does not say which maps the attached programs use.
+    #[error("cannot tell which maps the attached programs use")]
+    Programs { source: io::Error },
     /// A map cannot be opened, read or written.
     #[error("cannot {action} map {map}")]
     Map { action: &'static str, map: &'static str, source: Box<MapError> },

@@ -3,7 +3,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
     ops::RangeInclusive,
     path::Path,
 };
@@ -198,15 +197,12 @@ fn parts<K: Pod>(key: Key<K>) -> (u32, K) {
 
 /// The maps in which earlier builds kept the lists: one entry for each port, and the ranges of both
 /// families in one trie.
-pub(crate) const EARLIER: [&str; 2] = ["excluded_ports", "excluded_cidrs"];
+const EARLIER: [&str; 2] = ["excluded_ports", "excluded_cidrs"];
 
-/// Copies the lists that an earlier build left below `folder` and removes its maps. To be called
-/// before links get new programs: those know the new maps only. What cannot be copied is carried by
-/// the mesh until its pod's source is read.
-///
-/// # Errors
-/// A pin cannot be removed.
-pub(crate) fn take_over(kernel: &mut Kernel, folder: &Path) -> Result<(), KernelError> {
+/// Copies the lists that an earlier build left below `folder`. To be called before links get new
+/// programs: those know the new maps only. What cannot be copied is carried by the mesh until its
+/// pod's source is read.
+pub(crate) fn take_over(kernel: &mut Kernel, folder: &Path) {
     let [ports, cidrs] = EARLIER.map(|name| folder.join(name));
     let mut lists = BTreeMap::<u32, ExclusionList>::new();
     if ports.exists()
@@ -227,12 +223,6 @@ pub(crate) fn take_over(kernel: &mut Kernel, folder: &Path) -> Result<(), Kernel
             }
         }
     }
-    for path in [ports, cidrs] {
-        if path.exists() {
-            fs::remove_file(&path).map_err(KernelError::pin("unpin", path))?;
-        }
-    }
-    Ok(())
 }
 
 fn read_earlier_ports(path: &Path, lists: &mut BTreeMap<u32, ExclusionList>) -> Result<(), MapError> {

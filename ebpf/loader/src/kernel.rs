@@ -11,7 +11,7 @@ use adit_ebpf_common::maps::TRACE;
 use aya::{Ebpf, EbpfLoader, maps::RingBuf};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use crate::{KernelError, Trace, exclusions, links, maps, netns_program::NetnsProgram, object};
+use crate::{KernelError, Trace, exclusions, links, maps, netns_program::NetnsProgram, object, pins};
 
 /// The loaded programs, their links and their maps.
 ///
@@ -23,7 +23,11 @@ pub struct Kernel {
     netns_program: NetnsProgram,
     /// The ids of the programs that this process attached to netns, by the netns's cookie.
     steering: BTreeMap<u64, u32>,
-    pins: PathBuf,
+    pub(crate) pins: PathBuf,
+    /// See [`Self::must_be_filled`].
+    must_be_filled: bool,
+    /// The lifecycle links that this process made.
+    pub(crate) lifecycle_links: BTreeSet<String>,
 }
 
 impl Kernel {
@@ -32,35 +36,55 @@ impl Kernel {
     /// predecessor left run its programs until [`Self::attach_pods`] and its like replace them.
     ///
     /// # Errors
-    /// `pins` is not on a bpffs, a pin cannot be changed, or the kernel refuses a map or a program.
+    /// `pins` is not on a bpffs, a pin cannot be changed, the kernel refuses a map or a program, or
+    /// another version left what this one can neither adopt nor replace; then nothing has changed.
     pub fn open(pins: &Path) -> Result<Self, KernelError> {
         let (links_dir, maps_dir) = (links::folder(pins), maps::folder(pins));
         check_bpffs(pins)?;
         for dir in [&links_dir, &maps_dir] {
             fs::create_dir_all(dir).map_err(KernelError::pin("create", dir))?;
         }
-        maps::adopt_or_unpin(&maps_dir, &exclusions::EARLIER)?;
+        pins::adopt(&maps_dir)?;
         let mut loader = EbpfLoader::new();
         for map in maps::pinned() {
-            loader.map_pin_path(map.name, maps_dir.join(map.name));
+            loader.map_pin_path(map.name, maps::pin(&maps_dir, map));
         }
         let mut object =
             loader.load(object::BYTES).map_err(|source| KernelError::Object { source: Box::new(source) })?;
         object::load_programs(&mut object)?;
         let netns_program = NetnsProgram::new(&object)?;
-        let mut kernel = Self { object, netns_program, steering: BTreeMap::new(), pins: pins.to_owned() };
-        exclusions::take_over(&mut kernel, &maps_dir)?;
+        let must_be_filled = pins::must_be_filled(&object, &links_dir, &maps_dir)?;
+        let mut kernel = Self {
+            object,
+            netns_program,
+            steering: BTreeMap::new(),
+            pins: pins.to_owned(),
+            must_be_filled,
+            lifecycle_links: BTreeSet::new(),
+        };
+        exclusions::take_over(&mut kernel, &maps_dir);
         Ok(kernel)
     }
 
+    /// Whether links run the programs of another version with maps of its own. They go on deciding,
+    /// by what their maps hold, until [`Self::attach_pods`]: the caller fills this version's maps
+    /// before that.
+    #[must_use]
+    pub fn must_be_filled(&self) -> bool {
+        self.must_be_filled
+    }
+
     /// Attaches the pods' programs (connect, getpeername, getsockopt, sock_ops) to the cgroup that
-    /// all pods are below, and detaches them from where they were before. Idempotent.
+    /// all pods are below, and detaches them from where they were before. Idempotent. From here on
+    /// the maps must hold what the programs are to do; what other versions pinned goes.
     ///
     /// # Errors
     /// The directory is not a cgroup, somebody else's program forbids ours, or a link cannot be
     /// made.
     pub fn attach_pods(&mut self, cgroup_dir: &Path) -> Result<(), KernelError> {
-        links::attach_pods(&self.object, &links::folder(&self.pins), cgroup_dir)
+        links::attach_pods(&self.object, &links::folder(&self.pins), cgroup_dir)?;
+        self.must_be_filled = false;
+        pins::remove_unknown(&maps::folder(&self.pins))
     }
 
     /// Drops what arrives for pods below `cgroup_dir` whose entry knows no netns and is closed. It

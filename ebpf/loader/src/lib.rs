@@ -7,6 +7,7 @@
 //! * [`remove`]: takes everything away again
 //! * [`lifecycle`]: events of cgroups and processes
 //! * [`kernel`]: everything that one node has in the kernel, pinned in one folder of a bpffs
+//! * [`pins`]: which pinned maps are adopted, and what becomes of those of other versions
 //! * [`links`]: attaches programs, and replaces them in place
 //! * [`netns_program`]: the program that steers arrivals, one copy for each netns
 //! * [`trace_filter`]: which verdicts the programs report
@@ -21,7 +22,7 @@
 //!
 //! Pinned links and maps outlive this process. A successor adopts the maps with their contents and
 //! replaces the programs of the links in place, so that at every moment exactly one program
-//! decides.
+//! decides. Where it has other maps, it fills them first.
 
 mod btf;
 mod error;
@@ -34,6 +35,7 @@ mod maps;
 mod netns_cookie;
 mod netns_program;
 mod object;
+mod pins;
 pub mod preflight;
 mod remove;
 mod sys;

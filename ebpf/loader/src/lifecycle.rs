@@ -20,11 +20,11 @@ use adit_ebpf_common::{
 use aya::{
     Ebpf,
     maps::{Array, CgroupArray, Map, MapData, MapError, PerCpuArray, RingBuf},
-    programs::{Program, ProgramError, RawTracePoint},
+    programs::{Program, ProgramError, ProgramFd, RawTracePoint},
 };
 use zerocopy::FromBytes as _;
 
-use crate::{Kernel, KernelError, btf::Btf};
+use crate::{Kernel, KernelError, btf::Btf, links};
 
 /// The programs, and the tracepoints that they are attached to.
 const PROGRAMS: [(&str, &str); 5] = [
@@ -63,7 +63,7 @@ pub enum LifecycleEvent {
     },
 }
 
-/// The reader of events. The programs end with the [`Kernel`] that they came from.
+/// The reader of events. The programs go on without it: they close what is expected.
 pub struct Lifecycle {
     ring: RingBuf<MapData>,
     lost: PerCpuArray<MapData, u64>,
@@ -74,13 +74,33 @@ pub struct Lifecycle {
 }
 
 impl Kernel {
-    /// Attaches the lifecycle programs, for what is below the cgroup `base`. Waits for an event of
-    /// our own: a kernel that accepts the programs and reports nothing is an error here, not a
-    /// silence later.
+    /// Attaches the lifecycle programs, for what is below the cgroup `base`, beside those of a
+    /// predecessor: see [`Self::end_earlier_lifecycle`]. Waits for an event of our own: a kernel
+    /// that accepts the programs and reports nothing is an error here, not a silence later. Their
+    /// links are pinned, so they close what is expected while nobody reads what they report.
     ///
     /// # Errors
-    /// `base` is not a cgroup, the kernel refuses a program, or reports nothing within a second.
+    /// `base` is not a cgroup, the kernel refuses a program, or reports nothing within a second;
+    /// then none of our own is attached.
     pub fn lifecycle(&mut self, base: &Path) -> Result<Lifecycle, KernelError> {
+        let result = self.try_lifecycle(base);
+        if result.is_err() {
+            let made = std::mem::take(&mut self.lifecycle_links);
+            links::remove_lifecycle(&links::folder(&self.pins), |name| made.contains(name))?;
+        }
+        result
+    }
+
+    /// Ends the lifecycle programs that other processes attached. To be called when those of this
+    /// one are attached, and the maps hold what they read.
+    ///
+    /// # Errors
+    /// A pin cannot be removed.
+    pub fn end_earlier_lifecycle(&self) -> Result<(), KernelError> {
+        links::remove_lifecycle(&links::folder(&self.pins), |name| !self.lifecycle_links.contains(name))
+    }
+
+    fn try_lifecycle(&mut self, base: &Path) -> Result<Lifecycle, KernelError> {
         // Before anything is attached nothing is of interest.
         self.set_scope(&[0xff; PREFIX_BYTES])?;
         let dir = File::open(base).map_err(|source| KernelError::Cgroup { path: base.to_owned(), source })?;
@@ -88,7 +108,9 @@ impl Kernel {
             CgroupArray::try_from(self.map_mut(BASE)?).map_err(KernelError::map("write", BASE))?;
         bases.set(0, dir, 0).map_err(KernelError::map("write", BASE))?;
         for (name, tracepoint) in PROGRAMS {
-            attach(&mut self.object, name, tracepoint)?;
+            let (program, id) = load(&mut self.object, name)?;
+            let link = links::attach_lifecycle(program.as_fd(), id, &links::folder(&self.pins), tracepoint)?;
+            self.lifecycle_links.insert(link);
         }
         let ring = RingBuf::try_from(self.take_map(RING)?).map_err(KernelError::map("open", RING))?;
         let lost = PerCpuArray::try_from(self.take_map(LOST)?).map_err(KernelError::map("open", LOST))?;
@@ -114,6 +136,14 @@ impl Kernel {
     /// The map cannot be written.
     pub fn expect_pod_no_more(&mut self, name: &Name) -> Result<(), KernelError> {
         self.take::<Name, CgroupInfo>(EXPECTED, name)
+    }
+
+    /// The names that are expected, with their entries, in no order.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn expected_pods(&self) -> Result<Vec<(Name, CgroupInfo)>, KernelError> {
+        self.list(EXPECTED)
     }
 
     fn map_mut(&mut self, name: &'static str) -> Result<&mut Map, KernelError> {
@@ -228,15 +258,16 @@ pub(crate) fn try_load(object: &mut Ebpf) -> Result<usize, (&'static str, Progra
     Ok(PROGRAMS.len())
 }
 
-fn attach(object: &mut Ebpf, name: &'static str, tracepoint: &str) -> Result<(), KernelError> {
+/// The descriptor and the id of a program that the verifier accepts.
+fn load(object: &mut Ebpf, name: &'static str) -> Result<(ProgramFd, u32), KernelError> {
     let Some(Program::RawTracePoint(program)) = object.program_mut(name) else {
         unreachable!("program {name} is part of the object that this crate was built with");
     };
-    let attached: Result<(), ProgramError> = (|program: &mut RawTracePoint| {
+    let loaded = (|program: &mut RawTracePoint| {
         program.load()?;
-        program.attach(tracepoint).map(drop)
+        Ok((program.fd()?.try_clone()?, program.info()?.id()))
     })(program);
-    attached.map_err(|source| KernelError::Load { program: name, source: Box::new(source) })
+    loaded.map_err(|source: ProgramError| KernelError::Load { program: name, source: Box::new(source) })
 }
 
 /// Kind, path and, if it was closed at once, id of a cgroup.

@@ -1,7 +1,8 @@
 //! Links: attached once, pinned, replaced in place by a later build.
 //!
 //! A pin's name says what it is attached to, by ids that are never used twice before a reboot:
-//! `pods-<cgroup id>-<program>`, `tunnel-<hash of path>-<cgroup id>-<program>`, `netns-<cookie>`.
+//! `pods-<cgroup id>-<program>`, `tunnel-<hash of path>-<cgroup id>-<program>`, `netns-<cookie>`,
+//! `lifecycle-<tracepoint>-<program id>`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -62,6 +63,21 @@ pub(crate) fn set_ingress(
     }
 }
 
+/// The ids of the pods' programs that links run, by the name of the program. Where programs are
+/// about to move from one cgroup to another, those of either.
+pub(crate) fn pods_programs(folder: &Path) -> Result<BTreeMap<String, u32>, KernelError> {
+    let mut found = BTreeMap::new();
+    for name in names(folder)? {
+        let Some((_, program)) = name.strip_prefix("pods-").and_then(|rest| rest.split_once('-')) else {
+            continue;
+        };
+        let path = folder.join(&name);
+        let id = program_of(&path).map_err(KernelError::pin("read the link", &path))?;
+        found.insert(program.to_owned(), id);
+    }
+    Ok(found)
+}
+
 pub(crate) fn attach_tunnel(object: &Ebpf, folder: &Path, cgroup: &Path) -> Result<(), KernelError> {
     let (dir, id) = open_cgroup(cgroup)?;
     let of_path = tunnel_prefix(cgroup);
@@ -77,6 +93,28 @@ pub(crate) fn attach_tunnel(object: &Ebpf, folder: &Path, cgroup: &Path) -> Resu
 pub(crate) fn detach_tunnel(folder: &Path, cgroup: &Path, id: u64) -> Result<(), KernelError> {
     let prefix = format!("{}{id}-", tunnel_prefix(cgroup));
     remove_if(folder, |name| name.starts_with(&prefix))
+}
+
+/// Attaches a program to a tracepoint; the name of the link. That of an earlier program, which
+/// cannot be replaced in place, stays beside it until [`remove_lifecycle`].
+pub(crate) fn attach_lifecycle(
+    program: BorrowedFd<'_>,
+    program_id: u32,
+    folder: &Path,
+    tracepoint: &str,
+) -> Result<String, KernelError> {
+    let name = format!("lifecycle-{tracepoint}-{program_id}");
+    let target = PathBuf::from(format!("tracepoint {tracepoint}"));
+    let link = sys::raw_tracepoint_open(program, tracepoint)
+        .map_err(|source| KernelError::Tracepoint { target, source })?;
+    let path = folder.join(&name);
+    sys::pin(link.as_fd(), &path).map_err(KernelError::pin("pin the link", path))?;
+    Ok(name)
+}
+
+/// Ends the lifecycle links that `matches` names.
+pub(crate) fn remove_lifecycle(folder: &Path, matches: impl Fn(&str) -> bool) -> Result<(), KernelError> {
+    remove_if(folder, |name| name.starts_with("lifecycle-") && matches(name))
 }
 
 /// Leaves a link that runs `copy` in the netns `cookie`; the id of the copy.

@@ -18,9 +18,8 @@ use adit_ebpf_common::{
 };
 use aya::{
     Ebpf, Pod,
-    maps::{Array, HashMap, Map, MapData, MapError, MapInfo, SockHash},
+    maps::{Array, HashMap, Map, MapData, MapError, SockHash},
 };
-use tracing::{info, warn};
 
 use crate::{Kernel, KernelError};
 
@@ -31,41 +30,15 @@ pub(crate) fn folder(pins: &Path) -> PathBuf {
 
 /// The maps that are pinned.
 pub(crate) fn pinned() -> impl Iterator<Item = &'static MapSpec> {
-    maps::ALL.iter().filter(|map| map.pinned)
+    maps::ALL.iter().filter(|map| map.keeps.is_pinned())
 }
 
-/// Makes the pins of earlier builds fit: a map that only changed its name is adopted, one of
-/// another layout, or that this build does not have, is unpinned, but for those named in `kept`.
-/// Programs that still run keep their maps until their links get new programs; the watcher fills
-/// the new maps from what it observes.
-///
-/// # Errors
-/// A pin cannot be listed, read, renamed or removed.
-pub(crate) fn adopt_or_unpin(folder: &Path, kept: &[&str]) -> Result<(), KernelError> {
-    for map in pinned() {
-        let (Some(formerly), path) = (map.formerly, folder.join(map.name)) else { continue };
-        let old = folder.join(formerly);
-        if old.exists() && !path.exists() {
-            info!(map = map.name, formerly, "adopting a map by its earlier name");
-            fs::rename(&old, &path).map_err(KernelError::pin("rename", old))?;
-        }
+/// Where `map` is pinned in the folder of maps. The first ABI number has none in the name.
+pub(crate) fn pin(folder: &Path, map: &MapSpec) -> PathBuf {
+    match map.abi {
+        1 => folder.join(map.name),
+        abi => folder.join(format!("{}-{abi}", map.name)),
     }
-    for entry in fs::read_dir(folder).map_err(KernelError::pin("list", folder))? {
-        let path = entry.map_err(KernelError::pin("list", folder))?.path();
-        if path.file_name().is_some_and(|name| kept.iter().any(|kept| name == *kept)) {
-            continue;
-        }
-        let map = pinned().find(|map| path.file_name().is_some_and(|name| name == map.name));
-        if let Some(map) = map {
-            let info = MapInfo::from_pin(&path).map_err(KernelError::map("open pinned", map.name))?;
-            if (info.key_size() as usize, info.value_size() as usize) == (map.key.size, map.value.size) {
-                continue;
-            }
-        }
-        warn!(path = %path.display(), "replacing a map of another version");
-        fs::remove_file(&path).map_err(KernelError::pin("unpin", path))?;
-    }
-    Ok(())
 }
 
 /// Removes every map in `folder`; how many there were.
@@ -279,12 +252,24 @@ impl Kernel {
         Ok(())
     }
 
-    /// The tunnel's listeners, in no order. The kernel shows user space the keys only.
-    pub(crate) fn tunnel_listeners(&self) -> Result<Vec<ListenerKey>, KernelError> {
+    /// The tunnel's listeners that are open, in no order. The kernel shows user space the keys only,
+    /// and removes each with its socket.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn tunnel_listeners(&self) -> Result<Vec<ListenerKey>, KernelError> {
         let failed = |error| KernelError::map("read", TUNNEL_LISTENERS.name)(error);
         let map = SockHash::<_, ListenerKey>::try_from(find(&self.object, TUNNEL_LISTENERS.name))
             .map_err(failed)?;
         map.keys().collect::<Result<_, _>>().map_err(failed)
+    }
+
+    /// The cookies of the netns in which a tunnel has a listener.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn tunnel_netns(&self) -> Result<BTreeSet<u64>, KernelError> {
+        Ok(self.tunnel_listeners()?.into_iter().map(|key| key.netns_cookie).collect())
     }
 
     /// The value of `key` in a hash map; `None`: it has none.
@@ -315,7 +300,7 @@ impl Kernel {
         missing_is_fine(map.remove(key)).map_err(failed)
     }
 
-    fn list<K: Pod, V: Pod>(&self, name: &'static str) -> Result<Vec<(K, V)>, KernelError> {
+    pub(crate) fn list<K: Pod, V: Pod>(&self, name: &'static str) -> Result<Vec<(K, V)>, KernelError> {
         let failed = |error| KernelError::map("read", name)(error);
         let map = HashMap::<_, K, V>::try_from(find(&self.object, name)).map_err(failed)?;
         map.iter().collect::<Result<_, _>>().map_err(failed)
@@ -325,7 +310,7 @@ impl Kernel {
 /// A second handle on the ring buffer pinned in `folder`.
 pub(crate) fn trace(folder: &Path) -> Result<Map, KernelError> {
     let failed = |error| KernelError::map("open", TRACE.name)(error);
-    MapData::from_pin(folder.join(TRACE.name)).and_then(Map::from_map_data).map_err(failed)
+    MapData::from_pin(pin(folder, &TRACE)).and_then(Map::from_map_data).map_err(failed)
 }
 
 pub(crate) fn find<'a>(object: &'a Ebpf, name: &'static str) -> &'a Map {

@@ -21,7 +21,7 @@ use aya_obj::generated::{
     BPF_F_ALLOW_MULTI, bpf_attach_type,
     bpf_cmd::{
         self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_OBJ_GET, BPF_OBJ_PIN, BPF_PROG_LOAD,
-        BPF_PROG_QUERY,
+        BPF_PROG_QUERY, BPF_RAW_TRACEPOINT_OPEN,
     },
     bpf_insn,
     bpf_prog_type::BPF_PROG_TYPE_SK_LOOKUP,
@@ -38,6 +38,21 @@ pub(crate) fn link_create(
 ) -> io::Result<OwnedFd> {
     let mut attr = [number(program), number(target), attach_type as u32, 0];
     let fd = bpf(BPF_LINK_CREATE, &mut attr)?;
+    Ok(owned(fd))
+}
+
+/// Attaches `program` to a tracepoint. The link can be pinned from Linux 5.8 on; its program cannot
+/// be replaced.
+pub(crate) fn raw_tracepoint_open(program: BorrowedFd<'_>, tracepoint: &str) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        name: u64,
+        program: u32,
+        pad: u32,
+    }
+    let tracepoint = CString::new(tracepoint)?;
+    let name = tracepoint.as_ptr().expose_provenance() as u64;
+    let fd = bpf(BPF_RAW_TRACEPOINT_OPEN, &mut Attr { name, program: number(program), pad: 0 })?;
     Ok(owned(fd))
 }
 

@@ -4,7 +4,7 @@ use adit_ebpf_common::exclusions::{INBOUND as IS_DIALLED, OUTBOUND as DIALS};
 use adit_ebpf_loader::{ExclusionList, Kernel};
 use aya::maps::{HashMap, LpmTrie, MapData, lpm_trie::Key};
 
-use crate::rig::{Bpffs, address};
+use crate::rig::{Bpffs, address, cgroups};
 
 /// BPF_F_NO_PREALLOC, which tries need.
 const NO_PREALLOC: u32 = 1;
@@ -69,6 +69,12 @@ fn the_lists_of_an_earlier_build_are_taken_over() {
         .with_ports(IS_DIALLED, 9090..=9090)
         .with_cidr([0; 16], 0)
         .with_cidr(address("10.0.0.0"), 104);
+    assert_eq!(kernel.exclusions().unwrap(), [(7, list.clone())].into());
+    drop(kernel);
+    // As often as a watcher is killed before it has attached its programs; then they go.
+    let (cgroups, mut kernel) = (cgroups(), Kernel::open(&bpffs.pins()).unwrap());
     assert_eq!(kernel.exclusions().unwrap(), [(7, list)].into());
+    kernel.attach_pods(&cgroups.join("pods")).unwrap();
     assert!(!maps.join("excluded_ports").exists() && !maps.join("excluded_cidrs").exists());
+    Kernel::remove(&bpffs.pins()).unwrap();
 }

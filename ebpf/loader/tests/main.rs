@@ -18,6 +18,7 @@ mod outbound;
 mod ports;
 mod property;
 mod rig;
+mod upgrade;
 
 /// Not a test: the other tests start it as the processes of pods and tunnels.
 #[test]

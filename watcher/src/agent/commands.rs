@@ -42,6 +42,10 @@ impl Commands<'_> {
             }
         };
         let rejected = pods.rejected().iter();
+        let awaits = applier.kernel.must_be_filled().then(|| {
+            "the programs of another version decide, by what its watcher wrote last, until the source has named all pods"
+                .to_owned()
+        });
         Status {
             node: config.node.clone(),
             pid: std::process::id(),
@@ -56,7 +60,7 @@ impl Commands<'_> {
                 .chain(rejected.map(|rejected| rejected_status(&rejected.entry, &rejected.reason)))
                 .collect(),
             draining: answers::draining(applier),
-            problems: applier.problems().to_vec(),
+            problems: applier.problems().iter().cloned().chain(awaits).collect(),
         }
     }
 

@@ -4,9 +4,11 @@
 use std::{os::unix::ffi::OsStrExt as _, path::Path, sync::Arc, time::Instant};
 
 use adit_ebpf_common::lifecycle::name;
+use error_reporter::Report;
+use tracing::{info, warn};
 
 use crate::{
-    apply::zds_server::ZdsEvent,
+    apply::{tunnels::LostTunnel, zds_server::ZdsEvent},
     model::pod::Update,
     observe::{
         cgroup_path,
@@ -25,10 +27,13 @@ impl Agent {
         if first {
             // What an earlier run left and no pod needs is found only by comparing everything.
             self.queue.reconcile_all();
-            self.adoption.begin(Instant::now());
+            self.kept.begin(Instant::now());
         }
         self.reporter.source_update(&update, first);
         self.queue.observe(self.pods.apply_update(update, Instant::now()));
+        if first && self.closes_first {
+            self.pods.close_from_birth();
+        }
         if first && self.pods.keeps_running() {
             self.keep_lost();
         }
@@ -109,19 +114,65 @@ impl Agent {
             ZdsEvent::Withdrawn { conn, serial } => self.applier.draining.acknowledge(conn, serial),
             // From here on its acknowledgements say which pods are served.
             ZdsEvent::SnapshotTaken => {
-                self.adoption.end();
+                self.kept.end();
                 self.queue.reconcile_all();
             }
             ZdsEvent::Gone { conn, reason } => {
-                if !self.applier.remove_tunnel(conn, &reason) {
-                    return;
+                if let Some(lost) = self.applier.remove_tunnel(conn, &reason) {
+                    self.keep_served(lost);
                 }
-                if self.applier.tunnels.is_empty() {
-                    self.pods.end_all_grace_periods();
-                    self.adoption.end();
-                }
-                self.queue.reconcile_all();
             }
+        }
+    }
+
+    /// The connection of a tunnel ended. Pods that it served stay open as long as its listeners are
+    /// there, for a while.
+    fn keep_served(&mut self, lost: LostTunnel) {
+        let now = Instant::now();
+        let LostTunnel { cgroup_id, mut served } = lost;
+        match self.applier.kernel.tunnel_netns() {
+            Ok(live) => served.retain(|cookie| live.contains(cookie)),
+            // What cannot be read is not known to be gone.
+            Err(error) => warn!(error = %Report::new(&error), "cannot list the tunnels' listeners"),
+        }
+        if !served.is_empty() {
+            info!(
+                pods = served.len(),
+                "the tunnel's listeners are open; its pods stay so until it reconnects"
+            );
+            self.kept.add(served, cgroup_id, now);
+            // Before the source's first update the grace period does not run.
+            if self.pods.is_synced() {
+                self.kept.begin(now);
+            }
+        }
+        if self.applier.tunnels.is_empty() {
+            if self.kept.is_empty() {
+                self.applier.without_tunnel();
+            }
+            self.pods.end_all_grace_periods();
+        }
+        self.queue.reconcile_all();
+    }
+
+    /// Looks whether the listeners of tunnels that are not connected are still there.
+    pub(super) fn check_kept(&mut self, now: Instant) {
+        if self.kept.next_check().is_none_or(|at| at > now) {
+            return;
+        }
+        let live = match self.applier.kernel.tunnel_netns() {
+            Ok(live) => live,
+            Err(error) => {
+                warn!(error = %Report::new(&error), "cannot list the tunnels' listeners");
+                self.kept.check_later(now);
+                return;
+            }
+        };
+        if self.kept.keep_live(&live, now) {
+            if self.kept.is_empty() && self.applier.tunnels.is_empty() {
+                self.applier.without_tunnel();
+            }
+            self.queue.reconcile_all();
         }
     }
 }

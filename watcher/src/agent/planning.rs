@@ -21,7 +21,7 @@ use crate::{
     },
 };
 
-use super::{adoption::Adoption, config::AgentConfig, pod_entry::PodEntry, pods::PodTable};
+use super::{config::AgentConfig, kept_pods::KeptPods, pod_entry::PodEntry, pods::PodTable};
 
 /// The plans of pods, and the earlier plans that name what may have to be removed.
 #[derive(Debug, Default)]
@@ -37,7 +37,7 @@ pub(super) fn plan_pods(
     uids: &BTreeSet<String>,
     pods: &mut PodTable,
     applier: &Applier,
-    adoption: &Adoption,
+    kept: &KeptPods,
     config: &AgentConfig,
     now: Instant,
 ) -> Planned {
@@ -49,13 +49,13 @@ pub(super) fn plan_pods(
         let is_closed = entry.view.observed.cgroups.values().any(|id| closed.contains_key(id));
         // How it was treated so far is known only once it was observed.
         if entry.is_observed() {
-            entry.admit(is_closed, !applier.tunnels.is_empty(), now);
+            entry.admit(is_closed || entry.closed_from_birth, !applier.tunnels.is_empty(), now);
         }
         let facts = entry.view.eligibility.facts();
         // The programs of an earlier build know one port.
         let spread = facts.is_some_and(|facts| applier.kernel.is_steering(facts.cookie));
         let ready = facts
-            .is_some_and(|facts| applier.is_served(uid, facts.cookie) || adoption.is_ready(facts.cookie));
+            .is_some_and(|facts| applier.is_served(uid, facts.cookie) || kept.is_ready(facts.cookie));
         if ready {
             entry.end_grace();
         }

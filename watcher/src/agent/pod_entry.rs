@@ -58,6 +58,8 @@ pub(super) struct PodEntry {
     /// Whether its treatment until a tunnel serves it was decided: only a pod that ran in plaintext
     /// until then gets a grace period.
     pub admitted: bool,
+    /// It should have been closed since it began, whatever is found of it: it gets no grace period.
+    pub closed_from_birth: bool,
     /// Until when its traffic passes in plaintext although no tunnel serves it.
     pub grace_until: Option<Instant>,
     /// It was in the mesh, and its label is off.
@@ -106,6 +108,7 @@ impl PodEntry {
             plan: PodPlan::default(),
             exclusions: None,
             admitted: false,
+            closed_from_birth: false,
             grace_until: None,
             leaving: None,
             memory: Memory::default(),
@@ -228,6 +231,8 @@ impl PodEntry {
     pub(super) fn admit(&mut self, is_closed: bool, has_tunnel: bool, now: Instant) {
         if self.is_plain() {
             (self.admitted, self.grace_until, self.waiting_since) = (false, None, None);
+            // A label that comes later fails no connection.
+            self.closed_from_birth = false;
             return;
         }
         if std::mem::replace(&mut self.admitted, true) {

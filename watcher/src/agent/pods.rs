@@ -15,7 +15,7 @@ use tracing::warn;
 use crate::{
     model::{
         exclusions::Exclusions,
-        pod::BadEntry,
+        pod::{BadEntry, Selection},
         reason::{Reason, ReasonCode},
         state::State,
     },
@@ -300,6 +300,13 @@ impl PodTable {
         .collect()
     }
 
+    /// The pods that are known by now should have been closed since they began.
+    pub(super) fn close_from_birth(&mut self) {
+        for entry in self.entries.values_mut() {
+            entry.closed_from_birth = entry.view.pod.selection == Selection::Enrolled;
+        }
+    }
+
     /// Ends every grace period.
     pub(super) fn end_all_grace_periods(&mut self) {
         for entry in self.entries.values_mut() {
@@ -408,7 +415,7 @@ impl PodTable {
 mod tests {
     use std::time::Duration;
 
-    use crate::model::pod::{Entry, Pod, Selection, Update};
+    use crate::model::pod::{Entry, Pod, Update};
 
     use super::*;
 

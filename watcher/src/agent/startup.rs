@@ -1,6 +1,6 @@
 //! Loads the programs, and takes over what an earlier watcher left.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use adit_ebpf_loader::Kernel;
 use tracing::info;
@@ -19,7 +19,7 @@ use crate::{
 };
 
 use super::{
-    Agent, adoption::Adoption, config::AgentConfig, error::AgentError, error::cannot, observer::Observer,
+    Agent, config::AgentConfig, error::AgentError, error::cannot, kept_pods::KeptPods, observer::Observer,
     pods::PodTable, queue::Queue, reporter::Reporter,
 };
 
@@ -39,18 +39,26 @@ pub(super) fn start(
     let mut kernel = Kernel::open(&config.pins).map_err(failed("load the programs and maps"))?;
     let settings =
         KernelSettings::open(&mut kernel, &config.dns_resolvers).map_err(failed("write the settings"))?;
+    let must_be_filled = kernel.must_be_filled();
     let mut applier = Applier::adopt(kernel, settings, journal, Arc::clone(&visitors), config.attach.clone())
         .map_err(|(what, source)| AgentError::Kernel { what, source })?;
-    applier.update_tunnel_programs();
-    let kernel = &mut applier.kernel;
-    kernel.attach_pods(&config.attach).map_err(failed("attach the pods' programs"))?;
-    let events = events::open(config.events, kernel, &config.attach, &config.cgroup_root)?;
+    // What closes new pods comes first, beside that of an earlier watcher.
+    let events = events::open(config.events, &mut applier.kernel, &config.attach, &config.cgroup_root)?;
+    if must_be_filled {
+        info!("the programs of another version decide until this version's maps are filled");
+    } else {
+        attach(&mut applier, &config)?;
+    }
+    let ready = if must_be_filled { applier.kernel.tunnel_netns() } else { Ok(applier.maps.ready_netns()) };
+    let ready = ready.map_err(failed("list the tunnels' listeners"))?;
+    let kept = KeptPods::new(ready, applier.maps.tunnel_cgroups(), Instant::now());
     info!(node = config.node, attached = %config.attach.display(), "watching");
     let mut agent = Agent {
         queue: Queue::default(),
         pods: PodTable::new(applier.maps.last_exclusion_id()),
         observer: Observer::new(config.attach.clone(), visitors),
-        adoption: Adoption::new(applier.maps.ready_netns(), applier.maps.tunnel_cgroups()),
+        kept,
+        closes_first: must_be_filled,
         reporter: Reporter::new(source, events.kind(), metrics),
         tracer: Tracer::default(),
         layout: layout(&config),
@@ -61,6 +69,19 @@ pub(super) fn start(
         agent.pods.keep_running();
     }
     Ok((agent, events))
+}
+
+/// Has this version's programs decide, by what its maps hold.
+///
+/// # Errors
+/// The kernel refused.
+pub(super) fn attach(applier: &mut Applier, config: &AgentConfig) -> Result<(), AgentError> {
+    let failed = |what| move |source| AgentError::Kernel { what, source };
+    // Tunnels first: what the pods' programs pass on, a tunnel's have to understand.
+    applier.attach_known_tunnels();
+    let kernel = &mut applier.kernel;
+    kernel.attach_pods(&config.attach).map_err(failed("attach the pods' programs"))?;
+    kernel.end_earlier_lifecycle().map_err(failed("end the lifecycle programs of an earlier watcher"))
 }
 
 /// Where no tunnel may run.

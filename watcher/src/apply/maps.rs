@@ -50,6 +50,7 @@ impl AppliedMaps {
             cgroups: kernel.cgroups()?.into_iter().collect(),
             addresses: kernel.pods()?.into_iter().collect(),
             arrivals: kernel.netns()?.into_iter().collect(),
+            expected: kernel.expected_pods()?.into_iter().collect(),
             ..MapContents::default()
         };
         let of_cgroups = contents.cgroups.values().map(|info| info.exclusion_id);
@@ -225,6 +226,7 @@ impl AppliedMaps {
         let cgroups: BTreeMap<_, _> = kernel.cgroups()?.into_iter().collect();
         let addresses: BTreeMap<_, _> = kernel.pods()?.into_iter().collect();
         let arrivals: BTreeMap<_, _> = kernel.netns()?.into_iter().collect();
+        let expected: BTreeMap<_, _> = kernel.expected_pods()?.into_iter().collect();
         let lists = kernel.exclusions()?;
         self.refused.clear();
         let contents = &mut self.contents;
@@ -238,6 +240,7 @@ impl AppliedMaps {
         if cgroups == contents.cgroups
             && addresses == contents.addresses
             && arrivals == contents.arrivals
+            && expected == contents.expected
             && lists == self.lists
         {
             return Ok(false);
@@ -256,6 +259,7 @@ impl AppliedMaps {
         contents.cgroups = cgroups;
         contents.addresses = addresses;
         contents.arrivals = arrivals;
+        contents.expected = expected;
         // An empty list stands for one that has to be written again, or removed.
         contents.exclusions.retain(|id, _| lists.contains_key(id));
         for (id, list) in &lists {

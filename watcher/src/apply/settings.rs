@@ -30,13 +30,16 @@ pub(crate) struct KernelFilter {
 pub(crate) struct KernelSettings(Settings);
 
 impl KernelSettings {
-    /// Writes the settings of this run. Whether a tunnel serves is taken over from an earlier run;
-    /// tracing is off. At most three `resolvers` count.
+    /// Writes the settings of this run. Whether a tunnel serves is taken over from an earlier run,
+    /// or told by the tunnels' listeners where the settings are new; tracing is off. At most three `resolvers` count.
     ///
     /// # Errors
     /// The map cannot be read or written.
     pub(crate) fn open(kernel: &mut Kernel, resolvers: &[IpAddr]) -> Result<Self, KernelError> {
         let before = kernel.settings()?;
+        let is_new = before.outbound_port == 0;
+        let has_listener = || kernel.tunnel_listeners().map(|listeners| !listeners.is_empty());
+        let tunnel_up = if is_new { has_listener()?.into() } else { before.tunnel_up };
         let mut slots = [UNSPECIFIED; 3];
         for (slot, resolver) in slots.iter_mut().zip(resolvers) {
             *slot = address16(*resolver);
@@ -45,7 +48,7 @@ impl KernelSettings {
             outbound_port: OUTBOUND_PORT,
             inbound_port: INBOUND_PORT,
             hbone_port: HBONE_PORT,
-            tunnel_up: before.tunnel_up,
+            tunnel_up,
             debug: 0,
             debug_port: 0,
             debug_address: UNSPECIFIED,

@@ -62,6 +62,15 @@ impl ConnectedTunnel {
     }
 }
 
+/// A tunnel whose connection ended.
+#[derive(Debug)]
+pub(crate) struct LostTunnel {
+    /// The id of its cgroup.
+    pub cgroup_id: CgroupId,
+    /// The netns that it served, by cookie.
+    pub served: BTreeSet<u64>,
+}
+
 /// The way to a tunnel.
 #[derive(Debug)]
 enum Link {
@@ -165,11 +174,14 @@ impl Tunnels {
         }
     }
 
-    /// Removes a tunnel whose connection ended. Whether it was connected.
-    pub(crate) fn remove(&mut self, conn: ConnId, reason: &str) -> bool {
-        let Some(tunnel) = self.connected.remove(&conn) else { return false };
+    /// Removes a tunnel whose connection ended; `None`: it was not connected.
+    pub(crate) fn remove(&mut self, conn: ConnId, reason: &str) -> Option<LostTunnel> {
+        let tunnel = self.connected.remove(&conn)?;
         warn!(tunnel.pid, reason, others = self.connected.len(), "tunnel disconnected");
-        true
+        let present =
+            tunnel.acknowledged.iter().filter(|(uid, serial)| self.serials.get(*uid) == Some(serial));
+        let served = present.filter_map(|(uid, _)| Some(self.workloads.get(uid)?.cookie)).collect();
+        Some(LostTunnel { cgroup_id: tunnel.cgroup_id, served })
     }
 
     /// Does `step` and records it. `ready` has the netns that are open already. After a withdrawal:
