@@ -8,6 +8,7 @@
 //! * `planning`: from the table of pods to plans and states
 //! * `kept_pods`: pods of tunnels that are not connected
 //! * `reporter`: outcomes to the source, metrics; `commands`: answers to commands
+//! * `boot`: pods that ran before the first watcher did
 //! * `startup`: loading the programs, and taking over what is there
 //! * `node_lock`: one watcher for each node; the next one stands by
 //! * `config`, `error`: what it is configured to do, and why it ends
@@ -45,6 +46,7 @@ use crate::{
     source::Source,
 };
 
+mod boot;
 mod commands;
 mod config;
 mod error;
@@ -63,8 +65,8 @@ use self::error::cannot;
 pub use self::{config::AgentConfig, error::AgentError};
 
 use self::{
-    commands::Commands, kept_pods::KeptPods, observer::Observer, planning::Planned, pods::PodTable,
-    queue::Queue, queue::Work, reporter::Reporter,
+    boot::Found, commands::Commands, kept_pods::KeptPods, observer::Observer, planning::Planned,
+    pods::PodTable, queue::Queue, queue::Work, reporter::Reporter,
 };
 
 /// How many events are received before they are acted on.
@@ -79,8 +81,8 @@ struct Agent {
     pods: PodTable,
     observer: Observer,
     kept: KeptPods,
-    /// Whether pods that the source names first should have been closed since they began.
-    closes_first: bool,
+    /// What was attached at the start: how pods are treated that the source names first.
+    found: Found,
     applier: Applier,
     reporter: Reporter,
     tracer: Tracer,
@@ -313,6 +315,7 @@ impl Agent {
         for (uid, reason) in report.failed {
             self.pods.set_problem(&uid, reason, now);
         }
+        self.cut_clear(uids.iter().cloned());
         self.queue.applied(&mut uids, !self.applier.problems().is_empty(), now);
     }
 

@@ -6,6 +6,7 @@
 //! * `draining`: netns of pods that left, while connections still need them
 //! * `new_pods`: what arrives for pods before their netns is known
 //! * `app_listeners`: ports that applications listen on
+//! * `boot`: connections that pods made in clear before the first watcher ran
 //! * `tunnels`: connected tunnels, their pods and acknowledgements; `tunnel_cgroups`: where
 //!   they run
 //! * `zds_server`: ZDS, the protocol by which tunnels get their pods
@@ -51,6 +52,7 @@ use self::{
 };
 
 pub(crate) mod app_listeners;
+pub(crate) mod boot;
 pub(crate) mod draining;
 pub mod journal;
 pub(crate) mod maps;
@@ -90,6 +92,8 @@ pub struct Applier {
     visitors: Arc<Visitors>,
     /// What the node as a whole lacks, as sentences.
     problems: Vec<String>,
+    /// Whether connections were to be cut, and the kernel cannot.
+    cannot_cut: bool,
 }
 
 /// What [`Applier::apply`] led to for single pods, by uid.
@@ -128,6 +132,7 @@ impl Applier {
             journal,
             visitors,
             problems: Vec::new(),
+            cannot_cut: false,
         })
     }
 
@@ -150,6 +155,26 @@ impl Applier {
     #[must_use]
     pub fn problems(&self) -> &[String] {
         &self.problems
+    }
+
+    /// What is so until the next start, as sentences.
+    pub(crate) fn lasting_problems(&self) -> impl Iterator<Item = String> {
+        const NOT_FILLED: &str = "the programs of another version decide, by what its watcher wrote last, until the source has named all pods";
+        const NOT_CUT: &str = "pods keep connections that they made in clear before the first watcher ran: the kernel cannot cut them (CONFIG_INET_DIAG_DESTROY); restart these pods";
+        let not_filled = self.kernel.must_be_filled().then_some(NOT_FILLED);
+        not_filled.into_iter().chain(self.cannot_cut.then_some(NOT_CUT)).map(str::to_owned)
+    }
+
+    /// The kernel cannot cut connections.
+    pub(crate) fn note_that_nothing_can_be_cut(&mut self) {
+        if !std::mem::replace(&mut self.cannot_cut, true) {
+            warn!(advice = "restart the pods", "the kernel cannot cut connections that pods made in clear");
+        }
+    }
+
+    /// Threads that enter netns.
+    pub(crate) fn visitors(&self) -> &Visitors {
+        &self.visitors
     }
 
     /// Whether a tunnel serves the pod `uid` in the netns `cookie`.

@@ -67,6 +67,13 @@ const CORRECTIONS: MetricRow = MetricRow {
     labels: "",
     help: "Differences that a scan found although no event reported them",
 };
+const CONNECTIONS_CUT: MetricRow = MetricRow {
+    name: "connections_cut",
+    kind: "counter",
+    unit: None,
+    labels: "",
+    help: "Connections that pods made in plaintext before the first watcher ran, and that were cut",
+};
 const TUNNELS: MetricRow =
     MetricRow { name: "tunnels", kind: "gauge", unit: None, labels: "", help: "Connected tunnels" };
 const ENROLMENT_DURATION: MetricRow = MetricRow {
@@ -80,7 +87,7 @@ const ENROLMENT_DURATION: MetricRow = MetricRow {
 /// Every metric of the watcher.
 #[cfg(test)]
 pub(crate) const METRICS: &[MetricRow] =
-    &[PODS, EVENTS, EVENTS_LOST, CORRECTIONS, TUNNELS, ENROLMENT_DURATION];
+    &[PODS, EVENTS, EVENTS_LOST, CORRECTIONS, CONNECTIONS_CUT, TUNNELS, ENROLMENT_DURATION];
 
 #[cfg(test)]
 impl MetricRow {
@@ -132,6 +139,7 @@ pub(crate) struct Metrics {
     events: Family<SourceLabel, Counter>,
     lost: Counter,
     corrections: Counter,
+    cut: Counter,
     tunnels: Gauge<i64, AtomicI64>,
     enrolment: Histogram,
     ready: AtomicBool,
@@ -151,6 +159,7 @@ impl Metrics {
         let events = register(&mut registry, &EVENTS, Family::<SourceLabel, Counter>::default());
         let lost = register(&mut registry, &EVENTS_LOST, Counter::<u64, AtomicU64>::default());
         let corrections = register(&mut registry, &CORRECTIONS, Counter::<u64, AtomicU64>::default());
+        let cut = register(&mut registry, &CONNECTIONS_CUT, Counter::<u64, AtomicU64>::default());
         let tunnels = register(&mut registry, &TUNNELS, Gauge::<i64, AtomicI64>::default());
         let enrolment = Histogram::new(exponential_buckets(0.0005, 2.0, 16));
         let enrolment = register(&mut registry, &ENROLMENT_DURATION, enrolment);
@@ -161,6 +170,7 @@ impl Metrics {
             events,
             lost,
             corrections,
+            cut,
             tunnels,
             enrolment,
             ready,
@@ -189,6 +199,11 @@ impl Metrics {
     /// A scan found a difference that no event reported.
     pub(crate) fn corrected(&self) {
         self.corrections.inc();
+    }
+
+    /// So many connections were cut that pods made in clear.
+    pub(crate) fn connections_cut(&self, count: u64) {
+        self.cut.inc_by(count);
     }
 
     /// So many tunnels are connected now.

@@ -7,6 +7,7 @@
 //! * `netns`: enters a netns and reads its cookie and addresses
 //! * `guests`: what lies behind a pod's netns
 //! * `listeners`: what listens in a netns
+//! * [`connections`]: the connections of a netns, and cutting them
 //! * [`events`]: what changed, as soon as it does
 
 use std::{collections::BTreeMap, path::PathBuf};
@@ -18,6 +19,7 @@ use self::{cgroups::CgroupId, netns::NetnsFacts};
 pub(crate) mod budget;
 pub(crate) mod cgroup_path;
 pub mod cgroups;
+pub mod connections;
 pub mod events;
 pub(crate) mod guests;
 pub(crate) mod listeners;

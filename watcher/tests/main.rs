@@ -7,6 +7,7 @@
 #![allow(unreachable_pub, reason = "modules of a test program share helpers; nothing else can reach them")]
 
 mod arrival;
+mod boot;
 mod capture;
 mod churn;
 mod clear;

@@ -11,7 +11,9 @@ use adit_ebpf_common::maps::TRACE;
 use aya::{Ebpf, EbpfLoader, maps::RingBuf};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use crate::{KernelError, Trace, exclusions, links, maps, netns_program::NetnsProgram, object, pins};
+use crate::{
+    KernelError, Trace, exclusions, links, maps, netns_program::NetnsProgram, object, pins, pins::Found,
+};
 
 /// The loaded programs, their links and their maps.
 ///
@@ -24,8 +26,7 @@ pub struct Kernel {
     /// The ids of the programs that this process attached to netns, by the netns's cookie.
     steering: BTreeMap<u64, u32>,
     pub(crate) pins: PathBuf,
-    /// See [`Self::must_be_filled`].
-    must_be_filled: bool,
+    found: Found,
     /// The lifecycle links that this process made.
     pub(crate) lifecycle_links: BTreeSet<String>,
 }
@@ -53,13 +54,13 @@ impl Kernel {
             loader.load(object::BYTES).map_err(|source| KernelError::Object { source: Box::new(source) })?;
         object::load_programs(&mut object)?;
         let netns_program = NetnsProgram::new(&object)?;
-        let must_be_filled = pins::must_be_filled(&object, &links_dir, &maps_dir)?;
+        let found = pins::found(&object, &links_dir, &maps_dir)?;
         let mut kernel = Self {
             object,
             netns_program,
             steering: BTreeMap::new(),
             pins: pins.to_owned(),
-            must_be_filled,
+            found,
             lifecycle_links: BTreeSet::new(),
         };
         exclusions::take_over(&mut kernel, &maps_dir);
@@ -71,7 +72,13 @@ impl Kernel {
     /// before that.
     #[must_use]
     pub fn must_be_filled(&self) -> bool {
-        self.must_be_filled
+        self.found == Found::OtherMaps
+    }
+
+    /// Whether no program was attached: nobody has closed any pod since the boot.
+    #[must_use]
+    pub fn is_first(&self) -> bool {
+        self.found == Found::Nothing
     }
 
     /// Attaches the pods' programs (connect, getpeername, getsockopt, sock_ops) to the cgroup that
@@ -83,7 +90,9 @@ impl Kernel {
     /// made.
     pub fn attach_pods(&mut self, cgroup_dir: &Path) -> Result<(), KernelError> {
         links::attach_pods(&self.object, &links::folder(&self.pins), cgroup_dir)?;
-        self.must_be_filled = false;
+        if self.found == Found::OtherMaps {
+            self.found = Found::OwnMaps;
+        }
         pins::remove_unknown(&maps::folder(&self.pins))
     }
 

@@ -107,15 +107,26 @@ fn list(folder: &Path) -> Result<Vec<PathBuf>, KernelError> {
     entries.map_err(failed)
 }
 
-/// Whether links run programs of another version that use other maps of entries than those of
-/// `object`: then ours must be filled before ours are attached.
+/// What is attached already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// No program of the pods.
+    Nothing,
+    /// Programs that use the same maps of entries.
+    OwnMaps,
+    /// Programs of another version that use other maps of entries: ours must be filled before ours
+    /// are attached.
+    OtherMaps,
+}
+
+/// What links run, beside the programs of `object`, and with which maps.
 ///
 /// # Errors
 /// Links, programs or maps cannot be read.
-pub(crate) fn must_be_filled(object: &Ebpf, links: &Path, maps: &Path) -> Result<bool, KernelError> {
+pub(crate) fn found(object: &Ebpf, links: &Path, maps: &Path) -> Result<Found, KernelError> {
     let running = links::pods_programs(links)?;
     if running.is_empty() {
-        return Ok(false);
+        return Ok(Found::Nothing);
     }
     let failed = |source| KernelError::Programs { source };
     let mut entries = BTreeSet::new();
@@ -139,10 +150,10 @@ pub(crate) fn must_be_filled(object: &Ebpf, links: &Path, maps: &Path) -> Result
         // A program that the other version did not have may read what any of its programs read.
         let theirs = theirs.map_or(&of_all, |(_, maps)| maps);
         if own.iter().any(|map| entries.contains(map) && !theirs.contains(map)) {
-            return Ok(true);
+            return Ok(Found::OtherMaps);
         }
     }
-    Ok(false)
+    Ok(Found::OwnMaps)
 }
 
 fn maps_of(program: &ProgramInfo) -> Result<BTreeSet<u32>, ProgramError> {

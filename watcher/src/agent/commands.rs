@@ -42,10 +42,6 @@ impl Commands<'_> {
             }
         };
         let rejected = pods.rejected().iter();
-        let awaits = applier.kernel.must_be_filled().then(|| {
-            "the programs of another version decide, by what its watcher wrote last, until the source has named all pods"
-                .to_owned()
-        });
         Status {
             node: config.node.clone(),
             pid: std::process::id(),
@@ -60,7 +56,7 @@ impl Commands<'_> {
                 .chain(rejected.map(|rejected| rejected_status(&rejected.entry, &rejected.reason)))
                 .collect(),
             draining: answers::draining(applier),
-            problems: applier.problems().iter().cloned().chain(awaits).collect(),
+            problems: applier.problems().iter().cloned().chain(applier.lasting_problems()).collect(),
         }
     }
 

@@ -18,7 +18,7 @@ use crate::{
     plan::PodPlan,
 };
 
-use super::Agent;
+use super::{Agent, boot::Found};
 
 impl Agent {
     /// The source sent an update.
@@ -31,8 +31,8 @@ impl Agent {
         }
         self.reporter.source_update(&update, first);
         self.queue.observe(self.pods.apply_update(update, Instant::now()));
-        if first && self.closes_first {
-            self.pods.close_from_birth();
+        if first && self.found != Found::OwnMaps {
+            self.pods.close_from_birth(self.found == Found::Nothing);
         }
         if first && self.pods.keeps_running() {
             self.keep_lost();

@@ -60,6 +60,8 @@ pub(super) struct PodEntry {
     pub admitted: bool,
     /// It should have been closed since it began, whatever is found of it: it gets no grace period.
     pub closed_from_birth: bool,
+    /// It ran before the first watcher did: what it made in clear is cut when it is enrolled.
+    pub cut_when_enrolled: bool,
     /// Until when its traffic passes in plaintext although no tunnel serves it.
     pub grace_until: Option<Instant>,
     /// It was in the mesh, and its label is off.
@@ -109,6 +111,7 @@ impl PodEntry {
             exclusions: None,
             admitted: false,
             closed_from_birth: false,
+            cut_when_enrolled: false,
             grace_until: None,
             leaving: None,
             memory: Memory::default(),
@@ -232,7 +235,7 @@ impl PodEntry {
         if self.is_plain() {
             (self.admitted, self.grace_until, self.waiting_since) = (false, None, None);
             // A label that comes later fails no connection.
-            self.closed_from_birth = false;
+            (self.closed_from_birth, self.cut_when_enrolled) = (false, false);
             return;
         }
         if std::mem::replace(&mut self.admitted, true) {

@@ -300,10 +300,12 @@ impl PodTable {
         .collect()
     }
 
-    /// The pods that are known by now should have been closed since they began.
-    pub(super) fn close_from_birth(&mut self) {
+    /// The pods that are known by now should have been closed since they began. `cut`: nobody
+    /// closed them, and what they made in clear is to be cut.
+    pub(super) fn close_from_birth(&mut self, cut: bool) {
         for entry in self.entries.values_mut() {
             entry.closed_from_birth = entry.view.pod.selection == Selection::Enrolled;
+            entry.cut_when_enrolled = entry.closed_from_birth && cut;
         }
     }
 

@@ -102,6 +102,11 @@ impl Reporter {
         self.metrics.corrected();
     }
 
+    /// So many connections were cut that a pod made in clear before the first watcher ran.
+    pub(super) fn connections_cut(&self, count: usize) {
+        self.metrics.connections_cut(count as u64);
+    }
+
     /// The numbers that metrics show as they are.
     pub(super) fn set_gauges(&self, tunnels: usize, ready: bool) {
         self.metrics.set_tunnels(tunnels);

@@ -19,8 +19,8 @@ use crate::{
 };
 
 use super::{
-    Agent, config::AgentConfig, error::AgentError, error::cannot, kept_pods::KeptPods, observer::Observer,
-    pods::PodTable, queue::Queue, reporter::Reporter,
+    Agent, boot::Found, config::AgentConfig, error::AgentError, error::cannot, kept_pods::KeptPods,
+    observer::Observer, pods::PodTable, queue::Queue, reporter::Reporter,
 };
 
 /// The agent and its source of events. Events are opened before the first observation, so that
@@ -39,17 +39,25 @@ pub(super) fn start(
     let mut kernel = Kernel::open(&config.pins).map_err(failed("load the programs and maps"))?;
     let settings =
         KernelSettings::open(&mut kernel, &config.dns_resolvers).map_err(failed("write the settings"))?;
-    let must_be_filled = kernel.must_be_filled();
+    let found = match (kernel.must_be_filled(), kernel.is_first()) {
+        (true, _) => Found::OtherMaps,
+        (false, true) => Found::Nothing,
+        (false, false) => Found::OwnMaps,
+    };
     let mut applier = Applier::adopt(kernel, settings, journal, Arc::clone(&visitors), config.attach.clone())
         .map_err(|(what, source)| AgentError::Kernel { what, source })?;
     // What closes new pods comes first, beside that of an earlier watcher.
     let events = events::open(config.events, &mut applier.kernel, &config.attach, &config.cgroup_root)?;
-    if must_be_filled {
+    if found == Found::OtherMaps {
         info!("the programs of another version decide until this version's maps are filled");
     } else {
         attach(&mut applier, &config)?;
     }
-    let ready = if must_be_filled { applier.kernel.tunnel_netns() } else { Ok(applier.maps.ready_netns()) };
+    let ready = if found == Found::OtherMaps {
+        applier.kernel.tunnel_netns()
+    } else {
+        Ok(applier.maps.ready_netns())
+    };
     let ready = ready.map_err(failed("list the tunnels' listeners"))?;
     let kept = KeptPods::new(ready, applier.maps.tunnel_cgroups(), Instant::now());
     info!(node = config.node, attached = %config.attach.display(), "watching");
@@ -58,7 +66,7 @@ pub(super) fn start(
         pods: PodTable::new(applier.maps.last_exclusion_id()),
         observer: Observer::new(config.attach.clone(), visitors),
         kept,
-        closes_first: must_be_filled,
+        found,
         reporter: Reporter::new(source, events.kind(), metrics),
         tracer: Tracer::default(),
         layout: layout(&config),

@@ -251,7 +251,7 @@ fn prepare(
 
 /// The netns itself: the fd from when its pod was observed, else through one of the pod's
 /// processes.
-fn open_netns(cookie: u64, netns: &PodNetns, opened: &OpenNetns) -> io::Result<Arc<OwnedFd>> {
+pub(crate) fn open_netns(cookie: u64, netns: &PodNetns, opened: &OpenNetns) -> io::Result<Arc<OwnedFd>> {
     if let Some(fd) = opened.get(&cookie) {
         return Ok(Arc::clone(fd));
     }
