@@ -138,6 +138,9 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
         if zds_events.is_empty() && source.updates.is_empty() {
             agent.report();
         }
+        if agent.is_ready() {
+            source.ready();
+        }
         agent.reporter.set_gauges(agent.applier.tunnels.len(), agent.is_ready());
         if events.wants_dirs() && agent.queue.take_dirs_changed() {
             match agent.pods.directories(&agent.config.attach) {

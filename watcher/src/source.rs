@@ -12,7 +12,10 @@
 
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
 use tracing::warn;
 
 use crate::model::{pod::Update, reason::Reason, state::State};
@@ -42,6 +45,10 @@ pub struct Source {
     /// the writer receives them at once, and keeps only the last one of each uid while it cannot
     /// write.
     pub outcomes: Option<mpsc::UnboundedSender<(String, Option<Outcome>)>>,
+    /// Told once, when every pod that was there at the start is enrolled as far as possible.
+    pub when_ready: Option<oneshot::Sender<()>>,
+    /// Does what waits for that; ends with it, or when the watcher does.
+    pub startup: Option<JoinHandle<()>>,
     /// Writes the outcomes; ends when it has written the last one after `outcomes` is dropped.
     pub writer: Option<JoinHandle<()>>,
 }
@@ -55,10 +62,21 @@ impl Source {
         }
     }
 
+    /// The watcher is ready.
+    pub fn ready(&mut self) {
+        if let Some(when_ready) = self.when_ready.take() {
+            // Nobody may wait for it.
+            let _ = when_ready.send(());
+        }
+    }
+
     /// Waits until the last outcomes are written, for a few seconds.
     pub async fn close(mut self) {
         const WRITE_TIMEOUT: Duration = Duration::from_secs(6);
         self.outcomes = None;
+        if let Some(startup) = self.startup.take() {
+            startup.abort();
+        }
         let Some(writer) = self.writer.take() else { return };
         match tokio::time::timeout(WRITE_TIMEOUT, writer).await {
             Ok(Ok(())) => {}

@@ -20,6 +20,7 @@ mod kubernetes;
 mod kubernetes_access;
 mod kubernetes_faults;
 mod kubernetes_mesh;
+mod kubernetes_taint;
 mod kubernetes_truth;
 mod labels;
 mod mesh;

@@ -43,9 +43,24 @@ pub(super) struct KubernetesArgs {
     /// sidecar does
     #[arg(long = "sidecar-container", value_name = "NAME")]
     sidecar_containers: Vec<String>,
+    /// Take the taint of this key off the node when every pod that was there is enrolled as far as
+    /// possible
+    #[arg(long, value_name = "KEY", conflicts_with = "pods", value_parser = taint_key)]
+    startup_taint: Option<String>,
     /// Write no annotations and no Events
     #[arg(long)]
     no_write_back: bool,
+}
+
+/// The key of a taint, without value and effect.
+fn taint_key(text: &str) -> Result<String, String> {
+    match text {
+        "" => Err("expected the key of a taint, such as adit.dev/not-ready".to_owned()),
+        key if key.contains(['=', ':', ' ']) => {
+            Err("expected the key alone, such as adit.dev/not-ready".to_owned())
+        }
+        key => Ok(key.to_owned()),
+    }
 }
 
 /// Which source the arguments select.
@@ -70,6 +85,7 @@ impl SourceArgs {
         if let Some(read) = read {
             config.labels = read.dataplane_labels.clone().into();
             config.sidecars = read.sidecar_containers.iter().cloned().collect();
+            config.startup_taint = read.startup_taint.clone();
             config.write_back = !read.no_write_back;
         }
         Ok(Wanted::Kubernetes(config))

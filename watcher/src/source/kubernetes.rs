@@ -3,6 +3,7 @@
 //! * `pod`: reads one pod of the API: labels, annotations, sidecars, static pods
 //! * `cache`: pods and namespaces as listed last, and what follows
 //! * `watch`: lists and watches one kind of object for ever
+//! * `startup_taint`: takes a taint off the node when the watcher is ready
 //! * `status_writer`: writes the pods' state back to the API
 //! * `cleanup`: takes what was written back when the watcher is gone
 //! * `backoff`: how long to wait before the next attempt
@@ -14,7 +15,7 @@ use std::{collections::BTreeSet, time::Duration};
 
 use k8s_openapi::api::core::v1 as api;
 use kube::{Config, core::PartialObjectMeta};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tracing::info;
 
 pub use self::cleanup::{TakenBack, take_back_annotations};
@@ -30,6 +31,7 @@ mod backoff;
 pub(crate) mod cache;
 mod cleanup;
 pub(crate) mod pod;
+mod startup_taint;
 mod status_writer;
 mod watch;
 
@@ -45,6 +47,8 @@ pub struct KubernetesConfig {
     pub labels: EnrolmentLabels,
     /// Names of containers that carry their pod's traffic themselves.
     pub sidecars: BTreeSet<String>,
+    /// The key of the taint that is taken off the node when the watcher is ready.
+    pub startup_taint: Option<String>,
     /// Whether the pods' state is written back.
     pub write_back: bool,
 }
@@ -109,6 +113,18 @@ pub fn start(config: &Config, options: KubernetesConfig) -> Result<Source, Kuber
         updates: sender,
         changes: options.write_back.then_some(changes),
     };
+    let (when_ready, startup) = match options.startup_taint {
+        Some(key) => {
+            let client =
+                kube::Client::try_from(status_writer::config(config)).map_err(KubernetesError::Client)?;
+            let (sender, ready) = oneshot::channel();
+            let removal = startup_taint::remove_when_ready(client, options.node.clone(), key, ready);
+            #[expect(clippy::disallowed_methods, reason = "`Source` keeps the handle")]
+            let startup = tokio::spawn(removal);
+            (Some(sender), Some(startup))
+        }
+        None => (None, None),
+    };
     let (outcomes, writer) = if options.write_back {
         let client =
             kube::Client::try_from(status_writer::config(config)).map_err(KubernetesError::Client)?;
@@ -121,7 +137,7 @@ pub fn start(config: &Config, options: KubernetesConfig) -> Result<Source, Kuber
     };
     #[expect(clippy::disallowed_methods, reason = "`Source` keeps the handle")]
     let producer = tokio::spawn(follower.run());
-    Ok(Source { forgets_running_pods: true, name, updates, producer, outcomes, writer })
+    Ok(Source { forgets_running_pods: true, name, updates, producer, outcomes, when_ready, startup, writer })
 }
 
 struct Follower {

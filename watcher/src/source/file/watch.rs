@@ -45,7 +45,16 @@ pub fn start(path: PathBuf, cgroup_root: PathBuf) -> io::Result<Source> {
     let reader = Reader { path, cgroup_root, entries: None, error: None };
     #[expect(clippy::disallowed_methods, reason = "`Source` keeps the handle")]
     let producer = tokio::spawn(follow(reader, changes, sender));
-    Ok(Source { forgets_running_pods: false, name, updates, producer, outcomes: None, writer: None })
+    Ok(Source {
+        forgets_running_pods: false,
+        name,
+        updates,
+        producer,
+        outcomes: None,
+        when_ready: None,
+        startup: None,
+        writer: None,
+    })
 }
 
 struct Reader {
