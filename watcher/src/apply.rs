@@ -162,7 +162,12 @@ impl Applier {
         const NOT_FILLED: &str = "the programs of another version decide, by what its watcher wrote last, until the source has named all pods";
         const NOT_CUT: &str = "pods keep connections that they made in clear before the first watcher ran: the kernel cannot cut them (CONFIG_INET_DIAG_DESTROY); restart these pods";
         let not_filled = self.kernel.must_be_filled().then_some(NOT_FILLED);
-        not_filled.into_iter().chain(self.cannot_cut.then_some(NOT_CUT)).map(str::to_owned)
+        let late = self.kernel.closes_late().map(|why| {
+            format!(
+                "new pods are closed a moment after their cgroups were made: {why}; see `watcher preflight`"
+            )
+        });
+        not_filled.into_iter().chain(self.cannot_cut.then_some(NOT_CUT)).map(str::to_owned).chain(late)
     }
 
     /// The kernel cannot cut connections.

@@ -172,9 +172,9 @@ maps! {
     LIFECYCLE_LOST = "lifecycle_lost", "per-CPU array of 1", u32: "0", u64: "count",
         written by "tracepoint programs", read by "watcher", keeps Nothing, abi 1, formerly None,
         "How many events found no room in `lifecycle`.";
-    LIFECYCLE_EVENT = "lifecycle_event", "per-CPU array of 1", u32: "0", PathEvent: "PathEvent",
+    LIFECYCLE_EVENT = "lifecycle_event", "per-CPU array of 5", u32: "a Kind", PathEvent: "PathEvent",
         written by "tracepoint programs", read by "the same", keeps Nothing, abi 1, formerly None,
-        "Room for an event, which is too long for the stack.";
+        "Room for an event, which is too long for the stack: one for each program.";
     LIFECYCLE_EXECS = "lifecycle_execs", "LRU hash", u64: "cgroup id", u64: "ns since boot",
         written by "exec program", read by "the same", keeps Nothing, abi 1, formerly None,
         "When an exec in a cgroup was last reported.";

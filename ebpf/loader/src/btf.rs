@@ -4,7 +4,7 @@ use std::fs;
 
 /// The kernel's description of its own types.
 #[derive(Debug)]
-pub(crate) struct Btf {
+struct Btf {
     data: Vec<u8>,
     types: (usize, usize),
     strings: usize,
@@ -12,12 +12,53 @@ pub(crate) struct Btf {
 
 const STRUCT: u32 = 4;
 
-impl Btf {
-    /// Of the running kernel; `None` where it has none.
-    pub(crate) fn of_kernel() -> Option<Self> {
-        Self::parse(fs::read("/sys/kernel/btf/vmlinux").ok()?)
+/// Where the kernel has its own.
+pub(crate) const PATH: &str = "/sys/kernel/btf/vmlinux";
+
+/// Why it is not known where the kernel has a member.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BtfError {
+    #[error("cannot read {PATH}: {0}")]
+    Read(std::io::Error),
+    #[error("{PATH} is not type information that can be read")]
+    Format,
+    #[error("{PATH} has no {member} of struct {structure}, or a kind of type that is not known before it")]
+    Missing { structure: &'static str, member: &'static str },
+}
+
+/// What the lifecycle programs need to close a cgroup as it is made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct CgroupOffsets {
+    /// Of `kn` in `struct cgroup`.
+    pub(crate) kn: u32,
+    /// Of `id` in `struct kernfs_node`.
+    pub(crate) id: u32,
+    /// Of `name` there.
+    pub(crate) name: u32,
+}
+
+impl CgroupOffsets {
+    /// Of the running kernel.
+    ///
+    /// # Errors
+    /// It does not tell, or not in a way that this version understands.
+    pub(crate) fn of_kernel() -> Result<Self, BtfError> {
+        Self::of(fs::read(PATH).map_err(BtfError::Read)?)
     }
 
+    fn of(data: Vec<u8>) -> Result<Self, BtfError> {
+        let btf = Btf::parse(data).ok_or(BtfError::Format)?;
+        let offset =
+            |structure, member| btf.offset(structure, member).ok_or(BtfError::Missing { structure, member });
+        Ok(Self {
+            kn: offset("cgroup", "kn")?,
+            id: offset("kernfs_node", "id")?,
+            name: offset("kernfs_node", "name")?,
+        })
+    }
+}
+
+impl Btf {
     fn parse(data: Vec<u8>) -> Option<Self> {
         const MAGIC: u32 = 0xeb9f;
         let at = |offset| number(&data, offset);
@@ -31,7 +72,7 @@ impl Btf {
     }
 
     /// The offset in bytes of `member` in `struct structure`.
-    pub(crate) fn offset(&self, structure: &str, member: &str) -> Option<u32> {
+    fn offset(&self, structure: &str, member: &str) -> Option<u32> {
         let mut at = self.types.0;
         while at < self.types.1 {
             let (name, info) = (number(&self.data, at)?, number(&self.data, at + 4)?);
@@ -93,5 +134,21 @@ mod tests {
         let btf = Btf::parse(data).unwrap();
         assert_eq!(btf.offset("s", "m"), Some(8));
         assert_eq!((btf.offset("s", "n"), btf.offset("t", "m")), (None, None));
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let mut data = Vec::new();
+        // A kind that does not exist yet, before all that is looked for.
+        for word in [0x0001_eb9f_u32, 24, 0, 12, 12, 1, 0, 31 << 24, 0] {
+            data.extend(word.to_ne_bytes());
+        }
+        data.push(0);
+        let error = CgroupOffsets::of(data).unwrap_err().to_string();
+        assert!(error.contains("no kn of struct cgroup"), "{error}");
+        let error = CgroupOffsets::of(vec![1; 64]).unwrap_err().to_string();
+        assert!(error.contains("not type information"), "{error}");
+        let offsets = CgroupOffsets::of_kernel().unwrap();
+        assert!(offsets.kn != 0 && offsets.id != offsets.name, "{offsets:?}");
     }
 }

@@ -12,7 +12,8 @@ use aya::{Ebpf, EbpfLoader, maps::RingBuf};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use crate::{
-    KernelError, Trace, exclusions, links, maps, netns_program::NetnsProgram, object, pins, pins::Found,
+    KernelError, Trace, btf::CgroupOffsets, exclusions, links, maps, netns_program::NetnsProgram, object,
+    pins, pins::Found,
 };
 
 /// The loaded programs, their links and their maps.
@@ -29,6 +30,9 @@ pub struct Kernel {
     found: Found,
     /// The lifecycle links that this process made.
     pub(crate) lifecycle_links: BTreeSet<String>,
+    pub(crate) offsets: CgroupOffsets,
+    /// See [`Self::closes_late`].
+    pub(crate) closes_late: Option<String>,
 }
 
 impl Kernel {
@@ -62,6 +66,8 @@ impl Kernel {
             pins: pins.to_owned(),
             found,
             lifecycle_links: BTreeSet::new(),
+            offsets: CgroupOffsets::default(),
+            closes_late: None,
         };
         exclusions::take_over(&mut kernel, &maps_dir);
         Ok(kernel)

@@ -22,9 +22,10 @@ use aya::{
     maps::{Array, CgroupArray, Map, MapData, MapError, PerCpuArray, RingBuf},
     programs::{Program, ProgramError, ProgramFd, RawTracePoint},
 };
+use tracing::warn;
 use zerocopy::FromBytes as _;
 
-use crate::{Kernel, KernelError, btf::Btf, links};
+use crate::{Kernel, KernelError, btf::CgroupOffsets, links};
 
 /// The programs, and the tracepoints that they are attached to.
 const PROGRAMS: [(&str, &str); 5] = [
@@ -100,7 +101,21 @@ impl Kernel {
         links::remove_lifecycle(&links::folder(&self.pins), |name| !self.lifecycle_links.contains(name))
     }
 
+    /// Why the lifecycle programs cannot close a cgroup before it holds a process; `None`: they can,
+    /// or there are none.
+    #[must_use]
+    pub fn closes_late(&self) -> Option<&str> {
+        self.closes_late.as_deref()
+    }
+
     fn try_lifecycle(&mut self, base: &Path) -> Result<Lifecycle, KernelError> {
+        (self.offsets, self.closes_late) = match CgroupOffsets::of_kernel() {
+            Ok(offsets) => (offsets, None),
+            Err(error) => (CgroupOffsets::default(), Some(error.to_string())),
+        };
+        if let Some(why) = &self.closes_late {
+            warn!(why, "new pods are closed a moment after their cgroups were made, not before");
+        }
         // Before anything is attached nothing is of interest.
         self.set_scope(&[0xff; PREFIX_BYTES])?;
         let dir = File::open(base).map_err(|source| KernelError::Cgroup { path: base.to_owned(), source })?;
@@ -155,12 +170,7 @@ impl Kernel {
     }
 
     fn set_scope(&mut self, prefix: &[u8]) -> Result<(), KernelError> {
-        let btf = Btf::of_kernel();
-        let offset = |structure, member| btf.as_ref()?.offset(structure, member);
-        let offsets = (|| {
-            Some((offset("cgroup", "kn")?, offset("kernfs_node", "id")?, offset("kernfs_node", "name")?))
-        })();
-        let (kn_offset, id_offset, name_offset) = offsets.unwrap_or_default();
+        let CgroupOffsets { kn: kn_offset, id: id_offset, name: name_offset } = self.offsets;
         let mut scope = Scope {
             prefix: [0; PREFIX_BYTES],
             prefix_len: u32::try_from(prefix.len()).unwrap_or(u32::MAX),

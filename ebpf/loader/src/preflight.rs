@@ -10,6 +10,8 @@ use std::{fs, path::Path};
 use aya::util::KernelVersion;
 use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, FsType, statfs};
 
+use crate::btf::{self, CgroupOffsets};
+
 mod others;
 mod programs;
 mod rights;
@@ -156,11 +158,11 @@ fn type_information() -> Check {
 
 fn layouts_of_the_kernel() -> Check {
     let (name, needed) = ("kernel's BTF", "/sys/kernel/btf/vmlinux, to close a pod's cgroup as it is made");
-    let path = Path::new("/sys/kernel/btf/vmlinux");
-    if path.exists() {
-        Check::ok(name, needed, path.display().to_string())
-    } else {
-        let advice = "use a kernel with CONFIG_DEBUG_INFO_BTF; without, a new pod's cgroup is closed a moment after it was made";
-        Check::warn(name, needed, "not there", advice)
+    match CgroupOffsets::of_kernel() {
+        Ok(_) => Check::ok(name, needed, btf::PATH),
+        Err(error) => {
+            let advice = "use a kernel with CONFIG_DEBUG_INFO_BTF that this version knows; without, a new pod's cgroup is closed a moment after it was made";
+            Check::warn(name, needed, error.to_string(), advice)
+        }
     }
 }

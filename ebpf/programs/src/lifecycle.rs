@@ -37,10 +37,12 @@ static SCOPE: Array<Scope> = Array::with_max_entries(1, 0);
 static BASE: CgroupArray = CgroupArray::with_max_entries(1, 0);
 #[map(name = "lifecycle_lost")]
 static LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
-/// An event is too long for the stack. Programs do not interrupt each other on one CPU here:
-/// tracepoints of tasks, with migration off.
+/// An event is too long for the stack. Each program has its own entry, by its [`Kind`]: where
+/// tracepoints can be preempted, one program may interrupt another on the same CPU. None interrupts
+/// itself: kernels of that kind skip a program of a raw tracepoint that runs already on this CPU,
+/// the others run tracepoints with preemption off.
 #[map(name = "lifecycle_event")]
-static EVENT: PerCpuArray<PathEvent> = PerCpuArray::with_max_entries(1, 0);
+static EVENT: PerCpuArray<PathEvent> = PerCpuArray::with_max_entries(5, 0);
 #[map(name = "lifecycle_execs")]
 static EXECS: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
 #[map(name = "expected_pods")]
@@ -112,7 +114,7 @@ fn report_exec() {
 
 #[inline(always)]
 fn report_path(context: &RawTracePointContext, kind: Kind) -> i32 {
-    let (Some(scope), Some(event)) = (SCOPE.get(0), EVENT.get_ptr_mut(0)) else { return 0 };
+    let (Some(scope), Some(event)) = (SCOPE.get(0), EVENT.get_ptr_mut(kind as u32)) else { return 0 };
     // SAFETY: this CPU's own entry: no other program uses it before this one returns, see `EVENT`.
     let event = unsafe { &mut *event };
     let path: *const u8 = context.arg(1);
