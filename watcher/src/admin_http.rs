@@ -1,6 +1,6 @@
 //! `/metrics` and `/healthz/ready` over HTTP (`--metrics-address`).
 
-use std::{io, net::SocketAddr, sync::Arc};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -10,7 +10,7 @@ use axum::{
     routing::get,
 };
 use tokio::{net::TcpListener, task::JoinHandle};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::metrics::Metrics;
 
@@ -33,16 +33,43 @@ impl AdminServer {
     /// The address cannot be listened at.
     pub(crate) async fn bind(address: SocketAddr, metrics: Arc<Metrics>) -> io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
-        let address = listener.local_addr()?;
-        info!(%address, "metrics served");
-        let routes = Router::new()
-            .route("/metrics", get(text))
-            .route("/healthz/ready", get(readiness))
-            .with_state(metrics);
         #[expect(clippy::disallowed_methods, reason = "`AdminServer` keeps the handle")]
-        let serving = tokio::spawn(async move { axum::serve(listener, routes).await });
+        let serving = tokio::spawn(serve(listener, metrics));
         Ok(Self { serving })
     }
+
+    /// The same as soon as `address` is free. The watcher before this one may have it, in the same
+    /// netns, or whoever took it from that: nothing but the metrics waits for it.
+    pub(crate) fn bind_when_free(address: SocketAddr, metrics: Arc<Metrics>) -> Self {
+        const PAUSE: Duration = Duration::from_millis(200);
+        let bind = async move {
+            let mut said = false;
+            loop {
+                match TcpListener::bind(address).await {
+                    Ok(listener) => return serve(listener, metrics).await,
+                    Err(error) if !said => {
+                        warn!(%address, %error, "cannot serve metrics yet; trying again until it works");
+                        said = true;
+                    }
+                    Err(_) => {}
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+        };
+        #[expect(clippy::disallowed_methods, reason = "`AdminServer` keeps the handle")]
+        let serving = tokio::spawn(bind);
+        Self { serving }
+    }
+}
+
+async fn serve(listener: TcpListener, metrics: Arc<Metrics>) -> io::Result<()> {
+    let address = listener.local_addr()?;
+    info!(%address, "metrics served");
+    let routes = Router::new()
+        .route("/metrics", get(text))
+        .route("/healthz/ready", get(readiness))
+        .with_state(metrics);
+    axum::serve(listener, routes).await
 }
 
 async fn text(State(metrics): State<Arc<Metrics>>) -> impl IntoResponse {

@@ -31,6 +31,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
+    admin_http::AdminServer,
     apply::{
         Applier, OpenNetns,
         tunnel_cgroups::CgroupLayout,
@@ -108,10 +109,12 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
         lock = node_lock::acquire(&config.pins, &metrics) => lock,
     };
     let lock = lock.map_err(cannot(format!("lock the pins in {}", config.pins.display())))?;
-    let _http = match http {
-        // The watcher before this one had the address, in the same netns.
-        Err(_) if lock.stood_by => startup::serve_metrics(config.metrics_address, &metrics).await?,
-        http => http?,
+    let _http = match (http, config.metrics_address) {
+        // The watcher before this one had the address, in the same netns, and may not have ended.
+        (Err(_), Some(address)) if lock.stood_by => {
+            Some(AdminServer::bind_when_free(address, Arc::clone(&metrics)))
+        }
+        (http, _) => http?,
     };
     let (request_sender, mut requests) = mpsc::channel(16);
     let mut control =
@@ -218,6 +221,7 @@ impl Agent {
         self.check_kept(now);
         if self.pods.is_synced() && self.kept.end_if_over(now) {
             self.applier.end_kept();
+            self.applier.check_unused_tunnels();
             self.queue.reconcile_all();
         }
         if self.applier.detach_unused_tunnels(self.kept.tunnels(), now) {

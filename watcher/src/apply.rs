@@ -126,7 +126,7 @@ impl Applier {
             draining: DrainingNetns::default(),
             app_listeners: AppListeners::default(),
             tunnels: Tunnels::default(),
-            unused_tunnel_cgroups: UnusedTunnelCgroups::default(),
+            unused_tunnel_cgroups: UnusedTunnelCgroups::due_at(Instant::now()),
             new_pods: NewPods::new(pods_cgroup),
             kernel,
             journal,
@@ -331,6 +331,7 @@ impl Applier {
                 true
             }
             Err(reason) => {
+                self.check_unused_tunnels();
                 self.tunnels.reject(pid, reason);
                 false
             }
@@ -340,6 +341,7 @@ impl Applier {
     /// Removes a tunnel whose connection ended; `None`: it was not connected.
     pub(crate) fn remove_tunnel(&mut self, conn: ConnId, reason: &str) -> Option<LostTunnel> {
         self.draining.forget_tunnel(conn);
+        self.check_unused_tunnels();
         self.tunnels.remove(conn, reason)
     }
 
@@ -370,10 +372,18 @@ impl Applier {
         }
     }
 
+    /// A tunnel may have gone: [`Self::detach_unused_tunnels`] has something to do.
+    pub(crate) fn check_unused_tunnels(&mut self) {
+        self.unused_tunnel_cgroups.check_now(Instant::now());
+    }
+
     /// Detaches the programs from the cgroups of tunnels that are gone, except for those in
     /// `adopted`, as soon as no socket can be left of them. Whether any was detached, and has to
     /// lose its map entry.
     pub fn detach_unused_tunnels(&mut self, adopted: &BTreeSet<CgroupId>, now: Instant) -> bool {
+        if !self.unused_tunnel_cgroups.is_due(now) {
+            return false;
+        }
         let used = self.tunnels.cgroup_ids().union(adopted).copied().collect();
         self.unused_tunnel_cgroups.detach(&used, &mut self.kernel, &mut self.journal, now)
     }

@@ -1,6 +1,9 @@
 //! After a boot nothing closes pods until a watcher runs, and pods may start before it does.
 
-use std::fs;
+use std::{
+    fs,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use testbed::{
     cluster::{Cluster, ClusterPod, Enrol},
@@ -49,6 +52,8 @@ while True: held.append(s.accept())
 
 /// A connection that is held open; how it ends is printed.
 fn held(cluster: &Cluster, pod: &ClusterPod, to: &str, port: u16) -> Process {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let name = format!("held-{}", COUNT.fetch_add(1, Ordering::Relaxed));
     let script = format!(
         "
 import errno, socket
@@ -58,7 +63,7 @@ try: print('data' if s.recv(1) else 'end', flush=True)
 except OSError as error: print(errno.errorcode[error.errno], flush=True)
 "
     );
-    let process = python(cluster, pod, &format!("held-{}-{port}", to.replace([':', '.'], "-")), &script);
+    let process = python(cluster, pod, &name, &script);
     wait_for("the connection", || process.output().contains("connected"));
     process
 }

@@ -1,7 +1,7 @@
 //! What a watcher finds that another version left, or that nobody watched for a while: nothing
 //! opens, and nothing that was served is refused.
 
-use std::{fs, time::Duration};
+use std::{fs, net::TcpListener, process::Command, time::Duration};
 
 use testbed::{
     fakes::FakeTunnel,
@@ -10,25 +10,27 @@ use testbed::{
     watcher_node::WatcherNode,
 };
 
-/// A process of pod `number` that dials a neighbour who does not exist, and prints what happens
-/// whenever that changes: `carried` by the tunnel, `EPERM` where the programs refuse, something
-/// else in clear. A point for each connection, so that one can see it go on.
+/// A process of pod `number` that dials a neighbour to whom there is no way, and prints what happens
+/// whenever that changes: `carried` by the tunnel, `EPERM` where the programs refuse,
+/// `EHOSTUNREACH` in clear. A point for each connection, so that one can see it go on.
 struct Dialler(Process);
 
 impl Dialler {
     fn start(node: &WatcherNode, number: usize) -> Self {
         let pod = &node.pods[number];
+        pod.netns.run(&format!("ip route replace unreachable 10.88.{number}.99"));
         let script = "
-import errno, socket, sys
+import errno, socket, sys, time
 last = None
 while True:
-    s = socket.socket(); s.settimeout(0.2)
+    s = socket.socket(); s.settimeout(20)
     try:
         s.connect(('10.88.NUMBER.99', 80)); said = 'carried'
     except OSError as error:
-        said = errno.errorcode.get(error.errno, 'CLEAR')
+        said = errno.errorcode.get(error.errno, str(error))
     s.close()
     sys.stdout.write('.' if said == last else '\\n' + said + '\\n'); sys.stdout.flush(); last = said
+    time.sleep(0.005)
 "
         .replace("NUMBER", &number.to_string());
         let placed = Placement::in_cgroup(&pod.cgroup.join("container")).in_netns(&pod.netns);
@@ -184,6 +186,29 @@ fn a_pod_that_begins_while_no_watcher_runs_is_closed() {
     node.wait_state(late, "plain", "");
 }
 
+/// In one netns, with one address for the metrics: whoever has it delays the metrics, nothing else.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_successor_whose_metrics_address_is_taken_takes_over_all_the_same() {
+    let mut node = WatcherNode::new();
+    node.pod("a");
+    node.write_pods(&[true], "");
+    node.start(&[]);
+    let somebody = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = somebody.local_addr().unwrap().to_string();
+    let next = node.spawn(&[], &["--metrics-address", &address]);
+    wait_for("the successor to stand by", || next.output().contains("standing by"));
+    node.kill_watcher();
+    wait_for("the successor to work", || node.command(&["status", "-o", "json"]).0);
+    node.wait_state(0, "closed", "no_tunnel");
+    drop(somebody);
+    wait_for("its metrics", || {
+        let url = format!("http://{address}/healthz/ready");
+        let output = Command::new("curl").args(["-sf", "--max-time", "2", &url]).output().unwrap();
+        output.stdout == b"ready\n"
+    });
+}
+
 /// The connection is not the data path: a tunnel that lost it serves on, and comes back.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
@@ -191,7 +216,7 @@ fn a_lost_connection_of_a_tunnel_is_no_lost_tunnel() {
     let (node, tunnel, listeners, dialler) = served_node();
     drop(tunnel);
     wait_for("the connection to be gone", || node.status()["tunnels"].as_array().unwrap().is_empty());
-    dialler.more(200);
+    dialler.more(100);
     node.wait_state(0, "open", "");
     let tunnel = node.tunnel();
     assert_eq!(tunnel.take_snapshot(), ["uid-a"]);

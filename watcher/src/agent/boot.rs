@@ -14,7 +14,7 @@ use crate::{
     observe::cgroups::CgroupId,
 };
 
-use super::Agent;
+use super::{Agent, pod_entry::UntilFound};
 
 /// What a watcher found attached when it started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +34,10 @@ impl Agent {
     pub(super) fn cut_clear(&mut self, uids: impl IntoIterator<Item = String>) {
         let (mut pods, mut done) = (Vec::new(), Vec::new());
         for uid in uids {
-            let Some(entry) = self.pods.get(&uid).filter(|entry| entry.cut_when_enrolled) else { continue };
+            let Some(entry) = self.pods.get(&uid).filter(|entry| entry.until_found == UntilFound::NotClosed)
+            else {
+                continue;
+            };
             let view = &entry.view;
             if view.pod.fail_mode.unwrap_or(self.config.fail_mode) == FailMode::Open {
                 done.push(uid);
@@ -76,7 +79,7 @@ impl Agent {
         }
         for uid in done {
             if let Some(entry) = self.pods.get_mut(&uid) {
-                entry.cut_when_enrolled = false;
+                entry.until_found = UntilFound::Closed;
             }
         }
     }

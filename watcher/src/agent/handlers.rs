@@ -18,7 +18,7 @@ use crate::{
     plan::PodPlan,
 };
 
-use super::{Agent, boot::Found};
+use super::{Agent, boot::Found, pod_entry::UntilFound};
 
 impl Agent {
     /// The source sent an update.
@@ -31,8 +31,12 @@ impl Agent {
         }
         self.reporter.source_update(&update, first);
         self.queue.observe(self.pods.apply_update(update, Instant::now()));
-        if first && self.found != Found::OwnMaps {
-            self.pods.close_from_birth(self.found == Found::Nothing);
+        if first {
+            self.pods.set_until_found(match self.found {
+                Found::OwnMaps => UntilFound::AsItWas,
+                Found::OtherMaps => UntilFound::Closed,
+                Found::Nothing => UntilFound::NotClosed,
+            });
         }
         if first && self.pods.keeps_running() {
             self.keep_lost();
@@ -115,6 +119,7 @@ impl Agent {
             // From here on its acknowledgements say which pods are served.
             ZdsEvent::SnapshotTaken => {
                 self.kept.end();
+                self.applier.check_unused_tunnels();
                 self.queue.reconcile_all();
             }
             ZdsEvent::Gone { conn, reason } => {

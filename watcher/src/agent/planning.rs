@@ -21,7 +21,9 @@ use crate::{
     },
 };
 
-use super::{config::AgentConfig, kept_pods::KeptPods, pod_entry::PodEntry, pods::PodTable};
+use super::{
+    config::AgentConfig, kept_pods::KeptPods, pod_entry::PodEntry, pod_entry::UntilFound, pods::PodTable,
+};
 
 /// The plans of pods, and the earlier plans that name what may have to be removed.
 #[derive(Debug, Default)]
@@ -49,7 +51,11 @@ pub(super) fn plan_pods(
         let is_closed = entry.view.observed.cgroups.values().any(|id| closed.contains_key(id));
         // How it was treated so far is known only once it was observed.
         if entry.is_observed() {
-            entry.admit(is_closed || entry.closed_from_birth, !applier.tunnels.is_empty(), now);
+            entry.admit(
+                is_closed || entry.until_found != UntilFound::AsItWas,
+                !applier.tunnels.is_empty(),
+                now,
+            );
         }
         let facts = entry.view.eligibility.facts();
         // The programs of an earlier build know one port.

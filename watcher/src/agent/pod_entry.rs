@@ -44,6 +44,18 @@ struct Leaving {
     until: Instant,
 }
 
+/// How a pod should have been treated before it was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum UntilFound {
+    /// As it was.
+    AsItWas,
+    /// It should have been closed since it began, and nobody can say whether it was: it gets no
+    /// grace period.
+    Closed,
+    /// It should have been closed and was not: what it made in clear is cut when it is enrolled.
+    NotClosed,
+}
+
 /// A pod, and everything that is remembered of it.
 #[derive(Debug)]
 pub(super) struct PodEntry {
@@ -58,10 +70,8 @@ pub(super) struct PodEntry {
     /// Whether its treatment until a tunnel serves it was decided: only a pod that ran in plaintext
     /// until then gets a grace period.
     pub admitted: bool,
-    /// It should have been closed since it began, whatever is found of it: it gets no grace period.
-    pub closed_from_birth: bool,
-    /// It ran before the first watcher did: what it made in clear is cut when it is enrolled.
-    pub cut_when_enrolled: bool,
+    /// How it should have been treated before it was found.
+    pub until_found: UntilFound,
     /// Until when its traffic passes in plaintext although no tunnel serves it.
     pub grace_until: Option<Instant>,
     /// It was in the mesh, and its label is off.
@@ -110,8 +120,7 @@ impl PodEntry {
             plan: PodPlan::default(),
             exclusions: None,
             admitted: false,
-            closed_from_birth: false,
-            cut_when_enrolled: false,
+            until_found: UntilFound::AsItWas,
             grace_until: None,
             leaving: None,
             memory: Memory::default(),
@@ -235,7 +244,7 @@ impl PodEntry {
         if self.is_plain() {
             (self.admitted, self.grace_until, self.waiting_since) = (false, None, None);
             // A label that comes later fails no connection.
-            (self.closed_from_birth, self.cut_when_enrolled) = (false, false);
+            self.until_found = UntilFound::AsItWas;
             return;
         }
         if std::mem::replace(&mut self.admitted, true) {

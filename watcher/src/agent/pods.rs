@@ -26,7 +26,7 @@ use crate::{
     plan::{Eligibility, PodPlan, PodView, claims::Claims, eligibility},
 };
 
-use super::pod_entry::{PodEntry, RETRY_PAUSE};
+use super::pod_entry::{PodEntry, RETRY_PAUSE, UntilFound};
 
 mod update;
 
@@ -300,12 +300,11 @@ impl PodTable {
         .collect()
     }
 
-    /// The pods that are known by now should have been closed since they began. `cut`: nobody
-    /// closed them, and what they made in clear is to be cut.
-    pub(super) fn close_from_birth(&mut self, cut: bool) {
-        for entry in self.entries.values_mut() {
-            entry.closed_from_birth = entry.view.pod.selection == Selection::Enrolled;
-            entry.cut_when_enrolled = entry.closed_from_birth && cut;
+    /// Records how the pods that are known by now, and are to be enrolled, should have been treated.
+    pub(super) fn set_until_found(&mut self, until_found: UntilFound) {
+        let enrolled = |entry: &&mut PodEntry| entry.view.pod.selection == Selection::Enrolled;
+        for entry in self.entries.values_mut().filter(enrolled) {
+            entry.until_found = until_found;
         }
     }
 

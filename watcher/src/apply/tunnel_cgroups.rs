@@ -114,7 +114,7 @@ pub(crate) fn attach(
 pub(crate) struct UnusedTunnelCgroups {
     /// Since when they have no process.
     empty_since: BTreeMap<CgroupId, Instant>,
-    /// When they are checked again; `None`: there are none.
+    /// When they are checked next; `None`: there are none.
     next_check: Option<Instant>,
 }
 
@@ -126,6 +126,22 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 const ORPHAN_TIME: Duration = Duration::from_mins(2);
 
 impl UnusedTunnelCgroups {
+    /// Those that an earlier watcher left are checked at `now`.
+    pub(crate) fn due_at(now: Instant) -> Self {
+        Self { next_check: Some(now), ..Self::default() }
+    }
+
+    /// A tunnel may have gone. Has them checked at once.
+    pub(crate) fn check_now(&mut self, now: Instant) {
+        self.next_check = Some(now);
+    }
+
+    /// Whether [`Self::detach`] has something to do.
+    #[must_use]
+    pub(crate) fn is_due(&self, now: Instant) -> bool {
+        self.next_check.is_some_and(|at| at <= now)
+    }
+
     /// Detaches the programs from every recorded cgroup that is not in `used`, as soon as no socket
     /// can be left of it. Whether any was detached.
     pub(crate) fn detach(
@@ -137,9 +153,6 @@ impl UnusedTunnelCgroups {
     ) -> bool {
         if journal.tunnels().keys().all(|id| used.contains(id)) {
             *self = Self::default();
-            return false;
-        }
-        if self.next_check.is_some_and(|at| at > now) {
             return false;
         }
         self.next_check = Some(now + CHECK_INTERVAL);

@@ -15,9 +15,14 @@ pub fn assert_current(page: &str, made_from: &str, table: &str) {
     let (begin, end) = (format!("<!-- {made_from} -->\n"), "<!-- end -->\n");
     let (head, rest) = text.split_once(&begin).unwrap_or_else(|| panic!("{page} has no {begin}"));
     let (written, tail) = rest.split_once(end).unwrap_or_else(|| panic!("{page} has no {end} after {begin}"));
-    if std::env::var_os("UPDATE_DOCS").is_some() {
+    if is_updating() {
         fs::write(&path, format!("{head}{begin}{table}{end}{tail}")).expect("the page can be written");
         return;
     }
     assert!(written == table, "{page} is out of date: UPDATE_DOCS=1 cargo test documentation");
+}
+
+/// Whether what is made from code is to be written, not compared: `UPDATE_DOCS` is set.
+pub fn is_updating() -> bool {
+    std::env::var_os("UPDATE_DOCS").is_some()
 }
