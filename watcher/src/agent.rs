@@ -66,8 +66,8 @@ use self::error::cannot;
 pub use self::{config::AgentConfig, error::AgentError};
 
 use self::{
-    boot::Found, commands::Commands, kept_pods::KeptPods, observer::Observer, planning::Planned,
-    pods::PodTable, queue::Queue, queue::Work, reporter::Reporter,
+    boot::EarlyListeners, boot::Found, commands::Commands, kept_pods::KeptPods, observer::Observer,
+    planning::Planned, pods::PodTable, queue::Queue, queue::Work, reporter::Reporter,
 };
 
 /// How many events are received before they are acted on.
@@ -84,6 +84,7 @@ struct Agent {
     kept: KeptPods,
     /// What was attached at the start: how pods are treated that the source names first.
     found: Found,
+    early: EarlyListeners,
     applier: Applier,
     reporter: Reporter,
     tracer: Tracer,
@@ -219,6 +220,7 @@ impl Agent {
         }
         let now = Instant::now();
         self.check_kept(now);
+        self.check_early_listeners();
         if self.pods.is_synced() && self.kept.end_if_over(now) {
             self.applier.end_kept();
             self.applier.check_unused_tunnels();

@@ -5,6 +5,7 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
+use nix::sys::signal::Signal;
 use testbed::{
     cluster::{Cluster, ClusterPod, Enrol},
     process::Process,
@@ -77,6 +78,31 @@ fn state(cluster: &Cluster, name: &str) -> String {
 fn wait_state(cluster: &Cluster, name: &str, wanted: &str) {
     let reached = try_wait(LIMIT, || state(cluster, name) == format!("\"{wanted}\""));
     assert!(reached.is_some(), "{name}: {}\n{}", state(cluster, name), cluster.nodes[0].story());
+}
+
+/// As after `watcher uninstall`: nothing is attached, and the tunnel has served the pods before.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_tunnel_that_has_listened_since_before_the_programs_serves_again() {
+    let mut cluster = Cluster::new();
+    let client = cluster.pod("client", 0, Enrol::Mesh);
+    let plain = cluster.pod("plain", 1, Enrol::Plain);
+    cluster.serve_web(&plain, "hello");
+    cluster.start();
+    let url = format!("http://{}:8080/", plain.v4);
+    assert_eq!(client.curl(&url), Ok(format!("hello, client {}\n", client.v4)));
+    let mut watcher = cluster.nodes[0].watcher.take().expect("a watcher");
+    watcher.signal(Signal::SIGTERM);
+    assert!(watcher.wait().success(), "{}", cluster.nodes[0].story());
+    // The pod is out of the mesh.
+    assert_eq!(client.curl(&url), Ok(format!("hello, client {}\n", client.v4)));
+    cluster.replace_watcher(0, std::time::Duration::ZERO);
+    wait_state(&cluster, "client", "open");
+    let carried = try_wait(LIMIT, || client.curl(&url).ok());
+    assert!(carried.is_some(), "{}", cluster.nodes[0].story());
+    wait_for("a record of the tunnel", || {
+        cluster.nodes[0].access_log().iter().filter(|line| line.contains("outbound")).count() >= 2
+    });
 }
 
 #[test]

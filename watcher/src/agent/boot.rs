@@ -1,9 +1,10 @@
 //! Pods that ran before the first watcher did: what they have in clear is cut when they are
-//! enrolled.
+//! enrolled. And tunnels that did: nobody has registered their listeners.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, os::fd::AsFd as _, sync::Arc};
 
-use tracing::warn;
+use error_reporter::Report;
+use tracing::{info, warn};
 
 use crate::{
     apply::{
@@ -11,7 +12,11 @@ use crate::{
         netns,
     },
     model::pod::FailMode,
-    observe::cgroups::CgroupId,
+    observe::{
+        cgroups::CgroupId,
+        listeners::{Listening, listening},
+    },
+    plan::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT},
 };
 
 use super::{Agent, pod_entry::UntilFound};
@@ -27,7 +32,70 @@ pub(super) enum Found {
     Nothing,
 }
 
+/// Pods whose tunnel may have listened before any program was attached, by uid.
+#[derive(Debug, Default)]
+pub(super) struct EarlyListeners {
+    /// A tunnel acknowledged them, and their listeners were not looked for yet.
+    acknowledged: BTreeSet<String>,
+    /// Their tunnel was asked to listen anew.
+    asked: BTreeSet<String>,
+}
+
+impl EarlyListeners {
+    /// Another tunnel connected.
+    pub(super) fn forget(&mut self) {
+        *self = Self::default();
+    }
+
+    /// A tunnel acknowledged `uid`.
+    pub(super) fn acknowledged(&mut self, uid: &str) {
+        if !self.asked.contains(uid) {
+            self.acknowledged.insert(uid.to_owned());
+        }
+    }
+}
+
 impl Agent {
+    /// Has tunnels listen anew whose listeners are older than the attached programs, which would
+    /// never know them: as after `watcher uninstall`, when the tunnel lives on.
+    pub(super) fn check_early_listeners(&mut self) {
+        if self.early.acknowledged.is_empty() {
+            return;
+        }
+        let known = match self.applier.kernel.tunnel_netns() {
+            Ok(known) => known,
+            Err(error) => return warn!(error = %Report::new(&error), "cannot list the tunnels' listeners"),
+        };
+        let mut unknown = Vec::new();
+        for uid in std::mem::take(&mut self.early.acknowledged) {
+            let Some(workload) = self.applier.tunnels.workloads().get(&uid) else { continue };
+            let cookie = workload.cookie;
+            let Some(netns) = self.applier.netns.by_cookie().get(&cookie) else { continue };
+            if !known.contains(&cookie)
+                && let Ok(fd) = netns::open_netns(cookie, netns, self.observer.opened())
+            {
+                unknown.push((uid, fd));
+            }
+        }
+        let found = self
+            .applier
+            .visitors()
+            .visit_each(&unknown, |visitor, (_, fd)| visitor.enter(fd.as_fd(), listening));
+        for ((uid, fd), found) in unknown.into_iter().zip(found) {
+            let is_of_tunnel =
+                |(port, _): &Listening| [OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT].contains(port);
+            if found.is_ok_and(|found| found.iter().any(is_of_tunnel)) {
+                info!(
+                    uid,
+                    "the tunnel has listened since before the programs were attached; it is to listen anew"
+                );
+                self.applier.tunnels.listen_anew(&uid, &fd);
+                self.early.asked.insert(uid.clone());
+                self.queue.reconcile([uid]);
+            }
+        }
+    }
+
     /// Cuts what those of `uids` have in clear that should have been closed since they began. They
     /// are in the mesh by now, or closed. Not of a pod that is open without a tunnel: it chose
     /// that.

@@ -102,6 +102,7 @@ impl Agent {
         match event {
             ZdsEvent::Hello { conn, pid, admission } => {
                 let pod_at = |dir: &Path| self.pods.owner(dir).map(|entry| Arc::clone(&entry.view.pod));
+                self.early.forget();
                 if self.applier.admit_tunnel(conn, pid, admission, &self.layout, pod_at) {
                     self.queue.reconcile_all();
                 }
@@ -111,6 +112,9 @@ impl Agent {
                     && let Some(entry) = self.pods.get_mut(&offer.uid)
                 {
                     entry.grace_until = None;
+                }
+                if error.is_none() && self.found == Found::Nothing {
+                    self.early.acknowledged(&offer.uid);
                 }
                 self.applier.tunnels.acknowledge(conn, &offer, error);
                 self.queue.reconcile([offer.uid]);

@@ -19,8 +19,8 @@ use crate::{
 };
 
 use super::{
-    Agent, boot::Found, config::AgentConfig, error::AgentError, error::cannot, kept_pods::KeptPods,
-    observer::Observer, pods::PodTable, queue::Queue, reporter::Reporter,
+    Agent, boot::EarlyListeners, boot::Found, config::AgentConfig, error::AgentError, error::cannot,
+    kept_pods::KeptPods, observer::Observer, pods::PodTable, queue::Queue, reporter::Reporter,
 };
 
 /// The agent and its source of events. Events are opened before the first observation, so that
@@ -67,6 +67,7 @@ pub(super) fn start(
         observer: Observer::new(config.attach.clone(), visitors),
         kept,
         found,
+        early: EarlyListeners::default(),
         reporter: Reporter::new(source, events.kind(), metrics),
         tracer: Tracer::default(),
         layout: layout(&config),

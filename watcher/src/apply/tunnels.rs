@@ -220,6 +220,14 @@ impl Tunnels {
         }
     }
 
+    /// Has every tunnel listen anew for `uid`, by letting go of the pod and getting it again.
+    pub(crate) fn listen_anew(&mut self, uid: &str, netns: &Arc<OwnedFd>) {
+        if let Some(workload) = self.workloads.get(uid).cloned() {
+            self.withdraw(uid);
+            self.offer(uid, &workload, Some(netns));
+        }
+    }
+
     /// Has every tunnel let go of `uid`; the acknowledgements to wait for.
     fn withdraw(&mut self, uid: &str) -> BTreeSet<(ConnId, u64)> {
         let offer = self.next_offer(uid);
