@@ -19,9 +19,11 @@ use aya::{
     maps::{HashMap, LpmTrie, Map, MapData, MapError, lpm_trie::Key},
 };
 use tracing::{info, warn};
+use zerocopy::FromBytes;
 
 use crate::{
     Kernel, KernelError,
+    batch::TrieKey,
     maps::{find, find_mut, missing_is_fine},
 };
 
@@ -136,15 +138,11 @@ impl Kernel {
     /// A map cannot be read.
     pub fn exclusions(&self) -> Result<BTreeMap<u32, ExclusionList>, KernelError> {
         let mut lists = BTreeMap::<u32, ExclusionList>::new();
-        let failed = |error| KernelError::map("read", EXCLUSION_PORTS.name)(error);
-        for key in trie::<ExcludedPorts>(self, EXCLUSION_PORTS.name)?.keys() {
-            let (bits, data) = parts(key.map_err(failed)?);
+        for (bits, data) in keys::<ExcludedPorts>(self, EXCLUSION_PORTS.name)? {
             let list = lists.entry(data.exclusion_id()).or_default();
             list.ports.insert(PortPrefix::of_key(bits, &data));
         }
-        let failed = |error| KernelError::map("read", EXCLUSION_CIDRS.name)(error);
-        for key in trie::<ExcludedCidr>(self, EXCLUSION_CIDRS.name)?.keys() {
-            let (bits, data) = parts(key.map_err(failed)?);
+        for (bits, data) in keys::<ExcludedCidr>(self, EXCLUSION_CIDRS.name)? {
             let list = lists.entry(data.exclusion_id()).or_default();
             list.cidrs.insert(CidrPrefix::of_key(bits, &data));
         }
@@ -167,6 +165,15 @@ impl Kernel {
         let key = ExcludedCidr::new(exclusion_id, address);
         has(self, EXCLUSION_CIDRS.name, Key::new(ExcludedCidr::BITS, key))
     }
+}
+
+/// The keys of a trie, with how many bits of each count.
+fn keys<K: Pod + FromBytes>(kernel: &Kernel, name: &'static str) -> Result<Vec<(u32, K)>, KernelError> {
+    if let Some(entries) = kernel.list_at_once::<TrieKey<K>, u8>(name)? {
+        return Ok(entries.into_iter().map(|(key, _)| (key.prefix_len, key.data)).collect());
+    }
+    let failed = |error| KernelError::map("read", name)(error);
+    trie::<K>(kernel, name)?.keys().map(|key| key.map(parts).map_err(failed)).collect()
 }
 
 fn trie<'a, K: Pod>(

@@ -13,6 +13,7 @@
 //! * [`trace_filter`]: which verdicts the programs report
 //! * [`exclusions`]: exclusion lists, written whole or not at all
 //! * [`maps`]: adopts maps, reads and writes them
+//! * [`batch`]: whole maps in a few system calls
 //! * [`trace`]: the verdicts of the programs, while somebody watches
 //! * [`netns_cookie`]: which netns this thread is in, on old kernels too
 //! * [`object`]: the compiled programs and where they are attached
@@ -24,6 +25,7 @@
 //! replaces the programs of the links in place, so that at every moment exactly one program
 //! decides. Where it has other maps, it fills them first.
 
+mod batch;
 mod btf;
 mod error;
 mod exclusions;

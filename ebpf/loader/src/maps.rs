@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs, io,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
 
@@ -21,7 +22,9 @@ use aya::{
     maps::{Array, HashMap, Map, MapData, MapError, SockHash},
 };
 
-use crate::{Kernel, KernelError};
+use zerocopy::FromBytes;
+
+use crate::{Kernel, KernelError, batch};
 
 /// The folder of maps in `pins`.
 pub(crate) fn folder(pins: &Path) -> PathBuf {
@@ -300,8 +303,24 @@ impl Kernel {
         missing_is_fine(map.remove(key)).map_err(failed)
     }
 
-    pub(crate) fn list<K: Pod, V: Pod>(&self, name: &'static str) -> Result<Vec<(K, V)>, KernelError> {
+    /// The same in batches; `None`: this map, or this kernel, has none.
+    pub(crate) fn list_at_once<K: FromBytes, V: FromBytes>(
+        &self,
+        name: &'static str,
+    ) -> Result<Option<Vec<(K, V)>>, KernelError> {
+        let Some(data) = batch::data(find(&self.object, name)) else { return Ok(None) };
+        batch::entries(data.fd().as_fd())
+            .map_err(|source| KernelError::pin("read the map", Path::new(name))(source))
+    }
+
+    pub(crate) fn list<K: Pod + FromBytes, V: Pod + FromBytes>(
+        &self,
+        name: &'static str,
+    ) -> Result<Vec<(K, V)>, KernelError> {
         let failed = |error| KernelError::map("read", name)(error);
+        if let Some(entries) = self.list_at_once(name)? {
+            return Ok(entries);
+        }
         let map = HashMap::<_, K, V>::try_from(find(&self.object, name)).map_err(failed)?;
         map.iter().collect::<Result<_, _>>().map_err(failed)
     }

@@ -20,8 +20,8 @@ use std::{
 use aya_obj::generated::{
     BPF_F_ALLOW_MULTI, bpf_attach_type,
     bpf_cmd::{
-        self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_OBJ_GET, BPF_OBJ_PIN, BPF_PROG_LOAD,
-        BPF_PROG_QUERY, BPF_RAW_TRACEPOINT_OPEN,
+        self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_MAP_LOOKUP_BATCH, BPF_OBJ_GET,
+        BPF_OBJ_PIN, BPF_PROG_LOAD, BPF_PROG_QUERY, BPF_RAW_TRACEPOINT_OPEN,
     },
     bpf_insn,
     bpf_prog_type::BPF_PROG_TYPE_SK_LOOKUP,
@@ -152,6 +152,47 @@ pub(crate) fn attached(cgroup: &File, attach_type: bpf_attach_type) -> io::Resul
     };
     bpf(BPF_PROG_QUERY, &mut attr)?;
     Ok((ids[..attr.count.min(64) as usize].to_vec(), attr.attach_flags))
+}
+
+/// One step through a map: where it begins (`None`: at the start), room for where the next one
+/// begins, and room for `count` keys and values.
+pub(crate) struct Batch<'a> {
+    pub(crate) from: Option<&'a [u8]>,
+    pub(crate) next: &'a mut [u8],
+    pub(crate) keys: &'a mut [u8],
+    pub(crate) values: &'a mut [u8],
+    pub(crate) count: u32,
+}
+
+/// Reads entries of `map`: how many, and whether they were the last. The room must be of `count`
+/// times the size of the map's keys and values, which the kernel fills.
+pub(crate) fn lookup_batch(map: BorrowedFd<'_>, batch: &mut Batch<'_>) -> io::Result<(usize, bool)> {
+    #[repr(C)]
+    struct Attr {
+        from: u64,
+        next: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map: u32,
+        element_flags: u64,
+        flags: u64,
+    }
+    let mut attr = Attr {
+        from: batch.from.map_or(0, |from| from.as_ptr().expose_provenance() as u64),
+        next: batch.next.as_mut_ptr().expose_provenance() as u64,
+        keys: batch.keys.as_mut_ptr().expose_provenance() as u64,
+        values: batch.values.as_mut_ptr().expose_provenance() as u64,
+        count: batch.count,
+        map: number(map),
+        element_flags: 0,
+        flags: 0,
+    };
+    match bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) {
+        Ok(_) => Ok((attr.count as usize, false)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok((attr.count as usize, true)),
+        Err(error) => Err(error),
+    }
 }
 
 /// Calls bpf(2). `attr` is the beginning of the kernel's union as far as `command` uses it; the
