@@ -15,7 +15,7 @@ use adit_ebpf_common::{
 };
 
 use crate::{
-    model::exclusions::Exclusions,
+    model::{exclusions::Exclusions, pod::PodIdentity},
     observe::{cgroups::CgroupId, netns::NetnsId},
 };
 
@@ -94,6 +94,8 @@ pub(crate) struct PodNetns {
     pub pod_cgroup: PathBuf,
     /// The uid of its pod.
     pub uid: String,
+    /// Who that is; `None`: not known, or it does not matter, since the pod is only closed.
+    pub pod: Option<PodIdentity>,
     /// Whether the pod has an IPv6 address, so that IPv6 must work there.
     pub v6: bool,
     /// Whether it has what connections from the tunnel need. A netns that is only closed does not.

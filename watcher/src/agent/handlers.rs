@@ -9,7 +9,7 @@ use tracing::{info, warn};
 
 use crate::{
     apply::{tunnels::LostTunnel, zds_server::ZdsEvent},
-    model::pod::Update,
+    model::pod::{PodIdentity, Update},
     observe::{
         cgroup_path,
         cgroups::{self, CgroupId},
@@ -46,17 +46,18 @@ impl Agent {
     /// Has those pods observed that an earlier watcher enrolled, that the source does not name, and
     /// whose processes run.
     fn keep_lost(&mut self) {
-        let enrolled = self.applier.netns.by_cookie().values().map(|netns| netns.uid.clone());
-        let lost: Vec<String> =
-            enrolled.filter(|uid| !uid.is_empty() && self.pods.get(uid).is_none()).collect();
+        let enrolled =
+            self.applier.netns.by_cookie().values().map(|netns| (netns.uid.clone(), netns.pod.clone()));
+        let lost: Vec<(String, Option<PodIdentity>)> =
+            enrolled.filter(|(uid, _)| !uid.is_empty() && self.pods.get(uid).is_none()).collect();
         if lost.is_empty() {
             return;
         }
         self.observer.find_dirs();
-        for uid in lost {
+        for (uid, pod) in lost {
             let dir = self.observer.dir(&uid).filter(|dir| !matches!(cgroups::is_populated(dir), Ok(false)));
             if let Some(dir) = dir.cloned() {
-                self.pods.add_lost(&uid, dir, Instant::now());
+                self.pods.add_lost(&uid, pod, dir, Instant::now());
                 self.queue.observe([uid]);
             }
         }

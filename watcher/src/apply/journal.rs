@@ -12,7 +12,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::observe::{cgroups::CgroupId, netns::NetnsId};
+use crate::{
+    model::pod::PodIdentity,
+    observe::{cgroups::CgroupId, netns::NetnsId},
+};
 
 /// A prepared netns.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,6 +24,10 @@ pub struct NetnsRecord {
     pub id: NetnsId,
     /// The uid of the pod that it was prepared for.
     pub uid: String,
+    /// Who that pod is: its source may not know any more after a restart. `None`: an earlier version
+    /// recorded it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<PodIdentity>,
     /// The sysctls' values before we set them, by path.
     pub sysctls_before: BTreeMap<String, String>,
     /// What a later version records, kept for it.
@@ -31,8 +38,13 @@ pub struct NetnsRecord {
 impl NetnsRecord {
     /// A netns that is about to be prepared.
     #[must_use]
-    pub(crate) fn new(id: NetnsId, uid: String, sysctls_before: BTreeMap<String, String>) -> Self {
-        Self { id, uid, sysctls_before, unknown: Unknown::new() }
+    pub(crate) fn new(
+        id: NetnsId,
+        uid: String,
+        pod: Option<PodIdentity>,
+        sysctls_before: BTreeMap<String, String>,
+    ) -> Self {
+        Self { id, uid, pod, sysctls_before, unknown: Unknown::new() }
     }
 }
 
@@ -121,7 +133,7 @@ impl Journal {
     }
 
     /// Records netns, all in one write. The first record of each stays, since by the second one the
-    /// sysctls' values are ours.
+    /// sysctls' values are ours; only who the pod is may be added.
     ///
     /// # Errors
     /// The file cannot be written; then nothing is recorded.
@@ -135,6 +147,9 @@ impl Journal {
                 Entry::Occupied(mut entry) => {
                     for (path, value) in record.sysctls_before {
                         entry.get_mut().sysctls_before.entry(path).or_insert(value);
+                    }
+                    if record.pod.is_some() {
+                        entry.get_mut().pod = record.pod;
                     }
                 }
             }
@@ -196,7 +211,7 @@ mod tests {
 
     fn record(before: &str) -> NetnsRecord {
         let sysctls = BTreeMap::from([("/proc/sys/x".to_owned(), before.to_owned())]);
-        NetnsRecord::new(NetnsId { dev: 4, inode: 9 }, "u".to_owned(), sysctls)
+        NetnsRecord::new(NetnsId { dev: 4, inode: 9 }, "u".to_owned(), None, sysctls)
     }
 
     #[test]
@@ -206,12 +221,16 @@ mod tests {
         journal.add_netns([(7, record("0"))]).unwrap();
         let mut more = record("1");
         more.sysctls_before.insert("/proc/sys/y".to_owned(), "2".to_owned());
+        let pod = PodIdentity { name: "p".to_owned(), ..PodIdentity::default() };
+        more.pod = Some(pod.clone());
         journal.add_netns([(7, more)]).unwrap();
+        journal.add_netns([(7, record("1"))]).unwrap();
         journal.add_tunnel(5, Path::new("/c")).unwrap();
         let mut again = Journal::open(dir.path()).unwrap();
         let before = |path| again.netns()[&7].sysctls_before[path].clone();
         assert_eq!(before("/proc/sys/x"), "0");
         assert_eq!(before("/proc/sys/y"), "2", "an earlier build did not set it");
+        assert_eq!(again.netns()[&7].pod, Some(pod), "what is known of it stays");
         assert_eq!(again.tunnels()[&5], Path::new("/c"));
         again.remove_netns([7]).unwrap();
         again.remove_tunnel(5).unwrap();

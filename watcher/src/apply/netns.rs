@@ -14,6 +14,7 @@ use error_reporter::Report;
 use tracing::warn;
 
 use crate::{
+    model::pod::PodIdentity,
     observe::{
         netns::{self, NetnsId, Visitor, Visitors},
         processes,
@@ -73,18 +74,20 @@ impl SteeredNetns {
     /// are the cookies of the netns that have links.
     #[must_use]
     pub(crate) fn adopt(journal: &Journal, steered: Vec<u64>) -> Self {
-        let adopted = |id: NetnsId, uid: &str, prepared: bool| PodNetns {
+        let adopted = |id: NetnsId, uid: &str, pod: Option<PodIdentity>, prepared: bool| PodNetns {
             id,
             pod_cgroup: PathBuf::new(),
             uid: uid.to_owned(),
+            pod,
             v6: false,
             prepared,
         };
         let recorded = journal.netns().iter();
-        let mut by_cookie: BTreeMap<u64, PodNetns> =
-            recorded.map(|(cookie, record)| (*cookie, adopted(record.id, &record.uid, true))).collect();
+        let mut by_cookie: BTreeMap<u64, PodNetns> = recorded
+            .map(|(cookie, record)| (*cookie, adopted(record.id, &record.uid, record.pod.clone(), true)))
+            .collect();
         for cookie in steered {
-            by_cookie.entry(cookie).or_insert_with(|| adopted(NetnsId { dev: 0, inode: 0 }, "", false));
+            by_cookie.entry(cookie).or_insert_with(|| adopted(NetnsId { dev: 0, inode: 0 }, "", None, false));
         }
         Self { by_cookie }
     }
@@ -219,7 +222,7 @@ fn prepare(
         match sysctls {
             Ok(sysctls) => {
                 let (id, uid, sysctls_before) = (netns.id, netns.uid.clone(), sysctls.values());
-                records.push((cookie, NetnsRecord::new(id, uid, sysctls_before)));
+                records.push((cookie, NetnsRecord::new(id, uid, netns.pod.clone(), sysctls_before)));
                 readable.push((cookie, netns, fd, sysctls));
             }
             Err(error) => fail(netns, &error),

@@ -25,8 +25,9 @@ pub enum Selection {
     /// No label enrols it.
     #[default]
     Plain,
-    /// Its source does not name it any more, and an earlier watcher enrolled it: all that is known
-    /// are processes that still run. They stay closed until they end.
+    /// Its source does not name it any more, and an earlier watcher, of a version that recorded no
+    /// more, enrolled it: all that is known are processes that still run. They stay closed until
+    /// they end.
     ObjectGone,
     /// A label would enrol it, and a sidecar or the host's network excludes it.
     LeftAlone(Reason),
@@ -98,6 +99,41 @@ impl FromStr for ServiceAccount {
                 Ok(Self { namespace: namespace.to_owned(), name: name.to_owned() })
             }
             _ => Err("expected NAMESPACE/NAME, such as istio-system/ztunnel".to_owned()),
+        }
+    }
+}
+
+/// Who an enrolled pod is, and how it is treated: enough to keep it in the mesh without its source.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodIdentity {
+    /// Its name.
+    pub name: String,
+    /// Its Kubernetes namespace.
+    pub namespace: String,
+    /// Its service account.
+    pub service_account: String,
+    /// As in [`Pod`].
+    #[serde(default)]
+    pub fail_mode: Option<FailMode>,
+    /// As in [`Pod`].
+    #[serde(default)]
+    pub dns_capture: Option<bool>,
+    /// As in [`Pod`].
+    #[serde(default)]
+    pub addresses: BTreeSet<IpAddr>,
+}
+
+impl PodIdentity {
+    /// Of `pod`.
+    #[must_use]
+    pub fn of(pod: &Pod) -> Self {
+        Self {
+            name: pod.name.clone(),
+            namespace: pod.namespace.clone(),
+            service_account: pod.service_account.clone(),
+            fail_mode: pod.fail_mode,
+            dns_capture: pod.dns_capture,
+            addresses: pod.addresses.clone(),
         }
     }
 }

@@ -8,7 +8,7 @@ use adit_ebpf_common::{
 };
 
 use crate::{
-    model::pod::{FailMode, Pod, Selection},
+    model::pod::{FailMode, Pod, PodIdentity, Selection},
     observe::{
         Observed,
         cgroups::CgroupId,
@@ -84,6 +84,7 @@ fn close(plan: &mut PodPlan, view: &PodView, flags: u32, steered: &BTreeMap<u64,
             id,
             pod_cgroup: view.observed.dir.clone().unwrap_or_default(),
             uid: view.pod.uid.clone(),
+            pod: None,
             v6: false,
             prepared: false,
         };
@@ -160,6 +161,7 @@ fn enroll(
         id: facts.id,
         pod_cgroup: pod_cgroup.clone(),
         uid: pod.uid.clone(),
+        pod: Some(PodIdentity::of(pod)),
         v6: facts.addresses.iter().any(IpAddr::is_ipv6),
         prepared: true,
     };

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Instant};
 use tracing::warn;
 
 use crate::model::{
-    pod::{BadEntry, Entry, Pod, Selection, Update},
+    pod::{BadEntry, Entry, Pod, PodIdentity, Selection, Update},
     reason::{Reason, ReasonCode},
 };
 
@@ -123,10 +123,34 @@ impl PodTable {
     }
 
     /// Adds a pod that an earlier watcher enrolled, that the source does not name, and whose
-    /// processes in `cgroup` run.
-    pub(in crate::agent) fn add_lost(&mut self, uid: &str, cgroup: PathBuf, now: Instant) {
-        let (name, selection) = (uid.to_owned(), Selection::ObjectGone);
-        let pod = Pod { uid: uid.to_owned(), name, cgroup: Some(cgroup), selection, ..Pod::default() };
+    /// processes in `cgroup` run. As far as it is `known` who it is, it stays in the mesh; otherwise
+    /// it is closed.
+    pub(in crate::agent) fn add_lost(
+        &mut self,
+        uid: &str,
+        known: Option<PodIdentity>,
+        cgroup: PathBuf,
+        now: Instant,
+    ) {
+        let (uid_of, cgroup) = (uid.to_owned(), Some(cgroup));
+        let pod = match known {
+            Some(known) => Pod {
+                uid: uid_of,
+                cgroup,
+                name: known.name,
+                namespace: known.namespace,
+                service_account: known.service_account,
+                fail_mode: known.fail_mode,
+                dns_capture: known.dns_capture,
+                addresses: known.addresses,
+                selection: Selection::Enrolled,
+                ..Pod::default()
+            },
+            None => {
+                let (name, selection) = (uid_of.clone(), Selection::ObjectGone);
+                Pod { uid: uid_of, name, cgroup, selection, ..Pod::default() }
+            }
+        };
         self.last_rank += 1;
         let mut entry = PodEntry::new(Arc::new(pod), self.last_rank, now);
         entry.object_gone = true;
