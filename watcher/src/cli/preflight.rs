@@ -12,7 +12,7 @@ use clap::Args;
 use error_reporter::Report;
 use serde_json::json;
 
-use watcher::observe::{cgroups, events::SourceKind};
+use watcher::observe::{cgroups, connections, events::SourceKind};
 
 use super::{MountArgs, Output, source::SourceArgs};
 
@@ -71,6 +71,7 @@ pub(super) fn run(args: &PreflightArgs) -> anyhow::Result<ExitCode> {
 pub(super) fn checks(bpffs: &Path, root: &Path, attach: &Path) -> Vec<Check> {
     let mut checks = preflight::checks(bpffs, root, Some(attach));
     checks.extend(watcher::preflight::checks(root, attach));
+    checks.push(cutting_connections());
     checks
 }
 
@@ -87,6 +88,18 @@ fn pods(args: &PreflightArgs, root: PathBuf, attach: &Path) -> Check {
         Err(error) => {
             let advice = "give the watcher the rights in charts/adit/templates/watcher-rbac.yaml, or correct the pods file";
             Check::fail("pods", "a source that names the node's pods", format!("{error:#}"), advice)
+        }
+    }
+}
+
+fn cutting_connections() -> Check {
+    let (name, needed) =
+        ("cutting connections", "SOCK_DESTROY, to cut what pods made in clear before the first watcher ran");
+    match connections::can_cut() {
+        Ok(()) => Check::ok(name, needed, "works"),
+        Err(error) => {
+            let advice = "use a kernel with CONFIG_INET_DIAG_DESTROY; without, restart pods that ran before the first watcher did";
+            Check::warn(name, needed, error.to_string(), advice)
         }
     }
 }
