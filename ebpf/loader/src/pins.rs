@@ -35,9 +35,10 @@ use crate::{
 /// A pin cannot be listed, read, renamed or removed, or the map of the tunnel's sockets is another
 /// version's.
 pub(crate) fn adopt(folder: &Path) -> Result<(), KernelError> {
-    check_sockets(folder)?;
     let object = Object::parse(object::BYTES)
         .map_err(|error| KernelError::Object { source: Box::new(error.into()) })?;
+    // Before anything is changed.
+    check_sockets(folder, &object)?;
     for map in pinned() {
         let path = pin(folder, map);
         if let Some(formerly) = map.formerly {
@@ -55,9 +56,6 @@ pub(crate) fn adopt(folder: &Path) -> Result<(), KernelError> {
         if fits(map, &info, wanted) {
             continue;
         }
-        if map.keeps == Keeps::Sockets {
-            return Err(KernelError::OtherVersion { map: map.name, path });
-        }
         warn!(path = %path.display(), "replacing a map of another layout or size");
         fs::remove_file(&path).map_err(KernelError::pin("unpin", path))?;
     }
@@ -74,12 +72,20 @@ fn fits(map: &MapSpec, info: &MapInfo, wanted: &Map) -> bool {
 }
 
 /// The listeners of a tunnel are in one map, whatever the version: nobody can copy them.
-fn check_sockets(folder: &Path) -> Result<(), KernelError> {
-    for map in pinned().filter(|map| map.keeps == Keeps::Sockets) {
+fn check_sockets(folder: &Path, object: &Object) -> Result<(), KernelError> {
+    let of_sockets = pinned().filter(|map| map.keeps == Keeps::Sockets);
+    for (map, wanted) in of_sockets.filter_map(|map| Some((map, object.maps.get(map.name)?))) {
         let (own, prefix) = (pin(folder, map), format!("{}-", map.name));
+        let names = [Some(map.name), map.formerly];
         for path in list(folder)? {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            if path != own && name.strip_prefix(&prefix).is_some_and(|abi| abi.parse::<u32>().is_ok()) {
+            let is_named = names.contains(&Some(&*name));
+            let other_abi = name.strip_prefix(&prefix).is_some_and(|abi| abi.parse::<u32>().is_ok());
+            let fits_not = || {
+                let info = MapInfo::from_pin(&path).map_err(KernelError::map("open pinned", map.name));
+                info.map(|info| !fits(map, &info, wanted))
+            };
+            if (other_abi && path != own) || (is_named && fits_not()?) {
                 return Err(KernelError::OtherVersion { map: map.name, path });
             }
         }
