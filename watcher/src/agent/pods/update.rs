@@ -133,8 +133,8 @@ impl PodTable {
         now: Instant,
     ) {
         let (uid_of, cgroup) = (uid.to_owned(), Some(cgroup));
-        let pod = match known {
-            Some(known) => Pod {
+        let pod = if let Some(known) = known {
+            Pod {
                 uid: uid_of,
                 cgroup,
                 name: known.name,
@@ -145,11 +145,10 @@ impl PodTable {
                 addresses: known.addresses,
                 selection: Selection::Enrolled,
                 ..Pod::default()
-            },
-            None => {
-                let (name, selection) = (uid_of.clone(), Selection::ObjectGone);
-                Pod { uid: uid_of, name, cgroup, selection, ..Pod::default() }
             }
+        } else {
+            let (name, selection) = (uid_of.clone(), Selection::ObjectGone);
+            Pod { uid: uid_of, name, cgroup, selection, ..Pod::default() }
         };
         self.last_rank += 1;
         let mut entry = PodEntry::new(Arc::new(pod), self.last_rank, now);
