@@ -155,10 +155,10 @@ maps! {
         written by "connect, sendmsg, sk_lookup programs", read by "watcher", keeps Records, abi 1, formerly None,
         "One `TraceRecord` per verdict, while tracing is on.";
     TRACE_WATCHED = "trace_watched", "hash", Address: "Address, or as `watched_cgroup`", u32: "1",
-        written by "watcher", read by "connect, sendmsg, sk_lookup programs", pinned false, formerly None,
+        written by "watcher", read by "connect, sendmsg, sk_lookup programs", keeps Nothing, abi 1, formerly None,
         "Addresses, cgroups and netns of the pods that somebody traces.";
     TRACE_LEFT_OUT = "trace_left_out", "LPM trie", Lpm<Address>: "Address", u8: "1",
-        written by "watcher", read by "connect, sendmsg, sk_lookup programs", pinned false, formerly None,
+        written by "watcher", read by "connect, sendmsg, sk_lookup programs", keeps Nothing, abi 1, formerly None,
         "Address ranges that nobody who traces wants to see.";
     LIFECYCLE = "lifecycle", "ring buffer", (): "–", (): "–",
         written by "tracepoint programs", read by "watcher", keeps Nothing, abi 1, formerly None,
