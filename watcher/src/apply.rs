@@ -359,19 +359,6 @@ impl Applier {
         }
     }
 
-    /// Gives the cgroups of known tunnels this version's programs.
-    pub(crate) fn attach_known_tunnels(&mut self) {
-        for (id, dir) in self.journal.tunnels() {
-            // Of one that is gone, another's may be at its path.
-            if !cgroups::id(dir).is_ok_and(|found| found == *id) {
-                continue;
-            }
-            if let Err(error) = self.kernel.attach_tunnel(dir) {
-                warn!(cgroup = %dir.display(), error = %Report::new(&error), "cannot attach to a tunnel's cgroup");
-            }
-        }
-    }
-
     /// A tunnel may have gone: [`Self::detach_unused_tunnels`] has something to do.
     pub(crate) fn check_unused_tunnels(&mut self) {
         self.unused_tunnel_cgroups.check_now(Instant::now());

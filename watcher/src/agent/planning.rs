@@ -60,8 +60,8 @@ pub(super) fn plan_pods(
         let facts = entry.view.eligibility.facts();
         // The programs of an earlier build know one port.
         let spread = facts.is_some_and(|facts| applier.kernel.is_steering(facts.cookie));
-        let ready = facts
-            .is_some_and(|facts| applier.is_served(uid, facts.cookie) || kept.is_ready(facts.cookie));
+        let ready =
+            facts.is_some_and(|facts| applier.is_served(uid, facts.cookie) || kept.is_ready(facts.cookie));
         if ready {
             entry.end_grace();
         }

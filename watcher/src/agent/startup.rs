@@ -87,7 +87,7 @@ pub(super) fn start(
 pub(super) fn attach(applier: &mut Applier, config: &AgentConfig) -> Result<(), AgentError> {
     let failed = |what| move |source| AgentError::Kernel { what, source };
     // Tunnels first: what the pods' programs pass on, a tunnel's have to understand.
-    applier.attach_known_tunnels();
+    applier.update_tunnel_programs();
     let kernel = &mut applier.kernel;
     kernel.attach_pods(&config.attach).map_err(failed("attach the pods' programs"))?;
     kernel.end_earlier_lifecycle().map_err(failed("end the lifecycle programs of an earlier watcher"))
