@@ -71,8 +71,6 @@ use self::{
     pods::PodTable, queue::Queue, reporter::Reporter,
 };
 
-/// How many events are received before they are acted on.
-const EVENT_BATCH: usize = 4096;
 /// How long tunnels have to acknowledge that their pods are gone, when everything is undone.
 const WITHDRAWAL_TIME: Duration = Duration::from_secs(2);
 
@@ -131,10 +129,7 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
         if scan {
             next_scan = Instant::now() + agent.config.rescan;
             // What the programs did themselves is not the work of others.
-            for _ in 0..EVENT_BATCH {
-                let Some(event) = events::ready(events.as_mut()) else { break };
-                agent.on_event(event);
-            }
+            agent.on_ready_events(events.as_mut());
         }
         agent.reconcile(scan);
         agent.take_over()?;
@@ -184,10 +179,7 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
         while let Ok(update) = source.updates.try_recv() {
             agent.on_update(update);
         }
-        for _ in 0..EVENT_BATCH {
-            let Some(event) = events::ready(events.as_mut()) else { break };
-            agent.on_event(event);
-        }
+        agent.on_ready_events(events.as_mut());
     };
     agent.tracer.stop(&mut agent.applier);
     if !detach {

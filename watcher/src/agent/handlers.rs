@@ -13,12 +13,15 @@ use crate::{
     observe::{
         cgroup_path,
         cgroups::{self, CgroupId},
-        events::Event,
+        events::{self, Event, EventSource},
     },
     plan::PodPlan,
 };
 
 use super::{Agent, boot::Found, pod_entry::UntilFound};
+
+/// How many events are received before they are acted on.
+const EVENT_BATCH: usize = 4096;
 
 impl Agent {
     /// The source sent an update.
@@ -60,6 +63,14 @@ impl Agent {
                 self.pods.add_lost(&uid, pod, dir, Instant::now());
                 self.queue.observe([uid]);
             }
+        }
+    }
+
+    /// Takes in what has happened by now.
+    pub(super) fn on_ready_events(&mut self, events: &mut dyn EventSource) {
+        for _ in 0..EVENT_BATCH {
+            let Some(event) = events::ready(events) else { break };
+            self.on_event(event);
         }
     }
 

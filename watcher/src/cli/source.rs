@@ -85,7 +85,7 @@ impl SourceArgs {
         if let Some(read) = read {
             config.labels = read.dataplane_labels.clone().into();
             config.sidecars = read.sidecar_containers.iter().cloned().collect();
-            config.startup_taint = read.startup_taint.clone();
+            config.startup_taint.clone_from(&read.startup_taint);
             config.write_back = !read.no_write_back;
         }
         Ok(Wanted::Kubernetes(config))
