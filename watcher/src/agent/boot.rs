@@ -62,29 +62,28 @@ impl Agent {
         if self.early.acknowledged.is_empty() {
             return;
         }
-        let known = match self.applier.kernel.tunnel_netns() {
-            Ok(known) => known,
-            Err(error) => return warn!(error = %Report::new(&error), "cannot list the tunnels' listeners"),
-        };
-        let mut unknown = Vec::new();
+        let mut open = Vec::new();
         for uid in std::mem::take(&mut self.early.acknowledged) {
             let Some(workload) = self.applier.tunnels.workloads().get(&uid) else { continue };
             let cookie = workload.cookie;
             let Some(netns) = self.applier.netns.by_cookie().get(&cookie) else { continue };
-            if !known.contains(&cookie)
-                && let Ok(fd) = netns::open_netns(cookie, netns, self.observer.opened())
-            {
-                unknown.push((uid, fd));
+            if let Ok(fd) = netns::open_netns(cookie, netns, self.observer.opened()) {
+                open.push((uid, cookie, fd));
             }
         }
         let found = self
             .applier
             .visitors()
-            .visit_each(&unknown, |visitor, (_, fd)| visitor.enter(fd.as_fd(), listening));
-        for ((uid, fd), found) in unknown.into_iter().zip(found) {
+            .visit_each(&open, |visitor, (_, _, fd)| visitor.enter(fd.as_fd(), listening));
+        // Only now: the programs record a listener before the kernel lists it.
+        let known = match self.applier.kernel.tunnel_netns() {
+            Ok(known) => known,
+            Err(error) => return warn!(error = %Report::new(&error), "cannot list the tunnels' listeners"),
+        };
+        for ((uid, cookie, fd), found) in open.into_iter().zip(found) {
             let is_of_tunnel =
                 |(port, _): &Listening| [OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT].contains(port);
-            if found.is_ok_and(|found| found.iter().any(is_of_tunnel)) {
+            if !known.contains(&cookie) && found.is_ok_and(|found| found.iter().any(is_of_tunnel)) {
                 info!(
                     uid,
                     "the tunnel has listened since before the programs were attached; it is to listen anew"
