@@ -24,7 +24,7 @@ const PRIVILEGED: &str = "in a pod, set securityContext.privileged: true for the
 pub fn checks(root: &Path, attach: &Path) -> Vec<Check> {
     vec![
         sysctls(netns_setup::are_writable()),
-        cgroup_namespace(fs::read_to_string("/proc/1/cgroup").as_deref()),
+        cgroup_namespace(fs::read_to_string("/proc/1/cgroup").as_deref(), is_alone(root)),
         pid_namespace(&visible_processes(root, attach, own_cgroup(root).as_deref())),
         descriptors(getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(_, hard)| hard)),
         controllers(is_before_5_15(), &fs::read_to_string("/proc/self/mounts").unwrap_or_default()),
@@ -44,9 +44,14 @@ fn sysctls(tried: io::Result<()>) -> Check {
     }
 }
 
+/// Whether the tree has no cgroup but our own: it is a container's, seen from inside.
+fn is_alone(root: &Path) -> bool {
+    own_cgroup(root).as_deref() == Some(root) && !has_directory(root)
+}
+
 /// In another cgroup namespace than process 1 the kernel shows the cgroups of processes as paths
-/// that lead nowhere.
-fn cgroup_namespace(of_first: Result<&str, &io::Error>) -> Check {
+/// that lead nowhere. Where process 1 is of the same container, the tree ends at that.
+fn cgroup_namespace(of_first: Result<&str, &io::Error>, is_alone: bool) -> Check {
     let (name, needed) = ("cgroup namespace", "the node's, to find the cgroups of tunnels and pods");
     let of_first = match of_first {
         Ok(text) => text,
@@ -55,14 +60,18 @@ fn cgroup_namespace(of_first: Result<&str, &io::Error>) -> Check {
             return Check::warn(name, needed, found, "mount proc, and run with CAP_SYS_PTRACE");
         }
     };
-    let outside = of_first.lines().filter_map(|line| line.splitn(3, ':').nth(2)).find(|path| {
+    let outside = of_first.lines().filter_map(|line| line.strip_prefix("0::")).find(|path| {
         Path::new(path).components().any(|component| component == std::path::Component::ParentDir)
     });
+    let advice = format!("{PRIVILEGED}, or run outside of a cgroup namespace of your own");
     match outside {
+        None if is_alone => {
+            let found = "the tree has no cgroup but that of this process";
+            Check::fail(name, needed, found, &advice)
+        }
         None => Check::ok(name, needed, "the same as that of process 1"),
         Some(path) => {
             let found = format!("process 1 is in {path}, outside this cgroup namespace");
-            let advice = format!("{PRIVILEGED}, or run outside of a cgroup namespace of your own");
             Check::fail(name, needed, found, &advice)
         }
     }
@@ -242,10 +251,11 @@ mod tests {
             ("0::/../../init.scope\n", Level::Fail),
             ("1:name=systemd:/..\n0::/..\n", Level::Fail),
         ] {
-            let check = cgroup_namespace(Ok(text));
+            let check = cgroup_namespace(Ok(text), false);
             assert_eq!(check.level, level, "{text:?}: {check:?}");
         }
-        assert_eq!(cgroup_namespace(Err(&io::Error::other("x"))).level, Level::Warn);
+        assert_eq!(cgroup_namespace(Err(&io::Error::other("x")), false).level, Level::Warn);
+        assert!(cgroup_namespace(Ok("0::/\n"), true).failed(), "process 1 is of the same container");
     }
 
     #[test]

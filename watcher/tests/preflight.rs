@@ -7,7 +7,9 @@ use std::{
 
 use serde_json::{Value, json};
 use socket2::{Domain, SockAddr, Socket, Type};
-use testbed::{api_node::ApiNode, fakes::Received, program::binary, watcher_node::WatcherNode};
+use testbed::{
+    api_node::ApiNode, cgroup::cgroup2_mount, fakes::Received, program::binary, watcher_node::WatcherNode,
+};
 
 /// Nothing but what preflight asks for by name.
 const ENOUGH: &str = "--bounding-set=-all,+net_admin,+sys_ptrace,+sys_admin";
@@ -138,9 +140,16 @@ fn a_container_that_cannot_do_it_is_told_what_to_change() {
     let node = WatcherNode::new();
     let own = node.cgroup.join("watcher/cgroup.procs").display().to_string();
     let private_cgroups = format!("echo $$ > {own} && exec unshare --cgroup \"$@\"");
+    // Of its own in every way but for the file systems that it needs.
+    let tree = cgroup2_mount().display().to_string();
+    let own_tree = format!(
+        "echo $$ > {own} && exec unshare --cgroup --pid --fork --mount-proc sh -c \
+         'umount -l {tree} && mount -t cgroup2 cgroup2 {tree} && exec \"$@\"' sh \"$@\""
+    );
     let read_only = "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec \"$@\"";
     for (wrapper, name, says, advice) in [
         (&["sh", "-c", &private_cgroups, "sh"][..], "cgroup namespace", "outside", "privileged: true"),
+        (&["sh", "-c", &own_tree, "sh"], "cgroup namespace", "no cgroup but", "privileged: true"),
         (&["unshare", "--pid", "--fork"], "pid namespace", "outside of it", "hostPID: true"),
         (
             &["unshare", "--mount", "sh", "-c", read_only, "sh"],
@@ -152,7 +161,9 @@ fn a_container_that_cannot_do_it_is_told_what_to_change() {
     ] {
         let (ok, checks) = preflight(&node, wrapper);
         assert!(!ok, "{wrapper:?}: {checks:#?}");
-        assert_eq!(failed(&checks), [name], "{wrapper:?}");
+        // Nor is the pods' cgroup in a tree of one's own.
+        let also = if says == "no cgroup but" { &["other programs"][..] } else { &[] };
+        assert_eq!(failed(&checks), [also, &[name]].concat(), "{wrapper:?}");
         let check = checks.iter().find(|check| check["name"] == name).expect("the check");
         for (key, part) in [("found", says), ("advice", advice)] {
             assert!(check[key].as_str().is_some_and(|text| text.contains(part)), "{check}");
