@@ -15,6 +15,7 @@ use adit_ebpf_common::{
 };
 use adit_ebpf_loader::{Kernel, Trace};
 use error_reporter::Report;
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
@@ -119,10 +120,11 @@ impl Tracer {
     /// Resolves when there may be records, or a client disconnected; never without a trace.
     pub async fn ready(&mut self) {
         let Some(records) = &mut self.records else { return std::future::pending().await };
-        let closed = self.clients.iter().map(|client| Box::pin(client.answers.closed()));
+        let mut closed: FuturesUnordered<_> =
+            self.clients.iter().map(|client| client.answers.closed()).collect();
         tokio::select! {
             () = records.ready() => {}
-            _ = futures_util::future::select_all(closed), if !self.clients.is_empty() => {}
+            Some(()) = closed.next() => {}
         }
     }
 
