@@ -168,7 +168,7 @@ fn a_guest_behind_a_pods_netns_is_told() {
     node.host.pods[gateway].netns.run(
         "sysctl -qw net.ipv4.ip_forward=1
          nft add table ip guest
-         nft 'add chain ip guest out { type nat hook postrouting priority 100; }'
+         nft \"add chain ip guest out { type nat hook postrouting priority 100; }\"
          nft add rule ip guest out masquerade",
     );
     for name in ["vm", "gateway"] {
