@@ -79,7 +79,7 @@ fn a_message_with_very_many_descriptors_is_refused_and_leaves_none() {
 #[ignore = "needs root: make test"]
 fn a_certificate_is_fetched_ahead_and_kept_until_the_last_pod_of_its_account_goes() {
     let mut mesh = TunnelMesh::new();
-    let (one, two) = (mesh.enrolled("a", "one"), mesh.enrolled("a", "two"));
+    let (one, two) = (mesh.enrolled("a", "shared"), mesh.enrolled("a", "two"));
     let mut node = mesh.node("a", &[]);
     let state = |node: &TunnelNode| {
         let answer = node.netns.http("GET", ([127, 0, 0, 1], 15000), "/config_dump").expect("dump");
