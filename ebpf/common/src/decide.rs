@@ -38,7 +38,8 @@ const LOOPBACK_V6: Address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 pub trait Facts {
     /// The settings of the node.
     fn settings(&self) -> &Settings;
-    /// Whether the list `exclusion_id` has `port` in `direction` ([`OUTBOUND`] or [`INBOUND`]).
+    /// Whether the list `exclusion_id` has `port` in `direction` ([`OUTBOUND`] or
+    /// [`INBOUND`](crate::exclusions::INBOUND)).
     fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool;
 }
 
