@@ -318,3 +318,27 @@ fn a_pod_that_leaves_gets_its_dns_port_back() {
         client.netns.enter(|| UdpSocket::bind(("127.0.0.1", 15053))).ok().map(drop)
     });
 }
+
+/// Queries take of the same descriptors as connections. Of sixteen, the netns, the listeners and DNS
+/// itself take eleven.
+#[test]
+#[ignore = "needs root: make test"]
+fn a_pod_without_descriptors_is_told_so_at_once_and_names_of_the_mesh_need_none() {
+    let mut mesh = TunnelMesh::new();
+    let (client, _resolver) = captured(&mut mesh);
+    mesh.router.serve(8080, |mut stream, _| {
+        let _ = std::io::Read::read(&mut stream, &mut [0]);
+    });
+    let node = mesh.node_with("a", &[&client], &[("POD_DESCRIPTORS", "16")]);
+    let forwarded = || status(&client, &["db.outside.test"]).0;
+    assert_eq!(forwarded(), "NOERROR");
+    let connections = [0; 2].map(|_| client.netns.connect(([169, 254, 1, 1], 8080)));
+    let query = client.netns.connect(([127, 0, 0, 1], 15053));
+    wait_for("all to be taken", || forwarded() == "SERVFAIL");
+    assert_eq!(dig(&client, &["web.demo.svc.cluster.local"]), lines(&["10.96.0.1"]));
+    client.netns.refusal(([169, 254, 1, 1], 8080));
+    let refused = node.metric("ztunnel_connection_failures_total", &["reason=\"too_many_connections\""]);
+    assert_eq!(refused, Some(1));
+    drop((connections, query));
+    wait_for("some to be free again", || forwarded() == "NOERROR");
+}

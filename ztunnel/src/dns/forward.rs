@@ -44,6 +44,8 @@ pub(super) struct AskedResolver {
 pub(super) enum ForwardError {
     #[error("no resolver is configured that pods could reach")]
     NoResolver,
+    #[error("the pod holds as many file descriptors as one pod may (budget.pod_descriptors)")]
+    NoDescriptors,
     #[error("{resolver} did not answer in time")]
     TimedOut { resolver: SocketAddr },
     #[error("{resolver} has not answered for a while")]
@@ -72,6 +74,9 @@ pub(super) async fn ask(
     query: &[u8],
     transport: Transport,
 ) -> Result<Vec<u8>, ForwardError> {
+    let Some(_descriptors) = pod.budget.descriptors.take(1) else {
+        return Err(ForwardError::NoDescriptors);
+    };
     let mut own = query.to_vec();
     let mut last = Err(ForwardError::NoResolver);
     let (one, mut socket) = asked.map_or((None, None), |asked| (Some(asked.address), asked.socket));

@@ -215,12 +215,13 @@ impl PodDns {
     fn connection(self: &Rc<Self>, stream: TcpStream, tasks: &mut JoinSet<()>) {
         // Closed at once: the client notices and may use UDP.
         let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else { return };
+        let Some(descriptors) = self.pod.budget.descriptors.take(1) else { return };
         let pod_dns = Rc::clone(self);
         tasks.spawn_local(async move {
             if let Err(error) = pod_dns.talk(stream).await {
                 debug!(pod.uid = pod_dns.pod.uid, %error, "a DNS connection broke");
             }
-            drop(permit);
+            drop((permit, descriptors));
         });
     }
 
