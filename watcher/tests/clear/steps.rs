@@ -84,7 +84,7 @@ impl Rig {
             steps.push((1, Step::BreakSource(node, coin)));
         }
         if host.watchers.len() == 1 && !host.is_source_broken && self.is_settled(node) {
-            let maps = [Emptied::Netns, Emptied::Addresses];
+            let maps = [Emptied::Cgroups, Emptied::Netns, Emptied::Addresses];
             steps.push((2, Step::Empty(node, *maps.choose(&mut self.random).expect("some"))));
         }
         if done.boots < size.boots {
