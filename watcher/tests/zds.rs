@@ -13,6 +13,7 @@ use nix::sys::signal::Signal;
 use testbed::{
     fakes::{FakeTunnel, Received},
     lend::{Lent, transparent, tunnel_listener},
+    process::Placement,
     wait::wait_for,
     watcher_node::{NodePod, WatcherNode},
 };
@@ -178,6 +179,33 @@ fn a_pod_is_open_as_long_as_one_tunnel_serves_it() {
     node.wait_state(pod, "closed", "no_tunnel");
     node.write_pods(&[true], "  failMode: open\n");
     node.wait_state(pod, "bypassed", "no_tunnel");
+}
+
+/// A label fails no connection of a pod that runs: it goes on in plaintext until a tunnel serves it,
+/// and not once more when that tunnel ends and the next one has not answered yet.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_pod_that_was_served_is_closed_until_the_next_tunnel_serves_it() {
+    let mut node = WatcherNode::new();
+    let pod = node.pod("a");
+    node.write_pods(&[false], "");
+    node.start(&[]);
+    let first = node.tunnel();
+    assert!(first.take_snapshot().is_empty());
+    node.write_pods(&[true], "");
+    assert!(matches!(first.take(), Received::Add(..)));
+    node.wait_state(pod, "open", "");
+    let _second = FakeTunnel::connect(&node.zds(), Some(&node.cgroup.join("other-tunnel")));
+    drop(first);
+    wait_for("the first tunnel to be gone", || {
+        (node.status()["tunnels"].as_array().unwrap().len() == 1).then_some(())
+    });
+    let NodePod { cgroup, netns, .. } = &node.pods[pod];
+    let place = Placement::in_cgroup(&cgroup.join("container")).in_netns(netns);
+    // Nobody has this address: in plaintext it would take its time.
+    let connect = place.command(&["timeout", "2", "bash", "-c", "exec 3<>/dev/tcp/10.88.0.99/80"]).output();
+    let said = String::from_utf8_lossy(&connect.expect("bash").stderr).into_owned();
+    assert!(said.contains("Operation not permitted"), "{said:?}\n{}", node.log());
 }
 
 /// The kernel runs the programs for the sockets that a tunnel still has after its ZDS connection.
