@@ -9,29 +9,19 @@
 //! * `boot`: connections that pods made in clear before the first watcher ran
 //! * `tunnels`: connected tunnels, their pods and acknowledgements; `tunnel_cgroups`: where
 //!   they run
+//! * `tunnel_changes`: tunnels come and go
 //! * `zds_server`: ZDS, the protocol by which tunnels get their pods
-//! * [`journal`]: what was changed outside the maps, on disk; [`restore`]: undoing it after a crash
+//! * [`journal`]: what was changed outside the maps, on disk; [`restore`]: undoing it after a crash;
+//!   [`removal`]: undoing everything at the end
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    io,
-    os::fd::OwnedFd,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Instant,
-};
+use std::{collections::BTreeMap, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Instant};
 
 use adit_ebpf_loader::{Kernel, KernelError};
 use error_reporter::Report;
-use tokio::sync::oneshot;
 use tracing::{debug, error, warn};
 
 use crate::{
-    model::pod::Pod,
-    observe::{
-        cgroups::{self, CgroupId},
-        netns::Visitors,
-    },
+    observe::{cgroups, netns::Visitors},
     plan::{
         Plan, Reason, ReasonCode,
         diff::{self, Applied, ApplyStep, DiffScope, TunnelStep},
@@ -46,9 +36,8 @@ use self::{
     netns::{NetnsReport, NetnsTools, SteeredNetns},
     new_pods::NewPods,
     settings::KernelSettings,
-    tunnel_cgroups::{CgroupLayout, UnusedTunnelCgroups},
-    tunnels::{LostTunnel, Tunnels},
-    zds_server::{Admission, ConnId},
+    tunnel_cgroups::UnusedTunnelCgroups,
+    tunnels::Tunnels,
 };
 
 pub(crate) mod app_listeners;
@@ -59,9 +48,11 @@ pub(crate) mod maps;
 pub(crate) mod netns;
 pub(crate) mod netns_setup;
 pub(crate) mod new_pods;
+pub mod removal;
 pub mod restore;
 pub(crate) mod settings;
 pub(crate) mod tunnel_cgroups;
+mod tunnel_changes;
 pub(crate) mod tunnels;
 pub(crate) mod zds_server;
 
@@ -308,114 +299,4 @@ impl Applier {
     pub fn scan_app_listeners(&mut self, opened: &OpenNetns) {
         app_listeners::scan(&mut self.kernel, &self.visitors, self.netns.by_cookie(), opened);
     }
-
-    /// Admits the tunnel of process `pid` if it runs in a cgroup of its own. `pod_at` gives the
-    /// pod that owns a directory. Whether it was admitted; if not, its connection is
-    /// closed.
-    pub(crate) fn admit_tunnel(
-        &mut self,
-        conn: ConnId,
-        pid: i32,
-        admission: oneshot::Sender<Admission>,
-        layout: &CgroupLayout,
-        pod_at: impl FnOnce(&Path) -> Option<Arc<Pod>>,
-    ) -> bool {
-        let attached = layout.find_tunnel(pid, pod_at).and_then(|cgroup: PathBuf| {
-            tunnel_cgroups::attach(&cgroup, &mut self.kernel, &mut self.journal, &mut self.maps)
-                .map(|id| (cgroup, id))
-        });
-        match attached {
-            Ok(cgroup) => {
-                self.tunnels.admit(conn, pid, cgroup, admission);
-                self.settings.set_tunnel_up(&mut self.kernel, true);
-                true
-            }
-            Err(reason) => {
-                self.check_unused_tunnels();
-                self.tunnels.reject(pid, reason);
-                false
-            }
-        }
-    }
-
-    /// Removes a tunnel whose connection ended; `None`: it was not connected.
-    pub(crate) fn remove_tunnel(&mut self, conn: ConnId, reason: &str) -> Option<LostTunnel> {
-        self.draining.forget_tunnel(conn);
-        self.check_unused_tunnels();
-        self.tunnels.remove(conn, reason)
-    }
-
-    /// No tunnel serves any pod. One write, before anything else: from here on every pod follows
-    /// its fail mode.
-    pub(crate) fn without_tunnel(&mut self) {
-        self.settings.set_tunnel_up(&mut self.kernel, false);
-    }
-
-    /// What tunnels served that are not connected does not count any more.
-    pub(crate) fn end_kept(&mut self) {
-        if self.tunnels.is_empty() && self.settings.tunnel_up() {
-            warn!("no tunnel reconnected in time");
-            self.without_tunnel();
-        }
-    }
-
-    /// A tunnel may have gone: [`Self::detach_unused_tunnels`] has something to do.
-    pub(crate) fn check_unused_tunnels(&mut self) {
-        self.unused_tunnel_cgroups.check_now(Instant::now());
-    }
-
-    /// Detaches the programs from the cgroups of tunnels that are gone, except for those in
-    /// `adopted`, as soon as no socket can be left of them. Whether any was detached, and has to
-    /// lose its map entry.
-    pub fn detach_unused_tunnels(&mut self, adopted: &BTreeSet<CgroupId>, now: Instant) -> bool {
-        if !self.unused_tunnel_cgroups.is_due(now) {
-            return false;
-        }
-        let used = self.tunnels.cgroup_ids().union(adopted).copied().collect();
-        self.unused_tunnel_cgroups.detach(&used, &mut self.kernel, &mut self.journal, now)
-    }
-
-    /// The cgroups that are tunnels', also of tunnels that are gone and may have left sockets.
-    #[must_use]
-    pub fn tunnel_cgroups(&self) -> BTreeSet<CgroupId> {
-        self.journal.tunnels().keys().copied().collect()
-    }
-
-    /// Restores every prepared netns at once, whatever still uses it, and removes links and maps.
-    ///
-    /// # Errors
-    /// The journal cannot be written, or the kernel refused.
-    pub fn remove_everything(mut self, pins: &Path) -> Result<(), RemoveError> {
-        let undone = restore::restore_all(&mut self.journal)
-            .map_err(|source| RemoveError::Io { what: "restore the pods' netns", source })?;
-        for problem in &undone.failed {
-            warn!(problem, "left behind");
-        }
-        let Self { kernel, mut journal, .. } = self;
-        // Our fds keep links alive that are unpinned only.
-        drop(kernel);
-        Kernel::remove(pins).map_err(RemoveError::Kernel)?;
-        for id in journal.tunnels().keys().copied().collect::<Vec<_>>() {
-            journal
-                .remove_tunnel(id)
-                .map_err(|source| RemoveError::Io { what: "remove the tunnels from the journal", source })?;
-        }
-        Ok(())
-    }
-}
-
-/// Why not everything was removed.
-#[derive(Debug, thiserror::Error)]
-pub enum RemoveError {
-    /// A file could not be written.
-    #[error("cannot {what}")]
-    Io {
-        /// What was tried.
-        what: &'static str,
-        /// Why it failed.
-        source: io::Error,
-    },
-    /// The kernel refused.
-    #[error("cannot remove the pinned links and maps")]
-    Kernel(#[source] KernelError),
 }

@@ -4,7 +4,7 @@ use std::io;
 
 use adit_ebpf_loader::KernelError;
 
-use crate::{apply::RemoveError, observe::events::NoEventSource};
+use crate::{apply::removal::RemoveError, observe::events::NoEventSource};
 
 /// Why the watcher could not start or continue.
 #[derive(Debug, thiserror::Error)]

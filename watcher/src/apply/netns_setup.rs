@@ -42,7 +42,8 @@ use rtnetlink::{
 
 use crate::observe::{
     netlink,
-    netns::{LO, Visitor, run_in},
+    netlink::LO,
+    netns::{Visitor, run_in},
 };
 
 /// The mark of the tunnel's packets (Istio's number).

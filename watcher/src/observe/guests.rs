@@ -13,7 +13,7 @@ use rtnetlink::packet_route::{
     link::{InfoKind, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
 };
 
-use super::{netlink, netns::LO};
+use super::netlink::{self, LO};
 
 /// At most so many devices, and chains of rules, are looked at.
 const MOST: usize = 1024;

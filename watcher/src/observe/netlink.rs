@@ -10,6 +10,9 @@ use rtnetlink::{
     sys::{Socket, SocketAddr},
 };
 
+/// The interface index of `lo`, which is the first one of every netns.
+pub(crate) const LO: u32 = 1;
+
 /// The most that the kernel sends at a time (`netlink_dump`).
 pub(crate) const LARGEST: usize = 32 * 1024;
 

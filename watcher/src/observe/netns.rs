@@ -35,9 +35,6 @@ use super::{budget, guests, netlink};
 
 const MOST_VISITORS: usize = 4;
 
-/// The interface index of `lo`, which is the first one of every netns.
-pub(crate) const LO: u32 = 1;
-
 /// Properties of a netns.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct NetnsFacts {
@@ -163,7 +160,7 @@ fn addresses(socket: &Socket, limit: usize) -> io::Result<(Vec<IpAddr>, bool)> {
             return ControlFlow::Break(());
         }
         if let RouteNetlinkMessage::NewAddress(message) = answer
-            && message.header.index != LO
+            && message.header.index != netlink::LO
             && let Some(address) = ip_of(&message.attributes).filter(is_reachable)
             && known.insert(address)
         {
