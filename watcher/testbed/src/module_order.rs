@@ -2,7 +2,9 @@
 //!
 //! A crate's root lists its modules in its first doc comment, from the top to the bottom. Each line
 //! of the list begins with a star and the module's name as a link, and may name several modules, in
-//! order. A module uses only modules below it.
+//! order. A module uses only modules below it. Inside of a module no files use each other in a ring.
+
+mod rings;
 
 use std::{
     collections::BTreeMap,
@@ -10,7 +12,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Panics with every import that points up, or that is of a module which the root does not list.
+/// Panics with every import that points up, or that is of a module which the root does not list, and
+/// with every ring of files.
 ///
 /// `manifest_dir` is the crate's `CARGO_MANIFEST_DIR`. Code below the first `#[cfg(test)]` of a
 /// file may use anything.
@@ -45,6 +48,13 @@ pub fn assert_one_way(manifest_dir: &str) {
             }
         }
     }
+    let files = rust_files(&src).into_iter().map(|file| {
+        let inside = file.strip_prefix(&src).unwrap_or(&file).with_extension("");
+        let path = inside.iter().map(|part| part.to_string_lossy().into_owned()).collect();
+        (path, code(&read(&file)))
+    });
+    let in_rings = rings::rings(&files.collect());
+    wrong.extend(in_rings.into_iter().map(|ring| format!("{ring} use each other in a ring")));
     wrong.sort();
     wrong.dedup();
     assert!(wrong.is_empty(), "modules of {}:\n{}", src.display(), wrong.join("\n"));
