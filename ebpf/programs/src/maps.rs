@@ -98,18 +98,17 @@ impl Entry {
     }
 }
 
-/// What is known of the calling task's cgroup: its own entry, else that of the nearest ancestor. So
-/// a new container of a known pod needs no entry of its own, and none can be late.
+/// The entry of cgroup `own`, else that of its nearest ancestor. So a new container of a known pod
+/// needs no entry of its own, and none can be late. `ancestor` gives the ancestor at a level, 0 below
+/// the cgroup's own.
 #[inline(always)]
-pub fn caller() -> Option<Entry> {
-    // SAFETY: the helper takes no pointers.
-    if let Some(entry) = Entry::of(unsafe { bpf_get_current_cgroup_id() }) {
+fn nearest(own: u64, ancestor: impl Fn(i32) -> u64) -> Option<Entry> {
+    if let Some(entry) = Entry::of(own) {
         return Some(entry);
     }
     let mut level = DEEPEST_CGROUP;
     while level > 0 {
-        // SAFETY: the helper takes no pointers. 0 below the task's own level.
-        let id = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        let id = ancestor(level);
         if id != 0
             && let Some(entry) = Entry::of(id)
         {
@@ -120,23 +119,19 @@ pub fn caller() -> Option<Entry> {
     None
 }
 
-/// The same of the cgroup of the socket that a packet is for.
+/// What is known of the calling task's cgroup.
+#[inline(always)]
+pub fn caller() -> Option<Entry> {
+    // SAFETY: the helper takes no pointers.
+    let own = unsafe { bpf_get_current_cgroup_id() };
+    // SAFETY: the helper takes no pointers.
+    nearest(own, |level| unsafe { bpf_get_current_ancestor_cgroup_id(level) })
+}
+
+/// What is known of the cgroup of the socket that a packet is for.
 #[inline(always)]
 pub fn receiver(packet: &Packet) -> Option<Entry> {
-    if let Some(entry) = Entry::of(packet.cgroup_id()) {
-        return Some(entry);
-    }
-    let mut level = DEEPEST_CGROUP;
-    while level > 0 {
-        let id = packet.ancestor_cgroup_id(level);
-        if id != 0
-            && let Some(entry) = Entry::of(id)
-        {
-            return Some(entry);
-        }
-        level -= 1;
-    }
-    None
+    nearest(packet.cgroup_id(), |level| packet.ancestor_cgroup_id(level))
 }
 
 /// Whether a tunnel serves the pod of exactly this cgroup.
