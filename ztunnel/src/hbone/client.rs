@@ -19,7 +19,7 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-use super::{HANDSHAKE_TIMEOUT, client_settings, keepalive::ActivityIo, read_ahead::ReadAhead};
+use super::{HANDSHAKE_TIMEOUT, client_settings, keepalive, read_ahead::ReadAhead};
 use crate::{
     config::H2Config,
     identity::{CertificateChain, Identity, IdentityError, NoIdentity, first_expiry, peer_identity},
@@ -225,7 +225,7 @@ pub(super) async fn http<T>(
 where
     T: AsyncRead + AsyncWrite + Unpin + 'static,
 {
-    let (io, activity) = ActivityIo::new(io);
+    let (io, activity) = keepalive::observed(io);
     let memory = TunnelMemory::new(budget, h2.stream_window);
     let handshake = client_settings(h2, memory.initial_window()).handshake(io).await;
     let (requests, mut connection) = handshake.map_err(|source| ConnectError::Http { peer, source })?;

@@ -4,21 +4,14 @@
 //! is in flight. A busy tunnel sends no pings, and neither does one without streams: that it is dead
 //! is found when it is used again.
 
-use std::{
-    cell::Cell,
-    future::poll_fn,
-    io,
-    pin::Pin,
-    rc::Rc,
-    task::{Context, Poll, ready},
-    time::Duration,
-};
+use std::{cell::Cell, future::poll_fn, rc::Rc, time::Duration};
 
 use h2::{Ping, PingPong};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::AsyncRead,
     time::{Instant, sleep_until, timeout},
 };
+use tokio_util::io::InspectReader;
 
 use crate::memory::TunnelMemory;
 
@@ -31,18 +24,16 @@ const PATIENCE: Duration = Duration::from_secs(4);
 #[derive(Clone, Debug)]
 pub(super) struct LastActivity(Rc<Cell<Instant>>);
 
-/// Records the time of each read.
-#[derive(Debug)]
-pub(super) struct ActivityIo<T> {
-    io: T,
-    activity: LastActivity,
-}
-
-impl<T> ActivityIo<T> {
-    pub(super) fn new(io: T) -> (Self, LastActivity) {
-        let activity = LastActivity(Rc::new(Cell::new(Instant::now())));
-        (Self { io, activity: activity.clone() }, activity)
-    }
+/// `io`, and the time of the last read from it.
+pub(super) fn observed<T: AsyncRead>(io: T) -> (InspectReader<T, impl FnMut(&[u8])>, LastActivity) {
+    let last = LastActivity(Rc::new(Cell::new(Instant::now())));
+    let activity = last.clone();
+    let io = InspectReader::new(io, move |data: &[u8]| {
+        if !data.is_empty() {
+            activity.0.set(Instant::now());
+        }
+    });
+    (io, last)
 }
 
 impl LastActivity {
@@ -77,47 +68,6 @@ impl LastActivity {
     }
 }
 
-impl<T: AsyncRead + Unpin> AsyncRead for ActivityIo<T> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        ready!(Pin::new(&mut self.io).poll_read(cx, buffer))?;
-        if buffer.filled().len() > before {
-            self.activity.0.set(Instant::now());
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl<T: AsyncWrite + Unpin> AsyncWrite for ActivityIo<T> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, data)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        data: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, data)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use tokio::{io::duplex, task::LocalSet};
@@ -130,7 +80,7 @@ mod tests {
     async fn life(unused: Duration, far: impl AsyncFnOnce(tokio::io::DuplexStream)) -> Option<Duration> {
         let (near, other) = duplex(1 << 16);
         let living = async {
-            let (io, activity) = ActivityIo::new(near);
+            let (io, activity) = observed(near);
             let (_requests, mut connection) = h2::client::handshake(io).await.expect("handshake");
             let pings = connection.ping_pong();
             let begun = Instant::now();

@@ -19,9 +19,7 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    HANDSHAKE_TIMEOUT, client::TLS_WRITE, keepalive::ActivityIo, read_ahead::ReadAhead, server_settings,
-};
+use super::{HANDSHAKE_TIMEOUT, client::TLS_WRITE, keepalive, read_ahead::ReadAhead, server_settings};
 use crate::{
     config::H2Config,
     memory::{MemoryBudget, StreamMemory, TunnelChange, TunnelMemory},
@@ -107,7 +105,7 @@ where
     T: AsyncRead + AsyncWrite + Unpin,
     F: Future<Output = ()> + 'static,
 {
-    let (io, activity) = ActivityIo::new(io);
+    let (io, activity) = keepalive::observed(io);
     let memory = TunnelMemory::new(budget, h2.stream_window);
     let settings = server_settings(h2, memory.initial_window());
     let handshake = timeout(HANDSHAKE_TIMEOUT, settings.handshake::<_, Bytes>(io)).await;
