@@ -184,10 +184,7 @@ fn a_pod_with_a_huge_netns_holds_up_nobody() {
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_pod_with_many_cgroups_leaves_room_for_the_others() {
     const CGROUPS: usize = 17_000;
-    let mut node = WatcherNode::new();
-    let a = node.pod("a");
-    node.write_pods(&[true], "");
-    node.start(&["--rescan", "1"]);
+    let (mut node, a) = WatcherNode::with_pod(true, &["--rescan", "1"]);
     let _told = node.tunnel().take_all();
     wait_open(&node, &[a]);
     for number in 0..CGROUPS {

@@ -76,10 +76,7 @@ while True:
 
 /// A node with one pod, which a tunnel carries.
 fn served_node() -> (WatcherNode, FakeTunnel, Process, Dialler) {
-    let mut node = WatcherNode::new();
-    let pod = node.pod("a");
-    node.write_pods(&[true], "");
-    node.start(&[]);
+    let (node, pod) = WatcherNode::with_pod(true, &[]);
     let tunnel = node.tunnel();
     tunnel.take_snapshot();
     let listeners = listeners(&node, pod);
@@ -190,10 +187,7 @@ fn a_pod_that_begins_while_no_watcher_runs_is_closed() {
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_successor_whose_metrics_address_is_taken_takes_over_all_the_same() {
-    let mut node = WatcherNode::new();
-    node.pod("a");
-    node.write_pods(&[true], "");
-    node.start(&[]);
+    let (mut node, _) = WatcherNode::with_pod(true, &[]);
     let somebody = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = somebody.local_addr().unwrap().to_string();
     let next = node.spawn(&[], &["--metrics-address", &address]);

@@ -21,10 +21,7 @@ use testbed::{
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_refused_pod_stays_closed_and_is_offered_again() {
-    let mut node = WatcherNode::new();
-    let pod = node.pod("a");
-    node.write_pods(&[true], "");
-    node.start(&[]);
+    let (node, pod) = WatcherNode::with_pod(true, &[]);
     node.wait_state(pod, "closed", "no_tunnel");
     let inode = node.pods[pod].netns.inode();
 
@@ -147,10 +144,7 @@ fn nothing_waits_for_the_connections_of_a_deleted_pod() {
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_command_that_nobody_listens_to_ends_without_a_word() {
-    let mut node = WatcherNode::new();
-    node.pod("a");
-    node.write_pods(&[false], "");
-    node.start(&[]);
+    let (node, _) = WatcherNode::with_pod(false, &[]);
     let mut command = node.prepared(&["status"]);
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
@@ -161,10 +155,7 @@ fn a_command_that_nobody_listens_to_ends_without_a_word() {
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_pod_is_open_as_long_as_one_tunnel_serves_it() {
-    let mut node = WatcherNode::new();
-    let pod = node.pod("a");
-    node.write_pods(&[true], "");
-    node.start(&[]);
+    let (node, pod) = WatcherNode::with_pod(true, &[]);
     let first = node.tunnel();
     first.take_snapshot();
     node.wait_state(pod, "open", "");
@@ -186,10 +177,7 @@ fn a_pod_is_open_as_long_as_one_tunnel_serves_it() {
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_pod_that_was_served_is_closed_until_the_next_tunnel_serves_it() {
-    let mut node = WatcherNode::new();
-    let pod = node.pod("a");
-    node.write_pods(&[false], "");
-    node.start(&[]);
+    let (node, pod) = WatcherNode::with_pod(false, &[]);
     let first = node.tunnel();
     assert!(first.take_snapshot().is_empty());
     node.write_pods(&[true], "");
@@ -212,10 +200,7 @@ fn a_pod_that_was_served_is_closed_until_the_next_tunnel_serves_it() {
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_tunnels_programs_stay_until_its_cgroup_is_gone() {
-    let mut node = WatcherNode::new();
-    let pod = node.pod("a");
-    node.write_pods(&[true], "");
-    node.start(&[]);
+    let (node, pod) = WatcherNode::with_pod(true, &[]);
     let dir = node.cgroup.create("passing-tunnel");
     let id = fs::metadata(&dir).unwrap().ino();
     let of_tunnel = |node: &WatcherNode| {
@@ -244,10 +229,7 @@ fn a_tunnels_programs_stay_until_its_cgroup_is_gone() {
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_tunnel_in_somebody_elses_cgroup_is_rejected() {
-    let mut node = WatcherNode::new();
-    node.pod("a");
-    node.write_pods(&[true], "");
-    node.start(&[]);
+    let (node, _) = WatcherNode::with_pod(true, &[]);
     let places = [
         ("contains the pods", node.cgroup.path().to_owned()),
         ("contains the watcher", node.cgroup.join("watcher")),
@@ -268,10 +250,7 @@ fn a_tunnel_in_somebody_elses_cgroup_is_rejected() {
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_second_watcher_stands_by_and_takes_over() {
-    let mut node = WatcherNode::new();
-    let pod = node.pod("a");
-    node.write_pods(&[true], "");
-    node.start(&[]);
+    let (mut node, pod) = WatcherNode::with_pod(true, &[]);
     let tunnel = node.tunnel();
     tunnel.take_snapshot();
     node.wait_state(pod, "open", "");
@@ -349,10 +328,7 @@ fn a_killed_watcher_leaves_traffic_alone_and_its_successor_goes_on() {
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn exclusions_are_obeyed_live_and_explained() {
-    let mut node = WatcherNode::new();
-    let pod = node.pod("a");
-    node.write_pods(&[true], "");
-    node.start(&[]);
+    let (node, pod) = WatcherNode::with_pod(true, &[]);
     let tunnel = node.tunnel();
     tunnel.take_snapshot();
     node.wait_state(pod, "open", "");

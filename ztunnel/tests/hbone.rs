@@ -17,6 +17,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
+use h2::client::SendRequest;
 use http::{Method, Request, StatusCode};
 use testbed::{
     command::run,
@@ -63,22 +65,8 @@ impl Probe {
         method: Method,
         authority: &str,
     ) -> Result<StatusCode, String> {
-        let local = tokio::task::LocalSet::new();
-        let peer = server.at(15008);
-        let expected = identity(&server.name);
-        let asking = async {
-            let who: Identity = who.parse().expect("identity");
-            let _lease =
-                self.certificates.lease(Arc::clone(&who.namespace), Arc::clone(&who.service_account));
-            let credentials = self.certificates.get(&who).await.expect("certificate");
-            let socket = dial(pod, peer);
-            let tunnel =
-                client::handshake(socket, peer, credentials.client(&[expected]), &self.h2, &self.budget)
-                    .await;
-            let tunnel = tunnel.map_err(|error| error.to_string())?;
-            #[expect(clippy::disallowed_methods, reason = "the test owns it")]
-            let driver = tokio::task::spawn_local(tunnel.driver);
-            let mut requests = tunnel.requests.ready().await.map_err(|error| error.to_string())?;
+        let asked = self.over_tunnel(pod, who, server, async |requests| {
+            let mut requests = requests.ready().await.map_err(|error| error.to_string())?;
             let request = Request::builder().method(method).uri(authority).body(()).expect("request");
             let (response, _send) =
                 requests.send_request(request, false).map_err(|error| error.to_string())?;
@@ -98,10 +86,38 @@ impl Probe {
                 assert_eq!(response.body().is_end_stream(), refused, "{response:?}");
                 assert!(response.headers().is_empty(), "{response:?}");
             }
-            driver.abort();
             Ok(response.status())
+        });
+        asked?
+    }
+
+    /// Runs `talk` over a tunnel from `pod` as `who`, or says why there is none.
+    fn over_tunnel<T>(
+        &self,
+        pod: &MeshPod,
+        who: &str,
+        server: &MeshPod,
+        talk: impl AsyncFnOnce(SendRequest<Bytes>) -> T,
+    ) -> Result<T, String> {
+        let local = tokio::task::LocalSet::new();
+        let (peer, expected) = (server.at(15008), identity(&server.name));
+        let talking = async {
+            let who: Identity = who.parse().expect("identity");
+            let _lease =
+                self.certificates.lease(Arc::clone(&who.namespace), Arc::clone(&who.service_account));
+            let credentials = self.certificates.get(&who).await.expect("certificate");
+            let socket = dial(pod, peer);
+            let tunnel =
+                client::handshake(socket, peer, credentials.client(&[expected]), &self.h2, &self.budget)
+                    .await;
+            let tunnel = tunnel.map_err(|error| error.to_string())?;
+            #[expect(clippy::disallowed_methods, reason = "the test owns it")]
+            let driver = tokio::task::spawn_local(tunnel.driver);
+            let done = talk(tunnel.requests).await;
+            driver.abort();
+            Ok(done)
         };
-        let limited = async { tokio::time::timeout(LIMIT, asking).await.expect("an answer in time") };
+        let limited = async { tokio::time::timeout(LIMIT, talking).await.expect("done in time") };
         self.runtime.block_on(local.run_until(limited))
     }
 

@@ -75,6 +75,16 @@ impl WatcherNode {
         node
     }
 
+    /// A node with the pod "a", labelled if `enrolled`, whose watcher answers; and the pod's index.
+    /// `more`: arguments of `watcher run`.
+    pub fn with_pod(enrolled: bool, more: &[&str]) -> (Self, usize) {
+        let mut node = Self::new();
+        let pod = node.pod("a");
+        node.write_pods(&[enrolled], "");
+        node.start(more);
+        (node, pod)
+    }
+
     /// The bpffs that its watcher pins to.
     pub fn bpffs(&self) -> PathBuf {
         self.bpffs.path().to_owned()

@@ -35,12 +35,12 @@ fn failures(node: &TunnelNode, reason: &str) -> u64 {
 
 /// A stream to a server that sends everything back twice.
 struct EchoStream {
-    send: SendStream<bytes::Bytes>,
+    send: SendStream<Bytes>,
     recv: RecvStream,
 }
 
 impl EchoStream {
-    async fn open(requests: &SendRequest<bytes::Bytes>, to: SocketAddr) -> Self {
+    async fn open(requests: &SendRequest<Bytes>, to: SocketAddr) -> Self {
         let mut requests = requests.clone().ready().await.expect("a place");
         let (response, send) = requests.send_request(connect_to(to), false).expect("sent");
         let response = response.await.expect("an answer");
@@ -52,7 +52,7 @@ impl EchoStream {
     }
 
     async fn exchange(&mut self) {
-        self.send.send_data(bytes::Bytes::from_static(b"ab"), false).expect("sent");
+        self.send.send_data(Bytes::from_static(b"ab"), false).expect("sent");
         assert_eq!(self.receive_until(|data| data.len() == 4).await, b"abab");
     }
 
@@ -71,38 +71,6 @@ fn connect_to(to: SocketAddr) -> Request<()> {
     Request::builder().method(Method::CONNECT).uri(to.to_string()).body(()).expect("request")
 }
 
-impl Probe {
-    /// Runs `talk` over a tunnel from `pod` as `who`.
-    fn over_tunnel<T>(
-        &self,
-        pod: &MeshPod,
-        who: &str,
-        server: &MeshPod,
-        talk: impl AsyncFnOnce(SendRequest<bytes::Bytes>) -> T,
-    ) -> T {
-        let local = tokio::task::LocalSet::new();
-        let (peer, expected) = (server.at(15008), identity(&server.name));
-        let talking = async {
-            let who: Identity = who.parse().expect("identity");
-            let _lease =
-                self.certificates.lease(Arc::clone(&who.namespace), Arc::clone(&who.service_account));
-            let credentials = self.certificates.get(&who).await.expect("certificate");
-            let socket = dial(pod, peer);
-            let tunnel =
-                client::handshake(socket, peer, credentials.client(&[expected]), &self.h2, &self.budget)
-                    .await;
-            let tunnel = tunnel.expect("a tunnel");
-            #[expect(clippy::disallowed_methods, reason = "the test owns it")]
-            let driver = tokio::task::spawn_local(tunnel.driver);
-            let done = talk(tunnel.requests).await;
-            driver.abort();
-            done
-        };
-        let limited = async { tokio::time::timeout(LIMIT, talking).await.expect("done in time") };
-        self.runtime.block_on(local.run_until(limited))
-    }
-}
-
 #[test]
 #[ignore = "needs root: make test"]
 fn a_stream_that_is_reset_stops_its_work_and_the_others_go_on() {
@@ -110,22 +78,25 @@ fn a_stream_that_is_reset_stops_its_work_and_the_others_go_on() {
     let (mesh, client, server, _node) = served("");
     loses(&server, 8081);
     let probe = Probe::new(&mesh);
-    let most = probe.over_tunnel(&client, CLIENT, &server, async |requests| {
-        let mut honest = EchoStream::open(&requests, server.at(8080)).await;
-        let mut most = 0;
-        for n in 1..=FLOOD {
-            let mut place = requests.clone().ready().await.expect("a place");
-            let (_response, mut send) = place.send_request(connect_to(server.at(8081)), false).expect("sent");
-            // What comes back was sent after the request: the tunnel has accepted that by now.
-            honest.exchange().await;
-            send.send_reset(Reason::CANCEL);
-            if n % 100 == 0 {
-                most = most.max(dials(&server, 8081));
+    let most = probe
+        .over_tunnel(&client, CLIENT, &server, async |requests| {
+            let mut honest = EchoStream::open(&requests, server.at(8080)).await;
+            let mut most = 0;
+            for n in 1..=FLOOD {
+                let mut place = requests.clone().ready().await.expect("a place");
+                let (_response, mut send) =
+                    place.send_request(connect_to(server.at(8081)), false).expect("sent");
+                // What comes back was sent after the request: the tunnel has accepted that by now.
+                honest.exchange().await;
+                send.send_reset(Reason::CANCEL);
+                if n % 100 == 0 {
+                    most = most.max(dials(&server, 8081));
+                }
             }
-        }
-        honest.exchange().await;
-        most
-    });
+            honest.exchange().await;
+            most
+        })
+        .expect("a tunnel");
     assert!(most < 20, "{most} dials under way after {FLOOD} streams that were reset");
 }
 
@@ -134,17 +105,19 @@ fn a_stream_that_is_reset_stops_its_work_and_the_others_go_on() {
 fn labels_by_a_strangers_word_do_not_grow() {
     let (mesh, client, server, node) = served("");
     let probe = Probe::new(&mesh);
-    probe.over_tunnel(&client, CLIENT, &server, async |requests| {
-        for n in 0..200 {
-            let mut request = connect_to(server.at(9));
-            let headers = request.headers_mut();
-            headers.insert("x-forwarded-network", "z".parse().expect("value"));
-            headers.insert("baggage", format!("service.name=stranger-{n}").parse().expect("value"));
-            let mut place = requests.clone().ready().await.expect("a place");
-            let (response, _send) = place.send_request(request, false).expect("sent");
-            assert_eq!(response.await.expect("an answer").status(), StatusCode::SERVICE_UNAVAILABLE);
-        }
-    });
+    probe
+        .over_tunnel(&client, CLIENT, &server, async |requests| {
+            for n in 0..200 {
+                let mut request = connect_to(server.at(9));
+                let headers = request.headers_mut();
+                headers.insert("x-forwarded-network", "z".parse().expect("value"));
+                headers.insert("baggage", format!("service.name=stranger-{n}").parse().expect("value"));
+                let mut place = requests.clone().ready().await.expect("a place");
+                let (response, _send) = place.send_request(request, false).expect("sent");
+                assert_eq!(response.await.expect("an answer").status(), StatusCode::SERVICE_UNAVAILABLE);
+            }
+        })
+        .expect("a tunnel");
     let sets = samples(&node, "istio_tcp_connections_failed_total", &["reporter=\"destination\""]);
     assert_eq!(sets, 1, "label sets of one client");
     assert_eq!(samples(&node, "istio", &["stranger"]), 0);
