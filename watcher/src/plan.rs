@@ -139,11 +139,8 @@ pub(crate) fn cgroup_info(flags: u32, exclusion_id: u32, addresses: &[IpAddr]) -
     };
     let (v4, v6) = (first(true), first(false));
     CgroupInfo {
-        cgroup_id: 0,
         v4,
         v6,
-        redirect_v4: v4,
-        redirect_v6: v6,
         netns_cookie: 0,
         flags,
         detected: 0,

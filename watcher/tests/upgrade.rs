@@ -3,6 +3,8 @@
 
 use std::{fs, net::TcpListener, process::Command, time::Duration};
 
+use adit_ebpf_common::maps::{ALL, CGROUP_INFO, Keeps, MapSpec, POD_BY_ADDR, POD_BY_NETNS, SETTINGS};
+use adit_ebpf_loader::pin_name;
 use testbed::{
     fakes::FakeTunnel,
     process::{Placement, Process},
@@ -101,25 +103,16 @@ fn of_other_versions(node: &WatcherNode) -> Vec<String> {
 #[ignore = "loads eBPF, needs root: make test"]
 fn an_upgrade_with_other_maps_opens_nothing_and_refuses_nobody() {
     let (mut node, mut tunnel, _listeners, dialler) = served_node();
-    let all = [
-        "app_listener_state",
-        "app_listeners",
-        "cgroup_info_map",
-        "exclusion_cidrs",
-        "exclusion_ports",
-        "expected_pods",
-        "pod_by_addr",
-        "pod_by_netns",
-        "settings",
-    ];
-    let cases: [&[&str]; 5] =
-        [&["cgroup_info_map"], &["settings"], &["pod_by_addr"], &["pod_by_netns"], &all];
-    for maps in cases {
+    let all: Vec<MapSpec> = ALL.iter().copied().filter(|map| map.keeps == Keeps::Entries).collect();
+    let cases = [&[CGROUP_INFO], &[SETTINGS], &[POD_BY_ADDR], &[POD_BY_NETNS], &all[..]];
+    for changed in cases {
+        let maps: Vec<_> = changed.iter().map(|map| map.name).collect();
         node.kill_watcher();
         drop(tunnel);
         let folder = node.bpffs().join(format!("adit/{}/maps", node.name));
-        for map in maps {
-            let _ = fs::rename(folder.join(map), folder.join(format!("{map}{OTHER}")));
+        for map in changed {
+            fs::rename(folder.join(pin_name(map)), folder.join(format!("{}{OTHER}", map.name)))
+                .expect("its pin");
         }
         fs::write(node.dir.path().join("pods.yaml"), "pods: [\n").unwrap();
         // Twice: one that is killed before its maps are filled leaves them empty.

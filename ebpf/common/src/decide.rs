@@ -45,12 +45,10 @@ pub trait Facts {
 
 /// What the outbound list needs to know besides.
 pub trait ConnectFacts: Facts {
-    /// What is known of the caller's cgroup.
-    fn caller(&self) -> Option<&CgroupInfo>;
+    /// The pod's entry, which [`entry`] picks.
+    fn entry(&self) -> Option<&CgroupInfo>;
     /// The cookie of the netns that the socket was created in.
     fn netns_cookie(&self) -> u64;
-    /// The entry of the pod that is known to have that netns.
-    fn netns_pod(&self) -> Option<&CgroupInfo>;
     /// The flags of that netns, as far as it is known as a pod's; 0: it is not.
     fn netns_flags(&self) -> u32;
     /// The netns cookie of the enrolled pod that has `address`.
@@ -127,9 +125,37 @@ impl Outbound {
     }
 }
 
-/// Decides about an outbound connection. *The pod's entry* is that of the caller's cgroup. If that
-/// has none, or the socket is in another netns than the cgroup's pod, it is the entry of the pod
-/// that has the socket's netns: so what runs in a pod's netns outside its cgroup is captured too.
+/// *The pod's entry* is that of the caller's cgroup. If that has none, or the socket is in another
+/// netns than the cgroup's pod, it is the entry of the pod that has the socket's netns: so what runs
+/// in a pod's netns outside its cgroup is captured too.
+#[inline(always)]
+#[must_use]
+pub const fn entry<'a>(
+    caller: Option<&'a CgroupInfo>,
+    netns_pod: Option<&'a CgroupInfo>,
+    netns_cookie: u64,
+) -> Option<&'a CgroupInfo> {
+    match (caller, netns_pod) {
+        (Some(info), _) if is_the_one(info, netns_cookie) => Some(info),
+        (_, Some(pod)) => Some(pod),
+        (caller, None) => caller,
+    }
+}
+
+/// Whether the entry of the caller's cgroup decides, whatever is known of the socket's netns.
+#[inline(always)]
+#[must_use]
+pub const fn is_the_one(caller: &CgroupInfo, netns_cookie: u64) -> bool {
+    caller.flags & flag::TUNNEL != 0 || is_here(caller, netns_cookie)
+}
+
+/// Whether the socket is in the netns of the entry's pod, as far as that is known.
+#[inline(always)]
+const fn is_here(info: &CgroupInfo, netns_cookie: u64) -> bool {
+    info.netns_cookie == 0 || info.netns_cookie == netns_cookie
+}
+
+/// Decides about an outbound connection, by the pod's [`entry`]:
 ///
 /// 1. a DNS query that [`dns_redirect`] captures: redirect to the tunnel's DNS port
 /// 2. not TCP: leave
@@ -167,7 +193,7 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     if local && !is_reserved(settings, to.port) {
         return Outbound::Leave(Rule::Loopback);
     }
-    let Some(info) = entry(facts) else {
+    let Some(info) = facts.entry() else {
         return if local { Outbound::Leave(Rule::Loopback) } else { without_entry(facts.netns_flags()) };
     };
     if info.flags & flag::TUNNEL != 0 {
@@ -176,7 +202,7 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     if info.flags & flag::IN_MESH == 0 || (info.flags | info.detected) & flag::SIDECAR != 0 {
         return Outbound::Leave(Rule::NotEnrolled);
     }
-    if !is_here(facts, info) {
+    if !is_here(info, facts.netns_cookie()) {
         return Outbound::Leave(Rule::OtherNetns);
     }
     let ready = is_ready(settings, info.flags);
@@ -199,7 +225,7 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     if is_link_local(&to.address) {
         return Outbound::Leave(Rule::LinkLocal);
     }
-    let tunnel = if is_v4(&to.address) { info.redirect_v4 } else { info.redirect_v6 };
+    let tunnel = if is_v4(&to.address) { info.v4 } else { info.v6 };
     if same(&tunnel, &UNSPECIFIED) {
         return Outbound::Refuse(Rule::NoAddress);
     }
@@ -218,21 +244,6 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
         return Outbound::Refuse(Rule::NotRecorded);
     }
     Outbound::Redirect(Rule::Redirect, redirect)
-}
-
-/// The entry of the pod that connects, or of the tunnel.
-#[inline(always)]
-fn entry(facts: &impl ConnectFacts) -> Option<&CgroupInfo> {
-    match facts.caller() {
-        Some(info) if info.flags & flag::TUNNEL != 0 || is_here(facts, info) => Some(info),
-        caller => facts.netns_pod().or(caller),
-    }
-}
-
-/// Whether the socket is in the netns of the entry's pod, as far as that is known.
-#[inline(always)]
-fn is_here(facts: &impl ConnectFacts, info: &CgroupInfo) -> bool {
-    info.netns_cookie == 0 || info.netns_cookie == facts.netns_cookie()
 }
 
 /// For a caller of whom nothing is known, by the flags of the socket's netns.
@@ -284,7 +295,10 @@ pub fn dns_redirect(facts: &impl ConnectFacts, resolver: &Destination) -> Destin
     const WANTED: u32 = flag::IN_MESH | flag::DNS_CAPTURE | flag::READY;
     const FOREIGN: u32 = flag::TUNNEL | flag::SIDECAR;
     let settings = facts.settings();
-    let Some(info) = entry(facts).filter(|info| is_here(facts, info)) else { return Destination::NOWHERE };
+    let Some(info) = facts.entry() else { return Destination::NOWHERE };
+    if !is_here(info, facts.netns_cookie()) {
+        return Destination::NOWHERE;
+    }
     if info.flags & WANTED != WANTED || (info.flags | info.detected) & FOREIGN != 0 || settings.tunnel_up == 0
     {
         return Destination::NOWHERE;

@@ -1,6 +1,10 @@
 //! Which cgroup is which pod, and what happens to its traffic.
 
-use crate::{address::Address, plain_data};
+use crate::{
+    address::{Address, UNSPECIFIED},
+    plain_data,
+    sealed::{Sum, halves, word},
+};
 
 /// Flags of [`CgroupInfo`], [`NetnsInfo`] and [`PodRecord`].
 pub mod flag {
@@ -21,24 +25,22 @@ pub mod flag {
     /// Connections are redirected to [`crate::redirect_ports`], not all to one port: the programs
     /// of the pod's netns and of the tunnels know these.
     pub const SPREAD: u32 = 1 << 9;
+    /// In no entry: user space shows one with a broken seal so, which is then as nobody wants it.
+    pub const BROKEN: u32 = 1 << 31;
 }
 
-/// What the programs know of a cgroup. Value of `cgroup_info_map`, keyed by cgroup id (`u64`).
+/// What the programs know of a cgroup. Value of `cgroup_info_map`, sealed, keyed by cgroup id
+/// (`u64`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct CgroupInfo {
-    /// The key once more: see [`NetnsInfo::netns_cookie`]. The loader fills it in. First, since the
-    /// kernel writes values from their beginning on.
-    pub cgroup_id: u64,
-    /// The pod's first IPv4 address in mapped form, or all zero.
+    /// The pod's first IPv4 address in mapped form, where its IPv4 connects are redirected to; all
+    /// zero: it has none.
     pub v4: Address,
-    /// The pod's first IPv6 address, or all zero.
+    /// The pod's first IPv6 address, where its IPv6 connects are redirected to; all zero: it has
+    /// none.
     pub v6: Address,
-    /// Where an IPv4 connect is redirected to (mapped): the pod's own address.
-    pub redirect_v4: Address,
-    /// Where an IPv6 connect is redirected to: the pod's own address.
-    pub redirect_v6: Address,
     /// The pod's netns; 0: not known, so no [`ListenerKey`](crate::listeners::ListenerKey) fits.
     pub netns_cookie: u64,
     /// What the pod's configuration says: bits of [`flag`].
@@ -53,17 +55,39 @@ pub struct CgroupInfo {
     pub pad: u16,
 }
 
-/// The pod whose netns it is. Value of `pod_by_netns`, keyed by netns cookie (`u64`). It decides
+impl CgroupInfo {
+    /// Of a pod that no tunnel serves, and that fails closed: what an entry is taken for that cannot
+    /// be read whole.
+    pub const CLOSED: Self = Self {
+        v4: UNSPECIFIED,
+        v6: UNSPECIFIED,
+        netns_cookie: 0,
+        flags: flag::IN_MESH,
+        detected: 0,
+        exclusion_id: 0,
+        redirect_port: 0,
+        pad: 0,
+    };
+}
+
+impl Sum for CgroupInfo {
+    #[inline(always)]
+    fn sum(&self, sum: u64) -> u64 {
+        let sum = word(self.v6.sum(self.v4.sum(sum)), self.netns_cookie);
+        let ports = self.redirect_port as u32 | (self.pad as u32) << 16;
+        halves(halves(sum, self.flags, self.detected), self.exclusion_id, ports)
+    }
+}
+
+/// The pod whose netns it is. Value of `pod_by_netns`, sealed, keyed by netns cookie (`u64`).
+/// It decides
 /// about whatever arrives there, at any address: the copy of the program that is attached to a
 /// netns knows the cookie of that netns, see [`NETNS_COOKIE_PLACEHOLDER`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct NetnsInfo {
-    /// The key once more. The memory of a replaced entry becomes another one's, maybe while a program
-    /// reads it: if the key is still there when all has been read, all of it was this entry's.
-    pub netns_cookie: u64,
-    /// The pod's own cgroup.
+    /// The pod's own cgroup; 0: it is not known.
     pub cgroup_id: u64,
     /// Bits of [`flag`].
     pub flags: u32,
@@ -71,12 +95,25 @@ pub struct NetnsInfo {
     pub exclusion_id: u32,
 }
 
+impl NetnsInfo {
+    /// As [`CgroupInfo::CLOSED`].
+    pub const CLOSED: Self = Self { cgroup_id: 0, flags: flag::IN_MESH, exclusion_id: 0 };
+}
+
+impl Sum for NetnsInfo {
+    #[inline(always)]
+    fn sum(&self, sum: u64) -> u64 {
+        halves(word(sum, self.cgroup_id), self.flags, self.exclusion_id)
+    }
+}
+
 /// Stands in the compiled sk_lookup program where the cookie of its netns belongs: no kernel tells
 /// programs of this type where they run. The loader puts the cookie in before it loads the copy for
 /// a netns. The kernel counts cookies up from 1 and reaches this number never.
 pub const NETNS_COOKIE_PLACEHOLDER: u64 = 0x6164_6974_2d6e_6574;
 
-/// The enrolled pod that has an address. Value of `pod_by_addr`, keyed by [`Address`]. It says what
+/// The enrolled pod that has an address. Value of `pod_by_addr`, sealed, keyed by [`Address`]. It says
+/// what
 /// is a pod's own address; [`NetnsInfo`] decides about arrivals.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +125,13 @@ pub struct PodRecord {
     pub flags: u32,
     /// As in [`CgroupInfo`].
     pub exclusion_id: u32,
+}
+
+impl Sum for PodRecord {
+    #[inline(always)]
+    fn sum(&self, sum: u64) -> u64 {
+        halves(word(sum, self.netns_cookie), self.flags, self.exclusion_id)
+    }
 }
 
 plain_data!(CgroupInfo, NetnsInfo, PodRecord);

@@ -3,6 +3,7 @@
 use crate::{
     address::{Address, UNSPECIFIED, to_words},
     plain_data,
+    sealed::{Sum, halves, word},
 };
 
 /// An address and a port, such as where an application wanted to go.
@@ -39,7 +40,26 @@ impl Destination {
     }
 }
 
-/// A connection as its opener sees it. Key of `original_dst` (value [`Destination`]) and of
+/// Where the opener of a flow wanted to go. Value of `original_dst`, sealed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
+pub struct Original {
+    /// There.
+    pub destination: Destination,
+    /// Always zero.
+    pub pad: u32,
+}
+
+impl Sum for Original {
+    #[inline(always)]
+    fn sum(&self, sum: u64) -> u64 {
+        let to = &self.destination;
+        halves(to.address.sum(sum), to.port as u32 | (to.pad as u32) << 16, self.pad)
+    }
+}
+
+/// A connection as its opener sees it. Key of `original_dst` (value [`Original`]) and of
 /// `tunnel_flows` (value [`TunnelFlow`]).
 ///
 /// In `original_dst` the remote end is the pod's own address (the target of the redirect), which no
@@ -72,7 +92,15 @@ impl Flow {
     }
 }
 
-/// A connection that the tunnel opened. Value of `tunnel_flows`.
+impl Sum for Flow {
+    #[inline(always)]
+    fn sum(&self, sum: u64) -> u64 {
+        let ports = self.local_port as u32 | (self.remote_port as u32) << 16;
+        word(self.remote.sum(self.local.sum(sum)), ports as u64)
+    }
+}
+
+/// A connection that the tunnel opened. Value of `tunnel_flows`, sealed.
 ///
 /// It passes `sk_lookup` only in the netns that it came from: when the tunnel dials one pod of the
 /// node on behalf of another, the inbound policy of the dialled pod must still see it.
@@ -89,6 +117,13 @@ pub struct TunnelFlow {
     pub netns_cookie: u64,
     /// Until when it passes: nanoseconds of `CLOCK_MONOTONIC`.
     pub valid_until: u64,
+}
+
+impl Sum for TunnelFlow {
+    #[inline(always)]
+    fn sum(&self, sum: u64) -> u64 {
+        word(word(sum, self.netns_cookie), self.valid_until)
+    }
 }
 
 /// How long a SYN and its repetitions pass, in nanoseconds. The tunnel gives up after 10 s.
@@ -152,7 +187,7 @@ pub const fn check(original: &Destination, redirect: &Destination) -> u32 {
     hash | 1
 }
 
-plain_data!(Destination, Flow, SocketState, TunnelFlow);
+plain_data!(Destination, Flow, Original, SocketState, TunnelFlow);
 
 #[cfg(test)]
 mod tests {

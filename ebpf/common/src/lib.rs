@@ -11,6 +11,7 @@
 //! * [`listeners`]: who listens where
 //! * [`redirect_ports`]: to which port a connection is redirected
 //! * [`flows`]: original destinations, and flows that pass untouched
+//! * [`sealed`]: values that show whether they are whole
 //! * [`address`]: one 16-byte form for both address families
 //!
 //! Keys and values hold integers and byte arrays only. Kernel and user space compile them apart, so
@@ -34,6 +35,7 @@ pub mod lifecycle;
 pub mod listeners;
 pub mod maps;
 pub mod redirect_ports;
+pub mod sealed;
 pub mod settings;
 pub mod trace;
 

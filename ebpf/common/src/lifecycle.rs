@@ -7,22 +7,27 @@ use crate::plain_data;
 pub const PATH_BYTES: usize = 480;
 /// As for a path, of what all paths of interest begin with.
 pub const PREFIX_BYTES: usize = 192;
-/// As for a path, of a directory's own name.
+/// As for a path, of a directory's own name. A multiple of 8.
 pub const NAME_BYTES: usize = 96;
 
-/// The name of a cgroup's directory, filled up with zeros. Key of `expected_pods`, whose value is
-/// the `CgroupInfo` that a new cgroup of this name gets before `mkdir(2)` returns.
-pub type Name = [u8; NAME_BYTES];
+/// The name of a cgroup's directory, as its bytes stand in memory, filled up with zeros. Key of
+/// `expected_pods`, whose value is the `CgroupInfo` that a new cgroup of this name gets before
+/// `mkdir(2)` returns.
+pub type Name = [u64; NAME_BYTES / size_of::<u64>()];
 
 /// `bytes` as a [`Name`]; `None`: it is too long.
 #[must_use]
 pub fn name(bytes: &[u8]) -> Option<Name> {
-    let mut name = [0; NAME_BYTES];
     // One zero at the end belongs to it.
     if bytes.len() >= NAME_BYTES {
         return None;
     }
-    name[..bytes.len()].copy_from_slice(bytes);
+    let mut name = [0; NAME_BYTES / size_of::<u64>()];
+    for (word, bytes) in name.iter_mut().zip(bytes.chunks(size_of::<u64>())) {
+        let mut filled = [0; size_of::<u64>()];
+        filled[..bytes.len()].copy_from_slice(bytes);
+        *word = u64::from_ne_bytes(filled);
+    }
     Some(name)
 }
 

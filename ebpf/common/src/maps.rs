@@ -5,9 +5,10 @@ use crate::{
     address::Address,
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
     exclusions::{ExcludedCidr, ExcludedPorts},
-    flows::{Destination, Flow, SocketState, TunnelFlow},
+    flows::{Flow, Original, SocketState, TunnelFlow},
     lifecycle::{Name, PathEvent, ProcessEvent, Scope},
     listeners::{AppListenerState, ListenerKey},
+    sealed::Sealed,
     settings::Settings,
     trace::TraceRecord,
 };
@@ -100,17 +101,17 @@ macro_rules! maps {
 }
 
 maps! {
-    CGROUP_INFO = "cgroup_info_map", "hash", u64: "cgroup id", CgroupInfo: "CgroupInfo",
+    CGROUP_INFO = "cgroup_info_map", "hash", u64: "cgroup id", Sealed<CgroupInfo>: "Sealed<CgroupInfo>",
         written by "watcher; `cgroup_mkdir` program", read by "connect, sendmsg, exec programs; watcher",
-        keeps Entries, abi 1, formerly None,
+        keeps Entries, abi 2, formerly None,
         "Which cgroup is which pod or tunnel, and what happens to its traffic.";
-    POD_BY_ADDR = "pod_by_addr", "hash", Address: "Address", PodRecord: "PodRecord",
+    POD_BY_ADDR = "pod_by_addr", "hash", Address: "Address", Sealed<PodRecord>: "Sealed<PodRecord>",
         written by "watcher", read by "connect, sendmsg, tunnel's sock_ops programs; watcher",
-        keeps Entries, abi 1, formerly None,
+        keeps Entries, abi 2, formerly None,
         "The enrolled pod that has an address: which addresses are a pod's own.";
-    POD_BY_NETNS = "pod_by_netns", "hash", u64: "netns cookie", NetnsInfo: "NetnsInfo",
+    POD_BY_NETNS = "pod_by_netns", "hash", u64: "netns cookie", Sealed<NetnsInfo>: "Sealed<NetnsInfo>",
         written by "watcher", read by "connect, sendmsg, sk_lookup programs; watcher",
-        keeps Entries, abi 1, formerly None,
+        keeps Entries, abi 2, formerly None,
         "Which netns is which pod's, and what happens to what arrives there, at any address.";
     SETTINGS = "settings", "array of 1", u32: "0", Settings: "Settings",
         written by "watcher", read by "all programs of traffic; watcher", keeps Entries, abi 1, formerly None,
@@ -121,12 +122,12 @@ maps! {
     EXCLUSION_CIDRS = "exclusion_cidrs", "LPM trie", Lpm<ExcludedCidr>: "ExcludedCidr", u8: "1",
         written by "watcher", read by "connect, sendmsg programs; watcher", keeps Entries, abi 1, formerly None,
         "Address ranges that pods exclude from the mesh, each of one address family.";
-    ORIGINAL_DST = "original_dst", "LRU hash", Flow: "Flow", Destination: "Destination",
+    ORIGINAL_DST = "original_dst", "LRU hash", Flow: "Flow", Sealed<Original>: "Sealed<Original>",
         written by "pods' sock_ops program", read by "sk_lookup, tunnel's sock_ops programs",
-        keeps Flights, abi 1, formerly None,
+        keeps Flights, abi 2, formerly None,
         "Where the opener of a redirected connection wanted to go, until the tunnel accepts it.";
-    TUNNEL_FLOWS = "tunnel_flows", "LRU hash", Flow: "Flow", TunnelFlow: "TunnelFlow",
-        written by "tunnel's sock_ops program", read by "sk_lookup program", keeps Flights, abi 1, formerly None,
+    TUNNEL_FLOWS = "tunnel_flows", "LRU hash", Flow: "Flow", Sealed<TunnelFlow>: "Sealed<TunnelFlow>",
+        written by "tunnel's sock_ops program", read by "sk_lookup program", keeps Flights, abi 2, formerly None,
         "Connections that the tunnel opens, which pass to the application during their handshake, in the netns \
          they came from.";
     PINNED_CONNECTIONS = "pinned_connections", "hash", u64: "netns cookie", u64: "count",
@@ -178,8 +179,8 @@ maps! {
     LIFECYCLE_EXECS = "lifecycle_execs", "LRU hash", u64: "cgroup id", u64: "ns since boot",
         written by "exec program", read by "the same", keeps Nothing, abi 1, formerly None,
         "When an exec in a cgroup was last reported.";
-    EXPECTED_PODS = "expected_pods", "hash", Name: "Name", CgroupInfo: "CgroupInfo",
-        written by "watcher", read by "`cgroup_mkdir` program", keeps Entries, abi 1, formerly None,
+    EXPECTED_PODS = "expected_pods", "hash", Name: "Name", Sealed<CgroupInfo>: "Sealed<CgroupInfo>",
+        written by "watcher", read by "`cgroup_mkdir` program", keeps Entries, abi 2, formerly None,
         "The entry that a new cgroup of this name gets before `mkdir(2)` returns.";
 }
 
@@ -237,18 +238,22 @@ mod tests {
     }
 
     /// Where the keys and values are defined.
-    const SOURCES: [&str; 7] = [
+    const SOURCES: [&str; 8] = [
         include_str!("address.rs"),
         include_str!("enrolment.rs"),
         include_str!("exclusions.rs"),
         include_str!("flows.rs"),
         include_str!("lifecycle.rs"),
         include_str!("listeners.rs"),
+        include_str!("sealed.rs"),
         include_str!("settings.rs"),
     ];
 
     /// The fields of the type `name`, or what it stands for; empty: it is a number.
     fn definition(name: &str) -> String {
+        if let Some(value) = name.strip_prefix("Sealed<").and_then(|rest| rest.strip_suffix('>')) {
+            return format!("{} seal: u64,", definition(value));
+        }
         let (structure, alias) = (format!("pub struct {name} {{"), format!("pub type {name} = "));
         for source in SOURCES {
             if let Some((_, rest)) = source.split_once(&*structure) {

@@ -111,7 +111,6 @@ numbered! {
         SteerOutbound = 22, "steer to outbound";
         ListenerGone = 23, "refuse: the tunnel went away after the redirect";
         NoEntry = 24, "refuse: enrolled netns of a pod without an entry";
-        Replaced = 25, "refuse: the pod's entry was replaced meanwhile";
     }
 }
 

@@ -10,6 +10,7 @@ use adit_ebpf_common::{
     flows::{Destination, Flow},
     listeners::ListenerKey,
     maps::{APP_LISTENERS, CGROUP_INFO, POD_BY_ADDR, POD_BY_NETNS},
+    sealed::Sealed,
     settings::Settings,
     trace::Rule,
 };
@@ -33,10 +34,10 @@ impl Kernel {
         let mut facts = self.facts(cgroup_id)?;
         if let Some(cookie) = netns_cookie.or_else(|| facts.caller.map(|info| info.netns_cookie)) {
             facts.netns_cookie = cookie;
-            let netns: Option<NetnsInfo> = self.get(POD_BY_NETNS.name, &cookie)?;
+            let netns = self.get_sealed(POD_BY_NETNS.name, &cookie, NetnsInfo::CLOSED)?;
             facts.netns = netns;
             if let Some(netns) = netns {
-                facts.netns_pod = self.get(CGROUP_INFO.name, &netns.cgroup_id)?;
+                facts.netns_pod = self.cgroup(netns.cgroup_id)?;
             }
         }
         let call = Connect { is_tcp: true, is_udp: false, destination };
@@ -55,16 +56,21 @@ impl Kernel {
         source: Address,
         destination: Destination,
     ) -> Result<Rule, KernelError> {
-        let facts = MapFacts { netns: self.get(POD_BY_NETNS.name, &netns_cookie)?, ..self.facts(None)? };
+        let netns = self.get_sealed(POD_BY_NETNS.name, &netns_cookie, NetnsInfo::CLOSED)?;
+        let facts = MapFacts { netns, netns_cookie, ..self.facts(None)? };
         let flow =
             Flow { local: source, remote: destination.address, local_port: 0, remote_port: destination.port };
         let inbound = decide::inbound(&facts, &Arrival { flow, is_v4: is_v4(&destination.address) });
         facts.checked(inbound.rule())
     }
 
+    fn cgroup(&self, id: u64) -> Result<Option<CgroupInfo>, KernelError> {
+        self.get_sealed(CGROUP_INFO.name, &id, CgroupInfo::CLOSED)
+    }
+
     fn facts(&self, cgroup_id: Option<u64>) -> Result<MapFacts<'_>, KernelError> {
         let caller = match cgroup_id {
-            Some(id) => self.get(CGROUP_INFO.name, &id)?,
+            Some(id) => self.cgroup(id)?,
             None => None,
         };
         let (settings, listeners) = (self.settings()?, self.tunnel_listeners()?);
@@ -86,9 +92,10 @@ struct MapFacts<'a> {
     kernel: &'a Kernel,
     settings: Settings,
     caller: Option<CgroupInfo>,
+    /// Of the socket, or that the connection arrives in.
     netns_cookie: u64,
     netns_pod: Option<CgroupInfo>,
-    /// Of the netns of the socket, or that the connection arrives in.
+    /// What is known of that netns.
     netns: Option<NetnsInfo>,
     listeners: Vec<ListenerKey>,
     /// The first look-up that failed. A fact has no way to say so.
@@ -120,16 +127,12 @@ impl Facts for MapFacts<'_> {
 }
 
 impl ConnectFacts for MapFacts<'_> {
-    fn caller(&self) -> Option<&CgroupInfo> {
-        self.caller.as_ref()
+    fn entry(&self) -> Option<&CgroupInfo> {
+        decide::entry(self.caller.as_ref(), self.netns_pod.as_ref(), self.netns_cookie)
     }
 
     fn netns_cookie(&self) -> u64 {
         self.netns_cookie
-    }
-
-    fn netns_pod(&self) -> Option<&CgroupInfo> {
-        self.netns_pod.as_ref()
     }
 
     fn netns_flags(&self) -> u32 {
@@ -137,8 +140,9 @@ impl ConnectFacts for MapFacts<'_> {
     }
 
     fn owner(&self, address: &Address) -> Option<u64> {
-        let record = self.kernel.get::<_, PodRecord>(POD_BY_ADDR.name, address);
-        self.or_default(record.map(|record| record.map(|record| record.netns_cookie)))
+        let record = self.kernel.get::<_, Sealed<PodRecord>>(POD_BY_ADDR.name, address);
+        let opened = |sealed: Sealed<PodRecord>| sealed.open(address).map(|record| record.netns_cookie);
+        self.or_default(record.map(|record| record.and_then(opened)))
     }
 
     fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool {
@@ -164,7 +168,7 @@ impl ConnectFacts for MapFacts<'_> {
 
 impl ArrivalFacts for MapFacts<'_> {
     fn arrival_netns(&self) -> u64 {
-        self.netns.map_or(0, |netns| netns.netns_cookie)
+        self.netns_cookie
     }
 
     /// The connection comes from another netns.

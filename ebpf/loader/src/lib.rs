@@ -48,6 +48,7 @@ pub use error::KernelError;
 pub use exclusions::ExclusionList;
 pub use kernel::Kernel;
 pub use lifecycle::{Lifecycle, LifecycleEvent};
+pub use maps::pin_name;
 pub use netns_cookie::{own_netns_cookie, own_netns_cookie_by};
 pub use remove::Removed;
 pub use trace::Trace;

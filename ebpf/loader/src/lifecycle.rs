@@ -16,6 +16,7 @@ use adit_ebpf_common::{
     enrolment::CgroupInfo,
     lifecycle::{Kind, Name, PREFIX_BYTES, PathEvent, ProcessEvent, Scope},
     maps,
+    sealed::Sealed,
 };
 use aya::{
     Ebpf,
@@ -25,7 +26,12 @@ use aya::{
 use tracing::warn;
 use zerocopy::FromBytes as _;
 
-use crate::{Kernel, KernelError, btf::CgroupOffsets, links};
+use crate::{
+    Kernel, KernelError,
+    btf::CgroupOffsets,
+    links,
+    maps::{broken_cgroup, opened},
+};
 
 /// The programs, and the tracepoints that they are attached to.
 const PROGRAMS: [(&str, &str); 5] = [
@@ -142,7 +148,7 @@ impl Kernel {
     /// # Errors
     /// The map cannot be written, or is full.
     pub fn expect_pod(&mut self, name: &Name, info: &CgroupInfo) -> Result<(), KernelError> {
-        self.insert(EXPECTED, *name, info)
+        self.insert(EXPECTED, *name, &Sealed::new(name, *info))
     }
 
     /// Expects no cgroup of this name any more. Fine if there is no entry.
@@ -150,15 +156,16 @@ impl Kernel {
     /// # Errors
     /// The map cannot be written.
     pub fn expect_pod_no_more(&mut self, name: &Name) -> Result<(), KernelError> {
-        self.take::<Name, CgroupInfo>(EXPECTED, name)
+        self.take::<Name, Sealed<CgroupInfo>>(EXPECTED, name)
     }
 
-    /// The names that are expected, with their entries, in no order.
+    /// The names that are expected, with their entries, in no order. One whose seal is broken has
+    /// [`BROKEN`](adit_ebpf_common::enrolment::flag::BROKEN).
     ///
     /// # Errors
     /// The map cannot be read.
     pub fn expected_pods(&self) -> Result<Vec<(Name, CgroupInfo)>, KernelError> {
-        self.list(EXPECTED)
+        self.list(EXPECTED).map(|all| opened(all, broken_cgroup()))
     }
 
     fn map_mut(&mut self, name: &'static str) -> Result<&mut Map, KernelError> {

@@ -9,12 +9,13 @@ use std::{
 
 use adit_ebpf_common::{
     address::Address,
-    enrolment::{CgroupInfo, NetnsInfo, PodRecord},
+    enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
     listeners::{AppListenerState, ListenerKey},
     maps::{
         self, APP_LISTENER_STATE, APP_LISTENERS, CGROUP_INFO, MapSpec, PINNED_CONNECTIONS, POD_BY_ADDR,
         POD_BY_NETNS, SETTINGS, TRACE, TUNNEL_LISTENERS,
     },
+    sealed::{Sealed, Sum},
     settings::Settings,
 };
 use aya::{
@@ -36,12 +37,18 @@ pub(crate) fn pinned() -> impl Iterator<Item = &'static MapSpec> {
     maps::ALL.iter().filter(|map| map.keeps.is_pinned())
 }
 
-/// Where `map` is pinned in the folder of maps. The first ABI number has none in the name.
-pub(crate) fn pin(folder: &Path, map: &MapSpec) -> PathBuf {
+/// The name of the pin of `map`. The first ABI number is not in the name.
+#[must_use]
+pub fn pin_name(map: &MapSpec) -> String {
     match map.abi {
-        1 => folder.join(map.name),
-        abi => folder.join(format!("{}-{abi}", map.name)),
+        1 => map.name.to_owned(),
+        abi => format!("{}-{abi}", map.name),
     }
+}
+
+/// Where `map` is pinned in the folder of maps.
+pub(crate) fn pin(folder: &Path, map: &MapSpec) -> PathBuf {
+    folder.join(pin_name(map))
 }
 
 /// Removes every map in `folder`; how many there were.
@@ -87,12 +94,12 @@ impl Kernel {
         map.set(0, settings, 0).map_err(failed)
     }
 
-    /// Writes what a cgroup stands for. The field `cgroup_id` of `info` does not count.
+    /// Writes what a cgroup stands for.
     ///
     /// # Errors
     /// The map cannot be written, or is full.
     pub fn set_cgroup(&mut self, cgroup_id: u64, info: &CgroupInfo) -> Result<(), KernelError> {
-        self.insert(CGROUP_INFO.name, cgroup_id, &CgroupInfo { cgroup_id, ..*info })
+        self.insert(CGROUP_INFO.name, cgroup_id, &Sealed::new(&cgroup_id, *info))
     }
 
     /// Removes a cgroup's entry, if there is one.
@@ -100,19 +107,15 @@ impl Kernel {
     /// # Errors
     /// The map cannot be written.
     pub fn remove_cgroup(&mut self, cgroup_id: u64) -> Result<(), KernelError> {
-        self.take::<u64, CgroupInfo>(CGROUP_INFO.name, &cgroup_id)
+        self.take::<u64, Sealed<CgroupInfo>>(CGROUP_INFO.name, &cgroup_id)
     }
 
-    /// All cgroups with their entries as they were given to [`Self::set_cgroup`], in no order. An
-    /// entry that names another cgroup keeps that: nobody uses it.
+    /// All cgroups with their entries, in no order. One whose seal is broken has [`flag::BROKEN`].
     ///
     /// # Errors
     /// The map cannot be read.
     pub fn cgroups(&self) -> Result<Vec<(u64, CgroupInfo)>, KernelError> {
-        let given = |(id, info): (u64, CgroupInfo)| {
-            (id, CgroupInfo { cgroup_id: if info.cgroup_id == id { 0 } else { info.cgroup_id }, ..info })
-        };
-        self.list(CGROUP_INFO.name).map(|all| all.into_iter().map(given).collect())
+        self.list(CGROUP_INFO.name).map(|all| opened(all, broken_cgroup()))
     }
 
     /// Writes which pod has an address.
@@ -120,7 +123,7 @@ impl Kernel {
     /// # Errors
     /// The map cannot be written, or is full.
     pub fn set_pod(&mut self, address: Address, record: &PodRecord) -> Result<(), KernelError> {
-        self.insert(POD_BY_ADDR.name, address, record)
+        self.insert(POD_BY_ADDR.name, address, &Sealed::new(&address, *record))
     }
 
     /// Removes an address, if it is there.
@@ -128,15 +131,17 @@ impl Kernel {
     /// # Errors
     /// The map cannot be written.
     pub fn remove_pod(&mut self, address: Address) -> Result<(), KernelError> {
-        self.take::<Address, PodRecord>(POD_BY_ADDR.name, &address)
+        self.take::<Address, Sealed<PodRecord>>(POD_BY_ADDR.name, &address)
     }
 
-    /// All addresses of pods with their records, in no order.
+    /// All addresses of pods with their records, in no order. One whose seal is broken has
+    /// [`flag::BROKEN`].
     ///
     /// # Errors
     /// The map cannot be read.
     pub fn pods(&self) -> Result<Vec<(Address, PodRecord)>, KernelError> {
-        self.list(POD_BY_ADDR.name)
+        let broken = PodRecord { netns_cookie: 0, flags: flag::BROKEN, exclusion_id: 0 };
+        self.list(POD_BY_ADDR.name).map(|all| opened(all, broken))
     }
 
     /// Writes whose a netns is, and what happens to what arrives there. To be called before
@@ -144,8 +149,8 @@ impl Kernel {
     ///
     /// # Errors
     /// The map cannot be written, or is full.
-    pub fn set_netns(&mut self, info: &NetnsInfo) -> Result<(), KernelError> {
-        self.insert(POD_BY_NETNS.name, info.netns_cookie, info)
+    pub fn set_netns(&mut self, netns_cookie: u64, info: &NetnsInfo) -> Result<(), KernelError> {
+        self.insert(POD_BY_NETNS.name, netns_cookie, &Sealed::new(&netns_cookie, *info))
     }
 
     /// Removes what is known of a netns, if anything is. To be called after [`Self::unsteer`].
@@ -153,15 +158,16 @@ impl Kernel {
     /// # Errors
     /// The map cannot be written.
     pub fn remove_netns(&mut self, netns_cookie: u64) -> Result<(), KernelError> {
-        self.take::<u64, NetnsInfo>(POD_BY_NETNS.name, &netns_cookie)
+        self.take::<u64, Sealed<NetnsInfo>>(POD_BY_NETNS.name, &netns_cookie)
     }
 
-    /// What is known of all netns, in no order.
+    /// What is known of all netns, in no order. What has a broken seal has [`flag::BROKEN`].
     ///
     /// # Errors
     /// The map cannot be read.
     pub fn netns(&self) -> Result<Vec<(u64, NetnsInfo)>, KernelError> {
-        self.list(POD_BY_NETNS.name)
+        let broken = NetnsInfo { flags: flag::BROKEN, ..NetnsInfo::CLOSED };
+        self.list(POD_BY_NETNS.name).map(|all| opened(all, broken))
     }
 
     /// How many connections of tunnels in that netns need it prepared: those that use an address
@@ -275,6 +281,23 @@ impl Kernel {
         Ok(self.tunnel_listeners()?.into_iter().map(|key| key.netns_cookie).collect())
     }
 
+    /// The value of `key` in a hash map of sealed values, as the programs take it: one with a broken
+    /// seal is `closed`. `None`: there is none.
+    pub(crate) fn get_sealed<K, V>(
+        &self,
+        name: &'static str,
+        key: &K,
+        closed: V,
+    ) -> Result<Option<V>, KernelError>
+    where
+        K: Pod + Sum,
+        V: Copy + Sum,
+        Sealed<V>: Pod,
+    {
+        let found = self.get::<K, Sealed<V>>(name, key)?;
+        Ok(found.map(|sealed| sealed.open(key).copied().unwrap_or(closed)))
+    }
+
     /// The value of `key` in a hash map; `None`: it has none.
     pub(crate) fn get<K: Pod, V: Pod>(&self, name: &'static str, key: &K) -> Result<Option<V>, KernelError> {
         let failed = |error| KernelError::map("read", name)(error);
@@ -324,6 +347,20 @@ impl Kernel {
         let map = HashMap::<_, K, V>::try_from(find(&self.object, name)).map_err(failed)?;
         map.iter().collect::<Result<_, _>>().map_err(failed)
     }
+}
+
+/// What an entry of a cgroup is shown as whose seal is broken.
+pub(crate) const fn broken_cgroup() -> CgroupInfo {
+    CgroupInfo { flags: flag::BROKEN, ..CgroupInfo::CLOSED }
+}
+
+/// The values without their seals; `broken` stands for those whose seal is broken.
+pub(crate) fn opened<K: Sum, V: Sum + Copy>(all: Vec<(K, Sealed<V>)>, broken: V) -> Vec<(K, V)> {
+    let open = |(key, sealed): (K, Sealed<V>)| {
+        let value = sealed.open(&key).copied().unwrap_or(broken);
+        (key, value)
+    };
+    all.into_iter().map(open).collect()
 }
 
 /// A second handle on the ring buffer pinned in `folder`.

@@ -11,7 +11,8 @@ use adit_ebpf_common::enrolment::{CgroupInfo, flag};
 use crate::rig::{Rig, at, empty};
 
 /// The kernel gives the memory of a replaced entry to the next one that the same processor writes,
-/// at once. Here that one is a tunnel's, which is left alone.
+/// at once. Here that one is a tunnel's, which is left alone; the one after it may be the pod's
+/// again, with the same contents in the same place.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_closed_pod_is_never_taken_for_another_while_entries_are_replaced() {

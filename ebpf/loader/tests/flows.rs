@@ -1,36 +1,44 @@
 //! What the programs remember of connections, for how long, and what they count.
 
-use std::fs;
+use std::{fs, path::Path};
 
 use adit_ebpf_common::{
-    flows::{ACK_LIFETIME, Destination, Flow, TunnelFlow},
+    flows::{ACK_LIFETIME, Flow, Original, TunnelFlow},
+    maps::{MapSpec, ORIGINAL_DST, TUNNEL_FLOWS},
+    sealed::Sealed,
     trace::{Hook, Rule},
 };
-use aya::maps::{HashMap, Map, MapData};
+use adit_ebpf_loader::pin_name;
+use aya::{
+    Pod,
+    maps::{HashMap, Map, MapData},
+};
 
 use testbed::wait::wait_for;
 
 use crate::rig::{HBONE, INBOUND, OUTBOUND, Rig, add_address, address, agent::How, at};
+
+/// The pinned map of flows.
+fn open<V>(pins: &Path, map: &MapSpec) -> HashMap<MapData, Flow, Sealed<V>>
+where
+    Sealed<V>: Pod,
+{
+    let data = MapData::from_pin(pins.join("maps").join(pin_name(map))).unwrap();
+    HashMap::try_from(Map::from_map_data(data).unwrap()).unwrap()
+}
 
 /// A reused port must neither find another's destination nor pass as the tunnel's.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn nothing_is_remembered_of_closed_connections() {
     let mut rig = Rig::new();
-    let maps = rig.bpffs.pins().join("maps");
-    let entries = |name: &str| {
-        let data = MapData::from_pin(maps.join(name)).unwrap();
-        match Map::from_map_data(data).unwrap() {
-            Map::LruHashMap(data) if name == "tunnel_flows" => {
-                HashMap::<_, Flow, TunnelFlow>::try_from(Map::LruHashMap(data)).unwrap().keys().count()
-            }
-            map => HashMap::<_, Flow, Destination>::try_from(map).unwrap().keys().count(),
-        }
-    };
+    let pins = rig.bpffs.pins();
+    let originals = || open::<Original>(&pins, &ORIGINAL_DST).keys().count();
+    let flows = || open::<TunnelFlow>(&pins, &TUNNEL_FLOWS).keys().count();
     let tunnel = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
     let dialled = rig.app.dial(How::Tcp, at("192.0.2.1", 80)).unwrap();
     let accepted = rig.tunnel.accept(tunnel);
-    assert_eq!(entries("original_dst"), 0, "moved into the accepted socket");
+    assert_eq!(originals(), 0, "moved into the accepted socket");
     rig.app.close(dialled.handle);
     rig.tunnel.close(accepted.handle);
 
@@ -39,16 +47,16 @@ fn nothing_is_remembered_of_closed_connections() {
     let other = rig.tunnel.listen(&format!("[fd99::1]:{OUTBOUND}"));
     assert_eq!(rig.app.dial(How::Tcp, at("192.0.2.1", 80)).unwrap_err(), libc::ECONNREFUSED);
     rig.tunnel.close(other);
-    assert_eq!(entries("original_dst"), 0, "withdrawn: it was not taken");
+    assert_eq!(originals(), 0, "withdrawn: it was not taken");
 
     let world = rig.world.listen("[::]:8080");
     let flow = rig.tunnel.dial(How::Tcp, at("10.99.0.2", 8080)).unwrap();
-    assert_eq!(entries("tunnel_flows"), 1);
+    assert_eq!(flows(), 1);
     rig.tunnel.close(flow.handle);
     // Resets its side, which was never accepted: a socket that waits for the other's end may do so
     // for a minute.
     rig.world.close(world);
-    wait_for("closed flows are forgotten", || entries("tunnel_flows") == 0);
+    wait_for("closed flows are forgotten", || flows() == 0);
 }
 
 /// The end of a tunnel's connection may go unseen, and a connection may stay half open for an hour.
@@ -57,11 +65,14 @@ fn nothing_is_remembered_of_closed_connections() {
 #[ignore = "loads eBPF, needs root: make test"]
 fn a_tunnels_flow_passes_during_its_handshake_only() {
     let mut rig = Rig::new();
-    let flows = rig.bpffs.pins().join("maps/tunnel_flows");
+    let pins = rig.bpffs.pins();
     let valid_until = || {
-        let map = Map::from_map_data(MapData::from_pin(&flows).unwrap()).unwrap();
-        let map = HashMap::<_, Flow, TunnelFlow>::try_from(map).unwrap();
-        map.iter().map(|entry| entry.unwrap().1.valid_until).max()
+        let entries = open::<TunnelFlow>(&pins, &TUNNEL_FLOWS);
+        let opened = entries.iter().map(|entry| {
+            let (flow, sealed) = entry.unwrap();
+            sealed.open(&flow).expect("the seal of its flow").valid_until
+        });
+        opened.max()
     };
     // Of CLOCK_BOOTTIME, in steps of 10 ms; no machine is suspended during a test.
     let now = || {

@@ -11,10 +11,11 @@ use std::{
 
 use adit_ebpf_common::{
     enrolment::flag,
+    maps::{POD_BY_ADDR, SETTINGS},
     settings::trace_filter::{LEFT_OUT, WATCHED},
     trace::{watched_cgroup, watched_netns},
 };
-use adit_ebpf_loader::{Kernel, KernelError, preflight};
+use adit_ebpf_loader::{Kernel, KernelError, pin_name, preflight};
 use aya::{EbpfLoader, maps::MapInfo, programs::loaded_links};
 
 use testbed::wait::wait_for;
@@ -166,7 +167,7 @@ fn a_map_of_another_layout_is_replaced() {
     kernel.set_cgroup(5, &empty()).unwrap();
     drop(kernel);
     let maps = bpffs.pins().join("maps");
-    fs::rename(maps.join("settings"), maps.join("pod_by_addr")).unwrap();
+    fs::rename(maps.join(pin_name(&SETTINGS)), maps.join(pin_name(&POD_BY_ADDR))).unwrap();
     let kernel = Kernel::open(&bpffs.pins()).unwrap();
     assert_eq!(kernel.pods().unwrap(), []);
     assert_eq!(kernel.cgroups().unwrap(), [(5, empty())]);

@@ -268,7 +268,7 @@ fn a_pod_without_an_address_of_the_family_is_refused_there() {
     let mut rig = Rig::new();
     let id = rig.cgroups.id("pods/mesh");
     let (_, mut info) = rig.kernel.cgroups().unwrap().into_iter().find(|(found, _)| *found == id).unwrap();
-    (info.v6, info.redirect_v6) = ([0; 16], [0; 16]);
+    info.v6 = [0; 16];
     rig.kernel.set_cgroup(id, &info).unwrap();
     assert_eq!(rig.app.dial(How::Tcp, at("2001:db8::1", 80)).unwrap_err(), libc::EPERM);
     assert_eq!(rig.rules(80), [(Hook::Connect6, Rule::NoAddress)]);

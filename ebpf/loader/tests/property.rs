@@ -157,8 +157,6 @@ fn install(rig: &mut Rig, case: &Case) -> PlainFacts {
     let info = CgroupInfo {
         v4,
         v6,
-        redirect_v4: v4,
-        redirect_v6: v6,
         netns_cookie: case.entry_netns.unwrap_or(rig.cookie),
         flags: case.flags,
         detected: case.detected,
@@ -173,10 +171,9 @@ fn install(rig: &mut Rig, case: &Case) -> PlainFacts {
     }
     kernel.remove_netns(rig.cookie).unwrap();
     if case.netns_known {
-        let (netns_cookie, cgroup_id) = (rig.cookie, id);
         let (flags, exclusion_id) = (case.flags, case.exclusion_id);
-        let netns = NetnsInfo { netns_cookie, cgroup_id, flags, exclusion_id };
-        kernel.set_netns(&netns).unwrap();
+        let netns = NetnsInfo { cgroup_id: id, flags, exclusion_id };
+        kernel.set_netns(rig.cookie, &netns).unwrap();
         facts.netns = Some(netns);
         facts.netns_pod = facts.caller;
     }

@@ -94,8 +94,6 @@ impl Rig {
         let info = CgroupInfo {
             v4,
             v6,
-            redirect_v4: v4,
-            redirect_v6: v6,
             flags,
             exclusion_id: 7,
             netns_cookie: self.cookie,
@@ -125,8 +123,8 @@ impl Rig {
 
     /// Writes what holds for arrivals in the pod's netns.
     pub fn set_netns(&mut self, flags: u32, exclusion_id: u32) {
-        let (netns_cookie, cgroup_id) = (self.cookie, self.cgroups.id("pods/mesh"));
-        self.kernel.set_netns(&NetnsInfo { netns_cookie, cgroup_id, flags, exclusion_id }).unwrap();
+        let cgroup_id = self.cgroups.id("pods/mesh");
+        self.kernel.set_netns(self.cookie, &NetnsInfo { cgroup_id, flags, exclusion_id }).unwrap();
     }
 
     /// The rules given since the last call about `port` of the far end (connect) or of the pod
@@ -146,11 +144,8 @@ impl Rig {
 
 pub const fn empty() -> CgroupInfo {
     CgroupInfo {
-        cgroup_id: 0,
         v4: UNSPECIFIED,
         v6: UNSPECIFIED,
-        redirect_v4: UNSPECIFIED,
-        redirect_v6: UNSPECIFIED,
         netns_cookie: 0,
         flags: 0,
         detected: 0,

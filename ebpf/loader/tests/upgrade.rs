@@ -7,9 +7,10 @@ use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 use adit_ebpf_common::{
     enrolment::{CgroupInfo, flag},
     lifecycle::name,
-    maps::{ALL, Keeps},
+    maps::{ALL, CGROUP_INFO, Keeps},
+    sealed::Sealed,
 };
-use adit_ebpf_loader::{Kernel, KernelError, LifecycleEvent};
+use adit_ebpf_loader::{Kernel, KernelError, LifecycleEvent, pin_name};
 use aya::maps::{HashMap, MapData};
 
 use testbed::wait::wait_for;
@@ -45,7 +46,7 @@ fn another_versions_programs_decide_until_the_maps_are_filled() {
     let inbound = rig.tunnel.listen(&format!("[::]:{INBOUND}"));
     let maps = rig.bpffs.pins().join("maps");
     for map in ALL.iter().filter(|map| map.keeps == Keeps::Entries) {
-        fs::rename(maps.join(map.name), maps.join(format!("{}-9", map.name))).unwrap();
+        fs::rename(maps.join(pin_name(map)), maps.join(format!("{}-9", map.name))).unwrap();
     }
     // One that is killed before it has filled them leaves its maps empty: they are not taken for
     // those that the programs use.
@@ -80,10 +81,10 @@ fn a_map_of_another_size_is_replaced_and_filled_first() {
     let mut rig = Rig::new();
     let outbound = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
     let inbound = rig.tunnel.listen(&format!("[::]:{INBOUND}"));
-    let path = rig.bpffs.pins().join("maps/cgroup_info_map");
+    let path = rig.bpffs.pins().join("maps").join(pin_name(&CGROUP_INFO));
     fs::remove_file(&path).unwrap();
-    let mut small = HashMap::<MapData, u64, CgroupInfo>::create(64, 0).unwrap();
-    small.insert(5, empty(), 0).unwrap();
+    let mut small = HashMap::<MapData, u64, Sealed<CgroupInfo>>::create(64, 0).unwrap();
+    small.insert(5, Sealed::new(&5, empty()), 0).unwrap();
     small.pin(&path).unwrap();
     rig.kernel = Kernel::open(&rig.bpffs.pins()).unwrap();
     assert!(rig.kernel.must_be_filled());

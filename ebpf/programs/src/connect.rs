@@ -5,9 +5,9 @@
 
 use adit_ebpf_common::{
     address::Address,
-    decide::{self, Connect, Outbound},
+    decide::{self, Connect, ConnectFacts as _, Outbound},
     flows::Destination,
-    trace::{Hook, Rule},
+    trace::Hook,
 };
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 
@@ -52,10 +52,7 @@ fn run(ctx: &SockAddr, address: Address, hook: Hook) -> (i32, Destination) {
     };
     let own = if call.is_tcp || call.is_query() { maps::caller() } else { None };
     let caller = Caller::new(settings, ctx.netns_cookie(), socket, own);
-    let mut outbound = decide::outbound(&caller, &call);
-    if !caller.is_current() && !matches!(outbound, Outbound::Leave(Rule::NotTcp | Rule::Loopback)) {
-        outbound = Outbound::Refuse(Rule::Replaced);
-    }
+    let outbound = decide::outbound(&caller, &call);
     let (verdict, to) = match outbound {
         Outbound::Leave(_) => {
             // What an earlier connect on this socket recorded does not apply any more.
@@ -69,7 +66,7 @@ fn run(ctx: &SockAddr, address: Address, hook: Hook) -> (i32, Destination) {
     };
     // UDP that is not a captured query is no matter of the mesh.
     if settings.debug != 0 && (call.is_tcp || to.is_somewhere()) {
-        trace::outbound(settings, hook, outbound.rule(), own.map(|entry| entry.info), &call.destination);
+        trace::outbound(settings, hook, outbound.rule(), caller.entry(), &call.destination);
     }
     (verdict, to)
 }

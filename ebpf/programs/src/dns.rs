@@ -12,7 +12,7 @@
 
 use adit_ebpf_common::{
     address::{Address, is_loopback},
-    decide,
+    decide::{self, ConnectFacts as _},
     flows::Destination,
     trace::{Hook, Rule},
 };
@@ -52,14 +52,10 @@ fn captured(ctx: &SockAddr, address: Address, hook: Hook) -> Destination {
         return Destination::NOWHERE;
     }
     let Some(settings) = maps::settings() else { return Destination::NOWHERE };
-    let own = maps::caller();
-    let caller = Caller::new(settings, ctx.netns_cookie(), ctx.socket(), own);
+    let caller = Caller::new(settings, ctx.netns_cookie(), ctx.socket(), maps::caller());
     let to = decide::dns_redirect(&caller, &resolver);
-    if !caller.is_current() {
-        return Destination::NOWHERE;
-    }
     if to.is_somewhere() && settings.debug != 0 {
-        trace::outbound(settings, hook, Rule::DnsRedirect, own.map(|entry| entry.info), &resolver);
+        trace::outbound(settings, hook, Rule::DnsRedirect, caller.entry(), &resolver);
     }
     to
 }

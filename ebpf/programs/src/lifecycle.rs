@@ -12,6 +12,7 @@
 use adit_ebpf_common::{
     enrolment::CgroupInfo,
     lifecycle::{Kind, NAME_BYTES, Name, PATH_BYTES, PREFIX_BYTES, PathEvent, ProcessEvent, Scope},
+    sealed::Sealed,
 };
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
@@ -24,7 +25,7 @@ use aya_ebpf::{
     programs::RawTracePointContext,
 };
 
-use crate::maps;
+use crate::maps::{self, Look};
 
 /// The watcher looks again at a pod that is not in order within this time.
 const QUIET_NS: u64 = 5_000_000;
@@ -46,7 +47,7 @@ static EVENT: PerCpuArray<PathEvent> = PerCpuArray::with_max_entries(5, 0);
 #[map(name = "lifecycle_execs")]
 static EXECS: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
 #[map(name = "expected_pods")]
-static EXPECTED: HashMap<Name, CgroupInfo> = HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
+static EXPECTED: HashMap<Name, Sealed<CgroupInfo>> = HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
 
 // The first arguments of all four tracepoints of cgroups: `struct cgroup *cgroup, const char
 // *path`.
@@ -175,17 +176,21 @@ fn read_at<T: Copy>(base: *const u8, offset: u32) -> Option<T> {
 #[inline(always)]
 fn close_if_expected(node: *const u8, scope: &Scope, cgroup_id: u64) -> bool {
     let Some(name_at) = read_at::<*const u8>(node, scope.name_offset) else { return false };
-    let mut name: Name = [0; NAME_BYTES];
+    let mut name: Name = [0; NAME_BYTES / size_of::<u64>()];
     // SAFETY: as in `report_path`. What is not read stays zero, as in the map's keys.
     let read =
         unsafe { bpf_probe_read_kernel_str(name.as_mut_ptr().cast(), NAME_BYTES as u32, name_at.cast()) };
     if read <= 0 || cgroup_id == 0 {
         return false;
     }
-    // SAFETY: the watcher replaces entries whole, and the kernel frees a replaced one only after
-    // this program. No entry is changed once it is there: a pod is expected only once.
-    let Some(info) = (unsafe { EXPECTED.get(name) }) else { return false };
-    maps::set_cgroup(cgroup_id, &CgroupInfo { cgroup_id, ..*info })
+    let mut expected = maps::CLOSED;
+    match maps::look(&name, &mut expected, || EXPECTED.get_ptr(&name)) {
+        Look::Whole => {}
+        // Which pod it is, the watcher finds out; it is one that is to begin closed.
+        Look::Torn => expected = maps::CLOSED,
+        Look::Missing => return false,
+    }
+    maps::set_cgroup(cgroup_id, &mut expected)
 }
 
 #[inline(always)]

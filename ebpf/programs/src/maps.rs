@@ -8,13 +8,14 @@ use adit_ebpf_common::{
     address::Address,
     enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
     exclusions::{ExcludedCidr, ExcludedPorts},
-    flows::{ACK_LIFETIME, Destination, Flow, SYN_LIFETIME, SocketState, TunnelFlow},
+    flows::{ACK_LIFETIME, Destination, Flow, Original, SYN_LIFETIME, SocketState, TunnelFlow},
     listeners::{AppListenerState, ListenerKey, MAX_APP_LISTENERS},
+    sealed::{self, Sealed, Sum},
     settings::Settings,
     trace::TraceRecord,
 };
 use aya_ebpf::{
-    bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE},
+    bindings::{BPF_EXIST, BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE},
     btf_maps::SkStorage,
     helpers::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id,
@@ -32,12 +33,12 @@ pub mod facts;
 /// A pod has at most 33, see `watcher/src/plan/desired.rs`: room for far more pods than a node can
 /// have.
 #[map(name = "cgroup_info_map")]
-static CGROUP_INFO: HashMap<u64, CgroupInfo> = HashMap::with_max_entries(65536, 0);
+static CGROUP_INFO: HashMap<u64, Sealed<CgroupInfo>> = HashMap::with_max_entries(65536, 0);
 #[map(name = "pod_by_addr")]
-static POD_BY_ADDR: HashMap<Address, PodRecord> = HashMap::with_max_entries(4096, 0);
+static POD_BY_ADDR: HashMap<Address, Sealed<PodRecord>> = HashMap::with_max_entries(4096, 0);
 /// Twice as many as cgroups could be pods: a netns whose record finds no room is closed, not open.
 #[map(name = "pod_by_netns")]
-static POD_BY_NETNS: HashMap<u64, NetnsInfo> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
+static POD_BY_NETNS: HashMap<u64, Sealed<NetnsInfo>> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
 #[map(name = "settings")]
 static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 #[map(name = "exclusion_ports")]
@@ -45,9 +46,9 @@ static EXCLUSION_PORTS: LpmTrie<ExcludedPorts, u8> = LpmTrie::with_max_entries(6
 #[map(name = "exclusion_cidrs")]
 static EXCLUSION_CIDRS: LpmTrie<ExcludedCidr, u8> = LpmTrie::with_max_entries(131_072, BPF_F_NO_PREALLOC);
 #[map(name = "original_dst")]
-static ORIGINAL_DST: LruHashMap<Flow, Destination> = LruHashMap::with_max_entries(65536, 0);
+static ORIGINAL_DST: LruHashMap<Flow, Sealed<Original>> = LruHashMap::with_max_entries(65536, 0);
 #[map(name = "tunnel_flows")]
-static TUNNEL_FLOWS: LruHashMap<Flow, TunnelFlow> = LruHashMap::with_max_entries(65536, 0);
+static TUNNEL_FLOWS: LruHashMap<Flow, Sealed<TunnelFlow>> = LruHashMap::with_max_entries(65536, 0);
 #[map(name = "pinned_connections")]
 static PINNED_CONNECTIONS: HashMap<u64, u64> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
 #[map(name = "tunnel_listeners")]
@@ -70,32 +71,131 @@ pub fn settings() -> Option<&'static Settings> {
     SETTINGS.get(0)
 }
 
-/// The entry of a cgroup, with the key by which it was found.
+/// How often an entry is read that is being replaced. Whoever meets a replacement each time is
+/// treated as closed.
+const LOOKS: u32 = 4;
+
+/// What was read of an entry.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// It is there, whole.
+    Whole,
+    /// It is there, and was replaced whenever it was looked at.
+    Torn,
+    /// There is none.
+    Missing,
+}
+
+/// Copies an entry, and tells whether the copy is whole and its key's own. The kernel may give the
+/// memory of the entry to another one meanwhile.
+///
+/// # Safety
+/// `entry` is a pointer that a look-up in a map gave to this program: the kernel frees its memory only
+/// after the program.
+#[inline(always)]
+unsafe fn copy_whole<V: Sum>(entry: *const Sealed<V>, copy: &mut Sealed<V>, key: &impl Sum) -> bool {
+    let (from, to) = (entry.cast::<u64>(), (&raw mut *copy).cast::<u64>());
+    let mut sum = Sealed::<V>::begin(in_memory(key));
+    let mut at = 0;
+    // SAFETY: the caller's, for `from`; both are aligned, and as long as `WORDS` says. Any bytes are a
+    // value of the types of maps. Volatile, since the compiler may read memory again that it takes for
+    // unchanged, and keeps what it wrote in registers, of which there are too few.
+    unsafe {
+        while at < Sealed::<V>::WORDS {
+            let word = from.add(at).read_volatile();
+            to.add(at).write_volatile(word);
+            sum = sealed::word(sum, word);
+            at += 1;
+        }
+        let seal = from.add(at).read_volatile();
+        to.add(at).write_volatile(seal);
+        sum == seal
+    }
+}
+
+/// The same reference. The compiler does not know that, and so reads what it needs when it needs it.
+/// Else it would load a whole value once and keep its parts apart, on the stack, where there is no room
+/// for them.
+#[inline(always)]
+pub fn in_memory<T>(value: &T) -> &T {
+    let same: *const T;
+    // SAFETY: copies the pointer, so it is that of `value`, whose lifetime the result has.
+    unsafe {
+        asm!("{same} = {at}", at = in(reg) &raw const *value, same = lateout(reg) same, options(nostack, preserves_flags));
+        &*same
+    }
+}
+
+/// The number after `looks`. The compiler does not know that, and so makes one loop, not copies of its
+/// body, which take more stack than there is.
+#[inline(always)]
+fn next(looks: u32) -> u32 {
+    let mut next = u64::from(looks);
+    // SAFETY: adds to a register.
+    unsafe { asm!("{next} += 1", next = inout(reg) next, options(pure, nomem, nostack, preserves_flags)) };
+    next as u32
+}
+
+/// Reads the entry of `key`, which `find` gives a pointer to, into `copy`: one place, since the stack
+/// is small.
+#[inline(always)]
+pub fn look<V: Copy + Sum>(
+    key: &impl Sum,
+    copy: &mut Sealed<V>,
+    find: impl Fn() -> Option<*const Sealed<V>>,
+) -> Look {
+    let mut looks = 0;
+    while looks < LOOKS {
+        let Some(entry) = find() else { return Look::Missing };
+        // SAFETY: the look-up found it just now.
+        if unsafe { copy_whole(entry, copy, key) } {
+            return Look::Whole;
+        }
+        looks = next(looks);
+    }
+    Look::Torn
+}
+
+/// What an entry of a cgroup is taken for that cannot be read.
+pub const CLOSED: Sealed<CgroupInfo> = Sealed::broken(CgroupInfo::CLOSED);
+
+/// The entry of a cgroup: its pointer, and its key.
 #[derive(Clone, Copy)]
 pub struct Entry {
-    pub info: &'static CgroupInfo,
+    at: *const Sealed<CgroupInfo>,
     key: u64,
 }
 
 impl Entry {
     #[inline(always)]
     fn of(key: u64) -> Option<Self> {
-        // SAFETY: the watcher replaces entries whole, and the kernel frees a replaced one only after
-        // this program. It may reuse its memory for another entry before: whoever acts on what he
-        // read asks `is_current` first.
-        unsafe { CGROUP_INFO.get(key) }.map(|info| Self { info, key })
+        CGROUP_INFO.get_ptr(key).map(|at| Self { at, key })
     }
 
-    /// Whether all that was read of the entry so far is this cgroup's.
+    /// Reads what it says into `copy`.
     #[inline(always)]
-    pub fn is_current(&self) -> bool {
-        // SAFETY: no instruction; the compiler moves no read of memory across it. The field is
-        // aligned, and lives as long as the map.
-        unsafe {
-            asm!("", options(nostack, preserves_flags));
-            (&raw const self.info.cgroup_id).read_volatile() == self.key
-        }
+    pub fn read(&self, copy: &mut Sealed<CgroupInfo>) {
+        read_cgroup(self.at, self.key, copy);
     }
+}
+
+/// Reads the entry `at` of the cgroup `key`.
+#[inline(always)]
+fn read_cgroup(at: *const Sealed<CgroupInfo>, key: u64, copy: &mut Sealed<CgroupInfo>) {
+    let mut at = Some(at);
+    let mut looks = 0;
+    while let Some(entry) = at
+        && looks < LOOKS
+    {
+        // SAFETY: this program looked it up.
+        if unsafe { copy_whole(entry, copy, &key) } {
+            return;
+        }
+        at = CGROUP_INFO.get_ptr(key);
+        looks = next(looks);
+    }
+    // It was there when it was looked for.
+    *copy = CLOSED;
 }
 
 /// The entry of cgroup `own`, else that of its nearest ancestor. So a new container of a known pod
@@ -137,39 +237,38 @@ pub fn receiver(packet: &Packet) -> Option<Entry> {
 /// Whether a tunnel serves the pod of exactly this cgroup.
 #[inline(always)]
 pub fn is_ready(cgroup_id: u64) -> bool {
-    Entry::of(cgroup_id).is_some_and(|entry| entry.info.flags & flag::READY != 0)
+    let mut copy = CLOSED;
+    match Entry::of(cgroup_id) {
+        Some(entry) => entry.read(&mut copy),
+        None => return false,
+    }
+    copy.unchecked().flags & flag::READY != 0
 }
 
-/// Gives a cgroup its entry; whether there was room.
+/// Gives a cgroup its entry, sealed anew; whether there was room.
 #[inline(always)]
-pub fn set_cgroup(id: u64, info: &CgroupInfo) -> bool {
-    CGROUP_INFO.insert(id, info, 0).is_ok()
+pub fn set_cgroup(id: u64, info: &mut Sealed<CgroupInfo>) -> bool {
+    info.seal_for(&id);
+    CGROUP_INFO.insert(id, in_memory(info), 0).is_ok()
 }
 
+/// The netns cookie of the pod that has `address`. One that cannot be read is nobody's own.
 #[inline(always)]
-pub fn pod(address: &Address) -> Option<&'static PodRecord> {
-    // SAFETY: as in `Entry`; of a record that became another one's, the cookie is that of a netns in
-    // which nobody is who asks.
-    unsafe { POD_BY_ADDR.get(address) }
+pub fn owner(address: &Address) -> Option<u64> {
+    let mut copy = Sealed::broken(PodRecord { netns_cookie: 0, flags: 0, exclusion_id: 0 });
+    let look = look(address, &mut copy, || POD_BY_ADDR.get_ptr(address));
+    if look == Look::Whole { Some(copy.unchecked().netns_cookie) } else { None }
 }
 
-/// A copy, of a record that was still this netns's when all of it was read. A replaced record has a
-/// successor, which the second look finds.
+/// What is known of a netns.
 #[inline(always)]
 fn netns(cookie: u64) -> Option<NetnsInfo> {
-    let mut looks = 0;
-    while looks < 2 {
-        // SAFETY: as in `Entry`. The copy is made before the key is read again.
-        unsafe {
-            let found = POD_BY_NETNS.get_ptr(cookie)?;
-            let copy = found.read_volatile();
-            if (&raw const (*found).netns_cookie).read_volatile() == cookie {
-                return Some(copy);
-            }
-        }
-        looks += 1;
+    let mut copy = Sealed::broken(NetnsInfo::CLOSED);
+    match look(&cookie, &mut copy, || POD_BY_NETNS.get_ptr(cookie)) {
+        Look::Whole => Some(*copy.unchecked()),
+        Look::Torn => Some(NetnsInfo::CLOSED),
+        Look::Missing => None,
     }
-    None
 }
 
 #[inline(always)]
@@ -200,13 +299,15 @@ fn pod_in(netns_cookie: u64) -> Option<Entry> {
 /// refuses the connection.
 #[inline(always)]
 pub fn publish_original(flow: &Flow, original: &Destination) {
-    let _ = ORIGINAL_DST.insert(flow, original, 0);
+    let original = Original { destination: *in_memory(original), pad: 0 };
+    let _ = ORIGINAL_DST.insert(flow, Sealed::new(in_memory(flow), original), 0);
 }
 
 #[inline(always)]
 pub fn published_original(flow: &Flow) -> Option<Destination> {
-    // SAFETY: one writer per key, the socket that has this flow; the value is copied at once.
-    unsafe { ORIGINAL_DST.get(flow) }.copied()
+    let mut copy = Sealed::broken(Original { destination: Destination::NOWHERE, pad: 0 });
+    let look = look(flow, &mut copy, || ORIGINAL_DST.get_ptr(flow));
+    if look == Look::Whole { Some(copy.unchecked().destination) } else { None }
 }
 
 #[inline(always)]
@@ -216,16 +317,30 @@ pub fn withdraw_original(flow: &Flow) {
 
 #[inline(always)]
 pub fn record_tunnel_flow(flow: &Flow, netns_cookie: u64) -> Result<(), i32> {
-    TUNNEL_FLOWS.insert(flow, TunnelFlow { netns_cookie, valid_until: now() + SYN_LIFETIME }, 0)
+    let of_netns = TunnelFlow { netns_cookie, valid_until: now() + SYN_LIFETIME };
+    TUNNEL_FLOWS.insert(flow, Sealed::new(flow, of_netns), 0)
 }
 
-/// The tunnel's end of `flow` is established.
+/// The tunnel's end of `flow` is established. Its socket is the one writer of the entry.
 #[inline(always)]
 pub fn shorten_tunnel_flow(flow: &Flow) {
-    let Some(found) = TUNNEL_FLOWS.get_ptr_mut(flow) else { return };
-    // SAFETY: `found` points to an entry of the map, which the kernel frees or reuses only after
-    // this program; its only writer is the socket that has this flow.
-    unsafe { (*found).valid_until = now() + ACK_LIFETIME };
+    let Some(found) = recorded_tunnel_flow(flow) else { return };
+    let shorter = TunnelFlow { valid_until: now() + ACK_LIFETIME, ..found };
+    let _ = TUNNEL_FLOWS.insert(flow, Sealed::new(flow, shorter), u64::from(BPF_EXIST));
+}
+
+#[inline(always)]
+fn recorded_tunnel_flow(flow: &Flow) -> Option<TunnelFlow> {
+    let mut copy = Sealed::broken(TunnelFlow { netns_cookie: 0, valid_until: 0 });
+    let look = look(flow, &mut copy, || TUNNEL_FLOWS.get_ptr(flow));
+    if look == Look::Whole { Some(*copy.unchecked()) } else { None }
+}
+
+/// The netns from which the tunnel opened `flow`, while that may still be on its way.
+#[inline(always)]
+fn tunnel_flow(flow: &Flow) -> Option<u64> {
+    let found = recorded_tunnel_flow(flow)?;
+    if now() < found.valid_until { Some(found.netns_cookie) } else { None }
 }
 
 /// `CLOCK_MONOTONIC`, in nanoseconds.

@@ -143,7 +143,7 @@ fn record_tunnel_flow(ops: &SockOps) {
     }
     let recorded = maps::record_tunnel_flow(&flow, state.netns_cookie).is_ok();
     // No address of a pod that is leaving is known any more: then every connection counts.
-    let own = maps::pod(&flow.local).is_some_and(|pod| pod.netns_cookie == state.netns_cookie);
+    let own = maps::owner(&flow.local) == Some(state.netns_cookie);
     let pins = !own && !is_loopback(&flow.local) && maps::count_pinned_connection(state.netns_cookie);
     state.pins_netns = u32::from(pins);
     if recorded || pins {
@@ -211,9 +211,9 @@ fn move_original(ops: &SockOps, accepted: &Flow) {
 #[inline(always)]
 fn count_arrival(ops: &SockOps, accepted: &Flow) {
     // The client dialled the pod's address, whatever the port; not one of the tunnel's own servers.
-    let Some(pod) = maps::pod(&accepted.local) else { return };
+    let Some(netns_cookie) = maps::owner(&accepted.local) else { return };
     let Some(state) = maps::state_or_new(ops.socket()) else { return };
-    state.netns_cookie = pod.netns_cookie;
+    state.netns_cookie = netns_cookie;
     if maps::count_pinned_connection(state.netns_cookie) {
         state.pins_netns = 1;
         ops.watch_close();

@@ -30,8 +30,11 @@ fn is_closed(packet: &Packet) -> bool {
     const CLOSED: u32 = flag::IN_MESH;
     const DECIDES: u32 = flag::IN_MESH | flag::FAIL_OPEN | flag::TUNNEL | flag::SIDECAR;
     let Some(entry) = maps::receiver(packet) else { return false };
-    let is_unknown = entry.info.netns_cookie == 0 && entry.info.flags & DECIDES == CLOSED;
-    // A pod that talks to itself is no matter of the mesh. Whoever meets an entry that is being
-    // replaced is dropped, and asks again.
-    (is_unknown || !entry.is_current()) && !packet.is_from_itself()
+    // Whoever meets an entry that is being replaced each time is dropped, and asks again.
+    let mut copy = maps::CLOSED;
+    entry.read(&mut copy);
+    let info = copy.unchecked();
+    let is_unknown = info.netns_cookie == 0 && info.flags & DECIDES == CLOSED;
+    // A pod that talks to itself is no matter of the mesh.
+    is_unknown && !packet.is_from_itself()
 }

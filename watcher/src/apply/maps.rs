@@ -124,9 +124,9 @@ impl AppliedMaps {
                 kernel.set_pod(*address, record)?;
                 contents.addresses.insert(*address, *record);
             }
-            MapWrite::SetArrivals(info) => {
-                kernel.set_netns(info)?;
-                contents.arrivals.insert(info.netns_cookie, *info);
+            MapWrite::SetArrivals(cookie, info) => {
+                kernel.set_netns(*cookie, info)?;
+                contents.arrivals.insert(*cookie, *info);
             }
             MapWrite::RemoveArrivals(cookie) => {
                 kernel.remove_netns(*cookie)?;

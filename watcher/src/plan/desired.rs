@@ -89,7 +89,7 @@ fn close(plan: &mut PodPlan, view: &PodView, flags: u32, steered: &BTreeMap<u64,
             prepared: false,
         };
         plan.netns.insert(*netns_cookie, netns);
-        plan.arrivals.insert(*netns_cookie, arrivals(view, *netns_cookie, flags, 0));
+        plan.arrivals.insert(*netns_cookie, arrivals(view, flags, 0));
     }
     // Of several nobody knows which one is the pod's: its processes are closed in all of them.
     let mut cookies = plan.netns.keys().copied();
@@ -106,7 +106,7 @@ fn leave(plan: &mut PodPlan, view: &PodView, steered: &BTreeMap<u64, PodNetns>) 
         // What an earlier watcher left does not say where its pod is.
         netns.pod_cgroup.clone_from(dir);
     }
-    plan.arrivals = [(*cookie, arrivals(view, *cookie, flag::IN_MESH | flag::FAIL_OPEN, 0))].into();
+    plan.arrivals = [(*cookie, arrivals(view, flag::IN_MESH | flag::FAIL_OPEN, 0))].into();
     plan.workload = Some(workload(&view.pod, *cookie, netns.id, netns.pod_cgroup.clone()));
     plan.netns = [(*cookie, netns)].into();
 }
@@ -124,9 +124,9 @@ fn workload(pod: &Pod, cookie: u64, netns: NetnsId, pod_cgroup: PathBuf) -> PodW
 }
 
 /// What holds for arrivals in a netns of the pod of `view`.
-fn arrivals(view: &PodView, netns_cookie: u64, flags: u32, exclusion_id: u32) -> NetnsInfo {
+fn arrivals(view: &PodView, flags: u32, exclusion_id: u32) -> NetnsInfo {
     let own = view.observed.dir.as_ref().and_then(|dir| view.observed.cgroups.get(dir));
-    NetnsInfo { netns_cookie, cgroup_id: own.copied().unwrap_or(0), flags, exclusion_id }
+    NetnsInfo { cgroup_id: own.copied().unwrap_or(0), flags, exclusion_id }
 }
 
 /// The cgroups of a pod that have entries: its own, and those right below it, which are its
@@ -156,7 +156,7 @@ fn enroll(
     let record = PodRecord { netns_cookie: facts.cookie, flags, exclusion_id };
     plan.addresses = facts.addresses.iter().map(|address| (address16(*address), record)).collect();
     let pod_cgroup = observed.dir.clone().unwrap_or_default();
-    plan.arrivals = [(facts.cookie, arrivals(view, facts.cookie, flags, exclusion_id))].into();
+    plan.arrivals = [(facts.cookie, arrivals(view, flags, exclusion_id))].into();
     let netns = PodNetns {
         id: facts.id,
         pod_cgroup: pod_cgroup.clone(),

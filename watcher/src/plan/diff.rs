@@ -45,7 +45,7 @@ pub(crate) enum MapWrite {
     SetExpected(Name, CgroupInfo),
     SetCgroup(CgroupId, CgroupInfo),
     SetAddress(Address, PodRecord),
-    SetArrivals(NetnsInfo),
+    SetArrivals(u64, NetnsInfo),
     RemoveArrivals(u64),
     RemoveExclusions(u32),
     RemoveExpected(Name),
@@ -57,7 +57,7 @@ impl MapWrite {
         let writes = |pod: &PodPlan| match self {
             Self::SetCgroup(id, _) => pod.cgroups.contains_key(id),
             Self::SetAddress(address, _) => pod.addresses.contains_key(address),
-            Self::SetArrivals(info) => pod.arrivals.contains_key(&info.netns_cookie),
+            Self::SetArrivals(cookie, _) => pod.arrivals.contains_key(cookie),
             Self::SetExpected(name, _) => pod.expected.contains_key(name),
             _ => false,
         };
@@ -157,12 +157,12 @@ pub(crate) fn steps(applied: &Applied<'_>, scope: DiffScope<'_>, plan: &Plan) ->
     let mut steps = Vec::new();
     // While a netns is known as enrolled and closed, its pod's connections are refused without an
     // entry. So it is open before the entries of a pod go that leaves.
-    let known = arrivals.iter().filter_map(|cookie| maps.arrivals.get(cookie));
-    let leaving = known.map(|info| NetnsInfo { flags: flag::FAIL_OPEN, ..*info });
-    let (opening, closing): (Vec<_>, Vec<_>) = changed(&maps.arrivals, &wanted.arrivals)
-        .map(|(_, info)| info)
-        .partition(|info| info.flags & flag::FAIL_OPEN != 0);
-    steps.extend(leaving.chain(opening).map(MapWrite::SetArrivals).map(ApplyStep::Map));
+    let known = arrivals.iter().filter_map(|cookie| Some((*cookie, maps.arrivals.get(cookie)?)));
+    let leaving = known.map(|(cookie, info)| (cookie, NetnsInfo { flags: flag::FAIL_OPEN, ..*info }));
+    let (opening, closing): (Vec<_>, Vec<_>) =
+        changed(&maps.arrivals, &wanted.arrivals).partition(|(_, info)| info.flags & flag::FAIL_OPEN != 0);
+    let set_arrivals = |(cookie, info)| ApplyStep::Map(MapWrite::SetArrivals(cookie, info));
+    steps.extend(leaving.chain(opening).map(set_arrivals));
     steps.extend(cgroups.into_iter().map(MapWrite::RemoveCgroup).map(ApplyStep::Map));
     steps.extend(addresses.into_iter().map(MapWrite::RemoveAddress).map(ApplyStep::Map));
     if !left.is_empty() {
@@ -182,7 +182,7 @@ pub(crate) fn steps(applied: &Applied<'_>, scope: DiffScope<'_>, plan: &Plan) ->
     steps.extend(
         changed(&maps.addresses, &wanted.addresses).map(|(at, record)| set(MapWrite::SetAddress(at, record))),
     );
-    steps.extend(closing.into_iter().map(|info| set(MapWrite::SetArrivals(info))));
+    steps.extend(closing.into_iter().map(set_arrivals));
     steps.extend(enter(
         &changed(netns, &wanted.netns).collect::<Vec<_>>(),
         changed(workloads, &wanted.workloads).collect(),

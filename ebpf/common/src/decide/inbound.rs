@@ -72,7 +72,7 @@ pub fn inbound(facts: &impl ArrivalFacts, arrival: &Arrival) -> Inbound {
     let Some(pod) = facts.netns() else {
         return Inbound::Drop(Rule::UnknownNetns);
     };
-    if facts.tunnel_flow(flow) == Some(pod.netns_cookie) {
+    if facts.tunnel_flow(flow) == Some(facts.arrival_netns()) {
         return Inbound::Pass(Rule::NotedFlow);
     }
     let settings = facts.settings();
@@ -85,7 +85,7 @@ pub fn inbound(facts: &impl ArrivalFacts, arrival: &Arrival) -> Inbound {
     }
     let is_hbone = port == settings.hbone_port;
     let tunnel_port = if is_hbone { port } else { settings.inbound_port };
-    let to = ListenerKey::new(pod.netns_cookie, tunnel_port, arrival.is_v4);
+    let to = ListenerKey::new(facts.arrival_netns(), tunnel_port, arrival.is_v4);
     if !is_ready(settings, pod.flags) || !steer(facts, to) {
         return if pod.flags & flag::FAIL_OPEN != 0 {
             Inbound::Pass(Rule::FailOpen)
@@ -97,7 +97,7 @@ pub fn inbound(facts: &impl ArrivalFacts, arrival: &Arrival) -> Inbound {
         return Inbound::Pass(Rule::SteerHbone);
     }
     // What is dropped goes to no socket, also when it was steered before.
-    if may_listen(facts, ListenerKey::new(pod.netns_cookie, port, arrival.is_v4)) {
+    if may_listen(facts, ListenerKey::new(facts.arrival_netns(), port, arrival.is_v4)) {
         Inbound::Pass(Rule::SteerPlain)
     } else {
         Inbound::Drop(Rule::NotListening)

@@ -5,7 +5,7 @@ use alloc::{
     vec::Vec,
 };
 
-use super::{ArrivalFacts, ConnectFacts, Facts};
+use super::{ArrivalFacts, ConnectFacts, Facts, entry};
 use crate::{
     address::Address,
     enrolment::{CgroupInfo, NetnsInfo},
@@ -93,16 +93,12 @@ impl Facts for PlainFacts {
 }
 
 impl ConnectFacts for PlainFacts {
-    fn caller(&self) -> Option<&CgroupInfo> {
-        self.caller.as_ref()
+    fn entry(&self) -> Option<&CgroupInfo> {
+        entry(self.caller.as_ref(), self.netns_pod.as_ref(), self.socket_netns)
     }
 
     fn netns_cookie(&self) -> u64 {
         self.socket_netns
-    }
-
-    fn netns_pod(&self) -> Option<&CgroupInfo> {
-        self.netns_pod.as_ref()
     }
 
     fn netns_flags(&self) -> u32 {

@@ -45,11 +45,8 @@ fn facts(flags: u32) -> PlainFacts {
         trace_filter: 0,
     });
     facts.caller = Some(CgroupInfo {
-        cgroup_id: 1,
         v4: OWN,
         v6: OWN_V6,
-        redirect_v4: OWN,
-        redirect_v6: OWN_V6,
         netns_cookie: COOKIE,
         flags,
         detected: 0,
@@ -58,7 +55,7 @@ fn facts(flags: u32) -> PlainFacts {
         pad: 0,
     });
     facts.socket_netns = COOKIE;
-    facts.netns = Some(NetnsInfo { netns_cookie: COOKIE, cgroup_id: 1, flags, exclusion_id: 3 });
+    facts.netns = Some(NetnsInfo { cgroup_id: 1, flags, exclusion_id: 3 });
     facts.owners.extend([OWN, OWN_TOO, OWN_V6].map(|address| (address, COOKIE)));
     facts.owners.insert(OTHER_V6, COOKIE + 1);
     let port = |direction, first| PortPrefix { direction, first, length: 16 };
@@ -150,10 +147,7 @@ fn each_missing_fact_has_its_rule() {
         Rule::OwnAddress,
         "its record comes a moment later"
     );
-    let without_v6 = |facts: &mut PlainFacts| {
-        let info = facts.caller.as_mut().unwrap();
-        (info.v6, info.redirect_v6) = (UNSPECIFIED, UNSPECIFIED);
-    };
+    let without_v6 = |facts: &mut PlainFacts| facts.caller.as_mut().unwrap().v6 = UNSPECIFIED;
     assert_eq!(changed(without_v6, OTHER_V6), Rule::NoAddress);
     assert_eq!(changed(without_v6, OTHER), Rule::Redirect);
     let udp = Connect { is_tcp: false, is_udp: true, destination: Destination::new(OTHER, 80) };

@@ -1,20 +1,19 @@
 //! The facts that the decision lists get from the maps.
 
-use core::arch::asm;
-
 use adit_ebpf_common::{
     address::Address,
-    decide::{ArrivalFacts, ConnectFacts, Facts},
-    enrolment::{CgroupInfo, NetnsInfo, flag},
+    decide::{ArrivalFacts, ConnectFacts, Facts, is_the_one},
+    enrolment::{CgroupInfo, NetnsInfo},
     flows::{Destination, Flow, check},
     listeners::ListenerKey,
+    sealed::Sealed,
     settings::Settings,
 };
 use aya_ebpf::helpers::{bpf_sk_release, generated::bpf_map_lookup_elem};
 
 use super::{
-    APP_LISTENER_STATE, APP_LISTENERS, Entry, ORIGINAL_DST, TUNNEL_FLOWS, TUNNEL_LISTENERS, is_cidr_excluded,
-    is_port_excluded, netns, now, pod, pod_in, state_or_new,
+    APP_LISTENER_STATE, APP_LISTENERS, CLOSED, Entry, ORIGINAL_DST, TUNNEL_LISTENERS, in_memory,
+    is_cidr_excluded, is_port_excluded, netns, owner, pod_in, state_or_new, tunnel_flow,
 };
 use crate::context::{Lookup, Socket};
 
@@ -24,36 +23,29 @@ pub struct Caller {
     /// Of the netns that the socket was created in.
     pub netns_cookie: u64,
     pub socket: Socket,
-    own: Option<Entry>,
-    pod: Option<Entry>,
+    has_entry: bool,
+    /// The one that decides, if there is one.
+    entry: Sealed<CgroupInfo>,
 }
 
 impl Caller {
     /// `own` is the entry of the calling task's cgroup.
     #[inline(always)]
     pub fn new(settings: &'static Settings, netns_cookie: u64, socket: Socket, own: Option<Entry>) -> Self {
-        // The lists ask for no other entry where the caller's own is the one.
-        let is_own = match own {
-            Some(Entry { info, .. }) => {
-                info.flags & flag::TUNNEL != 0 || info.netns_cookie == 0 || info.netns_cookie == netns_cookie
+        // Each field has a value from the beginning, see `Destination::NOWHERE`.
+        let mut caller = Self { settings, netns_cookie, socket, has_entry: false, entry: CLOSED };
+        if let Some(own) = own {
+            caller.has_entry = true;
+            own.read(&mut caller.entry);
+            if is_the_one(caller.entry.unchecked(), netns_cookie) {
+                return caller;
             }
-            None => false,
-        };
-        let pod = if is_own { None } else { pod_in(netns_cookie) };
-        Self { settings, netns_cookie, socket, own, pod }
-    }
-
-    /// Whether what the lists learnt of entries is of these entries, and of no others.
-    #[inline(always)]
-    pub fn is_current(&self) -> bool {
-        let own = match self.own {
-            Some(entry) => entry.is_current(),
-            None => true,
-        };
-        own && match self.pod {
-            Some(entry) => entry.is_current(),
-            None => true,
         }
+        if let Some(pod) = pod_in(netns_cookie) {
+            caller.has_entry = true;
+            pod.read(&mut caller.entry);
+        }
+        caller
     }
 }
 
@@ -71,25 +63,13 @@ impl Facts for Caller {
 
 impl ConnectFacts for Caller {
     #[inline(always)]
-    fn caller(&self) -> Option<&CgroupInfo> {
-        self.own.map(|entry| entry.info)
+    fn entry(&self) -> Option<&CgroupInfo> {
+        if self.has_entry { Some(in_memory(&self.entry).unchecked()) } else { None }
     }
 
     #[inline(always)]
     fn netns_cookie(&self) -> u64 {
         self.netns_cookie
-    }
-
-    #[inline(always)]
-    fn netns_pod(&self) -> Option<&CgroupInfo> {
-        let pod = self.pod.map(|entry| entry.info);
-        if pod.is_none() {
-            // Whether both entries are missing: the compiler would ask by one OR of two pointers,
-            // which the verifier refuses. It does not join tests around this.
-            // SAFETY: no instruction at all.
-            unsafe { asm!("", options(nomem, nostack, preserves_flags)) };
-        }
-        pod
     }
 
     #[inline(always)]
@@ -99,7 +79,7 @@ impl ConnectFacts for Caller {
 
     #[inline(always)]
     fn owner(&self, address: &Address) -> Option<u64> {
-        pod(address).map(|pod| pod.netns_cookie)
+        owner(address)
     }
 
     #[inline(always)]
@@ -179,9 +159,7 @@ impl ArrivalFacts for Arriving<'_> {
 
     #[inline(always)]
     fn tunnel_flow(&self, flow: &Flow) -> Option<u64> {
-        // SAFETY: one writer per key, the socket that has this flow; the value is copied at once.
-        let found = unsafe { TUNNEL_FLOWS.get(flow) }.copied()?;
-        (now() < found.valid_until).then_some(found.netns_cookie)
+        tunnel_flow(flow)
     }
 
     #[inline(always)]

@@ -52,10 +52,7 @@ fn host_network_is_left_alone_but_a_wrong_address_stays_closed() {
 /// The flags of each netns of pod `a` for arrivals, and whether it is prepared.
 fn netns(plan: &PodPlan) -> Vec<(u64, u32, bool)> {
     assert!(plan.netns.keys().eq(plan.arrivals.keys()), "{plan:?}");
-    plan.arrivals
-        .values()
-        .map(|info| (info.netns_cookie, info.flags, plan.netns[&info.netns_cookie].prepared))
-        .collect()
+    plan.arrivals.iter().map(|(cookie, info)| (*cookie, info.flags, plan.netns[cookie].prepared)).collect()
 }
 
 fn not_known() -> Gap {
@@ -105,7 +102,7 @@ fn every_container_and_address_has_its_entry() {
     let plan = &setting.plan(vec![(pod("a"), in_order(1))])["a"];
     assert_eq!(plan.cgroups.keys().copied().collect::<Vec<_>>(), [10, 11]);
     let info = plan.cgroups[&11];
-    assert_eq!((info.v4, info.redirect_v4, info.exclusion_id), (mapped([10, 0, 0, 1]), info.v4, 5));
+    assert_eq!((info.v4, info.exclusion_id), (mapped([10, 0, 0, 1]), 5));
     assert_eq!(info.v6, address16("fd00::1".parse().unwrap()));
     assert_eq!(plan.addresses.len(), 2);
     assert_eq!(plan.exclusions.as_ref().map(|(id, _)| *id), Some(5));

@@ -13,7 +13,7 @@ fn kind(step: &ApplyStep) -> &'static str {
             MapWrite::RemoveExpected(_) => "remove expected",
             MapWrite::SetCgroup(..) => "set cgroup",
             MapWrite::SetAddress(..) => "set address",
-            MapWrite::SetArrivals(_) => "set arrivals",
+            MapWrite::SetArrivals(..) => "set arrivals",
             MapWrite::RemoveArrivals(_) => "remove arrivals",
             MapWrite::RemoveExclusions(_) => "remove exclusions",
         },
