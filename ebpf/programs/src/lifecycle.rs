@@ -184,7 +184,7 @@ fn close_if_expected(node: *const u8, scope: &Scope, cgroup_id: u64) -> bool {
         return false;
     }
     let mut expected = maps::CLOSED;
-    match maps::look(&name, &mut expected, || EXPECTED.get_ptr(&name)) {
+    match maps::look(maps::in_memory(&name), &mut expected, || EXPECTED.get_ptr(&name)) {
         Look::Whole => {}
         // Which pod it is, the watcher finds out; it is one that is to begin closed.
         Look::Torn => expected = maps::CLOSED,
