@@ -3,7 +3,7 @@
 use crate::{
     address::{Address, UNSPECIFIED},
     plain_data,
-    sealed::{Sum, halves, word},
+    sealed::{Sum, halves, quarters, word},
 };
 
 /// Flags of [`CgroupInfo`], [`NetnsInfo`] and [`PodRecord`].
@@ -74,7 +74,7 @@ impl Sum for CgroupInfo {
     #[inline(always)]
     fn sum(&self, sum: u64) -> u64 {
         let sum = word(self.v6.sum(self.v4.sum(sum)), self.netns_cookie);
-        let ports = self.redirect_port as u32 | (self.pad as u32) << 16;
+        let ports = quarters(self.redirect_port, self.pad);
         halves(halves(sum, self.flags, self.detected), self.exclusion_id, ports)
     }
 }

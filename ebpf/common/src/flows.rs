@@ -3,7 +3,7 @@
 use crate::{
     address::{Address, UNSPECIFIED, to_words},
     plain_data,
-    sealed::{Sum, halves, word},
+    sealed::{Sum, halves, quarters, word},
 };
 
 /// An address and a port, such as where an application wanted to go.
@@ -55,7 +55,7 @@ impl Sum for Original {
     #[inline(always)]
     fn sum(&self, sum: u64) -> u64 {
         let to = &self.destination;
-        halves(to.address.sum(sum), to.port as u32 | (to.pad as u32) << 16, self.pad)
+        halves(to.address.sum(sum), quarters(to.port, to.pad), self.pad)
     }
 }
 
@@ -95,8 +95,7 @@ impl Flow {
 impl Sum for Flow {
     #[inline(always)]
     fn sum(&self, sum: u64) -> u64 {
-        let ports = self.local_port as u32 | (self.remote_port as u32) << 16;
-        word(self.remote.sum(self.local.sum(sum)), ports as u64)
+        halves(self.remote.sum(self.local.sum(sum)), quarters(self.local_port, self.remote_port), 0)
     }
 }
 

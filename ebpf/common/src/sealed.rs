@@ -34,6 +34,13 @@ pub(crate) const fn halves(sum: u64, low: u32, high: u32) -> u64 {
     word(sum, low as u64 | (high as u64) << 32)
 }
 
+/// Two quarters of a word, as a half.
+#[inline(always)]
+#[must_use]
+pub(crate) const fn quarters(low: u16, high: u16) -> u32 {
+    low as u32 | (high as u32) << 16
+}
+
 impl Sum for u64 {
     #[inline(always)]
     fn sum(&self, sum: u64) -> u64 {

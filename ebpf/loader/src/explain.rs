@@ -57,7 +57,7 @@ impl Kernel {
         destination: Destination,
     ) -> Result<Rule, KernelError> {
         let netns = self.get_sealed(POD_BY_NETNS.name, &netns_cookie, NetnsInfo::CLOSED)?;
-        let facts = MapFacts { netns, netns_cookie, ..self.facts(None)? };
+        let facts = MapFacts { netns_cookie, netns, ..self.facts(None)? };
         let flow =
             Flow { local: source, remote: destination.address, local_port: 0, remote_port: destination.port };
         let inbound = decide::inbound(&facts, &Arrival { flow, is_v4: is_v4(&destination.address) });

@@ -48,7 +48,10 @@ fn what_cannot_be_read_whole_is_closed_and_shown() {
     write_unsealed(&rig, &POD_BY_NETNS, cookie, open);
     let _waiting = rig.world.begin(at("10.99.0.1", 8080));
     assert_eq!(rig.rules(8080).last(), Some(&(Hook::SkLookup, Rule::FailClosed)));
-    assert_eq!(rig.kernel.netns().unwrap(), [(cookie, NetnsInfo { flags: flag::BROKEN, ..NetnsInfo::CLOSED })]);
+    assert_eq!(
+        rig.kernel.netns().unwrap(),
+        [(cookie, NetnsInfo { flags: flag::BROKEN, ..NetnsInfo::CLOSED })]
+    );
 }
 
 /// The kernel gives the memory of a replaced entry to the next one that the same processor writes,

@@ -183,8 +183,9 @@ fn close_if_expected(node: *const u8, scope: &Scope, cgroup_id: u64) -> bool {
     if read <= 0 || cgroup_id == 0 {
         return false;
     }
+    let name = maps::in_memory(&name);
     let mut expected = maps::CLOSED;
-    match maps::look(maps::in_memory(&name), &mut expected, || EXPECTED.get_ptr(&name)) {
+    match maps::look(name, &mut expected, || EXPECTED.get_ptr(name)) {
         Look::Whole => {}
         // Which pod it is, the watcher finds out; it is one that is to begin closed.
         Look::Torn => expected = maps::CLOSED,
