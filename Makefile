@@ -4,7 +4,7 @@ CARGO ?= cargo
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 PROGRAMS := -p watcher -p ztunnel --bins
 
-.PHONY: help setup build demo test test-again bench bench-labels fuzz lint clean
+.PHONY: help setup build image demo test test-again bench bench-labels fuzz lint clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -14,6 +14,10 @@ setup: ## install what any target needs (Debian or Ubuntu, root)
 build: ## watcher and ztunnel, optimised, in target/release
 	@.ci/setup/for build
 	$(CARGO) build --release --locked $(PROGRAMS)
+
+image: ## the container image as an OCI archive, target/oci/adit.tar; IMAGE=… names it
+	@.ci/setup/for image
+	@.ci/image
 
 demo: ## two nodes, five pods, real kernel programs, real HBONE, on this machine (root)
 	@.ci/demo
