@@ -12,15 +12,15 @@ use kube::{
 use serde_json::{Value, json};
 use testbed::{
     api_node::ApiNode,
-    api_server::{ApiServer, RBAC},
+    api_server::{ApiServer, rbac},
+    chart,
     wait::wait_for,
 };
 
 /// The chart's rules, one for each resource.
 fn rules() -> Vec<(String, String, Vec<String>)> {
-    let role: Value = RBAC
-        .split("\n---\n")
-        .map(|document| serde_saphyr::from_str::<Value>(document).expect("YAML"))
+    let role: Value = chart::objects(rbac())
+        .into_iter()
         .find(|document| document["kind"] == "ClusterRole")
         .expect("the ClusterRole");
     let texts = |value: &Value| -> Vec<String> {
@@ -150,14 +150,12 @@ fn the_role_does_not_let_anybody_change_what_pods_run() {
     assert_eq!(image(pod).as_deref(), Some("none"));
 }
 
-/// What keeps a watcher to one annotation on the pods of its own node.
-const OWN_NODE: &str = include_str!("../../charts/adit/templates/watcher-own-node.yaml");
-
 #[test]
 #[ignore = "needs root: make test"]
 fn with_the_charts_policy_a_watcher_changes_one_annotation_of_its_own_nodes_pods() {
     let api = std::sync::Arc::new(ApiServer::start());
-    api.apply(OWN_NODE);
+    // What keeps a watcher to one annotation on the pods of its own node.
+    api.apply(&chart::template("watcher-own-node.yaml", &[]));
     let mut node = ApiNode::of(api, &json!({"istio.io/dataplane-mode": "ambient"}));
     let (own, _) = node.pod("own", &json!({"metadata": {"annotations": {"kept": "as it is"}}}));
     node.api.pod(&node.namespace, "foreign", "another-node", &json!({}));

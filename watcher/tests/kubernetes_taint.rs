@@ -8,10 +8,9 @@ use kube::{
     api::{DeleteParams, Patch, PatchParams, PostParams},
 };
 use serde_json::json;
-use testbed::{api_node::ApiNode, api_server::ApiServer, wait::wait_for};
+use testbed::{api_node::ApiNode, api_server::ApiServer, chart, wait::wait_for};
 
 const KEY: &str = "adit.dev/not-ready";
-const RIGHTS: &str = include_str!("../../charts/adit/templates/watcher-startup-taint-rbac.yaml");
 
 /// Keys and effects of the node's taints.
 fn taints(node: &ApiNode) -> Vec<(String, String)> {
@@ -51,7 +50,8 @@ fn the_startup_taint_goes_when_the_watcher_is_ready() {
     });
     node.wait_state("a", "closed", "no_tunnel");
     assert_eq!(with_key(&node), 2);
-    node.api.apply(RIGHTS);
+    let key = format!("watcher.startupTaint={KEY}");
+    node.api.apply(&chart::template("watcher-startup-taint-rbac.yaml", &["--set", &key]));
     wait_for("the taint to go", || with_key(&node) == 0);
     let other = ("others.dev/taint".to_owned(), "NoExecute".to_owned());
     assert!(taints(&node).contains(&other), "the others stay: {:?}", taints(&node));

@@ -9,6 +9,7 @@
 mod arrival;
 mod boot;
 mod capture;
+mod chart;
 mod churn;
 mod clear;
 mod container_nodes;

@@ -9,7 +9,7 @@ use std::{
     net::TcpListener,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, LazyLock, Mutex, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
@@ -19,24 +19,27 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api, Client, Config,
-    api::{DynamicObject, Patch, PatchParams, PostParams},
+    api::{Patch, PatchParams, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
-    core::{ApiResource, GroupVersionKind},
 };
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 
+mod apply;
 mod keys;
 
 use self::keys::make_keys;
-use crate::{process::KillOnDrop, program::cache};
+use crate::{chart, process::KillOnDrop, program::cache};
 
 /// What `.ci/setup/kube-tools` builds.
 const VERSION: &str = "1.36.3";
 const LIMIT: Duration = Duration::from_mins(1);
 
-/// The rights of the watcher, from the chart.
-pub const RBAC: &str = include_str!("../../../charts/adit/templates/watcher-rbac.yaml");
+/// The account and the rights of the watcher, from the chart.
+pub fn rbac() -> &'static str {
+    static RENDERED: LazyLock<String> = LazyLock::new(|| chart::template("watcher-rbac.yaml", &[]));
+    &RENDERED
+}
 
 static SHARED: Mutex<Weak<ApiServer>> = Mutex::new(Weak::new());
 
@@ -133,7 +136,7 @@ impl ApiServer {
         server.start_store();
         server.start_server();
         server.namespace("adit-system", &json!({}));
-        server.apply(RBAC);
+        server.apply(rbac());
         server
     }
 
@@ -233,24 +236,6 @@ impl ApiServer {
                 );
             }
             std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-
-    /// Applies every object of `manifest`, as `kubectl apply` would.
-    pub fn apply(&self, manifest: &str) {
-        for document in manifest.split("\n---\n") {
-            let value: Value = serde_saphyr::from_str(document).expect("YAML");
-            let text = |pointer: &str| value.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
-            let (group, version) =
-                text("/apiVersion").split_once('/').unwrap_or_else(|| ("", text("/apiVersion")));
-            let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, text("/kind")));
-            let api: Api<DynamicObject> = match text("/metadata/namespace") {
-                "" => Api::all_with(self.client(), &resource),
-                namespace => Api::namespaced_with(self.client(), namespace, &resource),
-            };
-            let params = PatchParams::apply("test").force();
-            self.block_on(api.patch(text("/metadata/name"), &params, &Patch::Apply(&value)))
-                .expect("applied");
         }
     }
 

@@ -12,6 +12,7 @@
 //! * [`cluster`]: two nodes with real watchers and real tunnels
 //! * [`api_node`]: a node whose watcher follows an API server
 //! * [`api_server`]: a real API server with its store
+//! * [`chart`]: the Helm chart, rendered by Helm
 //! * [`watcher_node`]: a node with a watcher and no tunnel
 //! * [`tunnel_mesh`]: nodes with a real tunnel and a fake agent each
 //! * [`fakes`]: the far ends of the programs under test
@@ -37,6 +38,7 @@ pub mod api_node;
 pub mod api_server;
 pub mod capture;
 pub mod cgroup;
+pub mod chart;
 pub mod cluster;
 pub mod command;
 pub mod doc_table;
