@@ -62,6 +62,16 @@ fn build() -> Result<(), String> {
     // Debug information becomes BTF, which socket storage maps ask for.
     let mut flags = OsString::from("-Cdebuginfo=2\u{1f}-Clink-arg=--btf\u{1f}-Clinker=");
     flags.push(&linker);
+    // It has paths, which would make other programs of the same sources on another machine.
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let workspace = workspace.canonicalize().map_err(|error| format!("{}: {error}", workspace.display()))?;
+    let paths = [(Some(workspace), "/adit"), (cargo_home(), "/cargo"), (Some(toolchain.sysroot), "/rust")];
+    for (path, name) in paths.into_iter().filter_map(|(path, name)| path.map(|path| (path, name))) {
+        flags.push("\u{1f}--remap-path-prefix=");
+        flags.push(path);
+        flags.push("=");
+        flags.push(name);
+    }
     let status = cargo
         .current_dir(&programs)
         .args(["build", "--profile", PROFILE, "--features", "bpf", "--locked"])
@@ -86,6 +96,7 @@ fn build() -> Result<(), String> {
 struct Toolchain {
     rustc: PathBuf,
     cargo: PathBuf,
+    sysroot: PathBuf,
 }
 
 impl Toolchain {
@@ -110,9 +121,10 @@ impl Toolchain {
 
     fn at(rustc: PathBuf) -> Option<Self> {
         let sysroot = output(Command::new(&rustc).current_dir("/").args(["--print", "sysroot"]))?;
-        let sources = Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/Cargo.toml");
+        let sysroot = PathBuf::from(sysroot.trim());
+        let sources = sysroot.join("lib/rustlib/src/rust/library/core/Cargo.toml");
         let cargo = rustc.with_file_name("cargo");
-        (sources.exists() && cargo.exists()).then_some(Self { rustc, cargo })
+        (sources.exists() && cargo.exists()).then_some(Self { rustc, cargo, sysroot })
     }
 }
 
@@ -130,14 +142,17 @@ fn rustup_toolchains() -> Vec<PathBuf> {
 
 fn find_linker() -> Result<PathBuf, String> {
     let path = env::var_os("PATH").unwrap_or_default();
-    let home = env::var_os("CARGO_HOME")
-        .map(PathBuf::from)
-        .or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")));
     env::split_paths(&path)
-        .chain(home.map(|home| home.join("bin")))
+        .chain(cargo_home().map(|home| home.join("bin")))
         .map(|dir| dir.join("bpf-linker"))
         .find(|file| file.is_file())
         .ok_or_else(|| format!("bpf-linker is neither on PATH nor in cargo's bin folder; {SETUP}"))
+}
+
+fn cargo_home() -> Option<PathBuf> {
+    env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")))
 }
 
 /// What a command printed; `None` if it cannot be run or fails.

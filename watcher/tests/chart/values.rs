@@ -1,6 +1,6 @@
 //! What may be set, and that the values, their schema and the page in the documentation agree.
 
-use std::{collections::BTreeSet, fs};
+use std::{collections::BTreeSet, fmt::Write as _, fs};
 
 use serde_json::Value;
 use testbed::{chart, command, doc_table};
@@ -176,9 +176,26 @@ fn documentation_and_schema_have_every_value_and_no_other() {
     let mut table = "| value | default | |\n|---|---|---|\n".to_owned();
     for (path, comment) in &documented {
         let default = value_at(&values, path).map(Value::to_string).unwrap_or_default();
-        table += &format!("| `{path}` | `{default}` | {} |\n", comment.replace('|', "\\|"));
+        let _ = writeln!(table, "| `{path}` | `{default}` | {} |", comment.replace('|', "\\|"));
     }
     doc_table::assert_current("docs/install.md", "values: made from charts/adit/values.yaml", &table);
+}
+
+/// Each of them alone; the pages combine them no further.
+#[test]
+#[ignore = "needs Helm: make test"]
+fn what_the_pages_say_to_set_can_be_set() {
+    let mut seen = BTreeSet::new();
+    for page in ["docs/install.md", "docs/operations.md", "README.md"] {
+        let text = fs::read_to_string(chart::folder().join("../..").join(page)).unwrap();
+        let said = text.split("--set ").skip(1).filter_map(|rest| rest.split([' ', '\n', '`']).next());
+        seen.extend(said.map(str::to_owned));
+    }
+    assert!(seen.len() >= 6, "{seen:?}");
+    for set in &seen {
+        let plain = chart::render(super::NAMESPACE, &[]);
+        assert_ne!(chart::render(super::NAMESPACE, &["--set", set]), plain, "{set} changes nothing");
+    }
 }
 
 #[test]

@@ -112,6 +112,6 @@ fn bytes(entry: &mut tar::Entry<'_, impl io::Read>) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn json(bytes: &Vec<u8>) -> anyhow::Result<Value> {
+fn json(bytes: &[u8]) -> anyhow::Result<Value> {
     serde_json::from_slice(bytes).context("not JSON")
 }
