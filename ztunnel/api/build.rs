@@ -19,6 +19,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     )?;
     let descriptors = Path::new(&std::env::var("OUT_DIR")?).join("descriptors");
     std::fs::write(descriptors, files.encode_to_vec())?;
-    tonic_prost_build::configure().compile_fds(files)?;
+    // Equal messages must be equal bytes: a control plane tells versions apart by them.
+    tonic_prost_build::configure().btree_map(".istio.workload.Workload.services").compile_fds(files)?;
     Ok(())
 }
