@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 CARGO ?= cargo
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
-PROGRAMS := -p watcher -p ztunnel --bins
+PROGRAMS := -p watcher -p ztunnel -p ztunnel-control --bins
 
 .PHONY: help setup build image demo test test-again bench bench-labels fuzz lint clean
 help: ## this list
@@ -11,7 +11,7 @@ help: ## this list
 setup: ## install what any target needs (Debian or Ubuntu, root)
 	@.ci/setup/for all
 
-build: ## watcher and ztunnel, optimised, in target/release
+build: ## watcher, ztunnel and ztunnel-control, optimised, in target/release
 	@.ci/setup/for build
 	$(CARGO) build --release --locked $(PROGRAMS)
 

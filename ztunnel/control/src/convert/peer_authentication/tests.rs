@@ -1,0 +1,116 @@
+//! Which policy pods name for their `PeerAuthentication`s, and what it says.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::*;
+use crate::settings::MeshSettings;
+
+const ROOT: &str = "adit-system";
+
+fn peer(
+    name: &str,
+    created: i64,
+    app: Option<&str>,
+    mode: Mode,
+    ports: &[(u16, Mode)],
+) -> PeerAuthentication {
+    PeerAuthentication {
+        name: name.to_owned(),
+        created,
+        selector: app.map(|app| [("app".to_owned(), app.to_owned())].into()),
+        mode,
+        ports: ports.iter().copied().collect(),
+        unreadable: None,
+    }
+}
+
+fn objects(peers: &[PeerAuthentication]) -> NamespaceObjects {
+    let by_name = peers.iter().map(|peer| (peer.name.clone(), peer.clone()));
+    NamespaceObjects { peer_authentications: by_name.collect(), ..NamespaceObjects::default() }
+}
+
+/// What a pod with the label `app: web` of namespace `demo` names, and the policies of `demo`.
+fn of_web(root: &[PeerAuthentication], demo: &[PeerAuthentication]) -> (Option<String>, Vec<Authorization>) {
+    let (settings, root, demo, nodes) =
+        (MeshSettings::default(), objects(root), objects(demo), HashMap::new());
+    let around = Surroundings { settings: &settings, root: &root, nodes: &nodes, peer_authentication: true };
+    let labels: BTreeMap<String, String> = [("app".to_owned(), "web".to_owned())].into();
+    (Rules::new(&around, "demo", &demo).policy_for(&labels), policies(&around, "demo", &demo))
+}
+
+const STRICT: &str = "adit-system/istio_converted_static_strict";
+const CONVERTED: &str = "demo/converted_peer_authentication_w";
+
+#[test]
+fn the_nearest_that_says_something_decides() {
+    use Mode::{Permissive, Strict, Unset};
+    let mesh = |mode| peer("m", 1, None, mode, &[]);
+    let namespace = |mode| peer("n", 1, None, mode, &[]);
+    let pods = |mode| peer("w", 1, Some("web"), mode, &[]);
+    let others = peer("o", 0, Some("other"), Strict, &[]);
+    for (root, demo, named) in [
+        (vec![], vec![], None),
+        (vec![mesh(Strict)], vec![], Some(STRICT)),
+        (vec![mesh(Strict)], vec![namespace(Unset)], Some(STRICT)),
+        (vec![mesh(Strict)], vec![namespace(Permissive)], None),
+        (vec![mesh(Permissive)], vec![namespace(Strict)], Some(STRICT)),
+        (vec![], vec![namespace(Strict), pods(Permissive)], None),
+        (vec![], vec![namespace(Strict), pods(Unset)], Some(STRICT)),
+        (vec![], vec![pods(Strict)], Some(STRICT)),
+        (vec![], vec![others], None),
+        // The oldest of several.
+        (vec![], vec![namespace(Strict), peer("old", 0, None, Permissive, &[])], None),
+        // In the root namespace one for certain pods is about none of other namespaces.
+        (vec![peer("r", 0, Some("web"), Strict, &[])], vec![], None),
+    ] {
+        let found = of_web(&root, &demo);
+        assert_eq!(found, (named.map(str::to_owned), vec![]), "{root:?} {demo:?}");
+    }
+}
+
+#[test]
+fn ports_are_exceptions_from_either() {
+    use Mode::{Permissive, Strict, Unset};
+    let strict_but = |port: u32| {
+        let open = Match { not_destination_ports: vec![port], ..Match::default() };
+        vec![Rule { clauses: vec![clause(anonymous()), clause(open)] }]
+    };
+    let only = |port: u32| {
+        vec![Rule { clauses: vec![clause(Match { destination_ports: vec![port], ..anonymous() })] }]
+    };
+    let mesh = |mode| vec![peer("m", 1, None, mode, &[])];
+    for (root, mode, port, expected) in [
+        (vec![], Strict, (80, Permissive), Some(strict_but(80))),
+        (mesh(Strict), Unset, (80, Permissive), Some(strict_but(80))),
+        (vec![], Permissive, (80, Strict), Some(only(80))),
+        (mesh(Permissive), Unset, (80, Strict), Some(only(80))),
+        // Also where the mesh is strict, and these pods are not.
+        (mesh(Strict), Permissive, (80, Strict), Some(only(80))),
+        (vec![], Strict, (80, Strict), None),
+        (vec![], Unset, (80, Permissive), None),
+    ] {
+        let (named, policies) = of_web(&root, &[peer("w", 1, Some("web"), mode, &[port])]);
+        if let Some(rules) = expected {
+            assert_eq!(named.as_deref(), Some(CONVERTED), "{mode:?} {port:?}");
+            assert_eq!(policies.len(), 1);
+            assert_eq!((policies[0].rules.clone(), policies[0].action()), (rules, Action::Deny));
+        } else {
+            assert_ne!(named.as_deref(), Some(CONVERTED), "{mode:?} {port:?}");
+            assert_eq!(policies, []);
+        }
+    }
+}
+
+#[test]
+fn the_fixed_policy_is_there_before_anybody_names_it() {
+    let (settings, nodes) = (MeshSettings::default(), HashMap::new());
+    let root = NamespaceObjects::default();
+    let with = |peer_authentication| {
+        let around = Surroundings { settings: &settings, root: &root, nodes: &nodes, peer_authentication };
+        policies(&around, ROOT, &root)
+    };
+    assert_eq!(with(false), []);
+    let [fixed] = &with(true)[..] else { panic!() };
+    assert_eq!(format!("{}/{}", fixed.namespace, fixed.name), STRICT);
+    assert_eq!(fixed.rules, [Rule { clauses: vec![clause(anonymous())] }]);
+}

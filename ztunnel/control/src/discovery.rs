@@ -1,0 +1,121 @@
+//! Tells tunnels of workloads, services and policies: delta xDS.
+//!
+//! * `stream`: one tunnel, from its first request to the end
+//! * `subscription`: what it wants of one kind, and what it has; pure
+
+mod stream;
+mod subscription;
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::stream::BoxStream;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{debug, info, warn};
+use ztunnel_api::discovery::{
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse,
+    aggregated_discovery_service_server::AggregatedDiscoveryService,
+};
+
+use self::stream::{Ended, Stream};
+use crate::{callers::Callers, connection::Peer, metrics::Metrics, source::Snapshots};
+
+/// Limits of what one tunnel may take.
+#[derive(Clone, Copy, Debug)]
+pub struct StreamLimits {
+    /// How long a tunnel may take to acknowledge a response. After that it is disconnected.
+    pub acknowledge: Duration,
+    /// How long workloads wait for a subscription to policies, which are told first.
+    pub policies_first: Duration,
+}
+
+impl Default for StreamLimits {
+    fn default() -> Self {
+        Self { acknowledge: Duration::from_mins(1), policies_first: Duration::from_secs(1) }
+    }
+}
+
+/// Responses to whole meshes at a time: after a restart all tunnels come back at once.
+const LARGE_AT_ONCE: usize = 16;
+/// Responses that wait to be sent to a tunnel: one of each kind.
+const WAITING: usize = 2;
+
+/// The service.
+#[derive(Clone, Debug)]
+pub struct DiscoveryService {
+    callers: Callers,
+    snapshots: Snapshots,
+    limits: StreamLimits,
+    metrics: Arc<Metrics>,
+    large: Arc<Semaphore>,
+    streams: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl DiscoveryService {
+    /// Tells what `snapshots` have, until `stop`.
+    #[must_use]
+    pub fn new(
+        callers: Callers,
+        snapshots: Snapshots,
+        limits: StreamLimits,
+        metrics: Arc<Metrics>,
+        stop: CancellationToken,
+    ) -> Self {
+        let (large, streams) = (Arc::new(Semaphore::new(LARGE_AT_ONCE)), TaskTracker::new());
+        Self { callers, snapshots, limits, metrics, large, streams, stop }
+    }
+}
+
+#[tonic::async_trait]
+impl AggregatedDiscoveryService for DiscoveryService {
+    type DeltaAggregatedResourcesStream = BoxStream<'static, Result<DeltaDiscoveryResponse, Status>>;
+
+    async fn delta_aggregated_resources(
+        &self,
+        request: Request<Streaming<DeltaDiscoveryRequest>>,
+    ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
+        let caller = match self.callers.review(request.metadata()).await {
+            Ok(caller) => caller,
+            Err(error) => {
+                self.metrics.unauthenticated(error.reason());
+                if error.is_notable() {
+                    warn!(reason = error.reason(), %error, "discovery refused");
+                } else {
+                    debug!(reason = error.reason(), %error, "discovery refused");
+                }
+                return Err(Status::new(error.code(), error.to_string()));
+            }
+        };
+        let peer = request.extensions().get::<Peer>().cloned();
+        let (sender, receiver) = mpsc::channel(WAITING);
+        let stream = Stream::new(self, caller.node.clone(), sender.clone());
+        let (stop, metrics) = (self.stop.clone(), Arc::clone(&self.metrics));
+        let requests = request.into_inner();
+        // It ends with the tunnel's side of the stream, or with `stop`.
+        self.streams.spawn(async move {
+            let open = metrics.stream();
+            info!(node = caller.node, account = %caller.account, "tunnel connected");
+            let ended = stop.run_until_cancelled(stream.run(requests)).await.unwrap_or(Ended::Stopped);
+            drop(open);
+            info!(node = caller.node, %ended, "tunnel disconnected");
+            if matches!(ended, Ended::Unacknowledged { .. }) {
+                metrics.unacknowledged();
+                // It may not read what it is sent, so that an error would wait with the rest.
+                if let Some(peer) = &peer {
+                    peer.cut.cancel();
+                }
+            }
+            if let Some(status) = ended.status()
+                && sender.try_send(Err(status)).is_err()
+            {
+                debug!(node = caller.node, "the tunnel is gone, or does not read");
+            }
+        });
+        let responses = futures_util::stream::unfold(receiver, |mut receiver| async {
+            Some((receiver.recv().await?, receiver))
+        });
+        Ok(Response::new(Box::pin(responses)))
+    }
+}

@@ -1,0 +1,278 @@
+//! One tunnel, from its first request to the end.
+//!
+//! A snapshot is delivered as a whole: its policies, and when the tunnel has acknowledged them, its
+//! workloads, so that no workload names a policy that the tunnel has not heard of. Then comes the
+//! newest snapshot there is. At most one response of each kind waits for its acknowledgement, so
+//! that a slow tunnel costs no memory, and one that does not answer is disconnected.
+
+use std::{fmt, sync::Arc};
+
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    time::Instant,
+};
+use tonic::{Status, Streaming};
+use tracing::{debug, warn};
+use ztunnel_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+
+use super::{
+    DiscoveryService, StreamLimits,
+    subscription::{Subscription, TooMuch},
+};
+use crate::{
+    metrics::Metrics,
+    snapshot::{Difference, ResourceType, Snapshot},
+    source::Snapshots,
+};
+
+/// A response with more resources than this is large.
+const LARGE: usize = 500;
+/// Of a tunnel's error message, in the log.
+const LONGEST_ERROR: usize = 1000;
+
+/// How a stream ended.
+#[derive(Debug)]
+pub(super) enum Ended {
+    /// The tunnel closed it, or is gone.
+    Closed,
+    /// The connection broke.
+    Broken(Box<Status>),
+    /// The tunnel did not acknowledge a response in time.
+    Unacknowledged { of: ResourceType },
+    /// The tunnel subscribes to more than one may.
+    TooMuch(TooMuch),
+    /// This process shuts down.
+    Stopped,
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Closed => f.write_str("it closed the stream"),
+            Self::Broken(status) => write!(f, "the stream broke: {}", status.message()),
+            Self::Unacknowledged { of } => {
+                write!(f, "it did not acknowledge a response about {} in time", of.url())
+            }
+            Self::TooMuch(error) => error.fmt(f),
+            Self::Stopped => f.write_str("this control plane shuts down"),
+        }
+    }
+}
+
+impl Ended {
+    /// What the tunnel is told, if it can be told.
+    pub(super) fn status(&self) -> Option<Status> {
+        match self {
+            Self::Closed | Self::Broken(_) => None,
+            Self::Unacknowledged { .. } => Some(Status::deadline_exceeded(self.to_string())),
+            Self::TooMuch(_) => Some(Status::resource_exhausted(self.to_string())),
+            Self::Stopped => Some(Status::unavailable(self.to_string())),
+        }
+    }
+}
+
+/// One tunnel.
+pub(super) struct Stream {
+    node: String,
+    responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
+    snapshots: Snapshots,
+    limits: StreamLimits,
+    metrics: Arc<Metrics>,
+    large: Arc<Semaphore>,
+    policies: Channel,
+    addresses: Channel,
+    /// The snapshot that is being delivered.
+    current: Option<Arc<Snapshot>>,
+    nonces: u64,
+}
+
+/// The half of a stream that is about one kind.
+struct Channel {
+    of: ResourceType,
+    subscription: Option<Subscription>,
+    subscribed: Option<Instant>,
+    /// The number of the snapshot that the tunnel was told, if nothing was asked for since.
+    told: Option<u64>,
+    unacknowledged: Option<Unacknowledged>,
+}
+
+struct Unacknowledged {
+    nonce: String,
+    since: Instant,
+    _place: Option<OwnedSemaphorePermit>,
+}
+
+impl Channel {
+    fn new(of: ResourceType) -> Self {
+        Self { of, subscription: None, subscribed: None, told: None, unacknowledged: None }
+    }
+
+    /// Whether the tunnel has, or does not want, what `snapshot` has.
+    fn is_settled(&self, snapshot: &Snapshot) -> bool {
+        self.subscription.is_none() || (self.told == Some(snapshot.number) && self.unacknowledged.is_none())
+    }
+}
+
+impl Stream {
+    pub(super) fn new(
+        service: &DiscoveryService,
+        node: String,
+        responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
+    ) -> Self {
+        Self {
+            node,
+            responses,
+            snapshots: service.snapshots.clone(),
+            limits: service.limits,
+            metrics: Arc::clone(&service.metrics),
+            large: Arc::clone(&service.large),
+            policies: Channel::new(ResourceType::Authorization),
+            addresses: Channel::new(ResourceType::Address),
+            current: None,
+            nonces: 0,
+        }
+    }
+
+    /// Runs until either side ends it.
+    pub(super) async fn run(mut self, mut requests: Streaming<DeltaDiscoveryRequest>) -> Ended {
+        loop {
+            if let Err(ended) = self.deliver().await {
+                return ended;
+            }
+            let deadline = self.next_deadline();
+            tokio::select! {
+                request = requests.message() => match request {
+                    Ok(Some(request)) => {
+                        if let Err(error) = self.on_request(request) {
+                            return Ended::TooMuch(error);
+                        }
+                    }
+                    Ok(None) => return Ended::Closed,
+                    Err(status) => return Ended::Broken(Box::new(status)),
+                },
+                changed = self.snapshots.changed() => if changed.is_err() {
+                    return Ended::Stopped;
+                },
+                () = wait_until(deadline) => if let Some(of) = self.overdue() {
+                    return Ended::Unacknowledged { of };
+                },
+            }
+        }
+    }
+
+    fn on_request(&mut self, mut request: DeltaDiscoveryRequest) -> Result<(), TooMuch> {
+        let Some(of) = ResourceType::from_url(&request.type_url) else {
+            let type_url: String = request.type_url.chars().take(200).collect();
+            debug!(node = self.node, type_url, "a type that is not served");
+            return Ok(());
+        };
+        let channel = self.channel(of);
+        if let Some(subscription) = &mut channel.subscription {
+            if subscription.change(&mut request)? {
+                channel.told = None;
+            }
+        } else {
+            let first = Subscription::first(of, self.node.clone(), &mut request)?;
+            let channel = self.channel(of);
+            (channel.subscription, channel.subscribed) = (Some(first), Some(Instant::now()));
+        }
+        let channel = self.channel(of);
+        let nonce = &request.response_nonce;
+        if channel.unacknowledged.as_ref().is_some_and(|waiting| waiting.nonce == *nonce) {
+            channel.unacknowledged = None;
+            if let Some(error) = request.error_detail {
+                let error: String = error.message.chars().take(LONGEST_ERROR).collect();
+                self.metrics.nacked(of);
+                warn!(node = self.node, of = of.url(), error, "a tunnel refused resources");
+            }
+        }
+        Ok(())
+    }
+
+    fn channel(&mut self, of: ResourceType) -> &mut Channel {
+        match of {
+            ResourceType::Authorization => &mut self.policies,
+            ResourceType::Address => &mut self.addresses,
+        }
+    }
+
+    /// Sends what can be sent now.
+    async fn deliver(&mut self) -> Result<(), Ended> {
+        loop {
+            let newest = self.snapshots.borrow_and_update().clone();
+            let Some(newest) = newest else { return Ok(()) };
+            let snapshot = Arc::clone(self.current.get_or_insert_with(|| Arc::clone(&newest)));
+            self.send(ResourceType::Authorization, &snapshot).await?;
+            if !self.policies.is_settled(&snapshot) || self.awaits_policies() {
+                return Ok(());
+            }
+            self.send(ResourceType::Address, &snapshot).await?;
+            // Addresses need no acknowledgement for the next policies to be sent.
+            let told = self.addresses.subscription.is_none() || self.addresses.told == Some(snapshot.number);
+            if !told || snapshot.number == newest.number {
+                return Ok(());
+            }
+            self.current = Some(newest);
+        }
+    }
+
+    /// Whether workloads wait for a subscription to policies, which comes right after theirs.
+    fn awaits_policies(&self) -> bool {
+        let since = self.addresses.subscribed.filter(|_| self.policies.subscription.is_none());
+        since.is_some_and(|since| since.elapsed() < self.limits.policies_first)
+    }
+
+    async fn send(&mut self, of: ResourceType, snapshot: &Arc<Snapshot>) -> Result<(), Ended> {
+        let channel = self.channel(of);
+        if channel.told == Some(snapshot.number) || channel.unacknowledged.is_some() {
+            return Ok(());
+        }
+        let Some(subscription) = &mut channel.subscription else { return Ok(()) };
+        let difference = subscription.next(snapshot);
+        let first = channel.told.is_none();
+        channel.told = Some(snapshot.number);
+        let Some(Difference { changed, removed }) = difference else { return Ok(()) };
+        let place =
+            if changed.len() > LARGE { Arc::clone(&self.large).acquire_owned().await.ok() } else { None };
+        self.nonces += 1;
+        let nonce = self.nonces.to_string();
+        let waiting = Unacknowledged { nonce: nonce.clone(), since: Instant::now(), _place: place };
+        let response = DeltaDiscoveryResponse {
+            system_version_info: snapshot.number.to_string(),
+            resources: changed.iter().map(|resource| resource.sent.clone()).collect(),
+            type_url: of.url().to_owned(),
+            nonce,
+            removed_resources: removed,
+        };
+        self.channel(of).unacknowledged = Some(waiting);
+        self.metrics.pushed(of, (!first).then_some(snapshot.changed));
+        // There is a place for one response of each kind.
+        self.responses.send(Ok(response)).await.map_err(|_| Ended::Closed)
+    }
+
+    fn channels(&self) -> [&Channel; 2] {
+        [&self.policies, &self.addresses]
+    }
+
+    fn overdue(&self) -> Option<ResourceType> {
+        let late = |channel: &&&Channel| {
+            let waiting = channel.unacknowledged.as_ref();
+            waiting.is_some_and(|waiting| waiting.since.elapsed() >= self.limits.acknowledge)
+        };
+        self.channels().iter().find(late).map(|channel| channel.of)
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let waiting = self.channels().into_iter().filter_map(|channel| channel.unacknowledged.as_ref());
+        let acknowledge = waiting.map(|waiting| waiting.since + self.limits.acknowledge);
+        let policies = self.addresses.subscribed.filter(|_| self.awaits_policies());
+        acknowledge.chain(policies.map(|since| since + self.limits.policies_first)).min()
+    }
+}
+
+async fn wait_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,182 @@
+//! What a tunnel wants of one kind of resource, and what it has of it. Pure.
+//!
+//! A tunnel subscribes to everything, or to names that it has met: then it is told, too, of the
+//! endpoints of its services and of the workloads of its own node.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use ztunnel_api::discovery::DeltaDiscoveryRequest;
+
+use crate::snapshot::{Difference, Resource, ResourceType, Snapshot};
+
+const EVERYTHING: &str = "*";
+/// Names that one tunnel may subscribe to, and the length of each.
+const MOST_NAMES: usize = 200_000;
+const LONGEST_NAME: usize = 1024;
+
+/// A subscription that takes more than one may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("at most {MOST_NAMES} names of {LONGEST_NAME} bytes each can be subscribed to")]
+pub(super) struct TooMuch;
+
+/// What a tunnel wants of one kind, and what it has.
+#[derive(Debug)]
+pub(super) struct Subscription {
+    of: ResourceType,
+    /// The caller's node.
+    node: String,
+    everything: bool,
+    names: BTreeSet<String>,
+    /// Names that wait for an answer, be it that there is no such resource.
+    unanswered: BTreeSet<String>,
+    held: Held,
+    /// Whether it has had a response. The first is sent in any case.
+    answered: bool,
+}
+
+#[derive(Debug)]
+enum Held {
+    /// Exactly this.
+    Snapshot(Arc<Snapshot>),
+    /// These, by name and version: as it says, or as it was told of names.
+    Versions(HashMap<String, String>),
+}
+
+impl Subscription {
+    /// From the first request of its kind on a stream, which lists what the tunnel has from an
+    /// earlier one.
+    pub(super) fn first(
+        of: ResourceType,
+        node: String,
+        request: &mut DeltaDiscoveryRequest,
+    ) -> Result<Self, TooMuch> {
+        let versions = std::mem::take(&mut request.initial_resource_versions);
+        if versions.len() > MOST_NAMES {
+            return Err(TooMuch);
+        }
+        // Without a name it means everything.
+        let everything = request.resource_names_subscribe.is_empty();
+        let held = Held::Versions(versions);
+        let (names, unanswered) = (BTreeSet::new(), BTreeSet::new());
+        let mut first = Self { of, node, everything, names, unanswered, held, answered: false };
+        first.change(request)?;
+        Ok(first)
+    }
+
+    /// A later request. Returns whether it wants an answer.
+    pub(super) fn change(&mut self, request: &mut DeltaDiscoveryRequest) -> Result<bool, TooMuch> {
+        let mut wants = false;
+        for name in std::mem::take(&mut request.resource_names_subscribe) {
+            if name == EVERYTHING {
+                wants |= !std::mem::replace(&mut self.everything, true);
+                continue;
+            }
+            if name.len() > LONGEST_NAME || self.names.len() >= MOST_NAMES {
+                return Err(TooMuch);
+            }
+            // Whoever asks again has forgotten the answer.
+            self.names.insert(name.clone());
+            self.unanswered.insert(name);
+            wants = true;
+        }
+        for name in std::mem::take(&mut request.resource_names_unsubscribe) {
+            if name == EVERYTHING {
+                self.stop_everything();
+            }
+            self.names.remove(&name);
+            self.unanswered.remove(&name);
+        }
+        Ok(wants)
+    }
+
+    /// What is held is from now on known by name.
+    fn stop_everything(&mut self) {
+        self.everything = false;
+        if let Held::Snapshot(snapshot) = &self.held {
+            let all = snapshot.all(self.of);
+            let versions = all.map(|held| (held.name().to_owned(), held.version().to_owned()));
+            self.held = Held::Versions(versions.collect());
+        }
+    }
+
+    /// What the tunnel must be told for it to have what `snapshot` has. It counts as told. `None`:
+    /// nothing.
+    pub(super) fn next(&mut self, snapshot: &Arc<Snapshot>) -> Option<Difference> {
+        let mut difference = if self.everything {
+            match std::mem::replace(&mut self.held, Held::Snapshot(Arc::clone(snapshot))) {
+                Held::Snapshot(before) => snapshot.since(&before, self.of),
+                Held::Versions(versions) => {
+                    let now = snapshot.all(self.of).map(|resource| (resource.name(), resource)).collect();
+                    since_versions(&now, versions)
+                }
+            }
+        } else {
+            let wanted = self.wanted(snapshot);
+            let by_name = wanted.iter().map(|resource| (resource.name(), *resource)).collect();
+            let held = Held::Versions(
+                wanted.iter().map(|held| (held.name().to_owned(), held.version().to_owned())).collect(),
+            );
+            match std::mem::replace(&mut self.held, held) {
+                Held::Versions(versions) => since_versions(&by_name, versions),
+                Held::Snapshot(before) => snapshot.since(&before, self.of),
+            }
+        };
+        for name in std::mem::take(&mut self.unanswered) {
+            let known = self.named(snapshot, &name);
+            if known.is_empty() && !difference.removed.contains(&name) {
+                difference.removed.push(name);
+            }
+            for resource in known {
+                if difference.changed.iter().all(|sent| sent.name() != resource.name()) {
+                    difference.changed.push(Arc::clone(resource));
+                }
+            }
+        }
+        let first = !std::mem::replace(&mut self.answered, true);
+        let nothing = difference.changed.is_empty() && difference.removed.is_empty();
+        (first || !nothing).then_some(difference)
+    }
+
+    fn named<'a>(&self, snapshot: &'a Snapshot, name: &str) -> Vec<&'a Arc<Resource>> {
+        match self.of {
+            ResourceType::Address => snapshot.addresses_named(name).iter().collect(),
+            ResourceType::Authorization => {
+                snapshot.all(self.of).filter(|policy| policy.name() == name).collect()
+            }
+        }
+    }
+
+    /// Of names: the resources, the endpoints of those that are services, and the node's own.
+    fn wanted<'a>(&self, snapshot: &'a Snapshot) -> Vec<&'a Arc<Resource>> {
+        let mut wanted: BTreeMap<&str, &Arc<Resource>> = BTreeMap::new();
+        for name in &self.names {
+            for resource in self.named(snapshot, name) {
+                wanted.insert(resource.name(), resource);
+                if self.of == ResourceType::Address {
+                    let endpoints = snapshot.workloads_of(resource.name());
+                    wanted.extend(endpoints.iter().map(|endpoint| (endpoint.name(), endpoint)));
+                }
+            }
+        }
+        if self.of == ResourceType::Address {
+            let own = snapshot.workloads_on(&self.node);
+            wanted.extend(own.iter().map(|workload| (workload.name(), workload)));
+        }
+        wanted.into_values().collect()
+    }
+}
+
+fn since_versions(now: &BTreeMap<&str, &Arc<Resource>>, versions: HashMap<String, String>) -> Difference {
+    let news = now
+        .values()
+        .filter(|resource| versions.get(resource.name()).is_none_or(|version| version != resource.version()));
+    let changed = news.map(|resource| Arc::clone(resource)).collect();
+    let removed = versions.into_keys().filter(|name| !now.contains_key(name.as_str())).collect();
+    Difference { changed, removed }
+}
+
+#[cfg(test)]
+mod tests;

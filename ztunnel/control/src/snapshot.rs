@@ -1,0 +1,253 @@
+//! Everything that tunnels are told, at one moment. Streams share it, and compare two of them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::{Arc, OnceLock},
+    time::Instant,
+};
+
+use aws_lc_rs::digest::{SHA256, digest};
+use prost::Message;
+use prost_types::Any;
+use ztunnel_api::{
+    discovery,
+    security::Authorization,
+    workload::{Address, Service, Workload, address::Type},
+};
+
+/// A kind of resource.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ResourceType {
+    /// Workloads and services.
+    Address,
+    /// Policies.
+    Authorization,
+}
+
+impl ResourceType {
+    /// As requests and responses name it.
+    #[must_use]
+    pub fn url(self) -> &'static str {
+        match self {
+            Self::Address => "type.googleapis.com/istio.workload.Address",
+            Self::Authorization => "type.googleapis.com/istio.security.Authorization",
+        }
+    }
+
+    /// `None` for a type that is not served.
+    #[must_use]
+    pub fn from_url(url: &str) -> Option<Self> {
+        [Self::Address, Self::Authorization].into_iter().find(|of| of.url() == url)
+    }
+}
+
+/// One resource, encoded.
+#[derive(Debug)]
+pub struct Resource {
+    /// As it is sent. Equal content has the same version, in every replica and after every restart.
+    pub sent: discovery::Resource,
+    /// Of a workload: its node.
+    node: String,
+    /// Of a workload: its services.
+    services: Vec<String>,
+}
+
+impl Resource {
+    fn new(of: ResourceType, name: String, aliases: Vec<String>, message: &impl Message) -> Self {
+        let value = message.encode_to_vec();
+        let hash = digest(&SHA256, &value);
+        let mut half = [0; 16];
+        half.copy_from_slice(&hash.as_ref()[..16]);
+        let version = format!("{:032x}", u128::from_be_bytes(half));
+        let resource = Some(Any { type_url: of.url().to_owned(), value });
+        let sent = discovery::Resource { version, resource, name, aliases };
+        Self { sent, node: String::new(), services: Vec::new() }
+    }
+
+    pub(crate) fn workload(workload: Workload) -> Self {
+        let name = workload.uid.clone();
+        let aliases = workload.addresses.iter().filter_map(|address| alias(&workload.network, address));
+        let (aliases, node) = (aliases.collect(), workload.node.clone());
+        let services = workload.services.keys().cloned().collect();
+        let address = Address { r#type: Some(Type::Workload(workload)) };
+        Self { node, services, ..Self::new(ResourceType::Address, name, aliases, &address) }
+    }
+
+    pub(crate) fn service(service: Service) -> Self {
+        let name = format!("{}/{}", service.namespace, service.hostname);
+        let addresses = service.addresses.iter();
+        let aliases = addresses.filter_map(|address| alias(&address.network, &address.address)).collect();
+        let address = Address { r#type: Some(Type::Service(service)) };
+        Self::new(ResourceType::Address, name, aliases, &address)
+    }
+
+    pub(crate) fn policy(policy: &Authorization) -> Self {
+        let name = format!("{}/{}", policy.namespace, policy.name);
+        Self::new(ResourceType::Authorization, name, Vec::new(), policy)
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.sent.name
+    }
+
+    /// Its version.
+    #[must_use]
+    pub fn version(&self) -> &str {
+        &self.sent.version
+    }
+}
+
+/// Another name of a resource: by one of its addresses.
+fn alias(network: &str, address: &[u8]) -> Option<String> {
+    let ip: std::net::IpAddr = match address.len() {
+        4 => <[u8; 4]>::try_from(address).ok()?.into(),
+        _ => <[u8; 16]>::try_from(address).ok()?.into(),
+    };
+    Some(format!("{network}/{ip}"))
+}
+
+/// By name.
+pub type Resources = BTreeMap<String, Arc<Resource>>;
+
+/// The resources of one namespace.
+#[derive(Debug, Default)]
+pub struct NamespaceResources {
+    /// Workloads and services.
+    pub addresses: Resources,
+    /// Policies.
+    pub policies: Resources,
+}
+
+impl NamespaceResources {
+    fn of(&self, of: ResourceType) -> &Resources {
+        match of {
+            ResourceType::Address => &self.addresses,
+            ResourceType::Authorization => &self.policies,
+        }
+    }
+
+    /// Keeps of `before` what has not changed, so that two snapshots share it. `true`: all of it.
+    pub(crate) fn share(&mut self, before: &Self) -> bool {
+        let share = |now: &mut Resources, before: &Resources| {
+            let mut same = now.len() == before.len();
+            for (name, resource) in now.iter_mut() {
+                match before.get(name).filter(|held| held.version() == resource.version()) {
+                    Some(held) => *resource = Arc::clone(held),
+                    None => same = false,
+                }
+            }
+            same
+        };
+        let addresses = share(&mut self.addresses, &before.addresses);
+        share(&mut self.policies, &before.policies) && addresses
+    }
+}
+
+/// Everything that tunnels are told, at one moment.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Grows with each.
+    pub number: u64,
+    /// When the first change was received that led to it.
+    pub changed: Instant,
+    pub(crate) namespaces: BTreeMap<String, Arc<NamespaceResources>>,
+    /// Made when somebody asks by name.
+    index: OnceLock<AddressIndex>,
+}
+
+/// Workloads and services by whatever they can be asked for.
+#[derive(Debug, Default)]
+struct AddressIndex {
+    names: HashMap<String, Vec<Arc<Resource>>>,
+    nodes: HashMap<String, Vec<Arc<Resource>>>,
+    services: HashMap<String, Vec<Arc<Resource>>>,
+}
+
+/// The difference between two snapshots.
+#[derive(Debug, Default)]
+pub struct Difference {
+    /// New or changed.
+    pub changed: Vec<Arc<Resource>>,
+    /// Names of what is gone.
+    pub removed: Vec<String>,
+}
+
+impl Snapshot {
+    pub(crate) fn new(
+        number: u64,
+        changed: Instant,
+        namespaces: BTreeMap<String, Arc<NamespaceResources>>,
+    ) -> Self {
+        Self { number, changed, namespaces, index: OnceLock::new() }
+    }
+
+    /// All resources of a kind.
+    pub fn all(&self, of: ResourceType) -> impl Iterator<Item = &Arc<Resource>> {
+        self.namespaces.values().flat_map(move |namespace| namespace.of(of).values())
+    }
+
+    /// What somebody who holds `before` must be told. Namespaces that both share cost nothing.
+    #[must_use]
+    pub fn since(&self, before: &Self, of: ResourceType) -> Difference {
+        let nothing = NamespaceResources::default();
+        let mut difference = Difference::default();
+        let names: BTreeSet<&String> = self.namespaces.keys().chain(before.namespaces.keys()).collect();
+        for name in names {
+            let (now, was) = (self.namespaces.get(name), before.namespaces.get(name));
+            if let (Some(now), Some(was)) = (now, was)
+                && Arc::ptr_eq(now, was)
+            {
+                continue;
+            }
+            let now = now.map_or(&nothing, |namespace| &**namespace).of(of);
+            let was = was.map_or(&nothing, |namespace| &**namespace).of(of);
+            let news = now.iter().filter(|(name, resource)| {
+                was.get(*name).is_none_or(|held| held.version() != resource.version())
+            });
+            difference.changed.extend(news.map(|(_, resource)| Arc::clone(resource)));
+            difference.removed.extend(was.keys().filter(|name| !now.contains_key(*name)).cloned());
+        }
+        difference
+    }
+
+    /// Workloads and services of this name: a resource's own, or `network/address`.
+    #[must_use]
+    pub fn addresses_named(&self, name: &str) -> &[Arc<Resource>] {
+        self.index().names.get(name).map_or(&[], Vec::as_slice)
+    }
+
+    /// The workloads of a service, by the name of its resource.
+    #[must_use]
+    pub fn workloads_of(&self, service: &str) -> &[Arc<Resource>] {
+        self.index().services.get(service).map_or(&[], Vec::as_slice)
+    }
+
+    /// The workloads of a node.
+    #[must_use]
+    pub fn workloads_on(&self, node: &str) -> &[Arc<Resource>] {
+        self.index().nodes.get(node).map_or(&[], Vec::as_slice)
+    }
+
+    fn index(&self) -> &AddressIndex {
+        self.index.get_or_init(|| {
+            let mut index = AddressIndex::default();
+            for resource in self.all(ResourceType::Address) {
+                let add = |map: &mut HashMap<String, Vec<Arc<Resource>>>, key: &String| {
+                    map.entry(key.clone()).or_default().push(Arc::clone(resource));
+                };
+                for name in std::iter::once(&resource.sent.name).chain(&resource.sent.aliases) {
+                    add(&mut index.names, name);
+                }
+                for service in &resource.services {
+                    add(&mut index.services, service);
+                }
+                if !resource.node.is_empty() {
+                    add(&mut index.nodes, &resource.node);
+                }
+            }
+            index
+        })
+    }
+}

@@ -1,0 +1,238 @@
+//! All objects that count, by namespace, and the snapshot that follows from them. Pure.
+//!
+//! What a namespace's resources depend on is in the namespace itself, in the root namespace (its
+//! policies), and in the localities of nodes. So a change costs the work of one namespace.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+    time::Instant,
+};
+
+use tracing::warn;
+
+use super::watch::Update;
+use crate::{
+    convert::{self, Surroundings},
+    objects::{
+        NamespaceObjects, ObjectKey,
+        endpoints::EndpointSlice,
+        node::NodeLocality,
+        peer_authentication::PeerAuthentication,
+        pod::Pod,
+        policy::AuthorizationPolicy,
+        service::{Distribution, Service},
+    },
+    settings::MeshSettings,
+    snapshot::{NamespaceResources, Snapshot},
+};
+
+/// Kinds of objects that are followed.
+pub(super) const KINDS: usize = 7;
+
+/// What the API server said.
+#[derive(Debug)]
+pub(super) enum Change {
+    Pods(Update<Pod>),
+    Nodes(Update<NodeLocality>),
+    Services(Update<Service>),
+    Slices(Update<EndpointSlice>),
+    /// Of namespaces.
+    Distributions(Update<Distribution>),
+    Policies(Update<AuthorizationPolicy>),
+    PeerAuthentications(Update<PeerAuthentication>),
+}
+
+/// All objects that count.
+#[derive(Debug)]
+pub(super) struct Cluster {
+    settings: MeshSettings,
+    namespaces: BTreeMap<String, NamespaceObjects>,
+    nodes: HashMap<String, NodeLocality>,
+    /// Kinds that were listed once.
+    listed: BTreeSet<usize>,
+    /// Namespaces whose resources are out of date.
+    stale: BTreeSet<String>,
+    resources: BTreeMap<String, Arc<NamespaceResources>>,
+    /// By namespace: policies that are stricter than they are written, and why.
+    unenforceable: BTreeMap<String, Vec<(String, String)>>,
+    number: u64,
+}
+
+impl Cluster {
+    pub(super) fn new(settings: MeshSettings) -> Self {
+        Self {
+            settings,
+            namespaces: BTreeMap::new(),
+            nodes: HashMap::new(),
+            listed: BTreeSet::new(),
+            stale: BTreeSet::new(),
+            resources: BTreeMap::new(),
+            unenforceable: BTreeMap::new(),
+            number: 0,
+        }
+    }
+
+    /// How many kinds were listed once.
+    pub(super) fn listed(&self) -> usize {
+        self.listed.len()
+    }
+
+    /// How many policies are stricter than they are written.
+    pub(super) fn unenforceable(&self) -> usize {
+        self.unenforceable.values().map(Vec::len).sum()
+    }
+
+    pub(super) fn apply(&mut self, change: Change) {
+        match change {
+            Change::Pods(update) => self.update(0, update, |of| &mut of.pods),
+            Change::Services(update) => self.update(1, update, |of| &mut of.services),
+            Change::Slices(update) => self.update(2, update, |of| &mut of.slices),
+            Change::Policies(update) => self.update(3, update, |of| &mut of.policies),
+            Change::PeerAuthentications(update) => {
+                let before = self.has_peer_authentication();
+                self.update(4, update, |of| &mut of.peer_authentications);
+                if before != self.has_peer_authentication() {
+                    self.stale.insert(self.settings.root_namespace.clone());
+                }
+            }
+            // A namespace is the only one of its kind in itself.
+            Change::Distributions(update) => {
+                let inside = |key: ObjectKey| ObjectKey { namespace: key.name.clone(), name: key.name };
+                let update = match update {
+                    Update::Listed(all) => {
+                        Update::Listed(all.into_iter().map(|(key, kept)| (inside(key), kept)).collect())
+                    }
+                    Update::One(key, kept) => Update::One(inside(key), kept),
+                };
+                self.update(5, update, |of| &mut of.distribution);
+            }
+            Change::Nodes(update) => self.update_nodes(6, update),
+        }
+    }
+
+    fn update<T: PartialEq>(
+        &mut self,
+        kind: usize,
+        update: Update<T>,
+        table: fn(&mut NamespaceObjects) -> &mut BTreeMap<String, T>,
+    ) {
+        match update {
+            Update::One(ObjectKey { namespace, name }, Some(kept)) => {
+                let held = table(self.namespaces.entry(namespace.clone()).or_default());
+                if held.get(&name) != Some(&kept) {
+                    held.insert(name, kept);
+                    self.stale.insert(namespace);
+                }
+            }
+            Update::One(ObjectKey { namespace, name }, None) => {
+                let held = self.namespaces.get_mut(&namespace).map(table);
+                if held.is_some_and(|held| held.remove(&name).is_some()) {
+                    self.stale.insert(namespace);
+                }
+            }
+            Update::Listed(all) => {
+                self.listed.insert(kind);
+                let mut by_namespace: BTreeMap<String, BTreeMap<String, T>> = BTreeMap::new();
+                for (ObjectKey { namespace, name }, kept) in all {
+                    by_namespace.entry(namespace).or_default().insert(name, kept);
+                }
+                let names: BTreeSet<String> =
+                    by_namespace.keys().chain(self.namespaces.keys()).cloned().collect();
+                for namespace in names {
+                    let now = by_namespace.remove(&namespace).unwrap_or_default();
+                    let held = table(self.namespaces.entry(namespace.clone()).or_default());
+                    if *held != now {
+                        *held = now;
+                        self.stale.insert(namespace);
+                    }
+                }
+            }
+        }
+    }
+
+    fn update_nodes(&mut self, kind: usize, update: Update<NodeLocality>) {
+        let mut moved = BTreeSet::new();
+        let mut set = |nodes: &mut HashMap<String, NodeLocality>, name: String, now: Option<NodeLocality>| {
+            if nodes.get(&name) != now.as_ref() {
+                match now {
+                    Some(now) => nodes.insert(name.clone(), now),
+                    None => nodes.remove(&name),
+                };
+                moved.insert(name);
+            }
+        };
+        match update {
+            Update::One(key, now) => set(&mut self.nodes, key.name, now),
+            Update::Listed(all) => {
+                self.listed.insert(kind);
+                let mut all: HashMap<String, NodeLocality> =
+                    all.into_iter().map(|(key, locality)| (key.name, locality)).collect();
+                let names: BTreeSet<String> = all.keys().chain(self.nodes.keys()).cloned().collect();
+                for name in names {
+                    let now = all.remove(&name);
+                    set(&mut self.nodes, name, now);
+                }
+            }
+        }
+        if moved.is_empty() {
+            return;
+        }
+        for (name, objects) in &self.namespaces {
+            if objects.pods.values().any(|pod| moved.contains(&pod.node)) {
+                self.stale.insert(name.clone());
+            }
+        }
+    }
+
+    fn has_peer_authentication(&self) -> bool {
+        self.namespaces.values().any(|objects| !objects.peer_authentications.is_empty())
+    }
+
+    /// The next snapshot; `None` if it would be like the last. `changed`: when the first of the
+    /// changes was received.
+    pub(super) fn snapshot(&mut self, changed: Instant) -> Option<Snapshot> {
+        let mut stale = std::mem::take(&mut self.stale);
+        if stale.contains(&self.settings.root_namespace) {
+            // Workloads everywhere may name its policies.
+            stale.extend(self.namespaces.keys().cloned());
+        }
+        let nothing = NamespaceObjects::default();
+        let around = Surroundings {
+            settings: &self.settings,
+            root: self.namespaces.get(&self.settings.root_namespace).unwrap_or(&nothing),
+            nodes: &self.nodes,
+            peer_authentication: self.has_peer_authentication(),
+        };
+        let mut differs = self.number == 0;
+        for name in &stale {
+            let objects = self.namespaces.get(name).unwrap_or(&nothing);
+            let converted = convert::namespace(&around, name, objects);
+            let told = self.unenforceable.remove(name).unwrap_or_default();
+            for (object, reason) in converted.unenforceable.iter().filter(|one| !told.contains(one)) {
+                warn!(object, reason, "this policy is enforced, and is stricter than it is written");
+            }
+            if !converted.unenforceable.is_empty() {
+                self.unenforceable.insert(name.clone(), converted.unenforceable);
+            }
+            let mut resources = converted.resources;
+            let before = self.resources.get(name);
+            let same = before.is_some_and(|before| resources.share(before));
+            if resources.addresses.is_empty() && resources.policies.is_empty() {
+                differs |= self.resources.remove(name).is_some();
+            } else if !same {
+                differs = true;
+                self.resources.insert(name.clone(), Arc::new(resources));
+            }
+        }
+        self.namespaces.retain(|_, objects| !objects.is_empty());
+        if !differs {
+            return None;
+        }
+        self.number += 1;
+        Some(Snapshot::new(self.number, changed, self.resources.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests;

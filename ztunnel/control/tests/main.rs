@@ -1,0 +1,14 @@
+//! The control plane as a program, with the rights of `rbac.yaml`, against a real API server. Its
+//! clients are the tunnel's own, and bare ones where a tunnel would not misbehave.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::disallowed_methods, reason = "a test's tasks end with its runtime")]
+#![allow(unreachable_pub, reason = "modules of a test program share helpers; nothing else can reach them")]
+
+mod certificates;
+mod discovery;
+mod outage;
+mod rig;
+mod root;
+mod streams;
+mod stuck;
