@@ -365,9 +365,10 @@ fn add_pinned_connections(netns_cookie: u64, number: u64) -> bool {
     let Some(count) = PINNED_CONNECTIONS.get_ptr_mut(netns_cookie) else { return false };
     // One atomic step, since a socket may close on another processor, or in an interrupt on this
     // one. Without asking for the sum, which Linux before 5.12 cannot give.
-    // SAFETY: `count` points to an entry of the map, which the kernel frees only after this
+    // SAFETY: `count` points to an entry of the map, whose memory the kernel frees only after this
     // program; values of 8 bytes are aligned, and only these programs change them, always by this
-    // instruction.
+    // instruction. If the watcher removes the entry meanwhile, another netns may have its memory, and
+    // counts one too many or too few: such a netns stays prepared, or is restored early.
     unsafe { asm!("lock *(u64 *)({count} + 0) += {number}", count = in(reg) count, number = in(reg) number) };
     true
 }

@@ -2,11 +2,13 @@
 
 use std::{collections::BTreeSet, fmt, str::FromStr, sync::Arc, time::Duration};
 
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use k8s_openapi::api::{
     authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus},
     core::v1::Pod,
 };
 use kube::{Api, Client, api::PostParams};
+use serde::Deserialize;
 use tokio::{sync::Semaphore, time::timeout};
 use tonic::{Code, metadata::MetadataMap};
 
@@ -115,7 +117,7 @@ impl CallerError {
     /// fill the log.
     #[must_use]
     pub fn is_notable(&self) -> bool {
-        matches!(self, Self::NotATunnel { .. } | Self::NoNode { .. })
+        matches!(self, Self::NoNode { .. })
     }
 
     /// For the caller.
@@ -161,11 +163,25 @@ impl Callers {
             let _place = self.places.acquire().await.ok()?;
             Some(self.review_token(token.trim()).await)
         };
+        // Whoever reaches the port would have the API server asked otherwise, as often as it calls.
+        match claimed_account(token.trim()) {
+            Some(account) if self.tunnels.contains(&account) => {}
+            Some(account) => return Err(self.not_a_tunnel(account.to_string())),
+            None => {
+                let reason = "it is no token of a service account".to_owned();
+                return Err(CallerError::Refused { reason });
+            }
+        }
         let question = "about a token";
         match timeout(LIMIT, review).await {
             Ok(Some(reviewed)) => reviewed,
             Ok(None) | Err(_) => Err(CallerError::Unavailable { question, source: None }),
         }
+    }
+
+    fn not_a_tunnel(&self, user: String) -> CallerError {
+        let expected: Vec<String> = self.tunnels.iter().map(ToString::to_string).collect();
+        CallerError::NotATunnel { user, expected: expected.join(", ") }
     }
 
     async fn review_token(&self, token: &str) -> Result<Caller, CallerError> {
@@ -177,9 +193,7 @@ impl Callers {
         let reviewed = reviewed.map_err(unavailable("about a token"))?;
         let claims = Claims::of(reviewed.status.unwrap_or_default())?;
         if !self.tunnels.contains(&claims.account) {
-            let expected: Vec<String> = self.tunnels.iter().map(ToString::to_string).collect();
-            let (user, expected) = (claims.account.to_string(), expected.join(", "));
-            return Err(CallerError::NotATunnel { user, expected });
+            return Err(self.not_a_tunnel(claims.account.to_string()));
         }
         let node = match claims.node {
             Some(node) => node,
@@ -197,6 +211,24 @@ impl Callers {
         let pod = pod.filter(|pod| pod.metadata.uid.as_ref() == Some(uid)).ok_or_else(no_node)?;
         pod.spec.and_then(|spec| spec.node_name).ok_or_else(no_node)
     }
+}
+
+/// Whose token it says to be (RFC 7519, claim `sub`). Nothing of it is proven.
+fn claimed_account(token: &str) -> Option<ServiceAccount> {
+    #[derive(Deserialize)]
+    struct Payload {
+        sub: String,
+    }
+    let mut parts = token.split('.');
+    let (_, payload, _) = (parts.next()?, parts.next()?, parts.next()?);
+    let payload = URL_SAFE_NO_PAD.decode(payload).ok()?;
+    account_of(&serde_json::from_slice::<Payload>(&payload).ok()?.sub)
+}
+
+/// Of a user's name at the API server.
+fn account_of(user: &str) -> Option<ServiceAccount> {
+    let (namespace, name) = user.strip_prefix("system:serviceaccount:")?.split_once(':')?;
+    Some(ServiceAccount { namespace: namespace.to_owned(), name: name.to_owned() })
 }
 
 fn unavailable(question: &'static str) -> impl Fn(kube::Error) -> CallerError {
@@ -224,12 +256,10 @@ impl Claims {
         }
         let user = status.user.unwrap_or_default();
         let name = user.username.unwrap_or_default();
-        let account = name.strip_prefix("system:serviceaccount:").and_then(|name| name.split_once(':'));
-        let Some((namespace, account)) = account else {
+        let Some(account) = account_of(&name) else {
             let expected = "a service account".to_owned();
             return Err(CallerError::NotATunnel { user: name, expected });
         };
-        let account = ServiceAccount { namespace: namespace.to_owned(), name: account.to_owned() };
         let extra = user.extra.unwrap_or_default();
         let claim = |key: &str| match extra.get(key).map(Vec::as_slice) {
             Some([only]) if !only.is_empty() => Some(only.clone()),
@@ -272,6 +302,19 @@ mod tests {
             (json!({}), "token_refused"),
         ] {
             assert_eq!(claims(status.clone()), Err(reason), "{status}");
+        }
+    }
+
+    #[test]
+    fn a_token_that_is_nobodys_is_known_without_a_review() {
+        let token = |payload: &str| format!("e30.{}.sig", URL_SAFE_NO_PAD.encode(payload));
+        let of = |payload| claimed_account(&token(payload)).map(|account| account.to_string());
+        assert_eq!(of(r#"{"sub": "system:serviceaccount:a:b", "aud": ["x"]}"#), Some("a/b".to_owned()));
+        for payload in [r#"{"sub": "admin"}"#, r#"{"sub": 1}"#, "{}", "", "[]"] {
+            assert_eq!(of(payload), None, "{payload}");
+        }
+        for text in ["", ".", "a.b", "a.%%.c"] {
+            assert_eq!(claimed_account(text), None, "{text}");
         }
     }
 

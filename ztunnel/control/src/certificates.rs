@@ -24,6 +24,7 @@ use self::refusal::Refusal;
 use crate::{
     authority::Authority,
     callers::{Caller, Callers},
+    connection::Peer,
     identity::Identity,
     metrics::Metrics,
 };
@@ -68,6 +69,9 @@ impl CertificateService {
 
     async fn issue(&self, request: Request<IstioCertificateRequest>) -> Result<Vec<String>, Refusal> {
         let caller = self.callers.review(request.metadata()).await?;
+        if let Some(peer) = request.extensions().get::<Peer>() {
+            peer.prove();
+        }
         let request = request.into_inner();
         let identity = self.identity(&caller, &request)?;
         let key = csr::key_for(&request.csr, &identity)?;

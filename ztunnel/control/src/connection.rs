@@ -2,8 +2,12 @@
 
 use std::{
     fmt, io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
 };
 
@@ -16,6 +20,8 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
 
+use crate::shares::Share;
+
 /// The other end of a connection, in the extensions of each of its calls.
 #[derive(Clone, Debug)]
 pub struct Peer {
@@ -23,6 +29,23 @@ pub struct Peer {
     pub address: SocketAddr,
     /// Ends the connection, whatever waits to be sent.
     pub cut: CancellationToken,
+    /// Whether a call of it was accepted.
+    proven: Arc<AtomicBool>,
+}
+
+impl Peer {
+    pub(crate) fn new(address: SocketAddr) -> Self {
+        Self { address, cut: CancellationToken::new(), proven: Arc::default() }
+    }
+
+    /// A call of it was accepted: the connection may stay.
+    pub(crate) fn prove(&self) {
+        self.proven.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_proven(&self) -> bool {
+        self.proven.load(Ordering::Relaxed)
+    }
 }
 
 /// A connection that can be cut.
@@ -30,7 +53,7 @@ pub(crate) struct Connection {
     stream: TlsStream<TcpStream>,
     peer: Peer,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
-    _place: OwnedSemaphorePermit,
+    _place: (OwnedSemaphorePermit, Share<IpAddr>),
 }
 
 impl fmt::Debug for Connection {
@@ -40,7 +63,11 @@ impl fmt::Debug for Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(stream: TlsStream<TcpStream>, peer: Peer, place: OwnedSemaphorePermit) -> Self {
+    pub(crate) fn new(
+        stream: TlsStream<TcpStream>,
+        peer: Peer,
+        place: (OwnedSemaphorePermit, Share<IpAddr>),
+    ) -> Self {
         let cut = Box::pin(peer.cut.clone().cancelled_owned());
         Self { stream, peer, cut, _place: place }
     }

@@ -19,7 +19,7 @@ use ztunnel_api::discovery::{
 };
 
 use self::stream::{Ended, Stream};
-use crate::{callers::Callers, connection::Peer, metrics::Metrics, source::Snapshots};
+use crate::{callers::Callers, connection::Peer, metrics::Metrics, shares::Shares, source::Snapshots};
 
 /// Limits of what one tunnel may take.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +38,9 @@ impl Default for StreamLimits {
 
 /// Responses to whole meshes at a time: after a restart all tunnels come back at once.
 const LARGE_AT_ONCE: usize = 16;
+/// Streams of one node: a tunnel and its successor have one each, and some that broke are not noticed
+/// yet.
+const OF_NODE: usize = 8;
 /// Responses that wait to be sent to a tunnel: one of each kind.
 const WAITING: usize = 2;
 
@@ -49,6 +52,7 @@ pub struct DiscoveryService {
     limits: StreamLimits,
     metrics: Arc<Metrics>,
     large: Arc<Semaphore>,
+    nodes: Shares<String>,
     streams: TaskTracker,
     stop: CancellationToken,
 }
@@ -64,7 +68,8 @@ impl DiscoveryService {
         stop: CancellationToken,
     ) -> Self {
         let (large, streams) = (Arc::new(Semaphore::new(LARGE_AT_ONCE)), TaskTracker::new());
-        Self { callers, snapshots, limits, metrics, large, streams, stop }
+        let nodes = Shares::default();
+        Self { callers, snapshots, limits, metrics, large, nodes, streams, stop }
     }
 }
 
@@ -89,12 +94,20 @@ impl AggregatedDiscoveryService for DiscoveryService {
             }
         };
         let peer = request.extensions().get::<Peer>().cloned();
+        if let Some(peer) = &peer {
+            peer.prove();
+        }
+        let Some(of_node) = self.nodes.take(caller.node.clone(), OF_NODE) else {
+            let text = format!("{} has {OF_NODE} streams open already", caller.node);
+            return Err(Status::resource_exhausted(text));
+        };
         let (sender, receiver) = mpsc::channel(WAITING);
         let stream = Stream::new(self, caller.node.clone(), sender.clone());
         let (stop, metrics) = (self.stop.clone(), Arc::clone(&self.metrics));
         let requests = request.into_inner();
         // It ends with the tunnel's side of the stream, or with `stop`.
         self.streams.spawn(async move {
+            let _of_node = of_node;
             let open = metrics.stream();
             info!(node = caller.node, account = %caller.account, "tunnel connected");
             let ended = stop.run_until_cancelled(stream.run(requests)).await.unwrap_or(Ended::Stopped);

@@ -48,7 +48,8 @@ impl FromStr for Identity {
 /// Whether `text` can be the name of an object, so that it means nothing else in a selector or path.
 fn is_name(text: &str) -> bool {
     let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.');
-    !text.is_empty() && text.len() <= LONGEST_PART && text.chars().all(plain)
+    let ends = |text: &str| !text.starts_with(['-', '.']) && !text.ends_with(['-', '.']);
+    !text.is_empty() && text.len() <= LONGEST_PART && text.chars().all(plain) && ends(text)
 }
 
 #[cfg(test)]
@@ -73,6 +74,8 @@ mod tests {
             "spiffe://cluster.local/sa/demo/ns/web",
             "spiffe://cluster.local/ns/demo/sa/web,spec.nodeName=b",
             "spiffe://cluster.local/ns/demo/sa/WEB",
+            "spiffe://cluster.local/ns/../sa/web",
+            "spiffe://cluster.local/ns/demo/sa/-web",
             &format!("spiffe://cluster.local/ns/demo/sa/{}", "a".repeat(254)),
         ] {
             assert_eq!(text.parse::<Identity>(), Err(InvalidIdentity), "{text}");

@@ -17,6 +17,7 @@
 //! * [`snapshot`]: everything that tunnels are told, at one moment
 //! * `objects`: what counts of the objects of the API
 //! * [`identity`]: SPIFFE ids of workloads
+//! * `shares`: how many of something each has
 //! * [`settings`]: names of the cluster
 
 pub mod admin;
@@ -32,6 +33,7 @@ mod objects;
 pub mod program;
 pub mod server;
 pub mod settings;
+mod shares;
 pub mod snapshot;
 pub mod source;
 

@@ -37,11 +37,16 @@ use crate::{
     certificates::CertificateService,
     connection::{Connection, Peer},
     discovery::DiscoveryService,
+    shares::Shares,
 };
 
 /// Open connections. A cluster has one or two for each node.
 const CONNECTIONS: usize = 20_000;
 const HANDSHAKES: usize = 256;
+/// Connections of one address, which is a tunnel's pod or node.
+const OF_ADDRESS: usize = 128;
+/// How long a connection stays without a call that was accepted.
+const FIRST_CALL: Duration = Duration::from_secs(20);
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// After an accept that failed: most often there are no descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -118,6 +123,7 @@ async fn accept(
     stop: CancellationToken,
 ) {
     let (places, handshaking) = (Arc::new(Semaphore::new(CONNECTIONS)), Arc::new(Semaphore::new(HANDSHAKES)));
+    let addresses = Shares::default();
     let mut handshakes = JoinSet::new();
     loop {
         while handshakes.try_join_next().is_some() {}
@@ -135,17 +141,26 @@ async fn accept(
                 continue;
             }
         };
+        let Some(of_address) = addresses.take(address.ip(), OF_ADDRESS) else {
+            debug!(%address, "refused: its address has {OF_ADDRESS} connections already");
+            continue;
+        };
         let (acceptor, sender) = (acceptor.clone(), sender.clone());
         handshakes.spawn(async move {
-            let _turn = turn;
             let _ = stream.set_nodelay(true);
+            let peer = Peer::new(address);
             match timeout(HANDSHAKE, acceptor.accept(stream)).await {
                 Ok(Ok(stream)) => {
-                    let peer = Peer { address, cut: CancellationToken::new() };
-                    let _ = sender.send(Connection::new(stream, peer, place)).await;
+                    let _ = sender.send(Connection::new(stream, peer.clone(), (place, of_address))).await;
                 }
-                Ok(Err(error)) => debug!(%address, %error, "TLS handshake failed"),
-                Err(_) => debug!(%address, "TLS handshake timed out"),
+                Ok(Err(error)) => return debug!(%address, %error, "TLS handshake failed"),
+                Err(_) => return debug!(%address, "TLS handshake timed out"),
+            }
+            drop(turn);
+            tokio::time::sleep(FIRST_CALL).await;
+            if !peer.is_proven() {
+                debug!(%address, "cut: no call of it was accepted");
+                peer.cut.cancel();
             }
         });
     }

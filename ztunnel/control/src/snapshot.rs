@@ -212,6 +212,13 @@ impl Snapshot {
         difference
     }
 
+    /// The policy of this name.
+    #[must_use]
+    pub fn policy_named(&self, name: &str) -> Option<&Arc<Resource>> {
+        let (namespace, _) = name.split_once('/')?;
+        self.namespaces.get(namespace)?.policies.get(name)
+    }
+
     /// Workloads and services of this name: a resource's own, or `network/address`.
     #[must_use]
     pub fn addresses_named(&self, name: &str) -> &[Arc<Resource>] {

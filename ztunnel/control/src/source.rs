@@ -18,10 +18,7 @@ use k8s_openapi::api::{
     core::v1::{Namespace, Node, Pod, Service},
     discovery::v1::EndpointSlice,
 };
-use kube::{
-    Api, Client,
-    core::{ApiResource, DynamicObject, GroupVersionKind},
-};
+use kube::{Api, Client, core::DynamicObject};
 use tokio::{
     sync::{mpsc, watch as state},
     task::{JoinSet, block_in_place},
@@ -47,6 +44,8 @@ use crate::{
     snapshot::Snapshot,
 };
 
+/// The group of Istio's policies.
+const ISTIO_SECURITY: &str = "security.istio.io";
 /// How long changes are collected: a rollout makes many at once.
 const COLLECT: Duration = Duration::from_millis(100);
 /// After so long without another one, the collection ends.
@@ -85,8 +84,15 @@ impl Source {
         let mut watches = JoinSet::new();
         self.watch_all(&mut watches, &sender);
         drop(sender);
-        // The watches end with the set.
-        let _ = stop.run_until_cancelled(self.publish_changes(changes)).await;
+        // The watches end with the set. One that ends before leaves its kind as it was for ever: then all
+        // of this ends, and so the program.
+        let work = async {
+            tokio::select! {
+                () = self.publish_changes(changes) => {}
+                _ = watches.join_next() => {}
+            }
+        };
+        let _ = stop.run_until_cancelled(work).await;
     }
 
     fn watch_all(&self, watches: &mut JoinSet<()>, sender: &mpsc::Sender<Change>) {
@@ -94,7 +100,7 @@ impl Source {
         let mut spawn = |kind: futures_util::future::BoxFuture<'static, ()>| {
             watches.spawn(kind);
         };
-        let all = |what| Kind { what, optional: false, metrics: Arc::clone(metrics), sender: sender.clone() };
+        let all = |what| Kind { what, metrics: Arc::clone(metrics), sender: sender.clone() };
         let pods: Api<Pod> = Api::all(client.clone());
         spawn(Box::pin(all("pods").follow(pods, pod::Pod::read, Change::Pods)));
         let nodes: Api<Node> = Api::all(client.clone());
@@ -108,19 +114,14 @@ impl Source {
         let read = |of: &Namespace| Distribution::from_annotations(of.metadata.annotations.as_ref());
         spawn(Box::pin(all("namespaces").follow(namespaces, read, Change::Distributions)));
 
-        let optional = |what| Kind { optional: true, ..all(what) };
-        let of_istio = |kind| {
-            let resource = ApiResource::from_gvk(&GroupVersionKind::gvk("security.istio.io", "v1", kind));
-            Api::<DynamicObject>::all_with(client.clone(), &resource)
-        };
-        let policies = of_istio("AuthorizationPolicy");
+        let policies = (ISTIO_SECURITY, "AuthorizationPolicy");
         let read = |object: &DynamicObject| Some(AuthorizationPolicy::read(object));
-        let kind = optional("authorizationpolicies");
-        spawn(Box::pin(kind.follow(policies, read, Change::Policies)));
-        let peers = of_istio("PeerAuthentication");
+        let kind = all("authorizationpolicies");
+        spawn(Box::pin(kind.follow_optional(client.clone(), policies, read, Change::Policies)));
+        let peers = (ISTIO_SECURITY, "PeerAuthentication");
         let read = |object: &DynamicObject| Some(PeerAuthentication::read(object));
-        let kind = optional("peerauthentications");
-        spawn(Box::pin(kind.follow(peers, read, Change::PeerAuthentications)));
+        let kind = all("peerauthentications");
+        spawn(Box::pin(kind.follow_optional(client.clone(), peers, read, Change::PeerAuthentications)));
     }
 
     /// The one writer of the state.

@@ -2,6 +2,11 @@
 
 use std::time::Duration;
 
+use kube::{
+    Api,
+    api::DeleteParams,
+    core::{ApiResource, DynamicObject, GroupVersionKind},
+};
 use prost::Message as _;
 use serde_json::json;
 use testbed::wait::wait_at_most;
@@ -73,6 +78,58 @@ fn policies_come_before_workloads_and_before_whoever_names_them() {
             assert!(!named || heard, "the workload names a policy that was not told");
         }
         stream.acknowledge(&response);
+    }
+}
+
+/// A tunnel that forgets a policy which a workload still names lets pass what it forbids.
+#[test]
+#[ignore = "needs an API server: make test"]
+fn a_policy_is_gone_after_whoever_named_it() {
+    let control = Control::start(&[]);
+    let (demo, web) = with_pod(&control, &unique("node"), "10.2.0.9");
+    let selecting = |name: &str| {
+        control.api.apply(&format!(
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata:\n  name: {name}\n  namespace: {demo}\n\
+             spec:\n  selector: {{matchLabels: {{app: none}}}}\n  action: DENY\n  rules: [{{}}]"
+        ));
+    };
+    selecting("before");
+    let mut stream = control.stream(&control.token(&unique("node"))).unwrap();
+    stream.subscribe(AUTHORIZATION);
+    stream.subscribe(ADDRESS);
+    let policies = |response: &DeltaDiscoveryResponse| {
+        let is_told = names(response).contains(&&*web);
+        if is_told { workload(response, &web).authorization_policies } else { Vec::new() }
+    };
+    let (before, after) = (format!("{demo}/before"), format!("{demo}/after"));
+    loop {
+        let response = stream.receive().unwrap();
+        stream.acknowledge(&response);
+        if policies(&response).contains(&before) {
+            break;
+        }
+    }
+    selecting("after");
+    let kind = GroupVersionKind::gvk("security.istio.io", "v1", "AuthorizationPolicy");
+    let kind = ApiResource::from_gvk(&kind);
+    let api: Api<DynamicObject> = Api::namespaced_with(control.api.client(), &demo, &kind);
+    control.api.block_on(api.delete("before", &DeleteParams::default())).unwrap();
+    let mut named = true;
+    loop {
+        let response = stream.receive().unwrap();
+        let told = policies(&response);
+        if told.contains(&after) {
+            named = told.contains(&before);
+            if !named {
+                assert!(stream.is_silent_for(Duration::from_millis(300)), "before the workload is taken");
+            }
+        }
+        let is_gone = response.removed_resources.contains(&before);
+        assert!(!is_gone || !named, "gone, while the workload names it");
+        stream.acknowledge(&response);
+        if is_gone {
+            break;
+        }
     }
 }
 

@@ -1,15 +1,16 @@
 //! One tunnel, from its first request to the end.
 //!
 //! A snapshot is delivered as a whole: its policies, and when the tunnel has acknowledged them, its
-//! workloads, so that no workload names a policy that the tunnel has not heard of. Then comes the
-//! newest snapshot there is. At most one response of each kind waits for its acknowledgement, so
+//! workloads, so that no workload names a policy that the tunnel has not heard of; when it has
+//! acknowledged these, which policies are gone, so that none names one that it has forgotten. Then
+//! comes the newest snapshot there is. At most one response of each kind waits for its acknowledgement, so
 //! that a slow tunnel costs no memory, and one that does not answer is disconnected.
 
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeSet, fmt, sync::Arc};
 
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
-    time::Instant,
+    time::{Instant, timeout_at},
 };
 use tonic::{Status, Streaming};
 use tracing::{debug, warn};
@@ -39,6 +40,8 @@ pub(super) enum Ended {
     Broken(Box<Status>),
     /// The tunnel did not acknowledge a response in time.
     Unacknowledged { of: ResourceType },
+    /// Too many large responses are under way to others.
+    Busy,
     /// The tunnel subscribes to more than one may.
     TooMuch(TooMuch),
     /// This process shuts down.
@@ -53,6 +56,7 @@ impl fmt::Display for Ended {
             Self::Unacknowledged { of } => {
                 write!(f, "it did not acknowledge a response about {} in time", of.url())
             }
+            Self::Busy => f.write_str("too many large responses are under way to other tunnels"),
             Self::TooMuch(error) => error.fmt(f),
             Self::Stopped => f.write_str("this control plane shuts down"),
         }
@@ -66,7 +70,7 @@ impl Ended {
             Self::Closed | Self::Broken(_) => None,
             Self::Unacknowledged { .. } => Some(Status::deadline_exceeded(self.to_string())),
             Self::TooMuch(_) => Some(Status::resource_exhausted(self.to_string())),
-            Self::Stopped => Some(Status::unavailable(self.to_string())),
+            Self::Busy | Self::Stopped => Some(Status::unavailable(self.to_string())),
         }
     }
 }
@@ -81,6 +85,8 @@ pub(super) struct Stream {
     large: Arc<Semaphore>,
     policies: Channel,
     addresses: Channel,
+    /// Policies that are gone, which the tunnel has not been told.
+    gone: BTreeSet<String>,
     /// The snapshot that is being delivered.
     current: Option<Arc<Snapshot>>,
     nonces: u64,
@@ -93,6 +99,8 @@ struct Channel {
     subscribed: Option<Instant>,
     /// The number of the snapshot that the tunnel was told, if nothing was asked for since.
     told: Option<u64>,
+    /// Whether there was a response at all. The first is sent in any case.
+    answered: bool,
     unacknowledged: Option<Unacknowledged>,
 }
 
@@ -104,7 +112,7 @@ struct Unacknowledged {
 
 impl Channel {
     fn new(of: ResourceType) -> Self {
-        Self { of, subscription: None, subscribed: None, told: None, unacknowledged: None }
+        Self { of, subscription: None, subscribed: None, told: None, answered: false, unacknowledged: None }
     }
 
     /// Whether the tunnel has, or does not want, what `snapshot` has.
@@ -128,6 +136,7 @@ impl Stream {
             large: Arc::clone(&service.large),
             policies: Channel::new(ResourceType::Authorization),
             addresses: Channel::new(ResourceType::Address),
+            gone: BTreeSet::new(),
             current: None,
             nonces: 0,
         }
@@ -209,7 +218,18 @@ impl Stream {
             self.send(ResourceType::Address, &snapshot).await?;
             // Addresses need no acknowledgement for the next policies to be sent.
             let told = self.addresses.subscription.is_none() || self.addresses.told == Some(snapshot.number);
-            if !told || snapshot.number == newest.number {
+            if !told {
+                return Ok(());
+            }
+            if !self.gone.is_empty() {
+                if self.addresses.unacknowledged.is_some() {
+                    return Ok(());
+                }
+                let removed = std::mem::take(&mut self.gone).into_iter().collect();
+                let difference = Difference { changed: Vec::new(), removed };
+                self.respond(ResourceType::Authorization, difference, &snapshot).await?;
+            }
+            if snapshot.number == newest.number {
                 return Ok(());
             }
             self.current = Some(newest);
@@ -229,11 +249,36 @@ impl Stream {
         }
         let Some(subscription) = &mut channel.subscription else { return Ok(()) };
         let difference = subscription.next(snapshot);
-        let first = channel.told.is_none();
+        let is_answered = channel.answered;
         channel.told = Some(snapshot.number);
-        let Some(Difference { changed, removed }) = difference else { return Ok(()) };
-        let place =
-            if changed.len() > LARGE { Arc::clone(&self.large).acquire_owned().await.ok() } else { None };
+        let Some(mut difference) = difference else { return Ok(()) };
+        if of == ResourceType::Authorization {
+            for policy in &difference.changed {
+                self.gone.remove(policy.name());
+            }
+            self.gone.extend(std::mem::take(&mut difference.removed));
+            if is_answered && difference.changed.is_empty() {
+                return Ok(());
+            }
+        }
+        self.respond(of, difference, snapshot).await
+    }
+
+    async fn respond(
+        &mut self,
+        of: ResourceType,
+        Difference { changed, removed }: Difference,
+        snapshot: &Snapshot,
+    ) -> Result<(), Ended> {
+        let late = Instant::now() + self.limits.acknowledge;
+        let unacknowledged = |_| Ended::Unacknowledged { of };
+        let place = if changed.len() > LARGE {
+            let place = timeout_at(late, Arc::clone(&self.large).acquire_owned()).await;
+            place.map_err(|_| Ended::Busy)?.ok()
+        } else {
+            None
+        };
+        let first = !std::mem::replace(&mut self.channel(of).answered, true);
         self.nonces += 1;
         let nonce = self.nonces.to_string();
         let waiting = Unacknowledged { nonce: nonce.clone(), since: Instant::now(), _place: place };
@@ -246,8 +291,9 @@ impl Stream {
         };
         self.channel(of).unacknowledged = Some(waiting);
         self.metrics.pushed(of, (!first).then_some(snapshot.changed));
-        // There is a place for one response of each kind.
-        self.responses.send(Ok(response)).await.map_err(|_| Ended::Closed)
+        // There is a place for one response of each kind, unless it acknowledges what it has not read.
+        let sent = timeout_at(late, self.responses.send(Ok(response))).await.map_err(unacknowledged)?;
+        sent.map_err(|_| Ended::Closed)
     }
 
     fn channels(&self) -> [&Channel; 2] {

@@ -4,7 +4,7 @@
 //! endpoints of its services and of the workloads of its own node.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -16,10 +16,14 @@ const EVERYTHING: &str = "*";
 /// Names that one tunnel may subscribe to, and the length of each.
 const MOST_NAMES: usize = 200_000;
 const LONGEST_NAME: usize = 1024;
+/// Bytes of all of them.
+const MOST_BYTES: usize = 16 << 20;
 
 /// A subscription that takes more than one may.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("at most {MOST_NAMES} names of {LONGEST_NAME} bytes each can be subscribed to")]
+#[error(
+    "at most {MOST_NAMES} names of {LONGEST_NAME} bytes each and {MOST_BYTES} bytes together can be subscribed to"
+)]
 pub(super) struct TooMuch;
 
 /// What a tunnel wants of one kind, and what it has.
@@ -30,6 +34,8 @@ pub(super) struct Subscription {
     node: String,
     everything: bool,
     names: BTreeSet<String>,
+    /// Of the names.
+    bytes: usize,
     /// Names that wait for an answer, be it that there is no such resource.
     unanswered: BTreeSet<String>,
     held: Held,
@@ -54,16 +60,35 @@ impl Subscription {
         request: &mut DeltaDiscoveryRequest,
     ) -> Result<Self, TooMuch> {
         let versions = std::mem::take(&mut request.initial_resource_versions);
-        if versions.len() > MOST_NAMES {
+        let bytes: usize = versions.iter().map(|(name, version)| name.len() + version.len()).sum();
+        if versions.len() > MOST_NAMES || bytes > MOST_BYTES {
             return Err(TooMuch);
         }
         // Without a name it means everything.
         let everything = request.resource_names_subscribe.is_empty();
         let held = Held::Versions(versions);
         let (names, unanswered) = (BTreeSet::new(), BTreeSet::new());
-        let mut first = Self { of, node, everything, names, unanswered, held, answered: false };
+        let mut first = Self { of, node, everything, names, bytes: 0, unanswered, held, answered: false };
         first.change(request)?;
+        // What it has, it goes on wanting: Istio's tunnel names what it asked for here only.
+        if !first.everything
+            && let Held::Versions(versions) = &first.held
+        {
+            for name in versions.keys().cloned().collect::<Vec<_>>() {
+                first.add(name)?;
+            }
+        }
         Ok(first)
+    }
+
+    fn add(&mut self, name: String) -> Result<(), TooMuch> {
+        let bytes = self.bytes + if self.names.contains(&name) { 0 } else { name.len() };
+        if name.len() > LONGEST_NAME || self.names.len() >= MOST_NAMES || bytes > MOST_BYTES {
+            return Err(TooMuch);
+        }
+        self.bytes = bytes;
+        self.names.insert(name);
+        Ok(())
     }
 
     /// A later request. Returns whether it wants an answer.
@@ -74,11 +99,8 @@ impl Subscription {
                 wants |= !std::mem::replace(&mut self.everything, true);
                 continue;
             }
-            if name.len() > LONGEST_NAME || self.names.len() >= MOST_NAMES {
-                return Err(TooMuch);
-            }
             // Whoever asks again has forgotten the answer.
-            self.names.insert(name.clone());
+            self.add(name.clone())?;
             self.unanswered.insert(name);
             wants = true;
         }
@@ -86,7 +108,9 @@ impl Subscription {
             if name == EVERYTHING {
                 self.stop_everything();
             }
-            self.names.remove(&name);
+            if self.names.remove(&name) {
+                self.bytes -= name.len();
+            }
             self.unanswered.remove(&name);
         }
         Ok(wants)
@@ -124,13 +148,16 @@ impl Subscription {
                 Held::Snapshot(before) => snapshot.since(&before, self.of),
             }
         };
+        let mut sent: HashSet<String> =
+            difference.changed.iter().map(|resource| resource.name().to_owned()).collect();
+        let mut gone: HashSet<String> = difference.removed.iter().cloned().collect();
         for name in std::mem::take(&mut self.unanswered) {
             let known = self.named(snapshot, &name);
-            if known.is_empty() && !difference.removed.contains(&name) {
+            if known.is_empty() && gone.insert(name.clone()) {
                 difference.removed.push(name);
             }
             for resource in known {
-                if difference.changed.iter().all(|sent| sent.name() != resource.name()) {
+                if sent.insert(resource.name().to_owned()) {
                     difference.changed.push(Arc::clone(resource));
                 }
             }
@@ -143,9 +170,7 @@ impl Subscription {
     fn named<'a>(&self, snapshot: &'a Snapshot, name: &str) -> Vec<&'a Arc<Resource>> {
         match self.of {
             ResourceType::Address => snapshot.addresses_named(name).iter().collect(),
-            ResourceType::Authorization => {
-                snapshot.all(self.of).filter(|policy| policy.name() == name).collect()
-            }
+            ResourceType::Authorization => snapshot.policy_named(name).into_iter().collect(),
         }
     }
 

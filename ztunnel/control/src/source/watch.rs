@@ -2,12 +2,16 @@
 //!
 //! `kube`'s watcher resumes at the last version that it saw, and lists again when that is too old
 //! for the server.
+//!
+//! A kind that need not be installed is asked for by discovery: a server, or something before it, that
+//! does not find a list says nothing of what is installed.
 
-use std::{collections::HashMap, fmt::Debug, sync::Arc, time::Duration};
+use std::{collections::HashMap, fmt::Debug, ops::ControlFlow, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use kube::{
-    Api, Resource,
+    Api, Client, Resource,
+    core::{ApiResource, DynamicObject, GroupVersionKind},
     runtime::{
         WatchStreamExt as _,
         watcher::{self, Event},
@@ -22,6 +26,11 @@ use crate::{metrics::Metrics, objects::ObjectKey};
 /// How long one watch lasts. A connection that died silently is noticed soon after that.
 pub(crate) const WATCH: Duration = Duration::from_mins(2);
 
+/// How long until a kind that is not installed is asked for again.
+const NOT_INSTALLED: Duration = Duration::from_secs(30);
+/// After discovery failed.
+const DISCOVERY_PAUSE: Duration = Duration::from_secs(5);
+
 /// What the server said of one kind.
 #[derive(Debug)]
 pub(super) enum Update<T> {
@@ -35,13 +44,48 @@ pub(super) enum Update<T> {
 pub(super) struct Kind<C> {
     /// For messages, as RBAC rules name it.
     pub what: &'static str,
-    /// Its resource need not be installed: then there is none.
-    pub optional: bool,
     pub metrics: Arc<Metrics>,
     pub sender: mpsc::Sender<C>,
 }
 
 impl<C: Send + 'static> Kind<C> {
+    /// Follows a kind of `group` that need not be installed, in whichever version the server has it.
+    pub(super) async fn follow_optional<T: Send>(
+        self,
+        client: Client,
+        (group, kind): (&'static str, &'static str),
+        read: impl Fn(&DynamicObject) -> Option<T> + Send,
+        change: fn(Update<T>) -> C,
+    ) {
+        loop {
+            match served(&client, group, kind).await {
+                Ok(Some(version)) => {
+                    let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, &version, kind));
+                    let api = Api::<DynamicObject>::all_with(client.clone(), &resource);
+                    if self.follow_while_there(api, &read, change).await.is_break() {
+                        return;
+                    }
+                    // Whether it is gone, discovery says.
+                    tokio::time::sleep(DISCOVERY_PAUSE).await;
+                }
+                Ok(None) => {
+                    info!(what = self.what, "not installed: there are none");
+                    if self.sender.send(change(Update::Listed(HashMap::new()))).await.is_err() {
+                        return;
+                    }
+                    while matches!(served(&client, group, kind).await, Ok(None)) {
+                        tokio::time::sleep(NOT_INSTALLED).await;
+                    }
+                }
+                Err(error) => {
+                    self.metrics.watch_failed(self.what);
+                    warn!(what = self.what, %error, "cannot ask what is installed; trying again");
+                    tokio::time::sleep(DISCOVERY_PAUSE).await;
+                }
+            }
+        }
+    }
+
     /// Follows objects of one type, of which `read` keeps what counts.
     pub(super) async fn follow<K, T: Send>(
         self,
@@ -49,6 +93,21 @@ impl<C: Send + 'static> Kind<C> {
         read: impl Fn(&K) -> Option<T> + Send,
         change: fn(Update<T>) -> C,
     ) where
+        K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+    {
+        while self.follow_while_there(api.clone(), &read, change).await.is_continue() {
+            tokio::time::sleep(DISCOVERY_PAUSE).await;
+        }
+    }
+
+    /// Until the server does not find it (`Continue`), or nobody listens any more.
+    async fn follow_while_there<K, T: Send>(
+        &self,
+        api: Api<K>,
+        read: &(impl Fn(&K) -> Option<T> + Send),
+        change: fn(Update<T>) -> C,
+    ) -> ControlFlow<()>
+    where
         K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
     {
         let seconds = u32::try_from(WATCH.as_secs()).unwrap_or(u32::MAX);
@@ -79,29 +138,42 @@ impl<C: Send + 'static> Kind<C> {
                         Event::Delete(object) => Update::One(ObjectKey::of(object.meta()), None),
                     }
                 }
-                Ok(None) => return,
+                Ok(None) => return ControlFlow::Break(()),
                 Err(error) => {
-                    let missing = status(&error).is_some_and(|code| code == 404);
                     let text = describe(self.what, &error);
-                    if self.optional && missing {
-                        debug!(what = self.what, "not installed");
-                        Update::Listed(HashMap::new())
+                    self.metrics.watch_failed(self.what);
+                    if std::mem::replace(&mut failing, true) {
+                        debug!(what = self.what, error = text, "still failing");
                     } else {
-                        self.metrics.watch_failed(self.what);
-                        if std::mem::replace(&mut failing, true) {
-                            debug!(what = self.what, error = text, "still failing");
-                        } else {
-                            warn!(what = self.what, error = text, "what is known stays; trying again");
-                        }
-                        continue;
+                        warn!(what = self.what, error = text, "what is known stays; trying again");
                     }
+                    if status(&error) == Some(404) {
+                        return ControlFlow::Continue(());
+                    }
+                    continue;
                 }
             };
             if self.sender.send(change(update)).await.is_err() {
-                return;
+                return ControlFlow::Break(());
             }
         }
     }
+}
+
+/// The version in which the server has `kind` of `group`, `v1` before others; `None`: in none.
+async fn served(client: &Client, group: &str, kind: &str) -> Result<Option<String>, kube::Error> {
+    let groups = client.list_api_groups().await?;
+    let versions =
+        groups.groups.into_iter().filter(|known| known.name == group).flat_map(|known| known.versions);
+    let mut versions: Vec<_> = versions.collect();
+    versions.sort_by_key(|known| known.version != "v1");
+    for known in versions {
+        let resources = client.list_api_group_resources(&known.group_version).await?;
+        if resources.resources.iter().any(|resource| resource.kind == kind) {
+            return Ok(Some(known.version));
+        }
+    }
+    Ok(None)
 }
 
 fn status(error: &watcher::Error) -> Option<u16> {

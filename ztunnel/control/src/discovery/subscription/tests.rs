@@ -137,3 +137,20 @@ fn names_have_a_budget() {
         DeltaDiscoveryRequest { resource_names_subscribe: names, ..DeltaDiscoveryRequest::default() };
     assert_eq!(all.change(&mut many), Err(TooMuch));
 }
+
+/// So Istio's tunnel comes back: what it asked for is named among what it has, and nowhere else.
+#[test]
+fn what_a_tunnel_has_it_goes_on_wanting() {
+    let elsewhere = || workload("Kubernetes//Pod/demo/far", 9, "b", None);
+    let mut request = request(&["*"], &["*"]);
+    let held =
+        [elsewhere().name(), "Kubernetes//Pod/demo/never"].map(|name| (name.to_owned(), String::new()));
+    request.initial_resource_versions = held.into();
+    let mut subscription = first(request);
+    let now = snapshot(1, vec![elsewhere(), workload("Kubernetes//Pod/demo/other", 8, "b", None)]);
+    let (changed, removed) = told(&mut subscription, &now).unwrap();
+    assert_eq!(changed, [elsewhere().name()]);
+    assert_eq!(removed, ["Kubernetes//Pod/demo/never"]);
+    let (_, removed) = told(&mut subscription, &snapshot(2, vec![])).unwrap();
+    assert_eq!(removed, [elsewhere().name()]);
+}
