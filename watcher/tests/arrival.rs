@@ -63,6 +63,13 @@ fn first_connects(cluster: &Cluster, count: usize, more: &str) -> (usize, usize,
         as_themselves = recorded() - before;
         as_themselves >= answered
     });
+    if as_themselves < answered {
+        // Which of both it is: a connection past the tunnels, or one without its record.
+        let of_client = cluster.nodes[0].access_log().iter().filter(|line| line.contains("outbound")).count();
+        let server = cluster.nodes[1].access_log();
+        let nobodys: Vec<&String> = server.iter().filter(|line| !as_client(line)).collect();
+        eprintln!("{of_client} records of the client's tunnel; the server's of others: {nobodys:#?}");
+    }
     (answered, as_themselves, slowest)
 }
 
