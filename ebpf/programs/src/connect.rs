@@ -16,7 +16,7 @@ use crate::{
         SockAddr,
         verdict::{ALLOW, REFUSE},
     },
-    maps::{self, facts::Caller},
+    maps::{self, facts::Caller, pods},
     trace,
 };
 
@@ -50,7 +50,7 @@ fn run(ctx: &SockAddr, address: Address, hook: Hook) -> (i32, Destination) {
         is_udp: ctx.is_udp(),
         destination: Destination::new(address, ctx.port()),
     };
-    let own = if call.is_tcp || call.is_query() { maps::caller() } else { None };
+    let own = if call.is_tcp || call.is_query() { pods::caller() } else { None };
     let caller = Caller::new(settings, ctx.netns_cookie(), socket, own);
     let outbound = decide::outbound(&caller, &call);
     let (verdict, to) = match outbound {

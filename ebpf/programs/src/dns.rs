@@ -20,7 +20,7 @@ use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 
 use crate::{
     context::{SockAddr, verdict::PROCEED},
-    maps::{self, facts::Caller},
+    maps::{self, facts::Caller, pods},
     original_dst::{show_original_v4, show_original_v6},
     trace,
 };
@@ -52,7 +52,7 @@ fn captured(ctx: &SockAddr, address: Address, hook: Hook) -> Destination {
         return Destination::NOWHERE;
     }
     let Some(settings) = maps::settings() else { return Destination::NOWHERE };
-    let caller = Caller::new(settings, ctx.netns_cookie(), ctx.socket(), maps::caller());
+    let caller = Caller::new(settings, ctx.netns_cookie(), ctx.socket(), pods::caller());
     let to = decide::dns_redirect(&caller, &resolver);
     if to.is_somewhere() && settings.debug != 0 {
         trace::outbound(settings, hook, Rule::DnsRedirect, caller.entry(), &resolver);

@@ -25,7 +25,10 @@ use aya_ebpf::{
     programs::RawTracePointContext,
 };
 
-use crate::maps::{self, Look};
+use crate::maps::{
+    pods,
+    whole::{self, Look},
+};
 
 /// The watcher looks again at a pod that is not in order within this time.
 const QUIET_NS: u64 = 5_000_000;
@@ -96,7 +99,7 @@ fn report_exec() {
     }
     // SAFETY: helpers without arguments, which this program type has.
     let (cgroup_id, now) = unsafe { (bpf_get_current_cgroup_id(), bpf_ktime_get_ns()) };
-    if maps::is_ready(cgroup_id) {
+    if pods::is_ready(cgroup_id) {
         return;
     }
     // SAFETY: an aligned number, read at once; the kernel frees it only after this program. If two
@@ -183,15 +186,15 @@ fn close_if_expected(node: *const u8, scope: &Scope, cgroup_id: u64) -> bool {
     if read <= 0 || cgroup_id == 0 {
         return false;
     }
-    let name = maps::in_memory(&name);
-    let mut expected = maps::CLOSED;
-    match maps::look(name, &mut expected, || EXPECTED.get_ptr(name)) {
+    let name = whole::in_memory(&name);
+    let mut expected = pods::CLOSED;
+    match whole::look(name, &mut expected, || EXPECTED.get_ptr(name)) {
         Look::Whole => {}
         // Which pod it is, the watcher finds out; it is one that is to begin closed.
-        Look::Torn => expected = maps::CLOSED,
+        Look::Torn => expected = pods::CLOSED,
         Look::Missing => return false,
     }
-    maps::set_cgroup(cgroup_id, &mut expected)
+    pods::set_cgroup(cgroup_id, &mut expected)
 }
 
 #[inline(always)]

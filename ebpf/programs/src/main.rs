@@ -20,8 +20,8 @@
 //! one symbol.
 #![no_std]
 #![no_main]
-// For one instruction that has no name in `core` on this target: see
-// `maps::add_pinned_connections`.
+// For instructions that have no name in `core` on this target: see
+// `maps::flows::add_pinned_connections` and `maps::whole::in_memory`.
 #![feature(asm_experimental_arch)]
 #![expect(
     clippy::inline_always,

@@ -14,7 +14,7 @@ use crate::{
         Lookup,
         verdict::{SK_DROP, SK_PASS},
     },
-    maps::{self, facts::Arriving},
+    maps::{self, facts::Arriving, pods},
     trace,
 };
 
@@ -27,7 +27,7 @@ pub fn adit_sk_lookup(ctx: SkLookupContext) -> u32 {
     // A pod that talks to itself is no matter of the mesh, and of a redirect connect(2) told.
     let rule = verdict.rule() as u16;
     if settings.debug != 0 && rule != Rule::SameHost as u16 && rule != Rule::SteerOutbound as u16 {
-        trace::inbound(settings, verdict.rule(), &arrival.flow, maps::cgroup_in(lookup.netns_cookie()));
+        trace::inbound(settings, verdict.rule(), &arrival.flow, pods::cgroup_in(lookup.netns_cookie()));
     }
     match verdict {
         Inbound::Pass(_) => SK_PASS,

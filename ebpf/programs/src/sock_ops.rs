@@ -32,7 +32,7 @@ use crate::{
         SockOps, SocketEvent,
         verdict::{ALLOW, IGNORED},
     },
-    maps,
+    maps::{self, flows, pods},
 };
 
 /// Sockets of pods: publishes original destinations, withdraws those that nobody took, records who
@@ -44,13 +44,13 @@ pub fn adit_pods_ops(ctx: SockOpsContext) -> u32 {
         BPF_SOCK_OPS_TCP_LISTEN_CB => record_app_listener(&ops),
         BPF_SOCK_OPS_TCP_CONNECT_CB => {
             if let Some((flow, original)) = redirected(&ops) {
-                maps::publish_original(&flow, &original);
+                flows::publish_original(&flow, &original);
                 ops.watch_close();
             }
         }
         BPF_SOCK_OPS_STATE_CB if ops.is_closing() => {
             if let Some((flow, _)) = redirected(&ops) {
-                maps::withdraw_original(&flow);
+                flows::withdraw_original(&flow);
             }
         }
         _ => (),
@@ -68,7 +68,7 @@ pub fn adit_tunnel_ops(ctx: SockOpsContext) -> u32 {
         BPF_SOCK_OPS_TCP_LISTEN_CB => register(&ops),
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => {
             if let Some(flow) = ops.flow() {
-                maps::shorten_tunnel_flow(&flow);
+                flows::shorten_tunnel_flow(&flow);
             }
         }
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(&ops),
@@ -141,10 +141,10 @@ fn record_tunnel_flow(ops: &SockOps) {
     if state.netns_cookie == 0 {
         return;
     }
-    let recorded = maps::record_tunnel_flow(&flow, state.netns_cookie).is_ok();
+    let recorded = flows::record_tunnel_flow(&flow, state.netns_cookie).is_ok();
     // No address of a pod that is leaving is known any more: then every connection counts.
-    let own = maps::owner(&flow.local) == Some(state.netns_cookie);
-    let pins = !own && !is_loopback(&flow.local) && maps::count_pinned_connection(state.netns_cookie);
+    let own = pods::owner(&flow.local) == Some(state.netns_cookie);
+    let pins = !own && !is_loopback(&flow.local) && flows::count_pinned_connection(state.netns_cookie);
     state.pins_netns = u32::from(pins);
     if recorded || pins {
         ops.watch_close();
@@ -197,13 +197,13 @@ fn accepted(ops: &SockOps) {
 #[inline(always)]
 fn move_original(ops: &SockOps, accepted: &Flow) {
     let opened = accepted.reversed();
-    let Some(original) = maps::published_original(&opened) else { return };
+    let Some(original) = flows::published_original(&opened) else { return };
     if let Some(state) = maps::state_or_new(ops.socket()) {
         state.original = original;
         // This end was not redirected: getpeername shows what it always did.
         state.redirect = Destination::NOWHERE;
     }
-    maps::withdraw_original(&opened);
+    flows::withdraw_original(&opened);
 }
 
 /// To the pod: the tunnel is going to dial the application from the client's address, maybe only
@@ -211,10 +211,10 @@ fn move_original(ops: &SockOps, accepted: &Flow) {
 #[inline(always)]
 fn count_arrival(ops: &SockOps, accepted: &Flow) {
     // The client dialled the pod's address, whatever the port; not one of the tunnel's own servers.
-    let Some(netns_cookie) = maps::owner(&accepted.local) else { return };
+    let Some(netns_cookie) = pods::owner(&accepted.local) else { return };
     let Some(state) = maps::state_or_new(ops.socket()) else { return };
     state.netns_cookie = netns_cookie;
-    if maps::count_pinned_connection(state.netns_cookie) {
+    if flows::count_pinned_connection(state.netns_cookie) {
         state.pins_netns = 1;
         ops.watch_close();
     }
@@ -223,12 +223,12 @@ fn count_arrival(ops: &SockOps, accepted: &Flow) {
 #[inline(always)]
 fn closed(ops: &SockOps) {
     if let Some(flow) = ops.flow() {
-        maps::forget_tunnel_flow(&flow);
+        flows::forget_tunnel_flow(&flow);
     }
     if let Some(state) = maps::state(ops.socket())
         && state.pins_netns == 1
     {
         state.pins_netns = 0;
-        maps::uncount_pinned_connection(state.netns_cookie);
+        flows::uncount_pinned_connection(state.netns_cookie);
     }
 }

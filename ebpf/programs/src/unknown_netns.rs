@@ -15,7 +15,7 @@ use crate::{
         Packet,
         verdict::{SK_DROP, SK_PASS},
     },
-    maps,
+    maps::pods,
 };
 
 #[cgroup_skb(ingress)]
@@ -29,9 +29,9 @@ pub fn adit_ingress(ctx: SkBuffContext) -> i32 {
 fn is_closed(packet: &Packet) -> bool {
     const CLOSED: u32 = flag::IN_MESH;
     const DECIDES: u32 = flag::IN_MESH | flag::FAIL_OPEN | flag::TUNNEL | flag::SIDECAR;
-    let Some(entry) = maps::receiver(packet) else { return false };
+    let Some(entry) = pods::receiver(packet) else { return false };
     // Whoever meets an entry that is being replaced each time is dropped, and asks again.
-    let mut copy = maps::CLOSED;
+    let mut copy = pods::CLOSED;
     entry.read(&mut copy);
     let info = copy.unchecked();
     let is_unknown = info.netns_cookie == 0 && info.flags & DECIDES == CLOSED;

@@ -12,8 +12,12 @@ use adit_ebpf_common::{
 use aya_ebpf::helpers::{bpf_sk_release, generated::bpf_map_lookup_elem};
 
 use super::{
-    APP_LISTENER_STATE, APP_LISTENERS, CLOSED, Entry, ORIGINAL_DST, TUNNEL_LISTENERS, in_memory,
-    is_cidr_excluded, is_port_excluded, netns, owner, pod_in, state_or_new, tunnel_flow,
+    APP_LISTENER_STATE, APP_LISTENERS, ORIGINAL_DST, TUNNEL_LISTENERS,
+    flows::tunnel_flow,
+    is_cidr_excluded, is_port_excluded,
+    pods::{CLOSED, Entry, netns, owner, pod_in},
+    state_or_new,
+    whole::in_memory,
 };
 use crate::context::{Lookup, Socket};
 
