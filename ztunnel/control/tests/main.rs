@@ -10,5 +10,6 @@ mod discovery;
 mod outage;
 mod rig;
 mod root;
+mod shares;
 mod streams;
 mod stuck;

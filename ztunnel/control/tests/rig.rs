@@ -18,9 +18,15 @@ use kube::{
     api::{ListParams, PostParams},
     core::{ApiResource, DynamicObject, GroupVersionKind},
 };
+use rustls::{
+    ClientConfig, RootCertStore,
+    crypto::aws_lc_rs,
+    pki_types::{CertificateDer, pem::PemObject as _},
+};
 use serde_json::{Value, json};
 use testbed::{api_server::ApiServer, process::KillOnDrop, program::binary, wait::wait_for};
 use tokio::{runtime::Runtime, sync::mpsc, time::timeout};
+use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::{
     Request, Status, Streaming,
     metadata::MetadataValue,
@@ -174,6 +180,21 @@ impl Control {
         let endpoint = Endpoint::from_shared(format!("https://{}", self.grpc)).unwrap();
         let _inside = self.runtime.enter();
         endpoint.tls_config(tls).unwrap().connect_lazy()
+    }
+
+    /// TLS, and nothing after it.
+    pub async fn connect(&self) -> TlsStream<tokio::net::TcpStream> {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(self.root.as_bytes()).unwrap()).unwrap();
+        let mut config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let stream = tokio::net::TcpStream::connect(self.grpc).await.unwrap();
+        let name = "localhost".try_into().unwrap();
+        TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap()
     }
 
     /// A stream that answers nothing by itself.

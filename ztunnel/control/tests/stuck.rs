@@ -1,17 +1,11 @@
 //! A tunnel that lives, answers pings, and reads nothing.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use prost::Message as _;
-use rustls::{
-    ClientConfig, RootCertStore,
-    crypto::aws_lc_rs,
-    pki_types::{CertificateDer, pem::PemObject},
-};
 use testbed::wait::wait_at_most;
-use tokio::{net::TcpStream, time::timeout};
-use tokio_rustls::TlsConnector;
+use tokio::time::timeout;
 use ztunnel_api::discovery::DeltaDiscoveryRequest;
 
 use crate::rig::{AUTHORIZATION, Control, LIMIT, unique};
@@ -27,17 +21,7 @@ fn framed(message: &DeltaDiscoveryRequest) -> Bytes {
 
 /// With a window of nothing: whatever is sent waits, and so would an error.
 async fn connect(control: &Control, token: &str) -> tokio::task::JoinHandle<Result<(), h2::Error>> {
-    let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_slice(control.root.as_bytes()).unwrap()).unwrap();
-    let mut config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    let stream = TcpStream::connect(control.grpc).await.unwrap();
-    let name = "localhost".try_into().unwrap();
-    let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap();
+    let stream = control.connect().await;
     let (mut client, connection) =
         h2::client::Builder::new().initial_window_size(0).handshake(stream).await.unwrap();
     let request = http::Request::post(format!(
