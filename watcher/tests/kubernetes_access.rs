@@ -40,7 +40,7 @@ fn rules() -> Vec<(String, String, Vec<String>)> {
     rules
 }
 
-fn client(api: &ApiServer, kubeconfig: &Path) -> Client {
+pub fn client(api: &ApiServer, kubeconfig: &Path) -> Client {
     let kubeconfig = Kubeconfig::read_from(kubeconfig).expect("kubeconfig");
     api.block_on(async {
         let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;

@@ -10,6 +10,8 @@ use kube::{
 use serde_json::json;
 use testbed::{api_node::ApiNode, api_server::ApiServer, chart, wait::wait_for};
 
+use crate::kubernetes_access::client;
+
 const KEY: &str = "adit.dev/not-ready";
 
 /// Keys and effects of the node's taints.
@@ -36,6 +38,11 @@ fn the_startup_taint_goes_when_the_watcher_is_ready() {
     .expect("a node");
     node.api.block_on(nodes.create(&PostParams::default(), &object)).expect("created");
     node.pod("a", &json!({}));
+    // As the kubelet mounts it: bound to a pod, whose node it names.
+    let account = json!({"spec": {"serviceAccountName": "adit-watcher"}});
+    let uid = node.api.pod("adit-system", "watcher", &node.host.name, &account);
+    let kubeconfig = node.api.kubeconfig_of_pod("adit-system", "adit-watcher", Some(("watcher", &uid)));
+    node.host.kubeconfig = Some(kubeconfig.clone());
     let with_key = |node: &ApiNode| taints(node).iter().filter(|(key, _)| key == KEY).count();
 
     // A watcher that does not know its pods yet is not ready.
@@ -56,6 +63,30 @@ fn the_startup_taint_goes_when_the_watcher_is_ready() {
     let other = ("others.dev/taint".to_owned(), "NoExecute".to_owned());
     assert!(taints(&node).contains(&other), "the others stay: {:?}", taints(&node));
 
+    // With the same rights nothing else can be done to it, or to another node.
+    let as_watcher = Api::<Node>::all(client(&node.api, &kubeconfig));
+    let another = serde_json::from_value(json!({"metadata": {"name": "another"}})).expect("a node");
+    node.api.block_on(nodes.create(&PostParams::default(), &another)).expect("created");
+    let refusal = |name: &str, patch: serde_json::Value| {
+        let patched =
+            node.api.block_on(as_watcher.patch(name, &PatchParams::default(), &Patch::Merge(patch)));
+        patched.err().map(|error| error.to_string()).unwrap_or_default()
+    };
+    wait_for("the policy to be in force", || {
+        let said = refusal("another", json!({"spec": {"taints": [{"key": "k", "effect": "NoExecute"}]}}));
+        said.contains("changes its own node only").then_some(())
+    });
+    for more in [
+        json!({"spec": {"taints": [{"key": "k", "effect": "NoExecute"}]}}),
+        json!({"spec": {"taints": []}}),
+        json!({"spec": {"unschedulable": true}}),
+        json!({"metadata": {"labels": {"pool": "another"}}}),
+        json!({"metadata": {"annotations": {"another": "annotation"}}}),
+    ] {
+        let said = refusal(&node.host.name, more.clone());
+        assert!(said.contains("takes off the startup taint and changes nothing else"), "{more}: {said:?}");
+    }
+
     // Once: whoever puts it back wants it there. The next watcher takes it off again.
     let tainted = json!({"spec": {"taints": [{"key": KEY, "effect": "NoSchedule"}]}});
     let patch = Patch::Merge(&tainted);
@@ -64,6 +95,8 @@ fn the_startup_taint_goes_when_the_watcher_is_ready() {
     node.host.start(&["--startup-taint", KEY]);
     wait_for("the taint to go", || with_key(&node) == 0);
     node.host.kill_watcher();
-    node.api.block_on(nodes.delete(&node.host.name, &DeleteParams::default())).expect("deleted");
+    for name in [&*node.host.name, "another"] {
+        node.api.block_on(nodes.delete(name, &DeleteParams::default())).expect("deleted");
+    }
     assert!(node.host.refuses(&["--startup-taint", "a=b"]).contains("the key alone"));
 }
