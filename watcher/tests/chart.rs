@@ -2,6 +2,7 @@
 //! API server.
 
 mod containers;
+mod control;
 mod objects;
 mod values;
 
@@ -49,6 +50,21 @@ dnsConfig: {nameservers: [10.96.0.10]}
 platform: openshift
 resourceQuotas: {enabled: true}
 imagePullPolicy: Never
+rootConfigMap: mesh.root
+control:
+  replicas: 3
+  rootSecret: mesh.root-key
+  rootNamespace: policies
+  trustDomain: example.org
+  clusterDomain: east.example.org
+  certificateLife: 600
+  acknowledge: 5
+  logLevel: info,ztunnel_control=debug
+  resources: {limits: {cpu: 1, memory: 256Mi}}
+  priorityClassName: ''
+  nodeSelector: {}
+  affinity: {nodeAffinity: {requiredDuringSchedulingIgnoredDuringExecution: {nodeSelectorTerms: [{matchExpressions: [{key: a, operator: Exists}]}]}}}
+  tolerations: []
 watcher:
   failMode: open
   dnsCapture: true
@@ -72,8 +88,9 @@ dashboard: {enabled: true, labels: {a: b}}
 ";
 
 /// The charts that the tests look at: a name, and the values beside the chart's own.
-const VARIANTS: [(&str, &str); 5] = [
+const VARIANTS: [(&str, &str); 6] = [
     ("the chart's own values", "{}"),
+    ("istio", "profile: istio"),
     ("redirect-only", "profile: redirect-only"),
     ("values of Istio's chart", ISTIO_VALUES),
     ("everything at once", EVERYTHING),
@@ -95,17 +112,27 @@ fn try_rendered(values: &str) -> Result<String, String> {
     chart::try_render(NAMESPACE, &["--values", file.path().to_str().expect("a readable path")])
 }
 
-/// The one object of this kind.
+/// The one object of this kind, beside the control plane's own.
 fn object(manifest: &str, kind: &str) -> Value {
+    one(manifest, kind, |name| name != "ztunnel-control")
+}
+
+/// The one object of this kind of the control plane.
+fn control_object(manifest: &str, kind: &str) -> Value {
+    one(manifest, kind, |name| name == "ztunnel-control")
+}
+
+fn one(manifest: &str, kind: &str, is_named: impl Fn(&Value) -> bool) -> Value {
+    let objects = chart::objects(manifest).into_iter();
     let mut found: Vec<Value> =
-        chart::objects(manifest).into_iter().filter(|object| object["kind"] == kind).collect();
+        objects.filter(|object| object["kind"] == kind && is_named(&object["metadata"]["name"])).collect();
     assert_eq!(found.len(), 1, "{kind} in {manifest}");
     found.remove(0)
 }
 
-/// A container of the DaemonSet; `None`: it has none of this name.
+/// A container of DaemonSet or Deployment; `None`: there is none of this name.
 fn container(manifest: &str, name: &str) -> Option<Value> {
-    let set = object(manifest, "DaemonSet");
-    let containers = set["spec"]["template"]["spec"]["containers"].as_array().expect("containers").clone();
-    containers.into_iter().find(|container| container["name"] == name)
+    let containers = |object: &Value| object["spec"]["template"]["spec"]["containers"].as_array().cloned();
+    let all = chart::objects(manifest).iter().filter_map(containers).flatten().collect::<Vec<Value>>();
+    all.into_iter().find(|container| container["name"] == name)
 }

@@ -155,7 +155,7 @@ fn the_role_does_not_let_anybody_change_what_pods_run() {
 fn with_the_charts_policy_a_watcher_changes_one_annotation_of_its_own_nodes_pods() {
     let api = std::sync::Arc::new(ApiServer::start());
     // What keeps a watcher to one annotation on the pods of its own node.
-    api.apply(&chart::template("watcher-own-node.yaml", &[]));
+    api.apply(&chart::template("redirect-only", "watcher-own-node.yaml", &[]));
     let mut node = ApiNode::of(api, &json!({"istio.io/dataplane-mode": "ambient"}));
     let (own, _) = node.pod("own", &json!({"metadata": {"annotations": {"kept": "as it is"}}}));
     node.api.pod(&node.namespace, "foreign", "another-node", &json!({}));

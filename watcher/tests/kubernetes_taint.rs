@@ -58,7 +58,8 @@ fn the_startup_taint_goes_when_the_watcher_is_ready() {
     node.wait_state("a", "closed", "no_tunnel");
     assert_eq!(with_key(&node), 2);
     let key = format!("watcher.startupTaint={KEY}");
-    node.api.apply(&chart::template("watcher-startup-taint-rbac.yaml", &["--set", &key]));
+    let rights = chart::template("redirect-only", "watcher-startup-taint-rbac.yaml", &["--set", &key]);
+    node.api.apply(&rights);
     wait_for("the taint to go", || with_key(&node) == 0);
     let other = ("others.dev/taint".to_owned(), "NoExecute".to_owned());
     assert!(taints(&node).contains(&other), "the others stay: {:?}", taints(&node));

@@ -3,6 +3,11 @@
 {{- if ne .Values.profile "redirect-only" }}true{{ end -}}
 {{- end -}}
 
+{{/* Whether our control plane is installed too. */}}
+{{- define "adit.hasControl" -}}
+{{- if eq .Values.profile "standalone" }}true{{ end -}}
+{{- end -}}
+
 {{/* The name of the DaemonSet and of its service account. */}}
 {{- define "adit.name" -}}
 {{- .Values.resourceName | default (ternary "ztunnel" "adit-watcher" (eq (include "adit.hasTunnel" .) "true")) -}}
@@ -27,9 +32,18 @@
 {{- .Values.multiCluster.clusterName | default ($shared.multiCluster | default dict).clusterName | default "Kubernetes" -}}
 {{- end -}}
 
-{{/* Where Istio's control plane is. */}}
-{{- define "adit.istiod" -}}
+{{/* Where the control plane is. */}}
+{{- define "adit.controlPlane" -}}
+{{- if include "adit.hasControl" . -}}
+https://ztunnel-control.{{ .Release.Namespace }}.svc:15012
+{{- else -}}
 https://istiod{{ with .Values.revision }}-{{ . }}{{ end }}.{{ include "adit.istioNamespace" . }}.svc:15012
+{{- end -}}
+{{- end -}}
+
+{{/* Where the root of the control plane's certificate is published. */}}
+{{- define "adit.rootConfigMap" -}}
+{{- .Values.rootConfigMap | default (ternary "adit-root-cert" "istio-ca-root-cert" (eq (include "adit.hasControl" .) "true")) -}}
 {{- end -}}
 
 {{- define "adit.image" -}}
@@ -47,6 +61,16 @@ https://istiod{{ with .Values.revision }}-{{ . }}{{ end }}.{{ include "adit.isti
 
 {{- define "adit.imagePullPolicy" -}}
 {{- .Values.imagePullPolicy | default (.Values.global | default dict).imagePullPolicy | default "" -}}
+{{- end -}}
+
+{{/* Of a service account: the Secrets for the registry. */}}
+{{- define "adit.imagePullSecrets" -}}
+{{- with .Values.imagePullSecrets | default (.Values.global | default dict).imagePullSecrets }}
+imagePullSecrets:
+{{- range . }}
+- name: {{ . }}
+{{- end }}
+{{- end }}
 {{- end -}}
 
 {{- define "adit.logAsJson" -}}
@@ -67,4 +91,8 @@ app: ztunnel
 {{- else -}}
 app: adit-watcher
 {{- end -}}
+{{- end -}}
+
+{{- define "adit.controlSelector" -}}
+app: ztunnel-control
 {{- end -}}

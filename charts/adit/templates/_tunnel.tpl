@@ -71,8 +71,8 @@
 {{/* Its environment. A variable of `env` or `proxyMetadata` takes the place of one that the chart sets. */}}
 {{- define "adit.tunnelEnvironment" -}}
 {{- $set := dict
-  "CA_ADDRESS" (.Values.caAddress | default (include "adit.istiod" .))
-  "XDS_ADDRESS" (.Values.xdsAddress | default (include "adit.istiod" .))
+  "CA_ADDRESS" (.Values.caAddress | default (include "adit.controlPlane" .))
+  "XDS_ADDRESS" (.Values.xdsAddress | default (include "adit.controlPlane" .))
   "CA_ROOT_CA" "/var/run/secrets/istio/root-cert.pem"
   "XDS_ROOT_CA" "/var/run/secrets/istio/root-cert.pem"
   "AUTH_TOKEN" "/var/run/secrets/tokens/istio-token"

@@ -37,7 +37,8 @@ const LIMIT: Duration = Duration::from_mins(1);
 
 /// The account and the rights of the watcher, from the chart.
 pub fn rbac() -> &'static str {
-    static RENDERED: LazyLock<String> = LazyLock::new(|| chart::template("watcher-rbac.yaml", &[]));
+    static RENDERED: LazyLock<String> =
+        LazyLock::new(|| chart::template("redirect-only", "watcher-rbac.yaml", &[]));
     &RENDERED
 }
 

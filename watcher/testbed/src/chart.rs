@@ -87,10 +87,9 @@ pub fn objects(manifest: &str) -> Vec<Value> {
         .collect()
 }
 
-/// One template of the chart as a manifest, with the watcher's account `adit-watcher` in
-/// `adit-system`.
-pub fn template(name: &str, more: &[&str]) -> String {
-    let path = format!("templates/{name}");
-    let watcher_alone = ["--set", "profile=redirect-only", "--show-only", &path];
-    render("adit-system", &[&watcher_alone, more].concat())
+/// One template of the chart as a manifest, for the namespace `adit-system`. The watcher's account
+/// there is `adit-watcher` with profile `redirect-only`, else `ztunnel`.
+pub fn template(profile: &str, name: &str, more: &[&str]) -> String {
+    let (profile, path) = (format!("profile={profile}"), format!("templates/{name}"));
+    render("adit-system", &[&["--set", &profile, "--show-only", &path], more].concat())
 }

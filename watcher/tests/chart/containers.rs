@@ -29,7 +29,7 @@ fn run(program: &Path, arguments: &[String], variables: &BTreeMap<String, String
 }
 
 /// The variables of a container, with what the kubelet would fill in.
-fn environment(container: &Value) -> BTreeMap<String, String> {
+pub(super) fn environment(container: &Value) -> BTreeMap<String, String> {
     let filled = |variable: &Value| match variable["valueFrom"]["fieldRef"]["fieldPath"].as_str() {
         Some("spec.nodeName") => "worker-1".to_owned(),
         Some("status.podIP") => "10.1.2.3".to_owned(),
@@ -127,7 +127,7 @@ fn the_tunnel_reads_every_variable() {
             }
         }
     }
-    assert_eq!(tunnels, 3);
+    assert_eq!(tunnels, 4);
 }
 
 /// Path and port of a probe, which may name a port of the container.

@@ -11,7 +11,7 @@ use super::{VARIANTS, container, object, rendered, try_rendered};
 #[ignore = "needs Helm: make test"]
 fn helm_finds_no_fault_in_the_chart() {
     let folder = chart::folder();
-    for profile in ["istio", "redirect-only"] {
+    for profile in ["standalone", "istio", "redirect-only"] {
         let set = format!("profile={profile}");
         let output = chart::helm(&["lint", "--strict", folder.to_str().unwrap(), "--set", &set]);
         let said = command::text(&output);
@@ -56,6 +56,12 @@ fn a_wrong_key_or_value_is_refused_by_name() {
         ("env: {'A B': c}", "'/env'"),
         ("labels: {a: [b]}", "'/labels/a'"),
         ("resources: {request: {}}", "'/resources'"),
+        ("rootConfigMap: Root", "'/rootConfigMap'"),
+        ("control: {replica: 2}", "'/control': additional properties 'replica'"),
+        ("control: {replicas: 0}", "'/control/replicas'"),
+        ("control: {rootSecret: ''}", "'/control/rootSecret'"),
+        ("control: {trustDomain: Example.org}", "'/control/trustDomain'"),
+        ("control: {certificateLife: 599}", "'/control/certificateLife'"),
     ] {
         let refusal = try_rendered(values).expect_err(values);
         assert!(refusal.contains(said), "{values}: expected {said}\n{refusal}");

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, io::Write as _, net::SocketAddr, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use kube::Config;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -95,6 +95,15 @@ struct Arguments {
     /// What is logged, as of tracing's EnvFilter
     #[arg(long, env = "RUST_LOG", default_value = "info", value_name = "FILTER")]
     log: String,
+    /// How: text, or a JSON object on each line
+    #[arg(long, env = "LOG_FORMAT", value_enum, default_value = "text", value_name = "FORMAT")]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
 }
 
 /// One that an identity can have.
@@ -157,7 +166,11 @@ async fn main() -> ExitCode {
 async fn run(arguments: Arguments) -> Result<()> {
     let filter = EnvFilter::try_new(&arguments.log)
         .with_context(|| format!("invalid log filter {:?}", arguments.log))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
+    match arguments.log_format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
     info!(version = env!("CARGO_PKG_VERSION"), "starting");
     let options = arguments.options();
     let api = Config::infer().await.context(

@@ -1,4 +1,4 @@
-//! The control plane as a program, with the rights of `rbac.yaml`, against a real API server. Its
+//! The control plane as a program, with the chart's rights, against a real API server. Its
 //! clients are the tunnel's own, and bare ones where a tunnel would not misbehave.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]

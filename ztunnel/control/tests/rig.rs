@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
     process::{Command, Stdio},
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
@@ -24,7 +24,7 @@ use rustls::{
     pki_types::{CertificateDer, pem::PemObject as _},
 };
 use serde_json::{Value, json};
-use testbed::{api_server::ApiServer, process::KillOnDrop, program::binary, wait::wait_for};
+use testbed::{api_server::ApiServer, chart, process::KillOnDrop, program::binary, wait::wait_for};
 use tokio::{runtime::Runtime, sync::mpsc, time::timeout};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::{
@@ -48,6 +48,13 @@ const TUNNEL: &str =
 
 /// Istio's resources, as far as tests write them. The real ones have a schema.
 const CRDS: &str = include_str!("crds.yaml");
+
+/// The account and the rights of the control plane, from the chart.
+fn rights() -> &'static str {
+    static RENDERED: LazyLock<String> =
+        LazyLock::new(|| chart::template("standalone", "control-rbac.yaml", &[]));
+    &RENDERED
+}
 
 /// A name that no other test uses.
 pub fn unique(what: &str) -> String {
@@ -82,7 +89,7 @@ impl Control {
 
     /// Returns when it is ready.
     pub fn start_at(api: Arc<ApiServer>, arguments: &[&str]) -> Self {
-        api.apply(include_str!("../rbac.yaml"));
+        api.apply(rights());
         api.apply(TUNNEL);
         // Bound to a pod as a real one's, and a file of its own.
         let own = unique("control");
