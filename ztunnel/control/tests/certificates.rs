@@ -2,10 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use prost_types::{Struct, Value, value::Kind};
+use prost_types::{Struct, value::Kind};
 use rcgen::{CertificateParams, KeyPair, SanType};
-use serde_json::json;
-use testbed::wait::wait_at_most;
+use serde_json::{Value, json};
+use testbed::{api_server::ApiServer, wait::wait_at_most};
 use tokio::time::timeout;
 use tonic::{Code, Status};
 use ztunnel::identity::{Certificates, Identity};
@@ -17,10 +17,14 @@ use crate::rig::{Control, LIMIT, authorized, unique};
 
 /// A namespace with a pod of `account` on `node`.
 pub fn with_pod(control: &Control, account: &str, node: &str) -> String {
+    pod_of(&control.api, account, node)
+}
+
+pub fn pod_of(api: &ApiServer, account: &str, node: &str) -> String {
     let demo = unique("demo");
-    control.api.namespace(&demo, &json!({}));
-    control.api.service_account(&demo, account);
-    control.api.pod(&demo, "web", node, &json!({"spec": {"serviceAccountName": account}}));
+    api.namespace(&demo, &json!({}));
+    api.service_account(&demo, account);
+    api.pod(&demo, "web", node, &json!({"spec": {"serviceAccountName": account}}));
     demo
 }
 
@@ -37,7 +41,7 @@ pub fn ask(control: &Control, token: &str, identity: &str, name: &str) -> Result
 }
 
 fn ask_with(control: &Control, token: &str, identity: &str, csr: String) -> Result<Vec<String>, Status> {
-    let identity = Value { kind: Some(Kind::StringValue(identity.to_owned())) };
+    let identity = prost_types::Value { kind: Some(Kind::StringValue(identity.to_owned())) };
     let fields = [("ImpersonatedIdentity".to_owned(), identity)].into();
     let request = IstioCertificateRequest { csr, validity_duration: 3600, metadata: Some(Struct { fields }) };
     let mut client = IstioCertificateServiceClient::new(control.channel());
@@ -90,6 +94,15 @@ fn every_refusal_has_a_reason() {
     };
     let elsewhere = control.token(&unique("node"));
     refused(&elsewhere, &web, &web, Code::PermissionDenied, "not_on_node");
+    let since_1970 = |claims: &Value| claims["iat"].as_i64().unwrap();
+    let signed_anew = control.api.forge(&token, |_| {});
+    assert_eq!(ask(&control, &signed_anew, &web, &web).unwrap().len(), 2);
+    let expired = control.api.forge(&token, |claims| {
+        let issued = since_1970(claims);
+        (claims["iat"], claims["nbf"], claims["exp"]) =
+            ((issued - 7200).into(), (issued - 7200).into(), (issued - 60).into());
+    });
+    refused(&expired, &web, &web, Code::Unauthenticated, "token_refused");
     let audience = control.token_of(("adit-system", "ztunnel"), &node, "vault");
     refused(&audience, &web, &web, Code::Unauthenticated, "token_refused");
     let account = control.token_of((&demo, "web"), &node, "istio-ca");

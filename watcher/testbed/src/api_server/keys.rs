@@ -2,9 +2,15 @@
 
 use std::{fs, path::Path};
 
+use aws_lc_rs::{
+    rand::SystemRandom,
+    signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair},
+};
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
 };
+use serde_json::{Value, json};
 
 /// A CA, the server's and the administrator's certificates, and the key that signs tokens of
 /// service accounts.
@@ -33,4 +39,21 @@ pub(super) fn make_keys(dir: &Path) {
     let accounts = KeyPair::generate().expect("key");
     write("accounts.key", &accounts.serialize_pem());
     write("accounts.pub", &accounts.public_key_pem());
+}
+
+/// A token of these claims, signed as the API server signs those of service accounts (RFC 7515).
+pub(super) fn token(dir: &Path, claims: &Value) -> String {
+    let pem = fs::read_to_string(dir.join("accounts.key")).expect("accounts.key");
+    let key = KeyPair::from_pem(&pem).expect("key");
+    let key = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, key.serialized_der()).expect("key");
+    let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
+    let signed = format!("{}.{}", part(&json!({"alg": "ES256", "typ": "JWT"})), part(claims));
+    let signature = key.sign(&SystemRandom::new(), signed.as_bytes()).expect("signature");
+    format!("{signed}.{}", URL_SAFE_NO_PAD.encode(signature))
+}
+
+/// The claims of a token.
+pub(super) fn claims(token: &str) -> Value {
+    let payload = token.split('.').nth(1).expect("claims");
+    serde_json::from_slice(&URL_SAFE_NO_PAD.decode(payload).expect("base64")).expect("JSON")
 }
