@@ -214,7 +214,8 @@ impl Callers {
 }
 
 /// Whose token it says to be (RFC 7519, claim `sub`). Nothing of it is proven.
-fn claimed_account(token: &str) -> Option<ServiceAccount> {
+#[must_use]
+pub fn claimed_account(token: &str) -> Option<ServiceAccount> {
     #[derive(Deserialize)]
     struct Payload {
         sub: String,

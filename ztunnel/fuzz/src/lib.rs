@@ -1,5 +1,5 @@
-//! Every parser of the tunnel that a pod, a peer, the node agent or the control plane can reach, as
-//! a function from any bytes. It must return, in little time, and what it says must agree with
+//! Every parser of the tunnel that a pod, a peer, the node agent or the control plane can reach, and
+//! those of our control plane that tunnels can, as a function from any bytes. It must return, in little time, and what it says must agree with
 //! itself: that is asserted here.
 //!
 //! `make fuzz` looks for bytes that break this (libFuzzer, by `src/main.rs`); the tests run what is
@@ -8,7 +8,7 @@
 use std::sync::OnceLock;
 
 use prost_types::Any;
-use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
+use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData as _};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use ztunnel::{
     discovery::{ADDRESS, AUTHORIZATION, ResourceDecoder},
@@ -24,6 +24,7 @@ use ztunnel::{
     },
     pods::zds,
 };
+use ztunnel_control::{callers::claimed_account, certificates::csr};
 
 /// A parser and its name.
 pub type Fuzzed = (&'static str, fn(&[u8]));
@@ -34,6 +35,8 @@ pub const TARGETS: &[Fuzzed] = &[
     ("baggage", header_baggage),
     ("ca_answer", ca_answer),
     ("certificate", certificate),
+    ("control_csr", control_csr),
+    ("control_token", control_token),
     ("dns_query", dns_query),
     ("dns_reply", dns_reply),
     ("forwarded", forwarded),
@@ -88,6 +91,28 @@ fn certificate(data: &[u8]) {
     let leaf = [CertificateDer::from(data)];
     if let Ok(id) = identity::peer_identity(Some(&leaf)) {
         assert_eq!(id.to_string().parse::<Identity>().as_ref(), Ok(&id));
+    }
+}
+
+/// What a tunnel asks our control plane to sign: PEM, or what is in it.
+fn control_csr(data: &[u8]) {
+    static ASKED: OnceLock<ztunnel_control::identity::Identity> = OnceLock::new();
+    let asked = ASKED.get_or_init(|| "spiffe://cluster.local/ns/demo/sa/web".parse().expect("an identity"));
+    let pem = match std::str::from_utf8(data) {
+        Ok(text) if text.starts_with("-----") => text.to_owned(),
+        _ => pem::encode(&pem::Pem::new("CERTIFICATE REQUEST", data)),
+    };
+    if let Ok(key) = csr::key_for(&pem, asked) {
+        assert!(matches!(key.der_bytes(), [4, point @ ..] if point.len() == 64), "a point of P-256");
+    }
+}
+
+/// The token of whoever calls our control plane, before the API server is asked.
+fn control_token(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    if let Some(account) = claimed_account(text) {
+        assert_eq!(text.split('.').count(), 3, "header, claims and signature");
+        assert!(account.to_string().contains('/'));
     }
 }
 
