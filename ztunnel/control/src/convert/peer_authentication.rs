@@ -71,11 +71,17 @@ impl<'a> Rules<'a> {
     fn effect(&self, one: &PeerAuthentication) -> Effect {
         let strict = match one.mode {
             Mode::Strict => true,
-            Mode::Permissive => false,
+            Mode::Permissive | Mode::Disable => false,
             Mode::Unset => self.strict,
         };
-        let exception = if strict { Mode::Permissive } else { Mode::Strict };
-        if one.ports.values().any(|mode| *mode == exception) {
+        let is_exception = |mode: &Mode| match mode {
+            Mode::Strict => !strict,
+            Mode::Permissive => strict,
+            // As with Istio: by itself it does not open a port that is strict from above.
+            Mode::Disable => one.mode == Mode::Strict,
+            Mode::Unset => false,
+        };
+        if one.ports.values().any(is_exception) {
             Effect::Exceptions { strict }
         } else if strict {
             Effect::Strict
@@ -108,16 +114,21 @@ pub(super) fn policies(
 }
 
 fn exceptions(one: &PeerAuthentication, strict: bool) -> Vec<Rule> {
-    let ports = |wanted| one.ports.iter().filter(move |(_, mode)| **mode == wanted).map(|(port, _)| *port);
+    let ports = |wanted: &'static [Mode]| {
+        one.ports.iter().filter(move |(_, mode)| wanted.contains(mode)).map(|(port, _)| *port)
+    };
     if strict {
-        // Denied: no identity, and none of these ports.
-        let open = ports(Mode::Permissive)
+        // Denied: no identity, and none of these ports. In Istio's order.
+        let open = ports(&[Mode::Permissive, Mode::Disable])
             .map(|port| clause(Match { not_destination_ports: vec![port.into()], ..Match::default() }));
-        vec![Rule { clauses: std::iter::once(clause(anonymous())).chain(open).collect() }]
+        let mut clauses: Vec<Clause> = open.collect();
+        let place = if one.mode == Mode::Strict { 0 } else { clauses.len() };
+        clauses.insert(place, clause(anonymous()));
+        vec![Rule { clauses }]
     } else {
         // Denied: no identity at one of these ports.
         let closed = |port: u16| Match { destination_ports: vec![port.into()], ..anonymous() };
-        ports(Mode::Strict).map(|port| Rule { clauses: vec![clause(closed(port))] }).collect()
+        ports(&[Mode::Strict]).map(|port| Rule { clauses: vec![clause(closed(port))] }).collect()
     }
 }
 

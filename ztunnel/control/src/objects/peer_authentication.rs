@@ -32,8 +32,12 @@ pub(crate) enum Mode {
     #[default]
     #[serde(rename = "UNSET")]
     Unset,
-    #[serde(rename = "PERMISSIVE", alias = "DISABLE")]
+    #[serde(rename = "PERMISSIVE")]
     Permissive,
+    /// A tunnel accepts both in any case: like permissive, but for a port below strictness that comes
+    /// from above.
+    #[serde(rename = "DISABLE")]
+    Disable,
     #[serde(rename = "STRICT")]
     Strict,
 }
@@ -106,7 +110,7 @@ mod tests {
             "portLevelMtls": {"8080": {"mode": "DISABLE"}, "81": {}}});
         let read = read(&spec);
         assert_eq!((read.created, read.mode, read.unreadable), (60, Mode::Strict, None));
-        assert_eq!(read.ports, [(8080, Mode::Permissive), (81, Mode::Unset)].into());
+        assert_eq!(read.ports, [(8080, Mode::Disable), (81, Mode::Unset)].into());
         assert!(read.selector.is_some());
     }
 

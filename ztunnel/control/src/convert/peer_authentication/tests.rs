@@ -68,20 +68,53 @@ fn the_nearest_that_says_something_decides() {
     }
 }
 
+/// The clause that keeps a port out of a denial.
+fn open(port: u32) -> Clause {
+    clause(Match { not_destination_ports: vec![port], ..Match::default() })
+}
+
+/// What is strict from above, but for these ports.
+fn inherited_but(ports: &[u32]) -> Vec<Rule> {
+    vec![Rule { clauses: ports.iter().copied().map(open).chain([clause(anonymous())]).collect() }]
+}
+
+/// As Istio's control plane treats it: `DISABLE` is `PERMISSIVE` in all places but one.
+#[test]
+fn to_disable_a_port_does_not_open_it_where_strictness_comes_from_above() {
+    use Mode::{Disable, Permissive, Strict, Unset};
+    let mesh = |mode| vec![peer("m", 1, None, mode, &[])];
+    let namespace = |mode| peer("n", 1, None, mode, &[]);
+    assert_eq!(of_web(&mesh(Strict), &[namespace(Disable)]).0, None);
+    assert_eq!(of_web(&mesh(Disable), &[]).0, None);
+    assert_eq!(of_web(&mesh(Strict), &[peer("w", 1, Some("web"), Disable, &[])]).0, None);
+
+    for (above, mode, ports, expected) in [
+        (Strict, Unset, &[(80, Disable)][..], None),
+        (Strict, Unset, &[(80, Disable), (81, Permissive)], Some(inherited_but(&[80, 81]))),
+        (Unset, Strict, &[(80, Disable)], Some(vec![Rule { clauses: vec![clause(anonymous()), open(80)] }])),
+    ] {
+        let (named, policies) = of_web(&mesh(above), &[peer("w", 1, Some("web"), mode, ports)]);
+        match expected {
+            None => assert_eq!((named.as_deref(), policies), (Some(STRICT), vec![]), "{ports:?}"),
+            Some(rules) => {
+                assert_eq!(named.as_deref(), Some(CONVERTED), "{ports:?}");
+                assert_eq!(policies[0].rules, rules, "{ports:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn ports_are_exceptions_from_either() {
     use Mode::{Permissive, Strict, Unset};
-    let strict_but = |port: u32| {
-        let open = Match { not_destination_ports: vec![port], ..Match::default() };
-        vec![Rule { clauses: vec![clause(anonymous()), clause(open)] }]
-    };
+    let strict_but = |port: u32| vec![Rule { clauses: vec![clause(anonymous()), open(port)] }];
     let only = |port: u32| {
         vec![Rule { clauses: vec![clause(Match { destination_ports: vec![port], ..anonymous() })] }]
     };
     let mesh = |mode| vec![peer("m", 1, None, mode, &[])];
     for (root, mode, port, expected) in [
         (vec![], Strict, (80, Permissive), Some(strict_but(80))),
-        (mesh(Strict), Unset, (80, Permissive), Some(strict_but(80))),
+        (mesh(Strict), Unset, (80, Permissive), Some(inherited_but(&[80]))),
         (vec![], Permissive, (80, Strict), Some(only(80))),
         (mesh(Permissive), Unset, (80, Strict), Some(only(80))),
         // Also where the mesh is strict, and these pods are not.
