@@ -1,8 +1,10 @@
 //! Tells tunnels of workloads, services and policies: delta xDS.
 //!
 //! * `stream`: one tunnel, from its first request to the end
+//! * `channel`: the half of it that is about one kind
 //! * `subscription`: what it wants of one kind, and what it has; pure
 
+mod channel;
 mod stream;
 mod subscription;
 

@@ -50,6 +50,7 @@ pub struct Resource {
     node: String,
     /// Of a workload: its services.
     services: Vec<String>,
+    is_service: bool,
 }
 
 impl Resource {
@@ -61,7 +62,7 @@ impl Resource {
         let version = format!("{:032x}", u128::from_be_bytes(half));
         let resource = Some(Any { type_url: of.url().to_owned(), value });
         let sent = discovery::Resource { version, resource, name, aliases };
-        Self { sent, node: String::new(), services: Vec::new() }
+        Self { sent, node: String::new(), services: Vec::new(), is_service: false }
     }
 
     pub(crate) fn workload(workload: Workload) -> Self {
@@ -78,7 +79,7 @@ impl Resource {
         let addresses = service.addresses.iter();
         let aliases = addresses.filter_map(|address| alias(&address.network, &address.address)).collect();
         let address = Address { r#type: Some(Type::Service(service)) };
-        Self::new(ResourceType::Address, name, aliases, &address)
+        Self { is_service: true, ..Self::new(ResourceType::Address, name, aliases, &address) }
     }
 
     pub(crate) fn policy(policy: &Authorization) -> Self {
@@ -90,6 +91,26 @@ impl Resource {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.sent.name
+    }
+
+    /// Everything that it can be asked for by.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &String> {
+        std::iter::once(&self.sent.name).chain(&self.sent.aliases)
+    }
+
+    /// Of a workload: its node. Else empty.
+    pub(crate) fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// Of a workload: its services, by the names of their resources.
+    pub(crate) fn services(&self) -> &[String] {
+        &self.services
+    }
+
+    /// Whether workloads may be of it.
+    pub(crate) fn is_service(&self) -> bool {
+        self.is_service
     }
 
     /// Its version.
@@ -244,7 +265,7 @@ impl Snapshot {
                 let add = |map: &mut HashMap<String, Vec<Arc<Resource>>>, key: &String| {
                     map.entry(key.clone()).or_default().push(Arc::clone(resource));
                 };
-                for name in std::iter::once(&resource.sent.name).chain(&resource.sent.aliases) {
+                for name in resource.names() {
                     add(&mut index.names, name);
                 }
                 for service in &resource.services {

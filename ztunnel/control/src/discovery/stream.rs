@@ -4,13 +4,17 @@
 //! workloads, so that no workload names a policy that the tunnel has not heard of; when it has
 //! acknowledged these, which policies are gone, so that none names one that it has forgotten. Then
 //! comes the newest snapshot there is. At most one response of each kind waits for its acknowledgement, so
-//! that a slow tunnel costs no memory, and one that does not answer is disconnected.
+//! that a slow tunnel costs no memory, and one that does not answer is disconnected. Requests are read at
+//! all times.
 
 use std::{collections::BTreeSet, fmt, sync::Arc};
 
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
-    time::{Instant, timeout_at},
+    sync::{
+        OwnedSemaphorePermit, Semaphore,
+        mpsc::{self, error::TrySendError},
+    },
+    time::Instant,
 };
 use tonic::{Status, Streaming};
 use tracing::{debug, warn};
@@ -18,6 +22,7 @@ use ztunnel_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
 use super::{
     DiscoveryService, StreamLimits,
+    channel::{Channel, Overdue, Response, next_turn},
     subscription::{Subscription, TooMuch},
 };
 use crate::{
@@ -26,8 +31,6 @@ use crate::{
     source::Snapshots,
 };
 
-/// A response with more resources than this is large.
-const LARGE: usize = 500;
 /// Of a tunnel's error message, in the log.
 const LONGEST_ERROR: usize = 1000;
 
@@ -92,35 +95,6 @@ pub(super) struct Stream {
     nonces: u64,
 }
 
-/// The half of a stream that is about one kind.
-struct Channel {
-    of: ResourceType,
-    subscription: Option<Subscription>,
-    subscribed: Option<Instant>,
-    /// The number of the snapshot that the tunnel was told, if nothing was asked for since.
-    told: Option<u64>,
-    /// Whether there was a response at all. The first is sent in any case.
-    answered: bool,
-    unacknowledged: Option<Unacknowledged>,
-}
-
-struct Unacknowledged {
-    nonce: String,
-    since: Instant,
-    _place: Option<OwnedSemaphorePermit>,
-}
-
-impl Channel {
-    fn new(of: ResourceType) -> Self {
-        Self { of, subscription: None, subscribed: None, told: None, answered: false, unacknowledged: None }
-    }
-
-    /// Whether the tunnel has, or does not want, what `snapshot` has.
-    fn is_settled(&self, snapshot: &Snapshot) -> bool {
-        self.subscription.is_none() || (self.told == Some(snapshot.number) && self.unacknowledged.is_none())
-    }
-}
-
 impl Stream {
     pub(super) fn new(
         service: &DiscoveryService,
@@ -145,7 +119,7 @@ impl Stream {
     /// Runs until either side ends it.
     pub(super) async fn run(mut self, mut requests: Streaming<DeltaDiscoveryRequest>) -> Ended {
         loop {
-            if let Err(ended) = self.deliver().await {
+            if let Err(ended) = self.deliver() {
                 return ended;
             }
             let deadline = self.next_deadline();
@@ -162,8 +136,13 @@ impl Stream {
                 changed = self.snapshots.changed() => if changed.is_err() {
                     return Ended::Stopped;
                 },
-                () = wait_until(deadline) => if let Some(of) = self.overdue() {
-                    return Ended::Unacknowledged { of };
+                (of, response, turn) = next_turn([&mut self.policies, &mut self.addresses]) => {
+                    if let Err(ended) = self.send_now(of, response, turn) {
+                        return ended;
+                    }
+                }
+                () = wait_until(deadline) => if let Some(ended) = self.overdue() {
+                    return ended;
                 },
             }
         }
@@ -186,14 +165,12 @@ impl Stream {
             (channel.subscription, channel.subscribed) = (Some(first), Some(Instant::now()));
         }
         let channel = self.channel(of);
-        let nonce = &request.response_nonce;
-        if channel.unacknowledged.as_ref().is_some_and(|waiting| waiting.nonce == *nonce) {
-            channel.unacknowledged = None;
-            if let Some(error) = request.error_detail {
-                let error: String = error.message.chars().take(LONGEST_ERROR).collect();
-                self.metrics.nacked(of);
-                warn!(node = self.node, of = of.url(), error, "a tunnel refused resources");
-            }
+        if channel.acknowledge(&request.response_nonce)
+            && let Some(error) = request.error_detail
+        {
+            let error: String = error.message.chars().take(LONGEST_ERROR).collect();
+            self.metrics.nacked(of);
+            warn!(node = self.node, of = of.url(), error, "a tunnel refused resources");
         }
         Ok(())
     }
@@ -206,28 +183,31 @@ impl Stream {
     }
 
     /// Sends what can be sent now.
-    async fn deliver(&mut self) -> Result<(), Ended> {
+    fn deliver(&mut self) -> Result<(), Ended> {
         loop {
             let newest = self.snapshots.borrow_and_update().clone();
             let Some(newest) = newest else { return Ok(()) };
             let snapshot = Arc::clone(self.current.get_or_insert_with(|| Arc::clone(&newest)));
-            self.send(ResourceType::Authorization, &snapshot).await?;
+            self.send(ResourceType::Authorization, &snapshot)?;
             if !self.policies.is_settled(&snapshot) || self.awaits_policies() {
                 return Ok(());
             }
-            self.send(ResourceType::Address, &snapshot).await?;
+            self.send(ResourceType::Address, &snapshot)?;
             // Addresses need no acknowledgement for the next policies to be sent.
             let told = self.addresses.subscription.is_none() || self.addresses.told == Some(snapshot.number);
             if !told {
                 return Ok(());
             }
             if !self.gone.is_empty() {
-                if self.addresses.unacknowledged.is_some() {
+                if self.addresses.is_busy() {
                     return Ok(());
                 }
                 let removed = std::mem::take(&mut self.gone).into_iter().collect();
                 let difference = Difference { changed: Vec::new(), removed };
-                self.respond(ResourceType::Authorization, difference, &snapshot).await?;
+                self.respond(
+                    ResourceType::Authorization,
+                    Response { difference, snapshot: Arc::clone(&snapshot) },
+                )?;
             }
             if snapshot.number == newest.number {
                 return Ok(());
@@ -242,9 +222,9 @@ impl Stream {
         since.is_some_and(|since| since.elapsed() < self.limits.policies_first)
     }
 
-    async fn send(&mut self, of: ResourceType, snapshot: &Arc<Snapshot>) -> Result<(), Ended> {
+    fn send(&mut self, of: ResourceType, snapshot: &Arc<Snapshot>) -> Result<(), Ended> {
         let channel = self.channel(of);
-        if channel.told == Some(snapshot.number) || channel.unacknowledged.is_some() {
+        if channel.told == Some(snapshot.number) || channel.is_busy() {
             return Ok(());
         }
         let Some(subscription) = &mut channel.subscription else { return Ok(()) };
@@ -261,58 +241,60 @@ impl Stream {
                 return Ok(());
             }
         }
-        self.respond(of, difference, snapshot).await
+        self.respond(of, Response { difference, snapshot: Arc::clone(snapshot) })
     }
 
-    async fn respond(
+    fn respond(&mut self, of: ResourceType, response: Response) -> Result<(), Ended> {
+        let large = Arc::clone(&self.large);
+        match self.channel(of).queue(response, &large) {
+            Some(response) => self.send_now(of, response, None),
+            None => Ok(()),
+        }
+    }
+
+    fn send_now(
         &mut self,
         of: ResourceType,
-        Difference { changed, removed }: Difference,
-        snapshot: &Snapshot,
+        Response { difference, snapshot }: Response,
+        turn: Option<OwnedSemaphorePermit>,
     ) -> Result<(), Ended> {
-        let late = Instant::now() + self.limits.acknowledge;
-        let unacknowledged = |_| Ended::Unacknowledged { of };
-        let place = if changed.len() > LARGE {
-            let place = timeout_at(late, Arc::clone(&self.large).acquire_owned()).await;
-            place.map_err(|_| Ended::Busy)?.ok()
-        } else {
-            None
-        };
         let first = !std::mem::replace(&mut self.channel(of).answered, true);
         self.nonces += 1;
         let nonce = self.nonces.to_string();
-        let waiting = Unacknowledged { nonce: nonce.clone(), since: Instant::now(), _place: place };
         let response = DeltaDiscoveryResponse {
             system_version_info: snapshot.number.to_string(),
-            resources: changed.iter().map(|resource| resource.sent.clone()).collect(),
+            resources: difference.changed.iter().map(|resource| resource.sent.clone()).collect(),
             type_url: of.url().to_owned(),
-            nonce,
-            removed_resources: removed,
+            nonce: nonce.clone(),
+            removed_resources: difference.removed,
         };
-        self.channel(of).unacknowledged = Some(waiting);
+        self.channel(of).sent(nonce, turn);
         self.metrics.pushed(of, (!first).then_some(snapshot.changed));
         // There is a place for one response of each kind, unless it acknowledges what it has not read.
-        let sent = timeout_at(late, self.responses.send(Ok(response))).await.map_err(unacknowledged)?;
-        sent.map_err(|_| Ended::Closed)
+        self.responses.try_send(Ok(response)).map_err(|error| match error {
+            TrySendError::Full(_) => Ended::Unacknowledged { of },
+            TrySendError::Closed(_) => Ended::Closed,
+        })
     }
 
     fn channels(&self) -> [&Channel; 2] {
         [&self.policies, &self.addresses]
     }
 
-    fn overdue(&self) -> Option<ResourceType> {
-        let late = |channel: &&&Channel| {
-            let waiting = channel.unacknowledged.as_ref();
-            waiting.is_some_and(|waiting| waiting.since.elapsed() >= self.limits.acknowledge)
-        };
-        self.channels().iter().find(late).map(|channel| channel.of)
+    fn overdue(&self) -> Option<Ended> {
+        self.channels().into_iter().find_map(|channel| {
+            Some(match channel.overdue(self.limits.acknowledge)? {
+                Overdue::Turn => Ended::Busy,
+                Overdue::Acknowledgement => Ended::Unacknowledged { of: channel.of },
+            })
+        })
     }
 
     fn next_deadline(&self) -> Option<Instant> {
-        let waiting = self.channels().into_iter().filter_map(|channel| channel.unacknowledged.as_ref());
-        let acknowledge = waiting.map(|waiting| waiting.since + self.limits.acknowledge);
+        let limit = self.limits.acknowledge;
+        let answers = self.channels().into_iter().filter_map(|channel| channel.deadline(limit));
         let policies = self.addresses.subscribed.filter(|_| self.awaits_policies());
-        acknowledge.chain(policies.map(|since| since + self.limits.policies_first)).min()
+        answers.chain(policies.map(|since| since + self.limits.policies_first)).min()
     }
 }
 

@@ -1,7 +1,11 @@
 //! What a tunnel wants of one kind of resource, and what it has of it. Pure.
 //!
+//! * `named`: what it has of names that it subscribed to
+//!
 //! A tunnel subscribes to everything, or to names that it has met: then it is told, too, of the
 //! endpoints of its services and of the workloads of its own node.
+
+mod named;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -10,6 +14,7 @@ use std::{
 
 use ztunnel_api::discovery::DeltaDiscoveryRequest;
 
+use self::named::{Named, Wanted};
 use crate::snapshot::{Difference, Resource, ResourceType, Snapshot};
 
 const EVERYTHING: &str = "*";
@@ -47,8 +52,10 @@ pub(super) struct Subscription {
 enum Held {
     /// Exactly this.
     Snapshot(Arc<Snapshot>),
-    /// These, by name and version: as it says, or as it was told of names.
+    /// These, by name and version, as it says.
     Versions(HashMap<String, String>),
+    /// What is wanted by name.
+    Named(Named),
 }
 
 impl Subscription {
@@ -110,6 +117,10 @@ impl Subscription {
             }
             if self.names.remove(&name) {
                 self.bytes -= name.len();
+                // What is wanted now is found anew.
+                if let Held::Named(named) = &mut self.held {
+                    self.held = Held::Versions(named.take_versions());
+                }
             }
             self.unanswered.remove(&name);
         }
@@ -130,23 +141,17 @@ impl Subscription {
     /// nothing.
     pub(super) fn next(&mut self, snapshot: &Arc<Snapshot>) -> Option<Difference> {
         let mut difference = if self.everything {
+            let since = |versions| {
+                let now = snapshot.all(self.of).map(|resource| (resource.name(), resource)).collect();
+                since_versions(&now, versions)
+            };
             match std::mem::replace(&mut self.held, Held::Snapshot(Arc::clone(snapshot))) {
                 Held::Snapshot(before) => snapshot.since(&before, self.of),
-                Held::Versions(versions) => {
-                    let now = snapshot.all(self.of).map(|resource| (resource.name(), resource)).collect();
-                    since_versions(&now, versions)
-                }
+                Held::Versions(versions) => since(versions),
+                Held::Named(mut named) => since(named.take_versions()),
             }
         } else {
-            let wanted = self.wanted(snapshot);
-            let by_name = wanted.iter().map(|resource| (resource.name(), *resource)).collect();
-            let held = Held::Versions(
-                wanted.iter().map(|held| (held.name().to_owned(), held.version().to_owned())).collect(),
-            );
-            match std::mem::replace(&mut self.held, held) {
-                Held::Versions(versions) => since_versions(&by_name, versions),
-                Held::Snapshot(before) => snapshot.since(&before, self.of),
-            }
+            self.next_named(snapshot)
         };
         let mut sent: HashSet<String> =
             difference.changed.iter().map(|resource| resource.name().to_owned()).collect();
@@ -167,30 +172,24 @@ impl Subscription {
         (first || !nothing).then_some(difference)
     }
 
-    fn named<'a>(&self, snapshot: &'a Snapshot, name: &str) -> Vec<&'a Arc<Resource>> {
-        match self.of {
-            ResourceType::Address => snapshot.addresses_named(name).iter().collect(),
-            ResourceType::Authorization => snapshot.policy_named(name).into_iter().collect(),
+    /// The same of what is wanted by name.
+    fn next_named(&mut self, snapshot: &Arc<Snapshot>) -> Difference {
+        let wanted = Wanted { of: self.of, names: &self.names, node: &self.node };
+        if let Held::Named(named) = &mut self.held
+            && let Some(difference) = named.follow(wanted, snapshot, &self.unanswered)
+        {
+            return difference;
+        }
+        let (named, all) = Named::new(wanted, snapshot);
+        match std::mem::replace(&mut self.held, Held::Named(named)) {
+            Held::Versions(versions) => since_versions(&all, versions),
+            Held::Named(mut before) => since_versions(&all, before.take_versions()),
+            Held::Snapshot(before) => snapshot.since(&before, self.of),
         }
     }
 
-    /// Of names: the resources, the endpoints of those that are services, and the node's own.
-    fn wanted<'a>(&self, snapshot: &'a Snapshot) -> Vec<&'a Arc<Resource>> {
-        let mut wanted: BTreeMap<&str, &Arc<Resource>> = BTreeMap::new();
-        for name in &self.names {
-            for resource in self.named(snapshot, name) {
-                wanted.insert(resource.name(), resource);
-                if self.of == ResourceType::Address {
-                    let endpoints = snapshot.workloads_of(resource.name());
-                    wanted.extend(endpoints.iter().map(|endpoint| (endpoint.name(), endpoint)));
-                }
-            }
-        }
-        if self.of == ResourceType::Address {
-            let own = snapshot.workloads_on(&self.node);
-            wanted.extend(own.iter().map(|workload| (workload.name(), workload)));
-        }
-        wanted.into_values().collect()
+    fn named<'a>(&self, snapshot: &'a Snapshot, name: &str) -> Vec<&'a Arc<Resource>> {
+        named::resources(self.of, snapshot, name)
     }
 }
 

@@ -116,6 +116,17 @@ fn on_demand_is_what_was_asked_for_and_the_own_node() {
     assert_eq!(told(&mut some, &two), Some(names(&[], &["late"])));
 }
 
+/// While one pod ends and another gets its address, both have it.
+#[test]
+fn two_workloads_with_one_address_are_both_told_until_one_is_gone() {
+    let mut some = first(request(&["*"], &["*"]));
+    let both = || snapshot(1, vec![workload("old", 7, "b", None), workload("new", 7, "c", None)]);
+    some.change(&mut request(&["/10.0.0.7"], &[])).unwrap();
+    assert_eq!(told(&mut some, &both()), Some(names(&["new", "old"], &[])));
+    let one = snapshot(2, vec![workload("new", 7, "c", None)]);
+    assert_eq!(told(&mut some, &one), Some(names(&[], &["old"])));
+}
+
 #[test]
 fn everything_can_be_had_later_and_given_up() {
     let one = snapshot(1, vec![workload("p", 1, "a", None), workload("q", 2, "b", None)]);
@@ -153,4 +164,75 @@ fn what_a_tunnel_has_it_goes_on_wanting() {
     assert_eq!(removed, ["Kubernetes//Pod/demo/never"]);
     let (_, removed) = told(&mut subscription, &snapshot(2, vec![])).unwrap();
     assert_eq!(removed, [elsewhere().name()]);
+}
+
+/// Whatever happens in whatever order, what a tunnel is told adds up to what it wants, as if that
+/// were found anew each time.
+#[test]
+fn what_is_told_of_names_adds_up() {
+    let mut random = 1_u32;
+    let mut random = |below: u32| {
+        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (random >> 16) % below
+    };
+    for round in 0..200 {
+        let mut some = first(request(&["*"], &["*"]));
+        let mut names = BTreeSet::new();
+        let mut held: BTreeMap<String, String> = BTreeMap::new();
+        let mut at = snapshot(0, vec![]);
+        for number in 1..30 {
+            if random(2) == 0 {
+                let mut all = Vec::new();
+                for pod in 0..6 {
+                    let (node, service) = (random(2), (random(2) == 0).then_some(WEB));
+                    let address = u8::try_from(random(4)).unwrap();
+                    if random(3) > 0 {
+                        all.push(workload(&format!("p{pod}"), address, ["a", "b"][node as usize], service));
+                    }
+                }
+                if random(2) == 0 {
+                    all.push(web());
+                }
+                at = snapshot(number, all);
+            }
+            let asked = ["p1", "p2", WEB, "/10.96.0.1", "/10.0.0.1", "/10.0.0.3", "nobody"];
+            for _ in 0..random(3) {
+                let name = asked[random(7) as usize];
+                if random(3) > 0 {
+                    names.insert(name.to_owned());
+                    some.change(&mut request(&[name], &[])).unwrap();
+                } else {
+                    names.remove(name);
+                    some.change(&mut request(&[], &[name])).unwrap();
+                }
+            }
+            if let Some(difference) = some.next(&at) {
+                for gone in difference.removed {
+                    held.remove(&gone);
+                }
+                let changed = difference.changed.iter();
+                held.extend(changed.map(|one| (one.name().to_owned(), one.version().to_owned())));
+            }
+            let wanted = Wanted { of: ResourceType::Address, names: &names, node: "a" };
+            let (_, expected) = Named::new(wanted, &at);
+            let expected: BTreeMap<String, String> =
+                expected.values().map(|one| (one.name().to_owned(), one.version().to_owned())).collect();
+            assert_eq!(held, expected, "round {round}, step {number}, {names:?}");
+        }
+    }
+}
+
+/// Found anew with each name, this would be a thousand million look-ups: minutes.
+#[test]
+fn a_tunnel_that_has_met_many_names_costs_no_more_with_each() {
+    let all: Vec<Resource> = (0..40_000).map(|number| workload(&number.to_string(), 1, "b", None)).collect();
+    let one = snapshot(1, all);
+    let mut some = first(request(&["*"], &["*"]));
+    let began = Instant::now();
+    some.next(&one);
+    for number in 0..40_000 {
+        some.change(&mut request(&[&number.to_string()], &[])).unwrap();
+        assert_eq!(told(&mut some, &one), Some(names(&[&number.to_string()], &[])));
+    }
+    assert!(began.elapsed().as_secs() < 30, "{:?}", began.elapsed());
 }
