@@ -1,10 +1,18 @@
 //! The root of the mesh's identities, and what it signs.
 //!
-//! * [`secret`]: the Secret that holds the root, made once
+//! * [`keeper`]: follows the Secret, and has it change when a rotation goes on
+//! * [`place`]: the Secret and the ConfigMap at the API server
+//! * [`progress`]: how far a rotation is; pure
+//! * [`rotation`]: from one root to the next, with an overlap; pure
+//! * [`secret`]: what the Secret holds; pure
 
+pub mod keeper;
+pub mod place;
+pub mod progress;
+pub mod rotation;
 pub mod secret;
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use rand::RngExt as _;
 use rcgen::{
@@ -13,14 +21,16 @@ use rcgen::{
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use time::OffsetDateTime;
+use tokio::sync::watch;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::identity::Identity;
 
 /// Of a root that is made here.
 const ROOT_LIFE: Duration = Duration::from_hours(10 * 365 * 24);
-/// Clocks differ.
-const CLOCK_SKEW: Duration = Duration::from_mins(2);
+/// Clocks differ, by an hour where a time zone was set wrong: what is signed is valid since so long
+/// ago, but since an eighth of its life at most, as tunnels renew at half of the whole.
+const CLOCK_SKEW: Duration = Duration::from_mins(65);
 
 /// Why a root cannot be used, or cannot sign.
 #[derive(Debug, thiserror::Error)]
@@ -46,12 +56,12 @@ pub enum AuthorityError {
         subject: String,
     },
     /// Nobody would trust what it signs.
-    #[error("the certificate {subject} is not signed by the root {root}")]
+    #[error("the certificate {subject} is not signed by {above}")]
     OtherRoot {
         /// The certificate.
         subject: String,
-        /// The root.
-        root: String,
+        /// What should have signed it.
+        above: String,
     },
     /// Its time is over, or has not come.
     #[error("the certificate {subject} is not valid now, but from {from} to {to}")]
@@ -64,7 +74,7 @@ pub enum AuthorityError {
         to: String,
     },
     /// The process is older than its root, or than an intermediate.
-    #[error("the root, or what leads to it, ended at {end}: put another into the Secret and start again")]
+    #[error("the root, or what leads to it, ended at {end}: put another into the Secret")]
     Ended {
         /// When.
         end: String,
@@ -74,13 +84,16 @@ pub enum AuthorityError {
     Sign(#[from] rcgen::Error),
 }
 
+/// The authority in use, which changes with the Secret.
+pub type CurrentAuthority = watch::Receiver<Arc<Authority>>;
+
 /// A root, or an intermediate of one, ready to sign.
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
-    /// Between a leaf and the root, in PEM and decoded.
-    intermediates: Vec<String>,
-    intermediate_ders: Vec<CertificateDer<'static>>,
-    root: String,
+    /// Between a leaf and the root.
+    intermediates: Vec<CertificateDer<'static>>,
+    /// What tunnels trust, the own root first.
+    trusted: Vec<CertificateDer<'static>>,
     not_after: OffsetDateTime,
 }
 
@@ -92,51 +105,68 @@ impl fmt::Debug for Authority {
 
 impl Authority {
     /// From certificates and key in PEM. The first of `certificates` signs; those after it lead to
-    /// the root. `root`: where that is not the last of them.
+    /// the root. `roots`: where that is not the last of them. All of them are trusted.
     ///
     /// # Errors
     /// They do not fit together, or not this moment.
-    pub fn from_pem(certificates: &str, key: &str, root: Option<&str>) -> Result<Self, AuthorityError> {
+    pub fn from_pem(certificates: &str, key: &str, roots: Option<&str>) -> Result<Self, AuthorityError> {
         let mut chain = ders("the certificate", certificates)?;
-        let root = match root {
-            Some(root) => ders("the root's certificate", root)?.swap_remove(0),
-            None => chain[chain.len() - 1].clone(),
+        let mut trusted = match roots {
+            Some(roots) => ders("the root's certificate", roots)?,
+            None => vec![chain[chain.len() - 1].clone()],
         };
         let key = KeyPair::from_pem(key).map_err(|error| AuthorityError::Unreadable {
             what: "the private key",
             reason: error.to_string(),
         })?;
-        let mut not_after = OffsetDateTime::now_utc() + ROOT_LIFE;
-        for (at, der) in chain.iter().chain([&root]).enumerate() {
-            let certificate = checked(der)?;
-            not_after = not_after.min(certificate.validity.not_after.to_datetime());
-            if at == 0 && certificate.public_key().subject_public_key.data != key.public_key_raw() {
-                return Err(AuthorityError::Mismatch { subject: certificate.subject.to_string() });
-            }
-        }
-        let path: Vec<&CertificateDer<'_>> = chain.iter().chain([&root]).collect();
-        for pair in path.windows(2).filter(|pair| pair[0] != pair[1]) {
-            let (one, above) = (checked(pair[0])?, checked(pair[1])?);
-            if one.verify_signature(Some(above.public_key())).is_err() {
-                let (subject, root) = (one.subject.to_string(), above.subject.to_string());
-                return Err(AuthorityError::OtherRoot { subject, root });
-            }
+        let signs = checked(&chain[0])?;
+        if signs.public_key().subject_public_key.data != key.public_key_raw() {
+            return Err(AuthorityError::Mismatch { subject: signs.subject.to_string() });
         }
         let issuer = Issuer::from_ca_cert_der(&chain[0], key)?;
-        chain.retain(|der| *der != root);
-        Ok(Self {
-            issuer,
-            intermediates: chain.iter().map(pem).collect(),
-            intermediate_ders: chain,
-            root: pem(&root),
-            not_after,
-        })
+        // Up to the first that is trusted by itself.
+        let end = chain.iter().position(|der| trusted.contains(der)).map_or(chain.len(), |root| root + 1);
+        chain.truncate(end);
+        for pair in chain.windows(2) {
+            signed_by(&pair[0], &pair[1])?;
+        }
+        let top = &chain[chain.len() - 1];
+        let own = trusted.iter().position(|root| root == top || signed_by(top, root).is_ok());
+        let Some(own) = own else {
+            // With the only root there is, the reason is its own.
+            signed_by(top, &trusted[0])?;
+            return Err(AuthorityError::OtherRoot { subject: subject(top)?, above: subject(&trusted[0])? });
+        };
+        trusted.swap(0, own);
+        let mut not_after = OffsetDateTime::now_utc() + ROOT_LIFE;
+        for der in chain.iter().chain([&trusted[0]]) {
+            not_after = not_after.min(checked(der)?.validity.not_after.to_datetime());
+        }
+        chain.retain(|der| *der != trusted[0]);
+        Ok(Self { issuer, intermediates: chain, trusted, not_after })
     }
 
-    /// The root, in PEM.
+    /// The same, with more roots that tunnels are to trust.
     #[must_use]
-    pub fn root(&self) -> &str {
-        &self.root
+    pub fn trusting(mut self, more: &[CertificateDer<'static>]) -> Self {
+        for root in more {
+            if !self.trusted.contains(root) {
+                self.trusted.push(root.clone());
+            }
+        }
+        self
+    }
+
+    /// What tunnels trust, the root of this one first.
+    #[must_use]
+    pub fn trusted(&self) -> &[CertificateDer<'static>] {
+        &self.trusted
+    }
+
+    /// The same in PEM.
+    #[must_use]
+    pub fn trusted_pem(&self) -> String {
+        self.trusted.iter().map(pem).collect()
     }
 
     /// When the root, or what leads to it, ends.
@@ -145,7 +175,8 @@ impl Authority {
         self.not_after
     }
 
-    /// A certificate for `identity` and nothing else, for at most `life`: PEM, leaf first, root last.
+    /// A certificate for `identity` and nothing else, for at most `life`: PEM, leaf first, and last
+    /// all roots in one text.
     ///
     /// # Errors
     /// The root has ended, or the library fails.
@@ -158,8 +189,8 @@ impl Authority {
         let mut params = self.leaf(life)?;
         params.subject_alt_names = vec![SanType::URI(identity.to_string().try_into()?)];
         let leaf = params.signed_by(key, &self.issuer)?.pem();
-        let intermediates = self.intermediates.iter().cloned();
-        Ok(std::iter::once(leaf).chain(intermediates).chain([self.root.clone()]).collect())
+        let intermediates = self.intermediates.iter().map(pem);
+        Ok(std::iter::once(leaf).chain(intermediates).chain([self.trusted_pem()]).collect())
     }
 
     /// A certificate for a server of these names, and its key.
@@ -175,7 +206,7 @@ impl Authority {
         params.subject_alt_names = CertificateParams::new(names)?.subject_alt_names;
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let leaf = params.signed_by(&key, &self.issuer)?.der().clone();
-        let chain = std::iter::once(leaf).chain(self.intermediate_ders.iter().cloned()).collect();
+        let chain = std::iter::once(leaf).chain(self.intermediates.iter().cloned()).collect();
         let key = PrivateKeyDer::try_from(key.serialize_der())
             .map_err(|reason| AuthorityError::Unreadable { what: "the key", reason: reason.to_owned() })?;
         Ok((chain, key))
@@ -193,7 +224,7 @@ impl Authority {
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.use_authority_key_identifier_extension = true;
         params.serial_number = Some(serial());
-        params.not_before = now - CLOCK_SKEW;
+        params.not_before = now - CLOCK_SKEW.min(life / 8);
         params.not_after = (now + life).min(self.not_after);
         Ok(params)
     }
@@ -238,6 +269,19 @@ fn checked<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, Autho
         return Err(AuthorityError::NotValidNow { subject, from, to });
     }
     Ok(certificate)
+}
+
+fn subject(der: &CertificateDer<'_>) -> Result<String, AuthorityError> {
+    Ok(checked(der)?.subject.to_string())
+}
+
+/// Whether `above` may sign, and signed `one`.
+fn signed_by(one: &CertificateDer<'_>, above: &CertificateDer<'_>) -> Result<(), AuthorityError> {
+    let (one, above) = (checked(one)?, checked(above)?);
+    one.verify_signature(Some(above.public_key())).map_err(|_| AuthorityError::OtherRoot {
+        subject: one.subject.to_string(),
+        above: above.subject.to_string(),
+    })
 }
 
 /// At least one.

@@ -22,7 +22,7 @@ use ztunnel_api::ca::{
 
 use self::refusal::Refusal;
 use crate::{
-    authority::Authority,
+    authority::CurrentAuthority,
     callers::{Caller, Callers},
     connection::Peer,
     identity::Identity,
@@ -41,7 +41,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 pub struct CertificateService {
     client: Client,
     callers: Callers,
-    authority: Arc<Authority>,
+    authority: CurrentAuthority,
     trust_domain: String,
     longest: Duration,
     metrics: Arc<Metrics>,
@@ -59,7 +59,7 @@ impl CertificateService {
     pub fn new(
         client: Client,
         callers: Callers,
-        authority: Arc<Authority>,
+        authority: CurrentAuthority,
         trust_domain: String,
         longest: Duration,
         metrics: Arc<Metrics>,
@@ -77,8 +77,9 @@ impl CertificateService {
         let key = csr::key_for(&request.csr, &identity)?;
         self.runs_there(&identity, &caller.node).await?;
         let asked = u64::try_from(request.validity_duration).ok().filter(|seconds| *seconds > 0);
-        let life = asked.map_or(self.longest, Duration::from_secs).clamp(SHORTEST, self.longest);
-        let signed = self.authority.sign(&identity, &key, life).map_err(Refusal::Sign)?;
+        let life = asked.map_or(self.longest, Duration::from_secs).max(SHORTEST).min(self.longest);
+        let authority = Arc::clone(&self.authority.borrow());
+        let signed = authority.sign(&identity, &key, life).map_err(Refusal::Sign)?;
         debug!(%identity, node = caller.node, "certificate signed");
         Ok(signed)
     }

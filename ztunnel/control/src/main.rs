@@ -1,16 +1,20 @@
 //! The program `ztunnel-control`: its arguments, its log and its signals.
+//!
+//! * `rotate_root`: the command of that name
+
+mod rotate_root;
 
 use std::{collections::BTreeSet, io::Write as _, net::SocketAddr, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result};
-use clap::{Parser, ValueEnum};
-use kube::Config;
+use clap::{Parser, Subcommand, ValueEnum};
+use kube::{Client, Config};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 use tracing_subscriber::EnvFilter;
 use ztunnel_control::{
-    authority::secret::RootPlace,
+    authority::place::RootPlace,
     callers::ServiceAccount,
     discovery::StreamLimits,
     identity::{Identity, InvalidIdentity},
@@ -33,6 +37,8 @@ Examples:
   KUBECONFIG=~/.kube/config ztunnel-control --listen 127.0.0.1:15012 --server-name localhost"
 )]
 struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Where tunnels call: discovery and certificates, by gRPC over TLS
     #[arg(long, env = "CONTROL_LISTEN", default_value = "[::]:15012", value_name = "ADDRESS")]
     listen: SocketAddr,
@@ -40,7 +46,7 @@ struct Arguments {
     #[arg(long, env = "CONTROL_HTTP_LISTEN", default_value = "[::]:15014", value_name = "ADDRESS")]
     http_listen: SocketAddr,
     /// The namespace of this program, of its Secret and of its ConfigMap
-    #[arg(long, env = "POD_NAMESPACE", default_value = "adit-system")]
+    #[arg(long, env = "POD_NAMESPACE", default_value = "adit-system", global = true)]
     namespace: String,
     /// Policies of this namespace are about all namespaces [default: NAMESPACE]
     #[arg(long, env = "ROOT_NAMESPACE", value_name = "NAMESPACE")]
@@ -54,7 +60,8 @@ struct Arguments {
         env = "TRUST_DOMAIN",
         default_value = "cluster.local",
         value_name = "DOMAIN",
-        value_parser = trust_domain
+        value_parser = trust_domain,
+        global = true
     )]
     trust_domain: String,
     /// The domain below which services have their names
@@ -75,10 +82,16 @@ struct Arguments {
     #[arg(long = "server-name", env = "SERVER_NAMES", value_delimiter = ',', value_name = "NAME")]
     server_names: Vec<String>,
     /// The Secret with the root's certificate and key; it is made if it is not there
-    #[arg(long, env = "ROOT_SECRET", default_value = "adit-root", value_name = "NAME")]
+    #[arg(long, env = "ROOT_SECRET", default_value = "adit-root", value_name = "NAME", global = true)]
     root_secret: String,
-    /// The ConfigMap that is kept with the root's certificate, for tunnels; empty: none
-    #[arg(long, env = "ROOT_CONFIG_MAP", default_value = "adit-root-cert", value_name = "NAME")]
+    /// The ConfigMap that is kept with the root's certificate, for tunnels
+    #[arg(
+        long,
+        env = "ROOT_CONFIG_MAP",
+        default_value = "adit-root-cert",
+        value_name = "NAME",
+        global = true
+    )]
     root_config_map: String,
     /// The longest life of a certificate, in seconds
     #[arg(
@@ -98,6 +111,11 @@ struct Arguments {
     /// How: text, or a JSON object on each line
     #[arg(long, env = "LOG_FORMAT", value_enum, default_value = "text", value_name = "FORMAT")]
     log_format: LogFormat,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    RotateRoot(rotate_root::RotateRoot),
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -141,7 +159,7 @@ impl Arguments {
             root: RootPlace {
                 namespace,
                 secret: self.root_secret,
-                config_map: (!self.root_config_map.is_empty()).then_some(self.root_config_map),
+                config_map: self.root_config_map,
                 trust_domain: self.trust_domain,
             },
             limits: StreamLimits {
@@ -163,7 +181,10 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn run(arguments: Arguments) -> Result<()> {
+async fn run(mut arguments: Arguments) -> Result<()> {
+    if let Some(Command::RotateRoot(command)) = arguments.command.take() {
+        return command.run(Client::try_from(api().await?)?, &arguments.options().root).await;
+    }
     let filter = EnvFilter::try_new(&arguments.log)
         .with_context(|| format!("invalid log filter {:?}", arguments.log))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
@@ -173,9 +194,7 @@ async fn run(arguments: Arguments) -> Result<()> {
     }
     info!(version = env!("CARGO_PKG_VERSION"), "starting");
     let options = arguments.options();
-    let api = Config::infer().await.context(
-        "cannot find the API server: outside of a pod set KUBECONFIG; inside, mount the service account's token",
-    )?;
+    let api = api().await?;
     let sockets = Sockets::bind(&options).await?;
     let stop = CancellationToken::new();
     let mut signals = tokio::task::JoinSet::new();
@@ -190,6 +209,12 @@ async fn run(arguments: Arguments) -> Result<()> {
         stopping.cancel();
     });
     program::run(options, api, sockets, stop).await
+}
+
+async fn api() -> Result<Config> {
+    Config::infer().await.context(
+        "cannot find the API server: outside of a pod set KUBECONFIG; inside, mount the service account's token",
+    )
 }
 
 #[cfg(test)]

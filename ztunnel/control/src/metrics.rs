@@ -34,6 +34,8 @@ pub struct Metrics {
     watch_failures: Family<ResourceLabels, Counter>,
     unauthenticated: Family<ReasonLabels, Counter>,
     root_ends: Gauge,
+    root_usable: Gauge,
+    trusted_roots: Gauge,
     signed: Counter,
     refused: Family<ReasonLabels, Counter>,
 }
@@ -79,6 +81,8 @@ impl Default for Metrics {
             watch_failures: Family::default(),
             unauthenticated: Family::default(),
             root_ends: Gauge::default(),
+            root_usable: Gauge::default(),
+            trusted_roots: Gauge::default(),
             signed: Counter::default(),
             refused: Family::default(),
         };
@@ -102,6 +106,8 @@ impl Metrics {
         registry.register("watch_failures", "Failed lists and watches at the API server", self.watch_failures.clone());
         registry.register("unauthenticated", "Callers that were turned away", self.unauthenticated.clone());
         registry.register("root_expiration_timestamp_seconds", "When the root, or what leads to it, ends", self.root_ends.clone());
+        registry.register("root_usable", "1: what the root's Secret holds is in use; 0: the last good root is", self.root_usable.clone());
+        registry.register("trusted_roots", "Roots that tunnels are to trust: two during a rotation", self.trusted_roots.clone());
         registry.register("certificates_signed", "Certificates signed", self.signed.clone());
         registry.register("certificates_refused", "Requests for certificates that were refused", self.refused.clone());
     }
@@ -145,8 +151,10 @@ impl Metrics {
         self.unauthenticated.get_or_create(&ReasonLabels { reason }).inc();
     }
 
-    /// `ends`: seconds since 1970.
-    pub(crate) fn root_ends(&self, ends: i64) {
+    /// `usable`: what the Secret holds is in use. `ends`: of the root in use, seconds since 1970.
+    pub(crate) fn root(&self, usable: bool, trusted: usize, ends: i64) {
+        self.root_usable.set(usable.into());
+        self.trusted_roots.set(trusted.try_into().unwrap_or(i64::MAX));
         self.root_ends.set(ends);
     }
 
@@ -205,7 +213,7 @@ mod tests {
             assert!(page.contains(&row), "docs/control-plane.md has no row {row}");
             count += 1;
         }
-        assert_eq!(count, 13, "{text}");
+        assert_eq!(count, 15, "{text}");
     }
 
     #[test]

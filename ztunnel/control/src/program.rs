@@ -10,7 +10,7 @@ use tracing::{error, info};
 
 use crate::{
     admin::{self, Readiness},
-    authority::secret::RootPlace,
+    authority::{keeper::RootKeeper, place::RootPlace},
     callers::{Callers, ServiceAccount},
     certificates::CertificateService,
     discovery::{DiscoveryService, StreamLimits},
@@ -112,8 +112,9 @@ pub async fn run(
         let Some(opened) = stop.run_until_cancelled(options.root.open(&client)).await else {
             return Ok(());
         };
-        let authority = Arc::new(opened?);
-        metrics.root_ends(authority.not_after().unix_timestamp());
+        let (keeper, authority) =
+            RootKeeper::new(options.root, opened?, options.certificate_life, Arc::clone(&metrics));
+        let following = keeper.run(client.clone(), end.clone());
         readiness.set_root();
         let callers = Callers::new(client.clone(), options.tunnels);
         let streams = stop.clone();
@@ -128,13 +129,16 @@ pub async fn run(
             certificates: CertificateService::new(
                 client,
                 callers,
-                Arc::clone(&authority),
+                authority.clone(),
                 options.mesh.trust_domain,
                 options.certificate_life,
                 metrics,
             ),
         };
-        server::serve(sockets.grpc, authority, options.server_names, services, stop.clone()).await
+        tokio::select! {
+            served = server::serve(sockets.grpc, authority, options.server_names, services, stop.clone()) => served,
+            () = following => Err(anyhow::anyhow!("the root's Secret is not followed any more")),
+        }
     };
     let done = tokio::select! {
         served = serving => served,

@@ -33,7 +33,7 @@ use ztunnel_api::{
 };
 
 use crate::{
-    authority::{Authority, AuthorityError},
+    authority::{Authority, AuthorityError, CurrentAuthority},
     certificates::CertificateService,
     connection::{Connection, Peer},
     discovery::DiscoveryService,
@@ -77,7 +77,7 @@ pub struct Services {
 /// No certificate can be made for the names, or the server fails.
 pub async fn serve(
     listener: TcpListener,
-    authority: Arc<Authority>,
+    authority: CurrentAuthority,
     names: Vec<String>,
     services: Services,
     stop: CancellationToken,
@@ -180,9 +180,15 @@ impl Stream for Accepted {
 
 /// The server's certificate, renewed when somebody connects.
 struct OwnCertificate {
-    authority: Arc<Authority>,
+    authority: CurrentAuthority,
     names: Vec<String>,
-    held: Mutex<(Instant, Arc<CertifiedKey>)>,
+    held: Mutex<Held>,
+}
+
+struct Held {
+    issued: Instant,
+    by: Arc<Authority>,
+    key: Arc<CertifiedKey>,
 }
 
 impl fmt::Debug for OwnCertificate {
@@ -201,8 +207,9 @@ enum OwnCertificateError {
 }
 
 impl OwnCertificate {
-    fn new(authority: Arc<Authority>, names: Vec<String>) -> Result<Self, OwnCertificateError> {
-        let held = Mutex::new((Instant::now(), Self::issue(&authority, &names)?));
+    fn new(authority: CurrentAuthority, names: Vec<String>) -> Result<Self, OwnCertificateError> {
+        let by = Arc::clone(&authority.borrow());
+        let held = Mutex::new(Held { issued: Instant::now(), key: Self::issue(&by, &names)?, by });
         Ok(Self { authority, names, held })
     }
 
@@ -217,12 +224,13 @@ impl OwnCertificate {
 impl ResolvesServerCert for OwnCertificate {
     fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        if held.0.elapsed() >= CERTIFICATE_LIFE / 2 {
-            match Self::issue(&self.authority, &self.names) {
-                Ok(issued) => *held = (Instant::now(), issued),
+        let by = Arc::clone(&self.authority.borrow());
+        if held.issued.elapsed() >= CERTIFICATE_LIFE / 2 || !Arc::ptr_eq(&by, &held.by) {
+            match Self::issue(&by, &self.names) {
+                Ok(key) => *held = Held { issued: Instant::now(), by, key },
                 Err(error) => error!(%error, "the server certificate is not renewed"),
             }
         }
-        Some(Arc::clone(&held.1))
+        Some(Arc::clone(&held.key))
     }
 }

@@ -10,6 +10,7 @@ mod discovery;
 mod outage;
 mod rig;
 mod root;
+mod rotation;
 mod shares;
 mod streams;
 mod stuck;

@@ -89,13 +89,7 @@ impl Control {
 
     /// Returns when it is ready.
     pub fn start_at(api: Arc<ApiServer>, arguments: &[&str]) -> Self {
-        api.apply(rights());
-        api.apply(TUNNEL);
-        // Bound to a pod as a real one's, and a file of its own.
-        let own = unique("control");
-        let spec = json!({"spec": {"serviceAccountName": "ztunnel-control"}});
-        let uid = api.pod("adit-system", &own, "control", &spec);
-        let kubeconfig = api.kubeconfig_of_pod("adit-system", "ztunnel-control", Some((&own, &uid)));
+        let kubeconfig = kubeconfig(&api);
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("log");
         let output = File::create(&log).unwrap();
@@ -158,22 +152,8 @@ impl Control {
     }
 
     /// The same with the name of the pod.
-    pub fn bound_token(
-        &self,
-        (namespace, account): (&str, &str),
-        node: &str,
-        audience: &str,
-    ) -> (String, String) {
-        let name = unique("bound");
-        let spec = json!({"spec": {"serviceAccountName": account}});
-        let uid = self.api.pod(namespace, &name, node, &spec);
-        let request = json!({"spec": {"audiences": [audience],
-            "boundObjectRef": {"kind": "Pod", "apiVersion": "v1", "name": name, "uid": uid}}});
-        let request: TokenRequest = serde_json::from_value(request).unwrap();
-        let accounts: Api<ServiceAccount> = Api::namespaced(self.api.client(), namespace);
-        let made =
-            self.api.block_on(accounts.create_token_request(account, &PostParams::default(), &request));
-        (name, made.unwrap().status.unwrap().token)
+    pub fn bound_token(&self, account: (&str, &str), node: &str, audience: &str) -> (String, String) {
+        bound_token(&self.api, account, node, audience)
     }
 
     /// The token of a tunnel on `node`.
@@ -219,19 +199,53 @@ impl Control {
 
     /// The variables of a tunnel on `node` that calls this control plane.
     pub fn tunnel_config(&self, node: &str) -> ztunnel::config::Config {
-        let address = format!("https://localhost:{}", self.grpc.port());
-        let token = self.token(node);
-        let variables = [
-            ("XDS_ADDRESS", &*address),
-            ("CA_ADDRESS", &*address),
-            ("XDS_ROOT_CA", &*self.root),
-            ("CA_ROOT_CA", &*self.root),
-            ("AUTH_TOKEN", &*token),
-            ("NODE_NAME", node),
-        ];
-        let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        ztunnel::config::Config::from_vars(variables).unwrap()
+        tunnel_config(self.grpc.port(), &self.root, &self.token(node), node)
     }
+}
+
+/// A control plane's access to `api`, with the chart's rights. Its token is bound to a pod, as a real
+/// one's.
+pub fn kubeconfig(api: &ApiServer) -> PathBuf {
+    api.apply(rights());
+    api.apply(TUNNEL);
+    let own = unique("control");
+    let spec = json!({"spec": {"serviceAccountName": "ztunnel-control"}});
+    let uid = api.pod("adit-system", &own, "control", &spec);
+    api.kubeconfig_of_pod("adit-system", "ztunnel-control", Some((&own, &uid)))
+}
+
+/// A token of `account` with `audience`, bound to a new pod of it on `node`, and the pod's name.
+pub fn bound_token(
+    api: &ApiServer,
+    (namespace, account): (&str, &str),
+    node: &str,
+    audience: &str,
+) -> (String, String) {
+    let name = unique("bound");
+    let spec = json!({"spec": {"serviceAccountName": account}});
+    let uid = api.pod(namespace, &name, node, &spec);
+    let request = json!({"spec": {"audiences": [audience],
+        "boundObjectRef": {"kind": "Pod", "apiVersion": "v1", "name": name, "uid": uid}}});
+    let request: TokenRequest = serde_json::from_value(request).unwrap();
+    let accounts: Api<ServiceAccount> = Api::namespaced(api.client(), namespace);
+    let made = api.block_on(accounts.create_token_request(account, &PostParams::default(), &request));
+    (name, made.unwrap().status.unwrap().token)
+}
+
+/// The variables of a tunnel on `node` that calls a control plane at `port` of this machine. `root`:
+/// its root in PEM, or the file with it.
+pub fn tunnel_config(port: u16, root: &str, token: &str, node: &str) -> ztunnel::config::Config {
+    let address = format!("https://localhost:{port}");
+    let variables = [
+        ("XDS_ADDRESS", &*address),
+        ("CA_ADDRESS", &*address),
+        ("XDS_ROOT_CA", root),
+        ("CA_ROOT_CA", root),
+        ("AUTH_TOKEN", token),
+        ("NODE_NAME", node),
+    ];
+    let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    ztunnel::config::Config::from_vars(variables).unwrap()
 }
 
 /// A call with a token.

@@ -1,169 +1,212 @@
-//! The Secret that holds the root. Whoever finds none makes it; of several at the same time one
-//! succeeds, and the others use its root.
+//! What the root's Secret holds. Pure.
+//!
+//! | key | |
+//! |---|---|
+//! | `tls.crt`, `tls.key` | what signs, as in any Secret of type `kubernetes.io/tls` |
+//! | `ca.crt` | the roots, where `tls.crt` does not end with one: all are trusted |
+//! | `next.crt`, `next.key` | trusted, and signs later: a [rotation](super::rotation) |
+//! | `previous.crt` | trusted for a while yet: certificates that lead to it are in use |
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
-use backon::{ExponentialBuilder, Retryable as _};
 use k8s_openapi::{
-    ByteString,
-    api::core::v1::{ConfigMap, Secret},
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+    ByteString, api::core::v1::Secret, apimachinery::pkg::apis::meta::v1::ObjectMeta, jiff::Timestamp,
 };
-use kube::{
-    Api, Client,
-    api::{Patch, PatchParams, PostParams},
-};
-use tracing::{info, warn};
+use rustls::pki_types::CertificateDer;
 
-use super::{Authority, AuthorityError, new_root};
+use super::{Authority, AuthorityError, ders, new_root, pem};
 
-/// As in any Secret of type `kubernetes.io/tls`, also cert-manager's.
 const CERTIFICATE: &str = "tls.crt";
 const KEY: &str = "tls.key";
-/// Where the certificate is not the root itself.
-const ROOT: &str = "ca.crt";
-/// The key that Istio's tunnels expect in their ConfigMap.
-const PUBLISHED: &str = "root-cert.pem";
-const MANAGER: &str = "ztunnel-control";
+const ROOTS: &str = "ca.crt";
+const NEXT: [&str; 2] = ["next.crt", "next.key"];
+const PREVIOUS: &str = "previous.crt";
+/// When the next root begins to sign, and until when those before are trusted (RFC 3339).
+const SIGNS_FROM: &str = "adit.dev/next-signs-from";
+const TRUSTED_UNTIL: &str = "adit.dev/previous-trusted-until";
+/// Who made it.
+const MANAGED_BY: (&str, &str) = ("app.kubernetes.io/managed-by", "ztunnel-control");
 
-/// Why there is no root.
+/// Why there is no root in a Secret.
 #[derive(Debug, thiserror::Error)]
-pub enum RootError {
-    /// The API server refuses, or is away.
-    #[error("cannot {verb} {object}")]
-    Api {
-        /// What was tried.
-        verb: &'static str,
-        /// On what, with its namespace.
-        object: String,
-        /// The cause.
-        source: Box<kube::Error>,
-    },
-    /// What the Secret holds.
-    #[error("Secret {secret} has no usable root: fix it, or delete it to have a new root made")]
+pub enum SecretError {
+    /// A part does not fit.
+    #[error("{key} cannot be used")]
     Unusable {
-        /// Namespace and name.
-        secret: String,
+        /// Which.
+        key: &'static str,
         /// The cause.
         source: AuthorityError,
     },
-    /// The Secret lacks a part.
-    #[error(
-        "Secret {secret} has no text under {key}: expected certificate and key in PEM under tls.crt and tls.key"
-    )]
+    /// A part is missing.
+    #[error("there is no text under {key}: expected certificate and key in PEM under tls.crt and tls.key")]
     Incomplete {
-        /// Namespace and name.
-        secret: String,
-        /// Which part.
+        /// Which.
         key: &'static str,
     },
-    /// A new root cannot be made.
-    #[error("cannot make a new root")]
-    New(#[source] AuthorityError),
 }
 
-impl RootError {
-    /// Whether another attempt may succeed: the server is away, or busy.
-    fn is_passing(&self) -> bool {
-        match self {
-            Self::Api { source, .. } => match &**source {
-                kube::Error::Api(status) => status.code == 429 || status.code >= 500,
-                _ => true,
-            },
-            Self::Unusable { .. } | Self::Incomplete { .. } | Self::New(_) => false,
-        }
-    }
+/// What the Secret holds, as far as it can be used.
+#[derive(Debug)]
+pub struct RootSecret {
+    /// Signs. Trusts everything that the Secret names.
+    pub authority: Authority,
+    /// Signs later. `None` for the time: it was not decided yet.
+    pub next: Option<(CertificateDer<'static>, Option<Timestamp>)>,
+    /// Trusted for a while yet.
+    pub previous: Vec<CertificateDer<'static>>,
+    /// Until when. `None`: it was not decided yet.
+    pub previous_until: Option<Timestamp>,
 }
 
-/// Where the root is, and where it is published.
-#[derive(Clone, Debug)]
-pub struct RootPlace {
-    /// The namespace of both.
-    pub namespace: String,
-    /// The Secret.
-    pub secret: String,
-    /// The ConfigMap from which tunnels learn the root; `None`: nobody does.
-    pub config_map: Option<String>,
-    /// For the name of a new root.
-    pub trust_domain: String,
-}
-
-impl RootPlace {
-    /// The root, which is made if there is none. Waits for an API server that is away.
+impl RootSecret {
+    /// Reads it.
     ///
     /// # Errors
-    /// It refuses, or the root cannot be used.
-    pub async fn open(&self, client: &Client) -> Result<Authority, RootError> {
-        let waits = ExponentialBuilder::new()
-            .with_min_delay(Duration::from_millis(200))
-            .with_max_delay(Duration::from_secs(15))
-            .with_jitter()
-            .without_max_times();
-        let noted = |error: &RootError, pause: Duration| {
-            let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
-            warn!(%error, cause, retry_ms = pause.as_millis(), "waiting for the API server");
+    /// Something is missing, or does not fit.
+    pub fn read(secret: &Secret) -> Result<Self, SecretError> {
+        let certificate = text(secret, CERTIFICATE)?;
+        let unusable = |key| move |source| SecretError::Unusable { key, source };
+        let roots = text(secret, ROOTS).ok();
+        let authority = Authority::from_pem(certificate, text(secret, KEY)?, roots);
+        let authority = authority.map_err(unusable(CERTIFICATE))?;
+        let mut more = Vec::new();
+        let next = match text(secret, NEXT[0]) {
+            Err(_) => None,
+            Ok(certificate) => {
+                let next = Authority::from_pem(certificate, text(secret, NEXT[1])?, None);
+                let root = next.map_err(unusable(NEXT[0]))?.trusted[0].clone();
+                more.push(root.clone());
+                Some((root, time(secret, SIGNS_FROM)))
+            }
         };
-        (|| self.attempt(client)).retry(waits).when(RootError::is_passing).notify(noted).await
-    }
-
-    async fn attempt(&self, client: &Client) -> Result<Authority, RootError> {
-        let secrets: Api<Secret> = Api::namespaced(client.clone(), &self.namespace);
-        let name = format!("{}/{}", self.namespace, self.secret);
-        let error = |verb, object: &str| {
-            let object = object.to_owned();
-            move |source: kube::Error| RootError::Api { verb, object, source: Box::new(source) }
+        let previous = match text(secret, PREVIOUS) {
+            Err(_) => Vec::new(),
+            Ok(certificates) => ders("the certificate", certificates).map_err(unusable(PREVIOUS))?,
         };
-        let object = format!("Secret {name}");
-        let secret = match secrets.get_opt(&self.secret).await.map_err(error("read", &object))? {
-            Some(secret) => secret,
-            None => match secrets.create(&PostParams::default(), &self.new_secret()?).await {
-                Ok(secret) => {
-                    info!(secret = name, "root made");
-                    secret
-                }
-                Err(kube::Error::Api(status)) if status.is_already_exists() => {
-                    secrets.get(&self.secret).await.map_err(error("read", &object))?
-                }
-                Err(source) => return Err(error("create", &object)(source)),
-            },
-        };
-        let authority = from_secret(&name, &secret)?;
-        if let Some(map) = &self.config_map {
-            let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &self.namespace);
-            let published = ConfigMap {
-                metadata: ObjectMeta { name: Some(map.clone()), ..ObjectMeta::default() },
-                data: Some([(PUBLISHED.to_owned(), authority.root().to_owned())].into()),
-                ..ConfigMap::default()
-            };
-            let object = format!("ConfigMap {}/{map}", self.namespace);
-            let params = PatchParams::apply(MANAGER).force();
-            maps.patch(map, &params, &Patch::Apply(&published)).await.map_err(error("apply", &object))?;
-        }
-        Ok(authority)
-    }
-
-    fn new_secret(&self) -> Result<Secret, RootError> {
-        let (certificate, key) = new_root(&self.trust_domain).map_err(RootError::New)?;
-        let data = [(CERTIFICATE, certificate), (KEY, key)];
-        let data: BTreeMap<String, ByteString> =
-            data.into_iter().map(|(name, text)| (name.to_owned(), ByteString(text.into_bytes()))).collect();
-        Ok(Secret {
-            metadata: ObjectMeta { name: Some(self.secret.clone()), ..ObjectMeta::default() },
-            type_: Some("kubernetes.io/tls".to_owned()),
-            data: Some(data),
-            ..Secret::default()
+        more.extend(previous.iter().cloned());
+        Ok(Self {
+            authority: authority.trusting(&more),
+            next,
+            previous,
+            previous_until: time(secret, TRUSTED_UNTIL),
         })
     }
 }
 
-fn from_secret(name: &str, secret: &Secret) -> Result<Authority, RootError> {
-    let text = |key: &str| {
-        let bytes = secret.data.as_ref()?.get(key)?;
-        std::str::from_utf8(&bytes.0).ok().filter(|text| !text.is_empty())
+/// A Secret with a new root.
+///
+/// # Errors
+/// The library fails.
+pub fn made(name: &str, trust_domain: &str) -> Result<Secret, AuthorityError> {
+    let (certificate, key) = new_root(trust_domain)?;
+    let data = [(CERTIFICATE, certificate), (KEY, key)];
+    let data = data.map(|(name, text)| (name.to_owned(), ByteString(text.into_bytes())));
+    Ok(Secret {
+        metadata: ObjectMeta {
+            name: Some(name.to_owned()),
+            labels: Some([(MANAGED_BY.0.to_owned(), MANAGED_BY.1.to_owned())].into()),
+            ..ObjectMeta::default()
+        },
+        type_: Some("kubernetes.io/tls".to_owned()),
+        data: Some(data.into()),
+        ..Secret::default()
+    })
+}
+
+/// Whether it was made here, and not brought by somebody.
+#[must_use]
+pub fn is_made(secret: &Secret) -> bool {
+    let labels = secret.metadata.labels.as_ref();
+    labels.and_then(|labels| labels.get(MANAGED_BY.0)).is_some_and(|by| by == MANAGED_BY.1)
+}
+
+/// The same as a new object, for when it was deleted.
+#[must_use]
+pub fn restored(secret: &Secret) -> Secret {
+    let ObjectMeta { name, labels, annotations, .. } = secret.metadata.clone();
+    Secret { metadata: ObjectMeta { name, labels, annotations, ..ObjectMeta::default() }, ..secret.clone() }
+}
+
+/// With another root, which is to sign later.
+///
+/// # Errors
+/// The library fails.
+pub fn with_next(mut secret: Secret, trust_domain: &str) -> Result<Secret, AuthorityError> {
+    let (certificate, key) = new_root(trust_domain)?;
+    set(&mut secret, NEXT[0], certificate);
+    set(&mut secret, NEXT[1], key);
+    set_time(&mut secret, SIGNS_FROM, None);
+    Ok(secret)
+}
+
+/// Without it.
+#[must_use]
+pub fn without_next(mut secret: Secret) -> Secret {
+    let data = secret.data.get_or_insert_default();
+    for key in NEXT {
+        data.remove(key);
+    }
+    set_time(&mut secret, SIGNS_FROM, None);
+    secret
+}
+
+/// With the time from which the next root signs.
+#[must_use]
+pub(super) fn signing_from(mut secret: Secret, time: Timestamp) -> Secret {
+    set_time(&mut secret, SIGNS_FROM, Some(time));
+    secret
+}
+
+/// The next root signs.
+#[must_use]
+pub(super) fn switched(mut secret: Secret) -> Secret {
+    let data = secret.data.get_or_insert_default();
+    for (from, to) in NEXT.into_iter().zip([CERTIFICATE, KEY]) {
+        if let Some(text) = data.remove(from) {
+            data.insert(to.to_owned(), text);
+        }
+    }
+    data.remove(ROOTS);
+    set_time(&mut secret, SIGNS_FROM, None);
+    secret
+}
+
+/// These are trusted until then; none of them: nothing is.
+#[must_use]
+pub(super) fn with_previous(
+    mut secret: Secret,
+    roots: &[CertificateDer<'static>],
+    until: Option<Timestamp>,
+) -> Secret {
+    if roots.is_empty() {
+        secret.data.get_or_insert_default().remove(PREVIOUS);
+    } else {
+        set(&mut secret, PREVIOUS, roots.iter().map(pem).collect());
+    }
+    set_time(&mut secret, TRUSTED_UNTIL, until.filter(|_| !roots.is_empty()));
+    secret
+}
+
+fn text<'a>(secret: &'a Secret, key: &'static str) -> Result<&'a str, SecretError> {
+    let bytes = secret.data.as_ref().and_then(|data| data.get(key));
+    let text = bytes.and_then(|bytes| std::str::from_utf8(&bytes.0).ok());
+    text.filter(|text| !text.is_empty()).ok_or(SecretError::Incomplete { key })
+}
+
+fn set(secret: &mut Secret, key: &str, text: String) {
+    secret.data.get_or_insert_default().insert(key.to_owned(), ByteString(text.into_bytes()));
+}
+
+/// `None` also for what is no time.
+fn time(secret: &Secret, annotation: &str) -> Option<Timestamp> {
+    secret.metadata.annotations.as_ref()?.get(annotation)?.parse().ok()
+}
+
+fn set_time(secret: &mut Secret, annotation: &str, time: Option<Timestamp>) {
+    let annotations: &mut BTreeMap<String, String> = secret.metadata.annotations.get_or_insert_default();
+    match time {
+        Some(time) => annotations.insert(annotation.to_owned(), time.to_string()),
+        None => annotations.remove(annotation),
     };
-    let incomplete = |key| RootError::Incomplete { secret: name.to_owned(), key };
-    let certificate = text(CERTIFICATE).ok_or_else(|| incomplete(CERTIFICATE))?;
-    let key = text(KEY).ok_or_else(|| incomplete(KEY))?;
-    Authority::from_pem(certificate, key, text(ROOT))
-        .map_err(|source| RootError::Unusable { secret: name.to_owned(), source })
 }

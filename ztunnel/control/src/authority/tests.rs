@@ -32,14 +32,14 @@ fn a_leaf_has_the_identity_and_nothing_else() {
     let key = KeyPair::generate().unwrap();
     let chain = authority.sign(&identity(), &key, Duration::from_hours(24)).unwrap();
     assert_eq!(chain.len(), 2);
-    assert_eq!(chain[1], authority.root());
+    assert_eq!(chain[1], authority.trusted_pem());
     let leaf = Pem::iter_from_buffer(chain[0].as_bytes()).next().unwrap().unwrap();
     let leaf = leaf.parse_x509().unwrap();
     let names = &leaf.subject_alternative_name().unwrap().unwrap().value.general_names;
     assert_eq!(names[..], [GeneralName::URI("spiffe://cluster.local/ns/demo/sa/web")]);
     assert!(!leaf.is_ca() && leaf.subject.iter().next().is_none());
     let lasts = leaf.validity().not_after.timestamp() - leaf.validity().not_before.timestamp();
-    assert_eq!(lasts, 24 * 3600 + 120);
+    assert_eq!(lasts, 24 * 3600 + 65 * 60);
     let root = Pem::iter_from_buffer(root.as_bytes()).next().unwrap().unwrap();
     leaf.verify_signature(Some(root.parse_x509().unwrap().public_key())).unwrap();
 }
@@ -74,11 +74,36 @@ fn an_intermediate_of_another_root_signs() {
     for authority in [by_chain, by_root] {
         let chain = authority.sign(&identity(), &KeyPair::generate().unwrap(), SHORT).unwrap();
         assert_eq!(chain.len(), 3);
-        assert_eq!(authority.root().replace('\r', ""), root.replace('\r', ""));
+        assert_eq!(authority.trusted_pem().replace('\r', ""), root.replace('\r', ""));
         assert_eq!(authority.serve_as(&["localhost".to_owned()], SHORT).unwrap().0.len(), 2);
     }
     let (other, _) = new_root("cluster.local").unwrap();
     assert!(matches!(fails(&certificate, &key, Some(&other)), AuthorityError::OtherRoot { .. }));
+    // Both are trusted, the own one first.
+    let both = Authority::from_pem(&certificate, &key, Some(&format!("{other}{root}"))).unwrap();
+    let roots = both.sign(&identity(), &KeyPair::generate().unwrap(), SHORT).unwrap().pop().unwrap();
+    assert_eq!(roots.replace('\r', ""), format!("{root}{other}").replace('\r', ""));
+    assert_eq!(both.trusted().len(), 2);
+}
+
+/// What a replica signs whose clock is an hour ahead is valid on the others.
+#[test]
+fn clocks_may_differ_and_no_certificate_is_older_than_its_half() {
+    let (root, root_key) = new_root("cluster.local").unwrap();
+    let authority = Authority::from_pem(&root, &root_key, None).unwrap();
+    let validity = |pem: &str| {
+        let pem = Pem::iter_from_buffer(pem.as_bytes()).next().unwrap().unwrap();
+        let validity = pem.parse_x509().unwrap().validity().clone();
+        [validity.not_before, validity.not_after].map(|time| time.timestamp())
+    };
+    let hour_ago = OffsetDateTime::now_utc().unix_timestamp() - 3600;
+    assert!(validity(&root)[0] < hour_ago);
+    let leaf = |life| authority.sign(&identity(), &KeyPair::generate().unwrap(), life).unwrap().remove(0);
+    assert!(validity(&leaf(Duration::from_hours(24)))[0] < hour_ago);
+    for life in [Duration::from_mins(1), SHORT, Duration::from_hours(24)] {
+        let [from, to] = validity(&leaf(life));
+        assert!((from + to) / 2 > OffsetDateTime::now_utc().unix_timestamp() + 10, "{life:?}");
+    }
 }
 
 const SHORT: Duration = Duration::from_mins(10);

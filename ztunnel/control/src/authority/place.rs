@@ -1,0 +1,192 @@
+//! The Secret of the root, and the ConfigMap with its public part, at the API server. Whoever finds
+//! no Secret makes it; of several at the same time one succeeds, and the others use its root.
+
+use std::time::Duration;
+
+use backon::{ExponentialBuilder, Retryable as _};
+use k8s_openapi::{
+    api::core::v1::{ConfigMap, Secret},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams, PostParams},
+};
+use tracing::{info, warn};
+
+use super::{
+    Authority, AuthorityError,
+    secret::{self, RootSecret, SecretError},
+};
+
+/// The key that Istio's tunnels expect in their ConfigMap.
+const PUBLISHED: &str = "root-cert.pem";
+const MANAGER: &str = "ztunnel-control";
+
+/// Why there is no root.
+#[derive(Debug, thiserror::Error)]
+pub enum RootError {
+    /// The API server refuses, or is away.
+    #[error("cannot {verb} {object}")]
+    Api {
+        /// What was tried.
+        verb: &'static str,
+        /// On what, with its namespace.
+        object: String,
+        /// The cause.
+        source: Box<kube::Error>,
+    },
+    /// What the Secret holds.
+    #[error("Secret {secret} has no usable root: fix it, or delete it to have a new root made")]
+    Unusable {
+        /// Namespace and name.
+        secret: String,
+        /// The cause.
+        source: SecretError,
+    },
+    /// A new root cannot be made.
+    #[error("cannot make a new root")]
+    New(#[source] AuthorityError),
+}
+
+impl RootError {
+    /// Whether the API server refuses for good; anything else may pass.
+    fn is_final(&self) -> bool {
+        match self {
+            Self::Api { source, .. } => {
+                matches!(&**source, kube::Error::Api(status) if status.code < 500 && status.code != 429)
+            }
+            Self::New(_) => true,
+            Self::Unusable { .. } => false,
+        }
+    }
+}
+
+/// Where the root is, and where it is published.
+#[derive(Clone, Debug)]
+pub struct RootPlace {
+    /// The namespace of both.
+    pub namespace: String,
+    /// The Secret.
+    pub secret: String,
+    /// The ConfigMap from which tunnels learn the root.
+    pub config_map: String,
+    /// For the name of a new root.
+    pub trust_domain: String,
+}
+
+impl RootPlace {
+    /// Namespace and name of the Secret.
+    pub(super) fn name(&self) -> String {
+        format!("{}/{}", self.namespace, self.secret)
+    }
+
+    pub(super) fn secrets(&self, client: &Client) -> Api<Secret> {
+        Api::namespaced(client.clone(), &self.namespace)
+    }
+
+    /// The root, which is made if there is none, and published. Waits for an API server that is away, and for a
+    /// Secret that cannot be used to be mended.
+    ///
+    /// # Errors
+    /// The API server refuses.
+    pub async fn open(&self, client: &Client) -> Result<(Secret, RootSecret), RootError> {
+        let waits = ExponentialBuilder::new()
+            .with_min_delay(Duration::from_millis(200))
+            .with_max_delay(Duration::from_secs(15))
+            .with_jitter()
+            .without_max_times();
+        let noted = |error: &RootError, pause: Duration| {
+            let error = causes(error);
+            warn!(error, retry_ms = pause.as_millis(), "there is no root yet; trying again");
+        };
+        (|| self.open_once(client)).retry(waits).when(|error| !error.is_final()).notify(noted).await
+    }
+
+    /// The same without waiting.
+    ///
+    /// # Errors
+    /// The API server is away or refuses, or the Secret cannot be used.
+    pub async fn open_once(&self, client: &Client) -> Result<(Secret, RootSecret), RootError> {
+        let found = self.read(client).await?;
+        let secret = match found {
+            Some(secret) => secret,
+            None => {
+                let new = secret::made(&self.secret, &self.trust_domain).map_err(RootError::New)?;
+                match self.create(client, &new).await? {
+                    Some(secret) => {
+                        info!(secret = self.name(), "root made");
+                        secret
+                    }
+                    None => {
+                        let read = self.secrets(client).get(&self.secret).await;
+                        read.map_err(|source| self.failed("read", source))?
+                    }
+                }
+            }
+        };
+        let read = RootSecret::read(&secret)
+            .map_err(|source| RootError::Unusable { secret: self.name(), source })?;
+        self.publish(client, &read.authority).await?;
+        Ok((secret, read))
+    }
+
+    /// The Secret, if there is one.
+    ///
+    /// # Errors
+    /// The API server is away, or refuses.
+    pub async fn read(&self, client: &Client) -> Result<Option<Secret>, RootError> {
+        self.secrets(client).get_opt(&self.secret).await.map_err(|source| self.failed("read", source))
+    }
+
+    /// Makes the Secret. `None`: there is one by now.
+    ///
+    /// # Errors
+    /// The API server is away, or refuses.
+    pub async fn create(&self, client: &Client, secret: &Secret) -> Result<Option<Secret>, RootError> {
+        match self.secrets(client).create(&PostParams::default(), secret).await {
+            Ok(created) => Ok(Some(created)),
+            Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(None),
+            Err(source) => Err(self.failed("create", source)),
+        }
+    }
+
+    /// Writes the Secret, unless it was changed since it was read. `None`: it was.
+    ///
+    /// # Errors
+    /// The API server is away, or refuses.
+    pub async fn replace(&self, client: &Client, secret: &Secret) -> Result<Option<Secret>, RootError> {
+        match self.secrets(client).replace(&self.secret, &PostParams::default(), secret).await {
+            Ok(replaced) => Ok(Some(replaced)),
+            Err(kube::Error::Api(status)) if status.is_conflict() || status.is_not_found() => Ok(None),
+            Err(source) => Err(self.failed("update", source)),
+        }
+    }
+
+    /// Writes what tunnels are to trust into the ConfigMap.
+    ///
+    /// # Errors
+    /// The API server is away, or refuses.
+    pub async fn publish(&self, client: &Client, authority: &Authority) -> Result<(), RootError> {
+        let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &self.namespace);
+        let published = ConfigMap {
+            metadata: ObjectMeta { name: Some(self.config_map.clone()), ..ObjectMeta::default() },
+            data: Some([(PUBLISHED.to_owned(), authority.trusted_pem())].into()),
+            ..ConfigMap::default()
+        };
+        let params = PatchParams::apply(MANAGER).force();
+        let applied = maps.patch(&self.config_map, &params, &Patch::Apply(&published)).await;
+        let object = format!("ConfigMap {}/{}", self.namespace, self.config_map);
+        applied.map(drop).map_err(|source| RootError::Api { verb: "apply", object, source: Box::new(source) })
+    }
+
+    fn failed(&self, verb: &'static str, source: kube::Error) -> RootError {
+        RootError::Api { verb, object: format!("Secret {}", self.name()), source: Box::new(source) }
+    }
+}
+
+/// An error and its causes, on one line.
+pub(super) fn causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let all = std::iter::successors(Some(error), |error| error.source());
+    all.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

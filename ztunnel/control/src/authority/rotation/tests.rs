@@ -1,0 +1,138 @@
+//! A rotation, step by step, as several replicas see it, one of which may end at any moment.
+
+use super::*;
+use crate::authority::{ders, new_root};
+
+const LIFE: Duration = Duration::from_hours(24);
+
+fn overlap_of_day() -> Duration {
+    overlap(LIFE)
+}
+
+fn root(secret: &Secret) -> CertificateDer<'static> {
+    RootSecret::read(secret).unwrap().authority.trusted()[0].clone()
+}
+
+/// What one replica makes of it at `now`, without remembering anything.
+fn step(secret: &Secret, now: Timestamp) -> Option<Secret> {
+    let read = RootSecret::read(secret).unwrap();
+    due(secret, &read, &[], now, overlap_of_day()).map(|change| change.secret)
+}
+
+/// Everything that is due at `now`.
+fn settle(mut secret: Secret, now: Timestamp) -> Secret {
+    for _ in 0..10 {
+        match step(&secret, now) {
+            Some(changed) => secret = changed,
+            None => return secret,
+        }
+    }
+    panic!("it never ends: {secret:?}");
+}
+
+fn hours(hours: u64) -> Timestamp {
+    Timestamp::from_second(1_800_000_000).unwrap() + Duration::from_hours(hours)
+}
+
+#[test]
+fn both_roots_are_trusted_from_before_the_next_signs_until_nothing_leads_to_the_last() {
+    let first = secret::made("root", "cluster.local").unwrap();
+    assert!(step(&first, hours(0)).is_none(), "nothing goes on");
+    let old = root(&first);
+    let begun = secret::with_next(first, "cluster.local").unwrap();
+
+    let trusted = settle(begun, hours(0));
+    let read = RootSecret::read(&trusted).unwrap();
+    let new = read.next.as_ref().unwrap().0.clone();
+    assert_eq!(read.authority.trusted(), [old.clone(), new.clone()]);
+    assert_eq!(next_time(&read), Some(hours(27)));
+    assert_eq!(
+        settle(trusted.clone(), hours(26)),
+        trusted,
+        "the old root signs for as long as certificates last"
+    );
+
+    let signing = settle(trusted, hours(27));
+    let read = RootSecret::read(&signing).unwrap();
+    assert_eq!(read.authority.trusted(), [new.clone(), old.clone()]);
+    assert!(read.next.is_none());
+    assert_eq!((&read.previous[..], read.previous_until), (&[old][..], Some(hours(54))));
+    assert_eq!(settle(signing.clone(), hours(53)), signing);
+
+    let done = settle(signing, hours(54));
+    let read = RootSecret::read(&done).unwrap();
+    assert_eq!(read.authority.trusted(), [new]);
+    assert_eq!((read.previous.len(), next_time(&read)), (0, None));
+    assert!(done.data.unwrap().keys().eq(["tls.crt", "tls.key"]));
+}
+
+#[test]
+fn a_rotation_that_is_given_up_leaves_nothing() {
+    let first = secret::made("root", "cluster.local").unwrap();
+    let trusted = settle(secret::with_next(first.clone(), "cluster.local").unwrap(), hours(0));
+    assert_eq!(secret::without_next(trusted).data, first.data);
+}
+
+/// Somebody put another root in the place of the last.
+#[test]
+fn a_root_that_is_gone_from_the_secret_is_trusted_for_a_while() {
+    let (old, new) = (secret::made("root", "a").unwrap(), secret::made("root", "a").unwrap());
+    let lost = [root(&old)];
+    let read = RootSecret::read(&new).unwrap();
+    let kept = due(&new, &read, &lost, hours(0), overlap_of_day()).unwrap().secret;
+    let read = RootSecret::read(&kept).unwrap();
+    assert_eq!(read.authority.trusted(), [root(&new), root(&old)]);
+    assert_eq!(read.previous_until, Some(hours(27)));
+
+    // Another one during that time: none is forgotten early.
+    let third = secret::made("root", "a").unwrap();
+    let mut swapped = kept;
+    for key in ["tls.crt", "tls.key"] {
+        let text = third.data.as_ref().unwrap()[key].clone();
+        swapped.data.as_mut().unwrap().insert(key.to_owned(), text);
+    }
+    let read = RootSecret::read(&swapped).unwrap();
+    let kept = due(&swapped, &read, &[root(&new)], hours(20), overlap_of_day()).unwrap().secret;
+    let read = RootSecret::read(&kept).unwrap();
+    assert_eq!(read.authority.trusted(), [root(&third), root(&old), root(&new)]);
+    assert_eq!(read.previous_until, Some(hours(47)));
+    assert_eq!(RootSecret::read(&settle(kept, hours(47))).unwrap().authority.trusted().len(), 1);
+}
+
+/// Written by hand, or by a version that did not know the times.
+#[test]
+fn times_that_cannot_be_read_are_decided_anew() {
+    let first = secret::made("root", "a").unwrap();
+    let old = root(&first);
+    let mut begun = secret::signing_from(secret::with_next(first, "a").unwrap(), hours(0));
+    for time in begun.metadata.annotations.as_mut().unwrap().values_mut() {
+        "tomorrow".clone_into(time);
+    }
+    let read = RootSecret::read(&settle(begun, hours(1))).unwrap();
+    assert_eq!(read.next.unwrap().1, Some(hours(28)));
+    let previous = secret::with_previous(secret::made("root", "a").unwrap(), &[old], None);
+    assert_eq!(RootSecret::read(&settle(previous, hours(1))).unwrap().previous_until, Some(hours(28)));
+}
+
+#[test]
+fn parts_that_do_not_fit_are_named() {
+    let (good, other) = (secret::made("root", "a").unwrap(), new_root("a").unwrap());
+    let with = |key: &str, text: &str| {
+        let mut secret = secret::with_next(good.clone(), "a").unwrap();
+        let text = k8s_openapi::ByteString(text.as_bytes().to_vec());
+        secret.data.as_mut().unwrap().insert(key.to_owned(), text);
+        RootSecret::read(&secret).unwrap_err().to_string()
+    };
+    for (key, text, said) in [
+        ("tls.crt", "", "tls.crt"),
+        ("tls.key", &*other.1, "tls.crt cannot be used"),
+        ("ca.crt", &*other.0, "tls.crt cannot be used"),
+        ("next.key", &*other.1, "next.crt cannot be used"),
+        ("next.key", "", "next.key"),
+        ("previous.crt", "nonsense", "previous.crt cannot be used"),
+    ] {
+        let error = with(key, text);
+        assert!(error.contains(said), "{key}: {error}");
+    }
+    assert_eq!(ders("x", &other.0).unwrap().len(), 1);
+}

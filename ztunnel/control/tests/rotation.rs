@@ -1,0 +1,230 @@
+//! A rotation of the root: two control planes at one API server, of which one is killed at each
+//! step, and two tunnels of theirs that open connections to each other all the time. None fails.
+
+use std::{
+    fs,
+    net::TcpListener,
+    path::PathBuf,
+    process::{Command, Stdio},
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use kube::{
+    Api, Config,
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use rustls::pki_types::ServerName;
+use serde_json::Value;
+use testbed::{
+    api_server::ApiServer,
+    process::KillOnDrop,
+    program::binary,
+    wait::{try_wait, wait_at_most},
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _, duplex},
+    runtime::Runtime,
+    time::timeout,
+};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio_util::sync::CancellationToken;
+use ztunnel::identity::{AccountLease, Certificates, Credentials, Identity};
+use ztunnel_control::{
+    authority::place::RootPlace,
+    discovery::StreamLimits,
+    program::{self, Options, Sockets},
+    settings::MeshSettings,
+};
+
+use crate::{
+    certificates::{id, pod_of},
+    rig::{LIMIT, bound_token, kubeconfig, tunnel_config, unique},
+};
+
+/// Of certificates. A step of the rotation takes a little longer.
+const LIFE: Duration = Duration::from_secs(8);
+
+/// A control plane in this process: its certificates last shorter than the program would have it. It
+/// ends at once, wherever it is, when this is dropped.
+struct Replica(Option<Runtime>);
+
+impl Replica {
+    fn start(kubeconfig: &PathBuf, port: u16) -> Self {
+        let runtime = Runtime::new().unwrap();
+        let options = Options {
+            listen: ([127, 0, 0, 1], port).into(),
+            http_listen: ([127, 0, 0, 1], 0).into(),
+            mesh: MeshSettings::default(),
+            tunnels: ["adit-system/ztunnel".parse().unwrap()].into(),
+            server_names: vec!["localhost".to_owned()],
+            certificate_life: LIFE,
+            root: RootPlace {
+                namespace: "adit-system".to_owned(),
+                secret: "adit-root".to_owned(),
+                config_map: "adit-root-cert".to_owned(),
+                trust_domain: "cluster.local".to_owned(),
+            },
+            limits: StreamLimits::default(),
+        };
+        let kubeconfig = Kubeconfig::read_from(kubeconfig).unwrap();
+        let options_of_file = KubeConfigOptions::default();
+        let config = Config::from_custom_kubeconfig(kubeconfig, &options_of_file);
+        let config = runtime.block_on(config).unwrap();
+        // The port of the one before is free when its last connection is.
+        let sockets = wait_at_most(LIMIT, "the port", || runtime.block_on(Sockets::bind(&options)).ok());
+        runtime.spawn(program::run(options, config, sockets, CancellationToken::new()));
+        Self(Some(runtime))
+    }
+}
+
+impl Drop for Replica {
+    fn drop(&mut self) {
+        self.0.take().unwrap().shutdown_background();
+    }
+}
+
+/// A tunnel of one node, with one pod. The file of the root is what a kubelet would keep for it.
+struct Tunnel {
+    identity: Identity,
+    certificates: Arc<Certificates>,
+    _lease: AccountLease,
+}
+
+impl Tunnel {
+    fn start(api: &ApiServer, runtime: &Runtime, port: u16, root: &str) -> Self {
+        let node = unique("node");
+        let demo = pod_of(api, "web", &node);
+        let (_, token) = bound_token(api, ("adit-system", "ztunnel"), &node, "istio-ca");
+        let certificates = Certificates::new(&tunnel_config(port, root, &token, &node)).unwrap();
+        let lease = certificates.lease(demo.as_str().into(), "web".into());
+        runtime.spawn(Arc::clone(&certificates).run(CancellationToken::new()));
+        Self { identity: id(&demo, "web").parse().unwrap(), certificates, _lease: lease }
+    }
+
+    async fn credentials(&self) -> Arc<Credentials> {
+        timeout(LIMIT, self.certificates.get(&self.identity)).await.expect("in time").expect("a certificate")
+    }
+}
+
+/// A new connection, whose ends verify each other.
+async fn connect(from: &Tunnel, to: &Tunnel) -> Result<(), String> {
+    let (client, server) = (from.credentials().await, to.credentials().await);
+    let (near, far) = duplex(64 << 10);
+    let name = ServerName::try_from("10.0.0.1").unwrap();
+    let connector = TlsConnector::from(client.client(std::slice::from_ref(&to.identity)));
+    let acceptor = TlsAcceptor::from(server.server());
+    let connecting = async {
+        let mut stream = connector.connect(name, near).await?;
+        stream.write_all(b"hello").await?;
+        // The server's verdict arrives with its first bytes.
+        stream.read_u8().await
+    };
+    let accepting = async {
+        let mut stream = acceptor.accept(far).await?;
+        stream.read_exact(&mut [0; 5]).await?;
+        stream.write_u8(1).await?;
+        stream.flush().await?;
+        Ok::<_, std::io::Error>(stream)
+    };
+    let (connected, accepted) = tokio::join!(connecting, accepting);
+    connected.and(accepted.map(drop)).map_err(|error| error.to_string())
+}
+
+/// Runs `ztunnel-control rotate-root`, with the chart's rights.
+fn rotate(kubeconfig: &PathBuf, arguments: &[&str]) -> Command {
+    let mut command = Command::new(binary("ztunnel-control"));
+    command.arg("rotate-root").args(arguments).env("KUBECONFIG", kubeconfig).stdin(Stdio::null());
+    command
+}
+
+fn progress(kubeconfig: &PathBuf, arguments: &[&str]) -> Value {
+    let output = rotate(kubeconfig, &[arguments, &["-o", "json"]].concat()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).expect("one object")
+}
+
+/// Copies the ConfigMap into a file, as kubelets do, until it is stopped.
+fn kubelet(api: &Arc<ApiServer>, file: PathBuf, stop: CancellationToken) -> JoinHandle<()> {
+    let api = Arc::clone(api);
+    std::thread::spawn(move || {
+        let maps: Api<k8s_openapi::api::core::v1::ConfigMap> = Api::namespaced(api.client(), "adit-system");
+        while !stop.is_cancelled() {
+            let found = api.block_on(maps.get_opt("adit-root-cert")).unwrap();
+            if let Some(root) = found.and_then(|map| map.data?.remove("root-cert.pem")) {
+                let next = file.with_extension("next");
+                fs::write(&next, root).unwrap();
+                fs::rename(&next, &file).unwrap();
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    })
+}
+
+#[test]
+#[ignore = "needs an API server: make test"]
+fn no_connection_fails_while_the_root_is_replaced() {
+    let api = Arc::new(ApiServer::start());
+    let kubeconfig = kubeconfig(&api);
+    let ports = [0, 1].map(|_| TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port());
+    let mut replicas = ports.map(|port| Some(Replica::start(&kubeconfig, port)));
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("root-cert.pem");
+    let stop = CancellationToken::new();
+    let copying = kubelet(&api, file.clone(), stop.clone());
+    wait_at_most(LIMIT, "a root", || file.exists().then_some(()));
+    let runtime = Runtime::new().unwrap();
+    let tunnels = ports.map(|port| Tunnel::start(&api, &runtime, port, file.to_str().unwrap()));
+
+    let began = progress(&kubeconfig, &[]);
+    let old = began["signing"]["sha256"].clone();
+    assert_eq!(began["step"], "trust", "{began}");
+    let new = began["next"]["sha256"].clone();
+    assert_ne!(old, new);
+    // Whoever waits is killed, and another waits to the end.
+    let mut waiting = KillOnDrop(rotate(&kubeconfig, &["--wait"]).stdout(Stdio::null()).spawn().unwrap());
+
+    let (mut connections, mut steps) = (0, Vec::new());
+    let deadline = Instant::now() + LIFE * 10;
+    loop {
+        for (from, to) in [(0, 1), (1, 0)] {
+            let connected = runtime.block_on(connect(&tunnels[from], &tunnels[to]));
+            assert_eq!(connected, Ok(()), "after {connections} connections, steps {steps:?}");
+            connections += 1;
+        }
+        let now = progress(&kubeconfig, &["--status"]);
+        if steps.last() != Some(&now["step"]) {
+            steps.push(now["step"].clone());
+            // One of them is killed at each step, and comes back.
+            let one = steps.len() % 2;
+            drop(replicas[one].take());
+            replicas[one] = Some(Replica::start(&kubeconfig, ports[one]));
+            if steps.len() == 1 {
+                drop(waiting);
+                waiting = KillOnDrop(rotate(&kubeconfig, &["--wait"]).stdout(Stdio::null()).spawn().unwrap());
+            }
+        }
+        // Run again, it begins no second one.
+        if now["step"] != "idle" {
+            assert_eq!(progress(&kubeconfig, &[])["signing"]["sha256"] == new, now["step"] == "retire");
+        } else {
+            assert_eq!(now["signing"]["sha256"], new);
+            assert_eq!(now["previous"].as_array().map(Vec::len), Some(0));
+            break;
+        }
+        assert!(Instant::now() < deadline, "still {now}");
+    }
+    assert_eq!(steps, ["trust", "retire", "idle"]);
+    assert!(connections > 50, "{connections}");
+    let ended = try_wait(LIMIT, || waiting.0.try_wait().unwrap().is_some());
+    assert!(ended.is_some(), "the command that waits does not see the end");
+    // When all certificates were renewed once more, nobody knows the old root.
+    for tunnel in &tunnels {
+        wait_at_most(LIMIT, "one root", || {
+            (runtime.block_on(tunnel.credentials()).roots().len() == 1).then_some(())
+        });
+    }
+    stop.cancel();
+    copying.join().unwrap();
+}
