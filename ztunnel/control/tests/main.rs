@@ -7,6 +7,7 @@
 
 mod certificates;
 mod discovery;
+mod foreign;
 mod outage;
 mod rig;
 mod root;

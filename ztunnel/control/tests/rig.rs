@@ -77,7 +77,11 @@ pub struct Control {
 impl Control {
     /// With more arguments, at the API server that all tests share. Istio's resources are installed.
     pub fn start(arguments: &[&str]) -> Self {
-        let api = ApiServer::shared();
+        Self::start_with_istio(ApiServer::shared(), arguments)
+    }
+
+    /// The same at an API server of the test's own.
+    pub fn start_with_istio(api: Arc<ApiServer>, arguments: &[&str]) -> Self {
         api.apply(CRDS);
         for kind in ["AuthorizationPolicy", "PeerAuthentication"] {
             let resource = ApiResource::from_gvk(&GroupVersionKind::gvk("security.istio.io", "v1", kind));
