@@ -15,3 +15,4 @@ mod rotation;
 mod shares;
 mod streams;
 mod stuck;
+mod turns;
