@@ -15,6 +15,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use crate::{
     objects::{NamespaceObjects, node::NodeLocality},
+    report::Unreported,
     settings::MeshSettings,
     snapshot::{NamespaceResources, Resource, Resources},
 };
@@ -61,10 +62,10 @@ pub(crate) fn namespace(around: &Surroundings<'_>, name: &str, objects: &Namespa
 
     let mut policies = Resources::new();
     let mut unenforceable = Vec::new();
-    for written in objects.policies.values() {
+    for written in objects.policies() {
         let (policy, notes) = policy::policy(&around.settings.root_namespace, name, written);
         if !notes.is_empty() {
-            let object = format!("AuthorizationPolicy {name}/{}", written.name);
+            let object = format!("{} {name}/{}", written.kind.name(), written.name);
             unenforceable.push((object, notes.join("; ")));
         }
         if let Some(policy) = policy {
@@ -83,6 +84,15 @@ pub(crate) fn namespace(around: &Surroundings<'_>, name: &str, objects: &Namespa
         }
     }
     Converted { resources: NamespaceResources { addresses, policies }, unenforceable }
+}
+
+/// What the statuses of a namespace's policies do not say yet.
+pub(crate) fn reports(settings: &MeshSettings, name: &str, objects: &NamespaceObjects) -> Vec<Unreported> {
+    let unreported = objects.policies().filter_map(|written| {
+        let (_, notes) = policy::policy(&settings.root_namespace, name, written);
+        Unreported::new(policy::report(name, written, &notes)?, &written.conditions)
+    });
+    unreported.collect()
 }
 
 #[cfg(test)]

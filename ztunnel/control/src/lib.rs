@@ -11,11 +11,13 @@
 //! * [`authority`]: the root, and what it signs
 //! * [`connection`]: a tunnel's connection, which can be cut
 //! * [`callers`]: who calls, by the token
+//! * [`status`]: writes what is said of policies into their statuses
 //! * [`source`]: follows the API server
 //! * `convert`: objects of the API → resources; pure
 //! * [`metrics`]: the counters
 //! * [`snapshot`]: everything that tunnels are told, at one moment
 //! * `objects`: what counts of the objects of the API
+//! * [`report`]: what is said of a policy in its status
 //! * [`identity`]: SPIFFE ids of workloads
 //! * `shares`: how many of something each has
 //! * [`settings`]: names of the cluster
@@ -31,11 +33,13 @@ pub mod identity;
 pub mod metrics;
 mod objects;
 pub mod program;
+pub mod report;
 pub mod server;
 pub mod settings;
 mod shares;
 pub mod snapshot;
 pub mod source;
+pub mod status;
 
 #[cfg(test)]
 mod order {

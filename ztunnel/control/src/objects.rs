@@ -1,7 +1,7 @@
 //! What counts of the objects of the API, and no more: thousands of them are held.
 //!
 //! * `pod`, `node`, `service`, `endpoints`: of Kubernetes itself
-//! * `policy`, `peer_authentication`: of Istio, where they are installed
+//! * `policy`, `peer_authentication`: of Istio, and ours, where they are installed
 
 pub(crate) mod endpoints;
 pub(crate) mod node;
@@ -41,17 +41,26 @@ pub(crate) struct NamespaceObjects {
     pub pods: BTreeMap<String, pod::Pod>,
     pub services: BTreeMap<String, service::Service>,
     pub slices: BTreeMap<String, endpoints::EndpointSlice>,
-    pub policies: BTreeMap<String, policy::AuthorizationPolicy>,
+    /// Istio's.
+    pub authorization_policies: BTreeMap<String, policy::AuthorizationPolicy>,
+    /// Ours.
+    pub access_policies: BTreeMap<String, policy::AuthorizationPolicy>,
     pub peer_authentications: BTreeMap<String, peer_authentication::PeerAuthentication>,
 }
 
 impl NamespaceObjects {
+    /// Of both kinds.
+    pub(crate) fn policies(&self) -> impl Iterator<Item = &policy::AuthorizationPolicy> {
+        self.authorization_policies.values().chain(self.access_policies.values())
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.distribution.is_empty()
             && self.pods.is_empty()
             && self.services.is_empty()
             && self.slices.is_empty()
-            && self.policies.is_empty()
+            && self.authorization_policies.is_empty()
+            && self.access_policies.is_empty()
             && self.peer_authentications.is_empty()
     }
 }

@@ -18,6 +18,7 @@ use crate::{
     server::{self, Services},
     settings::MeshSettings,
     source::Source,
+    status,
 };
 
 /// A request to the API server may be silent for longer than a watch lasts.
@@ -95,6 +96,7 @@ pub async fn run(
     info!(%grpc, %http, api_server = url, cluster = options.mesh.cluster_id, "listening");
     let metrics = Arc::new(Metrics::default());
     let (source, snapshots) = Source::new(client.clone(), options.mesh.clone(), Arc::clone(&metrics));
+    let reports = source.reports();
     let readiness = Readiness::new(snapshots.clone(), stop.clone());
     // Readiness is answered to the end.
     let end = CancellationToken::new();
@@ -105,6 +107,13 @@ pub async fn run(
         let followed = source.run(end.clone());
         async {
             followed.await;
+            Ok(())
+        }
+    });
+    tasks.spawn({
+        let writing = status::run(client.clone(), reports, end.clone());
+        async {
+            writing.await;
             Ok(())
         }
     });

@@ -40,12 +40,11 @@ use crate::{
         policy::AuthorizationPolicy,
         service::{self, Distribution},
     },
+    report::{PolicyKind, Unreported},
     settings::MeshSettings,
     snapshot::Snapshot,
 };
 
-/// The group of Istio's policies.
-const ISTIO_SECURITY: &str = "security.istio.io";
 /// How long changes are collected: a rollout makes many at once.
 const COLLECT: Duration = Duration::from_millis(100);
 /// After so long without another one, the collection ends.
@@ -56,12 +55,16 @@ const WAITING: usize = 1024;
 /// The latest snapshot. `None` until everything was listed once.
 pub type Snapshots = state::Receiver<Option<Arc<Snapshot>>>;
 
+/// What the statuses of policies do not say yet.
+pub type Reports = state::Receiver<Arc<Vec<Unreported>>>;
+
 /// Follows the API server. [`run`](Self::run) does all the work.
 pub struct Source {
     client: Client,
     settings: MeshSettings,
     metrics: Arc<Metrics>,
     publish: state::Sender<Option<Arc<Snapshot>>>,
+    reports: state::Sender<Arc<Vec<Unreported>>>,
 }
 
 impl std::fmt::Debug for Source {
@@ -75,7 +78,14 @@ impl Source {
     #[must_use]
     pub fn new(client: Client, settings: MeshSettings, metrics: Arc<Metrics>) -> (Self, Snapshots) {
         let (publish, snapshots) = state::channel(None);
-        (Self { client, settings, metrics, publish }, snapshots)
+        let (reports, _) = state::channel(Arc::default());
+        (Self { client, settings, metrics, publish, reports }, snapshots)
+    }
+
+    /// What the statuses of policies do not say yet.
+    #[must_use]
+    pub fn reports(&self) -> Reports {
+        self.reports.subscribe()
     }
 
     /// Follows the API server until `stop`.
@@ -114,11 +124,16 @@ impl Source {
         let read = |of: &Namespace| Distribution::from_annotations(of.metadata.annotations.as_ref());
         spawn(Box::pin(all("namespaces").follow(namespaces, read, Change::Distributions)));
 
-        let policies = (ISTIO_SECURITY, "AuthorizationPolicy");
-        let read = |object: &DynamicObject| Some(AuthorizationPolicy::read(object));
-        let kind = all("authorizationpolicies");
-        spawn(Box::pin(kind.follow_optional(client.clone(), policies, read, Change::Policies)));
-        let peers = (ISTIO_SECURITY, "PeerAuthentication");
+        let own = PolicyKind::Access;
+        let read = |object: &DynamicObject| Some(AuthorizationPolicy::read(PolicyKind::Access, object));
+        let (kind, change) = (all("accesspolicies"), Change::AccessPolicies);
+        spawn(Box::pin(kind.follow_optional(client.clone(), (own.group(), own.name()), read, change)));
+        let istio = PolicyKind::Authorization;
+        let read =
+            |object: &DynamicObject| Some(AuthorizationPolicy::read(PolicyKind::Authorization, object));
+        let (kind, change) = (all("authorizationpolicies"), Change::AuthorizationPolicies);
+        spawn(Box::pin(kind.follow_optional(client.clone(), (istio.group(), istio.name()), read, change)));
+        let peers = (istio.group(), "PeerAuthentication");
         let read = |object: &DynamicObject| Some(PeerAuthentication::read(object));
         let kind = all("peerauthentications");
         spawn(Box::pin(kind.follow_optional(client.clone(), peers, read, Change::PeerAuthentications)));
@@ -151,6 +166,9 @@ impl Source {
                 self.metrics.built(building.elapsed(), &snapshot, cluster.unenforceable());
                 debug!(number = snapshot.number, took_ms = building.elapsed().as_millis(), "new snapshot");
                 self.publish.send_replace(Some(Arc::new(snapshot)));
+            }
+            if let Some(reports) = cluster.reports() {
+                self.reports.send_replace(Arc::new(reports));
             }
         }
     }

@@ -9,6 +9,7 @@ mod certificates;
 mod discovery;
 mod foreign;
 mod outage;
+mod policies;
 mod rig;
 mod root;
 mod rotation;

@@ -1,4 +1,4 @@
-//! An `AuthorizationPolicy` at layer 4.
+//! An `AuthorizationPolicy` or `AccessPolicy` at layer 4.
 //!
 //! A tunnel sees addresses, ports and identities. What a policy says beyond that makes it stricter:
 //! an ALLOW rule that asks for more never matches, and is left out; of a DENY rule, what cannot be
@@ -13,9 +13,38 @@ use ztunnel_api::security::{
 };
 
 use super::address::octets;
-use crate::objects::policy::{
-    Action, AuthorizationPolicy, Condition, Content, Operation, Rule, Source, Unknown,
+use crate::{
+    objects::policy::{Action, AuthorizationPolicy, Condition, Content, Operation, Rule, Source, Unknown},
+    report::{PolicyObject, Report},
 };
+
+/// As Istio's control plane says it.
+const UNSUPPORTED: &str = "UnsupportedValue";
+
+/// What is said of `written` in its status. `None`: it is none of a tunnel's business.
+pub(super) fn report(namespace: &str, written: &AuthorizationPolicy, notes: &[String]) -> Option<Report> {
+    let AuthorizationPolicy { kind, version, name, .. } = written;
+    let object = PolicyObject {
+        kind: *kind,
+        version: version.clone(),
+        namespace: namespace.to_owned(),
+        name: name.clone(),
+    };
+    let report = |is_attached, reason, message| {
+        Some(Report { object, generation: written.generation, is_attached, reason, message })
+    };
+    match written.content {
+        Content::ForWaypoint => None,
+        Content::Rules { action: Action::Audit, .. } => {
+            report(false, UNSUPPORTED, "ztunnel does not support the AUDIT action".to_owned())
+        }
+        _ if notes.is_empty() => report(true, "Accepted", "attached to ztunnel".to_owned()),
+        _ => {
+            let notes = notes.join("; ");
+            report(true, UNSUPPORTED, format!("this policy is stricter than it is written: {notes}"))
+        }
+    }
+}
 
 /// Whether tunnels are told of `written` at all.
 pub(super) fn is_sent(written: &AuthorizationPolicy) -> bool {
@@ -59,7 +88,7 @@ pub(super) fn policy(
     };
     notes.dedup();
     let policy = Authorization {
-        name: written.name.clone(),
+        name: written.sent_name(),
         namespace: namespace.to_owned(),
         scope: scope.into(),
         action: action.into(),

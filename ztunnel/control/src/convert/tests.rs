@@ -17,6 +17,7 @@ use ztunnel_api::workload::{
 use super::*;
 use crate::{
     objects::{endpoints, pod, policy::AuthorizationPolicy, service},
+    report::PolicyKind,
     snapshot::ResourceType,
 };
 
@@ -270,18 +271,21 @@ fn pods_name_the_policies_that_select_them() {
     let policy = |name: &str, namespace: &str, spec: Value| {
         let object = json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
             "metadata": {"name": name, "namespace": namespace}, "spec": spec});
-        (name.to_owned(), AuthorizationPolicy::read(&serde_json::from_value(object).unwrap()))
+        (
+            name.to_owned(),
+            AuthorizationPolicy::read(PolicyKind::Authorization, &serde_json::from_value(object).unwrap()),
+        )
     };
     let selector = json!({"matchLabels": {"app": "web"}});
     let mut demo = Namespace::default().pod("p", json!({"app": "web"}), json!({}));
-    demo.objects.policies = [
+    demo.objects.authorization_policies = [
         policy("selects", "demo", json!({"selector": selector})),
         policy("all", "demo", json!({})),
         policy("other", "demo", json!({"selector": {"matchLabels": {"app": "db"}}})),
         policy("waypoint", "demo", json!({"selector": selector, "targetRefs": [{"name": "x"}]})),
     ]
     .into();
-    demo.root.policies = [policy("root", "adit-system", json!({"selector": selector}))].into();
+    demo.root.authorization_policies = [policy("root", "adit-system", json!({"selector": selector}))].into();
     assert_eq!(demo.workload("p").authorization_policies, ["adit-system/root", "demo/selects"]);
     let policies = demo.resources().policies;
     assert_eq!(policies.keys().collect::<Vec<_>>(), ["demo/all", "demo/other", "demo/selects"]);

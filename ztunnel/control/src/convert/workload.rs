@@ -47,9 +47,9 @@ impl<'a> Attached<'a> {
         let root_namespace = around.settings.root_namespace.as_str();
         let mut policies = Vec::new();
         let mut add = |namespace: &str, objects: &'a NamespaceObjects| {
-            for written in objects.policies.values() {
+            for written in objects.policies() {
                 if let Some(selector) = written.selector.as_ref().filter(|_| policy::is_sent(written)) {
-                    policies.push((selector, format!("{namespace}/{}", written.name)));
+                    policies.push((selector, format!("{namespace}/{}", written.sent_name())));
                 }
             }
         };

@@ -1,4 +1,4 @@
-//! Istio's `AuthorizationPolicy`, as written.
+//! Istio's `AuthorizationPolicy`, and our `AccessPolicy`, which says the same, as written.
 //!
 //! The resource may be newer than this code. What is not known is kept by name, so that nobody takes
 //! a policy for a laxer one.
@@ -10,13 +10,21 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::Labels;
+use crate::report::PolicyKind;
 
 const DRY_RUN: &str = "istio.io/dry-run";
 
 /// A policy.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct AuthorizationPolicy {
+    pub kind: PolicyKind,
+    /// Of the API.
+    pub version: String,
     pub name: String,
+    /// Of its spec.
+    pub generation: i64,
+    /// What its status says.
+    pub conditions: Vec<Value>,
     /// On trial: it decides nothing.
     pub dry_run: bool,
     /// The pods that it protects; `None`: all of its namespace.
@@ -136,18 +144,45 @@ pub(crate) struct Condition {
     pub unknown: Unknown,
 }
 
+impl Default for Content {
+    fn default() -> Self {
+        Self::Rules { action: Action::Allow, rules: Vec::new() }
+    }
+}
+
 impl AuthorizationPolicy {
+    /// The name that tunnels are told. One of ours cannot be taken for one of Istio's: none of theirs
+    /// has such a name.
+    pub(crate) fn sent_name(&self) -> String {
+        match self.kind {
+            PolicyKind::Authorization => self.name.clone(),
+            PolicyKind::Access => format!("access_policy_{}", self.name),
+        }
+    }
+
+    /// Whether both are the same but for their statuses.
+    pub(crate) fn says_like(&self, other: &Self) -> bool {
+        let without = |policy: &Self| Self { conditions: Vec::new(), ..policy.clone() };
+        without(self) == without(other)
+    }
+
     /// Always something: what cannot be read must not look like no policy.
-    pub(crate) fn read(object: &DynamicObject) -> Self {
+    pub(crate) fn read(kind: PolicyKind, object: &DynamicObject) -> Self {
         let annotations = object.metadata.annotations.as_ref();
         let dry_run = annotations.and_then(|annotations| annotations.get(DRY_RUN));
+        let version = object.types.as_ref().and_then(|types| Some(types.api_version.split_once('/')?.1));
+        let conditions = object.data.pointer("/status/conditions").and_then(Value::as_array);
         let mut policy = Self {
+            kind,
+            version: version.unwrap_or(kind.version()).to_owned(),
+            generation: object.metadata.generation.unwrap_or_default(),
+            conditions: conditions.cloned().unwrap_or_default(),
             name: object.metadata.name.clone().unwrap_or_default(),
             // As Go reads a truth; anything else is none.
             dry_run: dry_run
                 .is_some_and(|text| matches!(text.as_str(), "1" | "t" | "T" | "true" | "TRUE" | "True")),
             selector: None,
-            content: Content::Rules { action: Action::Allow, rules: Vec::new() },
+            content: Content::default(),
         };
         let spec = object.data.get("spec").unwrap_or(&Value::Null);
         if spec.is_null() {
@@ -182,7 +217,7 @@ mod tests {
     fn read(spec: &Value) -> AuthorizationPolicy {
         let object = json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
             "metadata": {"name": "p", "namespace": "demo"}, "spec": spec});
-        AuthorizationPolicy::read(&serde_json::from_value(object).unwrap())
+        AuthorizationPolicy::read(PolicyKind::Authorization, &serde_json::from_value(object).unwrap())
     }
 
     #[test]

@@ -23,12 +23,13 @@ use crate::{
         policy::AuthorizationPolicy,
         service::{Distribution, Service},
     },
+    report::Unreported,
     settings::MeshSettings,
     snapshot::{NamespaceResources, Snapshot},
 };
 
 /// Kinds of objects that are followed.
-pub(super) const KINDS: usize = 7;
+pub(super) const KINDS: usize = 8;
 
 /// What the API server said.
 #[derive(Debug)]
@@ -39,7 +40,10 @@ pub(super) enum Change {
     Slices(Update<EndpointSlice>),
     /// Of namespaces.
     Distributions(Update<Distribution>),
-    Policies(Update<AuthorizationPolicy>),
+    /// Istio's.
+    AuthorizationPolicies(Update<AuthorizationPolicy>),
+    /// Ours.
+    AccessPolicies(Update<AuthorizationPolicy>),
     PeerAuthentications(Update<PeerAuthentication>),
 }
 
@@ -56,6 +60,10 @@ pub(super) struct Cluster {
     resources: BTreeMap<String, Arc<NamespaceResources>>,
     /// By namespace: policies that are stricter than they are written, and why.
     unenforceable: BTreeMap<String, Vec<(String, String)>>,
+    /// Namespaces with policies whose status was looked at last before they changed.
+    unreported: BTreeSet<String>,
+    /// By namespace: what statuses do not say yet.
+    reports: BTreeMap<String, Vec<Unreported>>,
     number: u64,
 }
 
@@ -69,6 +77,8 @@ impl Cluster {
             stale: BTreeSet::new(),
             resources: BTreeMap::new(),
             unenforceable: BTreeMap::new(),
+            unreported: BTreeSet::new(),
+            reports: BTreeMap::new(),
             number: 0,
         }
     }
@@ -83,12 +93,31 @@ impl Cluster {
         self.unenforceable.values().map(Vec::len).sum()
     }
 
+    /// What the statuses of policies do not say yet. `None`: that did not change.
+    pub(super) fn reports(&mut self) -> Option<Vec<Unreported>> {
+        let mut differs = false;
+        for name in std::mem::take(&mut self.unreported) {
+            let objects = self.namespaces.get(&name);
+            let reports = objects.map(|objects| convert::reports(&self.settings, &name, objects));
+            let reports = reports.filter(|reports| !reports.is_empty());
+            differs |= self.reports.get(&name) != reports.as_ref();
+            match reports {
+                Some(reports) => self.reports.insert(name, reports),
+                None => self.reports.remove(&name),
+            };
+        }
+        differs.then(|| self.reports.values().flatten().cloned().collect())
+    }
+
     pub(super) fn apply(&mut self, change: Change) {
         match change {
             Change::Pods(update) => self.update(0, update, |of| &mut of.pods),
             Change::Services(update) => self.update(1, update, |of| &mut of.services),
             Change::Slices(update) => self.update(2, update, |of| &mut of.slices),
-            Change::Policies(update) => self.update(3, update, |of| &mut of.policies),
+            Change::AuthorizationPolicies(update) => {
+                self.update_policies(3, update, |of| &mut of.authorization_policies);
+            }
+            Change::AccessPolicies(update) => self.update_policies(7, update, |of| &mut of.access_policies),
             Change::PeerAuthentications(update) => {
                 let before = self.has_peer_authentication();
                 self.update(4, update, |of| &mut of.peer_authentications);
@@ -109,6 +138,35 @@ impl Cluster {
             }
             Change::Nodes(update) => self.update_nodes(6, update),
         }
+    }
+
+    /// A status that was written, by us most often, is no reason to make resources anew.
+    fn update_policies(
+        &mut self,
+        kind: usize,
+        update: Update<AuthorizationPolicy>,
+        table: fn(&mut NamespaceObjects) -> &mut BTreeMap<String, AuthorizationPolicy>,
+    ) {
+        match &update {
+            Update::One(key, Some(kept)) => {
+                self.unreported.insert(key.namespace.clone());
+                let held = self.namespaces.get_mut(&key.namespace).map(table);
+                if let Some(held) = held.and_then(|held| held.get_mut(&key.name))
+                    && held.says_like(kept)
+                {
+                    held.conditions.clone_from(&kept.conditions);
+                    return;
+                }
+            }
+            Update::One(key, None) => {
+                self.unreported.insert(key.namespace.clone());
+            }
+            Update::Listed(all) => {
+                self.unreported.extend(self.namespaces.keys().cloned());
+                self.unreported.extend(all.keys().map(|key| key.namespace.clone()));
+            }
+        }
+        self.update(kind, update, table);
     }
 
     fn update<T: PartialEq>(

@@ -6,6 +6,7 @@ use kube::core::DynamicObject;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::report::PolicyKind;
 
 fn convert(spec: Value) -> (Option<Authorization>, Vec<String>) {
     in_namespace("demo", spec)
@@ -16,7 +17,7 @@ fn in_namespace(namespace: &str, spec: Value) -> (Option<Authorization>, Vec<Str
         "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
         "metadata": {"name": "p", "namespace": namespace}, "spec": spec}))
     .unwrap();
-    policy("adit-system", namespace, &AuthorizationPolicy::read(&object))
+    policy("adit-system", namespace, &AuthorizationPolicy::read(PolicyKind::Authorization, &object))
 }
 
 /// The rules of a policy about `rule` alone, and whether something is noted.

@@ -9,6 +9,7 @@ use crate::{
         peer_authentication::Mode,
         policy::{Action, Content},
     },
+    report::PolicyKind,
     snapshot::ResourceType,
 };
 
@@ -34,7 +35,8 @@ fn cluster() -> Cluster {
     cluster.apply(Change::Services(listed(vec![])));
     cluster.apply(Change::Slices(listed(vec![])));
     cluster.apply(Change::Distributions(listed(vec![])));
-    cluster.apply(Change::Policies(listed(vec![])));
+    cluster.apply(Change::AuthorizationPolicies(listed(vec![])));
+    cluster.apply(Change::AccessPolicies(listed(vec![])));
     assert_eq!(cluster.listed(), KINDS - 1);
     cluster.apply(Change::PeerAuthentications(listed(vec![])));
     assert_eq!(cluster.listed(), KINDS);
@@ -106,11 +108,11 @@ fn a_policy_of_the_root_namespace_is_named_everywhere() {
     )));
     let policy = AuthorizationPolicy {
         name: "r".to_owned(),
-        dry_run: false,
         selector: Some(labels),
         content: Content::Rules { action: Action::Deny, rules: vec![] },
+        ..AuthorizationPolicy::default()
     };
-    cluster.apply(Change::Policies(Update::One(key("adit-system", "r"), Some(policy))));
+    cluster.apply(Change::AuthorizationPolicies(Update::One(key("adit-system", "r"), Some(policy))));
     let second = next(&mut cluster).unwrap();
     assert_eq!(names(&second, ResourceType::Authorization), ["adit-system/r"]);
     assert_eq!(second.since(&first, ResourceType::Address).changed[0].name(), P);
@@ -143,13 +145,87 @@ fn a_policy_that_is_not_understood_is_counted_until_it_is() {
     let mut cluster = cluster();
     next(&mut cluster);
     let policy =
-        |content| AuthorizationPolicy { name: "x".to_owned(), dry_run: false, selector: None, content };
+        |content| AuthorizationPolicy { name: "x".to_owned(), content, ..AuthorizationPolicy::default() };
     let unreadable = policy(Content::Unreadable("why".to_owned()));
-    cluster.apply(Change::Policies(Update::One(key("demo", "x"), Some(unreadable))));
+    cluster.apply(Change::AuthorizationPolicies(Update::One(key("demo", "x"), Some(unreadable))));
     next(&mut cluster).unwrap();
     assert_eq!(cluster.unenforceable(), 1);
     let readable = policy(Content::Rules { action: Action::Allow, rules: vec![] });
-    cluster.apply(Change::Policies(Update::One(key("demo", "x"), Some(readable))));
+    cluster.apply(Change::AuthorizationPolicies(Update::One(key("demo", "x"), Some(readable))));
     next(&mut cluster).unwrap();
     assert_eq!(cluster.unenforceable(), 0);
+}
+
+#[test]
+fn ten_thousand_policies_are_all_told_and_one_that_changes_alone() {
+    let mut cluster = cluster();
+    let policy = |number: u32, action| {
+        let selector = Labels::from([("app".to_owned(), format!("app-{}", number % 100))]);
+        let (name, content) = (format!("p{number}"), Content::Rules { action, rules: vec![] });
+        AuthorizationPolicy { name, selector: Some(selector), content, ..AuthorizationPolicy::default() }
+    };
+    let of = |number: u32| key(&format!("ns-{}", number / 200), &format!("p{number}"));
+    let all = (0..10_000).map(|number| (of(number), policy(number, Action::Allow)));
+    cluster.apply(Change::AuthorizationPolicies(listed(all.collect())));
+    let pods = (0..1_000_u32).map(|number| {
+        let [a, b] = [number / 250, number % 250];
+        let labels = Labels::from([("app".to_owned(), format!("app-{}", number % 100))]);
+        let name = format!("web-{number}");
+        (key(&format!("ns-{}", number / 20), &name), Pod { labels, ..pod(&name, &format!("10.1.{a}.{b}")) })
+    });
+    cluster.apply(Change::Pods(listed(pods.collect())));
+    let began = Instant::now();
+    let first = next(&mut cluster).unwrap();
+    assert!(began.elapsed().as_secs() < 30, "{:?}", began.elapsed());
+    assert_eq!(names(&first, ResourceType::Authorization).len(), 10_000);
+
+    cluster.apply(Change::AuthorizationPolicies(Update::One(of(7), Some(policy(7, Action::Deny)))));
+    let second = next(&mut cluster).unwrap();
+    let changed = second.since(&first, ResourceType::Authorization).changed;
+    assert_eq!(changed.iter().map(|one| one.name()).collect::<Vec<_>>(), ["ns-0/p7"]);
+    assert!(second.since(&first, ResourceType::Address).changed.is_empty());
+    assert!(Arc::ptr_eq(&first.namespaces["ns-1"], &second.namespaces["ns-1"]));
+}
+
+#[test]
+fn a_status_is_reported_until_it_is_written_and_changes_no_resource() {
+    let mut cluster = cluster();
+    next(&mut cluster);
+    let custom = |conditions| AuthorizationPolicy {
+        name: "x".to_owned(),
+        generation: 3,
+        conditions,
+        content: Content::Rules { action: Action::Custom, rules: vec![] },
+        ..AuthorizationPolicy::default()
+    };
+    cluster.apply(Change::AuthorizationPolicies(Update::One(key("demo", "x"), Some(custom(vec![])))));
+    next(&mut cluster).unwrap();
+    let reports = cluster.reports().unwrap();
+    let [unreported] = &reports[..] else { panic!("{reports:?}") };
+    assert_eq!((unreported.report.is_attached, unreported.report.generation), (true, 3));
+    assert!(unreported.report.message.contains("CUSTOM"), "{unreported:?}");
+    assert_eq!(cluster.reports(), None, "nothing changed since");
+
+    let written = Some(custom(unreported.conditions("now".to_owned())));
+    cluster.apply(Change::AuthorizationPolicies(Update::One(key("demo", "x"), written)));
+    assert!(next(&mut cluster).is_none());
+    assert_eq!(cluster.reports(), Some(vec![]));
+    cluster.apply(Change::AuthorizationPolicies(Update::One(key("demo", "x"), None)));
+    next(&mut cluster).unwrap();
+    assert_eq!(cluster.reports(), None);
+}
+
+/// Where both kinds are installed, namesakes are two policies.
+#[test]
+fn an_access_policy_is_sent_under_a_name_of_its_own() {
+    let mut cluster = cluster();
+    let policy = |kind| {
+        let selector = Some(Labels::new());
+        Some(AuthorizationPolicy { kind, name: "x".to_owned(), selector, ..AuthorizationPolicy::default() })
+    };
+    let (istio, own) = (policy(PolicyKind::Authorization), policy(PolicyKind::Access));
+    cluster.apply(Change::AuthorizationPolicies(Update::One(key("demo", "x"), istio)));
+    cluster.apply(Change::AccessPolicies(Update::One(key("demo", "x"), own)));
+    let snapshot = next(&mut cluster).unwrap();
+    assert_eq!(names(&snapshot, ResourceType::Authorization), ["demo/access_policy_x", "demo/x"]);
 }
