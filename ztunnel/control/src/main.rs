@@ -208,7 +208,7 @@ async fn run(mut arguments: Arguments) -> Result<()> {
         info!(signal = name, "shutdown signal received");
         stopping.cancel();
     });
-    program::run(options, api, sockets, stop).await
+    Box::pin(program::run(options, api, sockets, stop)).await
 }
 
 async fn api() -> Result<Config> {

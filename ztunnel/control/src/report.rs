@@ -92,7 +92,8 @@ impl Unreported {
         let same = |key: &str, value: &str| ours.is_some_and(|ours| ours[key] == value);
         // Istio's resource has it as a text or as a number.
         let generation = ours.map(|ours| &ours["observedGeneration"]).is_some_and(|observed| {
-            *observed == report.generation || *observed == report.generation.to_string()
+            let text = observed.as_str().and_then(|text| text.parse().ok());
+            observed.as_i64().or(text) == Some(report.generation)
         });
         let status_stays = same("status", report.status());
         if status_stays && generation && same("reason", report.reason) && same("message", &report.message) {

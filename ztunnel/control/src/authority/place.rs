@@ -108,21 +108,16 @@ impl RootPlace {
     /// # Errors
     /// The API server is away or refuses, or the Secret cannot be used.
     pub async fn open_once(&self, client: &Client) -> Result<(Secret, RootSecret), RootError> {
-        let found = self.read(client).await?;
-        let secret = match found {
-            Some(secret) => secret,
-            None => {
-                let new = secret::made(&self.secret, &self.trust_domain).map_err(RootError::New)?;
-                match self.create(client, &new).await? {
-                    Some(secret) => {
-                        info!(secret = self.name(), "root made");
-                        secret
-                    }
-                    None => {
-                        let read = self.secrets(client).get(&self.secret).await;
-                        read.map_err(|source| self.failed("read", source))?
-                    }
-                }
+        let secret = if let Some(secret) = self.read(client).await? {
+            secret
+        } else {
+            let new = secret::made(&self.secret, &self.trust_domain).map_err(RootError::New)?;
+            if let Some(secret) = self.create(client, &new).await? {
+                info!(secret = self.name(), "root made");
+                secret
+            } else {
+                let read = self.secrets(client).get(&self.secret).await;
+                read.map_err(|source| self.failed("read", source))?
             }
         };
         let read = RootSecret::read(&secret)

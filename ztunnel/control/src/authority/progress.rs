@@ -1,6 +1,6 @@
 //! How far a rotation is, for whoever asks. Pure.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 use aws_lc_rs::digest::{SHA256, digest};
 use k8s_openapi::jiff::Timestamp;
@@ -57,7 +57,10 @@ pub struct RootInfo {
 impl RootInfo {
     fn of(der: &CertificateDer<'_>) -> Result<Self, AuthorityError> {
         let certificate = checked(der)?;
-        let sha256 = digest(&SHA256, der).as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+        let mut sha256 = String::new();
+        for byte in digest(&SHA256, der).as_ref() {
+            let _ = write!(sha256, "{byte:02x}");
+        }
         let not_after = Timestamp::from_second(certificate.validity.not_after.timestamp());
         Ok(Self {
             subject: certificate.subject.to_string(),

@@ -174,7 +174,7 @@ impl AuthorizationPolicy {
         let conditions = object.data.pointer("/status/conditions").and_then(Value::as_array);
         let mut policy = Self {
             kind,
-            version: version.unwrap_or(kind.version()).to_owned(),
+            version: version.unwrap_or_else(|| kind.version()).to_owned(),
             generation: object.metadata.generation.unwrap_or_default(),
             conditions: conditions.cloned().unwrap_or_default(),
             name: object.metadata.name.clone().unwrap_or_default(),
