@@ -18,7 +18,7 @@ mod revocations;
 mod slot;
 mod trust;
 
-use std::{fmt, str::FromStr, sync::Arc};
+use std::sync::Arc;
 
 pub use ca_client::credentials_from_response;
 pub use certificates::{AccountLease, CertificateInfo, Certificates};
@@ -26,27 +26,9 @@ pub use credentials::Credentials;
 pub use expiry::{first_expiry, until};
 pub use revocations::{CertificateChain, Revocations, RevocationsError};
 pub use trust::{NoIdentity, TlsParameters, peer_identity};
+pub use ztunnel_api::names::{Identity, InvalidIdentity};
 
 use crate::control_plane::ControlPlaneError;
-
-/// A SPIFFE id of the form `spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICE_ACCOUNT`. No part is
-/// empty.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Identity {
-    /// Trust domain, such as `cluster.local`.
-    pub trust_domain: Arc<str>,
-    /// Kubernetes namespace.
-    pub namespace: Arc<str>,
-    /// Kubernetes service account.
-    pub service_account: Arc<str>,
-}
-
-impl fmt::Display for Identity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { trust_domain, namespace, service_account } = self;
-        write!(f, "spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}")
-    }
-}
 
 /// The trust domains that are one mesh: its own, and its aliases, such as the one before a
 /// migration. The same namespace and service account in any of them is the same workload. Every node
@@ -83,49 +65,6 @@ impl TrustDomains {
                 && one.service_account == other.service_account
                 && self.contains(&one.trust_domain)
                 && self.contains(&other.trust_domain)
-    }
-}
-
-/// A text that is not the SPIFFE id of a workload.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not of the form spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICE_ACCOUNT")]
-pub struct InvalidIdentity(pub String);
-
-/// Bytes; SPIFFE-ID §2.3. The PROXY protocol header relies on it for its length field.
-const MAX_ID: usize = 2048;
-
-impl FromStr for Identity {
-    type Err = InvalidIdentity;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let parts = || {
-            let mut parts = text.strip_prefix("spiffe://")?.split('/');
-            let trust_domain = parts.next()?;
-            (parts.next()? == "ns").then_some(())?;
-            let namespace = parts.next()?;
-            (parts.next()? == "sa").then_some(())?;
-            let service_account = parts.next()?;
-            parts.next().is_none().then_some([trust_domain, namespace, service_account])
-        };
-        match parts() {
-            Some(parts) if text.len() <= MAX_ID && parts.iter().all(|part| is_segment(part)) => {
-                let [trust_domain, namespace, service_account] = parts.map(Arc::from);
-                Ok(Self { trust_domain, namespace, service_account })
-            }
-            _ => Err(InvalidIdentity(text.to_owned())),
-        }
-    }
-}
-
-/// SPIFFE-ID §2.2: letters, digits, dots, dashes and underscores, and no relative segments.
-fn is_segment(part: &str) -> bool {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-    !matches!(part, "" | "." | "..") && part.chars().all(allowed)
-}
-
-impl serde::Serialize for Identity {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
     }
 }
 
@@ -256,12 +195,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_identity_survives_writing_and_reading() {
-        let text = "spiffe://cluster.local/ns/shop/sa/web-1.v2";
-        assert_eq!(text.parse::<Identity>().unwrap().to_string(), text);
-    }
-
-    #[test]
     fn a_workload_is_the_same_in_all_trust_domains_of_its_mesh_and_no_other() {
         let domains = TrustDomains::new("new.example".into(), ["old.example".into()].into());
         let id = |text: &str| text.parse::<Identity>().unwrap();
@@ -273,39 +206,5 @@ mod tests {
         assert!(!domains.same(&web, &id("spiffe://foreign.example/ns/shop/sa/web")));
         let foreign = id("spiffe://foreign.example/ns/shop/sa/web");
         assert!(domains.same(&foreign, &foreign), "a service may name who serves it by another mesh's id");
-    }
-
-    #[test]
-    fn an_identity_has_a_longest_length() {
-        let of = |length: usize| {
-            format!("spiffe://td/ns/a/sa/{}", "b".repeat(length - "spiffe://td/ns/a/sa/".len()))
-        };
-        assert!(of(MAX_ID).parse::<Identity>().is_ok());
-        assert!(of(MAX_ID + 1).parse::<Identity>().is_err());
-    }
-
-    #[test]
-    fn other_texts_are_refused() {
-        for text in [
-            "",
-            "spiffe://",
-            "cluster.local/ns/a/sa/b",
-            "https://cluster.local/ns/a/sa/b",
-            "spiffe:///ns/a/sa/b",
-            "spiffe://td/ns//sa/b",
-            "spiffe://td/ns/a/sa/",
-            "spiffe://td/ns/a/sa/b/",
-            "spiffe://td/ns/a/sa/b/c",
-            "spiffe://td/sa/b/ns/a",
-            "spiffe://td/ns/a",
-            "spiffe://td/ns/../sa/b",
-            "spiffe://td/ns/a b/sa/b",
-            "spiffe://td:80/ns/a/sa/b",
-            "spiffe://td/ns/a%2f/sa/b",
-            "spiffe://td/ns/a/sa/b?x",
-            "SPIFFE://td/ns/a/sa/b",
-        ] {
-            assert_eq!(text.parse::<Identity>(), Err(InvalidIdentity(text.to_owned())), "{text}");
-        }
     }
 }

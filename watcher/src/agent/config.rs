@@ -7,10 +7,9 @@ use std::{
     time::Duration,
 };
 
-use crate::{
-    model::pod::{FailMode, ServiceAccount},
-    observe::events::SourceKind,
-};
+use ztunnel_api::names::ServiceAccount;
+
+use crate::{model::pod::FailMode, observe::events::SourceKind};
 
 /// The options of `watcher run`, checked.
 #[derive(Clone, Debug)]

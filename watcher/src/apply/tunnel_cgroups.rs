@@ -11,9 +11,10 @@ use std::{
 use adit_ebpf_loader::Kernel;
 use error_reporter::Report;
 use tracing::warn;
+use ztunnel_api::names::ServiceAccount;
 
 use crate::{
-    model::pod::{Pod, Selection, ServiceAccount},
+    model::pod::{Pod, Selection},
     observe::cgroups::{self, CgroupId},
     plan::{Reason, ReasonCode},
 };

@@ -12,10 +12,11 @@ use adit_ebpf_loader::preflight::{Check, Level};
 use anyhow::Context as _;
 use clap::Args;
 use tracing_subscriber::EnvFilter;
+use ztunnel_api::names::ServiceAccount;
 
 use watcher::{
     agent,
-    model::pod::{FailMode, ServiceAccount},
+    model::pod::FailMode,
     observe::{cgroups, events::SourceKind},
 };
 

@@ -1,6 +1,6 @@
 //! A pod as its source describes it.
 
-use std::{collections::BTreeSet, fmt, net::IpAddr, path::PathBuf, str::FromStr, sync::Arc};
+use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
@@ -73,34 +73,6 @@ pub struct Pod {
     pub is_announced: bool,
     /// Invalid values that were ignored.
     pub notes: Notes,
-}
-
-/// A service account of the cluster.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ServiceAccount {
-    /// Its Kubernetes namespace.
-    pub namespace: String,
-    /// Its name there.
-    pub name: String,
-}
-
-impl fmt::Display for ServiceAccount {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
-    }
-}
-
-impl FromStr for ServiceAccount {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once('/') {
-            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
-                Ok(Self { namespace: namespace.to_owned(), name: name.to_owned() })
-            }
-            _ => Err("expected NAMESPACE/NAME, such as istio-system/ztunnel".to_owned()),
-        }
-    }
 }
 
 /// Who an enrolled pod is, and how it is treated: enough to keep it in the mesh without its source.

@@ -1,10 +1,13 @@
-//! The wire contracts that several parts share: protobuf definitions and the types generated from
-//! them, no behaviour.
+//! The contracts that several parts share: protobuf definitions and the types generated from them,
+//! and names that are texts; no behaviour.
 //!
 //! * [`zds`]: watcher (or Istio's CNI agent) → tunnel
 //! * [`ca`]: tunnel → certificate service; the server half is for control planes and tests
 //! * [`discovery`]: control plane → tunnel, the protocol; [`workload`] and [`security`], what it
 //!   carries
+//! * [`names`]: SPIFFE ids and service accounts
+
+pub mod names;
 
 /// The definitions themselves, an encoded `FileDescriptorSet`: for who must see what a generated
 /// type leaves out.

@@ -1,6 +1,6 @@
 //! Who calls, by the token of the call. The API server judges it.
 
-use std::{collections::BTreeSet, fmt, str::FromStr, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use k8s_openapi::api::{
@@ -11,6 +11,7 @@ use kube::{Api, Client, api::PostParams};
 use serde::Deserialize;
 use tokio::{sync::Semaphore, time::timeout};
 use tonic::{Code, metadata::MetadataMap};
+use ztunnel_api::names::ServiceAccount;
 
 /// The audience of tokens for a mesh's control plane, as Istio's tunnel has them.
 pub const AUDIENCE: &str = "istio-ca";
@@ -21,39 +22,6 @@ const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 /// Reviews at a time, so that whoever calls us often does not call the API server as often.
 const AT_ONCE: usize = 64;
 const LIMIT: Duration = Duration::from_secs(10);
-
-/// A service account, written `namespace/name`.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ServiceAccount {
-    /// Its namespace.
-    pub namespace: String,
-    /// Its name.
-    pub name: String,
-}
-
-/// A text that names no service account.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("expected NAMESPACE/NAME")]
-pub struct InvalidServiceAccount;
-
-impl FromStr for ServiceAccount {
-    type Err = InvalidServiceAccount;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text.split_once('/') {
-            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
-                Ok(Self { namespace: namespace.to_owned(), name: name.to_owned() })
-            }
-            _ => Err(InvalidServiceAccount),
-        }
-    }
-}
-
-impl fmt::Display for ServiceAccount {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
-    }
-}
 
 /// A tunnel that proved who it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -316,13 +284,6 @@ mod tests {
         }
         for text in ["", ".", "a.b", "a.%%.c"] {
             assert_eq!(claimed_account(text), None, "{text}");
-        }
-    }
-
-    #[test]
-    fn an_account_has_a_namespace_and_a_name() {
-        for text in ["", "a", "/a", "a/", "a/b/c"] {
-            assert_eq!(text.parse::<ServiceAccount>(), Err(InvalidServiceAccount), "{text}");
         }
     }
 }

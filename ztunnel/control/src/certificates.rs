@@ -25,7 +25,7 @@ use crate::{
     authority::CurrentAuthority,
     callers::{Caller, Callers},
     connection::Peer,
-    identity::Identity,
+    identity::{self, Identity},
     metrics::Metrics,
 };
 
@@ -89,16 +89,15 @@ impl CertificateService {
         let named = request.metadata.as_ref().and_then(|metadata| metadata.fields.get(IMPERSONATED));
         let identity = match named.map(|value| &value.kind) {
             None => Identity {
-                trust_domain: self.trust_domain.clone(),
-                namespace: caller.account.namespace.clone(),
-                service_account: caller.account.name.clone(),
+                trust_domain: self.trust_domain.as_str().into(),
+                namespace: caller.account.namespace.as_str().into(),
+                service_account: caller.account.name.as_str().into(),
             },
-            Some(Some(Kind::StringValue(text))) => text
-                .parse()
+            Some(Some(Kind::StringValue(text))) => identity::of_objects(text)
                 .map_err(|source| Refusal::NoIdentity { text: text.chars().take(300).collect(), source })?,
             Some(_) => return Err(Refusal::IdentityType),
         };
-        if identity.trust_domain != self.trust_domain {
+        if *identity.trust_domain != *self.trust_domain {
             let expected = self.trust_domain.clone();
             return Err(Refusal::OtherTrustDomain { identity: Box::new(identity), expected });
         }

@@ -13,11 +13,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 use tracing_subscriber::EnvFilter;
+use ztunnel_api::names::ServiceAccount;
 use ztunnel_control::{
     authority::place::RootPlace,
-    callers::ServiceAccount,
     discovery::StreamLimits,
-    identity::{Identity, InvalidIdentity},
+    identity::{self, InvalidIdentity},
     program::{self, Options, Sockets},
     settings::MeshSettings,
 };
@@ -126,8 +126,8 @@ enum LogFormat {
 
 /// One that an identity can have.
 fn trust_domain(text: &str) -> Result<String, InvalidIdentity> {
-    let identity: Identity = format!("spiffe://{text}/ns/a/sa/a").parse()?;
-    Ok(identity.trust_domain)
+    let identity = identity::of_objects(&format!("spiffe://{text}/ns/a/sa/a"))?;
+    Ok(identity.trust_domain.to_string())
 }
 
 impl Arguments {

@@ -7,11 +7,12 @@ use kube::{Client, Config};
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
+use ztunnel_api::names::ServiceAccount;
 
 use crate::{
     admin::{self, Readiness},
     authority::{keeper::RootKeeper, place::RootPlace},
-    callers::{Callers, ServiceAccount},
+    callers::Callers,
     certificates::CertificateService,
     discovery::{DiscoveryService, StreamLimits},
     metrics::Metrics,

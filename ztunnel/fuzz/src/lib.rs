@@ -96,7 +96,7 @@ fn certificate(data: &[u8]) {
 
 /// What a tunnel asks our control plane to sign: PEM, or what is in it.
 fn control_csr(data: &[u8]) {
-    static ASKED: OnceLock<ztunnel_control::identity::Identity> = OnceLock::new();
+    static ASKED: OnceLock<Identity> = OnceLock::new();
     let asked = ASKED.get_or_init(|| "spiffe://cluster.local/ns/demo/sa/web".parse().expect("an identity"));
     let pem = match std::str::from_utf8(data) {
         Ok(text) if text.starts_with("-----") => text.to_owned(),
