@@ -139,16 +139,18 @@ fn alerts_and_dashboard_ask_for_metrics_that_there_are() {
     let monitoring = "{podMonitor: {enabled: true, interval: 15s}, prometheusRule: {enabled: true}, dashboard: {enabled: true}}";
     let manifest = rendered(monitoring);
     let rules = object(&manifest, "PrometheusRule");
-    let rules = rules["spec"]["groups"][0]["rules"].as_array().unwrap().clone();
-    let mut expressions: Vec<String> =
-        rules.iter().map(|rule| rule["expr"].as_str().unwrap().to_owned()).collect();
+    let groups = rules["spec"]["groups"].as_array().unwrap();
+    assert_eq!(groups.len(), 2, "{rules}");
+    let rules = groups.iter().flat_map(|group| group["rules"].as_array().unwrap());
+    let mut expressions: Vec<String> = rules.map(|rule| rule["expr"].as_str().unwrap().to_owned()).collect();
     let dashboard = object(&manifest, "ConfigMap");
     let dashboard: Value = serde_json::from_str(dashboard["data"]["adit.json"].as_str().unwrap()).unwrap();
     for panel in dashboard["panels"].as_array().unwrap() {
         let targets = panel["targets"].as_array().unwrap();
         expressions.extend(targets.iter().map(|target| target["expr"].as_str().unwrap().to_owned()));
     }
-    let page = fs::read_to_string(chart::folder().join("../../docs/metrics.md")).unwrap();
+    let page = |name: &str| fs::read_to_string(chart::folder().join("../../docs").join(name)).unwrap();
+    let page = page("metrics.md") + &page("control-plane.md");
     let known: BTreeSet<&str> = page.split('`').collect();
     let mut found = BTreeSet::new();
     for expression in &expressions {
