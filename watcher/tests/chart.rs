@@ -51,6 +51,7 @@ platform: openshift
 resourceQuotas: {enabled: true}
 imagePullPolicy: Never
 rootConfigMap: mesh.root
+peerCaCrl: {enabled: true}
 control:
   replicas: 3
   rootSecret: mesh.root-key

@@ -46,6 +46,11 @@ https://istiod{{ with .Values.revision }}-{{ . }}{{ end }}.{{ include "adit.isti
 {{- .Values.rootConfigMap | default (ternary "adit-root-cert" "istio-ca-root-cert" (eq (include "adit.hasControl" .) "true")) -}}
 {{- end -}}
 
+{{/* Where the list of revoked certificates is published. */}}
+{{- define "adit.crlConfigMap" -}}
+{{- ternary "adit-ca-crl" "istio-ca-crl" (eq (include "adit.hasControl" .) "true") -}}
+{{- end -}}
+
 {{- define "adit.image" -}}
 {{- $shared := .Values.global | default dict -}}
 {{- $variant := .Values.variant | default $shared.variant -}}

@@ -170,6 +170,10 @@ fn names_that_two_sides_use_are_the_same() {
     assert_eq!(mounted_root(&manifest), "istio-ca-root-cert");
     assert_eq!(variable(&manifest, "CA_ADDRESS"), "https://istiod.istio-system.svc:15012");
     assert_eq!(mounted_root(&rendered("{}")), "adit-root-cert");
+    let manifest = rendered("peerCaCrl: {enabled: true}");
+    let list = &variables(&manifest)["CRL_CONFIG_MAP"];
+    assert!(manifest.contains(&format!("configMap: {{name: {list}, optional: true}}")), "{manifest}");
+    assert!(!variables(&rendered("{}")).contains_key("CRL_CONFIG_MAP"));
     assert_eq!(mounted_root(&rendered("{profile: istio, rootConfigMap: mesh.root}")), "mesh.root");
 }
 

@@ -3,12 +3,14 @@
 //! * [`keeper`]: follows the Secret, and has it change when a rotation goes on
 //! * [`place`]: the Secret and the ConfigMap at the API server
 //! * [`progress`]: how far a rotation is; pure
+//! * [`revoked`]: the list of revoked certificates; pure
 //! * [`rotation`]: from one root to the next, with an overlap; pure
 //! * [`secret`]: what the Secret holds; pure
 
 pub mod keeper;
 pub mod place;
 pub mod progress;
+pub mod revoked;
 pub mod rotation;
 pub mod secret;
 
@@ -155,6 +157,11 @@ impl Authority {
             }
         }
         self
+    }
+
+    /// The certificate that signs.
+    fn signer(&self) -> &CertificateDer<'static> {
+        self.intermediates.first().unwrap_or(&self.trusted[0])
     }
 
     /// What tunnels trust, the root of this one first.

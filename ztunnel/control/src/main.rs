@@ -1,7 +1,8 @@
 //! The program `ztunnel-control`: its arguments, its log and its signals.
 //!
-//! * `rotate_root`: the command of that name
+//! * `rotate_root`, `revoke`: the commands of these names
 
+mod revoke;
 mod rotate_root;
 
 use std::{collections::BTreeSet, io::Write as _, net::SocketAddr, process::ExitCode, time::Duration};
@@ -93,6 +94,9 @@ struct Arguments {
         global = true
     )]
     root_config_map: String,
+    /// The ConfigMap that is kept with the list of revoked certificates; empty: none
+    #[arg(long, env = "CRL_CONFIG_MAP", default_value = "", value_name = "NAME")]
+    crl_config_map: String,
     /// The longest life of a certificate, in seconds
     #[arg(
         long, env = "CERTIFICATE_LIFE_SECS", default_value_t = 24 * 3600, value_name = "SECONDS",
@@ -116,6 +120,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     RotateRoot(rotate_root::RotateRoot),
+    Revoke(revoke::Revoke),
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -160,6 +165,7 @@ impl Arguments {
                 namespace,
                 secret: self.root_secret,
                 config_map: self.root_config_map,
+                crl_config_map: Some(self.crl_config_map).filter(|name| !name.is_empty()),
                 trust_domain: self.trust_domain,
             },
             limits: StreamLimits {
@@ -182,8 +188,12 @@ async fn main() -> ExitCode {
 }
 
 async fn run(mut arguments: Arguments) -> Result<()> {
-    if let Some(Command::RotateRoot(command)) = arguments.command.take() {
-        return command.run(Client::try_from(api().await?)?, &arguments.options().root).await;
+    if let Some(command) = arguments.command.take() {
+        let (client, place) = (Client::try_from(api().await?)?, arguments.options().root);
+        return match command {
+            Command::RotateRoot(command) => command.run(client, &place).await,
+            Command::Revoke(command) => command.run(client, &place).await,
+        };
     }
     let filter = EnvFilter::try_new(&arguments.log)
         .with_context(|| format!("invalid log filter {:?}", arguments.log))?;

@@ -36,6 +36,7 @@ pub struct Metrics {
     root_ends: Gauge,
     root_usable: Gauge,
     trusted_roots: Gauge,
+    revoked: Gauge,
     signed: Counter,
     refused: Family<ReasonLabels, Counter>,
 }
@@ -83,6 +84,7 @@ impl Default for Metrics {
             root_ends: Gauge::default(),
             root_usable: Gauge::default(),
             trusted_roots: Gauge::default(),
+            revoked: Gauge::default(),
             signed: Counter::default(),
             refused: Family::default(),
         };
@@ -108,6 +110,7 @@ impl Metrics {
         registry.register("root_expiration_timestamp_seconds", "When the root, or what leads to it, ends", self.root_ends.clone());
         registry.register("root_usable", "1: what the root's Secret holds is in use; 0: the last good root is", self.root_usable.clone());
         registry.register("trusted_roots", "Roots that tunnels are to trust: two during a rotation", self.trusted_roots.clone());
+        registry.register("revoked_certificates", "Certificates that tunnels are to refuse", self.revoked.clone());
         registry.register("certificates_signed", "Certificates signed", self.signed.clone());
         registry.register("certificates_refused", "Requests for certificates that were refused", self.refused.clone());
     }
@@ -156,6 +159,10 @@ impl Metrics {
         self.root_usable.set(usable.into());
         self.trusted_roots.set(trusted.try_into().unwrap_or(i64::MAX));
         self.root_ends.set(ends);
+    }
+
+    pub(crate) fn revoked(&self, count: usize) {
+        self.revoked.set(count.try_into().unwrap_or(i64::MAX));
     }
 
     pub(crate) fn signed(&self) {
@@ -213,7 +220,7 @@ mod tests {
             assert!(page.contains(&row), "docs/control-plane.md has no row {row}");
             count += 1;
         }
-        assert_eq!(count, 15, "{text}");
+        assert_eq!(count, 16, "{text}");
     }
 
     #[test]

@@ -46,8 +46,9 @@ pub(crate) struct RotateRoot {
     output: Output,
 }
 
+/// How a command prints.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Output {
+pub(crate) enum Output {
     Human,
     Json,
 }

@@ -49,10 +49,12 @@ const TUNNEL: &str =
 /// Istio's resources, as far as tests write them. The real ones have a schema.
 const CRDS: &str = include_str!("crds.yaml");
 
-/// The account and the rights of the control plane, from the chart.
+/// The account and the rights of the control plane, from the chart: those for a list of revoked
+/// certificates, too.
 fn rights() -> &'static str {
-    static RENDERED: LazyLock<String> =
-        LazyLock::new(|| chart::template("standalone", "control-rbac.yaml", &[]));
+    static RENDERED: LazyLock<String> = LazyLock::new(|| {
+        chart::template("standalone", "control-rbac.yaml", &["--set", "peerCaCrl.enabled=true"])
+    });
     &RENDERED
 }
 

@@ -12,9 +12,12 @@ use kube::{
     api::{DeleteParams, Patch, PatchParams, PostParams},
 };
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use serde_json::{Value, json};
-use testbed::{api_server::ApiServer, wait::wait_at_most};
+use testbed::{api_server::ApiServer, program::binary, wait::wait_at_most};
 use tokio::runtime::Runtime;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+use ztunnel::identity::{CertificateChain, Revocations};
 use ztunnel_control::authority::{
     new_root,
     place::{RootError, RootPlace},
@@ -22,7 +25,7 @@ use ztunnel_control::authority::{
 
 use crate::{
     certificates::{ask, id, with_pod},
-    rig::{Control, LIMIT, unique},
+    rig::{Control, LIMIT, kubeconfig, unique},
 };
 
 fn place() -> RootPlace {
@@ -30,6 +33,7 @@ fn place() -> RootPlace {
         namespace: "adit-system".to_owned(),
         secret: unique("root"),
         config_map: unique("root-cert"),
+        crl_config_map: None,
         trust_domain: "cluster.local".to_owned(),
     }
 }
@@ -209,4 +213,48 @@ fn a_root_that_somebody_brought_may_change_while_it_is_in_use() {
     wait_at_most(LIMIT, "one root in answers", || {
         (plain(&signed(&control)[1]) == plain(&other.0)).then_some(())
     });
+}
+
+/// The tunnel's own code reads the list.
+#[test]
+#[ignore = "needs an API server: make test"]
+fn a_certificate_that_is_revoked_is_refused_and_no_other() {
+    let api = Arc::new(ApiServer::start());
+    let control = Control::start_at(Arc::clone(&api), &["--crl-config-map", "adit-ca-crl"]);
+    let node = unique("node");
+    let (web, token) = (id(&with_pod(&control, "web", &node), "web"), control.token(&node));
+    let leaf = || {
+        let chain = ask(&control, &token, &web, &web).unwrap();
+        CertificateDer::from_pem_slice(chain[0].as_bytes()).unwrap()
+    };
+    let (stolen, other) = (leaf(), leaf());
+    let serial = X509Certificate::from_der(&stolen).unwrap().1.raw_serial_as_string();
+
+    let maps: Api<ConfigMap> = Api::namespaced(api.client(), "adit-system");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("ca-crl.pem");
+    let listed = || {
+        let map = api.block_on(maps.get_opt("adit-ca-crl")).unwrap();
+        let lists = map.and_then(|map| map.data?.remove("ca-crl.pem"))?;
+        std::fs::write(&file, lists).unwrap();
+        let revocations = Revocations::open(Some(file.clone())).unwrap();
+        let is_revoked = |one: &CertificateDer<'static>| {
+            revocations.is_revoked(&CertificateChain::of(Some(std::slice::from_ref(one))))
+        };
+        Some([is_revoked(&stolen), is_revoked(&other)])
+    };
+    wait_at_most(LIMIT, "a list", || (listed()? == [false, false]).then_some(()));
+
+    let kubeconfig = kubeconfig(&api);
+    let revoke = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(binary("ztunnel-control"));
+        command.arg("revoke").args(arguments).env("KUBECONFIG", &kubeconfig).output().unwrap()
+    };
+    assert!(revoke(&[&serial]).status.success());
+    wait_at_most(LIMIT, "it to be on the list", || (listed()? == [true, false]).then_some(()));
+    assert!(control.metric("ztunnel_control_revoked_certificates") > 0.5);
+    let shown = revoke(&["-o", "json"]);
+    let shown: Value = serde_json::from_slice(&shown.stdout).unwrap();
+    assert_eq!(shown["serial"], serial.replace(':', ""));
+    assert_eq!(revoke(&["no serial"]).status.code(), Some(2));
 }

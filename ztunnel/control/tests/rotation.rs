@@ -64,6 +64,7 @@ impl Replica {
                 namespace: "adit-system".to_owned(),
                 secret: "adit-root".to_owned(),
                 config_map: "adit-root-cert".to_owned(),
+                crl_config_map: None,
                 trust_domain: "cluster.local".to_owned(),
             },
             limits: StreamLimits::default(),

@@ -23,6 +23,7 @@ use tracing::{info, warn};
 use super::{
     Authority, CurrentAuthority,
     place::{RootError, RootPlace, causes},
+    revoked::{self, Revoked},
     rotation,
     secret::{self, RootSecret},
 };
@@ -48,6 +49,11 @@ pub struct RootKeeper {
     good: Secret,
     /// Whose certificates may be in use, besides those that the Secret says to be previous ones.
     own: Vec<CertificateDer<'static>>,
+    revoked: Revoked,
+    /// Of certificates, at most.
+    life: Duration,
+    /// Whether the log says that what signs may not sign a list.
+    cannot_revoke: bool,
     /// What the log says of the Secret.
     complaint: Option<String>,
 }
@@ -61,11 +67,23 @@ impl RootKeeper {
         life: Duration,
         metrics: Arc<Metrics>,
     ) -> (Self, CurrentAuthority) {
-        let own = own_roots(&read);
+        let (own, revoked) = (own_roots(&read), read.revoked);
         let (publish, current) = watch::channel(Arc::new(read.authority));
         let overlap = rotation::overlap(life);
         let seen = Some(secret.clone());
-        let keeper = Self { place, overlap, metrics, publish, seen, good: secret, own, complaint: None };
+        let keeper = Self {
+            place,
+            overlap,
+            metrics,
+            publish,
+            seen,
+            good: secret,
+            own,
+            revoked,
+            life,
+            cannot_revoke: false,
+            complaint: None,
+        };
         keeper.show(true);
         (keeper, current)
     }
@@ -132,12 +150,13 @@ impl RootKeeper {
                 self.own.iter().filter(|root| !read.authority.trusted().contains(root)).cloned().collect();
             let now = Timestamp::now();
             let change = rotation::due(&secret, &read, &lost, now, self.overlap);
-            let pause = rotation::next_time(&read).map_or(PUBLISH_AGAIN, |time| {
+            let pause = rotation::next_time(&read, self.overlap).map_or(PUBLISH_AGAIN, |time| {
                 now.duration_until(time).try_into().unwrap_or(Duration::ZERO).min(PUBLISH_AGAIN)
             });
             self.adopt(secret, read, &lost);
             let current = Arc::clone(&self.publish.borrow());
             self.place.publish(client, &current).await?;
+            self.keep_revocations(client, &current).await?;
             let Some(change) = change else { return Ok(pause) };
             let Some(replaced) = self.place.replace(client, &change.secret).await? else {
                 // Another replica was first: the watch says what it wrote.
@@ -146,6 +165,24 @@ impl RootKeeper {
             info!(secret = self.place.name(), change.what, "the root's Secret changed");
             self.seen = Some(replaced);
         }
+    }
+
+    /// Has the list of revoked certificates say what it should.
+    async fn keep_revocations(&mut self, client: &Client, authority: &Authority) -> Result<(), RootError> {
+        let Some(map) = &self.place.crl_config_map else { return Ok(()) };
+        let published = self.place.revocations(client, map).await?;
+        match revoked::lists(authority, &self.revoked, &published, self.life) {
+            Ok(Some(lists)) => {
+                self.place.publish_revocations(client, map, lists).await?;
+                info!(revoked = self.revoked.len(), "the list of revoked certificates is written");
+            }
+            Err(error) if !self.cannot_revoke => {
+                self.cannot_revoke = true;
+                warn!(error = causes(&error), "there is no list of revoked certificates");
+            }
+            Ok(None) | Err(_) => {}
+        }
+        Ok(())
     }
 
     /// What the Secret holds is used from now on.
@@ -158,6 +195,7 @@ impl RootKeeper {
                 // Kept while it is not in the Secret.
                 self.own = own_roots(&read);
             }
+            self.revoked = read.revoked;
             self.publish.send_replace(Arc::new(read.authority.trusting(lost)));
             self.good = secret;
         }
@@ -179,6 +217,7 @@ impl RootKeeper {
         let current = self.publish.borrow();
         let ends = current.not_after().unix_timestamp();
         self.metrics.root(usable, current.trusted().len(), ends);
+        self.metrics.revoked(self.revoked.len());
     }
 }
 

@@ -19,8 +19,9 @@ use super::{
     secret::{self, RootSecret, SecretError},
 };
 
-/// The key that Istio's tunnels expect in their ConfigMap.
+/// The keys that Istio's tunnels expect in their ConfigMaps.
 const PUBLISHED: &str = "root-cert.pem";
+const REVOKED: &str = "ca-crl.pem";
 const MANAGER: &str = "ztunnel-control";
 
 /// Why there is no root.
@@ -71,6 +72,8 @@ pub struct RootPlace {
     pub secret: String,
     /// The ConfigMap from which tunnels learn the root.
     pub config_map: String,
+    /// The ConfigMap with the list of revoked certificates; `None`: there is none.
+    pub crl_config_map: Option<String>,
     /// For the name of a new root.
     pub trust_domain: String,
 }
@@ -163,16 +166,41 @@ impl RootPlace {
     /// # Errors
     /// The API server is away, or refuses.
     pub async fn publish(&self, client: &Client, authority: &Authority) -> Result<(), RootError> {
+        self.apply(client, &self.config_map, PUBLISHED, authority.trusted_pem()).await
+    }
+
+    /// The lists of revoked certificates that `map` has.
+    pub(super) async fn revocations(&self, client: &Client, map: &str) -> Result<String, RootError> {
+        let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &self.namespace);
+        let found = maps.get_opt(map).await.map_err(|source| self.map_failed("read", map, source))?;
+        Ok(found.and_then(|map| map.data?.remove(REVOKED)).unwrap_or_default())
+    }
+
+    /// Writes the lists of revoked certificates.
+    pub(super) async fn publish_revocations(
+        &self,
+        client: &Client,
+        map: &str,
+        lists: String,
+    ) -> Result<(), RootError> {
+        self.apply(client, map, REVOKED, lists).await
+    }
+
+    async fn apply(&self, client: &Client, map: &str, key: &str, text: String) -> Result<(), RootError> {
         let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &self.namespace);
         let published = ConfigMap {
-            metadata: ObjectMeta { name: Some(self.config_map.clone()), ..ObjectMeta::default() },
-            data: Some([(PUBLISHED.to_owned(), authority.trusted_pem())].into()),
+            metadata: ObjectMeta { name: Some(map.to_owned()), ..ObjectMeta::default() },
+            data: Some([(key.to_owned(), text)].into()),
             ..ConfigMap::default()
         };
         let params = PatchParams::apply(MANAGER).force();
-        let applied = maps.patch(&self.config_map, &params, &Patch::Apply(&published)).await;
-        let object = format!("ConfigMap {}/{}", self.namespace, self.config_map);
-        applied.map(drop).map_err(|source| RootError::Api { verb: "apply", object, source: Box::new(source) })
+        let applied = maps.patch(map, &params, &Patch::Apply(&published)).await;
+        applied.map(drop).map_err(|source| self.map_failed("apply", map, source))
+    }
+
+    fn map_failed(&self, verb: &'static str, map: &str, source: kube::Error) -> RootError {
+        let object = format!("ConfigMap {}/{map}", self.namespace);
+        RootError::Api { verb, object, source: Box::new(source) }
     }
 
     fn failed(&self, verb: &'static str, source: kube::Error) -> RootError {

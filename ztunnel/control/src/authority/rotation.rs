@@ -14,7 +14,10 @@ use std::time::Duration;
 use k8s_openapi::{api::core::v1::Secret, jiff::Timestamp};
 use rustls::pki_types::CertificateDer;
 
-use super::secret::{self, RootSecret};
+use super::{
+    revoked::Revoked,
+    secret::{self, RootSecret},
+};
 
 /// How long an overlap lasts, where certificates last for `life`: longer, as clocks differ.
 #[must_use]
@@ -40,7 +43,7 @@ pub(super) fn due(
     now: Timestamp,
     overlap: Duration,
 ) -> Option<Change> {
-    let later = now.checked_add(overlap).unwrap_or(Timestamp::MAX);
+    let later = ends(now, overlap);
     let change = |what, secret| Some(Change { secret, what });
     let retire = |roots: &[CertificateDer<'static>], secret| {
         let all = [&read.previous, roots].concat();
@@ -60,6 +63,11 @@ pub(super) fn due(
         }
         Some(_) | None => {}
     }
+    let (ended, listed): (Revoked, Revoked) =
+        read.revoked.clone().into_iter().partition(|(_, since)| ends(*since, overlap) <= now);
+    if !ended.is_empty() {
+        return change("revoked certificates have ended", secret::with_revoked(secret.clone(), &listed));
+    }
     match read.previous_until {
         _ if read.previous.is_empty() => None,
         None => change("the root before is trusted for a while yet", retire(&[], secret.clone())),
@@ -72,10 +80,16 @@ pub(super) fn due(
 }
 
 /// When something will be due.
-pub(super) fn next_time(read: &RootSecret) -> Option<Timestamp> {
+pub(super) fn next_time(read: &RootSecret, overlap: Duration) -> Option<Timestamp> {
     let signs = read.next.as_ref().and_then(|(_, from)| *from);
-    let ends = read.previous_until.filter(|_| !read.previous.is_empty());
-    signs.into_iter().chain(ends).min()
+    let retired = read.previous_until.filter(|_| !read.previous.is_empty());
+    let listed = read.revoked.values().map(|since| ends(*since, overlap));
+    signs.into_iter().chain(retired).chain(listed).min()
+}
+
+/// When what was signed before `since` has ended.
+fn ends(since: Timestamp, overlap: Duration) -> Timestamp {
+    since.checked_add(overlap).unwrap_or(Timestamp::MAX)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 //! | `ca.crt` | the roots, where `tls.crt` does not end with one: all are trusted |
 //! | `next.crt`, `next.key` | trusted, and signs later: a [rotation](super::rotation) |
 //! | `previous.crt` | trusted for a while yet: certificates that lead to it are in use |
+//! | `revoked` | serial numbers of certificates that are refused, and since when |
 
 use std::collections::BTreeMap;
 
@@ -14,13 +15,17 @@ use k8s_openapi::{
 };
 use rustls::pki_types::CertificateDer;
 
-use super::{Authority, AuthorityError, ders, new_root, pem};
+use super::{
+    Authority, AuthorityError, ders, new_root, pem,
+    revoked::{self, Revoked},
+};
 
 const CERTIFICATE: &str = "tls.crt";
 const KEY: &str = "tls.key";
 const ROOTS: &str = "ca.crt";
 const NEXT: [&str; 2] = ["next.crt", "next.key"];
 const PREVIOUS: &str = "previous.crt";
+const REVOKED: &str = "revoked";
 /// When the next root begins to sign, and until when those before are trusted (RFC 3339).
 const SIGNS_FROM: &str = "adit.dev/next-signs-from";
 const TRUSTED_UNTIL: &str = "adit.dev/previous-trusted-until";
@@ -57,6 +62,8 @@ pub struct RootSecret {
     pub previous: Vec<CertificateDer<'static>>,
     /// Until when. `None`: it was not decided yet.
     pub previous_until: Option<Timestamp>,
+    /// Certificates that are refused.
+    pub revoked: Revoked,
 }
 
 impl RootSecret {
@@ -90,6 +97,7 @@ impl RootSecret {
             next,
             previous,
             previous_until: time(secret, TRUSTED_UNTIL),
+            revoked: text(secret, REVOKED).map_or_else(|_| Revoked::new(), revoked::parse),
         })
     }
 }
@@ -185,6 +193,17 @@ pub(super) fn with_previous(
         set(&mut secret, PREVIOUS, roots.iter().map(pem).collect());
     }
     set_time(&mut secret, TRUSTED_UNTIL, until.filter(|_| !roots.is_empty()));
+    secret
+}
+
+/// With these certificates revoked, and no others.
+#[must_use]
+pub fn with_revoked(mut secret: Secret, revoked: &Revoked) -> Secret {
+    if revoked.is_empty() {
+        secret.data.get_or_insert_default().remove(REVOKED);
+    } else {
+        set(&mut secret, REVOKED, revoked::written(revoked));
+    }
     secret
 }
 

@@ -45,7 +45,7 @@ fn both_roots_are_trusted_from_before_the_next_signs_until_nothing_leads_to_the_
     let read = RootSecret::read(&trusted).unwrap();
     let new = read.next.as_ref().unwrap().0.clone();
     assert_eq!(read.authority.trusted(), [old.clone(), new.clone()]);
-    assert_eq!(next_time(&read), Some(hours(27)));
+    assert_eq!(next_time(&read, overlap_of_day()), Some(hours(27)));
     assert_eq!(
         settle(trusted.clone(), hours(26)),
         trusted,
@@ -62,7 +62,7 @@ fn both_roots_are_trusted_from_before_the_next_signs_until_nothing_leads_to_the_
     let done = settle(signing, hours(54));
     let read = RootSecret::read(&done).unwrap();
     assert_eq!(read.authority.trusted(), [new]);
-    assert_eq!((read.previous.len(), next_time(&read)), (0, None));
+    assert_eq!((read.previous.len(), next_time(&read, overlap_of_day())), (0, None));
     assert!(done.data.unwrap().keys().eq(["tls.crt", "tls.key"]));
 }
 
@@ -135,4 +135,16 @@ fn parts_that_do_not_fit_are_named() {
         assert!(error.contains(said), "{key}: {error}");
     }
     assert_eq!(ders("x", &other.0).unwrap().len(), 1);
+}
+
+#[test]
+fn a_revoked_certificate_is_listed_until_it_would_have_ended() {
+    let first = secret::made("root", "a").unwrap();
+    let revoked = [("4a3f".parse().unwrap(), hours(0)), ("ff".parse().unwrap(), hours(20))];
+    let listed = secret::with_revoked(first.clone(), &revoked.into());
+    assert_eq!(next_time(&RootSecret::read(&listed).unwrap(), overlap_of_day()), Some(hours(27)));
+    assert_eq!(settle(listed.clone(), hours(26)), listed);
+    let later = settle(listed, hours(27));
+    assert_eq!(RootSecret::read(&later).unwrap().revoked.len(), 1);
+    assert_eq!(settle(later, hours(47)).data, first.data);
 }
