@@ -26,26 +26,32 @@ const RETRY: Duration = Duration::from_secs(10);
 /// Writes what `reports` have, until `stop`.
 pub async fn run(client: Client, mut reports: Reports, stop: CancellationToken) {
     let work = async {
-        // What the API server will show soon.
-        let mut written: BTreeMap<PolicyObject, Report> = BTreeMap::new();
+        // What the API server will show soon, or refused.
+        let mut tried: BTreeMap<PolicyObject, Report> = BTreeMap::new();
+        // Said once, however long the API server is away.
+        let (mut failing, mut again) = (false, false);
         loop {
             let all = Arc::clone(&reports.borrow_and_update());
-            let is_written = |one: &&Unreported| written.get(&one.report.object) == Some(&one.report);
-            let Some(next) = all.iter().find(|one| !is_written(one)) else {
-                written.clear();
-                if reports.changed().await.is_err() {
+            let is_tried = |one: &&Unreported| tried.get(&one.report.object) == Some(&one.report);
+            let Some(next) = all.iter().find(|one| !is_tried(one)) else {
+                tried.clear();
+                failing &= again;
+                if std::mem::take(&mut again) {
+                    tokio::time::sleep(RETRY).await;
+                } else if reports.changed().await.is_err() {
                     return;
                 }
                 continue;
             };
             let object = &next.report.object;
             if let Err(error) = write(&client, next).await {
-                let policy = format!("{} {}/{}", object.kind.name(), object.namespace, object.name);
-                warn!(policy, %error, "cannot write the policy's status; trying again");
-                tokio::time::sleep(RETRY).await;
-                continue;
+                again = true;
+                if !std::mem::replace(&mut failing, true) {
+                    let policy = format!("{} {}/{}", object.kind.name(), object.namespace, object.name);
+                    warn!(policy, %error, "cannot write the policy's status; trying again");
+                }
             }
-            written.insert(object.clone(), next.report.clone());
+            tried.insert(object.clone(), next.report.clone());
             tokio::time::sleep(PAUSE).await;
         }
     };

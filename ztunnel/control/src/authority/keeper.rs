@@ -95,12 +95,22 @@ impl RootKeeper {
             .timeout(WATCH_SECS);
         let mut events = watcher::watcher(self.place.secrets(&client), config).default_backoff().boxed();
         let mut listing = None;
+        // Said once, however long the API server is away.
+        let mut failing = false;
         let work = async {
             loop {
                 let pause = match self.react(&client).await {
-                    Ok(pause) => pause,
+                    Ok(pause) => {
+                        failing = false;
+                        pause
+                    }
                     Err(error) => {
-                        warn!(error = causes(&error), "the root is used, and not kept; trying again");
+                        if !std::mem::replace(&mut failing, true) {
+                            warn!(
+                                error = causes(&error),
+                                "the root stays in use, and cannot be kept; trying again"
+                            );
+                        }
                         RETRY
                     }
                 };
@@ -114,7 +124,9 @@ impl RootKeeper {
                         Ok(None) => return,
                         Err(error) => {
                             self.metrics.watch_failed("secrets");
-                            warn!(secret = self.place.name(), %error, "cannot watch the root; trying again");
+                            if !std::mem::replace(&mut failing, true) {
+                                warn!(secret = self.place.name(), %error, "cannot watch the root; trying again");
+                            }
                         }
                     },
                     () = tokio::time::sleep(pause) => {}
