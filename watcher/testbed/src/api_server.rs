@@ -5,35 +5,37 @@
 //! node, set their status, and start the processes themselves.
 
 use std::{
-    env, fmt, fs,
-    net::TcpListener,
+    fmt, fs,
+    net::{Ipv4Addr, TcpListener},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, LazyLock, Mutex, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
-use k8s_openapi::api::{
-    authentication::v1::TokenRequest,
-    core::v1::{Namespace, Pod, ServiceAccount},
-};
+use k8s_openapi::api::core::v1::{Namespace, Pod, ServiceAccount};
 use kube::{
-    Api, Client, Config,
+    Api, Client,
     api::{Patch, PatchParams, PostParams},
-    config::{KubeConfigOptions, Kubeconfig},
 };
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 
+mod access;
 mod apply;
 mod keys;
 
-use self::keys::make_keys;
-use crate::{chart, process::KillOnDrop, program::cache};
+use self::{
+    access::{client, write_kubeconfig},
+    keys::Keys,
+};
+use crate::{chart, process::KillOnDrop, program::kubernetes};
 
-/// What `.ci/setup/kube-tools` builds.
-const VERSION: &str = "1.36.3";
 const LIMIT: Duration = Duration::from_mins(1);
+/// The addresses of services.
+pub const SERVICES: &str = "10.96.0.0/16";
+/// That of the service `kubernetes`, by which pods reach the API server.
+const SERVICE_ADDRESS: &str = "10.96.0.1";
 
 /// The account and the rights of the watcher, from the chart.
 pub fn rbac() -> &'static str {
@@ -52,7 +54,9 @@ pub struct ApiServer {
     dir: tempfile::TempDir,
     port: u16,
     store_port: u16,
+    address: Ipv4Addr,
     options: Vec<String>,
+    keys: Keys,
     runtime: tokio::runtime::Runtime,
     client: Client,
 }
@@ -61,18 +65,6 @@ impl fmt::Debug for ApiServer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ApiServer").field("port", &self.port).finish_non_exhaustive()
     }
-}
-
-fn program(name: &str) -> PathBuf {
-    let path = env::var_os("PATH").unwrap_or_default();
-    env::var_os("KUBEBUILDER_ASSETS")
-        .map(PathBuf::from)
-        .into_iter()
-        .chain(env::split_paths(&path))
-        .chain([cache().join(format!("kubernetes-{VERSION}/bin"))])
-        .map(|dir| dir.join(name))
-        .find(|path| path.is_file())
-        .unwrap_or_else(|| panic!("no {name}: run make setup, or set KUBEBUILDER_ASSETS to its folder"))
 }
 
 /// A port for a server that starts later. Not one of those that the kernel gives to clients (32768
@@ -87,7 +79,7 @@ fn log(dir: &Path, name: &str) -> fs::File {
 }
 
 fn spawn(dir: &Path, name: &str, arguments: &[String]) -> KillOnDrop {
-    let mut command = Command::new(program(name));
+    let mut command = Command::new(kubernetes(name));
     command.args(arguments).stdin(Stdio::null()).stdout(log(dir, name)).stderr(log(dir, name));
     KillOnDrop(command.spawn().expect(name))
 }
@@ -111,21 +103,32 @@ impl ApiServer {
 
     /// The same with more options of the API server.
     pub fn start_with(options: &[&str]) -> Self {
+        let server = Self::start_at(Ipv4Addr::LOCALHOST, options);
+        server.namespace("adit-system", &json!({}));
+        server.apply(rbac());
+        server
+    }
+
+    /// One for nodes that reach it at `address`, without namespaces and rights of ours.
+    pub fn start_at(address: Ipv4Addr, options: &[&str]) -> Self {
         let dir = tempfile::Builder::new().prefix("adit-api").tempdir().expect("folder");
-        make_keys(dir.path());
+        let keys = Keys::make(dir.path(), &[&address.to_string(), SERVICE_ADDRESS]);
         let (port, store_port) = (free_port(), free_port());
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let runtime = runtime.expect("runtime");
+        let admin = dir.path().join("admin.kubeconfig");
         write_kubeconfig(
-            &dir.path().join("admin.kubeconfig"),
+            &admin,
             dir.path(),
-            port,
+            &format!("https://{address}:{port}"),
             &json!({"client-certificate": dir.path().join("admin.crt"), "client-key": dir.path().join("admin.key")}),
         );
-        let client = runtime.block_on(client(&dir.path().join("admin.kubeconfig")));
+        let client = runtime.block_on(client(&admin));
         let options = options.iter().map(|option| (*option).to_owned()).collect();
         let server = Self {
+            address,
             options,
+            keys,
             dir,
             port,
             store_port,
@@ -136,8 +139,6 @@ impl ApiServer {
         };
         server.start_store();
         server.start_server();
-        server.namespace("adit-system", &json!({}));
-        server.apply(rbac());
         server
     }
 
@@ -161,12 +162,12 @@ impl ApiServer {
 
     /// Starts the API server and waits until it serves.
     pub fn start_server(&self) {
-        let path = |name: &str| self.dir.path().join(name).display().to_string();
+        let path = |name: &str| self.file(name).display().to_string();
         let issuer = "https://kubernetes.default.svc.cluster.local";
         let arguments = [
             format!("--etcd-servers=http://127.0.0.1:{}", self.store_port),
-            "--bind-address=127.0.0.1".to_owned(),
-            "--advertise-address=127.0.0.1".to_owned(),
+            format!("--bind-address={}", self.address),
+            format!("--advertise-address={}", self.address),
             format!("--secure-port={}", self.port),
             format!("--tls-cert-file={}", path("server.crt")),
             format!("--tls-private-key-file={}", path("server.key")),
@@ -175,10 +176,17 @@ impl ApiServer {
             format!("--api-audiences={issuer}"),
             format!("--service-account-key-file={}", path("accounts.pub")),
             format!("--service-account-signing-key-file={}", path("accounts.key")),
+            format!("--kubelet-client-certificate={}", path("admin.crt")),
+            format!("--kubelet-client-key={}", path("admin.key")),
+            format!("--kubelet-certificate-authority={}", path("ca.crt")),
             "--authorization-mode=Node,RBAC".to_owned(),
-            "--service-cluster-ip-range=10.96.0.0/16".to_owned(),
+            format!("--service-cluster-ip-range={SERVICES}"),
             "--allow-privileged=true".to_owned(),
-            "--endpoint-reconciler-type=none".to_owned(),
+            // No service can have an endpoint on loopback.
+            format!(
+                "--endpoint-reconciler-type={}",
+                if self.address.is_loopback() { "none" } else { "lease" }
+            ),
             "--profiling=false".to_owned(),
         ];
         let arguments = [arguments.as_slice(), &self.options].concat();
@@ -187,6 +195,12 @@ impl ApiServer {
             let request = http::Request::get("/readyz").body(Vec::new()).expect("request");
             self.client().request_text(request).await.ok().filter(|text| text == "ok").map(drop)
         });
+    }
+
+    /// Starts another program of Kubernetes beside it, which ends when the result is dropped. Its log
+    /// is in the same folder.
+    pub fn start_beside(&self, name: &str, arguments: &[String]) -> KillOnDrop {
+        spawn(self.dir.path(), name, arguments)
     }
 
     /// Ends the API server at once, as a crash does; its store stays.
@@ -201,9 +215,19 @@ impl ApiServer {
         kill(nix::unistd::Pid::from_raw(i32::try_from(pid).expect("a pid")), signal).expect("signal");
     }
 
-    /// Its port on 127.0.0.1.
+    /// Its port.
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// Where it serves.
+    pub fn url(&self) -> String {
+        format!("https://{}:{}", self.address, self.port)
+    }
+
+    /// A file in its folder, such as `ca.crt`.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
     }
 
     /// A client with all rights.
@@ -307,43 +331,6 @@ impl ApiServer {
         pod.metadata.annotations.and_then(|annotations| annotations.get(key).cloned())
     }
 
-    /// A kubeconfig of the service account `namespace/name`, with a token as pods get it.
-    pub fn kubeconfig_of(&self, namespace: &str, name: &str) -> PathBuf {
-        self.kubeconfig_of_pod(namespace, name, None)
-    }
-
-    /// The same, with a token that is bound to a pod of that namespace, as those are that pods
-    /// mount.
-    pub fn kubeconfig_of_pod(&self, namespace: &str, name: &str, pod: Option<(&str, &str)>) -> PathBuf {
-        let api: Api<ServiceAccount> = Api::namespaced(self.client(), namespace);
-        let bound =
-            pod.map(|(name, uid)| json!({"kind": "Pod", "apiVersion": "v1", "name": name, "uid": uid}));
-        let request = json!({"spec": {"audiences": [], "boundObjectRef": bound}});
-        let request: TokenRequest = serde_json::from_value(request).expect("a token request");
-        let made = self.wait("a token", || async {
-            api.create_token_request(name, &PostParams::default(), &request).await.ok()
-        });
-        let path = self
-            .dir
-            .path()
-            .join(format!("{namespace}-{name}-{}.kubeconfig", pod.map_or("", |(name, _)| name)));
-        let token = made.status.expect("a token").token;
-        write_kubeconfig(&path, self.dir.path(), self.port, &json!({"token": token}));
-        path
-    }
-
-    /// A token like `token`, with other claims, signed by the API server's own key.
-    pub fn forge(&self, token: &str, change: impl FnOnce(&mut Value)) -> String {
-        let mut claims = keys::claims(token);
-        change(&mut claims);
-        keys::token(self.dir.path(), &claims)
-    }
-
-    /// The kubeconfig of the chart's service account, with the chart's rights and no others.
-    pub fn watcher_kubeconfig(&self) -> PathBuf {
-        self.kubeconfig_of("adit-system", "adit-watcher")
-    }
-
     /// Drops all versions but the last: a watch from an older one must start with a new list.
     pub fn compact(&self) {
         // The store's own gateway of gRPC, since no client of it is needed otherwise.
@@ -381,21 +368,4 @@ fn merge(into: &mut Value, more: &Value) {
         }
         (into, more) => *into = more.clone(),
     }
-}
-
-fn write_kubeconfig(path: &Path, dir: &Path, port: u16, user: &Value) {
-    let config = json!({
-        "apiVersion": "v1", "kind": "Config", "current-context": "testbed",
-        "clusters": [{"name": "testbed", "cluster": {
-            "server": format!("https://127.0.0.1:{port}"), "certificate-authority": dir.join("ca.crt")}}],
-        "users": [{"name": "testbed", "user": user}],
-        "contexts": [{"name": "testbed", "context": {"cluster": "testbed", "user": "testbed"}}],
-    });
-    fs::write(path, config.to_string()).expect("kubeconfig");
-}
-
-async fn client(kubeconfig: &Path) -> Client {
-    let kubeconfig = Kubeconfig::read_from(kubeconfig).expect("kubeconfig");
-    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
-    Client::try_from(config.expect("configuration")).expect("client")
 }

@@ -30,13 +30,21 @@ pub fn folder() -> PathBuf {
 /// # Panics
 /// When there is no Helm.
 pub fn helm(arguments: &[&str]) -> Output {
+    helm_as(Path::new("/dev/null"), arguments)
+}
+
+/// The same, in the cluster and with the rights of a kubeconfig.
+///
+/// # Panics
+/// When there is no Helm.
+pub fn helm_as(kubeconfig: &Path, arguments: &[&str]) -> Output {
     // Nothing of the user's settings, nor of the cluster that they may name.
     let home = tempfile::tempdir().expect("folder");
     let mut command = Command::new(program());
     for name in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
         command.env(name, home.path());
     }
-    command.env("KUBECONFIG", "/dev/null").args(arguments).output().expect("helm starts")
+    command.env("KUBECONFIG", kubeconfig).args(arguments).output().expect("helm starts")
 }
 
 fn program() -> PathBuf {

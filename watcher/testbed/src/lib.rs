@@ -5,12 +5,16 @@
 //! * [`module_order`]: checks that a crate's modules depend on each other in the order that its
 //!   root lists
 //! * [`roles`]: what helpers do
+//! * [`pod_grpc`]: a program for pods that answers gRPC probes
+//! * [`pod_http`]: programs for pods that speak HTTP
 //! * [`pod_program`]: a program for pods that dials and serves
 //! * [`capture`]: what leaves the pods of a node
 //! * [`label_latency`]: how long a label takes, at a node whose pods talk
 //! * [`traffic`]: requests through a cluster
 //! * [`cluster`]: two nodes with real watchers and real tunnels
 //! * [`api_node`]: a node whose watcher follows an API server
+//! * [`real_cluster`]: a real cluster: control plane, kubelets, containerd
+//! * [`image`]: container images of the programs that the tests built
 //! * [`api_server`]: a real API server with its store
 //! * [`chart`]: the Helm chart, rendered by Helm
 //! * [`watcher_node`]: a node with a watcher and no tunnel
@@ -44,6 +48,7 @@ pub mod command;
 pub mod doc_table;
 pub mod fakes;
 pub mod helper;
+pub mod image;
 pub mod interrupt;
 pub mod label_latency;
 pub mod lend;
@@ -51,9 +56,12 @@ pub mod mesh_pod;
 pub mod module_order;
 pub mod mount;
 pub mod netns;
+mod pod_grpc;
+mod pod_http;
 pub mod pod_program;
 pub mod process;
 pub mod program;
+pub mod real_cluster;
 pub mod roles;
 pub mod traffic;
 pub mod tunnel_mesh;

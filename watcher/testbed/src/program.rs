@@ -24,6 +24,34 @@ pub fn binary(name: &str) -> PathBuf {
     })
 }
 
+/// A program that is not ours: `name` in the folder that the variable names, else on `PATH` if that
+/// counts, else in `folder` of the cache, where `.ci/setup` builds it.
+///
+/// # Panics
+/// When it is nowhere.
+pub fn foreign(name: &str, variable: &str, uses_path: bool, folder: &str) -> PathBuf {
+    let path = env::var_os("PATH").filter(|_| uses_path).unwrap_or_default();
+    env::var_os(variable)
+        .map(PathBuf::from)
+        .into_iter()
+        .chain(env::split_paths(&path))
+        .chain([cache().join(folder)])
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_file())
+        .unwrap_or_else(|| panic!("no {name}: run make setup, or set {variable} to its folder"))
+}
+
+/// A program of Kubernetes, or its store: from `KUBEBUILDER_ASSETS`, else `PATH`, else what
+/// `.ci/setup/kube-tools` builds.
+///
+/// # Panics
+/// When it is nowhere.
+pub fn kubernetes(name: &str) -> PathBuf {
+    /// As in `.ci/tools/kubernetes/go.mod`.
+    const VERSION: &str = "1.36.3";
+    foreign(name, "KUBEBUILDER_ASSETS", true, &format!("kubernetes-{VERSION}/bin"))
+}
+
 /// The folder in which `.ci/setup` keeps what it fetched or built: `ADIT_CACHE`, else
 /// `~/.cache/adit`.
 ///

@@ -1,0 +1,315 @@
+//! A node: a container as Kind's nodes are, with pid, mount, cgroup and network namespaces of its
+//! own, in which containerd and a kubelet run.
+
+use std::{
+    fs,
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+
+use nix::{
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
+};
+
+use super::{cgroups::NodeCgroups, settings::NodeSettings};
+use crate::{
+    api_server::ApiServer,
+    command::{run, text},
+    netns::TestNetns,
+    process::Process,
+    program::{foreign, kubernetes},
+    wait::wait_for,
+};
+
+/// As in `.ci/tools/containerd/go.mod`.
+const CONTAINERD: &str = "2.4.2";
+
+/// A node. On drop, everything that runs on it ends.
+#[derive(Debug)]
+pub struct RealNode {
+    /// Its name, as the API server has it.
+    pub name: String,
+    /// Its address.
+    pub address: String,
+    /// The addresses of its pods.
+    pub pods: String,
+    /// For its files.
+    pub dir: PathBuf,
+    // Dropped in this order: programs, what holds the namespaces and with it every container, then
+    // what they use.
+    /// containerd, the kubelet and kube-proxy.
+    services: Vec<(String, Process)>,
+    namespaces: Process,
+    /// Its first process, as seen from outside.
+    init: u32,
+    /// Its netns.
+    pub netns: TestNetns,
+    cgroups: NodeCgroups,
+}
+
+/// What a node needs to know of its cluster.
+#[derive(Debug)]
+pub(super) struct Place<'a> {
+    /// The prefix of all names.
+    pub id: &'a str,
+    /// The netns of the control plane, whose bridge joins all nodes.
+    pub center: &'a TestNetns,
+    /// The address of the control plane, and of the cluster's DNS.
+    pub center_address: String,
+    /// For files.
+    pub dir: &'a Path,
+    /// The API server.
+    pub api: &'a ApiServer,
+}
+
+impl RealNode {
+    /// Node number `number`, from 1 on, on which nothing runs yet.
+    pub(super) fn new(place: &Place<'_>, number: u8) -> Self {
+        let name = format!("node{number}");
+        let netns = TestNetns::new(format!("{}-{name}", place.id));
+        let (address, pods) = (format!("10.99.0.{number}"), format!("10.244.{number}.0/24"));
+        let dir = place.dir.join(&name);
+        let center = place.center;
+        run(&format!(
+            "ip -n {center} link add {name} type veth peer name eth0 netns {netns}
+             ip -n {center} link set {name} master nodes up
+             ip -n {center} route add {pods} via {address} dev nodes onlink
+             ip -n {netns} addr add {address}/24 dev eth0
+             ip -n {netns} link set eth0 up
+             ip -n {netns} route add default via {}
+             nsenter --net=/run/netns/{netns} sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1",
+            place.center_address
+        ));
+        let cgroups = NodeCgroups::new(&format!("{}-{name}", place.id));
+        let (namespaces, init) = contain(&netns, &cgroups, &dir);
+        Self { name, address, pods, dir, services: Vec::new(), namespaces, init, netns, cgroups }
+    }
+
+    /// The settings of its programs.
+    pub(super) fn write_settings(&self, place: &Place<'_>) {
+        let user = format!("system:node:{}", self.name);
+        let names = [self.name.as_str(), &self.address];
+        place.api.kubeconfig_of_user(&self.name, "system:nodes", &user, &names);
+        let settings = NodeSettings {
+            dir: &self.dir,
+            address: self.address.clone(),
+            pods: self.pods.clone(),
+            dns: place.center_address.clone(),
+            certificate: &place.api.file(&format!("{}.crt", self.name)),
+            key: &place.api.file(&format!("{}.key", self.name)),
+            ca: &place.api.file("ca.crt"),
+        };
+        let write = |name: &str, text: &str| fs::write(self.dir.join(name), text).expect(name);
+        fs::create_dir_all(self.dir.join("cni")).expect("folder");
+        write("cni/10-pods.conflist", &settings.cni().to_string());
+        write("containerd.toml", &settings.containerd(&cni(), &runc()));
+        write("kubelet.json", &settings.kubelet().to_string());
+        let admin = place.api.admin_kubeconfig();
+        write("kube-proxy.json", &settings.proxy(&self.name, &admin).to_string());
+        fs::copy(place.api.file(&format!("{}.kubeconfig", self.name)), self.dir.join("kubeconfig"))
+            .expect("kubeconfig");
+        write("resolv.conf", "");
+    }
+
+    /// Starts containerd and waits until it serves.
+    pub fn start_containerd(&mut self) {
+        let program = containerd("containerd");
+        let mut command = self
+            .command("containerd", &[text_of(&program), "-c", text_of(&self.dir.join("containerd.toml"))]);
+        // Where it finds its shim.
+        let folder = program.parent().expect("a folder").display();
+        command.env("PATH", format!("{folder}:/usr/sbin:/usr/bin:/sbin:/bin"));
+        self.start("containerd", command);
+        wait_for("containerd to serve", || self.ctr(&["version"]).status.success());
+    }
+
+    /// Starts the kubelet.
+    pub fn start_kubelet(&mut self) {
+        let (config, kubeconfig) = (self.dir.join("kubelet.json"), self.dir.join("kubeconfig"));
+        let command = self.command(
+            "kubelet",
+            &[
+                text_of(&kubernetes("kubelet")),
+                &format!("--config={}", config.display()),
+                &format!("--kubeconfig={}", kubeconfig.display()),
+                &format!("--hostname-override={}", self.name),
+                &format!("--node-ip={}", self.address),
+            ],
+        );
+        self.start("kubelet", command);
+    }
+
+    /// Starts kube-proxy.
+    pub fn start_proxy(&mut self) {
+        let config = format!("--config={}", self.dir.join("kube-proxy.json").display());
+        let command = self.command("kube-proxy", &[text_of(&kubernetes("kube-proxy")), &config]);
+        self.start("kube-proxy", command);
+    }
+
+    /// Kills one of its services at once, as a crash does: `containerd`, `kubelet` or `kube-proxy`.
+    /// The kubelet's cgroup goes with it, as with systemd; containerd's has the shims of containers.
+    pub fn kill_service(&mut self, name: &str) {
+        let (found, rest) =
+            std::mem::take(&mut self.services).into_iter().partition(|(known, _)| known == name);
+        self.services = rest;
+        let found: Vec<(String, Process)> = found;
+        assert_eq!(found.len(), 1, "{name} runs");
+        found.into_iter().for_each(|(_, service)| end(service));
+        if name == "kubelet" {
+            self.cgroups.remove(name);
+        }
+    }
+
+    fn start(&mut self, name: &str, command: Command) {
+        let process = Process::spawn(name, command, &self.log(name));
+        self.services.push((name.to_owned(), process));
+    }
+
+    fn log(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("{name}.log"))
+    }
+
+    /// `ctr` in the namespace of Kubernetes.
+    pub fn ctr(&self, words: &[&str]) -> Output {
+        let (program, socket) = (containerd("ctr"), self.dir.join("containerd.sock"));
+        let words = [&[text_of(&program), "-a", text_of(&socket), "-n", "k8s.io"], words].concat();
+        self.command("", &words).output().expect("ctr")
+    }
+
+    /// Imports an image.
+    pub fn import(&self, archive: &Path) {
+        let output = self.ctr(&["images", "import", text_of(archive)]);
+        assert!(output.status.success(), "import {}: {}", archive.display(), text(&output));
+    }
+
+    /// The command that runs `words` on the node, in its cgroup `service`; "": at the root.
+    pub fn command(&self, service: &str, words: &[&str]) -> Command {
+        self.cgroups.create(service);
+        in_cgroups(&self.cgroups.dirs(service), &self.netns, Some(self.init), words)
+    }
+
+    /// Runs `script` on the node with `sh -e` and returns what it printed.
+    pub fn run(&self, script: &str) -> String {
+        let output = self.command("", &["sh", "-ec", script]).output().expect("sh");
+        assert!(output.status.success(), "{}: {script}\n{}", self.name, text(&output));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// The last lines of its logs, for the message of a test that fails.
+    pub fn story(&self) -> String {
+        let last = |name: &str| {
+            let log = fs::read(self.log(name)).unwrap_or_default();
+            let log = String::from_utf8_lossy(&log).into_owned();
+            let lines: Vec<&str> = log.lines().collect();
+            format!("--- {name} of {}\n{}\n", self.name, lines[lines.len().saturating_sub(15)..].join("\n"))
+        };
+        ["containerd", "kubelet", "kube-proxy"].map(last).concat()
+    }
+}
+
+impl Drop for RealNode {
+    fn drop(&mut self) {
+        // The kubelet first: it would start again what ends.
+        while let Some((_, service)) = self.services.pop() {
+            end(service);
+        }
+        self.namespaces.kill();
+    }
+}
+
+/// Kills a program on the node at once, with the `nsenter` that waits for it.
+fn end(mut service: Process) {
+    let group = i32::try_from(service.pid()).expect("a pid");
+    let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+    service.kill();
+}
+
+/// A command in cgroups and a netns, and in the other namespaces of process `node` if there is one.
+fn in_cgroups(cgroups: &[PathBuf], netns: &TestNetns, node: Option<u32>, words: &[&str]) -> Command {
+    let mut command = Command::new("sh");
+    let join =
+        r#"while [ "$1" != -- ]; do echo $$ > "$1/cgroup.procs" || exit 1; shift; done; shift; exec "$@""#;
+    command.args(["-c", join, "sh"]).args(cgroups).arg("--");
+    command.arg("nsenter").arg(format!("--net={}", netns.path().display()));
+    if let Some(pid) = node {
+        command.args(["--target", &pid.to_string(), "--pid", "--mount", "--cgroup"]);
+    }
+    command.arg("--").args(words).stdin(Stdio::null()).process_group(0);
+    command
+}
+
+/// Starts what holds the node's namespaces.
+fn contain(netns: &TestNetns, cgroups: &NodeCgroups, dir: &Path) -> (Process, u32) {
+    fs::create_dir_all(dir).expect("folder");
+    let mut mounts = String::new();
+    for hierarchy in &cgroups.hierarchies {
+        let (at, kind) = (hierarchy.mount.display(), &hierarchy.kind);
+        let options = hierarchy.mount_options();
+        // One tree is not mounted over itself.
+        mounts += &format!("umount -l {at}\nmount -t {kind} {options} cgroup {at}\n");
+    }
+    let ready = dir.join("ready");
+    // A mount of a netns would keep it alive. Kubelets and containerd have folders at fixed places.
+    // bash reaps what is orphaned.
+    let script = format!(
+        "for at in $(awk '$5 ~ \"^/run/netns/\" {{ print $5 }}' /proc/self/mountinfo); do umount -l $at || true; done
+         {mounts}
+         mount -t tmpfs tmpfs /run
+         mount -t bpf bpf /sys/fs/bpf
+         for at in /var/lib /var/log; do
+           mkdir -p {dir}/fs$at
+           mount --bind {dir}/fs$at $at
+         done
+         mount --make-rshared /
+         echo $$ > {ready}
+         while :; do sleep infinity & wait $!; done",
+        dir = dir.display(),
+        ready = ready.display(),
+    );
+    let words = [
+        "unshare",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+        "--cgroup",
+        "--propagation",
+        "slave",
+        "bash",
+        "-ec",
+        &script,
+    ];
+    let command = in_cgroups(&cgroups.dirs(""), netns, None, &words);
+    let mut process = Process::spawn("node", command, &dir.join("node.log"));
+    let init = wait_for("the node's namespaces", || {
+        assert!(process.is_running(), "the node ended: {}", process.output());
+        let children = format!("/proc/{0}/task/{0}/children", process.pid());
+        let init: u32 = fs::read_to_string(children).ok()?.split(' ').next()?.parse().ok()?;
+        ready.exists().then_some(init)
+    });
+    (process, init)
+}
+
+fn text_of(path: &Path) -> &str {
+    path.to_str().expect("UTF-8 path")
+}
+
+/// A program of containerd: from `CONTAINERD_BIN`, else what `.ci/setup/containerd` builds. Those on
+/// `PATH` may be of a generation whose configuration is another.
+fn containerd(name: &str) -> PathBuf {
+    foreign(name, "CONTAINERD_BIN", false, &format!("containerd-{CONTAINERD}"))
+}
+
+fn runc() -> PathBuf {
+    foreign("runc", "RUNC_BIN", true, "runc")
+}
+
+/// The folder of the CNI plugins: `CNI_BIN`, else that of Debian's package, else the usual one.
+fn cni() -> PathBuf {
+    let plugin = ["/usr/lib/cni", "/opt/cni/bin"].map(|dir| Path::new(dir).join("bridge"));
+    let found = plugin.into_iter().find(|path| path.is_file());
+    let found = found.unwrap_or_else(|| foreign("bridge", "CNI_BIN", false, "cni"));
+    found.parent().expect("a folder").to_owned()
+}

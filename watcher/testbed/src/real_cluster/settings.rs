@@ -1,0 +1,121 @@
+//! What the programs of a node read: kubelet, containerd, the CNI plugins.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+/// What the settings of a node depend on.
+#[derive(Debug)]
+pub(super) struct NodeSettings<'a> {
+    /// The folder with the node's files.
+    pub dir: &'a Path,
+    /// The node's address.
+    pub address: String,
+    /// The addresses of its pods, such as `10.244.1.0/24`.
+    pub pods: String,
+    /// Where the cluster's DNS answers.
+    pub dns: String,
+    /// `FILE.crt` and `FILE.key` of the kubelet, and the CA of its clients.
+    pub certificate: &'a Path,
+    pub key: &'a Path,
+    pub ca: &'a Path,
+}
+
+/// The image of every pod's sandbox.
+pub const PAUSE_IMAGE: &str = "localhost/pause:1";
+
+impl NodeSettings<'_> {
+    /// The kubelet's configuration.
+    pub(super) fn kubelet(&self) -> Value {
+        let none = json!({"memory.available": "50Mi", "nodefs.available": "0%", "imagefs.available": "0%",
+            "nodefs.inodesFree": "0%", "imagefs.inodesFree": "0%"});
+        json!({
+            "apiVersion": "kubelet.config.k8s.io/v1beta1",
+            "kind": "KubeletConfiguration",
+            "address": self.address,
+            "authentication": {"anonymous": {"enabled": false}, "webhook": {"enabled": true},
+                "x509": {"clientCAFile": self.ca}},
+            "authorization": {"mode": "Webhook"},
+            "tlsCertFile": self.certificate,
+            "tlsPrivateKeyFile": self.key,
+            "containerRuntimeEndpoint": format!("unix://{}", self.containerd_socket()),
+            "clusterDNS": [self.dns],
+            "clusterDomain": "cluster.local",
+            "resolvConf": self.dir.join("resolv.conf"),
+            "cgroupDriver": "cgroupfs",
+            // The machine of the tests may have controllers of cgroup v1.
+            "failCgroupV1": false,
+            "failSwapOn": false,
+            "makeIPTablesUtilChains": false,
+            // As many pods as the tests make, on a machine of any size.
+            "evictionHard": none,
+            "imageGCHighThresholdPercent": 100,
+            "healthzPort": 0,
+            "nodeStatusUpdateFrequency": "3s",
+            // Files that a test changes reach its pods soon.
+            "syncFrequency": "5s",
+            "configMapAndSecretChangeDetectionStrategy": "Watch",
+        })
+    }
+
+    /// Where containerd serves.
+    pub(super) fn containerd_socket(&self) -> String {
+        self.dir.join("containerd.sock").display().to_string()
+    }
+
+    /// containerd's configuration.
+    pub(super) fn containerd(&self, cni_bin: &Path, runc: &Path) -> String {
+        let dir = self.dir.display();
+        format!(
+            r#"version = 3
+root = "{dir}/containerd/root"
+state = "/run/containerd"
+[grpc]
+  address = "{socket}"
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "{PAUSE_IMAGE}"
+[plugins."io.containerd.cri.v1.runtime"]
+  disable_apparmor = true
+  # Who runs the tests may lack CAP_SYS_RESOURCE.
+  restrict_oom_score_adj = true
+[plugins."io.containerd.cri.v1.runtime".cni]
+  bin_dirs = ["{cni_bin}"]
+  conf_dir = "{dir}/cni"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+  runtime_type = "io.containerd.runc.v2"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
+  BinaryName = "{runc}"
+  SystemdCgroup = false
+"#,
+            socket = self.containerd_socket(),
+            cni_bin = cni_bin.display(),
+            runc = runc.display(),
+        )
+    }
+
+    /// The list of CNI plugins.
+    pub(super) fn cni(&self) -> Value {
+        json!({"cniVersion": "0.4.0", "name": "pods", "plugins": [
+            {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true,
+                "ipam": {"type": "host-local", "dataDir": self.dir.join("cni-state"),
+                    "ranges": [[{"subnet": self.pods}]], "routes": [{"dst": "0.0.0.0/0"}]}},
+            {"type": "portmap", "capabilities": {"portMappings": true}},
+        ]})
+    }
+
+    /// kube-proxy's configuration.
+    pub(super) fn proxy(&self, name: &str, kubeconfig: &Path) -> Value {
+        json!({
+            "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+            "kind": "KubeProxyConfiguration",
+            "mode": "nftables",
+            "hostnameOverride": name,
+            "clientConnection": {"kubeconfig": kubeconfig},
+            "clusterCIDR": "10.244.0.0/16",
+            "healthzBindAddress": "127.0.0.1:10256",
+            "metricsBindAddress": "127.0.0.1:10249",
+            // Of the whole machine, and those of a netns cannot be set.
+            "conntrack": {"maxPerCore": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
+        })
+    }
+}
