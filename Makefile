@@ -4,9 +4,9 @@ CARGO ?= cargo
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 PROGRAMS := -p watcher -p ztunnel -p ztunnel-control --bins
 
-.PHONY: help setup build image demo test test-again bench bench-labels fuzz lint clean
+.PHONY: help setup build image demo test test-again e2e bench bench-labels fuzz lint clean
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what any target needs (Debian or Ubuntu, root)
 	@.ci/setup/for all
@@ -27,6 +27,9 @@ test: ## every test, privileged ones too (root)
 
 test-again: ## what leaves traces, once more: what the first run left would show
 	@.ci/test --again
+
+e2e: ## in a cluster with real kubelets and containerd, installed by Helm (root)
+	@.ci/test --e2e
 
 bench: ## direct against through the mesh, side by side; PEER_BIN=… beside another ztunnel (root)
 	@.ci/setup/for bench

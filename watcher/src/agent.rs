@@ -186,6 +186,7 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
         info!("stopped; links and maps stay, so running traffic continues");
         return Ok(());
     }
+    let run_dir = agent.config.run_dir.clone();
     let result = agent.detach(&mut zds_events).await;
     source.close().await;
     if let Some(client) = client {
@@ -196,6 +197,10 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
             .await;
     }
     if result.is_ok() {
+        // The socket's file first. A journal that is still needed, or a successor's socket, keeps
+        // the folder.
+        drop(control);
+        let _ = fs::remove_dir(run_dir);
         info!("everything undone");
     }
     result

@@ -1,0 +1,103 @@
+//! Install, enrol, leave, uninstall: with pods that ran before, and run on.
+
+use testbed::{capture::Capture, real_cluster::Pod};
+
+use crate::rig::{DEMO, PodSpec, Rig};
+
+const SERVER_ROLE: &[&str] = &["serve", "8080"];
+
+#[test]
+#[ignore = "starts a cluster, needs root: make e2e"]
+fn an_operator_installs_enrols_and_uninstalls_while_pods_run() {
+    let rig = Rig::start();
+    rig.namespace(DEMO, &["client", "server", "other"]);
+    rig.namespace("outside", &[]);
+    let pod = |name, account, node, role| rig.pod(PodSpec { namespace: DEMO, name, account, node, role });
+    let server = pod("server", "server", "node2", SERVER_ROLE);
+    let client = pod("client", "client", "node1", SERVER_ROLE);
+    let other = pod("other", "other", "node2", SERVER_ROLE);
+    let stranger = rig.pod(PodSpec {
+        namespace: "outside",
+        name: "stranger",
+        account: "default",
+        node: "node1",
+        role: SERVER_ROLE,
+    });
+    rig.cluster.kubectl(&["-n", DEMO, "expose", "pod", "server", "--port=80", "--target-port=8080"]);
+    let (by_address, by_name) = (format!("http://{}:8080/", server.ip), "http://server.demo.svc/");
+    for url in [by_address.as_str(), by_name] {
+        let body = rig.wait_get(&client, url, true);
+        assert!(body.contains(&format!("hello from server, client {}", client.ip)), "{body}");
+    }
+
+    rig.install(&[]);
+    rig.label(DEMO, "ambient");
+    for pod in [&server, &client, &other] {
+        rig.wait_enrolled(pod, true);
+    }
+    rig.wait_enrolled(&stranger, false);
+
+    let wire = Capture::start(&rig.cluster.netns);
+    for url in [by_address.as_str(), by_name] {
+        let body = rig.wait_get(&client, url, true);
+        assert!(body.contains(&format!("hello from server, client {}", client.ip)), "{body}");
+    }
+    assert_only_hbone(&wire, &client, &server);
+    for (node, direction) in [("node1", "outbound"), ("node2", "inbound")] {
+        rig.wait_record(node, &[direction, "/ns/demo/sa/client", "/ns/demo/sa/server"]);
+    }
+
+    // Plaintext passes until a policy says otherwise.
+    assert!(rig.wait_get(&stranger, &by_address, true).contains(&stranger.ip));
+    rig.cluster.apply(STRICT);
+    rig.wait_get(&stranger, &by_address, false);
+    rig.wait_get(&client, &by_address, true);
+    rig.wait_get(&other, &by_address, true);
+    rig.cluster.apply(CLIENT_ONLY);
+    rig.wait_get(&other, &by_address, false);
+    rig.wait_get(&client, by_name, true);
+
+    rig.label(DEMO, "none");
+    for pod in [&server, &client, &other] {
+        rig.wait_enrolled(pod, false);
+    }
+    assert!(rig.wait_get(&stranger, &by_address, true).contains(&stranger.ip));
+    rig.wait_get(&other, by_name, true);
+
+    rig.uninstall();
+    assert!(rig.wait_get(&stranger, &by_address, true).contains(&stranger.ip));
+    rig.assert_nothing_left(&[&server, &client, &other]);
+}
+
+/// What went from one pod to the other since the capture began was HBONE, and there was some.
+fn assert_only_hbone(wire: &Capture, client: &Pod, server: &Pod) {
+    let between = |from: &Pod, to: &Pod, segment: &testbed::capture::segment::Segment| {
+        segment.from.ip().to_string() == from.ip && segment.to.ip().to_string() == to.ip
+    };
+    let clear: Vec<_> = wire
+        .take()
+        .into_iter()
+        .map(|seen| seen.segment)
+        .filter(|segment| between(client, server, segment) || between(server, client, segment))
+        .filter(|segment| segment.from.port() != 15008 && segment.to.port() != 15008)
+        .collect();
+    assert!(clear.is_empty(), "in clear: {clear:?}");
+    assert!(wire.counts().1 > 0, "no HBONE on the wire");
+}
+
+const STRICT: &str = "
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: strict, namespace: demo}
+spec: {mtls: {mode: STRICT}}
+";
+
+const CLIENT_ONLY: &str = "
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: client-only, namespace: demo}
+spec:
+  selector: {matchLabels: {app: server}}
+  action: ALLOW
+  rules: [{from: [{source: {principals: [cluster.local/ns/demo/sa/client]}}]}]
+";

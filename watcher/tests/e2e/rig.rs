@@ -1,0 +1,302 @@
+//! A cluster with Adit's image, and the steps that every story has.
+
+use std::{fs, path::PathBuf, sync::Mutex};
+
+use serde_json::{Value, json};
+use testbed::{
+    chart, image,
+    program::binary,
+    real_cluster::{PAUSE_IMAGE, Pod, RealCluster, RealNode},
+    wait::try_wait,
+};
+
+/// The namespace that Adit is installed in.
+pub const SYSTEM: &str = "adit-system";
+/// The namespace whose pods are enrolled.
+pub const DEMO: &str = "demo";
+/// How long anything may take that pods, kubelets and controllers do.
+pub const LIMIT: std::time::Duration = std::time::Duration::from_mins(2);
+
+/// A cluster in which pods run before anything of Adit is there.
+#[derive(Debug)]
+pub struct Rig {
+    pub cluster: RealCluster,
+}
+
+/// A pod of the tests.
+#[derive(Clone, Copy, Debug)]
+pub struct PodSpec<'a> {
+    pub namespace: &'a str,
+    pub name: &'a str,
+    /// Its service account.
+    pub account: &'a str,
+    /// `node1` or `node2`.
+    pub node: &'a str,
+    /// What it does: words of `testbed::roles::play`.
+    pub role: &'a [&'a str],
+}
+
+impl PodSpec<'_> {
+    /// Its manifest.
+    pub fn manifest(&self) -> Value {
+        json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": self.name, "namespace": self.namespace, "labels": {"app": self.name}},
+            "spec": {
+                "serviceAccountName": self.account,
+                "nodeSelector": {"kubernetes.io/hostname": self.node},
+                "terminationGracePeriodSeconds": 0,
+                "containers": [container("main", self.role)],
+            },
+        })
+    }
+}
+
+/// A container that does what `role` says.
+pub fn container(name: &str, role: &[&str]) -> Value {
+    let command: Vec<&str> = ["/usr/local/bin/pod"].iter().chain(role).copied().collect();
+    json!({"name": name, "image": image::POD, "imagePullPolicy": "Never", "command": command})
+}
+
+impl Rig {
+    /// A cluster with the namespaces `demo` and `outside`, in which a client, a server behind the
+    /// service `server`, and a stranger run.
+    pub fn start() -> Self {
+        let images = images();
+        let images: Vec<_> = images.iter().map(PathBuf::as_path).collect();
+        let rig = Self { cluster: RealCluster::start(&images) };
+        let crds = concat!(env!("CARGO_MANIFEST_DIR"), "/../ztunnel/control/tests/crds.yaml");
+        rig.cluster.apply(&fs::read_to_string(crds).expect("the definitions of Istio's policies"));
+        rig
+    }
+
+    /// Makes a namespace with service accounts.
+    pub fn namespace(&self, name: &str, accounts: &[&str]) {
+        self.cluster.kubectl(&["create", "namespace", name]);
+        for account in accounts {
+            self.cluster.kubectl(&["-n", name, "create", "serviceaccount", account]);
+        }
+    }
+
+    /// Makes a pod, and waits until it is ready.
+    pub fn pod(&self, spec: PodSpec<'_>) -> Pod {
+        self.cluster.apply(&spec.manifest().to_string());
+        self.cluster.ready_pod(spec.namespace, spec.name)
+    }
+
+    /// `helm install`, with `more` values.
+    pub fn install(&self, more: &[&str]) {
+        let folder = chart::folder();
+        let words = [
+            "install",
+            "adit",
+            folder.to_str().expect("UTF-8 path"),
+            "--namespace",
+            SYSTEM,
+            "--create-namespace",
+        ];
+        self.cluster
+            .helm(&[&words, VALUES, more].concat())
+            .unwrap_or_else(|said| panic!("helm install: {said}"));
+        self.wait_rolled_out();
+    }
+
+    /// Waits until control plane, watchers and tunnels are ready, as they were asked for last.
+    ///
+    /// Not by `kubectl rollout status` alone: of a DaemonSet it waits for old pods to have ended,
+    /// too, and those serve the connections that they have.
+    pub fn wait_rolled_out(&self) {
+        let control = ["-n", SYSTEM, "rollout", "status", "deployment/ztunnel-control", "--timeout=120s"];
+        let done = self.cluster.try_kubectl(&control);
+        assert!(done.status.success(), "the control plane is not rolled out\n{}", self.system_story());
+        let done = try_wait(LIMIT, || self.is_rolled_out());
+        assert!(done.is_some(), "the DaemonSet is not rolled out\n{}", self.system_story());
+    }
+
+    /// Whether each node has one pod of the DaemonSet that is not being deleted, which is ready and
+    /// of the last generation.
+    fn is_rolled_out(&self) -> bool {
+        let path = "jsonpath={.metadata.generation} {.status.observedGeneration}";
+        let generations = self.cluster.kubectl(&["-n", SYSTEM, "get", "daemonset", "ztunnel", "-o", path]);
+        let Some((generation, observed)) = generations.split_once(' ') else { return false };
+        let pods = self.cluster.pods(SYSTEM, "app=ztunnel");
+        let staying: Vec<&Value> =
+            pods.iter().filter(|pod| pod["metadata"]["deletionTimestamp"].is_null()).collect();
+        let is_current = |pod: &&Value| {
+            let conditions = pod["status"]["conditions"].as_array();
+            let ready = |condition: &Value| condition["type"] == "Ready" && condition["status"] == "True";
+            pod["metadata"]["labels"]["pod-template-generation"] == generation
+                && conditions.is_some_and(|conditions| conditions.iter().any(ready))
+        };
+        generation == observed && staying.len() == self.cluster.nodes.len() && staying.iter().all(is_current)
+    }
+
+    /// What the pods of Adit say of themselves.
+    pub fn system_story(&self) -> String {
+        let describe = self.cluster.kubectl_text(&["-n", SYSTEM, "describe", "pods"]);
+        let logs = ["watcher", "ztunnel", "ztunnel-control"].map(|container| {
+            let pods = self.cluster.kubectl_text(&["-n", SYSTEM, "get", "pods", "-o", "name"]);
+            pods.lines()
+                .map(|pod| {
+                    self.cluster.kubectl_text(&["-n", SYSTEM, "logs", pod, "-c", container, "--tail=25"])
+                })
+                .collect::<Vec<_>>()
+                .join("\n")
+        });
+        format!("{describe}\n{}", logs.join("\n"))
+    }
+
+    /// Enrols the namespace (`ambient`), or takes it out again (`none`).
+    pub fn label(&self, namespace: &str, mode: &str) {
+        let label = format!("istio.io/dataplane-mode={mode}");
+        self.cluster.kubectl(&["label", "--overwrite", "namespace", namespace, &label]);
+    }
+
+    /// Waits until the watcher reports that a pod is in the mesh, or is not.
+    pub fn wait_enrolled(&self, pod: &Pod, is_enrolled: bool) {
+        let path = r"jsonpath={.metadata.annotations.ambient\.istio\.io/redirection}";
+        let wanted = if is_enrolled { "enabled" } else { "" };
+        let mut last = None;
+        let reached = try_wait(LIMIT, || {
+            last = self.cluster.kubectl_line(&["-n", &pod.namespace, "get", "pod", &pod.name, "-o", path]);
+            last.as_deref() == Some(wanted)
+        });
+        assert!(
+            reached.is_some(),
+            "{}: wanted {wanted:?}, found {last:?}\n{}",
+            pod.name,
+            self.system_story()
+        );
+    }
+
+    /// One GET by a pod: the body, or why there is none.
+    ///
+    /// # Errors
+    /// What the pod's program says when there is no answer.
+    pub fn get(&self, client: &Pod, url: &str) -> Result<String, String> {
+        self.cluster.exec(client, "main", &["/usr/local/bin/pod", "get", url])
+    }
+
+    /// Waits until a GET succeeds, or fails.
+    pub fn wait_get(&self, client: &Pod, url: &str, succeeds: bool) -> String {
+        let mut last = None;
+        let reached = try_wait(LIMIT, || {
+            let answer = self.get(client, url);
+            let reached = answer.is_ok() == succeeds;
+            last = Some(answer);
+            reached
+        });
+        assert!(reached.is_some(), "{} to {url}: {last:?}\n{}", client.name, self.system_story());
+        last.expect("an answer").unwrap_or_else(|said| said)
+    }
+
+    /// The pod of Adit on a node.
+    pub fn agent(&self, node: &str) -> Pod {
+        let pods = self.cluster.pods(SYSTEM, "app=ztunnel");
+        let on_node =
+            |pod: &&Value| pod["spec"]["nodeName"] == node && pod["metadata"]["deletionTimestamp"].is_null();
+        let pod = pods.iter().find(on_node).unwrap_or_else(|| panic!("no tunnel on {node}"));
+        self.cluster.pod(SYSTEM, pod["metadata"]["name"].as_str().expect("a name")).expect("a pod")
+    }
+
+    /// Waits for a record of the tunnel of `node` that contains all of `parts`.
+    pub fn wait_record(&self, node: &str, parts: &[&str]) -> String {
+        let agent = self.agent(node);
+        let mut last = String::new();
+        let found = try_wait(LIMIT, || {
+            last = self.cluster.kubectl_text(&["-n", SYSTEM, "logs", &agent.name, "-c", "ztunnel"]);
+            last.lines().find(|line| parts.iter().all(|part| line.contains(part))).map(str::to_owned)
+        });
+        found.unwrap_or_else(|| panic!("no record with {parts:?} in\n{last}"))
+    }
+
+    /// Kills a container of Adit on a node at once, as a crash does.
+    pub fn kill(&self, node: &str, container: &str) {
+        let on = self.cluster.nodes.iter().find(|on| on.name == node).expect("a node");
+        // Its processes are those of the pod with that name.
+        on.run(&format!(
+            "for pid in $(pgrep -x {container}); do
+               grep -q pod{} /proc/$pid/cgroup && kill -9 $pid
+             done",
+            self.agent(node).uid
+        ));
+    }
+
+    /// How often a container of Adit on a node was started again and is ready.
+    pub fn restarts(&self, node: &str, container: &str) -> i64 {
+        let agent = self.agent(node);
+        let path = format!("jsonpath={{.status.containerStatuses[?(@.name==\"{container}\")]}}");
+        let status = self.cluster.kubectl(&["-n", SYSTEM, "get", "pod", &agent.name, "-o", &path]);
+        let status: Value = serde_json::from_str(&status).expect("JSON");
+        if status["ready"] == true { status["restartCount"].as_i64().expect("a count") } else { 0 }
+    }
+
+    /// Uninstalls as docs/install.md says.
+    pub fn uninstall(&self) {
+        let folder = chart::folder();
+        let words = ["upgrade", "adit", folder.to_str().expect("UTF-8 path"), "--namespace", SYSTEM];
+        let more = ["--reset-then-reuse-values", "--set", "watcher.detach=true"];
+        self.cluster
+            .helm(&[&words[..], &more].concat())
+            .unwrap_or_else(|said| panic!("helm upgrade: {said}"));
+        self.wait_rolled_out();
+        self.cluster.kubectl(&["-n", SYSTEM, "delete", "daemonset/ztunnel"]);
+        self.cluster.wait_gone(SYSTEM, "app=ztunnel");
+        self.cluster
+            .helm(&["uninstall", "adit", "--namespace", SYSTEM])
+            .unwrap_or_else(|said| panic!("{said}"));
+        self.cluster.wait_gone(SYSTEM, "app.kubernetes.io/name=adit");
+    }
+
+    /// What is on the nodes and in the netns of `pods` is as if Adit had never been there.
+    pub fn assert_nothing_left(&self, pods: &[&Pod]) {
+        for node in &self.cluster.nodes {
+            assert_eq!(left_on(node), "", "left on {}", node.name);
+        }
+        for pod in pods {
+            let node = self.cluster.nodes.iter().find(|node| node.name == pod.node).expect("a node");
+            assert_eq!(left_in(node, pod), "", "left in {}", pod.name);
+        }
+    }
+
+    /// `watcher WORDS` on a node.
+    pub fn watcher(&self, node: &str, words: &[&str]) -> String {
+        let words = [&["/usr/local/bin/watcher"], words].concat();
+        self.cluster
+            .exec(&self.agent(node), "watcher", &words)
+            .unwrap_or_else(|said| panic!("{words:?}: {said}"))
+    }
+}
+
+/// What Adit has on a node: pins, files, cgroups.
+fn left_on(node: &RealNode) -> String {
+    node.run(
+        "find /sys/fs/bpf -mindepth 1 ! -name maps.debug ! -name progs.debug
+         find /run/adit /run/ztunnel -mindepth 1 2>/dev/null || true",
+    )
+}
+
+/// What Adit has in the netns of a pod: rules, routes, sockets, the sysctl.
+fn left_in(node: &RealNode, pod: &Pod) -> String {
+    let pid = node.run(&format!("pgrep -f '^/usr/local/bin/pod' | while read pid; do grep -q pod{} /proc/$pid/cgroup && echo $pid && break; done", pod.uid));
+    let script = "
+        for family in -4 -6; do
+          ip $family rule | grep -vE \"lookup (local|main|default)\" || true
+          ip $family route show table all | grep -E \"table [0-9]+\" || true
+        done
+        grep -v 0 /proc/sys/net/ipv4/tcp_fwmark_accept || true
+        ss -Hltn | grep -E \":(15001|15006|15008|15053)\" || true";
+    node.run(&format!("nsenter -t {} -n sh -ec '{script}'", pid.trim()))
+}
+
+/// Where Adit comes from, as the tests have it.
+const VALUES: &[&str] = &["--set", "image=localhost/adit:e2e", "--set", "imagePullPolicy=Never"];
+
+/// The archives of all images, made anew when a program of theirs has changed.
+fn images() -> Vec<PathBuf> {
+    static MAKING: Mutex<()> = Mutex::new(());
+    let _alone = MAKING.lock().expect("no panic");
+    let folder = binary("watcher").with_file_name("e2e-images");
+    fs::create_dir_all(&folder).expect("folder");
+    vec![image::adit(&folder), image::pod(&folder), image::pause(&folder, PAUSE_IMAGE)]
+}
