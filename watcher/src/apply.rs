@@ -6,6 +6,7 @@
 //! * `draining`: netns of pods that left, while connections still need them
 //! * `new_pods`: what arrives for pods before their netns is known
 //! * `app_listeners`: ports that applications listen on
+//! * `kubelet`: the kubelet's connections, which pass
 //! * `boot`: connections that pods made in clear before the first watcher ran
 //! * `tunnels`: connected tunnels, their pods and acknowledgements; `tunnel_cgroups`: where
 //!   they run
@@ -32,6 +33,7 @@ use self::{
     app_listeners::AppListeners,
     draining::DrainingNetns,
     journal::Journal,
+    kubelet::KubeletCgroup,
     maps::AppliedMaps,
     netns::{NetnsReport, NetnsTools, SteeredNetns},
     new_pods::NewPods,
@@ -44,6 +46,7 @@ pub(crate) mod app_listeners;
 pub(crate) mod boot;
 pub(crate) mod draining;
 pub mod journal;
+pub(crate) mod kubelet;
 pub(crate) mod maps;
 pub(crate) mod netns;
 pub(crate) mod netns_setup;
@@ -78,6 +81,7 @@ pub struct Applier {
     /// Connected tunnels.
     pub(crate) tunnels: Tunnels,
     unused_tunnel_cgroups: UnusedTunnelCgroups,
+    kubelet: KubeletCgroup,
     new_pods: NewPods,
     journal: Journal,
     visitors: Arc<Visitors>,
@@ -107,6 +111,7 @@ impl Applier {
         journal: Journal,
         visitors: Arc<Visitors>,
         pods_cgroup: PathBuf,
+        kubelet: KubeletCgroup,
     ) -> Result<Self, (&'static str, KernelError)> {
         let maps = AppliedMaps::adopt(&mut kernel).map_err(|error| ("take over the maps", error))?;
         let linked = kernel.steered().map_err(|error| ("list the netns links", error))?;
@@ -118,6 +123,7 @@ impl Applier {
             app_listeners: AppListeners::default(),
             tunnels: Tunnels::default(),
             unused_tunnel_cgroups: UnusedTunnelCgroups::due_at(Instant::now()),
+            kubelet,
             new_pods: NewPods::new(pods_cgroup),
             kernel,
             journal,
@@ -148,7 +154,7 @@ impl Applier {
         &self.problems
     }
 
-    /// What is so until the next start, as sentences.
+    /// What no step of a plan changes, as sentences.
     pub(crate) fn lasting_problems(&self) -> impl Iterator<Item = String> {
         const NOT_FILLED: &str = "the programs of another version decide, by what its watcher wrote last, until the source has named all pods";
         const NOT_CUT: &str = "pods keep connections that they made in clear before the first watcher ran: the kernel cannot cut them (CONFIG_INET_DIAG_DESTROY); restart these pods";
@@ -158,7 +164,8 @@ impl Applier {
                 "new pods are closed a moment after their cgroups were made: {why}; see `watcher preflight`"
             )
         });
-        not_filled.into_iter().chain(self.cannot_cut.then_some(NOT_CUT)).map(str::to_owned).chain(late)
+        let always = not_filled.into_iter().chain(self.cannot_cut.then_some(NOT_CUT)).map(str::to_owned);
+        always.chain(late).chain(self.kubelet.problem())
     }
 
     /// The kernel cannot cut connections.
@@ -277,6 +284,7 @@ impl Applier {
         self.app_listeners.list_new(kernel, &self.visitors, steered, |uid| tunnels.serve(uid), now);
         self.draining.settle(kernel, &mut self.journal);
         self.new_pods.settle(kernel, self.maps.contents(), now);
+        self.kubelet.check(kernel, now);
     }
 
     /// When [`Self::do_due`] or a retry has something to do next.
@@ -288,6 +296,7 @@ impl Applier {
             self.draining.next_check(now),
             self.app_listeners.due(),
             self.new_pods.due(),
+            self.kubelet.next_check(),
             unused,
         ]
         .into_iter()

@@ -6,6 +6,7 @@
 //! * `budget`: how much of one pod is looked at
 //! * `netns`: enters a netns and reads its cookie and addresses
 //! * `guests`: what lies behind a pod's netns
+//! * `kubelet`: the kubelet's cgroup
 //! * `listeners`: what listens in a netns
 //! * [`connections`]: the connections of a netns, and cutting them
 //! * [`events`]: what changed, as soon as it does
@@ -22,6 +23,7 @@ pub mod cgroups;
 pub mod connections;
 pub mod events;
 pub(crate) mod guests;
+pub(crate) mod kubelet;
 pub(crate) mod listeners;
 pub(crate) mod netlink;
 pub(crate) mod netns;

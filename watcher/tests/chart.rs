@@ -79,6 +79,7 @@ watcher:
   events: scan
   rescan: 3600
   leaveGrace: 600
+  kubeletPort: 10350
   detach: true
   metricsAddress: 0.0.0.0:9000
   logLevel: info,watcher=debug

@@ -42,6 +42,7 @@
   {{- end }}
   - --rescan={{ $watcher.rescan | int64 }}
   - --leave-grace={{ $watcher.leaveGrace | int64 }}
+  - --kubelet-port={{ $watcher.kubeletPort | int64 }}
   {{- if $watcher.detach }}
   - --detach
   {{- end }}

@@ -71,6 +71,8 @@ pub trait ArrivalFacts: Facts {
     fn arrival_netns(&self) -> u64;
     /// What is known of that netns, as a pod's.
     fn netns(&self) -> Option<NetnsInfo>;
+    /// Whether the kubelet opened `flow`, and it may still be on its way.
+    fn is_of_kubelet(&self, flow: &Flow) -> bool;
     /// The cookie of the netns from which the tunnel opened `flow`, if it did.
     fn tunnel_flow(&self, flow: &Flow) -> Option<u64>;
     /// Whether connect(2) redirected `flow` to the tunnel, which has not accepted it yet.

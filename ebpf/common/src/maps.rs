@@ -130,6 +130,10 @@ maps! {
         written by "tunnel's sock_ops program", read by "sk_lookup program", keeps Flights, abi 2, formerly None,
         "Connections that the tunnel opens, which pass to the application during their handshake, in the netns \
          they came from.";
+    KUBELET_FLOWS = "kubelet_flows", "LRU hash", Flow: "Flow", Sealed<TunnelFlow>: "Sealed<TunnelFlow>",
+        written by "kubelet's sock_ops program", read by "sk_lookup program", keeps Flights, abi 1, formerly None,
+        "Connections that the kubelet opens, such as its probes, which pass to the application during their \
+         handshake.";
     PINNED_CONNECTIONS = "pinned_connections", "hash", u64: "netns cookie", u64: "count",
         written by "tunnel's sock_ops program; watcher removes", read by "watcher",
         keeps Flights, abi 1, formerly Some("deliveries"),

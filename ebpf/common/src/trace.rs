@@ -111,6 +111,7 @@ numbered! {
         SteerOutbound = 22, "steer to outbound";
         ListenerGone = 23, "refuse: the tunnel went away after the redirect";
         NoEntry = 24, "refuse: enrolled netns of a pod without an entry";
+        Kubelet = 25, "pass: the kubelet's own connection, such as a probe";
     }
 }
 

@@ -181,6 +181,11 @@ impl ArrivalFacts for MapFacts<'_> {
     }
 
     /// The connection comes from another netns, where no flow of the tunnel is this pod's.
+    /// Asked of a connection that nobody opened yet.
+    fn is_of_kubelet(&self, _flow: &Flow) -> bool {
+        false
+    }
+
     fn tunnel_flow(&self, _flow: &Flow) -> Option<u64> {
         None
     }

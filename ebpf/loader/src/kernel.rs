@@ -130,6 +130,19 @@ impl Kernel {
         links::detach_tunnel(&links::folder(&self.pins), cgroup_dir, id)
     }
 
+    /// Lets the connections that are opened in the kubelet's cgroup pass to the pods' applications.
+    /// From `None`: from no cgroup any more. Idempotent.
+    ///
+    /// # Errors
+    /// As of [`Self::attach_pods`], or a pin cannot be removed.
+    pub fn attach_kubelet(&mut self, cgroup_dir: Option<&Path>) -> Result<(), KernelError> {
+        let folder = links::folder(&self.pins);
+        match cgroup_dir {
+            Some(cgroup) => links::attach_kubelet(&self.object, &folder, cgroup),
+            None => links::detach_kubelet(&folder),
+        }
+    }
+
     /// Steers what arrives in pods' netns, by what [`Self::set_netns`] says of them; without that
     /// it is refused. Idempotent. For each netns, in their order, whether the program for it could
     /// be loaded and its link made.

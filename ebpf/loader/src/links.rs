@@ -1,8 +1,8 @@
 //! Links: attached once, pinned, replaced in place by a later build.
 //!
 //! A pin's name says what it is attached to, by ids that are never used twice before a reboot:
-//! `pods-<cgroup id>-<program>`, `tunnel-<hash of path>-<cgroup id>-<program>`, `netns-<cookie>`,
-//! `lifecycle-<tracepoint>-<program id>`.
+//! `pods-<cgroup id>-<program>`, `tunnel-<hash of path>-<cgroup id>-<program>`,
+//! `kubelet-<cgroup id>`, `netns-<cookie>`, `lifecycle-<tracepoint>-<program id>`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,7 +27,7 @@ use aya_obj::generated::bpf_attach_type;
 
 use crate::{
     KernelError,
-    object::{Attachment, INGRESS, NETNS, PODS, TUNNEL},
+    object::{Attachment, INGRESS, KUBELET, NETNS, PODS, TUNNEL},
     sys,
 };
 
@@ -93,6 +93,19 @@ pub(crate) fn attach_tunnel(object: &Ebpf, folder: &Path, cgroup: &Path) -> Resu
 pub(crate) fn detach_tunnel(folder: &Path, cgroup: &Path, id: u64) -> Result<(), KernelError> {
     let prefix = format!("{}{id}-", tunnel_prefix(cgroup));
     remove_if(folder, |name| name.starts_with(&prefix))
+}
+
+/// Attaches the kubelet's program to `cgroup`, and to no other any more.
+pub(crate) fn attach_kubelet(object: &Ebpf, folder: &Path, cgroup: &Path) -> Result<(), KernelError> {
+    let (dir, id) = open_cgroup(cgroup)?;
+    let name = format!("kubelet-{id}");
+    ensure(object, KUBELET, folder, &name, dir.as_fd(), cgroup)?;
+    remove_if(folder, |other| other.starts_with("kubelet-") && other != name)
+}
+
+/// Detaches it from wherever it is attached.
+pub(crate) fn detach_kubelet(folder: &Path) -> Result<(), KernelError> {
+    remove_if(folder, |name| name.starts_with("kubelet-"))
 }
 
 /// Attaches a program to a tracepoint; the name of the link. That of an earlier program, which

@@ -54,12 +54,15 @@ pub(crate) const TUNNEL: [Attachment; 5] = [
     attachment("adit_tunnel_mark6", bpf_attach_type::BPF_CGROUP_INET6_CONNECT),
 ];
 
+/// To the kubelet's cgroup.
+pub(crate) const KUBELET: Attachment = attachment("adit_kubelet_ops", bpf_attach_type::BPF_CGROUP_SOCK_OPS);
+
 /// To a pod's netns.
 pub(crate) const NETNS: Attachment = attachment("adit_sk_lookup", bpf_attach_type::BPF_SK_LOOKUP);
 
 /// Gives every program to the kernel's verifier.
 pub(crate) fn load_programs(object: &mut Ebpf) -> Result<(), KernelError> {
-    for Attachment { program: name, .. } in PODS.into_iter().chain(TUNNEL).chain([INGRESS, NETNS]) {
+    for Attachment { program: name, .. } in PODS.into_iter().chain(TUNNEL).chain([INGRESS, KUBELET, NETNS]) {
         let Some(program) = object.program_mut(name) else {
             unreachable!("program {name} is part of the object that this crate was built with");
         };

@@ -3,8 +3,9 @@
 use std::{fs, path::Path};
 
 use adit_ebpf_common::{
+    enrolment::flag,
     flows::{ACK_LIFETIME, Flow, Original, TunnelFlow},
-    maps::{MapSpec, ORIGINAL_DST, TUNNEL_FLOWS},
+    maps::{KUBELET_FLOWS, MapSpec, ORIGINAL_DST, TUNNEL_FLOWS},
     sealed::Sealed,
     trace::{Hook, Rule},
 };
@@ -16,7 +17,7 @@ use aya::{
 
 use testbed::wait::wait_for;
 
-use crate::rig::{HBONE, INBOUND, OUTBOUND, Rig, add_address, address, agent::How, at};
+use crate::rig::{HBONE, INBOUND, OUTBOUND, READY, Rig, add_address, address, agent::How, at};
 
 /// The pinned map of flows.
 fn open<V>(pins: &Path, map: &MapSpec) -> HashMap<MapData, Flow, Sealed<V>>
@@ -101,6 +102,37 @@ fn a_tunnels_flow_passes_during_its_handshake_only() {
     assert_eq!(rig.rules(8080).last(), Some(&(Hook::SkLookup, Rule::SteerPlain)));
     assert!(rig.app.is_idle(app), "the application got it");
     rig.tunnel.accept(plain);
+}
+
+/// Probes pass, whatever the tunnel does, and nobody else's connections from the same address.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn what_the_kubelet_opens_passes_and_what_its_neighbours_open_does_not() {
+    let mut rig = Rig::new();
+    let pins = rig.bpffs.pins();
+    let recorded = || open::<TunnelFlow>(&pins, &KUBELET_FLOWS).keys().count();
+    // The kubelet's cgroup is that of the world; its neighbour on the node has the same address.
+    rig.kernel.attach_kubelet(Some(&rig.cgroups.join("world"))).unwrap();
+    let app = rig.app.listen("[::]:8080");
+    rig.set(READY & !flag::READY, false);
+    for own in [at("10.99.0.1", 8080), at("fd99::1", 8080)] {
+        let probe = rig.world.dial(How::Tcp, own).unwrap();
+        let accepted = rig.app.accept(app);
+        assert_eq!(rig.rules(8080), [(Hook::SkLookup, Rule::Kubelet)]);
+        assert_eq!(recorded(), 1);
+        let refused = rig.plain.dial(How::Tcp, own);
+        assert_eq!(refused.unwrap_err(), libc::ECONNREFUSED);
+        assert_eq!(rig.rules(8080).last(), Some(&(Hook::SkLookup, Rule::FailClosed)));
+        rig.app.close(accepted.handle);
+        rig.world.close(probe.handle);
+        wait_for("the probe's flow to be forgotten", || recorded() == 0);
+    }
+    // The kubelet is elsewhere now.
+    rig.kernel.attach_kubelet(Some(&rig.cgroups.join("pods/plain"))).unwrap();
+    assert_eq!(rig.world.dial(How::Tcp, at("10.99.0.1", 8080)).unwrap_err(), libc::ECONNREFUSED);
+    assert!(rig.plain.dial(How::Tcp, at("10.99.0.1", 8080)).is_ok());
+    rig.kernel.attach_kubelet(None).unwrap();
+    assert_eq!(rig.plain.dial(How::Tcp, at("10.99.0.1", 8080)).unwrap_err(), libc::ECONNREFUSED);
 }
 
 /// What needs the netns prepared although its pod left: the tunnel's connections that speak from an

@@ -78,6 +78,29 @@ pub fn adit_tunnel_ops(ctx: SockOpsContext) -> u32 {
     IGNORED
 }
 
+/// The kubelet's sockets: records the connections that it opens.
+#[sock_ops]
+pub fn adit_kubelet_ops(ctx: SockOpsContext) -> u32 {
+    let ops = SockOps::new(ctx);
+    let op = ops.op();
+    if op == BPF_SOCK_OPS_STATE_CB && !ops.is_closing() {
+        return IGNORED;
+    }
+    let Some(flow) = ops.flow() else { return IGNORED };
+    match op {
+        // On the loopback every netns has the same addresses. No probe of a pod goes there.
+        BPF_SOCK_OPS_TCP_CONNECT_CB if !is_loopback(&flow.remote) => {
+            if flows::record_kubelet_flow(&flow).is_ok() {
+                ops.watch_close();
+            }
+        }
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => flows::shorten_kubelet_flow(&flow),
+        BPF_SOCK_OPS_STATE_CB => flows::forget_kubelet_flow(&flow),
+        _ => (),
+    }
+    IGNORED
+}
+
 /// A pod's socket is bound, as sockets that listen are: records its netns, for the listen callback.
 /// The watcher finds a socket that listens without being bound.
 #[cgroup_sock(post_bind4)]

@@ -46,6 +46,8 @@ pub struct AgentConfig {
     /// For how long peers may still connect by HBONE to a pod whose label is off, after the source
     /// has ceased to tell them that they should.
     pub leave_grace: Duration,
+    /// The port of the node's kubelet, whose connections pass to pods; `None`: nobody's do.
+    pub kubelet_port: Option<u16>,
     /// Undo everything at the end.
     pub detach: bool,
 }

@@ -7,7 +7,10 @@ use tracing::info;
 
 use crate::{
     admin_http::AdminServer,
-    apply::{Applier, journal::Journal, settings::KernelSettings, tunnel_cgroups::CgroupLayout},
+    apply::{
+        Applier, journal::Journal, kubelet::KubeletCgroup, settings::KernelSettings,
+        tunnel_cgroups::CgroupLayout,
+    },
     control::trace::Tracer,
     metrics::Metrics,
     observe::{
@@ -44,7 +47,9 @@ pub(super) fn start(
         (false, true) => Found::Nothing,
         (false, false) => Found::OwnMaps,
     };
-    let mut applier = Applier::adopt(kernel, settings, journal, Arc::clone(&visitors), config.attach.clone())
+    let kubelet = KubeletCgroup::new(config.kubelet_port, config.cgroup_root.clone(), config.attach.clone());
+    let pods = config.attach.clone();
+    let mut applier = Applier::adopt(kernel, settings, journal, Arc::clone(&visitors), pods, kubelet)
         .map_err(|(what, source)| AgentError::Kernel { what, source })?;
     // What closes new pods comes first, beside that of an earlier watcher.
     let events = events::open(config.events, &mut applier.kernel, &config.attach, &config.cgroup_root)?;

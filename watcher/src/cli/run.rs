@@ -22,7 +22,7 @@ use watcher::{
 
 use super::{
     MountArgs, NodeArgs, environment, preflight,
-    source::{KubernetesArgs, SourceArgs},
+    source::{KubernetesArgs, SourceArgs, Wanted},
 };
 
 /// Enrol this node's pods until stopped; the API server or a file lists them
@@ -81,6 +81,10 @@ pub(super) struct RunArgs {
     /// heard of it yet
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = clap::value_parser!(u64).range(..=600))]
     leave_grace: u64,
+    /// The kubelet is who listens on this port of the node: its probes pass to enrolled pods,
+    /// whatever the policies and the tunnel do; 0: nobody's do. With --kubernetes only
+    #[arg(long, value_name = "PORT", default_value = "10250")]
+    kubelet_port: u16,
     /// Remove everything on SIGTERM and SIGINT
     #[arg(long)]
     detach: bool,
@@ -134,6 +138,8 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         metrics_address: args.metrics_address,
         rescan: Duration::from_secs(args.rescan),
         leave_grace: Duration::from_secs(args.leave_grace),
+        kubelet_port: Some(args.kubelet_port)
+            .filter(|port| *port != 0 && matches!(wanted, Wanted::Kubernetes(_))),
         detach: args.detach,
     };
     // This thread runs the loop that owns all state. A second one serves tunnels, the source and

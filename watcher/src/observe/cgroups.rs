@@ -80,7 +80,8 @@ fn is_kubepods(dir: &Path) -> bool {
     name == "kubepods" || name == "kubepods.slice" || name.ends_with("-kubepods.slice")
 }
 
-fn directories(dir: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+/// The cgroups right below `dir`; none where it cannot be read.
+pub(super) fn directories(dir: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     let entries = fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok);
     let is_dir = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
     entries.filter(is_dir).map(|entry| entry.path())

@@ -33,11 +33,7 @@ pub(crate) struct Connection {
 impl Connection {
     fn of(response: &InetResponse) -> Self {
         let id = response.header.socket_id.clone();
-        let cgroup_id = response.nlas.iter().find(|nla| nla.kind() == INET_DIAG_CGROUP_ID).and_then(|nla| {
-            let mut value = [0; 8];
-            (nla.value_len() == value.len()).then(|| nla.emit_value(&mut value))?;
-            Some(CgroupId::from_ne_bytes(value))
-        });
+        let cgroup_id = cgroup_of(response);
         Self {
             local: SocketAddr::new(id.source_address.to_canonical(), id.source_port),
             remote: SocketAddr::new(id.destination_address.to_canonical(), id.destination_port),
@@ -53,6 +49,14 @@ impl Connection {
         let (local, remote) = (local.parse().expect("an address"), remote.parse().expect("an address"));
         Self { local, remote, cgroup_id: Some(cgroup_id), family: AF_INET, id: SocketId::new_v4() }
     }
+}
+
+/// The cgroup that a socket was made in; `None`: the kernel does not say.
+pub(super) fn cgroup_of(response: &InetResponse) -> Option<CgroupId> {
+    let nla = response.nlas.iter().find(|nla| nla.kind() == INET_DIAG_CGROUP_ID)?;
+    let mut value = [0; 8];
+    (nla.value_len() == value.len()).then(|| nla.emit_value(&mut value))?;
+    Some(CgroupId::from_ne_bytes(value))
 }
 
 /// The connections of the calling thread's netns, from the first SYN until neither end sends any

@@ -8,7 +8,7 @@ use netlink_packet_sock_diag::{
 };
 use rtnetlink::sys::protocols::NETLINK_SOCK_DIAG;
 
-use super::netlink;
+use super::{cgroups::CgroupId, connections, netlink};
 
 /// A port that others can dial, and 4 or 6: the family of the socket. An IPv6 socket may serve IPv4
 /// too.
@@ -20,8 +20,28 @@ pub(crate) type Listening = (u16, u32);
 /// # Errors
 /// The kernel refuses the dump, or the socket cannot be created.
 pub(crate) fn listening() -> io::Result<BTreeSet<Listening>> {
-    let socket = netlink::socket(NETLINK_SOCK_DIAG)?;
     let mut found = BTreeSet::new();
+    each_listener(|response| found.extend(dialled_from_outside(response)))?;
+    Ok(found)
+}
+
+/// The ids of the cgroups in which the listeners on `port` were made that others can dial. Before
+/// Linux 5.9 the kernel does not say.
+///
+/// # Errors
+/// As of [`listening`].
+pub(crate) fn cgroups_listening(port: u16) -> io::Result<BTreeSet<CgroupId>> {
+    let mut found = BTreeSet::new();
+    each_listener(|response| {
+        if dialled_from_outside(response).is_some_and(|(listening, _)| listening == port) {
+            found.extend(connections::cgroup_of(response));
+        }
+    })?;
+    Ok(found)
+}
+
+fn each_listener(mut visit: impl FnMut(&InetResponse)) -> io::Result<()> {
+    let socket = netlink::socket(NETLINK_SOCK_DIAG)?;
     for (family, any) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
         let request = InetRequest {
             family,
@@ -32,12 +52,12 @@ pub(crate) fn listening() -> io::Result<BTreeSet<Listening>> {
         };
         netlink::dump(&socket, SockDiagMessage::InetRequest(request), |answer| {
             if let SockDiagMessage::InetResponse(response) = answer {
-                found.extend(dialled_from_outside(&response));
+                visit(&response);
             }
             ControlFlow::Continue(())
         })?;
     }
-    Ok(found)
+    Ok(())
 }
 
 fn dialled_from_outside(response: &InetResponse) -> Option<Listening> {
@@ -63,6 +83,8 @@ mod tests {
         let found = listening().unwrap();
         assert!(found.contains(&(port(&any), 4)) && found.contains(&(port(&any6), 6)), "{found:?}");
         assert!(!found.contains(&(port(&loopback), 4)), "{found:?}");
+        let own = cgroups_listening(port(&any)).unwrap();
+        assert!(own.len() == 1 && own == cgroups_listening(port(&any6)).unwrap(), "{own:?}");
         let gone = port(&any);
         drop(any);
         assert!(!listening().unwrap().contains(&(gone, 4)));

@@ -8,4 +8,5 @@
 #![allow(unreachable_pub, reason = "modules of a test program share helpers; nothing else can reach them")]
 
 mod install;
+mod probes;
 mod rig;

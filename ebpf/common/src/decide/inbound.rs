@@ -48,11 +48,13 @@ impl Inbound {
 /// 4. opened by the tunnel in this very netns: pass, this is how it reaches the application
 /// 5. to the tunnel's outbound or inbound port: drop, only redirected connections belong there
 /// 6. the port is excluded: pass
-/// 7. the pod is not ready: by its fail mode
-/// 8. to the HBONE port: steer to the tunnel's HBONE listener; without one, by the pod's fail mode
-/// 9. the tunnel has no plaintext listener: by the pod's fail mode
-/// 10. no application listens on the port: drop, as without a tunnel in between
-/// 11. steer to the tunnel's plaintext listener
+/// 7. opened by the kubelet, and not to the HBONE port: pass, whatever the tunnel and policy. It
+///    decides about the pod's life, and what it sends is no traffic of the mesh
+/// 8. the pod is not ready: by its fail mode
+/// 9. to the HBONE port: steer to the tunnel's HBONE listener; without one, by the pod's fail mode
+/// 10. the tunnel has no plaintext listener: by the pod's fail mode
+/// 11. no application listens on the port: drop, as without a tunnel in between
+/// 12. steer to the tunnel's plaintext listener
 #[inline(always)]
 pub fn inbound(facts: &impl ArrivalFacts, arrival: &Arrival) -> Inbound {
     let flow = &arrival.flow;
@@ -84,6 +86,9 @@ pub fn inbound(facts: &impl ArrivalFacts, arrival: &Arrival) -> Inbound {
         return Inbound::Pass(Rule::ExcludedPort);
     }
     let is_hbone = port == settings.hbone_port;
+    if !is_hbone && facts.is_of_kubelet(flow) {
+        return Inbound::Pass(Rule::Kubelet);
+    }
     let tunnel_port = if is_hbone { port } else { settings.inbound_port };
     let to = ListenerKey::new(facts.arrival_netns(), tunnel_port, arrival.is_v4);
     if !is_ready(settings, pod.flags) || !steer(facts, to) {

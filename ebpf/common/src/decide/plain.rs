@@ -42,6 +42,8 @@ pub struct PlainFacts {
     pub complete: BTreeSet<u64>,
     /// Flows that the tunnel opened, with the netns it opened them from.
     pub tunnel_flows: Vec<(Flow, u64)>,
+    /// Flows that the kubelet opened.
+    pub kubelet_flows: Vec<Flow>,
     /// Flows that connect(2) redirected.
     pub redirected: Vec<Flow>,
     /// The port that the socket is bound to; 0: none.
@@ -69,6 +71,7 @@ impl PlainFacts {
             app_listeners: BTreeSet::new(),
             complete: BTreeSet::new(),
             tunnel_flows: Vec::new(),
+            kubelet_flows: Vec::new(),
             redirected: Vec::new(),
             source_port: 0,
             is_bound_to_device: false,
@@ -142,6 +145,10 @@ impl ArrivalFacts for PlainFacts {
 
     fn netns(&self) -> Option<NetnsInfo> {
         self.netns
+    }
+
+    fn is_of_kubelet(&self, flow: &Flow) -> bool {
+        self.kubelet_flows.contains(flow)
     }
 
     fn tunnel_flow(&self, flow: &Flow) -> Option<u64> {

@@ -293,6 +293,25 @@ fn an_arrival_that_is_not_steered_follows_the_fail_mode() {
     assert_eq!(arrives(&facts, OTHER, OWN, 80).rule(), Rule::FailClosed, "opened from another netns");
 }
 
+#[test]
+fn what_the_kubelet_opens_passes_without_a_tunnel_too_but_not_as_hbone_and_not_to_reserved_ports() {
+    for flags in [IN_MESH, IN_MESH | READY] {
+        let mut facts = facts(flags);
+        facts.kubelet_flows = [80, 82, 15001, 15006, 15008].map(|port| flow(OTHER, OWN, port)).into();
+        // Also where nobody listens: the kernel refuses it as without a mesh.
+        for port in [80, 82] {
+            assert_eq!(arrives(&facts, OTHER, OWN, port), Inbound::Pass(Rule::Kubelet));
+        }
+        for port in [15001, 15006] {
+            assert_eq!(arrives(&facts, OTHER, OWN, port), Inbound::Drop(Rule::DropReserved));
+        }
+        assert_ne!(arrives(&facts, OTHER, OWN, 15008).rule(), Rule::Kubelet);
+        assert_ne!(arrives(&facts, OTHER, OWN_TOO, 80).rule(), Rule::Kubelet, "another flow");
+        facts.netns = None;
+        assert_eq!(arrives(&facts, OTHER, OWN, 80), Inbound::Drop(Rule::UnknownNetns));
+    }
+}
+
 fn arrives(facts: &PlainFacts, from: Address, to: Address, port: u16) -> Inbound {
     inbound(facts, &Arrival { flow: flow(from, to, port), is_v4: crate::address::is_v4(&to) })
 }

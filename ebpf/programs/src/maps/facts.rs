@@ -13,7 +13,7 @@ use aya_ebpf::helpers::{bpf_sk_release, generated::bpf_map_lookup_elem};
 
 use super::{
     APP_LISTENER_STATE, APP_LISTENERS, ORIGINAL_DST, TUNNEL_LISTENERS,
-    flows::tunnel_flow,
+    flows::{is_kubelet_flow, tunnel_flow},
     is_cidr_excluded, is_port_excluded,
     pods::{CLOSED, Entry, netns, owner, pod_in},
     state_or_new,
@@ -159,6 +159,11 @@ impl ArrivalFacts for Arriving<'_> {
     #[inline(always)]
     fn netns(&self) -> Option<NetnsInfo> {
         netns(self.lookup.netns_cookie())
+    }
+
+    #[inline(always)]
+    fn is_of_kubelet(&self, flow: &Flow) -> bool {
+        is_kubelet_flow(flow)
     }
 
     #[inline(always)]

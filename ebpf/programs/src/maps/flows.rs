@@ -1,5 +1,5 @@
-//! Connections on their way: where their openers wanted to go, which the tunnel opened, and which need
-//! a netns prepared.
+//! Connections on their way: where their openers wanted to go, which the tunnel and the kubelet
+//! opened, and which need a netns prepared.
 
 use core::arch::asm;
 
@@ -10,10 +10,11 @@ use adit_ebpf_common::{
 use aya_ebpf::{
     bindings::{BPF_EXIST, BPF_NOEXIST},
     helpers::generated::bpf_ktime_get_ns,
+    maps::LruHashMap,
 };
 
 use super::{
-    ORIGINAL_DST, PINNED_CONNECTIONS, TUNNEL_FLOWS,
+    KUBELET_FLOWS, ORIGINAL_DST, PINNED_CONNECTIONS, TUNNEL_FLOWS,
     whole::{Look, in_memory, look},
 };
 
@@ -37,32 +38,67 @@ pub fn withdraw_original(flow: &Flow) {
     let _ = ORIGINAL_DST.remove(flow);
 }
 
+/// Flows that pass during their handshake.
+type PassingFlows = LruHashMap<Flow, Sealed<TunnelFlow>>;
+
 #[inline(always)]
 pub fn record_tunnel_flow(flow: &Flow, netns_cookie: u64) -> Result<(), i32> {
-    let of_netns = TunnelFlow { netns_cookie, valid_until: now() + SYN_LIFETIME };
-    TUNNEL_FLOWS.insert(flow, Sealed::new(flow, of_netns), 0)
+    record(&TUNNEL_FLOWS, flow, netns_cookie)
 }
 
 /// The tunnel's end of `flow` is established. Its socket is the one writer of the entry.
 #[inline(always)]
 pub fn shorten_tunnel_flow(flow: &Flow) {
-    let Some(found) = recorded_tunnel_flow(flow) else { return };
-    let shorter = TunnelFlow { valid_until: now() + ACK_LIFETIME, ..found };
-    let _ = TUNNEL_FLOWS.insert(flow, Sealed::new(flow, shorter), u64::from(BPF_EXIST));
-}
-
-#[inline(always)]
-fn recorded_tunnel_flow(flow: &Flow) -> Option<TunnelFlow> {
-    let mut copy = Sealed::broken(TunnelFlow { netns_cookie: 0, valid_until: 0 });
-    let look = look(flow, &mut copy, || TUNNEL_FLOWS.get_ptr(flow));
-    if look == Look::Whole { Some(*copy.unchecked()) } else { None }
+    shorten(&TUNNEL_FLOWS, flow);
 }
 
 /// The netns from which the tunnel opened `flow`, while that may still be on its way.
 #[inline(always)]
 pub fn tunnel_flow(flow: &Flow) -> Option<u64> {
-    let found = recorded_tunnel_flow(flow)?;
+    let found = recorded(&TUNNEL_FLOWS, flow)?;
     if now() < found.valid_until { Some(found.netns_cookie) } else { None }
+}
+
+#[inline(always)]
+pub fn record_kubelet_flow(flow: &Flow) -> Result<(), i32> {
+    record(&KUBELET_FLOWS, flow, 0)
+}
+
+/// The kubelet's end of `flow` is established.
+#[inline(always)]
+pub fn shorten_kubelet_flow(flow: &Flow) {
+    shorten(&KUBELET_FLOWS, flow);
+}
+
+/// Whether the kubelet opened `flow`, and it may still be on its way.
+#[inline(always)]
+pub fn is_kubelet_flow(flow: &Flow) -> bool {
+    recorded(&KUBELET_FLOWS, flow).is_some_and(|found| now() < found.valid_until)
+}
+
+#[inline(always)]
+pub fn forget_kubelet_flow(flow: &Flow) {
+    let _ = KUBELET_FLOWS.remove(flow);
+}
+
+#[inline(always)]
+fn record(map: &PassingFlows, flow: &Flow, netns_cookie: u64) -> Result<(), i32> {
+    let passes = TunnelFlow { netns_cookie, valid_until: now() + SYN_LIFETIME };
+    map.insert(flow, Sealed::new(flow, passes), 0)
+}
+
+#[inline(always)]
+fn shorten(map: &PassingFlows, flow: &Flow) {
+    let Some(found) = recorded(map, flow) else { return };
+    let shorter = TunnelFlow { valid_until: now() + ACK_LIFETIME, ..found };
+    let _ = map.insert(flow, Sealed::new(flow, shorter), u64::from(BPF_EXIST));
+}
+
+#[inline(always)]
+fn recorded(map: &PassingFlows, flow: &Flow) -> Option<TunnelFlow> {
+    let mut copy = Sealed::broken(TunnelFlow { netns_cookie: 0, valid_until: 0 });
+    let look = look(flow, &mut copy, || map.get_ptr(flow));
+    if look == Look::Whole { Some(*copy.unchecked()) } else { None }
 }
 
 /// `CLOCK_MONOTONIC`, in nanoseconds.
