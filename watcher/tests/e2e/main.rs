@@ -10,3 +10,6 @@
 mod install;
 mod probes;
 mod rig;
+mod rollout;
+mod traffic;
+mod workloads;

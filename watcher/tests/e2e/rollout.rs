@@ -1,0 +1,96 @@
+//! What is done to Adit and to the nodes under traffic: rollouts, crashes, restarts.
+
+use testbed::wait::wait_at_most;
+
+use crate::{
+    rig::{DEMO, LIMIT, PodSpec, Rig, SYSTEM},
+    traffic::Traffic,
+};
+
+/// Requests with a connection each, and connections that stay open, from node1 to node2.
+struct Load {
+    requests: Traffic,
+    connections: Traffic,
+}
+
+impl Load {
+    fn start(rig: &Rig, number: u8) -> Self {
+        let client = |name: &str, role: &[&str]| {
+            let name = format!("{name}-{number}");
+            Traffic::start(
+                rig,
+                PodSpec { namespace: DEMO, name: &name, account: "client", node: "node1", role },
+            )
+        };
+        Self {
+            requests: client("requests", &["ask", "http://server.demo.svc/", "50", "10"]),
+            connections: client("connections", &["hold", "http://server.demo.svc/echo", "200", "5"]),
+        }
+    }
+
+    fn assert_whole(&self, rig: &Rig, when: &str) {
+        self.requests.assert_whole(rig, 200, when);
+        self.connections.assert_whole(rig, 25, when);
+    }
+}
+
+fn enrolled() -> Rig {
+    let rig = Rig::start();
+    rig.namespace(DEMO, &["client", "server"]);
+    rig.install(&[]);
+    rig.label(DEMO, "ambient");
+    let server = PodSpec {
+        namespace: DEMO,
+        name: "server",
+        account: "server",
+        node: "node2",
+        role: &["serve", "8080"],
+    };
+    let server = rig.pod(server);
+    rig.cluster.kubectl(&["-n", DEMO, "expose", "pod", "server", "--port=80", "--target-port=8080"]);
+    rig.wait_enrolled(&server, true);
+    rig
+}
+
+#[test]
+#[ignore = "starts a cluster, needs root: make e2e"]
+fn a_rollout_fails_no_request_and_cuts_no_connection_and_crashes_heal() {
+    let mut rig = enrolled();
+    let load = Load::start(&rig, 1);
+    load.assert_whole(&rig, "before");
+
+    rig.cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "daemonset/ztunnel"]);
+    rig.wait_rolled_out();
+    load.assert_whole(&rig, "after a rollout");
+
+    for service in ["kubelet", "containerd"] {
+        for node in &mut rig.cluster.nodes {
+            node.kill_service(service);
+            if service == "kubelet" { node.start_kubelet() } else { node.start_containerd() }
+        }
+        for node in ["node1", "node2"] {
+            let healthz = format!("/api/v1/nodes/{node}/proxy/healthz");
+            wait_at_most(LIMIT, "the kubelet", || {
+                rig.cluster.kubectl_line(&["get", "--raw", &healthz]).is_some()
+            });
+        }
+        rig.wait_rolled_out();
+        load.assert_whole(&rig, &format!("after {service} was killed and started again"));
+    }
+
+    for node in ["node1", "node2"] {
+        rig.kill(node, "watcher");
+    }
+    load.assert_whole(&rig, "while watchers start again");
+    rig.wait_rolled_out();
+    load.assert_whole(&rig, "after the watchers were killed");
+    load.requests.end(&rig);
+    load.connections.end(&rig);
+
+    // Its connections end with it. The next ones come through as soon as it is back.
+    let before = rig.restarts("node1", "ztunnel");
+    rig.kill("node1", "ztunnel");
+    wait_at_most(LIMIT, "the tunnel to start again", || rig.restarts("node1", "ztunnel") > before);
+    let load = Load::start(&rig, 2);
+    load.assert_whole(&rig, "after the tunnel was killed");
+}

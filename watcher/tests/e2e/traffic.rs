@@ -1,0 +1,72 @@
+//! Pods that go on making requests, and hold connections, while something is done to the cluster.
+
+use testbed::{
+    real_cluster::Pod,
+    wait::{try_wait, wait_at_most},
+};
+
+use crate::rig::{LIMIT, PodSpec, Rig};
+
+/// A client that asks or holds, and prints how that goes.
+#[derive(Debug)]
+pub struct Traffic(Pod);
+
+impl Traffic {
+    /// Starts it and waits until it is answered.
+    pub fn start(rig: &Rig, spec: PodSpec<'_>) -> Self {
+        let traffic = Self(rig.pod(spec));
+        traffic.more(rig, 1);
+        traffic
+    }
+
+    /// A kubelet that has just started again knows nothing of the pod yet.
+    fn log(&self, rig: &Rig) -> String {
+        wait_at_most(LIMIT, "the log of the client", || {
+            rig.cluster.kubectl_line(&["-n", &self.0.namespace, "logs", &self.0.name])
+        })
+    }
+
+    /// How much was answered so far, and what was not.
+    pub fn so_far(&self, rig: &Rig) -> (usize, Vec<String>) {
+        let log = self.log(rig);
+        let count = log.lines().rev().find_map(|line| line.strip_prefix("ok ")?.parse().ok());
+        let failed = log.lines().filter_map(|line| line.strip_prefix("failed "));
+        (count.unwrap_or(0), failed.map(str::to_owned).collect())
+    }
+
+    /// Waits for `count` more answers.
+    pub fn more(&self, rig: &Rig, count: usize) {
+        let wanted = self.so_far(rig).0 + count;
+        let reached = try_wait(LIMIT, || self.so_far(rig).0 >= wanted);
+        assert!(
+            reached.is_some(),
+            "{}: no more answers\n{}\n{}",
+            self.0.name,
+            self.log(rig),
+            rig.system_story()
+        );
+    }
+
+    /// Nothing has failed so far, also not among `count` more answers.
+    pub fn assert_whole(&self, rig: &Rig, count: usize, when: &str) {
+        self.more(rig, count);
+        let (answered, failed) = self.so_far(rig);
+        assert!(
+            failed.is_empty(),
+            "{}, {when}: {} failed beside {answered} that did not, the first {:?}\n{}",
+            self.0.name,
+            failed.len(),
+            &failed[..failed.len().min(3)],
+            rig.system_story()
+        );
+        println!("{}, {when}: {answered} answered, none failed", self.0.name);
+    }
+
+    /// Waits until it has gone.
+    pub fn end(self, rig: &Rig) {
+        rig.cluster.kubectl(&["-n", &self.0.namespace, "delete", "pod", &self.0.name]);
+        wait_at_most(LIMIT, "the client to go", || {
+            rig.cluster.pod(&self.0.namespace, &self.0.name).is_none()
+        });
+    }
+}
