@@ -85,7 +85,8 @@ fn assert_only_hbone(wire: &Capture, client: &Pod, server: &Pod) {
     assert!(wire.counts().1 > 0, "no HBONE on the wire");
 }
 
-const STRICT: &str = "
+/// Whoever has no identity is refused.
+pub const STRICT: &str = "
 apiVersion: security.istio.io/v1
 kind: PeerAuthentication
 metadata: {name: strict, namespace: demo}

@@ -8,6 +8,7 @@
 #![allow(unreachable_pub, reason = "modules of a test program share helpers; nothing else can reach them")]
 
 mod install;
+mod lifecycle;
 mod probes;
 mod rig;
 mod rollout;

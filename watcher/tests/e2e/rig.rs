@@ -86,19 +86,26 @@ impl Rig {
 
     /// `helm install`, with `more` values.
     pub fn install(&self, more: &[&str]) {
-        let folder = chart::folder();
-        let words = [
-            "install",
-            "adit",
-            folder.to_str().expect("UTF-8 path"),
-            "--namespace",
-            SYSTEM,
-            "--create-namespace",
-        ];
+        self.install_chart(chart::folder().to_str().expect("UTF-8 path"), more);
+    }
+
+    /// The same of the chart in `folder`.
+    pub fn install_chart(&self, folder: &str, more: &[&str]) {
+        let words = ["install", "adit", folder, "--namespace", SYSTEM, "--create-namespace"];
         self.cluster
             .helm(&[&words, VALUES, more].concat())
             .unwrap_or_else(|said| panic!("helm install: {said}"));
         self.wait_rolled_out();
+    }
+
+    /// `helm upgrade`, with these values beside those of the tests.
+    ///
+    /// # Errors
+    /// What Helm says when it refuses.
+    pub fn upgrade(&self, more: &[&str]) -> Result<String, String> {
+        let folder = chart::folder();
+        let words = ["upgrade", "adit", folder.to_str().expect("UTF-8 path"), "--namespace", SYSTEM];
+        self.cluster.helm(&[&words, VALUES, more].concat())
     }
 
     /// Waits until control plane, watchers and tunnels are ready, as they were asked for last.
@@ -114,21 +121,34 @@ impl Rig {
     }
 
     /// Whether each node has one pod of the DaemonSet that is not being deleted, which is ready and
-    /// of the last generation.
+    /// of the last revision.
     fn is_rolled_out(&self) -> bool {
+        let json = |kind: &str| -> Value {
+            let list = self.cluster.kubectl(&["-n", SYSTEM, "get", kind, "-l", "app=ztunnel", "-o", "json"]);
+            serde_json::from_str(&list).expect("JSON")
+        };
         let path = "jsonpath={.metadata.generation} {.status.observedGeneration}";
         let generations = self.cluster.kubectl(&["-n", SYSTEM, "get", "daemonset", "ztunnel", "-o", path]);
-        let Some((generation, observed)) = generations.split_once(' ') else { return false };
-        let pods = self.cluster.pods(SYSTEM, "app=ztunnel");
+        let is_seen = generations.split_once(' ').is_some_and(|(wanted, observed)| wanted == observed);
+        let revisions = json("controllerrevisions");
+        let last = revisions["items"]
+            .as_array()
+            .expect("revisions")
+            .iter()
+            .max_by_key(|item| item["revision"].as_u64());
+        let Some(last) = last.filter(|_| is_seen) else { return false };
+        let hash = &last["metadata"]["labels"]["controller-revision-hash"];
+        let pods = json("pods");
+        let pods = pods["items"].as_array().expect("pods");
         let staying: Vec<&Value> =
             pods.iter().filter(|pod| pod["metadata"]["deletionTimestamp"].is_null()).collect();
         let is_current = |pod: &&Value| {
             let conditions = pod["status"]["conditions"].as_array();
             let ready = |condition: &Value| condition["type"] == "Ready" && condition["status"] == "True";
-            pod["metadata"]["labels"]["pod-template-generation"] == generation
+            pod["metadata"]["labels"]["controller-revision-hash"] == *hash
                 && conditions.is_some_and(|conditions| conditions.iter().any(ready))
         };
-        generation == observed && staying.len() == self.cluster.nodes.len() && staying.iter().all(is_current)
+        staying.len() == self.cluster.nodes.len() && staying.iter().all(is_current)
     }
 
     /// What the pods of Adit say of themselves.

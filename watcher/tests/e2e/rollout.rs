@@ -4,35 +4,8 @@ use testbed::wait::wait_at_most;
 
 use crate::{
     rig::{DEMO, LIMIT, PodSpec, Rig, SYSTEM},
-    traffic::Traffic,
+    traffic::Load,
 };
-
-/// Requests with a connection each, and connections that stay open, from node1 to node2.
-struct Load {
-    requests: Traffic,
-    connections: Traffic,
-}
-
-impl Load {
-    fn start(rig: &Rig, number: u8) -> Self {
-        let client = |name: &str, role: &[&str]| {
-            let name = format!("{name}-{number}");
-            Traffic::start(
-                rig,
-                PodSpec { namespace: DEMO, name: &name, account: "client", node: "node1", role },
-            )
-        };
-        Self {
-            requests: client("requests", &["ask", "http://server.demo.svc/", "50", "10"]),
-            connections: client("connections", &["hold", "http://server.demo.svc/echo", "200", "5"]),
-        }
-    }
-
-    fn assert_whole(&self, rig: &Rig, when: &str) {
-        self.requests.assert_whole(rig, 200, when);
-        self.connections.assert_whole(rig, 25, when);
-    }
-}
 
 fn enrolled() -> Rig {
     let rig = Rig::start();
@@ -84,8 +57,7 @@ fn a_rollout_fails_no_request_and_cuts_no_connection_and_crashes_heal() {
     load.assert_whole(&rig, "while watchers start again");
     rig.wait_rolled_out();
     load.assert_whole(&rig, "after the watchers were killed");
-    load.requests.end(&rig);
-    load.connections.end(&rig);
+    load.end(&rig);
 
     // Its connections end with it. The next ones come through as soon as it is back.
     let before = rig.restarts("node1", "ztunnel");

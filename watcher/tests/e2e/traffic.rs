@@ -5,7 +5,7 @@ use testbed::{
     wait::{try_wait, wait_at_most},
 };
 
-use crate::rig::{LIMIT, PodSpec, Rig};
+use crate::rig::{DEMO, LIMIT, PodSpec, Rig};
 
 /// A client that asks or holds, and prints how that goes.
 #[derive(Debug)]
@@ -68,5 +68,49 @@ impl Traffic {
         wait_at_most(LIMIT, "the client to go", || {
             rig.cluster.pod(&self.0.namespace, &self.0.name).is_none()
         });
+    }
+}
+
+/// Requests with a connection each, and connections that stay open, from node1 to node2.
+#[derive(Debug)]
+pub struct Load {
+    requests: Traffic,
+    connections: Traffic,
+}
+
+impl Load {
+    /// Starts both; `number` tells them from others.
+    pub fn start(rig: &Rig, number: u8) -> Self {
+        let client = |name: &str, role: &[&str]| {
+            let name = format!("{name}-{number}");
+            Traffic::start(
+                rig,
+                PodSpec { namespace: DEMO, name: &name, account: "client", node: "node1", role },
+            )
+        };
+        Self {
+            requests: client("requests", &["ask", "http://server.demo.svc/", "50", "10"]),
+            connections: client("connections", &["hold", "http://server.demo.svc/echo", "200", "5"]),
+        }
+    }
+
+    /// Nothing of either has failed so far.
+    pub fn assert_whole(&self, rig: &Rig, when: &str) {
+        self.requests.assert_whole(rig, 200, when);
+        self.connections.assert_whole(rig, 25, when);
+    }
+
+    /// How many requests were answered so far, as the node has it on disk.
+    pub fn answered_without_api(&self, rig: &Rig) -> usize {
+        let Pod { namespace, name, uid, .. } = &self.requests.0;
+        let last = format!("tail -n 1 /var/log/pods/{namespace}_{name}_{uid}/main/0.log");
+        let line = rig.cluster.nodes[0].run(&last);
+        line.rsplit(' ').next().and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+    }
+
+    /// Waits until both have gone.
+    pub fn end(self, rig: &Rig) {
+        self.requests.end(rig);
+        self.connections.end(rig);
     }
 }
