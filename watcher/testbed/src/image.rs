@@ -24,7 +24,7 @@ pub const ADIT: &str = "localhost/adit:e2e";
 /// The image of the tests' pods: a shell, and the [roles](crate::roles) of the testbed.
 pub const POD: &str = "localhost/pod:e2e";
 
-/// The archive of [`ADIT`], made in `folder`.
+/// The archive of [`ADIT`], made in `folder`, which keeps it for the next run.
 pub fn adit(folder: &Path) -> PathBuf {
     let programs = ["watcher", "ztunnel", "ztunnel-control"]
         .map(|name| (binary(name), format!("/usr/local/bin/{name}")));
@@ -55,7 +55,7 @@ fn find(name: &str) -> PathBuf {
     found.unwrap_or_else(|| panic!("no {name} on PATH: run make setup"))
 }
 
-/// Writes an image of `programs` and where they are in it.
+/// Writes an image of `programs` and where they are in it, unless it is newer than all of them.
 fn write(
     folder: &Path,
     reference: &str,
@@ -63,6 +63,11 @@ fn write(
     programs: &[(PathBuf, String)],
     entrypoint: &[&str],
 ) -> PathBuf {
+    let path = folder.join(file);
+    let modified = |path: &Path| fs::metadata(path).and_then(|found| found.modified()).ok();
+    if programs.iter().all(|(program, _)| modified(program) < modified(&path)) {
+        return path;
+    }
     let mut contents = Contents::default();
     let mut libraries = BTreeSet::new();
     for (program, inside) in programs {
@@ -85,8 +90,10 @@ fn write(
         labels: BTreeMap::new(),
         modified: 0,
     };
-    let path = folder.join(file);
-    fs::write(&path, archive(&contents, &about).expect("an archive")).expect("an archive");
+    // Whole or not at all: a run may be interrupted.
+    let next = path.with_extension("next");
+    fs::write(&next, archive(&contents, &about).expect("an archive")).expect("an archive");
+    fs::rename(next, &path).expect("an archive");
     path
 }
 
