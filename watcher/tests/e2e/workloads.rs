@@ -120,4 +120,25 @@ fn pods_of_every_kind_are_in_the_mesh_from_their_first_connection() {
     let by_address = format!("http://{}:8080/", server.ip);
     assert!(rig.get(&on_host, &by_address).is_err(), "a policy about identities refuses it");
     rig.wait_get(&on_host, &format!("http://{}:8080/", client.ip), true);
+
+    // From outside of the cluster, by a port of the nodes, with either policy.
+    let port = |path: &str, node: usize| format!("http://{}:{path}/", rig.cluster.nodes[node].address);
+    rig.cluster.kubectl(&["-n", DEMO, "expose", "pod", "client", "--type=NodePort", "--port=8080"]);
+    let number = ["-n", DEMO, "get", "service", "client", "-o", "jsonpath={.spec.ports[0].nodePort}"];
+    let number = rig.cluster.kubectl(&number);
+    for (policy, on_node1) in [("Cluster", true), ("Local", false)] {
+        let patch = json!({"spec": {"externalTrafficPolicy": policy}}).to_string();
+        rig.cluster.kubectl(&["-n", DEMO, "patch", "service", "client", "-p", &patch]);
+        for (node, answers) in [(0, on_node1), (1, true)] {
+            wait_at_most(LIMIT, &format!("node{} with policy {policy}", node + 1), || {
+                (rig.cluster.netns.curl(&port(&number, node)).0 == 200) == answers
+            });
+        }
+    }
+    let mut with_port = spec("with-port", "client", &["serve", "8080"]).manifest();
+    with_port["spec"]["containers"][0]["ports"] = json!([{"containerPort": 8080, "hostPort": 8088}]);
+    rig.cluster.apply(&with_port.to_string());
+    let with_port = rig.cluster.ready_pod(DEMO, "with-port");
+    rig.wait_enrolled(&with_port, true);
+    wait_at_most(LIMIT, "a port of the host", || rig.cluster.netns.curl(&port("8088", 1)).0 == 200);
 }
