@@ -19,6 +19,7 @@
 
 use std::{
     fs,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -197,13 +198,17 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
             .await;
     }
     if result.is_ok() {
-        // The socket's file first. A journal that is still needed, or a successor's socket, keeps
-        // the folder.
-        drop(control);
-        let _ = fs::remove_dir(run_dir);
+        remove_run_dir(control, &run_dir);
         info!("everything undone");
     }
     result
+}
+
+/// Removes the folder of this run, and before it the file of the socket for commands. A journal that
+/// is still needed, or a successor's socket, keeps it.
+fn remove_run_dir(control: ControlServer, run_dir: &Path) {
+    drop(control);
+    let _ = fs::remove_dir(run_dir);
 }
 
 impl Agent {

@@ -10,9 +10,11 @@
 //! Every cluster has names of its own. Dropping one removes all of it.
 
 mod cgroups;
+mod container;
 mod control_plane;
 mod kubectl;
 mod node;
+mod programs;
 mod settings;
 
 use std::{

@@ -87,7 +87,7 @@ impl NodeCgroups {
 
     /// Removes the cgroup `below` it, with what is in it.
     pub(super) fn remove(&self, below: &str) {
-        let gone = try_wait(LIMIT, || self.dirs(below).iter().fold(true, |gone, dir| remove(dir) && gone));
+        let gone = try_wait(LIMIT, || remove_all(&self.dirs(below)));
         assert!(gone.is_some(), "cgroup {} cannot be removed", self.dirs(below)[0].display());
     }
 
@@ -100,10 +100,14 @@ impl NodeCgroups {
 
 impl Drop for NodeCgroups {
     fn drop(&mut self) {
-        try_wait(Duration::from_secs(10), || {
-            self.dirs("").iter().fold(true, |gone, dir| remove(dir) && gone)
-        });
+        try_wait(Duration::from_secs(10), || remove_all(&self.dirs("")));
     }
+}
+
+/// Whether all of them are gone. Each is tried.
+fn remove_all(dirs: &[PathBuf]) -> bool {
+    let left = dirs.iter().filter(|dir| !remove(dir)).count();
+    left == 0
 }
 
 /// Kills what is in `dir` and below it, and removes all of it. Whether it is gone.

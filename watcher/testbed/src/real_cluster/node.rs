@@ -3,9 +3,8 @@
 
 use std::{
     fs,
-    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Command, Output},
 };
 
 use nix::{
@@ -13,18 +12,20 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{cgroups::NodeCgroups, settings::NodeSettings};
+use super::{
+    cgroups::NodeCgroups,
+    container::{contain, in_cgroups},
+    programs::{cni, containerd, runc},
+    settings::{self, NodeSettings},
+};
 use crate::{
     api_server::ApiServer,
     command::{run, text},
     netns::TestNetns,
     process::Process,
-    program::{foreign, kubernetes},
+    program::kubernetes,
     wait::wait_for,
 };
-
-/// As in `.ci/tools/containerd/go.mod`.
-const CONTAINERD: &str = "2.4.2";
 
 /// A node. On drop, everything that runs on it ends.
 #[derive(Debug)]
@@ -107,7 +108,7 @@ impl RealNode {
         write("containerd.toml", &settings.containerd(&cni(), &runc()));
         write("kubelet.json", &settings.kubelet().to_string());
         let admin = place.api.admin_kubeconfig();
-        write("kube-proxy.json", &settings.proxy(&self.name, &admin).to_string());
+        write("kube-proxy.json", &settings::proxy(&self.name, &admin).to_string());
         fs::copy(place.api.file(&format!("{}.kubeconfig", self.name)), self.dir.join("kubeconfig"))
             .expect("kubeconfig");
         write("resolv.conf", "");
@@ -156,7 +157,9 @@ impl RealNode {
         self.services = rest;
         let found: Vec<(String, Process)> = found;
         assert_eq!(found.len(), 1, "{name} runs");
-        found.into_iter().for_each(|(_, service)| end(service));
+        for (_, service) in found {
+            end(service);
+        }
         if name == "kubelet" {
             self.cgroups.remove(name);
         }
@@ -226,90 +229,6 @@ fn end(mut service: Process) {
     service.kill();
 }
 
-/// A command in cgroups and a netns, and in the other namespaces of process `node` if there is one.
-fn in_cgroups(cgroups: &[PathBuf], netns: &TestNetns, node: Option<u32>, words: &[&str]) -> Command {
-    let mut command = Command::new("sh");
-    let join =
-        r#"while [ "$1" != -- ]; do echo $$ > "$1/cgroup.procs" || exit 1; shift; done; shift; exec "$@""#;
-    command.args(["-c", join, "sh"]).args(cgroups).arg("--");
-    command.arg("nsenter").arg(format!("--net={}", netns.path().display()));
-    if let Some(pid) = node {
-        command.args(["--target", &pid.to_string(), "--pid", "--mount", "--cgroup"]);
-    }
-    command.arg("--").args(words).stdin(Stdio::null()).process_group(0);
-    command
-}
-
-/// Starts what holds the node's namespaces.
-fn contain(netns: &TestNetns, cgroups: &NodeCgroups, dir: &Path) -> (Process, u32) {
-    fs::create_dir_all(dir).expect("folder");
-    let mut mounts = String::new();
-    for hierarchy in &cgroups.hierarchies {
-        let (at, kind) = (hierarchy.mount.display(), &hierarchy.kind);
-        let options = hierarchy.mount_options();
-        // One tree is not mounted over itself.
-        mounts += &format!("umount -l {at}\nmount -t {kind} {options} cgroup {at}\n");
-    }
-    let ready = dir.join("ready");
-    // A mount of a netns would keep it alive. Kubelets and containerd have folders at fixed places.
-    // bash reaps what is orphaned.
-    let script = format!(
-        "for at in $(awk '$5 ~ \"^/run/netns/\" {{ print $5 }}' /proc/self/mountinfo); do umount -l $at || true; done
-         {mounts}
-         mount -t tmpfs tmpfs /run
-         mount -t bpf bpf /sys/fs/bpf
-         for at in /var/lib /var/log; do
-           mkdir -p {dir}/fs$at
-           mount --bind {dir}/fs$at $at
-         done
-         mount --make-rshared /
-         echo $$ > {ready}
-         while :; do sleep infinity & wait $!; done",
-        dir = dir.display(),
-        ready = ready.display(),
-    );
-    let words = [
-        "unshare",
-        "--pid",
-        "--fork",
-        "--kill-child",
-        "--mount-proc",
-        "--cgroup",
-        "--propagation",
-        "slave",
-        "bash",
-        "-ec",
-        &script,
-    ];
-    let command = in_cgroups(&cgroups.dirs(""), netns, None, &words);
-    let mut process = Process::spawn("node", command, &dir.join("node.log"));
-    let init = wait_for("the node's namespaces", || {
-        assert!(process.is_running(), "the node ended: {}", process.output());
-        let children = format!("/proc/{0}/task/{0}/children", process.pid());
-        let init: u32 = fs::read_to_string(children).ok()?.split(' ').next()?.parse().ok()?;
-        ready.exists().then_some(init)
-    });
-    (process, init)
-}
-
 fn text_of(path: &Path) -> &str {
     path.to_str().expect("UTF-8 path")
-}
-
-/// A program of containerd: from `CONTAINERD_BIN`, else what `.ci/setup/containerd` builds. Those on
-/// `PATH` may be of a generation whose configuration is another.
-fn containerd(name: &str) -> PathBuf {
-    foreign(name, "CONTAINERD_BIN", false, &format!("containerd-{CONTAINERD}"))
-}
-
-fn runc() -> PathBuf {
-    foreign("runc", "RUNC_BIN", true, "runc")
-}
-
-/// The folder of the CNI plugins: `CNI_BIN`, else that of Debian's package, else the usual one.
-fn cni() -> PathBuf {
-    let plugin = ["/usr/lib/cni", "/opt/cni/bin"].map(|dir| Path::new(dir).join("bridge"));
-    let found = plugin.into_iter().find(|path| path.is_file());
-    let found = found.unwrap_or_else(|| foreign("bridge", "CNI_BIN", false, "cni"));
-    found.parent().expect("a folder").to_owned()
 }

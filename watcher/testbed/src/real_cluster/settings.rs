@@ -102,20 +102,20 @@ state = "/run/containerd"
             {"type": "portmap", "capabilities": {"portMappings": true}},
         ]})
     }
+}
 
-    /// kube-proxy's configuration.
-    pub(super) fn proxy(&self, name: &str, kubeconfig: &Path) -> Value {
-        json!({
-            "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
-            "kind": "KubeProxyConfiguration",
-            "mode": "nftables",
-            "hostnameOverride": name,
-            "clientConnection": {"kubeconfig": kubeconfig},
-            "clusterCIDR": "10.244.0.0/16",
-            "healthzBindAddress": "127.0.0.1:10256",
-            "metricsBindAddress": "127.0.0.1:10249",
-            // Of the whole machine, and those of a netns cannot be set.
-            "conntrack": {"maxPerCore": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
-        })
-    }
+/// kube-proxy's configuration.
+pub(super) fn proxy(name: &str, kubeconfig: &Path) -> Value {
+    json!({
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+        "kind": "KubeProxyConfiguration",
+        "mode": "nftables",
+        "hostnameOverride": name,
+        "clientConnection": {"kubeconfig": kubeconfig},
+        "clusterCIDR": "10.244.0.0/16",
+        "healthzBindAddress": "127.0.0.1:10256",
+        "metricsBindAddress": "127.0.0.1:10249",
+        // Of the whole machine, and those of a netns cannot be set.
+        "conntrack": {"maxPerCore": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
+    })
 }
