@@ -88,12 +88,7 @@ pub fn adit_kubelet_ops(ctx: SockOpsContext) -> u32 {
     }
     let Some(flow) = ops.flow() else { return IGNORED };
     match op {
-        // On the loopback every netns has the same addresses. No probe of a pod goes there.
-        BPF_SOCK_OPS_TCP_CONNECT_CB if !is_loopback(&flow.remote) => {
-            if flows::record_kubelet_flow(&flow).is_ok() {
-                ops.watch_close();
-            }
-        }
+        BPF_SOCK_OPS_TCP_CONNECT_CB => record_kubelet_flow(&ops, &flow),
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => flows::shorten_kubelet_flow(&flow),
         BPF_SOCK_OPS_STATE_CB => flows::forget_kubelet_flow(&flow),
         _ => (),
@@ -170,6 +165,14 @@ fn record_tunnel_flow(ops: &SockOps) {
     let pins = !own && !is_loopback(&flow.local) && flows::count_pinned_connection(state.netns_cookie);
     state.pins_netns = u32::from(pins);
     if recorded || pins {
+        ops.watch_close();
+    }
+}
+
+/// On the loopback every netns has the same addresses. No probe of a pod goes there.
+#[inline(always)]
+fn record_kubelet_flow(ops: &SockOps, flow: &Flow) {
+    if !is_loopback(&flow.remote) && flows::record_kubelet_flow(flow).is_ok() {
         ops.watch_close();
     }
 }

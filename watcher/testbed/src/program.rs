@@ -47,7 +47,7 @@ pub fn foreign(name: &str, variable: &str, uses_path: bool, folder: &str) -> Pat
 /// # Panics
 /// When it is nowhere.
 pub fn kubernetes(name: &str) -> PathBuf {
-    /// As in `.ci/tools/kubernetes/go.mod`.
+    /// As `go.mod` in `.ci/tools/kubernetes` has it.
     const VERSION: &str = "1.36.3";
     foreign(name, "KUBEBUILDER_ASSETS", true, &format!("kubernetes-{VERSION}/bin"))
 }

@@ -65,4 +65,21 @@ fn a_rollout_fails_no_request_and_cuts_no_connection_and_crashes_heal() {
     wait_at_most(LIMIT, "the tunnel to start again", || rig.restarts("node1", "ztunnel") > before);
     let load = Load::start(&rig, 2);
     load.assert_whole(&rig, "after the tunnel was killed");
+    load.end(&rig);
+
+    // The namespace is still labelled.
+    let server = rig.cluster.pod(DEMO, "server").expect("the server");
+    let client = PodSpec {
+        namespace: DEMO,
+        name: "client",
+        account: "client",
+        node: "node1",
+        role: &["serve", "8080"],
+    };
+    let client = rig.pod(client);
+    rig.wait_enrolled(&client, true);
+    rig.uninstall();
+    let body = rig.wait_get(&client, "http://server.demo.svc/", true);
+    assert!(body.contains(&client.ip), "{body}");
+    rig.assert_nothing_left(&[&server, &client]);
 }

@@ -8,7 +8,7 @@ use crate::{
     program::foreign,
 };
 
-/// As in `.ci/tools/coredns/go.mod`.
+/// As `go.mod` in `.ci/tools/coredns` has it.
 const COREDNS: &str = "1.15.0";
 
 /// Ends when it is dropped.

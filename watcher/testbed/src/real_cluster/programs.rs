@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::program::foreign;
 
-/// As in `.ci/tools/containerd/go.mod`.
+/// As `go.mod` in `.ci/tools/containerd` has it.
 const CONTAINERD: &str = "2.4.2";
 
 /// A program of containerd: from `CONTAINERD_BIN`, else what `.ci/setup/containerd` builds. Those on
