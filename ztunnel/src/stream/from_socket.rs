@@ -2,7 +2,7 @@
 
 use std::{
     future::poll_fn,
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
 };
 
 use bytes::Bytes;
@@ -78,6 +78,9 @@ impl Source<'_> {
     /// in the socket.
     async fn capacity(&mut self) -> Result<usize, StreamError> {
         self.reserved = true;
+        // What h2 assigns at once is read below. It would wake this task for it all the same, once for
+        // each message, if the task were registered.
+        let _ = self.send.poll_reset(&mut Context::from_waker(Waker::noop()));
         self.send.reserve_capacity(self.reads.size);
         loop {
             // `poll_capacity` reports only changes; existing capacity must be read first.

@@ -1,4 +1,4 @@
-use std::{io, time::Duration};
+use std::{cell::Cell, future::poll_fn, io, rc::Rc, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -29,9 +29,11 @@ async fn carried() -> Carried {
     carried_together(1, SocketIs::Client).await.pop().unwrap()
 }
 
-/// `count` connections in one tunnel, whose peer has the default window of 65,535 bytes. We are at
-/// the `side` of its client or of its server.
-async fn carried_together(count: usize, side: SocketIs) -> Vec<Carried> {
+type Halves = (SendStream<Bytes>, RecvStream);
+
+/// The ends of `count` streams of one tunnel with the default windows of 65,535 bytes: the client's,
+/// which live as long as the handle on their tunnel, and the server's.
+async fn streams(count: usize) -> (Vec<Halves>, Vec<Halves>, h2::client::SendRequest<Bytes>) {
     let (near, far) = tokio::io::duplex(1 << 20);
     let (mut requests, connection) = h2::client::handshake(near).await.unwrap();
     spawn_local(connection);
@@ -53,7 +55,12 @@ async fn carried_together(count: usize, side: SocketIs) -> Vec<Carried> {
         let (response, send) = requests.send_request(request, false).unwrap();
         clients.push((send, response.await.unwrap().into_body()));
     }
-    let servers = server.await.unwrap();
+    (clients, server.await.unwrap(), requests)
+}
+
+/// `count` connections in one tunnel. We are at the `side` of its client or of its server.
+async fn carried_together(count: usize, side: SocketIs) -> Vec<Carried> {
+    let (clients, servers, requests) = streams(count).await;
     let (ours, peers) = if side == SocketIs::Client { (clients, servers) } else { (servers, clients) };
     let budget = MemoryBudget::new(1 << 30, MemoryMetrics::default());
     let memory = TunnelMemory::new(&budget, 1 << 16);
@@ -101,6 +108,35 @@ async fn idle_streams_leave_the_peers_window_to_those_that_have_something_to_sen
                 }
             }
         }
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
+async fn a_message_wakes_the_task_that_carries_it_once() {
+    const MESSAGES: usize = 20;
+    let test = async {
+        let (mut clients, mut servers, _tunnel) = streams(1).await;
+        let ((mut send, _), (_, mut received)) = (clients.remove(0), servers.remove(0));
+        let (mut application, mut socket) = sockets().await;
+        let wakes = Rc::new(Cell::new(0));
+        let counted = Rc::clone(&wakes);
+        spawn_local(async move {
+            let mut copy = pin!(socket_to_stream(socket.split().0, &mut send, |_| {}));
+            poll_fn(|cx| {
+                counted.set(counted.get() + 1);
+                copy.as_mut().poll(cx)
+            })
+            .await
+        });
+        tokio::task::yield_now().await;
+        let before = wakes.get();
+        for _ in 0..MESSAGES {
+            application.write_all(b"request").await.unwrap();
+            assert_eq!(received.data().await.unwrap().unwrap(), "request");
+        }
+        tokio::task::yield_now().await;
+        assert_eq!(wakes.get() - before, MESSAGES);
     };
     LocalSet::new().run_until(test).await;
 }
