@@ -1,6 +1,7 @@
 //! Workloads, services and policies from a control plane: Envoy's delta xDS with Istio's resources.
 //!
 //! * `client`: keeps a stream to the control plane open
+//! * `state`: what is held, and what a response changes of it
 //! * [`delta`]: requests and responses of one resource type, and what stays known across streams
 //! * `demand`: subscribes to names when a connection needs them
 //! * [`convert`]: protobuf resource → mesh type, validated as a whole
@@ -12,6 +13,7 @@ mod convert;
 pub mod delta;
 pub mod demand;
 mod interner;
+mod state;
 mod unknown_fields;
 
 use prost::Message as _;

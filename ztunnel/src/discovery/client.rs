@@ -19,11 +19,11 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Status, Streaming};
 use tracing::{debug, info, warn};
 use ztunnel_api::discovery::{
-    DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource,
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node,
     aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
 };
 
-use super::{ADDRESS, AUTHORIZATION, ResourceDecoder, delta::Subscription, demand::Demand};
+use super::{demand::Demand, state::DiscoveryState};
 use crate::{
     backoff::Backoff,
     config::XdsConfig,
@@ -68,14 +68,6 @@ pub struct DiscoveryClient {
     begin: Duration,
 }
 
-#[derive(Debug)]
-struct DiscoveryState {
-    decoder: ResourceDecoder,
-    subscriptions: [Subscription; 2],
-    store: Arc<Store>,
-    demand: Option<Demand>,
-}
-
 /// Why a stream ended.
 #[derive(Debug, thiserror::Error)]
 enum StreamEnd {
@@ -104,12 +96,7 @@ impl DiscoveryClient {
     ) -> Self {
         let metadata = config.metadata.iter().map(|(key, value)| (key.clone(), proto_value(value)));
         let node = Node { id: config.node_id.clone(), metadata: Some(Struct { fields: metadata.collect() }) };
-        let state = DiscoveryState {
-            decoder: ResourceDecoder::new(defaults),
-            subscriptions: [ADDRESS, AUTHORIZATION].map(Subscription::new),
-            store,
-            demand: demand.clone(),
-        };
+        let state = DiscoveryState::new(defaults, store, demand.clone());
         let control_plane = ControlPlane::new(config.service.clone());
         let (state, metrics) = (Some(state), metrics.xds.clone());
         Self { control_plane, node, demand, state, metrics, ready, begin: BEGIN }
@@ -248,77 +235,6 @@ impl DiscoveryClient {
         }
         self.state = Some(state);
         reply
-    }
-}
-
-impl DiscoveryState {
-    fn addresses(&self) -> &Subscription {
-        let [addresses, _] = &self.subscriptions;
-        addresses
-    }
-
-    /// The requests that open a stream.
-    fn first(&self, node: &Node) -> [DeltaDiscoveryRequest; 2] {
-        let [addresses, policies] = &self.subscriptions;
-        let only = self.demand.as_ref().map(Demand::all);
-        [addresses.initial_request(node.clone(), only), policies.initial_request(node.clone(), None)]
-    }
-
-    /// Whether every subscription by wildcard has had its first response.
-    fn is_complete(&self) -> bool {
-        let [addresses, policies] = &self.subscriptions;
-        policies.received && (self.demand.is_some() || addresses.received)
-    }
-
-    fn apply(&mut self, response: DeltaDiscoveryResponse) -> Option<DeltaDiscoveryRequest> {
-        let of_type = |subscription: &&mut Subscription| subscription.type_url() == response.type_url;
-        let Some(subscription) = self.subscriptions.iter_mut().find(of_type) else {
-            warn!(type_url = response.type_url, "control plane sent a type without a subscription");
-            return None;
-        };
-        let answers = self
-            .demand
-            .as_ref()
-            .filter(|_| response.type_url == ADDRESS)
-            .map(|_| ResponseNames::of(&response));
-        let outcome = subscription.apply(&self.decoder, response);
-        if !outcome.refused.is_empty() {
-            warn!(
-                type_url = subscription.type_url(),
-                resources = outcome.refused.join("; "),
-                "resources refused; their previous versions stay in force, and policies without one \
-                 allow nobody"
-            );
-        }
-        debug!(
-            type_url = subscription.type_url(),
-            changes = outcome.changes.len(),
-            held = subscription.held(),
-            "xDS response applied"
-        );
-        if !outcome.changes.is_empty() {
-            self.store.apply(outcome.changes);
-        }
-        if let (Some(demand), Some(ResponseNames { there, gone })) = (&self.demand, &answers) {
-            demand.record_answers(there.iter().map(String::as_str), gone.iter().map(String::as_str));
-        }
-        Some(outcome.reply)
-    }
-}
-
-/// The names that a response answers: each resource's own name and its aliases, refused or not.
-struct ResponseNames {
-    there: Vec<String>,
-    gone: Vec<String>,
-}
-
-impl ResponseNames {
-    fn of(response: &DeltaDiscoveryResponse) -> Self {
-        let names = |resource: &Resource| {
-            std::iter::once(resource.name.clone()).chain(resource.aliases.iter().cloned()).collect::<Vec<_>>()
-        };
-        let there = response.resources.iter().flat_map(names).collect();
-        Self { there, gone: response.removed_resources.clone() }
     }
 }
 
