@@ -34,8 +34,8 @@ use tower_http::compression::CompressionLayer;
 use tracing::info;
 
 use crate::{
-    config::Config, identity::Certificates, logging::Logging, mesh::Store, metrics::Metrics,
-    readiness::Readiness,
+    config::Config, discovery::last_state::Status, identity::Certificates, logging::Logging, mesh::Store,
+    metrics::Metrics, readiness::Readiness,
 };
 
 /// State and handles of the admin server.
@@ -57,6 +57,8 @@ pub struct Admin {
     pub workload_state: Arc<dyn Fn() -> serde_json::Value + Send + Sync>,
     /// Cancelled to shut the process down.
     pub quit: CancellationToken,
+    /// What is kept of the control plane's state, if it is.
+    pub last_state: Option<Arc<Status>>,
     /// When the process started.
     pub started: SystemTime,
 }

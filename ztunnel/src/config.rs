@@ -224,6 +224,8 @@ pub struct XdsConfig {
     pub metadata: BTreeMap<String, serde_json::Value>,
     /// Subscribes to workloads and services when a connection needs them, not to all at start.
     pub on_demand: bool,
+    /// Where what was told last is kept.
+    pub state_dir: Option<PathBuf>,
 }
 
 /// How to call a control plane.

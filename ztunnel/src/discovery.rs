@@ -2,6 +2,7 @@
 //!
 //! * `client`: keeps a stream to the control plane open
 //! * `state`: what is held, and what a response changes of it
+//! * [`last_state`]: keeps what was told, for a tunnel that starts while the control plane is away
 //! * [`delta`]: requests and responses of one resource type, and what stays known across streams
 //! * `demand`: subscribes to names when a connection needs them
 //! * [`convert`]: protobuf resource → mesh type, validated as a whole
@@ -13,6 +14,7 @@ mod convert;
 pub mod delta;
 pub mod demand;
 mod interner;
+pub mod last_state;
 mod state;
 mod unknown_fields;
 

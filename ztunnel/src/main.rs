@@ -15,7 +15,10 @@ use ztunnel::{
     admin::{Admin, Servers},
     config::{Config, LocalState, OwnPod, ProxyMode},
     context::ProcessContext,
-    discovery,
+    discovery::{
+        self,
+        last_state::{LastState, LastStateMetrics, Origin},
+    },
     dns::Dns,
     drain,
     identity::{Certificates, Revocations},
@@ -73,12 +76,10 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
         Some(_) => Store::untold(),
         None => Store::new(local_file::load(&config)?),
     });
+    let last_state = last_state(&config)?;
     let certificates = Certificates::new(&config)?;
     let revocations = Arc::new(Revocations::open(config.crl.clone())?);
-    let mut metrics = Metrics::new(config.budget.metric_label_sets as usize);
-    metrics.collect(Box::new(CertificateExpiry(Arc::clone(&certificates))));
-    metrics.collect(Box::new(lost_lines));
-    let metrics = Arc::new(metrics);
+    let metrics = metrics(&config, &certificates, last_state.as_deref(), lost_lines);
     let readiness = Readiness::default();
     let mut pods_ready = readiness.task("workload proxy manager");
     let on_demand = config.xds.as_ref().is_some_and(|xds| xds.on_demand);
@@ -90,6 +91,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
             defaults,
             Arc::clone(&store),
             demand.clone(),
+            last_state.clone(),
             &metrics,
             ready,
         )
@@ -130,6 +132,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
         readiness,
         workload_state: pods.view(),
         quit: stop.clone(),
+        last_state: last_state.map(|last_state| Arc::clone(last_state.status())),
         started: SystemTime::now(),
     };
     let served = servers.serve(admin, end.clone());
@@ -168,6 +171,29 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
     signals.abort();
     info!("stopped");
     ended_early.map_or(Ok(()), |ended| Err(anyhow!("{ended}")))
+}
+
+/// Where what the control plane tells is kept, if it is.
+fn last_state(config: &Config) -> Result<Option<Arc<LastState>>> {
+    let folder = config.xds.as_ref().and_then(|xds| xds.state_dir.as_deref());
+    let started = folder.map(|folder| LastState::start(folder, Origin::from(config)));
+    Ok(started.transpose().context("cannot start the thread of the last state")?.map(Arc::new))
+}
+
+/// The metrics, with what is read at each scrape.
+fn metrics(
+    config: &Config,
+    certificates: &Arc<Certificates>,
+    last_state: Option<&LastState>,
+    lost_lines: LostLogLines,
+) -> Arc<Metrics> {
+    let mut metrics = Metrics::new(config.budget.metric_label_sets as usize);
+    if let Some(last_state) = last_state {
+        metrics.collect(Box::new(LastStateMetrics(Arc::clone(last_state.status()))));
+    }
+    metrics.collect(Box::new(CertificateExpiry(Arc::clone(certificates))));
+    metrics.collect(Box::new(lost_lines));
+    Arc::new(metrics)
 }
 
 /// Serves the pods that this process is for until `stop`.

@@ -110,6 +110,11 @@ impl Mesh {
                 }
                 MeshChange::RemoveService(key) => mesh.take_service(&key),
                 MeshChange::RemovePolicy(key) => Arc::make_mut(&mut mesh.policies).remove(&key),
+                MeshChange::ForgetAddresses => {
+                    let policies = std::mem::take(&mut mesh.policies);
+                    mesh = Self { policies, puts: mesh.puts, ..Self::default() };
+                }
+                MeshChange::ForgetPolicies => mesh.policies = Arc::default(),
             }
         }
         mesh

@@ -12,6 +12,7 @@ mod drop_in;
 mod envoy;
 mod gateways;
 mod hbone;
+mod last_state;
 mod operators;
 mod pods;
 mod policy_known;

@@ -11,7 +11,7 @@
   {{- include "adit.tunnelEnvironment" . | trim | nindent 2 }}
   ports:
   - {name: ztunnel-stats, containerPort: 15020}
-  # Live: it answers. A tunnel whose control plane is away is not ready, and must not be restarted
+  # Live: it answers. A tunnel whose control plane is away may be not ready, and must not be restarted
   # for that: it goes on with what it knows. Ready: it serves every pod that the watcher has handed
   # over.
   startupProbe:
@@ -43,7 +43,7 @@
     # rights over other users.
     runAsUser: 0
     runAsGroup: 0
-    # It writes to nothing but its sockets.
+    # It writes to nothing but its sockets and what it keeps of the control plane's state.
     readOnlyRootFilesystem: true
     seccompProfile:
       {{- toYaml .Values.seccompProfile | nindent 6 }}
@@ -55,6 +55,9 @@
     {{- end }}
   volumeMounts:
   - {name: tunnel-socket, mountPath: /var/run/ztunnel}
+  {{- if .Values.stateHostPath }}
+  - {name: tunnel-state, mountPath: /var/lib/adit/ztunnel}
+  {{- end }}
   - {name: istio-token, mountPath: /var/run/secrets/tokens, readOnly: true}
   - {name: istiod-ca-cert, mountPath: /var/run/secrets/istio, readOnly: true}
   {{- if .Values.peerCaCrl.enabled }}
@@ -85,6 +88,7 @@
 {{- with include "adit.network" . }}{{ $_ := set $set "NETWORK" . }}{{ end -}}
 {{- if include "adit.logAsJson" . }}{{ $_ := set $set "LOG_FORMAT" "json" }}{{ end -}}
 {{- if .Values.peerCaCrl.enabled }}{{ $_ := set $set "CRL_PATH" "/var/run/secrets/istio-crl/ca-crl.pem" }}{{ end -}}
+{{- if .Values.stateHostPath }}{{ $_ := set $set "XDS_STATE_DIR" "/var/lib/adit/ztunnel" }}{{ end -}}
 {{- if .Values.config }}{{ $_ := set $set "ZTUNNEL_CONFIG" "/etc/adit/ztunnel.yaml" }}{{ end -}}
 {{- range $name, $value := mergeOverwrite $set .Values.meshConfig.defaultConfig.proxyMetadata .Values.env }}
 - name: {{ $name }}

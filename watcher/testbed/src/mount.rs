@@ -11,16 +11,21 @@ pub struct Mount(PathBuf);
 impl Mount {
     /// A private bpffs. What is still pinned in it at the end goes with it.
     pub fn bpffs(at: &Path) -> Self {
-        Self::new("bpf", at)
+        Self::new("bpf", at, None)
     }
 
     /// A file system in memory, as `/run` of a node is.
     pub fn tmpfs(at: &Path) -> Self {
-        Self::new("tmpfs", at)
+        Self::new("tmpfs", at, None)
     }
 
-    fn new(kind: &str, at: &Path) -> Self {
-        mount(Some(kind), at, Some(kind), MsFlags::empty(), None::<&str>)
+    /// A file system in memory that has room for so many `bytes`.
+    pub fn small_tmpfs(at: &Path, bytes: usize) -> Self {
+        Self::new("tmpfs", at, Some(&format!("size={bytes}")))
+    }
+
+    fn new(kind: &str, at: &Path, options: Option<&str>) -> Self {
+        mount(Some(kind), at, Some(kind), MsFlags::empty(), options)
             .unwrap_or_else(|error| panic!("mounting {kind} at {}: {error}", at.display()));
         Self(at.to_owned())
     }

@@ -130,7 +130,7 @@ fn each_host_path_and_each_capability_is_explained() {
         assert!(lines[above].starts_with("# "), "{line}: no reason above it");
         explained += 1;
     }
-    assert_eq!(explained, 8, "{manifest}");
+    assert_eq!(explained, 9, "{manifest}");
 }
 
 #[test]

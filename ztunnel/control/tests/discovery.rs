@@ -34,6 +34,7 @@ impl<'a> Tunnel<'a> {
             ResourceDefaults::from(&config),
             Arc::clone(&store),
             None,
+            None,
             &metrics,
             readiness.task("discovery"),
         );

@@ -5,13 +5,17 @@
 //! `make fuzz` looks for bytes that break this (libFuzzer, by `src/main.rs`); the tests run what is
 //! known, `seeds/TARGET/*`.
 
-use std::sync::OnceLock;
+use std::{io::Cursor, sync::OnceLock};
 
 use prost_types::Any;
 use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData as _};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use ztunnel::{
-    discovery::{ADDRESS, AUTHORIZATION, ResourceDecoder},
+    discovery::{
+        ADDRESS, AUTHORIZATION, ResourceDecoder,
+        delta::Subscription,
+        last_state::{KeptState, Origin, Piece, file_of},
+    },
     dns::{
         message::{self, QueryOutcome, Transport},
         names::{DnsClient, DnsZone},
@@ -41,6 +45,7 @@ pub const TARGETS: &[Fuzzed] = &[
     ("dns_reply", dns_reply),
     ("forwarded", forwarded),
     ("identity", spiffe_id),
+    ("last_state", last_state),
     ("mesh_file", mesh_file),
     ("xds_address", address_resource),
     ("xds_policy", policy_resource),
@@ -195,6 +200,41 @@ fn resource(type_url: &str, data: &[u8]) {
         // What was taken can be part of a mesh.
         let _ = Mesh::default().with([change]);
     }
+}
+
+/// What a tunnel has kept of the control plane's state: a file, or, where its first byte is zero,
+/// the records of one, each behind its length in one byte.
+fn last_state(data: &[u8]) {
+    let file = match data {
+        [0, rest @ ..] => {
+            let mut rest = rest;
+            let records = std::iter::from_fn(|| {
+                let (length, behind) = rest.split_first()?;
+                let (record, others) = behind.split_at_checked(usize::from(*length))?;
+                rest = others;
+                Some(record)
+            });
+            file_of(records).expect("short records")
+        }
+        file => file.to_vec(),
+    };
+    // Also without its end.
+    for end in [file.len(), file.len().saturating_sub(1), file.len() / 2] {
+        read_state(&file[..end]);
+    }
+}
+
+fn read_state(file: &[u8]) {
+    let Ok(mut state) = KeptState::open(Cursor::new(file), &Origin::default()) else { return };
+    let decoder = ResourceDecoder::new(defaults());
+    let mut told = [ADDRESS, AUTHORIZATION].map(Subscription::new);
+    let mut mesh = Mesh::default();
+    let replayed = state.replay(|piece| {
+        let Piece::Response(response) = piece else { return };
+        let subscription = told.iter_mut().find(|told| told.type_url() == response.type_url);
+        mesh = mesh.with(subscription.expect("a known type").apply(&decoder, response).changes);
+    });
+    replayed.expect("what was found whole is read");
 }
 
 /// A packet of the node agent.

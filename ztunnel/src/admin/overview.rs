@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::{Admin, dump::state};
 use crate::{
+    discovery::last_state::LastStateView,
     identity::CertificateInfo,
     metrics::{failures::FailedConnection, open::ConnectionView},
     reason::FailureReason,
@@ -32,6 +33,9 @@ pub struct Overview {
     pub ready: bool,
     /// Why it is not ready.
     pub pending: Vec<&'static str>,
+    /// What is kept of the control plane's state for the next tunnel, and whether this one goes on
+    /// with what another has kept. `None`: nothing is kept.
+    pub last_state: Option<LastStateView>,
     /// Pods handed over.
     pub pods: Vec<PodOverview>,
     /// Number of open connections.
@@ -128,6 +132,7 @@ impl Overview {
             up_secs: since(now, admin.started).as_secs(),
             ready: pending.is_empty(),
             pending,
+            last_state: admin.last_state.as_ref().map(|status| status.view()),
             pods,
             connections_open,
             connections: all.into_iter().take(CONNECTIONS).collect(),

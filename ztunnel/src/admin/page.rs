@@ -37,6 +37,9 @@ pub(super) fn page(overview: &Overview) -> Markup {
                     } @else {
                         (pill("bad", &format!("not ready: {}", overview.pending.join(", "))))
                     }
+                    @if let Some(age) = overview.last_state.as_ref().and_then(|state| state.in_force_age_secs) {
+                        (pill("bad", &format!("as the control plane told it {} ago", Lasts(age))))
+                    }
                     span.quiet { "version " (overview.version) " · up " (display(Lasts(overview.up_secs))) }
                 }
                 p."quiet lead" {

@@ -59,6 +59,7 @@ impl Bench {
                 json!({ "uid-1": { "state": "Up", "info": info } })
             }),
             quit: CancellationToken::new(),
+            last_state: None,
             started: SystemTime::now(),
             config: Arc::clone(&config),
         };

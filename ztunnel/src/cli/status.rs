@@ -86,6 +86,15 @@ fn human(status: &Value) -> String {
         status["tunnels"],
         status["streams"]
     );
+    if let Some(age) = status["lastState"]["inForceAgeSecs"].as_u64() {
+        let _ = writeln!(
+            text,
+            "the control plane has not answered since the start: going on with what it told {age} s ago"
+        );
+    }
+    if let Some(error) = status["lastState"]["error"].as_str() {
+        let _ = writeln!(text, "the last state of the control plane is not kept: {}", shown(&error.into()));
+    }
     let pods = ["namespace", "name", "serviceAccount", "state", "inbound", "outbound"];
     table(&mut text, "pods", &pods, &status["pods"]);
     let connections = [

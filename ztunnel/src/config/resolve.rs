@@ -331,7 +331,8 @@ fn xds(
         let expected = "false, unless dns.enabled (ISTIO_META_DNS_CAPTURE) is false";
         return Err(settings.invalid("xds.on_demand", expected));
     }
-    Ok(Some(XdsConfig { service, node_id, metadata, on_demand }))
+    let state_dir = settings.get("xds.state_dir").map(Into::into);
+    Ok(Some(XdsConfig { service, node_id, metadata, on_demand, state_dir }))
 }
 
 fn tls(settings: &RawSettings) -> Result<TlsConfig, ConfigError> {

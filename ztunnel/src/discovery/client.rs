@@ -1,12 +1,14 @@
 //! The xDS client: keeps a stream to the control plane open and applies its responses to the
 //! [`Store`].
 //!
-//! While the control plane is unreachable the last known state stays in force. Retries back off as
-//! in Istio's tunnel. The log gets a line when the control plane becomes unreachable, one every 5
-//! minutes, and one when it is back.
+//! While the control plane is unreachable the last known state stays in force; if it is so from the
+//! start, that is what a predecessor has [kept](LastState). Retries back off as in Istio's tunnel.
+//! The log gets a line when the control plane becomes unreachable, one every 5 minutes, and one when
+//! it is back.
 
 use std::{
     collections::BTreeMap,
+    pin::pin,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -23,7 +25,7 @@ use ztunnel_api::discovery::{
     aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
 };
 
-use super::{demand::Demand, state::DiscoveryState};
+use super::{demand::Demand, last_state::LastState, state::DiscoveryState};
 use crate::{
     backoff::Backoff,
     config::XdsConfig,
@@ -52,6 +54,10 @@ const JITTER: f64 = 0.5;
 const HEALTHY: Duration = Duration::from_mins(1);
 /// How often the log repeats that the control plane is unreachable.
 const REMIND_EVERY: Duration = Duration::from_mins(5);
+/// How long the control plane may take to tell everything before the last state is used.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often a stream on which nothing comes confirms the state that is kept.
+const CONFIRM_EVERY: Duration = Duration::from_mins(1);
 
 /// Updates a [`Store`] from the control plane. [`run`](Self::run) does all the work.
 #[derive(Debug)]
@@ -66,6 +72,9 @@ pub struct DiscoveryClient {
     ready: ReadyGuard,
     /// How long the next call may take to begin.
     begin: Duration,
+    /// When to use the last state, unless it was used or the control plane has told everything.
+    recall_at: Option<tokio::time::Instant>,
+    has_last_state: bool,
 }
 
 /// Why a stream ended.
@@ -84,28 +93,32 @@ enum StreamEnd {
 }
 
 impl DiscoveryClient {
-    /// Connects to nothing yet. When all subscribed resources were received once, `store` is known
-    /// and `ready` ready.
+    /// Connects to nothing yet. When all subscribed resources were received once, or taken from
+    /// `last_state`, `store` is known and `ready` ready.
     pub fn new(
         config: &XdsConfig,
         defaults: ResourceDefaults,
         store: Arc<Store>,
         demand: Option<Demand>,
+        last_state: Option<Arc<LastState>>,
         metrics: &Metrics,
         ready: ReadyGuard,
     ) -> Self {
+        let has_last_state = last_state.is_some();
         let metadata = config.metadata.iter().map(|(key, value)| (key.clone(), proto_value(value)));
         let node = Node { id: config.node_id.clone(), metadata: Some(Struct { fields: metadata.collect() }) };
-        let state = DiscoveryState::new(defaults, store, demand.clone());
+        let state = DiscoveryState::new(defaults, store, demand.clone(), last_state);
         let control_plane = ControlPlane::new(config.service.clone());
         let (state, metrics) = (Some(state), metrics.xds.clone());
-        Self { control_plane, node, demand, state, metrics, ready, begin: BEGIN }
+        let (begin, recall_at) = (BEGIN, None);
+        Self { control_plane, node, demand, state, metrics, ready, begin, recall_at, has_last_state }
     }
 
     /// Runs until `stop`, and opens a new stream whenever one ends.
     pub async fn run(mut self, stop: CancellationToken) {
         let mut backoff = Backoff::new().with_jitter(JITTER);
         let mut warned: Option<Instant> = None;
+        self.recall_at = self.has_last_state.then(|| tokio::time::Instant::now() + PATIENCE);
         loop {
             let (mut received, began) = (false, tokio::time::Instant::now());
             let Some(ended) = stop.run_until_cancelled(self.stream(&mut received)).await else { return };
@@ -132,6 +145,9 @@ impl DiscoveryClient {
             } else {
                 debug!(error, retry_ms = pause.as_millis(), "control plane still unreachable");
             }
+            if stop.run_until_cancelled(self.recall()).await.is_none() {
+                return;
+            }
             if stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
                 return;
             }
@@ -140,13 +156,25 @@ impl DiscoveryClient {
 
     /// Runs one stream from its first request to its end. Sets `received` at the first response.
     async fn stream(&mut self, received: &mut bool) -> StreamEnd {
+        if let Some(state) = &mut self.state {
+            state.prepare();
+        }
         let (requests, mut responses) = match self.call().await {
             Ok(streams) => streams,
             Err(ended) => return ended,
         };
+        let mut confirm = tokio::time::interval(CONFIRM_EVERY);
         loop {
             let message = tokio::select! {
                 message = responses.message() => message,
+                () = until(self.recall_at) => {
+                    self.recall().await;
+                    continue;
+                }
+                _ = confirm.tick() => {
+                    self.state.iter().for_each(DiscoveryState::still_told);
+                    continue;
+                }
                 request = self.demanded() => {
                     let _ = requests.send(request);
                     continue;
@@ -193,7 +221,15 @@ impl DiscoveryClient {
             let mut service = AggregatedDiscoveryServiceClient::new(channel)
                 .max_decoding_message_size(LARGEST_MESSAGE)
                 .max_encoding_message_size(LARGEST_MESSAGE);
-            match tokio::time::timeout(within, service.delta_aggregated_resources(call)).await {
+            let mut begun = pin!(tokio::time::timeout(within, service.delta_aggregated_resources(call)));
+            let begun = tokio::select! {
+                begun = &mut begun => begun,
+                () = until(self.recall_at) => {
+                    self.recall().await;
+                    begun.await
+                }
+            };
+            match begun {
                 Ok(Ok(responses)) => {
                     self.begin = BEGIN;
                     return Ok((requests, responses.into_inner()));
@@ -213,27 +249,55 @@ impl DiscoveryClient {
         })
     }
 
-    /// Applies a response and returns the ACK or NACK.
-    async fn respond(&mut self, response: DeltaDiscoveryResponse) -> Option<DeltaDiscoveryRequest> {
-        self.metrics.received(&response.type_url, response.encoded_len());
+    /// Goes on with the last state, once, if the control plane has not told everything yet.
+    async fn recall(&mut self) {
+        if self.recall_at.take().is_none() {
+            return;
+        }
+        let Some(is_recalled) = self.off_thread(DiscoveryState::recall).await else { return };
+        if is_recalled {
+            self.is_known();
+        }
+    }
+
+    /// Runs `work`, which takes seconds in a large mesh: this runtime also serves readiness and ZDS.
+    async fn off_thread<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut DiscoveryState) -> T + Send + 'static,
+    ) -> Option<T> {
         let mut state = self.state.take()?;
-        // A large mesh takes seconds, and this runtime also serves readiness and ZDS.
         let worked = tokio::task::spawn_blocking(move || {
-            let reply = state.apply(response);
-            (state, reply)
+            let done = work(&mut state);
+            (state, done)
         });
-        let (state, reply) = match worked.await {
+        let (state, done) = match worked.await {
             Ok(done) => done,
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         };
+        self.state = Some(state);
+        Some(done)
+    }
+
+    /// Connections may be judged by what there is.
+    fn is_known(&mut self) {
+        if let Some(state) = &self.state {
+            state.store.set_known();
+        }
+        self.ready.ready();
+    }
+
+    /// Applies a response and returns the ACK or NACK.
+    async fn respond(&mut self, response: DeltaDiscoveryResponse) -> Option<DeltaDiscoveryRequest> {
+        self.metrics.received(&response.type_url, response.encoded_len());
+        let reply = self.off_thread(|state| state.apply(response)).await?;
+        let state = self.state.as_ref()?;
         for subscription in &state.subscriptions {
             self.metrics.refused(subscription.type_url(), subscription.refused());
         }
         if state.is_complete() {
-            state.store.set_known();
-            self.ready.ready();
+            self.recall_at = None;
+            self.is_known();
         }
-        self.state = Some(state);
         reply
     }
 }
@@ -248,6 +312,13 @@ impl StreamEnd {
             Self::Broken(_) => Termination::Error,
             Self::Closed => Termination::Complete,
         }
+    }
+}
+
+async fn until(at: Option<tokio::time::Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -29,6 +29,11 @@ pub struct Subscription {
     refused: HashMap<Arc<str>, Option<PolicyKey>>,
     /// Whether any response was received, on this stream or an earlier one.
     pub received: bool,
+    /// What the mesh has of this type was not told to this subscription. The next response is
+    /// everything, and takes its place.
+    pub is_stale: bool,
+    /// Whether outcomes say what to [keep](ResponseOutcome::put).
+    pub is_kept: bool,
 }
 
 #[derive(Debug)]
@@ -62,15 +67,17 @@ enum ResourceKey {
 }
 
 impl ResourceKey {
-    fn of(change: &MeshChange) -> Self {
-        match change {
+    /// `None`: the change is not about one resource.
+    fn of(change: &MeshChange) -> Option<Self> {
+        Some(match change {
             MeshChange::PutWorkload(workload) => Self::Workload(Arc::clone(&workload.uid)),
             MeshChange::PutService(service) => Self::Service(service.key()),
             MeshChange::PutPolicy(policy) => Self::Policy(policy.key.clone()),
             MeshChange::RemoveWorkload(uid) => Self::Workload(Arc::clone(uid)),
             MeshChange::RemoveService(key) => Self::Service(key.clone()),
             MeshChange::RemovePolicy(key) => Self::Policy(key.clone()),
-        }
+            MeshChange::ForgetAddresses | MeshChange::ForgetPolicies => return None,
+        })
     }
 
     fn removed(self) -> MeshChange {
@@ -91,13 +98,26 @@ pub struct ResponseOutcome {
     pub reply: DeltaDiscoveryRequest,
     /// `name: reason` of each refused resource.
     pub refused: Vec<String>,
+    /// What to keep for the next process: the names that were removed.
+    pub removed: Vec<String>,
+    /// Also to keep: the resources that count from now on, as they came. Those that were taken, and
+    /// those for which something stands in.
+    pub put: Vec<Resource>,
 }
 
 impl Subscription {
     /// Of a type such as [`super::ADDRESS`]; nothing is held yet.
     #[must_use]
     pub fn new(type_url: &'static str) -> Self {
-        Self { type_url, held: HashMap::new(), refused: HashMap::new(), received: false }
+        let (held, refused) = (HashMap::new(), HashMap::new());
+        Self { type_url, held, refused, received: false, is_stale: false, is_kept: false }
+    }
+
+    /// Holds nothing any more, so that the next stream tells everything.
+    pub(super) fn begin_anew(&mut self) {
+        self.held.clear();
+        self.refused.clear();
+        self.is_stale = true;
     }
 
     /// The resource type.
@@ -183,8 +203,9 @@ impl Subscription {
     /// Decodes a response and updates what is held.
     pub fn apply(&mut self, decoder: &ResourceDecoder, response: DeltaDiscoveryResponse) -> ResponseOutcome {
         let (mut changes, mut refused) = (Vec::with_capacity(response.resources.len()), Vec::new());
-        for name in response.removed_resources {
-            changes.extend(self.removed(&name));
+        let mut put = Vec::new();
+        for name in &response.removed_resources {
+            changes.extend(self.removed(name));
         }
         for resource in response.resources {
             let read = match &resource.resource {
@@ -197,11 +218,15 @@ impl Subscription {
                 Ok(change) => change,
                 Err(reason) => {
                     refused.push(format!("{}: {reason}", resource.name));
-                    changes.extend(self.refuse(&resource));
+                    let instead = self.refuse(&resource);
+                    if self.is_kept && !instead.is_empty() {
+                        put.push(resource);
+                    }
+                    changes.extend(instead);
                     continue;
                 }
             };
-            let key = ResourceKey::of(&change);
+            let Some(key) = ResourceKey::of(&change) else { continue };
             let stand_in = self.refused.remove(&*resource.name).flatten();
             let before = self.remove(&resource.name).or_else(|| stand_in.map(ResourceKey::Policy));
             if let Some(before) = before
@@ -209,9 +234,13 @@ impl Subscription {
             {
                 changes.push(before.removed());
             }
-            let (name, held) = HeldResource::new(&resource.name, decoder.texts.intern(resource.version), key);
+            let version = decoder.texts.intern(resource.version.as_str());
+            let (name, held) = HeldResource::new(&resource.name, version, key);
             self.held.insert(name, held);
             changes.push(change);
+            if self.is_kept {
+                put.push(resource);
+            }
         }
         self.received = true;
         let error_detail =
@@ -222,7 +251,7 @@ impl Subscription {
             error_detail,
             ..DeltaDiscoveryRequest::default()
         };
-        ResponseOutcome { changes, reply, refused }
+        ResponseOutcome { changes, reply, refused, removed: response.removed_resources, put }
     }
 }
 

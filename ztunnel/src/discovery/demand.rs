@@ -166,28 +166,57 @@ impl Demand {
 
     /// Records that the control plane sent `there` and reported `gone` as absent. Call it after the
     /// mesh was updated.
+    /// Returns the names that are answered by this: whether each is there, `None` where it is
+    /// subscribed to no longer.
     pub(super) fn record_answers<'a>(
         &self,
         there: impl IntoIterator<Item = &'a str>,
         gone: impl IntoIterator<Item = &'a str>,
-    ) {
+    ) -> Vec<(Arc<str>, Option<bool>)> {
         let mut subscribed = self.names();
+        let mut answered = Vec::new();
         for name in there {
-            subscribed.set(name, Resolution::Found);
+            answered.extend(subscribed.set(name, Resolution::Found).map(|name| (name, Some(true))));
         }
         for name in gone {
             subscribed.count += 1;
             let state = Resolution::Absent(subscribed.count);
-            subscribed.set(name, state);
+            answered.extend(subscribed.set(name, state).map(|name| (name, Some(false))));
         }
         while subscribed.absent.len() > MAX_ABSENT {
             let Some((_, oldest)) = subscribed.absent.pop_first() else { break };
             subscribed.names.remove(&oldest);
+            answered.push((Arc::clone(&oldest), None));
             subscribed.unsent.unsubscribe.push(oldest);
             self.0.added.notify_one();
         }
         drop(subscribed);
         self.0.answers.send_modify(|count| *count += 1);
+        answered
+    }
+
+    /// Subscribes to the names that a predecessor had subscribed to, with the answers that it had.
+    pub(super) fn restore<'a>(&self, names: impl IntoIterator<Item = (&'a str, bool)>) {
+        let mut subscribed = self.names();
+        let (mut there, mut gone) = (Vec::new(), Vec::new());
+        for (name, is_there) in names {
+            if !subscribed.names.contains_key(name) {
+                subscribed.add(name, None);
+            }
+            (if is_there { &mut there } else { &mut gone }).push(name);
+        }
+        drop(subscribed);
+        self.0.added.notify_one();
+        self.record_answers(there, gone);
+    }
+
+    /// No name has an answer any more, and all are still subscribed to.
+    pub(super) fn forget_answers(&self) {
+        let mut subscribed = self.names();
+        subscribed.absent.clear();
+        for state in subscribed.names.values_mut().filter(|state| !matches!(state, Resolution::Pending(_))) {
+            *state = Resolution::Pending(None);
+        }
     }
 
     fn names(&self) -> MutexGuard<'_, SubscribedNames> {
@@ -202,10 +231,10 @@ impl SubscribedNames {
         self.unsent.subscribe.push(name);
     }
 
-    /// Ignores names that nobody subscribed to.
-    fn set(&mut self, name: &str, state: Resolution) {
-        let Some((name, _)) = self.names.get_key_value(name) else { return };
-        let name = Arc::clone(name);
+    /// The name. Ignores those that nobody subscribed to.
+    fn set(&mut self, name: &str, state: Resolution) -> Option<Arc<str>> {
+        let (name, _) = self.names.get_key_value(name)?;
+        let (name, answered) = (Arc::clone(name), Arc::clone(name));
         if let Resolution::Absent(when) = state {
             self.absent.insert(when, Arc::clone(&name));
         }
@@ -221,6 +250,7 @@ impl SubscribedNames {
             }
             _ => {}
         }
+        Some(answered)
     }
 }
 

@@ -19,4 +19,9 @@ pub enum MeshChange {
     RemoveService(ServiceKey),
     /// Removes a policy.
     RemovePolicy(PolicyKey),
+    /// Forgets all workloads and services: another word about all of them follows.
+    ForgetAddresses,
+    /// Forgets all policies, and also which ones were removed: another word about all of them
+    /// follows.
+    ForgetPolicies,
 }

@@ -86,6 +86,9 @@ pub(crate) const METRICS: &[MetricRow] = &[
     row("istio_xds_message_total", "counter", &["url"], "messages from the control plane by resource type"),
     row("istio_xds_message_bytes_total", "counter", &["url"], "bytes of these messages"),
     row("ztunnel_xds_refused_resources", "gauge", &["url"], "resources of the control plane whose last version was refused, by resource type; the log has the reasons"),
+    row("ztunnel_xds_last_state_age_seconds", "gauge", NONE, "how long ago the control plane told what is in force, while that is the [last state](architecture.md#control-plane) from disk; absent while it is the control plane's own word"),
+    row("ztunnel_xds_last_state_bytes", "gauge", NONE, "bytes of the last state that is kept on disk; 0: none is"),
+    row("ztunnel_xds_last_state_failures_total", "counter", NONE, "how often the last state could not be kept on disk; the log and `ztunnel status` have the reason"),
     row("istio_crl_policy_rejections_total", "counter", &["reporter"], "peers refused or disconnected because their certificate is revoked"),
     row("istio_crl_untracked_connections_total", "counter", &["reporter"], "connections whose peer certificate has no readable issuer and serial number, so that no revocation list applies"),
     row("istio_build", "gauge", &["component", "tag"], "always 1; the labels name program and version"),
@@ -131,6 +134,7 @@ mod tests {
     use crate::{
         config::Config,
         direction::Direction,
+        discovery::last_state::{LastState, LastStateMetrics, Origin},
         identity::Certificates,
         mesh::Workload,
         metrics::{
@@ -144,8 +148,8 @@ mod tests {
     async fn scraped() -> String {
         let mut metrics = Metrics::default();
         let folder = tempfile::tempdir().unwrap();
-        let folder = folder.path().display().to_string();
-        let config = Config::from_vars([("DEVELOPMENT_CA_DIR".to_owned(), folder)]).unwrap();
+        let ca = folder.path().display().to_string();
+        let config = Config::from_vars([("DEVELOPMENT_CA_DIR".to_owned(), ca)]).unwrap();
         let certificates = Certificates::new(&config).unwrap();
         let fetching = tokio::spawn(Arc::clone(&certificates).run(CancellationToken::new()));
         let _lease = certificates.lease("demo".into(), "web".into());
@@ -176,6 +180,9 @@ mod tests {
             counter.inc();
         }
         dns.upstream_duration.observe(0.0);
+        let last_state = LastState::start(&folder.path().join("xds"), Origin::default()).unwrap();
+        last_state.set_in_force(Some(SystemTime::now()));
+        metrics.collect(Box::new(LastStateMetrics(Arc::clone(last_state.status()))));
         metrics.xds.terminated(Termination::Complete);
         metrics.xds.received("url", 1);
         metrics.xds.refused("url", 1);

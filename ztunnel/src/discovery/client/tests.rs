@@ -35,6 +35,7 @@ async fn a_control_plane_that_answers_pings_and_nothing_else_is_called_again() {
         ResourceDefaults::from(&config),
         Arc::default(),
         None,
+        None,
         &Metrics::default(),
         readiness.task("state manager"),
     );
