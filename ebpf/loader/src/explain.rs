@@ -180,12 +180,12 @@ impl ArrivalFacts for MapFacts<'_> {
         self.netns
     }
 
-    /// The connection comes from another netns, where no flow of the tunnel is this pod's.
     /// Asked of a connection that nobody opened yet.
     fn is_of_kubelet(&self, _flow: &Flow) -> bool {
         false
     }
 
+    /// The connection comes from another netns, where no flow of the tunnel is this pod's.
     fn tunnel_flow(&self, _flow: &Flow) -> Option<u64> {
         None
     }
