@@ -4,39 +4,61 @@
 //!   same for a browser
 //! * [`dump`]: the whole state, under Istio's names
 //! * [`profile`]: CPU and heap profiles
+//! * [`scrape`]: answers to scrapes of the metrics
+//! * [`server`]: limits on connections and time
+//!
+//! The servers have threads of their own: nothing that a client does delays control, and readiness is
+//! answered however many scrape.
 
 mod dump;
 mod overview;
 mod page;
 mod profile;
+mod scrape;
+mod server;
 
 pub use overview::{CertificateOverview, FailureCount, LastFailure, Overview, PodOverview};
 
 use std::{
+    convert::Infallible,
     fmt, io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::SystemTime,
+    thread,
+    time::{Duration, SystemTime},
 };
 
 use axum::{
     Json, Router,
+    body::{Body, Bytes},
     extract::{Query, Request, State},
-    http::{HeaderMap, HeaderValue, StatusCode, Uri, header, uri::Authority},
+    http::{HeaderValue, StatusCode, Uri, header, uri::Authority},
     middleware::{self, Next},
     response::{Html, IntoResponse, Response},
     routing::{get, post},
 };
 use serde::Deserialize;
-use tokio::net::TcpListener;
+use tokio::{
+    net::TcpListener,
+    runtime::Builder,
+    sync::{Semaphore, oneshot},
+};
 use tokio_util::sync::CancellationToken;
 use tower_http::compression::CompressionLayer;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{
     config::Config, discovery::last_state::Status, identity::Certificates, logging::Logging, mesh::Store,
     metrics::Metrics, readiness::Readiness,
 };
+
+use scrape::Scrapes;
+use server::Limits;
+
+/// Answers that each server computes at once.
+const BLOCKING_THREADS: usize = 2;
+/// Bytes. A client that reads slowly holds little more of an answer than this for itself.
+const PIECE: usize = 64 << 10;
 
 /// State and handles of the admin server.
 #[derive(Clone)]
@@ -117,10 +139,9 @@ impl Servers {
     /// A server stopped.
     pub async fn serve(self, admin: Admin, stop: CancellationToken) -> io::Result<()> {
         let stats = Router::new()
-            .route("/metrics", get(metrics))
-            .route("/stats/prometheus", get(metrics))
-            .layer(CompressionLayer::new())
-            .with_state(Arc::clone(&admin.metrics));
+            .route("/metrics", get(scrape::metrics))
+            .route("/stats/prometheus", get(scrape::metrics))
+            .with_state(Arc::new(Scrapes::new(Arc::clone(&admin.metrics))));
         let readiness = Router::new().route("/healthz/ready", get(ready)).with_state(admin.readiness.clone());
         let admin = Router::new()
             .route("/", get(index))
@@ -134,17 +155,40 @@ impl Servers {
             .layer(CompressionLayer::new())
             .layer(middleware::from_fn(refuse_other_sites))
             .with_state(Arc::new(admin));
-        let serve = |listener, router: Router| {
-            let stopped = stop.clone().cancelled_owned();
-            axum::serve(listener, router).with_graceful_shutdown(stopped).into_future()
-        };
-        tokio::try_join!(
-            serve(self.admin, admin),
-            serve(self.stats, stats),
-            serve(self.readiness, readiness)
-        )?;
+        let profiles = Limits { answer: Duration::from_secs(330), ..Limits::DEFAULT };
+        let admin = start("admin", self.admin, admin, profiles, &stop)?;
+        let stats = start("metrics", self.stats, stats, Limits::DEFAULT, &stop)?;
+        let readiness = start("readiness", self.readiness, readiness, Limits::DEFAULT, &stop)?;
+        // A thread that panics drops its end, too.
+        let _ = tokio::join!(admin, stats, readiness);
         Ok(())
     }
+}
+
+/// Serves on a thread of its own until `stop`. What is returned resolves when the thread ends.
+fn start(
+    name: &str,
+    listener: TcpListener,
+    router: Router,
+    limits: Limits,
+    stop: &CancellationToken,
+) -> io::Result<oneshot::Receiver<()>> {
+    let runtime =
+        Builder::new_current_thread().enable_all().max_blocking_threads(BLOCKING_THREADS).build()?;
+    let (listener, stop) = (listener.into_std()?, stop.clone());
+    let (alive, ended) = oneshot::channel::<()>();
+    thread::Builder::new().name(format!("{name}-server")).spawn(move || {
+        let _alive = alive;
+        runtime.block_on(async {
+            match TcpListener::from_std(listener) {
+                Ok(listener) => server::serve(listener, router, limits, stop).await,
+                Err(error) => warn!(%error, "a server cannot use its listener"),
+            }
+        });
+        // What it computes at this moment is for nobody.
+        runtime.shutdown_background();
+    })?;
+    Ok(ended)
 }
 
 async fn bind(purpose: &'static str, address: SocketAddr) -> Result<TcpListener, BindError> {
@@ -160,25 +204,21 @@ async fn ready(State(readiness): State<Readiness>) -> (StatusCode, String) {
     }
 }
 
-async fn metrics(State(metrics): State<Arc<Metrics>>, headers: HeaderMap) -> Response {
-    let accepts = |kind| {
-        let mut accepted = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
-        accepted.any(|value| value.contains(kind))
-    };
-    let content_type = if accepts("application/openmetrics-text") {
-        "application/openmetrics-text; version=1.0.0; charset=utf-8"
-    } else {
-        "text/plain; charset=utf-8"
-    };
-    match off_thread(move || metrics.encode()).await {
-        Ok(Ok(text)) => ([(header::CONTENT_TYPE, content_type)], text).into_response(),
-        Ok(Err(error)) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
-        Err(failed) => failed,
-    }
+/// An answer that is given piece by piece. `held` is dropped when the client has taken nearly all of
+/// it, or has left.
+fn whole_body<T: Send + 'static>(bytes: Bytes, held: T) -> Response {
+    let length = HeaderValue::from(bytes.len());
+    let pieces = futures_util::stream::unfold((bytes, held), |(mut bytes, held)| async {
+        let piece = bytes.split_to(PIECE.min(bytes.len()));
+        (!piece.is_empty()).then_some((Ok::<_, Infallible>(piece), (bytes, held)))
+    });
+    let mut response = Response::new(Body::from_stream(pieces));
+    response.headers_mut().insert(header::CONTENT_LENGTH, length);
+    response
 }
 
-/// Runs `work`, which may be long for a large mesh, on a blocking thread: readiness and the ZDS
-/// client share this one.
+/// Runs `work`, which may be long for a large mesh, on a blocking thread: other clients of the server
+/// share this one.
 async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Response> {
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response())
@@ -193,8 +233,18 @@ async fn status(State(admin): State<Arc<Admin>>) -> Result<Json<Overview>, Respo
 }
 
 async fn config_dump(State(admin): State<Arc<Admin>>) -> Response {
+    static DUMPS: Semaphore = Semaphore::const_new(2);
+    let Ok(held) = DUMPS.try_acquire() else {
+        let busy = "two dumps are being read already; try again when one has ended\n";
+        return (StatusCode::SERVICE_UNAVAILABLE, busy).into_response();
+    };
     match off_thread(move || dump::dump(&admin)).await {
-        Ok(Ok(text)) => ([(header::CONTENT_TYPE, "application/json")], text).into_response(),
+        Ok(Ok(text)) => {
+            let mut response = whole_body(text.into(), held);
+            let json = HeaderValue::from_static("application/json");
+            response.headers_mut().insert(header::CONTENT_TYPE, json);
+            response
+        }
         Ok(Err(error)) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
         Err(failed) => failed,
     }

@@ -17,3 +17,4 @@ mod operators;
 mod pods;
 mod policy_known;
 mod revocations;
+mod scrapers;
