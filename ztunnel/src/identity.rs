@@ -145,6 +145,9 @@ pub enum IdentityError {
         /// Address of the service.
         address: String,
     },
+    /// A mistake of this program, which the log shows.
+    #[error("fetching the certificate ended in a panic, which the log shows; it is tried again")]
+    Panicked,
     /// The certificate is for another identity.
     #[error("certificate service returned identity {got}, expected {expected}")]
     Mismatch {

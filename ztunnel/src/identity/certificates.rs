@@ -7,10 +7,12 @@
 use std::{
     collections::{HashMap, HashSet},
     fmt,
+    panic::AssertUnwindSafe,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use futures_util::FutureExt;
 use tokio::{sync::Notify, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -213,7 +215,7 @@ impl Certificates {
                 () = stop.cancelled() => return,
                 Some(ended) = under_way.join_next() => match ended {
                     Ok((identity, fetched)) => self.record_result(&identity, fetched),
-                    Err(error) => warn!(%error, "certificate fetch panicked or was cancelled"),
+                    Err(error) => warn!(%error, "certificate fetch was cancelled"),
                 },
                 () = self.wanted.notified() => {}
                 () = sleep(next) => {}
@@ -245,7 +247,11 @@ impl Certificates {
             slot.starts();
             debug!(%identity, urgency = ?slot.urgency, "fetching a certificate");
             let (identity, issuing) = (identity.clone(), self.authority.issue(identity));
-            fetches.spawn(async move { (identity, issuing.await) });
+            fetches.spawn(async move {
+                // Who waits for it is told, and it is tried again.
+                let issued = AssertUnwindSafe(issuing).catch_unwind().await;
+                (identity, issued.unwrap_or(Err(IdentityError::Panicked)))
+            });
         }
         None
     }

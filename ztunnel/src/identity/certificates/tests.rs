@@ -24,6 +24,8 @@ struct Script {
     under_way: AtomicUsize,
     most_under_way: AtomicUsize,
     broken: std::sync::atomic::AtomicBool,
+    /// How many further fetches panic.
+    panics: AtomicUsize,
     /// An identity that it never signs.
     refused: Mutex<Option<Identity>>,
     takes: Mutex<Duration>,
@@ -51,6 +53,9 @@ impl Authority for Scripted {
             let takes = *script.takes.lock().unwrap();
             tokio::time::sleep(takes).await;
             script.under_way.fetch_sub(1, Ordering::Relaxed);
+            let left =
+                script.panics.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+            assert!(left.is_err(), "on purpose");
             if script.broken.load(Ordering::Relaxed) || refused {
                 return Err(IdentityError::TimedOut { address: "https://ca".to_owned() });
             }
@@ -115,6 +120,22 @@ async fn renewed(bench: &Bench, old: &Arc<Credentials>, within: Duration) -> Arc
         }
     };
     timeout(within, changed).await.expect("renewed in time")
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fetch_that_panics_is_told_to_who_waits_and_tried_again() {
+    let bench = bench();
+    bench.script.panics.store(1, Ordering::Relaxed);
+    let id = identity("a");
+    let told = timeout(Duration::from_secs(5), bench.certificates.get(&id)).await.expect("an answer");
+    assert!(matches!(told, Err(IdentityError::Panicked)), "{told:?}");
+    let fetched = async {
+        while bench.certificates.get(&id).await.is_err() {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    };
+    timeout(Duration::from_mins(1), fetched).await.expect("it is tried again");
+    assert_eq!(bench.script.requested(), 2);
 }
 
 #[tokio::test(start_paused = true)]
