@@ -191,7 +191,7 @@ fn no_connection_fails_while_the_root_is_replaced() {
     let (mut connections, mut steps) = (0, Vec::new());
     let deadline = Instant::now() + LIFE * 10;
     loop {
-        for (from, to) in [(0, 1), (1, 0)] {
+        for (from, to) in [(0, 1), (1, 0)].repeat(5) {
             let connected = runtime.block_on(connect(&tunnels[from], &tunnels[to]));
             assert_eq!(connected, Ok(()), "after {connections} connections, steps {steps:?}");
             connections += 1;
@@ -220,7 +220,7 @@ fn no_connection_fails_while_the_root_is_replaced() {
         assert!(Instant::now() < deadline, "still {now}");
     }
     assert_eq!(steps, ["trust", "retire", "idle"]);
-    assert!(connections > 50, "{connections}");
+    assert!(connections >= 30, "{connections}");
     let ended = try_wait(LIMIT, || waiting.0.try_wait().unwrap().is_some());
     assert!(ended.is_some(), "the command that waits does not see the end");
     // When all certificates were renewed once more, nobody knows the old root.
