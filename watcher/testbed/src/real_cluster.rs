@@ -30,7 +30,7 @@ use tempfile::TempDir;
 pub use self::{kubectl::Pod, node::RealNode, settings::PAUSE_IMAGE};
 
 use self::{control_plane::ControlPlane, node::Place};
-use crate::{api_server::ApiServer, command::run, netns::TestNetns, wait::wait_at_most};
+use crate::{api_server::ApiServer, command::run, netns::TestNetns, wait::wait_slowly};
 
 /// The address of the control plane.
 const CENTER: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 254);
@@ -98,7 +98,7 @@ impl RealCluster {
         }
         cluster.nodes = nodes;
         for node in ["node1", "node2"] {
-            wait_at_most(LIMIT, &format!("{node} to be ready"), || {
+            wait_slowly(LIMIT, &format!("{node} to be ready"), || {
                 cluster.kubectl_line(&["get", "node", node, "-o", READY]).is_some_and(|ready| ready == "True")
             });
         }

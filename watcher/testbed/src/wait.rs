@@ -11,6 +11,8 @@ pub const LIMIT: Duration = Duration::from_secs(30);
 
 /// The pause between two attempts.
 const PAUSE: Duration = Duration::from_millis(5);
+/// The same where a look is costly.
+const LONG_PAUSE: Duration = Duration::from_millis(300);
 
 /// What can be waited for: `true`, or the value in an `Option`.
 pub trait Condition {
@@ -53,9 +55,30 @@ pub fn wait_at_most<C: Condition>(limit: Duration, what: &str, look: impl FnMut(
     try_wait(limit, look).unwrap_or_else(|| panic!("waited {limit:?} in vain for {what}"))
 }
 
-/// The same; `None` when the condition does not hold within `limit`. For messages that need more
-/// than the name of the condition.
-pub fn try_wait<C: Condition>(limit: Duration, mut look: impl FnMut() -> C) -> Option<C::Value> {
+/// The same where each look is a program that takes a processor for a while: with longer pauses.
+///
+/// # Panics
+/// As of [`wait_at_most`].
+pub fn wait_slowly<C: Condition>(limit: Duration, what: &str, look: impl FnMut() -> C) -> C::Value {
+    try_wait_slowly(limit, look).unwrap_or_else(|| panic!("waited {limit:?} in vain for {what}"))
+}
+
+/// The same; `None` when the condition does not hold within `limit`.
+pub fn try_wait_slowly<C: Condition>(limit: Duration, look: impl FnMut() -> C) -> Option<C::Value> {
+    wait_with(LONG_PAUSE, limit, look)
+}
+
+/// The same as [`wait_at_most`]; `None` when the condition does not hold within `limit`. For messages
+/// that need more than the name of the condition.
+pub fn try_wait<C: Condition>(limit: Duration, look: impl FnMut() -> C) -> Option<C::Value> {
+    wait_with(PAUSE, limit, look)
+}
+
+fn wait_with<C: Condition>(
+    pause: Duration,
+    limit: Duration,
+    mut look: impl FnMut() -> C,
+) -> Option<C::Value> {
     let deadline = Instant::now() + limit;
     loop {
         if let Some(value) = look().value() {
@@ -64,6 +87,6 @@ pub fn try_wait<C: Condition>(limit: Duration, mut look: impl FnMut() -> C) -> O
         if Instant::now() >= deadline {
             return None;
         }
-        thread::sleep(PAUSE);
+        thread::sleep(pause);
     }
 }

@@ -3,7 +3,7 @@
 
 use std::{path::Path, process::Command};
 
-use testbed::{chart, command, wait::wait_at_most};
+use testbed::{chart, command, wait::wait_slowly};
 
 use crate::{
     rig::{DEMO, LIMIT, PodSpec, Rig, SYSTEM},
@@ -66,7 +66,7 @@ fn an_installation_is_upgraded_rolled_back_and_drained_under_traffic() {
 
     // Pods of an image that is not there come and wait; those before them stay.
     rig.upgrade(&["--set", "image=localhost/adit:nowhere"]).expect("helm upgrade");
-    wait_at_most(LIMIT, "a pod that waits for its image", || {
+    wait_slowly(LIMIT, "a pod that waits for its image", || {
         rig.cluster.kubectl(&["-n", SYSTEM, "get", "pods", "-l", "app=ztunnel"]).contains("ErrImageNeverPull")
     });
     load.assert_whole(&rig, "while an image cannot be had");
@@ -100,7 +100,7 @@ fn an_installation_is_upgraded_rolled_back_and_drained_under_traffic() {
     // The API server is away: nothing that runs needs it.
     rig.cluster.api.kill_server();
     let before = load.answered_without_api(&rig);
-    wait_at_most(LIMIT, "more requests without the API server", || {
+    wait_slowly(LIMIT, "more requests without the API server", || {
         load.answered_without_api(&rig) > before + 200
     });
     rig.cluster.api.start_server();
@@ -134,7 +134,7 @@ fn a_sandbox_that_is_made_anew_is_the_same_pod() {
              done",
             pod.uid
         ));
-        let again = wait_at_most(LIMIT, "the pod to have another address", || {
+        let again = wait_slowly(LIMIT, "the pod to have another address", || {
             rig.cluster.pod(DEMO, &pod.name).filter(|again| again.ip != pod.ip)
         });
         rig.cluster.wait_ready(DEMO, &pod.name);

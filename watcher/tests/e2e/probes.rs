@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 use testbed::{
     real_cluster::Pod,
-    wait::{try_wait, wait_at_most},
+    wait::{try_wait_slowly, wait_slowly},
 };
 
 use crate::rig::{DEMO, LIMIT, PodSpec, Rig, SYSTEM, container};
@@ -86,7 +86,7 @@ fn probes(rig: &Rig) -> u64 {
 /// Waits until `count` more probes were made, and checks that none failed.
 fn assert_probes_pass(rig: &Rig, count: u64, when: &str) {
     let wanted = probes(rig) + count;
-    let done = try_wait(LIMIT, || probes(rig) >= wanted || !failures(rig).is_empty());
+    let done = try_wait_slowly(LIMIT, || probes(rig) >= wanted || !failures(rig).is_empty());
     assert!(done.is_some(), "{when}: too few probes");
     assert_eq!(failures(rig), Vec::<String>::new(), "{when}\n{}", rig.watcher("node1", &["status"]));
 }
@@ -114,7 +114,7 @@ fn probes_pass_under_strict_policy_and_while_the_tunnel_is_away_and_nobody_elses
     // As systemd does it: the cgroup is another one afterwards.
     rig.cluster.nodes[0].kill_service("kubelet");
     rig.cluster.nodes[0].start_kubelet();
-    wait_at_most(LIMIT, "the kubelet to answer", || {
+    wait_slowly(LIMIT, "the kubelet to answer", || {
         rig.cluster.kubectl_line(&["get", "--raw", "/api/v1/nodes/node1/proxy/healthz"]).is_some()
     });
     assert_probes_pass(&rig, 40, "after the kubelet was started again");
@@ -123,7 +123,7 @@ fn probes_pass_under_strict_policy_and_while_the_tunnel_is_away_and_nobody_elses
     rig.cluster.kubectl(&["-n", SYSTEM, "delete", "daemonset/ztunnel"]);
     rig.cluster.wait_gone(SYSTEM, "app=ztunnel");
     let wanted = probes(&rig) + 40;
-    wait_at_most(LIMIT, "probes without a tunnel", || probes(&rig) >= wanted);
+    wait_slowly(LIMIT, "probes without a tunnel", || probes(&rig) >= wanted);
     assert_eq!(failures(&rig), Vec::<String>::new(), "without a tunnel");
     assert_eq!(rig.cluster.nodes[0].run(&own).trim(), "refused", "another process of the node");
 }

@@ -7,7 +7,7 @@ use testbed::{
     chart, image,
     program::binary,
     real_cluster::{PAUSE_IMAGE, Pod, RealCluster, RealNode},
-    wait::try_wait,
+    wait::try_wait_slowly,
 };
 
 /// The namespace that Adit is installed in.
@@ -116,7 +116,7 @@ impl Rig {
         let control = ["-n", SYSTEM, "rollout", "status", "deployment/ztunnel-control", "--timeout=120s"];
         let done = self.cluster.try_kubectl(&control);
         assert!(done.status.success(), "the control plane is not rolled out\n{}", self.system_story());
-        let done = try_wait(LIMIT, || self.is_rolled_out());
+        let done = try_wait_slowly(LIMIT, || self.is_rolled_out());
         assert!(done.is_some(), "the DaemonSet is not rolled out\n{}", self.system_story());
     }
 
@@ -177,7 +177,7 @@ impl Rig {
         let path = r"jsonpath={.metadata.annotations.ambient\.istio\.io/redirection}";
         let wanted = if is_enrolled { "enabled" } else { "" };
         let mut last = None;
-        let reached = try_wait(LIMIT, || {
+        let reached = try_wait_slowly(LIMIT, || {
             last = self.cluster.kubectl_line(&["-n", &pod.namespace, "get", "pod", &pod.name, "-o", path]);
             last.as_deref() == Some(wanted)
         });
@@ -200,7 +200,7 @@ impl Rig {
     /// Waits until a GET succeeds, or fails.
     pub fn wait_get(&self, client: &Pod, url: &str, succeeds: bool) -> String {
         let mut last = None;
-        let reached = try_wait(LIMIT, || {
+        let reached = try_wait_slowly(LIMIT, || {
             let answer = self.get(client, url);
             let reached = answer.is_ok() == succeeds;
             last = Some(answer);
@@ -223,7 +223,7 @@ impl Rig {
     pub fn wait_record(&self, node: &str, parts: &[&str]) -> String {
         let agent = self.agent(node);
         let mut last = String::new();
-        let found = try_wait(LIMIT, || {
+        let found = try_wait_slowly(LIMIT, || {
             last = self.cluster.kubectl_text(&["-n", SYSTEM, "logs", &agent.name, "-c", "ztunnel"]);
             last.lines().find(|line| parts.iter().all(|part| line.contains(part))).map(str::to_owned)
         });

@@ -1,6 +1,6 @@
 //! What is done to Adit and to the nodes under traffic: rollouts, crashes, restarts.
 
-use testbed::wait::wait_at_most;
+use testbed::wait::wait_slowly;
 
 use crate::{
     rig::{DEMO, LIMIT, PodSpec, Rig, SYSTEM},
@@ -43,7 +43,7 @@ fn a_rollout_fails_no_request_and_cuts_no_connection_and_crashes_heal() {
         }
         for node in ["node1", "node2"] {
             let healthz = format!("/api/v1/nodes/{node}/proxy/healthz");
-            wait_at_most(LIMIT, "the kubelet", || {
+            wait_slowly(LIMIT, "the kubelet", || {
                 rig.cluster.kubectl_line(&["get", "--raw", &healthz]).is_some()
             });
         }
@@ -62,7 +62,7 @@ fn a_rollout_fails_no_request_and_cuts_no_connection_and_crashes_heal() {
     // Its connections end with it. The next ones come through as soon as it is back.
     let before = rig.restarts("node1", "ztunnel");
     rig.kill("node1", "ztunnel");
-    wait_at_most(LIMIT, "the tunnel to start again", || rig.restarts("node1", "ztunnel") > before);
+    wait_slowly(LIMIT, "the tunnel to start again", || rig.restarts("node1", "ztunnel") > before);
     let load = Load::start(&rig, 2);
     load.assert_whole(&rig, "after the tunnel was killed");
     load.end(&rig);

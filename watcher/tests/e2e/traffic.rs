@@ -2,7 +2,7 @@
 
 use testbed::{
     real_cluster::Pod,
-    wait::{try_wait, wait_at_most},
+    wait::{try_wait_slowly, wait_slowly},
 };
 
 use crate::rig::{DEMO, LIMIT, PodSpec, Rig};
@@ -21,7 +21,7 @@ impl Traffic {
 
     /// A kubelet that has just started again knows nothing of the pod yet.
     fn log(&self, rig: &Rig) -> String {
-        wait_at_most(LIMIT, "the log of the client", || {
+        wait_slowly(LIMIT, "the log of the client", || {
             rig.cluster.kubectl_line(&["-n", &self.0.namespace, "logs", &self.0.name])
         })
     }
@@ -37,7 +37,7 @@ impl Traffic {
     /// Waits for `count` more answers.
     pub fn more(&self, rig: &Rig, count: usize) {
         let wanted = self.so_far(rig).0 + count;
-        let reached = try_wait(LIMIT, || self.so_far(rig).0 >= wanted);
+        let reached = try_wait_slowly(LIMIT, || self.so_far(rig).0 >= wanted);
         assert!(
             reached.is_some(),
             "{}: no more answers\n{}\n{}",
@@ -65,9 +65,7 @@ impl Traffic {
     /// Waits until it has gone.
     pub fn end(self, rig: &Rig) {
         rig.cluster.kubectl(&["-n", &self.0.namespace, "delete", "pod", &self.0.name]);
-        wait_at_most(LIMIT, "the client to go", || {
-            rig.cluster.pod(&self.0.namespace, &self.0.name).is_none()
-        });
+        wait_slowly(LIMIT, "the client to go", || rig.cluster.pod(&self.0.namespace, &self.0.name).is_none());
     }
 }
 

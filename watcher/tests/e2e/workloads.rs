@@ -1,7 +1,7 @@
 //! Pods of every kind that a cluster has, in the mesh from their first connection on.
 
 use serde_json::{Value, json};
-use testbed::wait::{try_wait, wait_at_most};
+use testbed::wait::{try_wait_slowly, wait_slowly};
 
 use crate::rig::{DEMO, LIMIT, PodSpec, Rig, container};
 
@@ -46,7 +46,7 @@ fn pods_of_every_kind_are_in_the_mesh_from_their_first_connection() {
         "spec": {"completions": 10, "parallelism": 2, "backoffLimit": 0, "template": asks_once()}});
     rig.cluster.apply(&job.to_string());
     let status = || rig.cluster.kubectl_line(&["-n", DEMO, "get", "job", "once", "-o", "jsonpath={.status}"]);
-    let ended = try_wait(LIMIT, || {
+    let ended = try_wait_slowly(LIMIT, || {
         let status: Value = serde_json::from_str(&status()?).ok()?;
         (status["succeeded"] == 10 || status["failed"].as_u64() > Some(0)).then_some(())
     });
@@ -73,7 +73,7 @@ fn pods_of_every_kind_are_in_the_mesh_from_their_first_connection() {
     let first = rig.cluster.ready_pod(DEMO, "set-0");
     rig.wait_get(&first, URL, true);
     rig.cluster.kubectl(&["-n", DEMO, "delete", "pod", "set-0"]);
-    let second = wait_at_most(LIMIT, "the pod to be made anew", || {
+    let second = wait_slowly(LIMIT, "the pod to be made anew", || {
         rig.cluster.pod(DEMO, "set-0").filter(|pod| pod.uid != first.uid && !pod.ip.is_empty())
     });
     rig.cluster.wait_ready(DEMO, "set-0");
@@ -95,7 +95,7 @@ fn pods_of_every_kind_are_in_the_mesh_from_their_first_connection() {
         URL,
     ];
     rig.cluster.kubectl(&debug);
-    wait_at_most(LIMIT, "the ephemeral container to be answered", || {
+    wait_slowly(LIMIT, "the ephemeral container to be answered", || {
         let said = rig.cluster.kubectl_line(&["-n", DEMO, "logs", "client", "-c", "debug"])?;
         said.contains("hello from server").then_some(())
     });
@@ -108,7 +108,7 @@ fn pods_of_every_kind_are_in_the_mesh_from_their_first_connection() {
     let log = rig.cluster.file("port-forward.log");
     let _forward =
         testbed::process::Process::spawn("port-forward", rig.cluster.kubectl_command(&forward), &log);
-    wait_at_most(LIMIT, "an answer by port-forward", || {
+    wait_slowly(LIMIT, "an answer by port-forward", || {
         rig.cluster.netns.curl("http://127.0.0.1:18080/").0 == 200
     });
 
@@ -130,7 +130,7 @@ fn pods_of_every_kind_are_in_the_mesh_from_their_first_connection() {
         let patch = json!({"spec": {"externalTrafficPolicy": policy}}).to_string();
         rig.cluster.kubectl(&["-n", DEMO, "patch", "service", "client", "-p", &patch]);
         for (node, answers) in [(0, on_node1), (1, true)] {
-            wait_at_most(LIMIT, &format!("node{} with policy {policy}", node + 1), || {
+            wait_slowly(LIMIT, &format!("node{} with policy {policy}", node + 1), || {
                 (rig.cluster.netns.curl(&port(&number, node)).0 == 200) == answers
             });
         }
@@ -140,5 +140,5 @@ fn pods_of_every_kind_are_in_the_mesh_from_their_first_connection() {
     rig.cluster.apply(&with_port.to_string());
     let with_port = rig.cluster.ready_pod(DEMO, "with-port");
     rig.wait_enrolled(&with_port, true);
-    wait_at_most(LIMIT, "a port of the host", || rig.cluster.netns.curl(&port("8088", 1)).0 == 200);
+    wait_slowly(LIMIT, "a port of the host", || rig.cluster.netns.curl(&port("8088", 1)).0 == 200);
 }

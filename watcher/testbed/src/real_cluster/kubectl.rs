@@ -9,7 +9,7 @@ use crate::{
     chart,
     command::text,
     program::kubernetes,
-    wait::{try_wait, wait_at_most},
+    wait::{try_wait_slowly, wait_slowly},
 };
 
 /// A pod, as the API server has it.
@@ -69,7 +69,7 @@ impl RealCluster {
         let path = file.path().to_str().expect("UTF-8 path");
         // The account `default` of a new namespace comes a moment later.
         let mut last = String::new();
-        let applied = try_wait(LIMIT, || {
+        let applied = try_wait_slowly(LIMIT, || {
             let output = self.try_kubectl(&["apply", "-f", path]);
             last = text(&output);
             let early = last.contains("serviceaccount \"") && last.contains("not found");
@@ -108,7 +108,7 @@ impl RealCluster {
 
     /// Waits until the pod is ready.
     pub fn wait_ready(&self, namespace: &str, name: &str) {
-        let ready = try_wait(LIMIT, || {
+        let ready = try_wait_slowly(LIMIT, || {
             self.kubectl_line(&["-n", namespace, "get", "pod", name, "-o", READY])
                 .is_some_and(|ready| ready == "True")
         });
@@ -121,7 +121,7 @@ impl RealCluster {
 
     /// Waits until no pod of `namespace` with this label selector is left.
     pub fn wait_gone(&self, namespace: &str, selector: &str) {
-        wait_at_most(LIMIT, &format!("the pods {selector} to go"), || {
+        wait_slowly(LIMIT, &format!("the pods {selector} to go"), || {
             self.pods(namespace, selector).is_empty()
         });
     }
