@@ -25,6 +25,9 @@ fn from_elsewhere(to: SocketAddr) -> io::Result<TcpStream> {
     Ok(socket.into())
 }
 
+/// Between two of one thread's connections.
+const PACE: Duration = Duration::from_millis(2);
+
 fn sample(metrics: &str, name: &str) -> u64 {
     let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     line.unwrap_or_else(|| panic!("no {name}")).parse().expect("a number")
@@ -57,6 +60,8 @@ fn a_thousand_slow_scrapers_delay_no_connection_no_order_and_no_probe() {
                             open.drain(..250);
                         }
                         opened.fetch_add(1, Ordering::Relaxed);
+                        // Other tests run beside this one.
+                        std::thread::sleep(PACE);
                     }
                 });
             });
