@@ -14,7 +14,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     task::JoinSet,
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
@@ -29,6 +29,9 @@ use crate::{
 /// A tunnel without streams is closed after this time. Clients close theirs earlier, but one that
 /// died cannot, and a tunnel without streams is not asked whether its client lives.
 const UNUSED: Duration = Duration::from_mins(10);
+/// The same after a GOAWAY: so long its client has to read it and to close. Without this, one that is
+/// gone without a word, such as with its netns, would keep a tunnel that is to end.
+const FAREWELL: Duration = Duration::from_secs(10);
 
 /// A CONNECT request and the handle to answer it.
 #[derive(Debug)]
@@ -111,7 +114,14 @@ where
     let handshake = timeout(HANDSHAKE_TIMEOUT, settings.handshake::<_, Bytes>(io)).await;
     let mut connection = handshake.unwrap_or_else(|_| Err(Reason::SETTINGS_TIMEOUT.into()))?;
     let dead = activity.until_dead(connection.ping_pong(), memory.clone());
-    let mut unused = Box::pin(memory.unused_for(UNUSED));
+    let unused_for = |limit| {
+        let memory = memory.clone();
+        async move {
+            sleep(limit).await;
+            memory.unused_for(limit).await;
+        }
+    };
+    let mut unused = Box::pin(unused_for(UNUSED));
     tokio::pin!(dead);
     let mut streams = JoinSet::new();
     let (mut leaving, mut result) = (false, Ok(()));
@@ -144,6 +154,7 @@ where
                 TunnelChange::Leave => {
                     leaving = true;
                     connection.graceful_shutdown();
+                    unused.set(unused_for(FAREWELL));
                 }
             },
             () = &mut unused => {
@@ -152,11 +163,12 @@ where
                 }
                 leaving = true;
                 connection.graceful_shutdown();
-                unused.set(memory.unused_for(UNUSED + HANDSHAKE_TIMEOUT));
+                unused.set(unused_for(FAREWELL));
             }
             () = stop.cancelled(), if !leaving => {
                 leaving = true;
                 connection.graceful_shutdown();
+                unused.set(unused_for(FAREWELL));
             }
             () = &mut dead => {
                 connection.abrupt_shutdown(Reason::NO_ERROR);

@@ -5,6 +5,7 @@ use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex},
     sync::watch,
     task::{LocalSet, spawn_local, yield_now},
+    time::Instant,
 };
 
 use super::*;
@@ -95,4 +96,28 @@ async fn streams_that_are_cut_while_data_is_on_its_way_do_not_end_their_tunnel()
         assert_eq!(response.await.expect("an answer").status(), StatusCode::OK);
     };
     LocalSet::new().run_until(async { timeout(Duration::from_mins(1), test).await.expect("in time") }).await;
+}
+
+/// Its netns is gone, and its socket with it: nothing comes any more, not even an end.
+#[tokio::test(start_paused = true)]
+async fn a_client_that_is_gone_without_a_word_does_not_keep_a_server_that_leaves() {
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    const SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
+    let (mut client, server) = duplex(1 << 20);
+    client.write_all(&[PREFACE, SETTINGS].concat()).await.unwrap();
+    let (stop, budget) = (CancellationToken::new(), MemoryBudget::new(1 << 30, MemoryMetrics::default()));
+    let ending = async {
+        serve(server, &H2, &budget, stop.clone(), |_| async { unreachable!("it asks for nothing") })
+            .await
+            .unwrap();
+        Instant::now()
+    };
+    let stopped = async {
+        sleep(Duration::from_mins(5)).await;
+        stop.cancel();
+        Instant::now()
+    };
+    let (ended, stopped) = tokio::join!(ending, stopped);
+    let waited = ended - stopped;
+    assert!(waited >= FAREWELL && waited <= 2 * FAREWELL, "{waited:?}");
 }
