@@ -167,11 +167,12 @@ fn a_policy_that_is_not_understood_is_stricter_than_meant_and_never_laxer() {
         };
         assert!(error.starts_with("demo/new: "), "{what}: {error}");
         assert!(!passes(&client, &server), "{what}: a connection passed");
-        assert_eq!(gauge(), 1, "{what}");
+        // What is scraped may be a moment old.
+        wait_for("the gauge to show it", || gauge() == 1);
         assert!(node.is_ready(), "{what}");
         control.send(&json!({"push": "authorization", "remove": ["demo/new"]}));
         wait_for("the policy to go", || passes(&client, &server));
-        assert_eq!(gauge(), 0, "{what}");
+        wait_for("the gauge to forget it", || gauge() == 0);
     }
 
     // It goes also if it is removed while nobody is told.
