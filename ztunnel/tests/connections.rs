@@ -41,7 +41,7 @@ fn assert_meshed(source: &TunnelNode, destination: &TunnelNode, greeting: u64) {
             ("istio_tcp_received_bytes_total", 11),
             ("istio_tcp_sent_bytes_total", 22 + greeting),
         ] {
-            assert_eq!(tunnel.metric(name, &labels), Some(value), "{name} of {reporter}");
+            tunnel.wait_metric(name, &labels, value);
         }
     }
 }
@@ -97,7 +97,7 @@ fn captured_client_reaches_plain_server_as_plain_tcp() {
     assert!(record.get("src.identity").is_none(), "{record}");
     assert_eq!(record["dst.workload"], "server");
     let labels = ["reporter=\"source\"", "connection_security_policy=\"unknown\""];
-    assert_eq!(node.metric("istio_tcp_connections_closed_total", &labels), Some(1));
+    node.wait_metric("istio_tcp_connections_closed_total", &labels, 1);
 }
 
 #[test]

@@ -232,14 +232,14 @@ fn queries_are_counted_and_so_is_what_the_outer_world_makes_of_them() {
         ]
     };
     let (udp, tcp) = (labels("request_protocol=\"udp\""), labels("request_protocol=\"tcp\""));
-    assert_eq!(node.metric("istio_dns_requests_total", &udp), Some(2));
-    assert_eq!(node.metric("istio_dns_requests_total", &tcp), Some(1));
-    assert_eq!(node.metric("istio_dns_upstream_requests_total", &udp), Some(1));
-    assert_eq!(node.metric("istio_dns_upstream_requests_total", &tcp), Some(1));
-    assert_eq!(node.metric("istio_dns_upstream_failures_total", &udp), Some(1));
+    node.wait_metric("istio_dns_requests_total", &udp, 2);
+    node.wait_metric("istio_dns_requests_total", &tcp, 1);
+    node.wait_metric("istio_dns_upstream_requests_total", &udp, 1);
+    node.wait_metric("istio_dns_upstream_requests_total", &tcp, 1);
+    node.wait_metric("istio_dns_upstream_failures_total", &udp, 1);
     assert_eq!(node.metric("istio_dns_upstream_failures_total", &tcp), None);
     let duration = "istio_dns_upstream_request_duration_seconds";
-    assert_eq!(node.metric(&format!("{duration}_count"), &tcp), Some(1));
+    node.wait_metric(&format!("{duration}_count"), &tcp, 1);
     let buckets: HashSet<_> = ["0.0005", "0.001", "0.01", "0.1", "1.0", "5.0", "+Inf"]
         .into_iter()
         .filter(|bound| node.metrics().contains(&format!("{duration}_bucket{{le=\"{bound}\"")))
@@ -337,8 +337,7 @@ fn a_pod_without_descriptors_is_told_so_at_once_and_names_of_the_mesh_need_none(
     wait_for("all to be taken", || forwarded() == "SERVFAIL");
     assert_eq!(dig(&client, &["web.demo.svc.cluster.local"]), lines(&["10.96.0.1"]));
     client.netns.refusal(([169, 254, 1, 1], 8080));
-    let refused = node.metric("ztunnel_connection_failures_total", &["reason=\"too_many_connections\""]);
-    assert_eq!(refused, Some(1));
+    node.wait_metric("ztunnel_connection_failures_total", &["reason=\"too_many_connections\""], 1);
     drop((connections, query));
     wait_for("some to be free again", || forwarded() == "NOERROR");
 }

@@ -174,7 +174,7 @@ fn another_network_is_reached_by_a_tunnel_within_its_gateways() {
         assert_eq!(record[field].to_string().trim_matches('"'), value, "{field} of {record}");
     }
     let labels = ["reporter=\"source\"", "destination_workload=\"server\""];
-    assert_eq!(a.metric("istio_tcp_connections_opened_total", &labels), Some(1));
+    a.wait_metric("istio_tcp_connections_opened_total", &labels, 1);
     let record = &b.records(1, &["\"direction\":\"inbound\""])[0];
     assert_eq!(record["src.identity"], CLIENT, "{record}");
     // At the far end the address is the gateway's; the client is known by what it tells.
@@ -215,8 +215,7 @@ fn an_endpoint_known_by_name_alone_is_looked_up_and_remembered() {
     // Three connections would ask six times, for two families each, if nothing were remembered.
     let asked = resolver.queries("db.outside.test").len();
     assert!((1..6).contains(&asked), "asked {asked} times");
-    let count = a.metric("istio_on_demand_dns_total", &["hostname=\"db.outside.test\""]);
-    assert_eq!(count, Some(3));
+    a.wait_metric("istio_on_demand_dns_total", &["hostname=\"db.outside.test\""], 3);
 
     let nowhere = SocketAddr::from((Ipv4Addr::new(10, 96, 0, 2), 80));
     client.netns.refusal(nowhere);

@@ -63,7 +63,7 @@ fn open_connection_is_shown_and_counted_while_it_lives() {
     assert_eq!(shown["peer"], "demo/server");
     assert_eq!(shown["peerIdentity"], "spiffe://cluster.local/ns/demo/sa/server");
     let labels = ["reporter=\"source\"", "destination_workload=\"server\""];
-    assert_eq!(a.metric("istio_tcp_received_bytes_total", &labels), Some(11), "before it ends");
+    a.wait_metric("istio_tcp_received_bytes_total", &labels, 11);
     let status = status(&a);
     assert_eq!(status["tunnels"], 1);
     assert_eq!(status["streams"], 1);
@@ -77,7 +77,7 @@ fn open_connection_is_shown_and_counted_while_it_lives() {
     drop(stream);
     wait_for("the connection to go", || self::status(&a)["connectionsOpen"] == 0);
     for name in ["ztunnel_connect_duration_seconds_count", "ztunnel_tls_handshake_duration_seconds_count"] {
-        assert_eq!(a.metric(name, &["direction=\"outbound\""]), Some(1), "{name}");
+        a.wait_metric(name, &["direction=\"outbound\""], 1);
     }
     let expiry = a.metric("ztunnel_certificate_expiration_timestamp_seconds", &["sa/client"]);
     assert!(expiry.is_some_and(|at| at > 1_600_000_000), "{expiry:?}");
@@ -95,7 +95,7 @@ fn failure_has_one_reason_in_log_metric_and_status() {
     let reason = record["reason"].as_str().expect("a reason").to_owned();
     let labels = [format!("reason=\"{reason}\""), "direction=\"outbound\"".to_owned()];
     let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
-    assert_eq!(a.metric("ztunnel_connection_failures_total", &labels), Some(1));
+    a.wait_metric("ztunnel_connection_failures_total", &labels, 1);
     let human = text(&ztunnel(&a, &["status"]).stdout);
     let line = human.lines().find(|line| line.contains("outbound") && line.contains(&reason));
     assert!(line.is_some(), "{reason} in {human}");

@@ -112,9 +112,10 @@ fn revoked_and_forgiven(with_lists: &str, direction: &str, reporter: &str) {
             && line.contains("response_flags=\"CERT_REVOKED\"")
             && line.contains(&format!("reporter=\"{reporter}\""))
     };
-    assert!(knows.metrics().lines().any(flagged), "{}", knows.metrics());
-    let rejected = knows.metric("istio_crl_policy_rejections_total", &[&format!("reporter=\"{reporter}\"")]);
-    assert!(rejected.is_some_and(|count| count > 0), "{rejected:?}");
+    wait_for("the flag to be counted", || knows.metrics().lines().any(flagged));
+    let reporter = format!("reporter=\"{reporter}\"");
+    let rejected = || knows.metric("istio_crl_policy_rejections_total", &[&reporter]);
+    wait_for("the rejection to be counted", || rejected().is_some_and(|count| count > 0));
 
     // A bad file changes nothing, an empty list forgives.
     lists.write("-----BEGIN X509 CRL-----\nbm9uc2Vuc2U=\n-----END X509 CRL-----\n");

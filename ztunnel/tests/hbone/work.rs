@@ -179,7 +179,7 @@ fn a_connect_that_is_not_answered_ends_at_its_limit() {
     let begun = Instant::now();
     assert_eq!(client.netns.refusal(server.at(8081)), ErrorKind::ConnectionReset);
     assert!(begun.elapsed() < Duration::from_secs(8), "after {:?}", begun.elapsed());
-    assert_eq!(failures(&a, "no_answer"), 1);
+    wait_for("it to be counted", || failures(&a, "no_answer") == 1);
     // The peer was told, and stops.
     wait_at_most(Duration::from_secs(3), "the dial to be given up", || dials(&server, 8081) == 0);
 }
@@ -200,7 +200,7 @@ fn handshakes_that_never_end_keep_nobody_out() {
     let probe = Probe::new(&mesh);
     assert_eq!(probe.connect(&client, CLIENT, &server, &server.at(8080).to_string()), Ok(StatusCode::OK));
     assert!(open() > 0, "some are still under way");
-    assert!(failures(&node, "too_many_handshakes") >= 300);
+    wait_for("all to be counted", || failures(&node, "too_many_handshakes") >= 300);
     drop(silent);
 }
 
@@ -231,7 +231,8 @@ fn a_pod_with_many_connections_leaves_room_for_its_neighbours() {
     // Two descriptors for each connection, and half of all at most.
     let many = open(&greedy, 200);
     assert!((50..=75).contains(&many.len()), "{} connections of the greedy pod", many.len());
-    assert_eq!(failures(&a, "too_many_connections"), 200 - many.len() as u64);
+    let refused = 200 - many.len() as u64;
+    wait_for("the others to be counted", || failures(&a, "too_many_connections") == refused);
     let few = open(&modest, 20);
     assert_eq!(few.len(), 20, "of its neighbour");
     drop(many);
@@ -290,6 +291,6 @@ fn a_connection_that_all_endpoints_refuse_is_refused() {
     let a = mesh.node("a", &[&client]);
     let _b = mesh.node("b", &[&pods[0], &pods[1]]);
     assert_eq!(client.netns.refusal(([10, 96, 0, 1], 80)), ErrorKind::ConnectionReset);
-    assert_eq!(a.metric("ztunnel_connect_retries_total", &["reason"]), Some(1));
+    a.wait_metric("ztunnel_connect_retries_total", &["reason"], 1);
     assert_eq!(a.records(1, &["\"direction\":\"outbound\""]).len(), 1, "one record for one connection");
 }

@@ -196,6 +196,14 @@ impl TunnelNode {
         sample.rsplit(' ').next()?.parse().ok()
     }
 
+    /// Waits until that is `value`: who was answered may be counted a moment later, and a scrape may
+    /// show what was true a moment ago.
+    pub fn wait_metric(&self, name: &str, labels: &[&str], value: u64) {
+        wait_for(&format!("{name} with {labels:?} to be {value}"), || {
+            self.metric(name, labels) == Some(value)
+        });
+    }
+
     /// Sends it `signal`.
     pub fn signal(&self, signal: Signal) {
         kill(self.pid(), signal).expect("kill");
