@@ -2,9 +2,10 @@
 
 use testbed::{capture::Capture, real_cluster::Pod};
 
-use crate::rig::{DEMO, PodSpec, Rig};
-
-const SERVER_ROLE: &[&str] = &["serve", "8080"];
+use crate::{
+    policies,
+    rig::{DEMO, PodSpec, Rig, SERVER},
+};
 
 #[test]
 #[ignore = "starts a cluster, needs root: make e2e"]
@@ -12,19 +13,17 @@ fn an_operator_installs_enrols_and_uninstalls_while_pods_run() {
     let rig = Rig::start();
     rig.namespace(DEMO, &["client", "server", "other"]);
     rig.namespace("outside", &[]);
-    let pod = |name, account, node, role| rig.pod(PodSpec { namespace: DEMO, name, account, node, role });
-    let server = pod("server", "server", "node2", SERVER_ROLE);
-    let client = pod("client", "client", "node1", SERVER_ROLE);
-    let other = pod("other", "other", "node2", SERVER_ROLE);
+    let server = rig.server();
+    let client = rig.serving("client", "client", "node1");
+    let other = rig.serving("other", "other", "node2");
     let stranger = rig.pod(PodSpec {
         namespace: "outside",
         name: "stranger",
         account: "default",
         node: "node1",
-        role: SERVER_ROLE,
+        role: &["serve", "8080"],
     });
-    rig.cluster.kubectl(&["-n", DEMO, "expose", "pod", "server", "--port=80", "--target-port=8080"]);
-    let (by_address, by_name) = (format!("http://{}:8080/", server.ip), "http://server.demo.svc/");
+    let (by_address, by_name) = (format!("http://{}:8080/", server.ip), SERVER);
     for url in [by_address.as_str(), by_name] {
         let body = rig.wait_get(&client, url, true);
         assert!(body.contains(&format!("hello from server, client {}", client.ip)), "{body}");
@@ -49,11 +48,11 @@ fn an_operator_installs_enrols_and_uninstalls_while_pods_run() {
 
     // Plaintext passes until a policy says otherwise.
     assert!(rig.wait_get(&stranger, &by_address, true).contains(&stranger.ip));
-    rig.cluster.apply(STRICT);
+    rig.cluster.apply(policies::STRICT);
     rig.wait_get(&stranger, &by_address, false);
     rig.wait_get(&client, &by_address, true);
     rig.wait_get(&other, &by_address, true);
-    rig.cluster.apply(CLIENT_ONLY);
+    rig.cluster.apply(policies::CLIENT_ONLY);
     rig.wait_get(&other, &by_address, false);
     rig.wait_get(&client, by_name, true);
 
@@ -84,21 +83,3 @@ fn assert_only_hbone(wire: &Capture, client: &Pod, server: &Pod) {
     assert!(clear.is_empty(), "in clear: {clear:?}");
     assert!(wire.counts().1 > 0, "no HBONE on the wire");
 }
-
-/// Whoever has no identity is refused.
-pub const STRICT: &str = "
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: strict, namespace: demo}
-spec: {mtls: {mode: STRICT}}
-";
-
-const CLIENT_ONLY: &str = "
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {name: client-only, namespace: demo}
-spec:
-  selector: {matchLabels: {app: server}}
-  action: ALLOW
-  rules: [{from: [{source: {principals: [cluster.local/ns/demo/sa/client]}}]}]
-";

@@ -6,18 +6,26 @@ use std::{path::Path, process::Command};
 use testbed::{chart, command, wait::wait_slowly};
 
 use crate::{
-    rig::{DEMO, LIMIT, PodSpec, Rig, SYSTEM},
+    policies,
+    rig::{DEMO, LIMIT, Rig, SERVER, SYSTEM},
     traffic::Load,
 };
 
-/// The chart as the commit before this one had it, unpacked into `folder`.
+/// The chart as the commit before this one had it, unpacked into `folder`. Where the history does not
+/// reach so far, as in a shallow clone, the chart as it is: an upgrade to that rolls all pods, too.
 fn previous_chart(folder: &Path) -> String {
-    let charts = chart::folder();
-    let root = charts.ancestors().nth(2).expect("the repository");
-    let script =
-        format!("git -C {} archive HEAD^ charts/adit | tar -x -C {}", root.display(), folder.display());
-    let output = Command::new("sh").args(["-ec", &script]).output().expect("sh");
-    assert!(output.status.success(), "the previous commit is needed: {}", command::text(&output));
+    let present = chart::folder();
+    let root = present.ancestors().nth(2).expect("the repository");
+    let archive = folder.join("chart.tar");
+    let mut git = Command::new("git");
+    git.arg("-C").arg(root).args(["archive", "HEAD^", "charts/adit", "-o"]).arg(&archive);
+    let output = git.output().expect("git");
+    if !output.status.success() {
+        eprintln!("the chart of the previous commit is not here: {}", command::text(&output));
+        return present.to_str().expect("UTF-8 path").to_owned();
+    }
+    let unpacked = Command::new("tar").arg("-xf").arg(&archive).arg("-C").arg(folder).status();
+    assert!(unpacked.expect("tar").success());
     folder.join("charts/adit").to_str().expect("UTF-8 path").to_owned()
 }
 
@@ -28,31 +36,16 @@ fn an_installation_is_upgraded_rolled_back_and_drained_under_traffic() {
     // The label is there first, and pods that wait for nothing.
     rig.namespace(DEMO, &["client", "server"]);
     rig.label(DEMO, "ambient");
-    let server = PodSpec {
-        namespace: DEMO,
-        name: "server",
-        account: "server",
-        node: "node2",
-        role: &["serve", "8080"],
-    };
-    let server = rig.pod(server);
-    rig.cluster.kubectl(&["-n", DEMO, "expose", "pod", "server", "--port=80", "--target-port=8080"]);
-    let client = PodSpec {
-        namespace: DEMO,
-        name: "client",
-        account: "client",
-        node: "node1",
-        role: &["serve", "8080"],
-    };
-    let client = rig.pod(client);
-    rig.wait_get(&client, "http://server.demo.svc/", true);
+    let server = rig.server();
+    let client = rig.serving("client", "client", "node1");
+    rig.wait_get(&client, SERVER, true);
 
     let previous = previous_chart(rig.cluster.dir.path());
     rig.install_chart(&previous, &[]);
     for pod in [&server, &client] {
         rig.wait_enrolled(pod, true);
     }
-    rig.wait_get(&client, "http://server.demo.svc/", true);
+    rig.wait_get(&client, SERVER, true);
     rig.wait_record("node2", &["inbound", "/ns/demo/sa/client", "/ns/demo/sa/server"]);
 
     let load = Load::start(&rig, 1);
@@ -117,16 +110,13 @@ fn a_sandbox_that_is_made_anew_is_the_same_pod() {
     rig.namespace(DEMO, &["client", "server"]);
     rig.install(&[]);
     rig.label(DEMO, "ambient");
-    let spec =
-        |name, account, node| PodSpec { namespace: DEMO, name, account, node, role: &["serve", "8080"] };
-    let server = rig.pod(spec("server", "server", "node2"));
-    rig.cluster.kubectl(&["-n", DEMO, "expose", "pod", "server", "--port=80", "--target-port=8080"]);
-    let client = rig.pod(spec("client", "client", "node1"));
+    let server = rig.server();
+    let client = rig.serving("client", "client", "node1");
     for pod in [&server, &client] {
         rig.wait_enrolled(pod, true);
     }
-    rig.cluster.apply(crate::install::STRICT);
-    rig.wait_get(&client, "http://server.demo.svc/", true);
+    rig.cluster.apply(policies::STRICT);
+    rig.wait_get(&client, SERVER, true);
     for (node, pod) in [(1, &server), (0, &client)] {
         rig.cluster.nodes[node].run(&format!(
             "for pid in $(pgrep -f '^/bin/sleep 1000000000'); do
@@ -139,7 +129,7 @@ fn a_sandbox_that_is_made_anew_is_the_same_pod() {
         });
         rig.cluster.wait_ready(DEMO, &pod.name);
         assert_eq!(again.uid, pod.uid);
-        rig.wait_get(&client, "http://server.demo.svc/", true);
+        rig.wait_get(&client, SERVER, true);
     }
     let identities = ["inbound", "/ns/demo/sa/client", "/ns/demo/sa/server"];
     let client = rig.cluster.ready_pod(DEMO, "client");

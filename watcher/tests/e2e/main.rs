@@ -9,6 +9,7 @@
 
 mod install;
 mod lifecycle;
+mod policies;
 mod probes;
 mod rig;
 mod rollout;

@@ -7,19 +7,10 @@ use testbed::{
     wait::{try_wait_slowly, wait_slowly},
 };
 
-use crate::rig::{DEMO, LIMIT, PodSpec, Rig, SYSTEM, container};
-
-const STRICT: &str = "
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: strict, namespace: demo}
-spec: {mtls: {mode: STRICT}}
----
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {name: nobody, namespace: demo}
-spec: {}
-";
+use crate::{
+    policies,
+    rig::{DEMO, LIMIT, PodSpec, Rig, SYSTEM, container},
+};
 
 /// Each kind of handler, for each kind of probe where it may stand: the name of the pod, the role
 /// of its container, and its handler.
@@ -97,7 +88,8 @@ fn probes_pass_under_strict_policy_and_while_the_tunnel_is_away_and_nobody_elses
     let mut rig = Rig::start();
     rig.namespace(DEMO, &[]);
     rig.install(&[]);
-    rig.cluster.apply(STRICT);
+    rig.cluster.apply(policies::STRICT);
+    rig.cluster.apply(policies::NOBODY);
     rig.label(DEMO, "ambient");
     for (name, role, handler) in handlers() {
         rig.cluster.apply(&probed(name, role, &handler).to_string());

@@ -14,10 +14,12 @@ use testbed::{
 pub const SYSTEM: &str = "adit-system";
 /// The namespace whose pods are enrolled.
 pub const DEMO: &str = "demo";
+/// The service before the pod `server`.
+pub const SERVER: &str = "http://server.demo.svc/";
 /// How long anything may take that pods, kubelets and controllers do.
 pub const LIMIT: std::time::Duration = std::time::Duration::from_mins(2);
 
-/// A cluster in which pods run before anything of Adit is there.
+/// A cluster, and Adit's chart for it.
 #[derive(Debug)]
 pub struct Rig {
     pub cluster: RealCluster,
@@ -59,8 +61,7 @@ pub fn container(name: &str, role: &[&str]) -> Value {
 }
 
 impl Rig {
-    /// A cluster with the namespaces `demo` and `outside`, in which a client, a server behind the
-    /// service `server`, and a stranger run.
+    /// A cluster that knows Istio's kinds of policies, and nothing else.
     pub fn start() -> Self {
         let images = images();
         let images: Vec<_> = images.iter().map(PathBuf::as_path).collect();
@@ -82,6 +83,18 @@ impl Rig {
     pub fn pod(&self, spec: PodSpec<'_>) -> Pod {
         self.cluster.apply(&spec.manifest().to_string());
         self.cluster.ready_pod(spec.namespace, spec.name)
+    }
+
+    /// Makes a pod of `demo` that answers on port 8080, and waits until it is ready.
+    pub fn serving(&self, name: &str, account: &str, node: &str) -> Pod {
+        self.pod(PodSpec { namespace: DEMO, name, account, node, role: &["serve", "8080"] })
+    }
+
+    /// The pod `server` on `node2`, and the service before it.
+    pub fn server(&self) -> Pod {
+        let pod = self.serving("server", "server", "node2");
+        self.cluster.kubectl(&["-n", DEMO, "expose", "pod", "server", "--port=80", "--target-port=8080"]);
+        pod
     }
 
     /// `helm install`, with `more` values.

@@ -3,7 +3,7 @@
 use testbed::wait::wait_slowly;
 
 use crate::{
-    rig::{DEMO, LIMIT, PodSpec, Rig, SYSTEM},
+    rig::{DEMO, LIMIT, Rig, SERVER, SYSTEM},
     traffic::Load,
 };
 
@@ -12,15 +12,7 @@ fn enrolled() -> Rig {
     rig.namespace(DEMO, &["client", "server"]);
     rig.install(&[]);
     rig.label(DEMO, "ambient");
-    let server = PodSpec {
-        namespace: DEMO,
-        name: "server",
-        account: "server",
-        node: "node2",
-        role: &["serve", "8080"],
-    };
-    let server = rig.pod(server);
-    rig.cluster.kubectl(&["-n", DEMO, "expose", "pod", "server", "--port=80", "--target-port=8080"]);
+    let server = rig.server();
     rig.wait_enrolled(&server, true);
     rig
 }
@@ -69,17 +61,10 @@ fn a_rollout_fails_no_request_and_cuts_no_connection_and_crashes_heal() {
 
     // The namespace is still labelled.
     let server = rig.cluster.pod(DEMO, "server").expect("the server");
-    let client = PodSpec {
-        namespace: DEMO,
-        name: "client",
-        account: "client",
-        node: "node1",
-        role: &["serve", "8080"],
-    };
-    let client = rig.pod(client);
+    let client = rig.serving("client", "client", "node1");
     rig.wait_enrolled(&client, true);
     rig.uninstall();
-    let body = rig.wait_get(&client, "http://server.demo.svc/", true);
+    let body = rig.wait_get(&client, SERVER, true);
     assert!(body.contains(&client.ip), "{body}");
     rig.assert_nothing_left(&[&server, &client]);
 }

@@ -5,7 +5,7 @@ use testbed::{
     wait::{try_wait_slowly, wait_slowly},
 };
 
-use crate::rig::{DEMO, LIMIT, PodSpec, Rig};
+use crate::rig::{DEMO, LIMIT, PodSpec, Rig, SERVER};
 
 /// A client that asks or holds, and prints how that goes.
 #[derive(Debug)]
@@ -87,7 +87,7 @@ impl Load {
             )
         };
         Self {
-            requests: client("requests", &["ask", "http://server.demo.svc/", "50", "10"]),
+            requests: client("requests", &["ask", SERVER, "50", "10"]),
             connections: client("connections", &["hold", "http://server.demo.svc/echo", "200", "5"]),
         }
     }

@@ -3,26 +3,16 @@
 use serde_json::{Value, json};
 use testbed::wait::{try_wait_slowly, wait_slowly};
 
-use crate::rig::{DEMO, LIMIT, PodSpec, Rig, container};
-
-const URL: &str = "http://server.demo.svc/";
-
-/// Whoever is no client in the mesh is refused: who is answered was captured.
-const CLIENT_ONLY: &str = "
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {name: client-only, namespace: demo}
-spec:
-  selector: {matchLabels: {app: server}}
-  action: ALLOW
-  rules: [{from: [{source: {principals: [cluster.local/ns/demo/sa/client]}}]}]
-";
+use crate::{
+    policies,
+    rig::{DEMO, LIMIT, PodSpec, Rig, SERVER, container},
+};
 
 /// A pod template whose container asks once, and ends.
 fn asks_once() -> Value {
     json!({
         "spec": {"serviceAccountName": "client", "restartPolicy": "Never",
-            "containers": [container("main", &["get", URL])]},
+            "containers": [container("main", &["get", SERVER])]},
     })
 }
 
@@ -33,13 +23,12 @@ fn pods_of_every_kind_are_in_the_mesh_from_their_first_connection() {
     rig.namespace(DEMO, &["client", "server"]);
     rig.install(&[]);
     rig.label(DEMO, "ambient");
-    rig.cluster.apply(CLIENT_ONLY);
+    rig.cluster.apply(policies::CLIENT_ONLY);
     let spec = |name, account, role| PodSpec { namespace: DEMO, name, account, node: "node2", role };
-    let server = rig.pod(spec("server", "server", &["serve", "8080"]));
-    rig.cluster.kubectl(&["-n", DEMO, "expose", "pod", "server", "--port=80", "--target-port=8080"]);
+    let server = rig.server();
     rig.wait_enrolled(&server, true);
     let client = rig.pod(spec("client", "client", &["serve", "8080"]));
-    rig.wait_get(&client, URL, true);
+    rig.wait_get(&client, SERVER, true);
 
     // The first instruction of each is a connect.
     let job = json!({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "once", "namespace": DEMO},
@@ -59,7 +48,7 @@ fn pods_of_every_kind_are_in_the_mesh_from_their_first_connection() {
 
     let mut with_init = spec("with-init", "client", &["serve", "8080"]).manifest();
     with_init["spec"]["initContainers"] =
-        json!([container("first", &["get", URL]), container("second", &["get", URL])]);
+        json!([container("first", &["get", SERVER]), container("second", &["get", SERVER])]);
     with_init["spec"]["restartPolicy"] = json!("Never");
     rig.cluster.apply(&with_init.to_string());
     rig.cluster.wait_ready(DEMO, "with-init");
@@ -71,13 +60,13 @@ fn pods_of_every_kind_are_in_the_mesh_from_their_first_connection() {
                 "terminationGracePeriodSeconds": 0, "containers": [container("main", &["serve", "8080"])]}}}});
     rig.cluster.apply(&set.to_string());
     let first = rig.cluster.ready_pod(DEMO, "set-0");
-    rig.wait_get(&first, URL, true);
+    rig.wait_get(&first, SERVER, true);
     rig.cluster.kubectl(&["-n", DEMO, "delete", "pod", "set-0"]);
     let second = wait_slowly(LIMIT, "the pod to be made anew", || {
         rig.cluster.pod(DEMO, "set-0").filter(|pod| pod.uid != first.uid && !pod.ip.is_empty())
     });
     rig.cluster.wait_ready(DEMO, "set-0");
-    rig.wait_get(&second, URL, true);
+    rig.wait_get(&second, SERVER, true);
     rig.wait_get(&client, &format!("http://{}:8080/", second.ip), true);
 
     // An ephemeral container is the pod, too.
@@ -92,7 +81,7 @@ fn pods_of_every_kind_are_in_the_mesh_from_their_first_connection() {
         "--",
         "/usr/local/bin/pod",
         "get",
-        URL,
+        SERVER,
     ];
     rig.cluster.kubectl(&debug);
     wait_slowly(LIMIT, "the ephemeral container to be answered", || {
