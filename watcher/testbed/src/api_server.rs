@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use json_patch::merge;
 use k8s_openapi::api::core::v1::{Namespace, Pod, ServiceAccount};
 use kube::{
     Api, Client,
@@ -356,16 +357,5 @@ impl ApiServer {
         let found = post("range", &json!({"key": "AA==", "limit": "1"}));
         let revision = found["header"]["revision"].as_str().expect("a revision").to_owned();
         post("compaction", &json!({"revision": revision, "physical": true}));
-    }
-}
-
-fn merge(into: &mut Value, more: &Value) {
-    match (into, more) {
-        (Value::Object(into), Value::Object(more)) => {
-            for (key, value) in more {
-                merge(into.entry(key).or_insert(Value::Null), value);
-            }
-        }
-        (into, more) => *into = more.clone(),
     }
 }

@@ -226,17 +226,8 @@ mod tests {
 
     fn pod(uid: &str, namespace: &str, more: &Value) -> api::Pod {
         let mut value = json!({"metadata": {"uid": uid, "name": format!("n-{uid}"), "namespace": namespace}});
-        merge(&mut value, more);
+        json_patch::merge(&mut value, more);
         serde_json::from_value(value).unwrap()
-    }
-
-    fn merge(into: &mut Value, more: &Value) {
-        match (into, more) {
-            (Value::Object(into), Value::Object(more)) => {
-                more.iter().for_each(|(key, value)| merge(into.entry(key).or_insert(Value::Null), value));
-            }
-            (into, more) => *into = more.clone(),
-        }
     }
 
     fn namespace(name: &str, mode: Option<&str>) -> PartialObjectMeta<api::Namespace> {

@@ -1,10 +1,10 @@
-"""A tunnel that shares no code with ours: Python's gRPC, and protobuf definitions written for it alone.
+"""A tunnel that shares no code with ours: Python's gRPC, and the protobuf definitions of foreign programs.
 
 It subscribes to everything, acknowledges what it is sent, and prints after each response what it has by then: one
 JSON object a line, {TYPE URL: {NAME: RESOURCE}}. A RESOURCE is protobuf's JSON, with addresses as they are written,
 and "aliases". What the definitions do not know is an error.
 
-Arguments: HOST:PORT, the root's file, the folder of discovery.proto. The token is on stdin.
+Arguments: HOST:PORT, the root's file, the folder of the definitions. The token is on stdin.
 """
 import ipaddress, json, os, queue, sys, tempfile
 
@@ -12,18 +12,17 @@ import grpc
 from grpc_tools import protoc
 
 address, root, definitions = sys.argv[1:]
-here = os.path.dirname(os.path.abspath(__file__))
 made = tempfile.mkdtemp()
 include = os.path.join(os.path.dirname(sys.modules["grpc_tools"].__file__), "_proto")
-files = [os.path.join(definitions, "discovery.proto"), os.path.join(here, "workload.proto"), os.path.join(here, "policy.proto")]
-arguments = [f"-I{definitions}", f"-I{here}", f"-I{include}", f"--python_out={made}", f"--grpc_python_out={made}"]
+files = [os.path.join(definitions, f"{name}.proto") for name in ("discovery", "istio", "security")]
+arguments = [f"-I{definitions}", f"-I{include}", f"--python_out={made}", f"--grpc_python_out={made}"]
 assert protoc.main(["protoc", *arguments, *files]) == 0
 sys.path.insert(0, made)
-import discovery_pb2, discovery_pb2_grpc, policy_pb2, workload_pb2
+import discovery_pb2, discovery_pb2_grpc, istio_pb2, security_pb2
 
 TYPES = {
-    "type.googleapis.com/istio.security.Authorization": policy_pb2.Authorization,
-    "type.googleapis.com/istio.workload.Address": workload_pb2.Address,
+    "type.googleapis.com/istio.security.Authorization": security_pb2.Authorization,
+    "type.googleapis.com/istio.workload.Address": istio_pb2.Address,
 }
 
 
