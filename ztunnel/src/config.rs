@@ -226,6 +226,8 @@ pub struct XdsConfig {
     pub on_demand: bool,
     /// Where what was told last is kept.
     pub state_dir: Option<PathBuf>,
+    /// Nothing is kept there any more, and what there is is removed.
+    pub forget_state: bool,
 }
 
 /// How to call a control plane.

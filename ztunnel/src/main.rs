@@ -17,7 +17,7 @@ use ztunnel::{
     context::ProcessContext,
     discovery::{
         self,
-        last_state::{LastState, LastStateMetrics, Origin},
+        last_state::{self, LastState, LastStateMetrics, Origin},
     },
     dns::Dns,
     drain,
@@ -76,6 +76,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
         Some(_) => Store::untold(),
         None => Store::new(local_file::load(&config)?),
     });
+    forget_state(&config);
     let last_state = last_state(&config)?;
     let certificates = Certificates::new(&config)?;
     let revocations = Arc::new(Revocations::open(config.crl.clone())?);
@@ -168,6 +169,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
     drain::drained(pods.finish(), config.drain_deadline).await;
     end.cancel();
     services.shutdown().await;
+    forget_state(&config);
     signals.abort();
     info!("stopped");
     ended_early.map_or(Ok(()), |ended| Err(anyhow!("{ended}")))
@@ -175,9 +177,20 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
 
 /// Where what the control plane tells is kept, if it is.
 fn last_state(config: &Config) -> Result<Option<Arc<LastState>>> {
-    let folder = config.xds.as_ref().and_then(|xds| xds.state_dir.as_deref());
+    let xds = config.xds.as_ref().filter(|xds| !xds.forget_state);
+    let folder = xds.and_then(|xds| xds.state_dir.as_deref());
     let started = folder.map(|folder| LastState::start(folder, Origin::from(config)));
     Ok(started.transpose().context("cannot start the thread of the last state")?.map(Arc::new))
+}
+
+/// Removes what was kept, if this tunnel is to leave nothing on its node.
+fn forget_state(config: &Config) {
+    let xds = config.xds.as_ref().filter(|xds| xds.forget_state);
+    let Some(folder) = xds.and_then(|xds| xds.state_dir.as_deref()) else { return };
+    if let Err(error) = last_state::forget(folder) {
+        let error = format!("{:#}", anyhow!(error));
+        warn!(folder = %folder.display(), error, "the last state of the control plane cannot be removed; remove it by hand");
+    }
 }
 
 /// The metrics, with what is read at each scrape.

@@ -355,3 +355,23 @@ fn what_connections_needed_is_known_on_demand_too() {
     wait_for("the control plane's own word", own_word);
     node.decides_as_told(&second);
 }
+
+/// As before an uninstall: the next tunnel on the node starts beside its predecessor, which drains.
+#[test]
+#[ignore = "needs root: make test"]
+fn a_tunnel_that_is_told_to_forget_leaves_nothing_of_itself_and_of_its_predecessors() {
+    let node = Node::new();
+    let kept = || std::fs::read_dir(&node.folder).expect("folder").count();
+    let mut first = node.tunnel(&[]);
+    first.wait_ready();
+    until_kept(&first);
+    assert!(kept() > 0);
+    let elsewhere = node.mesh.netns("a");
+    let mut second = node.successor(&elsewhere, &[("XDS_FORGET_STATE", "true")]);
+    wait_for("all to be removed", || kept() == 0);
+    first.signal(Signal::SIGTERM);
+    wait_for("the predecessor to end", || !first.is_running());
+    second.signal(Signal::SIGTERM);
+    wait_for("its successor to end", || !second.is_running());
+    assert_eq!(kept(), 0);
+}

@@ -89,6 +89,7 @@
 {{- if include "adit.logAsJson" . }}{{ $_ := set $set "LOG_FORMAT" "json" }}{{ end -}}
 {{- if .Values.peerCaCrl.enabled }}{{ $_ := set $set "CRL_PATH" "/var/run/secrets/istio-crl/ca-crl.pem" }}{{ end -}}
 {{- if .Values.stateHostPath }}{{ $_ := set $set "XDS_STATE_DIR" "/var/lib/adit/ztunnel" }}{{ end -}}
+{{- if and .Values.stateHostPath .Values.watcher.detach }}{{ $_ := set $set "XDS_FORGET_STATE" "true" }}{{ end -}}
 {{- if .Values.config }}{{ $_ := set $set "ZTUNNEL_CONFIG" "/etc/adit/ztunnel.yaml" }}{{ end -}}
 {{- range $name, $value := mergeOverwrite $set .Values.meshConfig.defaultConfig.proxyMetadata .Values.env }}
 - name: {{ $name }}

@@ -305,7 +305,8 @@ impl Rig {
 fn left_on(node: &RealNode) -> String {
     node.run(
         "find /sys/fs/bpf -mindepth 1 ! -name maps.debug ! -name progs.debug
-         find /run/adit /run/ztunnel -mindepth 1 2>/dev/null || true",
+         find /run/adit /run/ztunnel -mindepth 1 2>/dev/null || true
+         find /var/lib/adit -type f 2>/dev/null || true",
     )
 }
 

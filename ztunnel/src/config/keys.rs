@@ -134,6 +134,7 @@ pub(crate) const KEYS: &[ConfigKey] = &[
     key("xds.headers", "XDS_HEADER_", Map, Nothing, "extra gRPC metadata"),
     key("xds.on_demand", "XDS_ON_DEMAND", Bool, Is("false"), "subscribe to workloads and services when a connection needs them, not to all at start; requires `dns.enabled: false`"),
     key("xds.state_dir", "XDS_STATE_DIR", Path, Nothing, "folder in which what the control plane told last is kept, so that a tunnel that starts while the control plane is away goes on with that. It belongs to the tunnels of one node; the tunnel makes it private. Not set: nothing is kept, and such a tunnel waits"),
+    key("xds.forget_state", "XDS_FORGET_STATE", Bool, Is("false"), "remove what any tunnel has kept in `xds.state_dir`, at the start and at the end, and keep nothing: before an uninstall"),
     key("xds.metadata", "ISTIO_META_", Map, Nothing, "further node metadata for the control plane, as text"),
     key("xds.metadata_json", "ISTIO_METAJSON_", Map, Nothing, "further node metadata for the control plane, as JSON"),
 

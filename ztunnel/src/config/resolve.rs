@@ -332,7 +332,8 @@ fn xds(
         return Err(settings.invalid("xds.on_demand", expected));
     }
     let state_dir = settings.get("xds.state_dir").map(Into::into);
-    Ok(Some(XdsConfig { service, node_id, metadata, on_demand, state_dir }))
+    let forget_state = settings.bool("xds.forget_state")?;
+    Ok(Some(XdsConfig { service, node_id, metadata, on_demand, state_dir, forget_state }))
 }
 
 fn tls(settings: &RawSettings) -> Result<TlsConfig, ConfigError> {

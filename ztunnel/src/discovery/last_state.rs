@@ -164,6 +164,14 @@ impl LastState {
     }
 }
 
+/// Removes what any tunnel has kept in `folder`, also what those keep that still run.
+///
+/// # Errors
+/// The folder is not this user's alone, or a file in it cannot be removed.
+pub fn forget(folder: &Path) -> io::Result<()> {
+    Folder::open(folder).map_err(io::Error::other)?.clear()
+}
+
 /// A file with these records, whatever they are. For tests of the reader: with any bytes they get no
 /// further than the first checksum.
 ///

@@ -107,6 +107,11 @@ impl Folder {
         Ok(())
     }
 
+    /// Removes all files, also those whose owners live: what they write goes nowhere then.
+    pub(super) fn clear(&self) -> io::Result<()> {
+        self.files()?.iter().try_for_each(fs::remove_file)
+    }
+
     fn files(&self) -> io::Result<Vec<PathBuf>> {
         let mut files = Vec::new();
         for entry in fs::read_dir(&self.0)? {
