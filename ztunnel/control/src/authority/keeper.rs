@@ -6,6 +6,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use error_reporter::Report;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use k8s_openapi::{api::core::v1::Secret, jiff::Timestamp};
 use kube::{
@@ -22,7 +23,7 @@ use tracing::{info, warn};
 
 use super::{
     Authority, CurrentAuthority,
-    place::{RootError, RootPlace, causes},
+    place::{RootError, RootPlace},
     revoked::{self, Revoked},
     rotation,
     secret::{self, RootSecret},
@@ -107,7 +108,7 @@ impl RootKeeper {
                     Err(error) => {
                         if !std::mem::replace(&mut failing, true) {
                             warn!(
-                                error = causes(&error),
+                                error = %Report::new(&error),
                                 "the root stays in use, and cannot be kept; trying again"
                             );
                         }
@@ -154,7 +155,7 @@ impl RootKeeper {
             let read = match RootSecret::read(&secret) {
                 Ok(read) => read,
                 Err(error) => {
-                    self.complain(causes(&error));
+                    self.complain(Report::new(&error).to_string());
                     return Ok(PUBLISH_AGAIN);
                 }
             };
@@ -190,7 +191,7 @@ impl RootKeeper {
             }
             Err(error) if !self.cannot_revoke => {
                 self.cannot_revoke = true;
-                warn!(error = causes(&error), "there is no list of revoked certificates");
+                warn!(error = %Report::new(&error), "there is no list of revoked certificates");
             }
             Ok(None) | Err(_) => {}
         }

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use backon::{ExponentialBuilder, Retryable as _};
+use error_reporter::Report;
 use k8s_openapi::{
     api::core::v1::{ConfigMap, Secret},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
@@ -100,8 +101,8 @@ impl RootPlace {
             .with_jitter()
             .without_max_times();
         let noted = |error: &RootError, pause: Duration| {
-            let error = causes(error);
-            warn!(error, retry_ms = pause.as_millis(), "there is no root yet; trying again");
+            let error = Report::new(error);
+            warn!(%error, retry_ms = pause.as_millis(), "there is no root yet; trying again");
         };
         (|| self.open_once(client)).retry(waits).when(|error| !error.is_final()).notify(noted).await
     }
@@ -206,10 +207,4 @@ impl RootPlace {
     fn failed(&self, verb: &'static str, source: kube::Error) -> RootError {
         RootError::Api { verb, object: format!("Secret {}", self.name()), source: Box::new(source) }
     }
-}
-
-/// An error and its causes, on one line.
-pub(super) fn causes(error: &(dyn std::error::Error + 'static)) -> String {
-    let all = std::iter::successors(Some(error), |error| error.source());
-    all.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
