@@ -188,8 +188,9 @@ pub fn claimed_account(token: &str) -> Option<ServiceAccount> {
     struct Payload {
         sub: String,
     }
-    let mut parts = token.split('.');
-    let (_, payload, _) = (parts.next()?, parts.next()?, parts.next()?);
+    // Header, claims and signature (RFC 7515, section 7.1), and nothing after them.
+    let (head, _signature) = token.rsplit_once('.')?;
+    let (_header, payload) = head.split_once('.')?;
     let payload = URL_SAFE_NO_PAD.decode(payload).ok()?;
     account_of(&serde_json::from_slice::<Payload>(&payload).ok()?.sub)
 }
@@ -282,7 +283,8 @@ mod tests {
         for payload in [r#"{"sub": "admin"}"#, r#"{"sub": 1}"#, "{}", "", "[]"] {
             assert_eq!(of(payload), None, "{payload}");
         }
-        for text in ["", ".", "a.b", "a.%%.c"] {
+        let four_parts = token(r#"{"sub": "system:serviceaccount:a:b"}"#) + ".more";
+        for text in ["", ".", "a.b", "a.%%.c", &four_parts] {
             assert_eq!(claimed_account(text), None, "{text}");
         }
     }
