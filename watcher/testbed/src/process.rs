@@ -18,6 +18,11 @@ use crate::{
     wait::{try_wait, wait_for},
 };
 
+/// Before the words of a command: it gets pid, mount and cgroup namespaces of its own, as a node that
+/// is a container has, and all in them ends with it.
+pub(crate) const UNSHARE: [&str; 8] =
+    ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--cgroup", "--propagation", "slave"];
+
 /// Where a program runs.
 #[derive(Clone, Debug, Default)]
 pub struct Placement {

@@ -12,7 +12,7 @@ use crate::{
     command::{run, text},
     fakes::FakeCa,
     netns::TestNetns,
-    process::{Placement, Process},
+    process::{Placement, Process, UNSHARE},
     program::binary,
     wait::wait_for,
 };
@@ -121,20 +121,8 @@ impl ClusterNode {
     pub fn contain(&mut self, cgroup2: &Path) {
         // One tree is not mounted over itself.
         let script = "umount -l \"$0\" && mount -t cgroup2 cgroup2 \"$0\" && exec sleep infinity";
-        let words = [
-            "unshare",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-            "--cgroup",
-            "--propagation",
-            "slave",
-            "sh",
-            "-c",
-            script,
-            cgroup2.to_str().expect("UTF-8 path"),
-        ];
+        let shell = ["sh", "-c", script, cgroup2.to_str().expect("UTF-8 path")];
+        let words = [&UNSHARE[..], &shell].concat();
         let command = Placement::in_cgroup(&self.cgroup).in_netns(&self.netns).command(&words);
         let process = Process::spawn("node", command, &self.dir.join("node.log"));
         let pid = wait_for("the node's container", || {

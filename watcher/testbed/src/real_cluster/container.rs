@@ -9,7 +9,11 @@ use std::{
 };
 
 use super::cgroups::NodeCgroups;
-use crate::{netns::TestNetns, process::Process, wait::wait_for};
+use crate::{
+    netns::TestNetns,
+    process::{Process, UNSHARE},
+    wait::wait_for,
+};
 
 /// A command in cgroups and a netns, and in the other namespaces of process `node` if there is one.
 pub(super) fn in_cgroups(
@@ -58,19 +62,7 @@ pub(super) fn contain(netns: &TestNetns, cgroups: &NodeCgroups, dir: &Path) -> (
         dir = dir.display(),
         ready = ready.display(),
     );
-    let words = [
-        "unshare",
-        "--pid",
-        "--fork",
-        "--kill-child",
-        "--mount-proc",
-        "--cgroup",
-        "--propagation",
-        "slave",
-        "bash",
-        "-ec",
-        &script,
-    ];
+    let words = [&UNSHARE[..], &["bash", "-ec", &script]].concat();
     let command = in_cgroups(&cgroups.dirs(""), netns, None, &words);
     let mut process = Process::spawn("node", command, &dir.join("node.log"));
     let init = wait_for("the node's namespaces", || {
