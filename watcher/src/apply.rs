@@ -25,7 +25,7 @@ use crate::{
     observe::{cgroups, netns::Visitors},
     plan::{
         Plan, Reason, ReasonCode,
-        diff::{self, Applied, ApplyStep, DiffScope, TunnelStep},
+        diff::{self, Applied, ApplyStep, DiffScope, MapWrite, TunnelStep},
     },
 };
 
@@ -115,11 +115,12 @@ impl Applier {
     ) -> Result<Self, (&'static str, KernelError)> {
         let maps = AppliedMaps::adopt(&mut kernel).map_err(|error| ("take over the maps", error))?;
         let linked = kernel.steered().map_err(|error| ("list the netns links", error))?;
+        let mut draining = DrainingNetns::default();
         Ok(Self {
             maps,
             settings,
-            netns: SteeredNetns::adopt(&journal, linked),
-            draining: DrainingNetns::default(),
+            netns: SteeredNetns::adopt(&journal, &linked, &mut draining),
+            draining,
             app_listeners: AppListeners::default(),
             tunnels: Tunnels::default(),
             unused_tunnel_cgroups: UnusedTunnelCgroups::due_at(Instant::now()),
@@ -210,6 +211,12 @@ impl Applier {
         for step in steps {
             debug!(?step, "step");
             let result = match &step {
+                // Its netns could not be steered, which is tried again: until then it stays closed.
+                ApplyStep::Map(MapWrite::SetCgroup(_, info))
+                    if info.netns_cookie != 0 && !self.netns.is_steered(info.netns_cookie) =>
+                {
+                    Ok(())
+                }
                 ApplyStep::Map(write) => self.maps.apply(&mut self.kernel, write),
                 ApplyStep::Netns(step) => {
                     let mut tools = NetnsTools {

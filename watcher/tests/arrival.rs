@@ -1,16 +1,20 @@
 //! A new pod's first connection arrives, as the pod.
 
-use std::{fs, time::Duration};
+use std::{fs, path::PathBuf, time::Duration};
 
 use nix::sys::signal::Signal;
 use testbed::{
-    cluster::{Cluster, Enrol},
+    cluster::{Cluster, ClusterPod, Enrol},
     command::text,
     label_latency::SANDBOX_TO_CONTAINER,
+    netns::TestNetns,
     process::{Placement, Process},
     program::TestSize,
     wait::{try_wait, wait_for},
 };
+
+const STRICT: &str = "- name: strict\n  namespace: demo\n  scope: Namespace\n  action: Deny\n  \
+                      rules:\n  - - - notPrincipals: [{Presence: []}]\n";
 
 /// Starts `count` pods one after the other, all at the address of `client`, whose first instruction
 /// is a connect; how many were answered, how many of these as themselves, and the slowest.
@@ -95,22 +99,22 @@ fn the_first_connect_of_every_new_pod_arrives_as_that_pod() {
     }
 }
 
-/// The watcher is late: it sees the pod's first process only when that has listened for a while.
-#[test]
-#[ignore = "loads eBPF, needs root: make test"]
-fn nobody_reaches_a_new_pod_before_its_netns_is_known() {
-    const SERVE: &str = "import socket, sys
-s = socket.create_server(('', 8080)) if sys.argv[1] == '4' else socket.create_server(('::', 8080), family=socket.AF_INET6)
-while True:
-    c, peer = s.accept(); c.recv(4096); c.sendall(b'HTTP/1.0 200 OK\\r\\n\\r\\nhello'); c.close()";
-    for family in ["4", "6"] {
-        let mut cluster = Cluster::new();
-        let client = cluster.pod("client", 0, Enrol::Plain);
-        // For its netns and its addresses.
-        let place = cluster.pod("place", 1, Enrol::Plain);
-        cluster.start();
-        let node = &cluster.nodes[1];
-        let uid = "00000000-0000-4000-8000-000000000007";
+/// A pod whose processes the watcher does not see: it stands still from when it expects the pod, until
+/// the test lets it go on.
+struct LatePod {
+    uid: &'static str,
+    cgroup: PathBuf,
+    place: ClusterPod,
+    log: PathBuf,
+    application: Option<Process>,
+}
+
+impl LatePod {
+    const UID: &str = "00000000-0000-4000-8000-000000000007";
+
+    /// Expected on the second node, where `place` has its netns and addresses.
+    fn expected(cluster: &Cluster, place: &ClusterPod) -> Self {
+        let (node, uid) = (&cluster.nodes[1], Self::UID);
         let file = format!(
             "pods:\n- uid: {uid}\n  name: place\n  namespace: demo\n  serviceAccount: place\n  \
              failMode: closed\n  labels: {{istio.io/dataplane-mode: ambient}}\n"
@@ -119,34 +123,149 @@ while True:
         fs::write(&next, file).expect("pods file");
         fs::rename(&next, node.pods_file()).expect("pods file");
         wait_for("the pod to be expected", || node.status().contains(uid).then_some(()));
-        let watcher = node.watcher.as_ref().expect("running");
-        watcher.signal(Signal::SIGSTOP);
-
-        let pod = node.pods_cgroup().join(format!("burstable/pod{uid}"));
-        fs::create_dir_all(pod.join("main")).expect("cgroup");
+        node.watcher.as_ref().expect("running").signal(Signal::SIGSTOP);
+        let cgroup = node.pods_cgroup().join(format!("burstable/pod{uid}"));
         let log = cluster.dir.path().join("late.log");
-        let command = Placement::in_cgroup(&pod.join("main"))
-            .in_netns(&place.netns)
-            .command(&["python3", "-c", SERVE, family]);
-        let mut late = Process::spawn("late", command, &log);
-        let (url, own) = match family {
-            "4" => (format!("http://{}:8080/", place.v4), "http://127.0.0.1:8080/".to_owned()),
-            _ => (format!("http://[{}]:8080/", place.v6), "http://[::1]:8080/".to_owned()),
-        };
-        // To itself it may talk at once, over the loopback and by its own address.
-        wait_for("the application to listen", || place.netns.curl(&own).1.contains("hello").then_some(()));
+        Self { uid, cgroup, place: place.clone(), log, application: None }
+    }
+
+    /// Its application, which answers on port 8080 of one family.
+    fn listen(&mut self, family: &str, netns: &TestNetns) {
+        const SERVE: &str = "import socket, sys
+s = socket.create_server(('', 8080), backlog=1000) if sys.argv[1] == '4' else socket.create_server(('::', 8080), family=socket.AF_INET6, backlog=1000)
+while True:
+    c, peer = s.accept()
+    try:
+        c.recv(4096); c.sendall(b'HTTP/1.0 200 OK\\r\\n\\r\\nhello')
+    except OSError: pass
+    c.close()";
+        fs::create_dir_all(self.cgroup.join("main")).expect("cgroup");
+        let placement = Placement::in_cgroup(&self.cgroup.join("main")).in_netns(netns);
+        let command = placement.command(&["python3", "-c", SERVE, family]);
+        self.application = Some(Process::spawn("late", command, &self.log));
+        let own = if family == "4" { "http://127.0.0.1:8080/" } else { "http://[::1]:8080/" };
+        // To itself it may talk at once.
+        wait_for("the application to listen", || netns.curl(own).1.contains("hello").then_some(()));
+    }
+
+    fn url(&self, family: &str) -> String {
+        let ClusterPod { v4, v6, .. } = &self.place;
+        if family == "4" { format!("http://{v4}:8080/") } else { format!("http://[{v6}]:8080/") }
+    }
+
+    fn end_application(&mut self) {
+        if let Some(mut application) = self.application.take() {
+            application.kill();
+        }
+        let main = self.cgroup.join("main");
+        wait_for("the cgroup to be empty", || fs::remove_dir(&main).is_ok());
+    }
+
+    fn end(mut self) {
+        self.end_application();
+        wait_for("the cgroup to be empty", || fs::remove_dir(&self.cgroup).is_ok());
+    }
+}
+
+fn let_go_on(cluster: &Cluster) {
+    cluster.nodes[1].watcher.as_ref().expect("running").signal(Signal::SIGCONT);
+}
+
+/// The watcher is late: it sees the pod's first process only when that has listened for a while.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn nobody_reaches_a_new_pod_before_its_netns_is_known() {
+    for family in ["4", "6"] {
+        let mut cluster = Cluster::new();
+        let client = cluster.pod("client", 0, Enrol::Plain);
+        // For its netns and its addresses.
+        let place = cluster.pod("place", 1, Enrol::Plain);
+        cluster.start();
+        let mut late = LatePod::expected(&cluster, &place);
+        late.listen(family, &place.netns);
+        let url = late.url(family);
+        // By its own address, too.
         assert!(place.netns.curl(&url).1.contains("hello"), "from the pod itself");
         let answer = client.exec(&["curl", "-sS", "--max-time", "2", &url]);
         assert!(!answer.status.success(), "answered before anybody knew the netns: {}", text(&answer));
 
-        watcher.signal(Signal::SIGCONT);
+        let_go_on(&cluster);
         wait_for("an answer through the tunnel", || client.curl(&url).ok());
         let from = if family == "4" { &client.v4 } else { &client.v6 };
         let recorded = |line: &String| line.contains("inbound") && line.contains(from.as_str());
-        wait_for("its record", || node.access_log().iter().any(recorded).then_some(()));
-        late.kill();
-        for dir in [pod.join("main"), pod] {
-            wait_for("the cgroup to be empty", || fs::remove_dir(&dir).is_ok());
-        }
+        wait_for("its record", || cluster.nodes[1].access_log().iter().any(recorded).then_some(()));
+        late.end();
     }
+}
+
+/// Connects all the time, and says how often the application answered.
+const FLOOD: &str = "import os, select, socket, sys
+family, to, stop = (socket.AF_INET, sys.argv[1], sys.argv[2]) if ':' not in sys.argv[1] else (socket.AF_INET6, sys.argv[1], sys.argv[2])
+tried = answered = 0
+while not os.path.exists(stop):
+    poll, sockets = select.epoll(), {}
+    for _ in range(64):
+        s = socket.socket(family)
+        s.setblocking(False)
+        s.connect_ex((to, 8080))
+        poll.register(s, select.EPOLLOUT)
+        sockets[s.fileno()] = s
+    tried += 64
+    for fd, events in poll.poll(0.002, 64):
+        s = sockets[fd]
+        if events & (select.EPOLLERR | select.EPOLLHUP): continue
+        try:
+            s.settimeout(1)
+            s.sendall(b'GET / HTTP/1.0\\r\\n\\r\\n')
+            answered += b'hello' in s.recv(4096)
+        except OSError: pass
+    for s in sockets.values(): s.close()
+    poll.close()
+    if tried == 64: print('began', flush=True)
+print(tried, answered, flush=True)";
+
+/// Starts [`FLOOD`] towards the pod, lets the watcher go on, and returns how many connections were
+/// tried and answered until the watcher says that a tunnel serves the pod.
+fn flood_until_served(cluster: &Cluster, client: &ClusterPod, late: &LatePod, family: &str) -> (u64, u64) {
+    let (stop, log) = (cluster.dir.path().join("stop"), cluster.dir.path().join("flood.log"));
+    let _ = fs::remove_file(&log);
+    let to = if family == "4" { &late.place.v4 } else { &late.place.v6 };
+    let mut flood =
+        client.spawn("flood", &["python3", "-c", FLOOD, to, stop.to_str().expect("UTF-8 path")], &log);
+    wait_for("the flood", || fs::read_to_string(&log).is_ok_and(|said| said.contains("began")).then_some(()));
+    let_go_on(cluster);
+    wait_for("the pod to be served", || {
+        let status: serde_json::Value = serde_json::from_str(&cluster.nodes[1].status()).ok()?;
+        let pods = status["pods"].as_array()?;
+        pods.iter().any(|pod| pod["uid"] == late.uid && pod["state"] == "open").then_some(())
+    });
+    fs::write(&stop, "").expect("file");
+    flood.wait();
+    fs::remove_file(&stop).expect("file");
+    let said = fs::read_to_string(&log).expect("log");
+    let mut numbers = said.lines().last().into_iter().flat_map(str::split_whitespace);
+    let mut next = || numbers.next().and_then(|number| number.parse().ok());
+    (next().expect("tried"), next().expect("answered"))
+}
+
+/// Under a strict policy a client without identity is refused. So an answer is one past the tunnel,
+/// at whichever moment of the pod's arrival the connection was opened.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn nobody_gets_past_the_policy_of_a_pod_that_is_being_enrolled() {
+    let mut cluster = Cluster::new();
+    let client = cluster.pod("client", 0, Enrol::Plain);
+    // A netns each: one that a pod had before may still be steered.
+    let places = ["one", "two", "three", "four"].map(|name| cluster.pod(name, 1, Enrol::Plain));
+    cluster.policies = STRICT.into();
+    cluster.start();
+    let mut answers = Vec::new();
+    for (place, family) in places.iter().zip(["4", "6", "4", "6"]) {
+        let mut late = LatePod::expected(&cluster, place);
+        late.listen(family, &place.netns);
+        answers.push(flood_until_served(&cluster, &client, &late, family));
+        late.end();
+    }
+    eprintln!("tried and answered: {answers:?}");
+    assert!(answers.iter().all(|(_, answered)| *answered == 0), "past the policy: {answers:?}");
 }

@@ -41,7 +41,8 @@ pub struct CgroupInfo {
     /// The pod's first IPv6 address, where its IPv6 connects are redirected to; all zero: it has
     /// none.
     pub v6: Address,
-    /// The pod's netns; 0: not known, so no [`ListenerKey`](crate::listeners::ListenerKey) fits.
+    /// The pod's netns, where the sk_lookup program is attached. 0: not known, so what arrives for a
+    /// closed pod is dropped, and no [`ListenerKey`](crate::listeners::ListenerKey) fits.
     pub netns_cookie: u64,
     /// What the pod's configuration says: bits of [`flag`].
     pub flags: u32,
@@ -68,6 +69,19 @@ impl CgroupInfo {
         redirect_port: 0,
         pad: 0,
     };
+
+    /// The entry of the same pod while nobody knows its netns, or nothing is attached there yet that
+    /// decides about arrivals.
+    #[inline(always)]
+    #[must_use]
+    pub const fn without_netns(&self) -> Self {
+        Self {
+            flags: self.flags & (flag::IN_MESH | flag::TUNNEL | flag::SIDECAR | flag::FAIL_OPEN),
+            detected: self.detected,
+            redirect_port: self.redirect_port,
+            ..Self::CLOSED
+        }
+    }
 }
 
 impl Sum for CgroupInfo {

@@ -71,9 +71,9 @@ pub(crate) struct NetnsReport {
 
 impl SteeredNetns {
     /// Takes over what an earlier run left, so that what no pod needs any more is undone. `steered`
-    /// are the cookies of the netns that have links.
+    /// are the cookies of the netns that have links; those without one go to `draining`.
     #[must_use]
-    pub(crate) fn adopt(journal: &Journal, steered: Vec<u64>) -> Self {
+    pub(crate) fn adopt(journal: &Journal, steered: &[u64], draining: &mut DrainingNetns) -> Self {
         let adopted = |id: NetnsId, uid: &str, pod: Option<PodIdentity>, prepared: bool| PodNetns {
             id,
             pod_cgroup: PathBuf::new(),
@@ -82,12 +82,16 @@ impl SteeredNetns {
             v6: false,
             prepared,
         };
-        let recorded = journal.netns().iter();
-        let mut by_cookie: BTreeMap<u64, PodNetns> = recorded
-            .map(|(cookie, record)| (*cookie, adopted(record.id, &record.uid, record.pod.clone(), true)))
+        let mut by_cookie: BTreeMap<u64, PodNetns> = steered
+            .iter()
+            .map(|cookie| (*cookie, adopted(NetnsId { dev: 0, inode: 0 }, "", None, false)))
             .collect();
-        for cookie in steered {
-            by_cookie.entry(cookie).or_insert_with(|| adopted(NetnsId { dev: 0, inode: 0 }, "", None, false));
+        for (cookie, record) in journal.netns() {
+            let prepared = adopted(record.id, &record.uid, record.pod.clone(), true);
+            match by_cookie.get_mut(cookie) {
+                Some(netns) => *netns = prepared,
+                None => draining.release(*cookie, prepared),
+            }
         }
         Self { by_cookie }
     }
@@ -96,6 +100,12 @@ impl SteeredNetns {
     #[must_use]
     pub(crate) fn by_cookie(&self) -> &BTreeMap<u64, PodNetns> {
         &self.by_cookie
+    }
+
+    /// Whether the sk_lookup program is attached to the netns.
+    #[must_use]
+    pub(crate) fn is_steered(&self, cookie: u64) -> bool {
+        self.by_cookie.contains_key(&cookie)
     }
 
     /// Whether the netns is steered, and prepared for connections of a tunnel.

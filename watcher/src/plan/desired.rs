@@ -91,6 +91,11 @@ fn close(plan: &mut PodPlan, view: &PodView, flags: u32, steered: &BTreeMap<u64,
         plan.netns.insert(*netns_cookie, netns);
         plan.arrivals.insert(*netns_cookie, arrivals(view, flags, 0));
     }
+    // The netns of its next process may be another one: a sandbox that is made anew has one of its own.
+    let Observed { netns, gap, .. } = &view.observed;
+    if netns.is_empty() && gap.is_none() {
+        return cgroup_info(flags, 0, &[]);
+    }
     // Of several nobody knows which one is the pod's: its processes are closed in all of them.
     let mut cookies = plan.netns.keys().copied();
     let only = cookies.next().filter(|_| cookies.next().is_none());

@@ -4,6 +4,9 @@
 //! stops serving the pod. A pod that comes gets its map entries before its netns is touched, so
 //! that it is closed from the first moment on; tunnels receive it last.
 //!
+//! The entry of a cgroup names its netns only while that is steered. Until then the programs drop
+//! what arrives for the pod, as nothing in its netns decides about it.
+//!
 //! Exclusion lists are no steps: [`crate::apply::maps`] writes them before all steps, since an
 //! entry that names a list has to find it whole. Lists that no pod needs any more go last.
 
@@ -177,14 +180,20 @@ pub(crate) fn steps(applied: &Applied<'_>, scope: DiffScope<'_>, plan: &Plan) ->
     steps.extend(
         changed(&maps.expected, &wanted.expected).map(|(name, info)| set(MapWrite::SetExpected(name, info))),
     );
-    steps
-        .extend(changed(&maps.cgroups, &wanted.cgroups).map(|(id, info)| set(MapWrite::SetCgroup(id, info))));
+    let at_first = wanted.cgroups.iter().map(|(id, info)| (**id, entry_before_steering(info, netns)));
+    steps.extend(
+        at_first
+            .filter(|(id, info)| maps.cgroups.get(id) != Some(info))
+            .map(|(id, info)| set(MapWrite::SetCgroup(id, info))),
+    );
     steps.extend(
         changed(&maps.addresses, &wanted.addresses).map(|(at, record)| set(MapWrite::SetAddress(at, record))),
     );
     steps.extend(closing.into_iter().map(set_arrivals));
+    let named = wanted.cgroups.iter().filter(|(_, info)| entry_before_steering(info, netns) != ***info);
     steps.extend(enter(
         &changed(netns, &wanted.netns).collect::<Vec<_>>(),
+        named.map(|(id, info)| (**id, **info)).collect(),
         changed(workloads, &wanted.workloads).collect(),
     ));
 
@@ -194,14 +203,26 @@ pub(crate) fn steps(applied: &Applied<'_>, scope: DiffScope<'_>, plan: &Plan) ->
     steps
 }
 
-/// Netns in batches, each followed by the offers of its pods; then the offers that need no new
-/// netns.
-fn enter(netns: &[(u64, PodNetns)], mut offers: Vec<(String, PodWorkload)>) -> Vec<ApplyStep> {
+/// The entry that a cgroup has until the netns that `info` names is steered.
+fn entry_before_steering(info: &CgroupInfo, steered: &BTreeMap<u64, PodNetns>) -> CgroupInfo {
+    let is_steered = info.netns_cookie == 0 || steered.contains_key(&info.netns_cookie);
+    if is_steered { *info } else { info.without_netns() }
+}
+
+/// Netns in batches, each followed by the entries that name it and the offers of its pods; then the
+/// offers that need no new netns.
+fn enter(
+    netns: &[(u64, PodNetns)],
+    mut entries: Vec<(CgroupId, CgroupInfo)>,
+    mut offers: Vec<(String, PodWorkload)>,
+) -> Vec<ApplyStep> {
+    let set = |(id, info)| ApplyStep::Map(MapWrite::SetCgroup(id, info));
     let offer = |(uid, workload)| ApplyStep::Tunnel(TunnelStep::Offer(uid, workload));
     let mut steps = Vec::new();
     for batch in netns.chunks(NETNS_BATCH) {
         steps.push(ApplyStep::Netns(NetnsStep::Steer(batch.to_vec())));
         let in_batch = |cookie: u64| batch.iter().any(|(other, _)| *other == cookie);
+        steps.extend(entries.extract_if(.., |(_, info)| in_batch(info.netns_cookie)).map(set));
         steps.extend(offers.extract_if(.., |(_, workload)| in_batch(workload.cookie)).map(offer));
     }
     steps.extend(offers.into_iter().map(offer));

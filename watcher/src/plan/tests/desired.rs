@@ -92,7 +92,15 @@ fn the_netns_that_a_pod_was_enrolled_with_stays_closed_when_it_is_not_seen() {
     let views = evaluate_all(placed(vec![(pod("a"), observed)]), &[("a".to_owned(), 1001)].into());
     let steered = Setting::default().plan(vec![(pod("a"), in_order(1))]).remove("a").unwrap().netns;
     let circumstances = Circumstances { steered, ..Circumstances::default() };
-    assert_eq!(netns(&pod_plan(&views[0], &circumstances)), [(1001, IN_MESH, false)]);
+    let plan = pod_plan(&views[0], &circumstances);
+    assert_eq!(netns(&plan), [(1001, IN_MESH, false)]);
+    assert_eq!(plan.cgroups[&10].netns_cookie, 1001);
+
+    let without_process = seen(1, vec![]);
+    let views = evaluate_all(placed(vec![(pod("a"), without_process)]), &[("a".to_owned(), 1001)].into());
+    let plan = pod_plan(&views[0], &circumstances);
+    assert_eq!(netns(&plan), [(1001, IN_MESH, false)]);
+    assert_eq!(plan.cgroups[&10].netns_cookie, 0, "its next process may have another");
 }
 
 #[test]

@@ -58,7 +58,7 @@ fn leaving_is_the_reverse_of_coming() {
     let enrolled = setting.plan(vec![(pod("a"), in_order(1))]);
     assert_eq!(
         kinds_between(&Plan::new(), &enrolled),
-        ["set cgroup", "set address", "set arrivals", "steer", "offer"]
+        ["set cgroup", "set address", "set arrivals", "steer", "set cgroup", "offer"]
     );
     assert_eq!(
         kinds_between(&enrolled, &Plan::new()),
@@ -159,7 +159,17 @@ fn netns_come_in_batches_each_followed_by_its_offers() {
     let steps = Node::default().all_steps(&plan);
     assert_eq!(
         kinds(&steps),
-        ["set cgroup", "set address", "set arrivals", "steer", "offer", "steer", "offer"]
+        [
+            "set cgroup",
+            "set address",
+            "set arrivals",
+            "steer",
+            "set cgroup",
+            "offer",
+            "steer",
+            "set cgroup",
+            "offer"
+        ]
     );
     let batches: Vec<BTreeSet<u64>> = steps
         .iter()
@@ -206,7 +216,37 @@ fn a_new_netns_of_the_same_pod_replaces_without_a_withdrawal() {
         "set address",
         "set arrivals",
         "steer",
+        "set cgroup",
         "offer",
     ];
     assert_eq!(kinds_between(&before, &after), expected);
+}
+
+#[test]
+fn an_entry_names_a_netns_only_while_that_is_steered() {
+    let setting = Setting { fail_mode: FailMode::Closed, ..Setting::default() };
+    let plan = setting.plan(vec![(pod("a"), in_order(1)), (pod("b"), in_order(2))]);
+    let mut lost = Node::with(&plan);
+    lost.netns.remove(&1001);
+    let mut expected = Node::default();
+    let closed = setting.plan(vec![(pod("a"), seen(1, vec![]))]);
+    expected.maps.cgroups = closed["a"].cgroups.clone();
+    for node in [Node::default(), Node::with(&closed), expected, lost] {
+        let mut steered: BTreeSet<u64> = node.netns.keys().copied().collect();
+        let mut entries = node.maps.cgroups.clone();
+        for step in node.all_steps(&plan) {
+            match step {
+                ApplyStep::Netns(NetnsStep::Steer(batch)) => {
+                    steered.extend(batch.iter().map(|(cookie, _)| *cookie))
+                }
+                ApplyStep::Map(MapWrite::SetCgroup(id, info)) => {
+                    let is_named = info.netns_cookie == 0 || steered.contains(&info.netns_cookie);
+                    assert!(is_named, "{id}: {info:?}, steered: {steered:?}");
+                    entries.insert(id, info);
+                }
+                _ => {}
+            }
+        }
+        assert_eq!(entries, Node::with(&plan).maps.cgroups);
+    }
 }
