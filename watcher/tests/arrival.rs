@@ -116,8 +116,9 @@ impl LatePod {
     fn expected(cluster: &Cluster, place: &ClusterPod) -> Self {
         let (node, uid) = (&cluster.nodes[1], Self::UID);
         let file = format!(
-            "pods:\n- uid: {uid}\n  name: place\n  namespace: demo\n  serviceAccount: place\n  \
-             failMode: closed\n  labels: {{istio.io/dataplane-mode: ambient}}\n"
+            "pods:\n- uid: {uid}\n  name: {name}\n  namespace: demo\n  serviceAccount: {name}\n  \
+             failMode: closed\n  labels: {{istio.io/dataplane-mode: ambient}}\n",
+            name = place.name,
         );
         let next = node.pods_file().with_extension("next");
         fs::write(&next, file).expect("pods file");
@@ -224,6 +225,14 @@ while not os.path.exists(stop):
     if tried == 64: print('began', flush=True)
 print(tried, answered, flush=True)";
 
+/// Whether the watcher of the second node says `state` of the pod, and `reason` if it gives one.
+fn is(cluster: &Cluster, pod: &LatePod, state: &str, reason: &str) -> Option<()> {
+    let status: serde_json::Value = serde_json::from_str(&cluster.nodes[1].status()).ok()?;
+    let pods = status["pods"].as_array()?;
+    let found = pods.iter().find(|other| other["uid"] == pod.uid)?;
+    (found["state"] == state && found["reason"]["code"].as_str().unwrap_or_default() == reason).then_some(())
+}
+
 /// Starts [`FLOOD`] towards the pod, lets the watcher go on, and returns how many connections were
 /// tried and answered until the watcher says that a tunnel serves the pod.
 fn flood_until_served(cluster: &Cluster, client: &ClusterPod, late: &LatePod, family: &str) -> (u64, u64) {
@@ -234,11 +243,7 @@ fn flood_until_served(cluster: &Cluster, client: &ClusterPod, late: &LatePod, fa
         client.spawn("flood", &["python3", "-c", FLOOD, to, stop.to_str().expect("UTF-8 path")], &log);
     wait_for("the flood", || fs::read_to_string(&log).is_ok_and(|said| said.contains("began")).then_some(()));
     let_go_on(cluster);
-    wait_for("the pod to be served", || {
-        let status: serde_json::Value = serde_json::from_str(&cluster.nodes[1].status()).ok()?;
-        let pods = status["pods"].as_array()?;
-        pods.iter().any(|pod| pod["uid"] == late.uid && pod["state"] == "open").then_some(())
-    });
+    wait_for("the pod to be served", || is(cluster, late, "open", ""));
     fs::write(&stop, "").expect("file");
     flood.wait();
     fs::remove_file(&stop).expect("file");
@@ -268,4 +273,48 @@ fn nobody_gets_past_the_policy_of_a_pod_that_is_being_enrolled() {
     }
     eprintln!("tried and answered: {answers:?}");
     assert!(answers.iter().all(|(_, answered)| *answered == 0), "past the policy: {answers:?}");
+}
+
+/// The kubelet makes a pod's sandbox anew, with another netns in the same cgroup, before the watcher
+/// sees it; once after it saw the old one end, and once while it saw nothing.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_pod_with_a_new_sandbox_is_closed_both_ways_until_its_netns_is_known() {
+    for sees_the_end in [true, false] {
+        let mut cluster = Cluster::new();
+        let client = cluster.pod("client", 0, Enrol::Plain);
+        let [first, second] = ["first", "second"].map(|name| cluster.pod(name, 1, Enrol::Plain));
+        cluster.serve_web(&client, "hello");
+        cluster.start();
+        let mut pod = LatePod::expected(&cluster, &first);
+        pod.listen("4", &first.netns);
+        let_go_on(&cluster);
+        wait_for("the pod to be served", || is(&cluster, &pod, "open", ""));
+        wait_for("an answer through the tunnel", || client.curl(&pod.url("4")).ok());
+
+        let stop = || cluster.nodes[1].watcher.as_ref().expect("running").signal(Signal::SIGSTOP);
+        if !sees_the_end {
+            stop();
+        }
+        pod.end_application();
+        if sees_the_end {
+            wait_for("the watcher to see that", || is(&cluster, &pod, "closed", "no_process"));
+            stop();
+        }
+        pod.place = second.clone();
+        pod.listen("4", &second.netns);
+        let answer = client.exec(&["curl", "-sS", "--max-time", "2", &pod.url("4")]);
+        assert!(!answer.status.success(), "{sees_the_end}: answered in a netns that nobody knows");
+        let placement = Placement::in_cgroup(&pod.cgroup.join("main")).in_netns(&second.netns);
+        let out = format!("http://{}:8080/", client.v4);
+        let answer = placement.command(&["curl", "-sS", "--max-time", "2", &out]).output().expect("curl");
+        assert!(!answer.status.success(), "{sees_the_end}: it got out in clear: {}", text(&answer));
+
+        let_go_on(&cluster);
+        wait_for("the pod to be served", || is(&cluster, &pod, "open", ""));
+        wait_for("an answer through the tunnel", || client.curl(&pod.url("4")).ok());
+        let answer = placement.command(&["curl", "-sS", "--max-time", "2", &out]).output().expect("curl");
+        assert!(answer.status.success(), "{sees_the_end}: {}", text(&answer));
+        pod.end();
+    }
 }

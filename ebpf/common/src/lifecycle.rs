@@ -57,7 +57,8 @@ pub struct Scope {
 pub struct PathEvent {
     /// A [`Kind`].
     pub kind: u32,
-    /// Whether it got its entry in `cgroup_info_map` from `expected_pods`.
+    /// Whether the programs changed its entry in `cgroup_info_map`: it was made and got that of
+    /// `expected_pods`, or its last process went and they took the netns out.
     pub closed: u32,
     /// 0: not known.
     pub cgroup_id: u64,

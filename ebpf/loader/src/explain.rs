@@ -37,7 +37,7 @@ impl Kernel {
             let netns = self.get_sealed(POD_BY_NETNS.name, &cookie, NetnsInfo::CLOSED)?;
             facts.netns = netns;
             if let Some(netns) = netns {
-                facts.netns_pod = self.cgroup(netns.cgroup_id)?;
+                facts.netns_pod = self.taken_for(netns.cgroup_id)?;
             }
         }
         let call = Connect { is_tcp: true, is_udp: false, destination };
@@ -64,13 +64,14 @@ impl Kernel {
         facts.checked(inbound.rule())
     }
 
-    fn cgroup(&self, id: u64) -> Result<Option<CgroupInfo>, KernelError> {
+    /// The entry of a cgroup as the programs take it.
+    fn taken_for(&self, id: u64) -> Result<Option<CgroupInfo>, KernelError> {
         self.get_sealed(CGROUP_INFO.name, &id, CgroupInfo::CLOSED)
     }
 
     fn facts(&self, cgroup_id: Option<u64>) -> Result<MapFacts<'_>, KernelError> {
         let caller = match cgroup_id {
-            Some(id) => self.cgroup(id)?,
+            Some(id) => self.taken_for(id)?,
             None => None,
         };
         let (settings, listeners) = (self.settings()?, self.tunnel_listeners()?);

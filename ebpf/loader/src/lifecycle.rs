@@ -58,7 +58,7 @@ pub enum LifecycleEvent {
         path: PathBuf,
         /// What happened.
         kind: Kind,
-        /// Its id, if the programs closed it as it was made.
+        /// Its id, if the programs closed it as it was made, or as its last process went.
         closed: Option<u64>,
     },
     /// To a process in the cgroup of this id.
@@ -287,7 +287,7 @@ fn load(object: &mut Ebpf, name: &'static str) -> Result<(ProgramFd, u32), Kerne
     loaded.map_err(|source: ProgramError| KernelError::Load { program: name, source: Box::new(source) })
 }
 
-/// Kind, path and, if it was closed at once, id of a cgroup.
+/// Kind, path and, if the programs changed its entry, id of a cgroup.
 fn parse_path(event: &[u8]) -> Option<(Kind, OsString, Option<u64>)> {
     // The two kinds of events differ in size.
     let event = PathEvent::read_from_bytes(event).ok()?;

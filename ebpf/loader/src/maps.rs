@@ -110,6 +110,14 @@ impl Kernel {
         self.take::<u64, Sealed<CgroupInfo>>(CGROUP_INFO.name, &cgroup_id)
     }
 
+    /// The entry of a cgroup; `None`: it has none. One whose seal is broken has [`flag::BROKEN`].
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn cgroup(&self, cgroup_id: u64) -> Result<Option<CgroupInfo>, KernelError> {
+        self.get_sealed(CGROUP_INFO.name, &cgroup_id, broken_cgroup())
+    }
+
     /// All cgroups with their entries, in no order. One whose seal is broken has [`flag::BROKEN`].
     ///
     /// # Errors

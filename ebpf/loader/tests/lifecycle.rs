@@ -88,3 +88,44 @@ fn an_expected_pod_is_closed_before_mkdir_returns_and_nobody_else_is_told_of() {
     rig.app.enter_cgroup(&rig.cgroups.join("pods/mesh/container"));
     fs::remove_dir(pods.join("podother")).unwrap();
 }
+
+/// What comes next in its cgroup may be in another netns, and nothing decides about arrivals there.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_closed_pods_netns_is_forgotten_with_its_last_process() {
+    let mut rig = Rig::new();
+    let pods = rig.cgroups.join("pods");
+    let mut lifecycle = rig.kernel.lifecycle(&pods).unwrap();
+    let served =
+        CgroupInfo { flags: flag::IN_MESH | flag::READY, netns_cookie: 7, exclusion_id: 3, ..empty() };
+    let with = |flags| CgroupInfo { flags: served.flags | flags, ..served };
+    let closed = CgroupInfo { flags: flag::IN_MESH, netns_cookie: 0, exclusion_id: 0, ..served };
+    for (name, before, after) in [
+        ("closed", served, closed),
+        ("open", with(flag::FAIL_OPEN), with(flag::FAIL_OPEN)),
+        ("tunnel", with(flag::TUNNEL), with(flag::TUNNEL)),
+        ("unknown", closed, closed),
+    ] {
+        let pod = pods.join(format!("pod{name}"));
+        fs::create_dir_all(pod.join("container")).unwrap();
+        let id = fs::metadata(&pod).unwrap().ino();
+        rig.kernel.set_cgroup(id, &before).unwrap();
+        rig.app.enter_cgroup(&pod.join("container"));
+        assert_eq!(rig.kernel.cgroup(id).unwrap(), Some(before), "{name}: it has a process");
+        rig.app.enter_cgroup(&rig.cgroups.join("pods/mesh/container"));
+        assert_eq!(rig.kernel.cgroup(id).unwrap(), Some(after), "{name}");
+        let emptied = |event: &LifecycleEvent| matches!(event, LifecycleEvent::Cgroup { path, kind: Kind::Removed, .. } if *path == pod);
+        fs::remove_dir(pod.join("container")).unwrap();
+        fs::remove_dir(&pod).unwrap();
+        let told = until(&mut lifecycle, emptied).unwrap();
+        let changed: Vec<_> = told
+            .iter()
+            .filter_map(|event| match event {
+                LifecycleEvent::Cgroup { path, kind, closed: Some(id) } if *path == pod => Some((*kind, *id)),
+                _ => None,
+            })
+            .collect();
+        let expected = if before == after { vec![] } else { vec![(Kind::Populated, id)] };
+        assert_eq!(changed, expected, "{name}");
+    }
+}

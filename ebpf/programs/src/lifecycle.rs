@@ -1,6 +1,7 @@
 //! Reports cgroups that come and go and processes in them, and closes expected pods as their cgroup
 //! is made: the entry is in the map before `mkdir(2)` returns, so no process can ever have been in
-//! the cgroup without it.
+//! the cgroup without it. When the last process of a closed pod goes, they forget its netns: so
+//! they close both ways what comes next there, whichever netns it is in.
 //!
 //! Raw tracepoints, since these need no tracefs, which a container seldom has. Events that are not
 //! below the scope's cgroup are dropped here, before they wake anybody.
@@ -133,9 +134,13 @@ fn report_path(context: &RawTracePointContext, kind: Kind) -> i32 {
     event.cgroup_id = 0;
     if let Some(node) = node(context, scope) {
         event.cgroup_id = read_at::<u64>(node, scope.id_offset).unwrap_or(0);
-        if matches!(kind, Kind::Made) && close_if_expected(node, scope, event.cgroup_id) {
-            event.closed = 1;
-        }
+        let closed = match kind {
+            Kind::Made => close_if_expected(node, scope, event.cgroup_id),
+            // The third argument is the new number of processes, as 0 or 1.
+            Kind::Populated => context.arg::<u64>(2) as u32 == 0 && pods::forget_netns(event.cgroup_id),
+            _ => false,
+        };
+        event.closed = u32::from(closed);
     }
     if LIFECYCLE.output::<PathEvent>(&*event, 0).is_err() {
         count_lost();

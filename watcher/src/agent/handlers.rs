@@ -1,14 +1,13 @@
 //! What happens when something arrives: an update of the source, an event of the kernel, a message
 //! of a tunnel. Each handler marks what it is about; the loop does the rest.
 
-use std::{os::unix::ffi::OsStrExt as _, path::Path, sync::Arc, time::Instant};
+use std::{path::Path, sync::Arc, time::Instant};
 
-use adit_ebpf_common::lifecycle::name;
 use error_reporter::Report;
 use tracing::{info, warn};
 
 use crate::{
-    apply::{tunnels::LostTunnel, zds_server::ZdsEvent},
+    apply::{Applier, tunnels::LostTunnel, zds_server::ZdsEvent},
     model::pod::{PodIdentity, Update},
     observe::{
         cgroup_path,
@@ -98,11 +97,10 @@ impl Agent {
         }
     }
 
-    /// The programs closed a new cgroup. Whether its entry stays is decided when its pod is
-    /// compared.
+    /// The programs closed a cgroup. Whether its entry stays is decided when its pod is compared.
     fn on_closed(&mut self, id: CgroupId, path: &Path) {
-        let name = path.file_name().and_then(|given| name(given.as_bytes()));
-        if let Some(info) = name.and_then(|name| self.applier.maps.record_closed(id, &name)) {
+        let Applier { maps, kernel, .. } = &mut self.applier;
+        if let Some(info) = maps.record_closed(kernel, id) {
             self.pods.add_stray(PodPlan { cgroups: [(id, info)].into(), ..PodPlan::default() });
             let pod_path = cgroup_path::resolve(path, &self.config.attach);
             self.queue.reconcile(pod_path.map(|found| found.uid));

@@ -209,10 +209,11 @@ impl AppliedMaps {
         self.apply(kernel, &MapWrite::SetCgroup(id, cgroup_info(flag::TUNNEL, 0, &[])))
     }
 
-    /// Records that the programs closed the new cgroup `id` by its `name`; its entry. `None`: no
-    /// cgroup of this name is expected.
-    pub(crate) fn record_closed(&mut self, id: CgroupId, name: &Name) -> Option<CgroupInfo> {
-        let info = *self.contents.expected.get(name)?;
+    /// Records that the programs changed the entry of the cgroup `id`; the entry, as it is now.
+    /// `None`: there is none any more, or it cannot be read, which the next comparison repairs.
+    pub(crate) fn record_closed(&mut self, kernel: &Kernel, id: CgroupId) -> Option<CgroupInfo> {
+        self.contents.cgroups.remove(&id);
+        let info = kernel.cgroup(id).ok().flatten()?;
         self.contents.cgroups.insert(id, info);
         Some(info)
     }
@@ -230,9 +231,10 @@ impl AppliedMaps {
         let lists = kernel.exclusions()?;
         self.refused.clear();
         let contents = &mut self.contents;
-        // The programs closed them as they were made, and the events that say so are on their way.
-        let closed = |id: &CgroupId, info: &CgroupInfo| {
-            !contents.cgroups.contains_key(id) && contents.expected.values().any(|expected| expected == info)
+        // The programs closed them, and the events that say so are on their way.
+        let closed = |id: &CgroupId, info: &CgroupInfo| match contents.cgroups.get(id) {
+            None => contents.expected.values().any(|expected| expected == info),
+            Some(known) => known.without_netns() == *info,
         };
         let closed: Vec<_> = cgroups.iter().filter(|(id, info)| closed(id, info)).collect();
         let closed: Vec<_> = closed.into_iter().map(|(id, info)| (*id, *info)).collect();

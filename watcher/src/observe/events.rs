@@ -127,7 +127,7 @@ pub enum Event {
     Cgroup {
         /// Its directory.
         path: PathBuf,
-        /// Its id, if the programs closed it when it was created.
+        /// Its id, if the programs closed it when it was created, or when its last process went.
         closed: Option<u64>,
     },
     /// A process of this cgroup called exec.

@@ -99,6 +99,24 @@ pub fn set_cgroup(id: u64, info: &mut Sealed<CgroupInfo>) -> bool {
     CGROUP_INFO.insert(id, in_memory(info), 0).is_ok()
 }
 
+/// Takes the netns out of the entry of a closed pod whose last process went: its next one may be in
+/// another, which a sandbox that is made anew has. Whether there was one to take out.
+#[inline(always)]
+pub fn forget_netns(id: u64) -> bool {
+    const DECIDES: u32 = flag::IN_MESH | flag::FAIL_OPEN | flag::TUNNEL | flag::SIDECAR;
+    let mut copy = CLOSED;
+    match Entry::of(id) {
+        Some(entry) => entry.read(&mut copy),
+        None => return false,
+    }
+    let info = copy.unchecked();
+    if info.netns_cookie == 0 || info.flags & DECIDES != flag::IN_MESH {
+        return false;
+    }
+    let mut info = Sealed::broken(info.without_netns());
+    set_cgroup(id, &mut info)
+}
+
 /// The netns cookie of the pod that has `address`. One that cannot be read is nobody's own.
 #[inline(always)]
 pub fn owner(address: &Address) -> Option<u64> {
