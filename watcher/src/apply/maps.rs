@@ -11,7 +11,6 @@ use std::{
 use adit_ebpf_common::{
     enrolment::{CgroupInfo, flag},
     exclusions::{INBOUND, MAPPED_BITS, OUTBOUND},
-    lifecycle::Name,
 };
 use adit_ebpf_loader::{ExclusionList, Kernel, KernelError};
 use error_reporter::Report;

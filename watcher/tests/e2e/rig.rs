@@ -97,6 +97,15 @@ impl Rig {
         pod
     }
 
+    /// Installs, and has the server of `demo` enrolled.
+    pub fn install_enrolled(&self) {
+        self.namespace(DEMO, &["client", "server"]);
+        self.install(&[]);
+        self.label(DEMO, "ambient");
+        let server = self.server();
+        self.wait_enrolled(&server, true);
+    }
+
     /// `helm install`, with `more` values.
     pub fn install(&self, more: &[&str]) {
         self.install_chart(chart::folder().to_str().expect("UTF-8 path"), more);

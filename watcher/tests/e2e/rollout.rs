@@ -7,20 +7,11 @@ use crate::{
     traffic::Load,
 };
 
-fn enrolled() -> Rig {
-    let rig = Rig::start();
-    rig.namespace(DEMO, &["client", "server"]);
-    rig.install(&[]);
-    rig.label(DEMO, "ambient");
-    let server = rig.server();
-    rig.wait_enrolled(&server, true);
-    rig
-}
-
 #[test]
 #[ignore = "starts a cluster, needs root: make e2e"]
 fn a_rollout_fails_no_request_and_cuts_no_connection_and_crashes_heal() {
-    let mut rig = enrolled();
+    let mut rig = Rig::start();
+    rig.install_enrolled();
     let load = Load::start(&rig, 1);
     load.assert_whole(&rig, "before");
 

@@ -1,0 +1,89 @@
+//! What an operator sets wrong and what a node runs out of, under traffic: nothing that runs is harmed,
+//! the cause is said, and it heals.
+
+use serde_json::{Value, json};
+use testbed::{
+    real_cluster::Pod,
+    wait::{try_wait_slowly, wait_slowly},
+};
+
+use crate::{
+    rig::{LIMIT, Rig, SYSTEM},
+    traffic::Load,
+};
+
+/// Where tunnels keep what the control plane told last, as the chart has it.
+const STATE: &str = "/var/lib/adit/ztunnel";
+
+#[test]
+#[ignore = "starts a cluster, needs root: make e2e"]
+fn what_is_set_wrong_or_runs_out_harms_nothing_that_runs_and_is_said() {
+    let rig = Rig::start();
+    let first = &rig.cluster.nodes[0];
+    // Small enough to be filled.
+    first.run(&format!("mkdir -p {STATE} && mount -t tmpfs -o size=256k tmpfs {STATE}"));
+    rig.install_enrolled();
+    let load = Load::start(&rig, 1);
+    load.assert_whole(&rig, "before");
+
+    rig.upgrade(&["--set", "resources.limits.memory=8Mi,resources.requests.memory=8Mi"])
+        .expect("helm upgrade");
+    wait_newest(&rig, "a tunnel killed for its memory", |rig, pod| {
+        let status = container_status(rig, pod);
+        let ends = ["/state", "/lastState"].map(|of| status.pointer(&format!("{of}/terminated")).cloned());
+        ends.into_iter().flatten().any(|end| end.to_string().contains("OOM"))
+    });
+    load.assert_whole(&rig, "while new tunnels are killed for their memory");
+    rig.upgrade(&[]).expect("helm upgrade");
+    rig.wait_rolled_out();
+    load.assert_whole(&rig, "after the limit of memory was taken back");
+
+    set_audience(&rig, "somebody-else");
+    wait_newest(&rig, "the reason in the log", |rig, pod| {
+        let log = rig.cluster.kubectl_text(&["-n", SYSTEM, "logs", &pod.name, "-c", "ztunnel"]);
+        log.contains("the API server did not check its audience") || log.contains("token audiences")
+    });
+    load.assert_whole(&rig, "while new tunnels have tokens for somebody else");
+    set_audience(&rig, "istio-ca");
+    rig.wait_rolled_out();
+    load.assert_whole(&rig, "after the audience was mended");
+
+    first.run(&format!("dd if=/dev/zero of={STATE}/filler bs=4k 2>/dev/null || true"));
+    rig.namespace("more", &["a"]);
+    let agent = rig.agent("node1");
+    let said = "cannot keep the last state of the control plane";
+    wait_slowly(LIMIT, "the tunnel to say that the disk is full", || {
+        rig.cluster.kubectl_text(&["-n", SYSTEM, "logs", &agent.name, "-c", "ztunnel"]).contains(said)
+    });
+    load.assert_whole(&rig, "with a full disk");
+    rig.cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "daemonset/ztunnel"]);
+    rig.wait_rolled_out();
+    load.assert_whole(&rig, "after a rollout with a full disk");
+    load.end(&rig);
+}
+
+/// Waits until `is_so` holds of a pod of the newest revision of the DaemonSet.
+fn wait_newest(rig: &Rig, what: &str, is_so: impl Fn(&Rig, &Pod) -> bool) {
+    let found = try_wait_slowly(LIMIT, || {
+        let pods = rig.cluster.pods(SYSTEM, "app=ztunnel");
+        let newest = pods.iter().max_by_key(|pod| pod["metadata"]["creationTimestamp"].to_string())?;
+        let pod = rig.cluster.pod(SYSTEM, newest["metadata"]["name"].as_str()?)?;
+        is_so(rig, &pod).then_some(())
+    });
+    assert!(found.is_some(), "waited in vain for {what}\n{}", rig.system_story());
+}
+
+/// What the kubelet says of the tunnel's container.
+fn container_status(rig: &Rig, pod: &Pod) -> Value {
+    let path = "jsonpath={.status.containerStatuses[?(@.name==\"ztunnel\")]}";
+    let status = rig.cluster.kubectl_line(&["-n", SYSTEM, "get", "pod", &pod.name, "-o", path]);
+    status.and_then(|status| serde_json::from_str(&status).ok()).unwrap_or_default()
+}
+
+/// For whom the tunnels' token is.
+fn set_audience(rig: &Rig, audience: &str) {
+    let source = json!({"serviceAccountToken": {"audience": audience, "path": "istio-token", "expirationSeconds": 43200}});
+    let volume = json!({"name": "istio-token", "projected": {"defaultMode": 256, "sources": [source]}});
+    let patch = json!({"spec": {"template": {"spec": {"volumes": [volume]}}}}).to_string();
+    rig.cluster.kubectl(&["-n", SYSTEM, "patch", "daemonset", "ztunnel", "--patch", &patch]);
+}
