@@ -4,6 +4,7 @@
 //! This file keeps the list: pods that are served, and pods that could not be started and are
 //! retried.
 
+mod handover;
 mod sys;
 pub mod zds;
 
@@ -11,7 +12,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs::File,
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd as _, OwnedFd},
     sync::Arc,
 };
 
@@ -25,13 +26,13 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use self::handover::Handover;
 use crate::{
     backoff::Backoff,
     budget::PodBudget,
     config::ProxyMode,
     context::ProcessContext,
     dns::{Dns, sockets},
-    mesh::LocalPod,
     pod::{PodInfo, ServedPod},
     policy::PodProtection,
     socket,
@@ -44,11 +45,12 @@ use crate::{
 /// The uid of the workload in dedicated mode.
 const DEDICATED: &str = "dedicated";
 
-/// A pod whose listeners could not be opened.
+/// A pod whose listeners could not be opened, or that another tunnel serves still.
 #[derive(Debug)]
 struct Pending {
     info: PodInfo,
     netns: OwnedFd,
+    handover: Option<Handover>,
     backoff: Backoff,
     next: Instant,
 }
@@ -97,7 +99,7 @@ impl ServedPods {
 
     /// Serves `uid` in `netns`. A second call for the same netns changes nothing. Another netns
     /// replaces the old one, whose connections finish. A failed start is retried until it works or
-    /// the pod is removed.
+    /// the pod is removed. A pod that another tunnel serves may wait, see [`handover`].
     ///
     /// # Errors
     /// Why the first start failed.
@@ -108,13 +110,28 @@ impl ServedPods {
         }
         self.remove(uid);
         let again = netns.try_clone()?;
-        let started = self.start(uid, info.clone(), netns);
-        self.process.metrics.pods.started.inc_by(u64::from(started.is_ok()));
+        let handover = Handover::new(&self.process, &info);
+        let awaited =
+            handover.as_ref().map_or(Ok(None), |handover| handover.awaits(&self.process, again.as_fd()))?;
+        let started = if let Some(lack) = &awaited {
+            info!(pod.uid = uid, pod.name = %info.name, lack, "another tunnel serves the pod until its certificate is there");
+            Ok(())
+        } else {
+            self.start(uid, info.clone(), netns)
+        };
         if let Err(error) = &started {
             warn!(pod.uid = uid, %error, "cannot serve the pod yet");
-            let mut backoff = Backoff::new();
+        }
+        if awaited.is_some() || started.is_err() {
+            let (handover, mut backoff) = match awaited {
+                Some(_) => (handover, Backoff::up_to(handover::LONGEST_PAUSE)),
+                None => (None, Backoff::new()),
+            };
             let next = Instant::now() + backoff.delay();
-            self.pending.insert(uid.to_owned(), Pending { info, netns: again, backoff, next });
+            self.pending.insert(uid.to_owned(), Pending { info, netns: again, handover, backoff, next });
+            self.prefetch_certificates();
+        } else {
+            self.process.metrics.pods.started.inc();
         }
         self.publish(uid);
         started
@@ -169,8 +186,15 @@ impl ServedPods {
             Ok(()) = self.mesh_changes.changed() => return self.prefetch_certificates(),
         };
         let Some(mut pending) = self.pending.remove(&uid) else { return };
-        let started =
-            pending.netns.try_clone().and_then(|netns| self.start(&uid, pending.info.clone(), netns));
+        let awaited =
+            pending.handover.as_ref().map(|handover| handover.awaits(&self.process, pending.netns.as_fd()));
+        let started = match awaited.transpose() {
+            Ok(Some(Some(lack))) => Err(io::Error::other(lack)),
+            Ok(_) => {
+                pending.netns.try_clone().and_then(|netns| self.start(&uid, pending.info.clone(), netns))
+            }
+            Err(error) => Err(error),
+        };
         if let Err(error) = started {
             tracing::debug!(pod.uid = uid, %error, "still cannot serve the pod");
             pending.next = Instant::now() + pending.backoff.delay();
@@ -248,13 +272,7 @@ impl ServedPods {
             let names = dns.map(|_| sockets::listen(config.dns.address, config.ipv6, &socket));
             Ok((listeners, names))
         })?;
-        let local = LocalPod {
-            cluster_id: Arc::clone(&config.cluster_id),
-            node: Arc::clone(&config.node),
-            namespace: Arc::clone(&info.namespace),
-            name: Arc::clone(&info.name),
-            service_account: Arc::clone(&info.service_account),
-        };
+        let local = handover::local_pod(&self.process, &info);
         let (namespace, service_account) = (Arc::clone(&info.namespace), Arc::clone(&info.service_account));
         let account = self.process.certificates.lease(namespace, service_account);
         let (uid, stop, end) = (uid.to_owned(), self.stop.child_token(), self.stop.clone());
@@ -318,8 +336,10 @@ impl ServedPods {
             return;
         }
         let mesh = self.process.store.snapshot();
-        let pods = self.running.values().chain(&self.own);
-        let identities = pods.filter_map(|pod| pod.workload(&mesh)).map(|workload| workload.identity());
+        let running = self.running.values().chain(&self.own).map(|pod| &pod.local);
+        let awaited = self.pending.values().filter_map(|pending| Some(&pending.handover.as_ref()?.local));
+        let workloads = running.chain(awaited).filter_map(|pod| mesh.workload_of(pod));
+        let identities = workloads.map(|workload| workload.identity());
         self.process.certificates.serve(&identities.collect());
     }
 }

@@ -72,15 +72,7 @@ pub(crate) fn listen(
     options: &SocketOptions,
 ) -> io::Result<Vec<std::net::TcpListener>> {
     let one = || {
-        let v6 =
-            if ipv6 { bind_wildcard(Ipv6Addr::UNSPECIFIED.into(), port, options) } else { Err(no_ipv6()) };
-        let socket = match v6 {
-            // A netns without IPv6 has no such family or no such address.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) => {
-                bind_wildcard(Ipv4Addr::UNSPECIFIED.into(), port, options)?
-            }
-            other => other?,
-        };
+        let socket = bind_first(port, ipv6, options)?;
         socket.listen(BACKLOG)?;
         Ok(std::net::TcpListener::from(socket))
     };
@@ -89,6 +81,36 @@ pub(crate) fn listen(
     }
     let first = one()?;
     (0..count).map(|_| first.try_clone()).collect()
+}
+
+/// Whether others listen on `port` of any address and share it, as tunnels do. Call inside the netns.
+///
+/// # Errors
+/// The kernel gives no socket, or refuses to bind it for another reason.
+pub(crate) fn is_shared(port: u16, ipv6: bool, options: &SocketOptions) -> io::Result<bool> {
+    let is_refused = |port_reuse| {
+        let options = SocketOptions { port_reuse, ..options.clone() };
+        match bind_first(port, ipv6, &options) {
+            Ok(_) => Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => Ok(true),
+            Err(error) => Err(error),
+        }
+    };
+    // Who does not share it is refused beside any listener, and who does, beside one that does not.
+    // Accepted connections are in nobody's way.
+    Ok(is_refused(false)? && !is_refused(true)?)
+}
+
+/// A socket bound to `port` of every address, of both families where that can be.
+fn bind_first(port: u16, ipv6: bool, options: &SocketOptions) -> io::Result<Socket> {
+    let v6 = if ipv6 { bind_wildcard(Ipv6Addr::UNSPECIFIED.into(), port, options) } else { Err(no_ipv6()) };
+    match v6 {
+        // A netns without IPv6 has no such family or no such address.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) => {
+            bind_wildcard(Ipv4Addr::UNSPECIFIED.into(), port, options)
+        }
+        other => other,
+    }
 }
 
 fn no_ipv6() -> io::Error {

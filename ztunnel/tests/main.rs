@@ -11,6 +11,7 @@ mod dns;
 mod drop_in;
 mod envoy;
 mod gateways;
+mod handover;
 mod hbone;
 mod last_state;
 mod operators;

@@ -8,7 +8,7 @@ use testbed::{
 };
 
 use crate::{
-    rig::{LIMIT, Rig, SYSTEM},
+    rig::{DEMO, LIMIT, Rig, SYSTEM},
     traffic::Load,
 };
 
@@ -22,21 +22,10 @@ fn what_is_set_wrong_or_runs_out_harms_nothing_that_runs_and_is_said() {
     let first = &rig.cluster.nodes[0];
     // Small enough to be filled.
     first.run(&format!("mkdir -p {STATE} && mount -t tmpfs -o size=256k tmpfs {STATE}"));
-    rig.install_enrolled();
+    let limits = ["--set", "resources.limits.memory=512Mi,watcher.resources.limits.memory=300Mi"];
+    rig.install_enrolled(&limits);
     let load = Load::start(&rig, 1);
     load.assert_whole(&rig, "before");
-
-    rig.upgrade(&["--set", "resources.limits.memory=8Mi,resources.requests.memory=8Mi"])
-        .expect("helm upgrade");
-    wait_newest(&rig, "a tunnel killed for its memory", |rig, pod| {
-        let status = container_status(rig, pod);
-        let ends = ["/state", "/lastState"].map(|of| status.pointer(&format!("{of}/terminated")).cloned());
-        ends.into_iter().flatten().any(|end| end.to_string().contains("OOM"))
-    });
-    load.assert_whole(&rig, "while new tunnels are killed for their memory");
-    rig.upgrade(&[]).expect("helm upgrade");
-    rig.wait_rolled_out();
-    load.assert_whole(&rig, "after the limit of memory was taken back");
 
     set_audience(&rig, "somebody-else");
     wait_newest(&rig, "the reason in the log", |rig, pod| {
@@ -49,7 +38,13 @@ fn what_is_set_wrong_or_runs_out_harms_nothing_that_runs_and_is_said() {
     load.assert_whole(&rig, "after the audience was mended");
 
     first.run(&format!("dd if=/dev/zero of={STATE}/filler bs=4k 2>/dev/null || true"));
-    rig.namespace("more", &["a"]);
+    // More than the free rest of its last page takes.
+    let service = |n: u8| {
+        json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": format!("more-{n}"), "namespace": DEMO},
+               "spec": {"selector": {"app": "server"}, "ports": [{"port": 80}]}})
+    };
+    let services: Vec<Value> = (0..40).map(service).collect();
+    rig.cluster.apply(&json!({"apiVersion": "v1", "kind": "List", "items": services}).to_string());
     let agent = rig.agent("node1");
     let said = "cannot keep the last state of the control plane";
     wait_slowly(LIMIT, "the tunnel to say that the disk is full", || {
@@ -59,7 +54,28 @@ fn what_is_set_wrong_or_runs_out_harms_nothing_that_runs_and_is_said() {
     rig.cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "daemonset/ztunnel"]);
     rig.wait_rolled_out();
     load.assert_whole(&rig, "after a rollout with a full disk");
+
+    rig.fill_memory("node1", "watcher");
+    wait_restart(&rig, "watcher");
+    load.assert_whole(&rig, "after the watcher was killed for its memory");
     load.end(&rig);
+    // Its connections end with it.
+    rig.fill_memory("node1", "ztunnel");
+    wait_restart(&rig, "ztunnel");
+    let load = Load::start(&rig, 2);
+    load.assert_whole(&rig, "after the tunnel was killed for its memory");
+    load.end(&rig);
+}
+
+/// Waits until a container on `node1` was killed for its memory and started again, and is ready.
+fn wait_restart(rig: &Rig, container: &str) {
+    let path = format!("jsonpath={{.status.containerStatuses[?(@.name==\"{container}\")].lastState}}");
+    let mut said = None;
+    let done = try_wait_slowly(LIMIT, || {
+        said = rig.cluster.kubectl_line(&["-n", SYSTEM, "get", "pod", &rig.agent("node1").name, "-o", &path]);
+        rig.restarts("node1", container) > 0 && said.as_ref().is_some_and(|said| said.contains("OOMKilled"))
+    });
+    assert!(done.is_some(), "{container}: {said:?}\n{}", rig.system_story());
 }
 
 /// Waits until `is_so` holds of a pod of the newest revision of the DaemonSet.
@@ -71,13 +87,6 @@ fn wait_newest(rig: &Rig, what: &str, is_so: impl Fn(&Rig, &Pod) -> bool) {
         is_so(rig, &pod).then_some(())
     });
     assert!(found.is_some(), "waited in vain for {what}\n{}", rig.system_story());
-}
-
-/// What the kubelet says of the tunnel's container.
-fn container_status(rig: &Rig, pod: &Pod) -> Value {
-    let path = "jsonpath={.status.containerStatuses[?(@.name==\"ztunnel\")]}";
-    let status = rig.cluster.kubectl_line(&["-n", SYSTEM, "get", "pod", &pod.name, "-o", path]);
-    status.and_then(|status| serde_json::from_str(&status).ok()).unwrap_or_default()
 }
 
 /// For whom the tunnels' token is.

@@ -97,10 +97,10 @@ impl Rig {
         pod
     }
 
-    /// Installs, and has the server of `demo` enrolled.
-    pub fn install_enrolled(&self) {
+    /// Installs, with `more` values, and has the server of `demo` enrolled.
+    pub fn install_enrolled(&self, more: &[&str]) {
         self.namespace(DEMO, &["client", "server"]);
-        self.install(&[]);
+        self.install(more);
         self.label(DEMO, "ambient");
         let server = self.server();
         self.wait_enrolled(&server, true);
@@ -260,6 +260,22 @@ impl Rig {
             "for pid in $(pgrep -x {container}); do
                grep -q pod{} /proc/$pid/cgroup && kill -9 $pid
              done",
+            self.agent(node).uid
+        ));
+    }
+
+    /// Has the kernel kill a container of Adit on a node for the memory of its cgroup, which must have a
+    /// limit: a file in memory, written from there, takes all of it.
+    pub fn fill_memory(&self, node: &str, container: &str) {
+        let on = self.cluster.nodes.iter().find(|on| on.name == node).expect("a node");
+        on.run(&format!(
+            r#"for pid in $(pgrep -x {container}); do
+                 grep -q pod{} /proc/$pid/cgroup || continue
+                 cgroup=$(sed -n 's/^[0-9]*:memory://p; s/^0:://p' /proc/$pid/cgroup | head -n 1)
+                 for dir in /sys/fs/cgroup/memory$cgroup /sys/fs/cgroup$cgroup; do [ -d "$dir" ] && break; done
+                 sh -c 'echo $$ > "$0/cgroup.procs" && exec dd if=/dev/zero of=/run/filler bs=1M' "$dir" || true
+                 rm -f /run/filler
+               done"#,
             self.agent(node).uid
         ));
     }

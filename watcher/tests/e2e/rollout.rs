@@ -11,7 +11,7 @@ use crate::{
 #[ignore = "starts a cluster, needs root: make e2e"]
 fn a_rollout_fails_no_request_and_cuts_no_connection_and_crashes_heal() {
     let mut rig = Rig::start();
-    rig.install_enrolled();
+    rig.install_enrolled(&[]);
     let load = Load::start(&rig, 1);
     load.assert_whole(&rig, "before");
 

@@ -188,6 +188,15 @@ impl Certificates {
         }
     }
 
+    /// Why there is no valid certificate of `identity` at this moment; `None`: there is one.
+    pub fn lacks(&self, identity: &Identity) -> Option<String> {
+        match self.held().slots.get(identity).map(CertificateSlot::state) {
+            Some(CertificateState::Valid(_)) => None,
+            Some(CertificateState::Failed(error)) => Some(error_chain(&error)),
+            Some(CertificateState::Pending) | None => Some("it was not fetched yet".to_owned()),
+        }
+    }
+
     /// All identities, sorted.
     pub fn list(&self) -> Vec<CertificateInfo> {
         let known = |(identity, slot): (&Identity, &CertificateSlot)| {

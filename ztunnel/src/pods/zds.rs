@@ -84,17 +84,20 @@ async fn serve(
     ready: &mut ReadyGuard,
 ) -> io::Result<std::convert::Infallible> {
     let mut session = Session { seen: HashSet::new(), snapshot: false };
+    ready.pending();
     loop {
+        let handled = tokio::select! {
+            packet = link.receive() => Some(session.handle(packet?, pods)),
+            () = pods.upkeep() => None,
+        };
+        // Before the agent is answered: who knows the answer finds the readiness that belongs to it.
         if session.snapshot && pods.complete() {
             ready.ready();
         } else {
             ready.pending();
         }
-        let packet = tokio::select! {
-            packet = link.receive() => packet?,
-            () = pods.upkeep() => continue,
-        };
-        let error = session.handle(packet, pods).err().unwrap_or_default();
+        let Some(handled) = handled else { continue };
+        let error = handled.err().unwrap_or_default();
         if !error.is_empty() {
             warn!(error, "message of the node agent refused");
         }
