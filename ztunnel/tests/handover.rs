@@ -64,15 +64,15 @@ fn pods_that_nobody_else_serves_wait_for_no_certificate() {
     server.serve_double_echo(8080);
     let old = mesh.node("a", &[&client]);
     let new = without_certificates(&mesh, &[&client, &server]);
-    let served = |pod: &MeshPod| {
+    let times_added = |pod: &MeshPod| {
         let added = |line: &&str| line.contains("pod added") && line.contains(&format!("\"{}\"", pod.name));
         new.log().lines().filter(added).count()
     };
-    wait_for("the pod without another tunnel", || (served(&server) == 1).then_some(()));
-    assert_eq!(served(&client), 0, "the predecessor has it");
+    wait_for("the pod without another tunnel", || (times_added(&server) == 1).then_some(()));
+    assert_eq!(times_added(&client), 0, "the predecessor has it");
     old.signal(Signal::SIGKILL);
     new.wait_ready();
-    assert_eq!(served(&client), 1);
+    assert_eq!(times_added(&client), 1);
     // What needs no certificate is carried.
     assert_carried(&client, &plain, "out of the mesh");
 }
