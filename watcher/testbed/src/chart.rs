@@ -47,7 +47,11 @@ pub fn helm_as(kubeconfig: &Path, arguments: &[&str]) -> Output {
     command.env("KUBECONFIG", kubeconfig).args(arguments).output().expect("helm starts")
 }
 
-fn program() -> PathBuf {
+/// Where Helm is.
+///
+/// # Panics
+/// When there is none.
+pub fn program() -> PathBuf {
     let path = env::var_os("PATH").unwrap_or_default();
     let in_path = env::split_paths(&path).map(|folder| folder.join("helm"));
     env::var_os("HELM_BIN")

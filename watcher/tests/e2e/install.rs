@@ -3,8 +3,8 @@
 use testbed::{capture::Capture, real_cluster::Pod};
 
 use crate::{
-    policies,
-    rig::{DEMO, PodSpec, Rig, SERVER},
+    docs, policies,
+    rig::{DEMO, PodSpec, Rig, SERVER, SYSTEM},
 };
 
 #[test]
@@ -29,8 +29,8 @@ fn an_operator_installs_enrols_and_uninstalls_while_pods_run() {
         assert!(body.contains(&format!("hello from server, client {}", client.ip)), "{body}");
     }
 
-    rig.install(&[]);
-    rig.label(DEMO, "ambient");
+    docs::import(&rig);
+    docs::follow(&rig, "Without Istio");
     for pod in [&server, &client, &other] {
         rig.wait_enrolled(pod, true);
     }
@@ -63,7 +63,8 @@ fn an_operator_installs_enrols_and_uninstalls_while_pods_run() {
     assert!(rig.wait_get(&stranger, &by_address, true).contains(&stranger.ip));
     rig.wait_get(&other, by_name, true);
 
-    rig.uninstall();
+    docs::follow(&rig, "Uninstall");
+    rig.cluster.wait_gone(SYSTEM, "app.kubernetes.io/name=adit");
     assert!(rig.wait_get(&stranger, &by_address, true).contains(&stranger.ip));
     rig.assert_nothing_left(&[&server, &client, &other]);
 }

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(unreachable_pub, reason = "modules of a test program share helpers; nothing else can reach them")]
 
+mod docs;
 mod faults;
 mod install;
 mod lifecycle;
