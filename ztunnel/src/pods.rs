@@ -111,8 +111,7 @@ impl ServedPods {
         self.remove(uid);
         let again = netns.try_clone()?;
         let handover = Handover::new(&self.process, &info);
-        let awaited =
-            handover.as_ref().map_or(Ok(None), |handover| handover.awaits(&self.process, again.as_fd()))?;
+        let awaited = handover.as_ref().and_then(|handover| handover.awaits(&self.process, again.as_fd()));
         let started = if let Some(lack) = &awaited {
             info!(pod.uid = uid, pod.name = %info.name, lack, "another tunnel serves the pod until its certificate is there");
             Ok(())
@@ -186,14 +185,10 @@ impl ServedPods {
             Ok(()) = self.mesh_changes.changed() => return self.prefetch_certificates(),
         };
         let Some(mut pending) = self.pending.remove(&uid) else { return };
-        let awaited =
-            pending.handover.as_ref().map(|handover| handover.awaits(&self.process, pending.netns.as_fd()));
-        let started = match awaited.transpose() {
-            Ok(Some(Some(lack))) => Err(io::Error::other(lack)),
-            Ok(_) => {
-                pending.netns.try_clone().and_then(|netns| self.start(&uid, pending.info.clone(), netns))
-            }
-            Err(error) => Err(error),
+        let handover = pending.handover.as_ref();
+        let started = match handover.and_then(|it| it.awaits(&self.process, pending.netns.as_fd())) {
+            Some(lack) => Err(io::Error::other(lack)),
+            None => pending.netns.try_clone().and_then(|netns| self.start(&uid, pending.info.clone(), netns)),
         };
         if let Err(error) = started {
             tracing::debug!(pod.uid = uid, %error, "still cannot serve the pod");

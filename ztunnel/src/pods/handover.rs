@@ -5,7 +5,7 @@
 //! ready meanwhile. A rollout of tunnels that the certificate service refuses stops there. When
 //! nobody else listens in the netns any more, the pod is served in any case.
 
-use std::{io, os::fd::BorrowedFd, sync::Arc, time::Duration};
+use std::{os::fd::BorrowedFd, sync::Arc, time::Duration};
 
 use adit_netns::Netns;
 
@@ -38,23 +38,17 @@ impl Handover {
         })
     }
 
-    /// What the pod, in `netns`, is left to another tunnel for; `None`: nothing.
-    ///
-    /// # Errors
-    /// The netns cannot be entered or looked at.
-    pub(super) fn awaits(
-        &self,
-        process: &ProcessContext,
-        netns: BorrowedFd<'_>,
-    ) -> io::Result<Option<String>> {
+    /// What the pod, in `netns`, is left to another tunnel for; `None`: nothing, or nobody can tell.
+    pub(super) fn awaits(&self, process: &ProcessContext, netns: BorrowedFd<'_>) -> Option<String> {
         let mesh = process.store.snapshot();
         // Who it is may become known later; this tunnel then says why it carries nothing.
-        let Some(workload) = mesh.workload_of(&self.local) else { return Ok(None) };
-        let Some(lack) = process.certificates.lacks(&workload.identity()) else { return Ok(None) };
+        let workload = mesh.workload_of(&self.local)?;
+        let lack = process.certificates.lacks(&workload.identity())?;
         let (config, options) = (&process.config, &process.socket);
-        let netns = Netns::new(netns.try_clone_to_owned()?)?;
-        let is_served = netns.enter(|| socket::is_shared(config.ports.hbone, config.ipv6, options))?;
-        Ok(is_served.then_some(lack))
+        let is_shared = || socket::is_shared(config.ports.hbone, config.ipv6, options);
+        // What goes wrong here goes wrong at the start too, which says so.
+        let is_served = Netns::new(netns.try_clone_to_owned().ok()?).and_then(|netns| netns.enter(is_shared));
+        is_served.is_ok_and(|is_served| is_served).then_some(lack)
     }
 }
 
