@@ -35,12 +35,12 @@ fn failures(node: &TunnelNode, reason: &str) -> u64 {
 
 /// A stream to a server that sends everything back twice.
 struct EchoStream {
-    send: SendStream<Bytes>,
+    send: SendStream<SendData>,
     recv: RecvStream,
 }
 
 impl EchoStream {
-    async fn open(requests: &SendRequest<Bytes>, to: SocketAddr) -> Self {
+    async fn open(requests: &SendRequest<SendData>, to: SocketAddr) -> Self {
         let mut requests = requests.clone().ready().await.expect("a place");
         let (response, send) = requests.send_request(connect_to(to), false).expect("sent");
         let response = response.await.expect("an answer");
@@ -52,7 +52,7 @@ impl EchoStream {
     }
 
     async fn exchange(&mut self) {
-        self.send.send_data(Bytes::from_static(b"ab"), false).expect("sent");
+        self.send.send_data(Bytes::from_static(b"ab").into(), false).expect("sent");
         assert_eq!(self.receive_until(|data| data.len() == 4).await, b"abab");
     }
 
