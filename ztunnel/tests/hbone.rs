@@ -127,7 +127,7 @@ impl Probe {
             let credentials = self.certificates.get(&who).await.expect("certificate");
             let (mut drivers, mut tunnels) = (JoinSet::new(), Vec::new());
             for _ in 0..count {
-                let tls = credentials.client(&[expected.clone()]);
+                let tls = credentials.client(std::slice::from_ref(&expected));
                 let tunnel = client::handshake(dial(), peer, tls, &self.h2, &self.budget).await;
                 let tunnel = tunnel.map_err(|error| error.to_string())?;
                 drivers.spawn_local(tunnel.driver);

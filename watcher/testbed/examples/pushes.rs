@@ -178,19 +178,19 @@ impl Measured {
     }
 
     /// How much of a core the server's tunnel took. `None`: interrupted.
-    fn processor(&mut self, pushed: Pushed, pushes: u32, seconds: u32) -> Option<f64> {
+    fn processor(&mut self, pushed: Pushed, rate: u32, seconds: u32) -> Option<f64> {
         // What was before comes to its end.
         thread::sleep(Duration::from_secs(2));
         let (before, began) = (self.processor_time(), Instant::now());
-        for number in 1..=pushes * seconds {
+        for number in 1..=rate * seconds {
             if interrupt::interrupted() {
                 return None;
             }
             self.push(pushed);
-            let due = Duration::from_secs(1) * number / pushes;
+            let due = Duration::from_secs(1) * number / rate;
             thread::sleep(due.saturating_sub(began.elapsed()));
         }
-        let took = self.processor_time() - before;
+        let took = self.processor_time().saturating_sub(before);
         Some(took.as_secs_f64() / began.elapsed().as_secs_f64())
     }
 

@@ -136,10 +136,10 @@ mod tests {
             assert_eq!(usize::try_from(metrics.held.get()), Ok(spent));
             assert_eq!((full.room(), other.room()), (0, LEAST), "{limit}");
             let least = data(&other, LEAST);
-            let mut cx = Context::from_waker(noop_waker_ref());
+            let cx = Context::from_waker(noop_waker_ref());
             assert_eq!(other.poll_room(&cx), Poll::Pending);
             drop(least);
-            assert_eq!(other.poll_room(&mut cx), Poll::Ready(LEAST));
+            assert_eq!(other.poll_room(&cx), Poll::Ready(LEAST));
             drop(much);
             assert_eq!((full.room(), metrics.held.get()), (usize::MAX, 0));
         }

@@ -169,13 +169,7 @@ fn a_peer_that_reads_nothing_costs_little_and_slows_nobody() {
         let mut streams = Vec::new();
         for requests in &tunnels {
             for _ in 0..STREAMS {
-                let mut requests = requests.clone().ready().await.expect("a place");
-                let connect =
-                    Request::builder().method(Method::CONNECT).uri(server.at(8081).to_string()).body(());
-                let (response, send) = requests.send_request(connect.expect("request"), false).expect("sent");
-                let response = response.await.expect("an answer");
-                assert_eq!(response.status(), StatusCode::OK);
-                streams.push((send, response.into_body()));
+                streams.push(opened(requests, server.at(8081)).await);
             }
         }
         is_deaf.set(true);
@@ -197,7 +191,7 @@ fn a_peer_that_reads_nothing_costs_little_and_slows_nobody() {
         cost >> 20,
         last >> 20
     );
-    assert!(held >= POD_BYTES / 2 && held <= 2 * POD_BYTES, "{held}");
+    assert!((POD_BYTES / 2..=2 * POD_BYTES).contains(&held), "{held}");
     wait_for("the memory to be given back", || (gauge(&b, "ztunnel_stream_held_bytes") == 0).then_some(()));
     carries(&other, &server);
 }
