@@ -4,7 +4,7 @@ CARGO ?= cargo
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 PROGRAMS := -p watcher -p ztunnel -p ztunnel-control --bins
 
-.PHONY: help setup build image demo test test-again e2e bench bench-labels fuzz lint clean
+.PHONY: help setup build image demo test test-again e2e bench bench-labels bench-pushes fuzz lint clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -41,6 +41,11 @@ bench-labels: ## from a label at a real API server to open pods and back, ROUNDS
 	@$(CARGO) build --release --locked -p watcher --bins
 	@# The API server, on another machine in real life, collects its garbage less often: that would be in the result.
 	@GOGC=400 $(CARGO) run --release --locked -p testbed --example label_latency
+
+bench-pushes: ## what pushes of a control plane cost because of CONNECTIONS=10000 open ones (root)
+	@.ci/setup/for bench
+	@$(CARGO) build --release --locked -p ztunnel --bins
+	@$(CARGO) run --release --locked -p testbed --example pushes
 
 fuzz: ## input that breaks a parser others can reach, each looked for during SECONDS=60
 	@.ci/setup/for fuzz

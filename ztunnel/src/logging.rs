@@ -1,5 +1,7 @@
 //! The log: its format, and its filter, which can change at run time.
 
+pub(crate) mod line;
+
 use std::{io, sync::Arc};
 
 use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
@@ -10,6 +12,7 @@ use tracing_subscriber::{
     util::{SubscriberInitExt, TryInitError},
 };
 
+use self::line::BoundedLines;
 use crate::{config::LogFormat, metrics::log::LostLogLines};
 
 /// Reads and changes the filter of the log.
@@ -19,7 +22,7 @@ pub struct Logging {
     initial: Arc<str>,
 }
 
-/// Lines that may wait to be written: some megabytes.
+/// Lines that may wait to be written: some megabytes, and 64 MiB if each is as long as it may be.
 const MAX_QUEUED_LINES: usize = 16 << 10;
 
 /// Owns the thread that writes the log: dropping it writes what is queued and ends the thread.
@@ -59,7 +62,7 @@ pub enum LoggingError {
 impl Logging {
     /// Writes the records of this process to standard output, from a thread of its own, so that
     /// logging never blocks on the disk or pipe behind it. When more than 16,384 lines are queued,
-    /// further lines are dropped and counted.
+    /// further lines are dropped and counted. A line has 4,096 bytes at most.
     ///
     /// # Errors
     /// [`LoggingError::Filter`] for a filter that cannot be parsed, [`LoggingError::Init`] when
@@ -68,7 +71,8 @@ impl Logging {
         let (layer, logging) = Self::filtered(filter)?;
         let (writer, log_writer) = non_blocking(io::stdout());
         let registry = tracing_subscriber::registry().with(layer);
-        let writer = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(writer);
+        let bounded = move || BoundedLines { writer: writer.clone(), format };
+        let writer = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(bounded);
         match format {
             LogFormat::Text => registry.with(writer).try_init()?,
             LogFormat::Json => registry.with(writer.json().flatten_event(true)).try_init()?,

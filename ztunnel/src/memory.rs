@@ -1,4 +1,5 @@
-//! Memory for what streams have received and their sockets have not taken yet.
+//! Memory for what streams have received and their sockets have not taken yet, and for what was read
+//! from sockets and peers have not taken.
 //!
 //! HTTP/2 lets a peer send as much as the window of a stream allows, whether or not somebody reads
 //! it. So a window is a promise of memory, and promises have budgets:
@@ -12,15 +13,25 @@
 //!
 //! Each stream has a window of its own, so none waits for what another one does not read.
 //!
+//! What is to be sent counts when it is there: once a tunnel has queued 4 MiB, or the pod or the
+//! process holds what its budget allows, a stream queues one read of 16 KiB at a time.
+//!
 //! * this file: the budgets of pods and the process
 //! * `tunnel`: the windows of one tunnel, and how many streams of it were reset
+//! * `queue`: what streams have queued to be sent
 
+mod queue;
 mod tunnel;
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering::Relaxed},
+};
 
 use prometheus_client::metrics::gauge::Gauge;
 
+pub use self::queue::SendData;
+pub(crate) use self::queue::SendQueue;
 pub(crate) use self::tunnel::{RESET_REMEMBERED, RESETS, StreamMemory, TunnelChange, TunnelMemory};
 
 /// Bytes of streams in memory. Each budget has its own; those of the process are shown.
@@ -28,7 +39,8 @@ pub(crate) use self::tunnel::{RESET_REMEMBERED, RESETS, StreamMemory, TunnelChan
 pub struct MemoryMetrics {
     /// That the windows of open streams allow peers to send.
     pub promised: Gauge,
-    /// That were received, and wait for sockets that take nothing now.
+    /// That were received, and wait for sockets that take nothing now; or that were read from
+    /// sockets, and wait for the tunnel to a peer.
     pub held: Gauge,
 }
 
@@ -37,6 +49,8 @@ pub struct MemoryMetrics {
 pub struct MemoryBudget {
     limit: usize,
     metrics: MemoryMetrics,
+    /// What waits to be sent: a part of what is held.
+    queued: AtomicUsize,
     /// The process's, if this is a pod's.
     parent: Option<Arc<Self>>,
 }
@@ -45,20 +59,41 @@ impl MemoryBudget {
     /// The process's: `limit` in bytes; `metrics` show how much of it is used.
     #[must_use]
     pub fn new(limit: usize, metrics: MemoryMetrics) -> Arc<Self> {
-        Arc::new(Self { limit, metrics, parent: None })
+        Arc::new(Self { limit, metrics, queued: AtomicUsize::new(0), parent: None })
     }
 
     /// That of a pod, as a part of `self`.
     #[must_use]
     pub fn of_pod(self: &Arc<Self>, limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit, metrics: MemoryMetrics::default(), parent: Some(Arc::clone(self)) })
+        Arc::new(Self {
+            limit,
+            metrics: MemoryMetrics::default(),
+            queued: AtomicUsize::new(0),
+            parent: Some(Arc::clone(self)),
+        })
     }
 
     /// How much more may be promised.
     fn room(&self) -> usize {
         let promised = usize::try_from(self.metrics.promised.get()).unwrap_or(0);
-        let own = self.limit.saturating_sub(promised);
+        let own = self.limit.saturating_sub(promised.saturating_add(self.queued.load(Relaxed)));
         self.parent.as_ref().map_or(own, |parent| own.min(parent.room()))
+    }
+
+    /// Whether less is held than the limit.
+    fn has_memory(&self) -> bool {
+        let held = usize::try_from(self.metrics.held.get()).unwrap_or(0);
+        held < self.limit && self.parent.as_ref().is_none_or(|parent| parent.has_memory())
+    }
+
+    /// What a tunnel has queued was `before` and is `now`.
+    fn queue(&self, before: usize, now: usize) {
+        self.metrics.held.inc_by(difference(now, before));
+        self.queued.fetch_add(now, Relaxed);
+        self.queued.fetch_sub(before, Relaxed);
+        if let Some(parent) = &self.parent {
+            parent.queue(before, now);
+        }
     }
 
     fn promise(&self, change: i64) {

@@ -218,7 +218,7 @@ impl Metrics {
         let MemoryMetrics { promised, held } = self.memory.clone();
         let help = "What the windows of open streams allow peers to send";
         ours.register_with_unit("stream_window", help, Unit::Bytes, promised);
-        let help = "What streams have received and slow applications have not taken yet";
+        let help = "What waits in streams for slow applications, or for the tunnel to a peer";
         ours.register_with_unit("stream_held", help, Unit::Bytes, held);
     }
 

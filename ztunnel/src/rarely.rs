@@ -1,9 +1,13 @@
 //! Log lines about what may happen very often.
 
+mod per_peer;
+
 use std::{
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
+
+pub(crate) use per_peer::PerPeer;
 
 /// Says when the next line is due.
 #[derive(Debug)]

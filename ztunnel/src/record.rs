@@ -10,6 +10,7 @@ mod live;
 
 use std::{
     error::Error,
+    net::IpAddr,
     sync::{Arc, Mutex},
     time::Instant,
 };
@@ -20,12 +21,36 @@ use self::live::{Counted, OpenConnection};
 pub(crate) use self::{ends::ConnectionEnds, live::ByteCounters};
 use crate::{
     error_chain::error_chain,
+    logging::line::cut,
     metrics::{
         Metrics,
         open::{ConnectionSlot, LiveConnection as _},
     },
+    rarely::PerPeer,
     reason::FailureReason,
 };
+
+/// Of the text of an error, which may have words of a peer in it.
+const LONGEST_ERROR: usize = 1024;
+
+/// Lines about what peers do that comes to nothing.
+static FAILURES: PerPeer = PerPeer::new();
+
+/// Whether `client` may cause another line about what came to nothing. If so: what the line says of
+/// those that were left out since the last one.
+pub(crate) fn failure_line(client: IpAddr) -> Option<LeftOut> {
+    FAILURES.due(client).map(LeftOut)
+}
+
+/// A number of lines. A field of the log if it is not zero.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LeftOut(u64);
+
+impl LeftOut {
+    pub(crate) fn field(self) -> Option<u64> {
+        (self.0 > 0).then_some(self.0)
+    }
+}
 
 /// An error that ends a connection. Its `Display` is the record's `error`.
 pub(crate) trait ConnectionFailure: Error {
@@ -94,7 +119,11 @@ impl ConnectionRecord {
     pub(crate) fn close(mut self, result: Result<(), &dyn ConnectionFailure>) {
         match result {
             Ok(()) => self.finish(None),
-            Err(failure) => self.fail(&error_chain(failure), failure.response_flags(), failure.reason()),
+            Err(failure) => self.fail(
+                cut(&error_chain(failure), LONGEST_ERROR),
+                failure.response_flags(),
+                failure.reason(),
+            ),
         }
     }
 
@@ -135,11 +164,14 @@ pub(crate) fn record_early_failure(
 ) {
     let direction = ends.direction.as_str();
     let error = error_chain(failure);
-    metrics.failed(&ends.labels(failure.response_flags()), ends.failed(&error, failure.reason()));
-    event!(
-        target: "access", Level::WARN, src.addr = %ends.source, dst.addr = %ends.destination, direction, error,
-        reason = failure.reason().code(), "connection failed"
-    );
+    let error = cut(&error, LONGEST_ERROR);
+    metrics.failed(&ends.labels(failure.response_flags()), ends.failed(error, failure.reason()));
+    if let Some(left_out) = failure_line(ends.source.ip()) {
+        event!(
+            target: "access", Level::WARN, src.addr = %ends.source, dst.addr = %ends.destination, direction, error,
+            reason = failure.reason().code(), left_out = left_out.field(), "connection failed"
+        );
+    }
 }
 
 #[cfg(test)]

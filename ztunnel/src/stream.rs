@@ -19,7 +19,6 @@ mod to_socket;
 
 use std::{future::Future, pin::pin};
 
-use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream};
 use socket2::SockRef;
 use tokio::net::TcpStream;
@@ -29,23 +28,28 @@ use self::{
     from_socket::socket_to_stream,
     to_socket::{socket_to_socket, stream_to_socket},
 };
-use crate::{config::StreamConfig, memory::StreamMemory, record::ByteCounters};
+use crate::{
+    config::StreamConfig,
+    memory::{SendData, SendQueue, StreamMemory},
+    record::ByteCounters,
+};
 
 /// Both halves of an HBONE stream. If dropped before [`finished`](Self::finished), it is reset like
 /// the TCP connection that it carries: h2 alone would send CANCEL, which peers take for a clean
 /// end.
 #[derive(Debug)]
 pub(crate) struct HboneStream {
-    send: SendStream<Bytes>,
+    send: SendStream<SendData>,
     recv: RecvStream,
+    queue: SendQueue,
     memory: StreamMemory,
     finished: bool,
 }
 
 impl HboneStream {
     /// `memory`: the stream's part in its tunnel's.
-    pub(crate) fn new(send: SendStream<Bytes>, recv: RecvStream, memory: StreamMemory) -> Self {
-        Self { send, recv, memory, finished: false }
+    pub(crate) fn new(send: SendStream<SendData>, recv: RecvStream, memory: StreamMemory) -> Self {
+        Self { send, recv, queue: memory.send_queue(), memory, finished: false }
     }
 
     fn finished(mut self) {
@@ -53,8 +57,13 @@ impl HboneStream {
     }
 
     /// For uses other than copying to a socket.
-    pub(crate) fn halves(&mut self) -> (&mut SendStream<Bytes>, &mut RecvStream) {
+    pub(crate) fn halves(&mut self) -> (&mut SendStream<SendData>, &mut RecvStream) {
         (&mut self.send, &mut self.recv)
+    }
+
+    /// What is sent must come from here.
+    pub(crate) fn queue(&self) -> &SendQueue {
+        &self.queue
     }
 
     /// `bytes` of what was received are used up: the peer may send as many again.
@@ -68,7 +77,7 @@ impl HboneStream {
     pub(crate) fn end(&mut self) -> Result<(), h2::Error> {
         if !self.finished {
             self.finished = true;
-            self.send.send_data(Bytes::new(), true)?;
+            self.send.send_data(SendData::default(), true)?;
         }
         Ok(())
     }
@@ -122,7 +131,7 @@ pub(crate) async fn tunnel(
     let mut socket = Unfinished::new(socket)?;
     let (read, write) = socket.0.split();
     let result = both(
-        socket_to_stream(read, &mut stream.send, from_socket),
+        socket_to_stream(read, &mut stream.send, &stream.queue, from_socket),
         stream_to_socket(&mut stream.recv, write, &mut stream.memory, to_socket),
         || counters.totals(),
         limits,

@@ -26,13 +26,17 @@ use testbed::{
     tunnel_mesh::{TunnelMesh, TunnelNode},
     wait::{LIMIT, wait_for},
 };
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 use ztunnel::{
     config::{Config, H2Config},
     hbone::client,
     identity::{Certificates, Identity},
-    memory::{MemoryBudget, MemoryMetrics},
+    memory::{MemoryBudget, MemoryMetrics, SendData},
 };
 
 /// A peer of the mesh that can misbehave, with certificates of the mesh's CA.
@@ -97,7 +101,22 @@ impl Probe {
         pod: &MeshPod,
         who: &str,
         server: &MeshPod,
-        talk: impl AsyncFnOnce(SendRequest<Bytes>) -> T,
+        talk: impl AsyncFnOnce(SendRequest<SendData>) -> T,
+    ) -> Result<T, String> {
+        let dial = || dial(pod, server.at(15008));
+        self.over_tunnels(who, server, 1, dial, async |tunnels| {
+            talk(tunnels.into_iter().next().expect("one")).await
+        })
+    }
+
+    /// The same over `count` tunnels, through the sockets that `dial` makes.
+    fn over_tunnels<T, S: AsyncRead + AsyncWrite + Unpin + 'static>(
+        &self,
+        who: &str,
+        server: &MeshPod,
+        count: usize,
+        dial: impl Fn() -> S,
+        talk: impl AsyncFnOnce(Vec<SendRequest<SendData>>) -> T,
     ) -> Result<T, String> {
         let local = tokio::task::LocalSet::new();
         let (peer, expected) = (server.at(15008), identity(&server.name));
@@ -106,18 +125,17 @@ impl Probe {
             let _lease =
                 self.certificates.lease(Arc::clone(&who.namespace), Arc::clone(&who.service_account));
             let credentials = self.certificates.get(&who).await.expect("certificate");
-            let socket = dial(pod, peer);
-            let tunnel =
-                client::handshake(socket, peer, credentials.client(&[expected]), &self.h2, &self.budget)
-                    .await;
-            let tunnel = tunnel.map_err(|error| error.to_string())?;
-            #[expect(clippy::disallowed_methods, reason = "the test owns it")]
-            let driver = tokio::task::spawn_local(tunnel.driver);
-            let done = talk(tunnel.requests).await;
-            driver.abort();
-            Ok(done)
+            let (mut drivers, mut tunnels) = (JoinSet::new(), Vec::new());
+            for _ in 0..count {
+                let tls = credentials.client(std::slice::from_ref(&expected));
+                let tunnel = client::handshake(dial(), peer, tls, &self.h2, &self.budget).await;
+                let tunnel = tunnel.map_err(|error| error.to_string())?;
+                drivers.spawn_local(tunnel.driver);
+                tunnels.push(tunnel.requests);
+            }
+            Ok(talk(tunnels).await)
         };
-        let limited = async { tokio::time::timeout(LIMIT, talking).await.expect("done in time") };
+        let limited = async { tokio::time::timeout(4 * LIMIT, talking).await.expect("done in time") };
         self.runtime.block_on(local.run_until(limited))
     }
 

@@ -16,6 +16,7 @@ use crate::{
     mesh::{Mesh, Workload},
     pod::ServedPod,
     policy::{Denied, InboundConnection, Protection},
+    record::failure_line,
 };
 
 /// How long a policy that a workload names, and of which nothing was heard, is waited for. A control
@@ -106,7 +107,12 @@ impl<'a> Subject<'a> {
         {
             self.reported.set(true);
             let InboundConnection { source_ip, destination, .. } = self.connection;
-            info!(pod.name = &*self.pod.info.name, %source_ip, %destination, %denied, "dry-run: would deny");
+            if let Some(left_out) = failure_line(source_ip) {
+                info!(
+                    pod.name = &*self.pod.info.name, %source_ip, %destination, %denied, left_out = left_out.field(),
+                    "dry-run: would deny"
+                );
+            }
         }
         protection.check(&self.connection)
     }

@@ -9,7 +9,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use bytes::Bytes;
 use h2::client::SendRequest;
 use http::StatusCode;
 use rustls_pki_types::ServerName;
@@ -23,7 +22,7 @@ use super::{HANDSHAKE_TIMEOUT, client_settings, keepalive, read_ahead::ReadAhead
 use crate::{
     config::H2Config,
     identity::{CertificateChain, Identity, IdentityError, NoIdentity, first_expiry, peer_identity},
-    memory::{MemoryBudget, TunnelChange, TunnelMemory},
+    memory::{MemoryBudget, SendData, TunnelChange, TunnelMemory},
     reason::FailureReason,
 };
 
@@ -164,7 +163,7 @@ pub(crate) fn is_of_peer(error: &io::Error) -> bool {
 /// clone of `requests` and every stream are gone, or when the peer is.
 pub struct PeerTunnel {
     /// Opens streams.
-    pub requests: SendRequest<Bytes>,
+    pub requests: SendRequest<SendData>,
     /// Who the peer proved to be.
     pub identity: Option<Identity>,
     /// By which certificates.
@@ -227,7 +226,7 @@ where
 {
     let (io, activity) = keepalive::observed(io);
     let memory = TunnelMemory::new(budget, h2.stream_window);
-    let handshake = client_settings(h2, memory.initial_window()).handshake(io).await;
+    let handshake = client_settings(h2, memory.initial_window()).handshake::<_, SendData>(io).await;
     let (requests, mut connection) = handshake.map_err(|source| ConnectError::Http { peer, source })?;
     let alive = activity.until_dead(connection.ping_pong(), memory.clone());
     let state = memory.clone();

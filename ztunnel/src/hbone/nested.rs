@@ -123,8 +123,10 @@ impl AsyncWrite for Pipe {
         if data.is_empty() {
             return Poll::Ready(Ok(0));
         }
+        let queue = self.stream.queue().clone();
+        let room = std::task::ready!(queue.poll_room(cx));
         let (send, _) = self.stream.halves();
-        let wanted = data.len().min(CHUNK);
+        let wanted = data.len().min(CHUNK).min(room);
         send.reserve_capacity(wanted);
         // `poll_capacity` reports only changes, not capacity that exists already.
         while send.capacity() == 0 {
@@ -134,7 +136,7 @@ impl AsyncWrite for Pipe {
             };
         }
         let n = wanted.min(send.capacity());
-        send.send_data(Bytes::copy_from_slice(&data[..n]), false).map_err(io_error)?;
+        send.send_data(queue.data(Bytes::copy_from_slice(&data[..n]), n), false).map_err(io_error)?;
         Poll::Ready(Ok(n))
     }
 

@@ -7,7 +7,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use h2::{Reason, RecvStream, server::SendResponse};
 use http::{Request, Response, StatusCode};
 use tokio::{
@@ -22,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use super::{HANDSHAKE_TIMEOUT, client::TLS_WRITE, keepalive, read_ahead::ReadAhead, server_settings};
 use crate::{
     config::H2Config,
-    memory::{MemoryBudget, StreamMemory, TunnelChange, TunnelMemory},
+    memory::{MemoryBudget, SendData, StreamMemory, TunnelChange, TunnelMemory},
     stream::HboneStream,
 };
 
@@ -37,7 +36,7 @@ const FAREWELL: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(crate) struct ConnectRequest {
     pub request: Request<RecvStream>,
-    respond: SendResponse<Bytes>,
+    respond: SendResponse<SendData>,
     memory: StreamMemory,
 }
 
@@ -111,7 +110,7 @@ where
     let (io, activity) = keepalive::observed(io);
     let memory = TunnelMemory::new(budget, h2.stream_window);
     let settings = server_settings(h2, memory.initial_window());
-    let handshake = timeout(HANDSHAKE_TIMEOUT, settings.handshake::<_, Bytes>(io)).await;
+    let handshake = timeout(HANDSHAKE_TIMEOUT, settings.handshake::<_, SendData>(io)).await;
     let mut connection = handshake.unwrap_or_else(|_| Err(Reason::SETTINGS_TIMEOUT.into()))?;
     let dead = activity.until_dead(connection.ping_pong(), memory.clone());
     let unused_for = |limit| {

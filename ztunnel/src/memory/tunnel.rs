@@ -16,7 +16,7 @@ use std::{
 use slab::Slab;
 use tokio::time::{Instant, sleep_until};
 
-use super::{MemoryBudget, difference};
+use super::{MemoryBudget, SendQueue, difference};
 
 /// The window of the first streams.
 const INITIAL: u32 = 256 << 10;
@@ -51,7 +51,7 @@ pub(crate) enum TunnelChange {
 pub(crate) struct TunnelMemory(Rc<Tunnel>);
 
 #[derive(Debug)]
-struct Tunnel {
+pub(super) struct Tunnel {
     budget: Arc<MemoryBudget>,
     /// As configured.
     largest: u32,
@@ -65,6 +65,11 @@ struct Tunnel {
     beyond: Cell<usize>,
     /// What is promised in the budget.
     promised: Cell<usize>,
+    /// What its streams have queued to be sent.
+    queued: Cell<usize>,
+    /// What of that the budget knows: in steps, so that messages of ordinary streams do not touch what
+    /// all workers share.
+    queued_shown: Cell<usize>,
     /// When the last stream ended.
     unused_since: Cell<Instant>,
     /// Streams that were reset since then.
@@ -94,6 +99,8 @@ impl TunnelMemory {
             streams: RefCell::default(),
             beyond: Cell::new(0),
             promised: Cell::new(0),
+            queued: Cell::new(0),
+            queued_shown: Cell::new(0),
             unused_since: Cell::new(Instant::now()),
             resets: Cell::new((0, Instant::now())),
             leaving: Cell::new(Leaving::No),
@@ -184,6 +191,9 @@ impl TunnelMemory {
     }
 }
 
+/// In such steps a budget learns of what is queued.
+const QUEUE_STEP: usize = 64 << 10;
+
 /// The largest window up to `window` with which `streams` fit into `room` and into a tunnel.
 fn fitting(mut window: u32, streams: usize, room: usize) -> u32 {
     while window > SMALLEST && streams.saturating_mul(window as usize) > room.min(TUNNEL) {
@@ -232,6 +242,25 @@ impl Tunnel {
         }
     }
 
+    pub(super) fn queued(&self) -> usize {
+        self.queued.get()
+    }
+
+    /// Whether pod and process hold less than they may.
+    pub(super) fn has_memory(&self) -> bool {
+        self.budget.has_memory()
+    }
+
+    pub(super) fn queue(&self, change: impl FnOnce(usize) -> usize) {
+        let queued = change(self.queued.get());
+        self.queued.set(queued);
+        let shown = queued - queued % QUEUE_STEP;
+        let before = self.queued_shown.replace(shown);
+        if shown != before {
+            self.budget.queue(before, shown);
+        }
+    }
+
     fn hold(&self, key: usize, change: impl FnOnce(usize) -> usize) {
         let window = self.window.get() as usize;
         let (before, after) = {
@@ -259,6 +288,11 @@ pub(crate) struct StreamMemory {
 }
 
 impl StreamMemory {
+    /// For what the stream sends.
+    pub(crate) fn send_queue(&self) -> SendQueue {
+        SendQueue::new(&self.tunnel)
+    }
+
     /// `bytes` have arrived that the socket does not take now.
     pub(crate) fn hold(&self, bytes: usize) {
         self.tunnel.hold(self.key, |held| held + bytes);

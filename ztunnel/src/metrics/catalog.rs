@@ -103,7 +103,7 @@ pub(crate) const METRICS: &[MetricRow] = &[
     row("ztunnel_pool_connections", "gauge", NONE, "HBONE connections to peers held for reuse"),
     row("ztunnel_pool_streams", "gauge", NONE, "streams open in these connections"),
     row("ztunnel_stream_window_bytes", "gauge", NONE, "bytes that the windows of open streams allow peers to send; limited by `memory.total_bytes`"),
-    row("ztunnel_stream_held_bytes", "gauge", NONE, "bytes that streams have received and slow applications have not taken yet"),
+    row("ztunnel_stream_held_bytes", "gauge", NONE, "bytes that streams have received and slow applications have not taken yet, or that applications have sent and the tunnel to a peer has not taken"),
     row("ztunnel_certificate_expiration_timestamp_seconds", "gauge", &["identity"], "when the certificate of an identity expires, in seconds since 1970"),
     row("ztunnel_panics_total", "counter", NONE, "panics in the tunnel. Each ended a connection or a query, or the process"),
     row("ztunnel_log_lines_lost_total", "counter", NONE, "log lines dropped because writing was too slow"),

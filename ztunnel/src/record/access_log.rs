@@ -66,7 +66,8 @@ struct Line<'a> {
     duration: &'a str,
 }
 
-/// Writes the record of a connection that was open for `lasted`. `failure`: error and reason.
+/// Writes the record of a connection that was open for `lasted`. `failure`: error and reason; of
+/// many failures of one client only some have a record.
 pub(super) fn write(
     ends: &ConnectionEnds,
     sent: u64,
@@ -86,8 +87,10 @@ pub(super) fn write(
         received,
         duration: &format!("{}ms", lasted.as_millis()),
     };
-    match failure {
-        None => access!(Level::INFO, line, "connection complete"),
-        Some((error, reason)) => access!(Level::ERROR, line, error, reason, "connection complete"),
+    let Some((error, reason)) = failure else {
+        return access!(Level::INFO, line, "connection complete");
+    };
+    if let Some(left_out) = super::failure_line(ends.source.ip()) {
+        access!(Level::ERROR, line, error, reason, left_out = left_out.field(), "connection complete");
     }
 }

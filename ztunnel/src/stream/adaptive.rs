@@ -29,16 +29,18 @@ impl AdaptiveReads {
         Self { buffer: BytesMut::new(), size: SMALL }
     }
 
-    /// One read of at most `limit` bytes. Empty bytes: the end.
+    /// One read of at most `limit` bytes, and how much memory it keeps. Empty bytes: the end.
     pub(super) fn poll_read(
         &mut self,
         cx: &mut Context<'_>,
         socket: &mut ReadHalf<'_>,
         limit: usize,
-    ) -> Poll<io::Result<Bytes>> {
+    ) -> Poll<io::Result<(Bytes, usize)>> {
         let wanted = self.size.min(limit);
-        let data = if wanted <= SMALL {
-            ready!(scratch::poll_read(cx, socket, wanted, Bytes::copy_from_slice))?
+        let (data, memory) = if wanted <= SMALL {
+            let data = ready!(scratch::poll_read(cx, socket, wanted, Bytes::copy_from_slice))?;
+            let memory = data.len();
+            (data, memory)
         } else {
             ready!(self.poll_read_large(cx, socket, wanted))?
         };
@@ -47,7 +49,7 @@ impl AdaptiveReads {
         } else if data.len() < self.size / 8 && self.size > SMALL {
             self.size /= 2;
         }
-        Poll::Ready(Ok(data))
+        Poll::Ready(Ok((data, memory)))
     }
 
     fn poll_read_large(
@@ -55,13 +57,17 @@ impl AdaptiveReads {
         cx: &mut Context<'_>,
         socket: &mut ReadHalf<'_>,
         wanted: usize,
-    ) -> Poll<io::Result<Bytes>> {
-        if self.buffer.capacity() < wanted / 4 {
+    ) -> Poll<io::Result<(Bytes, usize)>> {
+        let is_new = self.buffer.capacity() < wanted / 4;
+        if is_new {
             self.buffer = BytesMut::with_capacity(wanted);
         }
         let room = self.buffer.capacity().min(wanted);
         ready!(poll_read_buf(Pin::new(socket), cx, &mut (&mut self.buffer).limit(room)))?;
-        Poll::Ready(Ok(self.buffer.split().freeze()))
+        let data = self.buffer.split().freeze();
+        // Whatever is left of a buffer, a slice keeps all of it: the first one counts for that.
+        let memory = data.len() + if is_new { self.buffer.capacity() } else { 0 };
+        Poll::Ready(Ok((data, memory)))
     }
 
     /// Gives back the memory, since nothing is there to read.

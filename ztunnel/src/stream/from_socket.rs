@@ -5,19 +5,20 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use bytes::Bytes;
 use h2::{Reason, SendStream};
 use tokio::net::tcp::ReadHalf;
 
 use super::{adaptive::AdaptiveReads, error::StreamError};
+use crate::memory::{SendData, SendQueue};
 
 /// Copies until the socket ends, or the stream takes no more.
 pub(super) async fn socket_to_stream(
     mut socket: ReadHalf<'_>,
-    send: &mut SendStream<Bytes>,
+    send: &mut SendStream<SendData>,
+    queue: &SendQueue,
     moved: impl Fn(u64),
 ) -> Result<(), StreamError> {
-    let mut from = Source { send, reads: AdaptiveReads::new(), reserved: false };
+    let mut from = Source { send, queue, reads: AdaptiveReads::new(), reserved: false };
     loop {
         let room = async {
             poll_fn(|cx| from.poll_readable(cx, &socket)).await?;
@@ -31,8 +32,9 @@ pub(super) async fn socket_to_stream(
         };
         let read = poll_fn(|cx| Poll::Ready(from.reads.poll_read(cx, &mut socket, room))).await;
         let Poll::Ready(data) = read else { continue };
-        let data = data.map_err(StreamError::Socket)?;
+        let (data, memory) = data.map_err(StreamError::Socket)?;
         let (n, ended) = (data.len(), data.is_empty());
+        let data = queue.data(data, memory);
         if let Err(error) = from.send.send_data(data, ended) {
             // The stream has the more precise reason.
             return Err(from.known_reset().await.unwrap_or(StreamError::Tunnel(error)));
@@ -48,7 +50,8 @@ pub(super) async fn socket_to_stream(
 /// it assigns to a stream away from all others, so a stream reserves when its socket has something
 /// to send, and gives back what it did not use before it sleeps.
 struct Source<'a> {
-    send: &'a mut SendStream<Bytes>,
+    send: &'a mut SendStream<SendData>,
+    queue: &'a SendQueue,
     reads: AdaptiveReads,
     reserved: bool,
 }
@@ -67,26 +70,48 @@ impl Source<'_> {
         let ready = socket.as_ref().poll_read_ready(cx);
         if ready.is_pending() {
             self.reads.sleep();
-            if std::mem::take(&mut self.reserved) {
-                self.send.reserve_capacity(0);
-            }
+            self.give_back();
         }
         ready.map_err(StreamError::Socket)
+    }
+
+    fn give_back(&mut self) {
+        if std::mem::take(&mut self.reserved) {
+            self.send.reserve_capacity(0);
+        }
+    }
+
+    /// Waits until there is memory for a part of the next read.
+    async fn memory(&mut self) -> Result<usize, StreamError> {
+        let room = self.queue.room();
+        if room > 0 {
+            return Ok(room);
+        }
+        self.reads.sleep();
+        self.give_back();
+        poll_fn(|cx| {
+            if let Poll::Ready(reset) = self.send.poll_reset(cx) {
+                return Poll::Ready(Err(reset.map_or_else(StreamError::Tunnel, StreamError::Reset)));
+            }
+            self.queue.poll_room(cx).map(Ok)
+        })
+        .await
     }
 
     /// Waits until a part of the next read may be sent, and says how much. Meanwhile the data stays
     /// in the socket.
     async fn capacity(&mut self) -> Result<usize, StreamError> {
+        let memory = self.memory().await?;
         self.reserved = true;
         // What h2 assigns at once is read below. It would wake this task for it all the same, once for
         // each message, if the task were registered.
         let _ = self.send.poll_reset(&mut Context::from_waker(Waker::noop()));
-        self.send.reserve_capacity(self.reads.size);
+        self.send.reserve_capacity(self.reads.size.min(memory));
         loop {
             // `poll_capacity` reports only changes; existing capacity must be read first.
             let now = self.send.capacity();
             if now > 0 {
-                return Ok(now);
+                return Ok(now.min(memory));
             }
             self.reads.sleep();
             let grown = poll_fn(|cx| {

@@ -1,5 +1,6 @@
 use std::{cell::Cell, future::poll_fn, io, rc::Rc, time::Duration};
 
+use bytes::Bytes;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
@@ -21,7 +22,7 @@ async fn sockets() -> (TcpStream, TcpStream) {
 /// stream.
 struct Carried {
     application: TcpStream,
-    peer: (SendStream<Bytes>, RecvStream),
+    peer: (SendStream<SendData>, RecvStream),
     task: tokio::task::JoinHandle<Result<(), StreamError>>,
 }
 
@@ -29,16 +30,16 @@ async fn carried() -> Carried {
     carried_together(1, SocketIs::Client).await.pop().unwrap()
 }
 
-type Halves = (SendStream<Bytes>, RecvStream);
+type Halves = (SendStream<SendData>, RecvStream);
 
 /// The ends of `count` streams of one tunnel with the default windows of 65,535 bytes: the client's,
 /// which live as long as the handle on their tunnel, and the server's.
-async fn streams(count: usize) -> (Vec<Halves>, Vec<Halves>, h2::client::SendRequest<Bytes>) {
+async fn streams(count: usize) -> (Vec<Halves>, Vec<Halves>, h2::client::SendRequest<SendData>) {
     let (near, far) = tokio::io::duplex(1 << 20);
-    let (mut requests, connection) = h2::client::handshake(near).await.unwrap();
+    let (mut requests, connection) = h2::client::Builder::new().handshake::<_, SendData>(near).await.unwrap();
     spawn_local(connection);
     let server = spawn_local(async move {
-        let mut connection = h2::server::handshake(far).await.unwrap();
+        let mut connection = h2::server::Builder::new().handshake::<_, SendData>(far).await.unwrap();
         let mut streams = Vec::new();
         while streams.len() < count {
             let (request, mut respond) = connection.accept().await.unwrap().unwrap();
@@ -119,10 +120,12 @@ async fn a_message_wakes_the_task_that_carries_it_once() {
         let (mut clients, mut servers, _tunnel) = streams(1).await;
         let ((mut send, _), (_, mut received)) = (clients.remove(0), servers.remove(0));
         let (mut application, mut socket) = sockets().await;
+        let budget = MemoryBudget::new(1 << 30, MemoryMetrics::default());
+        let queue = TunnelMemory::new(&budget, 1 << 16).stream().send_queue();
         let wakes = Rc::new(Cell::new(0));
         let counted = Rc::clone(&wakes);
         spawn_local(async move {
-            let mut copy = pin!(socket_to_stream(socket.split().0, &mut send, |_| {}));
+            let mut copy = pin!(socket_to_stream(socket.split().0, &mut send, &queue, |_| {}));
             poll_fn(|cx| {
                 counted.set(counted.get() + 1);
                 copy.as_mut().poll(cx)
@@ -148,7 +151,7 @@ async fn reset_stream_resets_the_socket_and_cancel_ends_it() {
             [(Reason::CONNECT_ERROR, true), (Reason::INTERNAL_ERROR, true), (Reason::CANCEL, false)]
         {
             let Carried { mut application, peer: (mut send, _recv), task } = carried().await;
-            send.send_data(Bytes::from_static(b"half"), false).unwrap();
+            send.send_data(Bytes::from_static(b"half").into(), false).unwrap();
             application.read_exact(&mut [0; 4]).await.unwrap();
             send.send_reset(reason);
             let end = application.read(&mut [0]).await.map_err(|error| error.kind());

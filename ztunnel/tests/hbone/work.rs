@@ -35,12 +35,12 @@ fn failures(node: &TunnelNode, reason: &str) -> u64 {
 
 /// A stream to a server that sends everything back twice.
 struct EchoStream {
-    send: SendStream<Bytes>,
+    send: SendStream<SendData>,
     recv: RecvStream,
 }
 
 impl EchoStream {
-    async fn open(requests: &SendRequest<Bytes>, to: SocketAddr) -> Self {
+    async fn open(requests: &SendRequest<SendData>, to: SocketAddr) -> Self {
         let mut requests = requests.clone().ready().await.expect("a place");
         let (response, send) = requests.send_request(connect_to(to), false).expect("sent");
         let response = response.await.expect("an answer");
@@ -52,7 +52,7 @@ impl EchoStream {
     }
 
     async fn exchange(&mut self) {
-        self.send.send_data(Bytes::from_static(b"ab"), false).expect("sent");
+        self.send.send_data(Bytes::from_static(b"ab").into(), false).expect("sent");
         assert_eq!(self.receive_until(|data| data.len() == 4).await, b"abab");
     }
 
@@ -121,6 +121,41 @@ fn labels_by_a_strangers_word_do_not_grow() {
     let sets = samples(&node, "istio_tcp_connections_failed_total", &["reporter=\"destination\""]);
     assert_eq!(sets, 1, "label sets of one client");
     assert_eq!(samples(&node, "istio", &["stranger"]), 0);
+}
+
+/// Requests of one peer that are refused, each with a word of 20,000 characters.
+#[test]
+#[ignore = "needs root: make test"]
+fn a_peers_words_do_not_fill_the_log_and_others_are_still_heard() {
+    const REQUESTS: usize = 2000;
+    /// What one peer may have written of itself at once, and what follows while the test runs.
+    const LINES: usize = 500;
+    const LONGEST: usize = 4096;
+    let (mesh, client, server, node) = served("");
+    let probe = Probe::new(&mesh);
+    let word = Method::from_bytes("X".repeat(20_000).as_bytes()).expect("a method");
+    probe
+        .over_tunnel(&client, CLIENT, &server, async |requests| {
+            for _ in 0..REQUESTS {
+                let request =
+                    Request::builder().method(&word).uri(format!("https://{}/", server.ip)).body(());
+                let mut place = requests.clone().ready().await.expect("a place");
+                let (response, _send) = place.send_request(request.expect("request"), true).expect("sent");
+                assert_eq!(response.await.expect("an answer").status(), StatusCode::BAD_REQUEST);
+            }
+        })
+        .expect("a tunnel");
+    node.wait_metric("ztunnel_connection_failures_total", &["reason=\"method\""], REQUESTS as u64);
+    mesh.router.connect(server.at(15008)).write_all(b"GET / HTTP/1.0\r\n\r\n").expect("write");
+    node.records(1, &["169.254.1.1", "tls handshake error"]);
+    let log = node.log();
+    let of_peer = log.lines().filter(|line| line.contains("XXXX"));
+    let (count, longest) = (of_peer.clone().count(), of_peer.map(str::len).max());
+    assert!(count > 0 && count <= LINES, "{count} lines by one peer");
+    assert!(longest.is_some_and(|length| length <= LONGEST), "{longest:?}");
+    for line in log.lines() {
+        serde_json::from_str::<serde_json::Value>(line).expect("JSON");
+    }
 }
 
 /// Two streams whose destinations do not answer: one client resets, one closes.

@@ -6,19 +6,21 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use bytes::Bytes;
 use h2::client::SendRequest;
 use http::{Request, Response};
 use tokio::time::Instant;
 
 use crate::{
-    config::PoolConfig, identity::CertificateChain, memory::TunnelMemory, metrics::PoolMetrics,
+    config::PoolConfig,
+    identity::CertificateChain,
+    memory::{SendData, TunnelMemory},
+    metrics::PoolMetrics,
     stream::HboneStream,
 };
 
 #[derive(Debug)]
 pub(super) struct Member {
-    requests: RefCell<SendRequest<Bytes>>,
+    requests: RefCell<SendRequest<SendData>>,
     streams: Cell<u32>,
     unused_since: Cell<Instant>,
     /// Whether the server has ever answered. Until then it may still refuse our certificate.
@@ -36,7 +38,7 @@ impl Drop for Member {
 
 impl Member {
     pub(super) fn new(
-        requests: SendRequest<Bytes>,
+        requests: SendRequest<SendData>,
         chain: CertificateChain,
         memory: TunnelMemory,
         metrics: PoolMetrics,

@@ -83,7 +83,7 @@ async fn streams_that_are_cut_while_data_is_on_its_way_do_not_end_their_tunnel()
         let (before, each) = (sent.get(), 10 * 1000);
         for (_, stream) in &mut streams {
             for _ in 0..10 {
-                stream.send_data(Bytes::from_static(&[0; 1000]), false).unwrap();
+                stream.send_data(bytes::Bytes::from_static(&[0; 1000]), false).unwrap();
             }
         }
         while sent.get() < before + STREAMS * each {
