@@ -1,6 +1,7 @@
 //! Does what the plan says. Each part owns what it applied:
 //!
-//! * `maps`: the kernel's maps of cgroups, addresses and exclusions
+//! * `maps`: the kernel's maps of cgroups, addresses and exclusions; `exclusion_lists`: what of the
+//!   latter is in them
 //! * `settings`: the programs' settings, which hold for the whole node
 //! * `netns`: prepared and steered netns; `netns_setup`: the rule, route and sysctls of each
 //! * `draining`: netns of pods that left, while connections still need them
@@ -47,6 +48,7 @@ pub(crate) mod boot;
 pub(crate) mod draining;
 pub mod journal;
 pub(crate) mod kubelet;
+mod exclusion_lists;
 pub(crate) mod maps;
 pub(crate) mod netns;
 pub(crate) mod netns_setup;
