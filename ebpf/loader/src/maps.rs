@@ -187,6 +187,16 @@ impl Kernel {
         Ok(self.get::<u64, u64>(PINNED_CONNECTIONS.name, &netns_cookie)?.unwrap_or(0))
     }
 
+    /// The cookies of all netns that such connections were ever counted for, until
+    /// [`Self::forget_pinned_connections`].
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn netns_with_pinned_connections(&self) -> Result<BTreeSet<u64>, KernelError> {
+        let all = self.list::<u64, u64>(PINNED_CONNECTIONS.name)?;
+        Ok(all.into_iter().map(|(cookie, _)| cookie).collect())
+    }
+
     /// Removes the count of a netns that no tunnel serves any more.
     ///
     /// # Errors
