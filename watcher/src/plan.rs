@@ -70,7 +70,7 @@ impl PodPlan {
             (info.flags, info.exclusion_id) = (info.flags & !flag::READY, 0);
         }
         for record in plan.addresses.values_mut() {
-            (record.flags, record.exclusion_id) = (record.flags & !flag::READY, 0);
+            record.flags &= !flag::READY;
         }
         for info in plan.arrivals.values_mut() {
             (info.flags, info.exclusion_id) = (info.flags & !flag::READY, 0);

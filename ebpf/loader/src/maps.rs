@@ -148,7 +148,7 @@ impl Kernel {
     /// # Errors
     /// The map cannot be read.
     pub fn pods(&self) -> Result<Vec<(Address, PodRecord)>, KernelError> {
-        let broken = PodRecord { netns_cookie: 0, flags: flag::BROKEN, exclusion_id: 0 };
+        let broken = PodRecord { flags: flag::BROKEN, ..PodRecord::NOBODY };
         self.list(POD_BY_ADDR.name).map(|all| opened(all, broken))
     }
 

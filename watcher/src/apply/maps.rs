@@ -51,8 +51,7 @@ impl AppliedMaps {
         };
         let of_cgroups = contents.cgroups.values().map(|info| info.exclusion_id);
         let of_netns = contents.arrivals.values().map(|info| info.exclusion_id);
-        let of_addresses = contents.addresses.values().map(|record| record.exclusion_id);
-        let ids = of_cgroups.chain(of_netns).chain(of_addresses);
+        let ids = of_cgroups.chain(of_netns);
         contents.exclusions = ids.filter(|id| *id != 0).map(|id| (id, Arc::default())).collect();
         let mut lists = kernel.exclusions()?;
         let last = [
@@ -78,13 +77,13 @@ impl AppliedMaps {
     pub(crate) fn last_exclusion_id(&self) -> u32 {
         self.last_exclusion_id
     }
+
     /// The exclusions that hold in the netns `cookie`.
     #[must_use]
     pub(crate) fn exclusions_in(&self, cookie: u64) -> Exclusions {
         let id = self.contents.arrivals.get(&cookie).map(|info| info.exclusion_id);
         id.and_then(|id| self.lists.get(&id)).map(of_entries).unwrap_or_default()
     }
-
 
     /// The cookies of the netns that a tunnel serves.
     #[must_use]

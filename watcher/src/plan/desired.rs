@@ -158,8 +158,11 @@ fn enroll(
     if exclusion_id != 0 {
         plan.exclusions = Some((exclusion_id, Arc::clone(&pod.exclusions)));
     }
-    let record = PodRecord { netns_cookie: facts.cookie, flags, exclusion_id };
-    plan.addresses = facts.addresses.iter().map(|address| (address16(*address), record)).collect();
+    let record = |address: &IpAddr| {
+        let device = facts.devices.get(address).copied().unwrap_or(0);
+        PodRecord { netns_cookie: facts.cookie, flags, device }
+    };
+    plan.addresses = facts.addresses.iter().map(|address| (address16(*address), record(address))).collect();
     let pod_cgroup = observed.dir.clone().unwrap_or_default();
     plan.arrivals = [(facts.cookie, arrivals(view, flags, exclusion_id))].into();
     let netns = PodNetns {
