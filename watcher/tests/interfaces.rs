@@ -50,8 +50,8 @@ while True:
     let far = cluster.pod("far", 0, Enrol::Plain);
     let server = cluster.pod("server", 1, Enrol::Mesh);
     let log = cluster.dir.path().join("server.log");
-    let serves = server.spawn("server", &["python3", "-c", SERVER], &log);
-    cluster.keep(serves);
+    let process = server.spawn("server", &["python3", "-c", SERVER], &log);
+    cluster.keep(process);
     let urls = [format!("http://{}:8080/", server.v4), format!("http://[{}]:8080/", server.v6)];
     for url in &urls {
         wait_for("the server without a mesh", || far.curl(url).ok());

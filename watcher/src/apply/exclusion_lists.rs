@@ -32,7 +32,9 @@ pub(crate) fn of_entries(list: &ExclusionList) -> Exclusions {
             let rest = u16::MAX.checked_shr(prefix.length).unwrap_or(0);
             let end = prefix.first | rest;
             match merged.last_mut() {
-                Some(last) if last.end().checked_add(1) == Some(prefix.first) => *last = *last.start()..=end,
+                Some(range) if range.end().checked_add(1) == Some(prefix.first) => {
+                    *range = *range.start()..=end;
+                }
                 _ => merged.push(prefix.first..=end),
             }
         }

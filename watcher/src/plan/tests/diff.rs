@@ -237,7 +237,7 @@ fn an_entry_names_a_netns_only_while_that_is_steered() {
         for step in node.all_steps(&plan) {
             match step {
                 ApplyStep::Netns(NetnsStep::Steer(batch)) => {
-                    steered.extend(batch.iter().map(|(cookie, _)| *cookie))
+                    steered.extend(batch.iter().map(|(cookie, _)| *cookie));
                 }
                 ApplyStep::Map(MapWrite::SetCgroup(id, info)) => {
                     let is_named = info.netns_cookie == 0 || steered.contains(&info.netns_cookie);
