@@ -1,9 +1,11 @@
 //! Does what the plan says. Each part owns what it applied:
 //!
-//! * `maps`: the kernel's maps of cgroups, addresses and exclusions
+//! * `maps`: the kernel's maps of cgroups, addresses and exclusions; `exclusion_lists`: what of the
+//!   latter is in them
 //! * `settings`: the programs' settings, which hold for the whole node
 //! * `netns`: prepared and steered netns; `netns_setup`: the rule, route and sysctls of each
-//! * `draining`: netns of pods that left, while connections still need them
+//! * `draining`: netns of pods that left, while connections still need them; `pinned_sweep`: what
+//!   stays of netns that are gone
 //! * `new_pods`: what arrives for pods before their netns is known
 //! * `app_listeners`: ports that applications listen on
 //! * `kubelet`: the kubelet's connections, which pass
@@ -37,6 +39,7 @@ use self::{
     maps::AppliedMaps,
     netns::{NetnsReport, NetnsTools, SteeredNetns},
     new_pods::NewPods,
+    pinned_sweep::PinnedSweep,
     settings::KernelSettings,
     tunnel_cgroups::UnusedTunnelCgroups,
     tunnels::Tunnels,
@@ -45,12 +48,14 @@ use self::{
 pub(crate) mod app_listeners;
 pub(crate) mod boot;
 pub(crate) mod draining;
+mod exclusion_lists;
 pub mod journal;
 pub(crate) mod kubelet;
 pub(crate) mod maps;
 pub(crate) mod netns;
 pub(crate) mod netns_setup;
 pub(crate) mod new_pods;
+mod pinned_sweep;
 pub mod removal;
 pub mod restore;
 pub(crate) mod settings;
@@ -83,6 +88,7 @@ pub struct Applier {
     unused_tunnel_cgroups: UnusedTunnelCgroups,
     kubelet: KubeletCgroup,
     new_pods: NewPods,
+    pinned_sweep: PinnedSweep,
     journal: Journal,
     visitors: Arc<Visitors>,
     /// What the node as a whole lacks, as sentences.
@@ -126,6 +132,7 @@ impl Applier {
             unused_tunnel_cgroups: UnusedTunnelCgroups::due_at(Instant::now()),
             kubelet,
             new_pods: NewPods::new(pods_cgroup),
+            pinned_sweep: PinnedSweep::default(),
             kernel,
             journal,
             visitors,
@@ -309,6 +316,11 @@ impl Applier {
         .into_iter()
         .flatten()
         .min()
+    }
+
+    /// Removes what stays of netns that are gone, once in a while.
+    pub fn sweep(&mut self, now: Instant) {
+        self.pinned_sweep.sweep(&mut self.kernel, &self.journal, now);
     }
 
     /// Compares the recorded listening ports with the kernel's list, for the netns in `opened`.

@@ -6,7 +6,12 @@
 //! 3. [`diff`] compares plans with what is applied; the result is a list of steps
 //! 4. [`pod_state`] says what happens to a pod's traffic now, and why
 
-use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::PathBuf,
+    sync::Arc,
+};
 
 use adit_ebpf_common::{
     address::{Address, UNSPECIFIED, mapped},
@@ -70,7 +75,7 @@ impl PodPlan {
             (info.flags, info.exclusion_id) = (info.flags & !flag::READY, 0);
         }
         for record in plan.addresses.values_mut() {
-            (record.flags, record.exclusion_id) = (record.flags & !flag::READY, 0);
+            record.flags &= !flag::READY;
         }
         for info in plan.arrivals.values_mut() {
             (info.flags, info.exclusion_id) = (info.flags & !flag::READY, 0);
@@ -98,6 +103,8 @@ pub(crate) struct PodNetns {
     pub pod: Option<PodIdentity>,
     /// Whether the pod has an IPv6 address, so that IPv6 must work there.
     pub v6: bool,
+    /// The numbers of the interfaces that have its addresses, where applications may listen.
+    pub devices: BTreeSet<u32>,
     /// Whether it has what connections from the tunnel need. A netns that is only closed does not.
     pub prepared: bool,
 }

@@ -15,7 +15,7 @@ const STRICT: &str = "- name: strict\n  namespace: demo\n  scope: Namespace\n  a
                       rules:\n  - - - notPrincipals: [{Presence: []}]\n";
 
 /// An entry of the pods file; `more` are further lines.
-fn entry(pod: &ClusterPod, more: &str) -> String {
+pub fn entry(pod: &ClusterPod, more: &str) -> String {
     format!(
         "- uid: {}\n  name: {name}\n  namespace: demo\n  serviceAccount: {name}\n  cgroup: {}\n  \
          labels: {{istio.io/dataplane-mode: ambient}}\n{more}",
@@ -25,12 +25,12 @@ fn entry(pod: &ClusterPod, more: &str) -> String {
     )
 }
 
-fn addresses(of: &[&str]) -> String {
+pub fn addresses(of: &[&str]) -> String {
     let list: Vec<String> = of.iter().map(|address| format!("\"{address}\"")).collect();
     format!("  addresses: [{}]\n", list.join(", "))
 }
 
-fn publish_entries(cluster: &Cluster, node: usize, entries: &[String]) {
+pub fn publish_entries(cluster: &Cluster, node: usize, entries: &[String]) {
     let path = cluster.nodes[node].pods_file();
     let next = path.with_extension("next");
     fs::write(&next, format!("pods:\n{}", entries.concat())).expect("pods file");
@@ -38,7 +38,7 @@ fn publish_entries(cluster: &Cluster, node: usize, entries: &[String]) {
 }
 
 /// Starts the watcher and the tunnel of a node, and waits for nothing.
-fn start_node(cluster: &mut Cluster, node: usize) {
+pub fn start_node(cluster: &mut Cluster, node: usize) {
     let (cgroup2, bpffs, mesh, ca) =
         (cluster.cgroup2.clone(), cluster.bpffs(), cluster.mesh_file(), cluster.ca_dir());
     cluster.nodes[node].start_watcher(&cgroup2, &bpffs, &["--detach"]);
@@ -57,7 +57,7 @@ fn state(cluster: &Cluster, node: usize, name: &str) -> (String, String) {
     found.map(|pod| (word(pod, "/state"), word(pod, "/reason/code"))).unwrap_or_default()
 }
 
-fn wait_for_state(cluster: &Cluster, node: usize, name: &str, wanted: (&str, &str)) {
+pub fn wait_for_state(cluster: &Cluster, node: usize, name: &str, wanted: (&str, &str)) {
     let mut seen = Default::default();
     let reached = try_wait(LIMIT, || {
         seen = state(cluster, node, name);

@@ -2,12 +2,15 @@
 
 use std::{fs, process::Command, time::Duration};
 
+use adit_ebpf_loader::{Kernel, own_netns_cookie};
 use testbed::{
     cluster::{Cluster, ClusterPod, Enrol},
-    command::text,
+    command::{run, text},
+    netns::TestNetns,
     process::{Placement, Process},
     program::binary,
     wait::{LIMIT, try_wait, wait_at_most, wait_for},
+    watcher_node::WatcherNode,
 };
 
 /// The watcher's word on each pod of node a: name → (state, reason code).
@@ -163,4 +166,33 @@ fn preflight_names_what_is_missing_and_nothing_is_attached() {
             .count(),
         0
     );
+}
+
+/// A tunnel's connections are counted by netns, of which many come and go.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn counts_of_connections_go_with_their_netns() {
+    let (mut node, pod) = WatcherNode::with_pod(true, &["--rescan", "1"]);
+    let tunnel = node.tunnel();
+    tunnel.take_snapshot();
+    node.wait_state(pod, "open", "");
+    let [living, gone] = ["living", "gone"].map(|name| {
+        let netns = TestNetns::new(format!("{}-{name}", node.name));
+        run(&format!("ip -n {netns} addr add 10.5.5.5/32 dev lo\nip -n {netns} link set lo up"));
+        // Nobody listens, so it ends at once; it is counted all the same.
+        let dial = ["bash", "-c", "exec 3<>/dev/tcp/10.5.5.5/9"];
+        let placed = Placement::in_cgroup(&node.cgroup.join("tunnel")).in_netns(&netns);
+        placed.command(&dial).output().expect("bash");
+        let cookie = netns.enter(own_netns_cookie).expect("a cookie");
+        (netns, cookie)
+    });
+    let pins = node.bpffs().join("adit").join(&node.name);
+    let counted = || Kernel::open(&pins).unwrap().netns_with_pinned_connections().unwrap();
+    assert!(counted().is_superset(&[living.1, gone.1].into()), "{:?} {living:?} {gone:?}", counted());
+    gone.0.delete();
+    node.kill_watcher();
+    node.start(&["--rescan", "1"]);
+    let swept = try_wait(LIMIT, || !counted().contains(&gone.1));
+    assert!(swept.is_some(), "{:?} {living:?} {gone:?}\n{}", counted(), node.log());
+    assert!(counted().contains(&living.1), "a count of a netns that is there");
 }

@@ -93,6 +93,46 @@ fn a_pod_whose_object_is_gone_stays_in_the_mesh_until_its_processes_end() {
     }
 }
 
+/// Its object named them, and nobody else.
+#[test]
+#[ignore = "needs root: make test"]
+fn a_pod_whose_object_is_gone_keeps_its_exclusions_over_a_restart() {
+    let mut node = ApiNode::new(&json!({AMBIENT: "ambient"}));
+    let annotations = json!({
+        "ambient.adit.dev/exclude-outbound-ports": "6379,7000-7010",
+        "ambient.adit.dev/exclude-outbound-cidrs": "192.0.2.0/24,2001:db8::/32",
+    });
+    node.pod("deleted", &json!({"metadata": {"annotations": annotations}}));
+    node.host.start(&["--rescan", "1"]);
+    let _told = node.tunnel().take_all();
+    node.wait_state("deleted", "open", "");
+    node.api.delete_pod(&node.namespace, "deleted");
+    node.wait_state("deleted", "open", "object_gone");
+    let explained = |node: &ApiNode, to: &str| {
+        let (ok, said) =
+            node.host.command(&["explain", &format!("{}/deleted", node.namespace), to, "-o", "json"]);
+        assert!(ok, "{said}");
+        let said: serde_json::Value = serde_json::from_str(&said).expect("JSON");
+        said["outbound"].as_str().expect("a rule").to_owned()
+    };
+    for restarts in 0..3 {
+        for (to, rule) in [
+            ("10.1.1.1:6379", "leave: port excluded"),
+            ("10.1.1.1:7010", "leave: port excluded"),
+            ("192.0.2.200:80", "leave: CIDR excluded"),
+            ("[2001:db8::7]:80", "leave: CIDR excluded"),
+        ] {
+            assert_eq!(explained(&node, to), rule, "{to} after {restarts} restarts");
+        }
+        assert!(!explained(&node, "10.1.1.1:7011").contains("excluded"));
+        node.host.watcher.as_ref().expect("watcher").signal(Signal::SIGKILL);
+        node.host.kill_watcher();
+        node.host.start(&["--rescan", "1"]);
+        let _told = node.tunnel().take_all();
+        node.wait_state("deleted", "open", "object_gone");
+    }
+}
+
 /// Kubelet and container runtime with different cgroup drivers, for instance.
 #[test]
 #[ignore = "needs root: make test"]

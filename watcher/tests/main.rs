@@ -16,6 +16,7 @@ mod container_nodes;
 mod dns;
 mod exclusions;
 mod faults;
+mod interfaces;
 mod kernels;
 mod kubernetes;
 mod kubernetes_access;

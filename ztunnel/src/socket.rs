@@ -8,6 +8,7 @@ use std::{
 };
 
 use adit_netns::Netns;
+use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
     io::Interest,
@@ -147,7 +148,28 @@ pub(crate) async fn connect(
     if let Some(from) = from.filter(|from| may_be_source(*from, to.ip())) {
         return client_source::connect(netns, to, from, options).await;
     }
-    let socket = netns.enter(|| new_socket(to, options))?;
+    connect_as(netns, to, None, options).await
+}
+
+/// Connects to `to` from inside `netns`, with `source`, which is an address there, or the one that
+/// the kernel chooses. A socket that has a source keeps its mark (kernel program `tunnel_mark`),
+/// which would keep its packets in the pod: it gets none.
+pub(crate) async fn connect_as(
+    netns: &Netns,
+    to: SocketAddr,
+    source: Option<IpAddr>,
+    options: &SocketOptions,
+) -> io::Result<TcpStream> {
+    let socket = netns.enter(|| {
+        let mark = if source.is_some() { 0 } else { options.mark };
+        let socket = new_socket(to, &SocketOptions { mark, ..options.clone() })?;
+        if let Some(source) = source {
+            // The port is chosen for the destination, so that others can have it too.
+            setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
+            socket.bind(&SocketAddr::new(source, 0).into())?;
+        }
+        Ok(socket)
+    })?;
     let connecting = TcpSocket::from_std_stream(socket.into()).connect(to);
     timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or_else(|_| Err(no_answer()))
 }

@@ -51,16 +51,19 @@ pub trait ConnectFacts: Facts {
     fn netns_cookie(&self) -> u64;
     /// The flags of that netns, as far as it is known as a pod's; 0: it is not.
     fn netns_flags(&self) -> u32;
-    /// The netns cookie of the enrolled pod that has `address`.
-    fn owner(&self, address: &Address) -> Option<u64>;
+    /// Whether the enrolled pod in that netns has `address`, on that interface; 0: on whichever.
+    fn has_address(&self, netns_cookie: u64, address: &Address, device: u32) -> bool;
     /// Whether the list `exclusion_id` has a range that `address` is in.
     fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool;
     /// Whether the tunnel has exactly this listener.
     fn has_tunnel_listener(&self, key: &ListenerKey) -> bool;
     /// The port that the socket is bound to, in host byte order; 0: the kernel is to choose one.
     fn source_port(&self) -> u16;
-    /// Whether the socket is bound to a device, from where the loopback is out of reach.
-    fn is_bound_to_device(&self) -> bool;
+    /// The address that the socket is bound to; unspecified: to none.
+    fn source(&self) -> Address;
+    /// The number of the interface that the socket is bound to, from where the loopback, and addresses
+    /// of other interfaces, are out of reach; 0: to none.
+    fn device(&self) -> u32;
     /// Records on the socket where it wanted to go, and where it goes instead. Whether it could.
     fn record(&self, original: &Destination, redirect: &Destination) -> bool;
 }
@@ -174,7 +177,9 @@ const fn is_here(info: &CgroupInfo, netns_cookie: u64) -> bool {
 /// 10. the pod is not ready: by its fail mode
 /// 11. to a link-local address of IPv6: leave. It means nothing without its interface, which a
 ///     redirect would lose
-/// 12. the pod has no address of this family, so there is nothing to redirect to: refuse
+/// 12. the pod has no address of this family, or the socket is bound to an address that is not known
+///     as the pod's, or to an interface that has no such address, so there is nothing to redirect to:
+///     refuse
 /// 13. the tunnel's listener is gone: by the pod's fail mode
 /// 14. the original destination cannot be recorded, so the tunnel would not learn it: refuse
 /// 15. redirect to the tunnel
@@ -227,7 +232,7 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     if is_link_local(&to.address) {
         return Outbound::Leave(Rule::LinkLocal);
     }
-    let tunnel = if is_v4(&to.address) { info.v4 } else { info.v6 };
+    let tunnel = redirect_address(facts, info, is_v4(&to.address));
     if same(&tunnel, &UNSPECIFIED) {
         return Outbound::Refuse(Rule::NoAddress);
     }
@@ -270,13 +275,31 @@ fn without_tunnel(info: &CgroupInfo) -> Outbound {
     }
 }
 
+/// The address of the pod to which a connection is redirected; unspecified: there is none.
+///
+/// A socket that is bound to an address is redirected to that one: so both of its ends are the same,
+/// by which the inbound list and the tunnel know it as the pod's own, and the tunnel learns its
+/// choice. Another pod might have an address that is not known as this one's. From a socket that is
+/// bound to an interface, another one's address is not local: the connection would leave there, in
+/// clear.
+#[inline(always)]
+fn redirect_address(facts: &impl ConnectFacts, info: &CgroupInfo, v4: bool) -> Address {
+    let mut to = if v4 { info.v4 } else { info.v6 };
+    let (source, device) = (facts.source(), facts.device());
+    let is_other = !is_unspecified(&source) && !same(&source, &to);
+    if is_other {
+        to = source;
+    }
+    // The record of the first address may come a moment after the entry.
+    let is_known = !is_other && device == 0 || facts.has_address(info.netns_cookie, &to, device);
+    if is_known { to } else { UNSPECIFIED }
+}
+
 /// Whether `address` is one of the pod's. Its cgroup's entry has the first one of each family only;
 /// the others have a record with the pod's netns.
 #[inline(always)]
 fn is_own_address(facts: &impl ConnectFacts, info: &CgroupInfo, address: &Address) -> bool {
-    same(address, &info.v4)
-        || same(address, &info.v6)
-        || info.netns_cookie != 0 && facts.owner(address) == Some(info.netns_cookie)
+    same(address, &info.v4) || same(address, &info.v6) || facts.has_address(info.netns_cookie, address, 0)
 }
 
 /// Where a DNS query to `resolver` goes instead; port 0 means nowhere:
@@ -310,7 +333,7 @@ pub fn dns_redirect(facts: &impl ConnectFacts, resolver: &Destination) -> Destin
         || is_unspecified(to)
         || is_link_local(to)
         || is_own_address(facts, info, to)
-        || facts.is_bound_to_device()
+        || facts.device() != 0
     {
         return Destination::NOWHERE;
     }

@@ -137,14 +137,27 @@ pub struct PodRecord {
     pub netns_cookie: u64,
     /// Bits of [`flag`].
     pub flags: u32,
-    /// As in [`CgroupInfo`].
-    pub exclusion_id: u32,
+    /// The number of the interface that has the address, in the pod's netns.
+    pub device: u32,
+}
+
+impl PodRecord {
+    /// No pod has the address.
+    pub const NOBODY: Self = Self { netns_cookie: 0, flags: 0, device: 0 };
+
+    /// Whether the pod that has the address is the one in that netns, and has it on that interface. No
+    /// pod is in netns 0; interface 0 is any.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_at(&self, netns_cookie: u64, device: u32) -> bool {
+        netns_cookie != 0 && self.netns_cookie == netns_cookie && (device == 0 || self.device == device)
+    }
 }
 
 impl Sum for PodRecord {
     #[inline(always)]
     fn sum(&self, sum: u64) -> u64 {
-        halves(word(sum, self.netns_cookie), self.flags, self.exclusion_id)
+        halves(word(sum, self.netns_cookie), self.flags, self.device)
     }
 }
 

@@ -107,8 +107,8 @@ maps! {
         "Which cgroup is which pod or tunnel, and what happens to its traffic.";
     POD_BY_ADDR = "pod_by_addr", "hash", Address: "Address", Sealed<PodRecord>: "Sealed<PodRecord>",
         written by "watcher", read by "connect, sendmsg, tunnel's sock_ops programs; watcher",
-        keeps Entries, abi 2, formerly None,
-        "The enrolled pod that has an address: which addresses are a pod's own.";
+        keeps Entries, abi 3, formerly None,
+        "The enrolled pod that has an address: which addresses are a pod's own, and of which interface.";
     POD_BY_NETNS = "pod_by_netns", "hash", u64: "netns cookie", Sealed<NetnsInfo>: "Sealed<NetnsInfo>",
         written by "watcher", read by "connect, sendmsg, sk_lookup programs; watcher",
         keeps Entries, abi 2, formerly None,

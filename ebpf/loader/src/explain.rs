@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 
 use adit_ebpf_common::{
-    address::{Address, is_v4},
+    address::{Address, UNSPECIFIED, is_v4},
     decide::{self, Arrival, ArrivalFacts, Connect, ConnectFacts, Facts},
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
     flows::{Destination, Flow},
@@ -140,10 +140,11 @@ impl ConnectFacts for MapFacts<'_> {
         self.netns.map_or(0, |netns| netns.flags)
     }
 
-    fn owner(&self, address: &Address) -> Option<u64> {
+    fn has_address(&self, netns_cookie: u64, address: &Address, device: u32) -> bool {
         let record = self.kernel.get::<_, Sealed<PodRecord>>(POD_BY_ADDR.name, address);
-        let opened = |sealed: Sealed<PodRecord>| sealed.open(address).map(|record| record.netns_cookie);
-        self.or_default(record.map(|record| record.and_then(opened)))
+        let opened = |sealed: Sealed<PodRecord>| sealed.open(address).copied();
+        let owner = self.or_default(record.map(|record| record.and_then(opened)));
+        owner.is_some_and(|owner| owner.is_at(netns_cookie, device))
     }
 
     fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool {
@@ -158,8 +159,12 @@ impl ConnectFacts for MapFacts<'_> {
         0
     }
 
-    fn is_bound_to_device(&self) -> bool {
-        false
+    fn source(&self) -> Address {
+        UNSPECIFIED
+    }
+
+    fn device(&self) -> u32 {
+        0
     }
 
     fn record(&self, _original: &Destination, _redirect: &Destination) -> bool {

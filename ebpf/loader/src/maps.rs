@@ -148,7 +148,7 @@ impl Kernel {
     /// # Errors
     /// The map cannot be read.
     pub fn pods(&self) -> Result<Vec<(Address, PodRecord)>, KernelError> {
-        let broken = PodRecord { netns_cookie: 0, flags: flag::BROKEN, exclusion_id: 0 };
+        let broken = PodRecord { flags: flag::BROKEN, ..PodRecord::NOBODY };
         self.list(POD_BY_ADDR.name).map(|all| opened(all, broken))
     }
 
@@ -185,6 +185,16 @@ impl Kernel {
     /// The map cannot be read.
     pub fn pinned_connections(&self, netns_cookie: u64) -> Result<u64, KernelError> {
         Ok(self.get::<u64, u64>(PINNED_CONNECTIONS.name, &netns_cookie)?.unwrap_or(0))
+    }
+
+    /// The cookies of all netns that such connections were ever counted for, until
+    /// [`Self::forget_pinned_connections`].
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn netns_with_pinned_connections(&self) -> Result<BTreeSet<u64>, KernelError> {
+        let all = self.list::<u64, u64>(PINNED_CONNECTIONS.name)?;
+        Ok(all.into_iter().map(|(cookie, _)| cookie).collect())
     }
 
     /// Removes the count of a netns that no tunnel serves any more.

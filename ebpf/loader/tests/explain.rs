@@ -34,7 +34,7 @@ fn a_second_address_of_a_family_is_the_pods_own() {
     for second in ["10.99.0.11", "fd99::11"] {
         add_address(&rig.app, second);
         assert_eq!(both(&mut rig, second, 8080), (Rule::Redirect, Rule::Redirect), "no record yet");
-        let record = PodRecord { netns_cookie: rig.cookie, flags: READY, exclusion_id: 7 };
+        let record = PodRecord { netns_cookie: rig.cookie, flags: READY, device: 2 };
         rig.kernel.set_pod(address(second), &record).unwrap();
         assert_eq!(both(&mut rig, second, 8080), (Rule::OwnAddress, Rule::OwnAddress));
         assert_eq!(both(&mut rig, second, INBOUND), (Rule::DropReserved, Rule::DropReserved));

@@ -234,7 +234,7 @@ fn a_neighbour_that_takes_the_pods_addresses_gets_nothing() {
     other_tunnel.enter_cgroup(&rig.cgroups.join("tunnel"));
     other_tunnel.enter_netns_of(&neighbour);
     let steal = other_tunnel.listen(&format!("[::]:{INBOUND}"));
-    let record = PodRecord { netns_cookie: cookie, flags: READY, exclusion_id: 0 };
+    let record = PodRecord { netns_cookie: cookie, flags: READY, device: 2 };
     for ip in ["10.99.0.1", "fd99::1"] {
         rig.kernel.set_pod(crate::rig::address(ip), &record).unwrap();
         rig.world.dial(How::Tcp, at(ip, 8080)).unwrap();

@@ -1,7 +1,7 @@
 //! Source ports are the application's own affair: a redirect costs a pod none of them.
 
 use adit_ebpf_common::{
-    enrolment::flag,
+    enrolment::{PodRecord, flag},
     flows::Destination,
     redirect_ports::{FIRST, redirect_port},
     trace::{Hook, Rule},
@@ -11,7 +11,7 @@ use testbed::wait::wait_for;
 
 use crate::{
     outbound::canonical,
-    rig::{INBOUND, OUTBOUND, READY, Rig, address, agent::How, at},
+    rig::{INBOUND, OUTBOUND, READY, Rig, add_address, address, agent::How, at, interface_index},
 };
 
 /// The first two parts of destinations that nobody has, and the pod's own address.
@@ -84,6 +84,47 @@ fn a_socket_that_is_bound_to_a_device_reaches_the_tunnel() {
         let end = rig.app.dial_by("eth0", to).unwrap();
         assert_eq!((end.local.ip(), end.peer), (at(own, 0).ip(), to));
         assert_eq!(rig.tunnel.accept(tunnel).original, Some(to));
+    }
+}
+
+/// Its connection would leave by that interface, in clear, to whoever answers there.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_socket_that_is_bound_to_an_interface_without_the_address_is_refused() {
+    let mut rig = Rig::new();
+    rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    for (net, own) in FAMILIES {
+        let device = interface_index(&rig.app) + 1;
+        let record = PodRecord { netns_cookie: rig.cookie, flags: READY, device };
+        rig.kernel.set_pod(address(own), &record).unwrap();
+        let to = at(&format!("{net}5"), 443);
+        assert_eq!(rig.app.dial_by("eth0", to).unwrap_err(), libc::EPERM);
+    }
+}
+
+/// Such as one of a second interface, for which there are routes by source.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_socket_that_is_bound_to_another_address_of_the_pod_keeps_it() {
+    let mut rig = Rig::new();
+    let tunnel = rig.tunnel.listen(&format!("[::]:{OUTBOUND}"));
+    for ((net, _), second) in FAMILIES.into_iter().zip(["10.99.0.9", "fd99::9"]) {
+        add_address(&rig.app, second);
+        let to = at(&format!("{net}6"), 443);
+        rig.rules(443);
+        assert_eq!(rig.app.dial_from(at(second, 0), to).unwrap_err(), libc::EPERM, "not known as the pod's");
+        let hook = if to.is_ipv4() { Hook::Connect4 } else { Hook::Connect6 };
+        assert_eq!(rig.rules(443), [(hook, Rule::NoAddress)]);
+
+        let device = interface_index(&rig.app);
+        let record = PodRecord { netns_cookie: rig.cookie, flags: READY, device };
+        rig.kernel.set_pod(address(second), &record).unwrap();
+        for port in [0, 40_123] {
+            let end = rig.app.dial_from(at(second, port), to).unwrap();
+            assert_eq!((end.local.ip(), end.peer), (at(second, 0).ip(), to));
+            let accepted = rig.tunnel.accept(tunnel);
+            assert_eq!((accepted.original, canonical(accepted.peer)), (Some(to), end.local));
+        }
     }
 }
 

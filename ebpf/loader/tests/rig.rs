@@ -102,7 +102,7 @@ impl Rig {
         };
         self.kernel.set_cgroup(self.cgroups.id("pods/mesh"), &info).unwrap();
         for own in [v4, v6] {
-            let record = PodRecord { netns_cookie: self.cookie, flags, exclusion_id: 7 };
+            let record = PodRecord { netns_cookie: self.cookie, flags, device: interface_index(&self.app) };
             self.kernel.set_pod(own, &record).unwrap();
         }
         self.set_netns(flags, 7);

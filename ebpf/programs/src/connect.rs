@@ -2,6 +2,8 @@
 //!
 //! The kernel calls `connect6` for every AF_INET6 socket, also when it dials a v4-mapped address.
 //! The redirect of such a call stays mapped, or the kernel would refuse it.
+//!
+//! Each program is one function: the stack frames of functions that call each other share 512 bytes.
 
 use adit_ebpf_common::{
     address::Address,
@@ -21,9 +23,10 @@ use crate::{
 };
 
 #[cgroup_sock_addr(connect4)]
+#[inline(always)]
 pub fn adit_connect4(ctx: SockAddrContext) -> i32 {
     let call = SockAddr::new(ctx);
-    let (verdict, redirect) = run(&call, call.address_v4(), Hook::Connect4);
+    let (verdict, redirect) = run(&call, call.address_v4(), call.socket().source_v4(), Hook::Connect4);
     if redirect.is_somewhere() {
         call.set_v4(&redirect);
     }
@@ -31,9 +34,10 @@ pub fn adit_connect4(ctx: SockAddrContext) -> i32 {
 }
 
 #[cgroup_sock_addr(connect6)]
+#[inline(always)]
 pub fn adit_connect6(ctx: SockAddrContext) -> i32 {
     let call = SockAddr::new(ctx);
-    let (verdict, redirect) = run(&call, call.address_v6(), Hook::Connect6);
+    let (verdict, redirect) = run(&call, call.address_v6(), call.socket().source_v6(), Hook::Connect6);
     if redirect.is_somewhere() {
         call.set_v6(&redirect);
     }
@@ -42,7 +46,7 @@ pub fn adit_connect6(ctx: SockAddrContext) -> i32 {
 
 /// What to return to the kernel, and where to redirect to.
 #[inline(always)]
-fn run(ctx: &SockAddr, address: Address, hook: Hook) -> (i32, Destination) {
+fn run(ctx: &SockAddr, address: Address, source: Address, hook: Hook) -> (i32, Destination) {
     let Some(settings) = maps::settings() else { return (ALLOW, Destination::NOWHERE) };
     let socket = ctx.socket();
     let call = Connect {
@@ -51,7 +55,7 @@ fn run(ctx: &SockAddr, address: Address, hook: Hook) -> (i32, Destination) {
         destination: Destination::new(address, ctx.port()),
     };
     let own = if call.is_tcp || call.is_query() { pods::caller() } else { None };
-    let caller = Caller::new(settings, ctx.netns_cookie(), socket, own);
+    let caller = Caller::new(settings, ctx.netns_cookie(), socket, source, own);
     let outbound = decide::outbound(&caller, &call);
     let (verdict, to) = match outbound {
         Outbound::Leave(_) => {

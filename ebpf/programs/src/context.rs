@@ -14,6 +14,7 @@
 
 use core::ffi::c_void;
 
+use adit_ebpf_common::address::{Address, UNSPECIFIED, from_v4_word, from_words, same};
 use aya_ebpf::{
     bindings::bpf_sock,
     helpers::generated::{bpf_get_netns_cookie, bpf_setsockopt},
@@ -97,16 +98,38 @@ impl Socket {
         self.0.is_null()
     }
 
-    /// Whether it is bound to a device.
+    /// The number of the interface that it is bound to; 0: to none, or there is no socket.
     #[inline(always)]
-    pub fn is_bound_to_device(self) -> bool {
-        !self.is_null() && read!(self.0, bound_dev_if) != 0
+    pub fn device(self) -> u32 {
+        if self.is_null() { 0 } else { read!(self.0, bound_dev_if) }
     }
 
     /// The port that it is bound to, in host byte order; 0: to none, or there is no socket.
     #[inline(always)]
     pub fn source_port(self) -> u16 {
         if self.is_null() { 0 } else { read!(self.0, src_port) as u16 }
+    }
+
+    /// The address that a socket of the IPv4 family is bound to; unspecified: none, or there is no
+    /// socket.
+    #[inline(always)]
+    pub fn source_v4(self) -> Address {
+        if self.is_null() { UNSPECIFIED } else { from_v4_word(read!(self.0, src_ip4)) }
+    }
+
+    /// The address that a socket of the IPv6 family is bound to; unspecified: none, or there is no
+    /// socket.
+    #[inline(always)]
+    pub fn source_v6(self) -> Address {
+        if self.is_null() {
+            return UNSPECIFIED;
+        }
+        from_words([
+            read!(self.0, src_ip6[0]),
+            read!(self.0, src_ip6[1]),
+            read!(self.0, src_ip6[2]),
+            read!(self.0, src_ip6[3]),
+        ])
     }
 
     /// Whether there is a socket, without an IPv4 source address.
@@ -118,16 +141,7 @@ impl Socket {
     /// Whether there is a socket, without an IPv6 source address.
     #[inline(always)]
     pub fn lacks_source_v6(self) -> bool {
-        if self.is_null() {
-            return false;
-        }
-        let words = [
-            read!(self.0, src_ip6[0]),
-            read!(self.0, src_ip6[1]),
-            read!(self.0, src_ip6[2]),
-            read!(self.0, src_ip6[3]),
-        ];
-        words[0] | words[1] | words[2] | words[3] == 0
+        !self.is_null() && same(&self.source_v6(), &UNSPECIFIED)
     }
 }
 

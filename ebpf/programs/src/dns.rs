@@ -11,7 +11,7 @@
 //! that netns, and knows where it was redirected from.
 
 use adit_ebpf_common::{
-    address::{Address, is_loopback},
+    address::{Address, UNSPECIFIED, is_loopback},
     decide::{self, ConnectFacts as _},
     flows::Destination,
     trace::{Hook, Rule},
@@ -52,7 +52,7 @@ fn captured(ctx: &SockAddr, address: Address, hook: Hook) -> Destination {
         return Destination::NOWHERE;
     }
     let Some(settings) = maps::settings() else { return Destination::NOWHERE };
-    let caller = Caller::new(settings, ctx.netns_cookie(), ctx.socket(), pods::caller());
+    let caller = Caller::new(settings, ctx.netns_cookie(), ctx.socket(), UNSPECIFIED, pods::caller());
     let to = decide::dns_redirect(&caller, &resolver);
     if to.is_somewhere() && settings.debug != 0 {
         trace::outbound(settings, hook, Rule::DnsRedirect, caller.entry(), &resolver);

@@ -161,7 +161,7 @@ fn record_tunnel_flow(ops: &SockOps) {
     }
     let recorded = flows::record_tunnel_flow(&flow, state.netns_cookie).is_ok();
     // No address of a pod that is leaving is known any more: then every connection counts.
-    let own = pods::owner(&flow.local) == Some(state.netns_cookie);
+    let own = pods::owner(&flow.local).is_at(state.netns_cookie, 0);
     let pins = !own && !is_loopback(&flow.local) && flows::count_pinned_connection(state.netns_cookie);
     state.pins_netns = u32::from(pins);
     if recorded || pins {
@@ -237,7 +237,10 @@ fn move_original(ops: &SockOps, accepted: &Flow) {
 #[inline(always)]
 fn count_arrival(ops: &SockOps, accepted: &Flow) {
     // The client dialled the pod's address, whatever the port; not one of the tunnel's own servers.
-    let Some(netns_cookie) = pods::owner(&accepted.local) else { return };
+    let netns_cookie = pods::owner(&accepted.local).netns_cookie;
+    if netns_cookie == 0 {
+        return;
+    }
     let Some(state) = maps::state_or_new(ops.socket()) else { return };
     state.netns_cookie = netns_cookie;
     if flows::count_pinned_connection(state.netns_cookie) {

@@ -48,18 +48,21 @@ impl Agent {
     /// Has those pods observed that an earlier watcher enrolled, that the source does not name, and
     /// whose processes run.
     fn keep_lost(&mut self) {
-        let enrolled =
-            self.applier.netns.by_cookie().values().map(|netns| (netns.uid.clone(), netns.pod.clone()));
-        let lost: Vec<(String, Option<PodIdentity>)> =
-            enrolled.filter(|(uid, _)| !uid.is_empty() && self.pods.get(uid).is_none()).collect();
+        let enrolled = self.applier.netns.by_cookie().iter();
+        let lost: Vec<(u64, String, Option<PodIdentity>)> = enrolled
+            .filter(|(_, netns)| !netns.uid.is_empty() && self.pods.get(&netns.uid).is_none())
+            .map(|(cookie, netns)| (*cookie, netns.uid.clone(), netns.pod.clone()))
+            .collect();
         if lost.is_empty() {
             return;
         }
         self.observer.find_dirs();
-        for (uid, pod) in lost {
+        for (cookie, uid, pod) in lost {
             let dir = self.observer.dir(&uid).filter(|dir| !matches!(cgroups::is_populated(dir), Ok(false)));
             if let Some(dir) = dir.cloned() {
-                self.pods.add_lost(&uid, pod, dir, Instant::now());
+                // Nobody else knows them any more.
+                let exclusions = self.applier.maps.exclusions_in(cookie);
+                self.pods.add_lost(&uid, pod, exclusions, dir, Instant::now());
                 self.queue.observe([uid]);
             }
         }

@@ -408,6 +408,8 @@ mod tests {
                 id: crate::observe::netns::NetnsId { dev: 4, inode: 1 },
                 cookie: 1,
                 addresses: Vec::new(),
+                link_local_v4: Vec::new(),
+                devices: BTreeMap::new(),
                 guest: None,
             });
             entry

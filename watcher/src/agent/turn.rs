@@ -24,6 +24,7 @@ impl Agent {
         self.observe(scan);
         if scan {
             self.applier.scan_app_listeners(self.observer.opened());
+            self.applier.sweep(Instant::now());
         }
         let now = Instant::now();
         self.check_kept(now);

@@ -4,27 +4,24 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
     sync::Arc,
 };
 
-use adit_ebpf_common::{
-    enrolment::{CgroupInfo, flag},
-    exclusions::{INBOUND, MAPPED_BITS, OUTBOUND},
-};
+use adit_ebpf_common::enrolment::{CgroupInfo, flag};
 use adit_ebpf_loader::{ExclusionList, Kernel, KernelError};
 use error_reporter::Report;
-use ipnet::IpNet;
 use tracing::{info, warn};
 
 use crate::{
     model::exclusions::Exclusions,
     observe::cgroups::CgroupId,
     plan::{
-        Plan, Reason, ReasonCode, address16, cgroup_info,
+        Plan, Reason, ReasonCode, cgroup_info,
         diff::{MapContents, MapWrite},
     },
 };
+
+use super::exclusion_lists::{entries, of_entries};
 
 /// What was written to the maps.
 #[derive(Debug)]
@@ -54,8 +51,7 @@ impl AppliedMaps {
         };
         let of_cgroups = contents.cgroups.values().map(|info| info.exclusion_id);
         let of_netns = contents.arrivals.values().map(|info| info.exclusion_id);
-        let of_addresses = contents.addresses.values().map(|record| record.exclusion_id);
-        let ids = of_cgroups.chain(of_netns).chain(of_addresses);
+        let ids = of_cgroups.chain(of_netns);
         contents.exclusions = ids.filter(|id| *id != 0).map(|id| (id, Arc::default())).collect();
         let mut lists = kernel.exclusions()?;
         let last = [
@@ -80,6 +76,13 @@ impl AppliedMaps {
     #[must_use]
     pub(crate) fn last_exclusion_id(&self) -> u32 {
         self.last_exclusion_id
+    }
+
+    /// The exclusions that hold in the netns `cookie`.
+    #[must_use]
+    pub(crate) fn exclusions_in(&self, cookie: u64) -> Exclusions {
+        let id = self.contents.arrivals.get(&cookie).map(|info| info.exclusion_id);
+        id.and_then(|id| self.lists.get(&id)).map(of_entries).unwrap_or_default()
     }
 
     /// The cookies of the netns that a tunnel serves.
@@ -270,38 +273,5 @@ impl AppliedMaps {
         }
         self.lists = lists;
         Ok(true)
-    }
-}
-
-/// The entries that a list takes in the maps.
-fn entries(exclusions: &Exclusions) -> ExclusionList {
-    let mut list = ExclusionList::default();
-    for (ports, direction) in [(&exclusions.outbound_ports, OUTBOUND), (&exclusions.inbound_ports, INBOUND)] {
-        for range in ports {
-            list = list.with_ports(direction, range.clone());
-        }
-    }
-    for cidr in &exclusions.outbound_cidrs {
-        let (address, length) = mapped_cidr(cidr);
-        list = list.with_cidr(address, length);
-    }
-    list
-}
-
-/// `cidr` with its prefix length in IPv6 form: an IPv4 range is 96 bits longer.
-fn mapped_cidr(cidr: &IpNet) -> ([u8; 16], u32) {
-    let extra = if matches!(cidr.addr(), IpAddr::V4(_)) { MAPPED_BITS } else { 0 };
-    (address16(cidr.network()), u32::from(cidr.prefix_len()) + extra)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ipv4_ranges_are_96_bits_longer() {
-        for (cidr, length) in [("10.0.0.0/8", 104), ("0.0.0.0/0", 96), ("::/0", 0), ("fd00::1/128", 128)] {
-            assert_eq!(mapped_cidr(&cidr.parse().unwrap()).1, length, "{cidr}");
-        }
     }
 }

@@ -80,6 +80,7 @@ impl SteeredNetns {
             uid: uid.to_owned(),
             pod,
             v6: false,
+            devices: BTreeSet::new(),
             prepared,
         };
         let mut by_cookie: BTreeMap<u64, PodNetns> = steered
@@ -249,7 +250,7 @@ fn prepare(
         tools.app_listeners.add(tools.kernel, *cookie, Arc::clone(fd));
     }
     let results = tools.visitors.visit_each(&readable, |visitor: &Visitor, (_, netns, fd, sysctls)| {
-        netns_setup::prepare(visitor, fd.as_fd(), sysctls, netns.v6)
+        netns_setup::prepare(visitor, fd.as_fd(), sysctls, netns)
     });
     let mut ready = OpenNetns::new();
     for ((cookie, netns, fd, _), result) in readable.into_iter().zip(results) {

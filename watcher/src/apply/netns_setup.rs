@@ -6,6 +6,10 @@
 //! that its answers return the same way; so does the kernel's refusal when no application listens
 //! (`fwmark_reflect`). Without any one of them such a connection times out.
 //!
+//! The answers of an application that listens on a device (`SO_BINDTODEVICE`) take routes of that
+//! device only. So there is a `local` route for each device: it decides about the look-up alone, and
+//! the packets use the loopback all the same.
+//!
 //! `tcp_migrate_req` is for tunnels that replace each other: when a listener closes, a connection
 //! that waits there, or whose handshake is under way, moves to the listener of the successor and is
 //! not reset (Linux 5.14).
@@ -21,6 +25,7 @@ use std::{
     fs::File,
     io::{self, Read as _},
     net::{Ipv4Addr, Ipv6Addr},
+    ops::ControlFlow,
     os::{fd::BorrowedFd, unix::fs::FileExt as _},
 };
 
@@ -34,16 +39,20 @@ use rtnetlink::{
     packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
-        route::{RouteMessage, RouteScope, RouteType},
+        link::{LinkFlags, LinkMessage},
+        route::{RouteAttribute, RouteMessage, RouteScope, RouteType},
         rule::{RuleAction, RuleAttribute, RuleMessage},
     },
     sys::protocols::NETLINK_ROUTE,
 };
 
-use crate::observe::{
-    netlink,
-    netlink::LO,
-    netns::{Visitor, run_in},
+use crate::{
+    observe::{
+        netlink,
+        netlink::LO,
+        netns::{Visitor, run_in},
+    },
+    plan::PodNetns,
 };
 
 /// The mark of the tunnel's packets (Istio's number).
@@ -52,6 +61,10 @@ const MARK: u32 = 0x539;
 const TABLE: u32 = MARK;
 /// Before everything but the kernel's own `local` rule (0).
 const PRIORITY: u32 = 1337;
+/// Below the metrics of devices' routes, and above that of `lo`.
+const FIRST_METRIC: u32 = 2048;
+/// More devices of a netns are not looked at.
+const MOST_DEVICES: usize = 16;
 /// Directories, and the sysctls in them that are set to 1. Those of TCP hold for both families.
 const SYSCTLS: [(&str, &[&str]); 2] = [
     ("/proc/sys/net/ipv4", &["tcp_fwmark_accept", "tcp_migrate_req", "tcp_tw_reuse", "fwmark_reflect"]),
@@ -143,24 +156,28 @@ pub(crate) fn are_writable() -> io::Result<()> {
     Sysctls::own().map(drop)
 }
 
-/// Prepares `netns`, whose sysctls are `sysctls`. Repeating it changes nothing. `v6`: whether IPv6
-/// must work there.
+/// Prepares the netns `fd` as `wanted` needs it; its sysctls are `sysctls`. Repeating it changes
+/// nothing.
 ///
 /// # Errors
 /// The netns cannot be entered, or the kernel refused a change.
 pub(crate) fn prepare(
     visitor: &Visitor,
-    netns: BorrowedFd<'_>,
+    fd: BorrowedFd<'_>,
     sysctls: &Sysctls,
-    v6: bool,
+    wanted: &PodNetns,
 ) -> io::Result<()> {
-    visitor.enter(netns, || {
+    visitor.enter(fd, || {
         let mut requests = Vec::new();
         for family in [Family::V4, Family::V6] {
             // A node may have no IPv6.
-            let optional = family == Family::V6 && !v6;
+            let optional = family == Family::V6 && !wanted.v6;
             requests.push(Request::new("rule", RouteNetlinkMessage::NewRule(family.rule()), optional));
-            requests.push(Request::new("route", RouteNetlinkMessage::NewRoute(family.route()), optional));
+            requests.push(Request::new("route", RouteNetlinkMessage::NewRoute(family.route(LO)), optional));
+            // A device may have gone, or have no such family.
+            requests.extend(wanted.devices.iter().take(MOST_DEVICES).map(|device| {
+                Request::new("route", RouteNetlinkMessage::NewRoute(family.route(*device)), true)
+            }));
         }
         send_all(&requests, NLM_F_CREATE | NLM_F_EXCL, &[libc::EEXIST])?;
         sysctls.set(|_| Some("1"))
@@ -173,17 +190,37 @@ pub(crate) fn prepare(
 /// The netns cannot be entered, or the kernel refused a change.
 pub(crate) fn restore(netns: BorrowedFd<'_>, sysctls: &BTreeMap<String, String>) -> io::Result<()> {
     run_in(netns, || {
+        let devices = devices()?;
         let mut requests = Vec::new();
         for family in [Family::V4, Family::V6] {
             requests.push(Request::new("rule", RouteNetlinkMessage::DelRule(family.rule()), false));
-            requests.push(Request::new("route", RouteNetlinkMessage::DelRoute(family.route()), false));
+            requests.push(Request::new("route", RouteNetlinkMessage::DelRoute(family.route(LO)), false));
+            requests.extend(devices.iter().map(|device| {
+                Request::new("route", RouteNetlinkMessage::DelRoute(family.route(*device)), false)
+            }));
         }
         // No rule, no table, or no IPv6.
-        let absent = [libc::ENOENT, libc::ESRCH, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
+        let absent = [libc::ENOENT, libc::ESRCH, libc::ENODEV, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
         send_all(&requests, 0, &absent)?;
         // Only those that are ours: the record comes from a file.
         Sysctls::own()?.set(|path| sysctls.get(path).map(String::as_str))
     })
+}
+
+/// The devices of the calling thread's netns other than `lo`, as far as they are up.
+fn devices() -> io::Result<Vec<u32>> {
+    let mut devices = Vec::new();
+    let all = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    netlink::dump(&netlink::socket(NETLINK_ROUTE)?, all, |answer| {
+        if let RouteNetlinkMessage::NewLink(LinkMessage { header, .. }) = answer
+            && header.index != LO
+            && header.flags.contains(LinkFlags::Up)
+        {
+            devices.push(header.index);
+        }
+        if devices.len() < MOST_DEVICES { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    })?;
+    Ok(devices)
 }
 
 fn at(path: &str, error: &io::Error) -> io::Error {
@@ -259,22 +296,28 @@ impl Family {
         rule
     }
 
-    /// `local default dev lo`.
-    fn route(self) -> RouteMessage {
-        match self {
+    /// `local default dev lo`, or the same of another device, which is less preferred.
+    fn route(self, device: u32) -> RouteMessage {
+        let mut route = match self {
             Self::V4 => RouteMessageBuilder::<Ipv4Addr>::new()
                 .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
                 .table_id(TABLE)
                 .kind(RouteType::Local)
                 .scope(RouteScope::Host)
-                .output_interface(LO)
+                .output_interface(device)
                 .build(),
             Self::V6 => RouteMessageBuilder::<Ipv6Addr>::new()
                 .destination_prefix(Ipv6Addr::UNSPECIFIED, 0)
                 .table_id(TABLE)
                 .kind(RouteType::Local)
-                .output_interface(LO)
+                .output_interface(device)
                 .build(),
+        };
+        if device != LO {
+            // The kernel's default is 0 for IPv4 and 1024 for IPv6. Each route has its own: the
+            // kernel takes two of one for the same route, or for two ways of one.
+            route.attributes.push(RouteAttribute::Priority(FIRST_METRIC.saturating_add(device)));
         }
+        route
     }
 }

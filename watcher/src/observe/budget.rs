@@ -15,6 +15,8 @@ pub(crate) const PROCESSES: usize = 4096;
 pub(crate) const NETNS: usize = 32;
 /// Addresses of a netns, those of its loopback included.
 pub(crate) const ADDRESSES: usize = 1024;
+/// Addresses of a pod that its source does not tell, and that count as its own all the same.
+pub(crate) const SPARE_ADDRESSES: usize = 8;
 /// Processes of one netns that are asked whether they will stay there.
 pub(crate) const YOUNG_PROCESSES: usize = 4;
 /// Time for one observation.

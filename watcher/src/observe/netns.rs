@@ -1,7 +1,7 @@
 //! Enters network namespaces and reads their cookies and addresses.
 
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     fs::{self, File},
     io,
     net::{IpAddr, Ipv6Addr},
@@ -45,6 +45,11 @@ pub(crate) struct NetnsFacts {
     /// Addresses by which others reach it (no loopback, no link-local), as the interfaces list
     /// them.
     pub addresses: Vec<IpAddr>,
+    /// IPv4 addresses of the link (169.254.0.0/16), as some network plugins give to pods of IPv6 for
+    /// what they dial outside of the cluster.
+    pub link_local_v4: Vec<IpAddr>,
+    /// The numbers of the interfaces that have these addresses.
+    pub devices: BTreeMap<IpAddr, u32>,
     /// What shows that there is a virtual machine, or another netns, behind it: a phrase.
     pub guest: Option<String>,
 }
@@ -134,10 +139,17 @@ pub(crate) fn facts(visitor: &Visitor, netns: BorrowedFd<'_>) -> io::Result<Netn
     visitor.enter(netns, || {
         let socket = netlink::socket(NETLINK_ROUTE)?;
         let cookie = own_netns_cookie_by(socket.as_fd())?;
-        let (addresses, is_whole) = addresses(&socket, budget::ADDRESSES)?;
+        let (listed, is_whole) = addresses(&socket, budget::ADDRESSES)?;
+        let devices = listed.iter().copied().collect();
+        let listed = listed.into_iter().map(|(address, _)| address);
+        let (addresses, rest): (Vec<_>, Vec<_>) = listed.partition(is_reachable);
+        let link_local_v4 = rest.into_iter().filter(is_link_local_v4).collect();
         // It is only told: what cannot be read keeps nobody out of the mesh.
         let guest = if is_whole { guests::find(&socket).ok().flatten() } else { None };
-        Ok(NetnsReading { facts: NetnsFacts { id, cookie, addresses, guest }, is_whole })
+        Ok(NetnsReading {
+            facts: NetnsFacts { id, cookie, addresses, link_local_v4, devices, guest },
+            is_whole,
+        })
     })
 }
 
@@ -149,9 +161,9 @@ pub(crate) fn cookie(netns: BorrowedFd<'_>) -> io::Result<u64> {
     run_in(netns, own_netns_cookie)
 }
 
-/// Of the first `limit` addresses of `socket`'s netns those by which others reach it; whether there
-/// are no more. Not by getifaddrs(3), which lists all interfaces too and takes three times as long.
-fn addresses(socket: &Socket, limit: usize) -> io::Result<(Vec<IpAddr>, bool)> {
+/// Of the first `limit` addresses of `socket`'s netns those of interfaces other than `lo`, with the
+/// interfaces' numbers; whether there are no more. Not by getifaddrs(3), which lists all interfaces too and takes three times as long.
+fn addresses(socket: &Socket, limit: usize) -> io::Result<(Vec<(IpAddr, u32)>, bool)> {
     let (mut addresses, mut known, mut listed) = (Vec::new(), HashSet::new(), 0);
     let all = RouteNetlinkMessage::GetAddress(AddressMessage::default());
     netlink::dump(socket, all, |answer| {
@@ -161,10 +173,10 @@ fn addresses(socket: &Socket, limit: usize) -> io::Result<(Vec<IpAddr>, bool)> {
         }
         if let RouteNetlinkMessage::NewAddress(message) = answer
             && message.header.index != netlink::LO
-            && let Some(address) = ip_of(&message.attributes).filter(is_reachable)
+            && let Some(address) = ip_of(&message.attributes)
             && known.insert(address)
         {
-            addresses.push(address);
+            addresses.push((address, message.header.index));
         }
         ControlFlow::Continue(())
     })?;
@@ -190,6 +202,10 @@ fn is_reachable(address: &IpAddr) -> bool {
         IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local() && !v4.is_unspecified(),
         IpAddr::V6(v6) => !v6.is_loopback() && !is_link_local(v6) && !v6.is_unspecified(),
     }
+}
+
+fn is_link_local_v4(address: &IpAddr) -> bool {
+    matches!(address, IpAddr::V4(v4) if v4.is_link_local())
 }
 
 fn is_link_local(address: &Ipv6Addr) -> bool {
@@ -290,8 +306,10 @@ mod tests {
         // On a thread of its own, which ends where it was sent.
         let read =
             |limit| run_in(netns.as_fd(), || addresses(&netlink::socket(NETLINK_ROUTE)?, limit)).unwrap();
-        let (mut addresses, is_whole) = read(budget::ADDRESSES);
+        let (listed, is_whole) = read(budget::ADDRESSES);
         assert!(is_whole);
+        let mut addresses: Vec<_> =
+            listed.into_iter().map(|(address, _)| address).filter(is_reachable).collect();
         addresses.sort_unstable();
         let expected: Vec<IpAddr> =
             ["10.1.0.2", "10.2.0.2", "fd01::2"].iter().map(|ip| ip.parse().unwrap()).collect();

@@ -269,8 +269,13 @@ impl Search<'_> {
             })?;
         let proven = has_all(&facts.addresses);
         if proven {
-            // Others may come and go; they change nothing.
-            facts.addresses.retain(|address| wanted.contains(address));
+            // Of others, those that count as the pod's too.
+            let mut others = 0..budget::SPARE_ADDRESSES;
+            facts.addresses.retain(|address| wanted.contains(address) || others.next().is_some());
+            facts.link_local_v4.truncate(budget::SPARE_ADDRESSES);
+            let kept: BTreeSet<IpAddr> =
+                facts.addresses.iter().chain(&facts.link_local_v4).copied().collect();
+            facts.devices.retain(|address, _| kept.contains(address));
         } else if !is_whole {
             let text = format!("netns {} has more than {} addresses", id.inode, budget::ADDRESSES);
             self.excess.get_or_insert(text);

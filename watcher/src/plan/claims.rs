@@ -116,6 +116,12 @@ impl Claims {
         Ok(())
     }
 
+    /// Whether a pod has `address`.
+    #[must_use]
+    pub(crate) fn is_taken(&self, address: &IpAddr) -> bool {
+        self.addresses.contains_key(address)
+    }
+
     /// Gives `pod` the netns and the addresses of `facts`. An address that its source tells is the
     /// pod's, also if another pod claimed it before that has it without having been told so:
     /// whoever may change its own netns may add any address there.

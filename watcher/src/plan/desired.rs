@@ -1,6 +1,11 @@
 //! From an eligible pod to its plan: the map entries, the netns, and what tunnels receive.
 
-use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::PathBuf,
+    sync::Arc,
+};
 
 use adit_ebpf_common::{
     enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
@@ -86,6 +91,7 @@ fn close(plan: &mut PodPlan, view: &PodView, flags: u32, steered: &BTreeMap<u64,
             uid: view.pod.uid.clone(),
             pod: None,
             v6: false,
+            devices: BTreeSet::new(),
             prepared: false,
         };
         plan.netns.insert(*netns_cookie, netns);
@@ -158,8 +164,11 @@ fn enroll(
     if exclusion_id != 0 {
         plan.exclusions = Some((exclusion_id, Arc::clone(&pod.exclusions)));
     }
-    let record = PodRecord { netns_cookie: facts.cookie, flags, exclusion_id };
-    plan.addresses = facts.addresses.iter().map(|address| (address16(*address), record)).collect();
+    let record = |address: &IpAddr| {
+        let device = facts.devices.get(address).copied().unwrap_or(0);
+        PodRecord { netns_cookie: facts.cookie, flags, device }
+    };
+    plan.addresses = facts.addresses.iter().map(|address| (address16(*address), record(address))).collect();
     let pod_cgroup = observed.dir.clone().unwrap_or_default();
     plan.arrivals = [(facts.cookie, arrivals(view, flags, exclusion_id))].into();
     let netns = PodNetns {
@@ -168,6 +177,7 @@ fn enroll(
         uid: pod.uid.clone(),
         pod: Some(PodIdentity::of(pod)),
         v6: facts.addresses.iter().any(IpAddr::is_ipv6),
+        devices: facts.devices.values().copied().collect(),
         prepared: true,
     };
     plan.netns = [(facts.cookie, netns)].into();

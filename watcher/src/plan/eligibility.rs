@@ -1,6 +1,6 @@
 //! Whether a pod can be enrolled, and if not, why.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, path::Path, sync::Arc};
 
 use crate::{
     model::{
@@ -8,7 +8,7 @@ use crate::{
         reason::{Reason, ReasonCode},
     },
     observe::{
-        Gap, Observed, ObservedNetns,
+        Gap, Observed, ObservedNetns, budget,
         netns::{NetnsFacts, NetnsId},
     },
 };
@@ -129,7 +129,8 @@ pub(crate) fn evaluate(
             )),
         };
     }
-    match netns_of(pod, observed, current).and_then(|facts| claims.claim_netns(pod, facts)) {
+    let found = netns_of(pod, observed, current).map(|facts| with_spare_addresses(pod, facts, claims));
+    match found.and_then(|facts| claims.claim_netns(pod, facts)) {
         Ok(facts) => Eligibility::Eligible(facts),
         Err(reason) if reason.code.awaits_start() => Eligibility::Waiting(reason),
         Err(reason) => refused(reason),
@@ -188,8 +189,27 @@ fn the_pods_own<'a>(pod: &Pod, several: &'a [ObservedNetns]) -> Option<&'a Netns
     own.next().filter(|_| own.next().is_none())
 }
 
-/// The netns that the processes of the pod are in, with those of its addresses that are the pod's.
-fn netns_of(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<NetnsFacts, Reason> {
+/// `found` with those addresses besides that its source does not tell and that no other pod has: of
+/// a second interface, or of a family that the cluster does not use. What the pod dials from there
+/// is redirected to them. They come last, so that they are the first of a family only where no other
+/// one is.
+fn with_spare_addresses(
+    pod: &Pod,
+    (mut facts, untold): (NetnsFacts, Vec<IpAddr>),
+    claims: &Claims,
+) -> NetnsFacts {
+    let is_spare = |address: &IpAddr| !claims.is_taken(address) && !pod.addresses.contains(address);
+    facts.addresses.extend(untold.into_iter().filter(is_spare).take(budget::SPARE_ADDRESSES));
+    facts
+}
+
+/// The netns that the processes of the pod are in, with those of its addresses that are the pod's;
+/// and the others.
+fn netns_of(
+    pod: &Pod,
+    observed: &Observed,
+    current: Option<u64>,
+) -> Result<(NetnsFacts, Vec<IpAddr>), Reason> {
     let found = match only_netns(&observed.netns, current) {
         [] => {
             return Err(Reason::new(ReasonCode::NoProcess, "no process in its cgroup"));
@@ -220,16 +240,19 @@ fn netns_of(pod: &Pod, observed: &Observed, current: Option<u64>) -> Result<Netn
         return Err(Reason::new(ReasonCode::AddressNotHeld, text));
     }
     let mut facts = found.clone();
+    let mut untold = Vec::new();
     if !pod.addresses.is_empty() {
-        facts.addresses.retain(|address| pod.addresses.contains(address));
+        let is_told = |address: &IpAddr| pod.addresses.contains(address);
+        (facts.addresses, untold) = facts.addresses.into_iter().partition(is_told);
     }
+    untold.extend(&facts.link_local_v4);
     if facts.addresses.is_empty() {
         return Err(Reason::new(
             ReasonCode::NoAddress,
             format!("netns {} has no address yet", facts.id.inode),
         ));
     }
-    Ok(facts)
+    Ok((facts, untold))
 }
 
 /// Of `seen` the netns that the pod is enrolled with, else all.

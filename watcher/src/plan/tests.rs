@@ -60,6 +60,8 @@ fn facts(n: u8) -> NetnsFacts {
         id: NetnsId { dev: 4, inode: u64::from(n) },
         cookie: 1000 + u64::from(n),
         addresses: vec![IpAddr::from([10, 0, 0, n]), format!("fd00::{n}").parse().unwrap()],
+        link_local_v4: Vec::new(),
+        devices: BTreeMap::new(),
         guest: None,
     }
 }

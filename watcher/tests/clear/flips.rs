@@ -1,8 +1,12 @@
 //! Labels that come and go on pods that talk: a pod whose connections have once been captured
 //! sends nothing in clear until its label is taken off, and no connection hangs.
 
-use std::time::{Duration, Instant};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
+use rand::RngExt as _;
 use testbed::{
     capture::{MARK, Micros, Seen, now},
     pod_program::{Outcome, Said},
@@ -22,6 +26,17 @@ struct Attempt {
     outcome: Outcome,
 }
 
+/// A pod's label, while some packets were seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// It was on, and the pod open, before and after.
+    On,
+    /// It was put on at that time.
+    Coming(Micros),
+    /// It was taken off, or not on.
+    Off,
+}
+
 /// What the rounds of labels led to.
 #[derive(Debug, Default)]
 pub struct Flips {
@@ -39,7 +54,7 @@ pub struct Flips {
 }
 
 impl Rig {
-    /// Puts the label on and off `rounds` times, on `pods` pods of node a at once.
+    /// Takes the label off and puts it on `rounds` times, each time on some of `pods` pods of node a.
     pub fn flip(&mut self, pods: usize, rounds: usize) -> Flips {
         let lives: Vec<usize> = (0..pods).map(|_| self.start_pod(0, Mode::Closed)).collect();
         let mut flips = Flips::default();
@@ -47,14 +62,17 @@ impl Rig {
             self.wait_open(*life);
         }
         for round in 0..rounds {
+            // The others go on in the mesh, beside those that change.
+            let some: Vec<usize> = lives.iter().copied().filter(|_| self.random.random_bool(0.5)).collect();
             for on in [false, true] {
-                for life in &lives {
+                for life in &some {
                     self.lives[*life].labelled = on;
                 }
-                self.publish(0);
+                thread::sleep(Duration::from_micros(self.random.random_range(0..30_000)));
                 let since = now();
+                self.publish(0);
                 let wanted = if on { "open" } else { "plain" };
-                wait_for(wanted, || self.are(0, &lives, wanted));
+                wait_for(wanted, || self.are(0, &some, wanted));
                 // Some connections of each kind.
                 let until = Instant::now() + LIMIT;
                 let mut attempts: Vec<Vec<Attempt>> = vec![Vec::new(); pods];
@@ -62,13 +80,18 @@ impl Rig {
                     for (life, of) in lives.iter().zip(&mut attempts) {
                         of.extend(self.lives[*life].said().iter().filter_map(attempt));
                     }
-                    std::thread::sleep(Duration::from_millis(5));
+                    thread::sleep(Duration::from_millis(5));
                 }
                 let seen = self.packets(0);
                 for (life, of) in lives.iter().zip(&attempts) {
                     let device = self.lives[*life].running.as_ref().expect("it runs").network.device;
                     let name = format!("{} round {round}", self.lives[*life].name);
-                    flips.add(&name, on, since, of, seen.iter().filter(|seen| seen.device == device));
+                    let state = match (some.contains(life), on) {
+                        (false, _) => State::On,
+                        (true, true) => State::Coming(since),
+                        (true, false) => State::Off,
+                    };
+                    flips.add(&name, state, of, seen.iter().filter(|seen| seen.device == device));
                 }
             }
         }
@@ -84,20 +107,17 @@ fn attempt(said: &Said) -> Option<Attempt> {
 }
 
 impl Flips {
-    /// Adds the connections `attempts` of a pod whose label was put on or taken off at `since`, and
-    /// the packets that it sent meanwhile.
+    /// Adds the connections `attempts` of a pod, and the packets that it sent meanwhile.
     fn add<'a>(
         &mut self,
         name: &str,
-        on: bool,
-        since: Micros,
+        state: State,
         attempts: &[Attempt],
         seen: impl Iterator<Item = &'a Seen>,
     ) {
         self.attempts += attempts.len();
         for attempt in attempts.iter().filter(|attempt| attempt.ended - attempt.began > HANGS) {
-            let after = i128::from(attempt.began) - i128::from(since);
-            self.hung.push(format!("{name}, on {on}: began {after} µs after the label: {attempt:?}"));
+            self.hung.push(format!("{name}, {state:?}: {attempt:?}"));
         }
         let in_clear: Vec<&Seen> =
             seen.filter(|seen| seen.segment.class == MARK && seen.segment.opens()).collect();
@@ -110,14 +130,18 @@ impl Flips {
             self.captured += 1;
             self.same_port += usize::from(attempt.outcome == Outcome::Served { same_port: true });
         }
-        if !on {
-            return;
-        }
-        let first = attempts.iter().filter(|attempt| attempt.began >= since).find(is_captured);
-        let Some(first) = first else { return };
-        for seen in in_clear.iter().filter(|seen| seen.at > first.ended) {
-            let after = seen.at - first.ended;
-            self.late.push(format!("{name}: {}, {after} µs after a captured one", seen.segment));
+        let from = match state {
+            State::Off => return,
+            State::On => 0,
+            State::Coming(since) => {
+                let first = attempts.iter().filter(|attempt| attempt.began >= since).find(is_captured);
+                let Some(first) = first else { return };
+                first.ended
+            }
+        };
+        for seen in in_clear.iter().filter(|seen| seen.at > from) {
+            self.late
+                .push(format!("{name}, {state:?}, captured since {from}: {} at {}", seen.segment, seen.at));
         }
     }
 }

@@ -7,8 +7,8 @@ use alloc::{
 
 use super::{ArrivalFacts, ConnectFacts, Facts, entry};
 use crate::{
-    address::Address,
-    enrolment::{CgroupInfo, NetnsInfo},
+    address::{Address, UNSPECIFIED},
+    enrolment::{CgroupInfo, NetnsInfo, PodRecord},
     exclusions::{CidrPrefix, PortPrefix},
     flows::{Destination, Flow},
     listeners::ListenerKey,
@@ -26,8 +26,8 @@ pub struct PlainFacts {
     pub socket_netns: u64,
     /// The entry of the pod that has it.
     pub netns_pod: Option<CgroupInfo>,
-    /// The netns cookies of the pods that have addresses.
-    pub owners: BTreeMap<Address, u64>,
+    /// The pods that have addresses.
+    pub owners: BTreeMap<Address, PodRecord>,
     /// What is known of that netns.
     pub netns: Option<NetnsInfo>,
     /// Entries of exclusion lists, with their ids.
@@ -48,8 +48,10 @@ pub struct PlainFacts {
     pub redirected: Vec<Flow>,
     /// The port that the socket is bound to; 0: none.
     pub source_port: u16,
-    /// Whether the socket is bound to a device.
-    pub is_bound_to_device: bool,
+    /// The address that the socket is bound to; unspecified: none.
+    pub source: Address,
+    /// The interface that the socket is bound to; 0: none.
+    pub device: u32,
     /// Whether there is memory for what is recorded of a socket.
     pub can_record: bool,
 }
@@ -74,7 +76,8 @@ impl PlainFacts {
             kubelet_flows: Vec::new(),
             redirected: Vec::new(),
             source_port: 0,
-            is_bound_to_device: false,
+            source: UNSPECIFIED,
+            device: 0,
             can_record: true,
         }
     }
@@ -108,8 +111,8 @@ impl ConnectFacts for PlainFacts {
         self.netns.map_or(0, |netns| netns.flags)
     }
 
-    fn owner(&self, address: &Address) -> Option<u64> {
-        self.owners.get(address).copied()
+    fn has_address(&self, netns_cookie: u64, address: &Address, device: u32) -> bool {
+        self.owners.get(address).is_some_and(|owner| owner.is_at(netns_cookie, device))
     }
 
     fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool {
@@ -125,8 +128,12 @@ impl ConnectFacts for PlainFacts {
         self.source_port
     }
 
-    fn is_bound_to_device(&self) -> bool {
-        self.is_bound_to_device
+    fn source(&self) -> Address {
+        self.source
+    }
+
+    fn device(&self) -> u32 {
+        self.device
     }
 
     fn record(&self, _original: &Destination, _redirect: &Destination) -> bool {

@@ -4,7 +4,7 @@ use super::{Arrival, Connect, Inbound, Outbound, inbound, outbound, plain::Plain
 use crate::{
     address::{Address, UNSPECIFIED, mapped},
     enrolment::{
-        CgroupInfo, NetnsInfo,
+        CgroupInfo, NetnsInfo, PodRecord,
         flag::{DNS_CAPTURE, FAIL_OPEN, IN_MESH, READY, SIDECAR, SPREAD, TUNNEL},
     },
     exclusions::{CidrPrefix, INBOUND, MAPPED_BITS, OUTBOUND, PortPrefix},
@@ -15,6 +15,8 @@ use crate::{
 };
 
 const COOKIE: u64 = 9;
+/// The number of the pod's first interface.
+const DEVICE: u32 = 2;
 const OWN: Address = mapped([10, 0, 0, 1]);
 /// A second address of the same family.
 const OWN_TOO: Address = mapped([10, 0, 0, 2]);
@@ -56,8 +58,9 @@ fn facts(flags: u32) -> PlainFacts {
     });
     facts.socket_netns = COOKIE;
     facts.netns = Some(NetnsInfo { cgroup_id: 1, flags, exclusion_id: 3 });
-    facts.owners.extend([OWN, OWN_TOO, OWN_V6].map(|address| (address, COOKIE)));
-    facts.owners.insert(OTHER_V6, COOKIE + 1);
+    facts.owners.extend([OWN, OWN_V6].map(|address| (address, owned(COOKIE, DEVICE))));
+    facts.owners.insert(OWN_TOO, owned(COOKIE, DEVICE + 1));
+    facts.owners.insert(OTHER_V6, owned(COOKIE + 1, DEVICE));
     let port = |direction, first| PortPrefix { direction, first, length: 16 };
     facts.excluded_ports.extend([
         (3, port(OUTBOUND, 6379)),
@@ -75,6 +78,10 @@ fn facts(flags: u32) -> PlainFacts {
     facts.app_listeners.extend([(COOKIE, 80, 6), (COOKIE, 81, 4)]);
     facts.complete.insert(COOKIE);
     facts
+}
+
+const fn owned(netns_cookie: u64, device: u32) -> PodRecord {
+    PodRecord { netns_cookie, flags: 0, device }
 }
 
 fn tcp(address: Address, port: u16) -> Connect {
@@ -170,6 +177,48 @@ fn redirects_are_spread_where_all_programs_know_it() {
 }
 
 #[test]
+fn a_socket_that_is_bound_to_an_address_of_the_pod_is_redirected_to_that_one() {
+    let mut facts = facts(IN_MESH | READY);
+    let redirected = |to| Outbound::Redirect(Rule::Redirect, Destination::new(to, 15001));
+    for (source, expected) in [
+        (UNSPECIFIED, redirected(OWN)),
+        (mapped([0; 4]), redirected(OWN)),
+        (OWN, redirected(OWN)),
+        (OWN_TOO, redirected(OWN_TOO)),
+        (RESOLVER, Outbound::Refuse(Rule::NoAddress)),
+        (LOOPBACK, Outbound::Refuse(Rule::NoAddress)),
+    ] {
+        facts.source = source;
+        assert_eq!(verdict(&facts, OTHER, 80), expected, "{source:?}");
+    }
+    facts.owners.insert(RESOLVER, owned(COOKIE + 1, DEVICE));
+    facts.source = RESOLVER;
+    assert_eq!(verdict(&facts, OTHER, 80), Outbound::Refuse(Rule::NoAddress), "another pod's");
+    facts.owners.clear();
+    facts.source = OWN;
+    assert_eq!(verdict(&facts, OTHER, 80), redirected(OWN), "its record comes a moment later");
+}
+
+#[test]
+fn a_socket_that_is_bound_to_an_interface_is_redirected_to_an_address_of_that() {
+    let mut facts = facts(IN_MESH | READY);
+    let redirected = |to| Outbound::Redirect(Rule::Redirect, Destination::new(to, 15001));
+    let refused = Outbound::Refuse(Rule::NoAddress);
+    for (device, source, expected) in [
+        (DEVICE, UNSPECIFIED, redirected(OWN)),
+        (DEVICE, OWN, redirected(OWN)),
+        (DEVICE, OWN_TOO, refused),
+        (DEVICE + 1, UNSPECIFIED, refused),
+        (DEVICE + 1, OWN, refused),
+        (DEVICE + 1, OWN_TOO, redirected(OWN_TOO)),
+        (DEVICE + 2, UNSPECIFIED, refused),
+    ] {
+        (facts.device, facts.source) = (device, source);
+        assert_eq!(verdict(&facts, OTHER, 80), expected, "{device} {source:?}");
+    }
+}
+
+#[test]
 fn the_sockets_netns_says_whose_a_connection_is() {
     let ready = IN_MESH | READY;
     let entry = |flags| facts(flags).caller;
@@ -221,7 +270,7 @@ fn a_query_is_captured_only_where_the_tunnel_answers_for_that_resolver() {
         verdict(&facts, RESOLVER, 53).rule()
     };
     assert_eq!(changed(|facts| facts.settings.resolvers[0] = UNSPECIFIED), Rule::DnsRedirect);
-    assert_eq!(changed(|facts| facts.is_bound_to_device = true), Rule::Redirect);
+    assert_eq!(changed(|facts| facts.device = DEVICE), Rule::Redirect);
     assert_eq!(changed(|facts| facts.settings.tunnel_up = 0), Rule::FailClosed);
     assert_eq!(changed(|facts| facts.caller = None), Rule::NoEntry);
     assert_eq!(changed(|facts| facts.can_record = false), Rule::NotRecorded);

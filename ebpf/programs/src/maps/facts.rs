@@ -15,7 +15,7 @@ use super::{
     APP_LISTENER_STATE, APP_LISTENERS, ORIGINAL_DST, TUNNEL_LISTENERS,
     flows::{is_kubelet_flow, tunnel_flow},
     is_cidr_excluded, is_port_excluded,
-    pods::{CLOSED, Entry, netns, owner, pod_in},
+    pods::{CLOSED, Entry, has_address, netns, pod_in},
     state_or_new,
     whole::in_memory,
 };
@@ -27,17 +27,26 @@ pub struct Caller {
     /// Of the netns that the socket was created in.
     pub netns_cookie: u64,
     pub socket: Socket,
+    /// That it is bound to.
+    source: Address,
     has_entry: bool,
     /// The one that decides, if there is one.
     entry: Sealed<CgroupInfo>,
 }
 
 impl Caller {
-    /// `own` is the entry of the calling task's cgroup.
+    /// `source` is the address that the socket is bound to, `own` the entry of the calling task's
+    /// cgroup.
     #[inline(always)]
-    pub fn new(settings: &'static Settings, netns_cookie: u64, socket: Socket, own: Option<Entry>) -> Self {
+    pub fn new(
+        settings: &'static Settings,
+        netns_cookie: u64,
+        socket: Socket,
+        source: Address,
+        own: Option<Entry>,
+    ) -> Self {
         // Each field has a value from the beginning, see `Destination::NOWHERE`.
-        let mut caller = Self { settings, netns_cookie, socket, has_entry: false, entry: CLOSED };
+        let mut caller = Self { settings, netns_cookie, socket, source, has_entry: false, entry: CLOSED };
         if let Some(own) = own {
             caller.has_entry = true;
             own.read(&mut caller.entry);
@@ -82,8 +91,8 @@ impl ConnectFacts for Caller {
     }
 
     #[inline(always)]
-    fn owner(&self, address: &Address) -> Option<u64> {
-        owner(address)
+    fn has_address(&self, netns_cookie: u64, address: &Address, device: u32) -> bool {
+        has_address(netns_cookie, address, device)
     }
 
     #[inline(always)]
@@ -113,8 +122,13 @@ impl ConnectFacts for Caller {
     }
 
     #[inline(always)]
-    fn is_bound_to_device(&self) -> bool {
-        self.socket.is_bound_to_device()
+    fn source(&self) -> Address {
+        self.source
+    }
+
+    #[inline(always)]
+    fn device(&self) -> u32 {
+        self.socket.device()
     }
 
     #[inline(always)]

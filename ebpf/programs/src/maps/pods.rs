@@ -117,12 +117,18 @@ pub fn forget_netns(id: u64) -> bool {
     set_cgroup(id, &mut info)
 }
 
-/// The netns cookie of the pod that has `address`. One that cannot be read is nobody's own.
+/// The pod that has `address`. One that cannot be read is nobody's own.
 #[inline(always)]
-pub fn owner(address: &Address) -> Option<u64> {
-    let mut copy = Sealed::broken(PodRecord { netns_cookie: 0, flags: 0, exclusion_id: 0 });
+pub fn owner(address: &Address) -> PodRecord {
+    let mut copy = Sealed::broken(PodRecord::NOBODY);
     let look = look(address, &mut copy, || POD_BY_ADDR.get_ptr(address));
-    if look == Look::Whole { Some(copy.unchecked().netns_cookie) } else { None }
+    if look == Look::Whole { *copy.unchecked() } else { PodRecord::NOBODY }
+}
+
+/// Whether the pod in that netns has `address`, on that interface; 0: on whichever.
+#[inline(always)]
+pub fn has_address(netns_cookie: u64, address: &Address, device: u32) -> bool {
+    owner(address).is_at(netns_cookie, device)
 }
 
 /// What is known of a netns.

@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Instant};
 use tracing::warn;
 
 use crate::model::{
+    exclusions::Exclusions,
     pod::{BadEntry, Entry, Pod, PodIdentity, Selection, Update},
     reason::{Reason, ReasonCode},
 };
@@ -123,12 +124,13 @@ impl PodTable {
     }
 
     /// Adds a pod that an earlier watcher enrolled, that the source does not name, and whose
-    /// processes in `cgroup` run. As far as it is `known` who it is, it stays in the mesh; otherwise
-    /// it is closed.
+    /// processes in `cgroup` run. As far as it is `known` who it is, it stays in the mesh, with the
+    /// exclusions that it had; otherwise it is closed.
     pub(in crate::agent) fn add_lost(
         &mut self,
         uid: &str,
         known: Option<PodIdentity>,
+        exclusions: Exclusions,
         cgroup: PathBuf,
         now: Instant,
     ) {
@@ -143,6 +145,7 @@ impl PodTable {
                 fail_mode: known.fail_mode,
                 dns_capture: known.dns_capture,
                 addresses: known.addresses,
+                exclusions: Arc::new(exclusions),
                 selection: Selection::Enrolled,
                 ..Pod::default()
             }

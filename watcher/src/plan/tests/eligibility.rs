@@ -137,11 +137,26 @@ fn an_address_belongs_to_the_pod_that_it_is_told_of() {
 }
 
 #[test]
-fn named_addresses_are_the_only_ones() {
-    let mut narrow = pod("a");
-    narrow.addresses = [IpAddr::from([10, 0, 0, 1])].into();
-    let Eligibility::Eligible(found) = results(vec![(narrow, in_order(1))]).remove(0) else { panic!() };
-    assert_eq!(found.addresses, [IpAddr::from([10, 0, 0, 1])]);
+fn named_addresses_come_first_and_then_those_that_no_other_pod_has() {
+    let [named, second, link] = [[10, 0, 0, 1], [192, 168, 0, 1], [169, 254, 0, 1]].map(IpAddr::from);
+    let several = |n: u8, others: usize| {
+        let more = (0..others).map(|last| IpAddr::from([192, 168, 1, u8::try_from(last).unwrap()]));
+        let mut facts = NetnsFacts { link_local_v4: vec![link], ..facts(n) };
+        facts.addresses = [second].into_iter().chain(facts.addresses).chain(more).collect();
+        seen(n, vec![ObservedNetns::Pod(facts)])
+    };
+    let named_in = |n: u8| {
+        let mut pod = pod(&n.to_string());
+        pod.addresses = [IpAddr::from([10, 0, 0, n])].into();
+        pod
+    };
+    let addresses = |found: &Eligibility| found.facts().map(|facts| facts.addresses.clone()).unwrap();
+    let found = results(vec![(named_in(1), several(1, 0)), (named_in(2), several(2, 0))]);
+    assert_eq!(addresses(&found[0]), [named, second, "fd00::1".parse().unwrap(), link]);
+    let v6 = "fd00::2".parse().unwrap();
+    assert_eq!(addresses(&found[1]), [IpAddr::from([10, 0, 0, 2]), v6], "the first pod has the others");
+    let many = results(vec![(named_in(1), several(1, 100))]);
+    assert_eq!(addresses(&many[0]).len(), 1 + 8);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The far end of a connection, by whichever way it is reached.
 
-use std::{sync::Arc, time::Instant};
+use std::{net::IpAddr, sync::Arc, time::Instant};
 
 use tokio::net::TcpStream;
 
@@ -39,7 +39,8 @@ pub(super) async fn connect(
     let server = match &route.via {
         Via::Plain => {
             let pod = &accepted.pod;
-            let socket = socket::connect(&pod.netns, route.target, None, &pod.socket).await;
+            let from = chosen_source(accepted, source, route.target.ip());
+            let socket = socket::connect_as(&pod.netns, route.target, from, &pod.socket).await;
             Server::Plain(socket.map_err(OutboundError::Dial)?)
         }
         Via::Hbone { peer, authority, expected } => {
@@ -61,6 +62,17 @@ pub(super) async fn connect(
     };
     process.metrics.connected(Direction::Outbound.as_str(), began.elapsed());
     Ok(server)
+}
+
+/// The address from which to connect to `to`, if the client chose one: where a pod has several
+/// interfaces, the source may decide about the route. It shows by an address that is none of those
+/// which the mesh knows of the pod: the kernel redirects a socket to the address that it is bound to,
+/// else to the pod's first one.
+fn chosen_source(accepted: &Accepted, source: &Workload, to: IpAddr) -> Option<IpAddr> {
+    let own = accepted.client.ip();
+    let dialled = accepted.stream.local_addr().ok()?.ip().to_canonical();
+    let is_chosen = dialled == own && !source.addresses.contains(&own) && own.is_ipv4() == to.is_ipv4();
+    is_chosen.then_some(own)
 }
 
 impl Server {
