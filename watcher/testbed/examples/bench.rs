@@ -1,8 +1,8 @@
 //! `make bench`: direct against through the mesh, side by side in one run, on this machine.
 //!
 //! Every variant has a cluster of its own (two nodes, a client, a server); each measurement visits
-//! the variants in turn, several rounds, and the median counts, so that what else the machine does
-//! meets all of them alike. With `PEER_BIN=/path/to/another/ztunnel` that binary does the same work
+//! the variants in turn, several rounds, each second one the other way round, and the median counts,
+//! so that what else the machine does meets all of them alike. With `PEER_BIN=/path/to/another/ztunnel` that binary does the same work
 //! beside ours. `ROUNDS` (3) and `SECONDS` (3) size it.
 
 #![expect(clippy::disallowed_methods, reason = "options of make bench")]
@@ -89,8 +89,14 @@ fn main() -> ExitCode {
     println!();
     for measurement in MEASUREMENTS {
         let mut samples: Vec<Vec<Sample>> = variants.iter().map(|_| Vec::new()).collect();
-        for _ in 0..rounds {
-            for (variant, samples) in variants.iter().zip(&mut samples) {
+        for round in 0..rounds {
+            let mut turns: Vec<_> = variants.iter().zip(&mut samples).collect();
+            // What a variant leaves behind, such as a warm processor, meets none of the others more
+            // often.
+            if round % 2 == 1 {
+                turns.reverse();
+            }
+            for (variant, samples) in turns {
                 if interrupt::interrupted() {
                     println!("\nInterrupted. Removed everything it made.");
                     return ExitCode::from(130);
