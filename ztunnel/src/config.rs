@@ -9,19 +9,24 @@
 //! * `keys`: the table of all keys
 //! * [`value`]: text → one typed value
 //! * `available_memory`: how much memory there is
+//! * `control_plane`, `limits`: sections of [`Config`]; the others are here
 
 mod available_memory;
+mod control_plane;
 pub(crate) mod keys;
+mod limits;
 mod resolve;
 mod settings;
 mod value;
 
-use std::{
-    collections::BTreeMap, net::SocketAddr, num::NonZeroUsize, path::PathBuf, sync::Arc, time::Duration,
-};
+use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, sync::Arc, time::Duration};
 
 use serde::Serialize;
 
+pub use control_plane::{
+    CaConfig, ControlPlaneAddress, ControlPlaneConfig, Headers, RootSource, Token, XdsConfig,
+};
+pub use limits::{BudgetConfig, H2Config, KeepaliveConfig, MemoryConfig, PoolConfig, StreamConfig};
 pub use settings::{ConfigError, Effective, Origin};
 use value::seconds;
 
@@ -175,104 +180,6 @@ pub enum LocalState {
     Inline(String),
 }
 
-/// Who signs the workloads' certificates.
-#[derive(Clone, Debug, Serialize)]
-pub enum CaConfig {
-    /// A certificate service, such as Istio's.
-    Service {
-        /// How to call it.
-        #[serde(flatten)]
-        service: ControlPlaneConfig,
-        /// Whether requests name the workload that the certificate is for (shared mode).
-        impersonate: bool,
-    },
-    /// A CA inside this process. For demonstrations and tests.
-    Development {
-        /// Where its root is kept.
-        folder: PathBuf,
-    },
-}
-
-/// How long a connection may be open without traffic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct StreamConfig {
-    /// While one direction has ended.
-    #[serde(serialize_with = "seconds")]
-    pub half_closed: Duration,
-    /// While both directions are open. `None`: without limit.
-    pub idle: Option<Duration>,
-}
-
-impl StreamConfig {
-    /// The limit of a half-closed connection: the shorter of both.
-    #[must_use]
-    pub fn half_closed(self) -> Duration {
-        self.idle.map_or(self.half_closed, |idle| idle.min(self.half_closed))
-    }
-}
-
-/// Discovery from a control plane (xDS).
-#[derive(Clone, Debug, Serialize)]
-pub struct XdsConfig {
-    /// How to call the control plane.
-    #[serde(flatten)]
-    pub service: ControlPlaneConfig,
-    /// `ztunnel~<address>~<pod>.<namespace>~<namespace>.svc.cluster.local`.
-    pub node_id: String,
-    /// Node metadata sent to the control plane.
-    #[serde(skip)]
-    pub metadata: BTreeMap<String, serde_json::Value>,
-    /// Subscribes to workloads and services when a connection needs them, not to all at start.
-    pub on_demand: bool,
-    /// Where what was told last is kept.
-    pub state_dir: Option<PathBuf>,
-    /// Nothing is kept there any more, and what there is is removed.
-    pub forget_state: bool,
-}
-
-/// How to call a control plane.
-#[derive(Clone, Debug, Serialize)]
-pub struct ControlPlaneConfig {
-    /// Where it is.
-    pub address: ControlPlaneAddress,
-    /// CA that its certificate must chain to.
-    pub root: RootSource,
-    /// Authenticates this tunnel.
-    #[serde(skip)]
-    pub token: Token,
-    /// Sent as metadata `clusterid`.
-    pub cluster_id: Arc<str>,
-    /// Another name that its certificate may have.
-    pub alt_name: Option<String>,
-    /// `CA_HEADER_*`, `XDS_HEADER_*`: extra gRPC metadata.
-    #[serde(skip)]
-    pub headers: Headers,
-}
-
-/// Where a control plane is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ControlPlaneAddress {
-    /// `https://host:port`.
-    Https(String),
-    /// A Unix socket on this node. No TLS: who may open the socket is a matter of the node.
-    Socket(PathBuf),
-}
-
-impl std::fmt::Display for ControlPlaneAddress {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Https(address) => f.write_str(address),
-            Self::Socket(path) => write!(f, "unix:{}", path.display()),
-        }
-    }
-}
-
-impl Serialize for ControlPlaneAddress {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
 /// TLS between tunnels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct TlsConfig {
@@ -282,45 +189,6 @@ pub struct TlsConfig {
     pub only_post_quantum: bool,
 }
 
-/// The CA that a control plane's certificate must chain to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub enum RootSource {
-    /// A PEM file, read again when it changes.
-    File(PathBuf),
-    /// PEM text.
-    Pem(String),
-    /// The system's bundle.
-    System,
-}
-
-/// The token that authenticates this tunnel to the control plane.
-#[derive(Clone, PartialEq, Eq)]
-pub enum Token {
-    /// A file, read at each call because the kubelet rotates it.
-    File(PathBuf),
-    /// The token itself.
-    Literal(String),
-}
-
-impl std::fmt::Debug for Token {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::File(path) => f.debug_tuple("File").field(path).finish(),
-            Self::Literal(_) => f.write_str("Literal(..)"),
-        }
-    }
-}
-
-/// Names and values of gRPC metadata. The values may be secret.
-#[derive(Clone, Default, PartialEq, Eq)]
-pub struct Headers(pub BTreeMap<String, String>);
-
-impl std::fmt::Debug for Headers {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_set().entries(self.0.keys()).finish()
-    }
-}
-
 /// Where to connect to an application that accepts the PROXY protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum ProxyTo {
@@ -328,43 +196,6 @@ pub enum ProxyTo {
     Loopback,
     /// On the pod's address.
     PodAddress,
-}
-
-/// HBONE connections kept for reuse.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct PoolConfig {
-    /// Streams per connection; more open another connection.
-    pub max_streams: u32,
-    /// An unused connection is closed after this time.
-    #[serde(serialize_with = "seconds")]
-    pub idle: Duration,
-    /// How long the peer may take to answer a request.
-    #[serde(serialize_with = "seconds")]
-    pub answer_limit: Duration,
-}
-
-/// What one pod, and what others do to it, may take of this process.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct BudgetConfig {
-    /// Descriptors that the connections of a pod may hold. `None`: as many as are free.
-    pub pod_descriptors: Option<u32>,
-    /// Descriptors that connections leave to others. `None`: a share of the limit of open files.
-    pub reserved_descriptors: Option<u32>,
-    /// Handshakes of peers under way.
-    pub pod_handshakes: u32,
-    /// Connects to applications under way.
-    pub pod_dials: u32,
-    /// Label sets of a metric.
-    pub metric_label_sets: u32,
-}
-
-/// What streams may make the process hold, in bytes.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct MemoryConfig {
-    /// Those of one pod.
-    pub pod_bytes: usize,
-    /// Those of all pods.
-    pub total_bytes: usize,
 }
 
 /// The DNS proxy.
@@ -378,37 +209,6 @@ pub struct DnsConfig {
     pub preferred_namespace: Option<Arc<str>>,
     /// Resolvers for names outside the mesh. Empty: those of `/etc/resolv.conf`.
     pub upstream: Vec<SocketAddr>,
-}
-
-/// HTTP/2 flow control, in bytes.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct H2Config {
-    /// Largest receive window of a stream.
-    pub stream_window: u32,
-    /// Receive window of a connection.
-    pub connection_window: u32,
-    /// Largest DATA frame.
-    pub frame: u32,
-}
-
-impl H2Config {
-    /// Streams that a peer may have open in one connection, as in Istio's tunnel.
-    pub const STREAMS: u32 = 200;
-    /// Largest window, RFC 9113 §6.9.1.
-    pub const LARGEST_WINDOW: u32 = (1 << 31) - 1;
-}
-
-/// TCP keepalive of every socket.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct KeepaliveConfig {
-    /// Idle time before the first probe.
-    #[serde(serialize_with = "seconds")]
-    pub time: Duration,
-    /// Time between probes.
-    #[serde(serialize_with = "seconds")]
-    pub interval: Duration,
-    /// Unanswered probes after which the connection is closed.
-    pub retries: u32,
 }
 
 /// Format of log records.
