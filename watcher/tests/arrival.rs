@@ -4,7 +4,7 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use nix::sys::signal::Signal;
 use testbed::{
-    cluster::{Cluster, ClusterPod, Enrol},
+    cluster::{Cluster, ClusterPod, Enrol, STRICT},
     command::text,
     label_latency::SANDBOX_TO_CONTAINER,
     netns::TestNetns,
@@ -12,9 +12,6 @@ use testbed::{
     program::TestSize,
     wait::{try_wait, wait_for},
 };
-
-const STRICT: &str = "- name: strict\n  namespace: demo\n  scope: Namespace\n  action: Deny\n  \
-                      rules:\n  - - - notPrincipals: [{Presence: []}]\n";
 
 /// Starts `count` pods one after the other, all at the address of `client`, whose first instruction
 /// is a connect; how many were answered, how many of these as themselves, and the slowest.
@@ -27,13 +24,11 @@ fn first_connects(cluster: &Cluster, count: usize, more: &str) -> (usize, usize,
     for number in 0..count {
         let uid = format!("{number:08x}-0000-4000-8000-{:012x}", more.len());
         let pod = cluster.nodes[0].pods_cgroup().join(format!("burstable/pod{uid}"));
-        let file = format!(
-            "pods:\n- uid: {uid}\n  name: client\n  namespace: demo\n  serviceAccount: client\n  \
+        let entry = format!(
+            "- uid: {uid}\n  name: client\n  namespace: demo\n  serviceAccount: client\n  \
              labels: {{istio.io/dataplane-mode: ambient}}\n{more}"
         );
-        let next = cluster.nodes[0].pods_file().with_extension("next");
-        fs::write(&next, file).expect("pods file");
-        fs::rename(&next, cluster.nodes[0].pods_file()).expect("pods file");
+        cluster.nodes[0].write_pods(&entry);
         for below in ["pause", "main"] {
             fs::create_dir_all(pod.join(below)).expect("cgroup");
         }
@@ -115,14 +110,12 @@ impl LatePod {
     /// Expected on the second node, where `place` has its netns and addresses.
     fn expected(cluster: &Cluster, place: &ClusterPod) -> Self {
         let (node, uid) = (&cluster.nodes[1], Self::UID);
-        let file = format!(
-            "pods:\n- uid: {uid}\n  name: {name}\n  namespace: demo\n  serviceAccount: {name}\n  \
+        let entry = format!(
+            "- uid: {uid}\n  name: {name}\n  namespace: demo\n  serviceAccount: {name}\n  \
              failMode: closed\n  labels: {{istio.io/dataplane-mode: ambient}}\n",
             name = place.name,
         );
-        let next = node.pods_file().with_extension("next");
-        fs::write(&next, file).expect("pods file");
-        fs::rename(&next, node.pods_file()).expect("pods file");
+        node.write_pods(&entry);
         wait_for("the pod to be expected", || node.status().contains(uid).then_some(()));
         node.watcher.as_ref().expect("running").signal(Signal::SIGSTOP);
         let cgroup = node.pods_cgroup().join(format!("burstable/pod{uid}"));

@@ -1,9 +1,6 @@
 //! After a boot nothing closes pods until a watcher runs, and pods may start before it does.
 
-use std::{
-    fs,
-    sync::atomic::{AtomicUsize, Ordering},
-};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::sys::signal::Signal;
 use testbed::{
@@ -25,10 +22,7 @@ fn entry(pod: &ClusterPod, enrolled: bool, more: &str) -> String {
 }
 
 fn publish(cluster: &Cluster, entries: &[String]) {
-    let path = cluster.nodes[0].pods_file();
-    let next = path.with_extension("next");
-    fs::write(&next, format!("pods:\n{}", entries.concat())).expect("pods file");
-    fs::rename(next, path).expect("pods file");
+    cluster.nodes[0].write_pods(&entries.concat());
 }
 
 fn python(cluster: &Cluster, pod: &ClusterPod, name: &str, script: &str) -> Process {

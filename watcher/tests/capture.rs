@@ -1,18 +1,13 @@
 //! What belongs to a pod is decided by its netns: every address of it is captured, and a pod that
 //! is closed is closed both ways.
 
-use std::fs;
-
 use testbed::{
-    cluster::{Cluster, ClusterPod, Enrol},
+    cluster::{Cluster, ClusterPod, Enrol, STRICT},
     command::run,
     netns::TestNetns,
     process::Process,
     wait::{LIMIT, try_wait, wait_for},
 };
-
-const STRICT: &str = "- name: strict\n  namespace: demo\n  scope: Namespace\n  action: Deny\n  \
-                      rules:\n  - - - notPrincipals: [{Presence: []}]\n";
 
 /// An entry of the pods file; `more` are further lines.
 pub fn entry(pod: &ClusterPod, more: &str) -> String {
@@ -31,10 +26,7 @@ pub fn addresses(of: &[&str]) -> String {
 }
 
 pub fn publish_entries(cluster: &Cluster, node: usize, entries: &[String]) {
-    let path = cluster.nodes[node].pods_file();
-    let next = path.with_extension("next");
-    fs::write(&next, format!("pods:\n{}", entries.concat())).expect("pods file");
-    fs::rename(next, path).expect("pods file");
+    cluster.nodes[node].write_pods(&entries.concat());
 }
 
 /// Starts the watcher and the tunnel of a node, and waits for nothing.

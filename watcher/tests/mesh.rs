@@ -9,7 +9,7 @@ use std::{
 
 use nix::sys::signal::Signal;
 use testbed::{
-    cluster::{Cluster, ClusterPod, Enrol, WEB_V4, WEB_V6},
+    cluster::{Cluster, ClusterPod, Enrol, STRICT, WEB_V4, WEB_V6},
     command::{run, text},
     traffic::RequestLoop,
     wait::{wait_at_most, wait_for},
@@ -70,9 +70,7 @@ fn a_plain_client_is_served_through_15006_and_a_strict_policy_refuses_it() {
         let line = record(&cluster, 1, &["inbound", &pod.v4]);
         assert!(!line.contains("src.identity"), "{line}");
     }
-    cluster.policies = "- name: strict\n  namespace: demo\n  scope: Namespace\n  action: Deny\n  \
-                    rules:\n  - - - notPrincipals: [{Presence: []}]\n"
-        .into();
+    cluster.policies = STRICT.into();
     cluster.publish_mesh();
     for pod in [&near, &far] {
         wait_for("the policy to hold", || pod.curl(&url).is_err().then_some(()));

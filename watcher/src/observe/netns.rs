@@ -162,7 +162,8 @@ pub(crate) fn cookie(netns: BorrowedFd<'_>) -> io::Result<u64> {
 }
 
 /// Of the first `limit` addresses of `socket`'s netns those of interfaces other than `lo`, with the
-/// interfaces' numbers; whether there are no more. Not by getifaddrs(3), which lists all interfaces too and takes three times as long.
+/// interfaces' numbers; whether there are no more. Not by getifaddrs(3), which lists all interfaces
+/// too and takes three times as long.
 fn addresses(socket: &Socket, limit: usize) -> io::Result<(Vec<(IpAddr, u32)>, bool)> {
     let (mut addresses, mut known, mut listed) = (Vec::new(), HashSet::new(), 0);
     let all = RouteNetlinkMessage::GetAddress(AddressMessage::default());

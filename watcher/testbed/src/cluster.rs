@@ -28,6 +28,7 @@ use std::{
 use tempfile::TempDir;
 
 pub use self::{
+    files::replace,
     node::ClusterNode,
     pod::{ClusterPod, Enrol},
 };
@@ -42,6 +43,10 @@ use crate::{
     program::binary,
     wait::{LIMIT, try_wait, wait_for},
 };
+
+/// A policy of the namespace `demo` that refuses clients without an identity.
+pub const STRICT: &str = "- name: strict\n  namespace: demo\n  scope: Namespace\n  action: Deny\n  \
+                          rules:\n  - - - notPrincipals: [{Presence: []}]\n";
 
 /// Two joined nodes with their pods, and what the tunnels know of them.
 #[derive(Debug)]
@@ -204,12 +209,12 @@ impl Cluster {
 
     /// Replaces the tunnels' file of workloads, services and policies, which they follow.
     pub fn publish_mesh(&self) {
-        files::replace(&self.mesh_file(), &self.mesh_yaml());
+        replace(&self.mesh_file(), &self.mesh_yaml());
     }
 
     /// Replaces the pods file of node number `node`, which its watcher follows.
     pub fn publish_pods(&self, node: usize) {
-        files::replace(&self.nodes[node].pods_file(), &self.pods_yaml(node));
+        replace(&self.nodes[node].pods_file(), &self.pods_yaml(node));
     }
 
     /// The tunnels ask a certificate service, as they would ask Istio's.

@@ -6,12 +6,11 @@ use std::{
     path::PathBuf,
 };
 
-use testbed::pod_program::PORT;
+use testbed::{cluster::replace, pod_program::PORT};
 
 use super::{
     life::{Life, Mode},
     network::Place,
-    node::replace,
     rig::{ROLES, Rig, Role, SLOTS, letter, number},
 };
 

@@ -1,10 +1,6 @@
 //! What runs on a node beside its pods: watchers and tunnels, which are killed and replaced.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fs, path::PathBuf, time::Duration};
 
 use nix::sys::signal::Signal;
 use testbed::{
@@ -116,11 +112,4 @@ impl Host {
 /// The folder of a node's pins.
 pub fn pins(cluster: &Cluster, node: &ClusterNode) -> PathBuf {
     cluster.bpffs().join("adit").join(&node.pins_name)
-}
-
-/// Replaces a file at once.
-pub fn replace(path: &Path, text: &str) {
-    let next = path.with_extension("next");
-    fs::write(&next, text).expect("write");
-    fs::rename(next, path).expect("rename");
 }

@@ -12,7 +12,7 @@ use rand::{SeedableRng as _, rngs::StdRng};
 use serde_json::Value;
 use testbed::{
     capture::{Capture, Micros, Seen, now},
-    cluster::Cluster,
+    cluster::{Cluster, STRICT},
     pod_program::PORT,
     wait::{LIMIT, try_wait},
 };
@@ -23,9 +23,6 @@ use super::{
     network::Place,
     node::{self, Host},
 };
-
-const STRICT: &str = "- name: strict\n  namespace: demo\n  scope: Namespace\n  action: Deny\n  \
-                      rules:\n  - - - notPrincipals: [{Presence: []}]\n";
 
 /// Pods of these numbers come and go, on each node.
 pub const SLOTS: std::ops::Range<u8> = 20..36;

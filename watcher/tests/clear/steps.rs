@@ -4,11 +4,10 @@ use std::{thread, time::Duration};
 
 use nix::sys::signal::Signal;
 use rand::{RngExt as _, seq::IndexedRandom as _};
-use testbed::capture::now;
+use testbed::{capture::now, cluster::replace};
 
 use super::{
     life::Mode,
-    node::replace,
     rig::{Rig, SLOTS},
     size::Size,
     tamper::Emptied,

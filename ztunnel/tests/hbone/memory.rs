@@ -22,6 +22,15 @@ fn resident_bytes(node: &TunnelNode) -> u64 {
     pages * 4096
 }
 
+/// Writes for as long as somebody takes it, and counts the bytes.
+fn pour(mut stream: std::net::TcpStream, sent: &AtomicU64) {
+    // The tests are about the tunnel's memory, not the kernel's.
+    socket2::SockRef::from(&stream).set_send_buffer_size(16 << 10).expect("buffer");
+    while stream.write_all(&[0; 1 << 14]).is_ok() {
+        sent.fetch_add(1 << 14, Ordering::Relaxed);
+    }
+}
+
 fn gauge(node: &TunnelNode, name: &str) -> u64 {
     let metrics = node.metrics();
     let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
@@ -64,12 +73,8 @@ fn a_thousand_downloads_that_nobody_reads_cost_little_and_slow_nobody() {
     server.serve_double_echo(8080);
     let sent = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&sent);
-    server.serve(8081, move |mut stream, _| {
-        // The test is about the tunnel's memory, not the kernel's.
-        socket2::SockRef::from(&stream).set_send_buffer_size(16 << 10).expect("buffer");
-        while stream.write_all(&[0; 1 << 14]).is_ok() {
-            counter.fetch_add(1 << 14, Ordering::Relaxed);
-        }
+    server.serve(8081, move |stream, _| {
+        pour(stream, &counter);
     });
     let quiet = [("RUST_LOG", "warn")];
     let (a, b) = (mesh.node_with("a", &[&client, &other], &quiet), mesh.node_with("b", &[&server], &quiet));
@@ -143,12 +148,8 @@ fn a_peer_that_reads_nothing_costs_little_and_slows_nobody() {
     let sent = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&sent);
     server.serve(8081, move |mut stream, _| {
-        socket2::SockRef::from(&stream).set_send_buffer_size(16 << 10).expect("buffer");
-        if stream.read_exact(&mut [0]).is_err() {
-            return;
-        }
-        while stream.write_all(&[0; 1 << 14]).is_ok() {
-            counter.fetch_add(1 << 14, Ordering::Relaxed);
+        if stream.read_exact(&mut [0]).is_ok() {
+            pour(stream, &counter);
         }
     });
     let quiet = ("RUST_LOG", "warn");

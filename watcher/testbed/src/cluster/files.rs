@@ -60,7 +60,7 @@ impl Cluster {
 }
 
 /// Writes a file so that a reader sees the old or the new one, never half of it.
-pub(super) fn replace(path: &Path, content: &str) {
+pub fn replace(path: &Path, content: &str) {
     let next = path.with_extension("next");
     fs::write(&next, content).expect("write");
     fs::rename(&next, path).expect("rename");

@@ -7,6 +7,7 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
+use super::replace;
 use crate::{
     cgroup,
     command::{run, text},
@@ -167,6 +168,11 @@ impl ClusterNode {
     /// What its watcher reads.
     pub fn pods_file(&self) -> PathBuf {
         self.dir.join("pods.yaml")
+    }
+
+    /// Replaces that: `entries` are what follows `pods:`.
+    pub fn write_pods(&self, entries: &str) {
+        replace(&self.pods_file(), &format!("pods:\n{entries}"));
     }
 
     /// One more watcher of this node, which the caller keeps, with `more` options.
