@@ -98,7 +98,8 @@ impl NetnsProgram {
             instructions[*place].imm = low;
             instructions[*place + 1].imm = high;
         }
-        sys::load_sk_lookup(NETNS.program, &instructions, &self.license)
+        let load = || sys::load_sk_lookup(NETNS.program, &instructions, &self.license);
+        object::unless_interrupted(load, |error| Some(error.kind()))
     }
 }
 
@@ -128,6 +129,7 @@ fn fd(map: &Map) -> Option<RawFd> {
         | Map::LpmTrie(data)
         | Map::LruHashMap(data)
         | Map::PerCpuArray(data)
+        | Map::PerCpuHashMap(data)
         | Map::RingBuf(data)
         | Map::SkStorage(data)
         | Map::SockHash(data) => Some(data.fd().as_fd().as_raw_fd()),

@@ -1,6 +1,8 @@
 //! What the compiled object holds: programs with their places of attachment. The table of its maps
 //! is in `adit_ebpf_common`.
 
+use std::io;
+
 use aya::{
     Ebpf,
     programs::{Program, ProgramError},
@@ -77,6 +79,32 @@ pub(crate) fn load_programs(object: &mut Ebpf) -> Result<(), KernelError> {
 
 /// Gives one program to the kernel's verifier.
 pub(crate) fn load(program: &mut Program) -> Result<(), ProgramError> {
+    let io_error = |error: &ProgramError| match error {
+        ProgramError::LoadError { io_error, .. } => Some(io_error.kind()),
+        _ => None,
+    };
+    unless_interrupted(|| load_once(program), io_error)
+}
+
+/// How often a program is given to the verifier that gives up when a signal arrives, such as that of
+/// a timer: it answers `EAGAIN`. As often as libbpf does it.
+const LOADS: usize = 5;
+
+/// Repeats `load` while the verifier was interrupted. `kind` tells of what kind an error is.
+pub(crate) fn unless_interrupted<T, E>(
+    mut load: impl FnMut() -> Result<T, E>,
+    kind: impl Fn(&E) -> Option<io::ErrorKind>,
+) -> Result<T, E> {
+    for _ in 1..LOADS {
+        match load() {
+            Err(error) if kind(&error) == Some(io::ErrorKind::WouldBlock) => {}
+            done => return done,
+        }
+    }
+    load()
+}
+
+fn load_once(program: &mut Program) -> Result<(), ProgramError> {
     match program {
         Program::CgroupSockAddr(program) => program.load(),
         Program::CgroupSockopt(program) => program.load(),
@@ -90,9 +118,31 @@ pub(crate) fn load(program: &mut Program) -> Result<(), ProgramError> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::{collections::BTreeMap, io};
 
     use adit_ebpf_common::maps;
+
+    use super::{LOADS, unless_interrupted};
+
+    #[test]
+    fn a_load_that_a_signal_ended_is_repeated() {
+        let load = |interruptions: usize, other: io::ErrorKind| {
+            let mut loads = 0;
+            let done = unless_interrupted(
+                || {
+                    loads += 1;
+                    if loads <= interruptions { Err(other) } else { Ok(loads) }
+                },
+                |kind| Some(*kind),
+            );
+            (done, loads)
+        };
+        let interrupted = io::ErrorKind::WouldBlock;
+        assert_eq!(load(2, interrupted), (Ok(3), 3));
+        assert_eq!(load(100, interrupted), (Err(interrupted), LOADS));
+        let refused = io::ErrorKind::PermissionDenied;
+        assert_eq!(load(2, refused), (Err(refused), 1));
+    }
 
     #[test]
     fn the_object_has_the_maps_of_the_table() {
