@@ -40,7 +40,8 @@ use self::{
 };
 
 /// The short form takes some 30 s. `ADIT_CLEAR_STARTS`, `…_KILLS`, `…_BOOTS` and `…_SEED` make it
-/// long, or the same once more.
+/// long, or the same once more. `ADIT_CLEAR_OTHER_WATCHER` and `…_OTHER_TUNNEL` name programs of
+/// another build, such as the release before: each start then changes the build.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn no_packet_in_clear() {
@@ -102,13 +103,12 @@ fn the_rig_sees_who_gets_past_the_policy() {
 fn labels_under_load_let_nothing_out_after_the_first_captured_connection() {
     let mut rig = Rig::new(4);
     let flips = rig.flip(TestSize::get().pick(4, 12), TestSize::get().pick(5, 50));
-    let Flips { attempts, captured, same_port, hung, .. } = &flips;
-    // What takes long on a loaded machine is for people to judge.
+    let Flips { attempts, captured, same_port, slowest, .. } = &flips;
     eprintln!(
         "{attempts} connections, {captured} captured, {same_port} of those seen to come from the client's own \
-         port, {} took long: {hung:#?}",
-        hung.len()
+         port; the slowest took {slowest} us"
     );
     assert!(flips.captured > 0);
     assert!(flips.late.is_empty(), "{:#?}", flips.late);
+    assert!(flips.hung.is_empty(), "{:#?}\n{}", flips.hung, rig.story(testbed::capture::now()));
 }

@@ -30,25 +30,32 @@ use crate::{
 
 /// The port that it serves.
 pub const PORT: u16 = 8080;
-/// A connection is there within this, or it does not come.
-const PATIENCE: Duration = Duration::from_millis(500);
+/// A connection is there within this, or it does not come, for those who ask for nothing else.
+pub const PATIENCE: Duration = Duration::from_millis(500);
 
 /// The command that runs it at `placement`: it dials the addresses in file `targets`, one to a
-/// line, again and again, with pauses of `period`. Before it, a shell runs `first`.
-pub fn command(placement: &Placement, targets: &Path, period: Duration, first: &str) -> Command {
-    let role = format!("pod {} {}", targets.display(), period.as_micros());
+/// line, again and again, with pauses of `period`. It waits for each of connection and answer for
+/// `patience`. Before it, a shell runs `first`.
+pub fn command(
+    placement: &Placement,
+    targets: &Path,
+    period: Duration,
+    patience: Duration,
+    first: &str,
+) -> Command {
+    let role = format!("pod {} {} {}", targets.display(), period.as_micros(), patience.as_millis());
     helper::command_after(placement, first, &role)
 }
 
 /// Serves, and dials until it is ended.
-pub(crate) fn run(targets: &Path, period: Duration) {
+pub(crate) fn run(targets: &Path, period: Duration, patience: Duration) {
     let listener = listen().expect("a listener");
     thread::spawn(move || greet(&listener));
     loop {
         for target in read_targets(targets) {
             let began = Instant::now();
             let at = now();
-            let outcome = dial(target);
+            let outcome = dial(target, patience);
             let _ = writeln!(io::stdout(), "{at} dial {target} {outcome} {}", now());
             thread::sleep(period.saturating_sub(began.elapsed()));
         }
@@ -99,12 +106,12 @@ fn greet(listener: &TcpListener) {
 }
 
 /// How a connection turned out, in a word.
-fn dial(to: SocketAddr) -> String {
+fn dial(to: SocketAddr, patience: Duration) -> String {
     let attempt = || -> io::Result<&'static str> {
         let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
         mark(&socket, to.is_ipv6())?;
-        socket.connect_timeout(&to.into(), PATIENCE)?;
-        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.connect_timeout(&to.into(), patience)?;
+        socket.set_read_timeout(Some(patience))?;
         let own = socket.local_addr()?.as_socket().map_or(0, |own| own.port());
         let mut seen = [0; 2];
         (&socket).read_exact(&mut seen)?;

@@ -30,9 +30,10 @@ pub fn play(words: &[&str]) {
         }
         ["listener", netns, at] => lend::serve_listener(netns, address(at)),
         ["talk", server, period] => probe::talk(address(server), period.parse().expect("microseconds")),
-        ["pod", targets, period] => {
+        ["pod", targets, period, patience] => {
             let period = Duration::from_micros(period.parse().expect("microseconds"));
-            pod_program::run(Path::new(targets), period);
+            let patience = Duration::from_millis(patience.parse().expect("milliseconds"));
+            pod_program::run(Path::new(targets), period, patience);
         }
         ["connect", server] => probe::connect_once(address(server)),
         ["serve", port] => pod_http::serve(port.parse().expect("a port")),

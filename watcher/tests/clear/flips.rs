@@ -15,8 +15,10 @@ use testbed::{
 
 use super::{life::Mode, rig::Rig};
 
-/// Longer than a connection takes on a loaded machine, and less than a SYN that is sent again.
-const HANGS: Micros = 400_000;
+/// Longer than a connection takes on a loaded machine, or one SYN of which was lost.
+const HANGS: Micros = 3_000_000;
+/// Longer than any part of the mesh waits for another one: what nobody answers is seen to hang.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A connection of a pod, as its program printed it.
 #[derive(Clone, Copy, Debug)]
@@ -49,14 +51,16 @@ pub struct Flips {
     pub same_port: usize,
     /// Connections in clear that began after the first captured one of the same label.
     pub late: Vec<String>,
-    /// Connections that took too long.
+    /// The longest time that a connection took.
+    pub slowest: Micros,
+    /// Connections that nobody seems to have answered.
     pub hung: Vec<String>,
 }
 
 impl Rig {
     /// Takes the label off and puts it on `rounds` times, each time on some of `pods` pods of node a.
     pub fn flip(&mut self, pods: usize, rounds: usize) -> Flips {
-        let lives: Vec<usize> = (0..pods).map(|_| self.start_pod(0, Mode::Closed)).collect();
+        let lives: Vec<usize> = (0..pods).map(|_| self.start_patient_pod(0, Mode::Closed, PATIENCE)).collect();
         let mut flips = Flips::default();
         for life in &lives {
             self.wait_open(*life);
@@ -116,8 +120,12 @@ impl Flips {
         seen: impl Iterator<Item = &'a Seen>,
     ) {
         self.attempts += attempts.len();
-        for attempt in attempts.iter().filter(|attempt| attempt.ended - attempt.began > HANGS) {
-            self.hung.push(format!("{name}, {state:?}: {attempt:?}"));
+        for attempt in attempts {
+            let took = attempt.ended - attempt.began;
+            self.slowest = self.slowest.max(took);
+            if took > HANGS {
+                self.hung.push(format!("{name}, {state:?}: {attempt:?}"));
+            }
         }
         let in_clear: Vec<&Seen> =
             seen.filter(|seen| seen.segment.class == MARK && seen.segment.opens()).collect();

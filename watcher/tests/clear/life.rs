@@ -53,6 +53,8 @@ pub struct Life {
     pub known: bool,
     /// Further lines of its entry.
     pub more: String,
+    /// How long its program waits for a connection.
+    pub patience: Duration,
     /// Under which number it is judged; from its start on.
     pub judged: Option<PodId>,
     /// What it has there.
@@ -120,7 +122,7 @@ impl Life {
         let network = Network::new(node, self.place, serial);
         let at = Placement::in_cgroup(&cgroup.join("main")).in_netns(&network.netns);
         let log = node.dir.join(format!("pod-{serial}.log"));
-        let program = Process::spawn(&self.name, pod_program::command(&at, targets, period, first), &log);
+        let program = Process::spawn(&self.name, pod_program::command(&at, targets, period, self.patience, first), &log);
         let others = Vec::new();
         self.running = Some(Running { cgroup, network, _program: program, others, log, read: 0 });
         since

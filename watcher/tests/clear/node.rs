@@ -8,6 +8,8 @@ use testbed::{
     process::Process,
 };
 
+use super::size::Builds;
+
 /// The programs of a node.
 #[derive(Debug)]
 pub struct Host {
@@ -18,7 +20,10 @@ pub struct Host {
     pub tunnels: Vec<Process>,
     /// Watchers and tunnels that were asked to end.
     leaving: Vec<Process>,
+    watchers_started: usize,
     tunnels_started: usize,
+    /// The programs that start in turn.
+    builds: Builds,
     /// Whether the pods file is broken or away.
     pub is_source_broken: bool,
 }
@@ -27,7 +32,17 @@ impl Host {
     /// The node with this index; nothing runs on it.
     pub fn new(index: usize) -> Self {
         let (watchers, tunnels, leaving) = (Vec::new(), Vec::new(), Vec::new());
-        Self { index, watchers, tunnels, leaving, tunnels_started: 0, is_source_broken: false }
+        let builds = Builds::get();
+        Self {
+            index,
+            watchers,
+            tunnels,
+            leaving,
+            watchers_started: 0,
+            tunnels_started: 0,
+            builds,
+            is_source_broken: false,
+        }
     }
 
     /// Starts a watcher; one that stands by if there is one.
@@ -35,6 +50,7 @@ impl Host {
         let (cgroup2, bpffs) = (cluster.cgroup2.clone(), cluster.bpffs());
         let node = &mut cluster.nodes[self.index];
         let words: &[&str] = if few_descriptors { &["prlimit", "--nofile=256:"] } else { &[] };
+        node.watcher_binary = Builds::next(&self.builds.watchers, &mut self.watchers_started);
         node.watcher_wrapper = words.iter().map(|word| (*word).to_owned()).collect();
         self.watchers.push(node.spawn_watcher(&cgroup2, &bpffs, &["--rescan", "5"]));
     }
@@ -44,7 +60,8 @@ impl Host {
         let (mesh, ca) = (cluster.mesh_file(), cluster.ca_dir());
         // In a cluster each tunnel has a network of its own.
         let base = 16_000 + self.tunnels_started % 200 * 50;
-        self.tunnels_started += 1;
+        cluster.nodes[self.index].tunnel_binary =
+            Builds::next(&self.builds.tunnels, &mut self.tunnels_started);
         let at = |more: usize| format!("127.0.0.1:{}", base + more);
         let (admin, stats, readiness) = (at(0), at(20), at(21));
         let env = [("ADMIN_ADDR", &*admin), ("STATS_ADDR", &*stats), ("READINESS_ADDR", &*readiness)];

@@ -13,7 +13,7 @@ use serde_json::Value;
 use testbed::{
     capture::{Capture, Micros, Seen, now},
     cluster::{Cluster, STRICT},
-    pod_program::PORT,
+    pod_program::{PATIENCE, PORT},
     wait::{LIMIT, try_wait},
 };
 
@@ -144,6 +144,7 @@ impl Rig {
             named: true,
             known: false,
             more: String::new(),
+            patience: PATIENCE,
             judged: None,
             running: None,
             counts: super::life::Counts::default(),
@@ -231,8 +232,14 @@ impl Rig {
 
     /// Announces a pod at a place that is free and starts it; its number.
     pub fn start_pod(&mut self, node: usize, mode: Mode) -> usize {
+        self.start_patient_pod(node, mode, PATIENCE)
+    }
+
+    /// The same of one whose program waits so long for a connection.
+    pub fn start_patient_pod(&mut self, node: usize, mode: Mode, patience: Duration) -> usize {
         let place = self.free_places(node)[0];
         let life = self.announce(node, place, &format!("slot{}", place.host), mode);
+        self.lives[life].patience = patience;
         self.publish(node);
         self.wait_known(node, LIMIT);
         self.start(life);

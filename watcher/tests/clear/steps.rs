@@ -281,6 +281,12 @@ impl Rig {
         }
         self.hosts.iter_mut().for_each(super::node::Host::wait_left);
         self.wait_served();
+        for node in 0..2 {
+            let log = std::fs::read_to_string(self.cluster.nodes[node].dir.join("watcher.log"));
+            let log = log.expect("the watcher's log");
+            let found: Vec<&str> = log.lines().filter(|line| line.contains("no tunnel carries")).collect();
+            assert!(found.is_empty(), "a watcher's own scan of node {node}: {found:#?}\n{}", self.story(now()));
+        }
         self.note("settled".to_owned());
     }
 }

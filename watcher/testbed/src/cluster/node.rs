@@ -48,6 +48,8 @@ pub struct ClusterNode {
     pub watcher_words: Vec<String>,
     /// What its watcher is started by: a program that runs the rest of its command line.
     pub watcher_wrapper: Vec<String>,
+    /// What is started as its watcher.
+    pub watcher_binary: PathBuf,
     /// The folder of the certificate service that its tunnel uses; `None`: the development CA.
     pub ca_service: Option<PathBuf>,
 }
@@ -81,6 +83,7 @@ impl ClusterNode {
             kubeconfig: None,
             watcher_words: Vec::new(),
             watcher_wrapper: Vec::new(),
+            watcher_binary: binary("watcher"),
         };
         for below in ["kubepods", "ztunnel", "watcher"] {
             fs::create_dir_all(node.cgroup.join(below)).expect("cgroup");
@@ -182,7 +185,7 @@ impl ClusterNode {
             (path(&self.pods_file()), path(&self.zds_socket()), path(&self.status_socket()));
         let (attach, root, bpffs) =
             (path(&self.as_seen_inside(&self.pods_cgroup())), path(cgroup2), path(bpffs));
-        let binary = path(&binary("watcher"));
+        let binary = path(&self.watcher_binary);
         let mut line: Vec<&str> = self.watcher_wrapper.iter().map(String::as_str).collect();
         line.extend([binary.as_str(), "run", "--node", &self.pins_name]);
         match &self.kubeconfig {
