@@ -6,7 +6,14 @@
 //!
 //! No pod, address or uid is a label: a node makes thousands of pods in its life.
 
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{
+    Arc, OnceLock,
+    atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
+};
+
+use adit_ebpf_common::trace::Rule;
+use adit_ebpf_loader::VerdictCounts;
+use error_reporter::Report;
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder, text::encode},
@@ -18,6 +25,7 @@ use prometheus_client::{
     },
     registry::{Metric, Registry, Unit},
 };
+use tracing::warn;
 
 use crate::{model::state::State, observe::events::SourceKind};
 
@@ -74,6 +82,20 @@ const CONNECTIONS_CUT: MetricRow = MetricRow {
     labels: "",
     help: "Connections that pods made in plaintext before the first watcher ran, and that were cut",
 };
+const CONNECTIONS_IN_CLEAR: MetricRow = MetricRow {
+    name: "connections_in_clear",
+    kind: "counter",
+    unit: None,
+    labels: "",
+    help: "Connections that scans found at pods in fail mode `closed` after they were enrolled, and that no tunnel carries: always 0, unless something is wrong; the log names them",
+};
+const VERDICTS: MetricRow = MetricRow {
+    name: "verdicts",
+    kind: "counter",
+    unit: None,
+    labels: "`rule`: as `watcher trace` prints it",
+    help: "Connections and DNS queries of enrolled pods, by the rule that decided; `watcher status verdicts` has them by pod",
+};
 const TUNNELS: MetricRow =
     MetricRow { name: "tunnels", kind: "gauge", unit: None, labels: "", help: "Connected tunnels" };
 const ENROLMENT_DURATION: MetricRow = MetricRow {
@@ -87,7 +109,7 @@ const ENROLMENT_DURATION: MetricRow = MetricRow {
 /// Every metric of the watcher.
 #[cfg(test)]
 pub(crate) const METRICS: &[MetricRow] =
-    &[PODS, EVENTS, EVENTS_LOST, CORRECTIONS, CONNECTIONS_CUT, TUNNELS, ENROLMENT_DURATION];
+    &[PODS, EVENTS, EVENTS_LOST, CORRECTIONS, CONNECTIONS_CUT, CONNECTIONS_IN_CLEAR, VERDICTS, TUNNELS, ENROLMENT_DURATION];
 
 #[cfg(test)]
 impl MetricRow {
@@ -119,6 +141,11 @@ struct SourceLabel {
     source: SourceKind,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RuleLabel {
+    rule: &'static str,
+}
+
 impl EncodeLabelValue for State {
     fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), std::fmt::Error> {
         EncodeLabelValue::encode(&self.as_str(), encoder)
@@ -140,6 +167,10 @@ pub(crate) struct Metrics {
     lost: Counter,
     corrections: Counter,
     cut: Counter,
+    in_clear: Counter,
+    verdicts: Family<RuleLabel, Counter>,
+    /// Where `verdicts` come from, once the programs are loaded.
+    counted_by: OnceLock<Arc<VerdictCounts>>,
     tunnels: Gauge<i64, AtomicI64>,
     enrolment: Histogram,
     ready: AtomicBool,
@@ -160,6 +191,8 @@ impl Metrics {
         let lost = register(&mut registry, &EVENTS_LOST, Counter::<u64, AtomicU64>::default());
         let corrections = register(&mut registry, &CORRECTIONS, Counter::<u64, AtomicU64>::default());
         let cut = register(&mut registry, &CONNECTIONS_CUT, Counter::<u64, AtomicU64>::default());
+        let in_clear = register(&mut registry, &CONNECTIONS_IN_CLEAR, Counter::<u64, AtomicU64>::default());
+        let verdicts = register(&mut registry, &VERDICTS, Family::<RuleLabel, Counter>::default());
         let tunnels = register(&mut registry, &TUNNELS, Gauge::<i64, AtomicI64>::default());
         let enrolment = Histogram::new(exponential_buckets(0.0005, 2.0, 16));
         let enrolment = register(&mut registry, &ENROLMENT_DURATION, enrolment);
@@ -171,6 +204,9 @@ impl Metrics {
             lost,
             corrections,
             cut,
+            in_clear,
+            verdicts,
+            counted_by: OnceLock::new(),
             tunnels,
             enrolment,
             ready,
@@ -206,6 +242,30 @@ impl Metrics {
         self.cut.inc_by(count);
     }
 
+    /// So many connections were found in clear that should not be.
+    pub(crate) fn connections_in_clear(&self, count: u64) {
+        self.in_clear.inc_by(count);
+    }
+
+    /// Says who counts verdicts.
+    pub(crate) fn set_verdicts(&self, counted_by: &Arc<VerdictCounts>) {
+        let _ = self.counted_by.set(Arc::clone(counted_by));
+    }
+
+    /// Takes over what the programs have counted by now.
+    fn read_verdicts(&self) {
+        let Some(counted_by) = self.counted_by.get() else { return };
+        match counted_by.total() {
+            Ok(total) => total.used().for_each(|(rule, count)| self.set_verdict(rule, count)),
+            Err(error) => warn!(error = %Report::new(&error), "cannot read how often each rule decided"),
+        }
+    }
+
+    fn set_verdict(&self, rule: Rule, count: u64) {
+        let label = RuleLabel { rule: rule.as_str() };
+        self.verdicts.get_or_create(&label).inner().store(count, Ordering::Relaxed);
+    }
+
     /// So many tunnels are connected now.
     pub(crate) fn set_tunnels(&self, count: usize) {
         self.tunnels.set(i64::try_from(count).unwrap_or(i64::MAX));
@@ -238,6 +298,7 @@ impl Metrics {
 
     /// In the text format of OpenMetrics 1.0.
     pub(crate) fn encode(&self) -> String {
+        self.read_verdicts();
         let mut text = String::new();
         // Writing to a `String` does not fail.
         let _ = encode(&mut text, &self.registry);
@@ -265,6 +326,7 @@ mod tests {
         metrics.event_received(SourceKind::Scan);
         metrics.lost(3);
         metrics.corrected();
+        metrics.set_verdict(Rule::Redirect, 7);
         metrics.set_tunnels(1);
         metrics.enrolled_after(0.002);
         let text = metrics.encode();
@@ -274,6 +336,7 @@ mod tests {
             "adit_watcher_events_total{source=\"scan\"} 1",
             "adit_watcher_events_lost_total 3",
             "adit_watcher_corrections_total 1",
+            "adit_watcher_verdicts_total{rule=\"redirect to the tunnel\"} 7",
             "adit_watcher_tunnels 1",
             "adit_watcher_enrolment_duration_seconds_count 1",
         ] {
@@ -286,6 +349,7 @@ mod tests {
         let metrics = Metrics::new();
         // A family without a label set yet is not encoded.
         metrics.event_received(SourceKind::Scan);
+        metrics.set_verdict(Rule::Redirect, 1);
         let text = metrics.encode();
         let registered: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
         let rows: Vec<String> = METRICS

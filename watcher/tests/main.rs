@@ -13,6 +13,7 @@ mod chart;
 mod churn;
 mod clear;
 mod container_nodes;
+mod counts;
 mod dns;
 mod exclusions;
 mod faults;

@@ -4,6 +4,7 @@
 //! * [`decide`]: the two decision lists, over what the caller knows
 //! * [`maps`]: one table of all maps
 //! * [`lifecycle`]: events of cgroups and processes
+//! * [`verdicts`]: how often each rule decided, for each pod
 //! * [`trace`]: one record per verdict, while somebody watches
 //! * [`settings`]: what applies to the whole node, switchable at run time
 //! * [`exclusions`]: which connections of a pod stay outside the mesh
@@ -38,6 +39,7 @@ pub mod redirect_ports;
 pub mod sealed;
 pub mod settings;
 pub mod trace;
+pub mod verdicts;
 
 /// Marks types as plain data for aya, in user space only.
 macro_rules! plain_data {

@@ -11,6 +11,7 @@ use crate::{
     sealed::Sealed,
     settings::Settings,
     trace::TraceRecord,
+    verdicts::Verdicts,
 };
 
 /// A key or a value.
@@ -156,6 +157,10 @@ maps! {
         written by "connect, sendmsg, sock_ops, post_bind, sock_create programs",
         read by "the same; getsockopt, getpeername, recvmsg programs", keeps Flights, abi 1, formerly None,
         "What the programs remember of one socket.";
+    VERDICTS = "verdicts", "per-CPU hash", u64: "netns cookie", Verdicts: "Verdicts",
+        written by "connect, sendmsg, sk_lookup programs; watcher adds and removes", read by "watcher",
+        keeps Records, abi 1, formerly None,
+        "How often each rule decided about connections of a pod, and of all others together (key 0).";
     TRACE = "trace", "ring buffer", (): "–", (): "–",
         written by "connect, sendmsg, sk_lookup programs", read by "watcher", keeps Records, abi 1, formerly None,
         "One `TraceRecord` per verdict, while tracing is on.";
@@ -242,7 +247,7 @@ mod tests {
     }
 
     /// Where the keys and values are defined.
-    const SOURCES: [&str; 8] = [
+    const SOURCES: [&str; 9] = [
         include_str!("address.rs"),
         include_str!("enrolment.rs"),
         include_str!("exclusions.rs"),
@@ -251,6 +256,7 @@ mod tests {
         include_str!("listeners.rs"),
         include_str!("sealed.rs"),
         include_str!("settings.rs"),
+        include_str!("verdicts.rs"),
     ];
 
     /// The fields of the type `name`, or what it stands for; empty: it is a number.

@@ -5,6 +5,7 @@ use std::{
     fs, io,
     os::fd::BorrowedFd,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use adit_ebpf_common::maps::TRACE;
@@ -12,7 +13,7 @@ use aya::{Ebpf, EbpfLoader, maps::RingBuf};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use crate::{
-    KernelError, Trace, btf::CgroupOffsets, exclusions, links, maps, netns_program::NetnsProgram, object,
+    KernelError, Trace, VerdictCounts, btf::CgroupOffsets, exclusions, links, maps, netns_program::NetnsProgram, object,
     pins, pins::Found,
 };
 
@@ -31,6 +32,7 @@ pub struct Kernel {
     /// The lifecycle links that this process made.
     pub(crate) lifecycle_links: BTreeSet<String>,
     pub(crate) offsets: CgroupOffsets,
+    verdicts: Arc<VerdictCounts>,
     /// See [`Self::closes_late`].
     pub(crate) closes_late: Option<String>,
 }
@@ -59,8 +61,10 @@ impl Kernel {
         object::load_programs(&mut object)?;
         let netns_program = NetnsProgram::new(&object)?;
         let found = pins::found(&object, &links_dir, &maps_dir)?;
+        let verdicts = Arc::new(VerdictCounts::open(&maps_dir)?);
         let mut kernel = Self {
             object,
+            verdicts,
             netns_program,
             steering: BTreeMap::new(),
             pins: pins.to_owned(),
@@ -191,6 +195,12 @@ impl Kernel {
     /// The folder of pins cannot be read.
     pub fn steered(&self) -> Result<Vec<u64>, KernelError> {
         links::steered(&links::folder(&self.pins))
+    }
+
+    /// How often each rule decided.
+    #[must_use]
+    pub fn verdicts(&self) -> &Arc<VerdictCounts> {
+        &self.verdicts
     }
 
     /// A reader of the verdicts, which [`adit_ebpf_common::settings::Settings::debug`] switches on.

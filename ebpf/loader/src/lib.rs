@@ -11,6 +11,7 @@
 //! * [`links`]: attaches programs, and replaces them in place
 //! * [`netns_program`]: the program that steers arrivals, one copy for each netns
 //! * [`trace_filter`]: which verdicts the programs report
+//! * [`verdicts`]: how often each rule decided
 //! * [`exclusions`]: exclusion lists, written whole or not at all
 //! * [`maps`]: adopts maps, reads and writes them
 //! * [`batch`]: whole maps in a few system calls
@@ -43,6 +44,7 @@ mod remove;
 mod sys;
 mod trace;
 mod trace_filter;
+mod verdicts;
 
 pub use error::KernelError;
 pub use exclusions::ExclusionList;
@@ -52,6 +54,7 @@ pub use maps::pin_name;
 pub use netns_cookie::{own_netns_cookie, own_netns_cookie_by};
 pub use remove::Removed;
 pub use trace::Trace;
+pub use verdicts::VerdictCounts;
 
 #[cfg(test)]
 mod order {

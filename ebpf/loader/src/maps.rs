@@ -3,16 +3,18 @@
 use std::{
     collections::BTreeSet,
     fs, io,
+    net::{IpAddr, SocketAddr},
     os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
 
 use adit_ebpf_common::{
-    address::Address,
+    address::{Address, mapped},
     enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
+    flows::{Flow, TunnelFlow},
     listeners::{AppListenerState, ListenerKey},
     maps::{
-        self, APP_LISTENER_STATE, APP_LISTENERS, CGROUP_INFO, MapSpec, PINNED_CONNECTIONS, POD_BY_ADDR,
+        self, APP_LISTENER_STATE, APP_LISTENERS, CGROUP_INFO, KUBELET_FLOWS, MapSpec, PINNED_CONNECTIONS, POD_BY_ADDR,
         POD_BY_NETNS, SETTINGS, TRACE, TUNNEL_LISTENERS,
     },
     sealed::{Sealed, Sum},
@@ -205,6 +207,21 @@ impl Kernel {
         self.take::<u64, u64>(PINNED_CONNECTIONS.name, &netns_cookie)
     }
 
+    /// Whether the kubelet opened the connection between these ends, its own first, as far as that is
+    /// recorded: of the latest thousands.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn is_of_kubelet(&self, kubelet: SocketAddr, pod: SocketAddr) -> Result<bool, KernelError> {
+        let flow = Flow {
+            local: address(kubelet),
+            remote: address(pod),
+            local_port: kubelet.port(),
+            remote_port: pod.port(),
+        };
+        Ok(self.get::<Flow, Sealed<TunnelFlow>>(KUBELET_FLOWS.name, &flow)?.is_some())
+    }
+
     /// Records that an application has a listener.
     ///
     /// # Errors
@@ -364,6 +381,14 @@ impl Kernel {
         }
         let map = HashMap::<_, K, V>::try_from(find(&self.object, name)).map_err(failed)?;
         map.iter().collect::<Result<_, _>>().map_err(failed)
+    }
+}
+
+/// The address of `end`, in the form of the maps.
+fn address(end: SocketAddr) -> Address {
+    match end.ip().to_canonical() {
+        IpAddr::V4(v4) => mapped(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
     }
 }
 

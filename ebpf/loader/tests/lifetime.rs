@@ -125,7 +125,7 @@ fn removing_leaves_nothing() {
         .map(|entry| MapInfo::from_pin(entry.unwrap().path()).unwrap().id())
         .collect();
     let removed = Kernel::remove(&rig.bpffs.pins()).unwrap();
-    assert_eq!((removed.links, removed.maps), (ALL_LINKS, 16));
+    assert_eq!((removed.links, removed.maps), (ALL_LINKS, 17));
     assert_eq!(rig.app.dial(How::Udp, at("10.99.0.2", 53)).map(|_| ()), Ok(()));
     rig.world.listen("0.0.0.0:8080");
     rig.app
@@ -195,7 +195,7 @@ fn a_map_of_an_earlier_name_is_adopted() {
     let names: BTreeSet<_> =
         fs::read_dir(&maps).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     assert!(names.contains("app_listeners") && !names.contains("listened"), "{names:?}");
-    assert_eq!(names.len(), 16, "{names:?}");
+    assert_eq!(names.len(), 17, "{names:?}");
 }
 
 #[test]

@@ -19,6 +19,7 @@ mod ports;
 mod property;
 mod rig;
 mod upgrade;
+mod verdicts;
 
 /// Not a test: the other tests start it as the processes of pods and tunnels.
 #[test]

@@ -69,8 +69,11 @@ fn run(ctx: &SockAddr, address: Address, source: Address, hook: Hook) -> (i32, D
         Outbound::Redirect(_, to) => (ALLOW, to),
     };
     // UDP that is not a captured query is no matter of the mesh.
-    if settings.debug != 0 && (call.is_tcp || to.is_somewhere()) {
-        trace::outbound(settings, hook, outbound.rule(), caller.entry(), &call.destination);
+    if call.is_tcp || to.is_somewhere() {
+        maps::verdicts::count_outbound(&caller, outbound.rule());
+        if settings.debug != 0 {
+            trace::outbound(settings, hook, outbound.rule(), caller.entry(), &call.destination);
+        }
     }
     (verdict, to)
 }

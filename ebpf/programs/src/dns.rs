@@ -54,8 +54,11 @@ fn captured(ctx: &SockAddr, address: Address, hook: Hook) -> Destination {
     let Some(settings) = maps::settings() else { return Destination::NOWHERE };
     let caller = Caller::new(settings, ctx.netns_cookie(), ctx.socket(), UNSPECIFIED, pods::caller());
     let to = decide::dns_redirect(&caller, &resolver);
-    if to.is_somewhere() && settings.debug != 0 {
-        trace::outbound(settings, hook, Rule::DnsRedirect, caller.entry(), &resolver);
+    if to.is_somewhere() {
+        maps::verdicts::count_outbound(&caller, Rule::DnsRedirect);
+        if settings.debug != 0 {
+            trace::outbound(settings, hook, Rule::DnsRedirect, caller.entry(), &resolver);
+        }
     }
     to
 }

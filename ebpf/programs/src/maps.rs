@@ -5,6 +5,7 @@
 //! * [`pods`]: which cgroup, netns and address is which pod's
 //! * [`flows`]: connections on their way
 //! * [`dns_clients`]: whom clients of the tunnel's DNS proxy asked
+//! * [`verdicts`]: how often each rule decided
 //! * [`whole`]: reading entries that others replace meanwhile
 #![expect(unsafe_code, reason = "references into maps, and helpers that take pointers")]
 
@@ -19,13 +20,14 @@ use adit_ebpf_common::{
     sealed::Sealed,
     settings::Settings,
     trace::TraceRecord,
+    verdicts::Verdicts,
 };
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE},
     btf_maps::SkStorage,
     helpers::generated::{bpf_sk_storage_get, bpf_sock_hash_update},
     macros::{btf_map, map},
-    maps::{Array, HashMap, LpmTrie, LruHashMap, RingBuf, SockHash, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuHashMap, RingBuf, SockHash, lpm_trie::Key},
 };
 
 use crate::context::{SockOps, Socket};
@@ -34,6 +36,7 @@ pub mod dns_clients;
 pub mod facts;
 pub mod flows;
 pub mod pods;
+pub mod verdicts;
 pub mod whole;
 
 /// A pod has at most 33, see `watcher/src/plan/desired.rs`: room for far more pods than a node can
@@ -66,6 +69,9 @@ static APP_LISTENERS: HashMap<ListenerKey, u32> = HashMap::with_max_entries(6553
 #[map(name = "app_listener_state")]
 static APP_LISTENER_STATE: HashMap<u64, AppListenerState> =
     HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
+/// As many as enrolled pods could be; what finds no room is counted with all others.
+#[map(name = "verdicts")]
+static VERDICTS: PerCpuHashMap<u64, Verdicts> = PerCpuHashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
 #[map(name = "trace")]
 static TRACE: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 #[btf_map(name = "socket_state")]

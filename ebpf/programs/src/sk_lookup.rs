@@ -26,8 +26,11 @@ pub fn adit_sk_lookup(ctx: SkLookupContext) -> u32 {
     let verdict = decide::inbound(&Arriving { settings, lookup: &lookup }, &arrival);
     // A pod that talks to itself is no matter of the mesh, and of a redirect connect(2) told.
     let rule = verdict.rule() as u16;
-    if settings.debug != 0 && rule != Rule::SameHost as u16 && rule != Rule::SteerOutbound as u16 {
-        trace::inbound(settings, verdict.rule(), &arrival.flow, pods::cgroup_in(lookup.netns_cookie()));
+    if rule != Rule::SameHost as u16 && rule != Rule::SteerOutbound as u16 {
+        maps::verdicts::count(lookup.netns_cookie(), verdict.rule());
+        if settings.debug != 0 {
+            trace::inbound(settings, verdict.rule(), &arrival.flow, pods::cgroup_in(lookup.netns_cookie()));
+        }
     }
     match verdict {
         Inbound::Pass(_) => SK_PASS,

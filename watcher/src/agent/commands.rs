@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use adit_ebpf_common::verdicts::ELSEWHERE;
 use error_reporter::Report;
 
 use crate::{
@@ -36,8 +37,10 @@ impl Commands<'_> {
         let Self { config, pods, applier, reporter, ready } = *self;
         let pod = |entry: &PodEntry| {
             let state = planning::state_of(entry, applier, config);
+            let cookie = entry.view.eligibility.facts().map(|facts| facts.cookie);
             PodStatus {
                 not_observed: entry.doubt.clone(),
+                verdicts: cookie.map(|cookie| answers::verdicts(applier, cookie)).unwrap_or_default(),
                 ..pod_status(&entry.view, state, config.fail_mode)
             }
         };
@@ -55,6 +58,7 @@ impl Commands<'_> {
             pods: (pods.in_order().into_iter().map(pod))
                 .chain(rejected.map(|rejected| rejected_status(&rejected.entry, &rejected.reason)))
                 .collect(),
+            other_verdicts: answers::verdicts(applier, ELSEWHERE),
             draining: answers::draining(applier),
             problems: applier.problems().iter().cloned().chain(applier.lasting_problems()).collect(),
         }

@@ -40,6 +40,7 @@ pub(super) fn start(
     let visitors = Arc::new(Visitors::new().map_err(cannot("start the threads that enter netns"))?);
     let failed = |what| move |source| AgentError::Kernel { what, source };
     let mut kernel = Kernel::open(&config.pins).map_err(failed("load the programs and maps"))?;
+    metrics.set_verdicts(kernel.verdicts());
     let settings =
         KernelSettings::open(&mut kernel, &config.dns_resolvers).map_err(failed("write the settings"))?;
     let found = match (kernel.must_be_filled(), kernel.is_first()) {

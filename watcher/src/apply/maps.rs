@@ -53,6 +53,11 @@ impl AppliedMaps {
         let of_netns = contents.arrivals.values().map(|info| info.exclusion_id);
         let ids = of_cgroups.chain(of_netns);
         contents.exclusions = ids.filter(|id| *id != 0).map(|id| (id, Arc::default())).collect();
+        let verdicts = kernel.verdicts();
+        for cookie in verdicts.netns()?.iter().filter(|cookie| !contents.arrivals.contains_key(cookie)) {
+            verdicts.end(*cookie)?;
+        }
+        contents.arrivals.keys().for_each(|cookie| count_verdicts(kernel, *cookie));
         let mut lists = kernel.exclusions()?;
         let last = [
             contents.exclusions.last_key_value().map(|(id, _)| *id),
@@ -128,11 +133,14 @@ impl AppliedMaps {
             }
             MapWrite::SetArrivals(cookie, info) => {
                 kernel.set_netns(*cookie, info)?;
-                contents.arrivals.insert(*cookie, *info);
+                if contents.arrivals.insert(*cookie, *info).is_none() {
+                    count_verdicts(kernel, *cookie);
+                }
             }
             MapWrite::RemoveArrivals(cookie) => {
                 kernel.remove_netns(*cookie)?;
                 contents.arrivals.remove(cookie);
+                kernel.verdicts().end(*cookie)?;
             }
             MapWrite::RemoveExclusions(id) => {
                 if let Some(list) = self.lists.get(id) {
@@ -273,5 +281,13 @@ impl AppliedMaps {
         }
         self.lists = lists;
         Ok(true)
+    }
+}
+
+/// Counts apart what is decided in a netns. Without room for it, it is counted with all others: that
+/// is no reason to close a pod.
+fn count_verdicts(kernel: &Kernel, netns_cookie: u64) {
+    if let Err(error) = kernel.verdicts().begin(netns_cookie) {
+        warn!(netns_cookie, error = %Report::new(&error), "verdicts of a pod are not counted apart");
     }
 }

@@ -14,7 +14,7 @@ use serde_json::json;
 use watcher::{
     control::{
         Request,
-        status::{PodStatus, Status},
+        status::{PodStatus, Status, VerdictStatus},
     },
     observe::events::SourceKind,
 };
@@ -30,6 +30,7 @@ use super::{NodeArgs, Output, ask_once};
 Examples:
   watcher status
   watcher status pods -o json | jq '.pods[] | select(.state != \"open\")'
+  watcher status verdicts
   watcher status cgroups"
 )]
 pub(super) struct StatusArgs {
@@ -46,6 +47,8 @@ pub(super) struct StatusArgs {
 enum Part {
     /// Every pod, its state and why
     Pods,
+    /// How often each rule decided about connections of each pod
+    Verdicts,
     /// Every cgroup of every pod
     Cgroups,
 }
@@ -56,17 +59,18 @@ pub(super) fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     match (args.output, args.part) {
         (Output::Json, None) => writeln!(out, "{}", serde_json::to_string(&status)?)?,
         (Output::Json, Some(Part::Pods)) => writeln!(out, "{}", json!({"pods": status.pods}))?,
+        (Output::Json, Some(Part::Verdicts)) => writeln!(out, "{}", verdicts_json(&status))?,
         (Output::Json, Some(Part::Cgroups)) => writeln!(out, "{}", cgroups_json(&status.pods))?,
         (Output::Human, part) => {
             if part.is_none() {
                 print_node(&mut out, &status)?;
             }
-            if part != Some(Part::Cgroups) {
-                writeln!(out, "{}", pods_table(&status.pods))?;
-            }
-            if part == Some(Part::Cgroups) {
-                writeln!(out, "{}", cgroups_table(&status.pods))?;
-            }
+            let table = match part {
+                None | Some(Part::Pods) => pods_table(&status.pods),
+                Some(Part::Verdicts) => verdicts_table(&status),
+                Some(Part::Cgroups) => cgroups_table(&status.pods),
+            };
+            writeln!(out, "{table}")?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -154,6 +158,34 @@ fn pods_table(pods: &[PodStatus]) -> Table {
             or_dash(pod.netns.map(|netns| netns.inode)),
             why.join("; "),
         ]);
+    }
+    table
+}
+
+/// How often each rule decided about each pod, as one flat list; without a pod: about all others.
+fn verdicts_json(status: &Status) -> serde_json::Value {
+    let of_pod = |pod: &PodStatus, verdict: &VerdictStatus| {
+        json!({"pod": pod.name, "namespace": pod.namespace, "uid": pod.uid, "rule": verdict.rule, "count": verdict.count})
+    };
+    let pods = status.pods.iter().flat_map(|pod| pod.verdicts.iter().map(move |verdict| of_pod(pod, verdict)));
+    let others = status.other_verdicts.iter();
+    let others = others.map(|verdict| json!({"pod": null, "rule": verdict.rule, "count": verdict.count}));
+    json!({"verdicts": pods.chain(others).collect::<Vec<_>>()})
+}
+
+fn verdicts_table(status: &Status) -> Table {
+    let mut table = Table::new();
+    table.load_style(TableStyle::new()).set_header(["NAMESPACE", "POD", "COUNT", "RULE"]);
+    let mut row = |namespace, pod, verdict: &VerdictStatus| {
+        table.add_row([namespace, pod, verdict.count.to_string(), verdict.rule.clone()]);
+    };
+    for pod in &status.pods {
+        for verdict in &pod.verdicts {
+            row(or_dash(pod.namespace.as_ref()), or_dash(pod.name.as_ref().or(pod.uid.as_ref())), verdict);
+        }
+    }
+    for verdict in &status.other_verdicts {
+        row("-".to_owned(), "-".to_owned(), verdict);
     }
     table
 }

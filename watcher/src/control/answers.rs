@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
-use adit_ebpf_common::enrolment::CgroupInfo;
+use adit_ebpf_common::{enrolment::CgroupInfo, verdicts::Verdicts};
 use adit_ebpf_loader::KernelError;
 
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
 
 use super::{
     explain::{self, Explanation},
-    status::{DrainingStatus, NetnsStatus, PodStatus, TunnelStatus},
+    status::{DrainingStatus, NetnsStatus, PodStatus, TunnelStatus, VerdictStatus},
 };
 
 /// The one pod among `pods` with this uid, name or namespace/name.
@@ -62,7 +62,16 @@ pub(crate) fn pod_status(
         not_observed: None,
         cgroups: view.observed.cgroups.clone(),
         notes: pod.notes.to_vec(),
+        verdicts: Vec::new(),
     }
+}
+
+/// How often rules decided in that netns. Nothing where it is not counted apart, or cannot be read.
+#[must_use]
+pub(crate) fn verdicts(applier: &Applier, netns_cookie: u64) -> Vec<VerdictStatus> {
+    let counts = applier.kernel.verdicts().of(netns_cookie).ok().flatten();
+    let counts = counts.iter().flat_map(Verdicts::used);
+    counts.map(|(rule, count)| VerdictStatus { rule: rule.as_str().to_owned(), count }).collect()
 }
 
 /// An entry of the source that is not used, in `watcher status`.
@@ -81,6 +90,7 @@ pub(crate) fn rejected_status(entry: &BadEntry, reason: &Reason) -> PodStatus {
         not_observed: None,
         cgroups: BTreeMap::new(),
         notes: Vec::new(),
+        verdicts: Vec::new(),
     }
 }
 

@@ -32,6 +32,10 @@ pub struct Status {
     pub rejected_tunnel: Option<Reason>,
     /// Every pod of the node.
     pub pods: Vec<PodStatus>,
+    /// How often rules decided about connections of pods that have no counts of their own, such as
+    /// those whose netns is not known yet.
+    #[serde(default)]
+    pub other_verdicts: Vec<VerdictStatus>,
     /// Netns of pods that left, kept prepared for the connections that they still have.
     pub draining: Vec<DrainingStatus>,
     /// What the watcher could not do for the node as a whole, and tries again.
@@ -105,6 +109,18 @@ pub struct PodStatus {
     pub cgroups: BTreeMap<PathBuf, u64>,
     /// What in its entry is wrong and was ignored.
     pub notes: Vec<String>,
+    /// How often rules decided about its connections, since it is steered.
+    #[serde(default)]
+    pub verdicts: Vec<VerdictStatus>,
+}
+
+/// How often a rule decided.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerdictStatus {
+    /// As `watcher trace` prints it.
+    pub rule: String,
+    /// So often.
+    pub count: u64,
 }
 
 /// A netns.
