@@ -9,7 +9,7 @@
 //! * `planning`: from the table of pods to plans and states
 //! * `kept_pods`: pods of tunnels that are not connected
 //! * `reporter`: outcomes to the source, metrics; `commands`: answers to commands
-//! * `boot`: pods that ran before the first watcher did
+//! * `boot`: pods that ran before the first watcher did; `audit`: what no pod should have in clear
 //! * `startup`: loading the programs, and taking over what is there
 //! * `node_lock`: one watcher for each node; the next one stands by
 //! * `config`, `error`: what it is configured to do, and why it ends
@@ -48,6 +48,7 @@ use crate::{
     source::Source,
 };
 
+mod audit;
 mod boot;
 mod commands;
 mod config;

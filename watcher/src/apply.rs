@@ -9,7 +9,8 @@
 //! * `new_pods`: what arrives for pods before their netns is known
 //! * `app_listeners`: ports that applications listen on
 //! * `kubelet`: the kubelet's connections, which pass
-//! * `boot`: connections that pods made in clear before the first watcher ran
+//! * `in_clear`: which connections no tunnel carries; `boot`: those that pods made before the first
+//!   watcher ran, which are cut; `clear_audit`: those that should never be, which are counted
 //! * `tunnels`: connected tunnels, their pods and acknowledgements; `tunnel_cgroups`: where
 //!   they run
 //! * `tunnel_changes`: tunnels come and go
@@ -17,14 +18,19 @@
 //! * [`journal`]: what was changed outside the maps, on disk; [`restore`]: undoing it after a crash;
 //!   [`removal`]: undoing everything at the end
 
-use std::{collections::BTreeMap, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet}, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Instant};
 
 use adit_ebpf_loader::{Kernel, KernelError};
 use error_reporter::Report;
 use tracing::{debug, error, warn};
 
 use crate::{
-    observe::{cgroups, netns::Visitors},
+    observe::{
+        cgroups::{self, CgroupId},
+        connections::Connection,
+        netns::Visitors,
+    },
     plan::{
         Plan, Reason, ReasonCode,
         diff::{self, Applied, ApplyStep, DiffScope, MapWrite, TunnelStep},
@@ -33,7 +39,9 @@ use crate::{
 
 use self::{
     app_listeners::AppListeners,
+    clear_audit::ClearAudit,
     draining::DrainingNetns,
+    in_clear::PodSockets,
     journal::Journal,
     kubelet::KubeletCgroup,
     maps::AppliedMaps,
@@ -47,9 +55,11 @@ use self::{
 
 pub(crate) mod app_listeners;
 pub(crate) mod boot;
+pub(crate) mod clear_audit;
 pub(crate) mod draining;
 mod exclusion_lists;
 pub mod journal;
+pub(crate) mod in_clear;
 pub(crate) mod kubelet;
 pub(crate) mod maps;
 pub(crate) mod netns;
@@ -89,6 +99,7 @@ pub struct Applier {
     kubelet: KubeletCgroup,
     new_pods: NewPods,
     pinned_sweep: PinnedSweep,
+    clear_audit: ClearAudit,
     journal: Journal,
     visitors: Arc<Visitors>,
     /// What the node as a whole lacks, as sentences.
@@ -133,6 +144,7 @@ impl Applier {
             kubelet,
             new_pods: NewPods::new(pods_cgroup),
             pinned_sweep: PinnedSweep::default(),
+            clear_audit: ClearAudit::default(),
             kernel,
             journal,
             visitors,
@@ -224,7 +236,12 @@ impl Applier {
                 {
                     Ok(())
                 }
-                ApplyStep::Map(write) => self.maps.apply(&mut self.kernel, write),
+                ApplyStep::Map(write) => {
+                    if let MapWrite::SetArrivals(cookie, _) | MapWrite::RemoveArrivals(cookie) = write {
+                        self.clear_audit.forget(*cookie);
+                    }
+                    self.maps.apply(&mut self.kernel, write)
+                }
                 ApplyStep::Netns(step) => {
                     let mut tools = NetnsTools {
                         kernel: &mut self.kernel,
@@ -321,6 +338,21 @@ impl Applier {
     /// Removes what stays of netns that are gone, once in a while.
     pub fn sweep(&mut self, now: Instant) {
         self.pinned_sweep.sweep(&mut self.kernel, &self.journal, now);
+    }
+
+    /// Those of `netns` whose connections are looked at next.
+    pub(crate) fn next_to_audit(&mut self, netns: &BTreeSet<u64>) -> Vec<u64> {
+        self.clear_audit.next_of(netns)
+    }
+
+    /// How many connections `pods` have made since the last look that no tunnel carries.
+    pub(crate) fn audit(&mut self, pods: &[PodSockets], tunnels: &BTreeSet<CgroupId>) -> usize {
+        let kernel = &self.kernel;
+        let is_kubelets = |connection: &Connection| {
+            // As its opener sees it.
+            kernel.is_of_kubelet(connection.remote, connection.local).unwrap_or(true)
+        };
+        self.clear_audit.look(&self.visitors, pods, tunnels, is_kubelets)
     }
 
     /// Compares the recorded listening ports with the kernel's list, for the netns in `opened`.

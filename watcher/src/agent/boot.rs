@@ -8,7 +8,8 @@ use tracing::{info, warn};
 
 use crate::{
     apply::{
-        boot::{self, BootPod, NotCut},
+        boot::{self, NotCut},
+        in_clear::PodSockets,
         netns,
     },
     model::pod::FailMode,
@@ -116,8 +117,9 @@ impl Agent {
             // Until its entries are written, what is cut could be made again.
             let Some((cookie, netns)) = steered.filter(|_| entry.problem.is_none()) else { continue };
             match netns::open_netns(cookie, netns, self.observer.opened()) {
-                Ok(fd) => pods.push(BootPod {
+                Ok(fd) => pods.push(PodSockets {
                     uid,
+                    cookie,
                     netns: fd,
                     exclusions: Arc::clone(&view.pod.exclusions),
                     cgroups: view.observed.cgroups.values().copied().collect(),
@@ -129,7 +131,7 @@ impl Agent {
             let tunnels: BTreeSet<CgroupId> =
                 self.applier.tunnel_cgroups().union(self.kept.tunnels()).copied().collect();
             let results = boot::cut(self.applier.visitors(), &pods, &tunnels);
-            for (BootPod { uid, .. }, result) in pods.into_iter().zip(results) {
+            for (PodSockets { uid, .. }, result) in pods.into_iter().zip(results) {
                 match result {
                     Ok(count) => {
                         self.reporter.connections_cut(count);

@@ -107,6 +107,11 @@ impl Reporter {
         self.metrics.connections_cut(count as u64);
     }
 
+    /// So many connections were found that no tunnel carries, and one should.
+    pub(super) fn connections_in_clear(&self, count: usize) {
+        self.metrics.connections_in_clear(count as u64);
+    }
+
     /// The numbers that metrics show as they are.
     pub(super) fn set_gauges(&self, tunnels: usize, ready: bool) {
         self.metrics.set_tunnels(tunnels);

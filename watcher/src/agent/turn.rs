@@ -48,6 +48,9 @@ impl Agent {
         {
             self.apply(&work, now);
         }
+        if scan {
+            self.audit();
+        }
         self.observer.close_netns();
         self.applier.do_due(now);
         self.tracer.update(&self.pods.views(), &mut self.applier);

@@ -17,6 +17,9 @@ use super::{cgroups::CgroupId, netlink};
 /// The attribute with the id of a socket's cgroup (Linux 5.9).
 const INET_DIAG_CGROUP_ID: u16 = 21;
 
+/// The state of an established connection, as the kernel numbers them.
+const TCP_ESTABLISHED: u8 = 1;
+
 /// A connection. Addresses are in their own family, also of a socket of IPv6 that carries IPv4.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Connection {
@@ -26,6 +29,8 @@ pub(crate) struct Connection {
     pub remote: SocketAddr,
     /// The cgroup that its socket was made in; `None`: the kernel does not say.
     pub cgroup_id: Option<CgroupId>,
+    /// Whether both ends have agreed on it, and neither has closed it.
+    pub is_established: bool,
     family: u8,
     id: SocketId,
 }
@@ -38,16 +43,30 @@ impl Connection {
             local: SocketAddr::new(id.source_address.to_canonical(), id.source_port),
             remote: SocketAddr::new(id.destination_address.to_canonical(), id.destination_port),
             cgroup_id,
+            is_established: response.header.state == TCP_ESTABLISHED,
             family: response.header.family,
             id,
         }
+    }
+
+    /// What the kernel calls its socket: no other one ever has this number.
+    pub(crate) fn cookie(&self) -> [u8; 8] {
+        self.id.cookie
     }
 
     /// One that exists nowhere, for tests of rules.
     #[cfg(test)]
     pub(crate) fn between(local: &str, remote: &str, cgroup_id: CgroupId) -> Self {
         let (local, remote) = (local.parse().expect("an address"), remote.parse().expect("an address"));
-        Self { local, remote, cgroup_id: Some(cgroup_id), family: AF_INET, id: SocketId::new_v4() }
+        let id = SocketId::new_v4();
+        Self { local, remote, cgroup_id: Some(cgroup_id), is_established: true, family: AF_INET, id }
+    }
+
+    /// The same with another socket.
+    #[cfg(test)]
+    pub(crate) fn with_cookie(mut self, cookie: [u8; 8]) -> Self {
+        self.id.cookie = cookie;
+        self
     }
 }
 
@@ -131,6 +150,7 @@ pub fn can_cut() -> io::Result<()> {
         local: SocketAddr::from(([127, 0, 0, 1], 0)),
         remote: SocketAddr::from(([127, 0, 0, 1], 0)),
         cgroup_id: None,
+        is_established: false,
         family: AF_INET,
         id: SocketId { cookie: [0xff; 8], ..SocketId::new_v4() },
     };
