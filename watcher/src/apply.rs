@@ -19,7 +19,12 @@
 //!   [`removal`]: undoing everything at the end
 
 use std::{
-    collections::{BTreeMap, BTreeSet}, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Instant};
+    collections::{BTreeMap, BTreeSet},
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::Arc,
+    time::Instant,
+};
 
 use adit_ebpf_loader::{Kernel, KernelError};
 use error_reporter::Report;
@@ -58,8 +63,8 @@ pub(crate) mod boot;
 pub(crate) mod clear_audit;
 pub(crate) mod draining;
 mod exclusion_lists;
-pub mod journal;
 pub(crate) mod in_clear;
+pub mod journal;
 pub(crate) mod kubelet;
 pub(crate) mod maps;
 pub(crate) mod netns;

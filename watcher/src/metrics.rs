@@ -108,8 +108,17 @@ const ENROLMENT_DURATION: MetricRow = MetricRow {
 
 /// Every metric of the watcher.
 #[cfg(test)]
-pub(crate) const METRICS: &[MetricRow] =
-    &[PODS, EVENTS, EVENTS_LOST, CORRECTIONS, CONNECTIONS_CUT, CONNECTIONS_IN_CLEAR, VERDICTS, TUNNELS, ENROLMENT_DURATION];
+pub(crate) const METRICS: &[MetricRow] = &[
+    PODS,
+    EVENTS,
+    EVENTS_LOST,
+    CORRECTIONS,
+    CONNECTIONS_CUT,
+    CONNECTIONS_IN_CLEAR,
+    VERDICTS,
+    TUNNELS,
+    ENROLMENT_DURATION,
+];
 
 #[cfg(test)]
 impl MetricRow {

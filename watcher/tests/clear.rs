@@ -110,5 +110,5 @@ fn labels_under_load_let_nothing_out_after_the_first_captured_connection() {
     );
     assert!(flips.captured > 0);
     assert!(flips.late.is_empty(), "{:#?}", flips.late);
-    assert!(flips.hung.is_empty(), "{:#?}\n{}", flips.hung, rig.story(testbed::capture::now()));
+    assert!(flips.hung.is_empty(), "{:#?}\n{}", flips.hung, rig.failures());
 }

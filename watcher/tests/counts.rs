@@ -30,7 +30,8 @@ fn client_and_server() -> (Cluster, ClusterPod, ClusterPod) {
     let client = cluster.pod("client", 0, Enrol::Mesh);
     let server = cluster.pod("server", 1, Enrol::Plain);
     cluster.serve_web(&server, "hello");
-    cluster.nodes[0].watcher_words = ["--rescan", "1", "--metrics-address", METRICS].map(str::to_owned).into();
+    cluster.nodes[0].watcher_words =
+        ["--rescan", "1", "--metrics-address", METRICS].map(str::to_owned).into();
     cluster.start();
     (cluster, client, server)
 }
@@ -67,7 +68,12 @@ fn verdicts_are_counted_by_rule_and_pod() {
     assert_eq!(found["count"], 3);
     let table = cluster.nodes[0].watcher_command(&["status", "verdicts"]).stdout;
     let table = String::from_utf8(table).unwrap();
-    assert!(table.lines().any(|line| line.contains("client") && line.contains(" 3  ") && line.contains("redirect to the tunnel")), "{table}");
+    assert!(
+        table.lines().any(|line| line.contains("client")
+            && line.contains(" 3  ")
+            && line.contains("redirect to the tunnel")),
+        "{table}"
+    );
 
     // A pod that left is shown no more, and its connections did happen.
     cluster.label(&["client"], Enrol::Plain);

@@ -13,8 +13,8 @@ use aya::{Ebpf, EbpfLoader, maps::RingBuf};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use crate::{
-    KernelError, Trace, VerdictCounts, btf::CgroupOffsets, exclusions, links, maps, netns_program::NetnsProgram, object,
-    pins, pins::Found,
+    KernelError, Trace, VerdictCounts, btf::CgroupOffsets, exclusions, links, maps,
+    netns_program::NetnsProgram, object, pins, pins::Found,
 };
 
 /// The loaded programs, their links and their maps.

@@ -14,8 +14,8 @@ use adit_ebpf_common::{
     flows::{Flow, TunnelFlow},
     listeners::{AppListenerState, ListenerKey},
     maps::{
-        self, APP_LISTENER_STATE, APP_LISTENERS, CGROUP_INFO, KUBELET_FLOWS, MapSpec, PINNED_CONNECTIONS, POD_BY_ADDR,
-        POD_BY_NETNS, SETTINGS, TRACE, TUNNEL_LISTENERS,
+        self, APP_LISTENER_STATE, APP_LISTENERS, CGROUP_INFO, KUBELET_FLOWS, MapSpec, PINNED_CONNECTIONS,
+        POD_BY_ADDR, POD_BY_NETNS, SETTINGS, TRACE, TUNNEL_LISTENERS,
     },
     sealed::{Sealed, Sum},
     settings::Settings,

@@ -57,7 +57,9 @@ impl VerdictCounts {
         let zeros = PerCpuValues::try_from(vec![Verdicts::NONE; cpus]);
         let zeros = zeros.map_err(|error| failed(MapError::IoError(error)))?;
         match self.counts().map.insert(netns_cookie, zeros, IF_MISSING) {
-            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {
+                Ok(())
+            }
             result => result.map_err(failed),
         }
     }

@@ -46,7 +46,8 @@ fn what_was_counted_of_a_pod_that_ended_stays_in_the_total() {
     rig.kernel.verdicts().begin(rig.cookie).unwrap();
     rig.world.dial(How::Tcp, at("10.99.0.1", 5678)).unwrap_err();
     let verdicts = rig.kernel.verdicts();
-    let total = |verdicts: &adit_ebpf_loader::VerdictCounts| verdicts.total().unwrap().used().collect::<Vec<_>>();
+    let total =
+        |verdicts: &adit_ebpf_loader::VerdictCounts| verdicts.total().unwrap().used().collect::<Vec<_>>();
     let before = total(verdicts);
     assert_eq!(before.len(), 1, "{before:?}");
     assert_eq!(verdicts.netns().unwrap(), [rig.cookie]);

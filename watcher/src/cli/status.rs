@@ -164,10 +164,9 @@ fn pods_table(pods: &[PodStatus]) -> Table {
 
 /// How often each rule decided about each pod, as one flat list; without a pod: about all others.
 fn verdicts_json(status: &Status) -> serde_json::Value {
-    let of_pod = |pod: &PodStatus, verdict: &VerdictStatus| {
-        json!({"pod": pod.name, "namespace": pod.namespace, "uid": pod.uid, "rule": verdict.rule, "count": verdict.count})
-    };
-    let pods = status.pods.iter().flat_map(|pod| pod.verdicts.iter().map(move |verdict| of_pod(pod, verdict)));
+    let of_pod = |pod: &PodStatus, verdict: &VerdictStatus| json!({"pod": pod.name, "namespace": pod.namespace, "uid": pod.uid, "rule": verdict.rule, "count": verdict.count});
+    let pods =
+        status.pods.iter().flat_map(|pod| pod.verdicts.iter().map(move |verdict| of_pod(pod, verdict)));
     let others = status.other_verdicts.iter();
     let others = others.map(|verdict| json!({"pod": null, "rule": verdict.rule, "count": verdict.count}));
     json!({"verdicts": pods.chain(others).collect::<Vec<_>>()})

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use testbed::{
     capture::{Capture, Micros, now},
+    cluster::ClusterNode,
     pod_program::{Outcome, Said},
     wait::{LIMIT, try_wait},
 };
@@ -131,6 +132,14 @@ impl Rig {
     /// Ends the test.
     pub fn fail(&self, violation: &Violation) -> ! {
         panic!("{violation}\n{}", self.story(violation.at));
+    }
+
+    /// What the tunnels wrote of connections that failed, those that policy refused left out.
+    pub fn failures(&self) -> String {
+        let logs: Vec<String> = self.cluster.nodes.iter().map(ClusterNode::tunnel_log).collect();
+        let lines = logs.iter().flat_map(|log| log.lines());
+        let warnings = lines.filter(|line| line.contains("WARN") && !line.contains("policy rejection"));
+        warnings.collect::<Vec<_>>().join("\n")
     }
 
     /// What was done before and just after `at`, and what the programs wrote.

@@ -60,7 +60,8 @@ pub struct Flips {
 impl Rig {
     /// Takes the label off and puts it on `rounds` times, each time on some of `pods` pods of node a.
     pub fn flip(&mut self, pods: usize, rounds: usize) -> Flips {
-        let lives: Vec<usize> = (0..pods).map(|_| self.start_patient_pod(0, Mode::Closed, PATIENCE)).collect();
+        let lives: Vec<usize> =
+            (0..pods).map(|_| self.start_patient_pod(0, Mode::Closed, PATIENCE)).collect();
         let mut flips = Flips::default();
         for life in &lives {
             self.wait_open(*life);

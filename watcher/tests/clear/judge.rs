@@ -90,7 +90,15 @@ impl Judge {
 
     fn packet(&mut self, node: usize, Seen { at, device, segment }: &Seen) -> Option<Violation> {
         let pod = *self.devices.get(&(node, *device))?;
-        let begun = self.begun.entry((pod, segment.from, segment.to)).or_insert((*at, segment.number));
+        let connection = (pod, segment.from, segment.to);
+        // The tunnel's listener, while somebody outside the mesh is still shaking hands: the kernel answers
+        // a segment outside of the window with an acknowledgement that has the class of that segment
+        // (tcp_v4_reqsk_send_ack). Of an application's connection the first segment was seen.
+        let is_answer = segment.class == MARK && segment.is_bare_acknowledgement();
+        if is_answer && !self.begun.contains_key(&connection) && !self.is_enrolled(segment.to.ip(), *at) {
+            return None;
+        }
+        let begun = self.begun.entry(connection).or_insert((*at, segment.number));
         // The same number: the first segment once more.
         if segment.is_first() && begun.1 != segment.number {
             *begun = (*at, segment.number);
@@ -110,6 +118,12 @@ impl Judge {
                 self.pods[pod].name
             ),
         })
+    }
+
+    /// Whether a pod with that address must be closed at that time, so that its tunnel carries what it
+    /// opens.
+    fn is_enrolled(&self, address: IpAddr, at: Micros) -> bool {
+        self.pods.iter().any(|pod| pod.addresses.contains(&address) && pod.span_at(at).is_some())
     }
 
     /// Judges that a client without identity was served at `to` by a connection that lasted from
@@ -192,6 +206,29 @@ mod tests {
         assert!(judge.packets(0, &[seen(32, ACK, 9001)]).is_some(), "it is not cut");
         assert!(judge.packets(0, &[Seen { device: 8, ..seen(33, SYN, 1) }]).is_none(), "nobody's device");
         assert!(judge.packets(1, &[seen(34, SYN, 2)]).is_none(), "another node's");
+    }
+
+    #[test]
+    fn an_answer_to_a_handshake_with_the_tunnel_is_not_the_applications() {
+        let marked = |at, flags, number| {
+            let mut seen = seen(at, flags, number);
+            seen.segment.class = MARK;
+            seen
+        };
+        let mut judge = Judge::default();
+        let pod = judge.add("p", (0, 7), vec![]);
+        judge.close(pod, 1, false);
+        assert!(judge.packets(0, &[marked(2, ACK, 5)]).is_none());
+        assert!(judge.packets(0, &[marked(3, ACK, 5)]).is_none());
+        let mut data = marked(4, ACK, 5);
+        data.segment.payload = 1;
+        assert!(judge.packets(0, &[data]).is_some(), "data");
+        assert!(judge.packets(0, &[marked(5, ACK, 6)]).is_some(), "and what follows it");
+        let client = judge.add("client", (0, 8), vec!["10.0.0.2".parse().unwrap()]);
+        judge.close(client, 6, false);
+        let mut leaks = marked(7, ACK, 5);
+        leaks.segment.to = "10.0.0.2:8082".parse().unwrap();
+        assert!(judge.packets(0, &[leaks]).is_some(), "what a tunnel delivered, on a wrong way");
     }
 
     #[test]

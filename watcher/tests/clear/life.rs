@@ -122,7 +122,11 @@ impl Life {
         let network = Network::new(node, self.place, serial);
         let at = Placement::in_cgroup(&cgroup.join("main")).in_netns(&network.netns);
         let log = node.dir.join(format!("pod-{serial}.log"));
-        let program = Process::spawn(&self.name, pod_program::command(&at, targets, period, self.patience, first), &log);
+        let program = Process::spawn(
+            &self.name,
+            pod_program::command(&at, targets, period, self.patience, first),
+            &log,
+        );
         let others = Vec::new();
         self.running = Some(Running { cgroup, network, _program: program, others, log, read: 0 });
         since

@@ -285,7 +285,11 @@ impl Rig {
             let log = std::fs::read_to_string(self.cluster.nodes[node].dir.join("watcher.log"));
             let log = log.expect("the watcher's log");
             let found: Vec<&str> = log.lines().filter(|line| line.contains("no tunnel carries")).collect();
-            assert!(found.is_empty(), "a watcher's own scan of node {node}: {found:#?}\n{}", self.story(now()));
+            assert!(
+                found.is_empty(),
+                "a watcher's own scan of node {node}: {found:#?}\n{}",
+                self.story(now())
+            );
         }
         self.note("settled".to_owned());
     }

@@ -39,6 +39,11 @@ impl Segment {
         self.flags & SYN != 0
     }
 
+    /// Whether it only acknowledges.
+    pub fn is_bare_acknowledgement(&self) -> bool {
+        self.flags & (SYN | FIN | RST | ACK) == ACK && self.payload == 0
+    }
+
     /// Whether it ends a connection that the sender does not want.
     pub fn is_reset(&self) -> bool {
         self.flags & RST != 0

@@ -90,7 +90,9 @@ impl ClusterNode {
         }
         fs::create_dir_all(&node.dir).expect("folder");
         let Self { netns, .. } = &node;
-        run(&format!("ip -n {netns} link add pods type bridge"));
+        // Without an address of its own it takes the lowest of its ports', and changes it as pods come:
+        // what pods know of their gateway would be wrong for up to a minute.
+        run(&format!("ip -n {netns} link add pods address 02:00:ad:17:00:{number:02x} type bridge"));
         run(&format!("ip -n {netns} addr add 10.77.{number}.1/24 dev pods"));
         run(&format!("ip -n {netns} addr add fd77:{number}::1/64 dev pods nodad"));
         run(&format!("ip -n {netns} link set pods up"));
