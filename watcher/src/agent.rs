@@ -111,6 +111,7 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
         lock = node_lock::acquire(&config.pins, &metrics) => lock,
     };
     let lock = lock.map_err(cannot(format!("lock the pins in {}", config.pins.display())))?;
+    source.begin();
     let _http = match (http, config.metrics_address) {
         // The watcher before this one had the address, in the same netns, and may not have ended.
         (Err(_), Some(address)) if lock.stood_by => {

@@ -41,6 +41,9 @@ pub struct Source {
     pub updates: mpsc::Receiver<Update>,
     /// Produces the updates; ends with their receiver.
     pub producer: JoinHandle<()>,
+    /// Told once, when the first update is wanted. What was read earlier would be old by then: pods
+    /// that have come since would be taken for pods that nobody names.
+    pub when_wanted: Option<oneshot::Sender<()>>,
     /// Where outcomes go; `None`: the source writes nothing. Unbounded, since the loop never waits:
     /// the writer receives them at once, and keeps only the last one of each uid while it cannot
     /// write.
@@ -59,6 +62,14 @@ impl Source {
         match (&mut self.producer).await {
             Ok(()) => "its task has returned".to_owned(),
             Err(error) => error.to_string(),
+        }
+    }
+
+    /// The watcher works for its node from now on, and no other one does.
+    pub fn begin(&mut self) {
+        if let Some(when_wanted) = self.when_wanted.take() {
+            // A producer that is gone ends the updates.
+            let _ = when_wanted.send(());
         }
     }
 

@@ -36,8 +36,7 @@ while True:
 "
         .replace("NUMBER", &number.to_string());
         let placed = Placement::in_cgroup(&pod.cgroup.join("container")).in_netns(&pod.netns);
-        let log = node.dir.path().join(format!("dial-{}.log", pod.name));
-        let _ = fs::remove_file(&log);
+        let log = node.dir.path().join(format!("dial-{}-{}.log", pod.name, rand::random::<u32>()));
         Self(Process::spawn("dialler", placed.command(&["python3", "-c", &script]), &log))
     }
 
@@ -174,6 +173,33 @@ fn a_pod_that_begins_while_no_watcher_runs_is_closed() {
     node.write_pods(&[false], "");
     node.start(&[]);
     node.wait_state(late, "plain", "");
+}
+
+/// What a watcher heard while it stood by is old when its turn comes: pods have come since.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn a_successor_that_has_stood_by_for_long_opens_no_pod_that_came_meanwhile() {
+    let (mut node, a) = WatcherNode::with_pod(true, &[]);
+    let next = node.spawn(&[], &[]);
+    wait_for("the successor to stand by", || next.output().contains("standing by"));
+    // More than any queue of updates holds.
+    for enrolled in [false, true].repeat(6) {
+        node.write_pods(&[enrolled], "");
+        let (state, code) = if enrolled { ("closed", "no_tunnel") } else { ("plain", "") };
+        node.wait_state(a, state, code);
+    }
+    let b = node.pod("b");
+    node.write_pods(&[true, true], "");
+    node.wait_state(b, "closed", "no_tunnel");
+    let diallers = [(); 3].map(|()| Dialler::start(&node, b));
+    diallers.iter().for_each(|dialler| dialler.more(20));
+    node.kill_watcher();
+    wait_for("the successor to work", || node.command(&["status", "-o", "json"]).0);
+    node.wait_state(b, "closed", "no_tunnel");
+    for dialler in diallers {
+        dialler.more(20);
+        assert_eq!(dialler.said(), ["EPERM"], "in clear\n{}", next.output());
+    }
 }
 
 /// In one netns, with one address for the metrics: whoever has it delays the metrics, nothing else.

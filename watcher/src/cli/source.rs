@@ -121,6 +121,7 @@ impl Wanted {
         limit: Duration,
     ) -> anyhow::Result<Vec<Arc<Pod>>> {
         let mut source = self.start(cgroup_root).await?;
+        source.begin();
         let mut problem = "it does not answer".to_owned();
         let first = async {
             loop {

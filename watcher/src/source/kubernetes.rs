@@ -90,7 +90,8 @@ fn answering_within(limit: Duration, config: &Config) -> Config {
     config
 }
 
-/// Starts to follow the API server, in tasks that end with the receiver of the updates.
+/// Will follow the API server once that is wanted ([`Source::begin`]), in tasks that end with the
+/// receiver of the updates.
 ///
 /// # Errors
 /// No client can be created from `config`.
@@ -99,6 +100,7 @@ pub fn start(config: &Config, options: KubernetesConfig) -> Result<Source, Kuber
     let (sender, updates) = mpsc::channel(4);
     let (outcomes, outcome_receiver) = mpsc::unbounded_channel();
     let (changes, change_receiver) = mpsc::unbounded_channel();
+    let (when_wanted, wanted) = oneshot::channel();
     let fields = format!("spec.nodeName={}", options.node);
     let follower = Follower {
         pods: Watched::new("pods", config, Some(fields)).map_err(KubernetesError::Client)?,
@@ -136,8 +138,18 @@ pub fn start(config: &Config, options: KubernetesConfig) -> Result<Source, Kuber
         (None, None)
     };
     #[expect(clippy::disallowed_methods, reason = "`Source` keeps the handle")]
-    let producer = tokio::spawn(follower.run());
-    Ok(Source { forgets_running_pods: true, name, updates, producer, outcomes, when_ready, startup, writer })
+    let producer = tokio::spawn(follower.run(wanted));
+    Ok(Source {
+        forgets_running_pods: true,
+        name,
+        updates,
+        producer,
+        when_wanted: Some(when_wanted),
+        outcomes,
+        when_ready,
+        startup,
+        writer,
+    })
 }
 
 struct Follower {
@@ -153,7 +165,10 @@ struct Follower {
 }
 
 impl Follower {
-    async fn run(mut self) {
+    async fn run(mut self, wanted: oneshot::Receiver<()>) {
+        if wanted.await.is_err() {
+            return;
+        }
         tokio::join!(self.pods.prefer_streaming_lists(), self.namespaces.prefer_streaming_lists());
         loop {
             let before = self.problem();

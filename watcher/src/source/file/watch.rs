@@ -15,7 +15,7 @@ use std::{
 use error_reporter::Report;
 use futures_util::StreamExt as _;
 use inotify::{EventMask, EventStream, Inotify, WatchMask};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
 use super::parse;
@@ -26,7 +26,8 @@ use crate::{
 
 const READ_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Starts to read `path`, in a task that ends with the receiver of its updates.
+/// Will read `path` once that is wanted ([`Source::begin`]), in a task that ends with the receiver of
+/// its updates.
 ///
 /// # Errors
 /// The file's directory cannot be watched.
@@ -42,14 +43,16 @@ pub fn start(path: PathBuf, cgroup_root: PathBuf) -> io::Result<Source> {
     let changes = inotify.into_event_stream([0; 4096])?;
     let (sender, updates) = mpsc::channel(4);
     let name = format!("pods file {}", path.display());
+    let (when_wanted, wanted) = oneshot::channel();
     let reader = Reader { path, cgroup_root, entries: None, error: None };
     #[expect(clippy::disallowed_methods, reason = "`Source` keeps the handle")]
-    let producer = tokio::spawn(follow(reader, changes, sender));
+    let producer = tokio::spawn(follow(reader, changes, sender, wanted));
     Ok(Source {
         forgets_running_pods: false,
         name,
         updates,
         producer,
+        when_wanted: Some(when_wanted),
         outcomes: None,
         when_ready: None,
         startup: None,
@@ -65,7 +68,15 @@ struct Reader {
     error: Option<String>,
 }
 
-async fn follow(mut reader: Reader, mut changes: EventStream<[u8; 4096]>, updates: mpsc::Sender<Update>) {
+async fn follow(
+    mut reader: Reader,
+    mut changes: EventStream<[u8; 4096]>,
+    updates: mpsc::Sender<Update>,
+    wanted: oneshot::Receiver<()>,
+) {
+    if wanted.await.is_err() {
+        return;
+    }
     loop {
         if let Some(update) = reader.read()
             && updates.send(update).await.is_err()
@@ -169,6 +180,11 @@ mod tests {
         let path = dir.path().join("pods.yaml");
         std::fs::write(&path, "pods: []").unwrap();
         let mut source = start(path.clone(), PathBuf::from("/cgroup")).unwrap();
+        // What is there before it is wanted is old by then.
+        std::fs::write(&path, "pods: [").unwrap();
+        tokio::task::yield_now().await;
+        std::fs::write(&path, "pods: []").unwrap();
+        source.begin();
         assert_eq!(source.updates.recv().await, Some(Update::All(Vec::new())));
         std::fs::write(dir.path().join("next"), "pods: [").unwrap();
         std::fs::rename(dir.path().join("next"), &path).unwrap();
