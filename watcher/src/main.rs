@@ -16,5 +16,7 @@ use clap::Parser as _;
 mod cli;
 
 fn main() -> ExitCode {
+    // Where the tunnel is built beside this, rustls has two to choose from.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     cli::run(cli::Cli::parse())
 }

@@ -1,13 +1,12 @@
 //! The chart's ClusterRole is enough for the watcher, each verb of it is needed, and it is of no
 //! use for more.
 
-use std::{collections::BTreeSet, path::Path};
+use std::collections::BTreeSet;
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
-    Api, Client, Config,
+    Api,
     api::{Patch, PatchParams},
-    config::{KubeConfigOptions, Kubeconfig},
 };
 use serde_json::{Value, json};
 use testbed::{
@@ -38,14 +37,6 @@ fn rules() -> Vec<(String, String, Vec<String>)> {
         }
     }
     rules
-}
-
-pub fn client(api: &ApiServer, kubeconfig: &Path) -> Client {
-    let kubeconfig = Kubeconfig::read_from(kubeconfig).expect("kubeconfig");
-    api.block_on(async {
-        let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
-        Client::try_from(config.expect("configuration")).expect("client")
-    })
 }
 
 /// A role of the same rights but for `verb` on `resource`, bound to an account of its own: its
@@ -139,7 +130,7 @@ fn a_server_that_streams_lists_is_asked_for_watches_alone() {
 fn the_role_does_not_let_anybody_change_what_pods_run() {
     let mut node = ApiNode::new(&json!({}));
     node.pod("pod", &json!({}));
-    let pods: Api<Pod> = Api::namespaced(client(&node.api, &node.api.watcher_kubeconfig()), &node.namespace);
+    let pods: Api<Pod> = Api::namespaced(node.api.client_by(&node.api.watcher_kubeconfig()), &node.namespace);
     let other = Patch::Strategic(json!({"spec": {"containers": [{"name": "main", "image": "another"}]}}));
     let params = PatchParams::default();
     let refused = node.api.block_on(pods.patch("pod", &params, &other)).expect_err("patched");
@@ -163,7 +154,7 @@ fn with_the_charts_policy_a_watcher_changes_one_annotation_of_its_own_nodes_pods
     let uid = node.api.pod("adit-system", "watcher", &node.host.name, &account);
     let kubeconfig = node.api.kubeconfig_of_pod("adit-system", "adit-watcher", Some(("watcher", &uid)));
 
-    let pods: Api<Pod> = Api::namespaced(client(&node.api, &kubeconfig), &node.namespace);
+    let pods: Api<Pod> = Api::namespaced(node.api.client_by(&kubeconfig), &node.namespace);
     let refusal = |name: &str, patch: &Value| {
         let patch = Patch::Merge(patch);
         let patched = node.api.block_on(pods.patch_status(name, &PatchParams::default(), &patch));

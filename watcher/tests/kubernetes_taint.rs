@@ -10,8 +10,6 @@ use kube::{
 use serde_json::json;
 use testbed::{api_node::ApiNode, api_server::ApiServer, chart, wait::wait_for};
 
-use crate::kubernetes_access::client;
-
 const KEY: &str = "adit.dev/not-ready";
 
 /// Keys and effects of the node's taints.
@@ -65,7 +63,7 @@ fn the_startup_taint_goes_when_the_watcher_is_ready() {
     assert!(taints(&node).contains(&other), "the others stay: {:?}", taints(&node));
 
     // With the same rights nothing else can be done to it, or to another node.
-    let as_watcher = Api::<Node>::all(client(&node.api, &kubeconfig));
+    let as_watcher = Api::<Node>::all(node.api.client_by(&kubeconfig));
     let another = serde_json::from_value(json!({"metadata": {"name": "another"}})).expect("a node");
     node.api.block_on(nodes.create(&PostParams::default(), &another)).expect("created");
     let refusal = |name: &str, patch: serde_json::Value| {

@@ -5,11 +5,13 @@
 //! * [`ca_client`], [`development_ca`]: the two certificate authorities; [`authority`]: their trait
 //! * [`revocations`]: revoked certificates
 //! * [`credentials`]: a certificate with its key, as TLS configuration for both roles
+//! * [`ciphers`]: the fastest AES-GCM of the node
 //! * [`trust`]: how a peer's certificate is verified
 
 mod authority;
 mod ca_client;
 mod certificates;
+mod ciphers;
 mod clock;
 mod credentials;
 mod development_ca;

@@ -10,6 +10,7 @@ use std::{collections::BTreeSet, io::Write as _, net::SocketAddr, process::ExitC
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use kube::{Client, Config};
+use rustls::crypto::aws_lc_rs;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
@@ -178,6 +179,8 @@ impl Arguments {
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    // Where the tunnel is built beside this, rustls has two to choose from.
+    let _ = aws_lc_rs::default_provider().install_default();
     match Box::pin(run(Arguments::parse())).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

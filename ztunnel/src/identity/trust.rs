@@ -10,9 +10,7 @@ use rustls::{
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
         verify_server_cert_signed_by_trust_anchor,
     },
-    crypto::{
-        CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs, verify_tls12_signature, verify_tls13_signature,
-    },
+    crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, ServerName, UnixTime},
     server::{
         ParsedCertificate, WebPkiClientVerifier,
@@ -22,7 +20,7 @@ use rustls::{
 };
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-use super::{Identity, IdentityError, TrustDomains};
+use super::{Identity, IdentityError, TrustDomains, ciphers};
 use crate::config::TlsConfig;
 
 static TLS13_ONLY: [&SupportedProtocolVersion; 1] = [&TLS13];
@@ -41,7 +39,7 @@ impl TlsParameters {
     /// prefers X25519MLKEM768.
     #[must_use]
     pub fn new(config: TlsConfig) -> Self {
-        let mut provider = aws_lc_rs::default_provider();
+        let mut provider = ciphers::provider();
         provider.cipher_suites.retain(|suite| match suite.suite() {
             CipherSuite::TLS13_AES_256_GCM_SHA384 | CipherSuite::TLS13_AES_128_GCM_SHA256 => true,
             CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384

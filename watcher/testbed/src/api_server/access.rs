@@ -11,11 +11,17 @@ use kube::{
     api::PostParams,
     config::{KubeConfigOptions, Kubeconfig},
 };
+use rustls::crypto::aws_lc_rs;
 use serde_json::{Value, json};
 
 use super::{ApiServer, keys};
 
 impl ApiServer {
+    /// A client by a kubeconfig, which must be used with [`Self::block_on`].
+    pub fn client_by(&self, kubeconfig: &Path) -> Client {
+        self.block_on(client(kubeconfig))
+    }
+
     /// A kubeconfig of the service account `namespace/name`, with a token as pods get it.
     pub fn kubeconfig_of(&self, namespace: &str, name: &str) -> PathBuf {
         self.kubeconfig_of_pod(namespace, name, None)
@@ -90,6 +96,8 @@ pub(super) fn write_kubeconfig(path: &Path, dir: &Path, url: &str, user: &Value)
 
 /// A client by a kubeconfig.
 pub(super) async fn client(kubeconfig: &Path) -> Client {
+    // In a build of the whole workspace rustls has two to choose from.
+    let _ = aws_lc_rs::default_provider().install_default();
     let kubeconfig = Kubeconfig::read_from(kubeconfig).expect("kubeconfig");
     let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
     Client::try_from(config.expect("configuration")).expect("client")
