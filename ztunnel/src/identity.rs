@@ -6,6 +6,7 @@
 //! * [`revocations`]: revoked certificates
 //! * [`credentials`]: a certificate with its key, as TLS configuration for both roles
 //! * [`trust`]: how a peer's certificate is verified
+//! * [`mesh_trust`]: which trust domains are this mesh, and clients of which others are accepted
 
 mod authority;
 mod ca_client;
@@ -14,6 +15,7 @@ mod clock;
 mod credentials;
 mod development_ca;
 mod expiry;
+mod mesh_trust;
 mod revocations;
 mod slot;
 mod trust;
@@ -24,6 +26,7 @@ pub use ca_client::credentials_from_response;
 pub use certificates::{AccountLease, CertificateInfo, Certificates};
 pub use credentials::Credentials;
 pub use expiry::{first_expiry, until};
+pub use mesh_trust::MeshTrust;
 pub use revocations::{CertificateChain, Revocations, RevocationsError};
 pub use trust::{NoIdentity, TlsParameters, peer_identity};
 pub use ztunnel_api::names::{Identity, InvalidIdentity};

@@ -293,8 +293,8 @@ impl ServedPods {
         });
         // Each ends by itself when its pod is gone.
         while self.followers.try_join_next().is_some() {}
-        let (store, aliases) = (Arc::clone(&self.process.store), Arc::clone(&config.trust_domain_aliases));
-        self.followers.spawn(ServedPod::follow_policies(store, aliases, Arc::downgrade(&pod)));
+        let (store, trust) = (Arc::clone(&self.process.store), Arc::clone(&self.process.trust));
+        self.followers.spawn(ServedPod::follow_policies(store, trust, Arc::downgrade(&pod)));
         self.workers.serve(&pod, listeners)?;
         // DNS is optional, connections are not: a pod whose DNS port is in use is served without
         // DNS.

@@ -19,3 +19,4 @@ mod pods;
 mod policy_known;
 mod revocations;
 mod scrapers;
+mod trust_domains;

@@ -11,7 +11,7 @@ use crate::{
         client::{ConnectError, is_of_peer},
         server::Abandoned,
     },
-    identity::IdentityError,
+    identity::{Identity, IdentityError},
     lookup::LookupError,
     policy::Denied,
     reason::FailureReason,
@@ -142,6 +142,8 @@ pub(crate) enum InboundError {
     Revoked,
     #[error("connection closed due to policy rejection")]
     Denied(#[source] Denied),
+    #[error("clients of the trust domain of {0} are not accepted")]
+    Untrusted(Identity),
     #[error("connection refused: a policy is not known")]
     UnknownPolicy(#[source] Denied),
     #[error("connection failed")]
@@ -187,7 +189,7 @@ impl InboundError {
     pub(super) fn status(&self) -> StatusCode {
         match self {
             Self::Method(_) | Self::Authority(_) | Self::IpMismatch { .. } => StatusCode::BAD_REQUEST,
-            Self::Denied(_) | Self::Revoked => StatusCode::UNAUTHORIZED,
+            Self::Denied(_) | Self::Revoked | Self::Untrusted(_) => StatusCode::UNAUTHORIZED,
             _ => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
@@ -217,6 +219,7 @@ impl ConnectionFailure for InboundError {
             Self::Revoked => FailureReason::Revoked,
             Self::Dial(_) => FailureReason::Connect,
             Self::PolicyChange => FailureReason::PolicyChange,
+            Self::Untrusted(_) => FailureReason::Untrusted,
             Self::Stream(error) => error.reason(),
         }
     }
@@ -224,7 +227,7 @@ impl ConnectionFailure for InboundError {
     fn response_flags(&self) -> &'static str {
         match self {
             Self::Identity(_) => "IDENTITY_ERROR",
-            Self::Tls(_) => "TLS_FAILURE",
+            Self::Tls(_) | Self::Untrusted(_) => "TLS_FAILURE",
             Self::Http(_) => "H2_HANDSHAKE_FAILURE",
             Self::Denied(_) | Self::PolicyChange => "DENY",
             Self::Dial(_) => "CONNECT",
