@@ -113,7 +113,7 @@ impl ServedPods {
         let handover = Handover::new(&self.process, &info);
         let awaited = handover.as_ref().and_then(|handover| handover.awaits(&self.process, again.as_fd()));
         let started = if let Some(lack) = &awaited {
-            info!(pod.uid = uid, pod.name = %info.name, lack, "another tunnel serves the pod until its certificate is there");
+            info!(pod.uid = uid, pod.name = %info.name, lack, "another tunnel serves the pod until this one can");
             Ok(())
         } else {
             self.start(uid, info.clone(), netns)
