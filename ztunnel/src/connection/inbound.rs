@@ -20,9 +20,10 @@ use crate::{
     direction::Direction,
     hbone::{
         BAGGAGE, ConnectTarget, FORWARDED, InvalidTarget, forwarded_host,
-        server::{self, ConnectRequest},
+        server::{self, ConnectRequest, TlsIo},
     },
     identity::{CertificateChain, Credentials, Identity, first_expiry, peer_identity, until},
+    memory::TunnelMemory,
     mesh::{Mesh, Service, Workload, baggage},
     pod::ServedPod,
     record::{ByteCounters, ConnectionEnds, ConnectionFailure, ConnectionRecord, record_early_failure},
@@ -118,7 +119,9 @@ pub(crate) async fn serve(accepted: Accepted) {
         credentials: Arc::clone(&credentials),
         local,
     });
-    let served = server::serve(tls, &process.config.h2, &tunnel.pod.memory, stop.clone(), |connect| {
+    let memory = TunnelMemory::new(&tunnel.pod.memory, process.config.h2.stream_window);
+    let tls = TlsIo::new(tls, &memory);
+    let served = server::serve(tls, &process.config.h2, memory, stop.clone(), |connect| {
         request(Rc::clone(&tunnel), connect)
     });
     let served = tokio::select! {
