@@ -23,7 +23,7 @@ logLevel: debug
 logAsJson: true
 caAddress: unix:/run/ca.sock
 env: {ZTUNNEL_WORKER_THREADS: 3, RUST_LOG: info}
-meshConfig: {defaultConfig: {proxyMetadata: {ISTIO_META_DNS_CAPTURE: 'false'}}}
+meshConfig: {trustDomainAliases: [old.example], defaultConfig: {proxyMetadata: {ISTIO_META_DNS_CAPTURE: 'false'}}}
 terminationGracePeriodSeconds: 60
 peerCaCrl: {enabled: true}
 resources: {limits: {memory: 1Gi}}

@@ -61,6 +61,8 @@ pub struct Config {
     pub trust_domain: Arc<str>,
     /// Other trust domains that are this mesh, such as the one before a migration.
     pub trust_domain_aliases: Arc<[Arc<str>]>,
+    /// Where the control plane tells of more trust domains.
+    pub trust_files: TrustFiles,
     /// The pod of this process. `None`: its metrics are not served over HBONE.
     pub own_pod: Option<OwnPod>,
     /// The mesh from a document.
@@ -115,6 +117,15 @@ pub struct Config {
     /// Every key with its effective value and its origin, for `config print` and `/config_dump`.
     #[serde(skip)]
     pub effective: Arc<[Effective]>,
+}
+
+/// Files of the control plane about trust domains. One that does not exist says nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct TrustFiles {
+    /// Istio's mesh configuration, which names aliases of the mesh's trust domain.
+    pub mesh_config: Option<PathBuf>,
+    /// Trust domains whose clients are accepted (`TRUST_DOMAINS_PATH`).
+    pub accepted: Option<PathBuf>,
 }
 
 /// Which workloads one process serves.

@@ -11,7 +11,7 @@ use crate::{
     config::{Config, ProxyMode},
     discovery::demand::Demand,
     hbone::pool::TunnelPool,
-    identity::{Certificates, Revocations},
+    identity::{Certificates, MeshTrust, Revocations},
     lookup::HostResolver,
     memory::MemoryBudget,
     mesh::Store,
@@ -28,6 +28,7 @@ pub struct ProcessContext {
     pub(crate) config: Arc<Config>,
     pub(crate) store: Arc<Store>,
     pub(crate) certificates: Arc<Certificates>,
+    pub(crate) trust: Arc<MeshTrust>,
     pub(crate) revocations: Arc<Revocations>,
     pub(crate) metrics: Arc<Metrics>,
     /// For what streams have received.
@@ -69,6 +70,7 @@ impl ProcessContext {
         Self {
             config,
             store,
+            trust: Arc::clone(certificates.trust()),
             certificates,
             revocations,
             metrics,

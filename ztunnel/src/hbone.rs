@@ -1,7 +1,8 @@
 //! HBONE: TCP in HTTP/2 CONNECT in mutual TLS, on port 15008 of the peer's pod.
 //!
 //! * this file: request headers and HTTP/2 settings, which both ends share
-//! * [`keepalive`]: detects a dead peer; `read_ahead`: buffers what is read from it
+//! * [`keepalive`]: detects a dead peer; `read_ahead`: buffers what is read from it; `tls_buffers`:
+//!   TLS, whose buffers are in the budgets
 //! * [`client`]: one tunnel to a peer; `pool`: tunnels shared by the connections of a worker
 //! * `nested`: a tunnel inside a stream of another
 //! * `server`: accepts the CONNECT requests of one tunnel
@@ -12,6 +13,7 @@ pub(crate) mod nested;
 pub(crate) mod pool;
 mod read_ahead;
 pub(crate) mod server;
+mod tls_buffers;
 
 use std::{
     net::{IpAddr, SocketAddr},

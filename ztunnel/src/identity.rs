@@ -7,6 +7,7 @@
 //! * [`credentials`]: a certificate with its key, as TLS configuration for both roles
 //! * [`ciphers`]: the fastest AES-GCM of the node
 //! * [`trust`]: how a peer's certificate is verified
+//! * [`mesh_trust`]: which trust domains are this mesh, and clients of which others are accepted
 
 mod authority;
 mod ca_client;
@@ -16,6 +17,7 @@ mod clock;
 mod credentials;
 mod development_ca;
 mod expiry;
+mod mesh_trust;
 mod revocations;
 mod slot;
 mod trust;
@@ -26,6 +28,7 @@ pub use ca_client::credentials_from_response;
 pub use certificates::{AccountLease, CertificateInfo, Certificates};
 pub use credentials::Credentials;
 pub use expiry::{first_expiry, until};
+pub use mesh_trust::MeshTrust;
 pub use revocations::{CertificateChain, Revocations, RevocationsError};
 pub use trust::{NoIdentity, TlsParameters, peer_identity};
 pub use ztunnel_api::names::{Identity, InvalidIdentity};

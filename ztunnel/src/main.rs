@@ -21,7 +21,7 @@ use ztunnel::{
     },
     dns::Dns,
     drain,
-    identity::{Certificates, Revocations},
+    identity::{Certificates, MeshTrust, Revocations},
     logging::Logging,
     mesh::{
         Store,
@@ -78,7 +78,8 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
     });
     forget_state(&config);
     let last_state = last_state(&config)?;
-    let certificates = Certificates::new(&config)?;
+    let trust = MeshTrust::open(&config);
+    let certificates = Certificates::new(&config, Arc::clone(&trust))?;
     let revocations = Arc::new(Revocations::open(config.crl.clone())?);
     let metrics = metrics(&config, &certificates, last_state.as_deref(), lost_lines);
     let readiness = Readiness::default();
@@ -147,6 +148,7 @@ async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) 
     if revocations.is_configured() {
         services.spawn(watch().watch("the watch for revocations", revocations.watch(end.clone())));
     }
+    services.spawn(watch().watch("the watch for trust domains", trust.watch(end.clone())));
     if let Some(client) = xds {
         services.spawn(watch().watch("discovery", client.run(end.clone())));
     }

@@ -13,8 +13,9 @@
 //!
 //! Each stream has a window of its own, so none waits for what another one does not read.
 //!
-//! What is to be sent counts when it is there: once a tunnel has queued 4 MiB, or the pod or the
-//! process holds what its budget allows, a stream queues one read of 16 KiB at a time.
+//! What is to be sent counts when it is there, before and after TLS: once a tunnel has queued 4 MiB,
+//! or the pod or the process holds what its budget allows, a stream queues one read of 16 KiB at a
+//! time, and TLS keeps one record for the connection.
 //!
 //! * this file: the budgets of pods and the process
 //! * `tunnel`: the windows of one tunnel, and how many streams of it were reset
@@ -32,7 +33,9 @@ use prometheus_client::metrics::gauge::Gauge;
 
 pub use self::queue::SendData;
 pub(crate) use self::queue::SendQueue;
-pub(crate) use self::tunnel::{RESET_REMEMBERED, RESETS, StreamMemory, TunnelChange, TunnelMemory};
+pub(crate) use self::tunnel::{
+    RESET_REMEMBERED, RESETS, StreamMemory, TunnelBuffers, TunnelChange, TunnelMemory,
+};
 
 /// Bytes of streams in memory. Each budget has its own; those of the process are shown.
 #[derive(Clone, Debug, Default)]

@@ -30,7 +30,7 @@ pub use gateways::{GatewayAddress, GatewayDestination};
 pub use local_pod::LocalPod;
 pub use policies::{Policy, PolicyKey, PolicyKnowledge};
 pub use services::{Endpoint, Service, ServiceKey};
-pub use store::Store;
+pub use store::{Knowledge, Store};
 pub use view::{MeshView, NamedGateway};
 pub use workloads::{Protocol, Workload};
 

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     budget::{DescriptorLease, PodBudget},
-    identity::AccountLease,
+    identity::{AccountLease, MeshTrust},
     memory::MemoryBudget,
     mesh::{LocalPod, Mesh, Store, Workload},
     policy::PodProtection,
@@ -70,9 +70,9 @@ impl ServedPod {
     }
 
     /// Keeps its protection up to date, until nobody holds the pod.
-    pub(crate) async fn follow_policies(store: Arc<Store>, aliases: Arc<[Arc<str>]>, pod: Weak<Self>) {
+    pub(crate) async fn follow_policies(store: Arc<Store>, trust: Arc<MeshTrust>, pod: Weak<Self>) {
         let find = |pod: &Self, mesh: &Mesh| pod.workload(mesh).cloned();
-        PodProtection::follow(store, aliases, pod, |pod| &pod.protection, find).await;
+        PodProtection::follow(store, trust, pod, |pod| &pod.protection, find).await;
     }
 
     /// Resolves when the pod was deleted, not only taken out of the mesh. Every CNI plugin removes

@@ -113,7 +113,7 @@ impl ServedPods {
         let handover = Handover::new(&self.process, &info);
         let awaited = handover.as_ref().and_then(|handover| handover.awaits(&self.process, again.as_fd()));
         let started = if let Some(lack) = &awaited {
-            info!(pod.uid = uid, pod.name = %info.name, lack, "another tunnel serves the pod until its certificate is there");
+            info!(pod.uid = uid, pod.name = %info.name, lack, "another tunnel serves the pod until this one can");
             Ok(())
         } else {
             self.start(uid, info.clone(), netns)
@@ -293,8 +293,8 @@ impl ServedPods {
         });
         // Each ends by itself when its pod is gone.
         while self.followers.try_join_next().is_some() {}
-        let (store, aliases) = (Arc::clone(&self.process.store), Arc::clone(&config.trust_domain_aliases));
-        self.followers.spawn(ServedPod::follow_policies(store, aliases, Arc::downgrade(&pod)));
+        let (store, trust) = (Arc::clone(&self.process.store), Arc::clone(&self.process.trust));
+        self.followers.spawn(ServedPod::follow_policies(store, trust, Arc::downgrade(&pod)));
         self.workers.serve(&pod, listeners)?;
         // DNS is optional, connections are not: a pod whose DNS port is in use is served without
         // DNS.

@@ -11,7 +11,7 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
-    identity::{Identity, TrustDomains},
+    identity::{Identity, MeshTrust, TrustDomains},
     mesh::{
         Mesh, Policy, PolicyKey, PolicyKnowledge, PolicySet, Store, Workload,
         policies::{Action, ConnectionFacts},
@@ -57,10 +57,10 @@ pub(crate) struct Protection {
 }
 
 impl Protection {
-    /// What protects `workload`, whose trust domain has these `aliases`. A named policy that was
-    /// removed is none: the workload will soon name it no longer.
-    pub(crate) fn of(mesh: &Mesh, workload: &Workload, aliases: &Arc<[Arc<str>]>) -> Self {
-        let domains = TrustDomains::new(Arc::clone(&workload.trust_domain), Arc::clone(aliases));
+    /// What protects `workload`, in the mesh of its trust domain. A named policy that was removed is
+    /// none: the workload will soon name it no longer.
+    pub(crate) fn of(mesh: &Mesh, workload: &Workload, trust: &MeshTrust) -> Self {
+        let domains = trust.domains(&workload.trust_domain);
         let mut all = Self { domains, ..Self::default() };
         for policy in mesh.policies_by_scope(&workload.namespace) {
             all.add(policy);
@@ -130,12 +130,12 @@ impl PodProtection {
     /// its handle. A workload that is no longer known keeps what it had.
     pub(crate) async fn follow<P>(
         store: Arc<Store>,
-        aliases: Arc<[Arc<str>]>,
+        trust: Arc<MeshTrust>,
         pod: Weak<P>,
         of: impl Fn(&P) -> &Self,
         find: impl Fn(&P, &Mesh) -> Option<Arc<Workload>>,
     ) {
-        let mut changes = store.subscribe();
+        let (mut changes, mut domains) = (store.subscribe(), trust.subscribe());
         let mut last: Option<(Arc<Workload>, PolicySet)> = None;
         loop {
             changes.mark_unchanged();
@@ -147,12 +147,13 @@ impl PodProtection {
                         .is_some_and(|(seen, set)| Arc::ptr_eq(seen, workload) && mesh.has_policies(set))
                 };
                 if let Some(workload) = find(&pod, &mesh).filter(|workload| !unchanged(workload)) {
-                    of(&pod).set(Protection::of(&mesh, &workload, &aliases));
+                    of(&pod).set(Protection::of(&mesh, &workload, &trust));
                     last = Some((workload, mesh.policy_set()));
                 }
             }
-            if changes.changed().await.is_err() {
-                return;
+            tokio::select! {
+                still_told = changes.changed() => if still_told.is_err() { return },
+                () = domains.changed() => last = None,
             }
         }
     }

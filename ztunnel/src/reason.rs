@@ -163,6 +163,9 @@ reasons! {
     UnknownWorkload = "unknown_workload", Passes,
         "no source described the pod's own workload within 5 s",
         "Check the connection to the control plane, or that the pod is in the mesh file.";
+    Untrusted = "untrusted", Stays,
+        "clients of the peer's trust domain are no longer accepted: it is no alias of this mesh (`node.trust_domain_aliases`), and the control plane does not list it",
+        "Expected at the end of a migration. The record has the identity of the client.";
 }
 
 impl FailureReason {

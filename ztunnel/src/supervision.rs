@@ -21,9 +21,9 @@ static PANICS: AtomicU64 = AtomicU64::new(0);
 pub fn observe_panics() {
     std::panic::set_hook(Box::new(|panic| {
         PANICS.fetch_add(1, Ordering::Relaxed);
-        let message = panic.payload_as_str().unwrap_or("no message");
+        let said = panic.payload_as_str().unwrap_or("no message");
         let place = panic.location().map(ToString::to_string).unwrap_or_default();
-        error!(message, place, thread = thread::current().name(), "panic");
+        error!(error = said, place, thread = thread::current().name(), "panic");
     }));
 }
 

@@ -1,11 +1,11 @@
 //! Threads that serve pods: each has a single-threaded runtime, on which one task serves each pod.
 
-use std::{io, sync::Arc, thread::JoinHandle};
+use std::{convert::Infallible, io, sync::Arc, thread::JoinHandle};
 
 use tokio::{
     runtime::Builder,
-    sync::mpsc,
-    task::{JoinError, JoinSet, LocalSet, spawn_blocking},
+    sync::{mpsc, oneshot},
+    task::{JoinError, JoinSet, LocalSet},
 };
 use tracing::error;
 
@@ -16,6 +16,8 @@ use crate::{metrics::Metrics, pod::ServedPod, supervision::Supervisor};
 pub(crate) struct PodThread<T> {
     orders: mpsc::UnboundedSender<(Arc<ServedPod>, T)>,
     thread: JoinHandle<()>,
+    /// Closed when the thread ends.
+    ended: oneshot::Receiver<Infallible>,
 }
 
 impl<T: Send + 'static> PodThread<T> {
@@ -41,7 +43,9 @@ impl<T: Send + 'static> PodThread<T> {
         let lifeline = supervisor.lifeline(format!("the thread {name}"));
         let serve_all = async move || serve_pods(pods, prepare()).await;
         let (prepared, home) = std::sync::mpsc::sync_channel(1);
+        let (ending, ended) = oneshot::channel();
         let thread = std::thread::Builder::new().name(name).spawn(move || {
+            let _ending = ending;
             // Later there may be no descriptors left, and without a way home it could enter no
             // netns.
             let home = adit_netns::remember_home();
@@ -52,7 +56,7 @@ impl<T: Send + 'static> PodThread<T> {
             lifeline.release();
         })?;
         home.recv().map_err(io::Error::other)??;
-        Ok(Self { orders, thread })
+        Ok(Self { orders, thread, ended })
     }
 
     /// Serves `pod` on `sockets` until the pod's `stop`.
@@ -67,10 +71,12 @@ impl<T: Send + 'static> PodThread<T> {
 
     /// Waits until all pods are done, each of which has been stopped.
     pub(crate) async fn finish(self) {
-        let Self { orders, thread } = self;
+        let Self { orders, thread, ended } = self;
         drop(orders);
         let name = name_of(&thread).to_owned();
-        if !matches!(spawn_blocking(|| thread.join()).await, Ok(Ok(()))) {
+        // A process that may start no more threads must end in order too: so none waits for this one.
+        let _ = ended.await;
+        if thread.join().is_err() {
             error!(thread = name, "a thread panicked");
         }
     }

@@ -41,16 +41,20 @@ pub(crate) async fn own_workload(
             if let Some(workload) = pod.workload(&mesh).cloned() {
                 return Some((mesh, workload));
             }
-            if let Some(demand) = &process.demand {
-                // Istio's form of a pod's uid. Its control plane sends the pods of this node
-                // unasked.
-                let (cluster, info) = (&process.config.cluster_id, &pod.info);
-                demand.subscribe(&format!("{cluster}//Pod/{}/{}", info.namespace, info.name));
-            }
+            ask_for_own(process, &pod.info.namespace, &pod.info.name);
             changes.changed().await.ok()?;
         }
     };
     timeout(WORKLOAD_TIMEOUT, arrived).await.ok().flatten().ok_or(UnknownWorkload)
+}
+
+/// Where the mesh is known on demand, requests the workload of a pod of this node. Istio's control
+/// plane sends those unasked.
+pub(crate) fn ask_for_own(process: &ProcessContext, namespace: &str, name: &str) {
+    if let Some(demand) = &process.demand {
+        // Istio's form of a pod's uid.
+        demand.subscribe(&format!("{}//Pod/{namespace}/{name}", process.config.cluster_id));
+    }
 }
 
 /// What `rule` decides when it knows everything that it looks up, and the snapshot that it decided

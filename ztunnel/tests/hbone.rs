@@ -53,7 +53,7 @@ impl Probe {
     fn new(mesh: &TunnelMesh) -> Self {
         let vars = HashMap::from([("DEVELOPMENT_CA_DIR".to_owned(), mesh.ca_dir().display().to_string())]);
         let config = Config::from_vars(vars).expect("config");
-        let certificates = Certificates::new(&config).expect("CA");
+        let certificates = Certificates::new(&config, Arc::default()).expect("CA");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
         runtime.spawn(Arc::clone(&certificates).run(CancellationToken::new()));
         let budget = MemoryBudget::new(1 << 30, MemoryMetrics::default());

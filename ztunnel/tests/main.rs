@@ -19,3 +19,5 @@ mod pods;
 mod policy_known;
 mod revocations;
 mod scrapers;
+mod supervision;
+mod trust_domains;

@@ -63,6 +63,10 @@
   {{- if .Values.peerCaCrl.enabled }}
   - {name: istio-ca-crl, mountPath: /var/run/secrets/istio-crl, readOnly: true}
   {{- end }}
+  {{- if not (include "adit.hasControl" .) }}
+  - {name: istio-mesh-config, mountPath: /etc/istio/config, readOnly: true}
+  - {name: istio-trust-domains, mountPath: /var/run/secrets/istio-trust-domains, readOnly: true}
+  {{- end }}
   {{- if .Values.config }}
   - {name: config, mountPath: /etc/adit, readOnly: true}
   {{- end }}
@@ -88,6 +92,11 @@
 {{- with include "adit.network" . }}{{ $_ := set $set "NETWORK" . }}{{ end -}}
 {{- if include "adit.logAsJson" . }}{{ $_ := set $set "LOG_FORMAT" "json" }}{{ end -}}
 {{- if .Values.peerCaCrl.enabled }}{{ $_ := set $set "CRL_PATH" "/var/run/secrets/istio-crl/ca-crl.pem" }}{{ end -}}
+{{- with .Values.meshConfig.trustDomainAliases }}{{ $_ := set $set "TRUST_DOMAIN_ALIASES" (join "," .) }}{{ end -}}
+{{- if not (include "adit.hasControl" .) }}
+{{- $_ := set $set "MESH_CONFIG_PATH" "/etc/istio/config/mesh" }}
+{{- $_ := set $set "TRUST_DOMAINS_PATH" "/var/run/secrets/istio-trust-domains/trust-domains" }}
+{{- end -}}
 {{- if .Values.stateHostPath }}{{ $_ := set $set "XDS_STATE_DIR" "/var/lib/adit/ztunnel" }}{{ end -}}
 {{- if and .Values.stateHostPath .Values.watcher.detach }}{{ $_ := set $set "XDS_FORGET_STATE" "true" }}{{ end -}}
 {{- if .Values.config }}{{ $_ := set $set "ZTUNNEL_CONFIG" "/etc/adit/ztunnel.yaml" }}{{ end -}}

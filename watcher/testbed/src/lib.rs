@@ -25,6 +25,7 @@
 //! * [`helper`]: this executable once more, as a process elsewhere
 //! * [`process`]: programs in a cgroup and a netns, which end with their owner
 //! * [`program`]: where the programs under test are, and how large the tests
+//! * [`task_limit`]: limits the threads of a process
 //! * [`netns`], [`cgroup`], [`mount`]: guards for what the kernel keeps by name
 //! * [`interrupt`], [`command`], [`wait`]: notice Ctrl-C; run a command; wait for a condition
 
@@ -63,6 +64,7 @@ pub mod process;
 pub mod program;
 pub mod real_cluster;
 pub mod roles;
+pub mod task_limit;
 pub mod traffic;
 pub mod tunnel_mesh;
 pub mod wait;

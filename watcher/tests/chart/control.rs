@@ -50,6 +50,26 @@ fn mounted_root(manifest: &str) -> String {
 
 #[test]
 #[ignore = "needs Helm: make test"]
+fn tunnels_know_the_trust_domains_of_the_mesh_configuration() {
+    let manifest = rendered("{profile: istio, revision: canary}");
+    assert!(manifest.contains("name: istio-canary\n"), "{manifest}");
+    assert!(manifest.contains("configMap: {name: istio-trust-domains, optional: true}"), "{manifest}");
+    let mounted = container(&manifest, "ztunnel").unwrap()["volumeMounts"].clone();
+    for (variable_name, volume) in
+        [("MESH_CONFIG_PATH", "istio-mesh-config"), ("TRUST_DOMAINS_PATH", "istio-trust-domains")]
+    {
+        let mounts = mounted.as_array().unwrap();
+        let mount = mounts.iter().find(|mount| mount["name"] == volume).expect(volume);
+        let folder = mount["mountPath"].as_str().unwrap();
+        assert!(variable(&manifest, variable_name).starts_with(folder), "{variable_name}");
+    }
+    assert!(!rendered("{}").contains("istio-trust-domains"), "ztunnel-control has no such file");
+    let aliases = "{meshConfig: {trustDomainAliases: [old.example, older.example]}}";
+    assert_eq!(variable(&rendered(aliases), "TRUST_DOMAIN_ALIASES"), "old.example,older.example");
+}
+
+#[test]
+#[ignore = "needs Helm: make test"]
 fn it_takes_every_argument() {
     for values in STANDALONE {
         let with = |more: &str| {

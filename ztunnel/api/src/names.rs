@@ -52,6 +52,12 @@ impl FromStr for Identity {
     }
 }
 
+/// Whether `text` may be a trust domain: SPIFFE-ID §2.1, and upper case, which some meshes have.
+#[must_use]
+pub fn is_trust_domain(text: &str) -> bool {
+    is_segment(text)
+}
+
 /// SPIFFE-ID §2.2: letters, digits, dots, dashes and underscores, and no relative segments.
 fn is_segment(part: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');

@@ -58,7 +58,7 @@ fn a_tunnel_has_certificates_for_the_pods_of_its_node_only() {
     let (here, elsewhere) = (unique("node"), unique("node"));
     let (own, other) = (with_pod(&control, "web", &here), with_pod(&control, "web", &elsewhere));
     // The tunnel's own client, and what it demands of a certificate.
-    let certificates = Certificates::new(&control.tunnel_config(&here)).unwrap();
+    let certificates = Certificates::new(&control.tunnel_config(&here), Arc::default()).unwrap();
     let _leases = [&own, &other].map(|namespace| certificates.lease(namespace.as_str().into(), "web".into()));
     let identity = |namespace: &str| -> Identity { id(namespace, "web").parse().unwrap() };
     let get = |of: &Identity| {

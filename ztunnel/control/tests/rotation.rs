@@ -98,7 +98,8 @@ impl Tunnel {
         let node = unique("node");
         let demo = pod_of(api, "web", &node);
         let (_, token) = bound_token(api, ("adit-system", "ztunnel"), &node, "istio-ca");
-        let certificates = Certificates::new(&tunnel_config(port, root, &token, &node)).unwrap();
+        let certificates =
+            Certificates::new(&tunnel_config(port, root, &token, &node), Arc::default()).unwrap();
         let lease = certificates.lease(demo.as_str().into(), "web".into());
         runtime.spawn(Arc::clone(&certificates).run(CancellationToken::new()));
         Self { identity: id(&demo, "web").parse().unwrap(), certificates, _lease: lease }

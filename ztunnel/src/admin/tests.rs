@@ -50,7 +50,7 @@ impl Bench {
         web.services.insert(service.key(), Arc::new([].into()));
         let admin = Admin {
             store: Arc::new(Store::new(Mesh::new([web], [service], []))),
-            certificates: Certificates::new(&config).unwrap(),
+            certificates: Certificates::new(&config, Arc::default()).unwrap(),
             logging: Logging::for_tests("info"),
             metrics: Arc::new(Metrics::default()),
             readiness: Readiness::default(),

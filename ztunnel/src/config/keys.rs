@@ -116,7 +116,9 @@ pub(crate) const KEYS: &[ConfigKey] = &[
     key("node.cluster", "ISTIO_META_CLUSTER_ID", Text, Is("Kubernetes"), "cluster id of this node: only workloads of this cluster are its pods").or("CLUSTER_ID"),
     key("node.cluster_domain", "CLUSTER_DOMAIN", Text, Is("cluster.local"), "DNS suffix of the cluster, for service names"),
     key("node.trust_domain", "TRUST_DOMAIN", Text, Is("cluster.local"), "trust domain of workloads for which the control plane or the mesh file tells none"),
-    key("node.trust_domain_aliases", "TRUST_DOMAIN_ALIASES", Text, Nothing, "trust domains that are this mesh besides a workload's own, separated by commas: their peers are accepted, and policies mean them too. While a mesh is renamed, list the old and the new one on all nodes. The control plane does not send those of its mesh configuration, so set them here as there (`trustDomainAliases`)"),
+    key("node.trust_domain_aliases", "TRUST_DOMAIN_ALIASES", Text, Nothing, "trust domains that are this mesh besides a workload's own, separated by commas: their peers are accepted, and policies mean them too. While a mesh is renamed, list the old and the new one on all nodes"),
+    key("node.mesh_config", "MESH_CONFIG_PATH", Path, Is("./etc/istio/config/mesh"), "Istio's mesh configuration (key `mesh` of its ConfigMap), if it is mounted: `trustDomainAliases` are more aliases. Reloaded when the file changes"),
+    key("node.accepted_trust_domains", "TRUST_DOMAINS_PATH", Path, Nothing, "file with trust domains, one on each line, or `*` for all: their clients are accepted too, but are not this mesh for policies. Istio's control plane writes it (ConfigMap `istio-trust-domains`). Reloaded when the file changes: connections of clients that are no longer accepted end"),
 
     key("own.pod", "POD_NAME", Text, Nothing, "the tunnel's own pod. With namespace and service account, its metrics are also served over HBONE on port 15008 of its own netns, subject to policy"),
     key("own.namespace", "POD_NAMESPACE", Text, Nothing, "namespace of that pod"),

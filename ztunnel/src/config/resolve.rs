@@ -10,10 +10,12 @@ use std::{
     time::Duration,
 };
 
+use ztunnel_api::names::is_trust_domain;
+
 use super::{
     BudgetConfig, CaConfig, Config, ConfigError, ControlPlaneAddress, ControlPlaneConfig, DnsConfig,
     H2Config, Headers, KeepaliveConfig, LocalState, LogFormat, MemoryConfig, OwnPod, PoolConfig, PortsConfig,
-    ProxyMode, ProxyTo, RootSource, StreamConfig, TlsConfig, Token, XdsConfig,
+    ProxyMode, ProxyTo, RootSource, StreamConfig, TlsConfig, Token, TrustFiles, XdsConfig,
     available_memory::available_memory, settings::RawSettings, value,
 };
 
@@ -93,6 +95,10 @@ fn resolve(settings: &RawSettings, in_kubernetes: bool, without_xds: bool) -> Re
         cluster_domain: settings.text("node.cluster_domain"),
         trust_domain: settings.text("node.trust_domain"),
         trust_domain_aliases: trust_domain_aliases(settings)?,
+        trust_files: TrustFiles {
+            mesh_config: Some(settings.path("node.mesh_config")),
+            accepted: settings.get("node.accepted_trust_domains").map(Into::into),
+        },
         own_pod: own_pod(settings),
         xds: xds(settings, &cluster_id, in_kubernetes && !without_xds)?,
         local_state: local_state(settings)?,
@@ -197,12 +203,6 @@ fn trust_domain_aliases(settings: &RawSettings) -> Result<Arc<[Arc<str>]>, Confi
         if is_trust_domain(text) { Ok(Arc::from(text)) } else { Err(settings.invalid(key, expected)) }
     };
     settings.get(key).into_iter().flat_map(|text| text.split(',')).map(str::trim).map(alias).collect()
-}
-
-/// SPIFFE-ID §2.1, and upper case, which some meshes have.
-fn is_trust_domain(text: &str) -> bool {
-    !text.is_empty()
-        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_'))
 }
 
 /// `None` unless all three are set: Istio's DaemonSet sets all of them, others may set `POD_NAME`

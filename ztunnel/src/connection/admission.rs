@@ -98,7 +98,7 @@ impl<'a> Subject<'a> {
     }
 
     fn protection(&self, mesh: &Mesh, workload: &Workload) -> Protection {
-        Protection::of(mesh, workload, &self.process.config.trust_domain_aliases)
+        Protection::of(mesh, workload, &self.process.trust)
     }
 
     fn check(&self, protection: &Protection) -> Result<(), Denied> {

@@ -1,6 +1,6 @@
 //! Why a connection failed.
 
-use std::{io, net::IpAddr, sync::Arc};
+use std::{io, net::IpAddr, sync::Arc, time::Duration};
 
 use http::{Method, StatusCode};
 
@@ -11,7 +11,7 @@ use crate::{
         client::{ConnectError, is_of_peer},
         server::Abandoned,
     },
-    identity::IdentityError,
+    identity::{Identity, IdentityError},
     lookup::LookupError,
     policy::Denied,
     reason::FailureReason,
@@ -44,6 +44,8 @@ pub(crate) enum OutboundError {
     Unanswered(#[from] UnresolvedName),
     #[error("connection failed")]
     Dial(#[source] io::Error),
+    #[error("no endpoint was connected within {0:?}")]
+    OutOfTime(Duration),
     #[error("cannot ask for {authority:?}")]
     Request { authority: String, source: http::Error },
     #[error(transparent)]
@@ -80,7 +82,7 @@ impl ConnectionFailure for OutboundError {
             Self::Route(error) => error.reason(),
             Self::Lookup(_) => FailureReason::Lookup,
             Self::Unanswered(error) => unresolved(error),
-            Self::Dial(_) => FailureReason::Connect,
+            Self::Dial(_) | Self::OutOfTime(_) => FailureReason::Connect,
             Self::Request { .. } => FailureReason::InvalidRequest,
             Self::Hbone(error) => error.reason(),
             Self::Stream(error) => error.reason(),
@@ -89,7 +91,7 @@ impl ConnectionFailure for OutboundError {
 
     fn response_flags(&self) -> &'static str {
         match self {
-            Self::Dial(_) => "CONNECT",
+            Self::Dial(_) | Self::OutOfTime(_) => "CONNECT",
             Self::Hbone(error) => error.response_flags(),
             _ => "-",
         }
@@ -140,6 +142,8 @@ pub(crate) enum InboundError {
     Unanswered(#[from] UnresolvedName),
     #[error("a certificate of the peer is revoked")]
     Revoked,
+    #[error("clients of the trust domain of {0} are not accepted")]
+    Untrusted(Identity),
     #[error("connection closed due to policy rejection")]
     Denied(#[source] Denied),
     #[error("connection refused: a policy is not known")]
@@ -187,7 +191,7 @@ impl InboundError {
     pub(super) fn status(&self) -> StatusCode {
         match self {
             Self::Method(_) | Self::Authority(_) | Self::IpMismatch { .. } => StatusCode::BAD_REQUEST,
-            Self::Denied(_) | Self::Revoked => StatusCode::UNAUTHORIZED,
+            Self::Denied(_) | Self::Revoked | Self::Untrusted(_) => StatusCode::UNAUTHORIZED,
             _ => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
@@ -215,6 +219,7 @@ impl ConnectionFailure for InboundError {
             Self::Denied(_) => FailureReason::Denied,
             Self::UnknownPolicy(_) => FailureReason::UnknownPolicy,
             Self::Revoked => FailureReason::Revoked,
+            Self::Untrusted(_) => FailureReason::Untrusted,
             Self::Dial(_) => FailureReason::Connect,
             Self::PolicyChange => FailureReason::PolicyChange,
             Self::Stream(error) => error.reason(),
@@ -224,7 +229,7 @@ impl ConnectionFailure for InboundError {
     fn response_flags(&self) -> &'static str {
         match self {
             Self::Identity(_) => "IDENTITY_ERROR",
-            Self::Tls(_) => "TLS_FAILURE",
+            Self::Tls(_) | Self::Untrusted(_) => "TLS_FAILURE",
             Self::Http(_) => "H2_HANDSHAKE_FAILURE",
             Self::Denied(_) | Self::PolicyChange => "DENY",
             Self::Dial(_) => "CONNECT",

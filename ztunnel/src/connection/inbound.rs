@@ -20,9 +20,10 @@ use crate::{
     direction::Direction,
     hbone::{
         BAGGAGE, ConnectTarget, FORWARDED, InvalidTarget, forwarded_host,
-        server::{self, ConnectRequest},
+        server::{self, ConnectRequest, TlsIo},
     },
-    identity::{CertificateChain, Identity, first_expiry, peer_identity, until},
+    identity::{CertificateChain, Credentials, Identity, first_expiry, peer_identity, until},
+    memory::TunnelMemory,
     mesh::{Mesh, Service, Workload, baggage},
     pod::ServedPod,
     record::{ByteCounters, ConnectionEnds, ConnectionFailure, ConnectionRecord, record_early_failure},
@@ -40,8 +41,8 @@ struct InboundTunnel {
     peer: SocketAddr,
     identity: Option<Identity>,
     chain: CertificateChain,
-    /// Who the pod proved to be.
-    own: Identity,
+    /// Who the pod proved to be, and by what.
+    credentials: Arc<Credentials>,
     /// The address that the peer dialled.
     local: SocketAddr,
 }
@@ -84,6 +85,9 @@ pub(crate) async fn serve(accepted: Accepted) {
         Ok(identity) => Some(identity),
         Err(error) => return fail(InboundError::Tls(io::Error::other(error))),
     };
+    if let Some(untrusted) = identity.as_ref().filter(|client| !credentials.accepts(client)) {
+        return fail(InboundError::Untrusted(untrusted.clone()));
+    }
     let end = first_expiry(certificates).map_or(credentials.not_after, |end| end.min(credentials.not_after));
     if process.revocations.is_configured() && chain.is_empty() {
         process.metrics.crl.untracked(Direction::Inbound);
@@ -94,30 +98,47 @@ pub(crate) async fn serve(accepted: Accepted) {
     }
     let stop = pod.stop.child_token();
     // No new streams then; those that are open end by themselves, each with its record.
-    let revoked = async {
-        process.revocations.until_revoked(chain.clone()).await;
-        process.metrics.crl.rejected(Direction::Inbound);
+    let over = async {
+        tokio::select! {
+            () = process.revocations.until_revoked(chain.clone()) => {
+                process.metrics.crl.rejected(Direction::Inbound);
+            }
+            () = until_untrusted(&credentials, identity.as_ref()) => {}
+            // A peer proves anew who it is when one of the two certificates has expired.
+            () = until(end) => {}
+        }
         stop.cancel();
         std::future::pending::<()>().await;
     };
-    // A peer proves anew who it is when one of the two certificates has expired.
-    let expired = async {
-        until(end).await;
-        stop.cancel();
-        std::future::pending::<()>().await;
-    };
-    let tunnel = Rc::new(InboundTunnel { worker, pod, peer, identity, chain: chain.clone(), own, local });
-    let served = server::serve(tls, &process.config.h2, &tunnel.pod.memory, stop.clone(), |connect| {
+    let tunnel = Rc::new(InboundTunnel {
+        worker,
+        pod,
+        peer,
+        identity: identity.clone(),
+        chain: chain.clone(),
+        credentials: Arc::clone(&credentials),
+        local,
+    });
+    let memory = TunnelMemory::new(&tunnel.pod.memory, process.config.h2.stream_window);
+    let tls = TlsIo::new(tls, &memory);
+    let served = server::serve(tls, &process.config.h2, memory, stop.clone(), |connect| {
         request(Rc::clone(&tunnel), connect)
     });
     let served = tokio::select! {
         served = served => served,
-        () = revoked => return,
-        () = expired => return,
+        () = over => return,
     };
     if let Err(error) = served {
         // Its streams, if there were any, have their own records.
         debug!(src.addr = %peer, dst.addr = %local, %error, "tunnel of a peer ended");
+    }
+}
+
+/// Resolves when the client's trust domain is accepted no longer.
+async fn until_untrusted(credentials: &Credentials, client: Option<&Identity>) {
+    match client {
+        Some(client) => credentials.until_not_accepted(client).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -162,8 +183,8 @@ async fn admit<'a>(
     let authority = request.uri().authority().ok_or(InvalidTarget)?;
     let target: ConnectTarget = authority.as_str().parse()?;
     let process = &tunnel.worker.process;
-    if process.revocations.is_revoked(&tunnel.chain) {
-        return Err(InboundError::Revoked);
+    if let Some(over) = tunnel.is_over() {
+        return Err(over);
     }
     let (mesh, workload) = own_workload(process, &tunnel.pod).await?;
     let (mesh, delivery) = ensure_known(process, &tunnel.pod, mesh, |view| {
@@ -203,7 +224,7 @@ fn ends(tunnel: &InboundTunnel, admitted: &Admitted<'_>) -> ConnectionEnds {
     ends.source_identity.clone_from(&tunnel.identity);
     ends.hbone = Some(admitted.delivery.target);
     ends.destination_workload = Some(Arc::clone(&admitted.workload));
-    ends.destination_identity = Some(tunnel.own.clone());
+    ends.destination_identity = Some(tunnel.credentials.identity.clone());
     ends.destination_service.clone_from(&admitted.delivery.service);
     ends
 }
@@ -239,11 +260,23 @@ async fn carry(
         tokio::select! {
             () = admitted.subject.until_denied() => {}
             () = process.revocations.until_revoked(tunnel.chain.clone()) => {}
+            () = until_untrusted(&tunnel.credentials, tunnel.identity.as_ref()) => {}
         }
     };
     match stream::tunnel(application, stream, SocketIs::Server, counters, process.config.limits, cut).await {
-        Err(StreamError::Cut) if process.revocations.is_revoked(&tunnel.chain) => Err(InboundError::Revoked),
+        Err(StreamError::Cut) => Err(tunnel.is_over().unwrap_or(InboundError::PolicyChange)),
         done => Ok(done?),
+    }
+}
+
+impl InboundTunnel {
+    /// Why no connection may use it any more, if that is so.
+    fn is_over(&self) -> Option<InboundError> {
+        if self.worker.process.revocations.is_revoked(&self.chain) {
+            return Some(InboundError::Revoked);
+        }
+        let untrusted = self.identity.as_ref().filter(|client| !self.credentials.accepts(client));
+        untrusted.map(|client| InboundError::Untrusted(client.clone()))
     }
 }
 

@@ -1,8 +1,8 @@
 //! Follows one connection that an application of a served pod makes: where did it want to go, who
 //! is that, and by which way; then copies until it ends.
 //!
-//! If an endpoint cannot be connected, another one of the service is tried, as long as a connect may
-//! take. Nothing that the client said was sent by then.
+//! If an endpoint cannot be connected, another one of the service is tried, each once and all within
+//! the time that a connect may take. Nothing that the client said was sent by then.
 
 mod gateway;
 mod server;
@@ -10,6 +10,7 @@ mod tunnel;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Instant};
 
+use tokio::time::timeout_at;
 use tracing::debug;
 
 use self::{server::connect, tunnel::ends};
@@ -53,6 +54,8 @@ pub(crate) async fn serve(accepted: Accepted) {
         known.then(|| ConnectionRecord::open(&process.metrics, ends(&accepted, source, route)))
     };
     let mut record = open(&source, &route);
+    // The first one has limits of its own; those after it have what it left of the time.
+    let limit = Instant::now() + socket::CONNECT_TIMEOUT;
     let mut connected = while_waiting(&accepted.stream, connect(&accepted, &source, &route)).await;
     let mut tried = Vec::new();
     while let Err(error) = &connected
@@ -60,7 +63,7 @@ pub(crate) async fn serve(accepted: Accepted) {
     {
         accepted.worker.failed.add(route.endpoint());
         tried.push(route.endpoint());
-        if tried.len() == MOST_ENDPOINTS || began.elapsed() >= socket::CONNECT_TIMEOUT {
+        if tried.len() == MOST_ENDPOINTS || Instant::now() >= limit {
             break;
         }
         let next = match while_waiting(&accepted.stream, plan(&accepted, dialled, &tried)).await {
@@ -75,7 +78,11 @@ pub(crate) async fn serve(accepted: Accepted) {
             Some(record) => record.redirect(ends(&accepted, &source, &route)),
             None => record = open(&source, &route),
         }
-        connected = while_waiting(&accepted.stream, connect(&accepted, &source, &route)).await;
+        let connecting = async {
+            let in_time = timeout_at(limit.into(), connect(&accepted, &source, &route)).await;
+            in_time.unwrap_or(Err(OutboundError::OutOfTime(socket::CONNECT_TIMEOUT)))
+        };
+        connected = while_waiting(&accepted.stream, connecting).await;
     }
     let mut ends = ends(&accepted, &source, &route);
     let result = match connected {

@@ -31,7 +31,7 @@ use crate::{
     config::XdsConfig,
     control_plane::{ControlPlane, ControlPlaneError},
     error_chain::error_chain,
-    mesh::{Store, local_file::ResourceDefaults},
+    mesh::{Knowledge, Store, local_file::ResourceDefaults},
     metrics::{
         Metrics,
         xds::{Termination, XdsMetrics},
@@ -256,7 +256,7 @@ impl DiscoveryClient {
         }
         let Some(is_recalled) = self.off_thread(DiscoveryState::recall).await else { return };
         if is_recalled {
-            self.is_known();
+            self.knows(Knowledge::Recalled);
         }
     }
 
@@ -279,9 +279,9 @@ impl DiscoveryClient {
     }
 
     /// Connections may be judged by what there is.
-    fn is_known(&mut self) {
+    fn knows(&mut self, knowledge: Knowledge) {
         if let Some(state) = &self.state {
-            state.store.set_known();
+            state.store.now_knows(knowledge);
         }
         self.ready.ready();
     }
@@ -296,7 +296,7 @@ impl DiscoveryClient {
         }
         if state.is_complete() {
             self.recall_at = None;
-            self.is_known();
+            self.knows(Knowledge::Told);
         }
         reply
     }

@@ -18,17 +18,17 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-use super::{HANDSHAKE_TIMEOUT, client_settings, keepalive, read_ahead::ReadAhead};
+use super::{
+    HANDSHAKE_TIMEOUT, client_settings, keepalive,
+    read_ahead::ReadAhead,
+    tls_buffers::{TLS_WRITE, TlsIo},
+};
 use crate::{
     config::H2Config,
     identity::{CertificateChain, Identity, IdentityError, NoIdentity, first_expiry, peer_identity},
     memory::{MemoryBudget, SendData, TunnelChange, TunnelMemory},
     reason::FailureReason,
 };
-
-/// So much plaintext is encrypted before it is written to the socket; by itself rustls stops at 64
-/// KiB.
-pub(super) const TLS_WRITE: usize = 256 << 10;
 
 /// Why no stream to a peer came to be.
 #[derive(Debug, thiserror::Error)]
@@ -211,7 +211,9 @@ where
         NoIdentity::Missing => ConnectError::Tls { peer, source: io::Error::other(error) },
     })?;
     let end = first_expiry(certificates);
-    Ok(PeerTunnel { identity: Some(identity), chain, end, ..http(tls, peer, h2, budget).await? })
+    let memory = TunnelMemory::new(budget, h2.stream_window);
+    let io = TlsIo::new(tls, &memory);
+    Ok(PeerTunnel { identity: Some(identity), chain, end, ..http(io, peer, h2, memory).await? })
 }
 
 /// HTTP/2 alone. The client's half of the handshake does not wait for the server's.
@@ -219,13 +221,12 @@ pub(super) async fn http<T>(
     io: T,
     peer: SocketAddr,
     h2: &H2Config,
-    budget: &Arc<MemoryBudget>,
+    memory: TunnelMemory,
 ) -> Result<PeerTunnel, ConnectError>
 where
     T: AsyncRead + AsyncWrite + Unpin + 'static,
 {
     let (io, activity) = keepalive::observed(io);
-    let memory = TunnelMemory::new(budget, h2.stream_window);
     let handshake = client_settings(h2, memory.initial_window()).handshake::<_, SendData>(io).await;
     let (requests, mut connection) = handshake.map_err(|source| ConnectError::Http { peer, source })?;
     let alive = activity.until_dead(connection.ping_pong(), memory.clone());

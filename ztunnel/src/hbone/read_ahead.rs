@@ -1,5 +1,5 @@
-//! A read buffer in front of a socket, which grows with what arrives: of peers that have said
-//! nothing yet there may be many.
+//! A read buffer in front of a socket, which grows and shrinks with what arrives: of peers that say
+//! nothing there may be many.
 
 use std::{
     io,
@@ -23,11 +23,30 @@ pub(crate) struct ReadAhead<T> {
     buffer: Vec<u8>,
     /// The part of `buffer` that was not taken yet.
     rest: std::ops::Range<usize>,
+    /// Bytes that were written so far.
+    written: u64,
 }
 
 impl<T> ReadAhead<T> {
     pub(super) fn new(io: T) -> Self {
-        Self { io, buffer: Vec::new(), rest: 0..0 }
+        Self { io, buffer: Vec::new(), rest: 0..0, written: 0 }
+    }
+
+    /// Bytes that the connection has taken so far.
+    pub(super) fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// Size of the buffer beyond the smallest.
+    pub(super) fn kept(&self) -> usize {
+        self.buffer.len().saturating_sub(SMALLEST)
+    }
+
+    fn count(&mut self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(Ok(count)) = &written {
+            self.written += *count as u64;
+        }
+        written
     }
 }
 
@@ -56,10 +75,15 @@ impl<T: AsyncRead + Unpin> AsyncRead for ReadAhead<T> {
         let count = this.rest.len().min(into.remaining());
         into.put_slice(&this.buffer[this.rest.start..this.rest.start + count]);
         this.rest.start += count;
-        // It was full: more has probably arrived.
-        if this.rest.is_empty() && this.rest.end == this.buffer.len() && this.buffer.len() < LARGEST {
-            let larger = this.buffer.len() * 2;
-            this.buffer.resize(larger, 0);
+        if this.rest.is_empty() {
+            let (filled, size) = (this.rest.end, this.buffer.len());
+            if filled == size && size < LARGEST {
+                // It was full: more has probably arrived.
+                this.buffer.resize(size * 2, 0);
+            } else if filled < size / 4 && size > SMALLEST {
+                this.buffer.truncate(size / 2);
+                this.buffer.shrink_to_fit();
+            }
             this.rest = 0..0;
         }
         Poll::Ready(Ok(()))
@@ -68,7 +92,8 @@ impl<T: AsyncRead + Unpin> AsyncRead for ReadAhead<T> {
 
 impl<T: AsyncWrite + Unpin> AsyncWrite for ReadAhead<T> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, data)
+        let written = Pin::new(&mut self.io).poll_write(cx, data);
+        self.count(written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -84,7 +109,8 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for ReadAhead<T> {
         cx: &mut Context<'_>,
         data: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, data)
+        let written = Pin::new(&mut self.io).poll_write_vectored(cx, data);
+        self.count(written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -113,5 +139,11 @@ mod tests {
         near.read_exact(&mut received).await.unwrap();
         assert!(received == sent);
         assert_eq!(near.buffer.len(), LARGEST);
+        for _ in 0..4 {
+            far.write_all(b"a").await.unwrap();
+            near.read_u8().await.unwrap();
+        }
+        assert_eq!(near.buffer.capacity(), SMALLEST, "little arrives again");
+        assert_eq!(near.kept(), 0);
     }
 }

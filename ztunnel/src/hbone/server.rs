@@ -18,10 +18,11 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
 
-use super::{HANDSHAKE_TIMEOUT, client::TLS_WRITE, keepalive, read_ahead::ReadAhead, server_settings};
+pub(crate) use super::tls_buffers::TlsIo;
+use super::{HANDSHAKE_TIMEOUT, keepalive, read_ahead::ReadAhead, server_settings, tls_buffers::TLS_WRITE};
 use crate::{
     config::H2Config,
-    memory::{MemoryBudget, SendData, StreamMemory, TunnelChange, TunnelMemory},
+    memory::{SendData, StreamMemory, TunnelChange, TunnelMemory},
     stream::HboneStream,
 };
 
@@ -95,11 +96,11 @@ pub(crate) async fn tls(
 /// Runs `handle` for every request until the peer closes the tunnel. As many run at once as the peer
 /// may have streams; those of streams that ended count until they are done. After `stop` it sends GOAWAY,
 /// and open streams finish. Dropping the future ends all of them.
-/// `budget`: the pod's, for memory.
+/// `memory`: the tunnel's part of the pod's.
 pub(crate) async fn serve<T, F>(
     io: T,
     h2: &H2Config,
-    budget: &Arc<MemoryBudget>,
+    memory: TunnelMemory,
     stop: CancellationToken,
     handle: impl Fn(ConnectRequest) -> F,
 ) -> Result<(), h2::Error>
@@ -108,7 +109,6 @@ where
     F: Future<Output = ()> + 'static,
 {
     let (io, activity) = keepalive::observed(io);
-    let memory = TunnelMemory::new(budget, h2.stream_window);
     let settings = server_settings(h2, memory.initial_window());
     let handshake = timeout(HANDSHAKE_TIMEOUT, settings.handshake::<_, SendData>(io)).await;
     let mut connection = handshake.unwrap_or_else(|_| Err(Reason::SETTINGS_TIMEOUT.into()))?;

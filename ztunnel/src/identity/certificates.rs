@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::{
-    Credentials, Identity, IdentityError,
+    Credentials, Identity, IdentityError, MeshTrust,
     authority::Authority,
     ca_client::CaClient,
     clock::WallClock,
@@ -38,6 +38,8 @@ const MAX_FETCHES: usize = 8;
 /// fetching: nothing is fetched before it runs or after it ended.
 pub struct Certificates {
     authority: Box<dyn Authority>,
+    /// What those who show them accept.
+    trust: Arc<MeshTrust>,
     clock: WallClock,
     held: Mutex<Held>,
     /// Notified when a slot may be due.
@@ -108,8 +110,8 @@ impl Certificates {
     ///
     /// # Errors
     /// The root of the development CA cannot be read, written or used.
-    pub fn new(config: &Config) -> Result<Arc<Self>, IdentityError> {
-        let tls = TlsParameters::new(config.tls).with_aliases(Arc::clone(&config.trust_domain_aliases));
+    pub fn new(config: &Config, trust: Arc<MeshTrust>) -> Result<Arc<Self>, IdentityError> {
+        let tls = TlsParameters::new(config.tls).with_trust(Arc::clone(&trust));
         let authority: Box<dyn Authority> = match &config.ca {
             CaConfig::Service { service, impersonate } => {
                 Box::new(CaClient::new(service.clone(), *impersonate, config.secret_ttl, tls))
@@ -118,17 +120,23 @@ impl Certificates {
                 Box::new(DevelopmentCa::open(folder, config.secret_ttl, tls)?)
             }
         };
-        Ok(Self::with_authority(authority, WallClock::system()))
+        Ok(Self::with_authority(authority, WallClock::system(), trust))
     }
 
-    fn with_authority(authority: Box<dyn Authority>, clock: WallClock) -> Arc<Self> {
+    fn with_authority(authority: Box<dyn Authority>, clock: WallClock, trust: Arc<MeshTrust>) -> Arc<Self> {
         Arc::new(Self {
             authority,
+            trust,
             clock,
             held: Mutex::default(),
             wanted: Notify::new(),
             stopped: CancellationToken::new(),
         })
+    }
+
+    /// Of which trust domains peers are accepted.
+    pub fn trust(&self) -> &Arc<MeshTrust> {
+        &self.trust
     }
 
     /// Allows certificates for the pods of a service account, as long as the lease lives.

@@ -112,9 +112,20 @@ impl Credentials {
         })
     }
 
-    /// For accepting: ALPN `h2`; requires a client certificate of the same trust domain.
+    /// For accepting: ALPN `h2`; requires a client certificate of a trust domain that is accepted.
     pub fn server(&self) -> Arc<ServerConfig> {
         Arc::clone(&self.server)
+    }
+
+    /// Whether a client of `server` is of a trust domain that is accepted at this moment. To be asked
+    /// after the handshake: one that resumes a session does not ask the verifier again.
+    pub fn accepts(&self, client: &Identity) -> bool {
+        self.tls.trust.accepts(&self.identity.trust_domain, &client.trust_domain)
+    }
+
+    /// Resolves when it is not.
+    pub async fn until_not_accepted(&self, client: &Identity) {
+        self.tls.trust.until_not_accepted(&self.identity.trust_domain, &client.trust_domain).await;
     }
 
     /// For connecting to a server that must be one of `expected`. Sends no SNI.

@@ -20,7 +20,7 @@ use rustls::{
 };
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-use super::{Identity, IdentityError, TrustDomains, ciphers};
+use super::{Identity, IdentityError, MeshTrust, ciphers};
 use crate::config::TlsConfig;
 
 static TLS13_ONLY: [&SupportedProtocolVersion; 1] = [&TLS13];
@@ -31,7 +31,7 @@ static WITH_TLS12: [&SupportedProtocolVersion; 2] = [&TLS13, &TLS12];
 pub struct TlsParameters {
     pub(super) provider: Arc<CryptoProvider>,
     tls12: bool,
-    aliases: Arc<[Arc<str>]>,
+    pub(super) trust: Arc<MeshTrust>,
 }
 
 impl TlsParameters {
@@ -51,18 +51,13 @@ impl TlsParameters {
         if config.only_post_quantum {
             provider.kx_groups.retain(|group| group.name() == NamedGroup::X25519MLKEM768);
         }
-        Self { provider: Arc::new(provider), tls12: config.tls12, aliases: Arc::default() }
+        Self { provider: Arc::new(provider), tls12: config.tls12, trust: Arc::default() }
     }
 
-    /// Peers of these trust domains are accepted like those of the own one.
+    /// Peers of which trust domains are accepted besides those of the own one.
     #[must_use]
-    pub fn with_aliases(self, aliases: Arc<[Arc<str>]>) -> Self {
-        Self { aliases, ..self }
-    }
-
-    /// The mesh of a certificate of trust domain `own`.
-    pub(super) fn domains(&self, own: &Arc<str>) -> TrustDomains {
-        TrustDomains::new(Arc::clone(own), Arc::clone(&self.aliases))
+    pub fn with_trust(self, trust: Arc<MeshTrust>) -> Self {
+        Self { trust, ..self }
     }
 
     /// TLS 1.3, and 1.2 where the configuration allows it.
@@ -154,7 +149,8 @@ fn wrong_identity(expected: String, got: Vec<String>) -> Error {
 pub(super) struct ExpectedServer {
     roots: Arc<RootCertStore>,
     expected: Vec<Identity>,
-    domains: TrustDomains,
+    own: Arc<str>,
+    trust: Arc<MeshTrust>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
@@ -167,7 +163,7 @@ impl ExpectedServer {
         tls: &TlsParameters,
     ) -> Self {
         let algorithms = tls.provider.signature_verification_algorithms;
-        Self { roots, expected, domains: tls.domains(own), algorithms }
+        Self { roots, expected, own: Arc::clone(own), trust: Arc::clone(&tls.trust), algorithms }
     }
 }
 
@@ -184,7 +180,8 @@ impl ServerCertVerifier for ExpectedServer {
         let algorithms = self.algorithms.all;
         verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, algorithms)?;
         let names = uri_names(leaf);
-        let is_expected = |id: Identity| self.expected.iter().any(|one| self.domains.same(one, &id));
+        let domains = self.trust.domains(&self.own);
+        let is_expected = |id: Identity| self.expected.iter().any(|one| domains.same(one, &id));
         if names.iter().filter_map(|name| name.parse().ok()).any(is_expected) {
             return Ok(ServerCertVerified::assertion());
         }
@@ -216,11 +213,12 @@ impl ServerCertVerifier for ExpectedServer {
 }
 
 /// Accepts clients whose identity (the first SPIFFE id, which policies use) is in the same mesh: in
-/// its trust domain, or in an alias of that.
+/// its trust domain, or in an alias of that. And those of trust domains that are accepted besides.
 #[derive(Debug)]
 pub(super) struct TrustedClient {
     chain: Arc<dyn ClientCertVerifier>,
-    domains: TrustDomains,
+    own: Arc<str>,
+    trust: Arc<MeshTrust>,
 }
 
 impl TrustedClient {
@@ -233,7 +231,7 @@ impl TrustedClient {
             .clear_root_hint_subjects() // clients have one certificate, so a hint is of no use
             .build()
             .map_err(IdentityError::unusable("the set of root certificates"))?;
-        Ok(Self { chain, domains: tls.domains(own) })
+        Ok(Self { chain, own: Arc::clone(own), trust: Arc::clone(&tls.trust) })
     }
 }
 
@@ -250,10 +248,10 @@ impl ClientCertVerifier for TrustedClient {
     ) -> Result<ClientCertVerified, Error> {
         let verified = self.chain.verify_client_cert(leaf, intermediates, now)?;
         match first_identity(leaf) {
-            Some(id) if self.domains.contains(&id.trust_domain) => Ok(verified),
+            Some(id) if self.trust.accepts(&self.own, &id.trust_domain) => Ok(verified),
             _ => {
-                let expected: Vec<_> =
-                    self.domains.names().map(|name| format!("spiffe://{name}/..")).collect();
+                let domains = self.trust.domains(&self.own);
+                let expected: Vec<_> = domains.names().map(|name| format!("spiffe://{name}/..")).collect();
                 Err(wrong_identity(expected.join(" or "), uri_names(leaf)))
             }
         }

@@ -136,6 +136,11 @@ impl TunnelMemory {
         StreamMemory { tunnel, key, taken: 0, since: Instant::now() }
     }
 
+    /// For what is kept between its streams and its connection.
+    pub(crate) fn buffers(&self) -> TunnelBuffers {
+        TunnelBuffers { tunnel: Rc::clone(&self.0), kept: 0 }
+    }
+
     /// Whether it takes no new streams.
     pub(crate) fn is_leaving(&self) -> bool {
         self.0.leaving.get() != Leaving::No
@@ -274,6 +279,34 @@ impl Tunnel {
         if self.beyond.replace(beyond) != beyond {
             self.update_promise();
         }
+    }
+}
+
+/// The part of its connection's buffers. Dropped with the connection.
+#[derive(Debug)]
+pub(crate) struct TunnelBuffers {
+    tunnel: Rc<Tunnel>,
+    kept: usize,
+}
+
+impl TunnelBuffers {
+    /// They keep so many bytes now.
+    pub(crate) fn keep(&mut self, bytes: usize) {
+        let before = std::mem::replace(&mut self.kept, bytes);
+        if before != bytes {
+            self.tunnel.queue(|queued| queued - before + bytes);
+        }
+    }
+
+    /// Whether pod and process hold less than they may.
+    pub(crate) fn has_room(&self) -> bool {
+        self.tunnel.has_memory()
+    }
+}
+
+impl Drop for TunnelBuffers {
+    fn drop(&mut self) {
+        self.keep(0);
     }
 }
 

@@ -16,7 +16,18 @@ use super::{Mesh, MeshChange};
 pub struct Store {
     current: ArcSwap<Mesh>,
     version: watch::Sender<u64>,
-    known: watch::Sender<bool>,
+    knowledge: watch::Sender<Knowledge>,
+}
+
+/// What is known of the mesh as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Knowledge {
+    /// Not every kind of resource that decides about connections was told once.
+    Untold,
+    /// It was, to a predecessor. The source itself has not told everything yet.
+    Recalled,
+    /// The source has told everything.
+    Told,
 }
 
 impl Default for Store {
@@ -32,31 +43,36 @@ impl Store {
         Self {
             current: ArcSwap::from_pointee(mesh),
             version: watch::Sender::new(0),
-            known: watch::Sender::new(true),
+            knowledge: watch::Sender::new(Knowledge::Told),
         }
     }
 
-    /// Starts with nothing, and not even that is known: until [`set_known`](Self::set_known).
+    /// Starts with nothing, and not even that is known: until [`now_knows`](Self::now_knows).
     #[must_use]
     pub fn untold() -> Self {
-        Self { known: watch::Sender::new(false), ..Self::new(Mesh::default()) }
+        Self { knowledge: watch::Sender::new(Knowledge::Untold), ..Self::new(Mesh::default()) }
     }
 
     /// Whether every kind of resource that decides about connections was told once. Ask this
     /// before you take a [`snapshot`](Self::snapshot) to judge by.
     pub fn is_known(&self) -> bool {
-        *self.known.borrow()
+        *self.knowledge.borrow() != Knowledge::Untold
+    }
+
+    /// Whether the source has told everything itself.
+    pub fn is_told(&self) -> bool {
+        *self.knowledge.borrow() == Knowledge::Told
     }
 
     /// Waits until it [is known](Self::is_known).
     pub async fn until_known(&self) {
         // An error means that the sender is gone; `self` holds it.
-        let _ = self.known.subscribe().wait_for(|known| *known).await;
+        let _ = self.knowledge.subscribe().wait_for(|knows| *knows != Knowledge::Untold).await;
     }
 
-    /// The current snapshot may be judged by, from now on. Wakes those who wait for a change.
-    pub fn set_known(&self) {
-        if !self.known.send_replace(true) {
+    /// What the current snapshot may be judged by, from now on. Wakes those who wait for a change.
+    pub fn now_knows(&self, knowledge: Knowledge) {
+        if self.knowledge.send_replace(knowledge) != knowledge {
             self.version.send_modify(|version| *version += 1);
         }
     }
@@ -96,10 +112,12 @@ mod tests {
         store.replace(Mesh::new([workload("web-1", "10.0.0.1")], [], []));
         assert!(!store.is_known());
         versions.mark_unchanged();
-        store.set_known();
-        assert!(store.is_known() && versions.has_changed().unwrap());
+        store.now_knows(Knowledge::Recalled);
+        assert!(store.is_known() && !store.is_told() && versions.has_changed().unwrap());
         store.until_known().await;
-        assert!(Store::default().is_known());
+        store.now_knows(Knowledge::Told);
+        assert!(store.is_told());
+        assert!(Store::default().is_told());
     }
 
     #[test]

@@ -150,7 +150,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let ca = folder.path().display().to_string();
         let config = Config::from_vars([("DEVELOPMENT_CA_DIR".to_owned(), ca)]).unwrap();
-        let certificates = Certificates::new(&config).unwrap();
+        let certificates = Certificates::new(&config, Arc::default()).unwrap();
         let fetching = tokio::spawn(Arc::clone(&certificates).run(CancellationToken::new()));
         let _lease = certificates.lease("demo".into(), "web".into());
         certificates.get(&"spiffe://cluster.local/ns/demo/sa/web".parse().unwrap()).await.unwrap();

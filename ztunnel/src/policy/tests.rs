@@ -33,7 +33,7 @@ fn only(action: Action, one: Match) -> Policy {
 
 /// What protects `workload` in a mesh without aliases.
 fn protection(mesh: &Mesh, workload: &Workload) -> Protection {
-    Protection::of(mesh, workload, &Arc::default())
+    Protection::of(mesh, workload, &MeshTrust::default())
 }
 
 /// From `spiffe://cluster.local/ns/shop/sa/web` at 10.0.0.1, or plaintext from there, to
@@ -274,7 +274,7 @@ fn an_address_counts_in_either_of_its_forms() {
 /// Policies of a mesh that was renamed, or that writes `cluster.local` for itself, as Istio's do.
 #[test]
 fn a_principal_may_be_written_with_any_trust_domain_of_the_mesh() {
-    let aliases = ["old.example".into()].into();
+    let trust = MeshTrust::of_aliases(["old.example".into()].into());
     let matches = |source: &str, one: Match| {
         let mut db = workload("db", "10.0.0.2");
         db.trust_domain = "new.example".into();
@@ -286,7 +286,7 @@ fn a_principal_may_be_written_with_any_trust_domain_of_the_mesh() {
             destination: "10.0.0.2:8080".parse().unwrap(),
         };
         let db = mesh.workload_by_address("", ip("10.0.0.2")).unwrap();
-        Protection::of(&mesh, db, &aliases).check(&connection).is_ok()
+        Protection::of(&mesh, db, &trust).check(&connection).is_ok()
     };
     let by = |principals: Vec<StringMatch>| Match { principals, ..Match::default() };
     let but = |not_principals: Vec<StringMatch>| Match { not_principals, ..Match::default() };

@@ -340,3 +340,29 @@ async fn wait_held(node: &TunnelNode, bytes: u64) {
     let held = tokio::time::timeout(LIMIT, held).await;
     assert!(held.is_ok(), "{} of {bytes} bytes are held", gauge(node, "ztunnel_stream_held_bytes"));
 }
+
+/// Connections that once had something to say.
+#[test]
+#[ignore = "needs root: make test"]
+fn idle_connections_keep_no_buffers() {
+    const CONNECTIONS: usize = 1000;
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.enrolled("a", "client"), mesh.enrolled("b", "server"));
+    server.serve_double_echo(8080);
+    let quiet = [("RUST_LOG", "warn")];
+    let (a, b) = (mesh.node_with("a", &[&client], &quiet), mesh.node_with("b", &[&server], &quiet));
+    carries(&client, &server);
+    let before = [&a, &b].map(resident_bytes);
+    let talk = |_| {
+        let mut stream = greeted(&client, &server);
+        stream.write_all(&[7; 12 << 10]).expect("write");
+        stream.read_exact(&mut vec![0; 24 << 10]).expect("echo");
+        stream
+    };
+    let open: Vec<_> = (0..CONNECTIONS).map(talk).collect();
+    for (node, before) in [&a, &b].into_iter().zip(before) {
+        let each = resident_bytes(node).saturating_sub(before) / CONNECTIONS as u64;
+        assert!(each <= 20 << 10, "{each} bytes for each idle connection in {}", node.netns);
+    }
+    drop(open);
+}

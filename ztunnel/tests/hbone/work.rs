@@ -273,6 +273,7 @@ fn a_pod_with_many_connections_leaves_room_for_its_neighbours() {
     drop(many);
     wait_for("room again", || !open(&greedy, 1).is_empty());
 }
+
 fn two_endpoints(mesh: &mut TunnelMesh, of: impl Fn(&mut TunnelMesh, &str) -> MeshPod) -> [MeshPod; 2] {
     mesh.services.push_str(
         "- name: web\n  namespace: demo\n  hostname: web.demo.svc.cluster.local\n  vips: [\"/10.96.0.1\"]\n  \
@@ -328,4 +329,25 @@ fn a_connection_that_all_endpoints_refuse_is_refused() {
     assert_eq!(client.netns.refusal(([10, 96, 0, 1], 80)), ErrorKind::ConnectionReset);
     a.wait_metric("ztunnel_connect_retries_total", &["reason"], 1);
     assert_eq!(a.records(1, &["\"direction\":\"outbound\""]).len(), 1, "one record for one connection");
+}
+
+/// Neither answers, and the first one takes most of the time that a connect may take.
+#[test]
+#[ignore = "needs root: make test"]
+fn a_connection_is_tried_at_other_endpoints_within_the_time_of_one_connect() {
+    let mut mesh = TunnelMesh::new();
+    let client = mesh.enrolled("a", "client");
+    let pods = two_endpoints(&mut mesh, |mesh, name| mesh.enrolled("b", name));
+    for pod in &pods {
+        loses(pod, 8080);
+    }
+    let a = mesh.node_with("a", &[&client], &[("CONNECT_ANSWER_LIMIT", "7s")]);
+    let _b = mesh.node("b", &[&pods[0], &pods[1]]);
+    let began = Instant::now();
+    assert_eq!(client.netns.refusal(([10, 96, 0, 1], 80)), ErrorKind::ConnectionReset);
+    let took = began.elapsed();
+    assert!((Duration::from_secs(9)..Duration::from_secs(12)).contains(&took), "{took:?}");
+    a.wait_metric("ztunnel_connect_retries_total", &["reason"], 1);
+    let record = &a.records(1, &["\"direction\":\"outbound\""])[0];
+    assert_eq!(record["reason"], "connect", "{record}");
 }

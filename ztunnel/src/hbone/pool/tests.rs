@@ -13,7 +13,7 @@ use super::*;
 use crate::{
     config::H2Config,
     hbone::client,
-    memory::{MemoryBudget, MemoryMetrics},
+    memory::{MemoryBudget, MemoryMetrics, TunnelMemory},
 };
 
 const H2: H2Config = H2Config { stream_window: 1 << 20, connection_window: 4 << 20, frame: 1 << 20 };
@@ -72,7 +72,8 @@ impl Bed {
                 let (ours, theirs) = tokio::io::duplex(64 << 10);
                 spawn_local(serve(theirs, server, leave));
                 let budget = MemoryBudget::new(1 << 30, MemoryMetrics::default());
-                client::http(ours, "10.0.0.1:15008".parse().unwrap(), &H2, &budget).await
+                let memory = TunnelMemory::new(&budget, H2.stream_window);
+                client::http(ours, "10.0.0.1:15008".parse().unwrap(), &H2, memory).await
             }
         };
         self.pool.open(key, &request, dial).await.map(|(_, stream, lease)| (stream, lease))

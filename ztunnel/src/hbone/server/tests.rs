@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use super::*;
-use crate::memory::MemoryMetrics;
+use crate::memory::{MemoryBudget, MemoryMetrics};
 
 const H2: H2Config = H2Config { stream_window: 1 << 20, connection_window: 200 << 20, frame: 1 << 20 };
 const STREAMS: usize = 200;
@@ -64,7 +64,8 @@ async fn streams_that_are_cut_while_data_is_on_its_way_do_not_end_their_tunnel()
                     reset.set(reset.get() + 1);
                 }
             };
-            serve(server, &H2, &budget, CancellationToken::new(), handle).await
+            serve(server, &H2, TunnelMemory::new(&budget, H2.stream_window), CancellationToken::new(), handle)
+                .await
         });
         let (mut requests, connection) = h2::client::handshake(client).await.unwrap();
         spawn_local(connection);
@@ -107,9 +108,11 @@ async fn a_client_that_is_gone_without_a_word_does_not_keep_a_server_that_leaves
     client.write_all(&[PREFACE, SETTINGS].concat()).await.unwrap();
     let (stop, budget) = (CancellationToken::new(), MemoryBudget::new(1 << 30, MemoryMetrics::default()));
     let ending = async {
-        serve(server, &H2, &budget, stop.clone(), |_| async { unreachable!("it asks for nothing") })
-            .await
-            .unwrap();
+        serve(server, &H2, TunnelMemory::new(&budget, H2.stream_window), stop.clone(), |_| async {
+            unreachable!("it asks for nothing")
+        })
+        .await
+        .unwrap();
         Instant::now()
     };
     let stopped = async {

@@ -96,7 +96,7 @@ fn bench() -> Bench {
         let by = Duration::from_secs(seconds.unsigned_abs());
         if seconds < 0 { right() - by } else { right() + by }
     });
-    let certificates = Certificates::with_authority(Box::new(authority), clock);
+    let certificates = Certificates::with_authority(Box::new(authority), clock, Arc::default());
     let stop = CancellationToken::new();
     let running = tokio::spawn(Arc::clone(&certificates).run(stop.clone()));
     let mut bench = Bench { certificates, script, ahead, leases: HashMap::new(), stop, running };

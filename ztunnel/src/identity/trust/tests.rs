@@ -121,7 +121,8 @@ fn a_client_of_another_trust_domain_is_refused() {
 #[test]
 fn an_alias_of_the_trust_domain_is_the_own_one_for_clients_and_servers() {
     let folder = tempfile::tempdir().unwrap();
-    let tls = TlsParameters::default().with_aliases(["cluster.local".into(), "old.example".into()].into());
+    let tls = TlsParameters::default()
+        .with_trust(MeshTrust::of_aliases(["cluster.local".into(), "old.example".into()].into()));
     let ca = DevelopmentCa::open(folder.path(), HOUR, tls).unwrap();
     let ca = Ca { ca, _folder: folder };
     let old = |account: &str| id(&format!("spiffe://old.example/ns/shop/sa/{account}"));
