@@ -18,6 +18,7 @@ mod exclusions;
 mod faults;
 mod interfaces;
 mod kernels;
+mod kubelet;
 mod kubernetes;
 mod kubernetes_access;
 mod kubernetes_faults;
