@@ -17,6 +17,7 @@ mod dns;
 mod exclusions;
 mod faults;
 mod interfaces;
+mod istio_rules;
 mod kernels;
 mod kubelet;
 mod kubernetes;
