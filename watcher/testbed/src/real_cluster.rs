@@ -1,10 +1,12 @@
 //! A real cluster: an API server with its store, controller manager, scheduler and DNS, and nodes
-//! with a kubelet, containerd, runc, a bridge of CNI's plugins and kube-proxy. Nothing is simulated.
+//! with a kubelet, containerd, runc, CNI's plugins and kube-proxy. Nothing is simulated.
 //!
 //! ```text
 //!   control plane ── bridge "nodes" ══ eth0 ─ node1 ─ cni0 ── pods 10.244.1.x
 //!   10.99.0.254                     ╚═ eth0 ─ node2 ─ cni0 ── pods 10.244.2.x
 //! ```
+//!
+//! `cni0` is a bridge; or there is none, and the node routes to each pod: [`Network`].
 //!
 //! Everything is in network namespaces of its own; nothing of the machine's network is changed.
 //! Every cluster has names of its own. Dropping one removes all of it.
@@ -27,7 +29,11 @@ use std::{
 use nix::sched::{CloneFlags, setns};
 use tempfile::TempDir;
 
-pub use self::{kubectl::Pod, node::RealNode, settings::PAUSE_IMAGE};
+pub use self::{
+    kubectl::Pod,
+    node::RealNode,
+    settings::{Network, PAUSE_IMAGE},
+};
 
 use self::{control_plane::ControlPlane, node::Place};
 use crate::{api_server::ApiServer, command::run, netns::TestNetns, wait::wait_slowly};
@@ -52,11 +58,11 @@ pub struct RealCluster {
 }
 
 impl RealCluster {
-    /// A cluster of two ready nodes, which have these images.
+    /// A cluster of two ready nodes, which have these images, with `network` for their pods.
     ///
     /// The calling thread moves into the network of the control plane, and stays there: it is to be
     /// a thread of a single test. Whatever it starts is there too.
-    pub fn start(images: &[&Path]) -> Self {
+    pub fn start(network: Network, images: &[&Path]) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let id = format!("adit{}r{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let dir = tempfile::Builder::new().prefix(&format!("{id}-")).tempdir().expect("temporary folder");
@@ -76,6 +82,7 @@ impl RealCluster {
             center_address: CENTER.to_string(),
             dir: cluster.dir.path(),
             api: &cluster.api,
+            network,
         };
         let mut nodes: Vec<RealNode> = [1, 2].map(|number| RealNode::new(&place, number)).into();
         // Routes first: bridges of pods come with the pods.

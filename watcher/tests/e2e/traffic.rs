@@ -1,6 +1,8 @@
-//! Pods that go on making requests, and hold connections, while something is done to the cluster.
+//! Pods that go on making requests, and hold connections, while something is done to the cluster; and
+//! what of it is seen on the wire.
 
 use testbed::{
+    capture::{Capture, segment::Segment},
     real_cluster::Pod,
     wait::{try_wait_slowly, wait_slowly},
 };
@@ -111,4 +113,20 @@ impl Load {
         self.requests.end(rig);
         self.connections.end(rig);
     }
+}
+
+/// What went from one pod to the other since the capture began was HBONE, and there was some.
+pub fn assert_only_hbone(wire: &Capture, client: &Pod, server: &Pod) {
+    let between = |from: &Pod, to: &Pod, segment: &Segment| {
+        segment.from.ip().to_string() == from.ip && segment.to.ip().to_string() == to.ip
+    };
+    let clear: Vec<_> = wire
+        .take()
+        .into_iter()
+        .map(|seen| seen.segment)
+        .filter(|segment| between(client, server, segment) || between(server, client, segment))
+        .filter(|segment| segment.from.port() != 15008 && segment.to.port() != 15008)
+        .collect();
+    assert!(clear.is_empty(), "in clear: {clear:?}");
+    assert!(wire.counts().1 > 0, "no HBONE on the wire");
 }

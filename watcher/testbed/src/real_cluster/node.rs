@@ -16,7 +16,7 @@ use super::{
     cgroups::NodeCgroups,
     container::{contain, in_cgroups},
     programs::{cni, containerd, runc},
-    settings::{self, NodeSettings},
+    settings::{self, Network, NodeSettings},
 };
 use crate::{
     api_server::ApiServer,
@@ -63,6 +63,8 @@ pub(super) struct Place<'a> {
     pub dir: &'a Path,
     /// The API server.
     pub api: &'a ApiServer,
+    /// How pods are joined to their node.
+    pub network: Network,
 }
 
 impl RealNode {
@@ -98,6 +100,7 @@ impl RealNode {
             address: self.address.clone(),
             pods: self.pods.clone(),
             dns: place.center_address.clone(),
+            network: place.network,
             certificate: &place.api.file(&format!("{}.crt", self.name)),
             key: &place.api.file(&format!("{}.key", self.name)),
             ca: &place.api.file("ca.crt"),

@@ -13,6 +13,8 @@ pub(super) struct NodeSettings<'a> {
     pub address: String,
     /// The addresses of its pods, such as `10.244.1.0/24`.
     pub pods: String,
+    /// How pods are joined to their node.
+    pub network: Network,
     /// Where the cluster's DNS answers.
     pub dns: String,
     /// `FILE.crt` and `FILE.key` of the kubelet, and the CA of its clients.
@@ -23,6 +25,16 @@ pub(super) struct NodeSettings<'a> {
 
 /// The image of every pod's sandbox.
 pub const PAUSE_IMAGE: &str = "localhost/pause:1";
+
+/// How the pods of a node are joined to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Network {
+    /// By a bridge, as with kubenet, Flannel or Kind: pods of one node are neighbours.
+    Bridge,
+    /// Each by a link of its own, over which the node routes to that one address, as with Calico:
+    /// pods of one node meet at their node.
+    Routed,
+}
 
 impl NodeSettings<'_> {
     /// The kubelet's configuration.
@@ -95,12 +107,17 @@ state = "/run/containerd"
 
     /// The list of CNI plugins.
     pub(super) fn cni(&self) -> Value {
-        json!({"cniVersion": "0.4.0", "name": "pods", "plugins": [
-            {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true,
-                "ipam": {"type": "host-local", "dataDir": self.dir.join("cni-state"),
-                    "ranges": [[{"subnet": self.pods}]], "routes": [{"dst": "0.0.0.0/0"}]}},
-            {"type": "portmap", "capabilities": {"portMappings": true}},
-        ]})
+        let mut link = match self.network {
+            Network::Bridge => {
+                json!({"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true})
+            }
+            Network::Routed => json!({"type": "ptp"}),
+        };
+        link["ipMasq"] = json!(false);
+        link["ipam"] = json!({"type": "host-local", "dataDir": self.dir.join("cni-state"),
+            "ranges": [[{"subnet": self.pods}]], "routes": [{"dst": "0.0.0.0/0"}]});
+        let ports = json!({"type": "portmap", "capabilities": {"portMappings": true}});
+        json!({"cniVersion": "0.4.0", "name": "pods", "plugins": [link, ports]})
     }
 }
 

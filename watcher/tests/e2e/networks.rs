@@ -1,0 +1,75 @@
+//! One story on each network of pods: enrolled, between the nodes and on one, probed under strict
+//! policy, and out again.
+
+use testbed::{
+    capture::Capture,
+    real_cluster::{Network, Pod},
+};
+
+use crate::{
+    policies, probes,
+    rig::{DEMO, Rig, SERVER},
+    traffic,
+};
+
+/// Whether pods are joined to their node as `network` says.
+fn assert_joined(rig: &Rig, pod: &Pod, network: Network) {
+    let route = rig.node_of(pod).run(&format!("ip route get {}", pod.ip));
+    let has_bridge = route.contains("dev cni0");
+    assert_eq!(has_bridge, network == Network::Bridge, "{route}");
+}
+
+fn story(network: Network) {
+    let rig = Rig::start_with(network);
+    rig.namespace(DEMO, &["client", "server"]);
+    rig.install(&[]);
+    let server = rig.server();
+    let far = rig.serving("far", "client", "node1");
+    let near = rig.serving("near", "client", "node2");
+    assert_joined(&rig, &server, network);
+    let (name, role, handler) = probes::handlers().remove(0);
+    rig.cluster.apply(&probes::probed(name, role, &handler).to_string());
+    let probed = rig.cluster.ready_pod(DEMO, name);
+
+    rig.cluster.apply(policies::STRICT);
+    rig.label(DEMO, "ambient");
+    for pod in [&server, &far, &near, &probed] {
+        rig.wait_enrolled(pod, true);
+    }
+    let wire = Capture::start(&rig.cluster.netns);
+    for client in [&far, &near] {
+        for url in [&format!("http://{}:8080/", server.ip), SERVER] {
+            let body = rig.wait_get(client, url, true);
+            assert!(body.contains(&format!("hello from server, client {}", client.ip)), "{url}: {body}");
+        }
+    }
+    traffic::assert_only_hbone(&wire, &far, &server);
+    rig.wait_record("node2", &["inbound", "/ns/demo/sa/client", "/ns/demo/sa/server", &far.ip]);
+    for node in &rig.cluster.nodes {
+        let dial =
+            format!("nsenter -t 1 -n busybox wget -q -O - -T 3 http://{}:8080/ || echo refused", probed.ip);
+        assert_eq!(node.run(&dial).trim(), "refused", "{}", node.name);
+    }
+    probes::assert_probes_pass(&rig, 10, "under strict policy");
+
+    rig.label(DEMO, "none");
+    for pod in [&server, &far, &near, &probed] {
+        rig.wait_enrolled(pod, false);
+    }
+    for client in [&far, &near] {
+        let body = rig.wait_get(client, SERVER, true);
+        assert!(body.contains(&client.ip), "{body}");
+    }
+}
+
+#[test]
+#[ignore = "starts a cluster, needs root: make e2e"]
+fn pods_behind_a_bridge_are_enrolled_probed_and_released() {
+    story(Network::Bridge);
+}
+
+#[test]
+#[ignore = "starts a cluster, needs root: make e2e"]
+fn pods_that_their_node_routes_to_are_enrolled_probed_and_released() {
+    story(Network::Routed);
+}
