@@ -40,6 +40,8 @@ use crate::{api_server::ApiServer, command::run, netns::TestNetns, wait::wait_sl
 
 /// The address of the control plane.
 const CENTER: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 254);
+/// The same of IPv6.
+const CENTER_V6: &str = "fd99::254";
 /// Until a node, or a pod, is there: two cores may be busy with something else.
 const LIMIT: Duration = Duration::from_mins(2);
 
@@ -72,9 +74,14 @@ impl RealCluster {
              ip -n {netns} addr add {CENTER}/24 dev nodes
              ip -n {netns} link set nodes up"
         ));
+        if network.has_v6() {
+            run(&format!("ip -n {netns} addr add {CENTER_V6}/64 dev nodes nodad"));
+        }
         setns(netns.open(), CloneFlags::CLONE_NEWNET).expect("entering the cluster's network");
-        let api = ApiServer::start_at(CENTER, &control_plane::api_options());
-        let control_plane = ControlPlane::start(&api, CENTER, dir.path());
+        let options = control_plane::api_options(network);
+        let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        let api = ApiServer::start_at(CENTER, &options);
+        let control_plane = ControlPlane::start(&api, CENTER, network, dir.path());
         let mut cluster = Self { nodes: Vec::new(), control_plane, api, netns, dir };
         let place = Place {
             id: &id,
@@ -87,8 +94,11 @@ impl RealCluster {
         let mut nodes: Vec<RealNode> = [1, 2].map(|number| RealNode::new(&place, number)).into();
         // Routes first: bridges of pods come with the pods.
         for (here, there) in [(0, 1), (1, 0)] {
-            let RealNode { pods, address, .. } = &nodes[there];
+            let RealNode { pods, address, v6, .. } = &nodes[there];
             run(&format!("ip -n {} route add {pods} via {address}", nodes[here].netns));
+            if let Some((address, pods)) = v6 {
+                run(&format!("ip -n {} route add {pods} via {address}", nodes[here].netns));
+            }
         }
         for node in &mut nodes {
             node.write_settings(&place);

@@ -16,7 +16,12 @@ use crate::{
 fn assert_joined(rig: &Rig, pod: &Pod, network: Network) {
     let route = rig.node_of(pod).run(&format!("ip route get {}", pod.ip));
     let has_bridge = route.contains("dev cni0");
-    assert_eq!(has_bridge, network == Network::Bridge, "{route}");
+    assert_eq!(has_bridge, network != Network::Routed, "{route}");
+    assert_eq!(pod.ips.len(), if network == Network::DualStack { 2 } else { 1 }, "{:?}", pod.ips);
+}
+
+fn by_address(ip: &str) -> String {
+    if ip.contains(':') { format!("http://[{ip}]:8080/") } else { format!("http://{ip}:8080/") }
 }
 
 fn story(network: Network) {
@@ -38,17 +43,19 @@ fn story(network: Network) {
     }
     let wire = Capture::start(&rig.cluster.netns);
     for client in [&far, &near] {
-        for url in [&format!("http://{}:8080/", server.ip), SERVER] {
-            let body = rig.wait_get(client, url, true);
-            assert!(body.contains(&format!("hello from server, client {}", client.ip)), "{url}: {body}");
+        assert!(rig.wait_get(client, SERVER, true).contains("hello from server"));
+        for (to, from) in server.ips.iter().zip(&client.ips) {
+            let body = rig.wait_get(client, &by_address(to), true);
+            assert!(body.contains(&format!("hello from server, client {from}")), "{to}: {body}");
         }
     }
     traffic::assert_only_hbone(&wire, &far, &server);
-    rig.wait_record("node2", &["inbound", "/ns/demo/sa/client", "/ns/demo/sa/server", &far.ip]);
-    for node in &rig.cluster.nodes {
-        let dial =
-            format!("nsenter -t 1 -n busybox wget -q -O - -T 3 http://{}:8080/ || echo refused", probed.ip);
-        assert_eq!(node.run(&dial).trim(), "refused", "{}", node.name);
+    for ip in &far.ips {
+        rig.wait_record("node2", &["inbound", "/ns/demo/sa/client", "/ns/demo/sa/server", ip]);
+    }
+    for (node, ip) in rig.cluster.nodes.iter().flat_map(|node| probed.ips.iter().map(move |ip| (node, ip))) {
+        let dial = format!("nsenter -t 1 -n busybox wget -q -O - -T 3 {} || echo refused", by_address(ip));
+        assert_eq!(node.run(&dial).trim(), "refused", "{} to {ip}", node.name);
     }
     probes::assert_probes_pass(&rig, 10, "under strict policy");
 
@@ -58,7 +65,7 @@ fn story(network: Network) {
     }
     for client in [&far, &near] {
         let body = rig.wait_get(client, SERVER, true);
-        assert!(body.contains(&client.ip), "{body}");
+        assert!(client.ips.iter().any(|ip| body.contains(ip)), "{body}");
     }
 }
 
@@ -72,4 +79,10 @@ fn pods_behind_a_bridge_are_enrolled_probed_and_released() {
 #[ignore = "starts a cluster, needs root: make e2e"]
 fn pods_that_their_node_routes_to_are_enrolled_probed_and_released() {
     story(Network::Routed);
+}
+
+#[test]
+#[ignore = "starts a cluster, needs root: make e2e"]
+fn pods_of_both_families_are_enrolled_probed_and_released() {
+    story(Network::DualStack);
 }

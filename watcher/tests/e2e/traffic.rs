@@ -168,7 +168,7 @@ impl Storm {
 /// What went from one pod to the other since the capture began was HBONE, and there was some.
 pub fn assert_only_hbone(wire: &Capture, client: &Pod, server: &Pod) {
     let between = |from: &Pod, to: &Pod, segment: &Segment| {
-        segment.from.ip().to_string() == from.ip && segment.to.ip().to_string() == to.ip
+        from.ips.contains(&segment.from.ip().to_string()) && to.ips.contains(&segment.to.ip().to_string())
     };
     let clear: Vec<_> = wire
         .take()
