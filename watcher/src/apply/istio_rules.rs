@@ -10,7 +10,11 @@
 //! without it nothing is looked at. iptables of the legacy kind are left alone, and named: the
 //! kernel takes them only as whole tables, with everybody's rules.
 
-use std::{fs, io, net::Ipv4Addr, net::Ipv6Addr, ops::ControlFlow};
+use std::{
+    fs, io,
+    net::{Ipv4Addr, Ipv6Addr},
+    ops::ControlFlow,
+};
 
 use rtnetlink::{
     RouteMessageBuilder,
@@ -137,7 +141,9 @@ fn has_routing_rule() -> io::Result<bool> {
     netlink::dump(&netlink::socket(NETLINK_ROUTE)?, RouteNetlinkMessage::GetRule(request), |answer| {
         if let RouteNetlinkMessage::NewRule(rule) = answer {
             let has = |wanted: &RuleAttribute| rule.attributes.contains(wanted);
-            found |= has(&RuleAttribute::FwMark(MARK)) && has(&RuleAttribute::Table(TABLE));
+            found |= has(&RuleAttribute::FwMark(MARK))
+                && has(&RuleAttribute::FwMask(MASK))
+                && has(&RuleAttribute::Table(TABLE));
         }
         ControlFlow::Continue(())
     })?;

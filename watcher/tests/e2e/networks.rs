@@ -1,8 +1,9 @@
-//! One story on each network of pods: enrolled, between the nodes and on one, probed under strict
-//! policy, and out again.
+//! One story on each network of pods, some of which Istio's agent had prepared: enrolled, between the
+//! nodes and on one, probed under strict policy, and out again.
 
 use testbed::{
     capture::Capture,
+    istio_rules::{self, Kind},
     real_cluster::{Network, Pod},
 };
 
@@ -35,6 +36,14 @@ fn story(network: Network) {
     let (name, role, handler) = probes::handlers().remove(0);
     rig.cluster.apply(&probes::probed(name, role, &handler).to_string());
     let probed = rig.cluster.ready_pod(DEMO, name);
+
+    // As in a cluster that switches from Istio, with its agent gone.
+    for pod in [&server, &far] {
+        let script = istio_rules::script(Kind::IptablesNft);
+        rig.node_of(pod)
+            .run(&format!("nsenter -t {} -n sh -e <<'SCRIPT'\n{script}\nSCRIPT", rig.process_of(pod)));
+        assert!(rig.get(&far, SERVER).is_err(), "{} without the agent's tunnel", pod.name);
+    }
 
     rig.cluster.apply(policies::STRICT);
     rig.label(DEMO, "ambient");
