@@ -1,6 +1,11 @@
 //! `/metrics` and `/healthz/ready` over HTTP (`--metrics-address`).
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     Router,
@@ -26,13 +31,25 @@ impl Drop for AdminServer {
     }
 }
 
+/// At `address`; `[::]` on a kernel without IPv6 is `0.0.0.0`.
+async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    match TcpListener::bind(address).await {
+        Err(error)
+            if error.raw_os_error() == Some(libc::EAFNOSUPPORT) && address.ip() == Ipv6Addr::UNSPECIFIED =>
+        {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+        }
+        bound => bound,
+    }
+}
+
 impl AdminServer {
     /// Listens at `address` and serves `metrics`.
     ///
     /// # Errors
     /// The address cannot be listened at.
     pub(crate) async fn bind(address: SocketAddr, metrics: Arc<Metrics>) -> io::Result<Self> {
-        let listener = TcpListener::bind(address).await?;
+        let listener = listen(address).await?;
         #[expect(clippy::disallowed_methods, reason = "`AdminServer` keeps the handle")]
         let serving = tokio::spawn(serve(listener, metrics));
         Ok(Self { serving })
@@ -45,7 +62,7 @@ impl AdminServer {
         let bind = async move {
             let mut said = false;
             loop {
-                match TcpListener::bind(address).await {
+                match listen(address).await {
                     Ok(listener) => return serve(listener, metrics).await,
                     Err(error) if !said => {
                         warn!(%address, %error, "cannot serve metrics yet; trying again until it works");

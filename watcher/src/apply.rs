@@ -4,6 +4,7 @@
 //!   latter is in them
 //! * `settings`: the programs' settings, which hold for the whole node
 //! * `netns`: prepared and steered netns; `netns_setup`: the rule, route and sysctls of each
+//! * `istio_rules`: what Istio's node agent left in a pod's netns
 //! * `draining`: netns of pods that left, while connections still need them; `pinned_sweep`: what
 //!   stays of netns that are gone
 //! * `new_pods`: what arrives for pods before their netns is known
@@ -64,6 +65,7 @@ pub(crate) mod clear_audit;
 pub(crate) mod draining;
 mod exclusion_lists;
 pub(crate) mod in_clear;
+pub(crate) mod istio_rules;
 pub mod journal;
 pub(crate) mod kubelet;
 pub(crate) mod maps;

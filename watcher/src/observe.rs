@@ -6,6 +6,7 @@
 //! * `budget`: how much of one pod is looked at
 //! * `netns`: enters a netns and reads its cookie and addresses
 //! * `guests`: what lies behind a pod's netns
+//! * `nftables`: the rules of a netns
 //! * `kubelet`: the kubelet's cgroup
 //! * `listeners`: what listens in a netns
 //! * [`connections`]: the connections of a netns, and cutting them
@@ -27,6 +28,7 @@ pub(crate) mod kubelet;
 pub(crate) mod listeners;
 pub(crate) mod netlink;
 pub(crate) mod netns;
+pub(crate) mod nftables;
 pub(crate) mod processes;
 
 /// What a pod has on this node.

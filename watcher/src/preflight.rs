@@ -19,6 +19,10 @@ use crate::{apply::netns_setup, model::pod::Pod, observe::cgroups};
 
 const PRIVILEGED: &str = "in a pod, set securityContext.privileged: true for the watcher's container";
 
+mod istio;
+
+pub use self::istio::istio_rules;
+
 /// All of them. `root` is where cgroup2 is mounted, `attach` the cgroup above all pods.
 #[must_use]
 pub fn checks(root: &Path, attach: &Path) -> Vec<Check> {

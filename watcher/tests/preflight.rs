@@ -1,6 +1,7 @@
 //! Nodes that lack something: what `watcher preflight` says of it, and that `watcher run` refuses.
 
 use std::{
+    net::TcpListener,
     os::unix::net::UnixListener,
     process::{Command, Output},
 };
@@ -8,7 +9,8 @@ use std::{
 use serde_json::{Value, json};
 use socket2::{Domain, SockAddr, Socket, Type};
 use testbed::{
-    api_node::ApiNode, cgroup::cgroup2_mount, fakes::Received, program::binary, watcher_node::WatcherNode,
+    api_node::ApiNode, cgroup::cgroup2_mount, fakes::Received, process::WITHOUT_IPV6, program::binary,
+    watcher_node::WatcherNode,
 };
 
 /// Nothing but what preflight asks for by name.
@@ -234,4 +236,20 @@ fn uninstalling_removes_a_dead_tunnel_socket_and_no_living_one() {
     uninstall();
     assert!(zds.exists(), "another kind of socket, and alive");
     drop(other);
+}
+
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn on_a_kernel_without_ipv6_metrics_are_served_by_ipv4() {
+    let mut node = WatcherNode::new();
+    let pod = node.pod("a");
+    node.write_pods(&[true], "");
+    let port = TcpListener::bind("0.0.0.0:0").and_then(|any| any.local_addr()).expect("a free port").port();
+    node.start_under(&WITHOUT_IPV6, &["--metrics-address", &format!("[::]:{port}")]);
+    let tunnel = node.tunnel();
+    assert!(matches!(tunnel.take(), Received::Add(uid, _) if uid == "uid-a"));
+    node.wait_state(pod, "open", "");
+    let url = format!("http://127.0.0.1:{port}/metrics");
+    let output = Command::new("curl").args(["-sSf", "--noproxy", "*", &url]).output().expect("curl");
+    assert!(output.status.success(), "{output:?}\n{}", node.log());
 }

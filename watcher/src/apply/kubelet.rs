@@ -15,9 +15,12 @@ use crate::observe::{
     kubelet::{self, Bounds},
 };
 
-/// How often it is checked whether the kubelet is where it was: after its restart by systemd its
-/// cgroup is another one, and a probe that fails may end a container.
+/// How often it is checked whether the kubelet's cgroup is still there: after a restart by systemd it
+/// is another one, and a probe that fails may end a container.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// How often it is checked whether the kubelet still is in that cgroup, which may have outlived it. For
+/// this the kernel goes through the listening sockets of all pods.
+const LISTENER_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Where the kubelet's program is attached.
 #[derive(Debug)]
@@ -28,13 +31,16 @@ pub(crate) struct KubeletCgroup {
     pods: PathBuf,
     attached: Option<(PathBuf, CgroupId)>,
     next_check: Option<Instant>,
+    next_listeners: Instant,
     problem: Option<String>,
 }
 
 impl KubeletCgroup {
     /// Of the kubelet that listens on `port` of this node.
     pub(crate) fn new(port: Option<u16>, root: PathBuf, pods: PathBuf) -> Self {
-        Self { port, root, pods, attached: None, next_check: Some(Instant::now()), problem: None }
+        let now = Instant::now();
+        let (next_check, next_listeners) = (Some(now), now);
+        Self { port, root, pods, attached: None, next_check, next_listeners, problem: None }
     }
 
     /// When [`Self::check`] has something to do.
@@ -63,12 +69,21 @@ impl KubeletCgroup {
             return;
         };
         self.next_check = Some(now + CHECK_INTERVAL);
-        if self.attached.as_ref().is_some_and(|(dir, id)| cgroups::id(dir).is_ok_and(|found| found == *id)) {
+        let exists = |(dir, id): &&(PathBuf, CgroupId)| cgroups::id(dir).is_ok_and(|found| found == *id);
+        let attached = self.attached.as_ref().filter(exists).map(|(_, id)| *id);
+        if attached.is_some() && now < self.next_listeners {
+            return;
+        }
+        self.next_listeners = now + LISTENER_INTERVAL;
+        let listening = kubelet::listening(port);
+        // While it starts again nobody listens, and it may come back to the same place.
+        if attached.is_some_and(|id| listening.as_ref().map_or(true, |ids| ids.contains(&id))) {
             return;
         }
         self.attached = None;
         let bounds = Bounds { root: &self.root, pods: &self.pods };
-        let attached = kubelet::find(port, bounds).map_err(|error| error.to_string()).and_then(|found| {
+        let found = listening.and_then(|ids| kubelet::find(port, &ids, bounds));
+        let attached = found.map_err(|error| error.to_string()).and_then(|found| {
             let result = kernel.attach_kubelet(Some(&found.0)).map(|()| found);
             result.map_err(|error| Report::new(&error).to_string())
         });

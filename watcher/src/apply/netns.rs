@@ -4,14 +4,14 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
     sync::Arc,
 };
 
 use adit_ebpf_loader::{Kernel, KernelError};
 use error_reporter::Report;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::{
     model::pod::PodIdentity,
@@ -26,6 +26,7 @@ use super::{
     OpenNetns,
     app_listeners::AppListeners,
     draining::DrainingNetns,
+    istio_rules,
     journal::{Journal, NetnsRecord},
     netns_setup::{self, Sysctls},
 };
@@ -224,9 +225,7 @@ fn prepare(
     tools: &mut NetnsTools<'_>,
     failed: &mut Vec<(String, Reason)>,
 ) -> OpenNetns {
-    let mut fail = |netns: &PodNetns, error: &dyn std::fmt::Display| {
-        failed.push((netns.uid.clone(), Reason::new(ReasonCode::NetnsNotPrepared, error.to_string())));
-    };
+    let mut fail = |netns: &PodNetns, reason: Reason| failed.push((netns.uid.clone(), reason));
     let sysctls = tools.visitors.visit_each(&open, |visitor, (_, _, fd)| Sysctls::of(visitor, fd.as_fd()));
     let (mut records, mut readable) = (Vec::new(), Vec::new());
     for ((cookie, netns, fd), sysctls) in open.into_iter().zip(sysctls) {
@@ -236,31 +235,55 @@ fn prepare(
                 records.push((cookie, NetnsRecord::new(id, uid, netns.pod.clone(), sysctls_before)));
                 readable.push((cookie, netns, fd, sysctls));
             }
-            Err(error) => fail(netns, &error),
+            Err(error) => fail(netns, not_prepared(&error)),
         }
     }
     // Before the change, and all in one write: a write per netns would take longer than the rest.
     if let Err(error) = tools.journal.add_netns(records) {
         for (_, netns, ..) in readable.drain(..) {
             let dir = tools.journal.dir().display();
-            fail(netns, &format_args!("cannot record the netns in {dir}: {error}"));
+            fail(netns, not_prepared(&format_args!("cannot record the netns in {dir}: {error}")));
         }
     }
     for (cookie, _, fd, _) in &readable {
         tools.app_listeners.add(tools.kernel, *cookie, Arc::clone(fd));
     }
     let results = tools.visitors.visit_each(&readable, |visitor: &Visitor, (_, netns, fd, sysctls)| {
-        netns_setup::prepare(visitor, fd.as_fd(), sysctls, netns)
+        prepare_one(visitor, fd.as_fd(), sysctls, netns)
     });
     let mut ready = OpenNetns::new();
     for ((cookie, netns, fd, _), result) in readable.into_iter().zip(results) {
         tools.draining.cancel(cookie);
         match result {
             Ok(()) => drop(ready.insert(cookie, fd)),
-            Err(error) => fail(netns, &error),
+            Err(reason) => fail(netns, reason),
         }
     }
     ready
+}
+
+fn not_prepared(error: &dyn std::fmt::Display) -> Reason {
+    Reason::new(ReasonCode::NetnsNotPrepared, error.to_string())
+}
+
+/// Takes out what Istio's node agent left in a netns, and prepares it.
+fn prepare_one(
+    visitor: &Visitor,
+    fd: BorrowedFd<'_>,
+    sysctls: &Sysctls,
+    netns: &PodNetns,
+) -> Result<(), Reason> {
+    let taken_out =
+        visitor.enter(fd, || Ok(istio_rules::take_out())).map_err(|error| not_prepared(&error))?;
+    match taken_out {
+        Ok(None) => {}
+        Ok(Some(tables)) => {
+            let pod = netns.pod.as_ref().map_or(&*netns.uid, |pod| &*pod.name);
+            info!(pod, tables, "took out the rules that Istio's node agent had left in the pod's netns");
+        }
+        Err(error) => return Err(Reason::new(ReasonCode::IstioRules, Report::new(&error).to_string())),
+    }
+    netns_setup::prepare(visitor, fd, sysctls, netns).map_err(|error| not_prepared(&error))
 }
 
 /// The netns itself: the fd from when its pod was observed, else through one of the pod's

@@ -172,11 +172,23 @@ pub(crate) fn prepare(
         for family in [Family::V4, Family::V6] {
             // A node may have no IPv6.
             let optional = family == Family::V6 && !wanted.v6;
-            requests.push(Request::new("rule", RouteNetlinkMessage::NewRule(family.rule()), optional));
-            requests.push(Request::new("route", RouteNetlinkMessage::NewRoute(family.route(LO)), optional));
+            requests.push(Request::new(
+                "rule for mark 0x539",
+                RouteNetlinkMessage::NewRule(family.rule()),
+                optional,
+            ));
+            requests.push(Request::new(
+                "route for mark 0x539",
+                RouteNetlinkMessage::NewRoute(family.route(LO)),
+                optional,
+            ));
             // A device may have gone, or have no such family.
             requests.extend(wanted.devices.iter().take(MOST_DEVICES).map(|device| {
-                Request::new("route", RouteNetlinkMessage::NewRoute(family.route(*device)), true)
+                Request::new(
+                    "route for mark 0x539",
+                    RouteNetlinkMessage::NewRoute(family.route(*device)),
+                    true,
+                )
             }));
         }
         send_all(&requests, NLM_F_CREATE | NLM_F_EXCL, &[libc::EEXIST])?;
@@ -193,10 +205,22 @@ pub(crate) fn restore(netns: BorrowedFd<'_>, sysctls: &BTreeMap<String, String>)
         let devices = devices()?;
         let mut requests = Vec::new();
         for family in [Family::V4, Family::V6] {
-            requests.push(Request::new("rule", RouteNetlinkMessage::DelRule(family.rule()), false));
-            requests.push(Request::new("route", RouteNetlinkMessage::DelRoute(family.route(LO)), false));
+            requests.push(Request::new(
+                "rule for mark 0x539",
+                RouteNetlinkMessage::DelRule(family.rule()),
+                false,
+            ));
+            requests.push(Request::new(
+                "route for mark 0x539",
+                RouteNetlinkMessage::DelRoute(family.route(LO)),
+                false,
+            ));
             requests.extend(devices.iter().map(|device| {
-                Request::new("route", RouteNetlinkMessage::DelRoute(family.route(*device)), false)
+                Request::new(
+                    "route for mark 0x539",
+                    RouteNetlinkMessage::DelRoute(family.route(*device)),
+                    false,
+                )
             }));
         }
         // No rule, no table, or no IPv6.
@@ -228,14 +252,14 @@ fn at(path: &str, error: &io::Error) -> io::Error {
 }
 
 /// A change, and whether it may fail.
-struct Request {
+pub(super) struct Request {
     what: &'static str,
     message: RouteNetlinkMessage,
     optional: bool,
 }
 
 impl Request {
-    fn new(what: &'static str, message: RouteNetlinkMessage, optional: bool) -> Self {
+    pub(super) fn new(what: &'static str, message: RouteNetlinkMessage, optional: bool) -> Self {
         Self { what, message, optional }
     }
 }
@@ -243,7 +267,7 @@ impl Request {
 /// Sends all `requests` to the calling thread's netns in one packet: one system call for all, when
 /// many pods come at once. The kernel does them in order and has answered each when sending
 /// returns. An error number in `expected` counts as done.
-fn send_all(requests: &[Request], flags: u16, expected: &[i32]) -> io::Result<()> {
+pub(super) fn send_all(requests: &[Request], flags: u16, expected: &[i32]) -> io::Result<()> {
     let socket = netlink::socket(NETLINK_ROUTE)?;
     let mut packet = Vec::with_capacity(512);
     for (i, request) in requests.iter().enumerate() {
@@ -269,7 +293,7 @@ fn send_all(requests: &[Request], flags: u16, expected: &[i32]) -> io::Result<()
             let done = error.code.is_none() || expected.contains(&-error.raw_code());
             if let Some(request) = request.filter(|request| !done && !request.optional && problem.is_none()) {
                 let error = error.to_io();
-                let text = format!("{} for mark {MARK:#x}: {error}", request.what);
+                let text = format!("{}: {error}", request.what);
                 problem = Some(io::Error::new(error.kind(), text));
             }
         }

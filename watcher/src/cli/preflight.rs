@@ -46,6 +46,7 @@ pub(super) fn run(args: &PreflightArgs) -> anyhow::Result<ExitCode> {
     let attach = args.attach.clone().map_or_else(|| cgroups::pods_dir(&root), |dir| root.join(dir));
     let mut checks = checks(&args.mounts.bpffs, &root, &attach);
     checks.push(process_connector());
+    checks.push(watcher::preflight::istio_rules());
     if args.source.is_given() {
         checks.push(pods(args, root, &attach));
     }

@@ -202,6 +202,9 @@ reasons! {
     NetnsNotPrepared "netns_not_prepared", Change, FailMode,
         "rules, routes or sysctls could not be set in the pod's netns; the watcher tries again",
         "Read the message; `watcher preflight` names missing capabilities and modules.";
+    IstioRules "istio_rules", Change, FailMode,
+        "Istio's node agent left rules in the pod's netns that redirect its connections, and they cannot be taken out",
+        "Restart the pod; rules of nftables, and of iptables that uses them, the watcher takes out by itself.";
     NetnsNotSteered "netns_not_steered", Change, FailMode,
         "the program that steers inbound connections could not be attached to the pod's netns",
         "Read the message; another program may be attached to that netns.";

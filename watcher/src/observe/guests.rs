@@ -7,15 +7,18 @@
 
 use std::{collections::BTreeMap, fs, io, ops::ControlFlow};
 
-use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
+use netlink_sys::Socket;
 use rtnetlink::packet_route::{
     RouteNetlinkMessage,
     link::{InfoKind, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
 };
 
-use super::netlink::{self, LO};
+use super::{
+    netlink::{self, LO},
+    nftables,
+};
 
-/// At most so many devices, and chains of rules, are looked at.
+/// At most so many devices are looked at.
 const MOST: usize = 1024;
 
 /// A device.
@@ -107,63 +110,7 @@ fn translates_addresses() -> io::Result<bool> {
         let names = fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap_or_default();
         names.lines().any(|name| name == "nat")
     });
-    Ok(legacy || has_nat_chain()?)
-}
-
-/// Whether nftables has a chain of type `nat`. By hand: no crate that we use knows these messages.
-fn has_nat_chain() -> io::Result<bool> {
-    /// `NFNL_SUBSYS_NFTABLES` and `NFT_MSG_GETCHAIN`.
-    const GET_CHAIN: u16 = 10 << 8 | 4;
-    const REQUEST_AND_DUMP: u16 = 0x301;
-    const HEADER: usize = 16;
-    const DONE: u16 = 3;
-    const ERROR: u16 = 2;
-    let socket = netlink::socket(NETLINK_NETFILTER)?;
-    let mut request = vec![0; HEADER + 4];
-    request[..4].copy_from_slice(&20_u32.to_ne_bytes());
-    request[4..6].copy_from_slice(&GET_CHAIN.to_ne_bytes());
-    request[6..8].copy_from_slice(&REQUEST_AND_DUMP.to_ne_bytes());
-    socket.send(&request, 0)?;
-    let mut answers = Vec::with_capacity(netlink::LARGEST);
-    for _ in 0..MOST {
-        answers.clear();
-        socket.recv(&mut answers, 0)?;
-        let mut rest = answers.as_slice();
-        while let Some((length, kind)) = header(rest) {
-            let Some(message) = rest.get(HEADER..length) else { return Ok(false) };
-            match kind {
-                // A kernel without nftables has no such chain either.
-                DONE | ERROR => return Ok(false),
-                _ if is_nat_chain(message.get(4..).unwrap_or_default()) => return Ok(true),
-                _ => {}
-            }
-            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        }
-    }
-    Ok(false)
-}
-
-/// The length and the type of the message that begins here.
-fn header(bytes: &[u8]) -> Option<(usize, u16)> {
-    let length = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
-    let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
-    (length >= 16).then_some((length, kind))
-}
-
-/// Whether the attributes of a chain say that it is of type `nat`.
-fn is_nat_chain(mut attributes: &[u8]) -> bool {
-    const CHAIN_TYPE: u16 = 7;
-    /// The upper two bits are flags.
-    const TYPE_MASK: u16 = 0x3fff;
-    while let (Some([a, b]), Some([c, d])) = (attributes.get(..2), attributes.get(2..4)) {
-        let (length, kind) = (usize::from(u16::from_ne_bytes([*a, *b])), u16::from_ne_bytes([*c, *d]));
-        let Some(value) = attributes.get(4..length) else { return false };
-        if kind & TYPE_MASK == CHAIN_TYPE {
-            return value.strip_suffix(&[0]).unwrap_or(value) == b"nat";
-        }
-        attributes = attributes.get(length.next_multiple_of(4)..).unwrap_or_default();
-    }
-    false
+    Ok(legacy || nftables::chains()?.iter().any(|chain| chain.kind.as_deref() == Some("nat")))
 }
 
 #[cfg(test)]
@@ -214,17 +161,5 @@ mod tests {
             assert_eq!(found.is_some(), expected.is_some(), "{more}: {found:?}");
             assert!(found.unwrap_or_default().starts_with(expected.unwrap_or_default()), "{more}");
         }
-    }
-
-    #[test]
-    fn broken_messages_are_no_chains() {
-        for bytes in [&[][..], &[1, 0], &[3, 0, 7, 0], &[200, 0, 7, 0, b'n'], &[0, 0, 0, 0, 0, 0, 0, 0]] {
-            assert!(!is_nat_chain(bytes), "{bytes:?}");
-        }
-        let mut chain = 8_u16.to_ne_bytes().to_vec();
-        chain.extend(7_u16.to_ne_bytes());
-        chain.extend(b"nat\0");
-        assert!(is_nat_chain(&chain));
-        assert_eq!(header(&[1, 0, 0, 0, 0, 0]), None);
     }
 }

@@ -3,7 +3,7 @@
 //! Not by the name of a process: k3s, MicroK8s and others have a kubelet inside of another program.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeSet, VecDeque},
     fs::File,
     io,
     os::fd::AsFd as _,
@@ -45,18 +45,27 @@ pub(crate) struct Bounds<'a> {
     pub pods: &'a Path,
 }
 
-/// The cgroup of the kubelet that listens on `port`, and its id.
+/// The ids of the cgroups in which the listeners on the kubelet's `port` were made.
 ///
 /// # Errors
-/// There is none, or it is not the kubelet's alone.
-pub(crate) fn find(port: u16, bounds: Bounds<'_>) -> Result<(PathBuf, CgroupId), NoKubelet> {
+/// Nobody listens, or the kernel does not say.
+pub(crate) fn listening(port: u16) -> Result<BTreeSet<CgroupId>, NoKubelet> {
     let failed = |error: io::Error| NoKubelet::Failed(port, error.to_string());
     // The netns of the node's first process: the watcher of a cluster has one of its own.
     let node = File::open("/proc/1/ns/net").map_err(failed)?;
     let ids = run_in(node.as_fd(), || cgroups_listening(port)).map_err(failed)?;
-    if ids.is_empty() {
-        return Err(NoKubelet::NoListener(port));
-    }
+    if ids.is_empty() { Err(NoKubelet::NoListener(port)) } else { Ok(ids) }
+}
+
+/// The cgroup of the kubelet, which is that of one of the listeners on `port`, and its id.
+///
+/// # Errors
+/// There is none, or it is not the kubelet's alone.
+pub(crate) fn find(
+    port: u16,
+    ids: &BTreeSet<CgroupId>,
+    bounds: Bounds<'_>,
+) -> Result<(PathBuf, CgroupId), NoKubelet> {
     let found = directory(bounds, |id| ids.contains(&id)).ok_or(NoKubelet::NoCgroup(port))?;
     if found.0 == bounds.root {
         return Err(NoKubelet::Shared(found.0, "the root of all"));

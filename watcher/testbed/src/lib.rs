@@ -10,6 +10,7 @@
 //! * [`pod_program`]: a program for pods that dials and serves
 //! * [`capture`]: what leaves the pods of a node
 //! * [`label_latency`]: how long a label takes, at a node whose pods talk
+//! * [`istio_rules`]: what Istio's node agent leaves in pods
 //! * [`traffic`]: requests through a cluster
 //! * [`cluster`]: two nodes with real watchers and real tunnels
 //! * [`api_node`]: a node whose watcher follows an API server
@@ -51,6 +52,7 @@ pub mod fakes;
 pub mod helper;
 pub mod image;
 pub mod interrupt;
+pub mod istio_rules;
 pub mod label_latency;
 pub mod lend;
 pub mod mesh_pod;

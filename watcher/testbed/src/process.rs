@@ -23,6 +23,23 @@ use crate::{
 pub(crate) const UNSHARE: [&str; 8] =
     ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--cgroup", "--propagation", "slave"];
 
+/// Before the words of a command: as on a kernel without IPv6, which makes no socket of that family
+/// (`EAFNOSUPPORT`).
+pub const WITHOUT_IPV6: [&str; 3] = ["python3", "-c", REFUSE_IPV6];
+
+const REFUSE_IPV6: &str = "
+import ctypes, os, platform, struct, sys
+number = {'x86_64': 41, 'aarch64': 198}[platform.machine()]  # socket(2)
+program = b''.join(struct.pack('HBBI', *line) for line in [
+    (0x20, 0, 0, 0), (0x15, 0, 3, number), (0x20, 0, 0, 16), (0x15, 0, 1, 10),
+    (0x06, 0, 0, 0x50000 | 97), (0x06, 0, 0, 0x7fff0000)])
+kept = ctypes.create_string_buffer(program)
+filter = struct.pack('HxxxxxxP', 6, ctypes.addressof(kept))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, filter, 0, 0) == 0, ctypes.get_errno()
+os.execvp(sys.argv[1], sys.argv[1:])
+";
+
 /// Where a program runs.
 #[derive(Clone, Debug, Default)]
 pub struct Placement {

@@ -1,10 +1,12 @@
 //! A real cluster: an API server with its store, controller manager, scheduler and DNS, and nodes
-//! with a kubelet, containerd, runc, a bridge of CNI's plugins and kube-proxy. Nothing is simulated.
+//! with a kubelet, containerd, runc, CNI's plugins and kube-proxy. Nothing is simulated.
 //!
 //! ```text
 //!   control plane ── bridge "nodes" ══ eth0 ─ node1 ─ cni0 ── pods 10.244.1.x
 //!   10.99.0.254                     ╚═ eth0 ─ node2 ─ cni0 ── pods 10.244.2.x
 //! ```
+//!
+//! `cni0` is a bridge; or there is none, and the node routes to each pod: [`Network`].
 //!
 //! Everything is in network namespaces of its own; nothing of the machine's network is changed.
 //! Every cluster has names of its own. Dropping one removes all of it.
@@ -27,13 +29,19 @@ use std::{
 use nix::sched::{CloneFlags, setns};
 use tempfile::TempDir;
 
-pub use self::{kubectl::Pod, node::RealNode, settings::PAUSE_IMAGE};
+pub use self::{
+    kubectl::Pod,
+    node::RealNode,
+    settings::{Network, PAUSE_IMAGE},
+};
 
 use self::{control_plane::ControlPlane, node::Place};
 use crate::{api_server::ApiServer, command::run, netns::TestNetns, wait::wait_slowly};
 
 /// The address of the control plane.
 const CENTER: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 254);
+/// The same of IPv6.
+const CENTER_V6: &str = "fd99::254";
 /// Until a node, or a pod, is there: two cores may be busy with something else.
 const LIMIT: Duration = Duration::from_mins(2);
 
@@ -52,11 +60,11 @@ pub struct RealCluster {
 }
 
 impl RealCluster {
-    /// A cluster of two ready nodes, which have these images.
+    /// A cluster of two ready nodes, which have these images, with `network` for their pods.
     ///
     /// The calling thread moves into the network of the control plane, and stays there: it is to be
     /// a thread of a single test. Whatever it starts is there too.
-    pub fn start(images: &[&Path]) -> Self {
+    pub fn start(network: Network, images: &[&Path]) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let id = format!("adit{}r{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let dir = tempfile::Builder::new().prefix(&format!("{id}-")).tempdir().expect("temporary folder");
@@ -66,9 +74,14 @@ impl RealCluster {
              ip -n {netns} addr add {CENTER}/24 dev nodes
              ip -n {netns} link set nodes up"
         ));
+        if network.has_v6() {
+            run(&format!("ip -n {netns} addr add {CENTER_V6}/64 dev nodes nodad"));
+        }
         setns(netns.open(), CloneFlags::CLONE_NEWNET).expect("entering the cluster's network");
-        let api = ApiServer::start_at(CENTER, &control_plane::api_options());
-        let control_plane = ControlPlane::start(&api, CENTER, dir.path());
+        let options = control_plane::api_options(network);
+        let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        let api = ApiServer::start_at(CENTER, &options);
+        let control_plane = ControlPlane::start(&api, CENTER, network, dir.path());
         let mut cluster = Self { nodes: Vec::new(), control_plane, api, netns, dir };
         let place = Place {
             id: &id,
@@ -76,12 +89,16 @@ impl RealCluster {
             center_address: CENTER.to_string(),
             dir: cluster.dir.path(),
             api: &cluster.api,
+            network,
         };
         let mut nodes: Vec<RealNode> = [1, 2].map(|number| RealNode::new(&place, number)).into();
         // Routes first: bridges of pods come with the pods.
         for (here, there) in [(0, 1), (1, 0)] {
-            let RealNode { pods, address, .. } = &nodes[there];
+            let RealNode { pods, address, v6, .. } = &nodes[there];
             run(&format!("ip -n {} route add {pods} via {address}", nodes[here].netns));
+            if let Some((address, pods)) = v6 {
+                run(&format!("ip -n {} route add {pods} via {address}", nodes[here].netns));
+            }
         }
         for node in &mut nodes {
             node.write_settings(&place);

@@ -33,6 +33,12 @@ fn what_is_set_wrong_or_runs_out_harms_nothing_that_runs_and_is_said() {
         log.contains("the API server did not check its audience") || log.contains("token audiences")
     });
     load.assert_whole(&rig, "while new tunnels have tokens for somebody else");
+    set_expired_token(&rig);
+    wait_newest(&rig, "the reason in the log", |rig, pod| {
+        let log = rig.cluster.kubectl_text(&["-n", SYSTEM, "logs", &pod.name, "-c", "ztunnel"]);
+        log.lines().any(|line| line.contains("service account token has expired"))
+    });
+    load.assert_whole(&rig, "while new tunnels have a token that has expired");
     set_audience(&rig, "istio-ca");
     rig.wait_rolled_out();
     load.assert_whole(&rig, "after the audience was mended");
@@ -91,7 +97,40 @@ fn wait_newest(rig: &Rig, what: &str, is_so: impl Fn(&Rig, &Pod) -> bool) {
 
 /// For whom the tunnels' token is.
 fn set_audience(rig: &Rig, audience: &str) {
-    let source = json!({"serviceAccountToken": {"audience": audience, "path": "istio-token", "expirationSeconds": 43200}});
+    set_token(
+        rig,
+        &json!({"serviceAccountToken": {"audience": audience, "path": "istio-token", "expirationSeconds": 43200}}),
+    );
+}
+
+/// The tunnels have a token as the API server signed it two hours ago, for an hour. It signs none for
+/// less than ten minutes.
+fn set_expired_token(rig: &Rig) {
+    const HOUR: i64 = 3600;
+    let agent = rig.agent("node1");
+    let fresh = rig.cluster.kubectl(&[
+        "-n",
+        SYSTEM,
+        "create",
+        "token",
+        "ztunnel",
+        "--audience=istio-ca",
+        "--bound-object-kind=Pod",
+        &format!("--bound-object-name={}", agent.name),
+    ]);
+    let expired = rig.cluster.api.forge(fresh.trim(), |claims| {
+        let issued = claims["iat"].as_i64().expect("a time");
+        let times = [("iat", issued - 2 * HOUR), ("nbf", issued - 2 * HOUR), ("exp", issued - HOUR)];
+        times.into_iter().for_each(|(claim, time)| claims[claim] = time.into());
+    });
+    let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "expired", "namespace": SYSTEM},
+        "stringData": {"istio-token": expired}});
+    rig.cluster.apply(&secret.to_string());
+    set_token(rig, &json!({"secret": {"name": "expired"}}));
+}
+
+/// Where the tunnels' token comes from.
+fn set_token(rig: &Rig, source: &Value) {
     let volume = json!({"name": "istio-token", "projected": {"defaultMode": 256, "sources": [source]}});
     let patch = json!({"spec": {"template": {"spec": {"volumes": [volume]}}}}).to_string();
     rig.cluster.kubectl(&["-n", SYSTEM, "patch", "daemonset", "ztunnel", "--patch", &patch]);

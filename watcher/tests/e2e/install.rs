@@ -1,10 +1,11 @@
 //! Install, enrol, leave, uninstall: with pods that ran before, and run on.
 
-use testbed::{capture::Capture, real_cluster::Pod};
+use testbed::capture::Capture;
 
 use crate::{
     docs, policies,
     rig::{DEMO, PodSpec, Rig, SERVER, SYSTEM},
+    traffic,
 };
 
 #[test]
@@ -41,7 +42,7 @@ fn an_operator_installs_enrols_and_uninstalls_while_pods_run() {
         let body = rig.wait_get(&client, url, true);
         assert!(body.contains(&format!("hello from server, client {}", client.ip)), "{body}");
     }
-    assert_only_hbone(&wire, &client, &server);
+    traffic::assert_only_hbone(&wire, &client, &server);
     for (node, direction) in [("node1", "outbound"), ("node2", "inbound")] {
         rig.wait_record(node, &[direction, "/ns/demo/sa/client", "/ns/demo/sa/server"]);
     }
@@ -67,20 +68,4 @@ fn an_operator_installs_enrols_and_uninstalls_while_pods_run() {
     rig.cluster.wait_gone(SYSTEM, "app.kubernetes.io/name=adit");
     assert!(rig.wait_get(&stranger, &by_address, true).contains(&stranger.ip));
     rig.assert_nothing_left(&[&server, &client, &other]);
-}
-
-/// What went from one pod to the other since the capture began was HBONE, and there was some.
-fn assert_only_hbone(wire: &Capture, client: &Pod, server: &Pod) {
-    let between = |from: &Pod, to: &Pod, segment: &testbed::capture::segment::Segment| {
-        segment.from.ip().to_string() == from.ip && segment.to.ip().to_string() == to.ip
-    };
-    let clear: Vec<_> = wire
-        .take()
-        .into_iter()
-        .map(|seen| seen.segment)
-        .filter(|segment| between(client, server, segment) || between(server, client, segment))
-        .filter(|segment| segment.from.port() != 15008 && segment.to.port() != 15008)
-        .collect();
-    assert!(clear.is_empty(), "in clear: {clear:?}");
-    assert!(wire.counts().1 > 0, "no HBONE on the wire");
 }

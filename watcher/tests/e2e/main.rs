@@ -11,6 +11,7 @@ mod docs;
 mod faults;
 mod install;
 mod lifecycle;
+mod networks;
 mod policies;
 mod probes;
 mod rig;

@@ -14,7 +14,7 @@ use crate::{
 
 /// Each kind of handler, for each kind of probe where it may stand: the name of the pod, the role
 /// of its container, and its handler.
-fn handlers() -> Vec<(&'static str, &'static [&'static str], Value)> {
+pub fn handlers() -> Vec<(&'static str, &'static [&'static str], Value)> {
     let serve: &[&str] = &["serve", "8080"];
     vec![
         ("http", serve, json!({"httpGet": {"path": "/", "port": 8080}})),
@@ -29,7 +29,7 @@ fn handlers() -> Vec<(&'static str, &'static [&'static str], Value)> {
 }
 
 /// A pod that is started anew, or is not ready, as soon as a single probe fails.
-fn probed(name: &str, role: &[&str], handler: &Value) -> Value {
+pub fn probed(name: &str, role: &[&str], handler: &Value) -> Value {
     let mut main = container("main", role);
     for kind in ["startupProbe", "livenessProbe", "readinessProbe"] {
         let mut probe = handler.clone();
@@ -75,7 +75,7 @@ fn probes(rig: &Rig) -> u64 {
 }
 
 /// Waits until `count` more probes were made, and checks that none failed.
-fn assert_probes_pass(rig: &Rig, count: u64, when: &str) {
+pub fn assert_probes_pass(rig: &Rig, count: u64, when: &str) {
     let wanted = probes(rig) + count;
     let done = try_wait_slowly(LIMIT, || probes(rig) >= wanted || !failures(rig).is_empty());
     assert!(done.is_some(), "{when}: too few probes");

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use testbed::{
     chart, image,
     program::binary,
-    real_cluster::{PAUSE_IMAGE, Pod, RealCluster, RealNode},
+    real_cluster::{Network, PAUSE_IMAGE, Pod, RealCluster, RealNode},
     wait::try_wait_slowly,
 };
 
@@ -63,9 +63,14 @@ pub fn container(name: &str, role: &[&str]) -> Value {
 impl Rig {
     /// A cluster that knows Istio's kinds of policies, and nothing else.
     pub fn start() -> Self {
+        Self::start_with(Network::Bridge)
+    }
+
+    /// The same with another network of pods.
+    pub fn start_with(network: Network) -> Self {
         let images = images();
         let images: Vec<_> = images.iter().map(PathBuf::as_path).collect();
-        let rig = Self { cluster: RealCluster::start(&images) };
+        let rig = Self { cluster: RealCluster::start(network, &images) };
         let crds = concat!(env!("CARGO_MANIFEST_DIR"), "/../ztunnel/control/tests/crds.yaml");
         rig.cluster.apply(&fs::read_to_string(crds).expect("the definitions of Istio's policies"));
         rig
@@ -312,9 +317,18 @@ impl Rig {
             assert_eq!(left_on(node), "", "left on {}", node.name);
         }
         for pod in pods {
-            let node = self.cluster.nodes.iter().find(|node| node.name == pod.node).expect("a node");
-            assert_eq!(left_in(node, pod), "", "left in {}", pod.name);
+            assert_eq!(left_in(self.node_of(pod), pod), "", "left in {}", pod.name);
         }
+    }
+
+    /// The node of a pod.
+    pub fn node_of(&self, pod: &Pod) -> &RealNode {
+        self.cluster.nodes.iter().find(|node| node.name == pod.node).expect("a node")
+    }
+
+    /// The first process of a pod of the tests, as its node numbers it.
+    pub fn process_of(&self, pod: &Pod) -> String {
+        process_of(self.node_of(pod), pod)
     }
 
     /// `watcher WORDS` on a node.
@@ -335,9 +349,20 @@ fn left_on(node: &RealNode) -> String {
     )
 }
 
+/// The first process of a pod of the tests, as its node numbers it.
+fn process_of(node: &RealNode, pod: &Pod) -> String {
+    let find = format!(
+        "for pid in $(pgrep -f '^/usr/local/bin/pod'); do
+           grep -q pod{} /proc/$pid/cgroup && echo $pid && break
+         done",
+        pod.uid
+    );
+    node.run(&find).trim().to_owned()
+}
+
 /// What Adit has in the netns of a pod: rules, routes, sockets, the sysctl.
 fn left_in(node: &RealNode, pod: &Pod) -> String {
-    let pid = node.run(&format!("pgrep -f '^/usr/local/bin/pod' | while read pid; do grep -q pod{} /proc/$pid/cgroup && echo $pid && break; done", pod.uid));
+    let pid = process_of(node, pod);
     let script = "
         for family in -4 -6; do
           ip $family rule | grep -vE \"lookup (local|main|default)\" || true
@@ -345,7 +370,7 @@ fn left_in(node: &RealNode, pod: &Pod) -> String {
         done
         grep -v 0 /proc/sys/net/ipv4/tcp_fwmark_accept || true
         ss -Hltn | grep -E \":(15001|15006|15008|15053)\" || true";
-    node.run(&format!("nsenter -t {} -n sh -ec '{script}'", pid.trim()))
+    node.run(&format!("nsenter -t {pid} -n sh -ec '{script}'"))
 }
 
 /// Where Adit comes from, as the tests have it.

@@ -4,7 +4,7 @@ use testbed::wait::wait_slowly;
 
 use crate::{
     rig::{DEMO, LIMIT, Rig, SERVER, SYSTEM},
-    traffic::Load,
+    traffic::{Load, Storm},
 };
 
 #[test]
@@ -15,9 +15,17 @@ fn a_rollout_fails_no_request_and_cuts_no_connection_and_crashes_heal() {
     let load = Load::start(&rig, 1);
     load.assert_whole(&rig, "before");
 
+    let client = rig.serving("client", "client", "node1");
+    rig.wait_enrolled(&client, true);
+    let address = ["-n", DEMO, "get", "service", "server", "-o", "jsonpath={.spec.clusterIP}"];
+    let storm = Storm::start(&rig, &client, &format!("http://{}/", rig.cluster.kubectl(&address)));
+    load.assert_whole(&rig, "before a rollout, under more load");
     rig.cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "daemonset/ztunnel"]);
     rig.wait_rolled_out();
     load.assert_whole(&rig, "after a rollout");
+    let rate = storm.end();
+    // A thousand is asked for; a busy machine of two cores makes fewer.
+    assert!(rate > 250.0, "{rate} requests a second");
 
     for service in ["kubelet", "containerd"] {
         for node in &mut rig.cluster.nodes {
@@ -52,8 +60,6 @@ fn a_rollout_fails_no_request_and_cuts_no_connection_and_crashes_heal() {
 
     // The namespace is still labelled.
     let server = rig.cluster.pod(DEMO, "server").expect("the server");
-    let client = rig.serving("client", "client", "node1");
-    rig.wait_enrolled(&client, true);
     rig.uninstall();
     let body = rig.wait_get(&client, SERVER, true);
     assert!(body.contains(&client.ip), "{body}");

@@ -1,6 +1,15 @@
-//! Pods that go on making requests, and hold connections, while something is done to the cluster.
+//! Pods that go on making requests, and hold connections, while something is done to the cluster; and
+//! what of it is seen on the wire.
 
+use std::fs;
+
+use nix::{
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
+};
 use testbed::{
+    capture::{Capture, segment::Segment},
+    process::Process,
     real_cluster::Pod,
     wait::{try_wait_slowly, wait_slowly},
 };
@@ -111,4 +120,63 @@ impl Load {
         self.requests.end(rig);
         self.connections.end(rig);
     }
+}
+
+/// `wrk` in a pod: so many connections that each make a request, end, and come again.
+#[derive(Debug)]
+pub struct Storm(Process);
+
+impl Storm {
+    /// In `client`, to `url`: about 1,000 requests a second with a connection each, as long as the
+    /// machine keeps up.
+    pub fn start(rig: &Rig, client: &Pod, url: &str) -> Self {
+        const CONNECTIONS: u32 = 128;
+        const PAUSE: u32 = 70;
+        let script = rig.cluster.file("wrk.lua");
+        fs::write(&script, format!("function delay() return {PAUSE} end\n")).expect("script");
+        let node = rig.node_of(client);
+        let pid = rig.process_of(client);
+        let line = format!(
+            "cgroup=$(sed -n 's/^0:://p' /proc/{pid}/cgroup)
+             mount=$(awk '$3 == \"cgroup2\" {{ print $2; exit }}' /proc/mounts)
+             echo $$ > $mount$cgroup/cgroup.procs
+             exec nsenter -t {pid} -n wrk -t 1 -c {CONNECTIONS} -d 10m --timeout 10s -s {} \
+               -H 'Connection: close' {url}",
+            script.display()
+        );
+        let log = rig.cluster.file("wrk.log");
+        Self(Process::spawn("wrk", node.command("", &["sh", "-ec", &line]), &log))
+    }
+
+    /// Ends it: how many requests a second were answered.
+    ///
+    /// # Panics
+    /// If one was not answered.
+    pub fn end(self) -> f64 {
+        let group = Pid::from_raw(i32::try_from(self.0.pid()).expect("a pid"));
+        killpg(group, Signal::SIGINT).expect("wrk to run");
+        let said = wait_slowly(LIMIT, "what wrk says", || {
+            Some(self.0.output()).filter(|said| said.contains("Transfer/sec"))
+        });
+        println!("{said}");
+        assert!(!said.contains("Socket errors") && !said.contains("Non-2xx"), "{said}");
+        let rate = said.lines().find_map(|line| line.strip_prefix("Requests/sec:"));
+        rate.expect("a rate").trim().parse().expect("a number")
+    }
+}
+
+/// What went from one pod to the other since the capture began was HBONE, and there was some.
+pub fn assert_only_hbone(wire: &Capture, client: &Pod, server: &Pod) {
+    let between = |from: &Pod, to: &Pod, segment: &Segment| {
+        from.ips.contains(&segment.from.ip().to_string()) && to.ips.contains(&segment.to.ip().to_string())
+    };
+    let clear: Vec<_> = wire
+        .take()
+        .into_iter()
+        .map(|seen| seen.segment)
+        .filter(|segment| between(client, server, segment) || between(server, client, segment))
+        .filter(|segment| segment.from.port() != 15008 && segment.to.port() != 15008)
+        .collect();
+    assert!(clear.is_empty(), "in clear: {clear:?}");
+    assert!(wire.counts().1 > 0, "no HBONE on the wire");
 }

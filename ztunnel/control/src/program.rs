@@ -1,9 +1,16 @@
 //! Starts everything, and ends it.
 
-use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use kube::{Client, Config};
+use nix::errno::Errno;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
@@ -60,9 +67,7 @@ impl Sockets {
     /// An address cannot be bound.
     pub async fn bind(options: &Options) -> anyhow::Result<Self> {
         let bind = async |purpose, address: SocketAddr| {
-            TcpListener::bind(address)
-                .await
-                .with_context(|| format!("cannot listen on {address} for {purpose}"))
+            listen(address).await.with_context(|| format!("cannot listen on {address} for {purpose}"))
         };
         Ok(Self {
             grpc: bind("tunnels", options.listen).await?,
@@ -74,8 +79,21 @@ impl Sockets {
     ///
     /// # Errors
     /// The kernel cannot name the address of a socket.
-    pub fn addresses(&self) -> std::io::Result<[SocketAddr; 2]> {
+    pub fn addresses(&self) -> io::Result<[SocketAddr; 2]> {
         Ok([self.grpc.local_addr()?, self.http.local_addr()?])
+    }
+}
+
+/// At `address`; `[::]` on a kernel without IPv6 is `0.0.0.0`.
+async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    match TcpListener::bind(address).await {
+        Err(error)
+            if error.raw_os_error() == Some(Errno::EAFNOSUPPORT as i32)
+                && address.ip() == Ipv6Addr::UNSPECIFIED =>
+        {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+        }
+        bound => bound,
     }
 }
 

@@ -5,6 +5,7 @@
 #![allow(clippy::disallowed_methods, reason = "a test's tasks end with its runtime")]
 #![allow(unreachable_pub, reason = "modules of a test program share helpers; nothing else can reach them")]
 
+mod addresses;
 mod certificates;
 mod discovery;
 mod foreign;

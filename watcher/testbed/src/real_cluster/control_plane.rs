@@ -2,6 +2,7 @@
 
 use std::{fs, net::Ipv4Addr, path::Path, process::Command};
 
+use super::Network;
 use crate::{
     api_server::{ApiServer, SERVICES},
     process::{KillOnDrop, Process},
@@ -19,24 +20,33 @@ pub(super) struct ControlPlane {
 }
 
 /// What an API server needs for kubelets beside the rest.
-pub(super) fn api_options() -> [&'static str; 3] {
-    [
+pub(super) fn api_options(network: Network) -> Vec<String> {
+    let mut options = vec![
         // Names of nodes are in no DNS.
-        "--kubelet-preferred-address-types=InternalIP",
+        "--kubelet-preferred-address-types=InternalIP".to_owned(),
         // What kubeadm switches on, and what keeps a kubelet to its own node.
-        "--enable-admission-plugins=NodeRestriction",
-        "--enable-bootstrap-token-auth=false",
-    ]
+        "--enable-admission-plugins=NodeRestriction".to_owned(),
+        "--enable-bootstrap-token-auth=false".to_owned(),
+    ];
+    if network.has_v6() {
+        options.push(format!("--service-cluster-ip-range={}", services(network)));
+    }
+    options
+}
+
+/// The addresses of services.
+fn services(network: Network) -> String {
+    if network.has_v6() { format!("{SERVICES},fd96::/112") } else { SERVICES.to_owned() }
 }
 
 impl ControlPlane {
-    pub(super) fn start(api: &ApiServer, address: Ipv4Addr, dir: &Path) -> Self {
+    pub(super) fn start(api: &ApiServer, address: Ipv4Addr, network: Network, dir: &Path) -> Self {
         let admin = api.admin_kubeconfig();
         let manager = [
             format!("--kubeconfig={}", admin.display()),
             format!("--root-ca-file={}", api.file("ca.crt").display()),
             format!("--service-account-private-key-file={}", api.file("accounts.key").display()),
-            format!("--service-cluster-ip-range={SERVICES}"),
+            format!("--service-cluster-ip-range={}", services(network)),
             "--leader-elect=false".to_owned(),
             // Real clusters wait for 40 s, and for 5 minutes.
             "--node-monitor-grace-period=20s".to_owned(),

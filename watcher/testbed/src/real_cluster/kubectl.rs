@@ -23,6 +23,8 @@ pub struct Pod {
     pub node: String,
     /// Its address.
     pub ip: String,
+    /// All of its addresses.
+    pub ips: Vec<String>,
     /// Its uid.
     pub uid: String,
 }
@@ -97,7 +99,10 @@ impl RealCluster {
         let pod = self.kubectl_line(&["-n", namespace, "get", "pod", name, "-o", "json"])?;
         let pod: Value = serde_json::from_str(&pod).ok()?;
         let text = |pointer: &str| pod.pointer(pointer).and_then(Value::as_str).map(str::to_owned);
+        let ips = pod["status"]["podIPs"].as_array().into_iter().flatten();
+        let ips = ips.filter_map(|entry| entry["ip"].as_str().map(str::to_owned)).collect();
         Some(Pod {
+            ips,
             namespace: namespace.to_owned(),
             name: name.to_owned(),
             node: text("/spec/nodeName")?,

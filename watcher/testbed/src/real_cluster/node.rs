@@ -13,10 +13,11 @@ use nix::{
 };
 
 use super::{
+    CENTER_V6,
     cgroups::NodeCgroups,
     container::{contain, in_cgroups},
     programs::{cni, containerd, runc},
-    settings::{self, NodeSettings},
+    settings::{self, Network, NodeSettings},
 };
 use crate::{
     api_server::ApiServer,
@@ -36,6 +37,8 @@ pub struct RealNode {
     pub address: String,
     /// The addresses of its pods.
     pub pods: String,
+    /// Its IPv6 address and those of its pods, where the network has them.
+    pub v6: Option<(String, String)>,
     /// For its files.
     pub dir: PathBuf,
     // Dropped in this order: programs, what holds the namespaces and with it every container, then
@@ -63,6 +66,8 @@ pub(super) struct Place<'a> {
     pub dir: &'a Path,
     /// The API server.
     pub api: &'a ApiServer,
+    /// How pods are joined to their node.
+    pub network: Network,
 }
 
 impl RealNode {
@@ -83,9 +88,17 @@ impl RealNode {
              nsenter --net=/run/netns/{netns} sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1",
             place.center_address
         ));
+        let v6 = place.network.has_v6().then(|| (format!("fd99::{number}"), format!("fd44:{number}::/64")));
+        if let Some((address, pods)) = &v6 {
+            run(&format!(
+                "ip -n {netns} addr add {address}/64 dev eth0 nodad
+                 ip -n {netns} route add default via {CENTER_V6}
+                 ip -n {center} route add {pods} via {address} dev nodes"
+            ));
+        }
         let cgroups = NodeCgroups::new(&format!("{}-{name}", place.id));
         let (namespaces, init) = contain(&netns, &cgroups, &dir);
-        Self { name, address, pods, dir, services: Vec::new(), namespaces, init, netns, cgroups }
+        Self { name, address, pods, v6, dir, services: Vec::new(), namespaces, init, netns, cgroups }
     }
 
     /// The settings of its programs.
@@ -97,7 +110,9 @@ impl RealNode {
             dir: &self.dir,
             address: self.address.clone(),
             pods: self.pods.clone(),
+            pods_v6: self.v6.as_ref().map(|(_, pods)| pods.clone()),
             dns: place.center_address.clone(),
+            network: place.network,
             certificate: &place.api.file(&format!("{}.crt", self.name)),
             key: &place.api.file(&format!("{}.key", self.name)),
             ca: &place.api.file("ca.crt"),
@@ -108,7 +123,7 @@ impl RealNode {
         write("containerd.toml", &settings.containerd(&cni(), &runc()));
         write("kubelet.json", &settings.kubelet().to_string());
         let admin = place.api.admin_kubeconfig();
-        write("kube-proxy.json", &settings::proxy(&self.name, &admin).to_string());
+        write("kube-proxy.json", &settings::proxy(&self.name, place.network, &admin).to_string());
         fs::copy(place.api.file(&format!("{}.kubeconfig", self.name)), self.dir.join("kubeconfig"))
             .expect("kubeconfig");
         write("resolv.conf", "");
@@ -129,6 +144,7 @@ impl RealNode {
     /// Starts the kubelet.
     pub fn start_kubelet(&mut self) {
         let (config, kubeconfig) = (self.dir.join("kubelet.json"), self.dir.join("kubeconfig"));
+        let v6 = self.v6.as_ref().map(|(address, _)| format!(",{address}")).unwrap_or_default();
         let command = self.command(
             "kubelet",
             &[
@@ -136,7 +152,7 @@ impl RealNode {
                 &format!("--config={}", config.display()),
                 &format!("--kubeconfig={}", kubeconfig.display()),
                 &format!("--hostname-override={}", self.name),
-                &format!("--node-ip={}", self.address),
+                &format!("--node-ip={}{v6}", self.address),
             ],
         );
         self.start("kubelet", command);

@@ -13,6 +13,10 @@ pub(super) struct NodeSettings<'a> {
     pub address: String,
     /// The addresses of its pods, such as `10.244.1.0/24`.
     pub pods: String,
+    /// Those of IPv6.
+    pub pods_v6: Option<String>,
+    /// How pods are joined to their node.
+    pub network: Network,
     /// Where the cluster's DNS answers.
     pub dns: String,
     /// `FILE.crt` and `FILE.key` of the kubelet, and the CA of its clients.
@@ -23,6 +27,25 @@ pub(super) struct NodeSettings<'a> {
 
 /// The image of every pod's sandbox.
 pub const PAUSE_IMAGE: &str = "localhost/pause:1";
+
+/// How the pods of a node are joined to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Network {
+    /// By a bridge, as with kubenet, Flannel or Kind: pods of one node are neighbours.
+    Bridge,
+    /// Each by a link of its own, over which the node routes to that one address, as with Calico:
+    /// pods of one node meet at their node.
+    Routed,
+    /// By a bridge, and with an address of each family.
+    DualStack,
+}
+
+impl Network {
+    /// Whether nodes, pods and services have IPv6 addresses too.
+    pub(super) fn has_v6(self) -> bool {
+        self == Self::DualStack
+    }
+}
 
 impl NodeSettings<'_> {
     /// The kubelet's configuration.
@@ -95,24 +118,36 @@ state = "/run/containerd"
 
     /// The list of CNI plugins.
     pub(super) fn cni(&self) -> Value {
-        json!({"cniVersion": "0.4.0", "name": "pods", "plugins": [
-            {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true,
-                "ipam": {"type": "host-local", "dataDir": self.dir.join("cni-state"),
-                    "ranges": [[{"subnet": self.pods}]], "routes": [{"dst": "0.0.0.0/0"}]}},
-            {"type": "portmap", "capabilities": {"portMappings": true}},
-        ]})
+        let mut link = match self.network {
+            Network::Bridge | Network::DualStack => {
+                json!({"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true})
+            }
+            Network::Routed => json!({"type": "ptp"}),
+        };
+        link["ipMasq"] = json!(false);
+        let mut ranges = vec![json!([{"subnet": self.pods}])];
+        let mut routes = vec![json!({"dst": "0.0.0.0/0"})];
+        if let Some(pods) = &self.pods_v6 {
+            ranges.push(json!([{"subnet": pods}]));
+            routes.push(json!({"dst": "::/0"}));
+        }
+        link["ipam"] = json!({"type": "host-local", "dataDir": self.dir.join("cni-state"),
+            "ranges": ranges, "routes": routes});
+        let ports = json!({"type": "portmap", "capabilities": {"portMappings": true}});
+        json!({"cniVersion": "0.4.0", "name": "pods", "plugins": [link, ports]})
     }
 }
 
 /// kube-proxy's configuration.
-pub(super) fn proxy(name: &str, kubeconfig: &Path) -> Value {
+pub(super) fn proxy(name: &str, network: Network, kubeconfig: &Path) -> Value {
+    let v6 = if network.has_v6() { ",fd44::/16" } else { "" };
     json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
         "mode": "nftables",
         "hostnameOverride": name,
         "clientConnection": {"kubeconfig": kubeconfig},
-        "clusterCIDR": "10.244.0.0/16",
+        "clusterCIDR": format!("10.244.0.0/16{v6}"),
         "healthzBindAddress": "127.0.0.1:10256",
         "metricsBindAddress": "127.0.0.1:10249",
         // Of the whole machine, and those of a netns cannot be set.
