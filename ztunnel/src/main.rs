@@ -36,6 +36,8 @@ use ztunnel::{
 };
 
 fn main() -> ExitCode {
+    // For the calls to the control plane; rustls has two to choose from.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let Arguments { config, command } = Arguments::parse();
     let done = match command {
         Some(Command::Config(command)) => cli::config::run(command, config).map(|()| ExitCode::SUCCESS),

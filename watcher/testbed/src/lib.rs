@@ -22,6 +22,7 @@
 //! * [`tunnel_mesh`]: nodes with a real tunnel and a fake agent each
 //! * [`fakes`]: the far ends of the programs under test
 //! * [`mesh_pod`]: the pods of a tunnel mesh
+//! * [`cryptography`]: which library those use that ask for a choice
 //! * [`lend`]: sockets that a helper makes in a cgroup
 //! * [`helper`]: this executable once more, as a process elsewhere
 //! * [`process`]: programs in a cgroup and a netns, which end with their owner
@@ -47,6 +48,7 @@ pub mod cgroup;
 pub mod chart;
 pub mod cluster;
 pub mod command;
+pub mod cryptography;
 pub mod doc_table;
 pub mod fakes;
 pub mod helper;

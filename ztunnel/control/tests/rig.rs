@@ -168,6 +168,7 @@ impl Control {
     }
 
     pub fn channel(&self) -> Channel {
+        testbed::cryptography::choose();
         let tls =
             ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&self.root)).domain_name("localhost");
         let endpoint = Endpoint::from_shared(format!("https://{}", self.grpc)).unwrap();

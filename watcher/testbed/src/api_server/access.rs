@@ -11,10 +11,10 @@ use kube::{
     api::PostParams,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use rustls::crypto::aws_lc_rs;
 use serde_json::{Value, json};
 
 use super::{ApiServer, keys};
+use crate::cryptography;
 
 impl ApiServer {
     /// A client by a kubeconfig, which must be used with [`Self::block_on`].
@@ -96,8 +96,7 @@ pub(super) fn write_kubeconfig(path: &Path, dir: &Path, url: &str, user: &Value)
 
 /// A client by a kubeconfig.
 pub(super) async fn client(kubeconfig: &Path) -> Client {
-    // In a build of the whole workspace rustls has two to choose from.
-    let _ = aws_lc_rs::default_provider().install_default();
+    cryptography::choose();
     let kubeconfig = Kubeconfig::read_from(kubeconfig).expect("kubeconfig");
     let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
     Client::try_from(config.expect("configuration")).expect("client")

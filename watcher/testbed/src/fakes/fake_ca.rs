@@ -19,7 +19,7 @@ use ztunnel_api::ca::{
     istio_certificate_service_server::{IstioCertificateService, IstioCertificateServiceServer},
 };
 
-use crate::netns::TestNetns;
+use crate::{cryptography, netns::TestNetns};
 
 /// On the loopback of the node, at the port of Istio's control plane.
 const ADDRESS: &str = "127.0.0.1:15012";
@@ -87,6 +87,7 @@ impl Service {
         let names = vec!["127.0.0.1".to_owned(), "localhost".to_owned()];
         let params = CertificateParams::new(names).expect("names");
         let cert = params.signed_by(&key, &self.issuer()).expect("certificate");
+        cryptography::choose();
         let tls = ServerTlsConfig::new().identity(Identity::from_pem(cert.pem(), key.serialize_pem()));
         ready();
         Server::builder()

@@ -77,6 +77,7 @@ impl Running {
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
         let key = KeyPair::generate().unwrap();
         let cert = CertificateParams::new([NAME.to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
+        testbed::cryptography::choose();
         let tls = ServerTlsConfig::new().identity(TlsIdentity::from_pem(cert.pem(), key.serialize_pem()));
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("root.pem"), issuer.pem()).unwrap();
