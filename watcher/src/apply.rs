@@ -27,6 +27,7 @@ use std::{
     time::Instant,
 };
 
+use adit_ebpf_common::enrolment::{NetnsInfo, flag};
 use adit_ebpf_loader::{Kernel, KernelError};
 use error_reporter::Report;
 use tracing::{debug, error, warn};
@@ -244,9 +245,7 @@ impl Applier {
                     Ok(())
                 }
                 ApplyStep::Map(write) => {
-                    if let MapWrite::SetArrivals(cookie, _) | MapWrite::RemoveArrivals(cookie) = write {
-                        self.clear_audit.forget(*cookie);
-                    }
+                    self.forget_what_was_in_clear(write);
                     self.maps.apply(&mut self.kernel, write)
                 }
                 ApplyStep::Netns(step) => {
@@ -360,6 +359,20 @@ impl Applier {
             kernel.is_of_kubelet(connection.remote, connection.local).unwrap_or(true)
         };
         self.clear_audit.look(&self.visitors, pods, tunnels, is_kubelets)
+    }
+
+    /// What a pod has in clear may be right where another rule held for it until now.
+    fn forget_what_was_in_clear(&mut self, write: &MapWrite) {
+        const PASSES: u32 = flag::IN_MESH | flag::FAIL_OPEN | flag::SIDECAR;
+        let (cookie, info) = match write {
+            MapWrite::SetArrivals(cookie, info) => (cookie, Some(info)),
+            MapWrite::RemoveArrivals(cookie) => (cookie, None),
+            _ => return,
+        };
+        let rule = |info: &NetnsInfo| (info.flags & PASSES, info.exclusion_id);
+        if self.maps.contents().arrivals.get(cookie).map(rule) != info.map(rule) {
+            self.clear_audit.forget(*cookie);
+        }
     }
 
     /// Compares the recorded listening ports with the kernel's list, for the netns in `opened`.

@@ -92,13 +92,21 @@ fn connections_that_passed_the_programs_are_counted_and_named() {
     wait_for("connections by the tunnel, and scans meanwhile", || (opened() >= 4).then_some(()));
     assert_eq!(metric(&cluster, FOUND), 0, "{}", cluster.nodes[0].watcher_log());
 
-    let links = cluster.bpffs().join("adit").join(&cluster.nodes[0].pins_name).join("links");
-    for link in fs::read_dir(&links).unwrap().flatten() {
-        if link.file_name().to_string_lossy().contains("connect") {
-            fs::remove_file(link.path()).unwrap();
+    let links = || {
+        let folder = cluster.bpffs().join("adit").join(&cluster.nodes[0].pins_name).join("links");
+        let all = fs::read_dir(folder).unwrap().flatten();
+        all.filter(|link| link.file_name().to_string_lossy().contains("connect")).collect::<Vec<_>>()
+    };
+    let links_before = links().len();
+    wait_for("a connection in clear to be counted", || {
+        // A scan makes them again.
+        for link in links() {
+            let _ = fs::remove_file(link.path());
         }
-    }
-    wait_for("a connection in clear to be counted", || (metric(&cluster, FOUND) > 0).then_some(()));
+        (metric(&cluster, FOUND) > 0).then_some(())
+    });
+    wait_for("the links to be made again", || (links().len() == links_before).then_some(()));
+    assert!(cluster.nodes[0].watcher_log().contains("removed links of ours"));
     let log = cluster.nodes[0].watcher_log();
     let line = log.lines().find(|line| line.contains("no tunnel carries")).unwrap_or_else(|| panic!("{log}"));
     assert!(line.contains(&client.uid()) && line.contains(&format!("{}:8080", server.v4)), "{line}");

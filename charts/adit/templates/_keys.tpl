@@ -12,7 +12,8 @@ files/keys.txt has all keys of that schema; a test compares them.
 {{- define "adit.checkKeysOf" -}}
 {{- range $key, $value := .values -}}
 {{- $path := printf "%s%s" $.above $key -}}
-{{- if not (has $path $.known) -}}
+{{- /* A key with a dot in its name would look like the path of another one. */ -}}
+{{- if or (contains "." $key) (not (has $path $.known)) -}}
 {{- $nearest := include "adit.nearestKey" (dict "known" $.known "above" $.above "key" $key) -}}
 {{- fail (printf "unknown value %s%s" $path (empty $nearest | ternary "; `helm show values` lists all" (printf ", did you mean %s?" $nearest))) -}}
 {{- end -}}

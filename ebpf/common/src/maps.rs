@@ -160,7 +160,8 @@ maps! {
     VERDICTS = "verdicts", "per-CPU hash", u64: "netns cookie", Verdicts: "Verdicts",
         written by "connect, sendmsg, sk_lookup programs; watcher adds and removes", read by "watcher",
         keeps Records, abi 1, formerly None,
-        "How often each rule decided about connections of a pod, and of all others together (key 0).";
+        "How often each rule decided about connections of a pod, of all others together (key 0), and of pods that are gone \
+         (the last key).";
     TRACE = "trace", "ring buffer", (): "–", (): "–",
         written by "connect, sendmsg, sk_lookup programs", read by "watcher", keeps Records, abi 1, formerly None,
         "One `TraceRecord` per verdict, while tracing is on.";

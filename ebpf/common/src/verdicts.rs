@@ -26,6 +26,10 @@ pub struct Verdicts {
 /// The key for what belongs to no netns that has counts of its own.
 pub const ELSEWHERE: u64 = 0;
 
+/// The key for what was counted of netns that have no counts of their own any more. No netns has this
+/// cookie.
+pub const GONE: u64 = u64::MAX;
+
 impl Verdicts {
     /// Nothing was decided yet.
     pub const NONE: Self = Self { by_rule: [0; MAX_RULES] };

@@ -92,18 +92,20 @@ impl Kernel {
     }
 
     /// Attaches the pods' programs (connect, getpeername, getsockopt, sock_ops) to the cgroup that
-    /// all pods are below, and detaches them from where they were before. Idempotent. From here on
-    /// the maps must hold what the programs are to do; what other versions pinned goes.
+    /// all pods are below, and detaches them from where they were before. Idempotent; whether anything
+    /// was missing or another's. From here on the maps must hold what the programs are to do; what
+    /// other versions pinned goes.
     ///
     /// # Errors
     /// The directory is not a cgroup, somebody else's program forbids ours, or a link cannot be
     /// made.
-    pub fn attach_pods(&mut self, cgroup_dir: &Path) -> Result<(), KernelError> {
-        links::attach_pods(&self.object, &links::folder(&self.pins), cgroup_dir)?;
+    pub fn attach_pods(&mut self, cgroup_dir: &Path) -> Result<bool, KernelError> {
+        let changed = links::attach_pods(&self.object, &links::folder(&self.pins), cgroup_dir)?;
         if self.found == Found::OtherMaps {
             self.found = Found::OwnMaps;
         }
-        pins::remove_unknown(&maps::folder(&self.pins))
+        pins::remove_unknown(&maps::folder(&self.pins))?;
+        Ok(changed)
     }
 
     /// Drops what arrives for pods below `cgroup_dir` whose entry knows no netns and is closed. It

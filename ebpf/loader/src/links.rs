@@ -37,14 +37,17 @@ pub(crate) fn folder(pins: &Path) -> PathBuf {
 }
 
 /// Attaches the pods' programs to `cgroup`, and to no other any more.
-pub(crate) fn attach_pods(object: &Ebpf, folder: &Path, cgroup: &Path) -> Result<(), KernelError> {
+pub(crate) fn attach_pods(object: &Ebpf, folder: &Path, cgroup: &Path) -> Result<bool, KernelError> {
     let (dir, id) = open_cgroup(cgroup)?;
     let prefix = format!("pods-{id}-");
+    let mut changed = false;
     for attachment in PODS {
-        ensure(object, attachment, folder, &format!("{prefix}{}", attachment.program), dir.as_fd(), cgroup)?;
+        let name = format!("{prefix}{}", attachment.program);
+        changed |= ensure(object, attachment, folder, &name, dir.as_fd(), cgroup)?;
     }
     // Only now: a pod below both is never without programs.
-    remove_if(folder, |name| name.starts_with("pods-") && !name.starts_with(&prefix))
+    remove_if(folder, |name| name.starts_with("pods-") && !name.starts_with(&prefix))?;
+    Ok(changed)
 }
 
 /// Attaches the program that sees packets to `cgroup`, or detaches it.
@@ -57,7 +60,7 @@ pub(crate) fn set_ingress(
     let (dir, id) = open_cgroup(cgroup)?;
     let name = format!("pods-{id}-{}", INGRESS.program);
     if attached {
-        ensure(object, INGRESS, folder, &name, dir.as_fd(), cgroup)
+        ensure(object, INGRESS, folder, &name, dir.as_fd(), cgroup).map(drop)
     } else {
         remove_link(&folder.join(name))
     }
@@ -184,7 +187,7 @@ fn ensure(
     name: &str,
     target: BorrowedFd<'_>,
     target_path: &Path,
-) -> Result<(), KernelError> {
+) -> Result<bool, KernelError> {
     let path = folder.join(name);
     let failed =
         |source| KernelError::Attach { program: attachment.program, target: target_path.to_owned(), source };
@@ -195,9 +198,10 @@ fn ensure(
         return Err(failed(io::Error::other("the program is not loaded")));
     };
     if path.exists() && program_of(&path).map_err(failed)? == id {
-        return Ok(());
+        return Ok(false);
     }
-    replace_or_create(attachment, fd.as_fd(), &path, target, target_path)
+    replace_or_create(attachment, fd.as_fd(), &path, target, target_path)?;
+    Ok(true)
 }
 
 /// Leaves a link pinned at `path` that runs `program` at `target`.

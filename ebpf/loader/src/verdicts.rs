@@ -8,7 +8,7 @@ use std::{
 
 use adit_ebpf_common::{
     maps::VERDICTS,
-    verdicts::{ELSEWHERE, Verdicts},
+    verdicts::{ELSEWHERE, GONE, Verdicts},
 };
 use aya::{
     maps::{Map, MapData, MapError, PerCpuHashMap, PerCpuValues},
@@ -19,6 +19,11 @@ use crate::{
     KernelError,
     maps::{missing_is_fine, pin},
 };
+
+/// `BPF_ANY`
+const ALWAYS: u64 = 0;
+/// `BPF_NOEXIST`
+const IF_MISSING: u64 = 1;
 
 /// The counts of every pod, for whoever shows them: any number of threads may.
 pub struct VerdictCounts(Mutex<Counts>);
@@ -31,8 +36,6 @@ impl fmt::Debug for VerdictCounts {
 
 struct Counts {
     map: PerCpuHashMap<MapData, u64, Verdicts>,
-    /// Of pods that are gone: what is shown of the whole node never shrinks.
-    gone: Verdicts,
 }
 
 impl VerdictCounts {
@@ -41,8 +44,9 @@ impl VerdictCounts {
         let failed = |error| KernelError::map("open", VERDICTS.name)(error);
         let data = MapData::from_pin(pin(folder, &VERDICTS)).map_err(failed)?;
         let map = Map::from_map_data(data).and_then(PerCpuHashMap::try_from).map_err(failed)?;
-        let counts = Self(Mutex::new(Counts { map, gone: Verdicts::NONE }));
+        let counts = Self(Mutex::new(Counts { map }));
         counts.begin(ELSEWHERE)?;
+        counts.begin(GONE)?;
         Ok(counts)
     }
 
@@ -51,16 +55,11 @@ impl VerdictCounts {
     /// # Errors
     /// There is no room: it is counted with all others.
     pub fn begin(&self, netns_cookie: u64) -> Result<(), KernelError> {
-        const IF_MISSING: u64 = 1; // BPF_NOEXIST
-        let failed = |error| KernelError::map("write", VERDICTS.name)(error);
-        let cpus = nr_cpus().map_err(|(_, error)| failed(MapError::IoError(error)))?;
-        let zeros = PerCpuValues::try_from(vec![Verdicts::NONE; cpus]);
-        let zeros = zeros.map_err(|error| failed(MapError::IoError(error)))?;
-        match self.counts().map.insert(netns_cookie, zeros, IF_MISSING) {
+        match self.counts().write(netns_cookie, Verdicts::NONE, IF_MISSING) {
             Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {
                 Ok(())
             }
-            result => result.map_err(failed),
+            result => result.map_err(KernelError::map("write", VERDICTS.name)),
         }
     }
 
@@ -71,10 +70,12 @@ impl VerdictCounts {
     pub fn end(&self, netns_cookie: u64) -> Result<(), KernelError> {
         let mut counts = self.counts();
         let Some(last) = counts.of(netns_cookie)? else { return Ok(()) };
-        missing_is_fine(counts.map.remove(&netns_cookie))
-            .map_err(KernelError::map("write", VERDICTS.name))?;
-        counts.gone.add(&last);
-        Ok(())
+        let failed = KernelError::map("write", VERDICTS.name);
+        missing_is_fine(counts.map.remove(&netns_cookie)).map_err(failed)?;
+        // In the map, so that what is shown of the whole node does not shrink when a watcher ends.
+        let mut gone = counts.of(GONE)?.unwrap_or(Verdicts::NONE);
+        gone.add(&last);
+        counts.write(GONE, gone, ALWAYS).map_err(KernelError::map("write", VERDICTS.name))
     }
 
     /// What was decided in that netns; `None`: it is not counted apart.
@@ -91,7 +92,7 @@ impl VerdictCounts {
     /// The map cannot be read.
     pub fn netns(&self) -> Result<Vec<u64>, KernelError> {
         let mut netns = self.counts().keys()?;
-        netns.retain(|cookie| *cookie != ELSEWHERE);
+        netns.retain(|cookie| ![ELSEWHERE, GONE].contains(cookie));
         Ok(netns)
     }
 
@@ -101,7 +102,7 @@ impl VerdictCounts {
     /// The map cannot be read.
     pub fn total(&self) -> Result<Verdicts, KernelError> {
         let counts = self.counts();
-        let mut total = counts.gone;
+        let mut total = Verdicts::NONE;
         for cookie in counts.keys()? {
             if let Some(more) = counts.of(cookie)? {
                 total.add(&more);
@@ -117,6 +118,14 @@ impl VerdictCounts {
 }
 
 impl Counts {
+    /// Writes what a netns has counted, as if one processor had.
+    fn write(&mut self, netns_cookie: u64, counts: Verdicts, flags: u64) -> Result<(), MapError> {
+        let cpus = nr_cpus().map_err(|(_, error)| MapError::IoError(error))?;
+        let mut by_cpu = vec![Verdicts::NONE; cpus.max(1)];
+        by_cpu[0] = counts;
+        self.map.insert(netns_cookie, PerCpuValues::try_from(by_cpu)?, flags)
+    }
+
     fn of(&self, netns_cookie: u64) -> Result<Option<Verdicts>, KernelError> {
         match self.map.get(&netns_cookie, 0) {
             Ok(by_cpu) => {

@@ -5,6 +5,8 @@ use adit_ebpf_common::{
     verdicts::{ELSEWHERE, Verdicts},
 };
 
+use adit_ebpf_loader::Kernel;
+
 use crate::rig::{INBOUND, OUTBOUND, Rig, agent::Agent, agent::How, at};
 
 fn counted(rig: &Rig, netns_cookie: u64) -> Vec<(Rule, u64)> {
@@ -53,6 +55,8 @@ fn what_was_counted_of_a_pod_that_ended_stays_in_the_total() {
     assert_eq!(verdicts.netns().unwrap(), [rig.cookie]);
     verdicts.end(rig.cookie).unwrap();
     verdicts.end(rig.cookie).unwrap();
-    assert_eq!((verdicts.netns().unwrap(), total(verdicts)), (vec![], before));
+    assert_eq!((verdicts.netns().unwrap(), total(verdicts)), (vec![], before.clone()));
     assert_eq!(counted(&rig, rig.cookie), []);
+    let successor = Kernel::open(&rig.bpffs.pins()).unwrap();
+    assert_eq!(total(successor.verdicts()), before, "nor when a watcher ends");
 }

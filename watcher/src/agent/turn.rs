@@ -19,6 +19,8 @@ impl Agent {
     /// Does everything that is due. `scan`: observes every pod, and reads back what is applied.
     pub(super) fn reconcile(&mut self, scan: bool) {
         if scan {
+            // First: what is repaired afterwards may be how something passed.
+            self.audit();
             self.read_back();
         }
         self.observe(scan);
@@ -48,9 +50,6 @@ impl Agent {
         {
             self.apply(&work, now);
         }
-        if scan {
-            self.audit();
-        }
         self.observer.close_netns();
         self.applier.do_due(now);
         self.tracer.update(&self.pods.views(), &mut self.applier);
@@ -75,7 +74,24 @@ impl Agent {
         Ok(())
     }
 
+    /// Makes links again that somebody removed.
+    fn attach_again(&mut self) {
+        let Self { applier, config, .. } = self;
+        if applier.kernel.must_be_filled() {
+            return;
+        }
+        match applier.kernel.attach_pods(&config.attach) {
+            Ok(false) => {}
+            Ok(true) => {
+                warn!(cgroup = %config.attach.display(), "another program removed links of ours; they are made again");
+                self.reporter.corrected();
+            }
+            Err(error) => warn!(error = %Report::new(&error), "cannot attach the pods' programs again"),
+        }
+    }
+
     fn read_back(&mut self) {
+        self.attach_again();
         match self.applier.read_back() {
             Ok(differs) => {
                 if differs {

@@ -34,7 +34,8 @@ const NAMED: usize = 3;
 /// What was found so far.
 #[derive(Debug, Default)]
 pub(crate) struct ClearAudit {
-    /// By netns, the connections in clear that it had at the last look.
+    /// By netns, the connections in clear that it had at the last look, those among them that were
+    /// still being made.
     known: BTreeMap<u64, BTreeSet<SocketCookie>>,
     /// The netns that was looked at last.
     last: u64,
@@ -67,14 +68,13 @@ impl ClearAudit {
         tunnels: &BTreeSet<CgroupId>,
         is_kubelets: impl Fn(&Connection) -> bool,
     ) -> usize {
-        let results = visitors.visit_each(pods, |visitor, pod| {
-            visitor.enter(pod.netns.as_fd(), || established_in_clear(pod, tunnels))
-        });
+        let results = visitors
+            .visit_each(pods, |visitor, pod| visitor.enter(pod.netns.as_fd(), || now_in_clear(pod, tunnels)));
         let mut count = 0;
         for (pod, found) in pods.iter().zip(results) {
             match found {
                 Ok(mut found) => {
-                    found.retain(|connection| !is_kubelets(connection));
+                    found.lasting.retain(|connection| !is_kubelets(connection));
                     count += self.compare(pod, &found);
                 }
                 Err(error) => debug!(uid = pod.uid, %error, "cannot list the connections of a pod"),
@@ -83,10 +83,9 @@ impl ClearAudit {
         count
     }
 
-    fn compare(&mut self, pod: &PodSockets, found: &[Connection]) -> usize {
-        let now = found.iter().map(Connection::cookie).collect();
-        let Some(before) = self.known.insert(pod.cookie, now) else { return 0 };
-        let new: Vec<_> = found.iter().filter(|found| !before.contains(&found.cookie())).collect();
+    fn compare(&mut self, pod: &PodSockets, found: &InClear) -> usize {
+        let Some(before) = self.known.insert(pod.cookie, found.all.clone()) else { return 0 };
+        let new: Vec<_> = found.lasting.iter().filter(|found| !before.contains(&found.cookie())).collect();
         for connection in new.iter().take(NAMED) {
             let (uid, local, remote) = (&pod.uid, connection.local, connection.remote);
             warn!(uid, %local, %remote, "an enrolled pod has a connection that no tunnel carries");
@@ -95,21 +94,27 @@ impl ClearAudit {
     }
 }
 
-/// In the pod's netns: what is in clear now and a moment later. The list is not one moment's, so that
-/// an end that closes meanwhile may be missing in it.
-fn established_in_clear(pod: &PodSockets, tunnels: &BTreeSet<CgroupId>) -> io::Result<Vec<Connection>> {
-    let look = || {
-        let (found, listeners) = (connections::connections()?, listening()?);
-        let mut clear = in_clear(found, &listeners, pod, tunnels);
-        clear.retain(|connection| connection.is_established);
-        Ok::<_, io::Error>(clear)
-    };
-    let mut found = look()?;
-    if !found.is_empty() {
-        let again = look()?;
-        found.retain(|connection| again.iter().any(|other| other.cookie() == connection.cookie()));
+/// What a netns has in clear.
+#[derive(Debug)]
+struct InClear {
+    /// In whatever state it was seen.
+    all: BTreeSet<SocketCookie>,
+    /// What was established, and is so a moment later. The kernel's list is not one moment's: an end
+    /// that closes meanwhile may be missing in it.
+    lasting: Vec<Connection>,
+}
+
+/// What the pod's netns, in which this thread is, has in clear.
+fn now_in_clear(pod: &PodSockets, tunnels: &BTreeSet<CgroupId>) -> io::Result<InClear> {
+    let look = || Ok::<_, io::Error>(in_clear(connections::connections()?, &listening()?, pod, tunnels));
+    let mut lasting = look()?;
+    let mut all: BTreeSet<SocketCookie> = lasting.iter().map(Connection::cookie).collect();
+    if !all.is_empty() {
+        let again: BTreeSet<SocketCookie> = look()?.iter().map(Connection::cookie).collect();
+        lasting.retain(|connection| connection.is_established && again.contains(&connection.cookie()));
+        all.extend(again);
     }
-    Ok(found)
+    Ok(InClear { all, lasting })
 }
 
 #[cfg(test)]
@@ -141,11 +146,17 @@ mod tests {
         };
         let connection =
             |number| Connection::between("10.0.0.2:40000", "10.0.1.1:80", 1).with_cookie([number; 8]);
+        // Those that were still being made, and those that are established.
+        let found = |begun: &[u8], lasting: &[u8]| InClear {
+            all: begun.iter().chain(lasting).map(|number| [*number; 8]).collect(),
+            lasting: lasting.iter().copied().map(connection).collect(),
+        };
         let mut audit = ClearAudit::default();
-        assert_eq!(audit.compare(&pod, &[connection(1)]), 0, "from before it was enrolled");
-        assert_eq!(audit.compare(&pod, &[connection(1), connection(2)]), 1);
-        assert_eq!(audit.compare(&pod, &[connection(1), connection(2)]), 0, "counted once");
+        assert_eq!(audit.compare(&pod, &found(&[2], &[1])), 0, "from before it was enrolled");
+        assert_eq!(audit.compare(&pod, &found(&[], &[1, 2])), 0, "begun before it was enrolled");
+        assert_eq!(audit.compare(&pod, &found(&[], &[1, 2, 3])), 1);
+        assert_eq!(audit.compare(&pod, &found(&[], &[1, 2, 3])), 0, "counted once");
         audit.forget(5);
-        assert_eq!(audit.compare(&pod, &[connection(3)]), 0, "its exclusions changed");
+        assert_eq!(audit.compare(&pod, &found(&[], &[4])), 0, "its exclusions changed");
     }
 }

@@ -135,15 +135,30 @@ fn removals(chains: &[Chain], jumps: &[Jump]) -> Vec<Removal> {
 }
 
 fn has_routing_rule() -> io::Result<bool> {
+    let all = rules(AddressFamily::Inet)?;
+    Ok(all.iter().any(|rule| {
+        let has = |wanted: &RuleAttribute| rule.attributes.contains(wanted);
+        has(&RuleAttribute::FwMark(MARK)) && has(&RuleAttribute::FwMask(MASK)) && is_of_table(rule)
+    }))
+}
+
+/// How many rules lead to the table that the agent's does.
+fn rules_of_table(family: AddressFamily) -> io::Result<usize> {
+    Ok(rules(family)?.iter().filter(|rule| is_of_table(rule)).count())
+}
+
+fn is_of_table(rule: &RuleMessage) -> bool {
+    rule.attributes.contains(&RuleAttribute::Table(TABLE)) || u32::from(rule.header.table) == TABLE
+}
+
+/// The routing rules of the calling thread's netns.
+fn rules(family: AddressFamily) -> io::Result<Vec<RuleMessage>> {
     let mut request = RuleMessage::default();
-    request.header.family = AddressFamily::Inet;
-    let mut found = false;
+    request.header.family = family;
+    let mut found = Vec::new();
     netlink::dump(&netlink::socket(NETLINK_ROUTE)?, RouteNetlinkMessage::GetRule(request), |answer| {
         if let RouteNetlinkMessage::NewRule(rule) = answer {
-            let has = |wanted: &RuleAttribute| rule.attributes.contains(wanted);
-            found |= has(&RuleAttribute::FwMark(MARK))
-                && has(&RuleAttribute::FwMask(MASK))
-                && has(&RuleAttribute::Table(TABLE));
+            found.push(rule);
         }
         ControlFlow::Continue(())
     })?;
@@ -165,7 +180,10 @@ fn remove_routing() -> io::Result<()> {
         rule.header.action = RuleAction::ToTable;
         rule.attributes =
             vec![RuleAttribute::FwMark(MARK), RuleAttribute::FwMask(MASK), RuleAttribute::Table(TABLE)];
-        requests.push(Request::new("Istio's route", RouteNetlinkMessage::DelRoute(route(family)), false));
+        // Others use that table, too, such as whoever redirects by TPROXY.
+        if rules_of_table(family).unwrap_or(1) == 1 {
+            requests.push(Request::new("Istio's route", RouteNetlinkMessage::DelRoute(route(family)), false));
+        }
         requests.push(Request::new("Istio's rule", RouteNetlinkMessage::DelRule(rule), false));
     }
     // IPv6 may have none, or not be there.

@@ -44,6 +44,7 @@ fn a_wrong_key_or_value_is_refused_by_name() {
             "updateStrategy: {rollingUpdate: {surge: 1}}",
             "updateStrategy.rollingUpdate.surge, did you mean updateStrategy.rollingUpdate.maxSurge?",
         ),
+        ("watcher.failMode: open", "unknown value watcher.failMode"),
         ("zebra: {stripes: 2}", "unknown value zebra; `helm show values` lists all"),
         ("profile: sidecar", "'/profile'"),
         ("watcher: {failMode: ajar}", "'/watcher/failMode'"),

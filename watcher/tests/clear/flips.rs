@@ -15,8 +15,8 @@ use testbed::{
 
 use super::{life::Mode, rig::Rig};
 
-/// Longer than a connection takes on a loaded machine, or one SYN of which was lost.
-const HANGS: Micros = 3_000_000;
+/// Longer than a connection takes on a loaded machine, two SYNs of which were lost.
+const HANGS: Micros = 4_500_000;
 /// Longer than any part of the mesh waits for another one: what nobody answers is seen to hang.
 const PATIENCE: Duration = Duration::from_secs(20);
 

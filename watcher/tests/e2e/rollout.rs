@@ -25,7 +25,7 @@ fn a_rollout_fails_no_request_and_cuts_no_connection_and_crashes_heal() {
     load.assert_whole(&rig, "after a rollout");
     let rate = storm.end();
     // A thousand is asked for; a busy machine of two cores makes fewer.
-    assert!(rate > 250.0, "{rate} requests a second");
+    assert!(rate > 100.0, "{rate} requests a second");
 
     for service in ["kubelet", "containerd"] {
         for node in &mut rig.cluster.nodes {

@@ -80,7 +80,10 @@ pub(crate) async fn serve(accepted: Accepted) {
         }
         let connecting = async {
             let in_time = timeout_at(limit.into(), connect(&accepted, &source, &route)).await;
-            in_time.unwrap_or(Err(OutboundError::OutOfTime(socket::CONNECT_TIMEOUT)))
+            in_time.unwrap_or_else(|_| {
+                accepted.worker.failed.add(route.endpoint());
+                Err(OutboundError::OutOfTime(socket::CONNECT_TIMEOUT))
+            })
         };
         connected = while_waiting(&accepted.stream, connecting).await;
     }

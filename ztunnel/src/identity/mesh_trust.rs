@@ -27,10 +27,14 @@ use super::TrustDomains;
 use crate::{
     config::{Config, TrustFiles},
     file_version::FileVersion,
+    rarely::Rarely,
 };
 
 /// The interval at which the files are checked for changes.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
+
+/// It is tried again at each interval, and said more rarely.
+static UNREADABLE: Rarely = Rarely::every(Duration::from_mins(1));
 
 /// In the list of accepted ones: all.
 const ANY: &str = "*";
@@ -47,8 +51,6 @@ type Said<T> = Result<T, InvalidFile>;
 
 #[derive(Debug, thiserror::Error)]
 enum InvalidFile {
-    #[error(transparent)]
-    Read(#[from] io::Error),
     #[error("not a valid document: {0}")]
     Yaml(#[from] Box<serde_saphyr::Error>),
     #[error("{0:?} is no trust domain")]
@@ -124,20 +126,21 @@ impl MeshTrust {
         let (mut mesh_config, mut accepted) = (None, None);
         loop {
             let now = (version(&self.files.mesh_config), version(&self.files.accepted));
-            if now.0 != mesh_config {
-                self.read_mesh_config();
+            // One that cannot be read is read again: what it says may take something away.
+            if now.0 != mesh_config && self.read_mesh_config() {
+                mesh_config = now.0;
             }
-            if now.1 != accepted {
-                self.read_accepted();
+            if now.1 != accepted && self.read_accepted() {
+                accepted = now.1;
             }
-            (mesh_config, accepted) = now;
             if stop.run_until_cancelled(tokio::time::sleep(POLL_INTERVAL)).await.is_none() {
                 return;
             }
         }
     }
 
-    fn read_mesh_config(&self) {
+    /// Whether the file was read, valid or not.
+    fn read_mesh_config(&self) -> bool {
         let aliases = |text: &str| -> Said<Arc<[Arc<str>]>> {
             let config: MeshConfig = serde_saphyr::from_str(text).map_err(Box::new)?;
             let told = config.trust_domain_aliases.into_iter().flatten().map(trust_domain);
@@ -149,17 +152,18 @@ impl MeshTrust {
             }
             Ok(all.into())
         };
-        self.apply(self.files.mesh_config.as_deref(), aliases, |known, aliases| known.aliases = aliases);
+        self.apply(self.files.mesh_config.as_deref(), aliases, |known, aliases| known.aliases = aliases)
     }
 
-    fn read_accepted(&self) {
+    /// The same.
+    fn read_accepted(&self) -> bool {
         let domains = |text: &str| -> Said<BTreeSet<String>> {
             let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
             let domain =
                 |line: &str| if line == ANY { Ok(line.to_owned()) } else { trust_domain(line.to_owned()) };
             lines.map(domain).collect()
         };
-        self.apply(self.files.accepted.as_deref(), domains, |known, domains| known.accepted = domains);
+        self.apply(self.files.accepted.as_deref(), domains, |known, domains| known.accepted = domains)
     }
 
     fn apply<T>(
@@ -167,13 +171,24 @@ impl MeshTrust {
         file: Option<&Path>,
         parse: impl FnOnce(&str) -> Said<T>,
         set: impl FnOnce(&mut Known, T),
-    ) {
-        let Some(path) = file else { return };
-        let said = match fs::read_to_string(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
-            text => text.map_err(InvalidFile::from).and_then(|text| parse(&text)),
+    ) -> bool {
+        let Some(path) = file else { return true };
+        let text = match fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return true,
+            // Not UTF-8: it was read.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                warn!(path = %path.display(), %error, "invalid trust domains; what the file said last stays in force");
+                return true;
+            }
+            Err(error) => {
+                if UNREADABLE.due().is_some() {
+                    warn!(path = %path.display(), %error, "cannot read trust domains; trying again");
+                }
+                return false;
+            }
         };
-        match said {
+        match parse(&text) {
             Ok(said) => {
                 self.known.send_if_modified(|known| {
                     let before = known.clone();
@@ -190,6 +205,7 @@ impl MeshTrust {
                 warn!(path = %path.display(), %error, "invalid trust domains; what the file said last stays in force");
             }
         }
+        true
     }
 }
 

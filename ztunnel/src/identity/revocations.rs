@@ -24,10 +24,13 @@ use x509_parser::{
     x509::ReasonCode,
 };
 
-use crate::file_version::FileVersion;
+use crate::{file_version::FileVersion, rarely::Rarely};
 
 /// The interval at which the file is checked for changes.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
+
+/// It is tried again at each interval, and said more rarely.
+static UNREADABLE: Rarely = Rarely::every(Duration::from_mins(1));
 
 /// Issuer and serial number.
 type CertificateId = (IssuerName, Vec<u8>);
@@ -199,6 +202,13 @@ impl Revocations {
                 Ok(revoked) => {
                     info!(path = %path.display(), certificates = revoked.len(), "revocation lists applied");
                     self.revoked.send_replace(Arc::new(revoked));
+                }
+                // It is read again: it may revoke somebody.
+                Err(error @ RevocationsError::Read { .. }) if version.is_some() => {
+                    if UNREADABLE.due().is_some() {
+                        warn!(%error, "cannot read the revocation lists; trying again");
+                    }
+                    continue;
                 }
                 Err(error) => warn!(%error, "invalid revocation lists; the last valid ones stay in force"),
             }

@@ -9,9 +9,9 @@
 //! 3. its certificate
 //!
 //! A rollout of tunnels that the certificate service refuses stops there. The control plane may be
-//! away, and may never tell of the pod, for the other tunnel as for this one: that is waited for no
-//! longer than [`TELL_LIMIT`]. When nobody else listens in the netns any more, the pod is served in
-//! any case.
+//! away, and may never tell of the pod, for the other tunnel as for this one: the one is waited for no
+//! longer than [`FIRST_LIMIT`], the other [`TELL_LIMIT`]. When nobody else listens in the netns any
+//! more, the pod is served in any case.
 
 use std::{os::fd::BorrowedFd, sync::Arc, time::Duration};
 
@@ -26,7 +26,10 @@ use crate::{
 /// How long the pod may be without a tunnel when the other one ends.
 pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
-/// How long the control plane may take to tell of a pod: several times what one that is there needs.
+/// How long the control plane may take to tell anything: a rollout that it cannot follow stops there.
+const FIRST_LIMIT: Duration = Duration::from_mins(1);
+
+/// How long it may take to tell of a pod: several times what one that is there needs.
 const TELL_LIMIT: Duration = Duration::from_secs(10);
 
 /// A pod that another tunnel may serve.
@@ -72,13 +75,13 @@ impl Handover {
 
     /// What connections of the pod would need, and is not there.
     fn lacks(&self, process: &ProcessContext) -> Option<String> {
-        let may_be_told = self.since.elapsed() < TELL_LIMIT;
-        if may_be_told && !process.store.is_told() {
+        let waited = self.since.elapsed();
+        if waited < FIRST_LIMIT && !process.store.is_told() {
             return Some("the control plane has not told everything yet".to_owned());
         }
         let mesh = process.store.snapshot();
         let Some(workload) = mesh.workload_of(&self.local) else {
-            return may_be_told.then(|| "the control plane has not told of the pod yet".to_owned());
+            return (waited < TELL_LIMIT).then(|| "the control plane has not told of the pod yet".to_owned());
         };
         process.certificates.lacks(&workload.identity())
     }
