@@ -26,7 +26,8 @@ use crate::{
 /// How long the pod may be without a tunnel when the other one ends.
 pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
-/// How long the control plane may take to tell anything: a rollout that it cannot follow stops there.
+/// How long the control plane may take to tell anything, where nothing is known of the pod: a rollout
+/// that it cannot follow stops there for so long.
 const FIRST_LIMIT: Duration = Duration::from_mins(1);
 
 /// How long it may take to tell of a pod: several times what one that is there needs.
@@ -75,12 +76,14 @@ impl Handover {
 
     /// What connections of the pod would need, and is not there.
     fn lacks(&self, process: &ProcessContext) -> Option<String> {
-        let waited = self.since.elapsed();
-        if waited < FIRST_LIMIT && !process.store.is_told() {
+        let (mesh, waited) = (process.store.snapshot(), self.since.elapsed());
+        let workload = mesh.workload_of(&self.local);
+        // What the other tunnel was told last is here, too, and has the pod.
+        let limit = if workload.is_some() { TELL_LIMIT } else { FIRST_LIMIT };
+        if waited < limit && !process.store.is_told() {
             return Some("the control plane has not told everything yet".to_owned());
         }
-        let mesh = process.store.snapshot();
-        let Some(workload) = mesh.workload_of(&self.local) else {
+        let Some(workload) = workload else {
             return (waited < TELL_LIMIT).then(|| "the control plane has not told of the pod yet".to_owned());
         };
         process.certificates.lacks(&workload.identity())
