@@ -29,6 +29,9 @@ const SYNC_EVERY: Duration = Duration::from_secs(5);
 /// How often a disk that was full or broken is tried again.
 const RETRY_EVERY: Duration = Duration::from_secs(10);
 
+/// How often files of tunnels that are gone are looked for.
+const CLEAN_EVERY: Duration = Duration::from_secs(10);
+
 /// What the thread is told.
 #[derive(Debug)]
 pub(super) enum Message {
@@ -62,6 +65,8 @@ pub(super) struct Writer {
     work: Work,
     /// When the file was last on the disk as a whole.
     synced: Instant,
+    /// When files of tunnels that are gone were last looked for.
+    cleaned: Option<Instant>,
     /// Bytes that the last file had, which the next one needs.
     needs: u64,
 }
@@ -80,7 +85,7 @@ enum Work {
 impl Writer {
     pub(super) fn new(path: &Path, origin: Origin, status: Arc<Status>) -> Self {
         let (path, now) = (path.to_owned(), Instant::now());
-        Self { path, origin, status, work: Work::Broken { tried: now }, synced: now, needs: 0 }
+        Self { path, origin, status, work: Work::Broken { tried: now }, synced: now, cleaned: None, needs: 0 }
     }
 
     /// Until nobody tells any more.
@@ -167,8 +172,6 @@ impl Writer {
                 if log.is_complete() && !log.is_published() {
                     log.publish()?;
                     self.synced = Instant::now();
-                    let cleaned = Folder::open(&self.path).map(|folder| folder.clean(log.path()));
-                    debug!(?cleaned, "states of tunnels that are gone are removed");
                     self.status.works();
                     info!(path = %log.path().display(), bytes = log.size(), "last state of the control plane is kept");
                 } else if log.is_mostly_past() {
@@ -179,6 +182,12 @@ impl Writer {
                 } else if log.is_due_to_sync() && self.synced.elapsed() >= SYNC_EVERY {
                     log.sync()?;
                     self.synced = Instant::now();
+                }
+                // The predecessor serves on for a while, and leaves its file when it ends.
+                if log.is_published() && self.cleaned.is_none_or(|at| at.elapsed() >= CLEAN_EVERY) {
+                    self.cleaned = Some(Instant::now());
+                    let cleaned = Folder::open(&self.path).map(|folder| folder.clean(log.path()));
+                    debug!(?cleaned, "states of tunnels that are gone are removed");
                 }
                 self.needs = log.live();
                 self.status.bytes.store(if log.is_published() { log.size() } else { 0 }, Ordering::Relaxed);
