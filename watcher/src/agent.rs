@@ -111,7 +111,6 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
         lock = node_lock::acquire(&config.pins, &metrics) => lock,
     };
     let lock = lock.map_err(cannot(format!("lock the pins in {}", config.pins.display())))?;
-    source.begin();
     let _http = match (http, config.metrics_address) {
         // The watcher before this one had the address, in the same netns, and may not have ended.
         (Err(_), Some(address)) if lock.stood_by => {
@@ -124,7 +123,7 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
         ControlServer::bind(&config.status_socket, request_sender).map_err(cannot("serve commands"))?;
     let (zds_sender, mut zds_events) = mpsc::unbounded_channel();
     let mut zds = ZdsServer::bind(&config.zds_socket, zds_sender).map_err(cannot("serve tunnels"))?;
-    let (mut agent, mut events) = startup::start(config, &source, metrics)?;
+    let (mut agent, mut events) = startup::start(config, &mut source, metrics)?;
 
     let mut next_scan = Instant::now() + agent.config.rescan;
     let (detach, client) = loop {

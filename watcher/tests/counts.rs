@@ -11,7 +11,7 @@ use testbed::{
 };
 
 /// Dials the address once a second, and keeps every connection.
-const KEEP: &str = r#"
+const KEEP: &str = r"
 import socket, sys, time
 kept = []
 while True:
@@ -20,7 +20,7 @@ while True:
     except OSError as error:
         print(error, flush=True)
     time.sleep(1)
-"#;
+";
 
 const METRICS: &str = "127.0.0.1:15099";
 

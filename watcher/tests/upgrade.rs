@@ -192,7 +192,9 @@ fn a_successor_that_has_stood_by_for_long_opens_no_pod_that_came_meanwhile() {
     node.write_pods(&[true, true], "");
     node.wait_state(b, "closed", "no_tunnel");
     let diallers = [(); 3].map(|()| Dialler::start(&node, b));
-    diallers.iter().for_each(|dialler| dialler.more(20));
+    for dialler in &diallers {
+        dialler.more(20);
+    }
     node.kill_watcher();
     wait_for("the successor to work", || node.command(&["status", "-o", "json"]).0);
     node.wait_state(b, "closed", "no_tunnel");

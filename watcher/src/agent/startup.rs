@@ -33,9 +33,10 @@ use super::{
 /// The journal cannot be read, the kernel refused, or no source of events works.
 pub(super) fn start(
     config: AgentConfig,
-    source: &Source,
+    source: &mut Source,
     metrics: Arc<Metrics>,
 ) -> Result<(Agent, Box<dyn EventSource>), AgentError> {
+    source.begin();
     let journal = Journal::open(&config.run_dir).map_err(cannot("read the journal of an earlier run"))?;
     let visitors = Arc::new(Visitors::new().map_err(cannot("start the threads that enter netns"))?);
     let failed = |what| move |source| AgentError::Kernel { what, source };

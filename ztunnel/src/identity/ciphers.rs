@@ -21,11 +21,11 @@ use rustls::{
 use tracing::{info, warn};
 
 /// As bulk traffic has them: the largest ones.
-const RECORD: usize = 16 * 1024;
+const RECORD: u16 = 16 * 1024;
 /// How often each implementation is timed. The best time counts: others have been interrupted.
 const ROUNDS: usize = 6;
 /// How many records are sealed each time.
-const RECORDS: u64 = 8;
+const RECORDS: u8 = 8;
 /// How much faster than aws-lc ring must be, in percent, to be chosen: a difference that the next start
 /// would find as well.
 const CLEARLY: u32 = 10;
@@ -79,7 +79,7 @@ fn measure() -> Result<(Duration, Duration), Error> {
 
 /// Such as `5.3 GB/s`.
 fn per_second(time: Duration) -> String {
-    let bytes = RECORD as f64 * RECORDS as f64;
+    let bytes = f64::from(RECORD) * f64::from(RECORDS);
     format!("{:.1} GB/s", bytes / time.as_secs_f64().max(1e-9) / 1e9)
 }
 
@@ -97,7 +97,7 @@ impl Sealer {
         let suite = suite.and_then(SupportedCipherSuite::tls13);
         let suite = suite.ok_or_else(|| Error::General("AES-256-GCM is missing".to_owned()))?;
         let encrypter = suite.aead_alg.encrypter(AeadKey::from([7; 32]), Iv::new([7; 12]));
-        Ok(Self { encrypter, record: vec![7; RECORD], sequence: 0 })
+        Ok(Self { encrypter, record: vec![7; RECORD.into()], sequence: 0 })
     }
 
     fn time(&mut self) -> Result<Duration, Error> {
