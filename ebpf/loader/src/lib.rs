@@ -13,6 +13,7 @@
 //! * [`trace_filter`]: which verdicts the programs report
 //! * [`verdicts`]: how often each rule decided
 //! * [`exclusions`]: exclusion lists, written whole or not at all
+//! * [`listeners`]: who listens where
 //! * [`maps`]: adopts maps, reads and writes them
 //! * [`batch`]: whole maps in a few system calls
 //! * [`trace`]: the verdicts of the programs, while somebody watches
@@ -34,6 +35,7 @@ mod explain;
 mod kernel;
 mod lifecycle;
 mod links;
+mod listeners;
 mod maps;
 mod netns_cookie;
 mod netns_program;
