@@ -11,6 +11,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Size of the first read: a handshake fits.
 const SMALLEST: usize = 4 << 10;
+/// After so many reads in a row that filled less than a quarter the buffer shrinks: the end of each
+/// burst is small, too, and must not cost an allocation.
+const SMALL_READS: u32 = 32;
 
 /// Size of a read while as much arrives. rustls alone asks for 4 KiB at a time.
 const LARGEST: usize = 64 << 10;
@@ -23,13 +26,15 @@ pub(crate) struct ReadAhead<T> {
     buffer: Vec<u8>,
     /// The part of `buffer` that was not taken yet.
     rest: std::ops::Range<usize>,
+    /// How many reads in a row filled little of it.
+    small: u32,
     /// Bytes that were written so far.
     written: u64,
 }
 
 impl<T> ReadAhead<T> {
     pub(super) fn new(io: T) -> Self {
-        Self { io, buffer: Vec::new(), rest: 0..0, written: 0 }
+        Self { io, buffer: Vec::new(), rest: 0..0, small: 0, written: 0 }
     }
 
     /// Bytes that the connection has taken so far.
@@ -77,10 +82,13 @@ impl<T: AsyncRead + Unpin> AsyncRead for ReadAhead<T> {
         this.rest.start += count;
         if this.rest.is_empty() {
             let (filled, size) = (this.rest.end, this.buffer.len());
+            let is_small = filled < size / 4;
+            this.small = if is_small && size > SMALLEST { this.small + 1 } else { 0 };
             if filled == size && size < LARGEST {
                 // It was full: more has probably arrived.
                 this.buffer.resize(size * 2, 0);
-            } else if filled < size / 4 && size > SMALLEST {
+            } else if this.small == SMALL_READS {
+                this.small = 0;
                 this.buffer.truncate(size / 2);
                 this.buffer.shrink_to_fit();
             }
@@ -139,7 +147,7 @@ mod tests {
         near.read_exact(&mut received).await.unwrap();
         assert!(received == sent);
         assert_eq!(near.buffer.len(), LARGEST);
-        for _ in 0..4 {
+        for _ in 0..4 * SMALL_READS {
             far.write_all(b"a").await.unwrap();
             near.read_u8().await.unwrap();
         }
