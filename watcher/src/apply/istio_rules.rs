@@ -10,17 +10,11 @@
 //! without it nothing is looked at. iptables of the legacy kind are left alone, and named: the
 //! kernel takes them only as whole tables, with everybody's rules.
 
-use std::{
-    fs, io,
-    net::{Ipv4Addr, Ipv6Addr},
-    ops::ControlFlow,
-};
+use std::{fs, io, ops::ControlFlow};
 
 use rtnetlink::{
-    RouteMessageBuilder,
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
-        route::{RouteMessage, RouteScope, RouteType},
         rule::{RuleAction, RuleAttribute, RuleMessage},
     },
     sys::protocols::NETLINK_ROUTE,
@@ -31,7 +25,7 @@ use crate::observe::{
     nftables::{self, Chain, Jump, Removal},
 };
 
-use super::netns_setup::{Request, send_all};
+use super::netns_setup::{Request, local_route, send_all};
 
 /// The agent's routing rule.
 const MARK: u32 = 0x111;
@@ -182,30 +176,13 @@ fn remove_routing() -> io::Result<()> {
             vec![RuleAttribute::FwMark(MARK), RuleAttribute::FwMask(MASK), RuleAttribute::Table(TABLE)];
         // Others use that table, too, such as whoever redirects by TPROXY.
         if rules_of_table(family).unwrap_or(1) == 1 {
-            requests.push(Request::new("Istio's route", RouteNetlinkMessage::DelRoute(route(family)), false));
+            let route = local_route(family == AddressFamily::Inet, TABLE, LO);
+            requests.push(Request::new("Istio's route", RouteNetlinkMessage::DelRoute(route), false));
         }
         requests.push(Request::new("Istio's rule", RouteNetlinkMessage::DelRule(rule), false));
     }
     // IPv6 may have none, or not be there.
     send_all(&requests, 0, &[libc::ENOENT, libc::ESRCH, libc::EAFNOSUPPORT, libc::EOPNOTSUPP])
-}
-
-fn route(family: AddressFamily) -> RouteMessage {
-    match family {
-        AddressFamily::Inet6 => RouteMessageBuilder::<Ipv6Addr>::new()
-            .destination_prefix(Ipv6Addr::UNSPECIFIED, 0)
-            .table_id(TABLE)
-            .kind(RouteType::Local)
-            .output_interface(LO)
-            .build(),
-        _ => RouteMessageBuilder::<Ipv4Addr>::new()
-            .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
-            .table_id(TABLE)
-            .kind(RouteType::Local)
-            .scope(RouteScope::Host)
-            .output_interface(LO)
-            .build(),
-    }
 }
 
 #[cfg(test)]

@@ -322,21 +322,7 @@ impl Family {
 
     /// `local default dev lo`, or the same of another device, which is less preferred.
     fn route(self, device: u32) -> RouteMessage {
-        let mut route = match self {
-            Self::V4 => RouteMessageBuilder::<Ipv4Addr>::new()
-                .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
-                .table_id(TABLE)
-                .kind(RouteType::Local)
-                .scope(RouteScope::Host)
-                .output_interface(device)
-                .build(),
-            Self::V6 => RouteMessageBuilder::<Ipv6Addr>::new()
-                .destination_prefix(Ipv6Addr::UNSPECIFIED, 0)
-                .table_id(TABLE)
-                .kind(RouteType::Local)
-                .output_interface(device)
-                .build(),
-        };
+        let mut route = local_route(self == Self::V4, TABLE, device);
         if device != LO {
             // The kernel's default is 0 for IPv4 and 1024 for IPv6. Each route has its own: the
             // kernel takes two of one for the same route, or for two ways of one.
@@ -344,4 +330,23 @@ impl Family {
         }
         route
     }
+}
+
+/// The route of `table` by which every address is this netns's own, when a packet comes by `device`.
+pub(super) fn local_route(v4: bool, table: u32, device: u32) -> RouteMessage {
+    if v4 {
+        return RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
+            .table_id(table)
+            .kind(RouteType::Local)
+            .scope(RouteScope::Host)
+            .output_interface(device)
+            .build();
+    }
+    RouteMessageBuilder::<Ipv6Addr>::new()
+        .destination_prefix(Ipv6Addr::UNSPECIFIED, 0)
+        .table_id(table)
+        .kind(RouteType::Local)
+        .output_interface(device)
+        .build()
 }
