@@ -65,9 +65,7 @@ fn account_without(api: &ApiServer, name: &str, verb: &str, resource: &str) -> s
 #[test]
 #[ignore = "needs root: make test"]
 fn each_verb_of_the_role_is_needed_and_its_absence_is_named() {
-    // Servers that stream lists ask for `watch` alone; all others need `list` too.
-    let api = std::sync::Arc::new(ApiServer::start_with(&["--feature-gates=WatchList=false"]));
-    let mut node = ApiNode::of(api, &json!({"istio.io/dataplane-mode": "ambient"}));
+    let mut node = ApiNode::new(&json!({"istio.io/dataplane-mode": "ambient"}));
     let annotations = json!({"ambient.adit.dev/fail-mode": "ajar"});
     node.pod("pod", &json!({"metadata": {"annotations": annotations}}));
     let needed_to_read =
@@ -111,18 +109,6 @@ fn each_verb_of_the_role_is_needed_and_its_absence_is_named() {
             &json!({"metadata": {"annotations": {"ambient.istio.io/redirection": null}}}),
         );
     }
-}
-
-#[test]
-#[ignore = "needs root: make test"]
-fn a_server_that_streams_lists_is_asked_for_watches_alone() {
-    let mut node = ApiNode::new(&json!({}));
-    node.host.kubeconfig =
-        Some(account_without(&node.api, &format!("{}-streams", node.host.name), "list", "pods"));
-    node.pod("pod", &json!({}));
-    node.host.start(&[]);
-    node.wait_ready();
-    assert!(node.find("pod").is_some() && node.source_error().is_none());
 }
 
 #[test]

@@ -81,8 +81,10 @@ fn a_server_that_hangs_holds_up_nobody_and_goes_on() {
 }
 
 /// What a watcher missed while it was stopped and the server forgot is found by a new list.
-fn expires(options: &[&str]) {
-    let mut node = ApiNode::of(Arc::new(ApiServer::start_with(options)), &json!({}));
+#[test]
+#[ignore = "needs root: make test"]
+fn a_version_that_is_too_old_leads_to_a_new_list() {
+    let mut node = ApiNode::of(Arc::new(ApiServer::start()), &json!({}));
     let ambient = json!({"metadata": {"labels": {"istio.io/dataplane-mode": "ambient"}}});
     node.pod("stays", &ambient);
     let (goes, _) = node.pod("goes", &ambient);
@@ -111,16 +113,4 @@ fn expires(options: &[&str]) {
     node.wait_state("comes", "closed", "no_cgroup");
     assert!(node.find("goes").is_none(), "it was deleted");
     wait_for("the source to be in order", || node.source_error().is_none().then_some(()));
-}
-
-#[test]
-#[ignore = "needs root: make test"]
-fn a_version_that_is_too_old_leads_to_a_new_list() {
-    expires(&[]);
-}
-
-#[test]
-#[ignore = "needs root: make test"]
-fn a_server_that_does_not_stream_lists_is_asked_for_ordinary_ones() {
-    expires(&["--feature-gates=WatchList=false"]);
 }

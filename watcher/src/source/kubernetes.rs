@@ -33,6 +33,8 @@ mod cleanup;
 pub(crate) mod pod;
 mod startup_taint;
 mod status_writer;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 /// At most so many events become one update, so that an endless stream does not delay it for ever.
@@ -169,7 +171,6 @@ impl Follower {
         if wanted.await.is_err() {
             return;
         }
-        tokio::join!(self.pods.prefer_streaming_lists(), self.namespaces.prefer_streaming_lists());
         loop {
             let before = self.problem();
             tokio::select! {

@@ -99,12 +99,7 @@ impl ApiServer {
 
     /// One for a single test, which may stop it.
     pub fn start() -> Self {
-        Self::start_with(&[])
-    }
-
-    /// The same with more options of the API server.
-    pub fn start_with(options: &[&str]) -> Self {
-        let server = Self::start_at(Ipv4Addr::LOCALHOST, options);
+        let server = Self::start_at(Ipv4Addr::LOCALHOST, &[]);
         server.namespace("adit-system", &json!({}));
         server.apply(rbac());
         server

@@ -31,8 +31,6 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(WATCH_SECS as u64 + 10);
 /// After refusals to resume for so long the watch starts with a list: the server may have lost its
 /// state, and with it the version to resume from.
 const RESUME_TIMEOUT: Duration = Duration::from_secs(30);
-/// Since this version every server streams lists (Kubernetes 1.34).
-const STREAMS_LISTS: (u32, u32) = (1, 34);
 
 /// What the API server sent about one kind.
 #[derive(Debug)]
@@ -89,6 +87,14 @@ where
         let config = watcher::Config {
             field_selector: fields,
             timeout: Some(WATCH_SECS),
+            // What a list lacks counts as gone. So it must be as new as the store is: one of several
+            // API servers may be behind, and what it remembers does not do. For the same reason no
+            // streaming list: `kube` takes any age for it.
+            list_semantic: watcher::ListSemantic::MostRecent,
+            initial_list_strategy: watcher::InitialListStrategy::ListWatch,
+            // A whole list comes from the server's memory, once that is as new as the store
+            // (Kubernetes 1.31); pages of one are read from the store.
+            page_size: None,
             ..watcher::Config::default()
         };
         let stream = watcher::watcher(Api::all(client.clone()), config.clone()).boxed();
@@ -145,37 +151,20 @@ where
         if self.wait_until.is_some() { None } else { self.next().now_or_never() }
     }
 
-    /// Uses streaming lists if the server is known to have them.
-    pub(super) async fn prefer_streaming_lists(&mut self) {
-        let answer = tokio::time::timeout(Duration::from_secs(5), self.client.apiserver_version()).await;
-        let Ok(Ok(version)) = answer else { return };
-        if has_streaming_lists(&version.major, &version.minor) {
-            self.config = self.config.clone().streaming_lists();
-            self.restart();
-        }
-    }
-
     /// Starts again, with a list.
     fn restart(&mut self) {
         self.stream = watcher::watcher(Api::all(self.client.clone()), self.config.clone()).boxed();
         self.refused_since = None;
     }
 
-    /// Decides how to continue. `None`: the failure is expected (an expired version, a server
-    /// without streaming lists) and not reported.
+    /// Decides how to continue. `None`: the failure is expected (an expired version) and not
+    /// reported.
     fn on_error(&mut self, error: &watcher::Error) -> Option<Received<K>> {
         let now = Instant::now();
         let pause = self.backoff.next();
         self.wait_until = Some(now + pause);
         debug!(what = self.what, %error, ?pause, "watch interrupted");
-        let streams = self.config.initial_list_strategy == watcher::InitialListStrategy::StreamingList;
         match status(error).map(|status| status.code) {
-            // A feature gate can disable streaming lists, whatever the version.
-            Some(400 | 422) if streams => {
-                self.config.initial_list_strategy = watcher::InitialListStrategy::ListWatch;
-                self.restart();
-                return None;
-            }
             Some(410) => {
                 self.restart();
                 return None;
@@ -191,12 +180,6 @@ where
         self.failed_at = Some(now);
         Some(Received::Failed(describe(self.what, error)))
     }
-}
-
-fn has_streaming_lists(major: &str, minor: &str) -> bool {
-    // Some distributions write `34+`.
-    let number = |text: &str| text.trim_end_matches('+').parse::<u32>().ok();
-    number(major).zip(number(minor)).is_some_and(|version| version >= STREAMS_LISTS)
 }
 
 fn status(error: &watcher::Error) -> Option<&kube::core::Status> {
@@ -277,20 +260,6 @@ mod tests {
     use k8s_openapi::api::core::v1 as api;
 
     use super::*;
-
-    #[test]
-    fn the_version_shows_whether_lists_are_streamed() {
-        for (major, minor, has) in [
-            ("1", "34", true),
-            ("1", "36+", true),
-            ("1", "33", false),
-            ("2", "0", true),
-            ("", "", false),
-            ("1", "x", false),
-        ] {
-            assert_eq!(has_streaming_lists(major, minor), has, "{major}.{minor}");
-        }
-    }
 
     #[test]
     fn a_missing_grant_is_named_by_its_verb() {
