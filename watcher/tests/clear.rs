@@ -1,7 +1,8 @@
 //! No packet in clear: an attacker's view of two nodes on which everything comes, goes and breaks.
 //!
 //! [`Rig`](rig::Rig) has real watchers, real tunnels and pods whose programs dial and serve without
-//! a pause. It takes random [steps](steps::Step) and captures what leaves each pod. The
+//! a pause. One node reads a pods file, the other one follows an API server. The rig takes random
+//! [steps](steps::Step) and captures what leaves each pod. The
 //! [`Judge`](judge::Judge) says what must never be seen:
 //!
 //! * A packet in clear of a pod that must be closed. That is any packet of the pod's own sockets on
@@ -16,6 +17,7 @@
 //! What stays in the pod's netns is not seen: the tunnel's deliveries to the application, and
 //! connections to the loopback or to the pod itself.
 
+mod api;
 mod files;
 mod findings;
 mod flips;
@@ -46,7 +48,7 @@ use self::{
 #[ignore = "loads eBPF, needs root: make test"]
 fn no_packet_in_clear() {
     let size = Size::get();
-    let mut rig = Rig::new(size.seed);
+    let mut rig = Rig::with_api(size.seed);
     while let Some(next) = rig.next_step(&size) {
         rig.step(next);
     }

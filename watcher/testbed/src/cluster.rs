@@ -28,6 +28,7 @@ use std::{
 use tempfile::TempDir;
 
 pub use self::{
+    api::{WayToApi, Works},
     files::replace,
     node::ClusterNode,
     pod::{ClusterPod, Enrol},

@@ -2,11 +2,15 @@
 
 use std::{
     fmt::Write as _,
+    fs,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
 };
 
-use testbed::{cluster::replace, pod_program::PORT};
+use testbed::{
+    cluster::{Works, replace},
+    pod_program::PORT,
+};
 
 use super::{
     life::{Life, Mode},
@@ -76,8 +80,38 @@ impl Rig {
         }
     }
 
-    /// Writes the pods file of a node, unless it is broken at present.
-    pub fn publish(&self, node: usize) {
+    /// Whether the pods of a node come from an API server.
+    pub fn follows_api(&self, node: usize) -> bool {
+        self.api.as_ref().is_some_and(|api| api.node == node)
+    }
+
+    /// Has a node's source of pods be away, else be broken or silent.
+    pub fn break_source(&mut self, node: usize, away: bool) {
+        self.hosts[node].is_source_broken = true;
+        let file = self.cluster.nodes[node].pods_file();
+        match &self.api {
+            Some(api) if api.node == node => api.set(if away { Works::Cut } else { Works::Silent }),
+            _ if away => fs::remove_file(&file).expect("the pods file"),
+            _ => replace(&file, "pods: [\n"),
+        }
+    }
+
+    /// Has it work, with everything that has changed meanwhile.
+    pub fn mend_source(&mut self, node: usize) {
+        self.hosts[node].is_source_broken = false;
+        if let Some(api) = self.api.as_ref().filter(|api| api.node == node) {
+            api.set(Works::Yes);
+        }
+        self.publish(node);
+    }
+
+    /// Tells a node's source of its pods: changes objects, whether the node reaches the API server
+    /// or not, or writes the pods file, unless that is broken at present.
+    pub fn publish(&mut self, node: usize) {
+        let Self { api, lives, .. } = self;
+        if let Some(api) = api.as_mut().filter(|api| api.node == node) {
+            return api.publish(lives.iter().filter(|life| life.node == node));
+        }
         if self.hosts[node].is_source_broken {
             return;
         }

@@ -51,8 +51,8 @@ pub struct Life {
     pub named: bool,
     /// Whether a watcher has known it since before its cgroup was there.
     pub known: bool,
-    /// Further lines of its entry.
-    pub more: String,
+    /// Ports that its owner excludes from what is captured inbound.
+    pub excluded_ports: Option<String>,
     /// How long its program waits for a connection.
     pub patience: Duration,
     /// Under which number it is judged; from its start on.
@@ -94,11 +94,13 @@ impl Life {
         let label = if self.labelled { "ambient" } else { "none" };
         let mut entry = format!(
             "- uid: {}\n  name: {name}\n  namespace: demo\n  serviceAccount: {name}\n  \
-             labels: {{istio.io/dataplane-mode: {label}}}\n  addresses: [\"{v4}\", \"{v6}\"]\n{}",
+             labels: {{istio.io/dataplane-mode: {label}}}\n  addresses: [\"{v4}\", \"{v6}\"]\n",
             self.uid,
-            self.more,
             name = self.name,
         );
+        if let Some(ports) = &self.excluded_ports {
+            let _ = writeln!(entry, "  excludeInboundPorts: \"{ports}\"");
+        }
         if self.mode == Mode::Open {
             let _ = writeln!(entry, "  failMode: open");
         }

@@ -18,6 +18,7 @@ use testbed::{
 };
 
 use super::{
+    api::ApiSource,
     judge::Judge,
     life::{Life, Mode},
     network::Place,
@@ -56,6 +57,8 @@ pub struct Rig {
     pub lives: Vec<Life>,
     pub captures: [Capture; 2],
     pub cluster: Cluster,
+    /// For the node that does not read a pods file.
+    pub api: Option<ApiSource>,
     pub judge: Judge,
     pub random: StdRng,
     pub seed: u64,
@@ -86,10 +89,20 @@ pub fn letter(node: usize) -> char {
 }
 
 impl Rig {
-    /// Two nodes that work, with their lasting pods.
+    /// Two nodes that work, with their lasting pods, which come from pods files.
     pub fn new(seed: u64) -> Self {
-        eprintln!("ADIT_CLEAR_SEED={seed}");
+        Self::of(seed, Cluster::new(), None)
+    }
+
+    /// The same where the pods of the second node come from an API server.
+    pub fn with_api(seed: u64) -> Self {
         let mut cluster = Cluster::new();
+        let api = ApiSource::start(&mut cluster, 1);
+        Self::of(seed, cluster, Some(api))
+    }
+
+    fn of(seed: u64, mut cluster: Cluster, api: Option<ApiSource>) -> Self {
+        eprintln!("ADIT_CLEAR_SEED={seed}");
         STRICT.clone_into(&mut cluster.policies);
         let captures = [0, 1].map(|node| Capture::start(&cluster.nodes[node].netns));
         let mut rig = Self {
@@ -97,6 +110,7 @@ impl Rig {
             lives: Vec::new(),
             captures,
             cluster,
+            api,
             judge: Judge::default(),
             random: StdRng::seed_from_u64(seed),
             seed,
@@ -134,7 +148,7 @@ impl Rig {
     /// Adds a pod that its source will name; its number.
     pub fn announce(&mut self, node: usize, place: Place, name: &str, mode: Mode) -> usize {
         self.serial += 1;
-        let life = Life {
+        let mut life = Life {
             name: format!("{}-{name}", letter(node)),
             uid: format!("{:08x}-0000-4000-8000-{:012x}", std::process::id(), self.serial),
             node,
@@ -143,17 +157,20 @@ impl Rig {
             labelled: mode != Mode::Plain,
             named: true,
             known: false,
-            more: String::new(),
+            excluded_ports: None,
             patience: PATIENCE,
             judged: None,
             running: None,
             counts: super::life::Counts::default(),
         };
+        if let Some(api) = self.api.as_mut().filter(|api| api.node == node) {
+            life.uid = api.create(&life);
+        }
         self.lives.push(life);
         self.lives.len() - 1
     }
 
-    /// Waits until the node's watcher knows all pods of the file, and notes which ones it knows.
+    /// Waits until the node's watcher knows all pods that its source names, and notes which ones it knows.
     pub fn wait_known(&mut self, node: usize, limit: Duration) {
         let deadline = Instant::now() + limit;
         loop {
@@ -194,6 +211,9 @@ impl Rig {
         let first = format!("(exec 3<>/dev/tcp/{v4}/{PORT}) 2> /dev/null");
         let started = &mut self.lives[life];
         let since = started.start(&self.cluster.nodes[node], self.serial, &first, &targets, period);
+        if let Some(api) = self.api.as_ref().filter(|api| api.node == node && started.named) {
+            api.report(started);
+        }
         let device = started.running.as_ref().expect("it runs").network.device;
         let name = format!("{} ({}, {:?})", started.name, started.uid, started.mode);
         let judged = self.judge.add(&name, (node, device), started.place.addresses());

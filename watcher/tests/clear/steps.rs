@@ -4,7 +4,7 @@ use std::{thread, time::Duration};
 
 use nix::sys::signal::Signal;
 use rand::{RngExt as _, seq::IndexedRandom as _};
-use testbed::{capture::now, cluster::replace};
+use testbed::capture::now;
 
 use super::{
     life::Mode,
@@ -22,7 +22,8 @@ pub enum Step {
     Start(usize),
     /// It ends.
     End(usize),
-    /// The pods file names a pod no more, which runs on: as if its label were off.
+    /// The source names a pod no more, which runs on. With a pods file that is as if its label were
+    /// off. An object can be deleted by force: such a pod stays as closed as it was.
     Forget(usize),
     /// Its label is taken off, or put on.
     Label(usize, bool),
@@ -40,7 +41,7 @@ pub enum Step {
     StartTunnel(usize),
     /// The oldest of several tunnels is told to end.
     RetireTunnel(usize),
-    /// The source of pods cannot be read; whether it is away.
+    /// The source of pods cannot be read; whether it is away, else it is broken, or silent.
     BreakSource(usize, bool),
     /// It can again.
     MendSource(usize),
@@ -130,7 +131,11 @@ impl Rig {
             Step::End(life) => self.end(life),
             Step::Forget(life) => {
                 self.lives[life].named = false;
-                self.label(life, false);
+                if self.follows_api(self.lives[life].node) {
+                    self.publish(self.lives[life].node);
+                } else {
+                    self.label(life, false);
+                }
             }
             Step::Label(life, on) => self.label(life, on),
             Step::Nuisance(life) => self.nuisance(life),
@@ -156,17 +161,9 @@ impl Rig {
             }
             Step::BreakSource(node, away) => {
                 self.hosts[node].is_source_broken = true;
-                let file = self.cluster.nodes[node].pods_file();
-                if away {
-                    std::fs::remove_file(&file).expect("the pods file");
-                } else {
-                    replace(&file, "pods: [\n");
-                }
+                self.break_source(node, away);
             }
-            Step::MendSource(node) => {
-                self.hosts[node].is_source_broken = false;
-                self.publish(node);
-            }
+            Step::MendSource(node) => self.mend_source(node),
             Step::Empty(node, which) => self.empty(node, which),
             Step::Boot(node) => self.boot(node),
         }
@@ -235,7 +232,7 @@ impl Rig {
         if self.random.random_bool(0.5) {
             // Not its own port, nor that of the servers.
             let list: Vec<String> = (0..2000).map(|port| (20_000 + port * 2).to_string()).collect();
-            self.lives[life].more = format!("  excludeInboundPorts: \"{}\"\n", list.join(","));
+            self.lives[life].excluded_ports = Some(list.join(","));
             self.publish(self.lives[life].node);
         }
     }
@@ -258,8 +255,7 @@ impl Rig {
     pub fn settle(&mut self) {
         self.note("settle".to_owned());
         for node in 0..2 {
-            self.hosts[node].is_source_broken = false;
-            self.publish(node);
+            self.mend_source(node);
             while self.hosts[node].watchers.len() > 1 {
                 self.hosts[node].end_oldest_watcher(Signal::SIGTERM);
             }
