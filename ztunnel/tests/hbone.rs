@@ -51,7 +51,15 @@ struct Probe {
 
 impl Probe {
     fn new(mesh: &TunnelMesh) -> Self {
-        let vars = HashMap::from([("DEVELOPMENT_CA_DIR".to_owned(), mesh.ca_dir().display().to_string())]);
+        Self::of(mesh, &[])
+    }
+
+    /// With these variables as a tunnel would have them.
+    fn of(mesh: &TunnelMesh, variables: &[(&str, &str)]) -> Self {
+        let ca_dir = mesh.ca_dir().display().to_string();
+        let all = [&[("DEVELOPMENT_CA_DIR", &*ca_dir)], variables].concat();
+        let vars: HashMap<String, String> =
+            all.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
         let config = Config::from_vars(vars).expect("config");
         let certificates = Certificates::new(&config, Arc::default()).expect("CA");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");

@@ -71,6 +71,36 @@ fn connect_to(to: SocketAddr) -> Request<()> {
     Request::builder().method(Method::CONNECT).uri(to.to_string()).body(()).expect("request")
 }
 
+/// The other end of `pool::a_tunnel_takes_no_new_streams_after_its_certificates_…`, for clients that
+/// do not end their tunnels by themselves.
+#[test]
+#[ignore = "needs root: make test"]
+fn a_server_takes_no_new_streams_after_its_clients_certificate_and_keeps_those_it_has() {
+    let (mesh, client, server, _node) = served("");
+    let probe = Probe::of(&mesh, &[("SECRET_TTL", "10s")]);
+    probe
+        .over_tunnel(&client, CLIENT, &server, async |requests| {
+            let mut open = EchoStream::open(&requests, server.at(8080)).await;
+            // A new stream every moment: what ends the tunnel for them is GOAWAY.
+            let mut pause = tokio::time::interval(Duration::from_millis(50));
+            let refused = loop {
+                pause.tick().await;
+                open.exchange().await;
+                let mut place = match requests.clone().ready().await {
+                    Ok(place) => place,
+                    Err(error) => break error,
+                };
+                let (response, _send) = place.send_request(connect_to(server.at(8080)), false).expect("sent");
+                if let Err(error) = response.await {
+                    break error;
+                }
+            };
+            assert!(refused.is_go_away(), "{refused}");
+            open.exchange().await;
+        })
+        .expect("a tunnel");
+}
+
 #[test]
 #[ignore = "needs root: make test"]
 fn a_stream_that_is_reset_stops_its_work_and_the_others_go_on() {
