@@ -261,6 +261,21 @@ mod tests {
         assert_eq!(listed(&sidecar), before);
     }
 
+    /// Who may change its netns can add rules without end, and would have the watcher list them at
+    /// each attempt.
+    #[test]
+    #[ignore = "makes netns, needs root: make test"]
+    fn a_netns_with_rules_without_end_is_refused_and_named() {
+        let many = netns(&format!(
+            "(echo 'add table inet mine'; echo 'add chain inet mine c'; \
+             for i in $(seq 40000); do echo 'add rule inet mine c counter'; done) | nft -f -\n{}",
+            script(Kind::Nftables)
+        ));
+        let error = run_in(many.as_fd(), || Ok(take_out())).unwrap().unwrap_err();
+        let said = error_reporter::Report::new(&error).to_string();
+        assert!(said.contains("more nftables rules than are looked through"), "{said}");
+    }
+
     #[test]
     fn what_leads_to_a_chain_goes_before_it_and_a_table_goes_whole() {
         let chain = |table: &str, name: &str| Chain {

@@ -8,8 +8,9 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::netlink;
 
-/// At most so many answers are read, each of up to [`netlink::LARGEST`] bytes.
-const MOST: usize = 1024;
+/// At most so many answers are read, each of up to [`netlink::LARGEST`] bytes: a few thousand rules.
+/// A pod that may change its nftables must not make whoever lists them work without end.
+const MOST: usize = 64;
 /// `nlmsghdr`.
 const HEADER: usize = 16;
 /// `nfgenmsg`, which begins with the family.
@@ -80,7 +81,7 @@ impl Removal {
 /// All chains. A kernel without nftables has none.
 ///
 /// # Errors
-/// There are no netlink sockets of this kind, or the answer is none.
+/// There are no netlink sockets of this kind, or there are too many objects.
 pub(crate) fn chains() -> io::Result<Vec<Chain>> {
     const TABLE: u16 = 1;
     const NAME: u16 = 3;
@@ -208,7 +209,7 @@ fn dump(message: Message, mut take: impl FnMut(u8, &[u8])) -> io::Result<()> {
             }
         }
     }
-    Ok(())
+    Err(io::Error::other("the netns has more nftables rules than are looked through"))
 }
 
 /// Appends a message. Of a batch's first and last message the last two bytes of `nfgenmsg` say whose
