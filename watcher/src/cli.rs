@@ -188,6 +188,11 @@ mod tests {
     }
 
     #[test]
+    fn the_documentation_has_only_commands_that_there_are() {
+        testbed::doc_commands::assert_valid(&Cli::command());
+    }
+
+    #[test]
     fn a_nodes_name_is_one_folder() {
         assert!(node_name("node-1.example").is_ok());
         for bad in ["", "..", ".hidden", "a/b", "a b"] {

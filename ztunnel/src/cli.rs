@@ -73,9 +73,14 @@ pub(crate) enum ProxyRole {
 
 #[cfg(test)]
 mod tests {
-    use clap::error::ErrorKind;
+    use clap::{CommandFactory as _, error::ErrorKind};
 
     use super::*;
+
+    #[test]
+    fn the_documentation_has_only_commands_that_there_are() {
+        testbed::doc_commands::assert_valid(&Arguments::command());
+    }
 
     #[test]
     fn arguments_of_istios_daemonset_run_the_tunnel_and_other_roles_are_refused() {

@@ -2,6 +2,7 @@
 //! program: they run as binaries. No program depends on it.
 //!
 //! * [`doc_table`]: checks tables of `docs/` against the code that they are made from
+//! * [`doc_commands`]: checks that a program takes the commands that documents name
 //! * [`module_order`]: checks that a crate's modules depend on each other in the order that its
 //!   root lists
 //! * [`roles`]: what helpers do
@@ -49,6 +50,7 @@ pub mod chart;
 pub mod cluster;
 pub mod command;
 pub mod cryptography;
+pub mod doc_commands;
 pub mod doc_table;
 pub mod fakes;
 pub mod helper;

@@ -1,6 +1,11 @@
-//! The commands of `docs/install.md`, run as they stand there.
+//! The commands of pages in `docs/`, run as they stand there.
 
-use std::{fs, os::unix::fs::symlink, process::Command};
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::Path,
+    process::Command,
+};
 
 use testbed::{chart, command::text, image, program::kubernetes};
 
@@ -9,14 +14,22 @@ use crate::rig::{Rig, SYSTEM};
 /// What the page calls the registry that an operator has.
 const REGISTRY: &str = "registry.example";
 
-/// The commands in a section, in their order: what follows the prompt, with the lines that a
-/// backslash continues.
-fn commands(section: &str) -> Vec<String> {
-    let page = chart::folder().join("../../docs/install.md");
-    let page = fs::read_to_string(page).expect("docs/install.md");
-    let heading = format!("\n## {section}\n");
-    let (_, rest) = page.split_once(&heading).unwrap_or_else(|| panic!("no section {section}"));
-    let text = rest.split("\n## ").next().expect("a section").replace("\\\n", " ");
+/// The page on how to install.
+pub const INSTALL: &str = "install.md";
+/// The page on what to do with what is installed.
+pub const OPERATIONS: &str = "operations.md";
+/// The page on our own control plane.
+pub const CONTROL_PLANE: &str = "control-plane.md";
+
+/// The commands in a section of a page, in their order: what follows the prompt, with the lines that
+/// a backslash continues. An empty name is what stands before the first section.
+fn commands(page: &str, section: &str) -> Vec<String> {
+    let text = fs::read_to_string(chart::folder().join("../../docs").join(page)).expect(page);
+    let begins = |prefix: &str| text.split_once(&format!("\n{prefix} {section}\n")).map(|(_, rest)| rest);
+    let rest = if section.is_empty() { Some(&*text) } else { begins("##").or_else(|| begins("###")) };
+    let rest = rest.unwrap_or_else(|| panic!("{page} has no section {section}"));
+    let ends = [rest.find("\n## "), rest.find("\n### ")].into_iter().flatten().min().unwrap_or(rest.len());
+    let text = rest[..ends].replace("\\\n", " ");
     let (mut found, mut is_console) = (Vec::new(), false);
     for line in text.lines().map(str::trim) {
         match line.strip_prefix("```") {
@@ -25,7 +38,7 @@ fn commands(section: &str) -> Vec<String> {
             None => {}
         }
     }
-    assert!(!found.is_empty(), "{section}");
+    assert!(!found.is_empty(), "{page}: {section}");
     found
 }
 
@@ -39,15 +52,30 @@ pub fn import(rig: &Rig) {
     }
 }
 
+/// The programs that an operator has, and ours as they are on `node1`.
+fn make_programs(folder: &Path) {
+    fs::create_dir(folder).expect("folder");
+    symlink(chart::program(), folder.join("helm")).expect("link");
+    symlink(kubernetes("kubectl"), folder.join("kubectl")).expect("link");
+    for program in ["watcher", "ztunnel"] {
+        let script = format!(
+            "#!/bin/sh\n\
+             pod=$(kubectl -n {SYSTEM} get pods -l app=ztunnel --field-selector spec.nodeName=node1 -o name)\n\
+             exec kubectl -n {SYSTEM} exec $pod -c {program} -- {program} \"$@\"\n"
+        );
+        let file = folder.join(program);
+        fs::write(&file, script).expect("a script");
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).expect("permissions");
+    }
+}
+
 /// Runs the commands of a section, and waits after each for what the page says to wait for.
-pub fn follow(rig: &Rig, section: &str) {
+pub fn follow(rig: &Rig, page: &str, section: &str) {
     let folder = rig.cluster.file("bin");
     if !folder.exists() {
-        fs::create_dir(&folder).expect("folder");
-        symlink(chart::program(), folder.join("helm")).expect("link");
-        symlink(kubernetes("kubectl"), folder.join("kubectl")).expect("link");
+        make_programs(&folder);
     }
-    for line in commands(section) {
+    for line in commands(page, section) {
         let mut command = Command::new("sh");
         command.args(["-ec", &line]).current_dir(chart::folder().join("../.."));
         command.env("PATH", format!("{}:/usr/bin:/bin", folder.display()));

@@ -31,7 +31,7 @@ fn an_operator_installs_enrols_and_uninstalls_while_pods_run() {
     }
 
     docs::import(&rig);
-    docs::follow(&rig, "Without Istio");
+    docs::follow(&rig, docs::INSTALL, "Without Istio");
     for pod in [&server, &client, &other] {
         rig.wait_enrolled(pod, true);
     }
@@ -57,6 +57,14 @@ fn an_operator_installs_enrols_and_uninstalls_while_pods_run() {
     rig.wait_get(&other, &by_address, false);
     rig.wait_get(&client, by_name, true);
 
+    for section in
+        ["", "Check", "A pod is not in the mesh", "One connection fails", "The tunnel is not ready"]
+    {
+        docs::follow(&rig, docs::OPERATIONS, section);
+    }
+    docs::follow(&rig, docs::CONTROL_PLANE, "Revocation");
+    rig.wait_get(&client, by_name, true);
+
     rig.label(DEMO, "none");
     for pod in [&server, &client, &other] {
         rig.wait_enrolled(pod, false);
@@ -64,7 +72,7 @@ fn an_operator_installs_enrols_and_uninstalls_while_pods_run() {
     assert!(rig.wait_get(&stranger, &by_address, true).contains(&stranger.ip));
     rig.wait_get(&other, by_name, true);
 
-    docs::follow(&rig, "Uninstall");
+    docs::follow(&rig, docs::INSTALL, "Uninstall");
     rig.cluster.wait_gone(SYSTEM, "app.kubernetes.io/name=adit");
     assert!(rig.wait_get(&stranger, &by_address, true).contains(&stranger.ip));
     rig.assert_nothing_left(&[&server, &client, &other]);

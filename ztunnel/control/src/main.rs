@@ -245,6 +245,11 @@ mod tests {
     }
 
     #[test]
+    fn the_documentation_has_only_commands_that_there_are() {
+        testbed::doc_commands::assert_valid(&Arguments::command());
+    }
+
+    #[test]
     fn the_documentation_has_a_row_for_every_option() {
         let page = include_str!("../../../docs/control-plane.md");
         for argument in Arguments::command().get_arguments() {
