@@ -2,6 +2,7 @@
 //!
 //! * [`mod@file`]: a pods file as a source
 //! * [`kubernetes`]: the API server as a source
+//! * `wide_lists`: what namespaces and the mesh exclude and include
 //! * `options`: what can be set for a pod, as key or annotation
 //! * [`selection`]: whether a pod is enrolled
 //!
@@ -24,6 +25,7 @@ pub mod file;
 pub mod kubernetes;
 pub(crate) mod options;
 pub mod selection;
+pub(crate) mod wide_lists;
 
 /// The names of a pod travel in one ZDS packet of at most 1024 bytes; this leaves room for the
 /// rest.

@@ -72,6 +72,13 @@ watcher:
   dnsResolvers: [10.96.0.10, 'fd00::a']
   dataplaneLabels: [istio.io/dataplane-mode=ambient, example.org/mesh]
   sidecarContainers: [linkerd-proxy]
+  lists:
+    excludeOutboundPorts: [6379, 7000-7010]
+    excludeOutboundCidrs: [192.168.0.0/16, 'fd00::/8']
+    excludeInboundPorts: [9090]
+    includeOutboundPorts: ['*']
+    includeOutboundCidrs: ['::/0']
+    includeInboundPorts: [8080]
   startupTaint: adit.dev/not-ready
   writeBack: false
   tunnelAccounts: [other/tunnel]
@@ -114,9 +121,9 @@ fn try_rendered(values: &str) -> Result<String, String> {
     chart::try_render(NAMESPACE, &["--values", file.path().to_str().expect("a readable path")])
 }
 
-/// The one object of this kind, beside the control plane's own.
+/// The one object of this kind, beside the control plane's own and the lists.
 fn object(manifest: &str, kind: &str) -> Value {
-    one(manifest, kind, |name| name != "ztunnel-control")
+    one(manifest, kind, |name| name != "ztunnel-control" && name != "adit-lists")
 }
 
 /// The one object of this kind of the control plane.

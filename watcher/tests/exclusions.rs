@@ -55,6 +55,7 @@ fn wait_explained(node: &WatcherNode, pod: &str, to: &str, rule: &str) {
 const REDIRECT: &str = "redirect to the tunnel";
 const PORT: &str = "leave: port excluded";
 const CIDR: &str = "leave: CIDR excluded";
+const OUTSIDE: &str = "leave: in no inclusion list";
 
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
@@ -81,6 +82,61 @@ fn a_range_of_one_family_leaves_the_other_alone() {
         let found = (explained(&node, "a", v4), explained(&node, "a", v6));
         assert_eq!(found, (to_v4.to_owned(), to_v6.to_owned()), "{range}");
     }
+}
+
+/// Set for the pod, for its namespace and for the mesh; the narrower says more, and each edit holds at
+/// once.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn inclusion_lists_leave_the_rest_outside_and_the_narrower_list_counts() {
+    let mut node = WatcherNode::new();
+    let (pod, _other) = (node.pod("a"), node.pod("b"));
+    write(&node, &[String::new(), String::new()]);
+    node.start(&[]);
+    let tunnel = node.tunnel();
+    tunnel.take_snapshot();
+    node.wait_state(pod, "open", "");
+    let _listener = listener(&node, pod);
+    let addresses = ["10.1.1.1:80", "10.9.1.1:80", "192.0.2.1:443", "192.0.2.1:80", "[2001:db8::1]:80"];
+    let (mesh, wide) = ("mesh: {excludeOutboundCidrs: 10.1.0.0/16}\n", "includeOutboundCidrs: 10.0.0.0/8");
+    for (own, others, rules) in [
+        ("", mesh.to_owned(), [CIDR, REDIRECT, REDIRECT, REDIRECT, REDIRECT]),
+        ("", format!("mesh: {{{wide}}}\n"), [REDIRECT, REDIRECT, OUTSIDE, OUTSIDE, OUTSIDE]),
+        (
+            "",
+            format!("{mesh}namespaces: {{default: {{{wide}}}}}\n"),
+            [REDIRECT, REDIRECT, OUTSIDE, OUTSIDE, OUTSIDE],
+        ),
+        (
+            "excludeOutboundCidrs: 10.9.0.0/16",
+            format!("mesh: {{{wide}}}\n"),
+            [REDIRECT, CIDR, OUTSIDE, OUTSIDE, OUTSIDE],
+        ),
+        (
+            "includeOutboundPorts: 443",
+            format!("mesh: {{{wide}}}\n"),
+            [OUTSIDE, OUTSIDE, REDIRECT, OUTSIDE, OUTSIDE],
+        ),
+        ("includeOutboundCidrs: '*'", format!("mesh: {{{wide}}}\n"), [REDIRECT; 5]),
+        ("includeOutboundCidrs: nonsense", String::new(), [REDIRECT; 5]),
+    ] {
+        let own = if own.is_empty() { String::new() } else { format!("  {own}\n") };
+        write(&node, &[own, others]);
+        for (to, rule) in addresses.iter().zip(rules) {
+            wait_explained(&node, "a", to, rule);
+        }
+    }
+    let notes = node.status()["pods"][pod]["notes"].to_string();
+    assert!(notes.contains("nonsense"), "{notes}");
+    let seen = |port: &str| {
+        let (ok, text) =
+            node.command(&["explain", "b", &format!("{}:{port}", node.pods[pod].address), "-o", "json"]);
+        assert!(ok, "{text}");
+        text
+    };
+    write(&node, &["  includeInboundPorts: 8080\n  excludeOutboundPorts: 7000\n".to_owned(), String::new()]);
+    wait_explained(&node, "a", "10.1.1.1:7000", PORT);
+    assert!(!seen("8080").contains(OUTSIDE) && seen("8081").contains(OUTSIDE), "{}", seen("8081"));
 }
 
 /// As long as all annotations of a pod together may be.

@@ -24,6 +24,7 @@ mod kubelet;
 mod kubernetes;
 mod kubernetes_access;
 mod kubernetes_faults;
+mod kubernetes_lists;
 mod kubernetes_mesh;
 mod kubernetes_taint;
 mod kubernetes_truth;

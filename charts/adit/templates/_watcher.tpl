@@ -28,6 +28,7 @@
   {{- range $watcher.sidecarContainers }}
   - --sidecar-container={{ . }}
   {{- end }}
+  - --lists-config-map={{ .Release.Namespace }}/adit-lists
   {{- with $watcher.startupTaint }}
   - --startup-taint={{ . }}
   {{- end }}

@@ -12,7 +12,7 @@
 use crate::{
     address::{Address, UNSPECIFIED, is_link_local, is_loopback, is_unspecified, is_v4, mapped, same},
     enrolment::{CgroupInfo, NetnsInfo, flag},
-    exclusions::OUTBOUND,
+    exclusions::{Listed, OUTBOUND},
     flows::{Destination, Flow},
     listeners::ListenerKey,
     redirect_ports::redirect_port,
@@ -38,9 +38,9 @@ const LOOPBACK_V6: Address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 pub trait Facts {
     /// The settings of the node.
     fn settings(&self) -> &Settings;
-    /// Whether the list `exclusion_id` has `port` in `direction` ([`OUTBOUND`] or
+    /// What the list `exclusion_id` says of `port` in `direction` ([`OUTBOUND`] or
     /// [`INBOUND`](crate::exclusions::INBOUND)).
-    fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool;
+    fn port_listed(&self, exclusion_id: u32, port: u16, direction: u16) -> Listed;
 }
 
 /// What the outbound list needs to know besides.
@@ -53,8 +53,8 @@ pub trait ConnectFacts: Facts {
     fn netns_flags(&self) -> u32;
     /// Whether the enrolled pod in that netns has `address`, on that interface; 0: on whichever.
     fn has_address(&self, netns_cookie: u64, address: &Address, device: u32) -> bool;
-    /// Whether the list `exclusion_id` has a range that `address` is in.
-    fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool;
+    /// What the list `exclusion_id` says of the narrowest range that `address` is in.
+    fn address_listed(&self, exclusion_id: u32, address: &Address) -> Listed;
     /// Whether the tunnel has exactly this listener.
     fn has_tunnel_listener(&self, key: &ListenerKey) -> bool;
     /// The port that the socket is bound to, in host byte order; 0: the kernel is to choose one.
@@ -173,7 +173,8 @@ const fn is_here(info: &CgroupInfo, netns_cookie: u64) -> bool {
 /// 7. the socket is in a netns that is no pod's, and the entry's pod has another one: leave. What a
 ///    program runs in a netns of its own reaches nobody but by the pod's
 /// 8. to one of the pod's own addresses: leave; but refuse the tunnel's ports
-/// 9. excluded by port or by CIDR: leave
+/// 9. excluded by port or by CIDR: leave; so if there are inclusion lists, and none has its port or
+///    address
 /// 10. the pod is not ready: by its fail mode
 /// 11. to a link-local address of IPv6: leave. It means nothing without its interface, which a
 ///     redirect would lose
@@ -220,11 +221,8 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
             Outbound::Leave(if local { Rule::Loopback } else { Rule::OwnAddress })
         };
     }
-    if facts.is_port_excluded(info.exclusion_id, to.port, OUTBOUND) {
-        return Outbound::Leave(Rule::ExcludedPort);
-    }
-    if facts.is_cidr_excluded(info.exclusion_id, &to.address) {
-        return Outbound::Leave(Rule::ExcludedCidr);
+    if let Some(rule) = outside(facts, info.exclusion_id, to) {
+        return Outbound::Leave(rule);
     }
     if !ready {
         return without_tunnel(info);
@@ -251,6 +249,20 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
         return Outbound::Refuse(Rule::NotRecorded);
     }
     Outbound::Redirect(Rule::Redirect, redirect)
+}
+
+/// The rule by which the lists leave connections to `to` outside the mesh, if they do.
+#[inline(always)]
+fn outside(facts: &impl ConnectFacts, exclusion_id: u32, to: &Destination) -> Option<Rule> {
+    let port = facts.port_listed(exclusion_id, to.port, OUTBOUND);
+    if port == Listed::EXCLUDED {
+        return Some(Rule::ExcludedPort);
+    }
+    let address = facts.address_listed(exclusion_id, &to.address);
+    if address == Listed::EXCLUDED {
+        return Some(Rule::ExcludedCidr);
+    }
+    if address == Listed::OUTSIDE && port != Listed::INCLUDED { Some(Rule::NotIncluded) } else { None }
 }
 
 /// For a caller of whom nothing is known, by the flags of the socket's netns.
@@ -310,7 +322,7 @@ fn is_own_address(facts: &impl ConnectFacts, info: &CgroupInfo, address: &Addres
 ///    name that the tunnel does not, and the connection that follows meets the pod's fail mode
 /// 3. the resolver is the pod's own (loopback, or one of its addresses) or on the link, or the
 ///    socket is bound to a device, from where the loopback is out of reach: nowhere
-/// 4. excluded by port or by CIDR: nowhere
+/// 4. excluded by port or by CIDR, or not included: nowhere
 /// 5. the settings name resolvers, and this is none of them: nowhere
 /// 6. the tunnel does not serve DNS in this netns: nowhere, for the same reason as 2
 /// 7. the resolver cannot be recorded, so the answer would come from a wrong address: nowhere
@@ -337,10 +349,7 @@ pub fn dns_redirect(facts: &impl ConnectFacts, resolver: &Destination) -> Destin
     {
         return Destination::NOWHERE;
     }
-    if facts.is_port_excluded(info.exclusion_id, resolver.port, OUTBOUND)
-        || facts.is_cidr_excluded(info.exclusion_id, to)
-        || !is_captured(settings, to)
-    {
+    if outside(facts, info.exclusion_id, resolver).is_some() || !is_captured(settings, to) {
         return Destination::NOWHERE;
     }
     // The tunnel listens for TCP once it serves UDP too.

@@ -1,4 +1,5 @@
-//! Which connections of a pod stay outside the mesh.
+//! Which connections of a pod stay outside the mesh: those that a list excludes, and those that it
+//! does not include, where it includes anything.
 //!
 //! Both maps are LPM tries. A key begins with the id of a list and with what must be equal, the
 //! direction or the address family; then come the bits of the port or of the address, of which an
@@ -12,7 +13,37 @@ use crate::{
     plain_data,
 };
 
-/// Data part of the key of `exclusion_ports`; the value is one byte, 1. All in big endian: the trie
+/// What a list says of a port or an address. Value of both maps, in one byte.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Listed(u8);
+
+impl Listed {
+    /// Nothing.
+    pub const NO: Self = Self(0);
+    /// It stays outside the mesh.
+    pub const EXCLUDED: Self = Self(1);
+    /// It stays outside the mesh unless something else includes it: the list includes some, and this
+    /// is none of those.
+    pub const OUTSIDE: Self = Self(2);
+    /// It is in the mesh, unless something else excludes it.
+    pub const INCLUDED: Self = Self(3);
+
+    /// That with this value. What no version has written counts as nothing.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of_value(value: u8) -> Self {
+        if value > Self::INCLUDED.0 { Self::NO } else { Self(value) }
+    }
+
+    /// As the maps have it.
+    #[must_use]
+    pub const fn value(self) -> u8 {
+        self.0
+    }
+}
+
+/// Data part of the key of `exclusion_ports`; the value is a [`Listed`]. All in big endian: the trie
 /// compares from the most significant bit.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +63,7 @@ pub const OUTBOUND: u16 = 0;
 /// Somebody else opens the connection to the pod.
 pub const INBOUND: u16 = 1;
 
-/// Data part of the key of `exclusion_cidrs`; the value is one byte, 1.
+/// Data part of the key of `exclusion_cidrs`; the value is a [`Listed`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]

@@ -4,7 +4,7 @@
 use crate::{
     address::Address,
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
-    exclusions::{ExcludedCidr, ExcludedPorts},
+    exclusions::{ExcludedCidr, ExcludedPorts, Listed},
     flows::{Flow, Original, SocketState, TunnelFlow},
     lifecycle::{Name, PathEvent, ProcessEvent, Scope},
     listeners::{AppListenerState, ListenerKey},
@@ -117,12 +117,12 @@ maps! {
     SETTINGS = "settings", "array of 1", u32: "0", Settings: "Settings",
         written by "watcher", read by "all programs of traffic; watcher", keeps Entries, abi 1, formerly None,
         "What applies to the whole node: ports, whether a tunnel is connected, tracing.";
-    EXCLUSION_PORTS = "exclusion_ports", "LPM trie", Lpm<ExcludedPorts>: "ExcludedPorts", u8: "1",
-        written by "watcher", read by "connect, sendmsg, sk_lookup programs; watcher", keeps Entries, abi 1, formerly None,
-        "Ports that pods exclude from the mesh. Lists have ids, and pods with equal lists share one.";
-    EXCLUSION_CIDRS = "exclusion_cidrs", "LPM trie", Lpm<ExcludedCidr>: "ExcludedCidr", u8: "1",
-        written by "watcher", read by "connect, sendmsg programs; watcher", keeps Entries, abi 1, formerly None,
-        "Address ranges that pods exclude from the mesh, each of one address family.";
+    EXCLUSION_PORTS = "exclusion_ports", "LPM trie", Lpm<ExcludedPorts>: "ExcludedPorts", Listed: "Listed",
+        written by "watcher", read by "connect, sendmsg, sk_lookup programs; watcher", keeps Entries, abi 2, formerly None,
+        "Ports that pods exclude from the mesh, or include. Lists have ids, and pods with equal lists share one.";
+    EXCLUSION_CIDRS = "exclusion_cidrs", "LPM trie", Lpm<ExcludedCidr>: "ExcludedCidr", Listed: "Listed",
+        written by "watcher", read by "connect, sendmsg programs; watcher", keeps Entries, abi 2, formerly None,
+        "Address ranges that pods exclude from the mesh, or include, each of one address family.";
     ORIGINAL_DST = "original_dst", "LRU hash", Flow: "Flow", Sealed<Original>: "Sealed<Original>",
         written by "pods' sock_ops program", read by "sk_lookup, tunnel's sock_ops programs",
         keeps Flights, abi 2, formerly None,

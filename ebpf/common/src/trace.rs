@@ -112,6 +112,7 @@ numbered! {
         ListenerGone = 23, "refuse: the tunnel went away after the redirect";
         NoEntry = 24, "refuse: enrolled netns of a pod without an entry";
         Kubelet = 25, "pass: the kubelet's own connection, such as a probe";
+        NotIncluded = 26, "leave: in no inclusion list";
     }
 }
 

@@ -10,7 +10,8 @@ use std::{
 use adit_ebpf_common::{
     address::{Address, is_v4},
     exclusions::{
-        CidrPrefix, ExcludedCidr, ExcludedPorts, INBOUND, MAPPED_BITS, OUTBOUND, PortPrefix, port_prefixes,
+        CidrPrefix, ExcludedCidr, ExcludedPorts, INBOUND, Listed, MAPPED_BITS, OUTBOUND, PortPrefix,
+        port_prefixes,
     },
     maps::{EXCLUSION_CIDRS, EXCLUSION_PORTS},
 };
@@ -31,25 +32,37 @@ use crate::{
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExclusionList {
     /// In the map `exclusion_ports`.
-    pub ports: BTreeSet<PortPrefix>,
+    pub ports: BTreeMap<PortPrefix, Listed>,
     /// In the map `exclusion_cidrs`.
-    pub cidrs: BTreeSet<CidrPrefix>,
+    pub cidrs: BTreeMap<CidrPrefix, Listed>,
 }
 
 impl ExclusionList {
-    /// Adds a range of ports.
+    /// Excludes a range of ports.
     #[must_use]
     pub fn with_ports(mut self, direction: u16, ports: RangeInclusive<u16>) -> Self {
-        self.ports.extend(port_prefixes(direction, ports));
+        self.list_ports(direction, ports, Listed::EXCLUDED);
         self
     }
 
-    /// Adds a range of addresses. `length` counts in the mapped form: 96 more for an IPv4 range,
-    /// 128 at most. A range that is longer than the whole mapped space is one of IPv6.
+    /// Excludes a range of addresses, as of [`Self::list_cidr`].
     #[must_use]
     pub fn with_cidr(mut self, first: Address, length: u32) -> Self {
-        self.cidrs.insert(CidrPrefix { is_v4: length >= MAPPED_BITS && is_v4(&first), first, length });
+        self.list_cidr(first, length, Listed::EXCLUDED);
         self
+    }
+
+    /// Adds a range of ports. It must not overlap another one that says otherwise.
+    pub fn list_ports(&mut self, direction: u16, ports: RangeInclusive<u16>, listed: Listed) {
+        self.ports.extend(port_prefixes(direction, ports).map(|prefix| (prefix, listed)));
+    }
+
+    /// Adds a range of addresses. `length` counts in the mapped form: 96 more for an IPv4 range,
+    /// 128 at most. A range that is longer than the whole mapped space is one of IPv6. The narrowest
+    /// range that has an address counts.
+    pub fn list_cidr(&mut self, first: Address, length: u32, listed: Listed) {
+        let is_v4 = length >= MAPPED_BITS && is_v4(&first);
+        self.cidrs.insert(CidrPrefix { is_v4, first, length }, listed);
     }
 
     /// How many entries it takes.
@@ -64,10 +77,16 @@ impl ExclusionList {
         self.len() == 0
     }
 
-    /// Its entries that `other` does not have.
+    /// Its entries that `other` does not have, or that say something else there.
     #[must_use]
     pub fn without(&self, other: &Self) -> Self {
-        Self { ports: &self.ports - &other.ports, cidrs: &self.cidrs - &other.cidrs }
+        Self { ports: differing(&self.ports, &other.ports), cidrs: differing(&self.cidrs, &other.cidrs) }
+    }
+
+    /// Its entries for ports and ranges that `other` says nothing of.
+    #[must_use]
+    pub fn beyond(&self, other: &Self) -> Self {
+        Self { ports: missing(&self.ports, &other.ports), cidrs: missing(&self.cidrs, &other.cidrs) }
     }
 }
 
@@ -94,20 +113,20 @@ impl Kernel {
         added: &mut ExclusionList,
     ) -> Result<(), KernelError> {
         let mut ports = trie_mut::<ExcludedPorts>(self, EXCLUSION_PORTS.name)?;
-        for prefix in &list.ports {
+        for (prefix, listed) in &list.ports {
             let (bits, key) = prefix.key(exclusion_id);
             ports
-                .insert(&Key::new(bits, key), 1, 0)
+                .insert(&Key::new(bits, key), listed.value(), 0)
                 .map_err(KernelError::map("write", EXCLUSION_PORTS.name))?;
-            added.ports.insert(*prefix);
+            added.ports.insert(*prefix, *listed);
         }
         let mut cidrs = trie_mut::<ExcludedCidr>(self, EXCLUSION_CIDRS.name)?;
-        for prefix in &list.cidrs {
+        for (prefix, listed) in &list.cidrs {
             let (bits, key) = prefix.key(exclusion_id);
             cidrs
-                .insert(&Key::new(bits, key), 1, 0)
+                .insert(&Key::new(bits, key), listed.value(), 0)
                 .map_err(KernelError::map("write", EXCLUSION_CIDRS.name))?;
-            added.cidrs.insert(*prefix);
+            added.cidrs.insert(*prefix, *listed);
         }
         Ok(())
     }
@@ -118,13 +137,13 @@ impl Kernel {
     /// A map cannot be written.
     pub fn remove_exclusions(&mut self, exclusion_id: u32, list: &ExclusionList) -> Result<(), KernelError> {
         let mut ports = trie_mut::<ExcludedPorts>(self, EXCLUSION_PORTS.name)?;
-        for prefix in &list.ports {
+        for prefix in list.ports.keys() {
             let (bits, key) = prefix.key(exclusion_id);
             missing_is_fine(ports.remove(&Key::new(bits, key)))
                 .map_err(KernelError::map("write", EXCLUSION_PORTS.name))?;
         }
         let mut cidrs = trie_mut::<ExcludedCidr>(self, EXCLUSION_CIDRS.name)?;
-        for prefix in &list.cidrs {
+        for prefix in list.cidrs.keys() {
             let (bits, key) = prefix.key(exclusion_id);
             missing_is_fine(cidrs.remove(&Key::new(bits, key)))
                 .map_err(KernelError::map("write", EXCLUSION_CIDRS.name))?;
@@ -138,42 +157,63 @@ impl Kernel {
     /// A map cannot be read.
     pub fn exclusions(&self) -> Result<BTreeMap<u32, ExclusionList>, KernelError> {
         let mut lists = BTreeMap::<u32, ExclusionList>::new();
-        for (bits, data) in keys::<ExcludedPorts>(self, EXCLUSION_PORTS.name)? {
+        for (bits, data, listed) in entries::<ExcludedPorts>(self, EXCLUSION_PORTS.name)? {
             let list = lists.entry(data.exclusion_id()).or_default();
-            list.ports.insert(PortPrefix::of_key(bits, &data));
+            list.ports.insert(PortPrefix::of_key(bits, &data), listed);
         }
-        for (bits, data) in keys::<ExcludedCidr>(self, EXCLUSION_CIDRS.name)? {
+        for (bits, data, listed) in entries::<ExcludedCidr>(self, EXCLUSION_CIDRS.name)? {
             let list = lists.entry(data.exclusion_id()).or_default();
-            list.cidrs.insert(CidrPrefix::of_key(bits, &data));
+            list.cidrs.insert(CidrPrefix::of_key(bits, &data), listed);
         }
         Ok(lists)
     }
 
-    /// Whether a list has `port`.
-    pub(crate) fn is_port_excluded(
+    /// What a list says of `port`, as the map has it; 0: nothing.
+    pub(crate) fn port_listed(
         &self,
         exclusion_id: u32,
         port: u16,
         direction: u16,
-    ) -> Result<bool, KernelError> {
+    ) -> Result<u8, KernelError> {
         let key = ExcludedPorts::new(exclusion_id, direction, port);
-        has(self, EXCLUSION_PORTS.name, Key::new(ExcludedPorts::BITS, key))
+        value(self, EXCLUSION_PORTS.name, Key::new(ExcludedPorts::BITS, key))
     }
 
-    /// Whether a list has a range that `address` is in.
-    pub(crate) fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> Result<bool, KernelError> {
+    /// What a list says of `address`, as the map has it; 0: nothing.
+    pub(crate) fn address_listed(&self, exclusion_id: u32, address: &Address) -> Result<u8, KernelError> {
         let key = ExcludedCidr::new(exclusion_id, address);
-        has(self, EXCLUSION_CIDRS.name, Key::new(ExcludedCidr::BITS, key))
+        value(self, EXCLUSION_CIDRS.name, Key::new(ExcludedCidr::BITS, key))
     }
 }
 
-/// The keys of a trie, with how many bits of each count.
-fn keys<K: Pod + FromBytes>(kernel: &Kernel, name: &'static str) -> Result<Vec<(u32, K)>, KernelError> {
+fn differing<K: Ord + Copy>(
+    these: &BTreeMap<K, Listed>,
+    others: &BTreeMap<K, Listed>,
+) -> BTreeMap<K, Listed> {
+    let differs = |(key, listed): &(&K, &Listed)| others.get(key) != Some(listed);
+    these.iter().filter(differs).map(|(key, listed)| (*key, *listed)).collect()
+}
+
+fn missing<K: Ord + Copy>(these: &BTreeMap<K, Listed>, others: &BTreeMap<K, Listed>) -> BTreeMap<K, Listed> {
+    these.iter().filter(|(key, _)| !others.contains_key(key)).map(|(key, listed)| (*key, *listed)).collect()
+}
+
+/// The entries of a trie: how many bits of the key count, the key, the value.
+fn entries<K: Pod + FromBytes>(
+    kernel: &Kernel,
+    name: &'static str,
+) -> Result<Vec<(u32, K, Listed)>, KernelError> {
     if let Some(entries) = kernel.list_at_once::<TrieKey<K>, u8>(name)? {
-        return Ok(entries.into_iter().map(|(key, _)| (key.prefix_len, key.data)).collect());
+        let parts = |(key, value): (TrieKey<K>, u8)| (key.prefix_len, key.data, Listed::of_value(value));
+        return Ok(entries.into_iter().map(parts).collect());
     }
     let failed = |error| KernelError::map("read", name)(error);
-    trie::<K>(kernel, name)?.keys().map(|key| key.map(parts).map_err(failed)).collect()
+    let entry = |entry: Result<(Key<K>, u8), MapError>| {
+        let (key, value) = entry.map_err(failed)?;
+        let (bits, data) = parts(key);
+        Ok((bits, data, Listed::of_value(value)))
+    };
+    trie::<K>(kernel, name)?.iter().map(entry).collect()
 }
 
 fn trie<'a, K: Pod>(
@@ -190,10 +230,11 @@ fn trie_mut<'a, K: Pod>(
     LpmTrie::try_from(find_mut(&mut kernel.object, name)).map_err(KernelError::map("write", name))
 }
 
-fn has<K: Pod>(kernel: &Kernel, name: &'static str, key: Key<K>) -> Result<bool, KernelError> {
+/// The value of the longest entry that matches `key`; 0: there is none.
+fn value<K: Pod>(kernel: &Kernel, name: &'static str, key: Key<K>) -> Result<u8, KernelError> {
     match trie::<K>(kernel, name)?.get(&key, 0) {
-        Ok(_) => Ok(true),
-        Err(MapError::KeyNotFound) => Ok(false),
+        Ok(value) => Ok(value),
+        Err(MapError::KeyNotFound) => Ok(0),
         Err(error) => Err(KernelError::map("read", name)(error)),
     }
 }
@@ -247,7 +288,7 @@ fn read_earlier_ports(path: &Path, lists: &mut BTreeMap<u32, ExclusionList>) -> 
     // Neighbours become ranges: single entries would not fit where ranges do.
     let mut run: Option<(u32, u16, u16, u16)> = None;
     let mut add = |(id, direction, first, last): (u32, u16, u16, u16)| {
-        lists.entry(id).or_default().ports.extend(port_prefixes(direction, first..=last));
+        lists.entry(id).or_default().list_ports(direction, first..=last, Listed::EXCLUDED);
     };
     for (id, direction, port) in found {
         run = match run {
@@ -271,7 +312,7 @@ fn read_earlier_cidrs(path: &Path, lists: &mut BTreeMap<u32, ExclusionList>) -> 
     for key in map.keys() {
         let (bits, [a, b, c, d, address @ ..]) = parts(key?);
         let list = lists.entry(u32::from_be_bytes([a, b, c, d])).or_default();
-        *list = std::mem::take(list).with_cidr(address, bits.saturating_sub(32));
+        list.list_cidr(address, bits.saturating_sub(32), Listed::EXCLUDED);
     }
     Ok(())
 }

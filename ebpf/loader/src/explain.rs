@@ -7,6 +7,7 @@ use adit_ebpf_common::{
     address::{Address, UNSPECIFIED, is_v4},
     decide::{self, Arrival, ArrivalFacts, Connect, ConnectFacts, Facts},
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
+    exclusions::Listed,
     flows::{Destination, Flow},
     listeners::ListenerKey,
     maps::{APP_LISTENERS, CGROUP_INFO, POD_BY_ADDR, POD_BY_NETNS},
@@ -122,8 +123,9 @@ impl Facts for MapFacts<'_> {
         &self.settings
     }
 
-    fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool {
-        exclusion_id != 0 && self.or_default(self.kernel.is_port_excluded(exclusion_id, port, direction))
+    fn port_listed(&self, exclusion_id: u32, port: u16, direction: u16) -> Listed {
+        let value = || self.or_default(self.kernel.port_listed(exclusion_id, port, direction));
+        if exclusion_id == 0 { Listed::NO } else { Listed::of_value(value()) }
     }
 }
 
@@ -147,8 +149,9 @@ impl ConnectFacts for MapFacts<'_> {
         owner.is_some_and(|owner| owner.is_at(netns_cookie, device))
     }
 
-    fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool {
-        exclusion_id != 0 && self.or_default(self.kernel.is_cidr_excluded(exclusion_id, address))
+    fn address_listed(&self, exclusion_id: u32, address: &Address) -> Listed {
+        let value = || self.or_default(self.kernel.address_listed(exclusion_id, address));
+        if exclusion_id == 0 { Listed::NO } else { Listed::of_value(value()) }
     }
 
     fn has_tunnel_listener(&self, key: &ListenerKey) -> bool {

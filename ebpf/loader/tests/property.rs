@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use adit_ebpf_common::{
     decide::{Arrival, Connect, Inbound, Outbound, inbound, outbound, plain::PlainFacts},
     enrolment::{CgroupInfo, NetnsInfo, PodRecord, flag},
-    exclusions::{CidrPrefix, INBOUND as IS_DIALLED, OUTBOUND as DIALS, PortPrefix},
+    exclusions::{CidrPrefix, INBOUND as IS_DIALLED, Listed, OUTBOUND as DIALS, PortPrefix},
     flows::{Destination, Flow},
     listeners::{AppListenerState, ListenerKey},
     trace::Rule,
@@ -41,14 +41,18 @@ struct Case {
     /// The netns of the second addresses' records: none, the pod's, another one.
     second: Option<bool>,
     listens: [bool; 4],
-    excluded_ports: Vec<(u32, PortPrefix)>,
-    excluded_cidrs: Vec<(u32, CidrPrefix)>,
+    listed_ports: Vec<(u32, PortPrefix, Listed)>,
+    listed_cidrs: Vec<(u32, CidrPrefix, Listed)>,
     resolver: Option<&'static str>,
     app_listeners: Vec<(u16, bool)>,
     complete: Option<bool>,
     is_v4: bool,
     to: (usize, u16),
     arrives_at: u16,
+}
+
+fn listed() -> impl Strategy<Value = Listed> {
+    prop_oneof![4 => Just(Listed::EXCLUDED), 1 => Just(Listed::OUTSIDE), 1 => Just(Listed::INCLUDED)]
 }
 
 fn cases() -> impl Strategy<Value = Case> {
@@ -86,8 +90,8 @@ fn cases() -> impl Strategy<Value = Case> {
             length,
         });
     let exclusions = (
-        prop::collection::vec((select(EXCLUSIONS.to_vec()), ports), 0..3),
-        prop::collection::vec((select(EXCLUSIONS.to_vec()), cidrs), 0..3),
+        prop::collection::vec((select(EXCLUSIONS.to_vec()), ports, listed()), 0..4),
+        prop::collection::vec((select(EXCLUSIONS.to_vec()), cidrs, listed()), 0..4),
     );
     let state = (
         flags,
@@ -131,8 +135,8 @@ fn cases() -> impl Strategy<Value = Case> {
             has_v6,
             second,
             listens,
-            excluded_ports: ports,
-            excluded_cidrs: cidrs,
+            listed_ports: ports,
+            listed_cidrs: cidrs,
             resolver,
             app_listeners,
             complete,
@@ -202,13 +206,13 @@ fn install(rig: &mut Rig, case: &Case) -> PlainFacts {
     for exclusion_id in EXCLUSIONS {
         let of = |id: &u32| *id == exclusion_id;
         let list = ExclusionList {
-            ports: case.excluded_ports.iter().filter(|(id, _)| of(id)).map(|(_, ports)| *ports).collect(),
-            cidrs: case.excluded_cidrs.iter().filter(|(id, _)| of(id)).map(|(_, cidr)| *cidr).collect(),
+            ports: case.listed_ports.iter().filter(|(id, ..)| of(id)).map(|(_, of, is)| (*of, *is)).collect(),
+            cidrs: case.listed_cidrs.iter().filter(|(id, ..)| of(id)).map(|(_, of, is)| (*of, *is)).collect(),
         };
         kernel.add_exclusions(exclusion_id, &list).unwrap();
     }
-    facts.excluded_ports.clone_from(&case.excluded_ports);
-    facts.excluded_cidrs.clone_from(&case.excluded_cidrs);
+    facts.listed_ports.clone_from(&case.listed_ports);
+    facts.listed_cidrs.clone_from(&case.listed_cidrs);
     // As a listener of before is forgotten, its application is gone.
     kernel.unsteer(&[rig.cookie].into()).unwrap();
     rig.steer();

@@ -14,7 +14,7 @@ use core::ptr::null_mut;
 use adit_ebpf_common::{
     address::Address,
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
-    exclusions::{ExcludedCidr, ExcludedPorts},
+    exclusions::{ExcludedCidr, ExcludedPorts, Listed},
     flows::{Flow, Original, SocketState, TunnelFlow},
     listeners::{AppListenerState, ListenerKey, MAX_APP_LISTENERS},
     sealed::Sealed,
@@ -83,15 +83,25 @@ pub fn settings() -> Option<&'static Settings> {
 }
 
 #[inline(always)]
-fn is_port_excluded(exclusion_id: u32, port: u16, direction: u16) -> bool {
+fn port_listed(exclusion_id: u32, port: u16, direction: u16) -> Listed {
+    if exclusion_id == 0 {
+        return Listed::NO;
+    }
     let key = ExcludedPorts::new(exclusion_id, direction, port);
-    exclusion_id != 0 && EXCLUSION_PORTS.get(Key::new(ExcludedPorts::BITS, key)).is_some()
+    EXCLUSION_PORTS
+        .get(Key::new(ExcludedPorts::BITS, key))
+        .map_or(Listed::NO, |value| Listed::of_value(*value))
 }
 
 #[inline(always)]
-fn is_cidr_excluded(exclusion_id: u32, address: &Address) -> bool {
+fn address_listed(exclusion_id: u32, address: &Address) -> Listed {
+    if exclusion_id == 0 {
+        return Listed::NO;
+    }
     let key = ExcludedCidr::new(exclusion_id, address);
-    exclusion_id != 0 && EXCLUSION_CIDRS.get(Key::new(ExcludedCidr::BITS, key)).is_some()
+    EXCLUSION_CIDRS
+        .get(Key::new(ExcludedCidr::BITS, key))
+        .map_or(Listed::NO, |value| Listed::of_value(*value))
 }
 
 /// Registers the listening socket of `ops`. The latest wins, so that a successor takes over by

@@ -66,7 +66,9 @@ impl Reporter {
                 info!(pods = entries.len(), source = self.source_name, "pod list received");
                 self.source_error = None;
             }
-            Update::Changed(_) => self.source_error = None,
+            // A part of the source may be available where another one is not.
+            Update::Changed(_) => {}
+            Update::Usable => self.source_error = None,
             Update::Unusable(error) => {
                 warn!(source = self.source_name, error, "pod source failed; keeping the last known pods");
                 self.source_error = Some(error.clone());

@@ -2,33 +2,56 @@
 
 use std::{net::IpAddr, ops::RangeInclusive};
 
-use adit_ebpf_common::exclusions::{CidrPrefix, INBOUND, MAPPED_BITS, OUTBOUND};
+use adit_ebpf_common::exclusions::{CidrPrefix, INBOUND, Listed, MAPPED_BITS, OUTBOUND, PortPrefix};
 use adit_ebpf_loader::ExclusionList;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::{model::exclusions::Exclusions, plan::address16};
+use crate::{
+    model::exclusions::{Exclusions, Included},
+    plan::address16,
+};
 
 /// The entries that a list takes in the maps.
 pub(crate) fn entries(exclusions: &Exclusions) -> ExclusionList {
     let mut list = ExclusionList::default();
-    for (ports, direction) in [(&exclusions.outbound_ports, OUTBOUND), (&exclusions.inbound_ports, INBOUND)] {
+    let mut add_ports = |direction, ports: &[RangeInclusive<u16>], listed| {
         for range in ports {
-            list = list.with_ports(direction, range.clone());
+            list.list_ports(direction, range.clone(), listed);
         }
+    };
+    if let Some(ports) = &exclusions.inbound_included {
+        // Every other port: what follows is narrower.
+        add_ports(INBOUND, &[0..=u16::MAX], Listed::OUTSIDE);
+        add_ports(INBOUND, ports, Listed::INCLUDED);
     }
-    for cidr in &exclusions.outbound_cidrs {
-        let (address, length) = mapped_cidr(cidr);
-        list = list.with_cidr(address, length);
+    if let Some(included) = &exclusions.outbound_included {
+        add_ports(OUTBOUND, &included.ports, Listed::INCLUDED);
     }
+    add_ports(OUTBOUND, &exclusions.outbound_ports, Listed::EXCLUDED);
+    add_ports(INBOUND, &exclusions.inbound_ports, Listed::EXCLUDED);
+    let mut add_cidrs = |cidrs: &[IpNet], listed| {
+        for cidr in cidrs {
+            let (address, length) = mapped_cidr(cidr);
+            list.list_cidr(address, length, listed);
+        }
+    };
+    if let Some(included) = &exclusions.outbound_included {
+        // Of either family, as far as nothing narrower, or equal, says otherwise.
+        add_cidrs(&[Ipv4Net::default().into(), Ipv6Net::default().into()], Listed::OUTSIDE);
+        add_cidrs(&included.cidrs, Listed::INCLUDED);
+    }
+    add_cidrs(&exclusions.outbound_cidrs, Listed::EXCLUDED);
     list
 }
 
 /// The list that takes these entries.
 pub(crate) fn of_entries(list: &ExclusionList) -> Exclusions {
-    let ports = |direction| {
+    let ports = |direction, wanted: Listed| {
         let mut merged: Vec<RangeInclusive<u16>> = Vec::new();
         // They are in order.
-        for prefix in list.ports.iter().filter(|prefix| prefix.direction == direction) {
+        let of =
+            |(prefix, listed): &(&PortPrefix, &Listed)| prefix.direction == direction && **listed == wanted;
+        for (prefix, _) in list.ports.iter().filter(of) {
             let rest = u16::MAX.checked_shr(prefix.length).unwrap_or(0);
             let end = prefix.first | rest;
             match merged.last_mut() {
@@ -40,11 +63,22 @@ pub(crate) fn of_entries(list: &ExclusionList) -> Exclusions {
         }
         merged
     };
-    let cidrs: Vec<IpNet> = list.cidrs.iter().filter_map(cidr).collect();
+    let cidrs = |wanted| {
+        let of = list.cidrs.iter().filter(|(_, listed)| **listed == wanted);
+        let cidrs: Vec<IpNet> = of.filter_map(|(prefix, _)| cidr(prefix)).collect();
+        IpNet::aggregate(&cidrs)
+    };
+    let included = Included { ports: ports(OUTBOUND, Listed::INCLUDED), cidrs: cidrs(Listed::INCLUDED) };
+    let has_outside = list.cidrs.values().any(|listed| *listed == Listed::OUTSIDE);
+    let is_inbound = |prefix: &PortPrefix| prefix.direction == INBOUND;
+    let has_inbound_outside =
+        list.ports.iter().any(|(prefix, listed)| is_inbound(prefix) && *listed == Listed::OUTSIDE);
     Exclusions {
-        outbound_ports: ports(OUTBOUND),
-        outbound_cidrs: IpNet::aggregate(&cidrs),
-        inbound_ports: ports(INBOUND),
+        outbound_ports: ports(OUTBOUND, Listed::EXCLUDED),
+        outbound_cidrs: cidrs(Listed::EXCLUDED),
+        inbound_ports: ports(INBOUND, Listed::EXCLUDED),
+        outbound_included: (has_outside || included != Included::default()).then_some(included),
+        inbound_included: has_inbound_outside.then(|| ports(INBOUND, Listed::INCLUDED)),
     }
 }
 
@@ -68,7 +102,39 @@ fn cidr(prefix: &CidrPrefix) -> Option<IpNet> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{exclusions, notes::Notes};
+    use crate::model::{
+        exclusions,
+        lists::{InboundLists, Lists, OutboundLists, effective},
+        notes::Notes,
+    };
+
+    #[test]
+    fn inclusion_lists_are_read_back_as_they_were() {
+        let mut notes = Notes::default();
+        for (ports, cidrs, excluded) in [
+            ("", "", ""),
+            ("80,443", "", ""),
+            ("", "10.0.0.0/8,fd00::/8", "10.9.0.0/16"),
+            ("1-1023", "0.0.0.0/0", "10.0.0.0/8,::/0"),
+        ] {
+            let lists = Lists {
+                outbound: OutboundLists {
+                    excluded_cidrs: exclusions::cidrs("", &excluded.into(), &mut notes),
+                    included_ports: Some(exclusions::ports("", &ports.into(), &mut notes)),
+                    included_cidrs: Some(exclusions::cidrs("", &cidrs.into(), &mut notes)),
+                    ..OutboundLists::default()
+                },
+                inbound: InboundLists {
+                    excluded_ports: exclusions::ports("", &"81".into(), &mut notes),
+                    included_ports: Some(exclusions::ports("", &ports.into(), &mut notes)),
+                },
+            };
+            let wanted = effective(&[&lists]);
+            assert!(wanted.outbound_included.is_some() && wanted.inbound_included.is_some());
+            assert_eq!(of_entries(&entries(&wanted)), wanted);
+        }
+        assert!(notes.is_empty(), "{notes:?}");
+    }
 
     #[test]
     fn ipv4_ranges_are_96_bits_longer() {
@@ -90,6 +156,7 @@ mod tests {
                 outbound_ports: exclusions::ports("", &ports.into(), &mut notes),
                 outbound_cidrs: exclusions::cidrs("", &cidrs.into(), &mut notes),
                 inbound_ports: exclusions::ports("", &"15-20".into(), &mut notes),
+                ..Exclusions::default()
             };
             assert_eq!(of_entries(&entries(&list)), list);
         }

@@ -47,14 +47,12 @@ pub(super) fn in_clear(
         // A tunnel that is not connected yet may have served the pod before.
         _ => [connection.local, connection.remote].iter().any(|end| tunnel_ports.contains(&end.port())),
     };
-    let Exclusions { outbound_ports, outbound_cidrs, inbound_ports } = &*pod.exclusions;
     let excluded = |connection: &Connection| {
         let (local, remote) = (connection.local.port(), connection.remote);
         if listeners.iter().any(|(port, _)| *port == local) {
-            return inbound_ports.iter().any(|ports| ports.contains(&local));
+            return pod.exclusions.leaves_outside_at(local);
         }
-        outbound_ports.iter().any(|ports| ports.contains(&remote.port()))
-            || outbound_cidrs.iter().any(|cidr| cidr.contains(&remote.ip()))
+        pod.exclusions.leaves_outside(remote)
             || matches!(remote.ip(), IpAddr::V6(v6) if v6.is_unicast_link_local())
     };
     let passes = |connection: &Connection| {
@@ -78,6 +76,7 @@ mod tests {
             outbound_ports: vec![6379..=6379],
             outbound_cidrs: vec!["10.9.0.0/16".parse().unwrap()],
             inbound_ports: vec![9000..=9000],
+            ..Exclusions::default()
         };
         let pod = PodSockets {
             uid: "u".to_owned(),

@@ -192,7 +192,7 @@ impl AppliedMaps {
         let there = self.lists.get(&id).cloned().unwrap_or_default();
         let written = kernel
             .add_exclusions(id, &wanted.without(&there))
-            .and_then(|()| kernel.remove_exclusions(id, &there.without(&wanted)));
+            .and_then(|()| kernel.remove_exclusions(id, &there.beyond(&wanted)));
         match written {
             Ok(()) => {
                 self.lists.insert(id, wanted);

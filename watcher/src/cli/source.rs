@@ -47,9 +47,24 @@ pub(super) struct KubernetesArgs {
     /// possible
     #[arg(long, value_name = "KEY", conflicts_with = "pods", value_parser = taint_key)]
     startup_taint: Option<String>,
+    /// The ConfigMap with the lists of ports and CIDRs that the mesh excludes and includes; an edit
+    /// takes effect at once. Without the ConfigMap there are none
+    #[arg(long, value_name = "NAMESPACE/NAME", conflicts_with = "pods", value_parser = namespaced)]
+    lists_config_map: Option<(String, String)>,
     /// Write no annotations and no Events
     #[arg(long)]
     no_write_back: bool,
+}
+
+/// The name of an object in its namespace.
+fn namespaced(text: &str) -> Result<(String, String), String> {
+    let is_name = |name: &str| !name.is_empty() && !name.contains('/');
+    match text.split_once('/') {
+        Some((namespace, name)) if is_name(namespace) && is_name(name) => {
+            Ok((namespace.to_owned(), name.to_owned()))
+        }
+        _ => Err("expected NAMESPACE/NAME, such as adit-system/adit-lists".to_owned()),
+    }
 }
 
 /// The key of a taint, without value and effect.
@@ -86,6 +101,7 @@ impl SourceArgs {
             config.labels = read.dataplane_labels.clone().into();
             config.sidecars = read.sidecar_containers.iter().cloned().collect();
             config.startup_taint.clone_from(&read.startup_taint);
+            config.lists.clone_from(&read.lists_config_map);
             config.write_back = !read.no_write_back;
         }
         Ok(Wanted::Kubernetes(config))
@@ -128,7 +144,7 @@ impl Wanted {
                 match source.updates.recv().await {
                     Some(Update::All(entries)) => return Some(entries),
                     Some(Update::Unusable(why)) => problem = why,
-                    Some(Update::Changed(_)) => {}
+                    Some(Update::Changed(_) | Update::Usable) => {}
                     None => return None,
                 }
             }

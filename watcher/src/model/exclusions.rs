@@ -1,4 +1,4 @@
-//! Ports and address ranges that bypass the tunnel.
+//! Ports and address ranges that bypass the tunnel, and those that do not where the rest does.
 //!
 //! An invalid item is noted and ignored, the others stay active: a typing error in one port must
 //! not take a pod out of the mesh, nor put the other ports into it.
@@ -8,20 +8,20 @@
 //! messages has limits.
 
 use std::{
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     ops::{ControlFlow, RangeInclusive},
 };
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde_json::Value;
 
 use super::notes::Notes;
 
 /// How many items of a list are read. All annotations of a pod together have 256 KiB.
 const MAX_ITEMS: usize = 65_536;
-/// How many ranges of ports, merged, a list may have: about a sixth of the kernel's map at the
-/// worst.
-const MAX_PORT_RANGES: usize = 1024;
+/// How many ranges of ports, merged, a list may have. At the worst a pod's four lists take a third of
+/// the kernel's map; they mostly take much less.
+const MAX_PORT_RANGES: usize = 512;
 /// How many ranges of addresses, merged, a list may have: an eighth of the kernel's map.
 const MAX_CIDRS: usize = 16_384;
 /// How many invalid items of a list are noted one by one.
@@ -29,7 +29,7 @@ const MAX_INVALID: usize = 4;
 /// How much of an invalid item a note shows, in characters.
 const SHOWN: usize = 40;
 
-/// Traffic of a pod that bypasses the tunnel. Ranges are in order, and no two of them overlap or
+/// Traffic of a pod that bypasses the tunnel. Ranges are in order, and no two of a list overlap or
 /// touch.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Exclusions {
@@ -39,46 +39,117 @@ pub struct Exclusions {
     pub outbound_cidrs: Vec<IpNet>,
     /// Its own ports, for connections to it.
     pub inbound_ports: Vec<RangeInclusive<u16>>,
+    /// `Some`: of its other connections only these go through the tunnel.
+    pub outbound_included: Option<Included>,
+    /// The same of connections to it, by its own ports.
+    pub inbound_included: Option<Vec<RangeInclusive<u16>>>,
+}
+
+/// Connections that go through the tunnel where others do not: those to one of these ports, or to
+/// one of these addresses. No port of them is excluded, and no range lies within an excluded one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Included {
+    /// Destination ports.
+    pub ports: Vec<RangeInclusive<u16>>,
+    /// Destination addresses.
+    pub cidrs: Vec<IpNet>,
 }
 
 impl Exclusions {
     /// Whether all of its traffic goes through the tunnel.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.outbound_ports.is_empty() && self.outbound_cidrs.is_empty() && self.inbound_ports.is_empty()
+        *self == Self::default()
     }
+
+    /// Whether a connection to `to` bypasses the tunnel.
+    #[must_use]
+    pub fn leaves_outside(&self, to: SocketAddr) -> bool {
+        let (has_port, has_address) = (has_port(to.port()), has_address(to.ip()));
+        has_port(&self.outbound_ports)
+            || has_address(&self.outbound_cidrs)
+            || self
+                .outbound_included
+                .as_ref()
+                .is_some_and(|Included { ports, cidrs }| !has_port(ports) && !has_address(cidrs))
+    }
+
+    /// Whether a connection from somebody else to its own `port` bypasses the tunnel.
+    #[must_use]
+    pub fn leaves_outside_at(&self, port: u16) -> bool {
+        let has_port = has_port(port);
+        has_port(&self.inbound_ports)
+            || self.inbound_included.as_deref().is_some_and(|ports| !has_port(ports))
+    }
+
+    /// The same without inclusion lists that decide nothing, since they have everything or everything
+    /// is excluded.
+    pub(super) fn in_short(mut self) -> Self {
+        let has_all = |ports: &[RangeInclusive<u16>]| ports == [1..=u16::MAX];
+        let has_both = |cidrs: &[IpNet]| cidrs.iter().filter(|cidr| cidr.prefix_len() == 0).count() == 2;
+        let nothing_is_left = has_all(&self.outbound_ports) || has_both(&self.outbound_cidrs);
+        let decides = |Included { ports, cidrs }: &Included| !has_all(ports) && !has_both(cidrs);
+        self.outbound_included =
+            self.outbound_included.filter(|included| !nothing_is_left && decides(included));
+        let nothing_is_left = has_all(&self.inbound_ports);
+        self.inbound_included = self.inbound_included.filter(|ports| !nothing_is_left && !has_all(ports));
+        self
+    }
+}
+
+fn has_port(port: u16) -> impl Fn(&[RangeInclusive<u16>]) -> bool + Copy {
+    move |ports| ports.iter().any(|range| range.contains(&port))
+}
+
+fn has_address(address: IpAddr) -> impl Fn(&[IpNet]) -> bool + Copy {
+    move |cidrs| cidrs.iter().any(|cidr| cidr.contains(&address))
 }
 
 /// Reads ports (`6379`, `"6379, 7070"`, `"7000-7010"`); invalid items go to `notes`, named by
 /// `key`.
 pub fn ports(key: &str, value: &Value, notes: &mut Notes) -> Vec<RangeInclusive<u16>> {
     let expected = "a port from 1 to 65535 or a range such as 7000-7010";
-    let mut ranges = read(key, value, expected, notes, range);
-    ranges.sort_unstable();
+    let ranges = read(key, value, expected, notes, range);
+    let mut merged = union(ranges.iter());
+    limit(key, "ranges of ports", &mut merged, MAX_PORT_RANGES, notes);
+    merged
+}
+
+/// In order, and merged.
+pub(super) fn union<'a>(ranges: impl Iterator<Item = &'a RangeInclusive<u16>>) -> Vec<RangeInclusive<u16>> {
+    let mut all: Vec<(u16, u16)> = ranges.map(|range| (*range.start(), *range.end())).collect();
+    all.sort_unstable();
     let mut merged: Vec<(u16, u16)> = Vec::new();
-    for (first, last) in ranges {
+    for (first, last) in all {
         match merged.last_mut() {
             Some((_, end)) if first <= end.saturating_add(1) => *end = last.max(*end),
             _ => merged.push((first, last)),
         }
     }
-    limit(key, "ranges of ports", &mut merged, MAX_PORT_RANGES, notes);
     merged.into_iter().map(|(first, last)| first..=last).collect()
 }
 
-fn range(item: &str) -> Option<(u16, u16)> {
+/// `*` is every port.
+fn range(item: &str) -> Option<RangeInclusive<u16>> {
+    if item == "*" {
+        return Some(1..=u16::MAX);
+    }
     let (first, last) = item.split_once('-').unwrap_or((item, item));
     let (first, last) = (first.trim().parse::<u16>().ok()?, last.trim().parse::<u16>().ok()?);
-    (first != 0 && first <= last).then_some((first, last))
+    (first != 0 && first <= last).then_some(first..=last)
 }
 
-/// Reads CIDRs or single addresses; invalid items go to `notes`, named by `key`. IPv4 in mapped
+/// Reads CIDRs or single addresses, or `*` for everything of both families; invalid items go to `notes`, named by `key`. IPv4 in mapped
 /// form is IPv4.
 pub fn cidrs(key: &str, value: &Value, notes: &mut Notes) -> Vec<IpNet> {
     let cidrs = read(key, value, "a CIDR such as 10.0.0.0/8 or fd00::/8", notes, |item| {
+        if item == "*" {
+            return Some((Ipv4Net::default().into(), Some(Ipv6Net::default().into())));
+        }
         let cidr = item.parse::<IpNet>().or_else(|_| item.parse::<IpAddr>().map(IpNet::from)).ok()?;
-        Some(canonical(cidr).trunc())
+        Some((canonical(cidr).trunc(), None))
     });
+    let cidrs: Vec<IpNet> = cidrs.into_iter().flat_map(|(one, other)| [Some(one), other]).flatten().collect();
     let mut merged = IpNet::aggregate(&cidrs);
     limit(key, "address ranges", &mut merged, MAX_CIDRS, notes);
     merged

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
-use super::{exclusions::Exclusions, notes::Notes, reason::Reason};
+use super::{exclusions::Exclusions, lists::Lists, notes::Notes, reason::Reason};
 
 /// What happens to an enrolled pod's traffic while no tunnel serves it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -65,7 +65,10 @@ pub struct Pod {
     pub addresses: BTreeSet<IpAddr>,
     /// Interfaces whose arriving traffic the tunnel should carry as the pod's own, which it cannot.
     pub virtual_interfaces: Vec<String>,
-    /// Traffic that bypasses the tunnel. Shared: lists may be long.
+    /// What the pod itself excludes and includes.
+    pub lists: Arc<Lists>,
+    /// Traffic that bypasses the tunnel, by the pod's lists and the wider ones. Shared: lists may be
+    /// long.
     pub exclusions: Arc<Exclusions>,
     /// Whether its source says that containers of it run. False: that is not known.
     pub is_running: bool,
@@ -140,6 +143,9 @@ pub enum Update {
     All(Vec<Entry>),
     /// What changed, by uid; `None`: gone. One message is one batch, applied as a whole.
     Changed(Vec<(String, Option<Entry>)>),
-    /// The source is unavailable, and why. Nothing else changes.
+    /// The source, or a part of it, is unavailable, and why. Nothing else changes. It lasts until
+    /// the next `All`, or `Usable`.
     Unusable(String),
+    /// The source is available again, and nothing was missed.
+    Usable,
 }

@@ -48,6 +48,7 @@ fn pod(uid: &str) -> Pod {
         dns_capture: None,
         virtual_interfaces: Vec::new(),
         addresses: BTreeSet::new(),
+        lists: Arc::default(),
         exclusions: Arc::default(),
         is_running: false,
         is_announced: false,

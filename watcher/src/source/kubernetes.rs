@@ -14,7 +14,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use k8s_openapi::api::core::v1 as api;
-use kube::{Config, core::PartialObjectMeta};
+use kube::{Api, Config, core::PartialObjectMeta};
 use tokio::sync::{mpsc, oneshot};
 use tracing::info;
 
@@ -51,6 +51,8 @@ pub struct KubernetesConfig {
     pub sidecars: BTreeSet<String>,
     /// The key of the taint that is taken off the node when the watcher is ready.
     pub startup_taint: Option<String>,
+    /// The ConfigMap that has the mesh's lists, by namespace and name.
+    pub lists: Option<(String, String)>,
     /// Whether the pods' state is written back.
     pub write_back: bool,
 }
@@ -104,15 +106,22 @@ pub fn start(config: &Config, options: KubernetesConfig) -> Result<Source, Kuber
     let (changes, change_receiver) = mpsc::unbounded_channel();
     let (when_wanted, wanted) = oneshot::channel();
     let fields = format!("spec.nodeName={}", options.node);
+    let has_lists = options.lists.is_some();
+    let lists = options.lists.map(|(namespace, name)| {
+        let api = move |client| Api::namespaced(client, &namespace);
+        Watched::new("configmaps", config, api, Some(format!("metadata.name={name}")))
+    });
     let follower = Follower {
-        pods: Watched::new("pods", config, Some(fields)).map_err(KubernetesError::Client)?,
-        namespaces: Watched::new("namespaces", config, None).map_err(KubernetesError::Client)?,
+        pods: Watched::new("pods", config, Api::all, Some(fields)).map_err(KubernetesError::Client)?,
+        namespaces: Watched::new("namespaces", config, Api::all, None).map_err(KubernetesError::Client)?,
+        lists: lists.transpose().map_err(KubernetesError::Client)?,
         cluster: ClusterCache::new(ReadRules {
             labels: options.labels,
             sidecars: options.sidecars,
+            has_mesh_lists: has_lists,
             ..ReadRules::default()
         }),
-        problems: [None, None],
+        problems: [None, None, None],
         listed_all: false,
         updates: sender,
         changes: options.write_back.then_some(changes),
@@ -158,9 +167,11 @@ struct Follower {
     pods: Watched<api::Pod>,
     /// Only their metadata is requested.
     namespaces: Watched<PartialObjectMeta<api::Namespace>>,
+    /// The ConfigMap of the mesh's lists, where there may be one.
+    lists: Option<Watched<api::ConfigMap>>,
     cluster: ClusterCache,
-    /// Why pods, and why namespaces, cannot be watched at present.
-    problems: [Option<String>; 2],
+    /// Why pods, namespaces, and the lists, cannot be watched at present.
+    problems: [Option<String>; 3],
     listed_all: bool,
     updates: mpsc::Sender<Update>,
     changes: Option<mpsc::UnboundedSender<PodChange>>,
@@ -174,16 +185,19 @@ impl Follower {
         loop {
             let before = self.problem();
             tokio::select! {
-                // Namespaces first: a pod is published when its namespace is known.
+                // Lists and namespaces first: a pod is published when its namespace is known.
                 biased;
                 () = self.updates.closed() => return,
+                received = next_of(&mut self.lists) => self.on_lists(received),
                 received = self.namespaces.next() => self.on_namespace(received),
                 received = self.pods.next() => self.on_pod(received),
             }
             // What has arrived by now is one batch: sixty pods of a namespace need not be sixty
             // updates.
             for _ in 0..EVENTS_AT_ONCE {
-                if let Some(received) = self.namespaces.ready() {
+                if let Some(received) = self.lists.as_mut().and_then(Watched::ready) {
+                    self.on_lists(received);
+                } else if let Some(received) = self.namespaces.ready() {
                     self.on_namespace(received);
                 } else if let Some(received) = self.pods.ready() {
                     self.on_pod(received);
@@ -203,7 +217,7 @@ impl Follower {
     }
 
     fn on_namespace(&mut self, received: Received<PartialObjectMeta<api::Namespace>>) {
-        let [_, problem] = &mut self.problems;
+        let [_, problem, _] = &mut self.problems;
         match received {
             Received::Event(event) => {
                 clear_on_answer(problem, &event);
@@ -215,11 +229,23 @@ impl Follower {
     }
 
     fn on_pod(&mut self, received: Received<api::Pod>) {
-        let [problem, _] = &mut self.problems;
+        let [problem, ..] = &mut self.problems;
         match received {
             Received::Event(event) => {
                 clear_on_answer(problem, &event);
                 self.cluster.on_pod(event);
+            }
+            Received::Failed(error) => *problem = Some(error),
+            Received::Recovered => *problem = None,
+        }
+    }
+
+    fn on_lists(&mut self, received: Received<api::ConfigMap>) {
+        let [_, _, problem] = &mut self.problems;
+        match received {
+            Received::Event(event) => {
+                clear_on_answer(problem, &event);
+                self.cluster.on_mesh_lists(event);
             }
             Received::Failed(error) => *problem = Some(error),
             Received::Recovered => *problem = None,
@@ -238,7 +264,8 @@ impl Follower {
                 let _ = writer.send(change);
             }
         }
-        if self.cluster.is_whole() && !self.listed_all {
+        let lists_all = self.cluster.is_whole() && !self.listed_all;
+        if lists_all {
             self.listed_all = true;
             self.updates.send(Update::All(self.cluster.all())).await?;
         } else if !entries.is_empty() {
@@ -246,16 +273,24 @@ impl Follower {
         }
         let problem = self.problem();
         match (&before, problem) {
-            (before, Some(problem)) if before.as_ref() != Some(&problem) => {
+            (before, Some(problem)) if lists_all || before.as_ref() != Some(&problem) => {
                 self.updates.send(Update::Unusable(problem)).await?;
             }
             (Some(_), None) => {
                 info!("API server available again");
-                self.updates.send(Update::Changed(Vec::new())).await?;
+                self.updates.send(Update::Usable).await?;
             }
             _ => {}
         }
         Ok(())
+    }
+}
+
+/// The next event or failure of what is watched, if anything is. Cancel safe.
+async fn next_of(watched: &mut Option<Watched<api::ConfigMap>>) -> Received<api::ConfigMap> {
+    match watched {
+        Some(watched) => watched.next().await,
+        None => std::future::pending().await,
     }
 }
 

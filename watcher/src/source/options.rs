@@ -87,9 +87,12 @@ pub(crate) const OPTIONS: &[PodOption] = &[
     PodOption { key: "addresses", annotations: &[], expected: "a list of IP addresses", example: "[10.0.1.2]", default: "what the netns has", about: "addresses that the pod's netns must have; else the pod is refused", read: |pod, given| { pod.addresses = given.parsed::<BTreeSet<IpAddr>>()?; Some(()) } },
     PodOption { key: "failMode", annotations: &["ambient.adit.dev/fail-mode"], expected: "closed or open", example: "open", default: "`--fail-mode`", about: "while no tunnel serves the pod: `closed` refuses its traffic (its connects fail with `EPERM`), `open` lets it pass in plaintext", read: fail_mode },
     PodOption { key: "dnsCapture", annotations: &["ambient.adit.dev/dns-capture", "ambient.istio.io/dns-capture"], expected: "true or false", example: "true", default: "`--dns-capture`", about: "whether the tunnel answers the pod's DNS queries", read: dns_capture },
-    PodOption { key: "excludeOutboundPorts", annotations: &["ambient.adit.dev/exclude-outbound-ports"], expected: PORTS, example: "6379,7000-7010", default: "none", about: "connections to these ports leave in plaintext", read: |pod, given| { Arc::make_mut(&mut pod.exclusions).outbound_ports = exclusions::ports(given.key, given.value, &mut pod.notes); Some(()) } },
-    PodOption { key: "excludeOutboundCidrs", annotations: &["ambient.adit.dev/exclude-outbound-cidrs"], expected: "CIDRs and addresses", example: "192.168.0.0/16,fd00::/8", default: "none", about: "connections to these addresses leave in plaintext", read: |pod, given| { Arc::make_mut(&mut pod.exclusions).outbound_cidrs = exclusions::cidrs(given.key, given.value, &mut pod.notes); Some(()) } },
-    PodOption { key: "excludeInboundPorts", annotations: &["ambient.adit.dev/exclude-inbound-ports"], expected: PORTS, example: "9090", default: "none", about: "connections to these ports reach the application directly; policy does not apply", read: |pod, given| { Arc::make_mut(&mut pod.exclusions).inbound_ports = exclusions::ports(given.key, given.value, &mut pod.notes); Some(()) } },
+    PodOption { key: "excludeOutboundPorts", annotations: &["ambient.adit.dev/exclude-outbound-ports"], expected: PORTS, example: "6379,7000-7010", default: "none", about: "connections to these ports leave in plaintext", read: |pod, given| { Arc::make_mut(&mut pod.lists).outbound.excluded_ports = exclusions::ports(given.key, given.value, &mut pod.notes); Some(()) } },
+    PodOption { key: "excludeOutboundCidrs", annotations: &["ambient.adit.dev/exclude-outbound-cidrs"], expected: "CIDRs and addresses", example: "192.168.0.0/16,fd00::/8", default: "none", about: "connections to these addresses leave in plaintext", read: |pod, given| { Arc::make_mut(&mut pod.lists).outbound.excluded_cidrs = exclusions::cidrs(given.key, given.value, &mut pod.notes); Some(()) } },
+    PodOption { key: "excludeInboundPorts", annotations: &["ambient.adit.dev/exclude-inbound-ports"], expected: PORTS, example: "9090", default: "none", about: "connections to these ports reach the application directly; policy does not apply", read: |pod, given| { Arc::make_mut(&mut pod.lists).inbound.excluded_ports = exclusions::ports(given.key, given.value, &mut pod.notes); Some(()) } },
+    PodOption { key: "includeOutboundPorts", annotations: &["ambient.adit.dev/include-outbound-ports"], expected: PORTS, example: "80,443", default: "none", about: "of the pod's connections only those to these ports, or to `includeOutboundCidrs`, go through the tunnel. `*`: all", read: |pod, given| { Arc::make_mut(&mut pod.lists).outbound.included_ports = some_of(exclusions::ports(given.key, given.value, &mut pod.notes)); Some(()) } },
+    PodOption { key: "includeOutboundCidrs", annotations: &["ambient.adit.dev/include-outbound-cidrs"], expected: "CIDRs and addresses", example: "10.0.0.0/8,fd00::/8", default: "none", about: "of the pod's connections only those to these addresses, or to `includeOutboundPorts`, go through the tunnel. `*`: all", read: |pod, given| { Arc::make_mut(&mut pod.lists).outbound.included_cidrs = some_of(exclusions::cidrs(given.key, given.value, &mut pod.notes)); Some(()) } },
+    PodOption { key: "includeInboundPorts", annotations: &["ambient.adit.dev/include-inbound-ports"], expected: PORTS, example: "8080", default: "none", about: "of the connections to the pod only those to these ports go through the tunnel; policy does not apply to the others. `*`: all", read: |pod, given| { Arc::make_mut(&mut pod.lists).inbound.included_ports = some_of(exclusions::ports(given.key, given.value, &mut pod.notes)); Some(()) } },
     PodOption { key: "bypassInbound", annotations: &["ambient.adit.dev/bypass-inbound-capture", "ambient.istio.io/bypass-inbound-capture"], expected: "true or false", example: "true", default: "`false`", about: "`true`: whatever arrives at the pod reaches the application directly, on every port; policy does not apply. Peers in the mesh still reach it by HBONE", read: bypass_inbound },
     PodOption { key: "rerouteVirtualInterfaces", annotations: &["istio.io/reroute-virtual-interfaces"], expected: "names of interfaces", example: "tap0,net1", default: "none", about: "cannot be obeyed: what arrives by these interfaces, from a virtual machine for example, is forwarded past the tunnel. A note and an Event say so", read: virtual_interfaces },
 ];
@@ -193,9 +196,14 @@ fn virtual_interfaces(pod: &mut Pod, given: &Given<'_>) -> Option<()> {
 /// The same as an exclusion of every port, whatever `excludeInboundPorts` says.
 fn bypass_inbound(pod: &mut Pod, given: &Given<'_>) -> Option<()> {
     if given.truth()? {
-        Arc::make_mut(&mut pod.exclusions).inbound_ports = vec![1..=u16::MAX];
+        Arc::make_mut(&mut pod.lists).inbound.excluded_ports = vec![1..=u16::MAX];
     }
     Some(())
+}
+
+/// A list without one valid item is none: it would leave everything outside the mesh.
+fn some_of<T>(list: Vec<T>) -> Option<Vec<T>> {
+    (!list.is_empty()).then_some(list)
 }
 
 /// As much of a value as a message needs.

@@ -38,10 +38,12 @@ pub const SERVICES: &str = "10.96.0.0/16";
 /// That of the service `kubernetes`, by which pods reach the API server.
 const SERVICE_ADDRESS: &str = "10.96.0.1";
 
-/// The account and the rights of the watcher, from the chart.
+/// The account and the rights of the watcher, and the lists that it follows, from the chart.
 pub fn rbac() -> &'static str {
-    static RENDERED: LazyLock<String> =
-        LazyLock::new(|| chart::template("redirect-only", "watcher-rbac.yaml", &[]));
+    static RENDERED: LazyLock<String> = LazyLock::new(|| {
+        let of = |name| chart::template("redirect-only", name, &[]);
+        format!("{}\n---\n{}", of("watcher-rbac.yaml"), of("watcher-lists.yaml"))
+    });
     &RENDERED
 }
 

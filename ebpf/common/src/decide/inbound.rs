@@ -4,7 +4,7 @@ use super::{ArrivalFacts, is_ready};
 use crate::{
     address::{is_loopback, same},
     enrolment::flag,
-    exclusions::INBOUND,
+    exclusions::{INBOUND, Listed},
     flows::Flow,
     listeners::ListenerKey,
     trace::Rule,
@@ -47,7 +47,7 @@ impl Inbound {
 /// 3. the netns is not known as a pod's, so nobody can say what its policy is: drop
 /// 4. opened by the tunnel in this very netns: pass, this is how it reaches the application
 /// 5. to the tunnel's outbound or inbound port: drop, only redirected connections belong there
-/// 6. the port is excluded: pass
+/// 6. the port is excluded, or there are inclusion lists and none has it: pass
 /// 7. opened by the kubelet, and not to the HBONE port: pass, whatever the tunnel and policy. It
 ///    decides about the pod's life, and what it sends is no traffic of the mesh
 /// 8. the pod is not ready: by its fail mode
@@ -82,8 +82,12 @@ pub fn inbound(facts: &impl ArrivalFacts, arrival: &Arrival) -> Inbound {
     if port == settings.outbound_port || port == settings.inbound_port {
         return Inbound::Drop(Rule::DropReserved);
     }
-    if facts.is_port_excluded(pod.exclusion_id, port, INBOUND) {
+    let listed = facts.port_listed(pod.exclusion_id, port, INBOUND);
+    if listed == Listed::EXCLUDED {
         return Inbound::Pass(Rule::ExcludedPort);
+    }
+    if listed == Listed::OUTSIDE {
+        return Inbound::Pass(Rule::NotIncluded);
     }
     let is_hbone = port == settings.hbone_port;
     if !is_hbone && facts.is_of_kubelet(flow) {

@@ -9,7 +9,7 @@ use super::{ArrivalFacts, ConnectFacts, Facts, entry};
 use crate::{
     address::{Address, UNSPECIFIED},
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
-    exclusions::{CidrPrefix, PortPrefix},
+    exclusions::{CidrPrefix, Listed, PortPrefix},
     flows::{Destination, Flow},
     listeners::ListenerKey,
     settings::Settings,
@@ -30,10 +30,10 @@ pub struct PlainFacts {
     pub owners: BTreeMap<Address, PodRecord>,
     /// What is known of that netns.
     pub netns: Option<NetnsInfo>,
-    /// Entries of exclusion lists, with their ids.
-    pub excluded_ports: Vec<(u32, PortPrefix)>,
+    /// Entries of exclusion lists, with their ids. Of equal ones the last counts.
+    pub listed_ports: Vec<(u32, PortPrefix, Listed)>,
     /// The same.
-    pub excluded_cidrs: Vec<(u32, CidrPrefix)>,
+    pub listed_cidrs: Vec<(u32, CidrPrefix, Listed)>,
     /// Netns cookie, port and family of the tunnel's listeners.
     pub tunnel_listeners: BTreeSet<(u64, u32, u32)>,
     /// The same of applications.
@@ -67,8 +67,8 @@ impl PlainFacts {
             netns_pod: None,
             owners: BTreeMap::new(),
             netns: None,
-            excluded_ports: Vec::new(),
-            excluded_cidrs: Vec::new(),
+            listed_ports: Vec::new(),
+            listed_cidrs: Vec::new(),
             tunnel_listeners: BTreeSet::new(),
             app_listeners: BTreeSet::new(),
             complete: BTreeSet::new(),
@@ -92,10 +92,18 @@ impl Facts for PlainFacts {
         &self.settings
     }
 
-    fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool {
-        let has = |(id, ports): &(u32, PortPrefix)| *id == exclusion_id && ports.contains(direction, port);
-        exclusion_id != 0 && self.excluded_ports.iter().any(has)
+    fn port_listed(&self, exclusion_id: u32, port: u16, direction: u16) -> Listed {
+        let of = |(id, ports, listed): &(u32, PortPrefix, Listed)| {
+            (*id == exclusion_id && ports.contains(direction, port)).then_some((ports.length, *listed))
+        };
+        narrowest(exclusion_id, self.listed_ports.iter().filter_map(of))
     }
+}
+
+/// As a trie answers: by the longest prefix.
+fn narrowest(exclusion_id: u32, listed: impl Iterator<Item = (u32, Listed)>) -> Listed {
+    let longest = listed.filter(|_| exclusion_id != 0).max_by_key(|(length, _)| *length);
+    longest.map_or(Listed::NO, |(_, listed)| listed)
 }
 
 impl ConnectFacts for PlainFacts {
@@ -115,9 +123,11 @@ impl ConnectFacts for PlainFacts {
         self.owners.get(address).is_some_and(|owner| owner.is_at(netns_cookie, device))
     }
 
-    fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool {
-        let has = |(id, cidr): &(u32, CidrPrefix)| *id == exclusion_id && cidr.contains(address);
-        exclusion_id != 0 && self.excluded_cidrs.iter().any(has)
+    fn address_listed(&self, exclusion_id: u32, address: &Address) -> Listed {
+        let of = |(id, cidr, listed): &(u32, CidrPrefix, Listed)| {
+            (*id == exclusion_id && cidr.contains(address)).then_some((cidr.length, *listed))
+        };
+        narrowest(exclusion_id, self.listed_cidrs.iter().filter_map(of))
     }
 
     fn has_tunnel_listener(&self, key: &ListenerKey) -> bool {

@@ -7,7 +7,7 @@ use crate::{
         CgroupInfo, NetnsInfo, PodRecord,
         flag::{DNS_CAPTURE, FAIL_OPEN, IN_MESH, READY, SIDECAR, SPREAD, TUNNEL},
     },
-    exclusions::{CidrPrefix, INBOUND, MAPPED_BITS, OUTBOUND, PortPrefix},
+    exclusions::{CidrPrefix, INBOUND, Listed, MAPPED_BITS, OUTBOUND, PortPrefix},
     flows::{Destination, Flow},
     redirect_ports::redirect_port,
     settings::Settings,
@@ -62,15 +62,14 @@ fn facts(flags: u32) -> PlainFacts {
     facts.owners.insert(OWN_TOO, owned(COOKIE, DEVICE + 1));
     facts.owners.insert(OTHER_V6, owned(COOKIE + 1, DEVICE));
     let port = |direction, first| PortPrefix { direction, first, length: 16 };
-    facts.excluded_ports.extend([
-        (3, port(OUTBOUND, 6379)),
-        (3, port(INBOUND, 9090)),
-        (4, port(OUTBOUND, 80)),
+    facts.listed_ports.extend([
+        (3, port(OUTBOUND, 6379), Listed::EXCLUDED),
+        (3, port(INBOUND, 9090), Listed::EXCLUDED),
+        (4, port(OUTBOUND, 80), Listed::EXCLUDED),
     ]);
     let private = CidrPrefix { is_v4: true, first: mapped([192, 168, 0, 0]), length: MAPPED_BITS + 16 };
-    facts
-        .excluded_cidrs
-        .extend([(3, private), (4, CidrPrefix { is_v4: false, first: UNSPECIFIED, length: 0 })]);
+    let all_v6 = CidrPrefix { is_v4: false, first: UNSPECIFIED, length: 0 };
+    facts.listed_cidrs.extend([(3, private, Listed::EXCLUDED), (4, all_v6, Listed::EXCLUDED)]);
     for port in [15001, 15006, 15008] {
         facts.tunnel_listeners.insert((COOKIE, port, 6));
     }
@@ -276,6 +275,47 @@ fn a_query_is_captured_only_where_the_tunnel_answers_for_that_resolver() {
     assert_eq!(changed(|facts| facts.can_record = false), Rule::NotRecorded);
     let no_dns = |facts: &mut PlainFacts| facts.tunnel_listeners.retain(|(_, port, _)| *port != 15053);
     assert_eq!(changed(no_dns), Rule::Redirect, "the tunnel has no DNS listener yet");
+}
+
+/// Where anything is included, the rest stays outside; what is excluded stays there in any case.
+#[test]
+fn inclusion_lists_leave_the_rest_outside_and_exclusion_beats_them() {
+    let cidr = |first, bits, listed| {
+        (3, CidrPrefix { is_v4: true, first: mapped(first), length: MAPPED_BITS + bits }, listed)
+    };
+    let port = |direction, first, length, listed| (3, PortPrefix { direction, first, length }, listed);
+    let mut facts = facts(IN_MESH | READY | DNS_CAPTURE);
+    facts.listed_cidrs.extend([
+        cidr([0; 4], 0, Listed::OUTSIDE),
+        cidr([10, 0, 0, 0], 8, Listed::INCLUDED),
+        cidr([10, 9, 0, 0], 16, Listed::EXCLUDED),
+    ]);
+    facts.listed_ports.extend([
+        port(OUTBOUND, 443, 16, Listed::INCLUDED),
+        port(INBOUND, 0, 0, Listed::OUTSIDE),
+        port(INBOUND, 80, 16, Listed::INCLUDED),
+    ]);
+    for (to, to_port, rule) in [
+        ([10, 1, 1, 1], 80, Rule::Redirect),
+        ([10, 9, 1, 1], 80, Rule::ExcludedCidr),
+        ([10, 9, 1, 1], 443, Rule::ExcludedCidr),
+        ([10, 1, 1, 1], 6379, Rule::ExcludedPort),
+        ([8, 8, 8, 8], 80, Rule::NotIncluded),
+        ([8, 8, 8, 8], 443, Rule::Redirect),
+        ([192, 168, 1, 1], 443, Rule::ExcludedCidr),
+        ([8, 8, 8, 8], 53, Rule::NotIncluded),
+    ] {
+        assert_eq!(verdict(&facts, mapped(to), to_port).rule(), rule, "{to:?}:{to_port}");
+    }
+    for (to_port, rule) in [
+        (80, Rule::SteerPlain),
+        (81, Rule::NotIncluded),
+        (9090, Rule::ExcludedPort),
+        (15006, Rule::DropReserved),
+    ] {
+        let flow = Flow { local: OTHER, remote: OWN, local_port: 40000, remote_port: to_port };
+        assert_eq!(inbound(&facts, &Arrival { flow, is_v4: true }).rule(), rule, "{to_port}");
+    }
 }
 
 #[test]

@@ -4,6 +4,7 @@ use adit_ebpf_common::{
     address::Address,
     decide::{ArrivalFacts, ConnectFacts, Facts, is_the_one},
     enrolment::{CgroupInfo, NetnsInfo},
+    exclusions::Listed,
     flows::{Destination, Flow, check},
     listeners::ListenerKey,
     sealed::Sealed,
@@ -12,11 +13,10 @@ use adit_ebpf_common::{
 use aya_ebpf::helpers::{bpf_sk_release, generated::bpf_map_lookup_elem};
 
 use super::{
-    APP_LISTENER_STATE, APP_LISTENERS, ORIGINAL_DST, TUNNEL_LISTENERS,
+    APP_LISTENER_STATE, APP_LISTENERS, ORIGINAL_DST, TUNNEL_LISTENERS, address_listed,
     flows::{is_kubelet_flow, tunnel_flow},
-    is_cidr_excluded, is_port_excluded,
     pods::{CLOSED, Entry, has_address, netns, pod_in},
-    state_or_new,
+    port_listed, state_or_new,
     whole::in_memory,
 };
 use crate::context::{Lookup, Socket};
@@ -69,8 +69,8 @@ impl Facts for Caller {
     }
 
     #[inline(always)]
-    fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool {
-        is_port_excluded(exclusion_id, port, direction)
+    fn port_listed(&self, exclusion_id: u32, port: u16, direction: u16) -> Listed {
+        port_listed(exclusion_id, port, direction)
     }
 }
 
@@ -96,8 +96,8 @@ impl ConnectFacts for Caller {
     }
 
     #[inline(always)]
-    fn is_cidr_excluded(&self, exclusion_id: u32, address: &Address) -> bool {
-        is_cidr_excluded(exclusion_id, address)
+    fn address_listed(&self, exclusion_id: u32, address: &Address) -> Listed {
+        address_listed(exclusion_id, address)
     }
 
     /// The kernel removes the entry with the socket, however the tunnel ended.
@@ -154,8 +154,8 @@ impl Facts for Arriving<'_> {
     }
 
     #[inline(always)]
-    fn is_port_excluded(&self, exclusion_id: u32, port: u16, direction: u16) -> bool {
-        is_port_excluded(exclusion_id, port, direction)
+    fn port_listed(&self, exclusion_id: u32, port: u16, direction: u16) -> Listed {
+        port_listed(exclusion_id, port, direction)
     }
 }
 

@@ -31,7 +31,7 @@ impl PodTable {
                     }
                 }
             }
-            Update::Unusable(_) => {}
+            Update::Unusable(_) | Update::Usable => {}
         }
         changed
     }

@@ -13,12 +13,16 @@
 //!   excludeOutboundPorts: [6379, "7000-7010"]
 //!   excludeOutboundCidrs: [192.168.0.0/16]
 //!   excludeInboundPorts: [9090]
+//! namespaces:                              # optional: lists for all pods of a namespace
+//!   demo: {excludeOutboundPorts: [25]}
+//! mesh: {excludeOutboundCidrs: [10.96.0.0/16]}   # optional: lists for all pods
 //! ```
 //!
 //! An entry that cannot be read is an [`Entry::Bad`], so that it does not take the others with it. A file
 //! that is not YAML, or has a wrong key outside the entries, is rejected as a whole.
 
 use std::{
+    collections::BTreeMap,
     io,
     path::{Component, Path, PathBuf},
     sync::Arc,
@@ -32,6 +36,7 @@ use crate::{
     source::{
         MAX_NAMES,
         options::{self, InvalidOption, OPTIONS},
+        wide_lists::{Combined, WideLists},
     },
 };
 
@@ -112,6 +117,31 @@ fn known_keys() -> String {
 #[serde(deny_unknown_fields)]
 struct FileSection {
     pods: Option<Vec<Value>>,
+    namespaces: Option<BTreeMap<String, BTreeMap<String, Value>>>,
+    mesh: Option<BTreeMap<String, Value>>,
+}
+
+/// The lists that hold for many pods.
+struct Wide {
+    namespaces: BTreeMap<String, WideLists>,
+    mesh: WideLists,
+    combined: Combined,
+}
+
+impl Wide {
+    /// Fills in what holds for `pod`, by its own lists and the wider ones.
+    fn complete(&mut self, pod: &mut Pod) {
+        let none = WideLists::default();
+        let namespace = self.namespaces.get(&pod.namespace).unwrap_or(&none);
+        pod.exclusions = self.combined.of([&pod.lists, &namespace.lists, &self.mesh.lists]);
+        let noted =
+            [(format!("namespace {}: ", pod.namespace), namespace), ("mesh: ".to_owned(), &self.mesh)];
+        for (whose, WideLists { notes, .. }) in noted {
+            for note in notes.iter() {
+                pod.notes.push(format!("{whose}{note}"));
+            }
+        }
+    }
 }
 
 /// Reads `path`; relative cgroups are below `cgroup_root`.
@@ -137,19 +167,32 @@ pub(crate) fn parse(text: &str, cgroup_root: &Path) -> Result<Vec<Entry>, Invali
     let options = serde_saphyr::options! { strict_booleans: true };
     let file: FileSection = serde_saphyr::from_str_with_options(text, options)
         .map_err(|error| InvalidPodsFile::Syntax(first_line(&error.to_string())))?;
+    let namespaces = file.namespaces.unwrap_or_default().into_iter();
+    let mut wide = Wide {
+        namespaces: namespaces.map(|(name, keys)| (name, WideLists::of_keys(keys.iter()))).collect(),
+        mesh: WideLists::of_keys(file.mesh.unwrap_or_default().iter()),
+        combined: Combined::default(),
+    };
     let pods = file.pods.unwrap_or_default();
-    Ok(pods.into_iter().enumerate().map(|(index, value)| entry(index, &value, cgroup_root)).collect())
+    Ok(pods
+        .into_iter()
+        .enumerate()
+        .map(|(index, value)| entry(index, &value, cgroup_root, &mut wide))
+        .collect())
 }
 
 fn first_line(text: &str) -> String {
     text.lines().next().unwrap_or_default().to_owned()
 }
 
-fn entry(index: usize, value: &Value, cgroup_root: &Path) -> Entry {
+fn entry(index: usize, value: &Value, cgroup_root: &Path, wide: &mut Wide) -> Entry {
     let text_of = |key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
     let read = value.as_object().ok_or(InvalidEntry::NotAPod).and_then(|keys| pod(keys, cgroup_root));
     match read {
-        Ok(pod) => Entry::Pod(Arc::new(pod)),
+        Ok(mut pod) => {
+            wide.complete(&mut pod);
+            Entry::Pod(Arc::new(pod))
+        }
         Err(error) => Entry::Bad(BadEntry {
             index: Some(index),
             uid: text_of("uid"),
@@ -234,6 +277,21 @@ pods:
         assert_eq!(first.notes.len(), 1, "{:?}", first.notes);
         assert_eq!((second.uid.as_str(), second.namespace.as_str()), ("12", "default"));
         assert_eq!(second.cgroup, Some(root().join("kubepods/second")));
+    }
+
+    #[test]
+    fn namespaces_and_the_mesh_have_lists_too() {
+        let text = "pods:\n- {uid: a, name: a, namespace: demo, excludeOutboundPorts: 6379}\n- {uid: b, name: b}\n\
+             namespaces: {demo: {includeOutboundCidrs: 10.0.0.0/8, excludeOutboundPorts: smtp}}\n\
+             mesh: {excludeOutboundPorts: [25], failMode: open}\n";
+        let entries = parse(text, root()).unwrap();
+        let [Entry::Pod(a), Entry::Pod(b)] = entries.as_slice() else { panic!("{entries:?}") };
+        assert_eq!(a.exclusions.outbound_ports, [6379..=6379]);
+        assert_eq!(a.exclusions.outbound_included.as_ref().map(|included| included.cidrs.len()), Some(1));
+        assert_eq!((&b.exclusions.outbound_ports[..], b.notes.len()), (&[25..=25][..], 1));
+        let notes = a.notes.join("\n");
+        assert!(notes.contains("namespace demo: excludeOutboundPorts: \"smtp\""), "{notes}");
+        assert!(notes.contains("mesh: failMode: unknown key"), "{notes}");
     }
 
     #[test]

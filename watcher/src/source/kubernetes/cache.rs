@@ -1,5 +1,5 @@
-//! Pods and namespaces as the API listed them last, and what follows for the watcher's loop. Pure:
-//! no socket, no clock.
+//! Pods, namespaces and the mesh's lists as the API listed them last, and what follows for the
+//! watcher's loop. Pure: no socket, no clock.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,29 +9,49 @@ use std::{
 use k8s_openapi::api::core::v1 as api;
 use kube::{core::PartialObjectMeta, runtime::watcher::Event};
 
+use serde_json::Value;
+use tracing::warn;
+
 use crate::{
-    model::pod::{BadEntry, Entry},
-    source::selection::LabelDecision,
+    model::pod::{BadEntry, Entry, Pod},
+    source::{
+        selection::LabelDecision,
+        wide_lists::{Combined, WideLists},
+    },
 };
 
 use super::pod::{self, ApiPod, ReadRules};
 
-/// What is known of both kinds of objects, each whole only after its first complete list.
+/// What is known of each kind of objects, whole only after its first complete list.
 #[derive(Debug)]
 pub(crate) struct ClusterCache {
     rules: ReadRules,
-    namespaces: BTreeMap<String, LabelDecision>,
+    namespaces: BTreeMap<String, NamespaceFacts>,
+    /// The mesh's lists.
+    mesh: WideLists,
+    combined: Combined,
     /// By the API's uid.
     pods: BTreeMap<String, Result<ApiPod, BadEntry>>,
     /// Lists that are not complete yet; until they are, the earlier ones stay active.
-    listing_namespaces: Option<BTreeMap<String, LabelDecision>>,
+    listing_namespaces: Option<BTreeMap<String, NamespaceFacts>>,
+    listing_mesh: WideLists,
     listing_pods: Option<BTreeMap<String, Result<ApiPod, BadEntry>>>,
     namespaces_listed: bool,
     pods_listed: bool,
+    mesh_listed: bool,
     /// Cgroup uids whose entry may have changed.
     dirty: BTreeSet<String>,
     /// What the loop knows, with the pod behind it, where the entry is valid.
     published: BTreeMap<String, (Entry, Option<ApiPod>)>,
+}
+
+/// What counts of a namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct NamespaceFacts {
+    /// What its labels decide.
+    decision: LabelDecision,
+    /// What it excludes and includes.
+    wide: WideLists,
 }
 
 /// A change of one pod.
@@ -48,11 +68,15 @@ pub(crate) struct PodChange {
 }
 
 impl ClusterCache {
-    /// Empty, until both kinds are listed.
+    /// Empty, until all kinds are listed.
     pub(crate) fn new(rules: ReadRules) -> Self {
         Self {
+            mesh_listed: !rules.has_mesh_lists,
             rules,
             namespaces: BTreeMap::new(),
+            mesh: WideLists::default(),
+            combined: Combined::default(),
+            listing_mesh: WideLists::default(),
             pods: BTreeMap::new(),
             listing_namespaces: None,
             listing_pods: None,
@@ -63,16 +87,52 @@ impl ClusterCache {
         }
     }
 
-    /// Whether both have been listed once.
+    /// Whether all have been listed once.
     pub(crate) fn is_whole(&self) -> bool {
-        self.namespaces_listed && self.pods_listed
+        self.namespaces_listed && self.pods_listed && self.mesh_listed
+    }
+
+    /// Applies an event of the watch of the ConfigMap that has the mesh's lists. Without one there are
+    /// none.
+    pub(crate) fn on_mesh_lists(&mut self, event: Event<api::ConfigMap>) {
+        let read = |map: api::ConfigMap| {
+            let data = map.data.unwrap_or_default().into_iter();
+            let keys: BTreeMap<_, _> = data.map(|(key, text)| (key, Value::String(text))).collect();
+            WideLists::of_keys(keys.iter())
+        };
+        let mesh = match event {
+            Event::Init => {
+                self.listing_mesh = WideLists::default();
+                return;
+            }
+            Event::InitApply(map) => {
+                self.listing_mesh = read(map);
+                return;
+            }
+            Event::InitDone => {
+                self.mesh_listed = true;
+                std::mem::take(&mut self.listing_mesh)
+            }
+            Event::Apply(map) => read(map),
+            Event::Delete(_) => WideLists::default(),
+        };
+        if mesh == self.mesh {
+            return;
+        }
+        for note in mesh.notes.iter() {
+            warn!(note, "lists of the mesh");
+        }
+        self.mesh = mesh;
+        self.dirty.extend(self.pods.values().filter_map(cgroup_uid));
     }
 
     /// Applies an event of the watch of namespaces.
     pub(crate) fn on_namespace(&mut self, event: Event<PartialObjectMeta<api::Namespace>>) {
         let read = |namespace: PartialObjectMeta<api::Namespace>| {
-            let decision = self.rules.labels.decide(&namespace.metadata.labels.unwrap_or_default());
-            namespace.metadata.name.map(|name| (name, decision))
+            let meta = namespace.metadata;
+            let decision = self.rules.labels.decide(&meta.labels.unwrap_or_default());
+            let wide = WideLists::of_annotations(&meta.annotations.unwrap_or_default());
+            meta.name.map(|name| (name, NamespaceFacts { decision, wide }))
         };
         match event {
             Event::Init => self.listing_namespaces = Some(BTreeMap::new()),
@@ -95,9 +155,9 @@ impl ClusterCache {
                 self.touch_namespaces(&names);
             }
             Event::Apply(namespace) => {
-                if let Some((name, decision)) = read(namespace)
-                    && self.namespaces.insert(name.clone(), decision) != Some(decision)
-                {
+                let Some((name, facts)) = read(namespace) else { return };
+                if self.namespaces.get(&name) != Some(&facts) {
+                    self.namespaces.insert(name.clone(), facts);
                     self.touch_namespaces(&[name].into());
                 }
             }
@@ -147,7 +207,7 @@ impl ClusterCache {
         pod::read(given, &self.rules, before.and_then(|read| read.as_ref().ok()))
     }
 
-    /// What has changed since the last call; nothing before both lists were complete once.
+    /// What has changed since the last call; nothing before all lists were complete once.
     pub(crate) fn changes(&mut self) -> Vec<PodChange> {
         if !self.is_whole() {
             return Vec::new();
@@ -162,19 +222,13 @@ impl ClusterCache {
     }
 
     fn change(&mut self, uid: String) -> Option<PodChange> {
-        let holder = self.holder(&uid);
-        let api_pod = holder.and_then(|held| held.as_ref().ok()).cloned();
-        let entry = match holder {
+        let holder = self.holder(&uid).cloned();
+        let entry = match &holder {
             None => None,
             Some(Err(bad)) => Some(Entry::Bad(bad.clone())),
-            Some(Ok(api_pod)) => {
-                // Until its namespace is known, a known pod stays unchanged and a new one
-                // unpublished. That lasts as long as the watch of namespaces lags behind that of
-                // pods.
-                let namespace = self.namespaces.get(&api_pod.pod.namespace).copied();
-                Some(Entry::Pod(Arc::new(api_pod.decided(namespace)?)))
-            }
+            Some(Ok(api_pod)) => Some(Entry::Pod(Arc::new(self.decided(api_pod)?))),
         };
+        let api_pod = holder.and_then(Result::ok);
         let before = match &entry {
             Some(entry) => self.published.insert(uid.clone(), (entry.clone(), api_pod.clone())),
             None => self.published.remove(&uid),
@@ -183,6 +237,24 @@ impl ClusterCache {
         let is_other =
             entry_changed || before.as_ref().and_then(|(_, api_pod)| api_pod.as_ref()) != api_pod.as_ref();
         is_other.then_some(PodChange { uid, entry, entry_changed, api_pod })
+    }
+
+    /// A pod with what its namespace and the mesh say of it.
+    ///
+    /// Until its namespace is known, a known pod stays unchanged and a new one unpublished (`None`), or
+    /// without the namespace's lists where its own label decides. That lasts as long as the watch of
+    /// namespaces lags behind that of pods.
+    fn decided(&mut self, api_pod: &ApiPod) -> Option<Pod> {
+        let namespace = self.namespaces.get(&api_pod.pod.namespace);
+        let none = WideLists::default();
+        let wide = namespace.map_or(&none, |facts| &facts.wide);
+        let levels = [&api_pod.pod.lists, &wide.lists, &self.mesh.lists];
+        let exclusions = self.combined.of(levels);
+        let mut pod = api_pod.decided(namespace.map(|facts| facts.decision), exclusions)?;
+        for note in wide.notes.iter() {
+            pod.notes.push(format!("namespace {}: {note}", pod.namespace));
+        }
+        Some(pod)
     }
 
     /// Of several pods that claim one cgroup, which only static ones can, the oldest holds it.
@@ -218,7 +290,9 @@ fn cgroup_uid(read: &Result<ApiPod, BadEntry>) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
+    use std::ops::RangeInclusive;
+
+    use serde_json::json;
 
     use crate::model::pod::Selection;
 
@@ -236,6 +310,50 @@ mod tests {
             json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}),
         )
         .unwrap()
+    }
+
+    fn excluding(name: &str, ports: &str) -> PartialObjectMeta<api::Namespace> {
+        let annotations = json!({"ambient.adit.dev/exclude-outbound-ports": ports});
+        let labels = json!({"istio.io/dataplane-mode": "ambient"});
+        let metadata = json!({"name": name, "labels": labels, "annotations": annotations});
+        serde_json::from_value(json!({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}))
+            .unwrap()
+    }
+
+    fn mesh_lists(ports: &str) -> api::ConfigMap {
+        serde_json::from_value(json!({"data": {"excludeOutboundPorts": ports}})).unwrap()
+    }
+
+    fn excluded(changes: &[PodChange]) -> Vec<(&str, Vec<RangeInclusive<u16>>)> {
+        let ports = |entry: &Option<Entry>| match entry {
+            Some(Entry::Pod(pod)) => pod.exclusions.outbound_ports.clone(),
+            other => panic!("{other:?}"),
+        };
+        changes.iter().map(|change| (change.uid.as_str(), ports(&change.entry))).collect()
+    }
+
+    #[test]
+    fn lists_of_namespaces_and_of_the_mesh_hold_for_all_their_pods() {
+        let rules = ReadRules { has_mesh_lists: true, ..ReadRules::default() };
+        let mut cluster = ClusterCache::new(rules);
+        list_namespaces(&mut cluster, &[("demo", Some("ambient")), ("other", None)]);
+        let annotated =
+            json!({"metadata": {"annotations": {"ambient.adit.dev/exclude-outbound-ports": "9"}}});
+        list_pods(&mut cluster, vec![pod("a", "demo", &annotated), pod("b", "other", &json!({}))]);
+        assert!(!cluster.is_whole() && cluster.changes().is_empty(), "the mesh's lists are not known yet");
+        cluster.on_mesh_lists(Event::Init);
+        cluster.on_mesh_lists(Event::InitApply(mesh_lists("25")));
+        cluster.on_mesh_lists(Event::InitDone);
+        assert_eq!(excluded(&cluster.changes()), [("a", vec![9..=9, 25..=25]), ("b", vec![25..=25])]);
+        cluster.on_namespace(Event::Apply(excluding("demo", "6379,smtp")));
+        let changes = cluster.changes();
+        assert_eq!(excluded(&changes), [("a", vec![9..=9, 25..=25, 6379..=6379])]);
+        let Some(Entry::Pod(noted)) = &changes[0].entry else { panic!("{changes:?}") };
+        assert!(noted.notes[0].contains("namespace demo: ") && noted.notes[0].contains("smtp"), "{noted:?}");
+        cluster.on_mesh_lists(Event::Apply(mesh_lists("25")));
+        assert!(cluster.changes().is_empty(), "nothing has changed");
+        cluster.on_mesh_lists(Event::Delete(mesh_lists("25")));
+        assert_eq!(excluded(&cluster.changes()), [("a", vec![9..=9, 6379..=6379]), ("b", vec![])]);
     }
 
     fn label(mode: &str) -> Value {

@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::{
     model::{
+        exclusions::Exclusions,
         notes::Notes,
         pod::{BadEntry, Pod},
     },
@@ -44,6 +45,8 @@ pub(crate) struct ReadRules {
     pub labels: EnrolmentLabels,
     /// Containers that carry their pod's traffic themselves.
     pub sidecars: BTreeSet<String>,
+    /// Whether there may be lists of the mesh, which count once they are known.
+    pub has_mesh_lists: bool,
     /// Its keys are random, so that nobody can write two texts with one hash.
     pub hasher: RandomState,
 }
@@ -132,11 +135,16 @@ pub(crate) fn read(
 }
 
 impl ApiPod {
-    /// The pod with its selection; `None` while it depends on a namespace that is not known.
-    pub(crate) fn decided(&self, namespace: Option<LabelDecision>) -> Option<Pod> {
+    /// The pod with its selection, which its namespace takes part in, and with `exclusions`. `None`
+    /// while it depends on a namespace that is not known.
+    pub(crate) fn decided(
+        &self,
+        namespace: Option<LabelDecision>,
+        exclusions: Arc<Exclusions>,
+    ) -> Option<Pod> {
         let selection = selection::combine(self.decision, namespace)?;
         let selection = selection::except(selection, self.host_network, self.sidecar.as_deref());
-        Some(Pod { selection, ..self.pod.clone() })
+        Some(Pod { selection, exclusions, ..self.pod.clone() })
     }
 }
 
@@ -241,7 +249,7 @@ fn set_options(pod: &mut Pod, annotations: &BTreeMap<String, String>) {
 mod tests {
     use serde_json::json;
 
-    use crate::model::pod::FailMode;
+    use crate::model::{lists::Lists, pod::FailMode};
 
     use super::*;
 
@@ -280,15 +288,15 @@ mod tests {
             "status": {"phase": "Running", "podIP": "10.1.0.2", "podIPs": [{"ip": "10.1.0.2"}, {"ip": "fd00::2"}]},
         }))
         .unwrap();
-        let Pod { fail_mode, dns_capture, addresses, exclusions, notes, service_account, .. } = &api_pod.pod;
+        let Pod { fail_mode, dns_capture, addresses, lists, notes, service_account, .. } = &api_pod.pod;
         assert_eq!(
             (api_pod.decision, api_pod.marked, api_pod.host_network, &api_pod.sidecar),
             (LabelDecision::Enrol, true, false, &None)
         );
         assert_eq!((*fail_mode, *dns_capture), (Some(FailMode::Open), Some(false)));
         assert_eq!(addresses.len(), 2);
-        assert_eq!(exclusions.outbound_ports, [6379..=6379, 7000..=7001]);
-        assert_eq!((exclusions.outbound_cidrs.len(), exclusions.inbound_ports.len()), (1, 1));
+        assert_eq!(lists.outbound.excluded_ports, [6379..=6379, 7000..=7001]);
+        assert_eq!((lists.outbound.excluded_cidrs.len(), lists.inbound.excluded_ports.len()), (1, 1));
         assert_eq!((service_account.as_str(), notes.len()), ("web-sa", 0));
     }
 
@@ -302,7 +310,7 @@ mod tests {
             "elsewhere.dev/fail-mode": "ajar",
         }));
         assert_eq!((api_pod.pod.fail_mode, api_pod.pod.dns_capture), (None, None));
-        assert_eq!(api_pod.pod.exclusions.inbound_ports, [9090..=9090]);
+        assert_eq!(api_pod.pod.lists.inbound.excluded_ports, [9090..=9090]);
         let notes = api_pod.pod.notes.join("\n");
         assert_eq!(api_pod.pod.notes.len(), 4, "{notes}");
         for part in ["\"ajar\"", "\"yes\"", "\"http\"", "exclude-inbound-port: unknown"] {
@@ -315,11 +323,11 @@ mod tests {
         let set = |annotations: &Value| with_annotations(annotations).pod;
         let all = set(&json!({"ambient.istio.io/bypass-inbound-capture": "true",
             "ambient.adit.dev/exclude-inbound-ports": "80"}));
-        assert_eq!((all.exclusions.inbound_ports.as_slice(), all.notes.len()), (&[1..=65535][..], 0));
+        assert_eq!((all.lists.inbound.excluded_ports.as_slice(), all.notes.len()), (&[1..=65535][..], 0));
         let none = set(&json!({"ambient.istio.io/bypass-inbound-capture": "false"}));
-        assert!(none.exclusions.is_empty() && none.notes.is_empty());
+        assert!(*none.lists == Lists::default() && none.notes.is_empty());
         let bad = set(&json!({"ambient.istio.io/bypass-inbound-capture": "yes"}));
-        assert!(bad.exclusions.is_empty() && bad.notes[0].contains("bypass-inbound-capture: \"yes\""));
+        assert!(*bad.lists == Lists::default() && bad.notes[0].contains("bypass-inbound-capture: \"yes\""));
         let refused = set(&json!({"istio.io/reroute-virtual-interfaces": "tap0, net1"}));
         assert!(refused.notes[0].starts_with("istio.io/reroute-virtual-interfaces: cannot be obeyed"));
         assert!(refused.notes[0].contains("tap0, net1"));
@@ -335,11 +343,11 @@ mod tests {
         };
         let first = read(&pod("80-90,x", "10.0.0.1"), &rules, None).unwrap().unwrap();
         let second = read(&pod("80-90,x", "10.0.0.2"), &rules, Some(&first)).unwrap().unwrap();
-        assert!(Arc::ptr_eq(&first.pod.exclusions, &second.pod.exclusions) && first != second);
+        assert!(Arc::ptr_eq(&first.pod.lists, &second.pod.lists) && first != second);
         assert_eq!((second.pod.notes.len(), second.pod.addresses.len()), (1, 1));
         let third = read(&pod("80-91", "10.0.0.2"), &rules, Some(&second)).unwrap().unwrap();
         assert_eq!(
-            (third.pod.exclusions.outbound_ports.as_slice(), third.pod.notes.len()),
+            (third.pod.lists.outbound.excluded_ports.as_slice(), third.pod.notes.len()),
             (&[80..=91][..], 0)
         );
     }

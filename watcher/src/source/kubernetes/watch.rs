@@ -47,7 +47,7 @@ pub(super) enum Received<K> {
 pub(super) struct Watched<K> {
     /// For messages, such as `pods`.
     what: &'static str,
-    client: Client,
+    api: Api<K>,
     config: watcher::Config,
     stream: BoxStream<'static, watcher::Result<Event<K>>>,
     /// Counts successful answers of the server.
@@ -71,13 +71,14 @@ impl<K> Watched<K>
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
 {
-    /// `fields`: which objects, as a field selector.
+    /// `api`: those of all namespaces, or of one. `fields`: which objects, as a field selector.
     ///
     /// # Errors
     /// No client can be created from `config`.
     pub(super) fn new(
         what: &'static str,
         config: &Config,
+        api: impl FnOnce(Client) -> Api<K>,
         fields: Option<String>,
     ) -> Result<Self, kube::Error> {
         let (counter, answers) = watch::channel(0);
@@ -97,10 +98,11 @@ where
             page_size: None,
             ..watcher::Config::default()
         };
-        let stream = watcher::watcher(Api::all(client.clone()), config.clone()).boxed();
+        let api = api(client);
+        let stream = watcher::watcher(api.clone(), config.clone()).boxed();
         Ok(Self {
             what,
-            client,
+            api,
             config,
             stream,
             answers,
@@ -153,7 +155,7 @@ where
 
     /// Starts again, with a list.
     fn restart(&mut self) {
-        self.stream = watcher::watcher(Api::all(self.client.clone()), self.config.clone()).boxed();
+        self.stream = watcher::watcher(self.api.clone(), self.config.clone()).boxed();
         self.refused_since = None;
     }
 
@@ -274,7 +276,7 @@ mod tests {
     async fn a_server_that_is_away_for_an_hour_gets_fewer_and_fewer_requests_and_no_pod_changes() {
         let unused = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let config = Config::new(format!("http://{unused}").parse().unwrap());
-        let mut pods = Watched::<api::Pod>::new("pods", &config, None).unwrap();
+        let mut pods = Watched::<api::Pod>::new("pods", &config, Api::all, None).unwrap();
         let (since, mut failures, mut listed) = (Instant::now(), Vec::new(), 0);
         while since.elapsed() < Duration::from_hours(1) {
             match pods.next().await {
