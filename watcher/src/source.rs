@@ -3,6 +3,7 @@
 //! * [`mod@file`]: a pods file as a source
 //! * [`kubernetes`]: the API server as a source
 //! * `wide_lists`: what namespaces and the mesh exclude and include
+//! * [`foreign`]: lists that users wrote for sidecars of other meshes
 //! * `options`: what can be set for a pod, as key or annotation
 //! * [`selection`]: whether a pod is enrolled
 //!
@@ -22,6 +23,7 @@ use tracing::warn;
 use crate::model::{pod::Update, reason::Reason, state::State};
 
 pub mod file;
+pub mod foreign;
 pub mod kubernetes;
 pub(crate) mod options;
 pub mod selection;

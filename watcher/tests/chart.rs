@@ -79,6 +79,7 @@ watcher:
     includeOutboundPorts: ['*']
     includeOutboundCidrs: ['::/0']
     includeInboundPorts: [8080]
+  annotationsOf: [istio, linkerd, kuma, osm, fsm]
   startupTaint: adit.dev/not-ready
   writeBack: false
   tunnelAccounts: [other/tunnel]

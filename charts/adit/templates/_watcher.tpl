@@ -29,6 +29,9 @@
   - --sidecar-container={{ . }}
   {{- end }}
   - --lists-config-map={{ .Release.Namespace }}/adit-lists
+  {{- range $watcher.annotationsOf }}
+  - --annotations-of={{ . }}
+  {{- end }}
   {{- with $watcher.startupTaint }}
   - --startup-taint={{ . }}
   {{- end }}

@@ -10,6 +10,7 @@ use watcher::{
     source::{
         Source,
         file::watch,
+        foreign::ForeignMesh,
         kubernetes::{self, KubernetesConfig},
         selection::LabelSelector,
     },
@@ -51,6 +52,10 @@ pub(super) struct KubernetesArgs {
     /// takes effect at once. Without the ConfigMap there are none
     #[arg(long, value_name = "NAMESPACE/NAME", conflicts_with = "pods", value_parser = namespaced)]
     lists_config_map: Option<(String, String)>,
+    /// Read the lists that pods and namespaces have as annotations for the sidecar of this mesh, where
+    /// they have none of ours; repeatable
+    #[arg(long, value_name = "MESH", value_enum, conflicts_with = "pods")]
+    annotations_of: Vec<ForeignMesh>,
     /// Write no annotations and no Events
     #[arg(long)]
     no_write_back: bool,
@@ -102,6 +107,7 @@ impl SourceArgs {
             config.sidecars = read.sidecar_containers.iter().cloned().collect();
             config.startup_taint.clone_from(&read.startup_taint);
             config.lists.clone_from(&read.lists_config_map);
+            config.foreign = read.annotations_of.iter().copied().collect();
             config.write_back = !read.no_write_back;
         }
         Ok(Wanted::Kubernetes(config))

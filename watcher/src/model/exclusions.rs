@@ -322,7 +322,7 @@ mod tests {
         assert_eq!(ports("excludeInboundPorts", &json!(odd), &mut notes).len(), MAX_PORT_RANGES);
         assert_eq!(
             notes.to_vec(),
-            ["excludeInboundPorts: 32768 ranges of ports, of which the first 1024 are used"]
+            ["excludeInboundPorts: 32768 ranges of ports, of which the first 512 are used"]
         );
         let mut notes = Notes::default();
         let single: Vec<String> = (0..20_000).map(|n| format!("10.{}.{}.1", n / 256, n % 256)).collect();

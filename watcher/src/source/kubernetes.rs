@@ -24,7 +24,7 @@ use self::{
     pod::ReadRules,
     watch::{Received, Watched},
 };
-use super::{Source, selection::EnrolmentLabels};
+use super::{Source, foreign::ForeignMesh, selection::EnrolmentLabels};
 use crate::model::pod::Update;
 
 mod backoff;
@@ -53,6 +53,8 @@ pub struct KubernetesConfig {
     pub startup_taint: Option<String>,
     /// The ConfigMap that has the mesh's lists, by namespace and name.
     pub lists: Option<(String, String)>,
+    /// The meshes whose annotations are read, beside ours.
+    pub foreign: BTreeSet<ForeignMesh>,
     /// Whether the pods' state is written back.
     pub write_back: bool,
 }
@@ -119,6 +121,7 @@ pub fn start(config: &Config, options: KubernetesConfig) -> Result<Source, Kuber
             labels: options.labels,
             sidecars: options.sidecars,
             has_mesh_lists: has_lists,
+            foreign: options.foreign,
             ..ReadRules::default()
         }),
         problems: [None, None, None],

@@ -1,13 +1,16 @@
 //! Lists that hold for many pods: those of a namespace, and those of the mesh.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
 };
 
 use serde_json::Value;
 
-use super::options::{ANNOTATION_PREFIX, OPTIONS, PodOption};
+use super::{
+    foreign::{self, ForeignMesh},
+    options::{ANNOTATION_PREFIX, OPTIONS, PodOption},
+};
 use crate::model::{
     exclusions::Exclusions,
     lists::{Lists, effective},
@@ -41,14 +44,19 @@ fn options() -> impl Iterator<Item = &'static PodOption> {
 }
 
 impl WideLists {
-    /// Those of a namespace with these annotations: the same that pods have.
-    pub(crate) fn of_annotations(annotations: &BTreeMap<String, String>) -> Self {
+    /// Those of a namespace with these annotations: the same that pods have. `foreign`: the meshes
+    /// whose annotations count too.
+    pub(crate) fn of_annotations(
+        annotations: &BTreeMap<String, String>,
+        foreign: &BTreeSet<ForeignMesh>,
+    ) -> Self {
         let mut read = Pod::default();
         for option in options() {
             if let Some((name, text)) = option.annotation(annotations) {
                 set(&mut read, option, name, &Value::String(text.clone()));
             }
         }
+        foreign::set(&mut read, foreign, annotations);
         let is_known = |key: &str| OPTIONS.iter().any(|option| option.annotations.contains(&key));
         for key in annotations.keys().filter(|key| key.starts_with(ANNOTATION_PREFIX) && !is_known(key)) {
             read.notes.push(format!("{key}: unknown annotation ignored"));
@@ -121,7 +129,8 @@ mod tests {
             "ambient.adit.dev/exclude-outbound-port": "25",
             "other.dev/x": "y",
         });
-        let namespace = WideLists::of_annotations(&serde_json::from_value(annotations).unwrap());
+        let namespace =
+            WideLists::of_annotations(&serde_json::from_value(annotations).unwrap(), &BTreeSet::new());
         assert_eq!(namespace.lists.outbound.excluded_ports, [25..=25]);
         assert_eq!(namespace.notes.len(), 2, "{:?}", namespace.notes);
 

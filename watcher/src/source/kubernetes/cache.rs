@@ -131,7 +131,7 @@ impl ClusterCache {
         let read = |namespace: PartialObjectMeta<api::Namespace>| {
             let meta = namespace.metadata;
             let decision = self.rules.labels.decide(&meta.labels.unwrap_or_default());
-            let wide = WideLists::of_annotations(&meta.annotations.unwrap_or_default());
+            let wide = WideLists::of_annotations(&meta.annotations.unwrap_or_default(), &self.rules.foreign);
             meta.name.map(|name| (name, NamespaceFacts { decision, wide }))
         };
         match event {

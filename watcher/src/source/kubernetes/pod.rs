@@ -21,6 +21,7 @@ use crate::{
     },
     source::{
         MAX_NAMES,
+        foreign::{self, ForeignMesh},
         options::{self, ANNOTATION_PREFIX, OPTIONS, own_annotations},
         selection::{self, EnrolmentLabels, LabelDecision},
     },
@@ -47,6 +48,8 @@ pub(crate) struct ReadRules {
     pub sidecars: BTreeSet<String>,
     /// Whether there may be lists of the mesh, which count once they are known.
     pub has_mesh_lists: bool,
+    /// The meshes whose annotations are read.
+    pub foreign: BTreeSet<ForeignMesh>,
     /// Its keys are random, so that nobody can write two texts with one hash.
     pub hasher: RandomState,
 }
@@ -214,7 +217,9 @@ fn read_options(
     before: Option<&ApiPod>,
 ) -> Arc<ReadOptions> {
     let counts = |key: &str| {
-        key.starts_with(ANNOTATION_PREFIX) || OPTIONS.iter().any(|option| option.annotations.contains(&key))
+        key.starts_with(ANNOTATION_PREFIX)
+            || OPTIONS.iter().any(|option| option.annotations.contains(&key))
+            || foreign::is_of(&rules.foreign, key)
     };
     let texts: Vec<_> = annotations.iter().filter(|(key, _)| counts(key)).collect();
     let hash = rules.hasher.hash_one(&texts);
@@ -223,6 +228,7 @@ fn read_options(
     }
     let mut set = Pod::default();
     set_options(&mut set, annotations);
+    foreign::set(&mut set, &rules.foreign, annotations);
     Arc::new(ReadOptions { hash, set })
 }
 
