@@ -7,6 +7,7 @@
 
 mod addresses;
 mod certificates;
+mod clocks;
 mod discovery;
 mod foreign;
 mod outage;
@@ -17,4 +18,5 @@ mod rotation;
 mod shares;
 mod streams;
 mod stuck;
+mod tunnels;
 mod turns;

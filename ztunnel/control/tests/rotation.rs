@@ -15,7 +15,6 @@ use kube::{
     Api, Config,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use rustls::pki_types::ServerName;
 use serde_json::Value;
 use testbed::{
     api_server::ApiServer,
@@ -23,14 +22,8 @@ use testbed::{
     program::binary,
     wait::{try_wait, wait_at_most},
 };
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, duplex},
-    runtime::Runtime,
-    time::timeout,
-};
-use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
-use ztunnel::identity::{AccountLease, Certificates, Credentials, Identity};
 use ztunnel_control::{
     authority::place::RootPlace,
     discovery::StreamLimits,
@@ -39,8 +32,8 @@ use ztunnel_control::{
 };
 
 use crate::{
-    certificates::{id, pod_of},
-    rig::{LIMIT, bound_token, kubeconfig, tunnel_config, unique},
+    rig::{LIMIT, kubeconfig},
+    tunnels::{Tunnel, connect},
 };
 
 /// Of certificates. A step of the rotation takes a little longer.
@@ -84,54 +77,6 @@ impl Drop for Replica {
     fn drop(&mut self) {
         self.0.take().unwrap().shutdown_background();
     }
-}
-
-/// A tunnel of one node, with one pod. The file of the root is what a kubelet would keep for it.
-struct Tunnel {
-    identity: Identity,
-    certificates: Arc<Certificates>,
-    _lease: AccountLease,
-}
-
-impl Tunnel {
-    fn start(api: &ApiServer, runtime: &Runtime, port: u16, root: &str) -> Self {
-        let node = unique("node");
-        let demo = pod_of(api, "web", &node);
-        let (_, token) = bound_token(api, ("adit-system", "ztunnel"), &node, "istio-ca");
-        let certificates =
-            Certificates::new(&tunnel_config(port, root, &token, &node), Arc::default()).unwrap();
-        let lease = certificates.lease(demo.as_str().into(), "web".into());
-        runtime.spawn(Arc::clone(&certificates).run(CancellationToken::new()));
-        Self { identity: id(&demo, "web").parse().unwrap(), certificates, _lease: lease }
-    }
-
-    async fn credentials(&self) -> Arc<Credentials> {
-        timeout(LIMIT, self.certificates.get(&self.identity)).await.expect("in time").expect("a certificate")
-    }
-}
-
-/// A new connection, whose ends verify each other.
-async fn connect(from: &Tunnel, to: &Tunnel) -> Result<(), String> {
-    let (client, server) = (from.credentials().await, to.credentials().await);
-    let (near, far) = duplex(64 << 10);
-    let name = ServerName::try_from("10.0.0.1").unwrap();
-    let connector = TlsConnector::from(client.client(std::slice::from_ref(&to.identity)));
-    let acceptor = TlsAcceptor::from(server.server());
-    let connecting = async {
-        let mut stream = connector.connect(name, near).await?;
-        stream.write_all(b"hello").await?;
-        // The server's verdict arrives with its first bytes.
-        stream.read_u8().await
-    };
-    let accepting = async {
-        let mut stream = acceptor.accept(far).await?;
-        stream.read_exact(&mut [0; 5]).await?;
-        stream.write_u8(1).await?;
-        stream.flush().await?;
-        Ok::<_, std::io::Error>(stream)
-    };
-    let (connected, accepted) = tokio::join!(connecting, accepting);
-    connected.and_then(|_| accepted.map(drop)).map_err(|error| error.to_string())
 }
 
 /// Runs `ztunnel-control rotate-root`, with the chart's rights.
