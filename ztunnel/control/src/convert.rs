@@ -51,7 +51,7 @@ pub(crate) fn namespace(around: &Surroundings<'_>, name: &str, objects: &Namespa
     }
     let attached = workload::Attached::new(around, name, objects);
     for pod in objects.pods.values() {
-        add(Resource::workload(workload::of_pod(around, name, pod, &attached)));
+        add(Resource::workload(workload::of_pod(around, name, pod, &attached)).since(pod.created));
     }
     for slice in objects.slices.values() {
         let of_slice = workload::of_slice(around.settings, name, slice, objects);
