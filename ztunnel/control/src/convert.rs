@@ -92,7 +92,11 @@ pub(crate) fn reports(settings: &MeshSettings, name: &str, objects: &NamespaceOb
         let (_, notes) = policy::policy(&settings.root_namespace, name, written);
         Unreported::new(policy::report(name, written, &notes)?, &written.conditions)
     });
-    unreported.collect()
+    let peers = objects.peer_authentications.values().filter_map(|written| {
+        let report = peer_authentication::report(&settings.root_namespace, name, objects, written);
+        Unreported::new(report, &written.conditions)
+    });
+    unreported.chain(peers).collect()
 }
 
 #[cfg(test)]
