@@ -4,7 +4,7 @@ CARGO ?= cargo
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 PROGRAMS := -p watcher -p ztunnel -p ztunnel-control --bins
 
-.PHONY: help setup build image demo test test-again e2e bench bench-labels bench-pushes fuzz lint clean
+.PHONY: help setup build image demo test test-again e2e bench bench-labels bench-pushes bench-control fuzz lint clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -46,6 +46,11 @@ bench-pushes: ## what pushes of a control plane cost because of CONNECTIONS=1000
 	@.ci/setup/for bench
 	@$(CARGO) build --release --locked -p ztunnel --bins
 	@$(CARGO) run --release --locked -p testbed --example pushes
+
+bench-control: ## memory, latency and processor time of ztunnel-control in a cluster of PODS=10000
+	@.ci/setup/for bench
+	@$(CARGO) build --release --locked -p ztunnel-control --bins
+	@$(CARGO) run --release --locked -p testbed --example control_plane
 
 fuzz: ## input that breaks a parser others can reach, each looked for during SECONDS=60
 	@.ci/setup/for fuzz

@@ -51,7 +51,7 @@ pub(crate) fn namespace(around: &Surroundings<'_>, name: &str, objects: &Namespa
     }
     let attached = workload::Attached::new(around, name, objects);
     for pod in objects.pods.values() {
-        add(Resource::workload(workload::of_pod(around, name, pod, &attached)));
+        add(Resource::workload(workload::of_pod(around, name, pod, &attached)).since(pod.created));
     }
     for slice in objects.slices.values() {
         let of_slice = workload::of_slice(around.settings, name, slice, objects);
@@ -92,7 +92,11 @@ pub(crate) fn reports(settings: &MeshSettings, name: &str, objects: &NamespaceOb
         let (_, notes) = policy::policy(&settings.root_namespace, name, written);
         Unreported::new(policy::report(name, written, &notes)?, &written.conditions)
     });
-    unreported.collect()
+    let peers = objects.peer_authentications.values().filter_map(|written| {
+        let report = peer_authentication::report(&settings.root_namespace, name, objects, written);
+        Unreported::new(report, &written.conditions)
+    });
+    unreported.chain(peers).collect()
 }
 
 #[cfg(test)]

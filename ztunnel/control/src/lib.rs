@@ -13,6 +13,7 @@
 //! * [`callers`]: who calls, by the token
 //! * [`status`]: writes what is said of policies into their statuses
 //! * [`source`]: follows the API server
+//! * [`pace`]: how soon a watch begins again
 //! * `convert`: objects of the API → resources; pure
 //! * [`metrics`]: the counters
 //! * [`snapshot`]: everything that tunnels are told, at one moment
@@ -32,6 +33,7 @@ pub mod discovery;
 pub mod identity;
 pub mod metrics;
 mod objects;
+pub mod pace;
 pub mod program;
 pub mod report;
 pub mod server;

@@ -13,6 +13,10 @@ pub(crate) mod service;
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::core::DynamicObject;
+use serde_json::Value;
+
+use crate::report::PolicyKind;
 
 /// Labels, as objects have them and selectors want them.
 pub(crate) type Labels = BTreeMap<String, String>;
@@ -63,6 +67,33 @@ impl NamespaceObjects {
             && self.access_policies.is_empty()
             && self.peer_authentications.is_empty()
     }
+}
+
+/// An object whose status is written here.
+pub(crate) trait Reported: Clone + PartialEq {
+    /// What its status says.
+    fn conditions(&mut self) -> &mut Vec<Value>;
+
+    /// Whether both are the same but for their statuses.
+    fn says_like(&self, other: &Self) -> bool {
+        let without = |object: &Self| {
+            let mut object = object.clone();
+            object.conditions().clear();
+            object
+        };
+        without(self) == without(other)
+    }
+}
+
+/// The version of the API that `object` was read in.
+fn api_version(object: &DynamicObject, kind: PolicyKind) -> String {
+    let version = object.types.as_ref().and_then(|types| Some(types.api_version.split_once('/')?.1));
+    version.unwrap_or_else(|| kind.version()).to_owned()
+}
+
+fn conditions(object: &DynamicObject) -> Vec<Value> {
+    let conditions = object.data.pointer("/status/conditions").and_then(Value::as_array);
+    conditions.cloned().unwrap_or_default()
 }
 
 /// Whether `labels` have everything that `selector` wants. An empty selector wants nothing.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use kube::{Client, Config};
+use kube::{Config, client::ClientBuilder};
 use nix::errno::Errno;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -23,6 +23,7 @@ use crate::{
     certificates::CertificateService,
     discovery::{DiscoveryService, StreamLimits},
     metrics::Metrics,
+    pace::Pace,
     server::{self, Services},
     settings::MeshSettings,
     source::Source,
@@ -110,7 +111,8 @@ pub async fn run(
     api.read_timeout = Some(ANSWER);
     api.reset_reader_on_write = true;
     let url = api.cluster_url.to_string();
-    let client = Client::try_from(api).context("cannot create a client for the API server")?;
+    let client = ClientBuilder::try_from(api).context("cannot create a client for the API server")?;
+    let client = client.with_layer(&Pace::default()).build();
     let [grpc, http] = sockets.addresses()?;
     info!(%grpc, %http, api_server = url, cluster = options.mesh.cluster_id, "listening");
     let metrics = Arc::new(Metrics::default());

@@ -1,4 +1,5 @@
-//! What is said of a policy in its status, where and as Istio's control plane says it. Pure.
+//! What is said of a policy in its status, where and as Istio's control plane says it. Pure. Of
+//! `PeerAuthentication` that says nothing; here it gets the same condition.
 
 use serde_json::{Value, json};
 
@@ -13,6 +14,8 @@ pub enum PolicyKind {
     Authorization,
     /// Our `AccessPolicy`.
     Access,
+    /// Istio's `PeerAuthentication`.
+    Peer,
 }
 
 impl PolicyKind {
@@ -22,6 +25,7 @@ impl PolicyKind {
         match self {
             Self::Authorization => "AuthorizationPolicy",
             Self::Access => "AccessPolicy",
+            Self::Peer => "PeerAuthentication",
         }
     }
 
@@ -29,7 +33,7 @@ impl PolicyKind {
     #[must_use]
     pub fn group(self) -> &'static str {
         match self {
-            Self::Authorization => "security.istio.io",
+            Self::Authorization | Self::Peer => "security.istio.io",
             Self::Access => "adit.dev",
         }
     }
@@ -38,7 +42,7 @@ impl PolicyKind {
     #[must_use]
     pub fn version(self) -> &'static str {
         match self {
-            Self::Authorization => "v1",
+            Self::Authorization | Self::Peer => "v1",
             Self::Access => "v1alpha1",
         }
     }
@@ -64,7 +68,7 @@ pub struct Report {
     pub object: PolicyObject,
     /// Of which version of its spec.
     pub generation: i64,
-    /// Whether tunnels are told of it.
+    /// Whether it has an effect on tunnels.
     pub is_attached: bool,
     /// In one word.
     pub reason: &'static str,

@@ -12,7 +12,7 @@ use prost_types::Any;
 use ztunnel_api::{
     discovery,
     security::Authorization,
-    workload::{Address, Service, Workload, address::Type},
+    workload::{Address, Service, Workload, WorkloadStatus, address::Type},
 };
 
 /// A kind of resource.
@@ -46,6 +46,10 @@ impl ResourceType {
 pub struct Resource {
     /// As it is sent. Equal content has the same version, in every replica and after every restart.
     pub sent: discovery::Resource,
+    /// Of a pod: when it was created, in seconds since 1970. Else 0.
+    created: i64,
+    /// Of a workload: whether it is.
+    healthy: bool,
     /// Of a workload: its node.
     node: String,
     /// Of a workload: its services.
@@ -62,16 +66,29 @@ impl Resource {
         let version = format!("{:032x}", u128::from_be_bytes(half));
         let resource = Some(Any { type_url: of.url().to_owned(), value });
         let sent = discovery::Resource { version, resource, name, aliases };
-        Self { sent, node: String::new(), services: Vec::new(), is_service: false }
+        Self {
+            sent,
+            created: 0,
+            healthy: false,
+            node: String::new(),
+            services: Vec::new(),
+            is_service: false,
+        }
     }
 
     pub(crate) fn workload(workload: Workload) -> Self {
         let name = workload.uid.clone();
         let aliases = workload.addresses.iter().filter_map(|address| alias(&workload.network, address));
         let (aliases, node) = (aliases.collect(), workload.node.clone());
+        let healthy = workload.status() == WorkloadStatus::Healthy;
         let services = workload.services.keys().cloned().collect();
         let address = Address { r#type: Some(Type::Workload(workload)) };
-        Self { node, services, ..Self::new(ResourceType::Address, name, aliases, &address) }
+        Self { healthy, node, services, ..Self::new(ResourceType::Address, name, aliases, &address) }
+    }
+
+    /// With the time of the pod's creation.
+    pub(crate) fn since(self, created: i64) -> Self {
+        Self { created, ..self }
     }
 
     pub(crate) fn service(service: Service) -> Self {
@@ -96,6 +113,12 @@ impl Resource {
     /// Everything that it can be asked for by.
     pub(crate) fn names(&self) -> impl Iterator<Item = &String> {
         std::iter::once(&self.sent.name).chain(&self.sent.aliases)
+    }
+
+    /// Of two pods with one address, the greater one owns it: an address is given to another pod before
+    /// the API server says that its last one is gone.
+    pub(crate) fn claim(&self) -> (bool, i64) {
+        (self.healthy, self.created)
     }
 
     /// Of a workload: its node. Else empty.
@@ -154,7 +177,10 @@ impl NamespaceResources {
         let share = |now: &mut Resources, before: &Resources| {
             let mut same = now.len() == before.len();
             for (name, resource) in now.iter_mut() {
-                match before.get(name).filter(|held| held.version() == resource.version()) {
+                let is_same = |held: &&Arc<Resource>| {
+                    held.version() == resource.version() && held.created == resource.created
+                };
+                match before.get(name).filter(is_same) {
                     Some(held) => *resource = Arc::clone(held),
                     None => same = false,
                 }

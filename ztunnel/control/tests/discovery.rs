@@ -1,6 +1,9 @@
 //! What a real tunnel's discovery learns, and how soon.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use serde_json::{Value, json};
 use testbed::wait::wait_at_most;
@@ -162,6 +165,82 @@ fn policies_reach_whom_they_select_and_unknown_fields_make_them_stricter() {
     );
     api.apply(&strict);
     named("adit-system/istio_converted_static_strict");
+}
+
+/// A pod's address is free before the API server says that the pod is gone.
+#[test]
+#[ignore = "needs an API server: make test"]
+fn of_two_pods_with_one_address_the_later_one_has_it_for_whoever_comes_when() {
+    let control = Control::start(&[]);
+    let (api, demo) = (&control.api, unique("demo"));
+    api.namespace(&demo, &json!({}));
+    let address = "10.1.0.77";
+    let owner = |mesh: &Mesh| {
+        let found = mesh.workload_by_address("", address.parse().unwrap())?;
+        (*found.common.namespace == *demo).then(|| found.name.to_string())
+    };
+    // The later one has the earlier name.
+    api.pod(&demo, "z-going", &unique("node"), &json!({}));
+    api.set_status(&demo, "z-going", &ready_at(address));
+    let before = Tunnel::start(&control, &unique("node"));
+    before.soon("the first one", |mesh| owner(mesh).filter(|name| name == "z-going"));
+    // Times of creation are in seconds.
+    let second = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    let created = second();
+    wait_at_most(SOON, "the next second", || (second() > created + 1).then_some(()));
+    api.pod(&demo, "a-coming", &unique("node"), &json!({}));
+    api.set_status(&demo, "a-coming", &ready_at(address));
+    before.soon("the second one", |mesh| owner(mesh).filter(|name| name == "a-coming"));
+
+    let during = Tunnel::start(&control, &unique("node"));
+    during.soon("both", |mesh| pod(mesh, &demo, "a-coming").and(pod(mesh, &demo, "z-going")).map(drop));
+    assert_eq!(owner(&during.store.snapshot()).as_deref(), Some("a-coming"));
+    // Whatever else is said of the one that goes.
+    api.set_status(&demo, "z-going", &json!({"conditions": [{"type": "Ready", "status": "False"}]}));
+    api.delete_pod(&demo, "z-going");
+    for tunnel in [&before, &during] {
+        tunnel.soon("the first one to be gone", |mesh| {
+            assert_eq!(owner(mesh).as_deref(), Some("a-coming"));
+            pod(mesh, &demo, "z-going").is_none().then_some(())
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs an API server: make test"]
+fn namesakes_in_two_namespaces_are_two_of_everything() {
+    let control = Control::start(&[]);
+    let (api, node) = (&control.api, unique("node"));
+    let both = [unique("demo"), unique("demo")];
+    let labels = json!({"metadata": {"labels": {"app": "web"}}});
+    for (demo, address) in both.iter().zip(["10.1.0.81", "10.1.0.82"]) {
+        api.namespace(demo, &json!({}));
+        api.pod(demo, "web", &node, &labels);
+        api.set_status(demo, "web", &ready_at(address));
+        let select = format!("metadata:\n  name: web\n  namespace: {demo}\nspec:\n  selector:");
+        api.apply(&format!("apiVersion: v1\nkind: Service\n{select} {{app: web}}\n  ports: [{{port: 80}}]"));
+        api.apply(&format!(
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n{select} {{matchLabels: {{app: web}}}}\n  \
+             rules: [{{from: [{{source: {{namespaces: [{demo}]}}}}]}}]"
+        ));
+    }
+    let tunnel = Tunnel::start(&control, &node);
+    let key = |demo: &str| format!("{demo}/web.{demo}.svc.cluster.local").parse().unwrap();
+    let has_its_own = |mesh: &Mesh, demo: &str| {
+        let workload = pod(mesh, demo, "web")?;
+        let policies: Vec<String> = workload.common.policies.iter().map(ToString::to_string).collect();
+        let endpoints: Vec<_> =
+            mesh.endpoints(&key(demo)).iter().map(|one| one.workload.common.namespace.to_string()).collect();
+        let policy = mesh.policies().find(|policy| shown_policy(policy)["key"] == format!("{demo}/web"))?;
+        let allows_own = shown_policy(policy).to_string().contains(demo);
+        (policies == [format!("{demo}/web")] && endpoints == [demo] && allows_own).then_some(())
+    };
+    for demo in &both {
+        tunnel.soon("everything of a namespace", |mesh| has_its_own(mesh, demo));
+    }
+    api.delete_pod(&both[0], "web");
+    tunnel.soon("one to be gone", |mesh| mesh.endpoints(&key(&both[0])).is_empty().then_some(()));
+    tunnel.soon("the other to be there", |mesh| has_its_own(mesh, &both[1]));
 }
 
 fn shown_policy(policy: &ztunnel::mesh::Policy) -> Value {

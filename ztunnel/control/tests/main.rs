@@ -6,15 +6,19 @@
 #![allow(unreachable_pub, reason = "modules of a test program share helpers; nothing else can reach them")]
 
 mod addresses;
+mod away;
 mod certificates;
+mod clocks;
 mod discovery;
 mod foreign;
 mod outage;
 mod policies;
+mod replica;
 mod rig;
 mod root;
 mod rotation;
 mod shares;
 mod streams;
 mod stuck;
+mod tunnels;
 mod turns;

@@ -95,6 +95,11 @@ impl Control {
 
     /// Returns when it is ready.
     pub fn start_at(api: Arc<ApiServer>, arguments: &[&str]) -> Self {
+        Self::start_in(api, &[], arguments)
+    }
+
+    /// The same with more variables.
+    pub fn start_in(api: Arc<ApiServer>, variables: &[(&str, &str)], arguments: &[&str]) -> Self {
         let kubeconfig = kubeconfig(&api);
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("log");
@@ -104,6 +109,7 @@ impl Control {
             .args(arguments)
             .env("KUBECONFIG", kubeconfig)
             .env("RUST_LOG", "info,ztunnel_control=debug")
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stderr(output.try_clone().unwrap())
             .stdout(output)

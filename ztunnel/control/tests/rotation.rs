@@ -11,11 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kube::{
-    Api, Config,
-    config::{KubeConfigOptions, Kubeconfig},
-};
-use rustls::pki_types::ServerName;
+use kube::Api;
 use serde_json::Value;
 use testbed::{
     api_server::ApiServer,
@@ -23,116 +19,17 @@ use testbed::{
     program::binary,
     wait::{try_wait, wait_at_most},
 };
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, duplex},
-    runtime::Runtime,
-    time::timeout,
-};
-use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
-use ztunnel::identity::{AccountLease, Certificates, Credentials, Identity};
-use ztunnel_control::{
-    authority::place::RootPlace,
-    discovery::StreamLimits,
-    program::{self, Options, Sockets},
-    settings::MeshSettings,
-};
 
 use crate::{
-    certificates::{id, pod_of},
-    rig::{LIMIT, bound_token, kubeconfig, tunnel_config, unique},
+    replica::Replica,
+    rig::{LIMIT, kubeconfig},
+    tunnels::{Tunnel, connect},
 };
 
 /// Of certificates. A step of the rotation takes a little longer.
 const LIFE: Duration = Duration::from_secs(10);
-
-/// A control plane in this process: its certificates last shorter than the program would have it. It
-/// ends at once, wherever it is, when this is dropped.
-struct Replica(Option<Runtime>);
-
-impl Replica {
-    fn start(kubeconfig: &PathBuf, port: u16) -> Self {
-        let runtime = Runtime::new().unwrap();
-        let options = Options {
-            listen: ([127, 0, 0, 1], port).into(),
-            http_listen: ([127, 0, 0, 1], 0).into(),
-            mesh: MeshSettings::default(),
-            tunnels: ["adit-system/ztunnel".parse().unwrap()].into(),
-            server_names: vec!["localhost".to_owned()],
-            certificate_life: LIFE,
-            root: RootPlace {
-                namespace: "adit-system".to_owned(),
-                secret: "adit-root".to_owned(),
-                config_map: "adit-root-cert".to_owned(),
-                crl_config_map: None,
-                trust_domain: "cluster.local".to_owned(),
-            },
-            limits: StreamLimits::default(),
-        };
-        let kubeconfig = Kubeconfig::read_from(kubeconfig).unwrap();
-        let options_of_file = KubeConfigOptions::default();
-        let config = Config::from_custom_kubeconfig(kubeconfig, &options_of_file);
-        let config = runtime.block_on(config).unwrap();
-        // The port of the one before is free when its last connection is.
-        let sockets = wait_at_most(LIMIT, "the port", || runtime.block_on(Sockets::bind(&options)).ok());
-        runtime.spawn(program::run(options, config, sockets, CancellationToken::new()));
-        Self(Some(runtime))
-    }
-}
-
-impl Drop for Replica {
-    fn drop(&mut self) {
-        self.0.take().unwrap().shutdown_background();
-    }
-}
-
-/// A tunnel of one node, with one pod. The file of the root is what a kubelet would keep for it.
-struct Tunnel {
-    identity: Identity,
-    certificates: Arc<Certificates>,
-    _lease: AccountLease,
-}
-
-impl Tunnel {
-    fn start(api: &ApiServer, runtime: &Runtime, port: u16, root: &str) -> Self {
-        let node = unique("node");
-        let demo = pod_of(api, "web", &node);
-        let (_, token) = bound_token(api, ("adit-system", "ztunnel"), &node, "istio-ca");
-        let certificates =
-            Certificates::new(&tunnel_config(port, root, &token, &node), Arc::default()).unwrap();
-        let lease = certificates.lease(demo.as_str().into(), "web".into());
-        runtime.spawn(Arc::clone(&certificates).run(CancellationToken::new()));
-        Self { identity: id(&demo, "web").parse().unwrap(), certificates, _lease: lease }
-    }
-
-    async fn credentials(&self) -> Arc<Credentials> {
-        timeout(LIMIT, self.certificates.get(&self.identity)).await.expect("in time").expect("a certificate")
-    }
-}
-
-/// A new connection, whose ends verify each other.
-async fn connect(from: &Tunnel, to: &Tunnel) -> Result<(), String> {
-    let (client, server) = (from.credentials().await, to.credentials().await);
-    let (near, far) = duplex(64 << 10);
-    let name = ServerName::try_from("10.0.0.1").unwrap();
-    let connector = TlsConnector::from(client.client(std::slice::from_ref(&to.identity)));
-    let acceptor = TlsAcceptor::from(server.server());
-    let connecting = async {
-        let mut stream = connector.connect(name, near).await?;
-        stream.write_all(b"hello").await?;
-        // The server's verdict arrives with its first bytes.
-        stream.read_u8().await
-    };
-    let accepting = async {
-        let mut stream = acceptor.accept(far).await?;
-        stream.read_exact(&mut [0; 5]).await?;
-        stream.write_u8(1).await?;
-        stream.flush().await?;
-        Ok::<_, std::io::Error>(stream)
-    };
-    let (connected, accepted) = tokio::join!(connecting, accepting);
-    connected.and_then(|_| accepted.map(drop)).map_err(|error| error.to_string())
-}
 
 /// Runs `ztunnel-control rotate-root`, with the chart's rights.
 fn rotate(kubeconfig: &PathBuf, arguments: &[&str]) -> Command {
@@ -170,7 +67,7 @@ fn no_connection_fails_while_the_root_is_replaced() {
     let api = Arc::new(ApiServer::start());
     let kubeconfig = kubeconfig(&api);
     let ports = [0, 1].map(|_| TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port());
-    let mut replicas = ports.map(|port| Some(Replica::start(&kubeconfig, port)));
+    let mut replicas = ports.map(|port| Some(Replica::start(&kubeconfig, port, LIFE)));
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("root-cert.pem");
     let stop = CancellationToken::new();
@@ -207,7 +104,7 @@ fn no_connection_fails_while_the_root_is_replaced() {
             // One of them is killed at each step, and comes back.
             let one = steps.len() % 2;
             drop(replicas[one].take());
-            replicas[one] = Some(Replica::start(&kubeconfig, ports[one]));
+            replicas[one] = Some(Replica::start(&kubeconfig, ports[one], LIFE));
             if steps.len() == 1 {
                 drop(waiting);
                 waiting = KillOnDrop(rotate(&kubeconfig, &["--wait"]).stdout(Stdio::null()).spawn().unwrap());

@@ -8,11 +8,14 @@ use ztunnel_api::security::{
     Action, Authorization, Clause, Match, Rule, Scope, StringMatch, string_match::MatchType,
 };
 
-use super::Surroundings;
-use crate::objects::{
-    Labels, NamespaceObjects,
-    peer_authentication::{Mode, PeerAuthentication},
-    selects,
+use super::{Surroundings, policy::UNSUPPORTED};
+use crate::{
+    objects::{
+        Labels, NamespaceObjects,
+        peer_authentication::{Mode, PeerAuthentication},
+        selects,
+    },
+    report::{PolicyKind, PolicyObject, Report},
 };
 
 /// The policy of whoever is strict without exception. No object of the API can have such a name.
@@ -160,8 +163,53 @@ fn name(one: &PeerAuthentication) -> String {
 
 /// What holds for all pods of a namespace.
 fn general(objects: &NamespaceObjects) -> Mode {
+    oldest(objects).map_or(Mode::Unset, |one| one.mode)
+}
+
+/// Of those for all pods of a namespace, the one that counts.
+fn oldest(objects: &NamespaceObjects) -> Option<&PeerAuthentication> {
     let all = objects.peer_authentications.values().filter(|one| one.selector.is_none());
-    all.min_by(|one, other| age(one).cmp(&age(other))).map_or(Mode::Unset, |one| one.mode)
+    all.min_by(|one, other| age(one).cmp(&age(other)))
+}
+
+/// What is said of `one` in its status.
+pub(super) fn report(
+    root_namespace: &str,
+    namespace: &str,
+    objects: &NamespaceObjects,
+    one: &PeerAuthentication,
+) -> Report {
+    let report = |is_attached, reason, message: String| {
+        let (kind, version) = (PolicyKind::Peer, one.version.clone());
+        let (namespace, name) = (namespace.to_owned(), one.name.clone());
+        let object = PolicyObject { kind, version, namespace, name };
+        Report { object, generation: one.generation, is_attached, reason, message }
+    };
+    if one.selector.is_some() && namespace == root_namespace {
+        let message = "in the root namespace it has no effect with a selector".to_owned();
+        return report(false, UNSUPPORTED, message);
+    }
+    if let Some(older) = oldest(objects).filter(|older| one.selector.is_none() && older.name != one.name) {
+        return report(
+            false,
+            "Conflicted",
+            format!("{} is older, and decides for the namespace", older.name),
+        );
+    }
+    if let Some(reason) = &one.unreadable {
+        let strict = if one.mode == Mode::Strict { "; plaintext is refused" } else { "" };
+        return report(true, UNSUPPORTED, format!("{reason}{strict}"));
+    }
+    let is_disabled = |mode: &Mode| *mode == Mode::Disable;
+    if one.mode == Mode::Unset && one.ports.values().any(is_disabled) {
+        let message = "DISABLE of a port opens it only where the mode beside it is STRICT".to_owned();
+        return report(true, UNSUPPORTED, message);
+    }
+    if is_disabled(&one.mode) || one.ports.values().any(is_disabled) {
+        let message = "DISABLE: mTLS is accepted all the same, as with PERMISSIVE".to_owned();
+        return report(true, UNSUPPORTED, message);
+    }
+    report(true, "Accepted", "attached to ztunnel".to_owned())
 }
 
 fn age(one: &PeerAuthentication) -> (i64, &str) {

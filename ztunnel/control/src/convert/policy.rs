@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// As Istio's control plane says it.
-const UNSUPPORTED: &str = "UnsupportedValue";
+pub(super) const UNSUPPORTED: &str = "UnsupportedValue";
 
 /// What is said of `written` in its status. `None`: it is none of a tunnel's business.
 pub(super) fn report(namespace: &str, written: &AuthorizationPolicy, notes: &[String]) -> Option<Report> {

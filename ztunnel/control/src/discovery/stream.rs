@@ -259,11 +259,14 @@ impl Stream {
         turn: Option<OwnedSemaphorePermit>,
     ) -> Result<(), Ended> {
         let first = !std::mem::replace(&mut self.channel(of).answered, true);
+        // For a tunnel an address is of the pod that it heard of last.
+        let mut changed = difference.changed;
+        changed.sort_by_key(|resource| resource.claim());
         self.nonces += 1;
         let nonce = self.nonces.to_string();
         let response = DeltaDiscoveryResponse {
             system_version_info: snapshot.number.to_string(),
-            resources: difference.changed.iter().map(|resource| resource.sent.clone()).collect(),
+            resources: changed.iter().map(|resource| resource.sent.clone()).collect(),
             type_url: of.url().to_owned(),
             nonce: nonce.clone(),
             removed_resources: difference.removed,

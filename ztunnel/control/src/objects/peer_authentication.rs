@@ -7,21 +7,28 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{
-    Labels,
+    Labels, Reported, api_version, conditions,
     policy::{Selector, labels},
 };
+use crate::report::PolicyKind;
 
 /// Whether plaintext may reach some pods.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct PeerAuthentication {
+    /// Of the API.
+    pub version: String,
     pub name: String,
+    /// Of its spec.
+    pub generation: i64,
+    /// What its status says.
+    pub conditions: Vec<Value>,
     /// Seconds since 1970: of several, the oldest counts.
     pub created: i64,
     /// `None`: all pods of its namespace.
     pub selector: Option<Labels>,
     pub mode: Mode,
     pub ports: BTreeMap<u16, Mode>,
-    /// Why it cannot be read, if it cannot. Then it is strict.
+    /// Why it cannot be read, if it cannot. Then it is strict where it could be meant so.
     pub unreadable: Option<String>,
 }
 
@@ -57,17 +64,23 @@ struct Mtls {
     mode: Mode,
 }
 
+impl Reported for PeerAuthentication {
+    fn conditions(&mut self) -> &mut Vec<Value> {
+        &mut self.conditions
+    }
+}
+
 impl PeerAuthentication {
     /// Always something: what cannot be read is strict.
     pub(crate) fn read(object: &DynamicObject) -> Self {
         let created = object.metadata.creation_timestamp.as_ref();
         let mut read = Self {
+            version: api_version(object, PolicyKind::Peer),
             name: object.metadata.name.clone().unwrap_or_default(),
+            generation: object.metadata.generation.unwrap_or_default(),
+            conditions: conditions(object),
             created: created.map_or(0, |created| created.0.as_second()),
-            selector: None,
-            mode: Mode::Unset,
-            ports: BTreeMap::new(),
-            unreadable: None,
+            ..Self::default()
         };
         let spec = object.data.get("spec").unwrap_or(&Value::Null);
         if spec.is_null() {
@@ -80,10 +93,17 @@ impl PeerAuthentication {
                 Ok(number) => Ok((number, mtls.mode)),
                 Err(_) => Err(format!("spec.portLevelMtls: {port} is not a port")),
             };
-            let ports = spec.port_level_mtls.into_iter().map(port).collect::<Result<_, _>>()?;
+            let ports: BTreeMap<u16, Mode> =
+                spec.port_level_mtls.into_iter().map(port).collect::<Result<_, _>>()?;
             Ok((spec.mtls.unwrap_or_default().mode, ports))
         });
         match parsed {
+            // Istio does not take such a one. Ports of all pods cannot be told apart: all are like the strictest.
+            Ok((mode, ports)) if read.selector.is_none() && !ports.is_empty() => {
+                let is_strict = ports.values().any(|port| *port == Mode::Strict);
+                read.mode = if is_strict { Mode::Strict } else { mode };
+                read.unreadable = Some("spec.portLevelMtls needs a selector".to_owned());
+            }
             Ok((mode, ports)) => (read.mode, read.ports) = (mode, ports),
             Err(reason) => (read.mode, read.unreadable) = (Mode::Strict, Some(reason)),
         }
@@ -117,6 +137,7 @@ mod tests {
     #[test]
     fn what_cannot_be_read_is_strict() {
         for spec in [
+            json!({"portLevelMtls": {"80": {"mode": "STRICT"}}}),
             json!({"mtls": {"mode": "MAYBE"}}),
             json!({"portLevelMtls": {"x": {"mode": "PERMISSIVE"}}}),
             json!({"mtls": {"mode": "PERMISSIVE"}, "surprise": 1}),
@@ -125,5 +146,8 @@ mod tests {
             assert!(read.mode == Mode::Strict && read.unreadable.is_some(), "{read:?}");
         }
         assert_eq!(read(&json!(null)).mode, Mode::Unset);
+        let open =
+            read(&json!({"mtls": {"mode": "PERMISSIVE"}, "portLevelMtls": {"80": {"mode": "DISABLE"}}}));
+        assert!(open.mode == Mode::Permissive && open.ports.is_empty() && open.unreadable.is_some());
     }
 }

@@ -16,6 +16,8 @@ const WORKLOAD_NAME: &str = "service.istio.io/workload-name";
 pub(crate) struct Pod {
     pub name: String,
     pub uid: String,
+    /// Seconds since 1970.
+    pub created: i64,
     /// Never empty.
     pub addresses: Vec<IpAddr>,
     pub node: String,
@@ -67,6 +69,7 @@ impl Pod {
         Some(Self {
             name: pod.metadata.name.clone()?,
             uid: pod.metadata.uid.clone().unwrap_or_default(),
+            created: pod.metadata.creation_timestamp.as_ref().map_or(0, |created| created.0.as_second()),
             addresses,
             node: spec.node_name.clone().unwrap_or_default(),
             service_account: spec.service_account_name.clone().unwrap_or_else(|| "default".to_owned()),

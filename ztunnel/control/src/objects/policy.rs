@@ -9,7 +9,7 @@ use kube::core::DynamicObject;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::Labels;
+use super::{Labels, Reported, api_version, conditions};
 use crate::report::PolicyKind;
 
 const DRY_RUN: &str = "istio.io/dry-run";
@@ -150,33 +150,31 @@ impl Default for Content {
     }
 }
 
+impl Reported for AuthorizationPolicy {
+    fn conditions(&mut self) -> &mut Vec<Value> {
+        &mut self.conditions
+    }
+}
+
 impl AuthorizationPolicy {
     /// The name that tunnels are told. One of ours cannot be taken for one of Istio's: none of theirs
     /// has such a name.
     pub(crate) fn sent_name(&self) -> String {
         match self.kind {
             PolicyKind::Authorization => self.name.clone(),
-            PolicyKind::Access => format!("access_policy_{}", self.name),
+            PolicyKind::Access | PolicyKind::Peer => format!("access_policy_{}", self.name),
         }
-    }
-
-    /// Whether both are the same but for their statuses.
-    pub(crate) fn says_like(&self, other: &Self) -> bool {
-        let without = |policy: &Self| Self { conditions: Vec::new(), ..policy.clone() };
-        without(self) == without(other)
     }
 
     /// Always something: what cannot be read must not look like no policy.
     pub(crate) fn read(kind: PolicyKind, object: &DynamicObject) -> Self {
         let annotations = object.metadata.annotations.as_ref();
         let dry_run = annotations.and_then(|annotations| annotations.get(DRY_RUN));
-        let version = object.types.as_ref().and_then(|types| Some(types.api_version.split_once('/')?.1));
-        let conditions = object.data.pointer("/status/conditions").and_then(Value::as_array);
         let mut policy = Self {
             kind,
-            version: version.unwrap_or_else(|| kind.version()).to_owned(),
+            version: api_version(object, kind),
             generation: object.metadata.generation.unwrap_or_default(),
-            conditions: conditions.cloned().unwrap_or_default(),
+            conditions: conditions(object),
             name: object.metadata.name.clone().unwrap_or_default(),
             // As Go reads a truth; anything else is none.
             dry_run: dry_run

@@ -15,7 +15,7 @@ use super::watch::Update;
 use crate::{
     convert::{self, Surroundings},
     objects::{
-        NamespaceObjects, ObjectKey,
+        NamespaceObjects, ObjectKey, Reported,
         endpoints::EndpointSlice,
         node::NodeLocality,
         peer_authentication::PeerAuthentication,
@@ -120,7 +120,7 @@ impl Cluster {
             Change::AccessPolicies(update) => self.update_policies(7, update, |of| &mut of.access_policies),
             Change::PeerAuthentications(update) => {
                 let before = self.has_peer_authentication();
-                self.update(4, update, |of| &mut of.peer_authentications);
+                self.update_policies(4, update, |of| &mut of.peer_authentications);
                 if before != self.has_peer_authentication() {
                     self.stale.insert(self.settings.root_namespace.clone());
                 }
@@ -141,20 +141,20 @@ impl Cluster {
     }
 
     /// A status that was written, by us most often, is no reason to make resources anew.
-    fn update_policies(
+    fn update_policies<T: Reported>(
         &mut self,
         kind: usize,
-        update: Update<AuthorizationPolicy>,
-        table: fn(&mut NamespaceObjects) -> &mut BTreeMap<String, AuthorizationPolicy>,
+        mut update: Update<T>,
+        table: fn(&mut NamespaceObjects) -> &mut BTreeMap<String, T>,
     ) {
-        match &update {
+        match &mut update {
             Update::One(key, Some(kept)) => {
                 self.unreported.insert(key.namespace.clone());
                 let held = self.namespaces.get_mut(&key.namespace).map(table);
                 if let Some(held) = held.and_then(|held| held.get_mut(&key.name))
                     && held.says_like(kept)
                 {
-                    held.conditions.clone_from(&kept.conditions);
+                    held.conditions().clone_from(kept.conditions());
                     return;
                 }
             }

@@ -195,3 +195,6 @@ fn describe(what: &str, error: &watcher::Error) -> String {
         _ => error.to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -42,6 +42,30 @@ pub fn policies(mesh: &mut Mesh) {
             {"matches": [{"namespaces": [{"exact": "a"}]}, {"namespaces": [{"exact": "b"}]}]},
             {"matches": [{"destination_ips": [{"address": "10.0.0.1", "length": 32}]}]},
             {"matches": [{"not_namespaces": [{"exact": "c"}]}]}]}]}));
+    let when = |key: &str, values: Value| json!([{"when": [{"key": key, "values": values}]}]);
+    for (name, key, values, sent) in [
+        (
+            "when-ip",
+            "source.ip",
+            json!(["10.1.0.0/16"]),
+            json!({"source_ips": [{"address": "10.1.0.0", "length": 16}]}),
+        ),
+        (
+            "when-principal",
+            "source.principal",
+            json!(["cluster.local/ns/a/*"]),
+            json!({"principals": [{"prefix": "cluster.local/ns/a/"}]}),
+        ),
+        ("when-port", "destination.port", json!(["8080"]), json!({"destination_ports": [8080]})),
+    ] {
+        mesh.policy(name, &rules(when(key, values)), &one(sent));
+    }
+    mesh.policy(
+        "two-rules",
+        &rules(json!([{"to": [{"operation": {"ports": ["80"]}}]}, {"from": [{"source": {"namespaces": ["a*"]}}]}])),
+        &json!({"rules": [{"clauses": [{"matches": [{"destination_ports": [80]}]}]},
+            {"clauses": [{"matches": [{"namespaces": [{"prefix": "a"}]}]}]}]}),
+    );
     mesh.policy(
         "dry",
         &json!({"metadata": {"annotations": {"istio.io/dry-run": "true"}}, "spec": {}}),
@@ -65,6 +89,30 @@ pub fn policies(mesh: &mut Mesh) {
         &json!({"namespace": "adit-system", "scope": null}),
     );
 
+    // One of the root namespace is named by pods of others.
+    mesh.policy(
+        "selects-everywhere",
+        &json!({"metadata": {"namespace": "adit-system"}, "spec": {"selector": {"matchLabels": {"team": "b"}}}}),
+        &json!({"namespace": "adit-system", "scope": "WORKLOAD_SELECTOR"}),
+    );
+    mesh.pod(
+        "selected-from-root",
+        44,
+        &json!({"metadata": {"labels": {"team": "b"}}}),
+        &json!({"authorization_policies": ["adit-system/selects-everywhere"]}),
+    );
+
+    mesh.peer_authentication("port", &json!({"selector": {"matchLabels": {"peer": "port"}},
+        "mtls": {"mode": "PERMISSIVE"}, "portLevelMtls": {"9090": {"mode": "STRICT"}, "80": {"mode": "PERMISSIVE"}}}));
+    mesh.expected.insert("demo/converted_peer_authentication_port".to_owned(), json!({
+        "name": "converted_peer_authentication_port", "namespace": "demo", "scope": "WORKLOAD_SELECTOR", "action": "DENY",
+        "aliases": [], "rules": [{"clauses": [{"matches": [
+            {"not_principals": [{"presence": {}}], "destination_ports": [9090]}]}]}]}));
+    // It changes nothing for whom nothing is strict.
+    let permissive = json!({"selector": {"matchLabels": {"peer": "open"}}, "mtls": {"mode": "DISABLE"}});
+    mesh.peer_authentication("open", &permissive);
+    mesh.pod("peer-open", 45, &json!({"metadata": {"labels": {"peer": "open"}}}), &json!({}));
+
     mesh.peer_authentication("ports", &json!({"selector": {"matchLabels": {"peer": "ports"}},
         "mtls": {"mode": "STRICT"}, "portLevelMtls": {"8080": {"mode": "PERMISSIVE"}, "8081": {"mode": "DISABLE"}}}));
     let anonymous = json!({"matches": [{"not_principals": [{"presence": {}}]}]});
@@ -80,6 +128,7 @@ pub fn policies(mesh: &mut Mesh) {
         "name": "istio_converted_static_strict", "namespace": "adit-system", "scope": "WORKLOAD_SELECTOR", "action": "DENY",
         "aliases": [], "rules": [{"clauses": [anonymous]}]}));
     for (name, last, key) in [
+        ("peer-port", 46, "demo/converted_peer_authentication_port"),
         ("peer-ports", 41, "demo/converted_peer_authentication_ports"),
         ("peer-strict", 42, "adit-system/istio_converted_static_strict"),
     ] {

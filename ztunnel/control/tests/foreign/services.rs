@@ -38,6 +38,38 @@ pub fn services(mesh: &mut Mesh) {
         &json!({"metadata": {"annotations": {"networking.istio.io/traffic-distribution": "PreferClose"}}}),
         &json!({"load_balancing": {"routing_preference": ["NETWORK", "REGION", "ZONE"], "mode": "FAILOVER"}}),
     );
+    // As with Kubernetes, `PreferClose` is an old name of the zone: a subzone counts for the node only.
+    for (name, last, field, preference) in [
+        ("in-zone", 11, "PreferSameZone", &["NETWORK", "REGION", "ZONE"][..]),
+        ("on-node", 12, "PreferSameNode", &["NETWORK", "REGION", "ZONE", "SUBZONE", "NODE"][..]),
+    ] {
+        let sent = json!({"load_balancing": {"routing_preference": preference, "mode": "FAILOVER"}});
+        mesh.service(name, last, &web(json!({"trafficDistribution": field})), &sent);
+    }
+    mesh.service(
+        "annotated-node",
+        13,
+        &json!({"metadata": {"annotations": {"networking.istio.io/traffic-distribution": "PreferSameNode"}}}),
+        &json!({"load_balancing": {"mode": "FAILOVER",
+            "routing_preference": ["NETWORK", "REGION", "ZONE", "SUBZONE", "NODE"]}}),
+    );
+    // Its own node comes before any other preference.
+    mesh.service(
+        "early-and-local",
+        14,
+        &web(json!({"publishNotReadyAddresses": true, "internalTrafficPolicy": "Local",
+            "trafficDistribution": "PreferSameZone"})),
+        &json!({"load_balancing": {"routing_preference": ["NODE"], "mode": "STRICT", "health_policy": "ALLOW_ALL"}}),
+    );
+    // Layer 4 has no word for a session.
+    mesh.service("session", 15, &web(json!({"sessionAffinity": "ClientIP"})), nothing);
+    mesh.service(
+        "datagrams",
+        16,
+        &web(json!({"ports": [{"name": "dns", "port": 53, "protocol": "UDP", "targetPort": 5353},
+            {"name": "dns-tcp", "port": 53, "targetPort": 5354}, {"name": "log", "port": 514, "protocol": "UDP"}]})),
+        &json!({"ports": [{"service_port": 53, "target_port": 5354}, {"service_port": 514, "target_port": 514}]}),
+    );
     let protocols =
         [("http", "HTTP11"), ("http2", "HTTP2"), ("grpc", "GRPC"), ("tcp", "TCP"), ("https", "TLS")];
     let ports: Vec<Value> =
@@ -74,6 +106,20 @@ pub fn services(mesh: &mut Mesh) {
         &json!({"services": {key: {"ports": [{"service_port": 80, "target_port": 8080}]}}}),
     );
 
+    // A name that no pod has a port of.
+    mesh.service(
+        "nowhere",
+        17,
+        &web(json!({"selector": {"of": "nowhere"}, "ports": [{"port": 80, "targetPort": "absent"}]})),
+        &json!({"ports": [{"service_port": 80}]}),
+    );
+    mesh.pod(
+        "selected-by-nowhere",
+        34,
+        &json!({"metadata": {"labels": {"of": "nowhere"}}}),
+        &json!({"services": {"demo/nowhere.demo.svc.cluster.local": {}}}),
+    );
+
     // Endpoints that are no pods.
     mesh.service("outside", 10, nothing, nothing);
     mesh.object(
@@ -91,4 +137,19 @@ pub fn services(mesh: &mut Mesh) {
             "name": "outside-1", "namespace": "demo", "addresses": ["192.0.2.1"], "cluster_id": "Kubernetes",
             "network_mode": "HOST_NETWORK",
             "services": {"demo/outside.demo.svc.cluster.local": {"ports": [{"service_port": 80, "target_port": 7000}]}}}}));
+    mesh.object(
+        "EndpointSlice",
+        "discovery.k8s.io/v1",
+        "outside-2",
+        &json!({
+        "metadata": {"labels": {"kubernetes.io/service-name": "outside"}}, "addressType": "IPv6",
+        "ports": [{"name": "web", "port": 7001, "protocol": "TCP"}, {"name": "other", "port": 7002}],
+        "endpoints": [{"addresses": ["2001:db8::1"], "conditions": {"ready": false}}]}),
+    );
+    mesh.expected.insert("Kubernetes/discovery.k8s.io/EndpointSlice/demo/outside-2/2001:db8::1".to_owned(), json!({
+        "aliases": ["/2001:db8::1"],
+        "workload": {"uid": "Kubernetes/discovery.k8s.io/EndpointSlice/demo/outside-2/2001:db8::1",
+            "name": "outside-2", "namespace": "demo", "addresses": ["2001:db8::1"], "cluster_id": "Kubernetes",
+            "network_mode": "HOST_NETWORK", "status": "UNHEALTHY",
+            "services": {"demo/outside.demo.svc.cluster.local": {"ports": [{"service_port": 80, "target_port": 7001}]}}}}));
 }

@@ -83,10 +83,15 @@ impl Bench {
 }
 
 fn bench() -> Bench {
+    bench_of(HOUR)
+}
+
+/// Certificates last for `life`.
+fn bench_of(life: Duration) -> Bench {
     let folder = tempfile::tempdir().unwrap();
     let (start, started, ahead) = (SystemTime::now(), Instant::now(), Arc::new(AtomicI64::new(0)));
     let right = move || start + started.elapsed();
-    let ca = DevelopmentCa::open(folder.path(), HOUR, TlsParameters::default()).unwrap();
+    let ca = DevelopmentCa::open(folder.path(), life, TlsParameters::default()).unwrap();
     let ca = ca.with_clock(WallClock::new(right));
     let script = Arc::new(Script::default());
     let authority = Scripted { ca, _folder: folder, script: Arc::clone(&script) };
@@ -179,6 +184,27 @@ async fn a_failing_renewal_keeps_what_is_valid_until_it_expires() {
     bench.script.break_it(false);
     renewed(&bench, &first, Duration::from_mins(3)).await;
     assert!(bench.certificates.list()[0].error.is_none());
+}
+
+/// At whatever moment the hour begins, and if the next one begins 20 minutes after it.
+#[tokio::test(start_paused = true)]
+async fn with_an_authority_that_is_away_for_an_hour_again_and_again_there_is_always_a_certificate() {
+    // The default, and the shortest for which it holds.
+    for (life, hours) in [(24 * HOUR, 72), (HOUR * 5 / 2, 24)] {
+        let bench = bench_of(life);
+        bench.certificates.get(&identity("a")).await.unwrap();
+        let mut fewest = life;
+        for minute in 0..hours * 60 {
+            bench.script.break_it(minute % 80 < 60);
+            tokio::time::sleep(Duration::from_mins(1)).await;
+            let kept = bench.certificates.get(&identity("a")).await;
+            let kept = kept.unwrap_or_else(|error| panic!("{life:?}: minute {minute}: {error}"));
+            let left = kept.not_after.duration_since(bench.certificates.clock.now()).unwrap();
+            fewest = fewest.min(left);
+        }
+        assert!(fewest > life / 3 - HOUR / 2, "{fewest:?} of {life:?}");
+        assert!(bench.script.requested() > 10);
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -73,6 +73,73 @@ fn a_rotation_that_is_given_up_leaves_nothing() {
     assert_eq!(secret::without_next(trusted).data, first.data);
 }
 
+/// What a certificate that is in use says, and until when it is.
+struct Leaf {
+    root: CertificateDer<'static>,
+    trusts: Vec<CertificateDer<'static>>,
+    ends: Timestamp,
+}
+
+/// Of three replicas one has the right time, one is an hour ahead, one is an hour behind; any of them does
+/// what is due. For some hours nobody does anything and nothing is signed, as when all are away.
+#[test]
+fn at_every_moment_of_a_rotation_each_certificate_is_trusted_by_whoever_has_one() {
+    let (first, second) = (secret::made("root", "a").unwrap(), new_root("a").unwrap());
+    let begun = {
+        let mut secret = secret::with_next(first.clone(), "a").unwrap();
+        // The same one each time: keys take long to make.
+        let data = secret.data.as_mut().unwrap();
+        for (key, text) in [("next.crt", second.0), ("next.key", second.1)] {
+            data.insert(key.to_owned(), k8s_openapi::ByteString(text.into_bytes()));
+        }
+        secret
+    };
+    let half_hour = Duration::from_mins(30);
+    let clocks = [-1, 0, 1].map(|hours: i32| {
+        move |now: Timestamp| match hours {
+            0 => now,
+            1 => now + Duration::from_hours(1),
+            _ => now - Duration::from_hours(1),
+        }
+    });
+    for (away_from, away_for) in [(0, 0), (1, 30), (20, 10), (24, 6), (26, 40), (40, 20), (50, 10)] {
+        let (mut secret, mut leaves, mut published): (_, Vec<Leaf>, _) = (first.clone(), vec![], vec![]);
+        let mut steps = 0;
+        for tick in 0..260_u32 {
+            let now = hours(0) + half_hour * tick;
+            if tick == 48 {
+                secret = begun.clone();
+            }
+            let since_begin = i64::from(tick) - 48;
+            let is_away = (2 * away_from..2 * (away_from + away_for)).contains(&since_begin);
+            if !is_away {
+                for clock in clocks {
+                    while let Some(changed) = step(&secret, clock(now)) {
+                        (secret, steps) = (changed, steps + 1);
+                    }
+                    let read = RootSecret::read(&secret).unwrap();
+                    let (root, trusts) = (root(&secret), read.authority.trusted().to_vec());
+                    leaves.push(Leaf { root, trusts, ends: clock(now) + LIFE });
+                }
+                published.push(RootSecret::read(&secret).unwrap().authority.trusted().to_vec());
+            }
+            leaves.retain(|leaf| leaf.ends > now);
+            let roots: Vec<_> = leaves.iter().map(|leaf| &leaf.root).collect();
+            for leaf in &leaves {
+                let distrusted = roots.iter().filter(|root| !leaf.trusts.contains(root)).count();
+                assert_eq!(distrusted, 0, "tick {since_begin}, away {away_from} h for {away_for} h");
+            }
+            // What a kubelet wrote an hour ago leads to the control plane's own certificate.
+            if let [.., hour_ago, _, _] = &published[..] {
+                assert!(hour_ago.contains(&root(&secret)), "tick {since_begin}");
+            }
+        }
+        assert_eq!(steps, 3, "away {away_from} h for {away_for} h");
+        assert_ne!(root(&secret), root(&first));
+        assert!(secret.data.unwrap().keys().eq(["tls.crt", "tls.key"]));
+    }
+}
+
 /// Somebody put another root in the place of the last.
 #[test]
 fn a_root_that_is_gone_from_the_secret_is_trusted_for_a_while() {

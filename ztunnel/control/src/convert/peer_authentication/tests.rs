@@ -20,7 +20,7 @@ fn peer(
         selector: app.map(|app| [("app".to_owned(), app.to_owned())].into()),
         mode,
         ports: ports.iter().copied().collect(),
-        unreadable: None,
+        ..PeerAuthentication::default()
     }
 }
 
@@ -146,4 +146,39 @@ fn the_fixed_policy_is_there_before_anybody_names_it() {
     let [fixed] = &with(true)[..] else { panic!() };
     assert_eq!(format!("{}/{}", fixed.namespace, fixed.name), STRICT);
     assert_eq!(fixed.rules, [Rule { clauses: vec![clause(anonymous())] }]);
+}
+
+#[test]
+fn the_status_says_what_has_no_effect_and_what_is_not_as_it_is_written() {
+    use Mode::{Disable, Permissive, Strict, Unset};
+    let said = |namespace: &str, name: &str, peers: &[PeerAuthentication]| {
+        let objects = objects(peers);
+        let said = report(ROOT, namespace, &objects, &objects.peer_authentications[name]);
+        assert_eq!((said.object.kind.name(), said.object.name.as_str()), ("PeerAuthentication", name));
+        (said.is_attached, said.reason, said.message)
+    };
+    let web = |mode, ports: &[(u16, Mode)]| peer("w", 1, Some("web"), mode, ports);
+    for fine in [web(Strict, &[(80, Permissive)]), peer("w", 1, None, Unset, &[])] {
+        let (is_attached, reason, _) = said("demo", "w", &[fine]);
+        assert_eq!((is_attached, reason), (true, "Accepted"));
+    }
+    let unreadable = PeerAuthentication { unreadable: Some("spec: x".to_owned()), ..web(Strict, &[]) };
+    for (namespace, peers, is_attached, reason, message) in [
+        ("demo", vec![unreadable], true, "UnsupportedValue", "spec: x; plaintext is refused"),
+        ("demo", vec![web(Disable, &[])], true, "UnsupportedValue", "mTLS is accepted"),
+        ("demo", vec![web(Strict, &[(80, Disable)])], true, "UnsupportedValue", "mTLS is accepted"),
+        ("demo", vec![web(Unset, &[(80, Disable)])], true, "UnsupportedValue", "only where the mode"),
+        (ROOT, vec![web(Strict, &[])], false, "UnsupportedValue", "no effect with a selector"),
+        (
+            "demo",
+            vec![peer("w", 2, None, Strict, &[]), peer("first", 1, None, Permissive, &[])],
+            false,
+            "Conflicted",
+            "first is older",
+        ),
+    ] {
+        let (attached, why, text) = said(namespace, "w", &peers);
+        assert!(text.contains(message), "{text}");
+        assert_eq!((attached, why), (is_attached, reason), "{text}");
+    }
 }

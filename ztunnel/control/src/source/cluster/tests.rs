@@ -123,14 +123,8 @@ fn a_policy_of_the_root_namespace_is_named_everywhere() {
 fn the_fixed_strict_policy_comes_and_goes_with_the_peer_authentications() {
     let mut cluster = cluster();
     next(&mut cluster);
-    let peer = PeerAuthentication {
-        name: "s".to_owned(),
-        created: 0,
-        selector: None,
-        mode: Mode::Strict,
-        ports: BTreeMap::new(),
-        unreadable: None,
-    };
+    let peer =
+        PeerAuthentication { name: "s".to_owned(), mode: Mode::Strict, ..PeerAuthentication::default() };
     cluster.apply(Change::PeerAuthentications(Update::One(key("demo", "s"), Some(peer))));
     let strict = next(&mut cluster).unwrap();
     let fixed = "adit-system/istio_converted_static_strict";
