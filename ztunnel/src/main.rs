@@ -24,7 +24,7 @@ use ztunnel::{
     identity::{Certificates, MeshTrust, Revocations},
     logging::Logging,
     mesh::{
-        Store,
+        OwnNode, Store,
         local_file::{self, ResourceDefaults},
     },
     metrics::{Metrics, certificates::CertificateExpiry, log::LostLogLines},
@@ -75,7 +75,10 @@ fn run(file: Option<&Path>) -> Result<()> {
 async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) -> Result<()> {
     // Load.
     let store = Arc::new(match &config.xds {
-        Some(_) => Store::untold(),
+        Some(_) => Store::untold_on(OwnNode {
+            cluster_id: Arc::clone(&config.cluster_id),
+            name: Arc::clone(&config.node),
+        }),
         None => Store::new(local_file::load(&config)?),
     });
     forget_state(&config);

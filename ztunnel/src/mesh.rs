@@ -5,6 +5,7 @@
 //! * `change`: an update from a control plane, as a difference
 //! * [`table`]: a hash table that is cheap to copy; [`index`]: the keys of each table
 //! * `local_pod`: which workload is a pod of this node
+//! * `neighbours`: the workloads of this node, and what they tell of a pod that is not told yet
 //! * `view`: lookups that note missing names
 //! * `store`: holds the current snapshot and swaps it as a whole; a connection uses one snapshot
 //! * [`local_file`]: the source without a control plane, watched for edits
@@ -16,6 +17,7 @@ pub mod gateways;
 mod index;
 pub mod local_file;
 mod local_pod;
+mod neighbours;
 pub mod policies;
 pub mod services;
 pub mod store;
@@ -28,6 +30,7 @@ use std::{net::IpAddr, sync::Arc};
 pub use change::MeshChange;
 pub use gateways::{GatewayAddress, GatewayDestination};
 pub use local_pod::LocalPod;
+pub use neighbours::OwnNode;
 pub use policies::{Policy, PolicyKey, PolicyKnowledge};
 pub use services::{Endpoint, Service, ServiceKey};
 pub use store::{Knowledge, Store};
@@ -38,6 +41,7 @@ use index::{
     ByAddress, ByName, ByUid, EndpointsOf, HostnameInOwnNamespace, ServiceByHostname, ServiceByKey,
     ServiceByVip,
 };
+use neighbours::Neighbours;
 use policies::Policies;
 use services::Ranges;
 use table::{Keyed as _, Table};
@@ -78,6 +82,7 @@ pub struct Mesh {
     deepest_wildcard: usize,
     ranges: Arc<Ranges>,
     endpoints: Table<EndpointsOf>,
+    neighbours: Neighbours,
     policies: Arc<Policies>,
 }
 
@@ -91,6 +96,12 @@ impl Mesh {
         let services = services.into_iter().map(MeshChange::PutService);
         let workloads = workloads.into_iter().map(MeshChange::PutWorkload);
         Self::default().with(services.chain(workloads).chain(policies.into_iter().map(MeshChange::PutPolicy)))
+    }
+
+    /// An empty one that notes who is on `node`, where this tunnel is.
+    #[must_use]
+    pub fn on_node(node: OwnNode) -> Self {
+        Self { neighbours: Neighbours::of(node), ..Self::default() }
     }
 
     /// The same with `changes` applied. The cost depends on the number of changes, not on the size
@@ -111,8 +122,8 @@ impl Mesh {
                 MeshChange::RemoveService(key) => mesh.take_service(&key),
                 MeshChange::RemovePolicy(key) => Arc::make_mut(&mut mesh.policies).remove(&key),
                 MeshChange::ForgetAddresses => {
-                    let policies = std::mem::take(&mut mesh.policies);
-                    mesh = Self { policies, puts: mesh.puts, ..Self::default() };
+                    let Self { policies, puts, neighbours, .. } = mesh;
+                    mesh = Self { policies, puts, neighbours: neighbours.emptied(), ..Self::default() };
                 }
                 MeshChange::ForgetPolicies => mesh.policies = Arc::default(),
             }
@@ -131,6 +142,7 @@ impl Mesh {
         if let Some(before) = before {
             self.unlink_workload(&before);
         }
+        self.neighbours.put(workload);
         self.by_name.add(ByName(Arc::clone(workload)));
         if workload.hostname.is_some() {
             self.by_own_hostname.add(HostnameInOwnNamespace(Arc::clone(workload)));
@@ -160,6 +172,7 @@ impl Mesh {
     /// Removes it from every table except the one by uid.
     fn unlink_workload(&mut self, workload: &Arc<Workload>) {
         let it = |other: &Arc<Workload>| Arc::ptr_eq(workload, other);
+        self.neighbours.take(workload);
         let by_name = ByName(Arc::clone(workload));
         self.by_name.take(&by_name.key(), |entry| it(&entry.0));
         if workload.hostname.is_some() {
@@ -224,6 +237,15 @@ impl Mesh {
         let named = self.by_name.all((&pod.namespace, &pod.name)).map(|entry| &entry.0);
         let fitting = named.filter_map(|workload| Some((pod.fit(workload)?, workload)));
         fitting.max_by(|(a, _), (b, _)| a.cmp(b)).map(|(_, workload)| workload)
+    }
+
+    /// What a pod of this node is taken for while nothing is told under its name. Good for what it
+    /// does itself, never for what is done to it: nobody knows what protects it. See `neighbours`.
+    #[must_use]
+    pub fn newcomer(&self, pod: &LocalPod) -> Option<Workload> {
+        let mut named = self.by_name.all((&pod.namespace, &pod.name));
+        let told = named.any(|ByName(workload)| workload.cluster_id == pod.cluster_id);
+        if told { None } else { self.neighbours.newcomer(pod) }
     }
 
     /// The workload that has this host name itself, not through a service.

@@ -3,6 +3,7 @@
 mod avoid;
 mod balance;
 mod gateways;
+mod source;
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -14,6 +15,7 @@ use rand::Rng;
 pub(crate) use avoid::{Avoid, FailedEndpoints};
 use gateways::Within;
 pub(crate) use gateways::is_gateway;
+pub(crate) use source::Source;
 
 use crate::{
     config::PortsConfig,
@@ -107,6 +109,9 @@ impl Unlocated {
 /// Why there is no route.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum RouteError {
+    /// Not an end: see [`Source`].
+    #[error("the way depends on what is not told of the source yet")]
+    Untold,
     #[error("no healthy upstream: {service}")]
     NoHealthyUpstream { service: String },
     #[error("service {service} has no port {port}")]
@@ -125,6 +130,7 @@ impl RouteError {
     /// For logs and metrics.
     pub(crate) fn reason(&self) -> FailureReason {
         match self {
+            Self::Untold => FailureReason::UnknownWorkload,
             Self::NoHealthyUpstream { .. } => FailureReason::NoHealthyUpstream,
             Self::NoPort { .. } => FailureReason::NoSuchPort,
             Self::NoWaypoint { .. } => FailureReason::NoWaypoint,
@@ -144,7 +150,7 @@ impl RouteError {
 /// 3. it is unknown: straight there
 pub(crate) fn outbound(
     mesh: &MeshView<'_>,
-    source: &Workload,
+    source: &Source,
     original: SocketAddr,
     avoid: &Avoid<'_>,
     rng: &mut impl Rng,
@@ -173,7 +179,7 @@ pub(crate) fn outbound(
     // Traffic to a service never uses a workload's waypoint.
     if service.is_none()
         && let Some(waypoint) = &workload.waypoint
-        && !is_gateway(mesh, source, waypoint)
+        && !source.is_gateway(mesh, waypoint)?
     {
         let name = || workload.name.to_string();
         return to_waypoint(mesh, source, waypoint, original, name, avoid, rng).map(OutboundDecision::Route);
@@ -190,7 +196,7 @@ pub(crate) fn outbound(
 /// itself.
 fn to_service_waypoint(
     mesh: &MeshView<'_>,
-    source: &Workload,
+    source: &Source,
     service: &Arc<Service>,
     original: SocketAddr,
     avoid: &Avoid<'_>,
@@ -198,8 +204,10 @@ fn to_service_waypoint(
 ) -> Result<Option<OutboundRoute>, RouteError> {
     let weighted = service.weighted_waypoints.iter();
     let all = weighted.clone().map(|waypoint| &waypoint.destination).chain(&service.waypoint);
-    if all.clone().any(|waypoint| is_gateway(mesh, source, waypoint)) {
-        return Ok(None);
+    for waypoint in all.clone() {
+        if source.is_gateway(mesh, waypoint)? {
+            return Ok(None);
+        }
     }
     let weights = weighted.filter(|waypoint| waypoint.weight > 0);
     let share = balance::choose(weights.map(|waypoint| (0, waypoint.weight, &waypoint.destination)), rng);
@@ -240,7 +248,7 @@ fn no_waypoint(destination: String, waypoint: &GatewayAddress) -> RouteError {
 
 fn to_service(
     mesh: &MeshView<'_>,
-    source: &Workload,
+    source: &Source,
     service: &Arc<Service>,
     original: SocketAddr,
     avoid: &Avoid<'_>,
@@ -275,6 +283,7 @@ fn to_service(
             port,
         })),
         Some((endpoint, Reach::Beyond(gateway))) => {
+            source.must_be_told()?;
             to_gateway(mesh, source, service, (&endpoint.workload, gateway), original, avoid, rng)
                 .map(OutboundDecision::Route)
         }

@@ -17,8 +17,8 @@ use crate::{
     },
     identity::Identity,
     mesh::{Workload, baggage},
-    record::ConnectionEnds,
-    route::{OutboundRoute, Via},
+    record::{ConnectionEnds, UntoldSource},
+    route::{OutboundRoute, Source, Via},
     socket,
     stream::{HboneStream, StreamError},
 };
@@ -31,9 +31,13 @@ pub(super) struct PeerTarget<'a> {
 }
 
 /// Both ends, for the access record.
-pub(super) fn ends(accepted: &Accepted, source: &Arc<Workload>, route: &OutboundRoute) -> ConnectionEnds {
+pub(super) fn ends(accepted: &Accepted, source: &Source, route: &OutboundRoute) -> ConnectionEnds {
     let mut ends = ConnectionEnds::new(Direction::Outbound, accepted.client, route.target);
-    ends.source_workload = Some(Arc::clone(source));
+    ends.source_workload = Some(Arc::clone(&source.workload));
+    if !source.is_told {
+        let store = Arc::clone(&accepted.worker.process.store);
+        ends.untold_source = Some(UntoldSource::new(Arc::clone(&accepted.pod), store));
+    }
     ends.destination_workload.clone_from(&route.workload);
     ends.destination_service.clone_from(&route.service);
     if let Via::Hbone { peer, .. } | Via::Gateway { peer, .. } = &route.via {
