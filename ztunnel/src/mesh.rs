@@ -2,6 +2,7 @@
 //!
 //! * `workloads`, `services`, `policies`: one type each; `gateways`: waypoints and network
 //!   gateways
+//! * `endpoints`: those of one service, and which are best for a client
 //! * `change`: an update from a control plane, as a difference
 //! * [`table`]: a hash table that is cheap to copy; [`index`]: the keys of each table
 //! * `local_pod`: which workload is a pod of this node
@@ -13,6 +14,7 @@
 
 pub mod baggage;
 pub mod change;
+mod endpoints;
 pub mod gateways;
 mod index;
 pub mod local_file;
@@ -28,11 +30,12 @@ pub mod workloads;
 use std::{net::IpAddr, sync::Arc};
 
 pub use change::MeshChange;
+pub use endpoints::{Best, Endpoint, Endpoints, Purpose, Question};
 pub use gateways::{GatewayAddress, GatewayDestination};
 pub use local_pod::LocalPod;
 pub use neighbours::OwnNode;
 pub use policies::{Policy, PolicyKey, PolicyKnowledge};
-pub use services::{Endpoint, Service, ServiceKey};
+pub use services::{Service, ServiceKey};
 pub use store::{Knowledge, Store};
 pub use view::{MeshView, NamedGateway};
 pub use workloads::{Protocol, Workload};
@@ -156,8 +159,7 @@ impl Mesh {
         for (key, ports) in &workload.services {
             let new = || EndpointsOf { service: key.clone(), endpoints: Arc::default() };
             let known = self.endpoints.get_or_add(&key.parts(), new);
-            let endpoint = Endpoint { workload: Arc::clone(workload), ports: Arc::clone(ports) };
-            Arc::make_mut(&mut known.endpoints).push(endpoint);
+            Arc::make_mut(&mut known.endpoints).add(workload, ports);
         }
     }
 
@@ -187,9 +189,7 @@ impl Mesh {
             let new = || EndpointsOf { service: key.clone(), endpoints: Arc::default() };
             let known = self.endpoints.get_or_add(&key.parts(), new);
             let endpoints = Arc::make_mut(&mut known.endpoints);
-            if let Some(place) = endpoints.iter().position(|endpoint| it(&endpoint.workload)) {
-                endpoints.swap_remove(place);
-            }
+            endpoints.remove(workload);
             if endpoints.is_empty() {
                 self.endpoints.take(&key.parts(), |_| true);
             }
@@ -292,8 +292,8 @@ impl Mesh {
 
     /// Every endpoint of a service, healthy or not.
     #[must_use]
-    pub fn endpoints(&self, service: &ServiceKey) -> &[Endpoint] {
-        self.endpoints.get(&service.parts()).map_or(&[], |entry| &entry.endpoints)
+    pub fn endpoints(&self, service: &ServiceKey) -> &Endpoints {
+        self.endpoints.get(&service.parts()).map_or(Endpoints::none(), |entry| &entry.endpoints)
     }
 
     /// What is known of the policy with this key.

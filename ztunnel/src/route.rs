@@ -13,6 +13,7 @@ use std::{
 use rand::Rng;
 
 pub(crate) use avoid::{Avoid, FailedEndpoints};
+use balance::Candidate;
 use gateways::Within;
 pub(crate) use gateways::is_gateway;
 pub(crate) use source::Source;
@@ -21,7 +22,7 @@ use crate::{
     config::PortsConfig,
     identity::Identity,
     mesh::{
-        Endpoint, GatewayAddress, MeshView, Protocol, Service, Workload,
+        Endpoint, GatewayAddress, MeshView, Protocol, Purpose, Question, Service, Workload,
         services::{IpFamilies, LbMode},
     },
     reason::FailureReason,
@@ -259,17 +260,30 @@ fn to_service(
         return Err(RouteError::NoPort { service: key.to_string(), port: original.port() });
     }
     let endpoints = mesh.endpoints(&key);
-    let candidates = endpoints.iter().filter_map(|endpoint| {
-        let rank = balance::rank(source, &endpoint.workload, &service.load_balancing)?;
-        let reach = Reach::of(endpoint, source, service, original)?;
-        let rank = match reach {
-            Reach::Here(target) => avoid.rank(rank, target)?,
-            // Its address is known later.
-            Reach::Named(..) | Reach::Beyond(_) => avoid.rank(rank, NOWHERE)?,
-        };
-        Some((rank, endpoint.workload.capacity, (endpoint, reach)))
-    });
-    match balance::choose(candidates, rng) {
+    let asked = Question {
+        service,
+        client: source,
+        port: original.port(),
+        is_ipv4: original.is_ipv4(),
+        purpose: Purpose::Server,
+    };
+    let picked = balance::pick(
+        endpoints,
+        &asked,
+        |endpoint| {
+            let rank = balance::rank(source, &endpoint.workload, &service.load_balancing)?;
+            let way = Reach::of(endpoint, source, service, original)?;
+            let at = match way {
+                Reach::Here(target) => target,
+                // Its address is known later.
+                Reach::Named(..) | Reach::Beyond(_) => NOWHERE,
+            };
+            Some(Candidate { rank, at, way })
+        },
+        avoid,
+        rng,
+    );
+    match picked {
         Some((endpoint, Reach::Here(target))) => Ok(OutboundDecision::Route(OutboundRoute {
             service: Some(Arc::clone(service)),
             workload: Some(Arc::clone(&endpoint.workload)),

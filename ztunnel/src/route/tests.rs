@@ -10,6 +10,7 @@ use crate::mesh::{
     tests::{but, ip, service, workload},
 };
 
+mod many_endpoints;
 mod newcomers;
 mod on_demand;
 mod waypoints;
