@@ -293,7 +293,7 @@ impl Mesh {
     /// Every endpoint of a service, healthy or not.
     #[must_use]
     pub fn endpoints(&self, service: &ServiceKey) -> &Endpoints {
-        self.endpoints.get(&service.parts()).map_or(Endpoints::none(), |entry| &entry.endpoints)
+        self.endpoints.get(&service.parts()).map_or_else(Endpoints::none, |entry| &entry.endpoints)
     }
 
     /// What is known of the policy with this key.

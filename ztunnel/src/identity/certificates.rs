@@ -191,17 +191,16 @@ impl Certificates {
         let mut due = false;
         for identity in told.union(new).filter(|one| accounts.contains_key(&Account::of(one))) {
             let is_told = told.contains(identity);
-            match slots.get_mut(identity) {
-                Some(slot) => due |= is_told && slot.is_told(now),
-                None => {
-                    let mut slot = CertificateSlot::new(Urgency::Warmup, now);
-                    if !is_told {
-                        slot.expect_newcomer(now);
-                    }
-                    slots.insert(identity.clone(), slot);
-                    due = true;
-                }
+            if let Some(slot) = slots.get_mut(identity) {
+                due |= is_told && slot.is_told(now);
+                continue;
             }
+            let mut slot = CertificateSlot::new(Urgency::Warmup, now);
+            if !is_told {
+                slot.expect_newcomer(now);
+            }
+            slots.insert(identity.clone(), slot);
+            due = true;
         }
         drop(held);
         if due {

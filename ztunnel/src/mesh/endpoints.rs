@@ -186,7 +186,7 @@ impl Best {
 
 impl Endpoints {
     /// Of a service without any.
-    pub(super) fn none() -> &'static Self {
+    pub(super) fn none<'a>() -> &'a Self {
         static NONE: Endpoints = Endpoints { all: Vec::new(), answers: ArcSwapOption::const_empty() };
         &NONE
     }
@@ -216,13 +216,12 @@ impl Endpoints {
     ) -> Option<&Endpoint> {
         let known = self.answers.load();
         let answer = known.iter().flat_map(|all| all.iter()).find(|answer| answer.is_to(asked));
-        let place = match answer {
-            Some(answer) => answer.best.draw(rng),
-            None => {
-                let answer = Arc::new(Answer::new(asked, find()));
-                self.keep(&answer);
-                answer.best.draw(rng)
-            }
+        let place = if let Some(answer) = answer {
+            answer.best.draw(rng)
+        } else {
+            let answer = Arc::new(Answer::new(asked, find()));
+            self.keep(&answer);
+            answer.best.draw(rng)
         };
         self.all.get(place?)
     }

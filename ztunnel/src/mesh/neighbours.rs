@@ -146,8 +146,7 @@ mod tests {
         for lonely in [elsewhere, machine, foreign] {
             assert_eq!(mesh([lonely]).newcomer(&local_pod("web-1")), None);
         }
-        type Change = fn(&mut Common);
-        let changes: [Change; 3] = [
+        let changes: [fn(&mut Common); 3] = [
             |common| common.network = "west".into(),
             |common| common.trust_domain = "other".into(),
             |common| common.locality.region = "north".into(),

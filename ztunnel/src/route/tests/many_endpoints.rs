@@ -12,6 +12,7 @@ use crate::{
 };
 
 /// An endpoint, as a test draws it.
+#[expect(clippy::struct_excessive_bools, reason = "each is drawn for itself")]
 #[derive(Clone, Copy, Debug)]
 struct Drawn {
     zone: bool,
@@ -74,6 +75,18 @@ fn shares(mut choose: impl FnMut() -> Option<String>) -> BTreeMap<Option<String>
     shares
 }
 
+fn candidate<'a>(
+    endpoint: &'a Endpoint,
+    client: &Workload,
+    web: &Service,
+    original: SocketAddr,
+) -> Option<Candidate<Reach<'a>>> {
+    let rank = balance::rank(client, &endpoint.workload, &web.load_balancing)?;
+    let way = Reach::of(endpoint, client, web, original)?;
+    let at = if let Reach::Here(at) = way { at } else { NOWHERE };
+    Some(Candidate { rank, at, way })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
@@ -120,17 +133,6 @@ proptest! {
             is_ipv4: true,
             purpose: Purpose::Server,
         };
-        fn candidate<'a>(
-            endpoint: &'a Endpoint,
-            client: &Workload,
-            web: &Service,
-            original: SocketAddr,
-        ) -> Option<Candidate<Reach<'a>>> {
-            let rank = balance::rank(client, &endpoint.workload, &web.load_balancing)?;
-            let way = Reach::of(endpoint, client, web, original)?;
-            let at = if let Reach::Here(at) = way { at } else { NOWHERE };
-            Some(Candidate { rank, at, way })
-        }
         let endpoints = mesh.endpoints(&web.key());
         let mut rng = StdRng::seed_from_u64(11);
         for tried in [&[][..], &tried] {
