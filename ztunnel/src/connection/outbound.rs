@@ -33,9 +33,11 @@ const MOST_ENDPOINTS: usize = 4;
 pub(crate) async fn serve(accepted: Accepted) {
     let (client, began) = (accepted.client, Instant::now());
     let process = Arc::clone(&accepted.worker.process);
-    let local = accepted.stream.local_addr().map_or(client, socket::canonical);
     let original = original_dst(&accepted);
-    let dialled = *original.as_ref().unwrap_or(&local);
+    let dialled = original
+        .as_ref()
+        .copied()
+        .unwrap_or_else(|_| accepted.stream.local_addr().map_or(client, socket::canonical));
     let planned = match original {
         Ok(original) => while_waiting(&accepted.stream, plan(&accepted, original, &[])).await,
         Err(error) => Err(error),

@@ -16,7 +16,6 @@ use crate::{
     hbone::{client::ConnectError, nested::NestedStream, pool::StreamLease},
     record::{ByteCounters, ConnectionEnds},
     route::{OutboundRoute, Source, Via},
-    socket,
     stream::{self, HboneStream, SocketIs},
 };
 
@@ -38,9 +37,8 @@ pub(super) async fn connect(
     let (process, began) = (&accepted.worker.process, Instant::now());
     let server = match &route.via {
         Via::Plain => {
-            let pod = &accepted.pod;
             let from = chosen_source(accepted, source, route.target.ip());
-            let socket = socket::connect_as(&pod.netns, route.target, from, &pod.socket).await;
+            let socket = accepted.worker.dialler(&accepted.pod).connect_as(route.target, from).await;
             Server::Plain(socket.map_err(OutboundError::Dial)?)
         }
         Via::Hbone { peer, authority, expected } => {

@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -19,7 +20,6 @@ use crate::{
     mesh::{Workload, baggage},
     record::{ConnectionEnds, UntoldSource},
     route::{OutboundRoute, Source, Via},
-    socket,
     stream::{HboneStream, StreamError},
 };
 
@@ -79,11 +79,14 @@ pub(super) async fn open_stream(
     let key =
         TunnelKey { source: source.identity(), expected: expected.to_vec(), peer, netns: pod.netns.id() };
     let dial = || {
-        let (process, pod, expected) = (Arc::clone(&worker.process), Arc::clone(pod), expected.to_vec());
+        let (worker, pod, expected) = (Rc::clone(worker), Arc::clone(pod), expected.to_vec());
+        let process = Arc::clone(&worker.process);
         let identity = key.source.clone();
         async move {
             let credentials = process.certificates.get(&identity).await.map_err(ConnectError::Identity)?;
-            let socket = socket::connect(&pod.netns, peer, None, &pod.socket)
+            let socket = worker
+                .dialler(&pod)
+                .connect(peer, None)
                 .await
                 .map_err(|source| ConnectError::Tcp { peer, source })?;
             let began = Instant::now();
