@@ -18,7 +18,7 @@ use crate::{
     metrics::Metrics,
     pod::ServedPod,
     route::FailedEndpoints,
-    socket,
+    socket::{self, Dialler, ReadySockets},
     supervision::Supervisor,
 };
 
@@ -90,8 +90,16 @@ pub struct WorkerContext {
     pub(crate) process: Arc<ProcessContext>,
     pub(crate) pool: TunnelPool,
     pub(crate) resolver: HostResolver,
+    pub(crate) ready: ReadySockets,
     /// What its connections could not reach lately.
     pub(crate) failed: FailedEndpoints,
+}
+
+impl WorkerContext {
+    /// Who connects from inside the netns of `pod`.
+    pub(crate) fn dialler<'a>(&'a self, pod: &'a ServedPod) -> Dialler<'a> {
+        Dialler { netns: &pod.netns, options: &pod.socket, ready: &self.ready }
+    }
 }
 
 /// A connection that was accepted for a pod.

@@ -2,7 +2,7 @@
 
 pub(crate) mod line;
 
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, thread, time::Duration};
 
 use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
@@ -24,6 +24,51 @@ pub struct Logging {
 
 /// Lines that may wait to be written: some megabytes, and 64 MiB if each is as long as it may be.
 const MAX_QUEUED_LINES: usize = 16 << 10;
+
+/// How long lines are collected before they are written together. Waking the writing thread and
+/// writing costs about as much as all else that a line costs.
+const COLLECT: Duration = Duration::from_millis(5);
+
+/// Writes early when so many bytes are there.
+const BATCH: usize = 64 << 10;
+
+/// Writes what comes within a moment at once. For a thread that does nothing else: it sleeps.
+struct Batches<W> {
+    sink: W,
+    lines: Vec<u8>,
+}
+
+impl<W: io::Write> Batches<W> {
+    fn new(sink: W) -> Self {
+        Self { sink, lines: Vec::with_capacity(BATCH) }
+    }
+
+    fn write_out(&mut self) -> io::Result<()> {
+        let written = self.sink.write_all(&self.lines).and_then(|()| self.sink.flush());
+        // What a sink did not take is not tried again: it may have taken a part.
+        self.lines.clear();
+        written
+    }
+}
+
+impl<W: io::Write> io::Write for Batches<W> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.lines.extend_from_slice(line);
+        if self.lines.len() >= BATCH {
+            self.write_out()?;
+        }
+        Ok(line.len())
+    }
+
+    /// Called when no line waits: those of the next moment find this thread awake.
+    fn flush(&mut self) -> io::Result<()> {
+        if !self.lines.is_empty() {
+            thread::sleep(COLLECT);
+            self.write_out()?;
+        }
+        Ok(())
+    }
+}
 
 /// Owns the thread that writes the log: dropping it writes what is queued and ends the thread.
 #[derive(Debug)]
@@ -69,7 +114,7 @@ impl Logging {
     /// called twice.
     pub fn init(format: LogFormat, filter: &str) -> Result<(Self, LogWriter), LoggingError> {
         let (layer, logging) = Self::filtered(filter)?;
-        let (writer, log_writer) = non_blocking(io::stdout());
+        let (writer, log_writer) = non_blocking(Batches::new(io::stdout()));
         let registry = tracing_subscriber::registry().with(layer);
         let bounded = move || BoundedLines { writer: writer.clone(), format };
         let writer = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(bounded);
@@ -152,6 +197,31 @@ mod tests {
         logging.add("h2=error").unwrap();
         logging.add("debug").unwrap();
         assert_eq!(logging.current().unwrap(), "h2=error,debug");
+    }
+
+    #[test]
+    fn lines_of_a_moment_are_written_together_and_none_stays() {
+        #[derive(Clone, Default)]
+        struct Writes(Arc<std::sync::Mutex<Vec<String>>>);
+        impl io::Write for Writes {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().push(String::from_utf8(bytes.to_vec()).unwrap());
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let writes = Writes::default();
+        let (mut writer, log_writer) = non_blocking(Batches::new(writes.clone()));
+        for line in 0..10_000 {
+            io::Write::write_all(&mut writer, format!("{line}\n").as_bytes()).unwrap();
+        }
+        drop(log_writer);
+        let writes = writes.0.lock().unwrap();
+        assert!(writes.len() < 100, "{} writes", writes.len());
+        let all: Vec<_> = writes.iter().flat_map(|text| text.lines()).collect();
+        assert!(all.iter().enumerate().all(|(n, line)| *line == n.to_string()) && all.len() == 10_000);
     }
 
     /// Like a pipe without a reader.

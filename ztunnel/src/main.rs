@@ -24,7 +24,7 @@ use ztunnel::{
     identity::{Certificates, MeshTrust, Revocations},
     logging::Logging,
     mesh::{
-        Store,
+        OwnNode, Store,
         local_file::{self, ResourceDefaults},
     },
     metrics::{Metrics, certificates::CertificateExpiry, log::LostLogLines},
@@ -72,12 +72,18 @@ fn run(file: Option<&Path>) -> Result<()> {
     done
 }
 
+/// The mesh at the start: what the file says, or nothing until a control plane tells.
+fn first_store(config: &Config) -> Result<Store> {
+    if config.xds.is_none() {
+        return Ok(Store::new(local_file::load(config)?));
+    }
+    let (cluster_id, name) = (Arc::clone(&config.cluster_id), Arc::clone(&config.node));
+    Ok(Store::untold_on(OwnNode { cluster_id, name }))
+}
+
 async fn serve(config: Arc<Config>, logging: Logging, lost_lines: LostLogLines) -> Result<()> {
     // Load.
-    let store = Arc::new(match &config.xds {
-        Some(_) => Store::untold(),
-        None => Store::new(local_file::load(&config)?),
-    });
+    let store = Arc::new(first_store(&config)?);
     forget_state(&config);
     let last_state = last_state(&config)?;
     let trust = MeshTrust::open(&config);

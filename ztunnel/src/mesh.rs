@@ -2,9 +2,11 @@
 //!
 //! * `workloads`, `services`, `policies`: one type each; `gateways`: waypoints and network
 //!   gateways
+//! * `endpoints`: those of one service, and which are best for a client
 //! * `change`: an update from a control plane, as a difference
 //! * [`table`]: a hash table that is cheap to copy; [`index`]: the keys of each table
 //! * `local_pod`: which workload is a pod of this node
+//! * `neighbours`: the workloads of this node, and what they tell of a pod that is not told yet
 //! * `view`: lookups that note missing names
 //! * `store`: holds the current snapshot and swaps it as a whole; a connection uses one snapshot
 //! * [`local_file`]: the source without a control plane, watched for edits
@@ -12,10 +14,12 @@
 
 pub mod baggage;
 pub mod change;
+mod endpoints;
 pub mod gateways;
 mod index;
 pub mod local_file;
 mod local_pod;
+mod neighbours;
 pub mod policies;
 pub mod services;
 pub mod store;
@@ -26,10 +30,12 @@ pub mod workloads;
 use std::{net::IpAddr, sync::Arc};
 
 pub use change::MeshChange;
+pub use endpoints::{Best, Endpoint, Endpoints, Purpose, Question};
 pub use gateways::{GatewayAddress, GatewayDestination};
 pub use local_pod::LocalPod;
+pub use neighbours::OwnNode;
 pub use policies::{Policy, PolicyKey, PolicyKnowledge};
-pub use services::{Endpoint, Service, ServiceKey};
+pub use services::{Service, ServiceKey};
 pub use store::{Knowledge, Store};
 pub use view::{MeshView, NamedGateway};
 pub use workloads::{Protocol, Workload};
@@ -38,6 +44,7 @@ use index::{
     ByAddress, ByName, ByUid, EndpointsOf, HostnameInOwnNamespace, ServiceByHostname, ServiceByKey,
     ServiceByVip,
 };
+use neighbours::Neighbours;
 use policies::Policies;
 use services::Ranges;
 use table::{Keyed as _, Table};
@@ -78,6 +85,7 @@ pub struct Mesh {
     deepest_wildcard: usize,
     ranges: Arc<Ranges>,
     endpoints: Table<EndpointsOf>,
+    neighbours: Neighbours,
     policies: Arc<Policies>,
 }
 
@@ -91,6 +99,12 @@ impl Mesh {
         let services = services.into_iter().map(MeshChange::PutService);
         let workloads = workloads.into_iter().map(MeshChange::PutWorkload);
         Self::default().with(services.chain(workloads).chain(policies.into_iter().map(MeshChange::PutPolicy)))
+    }
+
+    /// An empty one that notes who is on `node`, where this tunnel is.
+    #[must_use]
+    pub fn on_node(node: OwnNode) -> Self {
+        Self { neighbours: Neighbours::of(node), ..Self::default() }
     }
 
     /// The same with `changes` applied. The cost depends on the number of changes, not on the size
@@ -111,8 +125,8 @@ impl Mesh {
                 MeshChange::RemoveService(key) => mesh.take_service(&key),
                 MeshChange::RemovePolicy(key) => Arc::make_mut(&mut mesh.policies).remove(&key),
                 MeshChange::ForgetAddresses => {
-                    let policies = std::mem::take(&mut mesh.policies);
-                    mesh = Self { policies, puts: mesh.puts, ..Self::default() };
+                    let Self { policies, puts, neighbours, .. } = mesh;
+                    mesh = Self { policies, puts, neighbours: neighbours.emptied(), ..Self::default() };
                 }
                 MeshChange::ForgetPolicies => mesh.policies = Arc::default(),
             }
@@ -131,6 +145,7 @@ impl Mesh {
         if let Some(before) = before {
             self.unlink_workload(&before);
         }
+        self.neighbours.put(workload);
         self.by_name.add(ByName(Arc::clone(workload)));
         if workload.hostname.is_some() {
             self.by_own_hostname.add(HostnameInOwnNamespace(Arc::clone(workload)));
@@ -144,8 +159,7 @@ impl Mesh {
         for (key, ports) in &workload.services {
             let new = || EndpointsOf { service: key.clone(), endpoints: Arc::default() };
             let known = self.endpoints.get_or_add(&key.parts(), new);
-            let endpoint = Endpoint { workload: Arc::clone(workload), ports: Arc::clone(ports) };
-            Arc::make_mut(&mut known.endpoints).push(endpoint);
+            Arc::make_mut(&mut known.endpoints).add(workload, ports);
         }
     }
 
@@ -160,6 +174,7 @@ impl Mesh {
     /// Removes it from every table except the one by uid.
     fn unlink_workload(&mut self, workload: &Arc<Workload>) {
         let it = |other: &Arc<Workload>| Arc::ptr_eq(workload, other);
+        self.neighbours.take(workload);
         let by_name = ByName(Arc::clone(workload));
         self.by_name.take(&by_name.key(), |entry| it(&entry.0));
         if workload.hostname.is_some() {
@@ -174,9 +189,7 @@ impl Mesh {
             let new = || EndpointsOf { service: key.clone(), endpoints: Arc::default() };
             let known = self.endpoints.get_or_add(&key.parts(), new);
             let endpoints = Arc::make_mut(&mut known.endpoints);
-            if let Some(place) = endpoints.iter().position(|endpoint| it(&endpoint.workload)) {
-                endpoints.swap_remove(place);
-            }
+            endpoints.remove(workload);
             if endpoints.is_empty() {
                 self.endpoints.take(&key.parts(), |_| true);
             }
@@ -226,6 +239,15 @@ impl Mesh {
         fitting.max_by(|(a, _), (b, _)| a.cmp(b)).map(|(_, workload)| workload)
     }
 
+    /// What a pod of this node is taken for while nothing is told under its name. Good for what it
+    /// does itself, never for what is done to it: nobody knows what protects it. See `neighbours`.
+    #[must_use]
+    pub fn newcomer(&self, pod: &LocalPod) -> Option<Workload> {
+        let mut named = self.by_name.all((&pod.namespace, &pod.name));
+        let told = named.any(|ByName(workload)| workload.cluster_id == pod.cluster_id);
+        if told { None } else { self.neighbours.newcomer(pod) }
+    }
+
     /// The workload that has this host name itself, not through a service.
     #[must_use]
     pub fn workload_by_hostname(&self, key: &ServiceKey) -> Option<&Arc<Workload>> {
@@ -270,8 +292,8 @@ impl Mesh {
 
     /// Every endpoint of a service, healthy or not.
     #[must_use]
-    pub fn endpoints(&self, service: &ServiceKey) -> &[Endpoint] {
-        self.endpoints.get(&service.parts()).map_or(&[], |entry| &entry.endpoints)
+    pub fn endpoints(&self, service: &ServiceKey) -> &Endpoints {
+        self.endpoints.get(&service.parts()).map_or_else(Endpoints::none, |entry| &entry.endpoints)
     }
 
     /// What is known of the policy with this key.

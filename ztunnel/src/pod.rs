@@ -1,7 +1,10 @@
 //! A pod that is served.
 
 use std::{
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -39,6 +42,10 @@ pub struct ServedPod {
     pub(crate) info: PodInfo,
     /// The same names, and those of the node: how the mesh knows the pod.
     pub(crate) local: LocalPod,
+    /// Set for a pod that the node agent handed over: it has proven the names.
+    pub(crate) from_agent: bool,
+    /// Whether its workload was told once. If it is not there then, it was removed.
+    pub(crate) was_told: AtomicBool,
     /// Keeps its certificates as long as a connection of the pod may need them.
     pub(crate) _account: AccountLease,
     pub(crate) netns: Netns,
@@ -69,9 +76,23 @@ impl ServedPod {
         mesh.workload_of(&self.local)
     }
 
+    /// What it is taken for in connections that it makes, until it is told: `None` if it is told, or
+    /// was, or if nothing sound can be made of what is known.
+    #[must_use]
+    pub fn newcomer(&self, mesh: &Mesh) -> Option<Workload> {
+        let untold = self.from_agent && !self.was_told.load(Ordering::Relaxed);
+        if untold { mesh.newcomer(&self.local) } else { None }
+    }
+
     /// Keeps its protection up to date, until nobody holds the pod.
     pub(crate) async fn follow_policies(store: Arc<Store>, trust: Arc<MeshTrust>, pod: Weak<Self>) {
-        let find = |pod: &Self, mesh: &Mesh| pod.workload(mesh).cloned();
+        let find = |pod: &Self, mesh: &Mesh| {
+            let told = pod.workload(mesh).cloned();
+            if told.is_some() {
+                pod.was_told.store(true, Ordering::Relaxed);
+            }
+            told
+        };
         PodProtection::follow(store, trust, pod, |pod| &pod.protection, find).await;
     }
 

@@ -13,7 +13,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsFd as _, OwnedFd},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
 };
 
 use adit_netns::{Netns, NetnsId};
@@ -26,13 +26,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use self::handover::Handover;
+use self::handover::{Handover, local_pod};
 use crate::{
     backoff::Backoff,
     budget::PodBudget,
     config::ProxyMode,
     context::ProcessContext,
     dns::{Dns, sockets},
+    mesh::LocalPod,
     pod::{PodInfo, ServedPod},
     policy::PodProtection,
     socket,
@@ -110,6 +111,10 @@ impl ServedPods {
         }
         self.remove(uid);
         let again = netns.try_clone()?;
+        let (namespace, account) = (Arc::clone(&info.namespace), Arc::clone(&info.service_account));
+        let _account = self.process.certificates.lease(namespace, account);
+        // While the listeners are opened.
+        self.prefetch_certificates(Some(&local_pod(&self.process, &info)));
         let handover = Handover::new(&self.process, &info);
         let awaited = handover.as_ref().and_then(|handover| handover.awaits(&self.process, again.as_fd()));
         let started = if let Some(lack) = &awaited {
@@ -128,7 +133,7 @@ impl ServedPods {
             };
             let next = Instant::now() + backoff.delay();
             self.pending.insert(uid.to_owned(), Pending { info, netns: again, handover, backoff, next });
-            self.prefetch_certificates();
+            self.prefetch_certificates(None);
         } else {
             self.process.metrics.pods.started.inc();
         }
@@ -182,7 +187,7 @@ impl ServedPods {
         };
         let uid = tokio::select! {
             uid = retry => uid,
-            Ok(()) = self.mesh_changes.changed() => return self.prefetch_certificates(),
+            Ok(()) = self.mesh_changes.changed() => return self.prefetch_certificates(None),
         };
         let Some(mut pending) = self.pending.remove(&uid) else { return };
         let handover = pending.handover.as_ref();
@@ -215,7 +220,7 @@ impl ServedPods {
         info!(pod.uid = uid, pod.name = %pod.info.name, pod.namespace = %pod.info.namespace,
             pod.service_account = %pod.info.service_account, "pod added");
         self.running.insert(uid.to_owned(), pod);
-        self.prefetch_certificates();
+        self.prefetch_certificates(None);
         Ok(())
     }
 
@@ -230,7 +235,7 @@ impl ServedPods {
         info!(pod.name = %pod.info.name, pod.namespace = %pod.info.namespace,
             pod.service_account = %pod.info.service_account, port = metrics, "own metrics are served over HBONE");
         self.own = Some(pod);
-        self.prefetch_certificates();
+        self.prefetch_certificates(None);
         Ok(())
     }
 
@@ -267,7 +272,7 @@ impl ServedPods {
             let names = dns.map(|_| sockets::listen(config.dns.address, config.ipv6, &socket));
             Ok((listeners, names))
         })?;
-        let local = handover::local_pod(&self.process, &info);
+        let local = local_pod(&self.process, &info);
         let (namespace, service_account) = (Arc::clone(&info.namespace), Arc::clone(&info.service_account));
         let account = self.process.certificates.lease(namespace, service_account);
         let (uid, stop, end) = (uid.to_owned(), self.stop.child_token(), self.stop.clone());
@@ -285,6 +290,8 @@ impl ServedPods {
             socket,
             memory,
             own_port,
+            from_agent: self.process.config.mode == ProxyMode::Shared && own_port.is_none(),
+            was_told: AtomicBool::new(false),
             protection,
             budget,
             _descriptors: descriptors,
@@ -324,18 +331,27 @@ impl ServedPods {
         });
     }
 
-    /// Has the certificates of the pods fetched ahead, so that the first connection does not wait.
-    /// A dedicated tunnel fetches only its own, when it needs it.
-    fn prefetch_certificates(&self) {
+    /// Has the certificates of the pods, and of the one that is `coming`, fetched ahead, so that the
+    /// first connection does not wait. A dedicated tunnel fetches only its own, when it needs it.
+    fn prefetch_certificates(&self, coming: Option<&LocalPod>) {
         if self.process.config.mode != ProxyMode::Shared {
             return;
         }
         let mesh = self.process.store.snapshot();
         let running = self.running.values().chain(&self.own).map(|pod| &pod.local);
         let awaited = self.pending.values().filter_map(|pending| Some(&pending.handover.as_ref()?.local));
-        let workloads = running.chain(awaited).filter_map(|pod| mesh.workload_of(pod));
-        let identities = workloads.map(|workload| workload.identity());
-        self.process.certificates.serve(&identities.collect());
+        let workloads = running.chain(awaited).chain(coming).filter_map(|pod| mesh.workload_of(pod));
+        let told = workloads.map(|workload| workload.identity()).collect();
+        // Before everything was told once, nobody knows what is not.
+        let is_known = self.process.store.is_known();
+        let coming = coming.filter(|_| is_known).and_then(|pod| mesh.newcomer(pod));
+        let coming = coming.map(|workload| workload.identity());
+        let new = self.running.values().filter(|_| is_known).filter_map(|pod| pod.newcomer(&mesh));
+        let new = new.map(|workload| workload.identity()).chain(coming.clone()).collect();
+        self.process.certificates.serve(&told, &new);
+        if let Some(coming) = &coming {
+            self.process.certificates.expect_newcomer(coming);
+        }
     }
 }
 

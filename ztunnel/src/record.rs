@@ -17,15 +17,15 @@ use std::{
 
 use tracing::{Level, event};
 
-use self::live::{Counted, OpenConnection};
-pub(crate) use self::{ends::ConnectionEnds, live::ByteCounters};
+use self::live::OpenConnection;
+pub(crate) use self::{
+    ends::{ConnectionEnds, UntoldSource},
+    live::ByteCounters,
+};
 use crate::{
     error_chain::error_chain,
     logging::line::cut,
-    metrics::{
-        Metrics,
-        open::{ConnectionSlot, LiveConnection as _},
-    },
+    metrics::{Metrics, open::ConnectionSlot},
     rarely::PerPeer,
     reason::FailureReason,
 };
@@ -67,7 +67,6 @@ pub(crate) trait ConnectionFailure: Error {
 /// One connection from open to close. Dropped without [`close`](Self::close), it was cut.
 #[derive(Debug)]
 pub(crate) struct ConnectionRecord {
-    metrics: Arc<Metrics>,
     open: Arc<OpenConnection>,
     slot: ConnectionSlot,
     closed: bool,
@@ -81,19 +80,18 @@ impl ConnectionRecord {
 
     /// For a connection that was accepted at `started`, before its ends were known.
     pub(crate) fn open_since(metrics: &Arc<Metrics>, ends: ConnectionEnds, started: Instant) -> Self {
-        let traffic = metrics.traffic(ends.labels("-"));
-        traffic.opened.inc();
         let sockets = metrics.sockets_open(ends.direction.reporter());
         sockets.inc();
         event!(
             target: "access", Level::DEBUG, src.addr = %ends.source, dst.addr = %ends.destination,
             direction = ends.direction.as_str(), "connection opened"
         );
-        let counted = Mutex::new(Counted { traffic, sent: 0, received: 0 });
-        let (ends, counters) = (Mutex::new(ends), ByteCounters::default());
-        let open = Arc::new(OpenConnection { sockets, ends, started, counters, counted });
-        let slot = metrics.open.add(Arc::<OpenConnection>::clone(&open));
-        Self { metrics: Arc::clone(metrics), open, slot, closed: false }
+        let (ends, counters, counted) = (Mutex::new(ends), ByteCounters::default(), Mutex::default());
+        let metrics = Arc::clone(metrics);
+        let open = Arc::new(OpenConnection { metrics, sockets, ends, started, counters, counted });
+        open.count_opened(true);
+        let slot = open.metrics.open.add(Arc::<OpenConnection>::clone(&open));
+        Self { open, slot, closed: false }
     }
 
     pub(crate) fn counters(&self) -> &ByteCounters {
@@ -103,11 +101,11 @@ impl ConnectionRecord {
     /// The connection is tried at another endpoint, before a byte was carried. It has one record; the
     /// metrics of each endpoint count a connection, so that what was opened is closed.
     pub(crate) fn redirect(&mut self, ends: ConnectionEnds) {
-        let traffic = self.metrics.traffic(ends.labels("-"));
-        traffic.opened.inc();
-        let before = std::mem::replace(&mut self.open.counted().traffic, traffic);
-        before.closed.inc();
+        if let Some(before) = self.open.counted().traffic.take() {
+            before.closed.inc();
+        }
         *self.open.ends() = ends;
+        self.open.count_opened(true);
     }
 
     #[cfg(test)]
@@ -129,20 +127,21 @@ impl ConnectionRecord {
 
     fn fail(&mut self, error: &str, response_flags: &'static str, reason: FailureReason) {
         let (labels, failed) = {
-            let ends = self.open.ends();
+            let mut ends = self.open.ends();
+            ends.learn_source();
             (ends.labels(response_flags), ends.failed(error, reason))
         };
-        self.metrics.failed(&labels, failed);
+        self.open.metrics.failed(&labels, failed);
         self.finish(Some((error, reason.code())));
     }
 
     fn finish(&mut self, failure: Option<(&str, &'static str)>) {
         self.closed = true;
-        self.metrics.open.remove(self.slot);
-        self.open.count();
-        self.open.counted().traffic.closed.inc();
+        self.open.metrics.open.remove(self.slot);
+        self.open.count_closed();
         self.open.sockets.dec();
         let (sent, received) = self.open.counters.totals();
+        self.open.ends().learn_source();
         access_log::write(&self.open.ends(), sent, received, self.open.started.elapsed(), failure);
     }
 }

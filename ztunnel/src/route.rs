@@ -3,6 +3,7 @@
 mod avoid;
 mod balance;
 mod gateways;
+mod source;
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -12,14 +13,16 @@ use std::{
 use rand::Rng;
 
 pub(crate) use avoid::{Avoid, FailedEndpoints};
+use balance::Candidate;
 use gateways::Within;
 pub(crate) use gateways::is_gateway;
+pub(crate) use source::Source;
 
 use crate::{
     config::PortsConfig,
     identity::Identity,
     mesh::{
-        Endpoint, GatewayAddress, MeshView, Protocol, Service, Workload,
+        Endpoint, GatewayAddress, MeshView, Protocol, Purpose, Question, Service, Workload,
         services::{IpFamilies, LbMode},
     },
     reason::FailureReason,
@@ -107,6 +110,9 @@ impl Unlocated {
 /// Why there is no route.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum RouteError {
+    /// Not an end: see [`Source`].
+    #[error("the way depends on what is not told of the source yet")]
+    Untold,
     #[error("no healthy upstream: {service}")]
     NoHealthyUpstream { service: String },
     #[error("service {service} has no port {port}")]
@@ -125,6 +131,7 @@ impl RouteError {
     /// For logs and metrics.
     pub(crate) fn reason(&self) -> FailureReason {
         match self {
+            Self::Untold => FailureReason::UnknownWorkload,
             Self::NoHealthyUpstream { .. } => FailureReason::NoHealthyUpstream,
             Self::NoPort { .. } => FailureReason::NoSuchPort,
             Self::NoWaypoint { .. } => FailureReason::NoWaypoint,
@@ -144,7 +151,7 @@ impl RouteError {
 /// 3. it is unknown: straight there
 pub(crate) fn outbound(
     mesh: &MeshView<'_>,
-    source: &Workload,
+    source: &Source,
     original: SocketAddr,
     avoid: &Avoid<'_>,
     rng: &mut impl Rng,
@@ -173,7 +180,7 @@ pub(crate) fn outbound(
     // Traffic to a service never uses a workload's waypoint.
     if service.is_none()
         && let Some(waypoint) = &workload.waypoint
-        && !is_gateway(mesh, source, waypoint)
+        && !source.is_gateway(mesh, waypoint)?
     {
         let name = || workload.name.to_string();
         return to_waypoint(mesh, source, waypoint, original, name, avoid, rng).map(OutboundDecision::Route);
@@ -190,7 +197,7 @@ pub(crate) fn outbound(
 /// itself.
 fn to_service_waypoint(
     mesh: &MeshView<'_>,
-    source: &Workload,
+    source: &Source,
     service: &Arc<Service>,
     original: SocketAddr,
     avoid: &Avoid<'_>,
@@ -198,8 +205,10 @@ fn to_service_waypoint(
 ) -> Result<Option<OutboundRoute>, RouteError> {
     let weighted = service.weighted_waypoints.iter();
     let all = weighted.clone().map(|waypoint| &waypoint.destination).chain(&service.waypoint);
-    if all.clone().any(|waypoint| is_gateway(mesh, source, waypoint)) {
-        return Ok(None);
+    for waypoint in all.clone() {
+        if source.is_gateway(mesh, waypoint)? {
+            return Ok(None);
+        }
     }
     let weights = weighted.filter(|waypoint| waypoint.weight > 0);
     let share = balance::choose(weights.map(|waypoint| (0, waypoint.weight, &waypoint.destination)), rng);
@@ -240,7 +249,7 @@ fn no_waypoint(destination: String, waypoint: &GatewayAddress) -> RouteError {
 
 fn to_service(
     mesh: &MeshView<'_>,
-    source: &Workload,
+    source: &Source,
     service: &Arc<Service>,
     original: SocketAddr,
     avoid: &Avoid<'_>,
@@ -251,17 +260,30 @@ fn to_service(
         return Err(RouteError::NoPort { service: key.to_string(), port: original.port() });
     }
     let endpoints = mesh.endpoints(&key);
-    let candidates = endpoints.iter().filter_map(|endpoint| {
-        let rank = balance::rank(source, &endpoint.workload, &service.load_balancing)?;
-        let reach = Reach::of(endpoint, source, service, original)?;
-        let rank = match reach {
-            Reach::Here(target) => avoid.rank(rank, target)?,
-            // Its address is known later.
-            Reach::Named(..) | Reach::Beyond(_) => avoid.rank(rank, NOWHERE)?,
-        };
-        Some((rank, endpoint.workload.capacity, (endpoint, reach)))
-    });
-    match balance::choose(candidates, rng) {
+    let asked = Question {
+        service,
+        client: source,
+        port: original.port(),
+        is_ipv4: original.is_ipv4(),
+        purpose: Purpose::Server,
+    };
+    let picked = balance::pick(
+        endpoints,
+        &asked,
+        |endpoint| {
+            let rank = balance::rank(source, &endpoint.workload, &service.load_balancing)?;
+            let way = Reach::of(endpoint, source, service, original)?;
+            let at = match way {
+                Reach::Here(target) => target,
+                // Its address is known later.
+                Reach::Named(..) | Reach::Beyond(_) => NOWHERE,
+            };
+            Some(Candidate { rank, at, way })
+        },
+        avoid,
+        rng,
+    );
+    match picked {
         Some((endpoint, Reach::Here(target))) => Ok(OutboundDecision::Route(OutboundRoute {
             service: Some(Arc::clone(service)),
             workload: Some(Arc::clone(&endpoint.workload)),
@@ -275,6 +297,7 @@ fn to_service(
             port,
         })),
         Some((endpoint, Reach::Beyond(gateway))) => {
+            source.must_be_told()?;
             to_gateway(mesh, source, service, (&endpoint.workload, gateway), original, avoid, rng)
                 .map(OutboundDecision::Route)
         }

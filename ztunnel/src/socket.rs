@@ -19,6 +19,10 @@ use tokio::{
 use crate::config::Config;
 
 mod client_source;
+mod ready;
+
+use ready::Kind;
+pub(crate) use ready::ReadySockets;
 
 /// How long a TCP connect may take; Istio's tunnel has the same limit.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -58,10 +62,21 @@ impl SocketOptions {
         if let Some(keepalive) = &self.keepalive {
             socket.set_tcp_keepalive(keepalive)?;
         }
-        socket.set_tcp_user_timeout(self.user_timeout)?;
+        if self.user_timeout.is_some() {
+            socket.set_tcp_user_timeout(self.user_timeout)?;
+        }
         // Set on listeners too: accepted sockets inherit it.
         socket.set_tcp_nodelay(true)
     }
+}
+
+/// How accepted connections end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AcceptedEnd {
+    /// As is usual: what is dropped is closed.
+    Close,
+    /// What is dropped is reset, until it [has ended](crate::stream) well.
+    Reset,
 }
 
 /// `count` listeners on `port` of every address, in one group; or, where the port may not be
@@ -70,10 +85,15 @@ pub(crate) fn listen(
     port: u16,
     count: usize,
     ipv6: bool,
+    end: AcceptedEnd,
     options: &SocketOptions,
 ) -> io::Result<Vec<std::net::TcpListener>> {
     let one = || {
         let socket = bind_first(port, ipv6, options)?;
+        if end == AcceptedEnd::Reset {
+            // Accepted sockets inherit it.
+            socket.set_linger(Some(Duration::ZERO))?;
+        }
         socket.listen(BACKLOG)?;
         Ok(std::net::TcpListener::from(socket))
     };
@@ -137,41 +157,54 @@ fn new_socket(family_of: SocketAddr, options: &SocketOptions) -> io::Result<Sock
     Ok(socket)
 }
 
-/// Connects to `to` from inside `netns`. With `from`, the peer sees that address (and any port).
-/// Binding a foreign address needs `IP_TRANSPARENT` and therefore `CAP_NET_ADMIN`.
-pub(crate) async fn connect(
-    netns: &Netns,
-    to: SocketAddr,
-    from: Option<IpAddr>,
-    options: &SocketOptions,
-) -> io::Result<TcpStream> {
-    if let Some(from) = from.filter(|from| may_be_source(*from, to.ip())) {
-        return client_source::connect(netns, to, from, options).await;
-    }
-    connect_as(netns, to, None, options).await
+/// From where, and how, connections are made.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Dialler<'a> {
+    pub netns: &'a Netns,
+    pub options: &'a SocketOptions,
+    /// Those of the calling worker.
+    pub ready: &'a ReadySockets,
 }
 
-/// Connects to `to` from inside `netns`, with `source`, which is an address there, or the one that
-/// the kernel chooses. A socket that has a source keeps its mark (kernel program `tunnel_mark`),
-/// which would keep its packets in the pod: it gets none.
-pub(crate) async fn connect_as(
-    netns: &Netns,
-    to: SocketAddr,
-    source: Option<IpAddr>,
-    options: &SocketOptions,
-) -> io::Result<TcpStream> {
-    let socket = netns.enter(|| {
-        let mark = if source.is_some() { 0 } else { options.mark };
-        let socket = new_socket(to, &SocketOptions { mark, ..options.clone() })?;
+impl Dialler<'_> {
+    /// Connects to `to` from inside the netns. With `from`, the peer sees that address (and any port).
+    /// Binding a foreign address needs `IP_TRANSPARENT` and therefore `CAP_NET_ADMIN`.
+    pub(crate) async fn connect(&self, to: SocketAddr, from: Option<IpAddr>) -> io::Result<TcpStream> {
+        if let Some(from) = from.filter(|from| may_be_source(*from, to.ip())) {
+            return client_source::connect(self, to, from).await;
+        }
+        self.connect_as(to, None).await
+    }
+
+    /// Connects to `to` from inside the netns, with `source`, which is an address there, or the one
+    /// that the kernel chooses. A socket that has a source keeps its mark (kernel program
+    /// `tunnel_mark`), which would keep its packets in the pod: it gets none.
+    pub(crate) async fn connect_as(&self, to: SocketAddr, source: Option<IpAddr>) -> io::Result<TcpStream> {
+        let mark = if source.is_some() { 0 } else { self.options.mark };
+        let socket = self.socket(to, mark, false)?;
         if let Some(source) = source {
             // The port is chosen for the destination, so that others can have it too.
             setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
             socket.bind(&SocketAddr::new(source, 0).into())?;
         }
-        Ok(socket)
-    })?;
-    let connecting = TcpSocket::from_std_stream(socket.into()).connect(to);
-    timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or_else(|_| Err(no_answer()))
+        let connecting = TcpSocket::from_std_stream(socket.into()).connect(to);
+        timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or_else(|_| Err(no_answer()))
+    }
+
+    /// A socket in the netns.
+    fn socket(&self, family_of: SocketAddr, mark: u32, is_transparent: bool) -> io::Result<Socket> {
+        let is_ipv4 = family_of.is_ipv4();
+        let kind = Kind { netns: self.netns.id(), is_ipv4, mark, is_transparent };
+        self.ready.take(self.netns, kind, || {
+            let socket = new_socket(family_of, &SocketOptions { mark, ..self.options.clone() })?;
+            match (is_transparent, is_ipv4) {
+                (true, true) => socket.set_ip_transparent_v4(true)?,
+                (true, false) => socket.set_ip_transparent_v6(true)?,
+                (false, _) => {}
+            }
+            Ok(socket)
+        })
+    }
 }
 
 /// The source must have the destination's family, and must differ from its address. To a link-local
@@ -235,9 +268,12 @@ pub(crate) fn original_dst(stream: &TcpStream) -> io::Result<OriginalDst> {
     let recorded = |answer: io::Result<socket2::SockAddr>| {
         answer.ok().and_then(|a| a.as_socket()).filter(|a| !a.ip().is_unspecified() && a.port() != 0)
     };
-    let local = stream.local_addr()?;
     let found = recorded(socket.original_dst_v4()).or_else(|| recorded(socket.original_dst_v6()));
-    Ok(OriginalDst { address: canonical(found.unwrap_or(local)), is_recorded: found.is_some() })
+    let address = match found {
+        Some(recorded) => recorded,
+        None => stream.local_addr()?,
+    };
+    Ok(OriginalDst { address: canonical(address), is_recorded: found.is_some() })
 }
 
 /// Converts `::ffff:a.b.c.d`, as a dual-stack listener sees IPv4, to the IPv4 address. A link-local
@@ -365,11 +401,24 @@ mod tests {
     #[test]
     fn listeners_share_a_port_and_take_both_families() {
         let options = SocketOptions { port_reuse: true, ..SocketOptions::default() };
-        let first = listen(0, 1, true, &options).unwrap();
+        let first = listen(0, 1, true, AcceptedEnd::Close, &options).unwrap();
         let port = first[0].local_addr().unwrap().port();
-        let group = listen(port, 2, true, &options).unwrap();
+        let group = listen(port, 2, true, AcceptedEnd::Close, &options).unwrap();
         assert_eq!(group.len(), 2);
         std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    }
+
+    #[test]
+    fn accepted_sockets_end_as_their_listener_says() {
+        for (end, linger) in [(AcceptedEnd::Close, None), (AcceptedEnd::Reset, Some(Duration::ZERO))] {
+            let listener = listen(0, 1, true, end, &SocketOptions::default()).unwrap().remove(0);
+            listener.set_nonblocking(false).unwrap();
+            let _client =
+                std::net::TcpStream::connect(("127.0.0.1", listener.local_addr().unwrap().port())).unwrap();
+            let accepted = listener.accept().unwrap().0;
+            assert_eq!(SockRef::from(&accepted).linger().unwrap(), linger);
+            assert!(accepted.nodelay().unwrap());
+        }
     }
 
     #[test]

@@ -97,7 +97,12 @@ impl Drop for HboneStream {
 struct Unfinished(TcpStream);
 
 impl Unfinished {
-    fn new(socket: TcpStream) -> Result<Self, StreamError> {
+    /// A client's, which has that from its listener ([`AcceptedEnd::Reset`](crate::socket::AcceptedEnd)).
+    fn accepted(socket: TcpStream) -> Self {
+        Self(socket)
+    }
+
+    fn dialled(socket: TcpStream) -> Result<Self, StreamError> {
         socket.set_zero_linger().map_err(StreamError::Socket)?;
         Ok(Self(socket))
     }
@@ -128,7 +133,10 @@ pub(crate) async fn tunnel(
 ) -> Result<(), StreamError> {
     let from_socket = |n| if side == SocketIs::Client { counters.sent(n) } else { counters.received(n) };
     let to_socket = |n| if side == SocketIs::Client { counters.received(n) } else { counters.sent(n) };
-    let mut socket = Unfinished::new(socket)?;
+    let mut socket = match side {
+        SocketIs::Client => Unfinished::accepted(socket),
+        SocketIs::Server => Unfinished::dialled(socket)?,
+    };
     let (read, write) = socket.0.split();
     let result = both(
         socket_to_stream(read, &mut stream.send, &stream.queue, from_socket),
@@ -157,7 +165,7 @@ pub(crate) async fn relay(
     limits: StreamConfig,
     cut: impl Future<Output = ()>,
 ) -> Result<(), StreamError> {
-    let (mut client, mut server) = (Unfinished::new(client)?, Unfinished::new(server)?);
+    let (mut client, mut server) = (Unfinished::accepted(client), Unfinished::dialled(server)?);
     let ((from_client, to_client), (from_server, to_server)) = (client.0.split(), server.0.split());
     both(
         socket_to_socket(from_client, to_server, |n| counters.sent(n)),

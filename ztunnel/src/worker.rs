@@ -20,7 +20,7 @@ use crate::{
     pod::ServedPod,
     reason::FailureReason,
     route::FailedEndpoints,
-    socket,
+    socket::{self, ReadySockets},
     threads::{PodThread, finish_all, report_panic},
     worker::listeners::{ActiveListeners, ListenPort, Listeners},
 };
@@ -47,6 +47,7 @@ impl Workers {
                 let worker = Rc::new(WorkerContext {
                     pool: TunnelPool::new(process.config.pool, process.metrics.pool.clone()),
                     resolver: HostResolver::new(&process.config.dns.upstream),
+                    ready: ReadySockets::default(),
                     failed: FailedEndpoints::default(),
                     process,
                 });
@@ -136,6 +137,7 @@ async fn serve_pod(worker: Rc<WorkerContext>, pod: Arc<ServedPod>, listeners: Li
     }
     connections.shutdown().await;
     worker.pool.forget(pod.netns.id());
+    worker.ready.forget(pod.netns.id());
 }
 
 /// Beyond the pod's budget a connection must cost next to nothing: no record, and few log lines.

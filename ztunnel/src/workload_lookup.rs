@@ -48,6 +48,18 @@ pub(crate) async fn own_workload(
     timeout(WORKLOAD_TIMEOUT, arrived).await.ok().flatten().ok_or(UnknownWorkload)
 }
 
+/// What the pod is taken for in connections that it makes while its workload is not told, and a
+/// snapshot to judge them by. Nobody waits for it.
+pub(crate) fn newcomer(process: &ProcessContext, pod: &ServedPod) -> Option<(Arc<Mesh>, Workload)> {
+    if !process.store.is_known() {
+        return None;
+    }
+    let mesh = process.store.snapshot();
+    let workload = pod.newcomer(&mesh)?;
+    ask_for_own(process, &pod.info.namespace, &pod.info.name);
+    Some((mesh, workload))
+}
+
 /// Where the mesh is known on demand, requests the workload of a pod of this node. Istio's control
 /// plane sends those unasked.
 pub(crate) fn ask_for_own(process: &ProcessContext, namespace: &str, name: &str) {

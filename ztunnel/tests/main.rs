@@ -14,6 +14,7 @@ mod gateways;
 mod handover;
 mod hbone;
 mod last_state;
+mod new_pods;
 mod operators;
 mod pods;
 mod policy_known;

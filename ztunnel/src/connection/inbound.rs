@@ -282,14 +282,14 @@ impl InboundTunnel {
 
 /// Connects to the application, and sends it a PROXY header if it wants one.
 async fn dial(tunnel: &InboundTunnel, delivery: &Delivery) -> Result<TcpStream, InboundError> {
-    let process = &tunnel.worker.process;
     let (dial, requested) = match delivery.to {
         Handover::Plain => {
-            return application::dial(process, &tunnel.pod, delivery.target, tunnel.peer.ip()).await;
+            return application::dial(&tunnel.worker, &tunnel.pod, delivery.target, tunnel.peer.ip()).await;
         }
         Handover::Proxy { dial, requested } => (dial, requested),
     };
-    let mut application = application::dial_itself(process, &tunnel.pod, dial, tunnel.peer.ip()).await?;
+    let mut application =
+        application::dial_itself(&tunnel.worker, &tunnel.pod, dial, tunnel.peer.ip()).await?;
     let header = proxy_protocol::header(tunnel.peer, requested, tunnel.identity.as_ref());
     application.write_all(&header).await.map_err(InboundError::Dial)?;
     Ok(application)

@@ -79,7 +79,7 @@ async fn carry(
 ) -> Result<(), InboundError> {
     let Accepted { stream, client, pod, worker, descriptors: _descriptors } = accepted;
     let (process, began) = (&worker.process, Instant::now());
-    let dialling = application::dial(process, &pod, target, client.ip());
+    let dialling = application::dial(&worker, &pod, target, client.ip());
     let application = match while_waiting(&stream, dialling).await {
         Ok(application) => application,
         Err(error) => {

@@ -18,11 +18,11 @@ use super::{client::while_waiting, error::OutboundError};
 use crate::{
     context::Accepted,
     direction::Direction,
-    mesh::{MeshView, Workload},
+    mesh::{Mesh, MeshView},
     record::{ConnectionEnds, ConnectionFailure, ConnectionRecord, record_early_failure},
-    route::{self, Avoid, OutboundDecision, OutboundRoute, Via},
+    route::{self, Avoid, OutboundDecision, OutboundRoute, RouteError, Source, Via},
     socket,
-    workload_lookup::{ensure_known, own_workload},
+    workload_lookup::{ensure_known, newcomer, own_workload},
 };
 
 /// How many endpoints one connection is tried at. A client must not cause a connect to each of a
@@ -33,9 +33,11 @@ const MOST_ENDPOINTS: usize = 4;
 pub(crate) async fn serve(accepted: Accepted) {
     let (client, began) = (accepted.client, Instant::now());
     let process = Arc::clone(&accepted.worker.process);
-    let local = accepted.stream.local_addr().map_or(client, socket::canonical);
     let original = original_dst(&accepted);
-    let dialled = *original.as_ref().unwrap_or(&local);
+    let dialled = original
+        .as_ref()
+        .copied()
+        .unwrap_or_else(|_| accepted.stream.local_addr().map_or(client, socket::canonical));
     let planned = match original {
         Ok(original) => while_waiting(&accepted.stream, plan(&accepted, original, &[])).await,
         Err(error) => Err(error),
@@ -49,7 +51,7 @@ pub(crate) async fn serve(accepted: Accepted) {
         }
     };
     // Through a gateway only the answer tells who the server is: then the record is opened after it.
-    let open = |source: &Arc<Workload>, route: &OutboundRoute| {
+    let open = |source: &Source, route: &OutboundRoute| {
         let known = !matches!(route.via, Via::Gateway { .. });
         known.then(|| ConnectionRecord::open(&process.metrics, ends(&accepted, source, route)))
     };
@@ -119,20 +121,41 @@ fn original_dst(accepted: &Accepted) -> Result<SocketAddr, OutboundError> {
 }
 
 /// From which workload to where, and how. Not to what was `tried`, if there is another way.
+///
+/// A pod that is not told yet goes on as a newcomer, unless the way depends on more of it.
 async fn plan(
     accepted: &Accepted,
     original: SocketAddr,
     tried: &[SocketAddr],
-) -> Result<(Arc<Workload>, OutboundRoute), OutboundError> {
+) -> Result<(Source, OutboundRoute), OutboundError> {
     let process = &accepted.worker.process;
-    let (mesh, source) = own_workload(process, &accepted.pod).await?;
-    // Whoever dials the tunnel itself has no destination; carrying it would lead back here.
-    let to_itself = original.ip().is_loopback() || source.addresses.contains(&original.ip());
-    let local = accepted.stream.local_addr().map(|local| local.ip().to_canonical());
-    if process.config.ports.is_own(original.port())
-        && (to_itself || local.is_ok_and(|local| local == original.ip()))
-    {
-        return Err(OutboundError::Recursive);
+    if let Some((mesh, new)) = newcomer(process, &accepted.pod) {
+        match way(accepted, mesh, Source::newcomer(new), original, tried).await {
+            Err(OutboundError::Route(RouteError::Untold)) => {}
+            found => return found,
+        }
+    }
+    let (mesh, own) = own_workload(process, &accepted.pod).await?;
+    way(accepted, mesh, Source::told(own), original, tried).await
+}
+
+async fn way(
+    accepted: &Accepted,
+    mesh: Arc<Mesh>,
+    source: Source,
+    original: SocketAddr,
+    tried: &[SocketAddr],
+) -> Result<(Source, OutboundRoute), OutboundError> {
+    let process = &accepted.worker.process;
+    if process.config.ports.is_own(original.port()) {
+        // Which addresses it has is not known.
+        source.must_be_told()?;
+        // Whoever dials the tunnel itself has no destination; carrying it would lead back here.
+        let to_itself = original.ip().is_loopback() || source.addresses.contains(&original.ip());
+        let local = accepted.stream.local_addr().map(|local| local.ip().to_canonical());
+        if to_itself || local.is_ok_and(|local| local == original.ip()) {
+            return Err(OutboundError::Recursive);
+        }
     }
     let avoid = Avoid { tried, failed: Some(&accepted.worker.failed) };
     let rule = |view: &MeshView<'_>| route::outbound(view, &source, original, &avoid, &mut rand::rng());
@@ -146,5 +169,8 @@ async fn plan(
             endpoint.located(found?)
         }
     };
+    if route.via == Via::Plain && server::may_choose_source(accepted, &source, route.target.ip()) {
+        source.must_be_told()?;
+    }
     Ok((source, route))
 }

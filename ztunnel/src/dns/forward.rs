@@ -20,7 +20,10 @@ use super::{
     message::{self, Transport},
     sockets,
 };
-use crate::{pod::ServedPod, socket};
+use crate::{
+    pod::ServedPod,
+    socket::{Dialler, ReadySockets},
+};
 
 /// Limit for all attempts together. The C library's resolver gives up an attempt after the same
 /// time.
@@ -154,7 +157,8 @@ async fn by_udp(
 }
 
 async fn by_tcp(pod: &ServedPod, to: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
-    let mut stream = socket::connect(&pod.netns, to, None, &pod.socket).await?;
+    let dialler = Dialler { netns: &pod.netns, options: &pod.socket, ready: &ReadySockets::default() };
+    let mut stream = dialler.connect(to, None).await?;
     stream.write_all(&framed(query)?).await?;
     let length = stream.read_u16().await?;
     read_message(&mut stream, length).await

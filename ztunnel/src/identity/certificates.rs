@@ -177,23 +177,44 @@ impl Certificates {
         }
     }
 
-    /// Tells who the served pods are now. Their certificates are fetched, so that the first
-    /// connection does not wait. What an account was before, in another trust domain, is forgotten.
-    pub fn serve(&self, identities: &HashSet<Identity>) {
-        let (now, mut new) = (self.now(), false);
-        let current: HashSet<Account> = identities.iter().map(Account::of).collect();
+    /// Tells who the served pods are now: those that are `told`, and those that are new and of which
+    /// only the node agent has told. Their certificates are fetched, so that the first connection does
+    /// not wait. What an account was before, in another trust domain, is forgotten.
+    pub fn serve(&self, told: &HashSet<Identity>, new: &HashSet<Identity>) {
+        let now = self.now();
+        let current: HashSet<Account> = told.union(new).map(Account::of).collect();
         let mut held = self.held();
         let Held { slots, accounts } = &mut *held;
-        slots.retain(|known, _| identities.contains(known) || !current.contains(&Account::of(known)));
-        for identity in identities.iter().filter(|one| accounts.contains_key(&Account::of(one))) {
-            if !slots.contains_key(identity) {
-                slots.insert(identity.clone(), CertificateSlot::new(Urgency::Warmup, now));
-                new = true;
+        slots.retain(|known, _| {
+            told.contains(known) || new.contains(known) || !current.contains(&Account::of(known))
+        });
+        let mut due = false;
+        for identity in told.union(new).filter(|one| accounts.contains_key(&Account::of(one))) {
+            let is_told = told.contains(identity);
+            if let Some(slot) = slots.get_mut(identity) {
+                due |= is_told && slot.is_told(now);
+                continue;
             }
+            let mut slot = CertificateSlot::new(Urgency::Warmup, now);
+            if !is_told {
+                slot.expect_newcomer(now);
+            }
+            slots.insert(identity.clone(), slot);
+            due = true;
         }
-        if new {
+        drop(held);
+        if due {
             self.wanted.notify_one();
         }
+    }
+
+    /// A new pod of `identity` has come, of which the certificate service may not know yet. Its
+    /// refusals are borne for some seconds.
+    pub fn expect_newcomer(&self, identity: &Identity) {
+        if let Some(slot) = self.held().slots.get_mut(identity) {
+            slot.expect_newcomer(self.now());
+        }
+        self.wanted.notify_one();
     }
 
     /// Why there is no valid certificate of `identity` at this moment; `None`: there is one.
@@ -274,14 +295,18 @@ impl Certificates {
     }
 
     fn record_result(&self, identity: &Identity, fetched: Result<Credentials, IdentityError>) {
+        let (now, works) = (self.now(), fetched.is_ok());
+        let mut held = self.held();
+        let slot = held.slots.get(identity);
         match &fetched {
             Ok(credentials) => info!(%identity, not_after = ?credentials.not_after, "certificate fetched"),
+            Err(error) if slot.is_some_and(|slot| slot.bears(error, now)) => {
+                debug!(%identity, error = %error_chain(error), "no certificate for a new pod yet, asking again");
+            }
             Err(error) => {
                 warn!(%identity, error = %error_chain(error), "certificate fetch failed, retrying");
             }
         }
-        let (now, works) = (self.now(), fetched.is_ok());
-        let mut held = self.held();
         // Without a slot the identity was removed during the fetch.
         let stale =
             held.slots.get_mut(identity).is_some_and(|slot| slot.record_result(identity, fetched, now));

@@ -25,6 +25,11 @@ const RETRY_JITTER: f64 = 0.2;
 const RENEW_AFTER: std::ops::RangeInclusive<f64> = 0.45..=0.55;
 /// The wall clock is looked at so often.
 const TICK: Duration = Duration::from_secs(30);
+/// The certificate service learns of a new pod at its own pace, and refuses until then: for so long
+/// that is no failure, and it is asked again after delays from the first to the longest.
+const BECOMES_KNOWN: Duration = Duration::from_secs(5);
+const FIRST_REPEAT: Duration = Duration::from_millis(20);
+const LONGEST_REPEAT: Duration = Duration::from_millis(500);
 /// A connection that finds no certificate has it fetched at once, unless the last attempt failed
 /// less than this time ago, which varies by half either way.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
@@ -76,6 +81,16 @@ enum NextFetch {
     Renewal { monotonic: Instant, wall: SystemTime },
 }
 
+/// The pod that the certificate is for is new.
+#[derive(Debug)]
+struct Newcomer {
+    /// Until when refusals are borne.
+    until: Instant,
+    repeats: Backoff,
+    /// Whether the control plane, and so the certificate service, knows of it.
+    is_told: bool,
+}
+
 #[derive(Debug)]
 pub(super) struct CertificateSlot {
     state: watch::Sender<CertificateState>,
@@ -86,6 +101,7 @@ pub(super) struct CertificateSlot {
     ask_again: Instant,
     pub urgency: Urgency,
     backoff: Backoff,
+    newcomer: Option<Newcomer>,
 }
 
 impl CertificateSlot {
@@ -98,7 +114,45 @@ impl CertificateSlot {
             ask_again: now.monotonic,
             urgency,
             backoff: Backoff::between(FIRST_RETRY, LONGEST_RETRY).with_jitter(RETRY_JITTER),
+            newcomer: None,
         }
+    }
+
+    /// A new pod has come that needs it. A certificate that is held serves it, too.
+    pub(super) fn expect_newcomer(&mut self, now: Now) {
+        self.newcomer = Some(Newcomer {
+            until: now.monotonic + BECOMES_KNOWN,
+            repeats: Backoff::between(FIRST_REPEAT, LONGEST_REPEAT).with_jitter(RETRY_JITTER),
+            is_told: false,
+        });
+        if let CertificateState::Failed(_) = self.state() {
+            self.state.send_replace(CertificateState::Pending);
+            self.hasten(now);
+        }
+    }
+
+    /// The control plane has told of the pod: if its certificate was refused, it may not be now.
+    /// Whether a fetch is due for that.
+    pub(super) fn is_told(&mut self, now: Now) -> bool {
+        let Some(newcomer) = self.newcomer.as_mut().filter(|newcomer| !newcomer.is_told) else {
+            return false;
+        };
+        newcomer.is_told = true;
+        newcomer.until = now.monotonic + BECOMES_KNOWN;
+        newcomer.repeats.reset();
+        let is_held = matches!(*self.state.borrow(), CertificateState::Valid(_));
+        if !is_held {
+            self.hasten(now);
+        }
+        !is_held
+    }
+
+    /// Whether `error` is what may be expected for a new pod, and who waits goes on waiting.
+    pub(super) fn bears(&self, error: &IdentityError, now: Now) -> bool {
+        let is_new = self.newcomer.as_ref().is_some_and(|newcomer| now.monotonic < newcomer.until);
+        is_new
+            && matches!(error, IdentityError::Refused { .. })
+            && matches!(*self.state.borrow(), CertificateState::Pending)
     }
 
     pub(super) fn state(&self) -> CertificateState {
@@ -118,8 +172,11 @@ impl CertificateSlot {
             CertificateState::Failed(_) if now.monotonic < self.ask_again => self.urgency = Urgency::RealTime,
             CertificateState::Failed(_) | CertificateState::Pending => {
                 self.urgency = Urgency::RealTime;
+                // Who asks for a new pod's does not make the service know it sooner.
+                if matches!(state, CertificateState::Failed(_)) || self.newcomer.is_none() {
+                    self.hasten(now);
+                }
                 self.state.send_replace(CertificateState::Pending);
-                self.hasten(now);
                 return Err(self.state.subscribe());
             }
         }
@@ -180,6 +237,14 @@ impl CertificateSlot {
         fetched: Result<Credentials, IdentityError>,
         now: Now,
     ) -> bool {
+        if let Err(error) = &fetched
+            && self.bears(error, now)
+            && let Some(newcomer) = &mut self.newcomer
+        {
+            self.next = NextFetch::At(now.monotonic + newcomer.repeats.delay());
+            return false;
+        }
+        self.newcomer = None;
         let ask_again = now.monotonic + ASK_AGAIN.mul_f64(rand::rng().random_range(0.5..=1.5));
         self.urgency = Urgency::Background;
         let credentials = match fetched {

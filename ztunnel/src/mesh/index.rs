@@ -2,7 +2,7 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use super::{Endpoint, Service, ServiceKey, Workload, table::Keyed};
+use super::{Endpoints, Service, ServiceKey, Workload, table::Keyed};
 
 #[derive(Clone, Debug)]
 pub(super) struct ByUid(pub Arc<Workload>);
@@ -131,7 +131,7 @@ impl Keyed for ServiceByVip {
 #[derive(Clone, Debug)]
 pub(super) struct EndpointsOf {
     pub service: ServiceKey,
-    pub endpoints: Arc<Vec<Endpoint>>,
+    pub endpoints: Arc<Endpoints>,
 }
 
 impl Keyed for EndpointsOf {

@@ -12,7 +12,7 @@ use std::{
 use ipnet::IpNet;
 use serde::{Serialize, Serializer};
 
-use super::{GatewayAddress, InvalidKey, Workload, gateways::WeightedWaypoint};
+use super::{GatewayAddress, InvalidKey, gateways::WeightedWaypoint};
 use crate::identity::Identity;
 
 /// Service port → target port. Target port 0 is a named port, which each workload maps itself.
@@ -227,27 +227,6 @@ impl Service {
     #[must_use]
     pub fn is_visible_from(&self, namespace: &str) -> bool {
         self.visibility == Visibility::Public || *self.namespace == *namespace
-    }
-}
-
-/// A workload as an endpoint of one service.
-#[derive(Clone, Debug)]
-pub struct Endpoint {
-    /// The workload.
-    pub workload: Arc<Workload>,
-    /// Its own target ports.
-    pub(super) ports: Arc<PortMap>,
-}
-
-impl Endpoint {
-    /// The port at which this endpoint serves `port` of its service. `None`: it does not serve it.
-    #[must_use]
-    pub fn target_port(&self, service: &Service, port: u16) -> Option<u16> {
-        // Only ports of the service are valid. The workload's own mapping wins; a mapping to 0 uses
-        // the service's.
-        let target = service.ports.get(&port).copied()?;
-        let own = self.ports.get(&port).copied().filter(|&own| own != 0);
-        own.or_else(|| (target != 0).then_some(target))
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
-use super::{Mesh, MeshChange};
+use super::{Mesh, MeshChange, OwnNode};
 
 /// The source of a connection's snapshot. All workers read it without locks; one task writes it.
 ///
@@ -51,6 +51,12 @@ impl Store {
     #[must_use]
     pub fn untold() -> Self {
         Self { knowledge: watch::Sender::new(Knowledge::Untold), ..Self::new(Mesh::default()) }
+    }
+
+    /// The same for a tunnel on `node`: what is told of others there helps new pods.
+    #[must_use]
+    pub fn untold_on(node: OwnNode) -> Self {
+        Self { knowledge: watch::Sender::new(Knowledge::Untold), ..Self::new(Mesh::on_node(node)) }
     }
 
     /// Whether every kind of resource that decides about connections was told once. Ask this

@@ -168,7 +168,7 @@ fn the_mapping_of_the_workload_wins_and_a_named_port_needs_one() {
         workload("c", "10.0.0.3"),
     ];
     let mesh = Mesh::new(workloads, [web.clone()], []);
-    let [a, b] = mesh.endpoints(&key) else { panic!("c is no endpoint") };
+    let [a, b] = &mesh.endpoints(&key)[..] else { panic!("c is no endpoint") };
     assert_eq!(
         [80, 81, 82, 99].map(|port| a.target_port(&web, port)),
         [Some(9090), Some(9191), Some(8082), None]

@@ -7,7 +7,7 @@
 
 use std::{cell::RefCell, net::IpAddr, sync::Arc};
 
-use super::{Endpoint, GatewayAddress, GatewayDestination, Mesh, Service, ServiceKey, Workload};
+use super::{Endpoints, GatewayAddress, GatewayDestination, Mesh, Service, ServiceKey, Workload};
 
 /// The look-ups that rules may do. Two with one address note one name, since the control plane has
 /// one answer to it.
@@ -88,7 +88,7 @@ impl<'a> MeshView<'a> {
     }
 
     /// The endpoints of a service that was found. The control plane gives them with the service.
-    pub fn endpoints(&self, service: &ServiceKey) -> &'a [Endpoint] {
+    pub fn endpoints(&self, service: &ServiceKey) -> &'a Endpoints {
         self.mesh.endpoints(service)
     }
 

@@ -5,10 +5,29 @@ use std::{net::SocketAddr, sync::Arc, time::SystemTime};
 use crate::{
     direction::Direction,
     identity::Identity,
-    mesh::{Service, Workload},
+    mesh::{Service, Store, Workload},
     metrics::{EndLabels, TrafficLabels, failures::FailedConnection},
+    pod::ServedPod,
     reason::FailureReason,
 };
+
+/// A source of which only the node agent has told when its connection was opened.
+#[derive(Clone, Debug)]
+pub(crate) struct UntoldSource {
+    pod: Arc<ServedPod>,
+    store: Arc<Store>,
+}
+
+impl UntoldSource {
+    pub(crate) fn new(pod: Arc<ServedPod>, store: Arc<Store>) -> Self {
+        Self { pod, store }
+    }
+
+    /// What is told of it by now.
+    fn told(&self) -> Option<Arc<Workload>> {
+        self.pod.workload(&self.store.snapshot()).cloned()
+    }
+}
 
 /// Both ends of a connection, as far as they are known.
 #[derive(Clone, Debug)]
@@ -16,6 +35,8 @@ pub(crate) struct ConnectionEnds {
     pub direction: Direction,
     pub source: SocketAddr,
     pub source_workload: Option<Arc<Workload>>,
+    /// Set while `source_workload` lacks what only the control plane knows.
+    pub untold_source: Option<UntoldSource>,
     /// Proven by mutual TLS; `None` for plaintext. So for `destination_identity`.
     pub source_identity: Option<Identity>,
     /// Whom we talk to: over HBONE the tunnel's port 15008.
@@ -34,6 +55,7 @@ impl ConnectionEnds {
             direction,
             source,
             source_workload: None,
+            untold_source: None,
             source_identity: None,
             destination,
             hbone: None,
@@ -41,6 +63,14 @@ impl ConnectionEnds {
             destination_identity: None,
             destination_service: None,
         }
+    }
+
+    /// Fills in what was told of the source meanwhile. Whether everything is known of it now.
+    pub(super) fn learn_source(&mut self) -> bool {
+        let Some(untold) = &self.untold_source else { return true };
+        let Some(told) = untold.told() else { return false };
+        (self.source_workload, self.untold_source) = (Some(told), None);
+        true
     }
 
     /// As the list of the last failures has it.

@@ -5,7 +5,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use prometheus_client::metrics::gauge::Gauge;
@@ -14,10 +14,13 @@ use super::ConnectionEnds;
 use crate::{
     direction::Direction,
     metrics::{
-        LabelSet, Traffic, TrafficLabels,
+        LabelSet, Metrics, Traffic, TrafficLabels,
         open::{ConnectionView, LiveConnection},
     },
 };
+
+/// How long after its opening a connection is counted by what is known of its source by then.
+const LEARN_SOURCE: Duration = Duration::from_secs(5);
 
 /// Bytes that were carried. May be held by both copying directions.
 #[derive(Debug, Default)]
@@ -46,6 +49,7 @@ impl ByteCounters {
 /// An open connection, as the table of open connections holds it.
 #[derive(Debug)]
 pub(super) struct OpenConnection {
+    pub(super) metrics: Arc<Metrics>,
     pub(super) sockets: Gauge,
     pub(super) ends: Mutex<ConnectionEnds>,
     pub(super) started: Instant,
@@ -55,10 +59,11 @@ pub(super) struct OpenConnection {
 }
 
 /// What the metrics know of a connection.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Counted {
-    /// Of the ends as they were at the opening, so that what was opened is closed.
-    pub(super) traffic: Arc<LabelSet<TrafficLabels, Traffic>>,
+    /// Of the ends as they were when it was counted as opened, so that what was opened is closed.
+    /// `None`: it is not counted yet, since its source may be told in a moment.
+    pub(super) traffic: Option<Arc<LabelSet<TrafficLabels, Traffic>>>,
     pub(super) sent: u64,
     pub(super) received: u64,
 }
@@ -71,16 +76,49 @@ impl OpenConnection {
     pub(super) fn counted(&self) -> MutexGuard<'_, Counted> {
         self.counted.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Counts it as opened, unless it was or `only_if_known` and its source is not told.
+    pub(super) fn count_opened(&self, only_if_known: bool) {
+        let mut counted = self.counted();
+        if counted.traffic.is_some() {
+            return;
+        }
+        let mut ends = self.ends();
+        if ends.learn_source() || !only_if_known {
+            let traffic = self.metrics.traffic(ends.labels("-"));
+            traffic.opened.inc();
+            counted.traffic = Some(traffic);
+        }
+    }
+
+    /// Adds what it carried since the last time to the counters.
+    fn count_bytes(&self) {
+        let mut counted = self.counted();
+        let Counted { traffic: Some(traffic), sent: sent_before, received: received_before } = &mut *counted
+        else {
+            return;
+        };
+        let (sent, received) = self.counters.totals();
+        // Istio counts metrics from the server's side, and logs from the client's.
+        traffic.received.inc_by(sent - *sent_before);
+        traffic.sent.inc_by(received - *received_before);
+        (*sent_before, *received_before) = (sent, received);
+    }
+
+    /// Counts it as closed, with what it carried to the end.
+    pub(super) fn count_closed(&self) {
+        self.count_opened(false);
+        self.count_bytes();
+        if let Some(traffic) = &self.counted().traffic {
+            traffic.closed.inc();
+        }
+    }
 }
 
 impl LiveConnection for OpenConnection {
     fn count(&self) {
-        let mut counted = self.counted();
-        let (sent, received) = self.counters.totals();
-        // Istio counts metrics from the server's side, and logs from the client's.
-        counted.traffic.received.inc_by(sent - counted.sent);
-        counted.traffic.sent.inc_by(received - counted.received);
-        (counted.sent, counted.received) = (sent, received);
+        self.count_opened(self.started.elapsed() < LEARN_SOURCE);
+        self.count_bytes();
     }
 
     fn view(&self) -> ConnectionView {

@@ -64,13 +64,21 @@ pub(crate) struct Avoid<'a> {
 }
 
 impl Avoid<'_> {
+    /// Whether `endpoint` comes after others, or is not tried at all.
+    pub(super) fn avoids(&self, endpoint: SocketAddr) -> bool {
+        self.has_failed(endpoint) || self.tried.contains(&endpoint)
+    }
+
+    fn has_failed(&self, endpoint: SocketAddr) -> bool {
+        self.failed.is_some_and(|failed| failed.has(endpoint, Instant::now))
+    }
+
     /// The rank of `endpoint`, whose rank is `rank` otherwise. `None`: it is not tried.
     ///
     /// A connection starts with one that failed if there is no other, but does not go on to one:
     /// where all are down, every connection would be as many as there are endpoints.
     pub(super) fn rank(&self, rank: usize, endpoint: SocketAddr) -> Option<usize> {
-        let failed = self.failed.is_some_and(|failed| failed.has(endpoint, Instant::now));
-        match (failed, self.tried) {
+        match (self.has_failed(endpoint), self.tried) {
             (false, tried) => (!tried.contains(&endpoint)).then_some(rank + SOUND),
             (true, []) => Some(rank),
             (true, _) => None,

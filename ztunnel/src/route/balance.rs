@@ -1,11 +1,12 @@
 //! Chooses the endpoint of a service for a connection.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use rand::{Rng, RngExt};
 
+use super::Avoid;
 use crate::mesh::{
-    Workload,
+    Best, Endpoint, Endpoints, Question, Workload,
     services::{HealthPolicy, IpFamilies, LbMode, LbScope, LoadBalancing},
 };
 
@@ -41,9 +42,68 @@ fn shares(scope: LbScope, client: &Workload, endpoint: &Workload) -> bool {
     }
 }
 
+/// With so few endpoints nothing is gained by keeping which are best.
+const FEW: usize = 4;
+
+/// How often an endpoint is drawn that is to be avoided, before all are looked at.
+const MOST_DRAWS: usize = 8;
+
+/// An endpoint that may be chosen.
+pub(super) struct Candidate<T> {
+    pub rank: usize,
+    /// What is dialled, if that is known.
+    pub at: SocketAddr,
+    pub way: T,
+}
+
+/// Draws one of the best of `endpoints`, by their capacity. `candidate` must depend on nothing that
+/// `asked` does not have.
+///
+/// Where nothing is to be avoided, the cost does not depend on how many there are. An endpoint that
+/// is to be avoided is drawn again: those that are not keep their shares. If too many are, or all of
+/// the best, all are looked at.
+pub(super) fn pick<'a, T>(
+    endpoints: &'a Endpoints,
+    asked: &Question<'_>,
+    candidate: impl Fn(&'a Endpoint) -> Option<Candidate<T>>,
+    avoid: &Avoid<'_>,
+    rng: &mut impl Rng,
+) -> Option<(&'a Endpoint, T)> {
+    if endpoints.len() > FEW {
+        let find = || {
+            Best::of(endpoints.iter().enumerate().filter_map(|(place, endpoint)| {
+                Some((place, candidate(endpoint)?.rank, endpoint.workload.capacity))
+            }))
+        };
+        for _ in 0..MOST_DRAWS {
+            let endpoint = endpoints.draw(asked, find, rng)?;
+            if let Some(Candidate { at, way, .. }) = candidate(endpoint)
+                && !avoid.avoids(at)
+            {
+                return Some((endpoint, way));
+            }
+        }
+    }
+    pick_of_all(endpoints, candidate, avoid, rng)
+}
+
+/// The same by a look at all of them.
+pub(super) fn pick_of_all<'a, T>(
+    endpoints: &'a Endpoints,
+    candidate: impl Fn(&'a Endpoint) -> Option<Candidate<T>>,
+    avoid: &Avoid<'_>,
+    rng: &mut impl Rng,
+) -> Option<(&'a Endpoint, T)> {
+    let candidates = endpoints.iter().filter_map(|endpoint| {
+        let Candidate { rank, at, way } = candidate(endpoint)?;
+        Some((avoid.rank(rank, at)?, endpoint.workload.capacity, (endpoint, way)))
+    });
+    choose(candidates, rng)
+}
+
 /// Draws one of the best endpoints, with a probability proportional to its weight. An endpoint with
 /// weight 0 gets no new connections, unless all of its rank have weight 0. One pass without
-/// allocation: a service may have thousands of endpoints.
+/// allocation.
 pub(super) fn choose<T>(
     candidates: impl IntoIterator<Item = (usize, u32, T)>,
     rng: &mut impl Rng,

@@ -7,10 +7,16 @@ use std::{
 
 use rand::Rng;
 
-use super::{Avoid, balance};
+use super::{
+    Avoid,
+    balance::{self, Candidate},
+};
 use crate::{
     identity::Identity,
-    mesh::{GatewayAddress, GatewayDestination, MeshView, NamedGateway, Workload, services::IpFamilies},
+    mesh::{
+        Endpoint, GatewayAddress, GatewayDestination, MeshView, NamedGateway, Purpose, Question, Workload,
+        services::IpFamilies,
+    },
 };
 
 /// A tunnel's end that carries traffic for others.
@@ -73,18 +79,23 @@ pub(super) fn resolve(
             })
         }
         NamedGateway::Service(service) => {
-            let endpoints = mesh.endpoints(&service.key()).iter();
-            let candidates =
-                endpoints.filter(|endpoint| is_within(&endpoint.workload)).filter_map(|endpoint| {
-                    let workload = &endpoint.workload;
-                    let ip = balance::address(workload, service.ip_families, like)?;
-                    // A gateway takes HBONE whether or not its service lists that port.
-                    let peer = SocketAddr::new(ip, endpoint.target_port(service, port).unwrap_or(port));
-                    let rank = balance::rank(client, workload, &service.load_balancing)?;
-                    let rank = avoid.rank(rank, peer)?;
-                    Some((rank, workload.capacity, (workload, peer)))
-                });
-            let (workload, peer) = balance::choose(candidates, rng)?;
+            let purpose = match within {
+                Within::OwnNetwork => Purpose::GatewayHere,
+                Within::AnyNetwork => Purpose::GatewayAnywhere,
+            };
+            let asked = Question { service, client, port, is_ipv4: like.is_ipv4(), purpose };
+            let candidate = |endpoint: &Endpoint| {
+                let workload = &endpoint.workload;
+                let near = Some(workload).filter(|workload| is_within(workload))?;
+                let ip = balance::address(near, service.ip_families, like)?;
+                // A gateway takes HBONE whether or not its service lists that port.
+                let at = SocketAddr::new(ip, endpoint.target_port(service, port).unwrap_or(port));
+                let rank = balance::rank(client, workload, &service.load_balancing)?;
+                Some(Candidate { rank, at, way: at })
+            };
+            let endpoints = mesh.endpoints(&service.key());
+            let (endpoint, peer) = balance::pick(endpoints, &asked, candidate, avoid, rng)?;
+            let workload = &endpoint.workload;
             let mut expected = service.subject_alt_names.clone();
             expected.push(workload.identity());
             Some(Gateway { workload: Arc::clone(workload), peer, expected })

@@ -10,6 +10,8 @@ use crate::mesh::{
     tests::{but, ip, service, workload},
 };
 
+mod many_endpoints;
+mod newcomers;
 mod on_demand;
 mod waypoints;
 
@@ -45,7 +47,8 @@ fn outbound(
     original: SocketAddr,
     rng: &mut impl Rng,
 ) -> Result<OutboundRoute, RouteError> {
-    super::outbound(&MeshView::complete(mesh), source, original, &Avoid::default(), rng).map(|outbound| {
+    let source = Source::told(Arc::new(source.clone()));
+    super::outbound(&MeshView::complete(mesh), &source, original, &Avoid::default(), rng).map(|outbound| {
         match outbound {
             OutboundDecision::Route(route) => route,
             OutboundDecision::Unlocated(unlocated) => panic!("{unlocated:?}"),
@@ -307,7 +310,7 @@ fn an_endpoint_known_by_name_alone_is_to_be_looked_up() {
     let (client, mut rng) = (workload("client", "10.0.9.9"), StdRng::seed_from_u64(7));
     let found = super::outbound(
         &MeshView::complete(&mesh),
-        &client,
+        &Source::told(client.into()),
         "10.96.0.1:80".parse().unwrap(),
         &Avoid::default(),
         &mut rng,

@@ -18,7 +18,6 @@ use std::{
     time::Duration,
 };
 
-use adit_netns::Netns;
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::Socket;
 use tokio::{
@@ -26,7 +25,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use super::{CONNECT_TIMEOUT, SocketOptions, new_socket, no_answer};
+use super::{CONNECT_TIMEOUT, Dialler, no_answer};
 
 /// By default Linux gives clients the ports from 32768 to 60999, and below them applications
 /// listen.
@@ -44,13 +43,8 @@ const TRIES: u32 = 8;
 /// packets do not leave this machine.
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 
-/// Connects to `to` from inside `netns`, with `from` as the source address.
-pub(super) async fn connect(
-    netns: &Netns,
-    to: SocketAddr,
-    from: IpAddr,
-    options: &SocketOptions,
-) -> io::Result<TcpStream> {
+/// Connects to `to` with `from` as the source address.
+pub(super) async fn connect(dialler: &Dialler<'_>, to: SocketAddr, from: IpAddr) -> io::Result<TcpStream> {
     let deadline = Instant::now() + CONNECT_TIMEOUT;
     let (mut wait, mut tries, mut unanswered) = (FIRST_WAIT, 0, 0);
     loop {
@@ -59,10 +53,8 @@ pub(super) async fn connect(
         let is_taken = |error: &io::Error| {
             port != 0 && matches!(error.raw_os_error(), Some(libc::EADDRINUSE | libc::EADDRNOTAVAIL))
         };
-        let bound = netns.enter(|| {
-            let socket = new_socket(to, options)?;
-            bind(&socket, SocketAddr::new(from, port)).map(|()| socket)
-        });
+        let socket = dialler.socket(to, dialler.options.mark, true)?;
+        let bound = bind(&socket, SocketAddr::new(from, port)).map(|()| socket);
         let socket = match bound {
             Err(error) if is_taken(&error) => {
                 tries += 1;
@@ -90,16 +82,9 @@ fn next_port() -> u16 {
     FIRST_PORT + u16::try_from(number * STRIDE % PORTS).unwrap_or(0)
 }
 
-/// Binds to an address that need not be this netns' own. Port 0: the kernel chooses at connect, for
+/// Binds a transparent socket, whose address need not be its netns' own. Port 0: the kernel chooses at connect, for
 /// that destination.
 fn bind(socket: &Socket, from: SocketAddr) -> io::Result<()> {
-    if from.is_ipv4() {
-        socket.set_ip_transparent_v4(true)?;
-        socket.set_freebind_v4(true)?;
-    } else {
-        socket.set_ip_transparent_v6(true)?;
-        socket.set_freebind_v6(true)?;
-    }
     if from.port() == 0 {
         // Otherwise all destinations of a source address would share the ports.
         setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?;
@@ -118,10 +103,12 @@ mod tests {
         sync::mpsc,
     };
 
+    use adit_netns::Netns;
     use socket2::{Domain, Type};
     use testbed::{command::run, netns::TestNetns};
 
     use super::*;
+    use crate::socket::{ReadySockets, SocketOptions};
 
     const MARK: u32 = 0x539;
     /// What clients have by default.
@@ -214,17 +201,13 @@ mod tests {
 
         /// The tunnel dials `count` times as the client; those that were answered.
         async fn dials(&self, to: IpAddr, count: usize) -> Vec<TcpStream> {
-            let netns = std::sync::Arc::new(Netns::new(self.pod.open()).unwrap());
+            let netns = Netns::new(self.pod.open()).unwrap();
             let options = SocketOptions { mark: MARK, ..SocketOptions::default() };
-            let mut dials = tokio::task::JoinSet::new();
-            for _ in 0..count {
-                let (netns, options) = (std::sync::Arc::clone(&netns), options.clone());
-                dials.spawn(async move {
-                    super::super::connect(&netns, SocketAddr::new(to, 8080), Some(client_of(to)), &options)
-                        .await
-                });
-            }
-            dials.join_all().await.into_iter().filter_map(Result::ok).collect()
+            let ready = ReadySockets::default();
+            let dialler = Dialler { netns: &netns, options: &options, ready: &ready };
+            let dial = |_| dialler.connect(SocketAddr::new(to, 8080), Some(client_of(to)));
+            let dials = futures_util::future::join_all((0..count).map(dial)).await;
+            dials.into_iter().filter_map(Result::ok).collect()
         }
     }
 

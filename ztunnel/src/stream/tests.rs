@@ -15,7 +15,10 @@ const LIMITS: StreamConfig = StreamConfig { half_closed: Duration::from_mins(1),
 async fn sockets() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let dialled = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-    (dialled, listener.accept().await.unwrap().0)
+    let accepted = listener.accept().await.unwrap().0;
+    // The tunnel's listeners say so.
+    accepted.set_zero_linger().unwrap();
+    (dialled, accepted)
 }
 
 /// An application socket whose other end is carried over HTTP/2, and the peer's half of that

@@ -14,7 +14,12 @@ use tokio::{
     time::sleep,
 };
 
-use crate::{config::Config, direction::Direction, rarely::Rarely, socket};
+use crate::{
+    config::Config,
+    direction::Direction,
+    rarely::Rarely,
+    socket::{self, AcceptedEnd},
+};
 
 /// The listener on which a connection arrived, which decides how it is handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +72,11 @@ pub(crate) fn open(
             ListenPort::Inbound => config.ports.inbound,
             ListenPort::Hbone => config.ports.hbone,
         };
-        let group = socket::listen(number, workers, config.ipv6, options)?;
+        let end = match port {
+            ListenPort::Outbound | ListenPort::Inbound => AcceptedEnd::Reset,
+            ListenPort::Hbone => AcceptedEnd::Close,
+        };
+        let group = socket::listen(number, workers, config.ipv6, end, options)?;
         for (Listeners(own), listener) in all.iter_mut().zip(group) {
             own.push((port, listener));
         }

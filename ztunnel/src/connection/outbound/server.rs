@@ -1,7 +1,8 @@
 //! The far end of a connection, by whichever way it is reached.
 
-use std::{net::IpAddr, sync::Arc, time::Instant};
+use std::{collections::HashSet, net::IpAddr, sync::Arc, time::Instant};
 
+use nix::ifaddrs::{InterfaceAddress, getifaddrs};
 use tokio::net::TcpStream;
 
 use super::{
@@ -13,10 +14,8 @@ use crate::{
     context::{Accepted, ProcessContext},
     direction::Direction,
     hbone::{client::ConnectError, nested::NestedStream, pool::StreamLease},
-    mesh::Workload,
     record::{ByteCounters, ConnectionEnds},
-    route::{OutboundRoute, Via},
-    socket,
+    route::{OutboundRoute, Source, Via},
     stream::{self, HboneStream, SocketIs},
 };
 
@@ -32,15 +31,14 @@ pub(super) enum Server {
 /// Connects to where `route` leads.
 pub(super) async fn connect(
     accepted: &Accepted,
-    source: &Arc<Workload>,
+    source: &Source,
     route: &OutboundRoute,
 ) -> Result<Server, OutboundError> {
     let (process, began) = (&accepted.worker.process, Instant::now());
     let server = match &route.via {
         Via::Plain => {
-            let pod = &accepted.pod;
             let from = chosen_source(accepted, source, route.target.ip());
-            let socket = socket::connect_as(&pod.netns, route.target, from, &pod.socket).await;
+            let socket = accepted.worker.dialler(&accepted.pod).connect_as(route.target, from).await;
             Server::Plain(socket.map_err(OutboundError::Dial)?)
         }
         Via::Hbone { peer, authority, expected } => {
@@ -68,11 +66,38 @@ pub(super) async fn connect(
 /// interfaces, the source may decide about the route. It shows by an address that is none of those
 /// which the mesh knows of the pod: the kernel redirects a socket to the address that it is bound to,
 /// else to the pod's first one.
-fn chosen_source(accepted: &Accepted, source: &Workload, to: IpAddr) -> Option<IpAddr> {
+fn chosen_source(accepted: &Accepted, source: &Source, to: IpAddr) -> Option<IpAddr> {
+    let own = redirected_to_itself(accepted, to)?;
+    // A newcomer has one address only (see `may_choose_source`).
+    (source.is_told && !source.addresses.contains(&own)).then_some(own)
+}
+
+/// Whether a newcomer may have chosen an address. It may not if it has only one.
+pub(super) fn may_choose_source(accepted: &Accepted, source: &Source, to: IpAddr) -> bool {
+    if source.is_told || redirected_to_itself(accepted, to).is_none() {
+        return false;
+    }
+    let addresses =
+        accepted.pod.netns.enter(|| Ok(getifaddrs()?.filter_map(|link| routable(&link)).collect()));
+    addresses.map_or(true, |all: HashSet<IpAddr>| {
+        all.iter().filter(|one| one.is_ipv4() == to.is_ipv4()).count() > 1
+    })
+}
+
+/// The client's address, if that is where its connection was redirected to.
+fn redirected_to_itself(accepted: &Accepted, to: IpAddr) -> Option<IpAddr> {
     let own = accepted.client.ip();
     let dialled = accepted.stream.local_addr().ok()?.ip().to_canonical();
-    let is_chosen = dialled == own && !source.addresses.contains(&own) && own.is_ipv4() == to.is_ipv4();
-    is_chosen.then_some(own)
+    (dialled == own && own.is_ipv4() == to.is_ipv4()).then_some(own)
+}
+
+/// An address from which others can be reached.
+fn routable(link: &InterfaceAddress) -> Option<IpAddr> {
+    let address = link.address.as_ref()?;
+    let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+    let ip = v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))?;
+    let is_local = matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
+    (!ip.is_loopback() && !is_local).then_some(ip)
 }
 
 impl Server {

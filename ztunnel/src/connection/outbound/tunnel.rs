@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -17,9 +18,8 @@ use crate::{
     },
     identity::Identity,
     mesh::{Workload, baggage},
-    record::ConnectionEnds,
-    route::{OutboundRoute, Via},
-    socket,
+    record::{ConnectionEnds, UntoldSource},
+    route::{OutboundRoute, Source, Via},
     stream::{HboneStream, StreamError},
 };
 
@@ -31,9 +31,13 @@ pub(super) struct PeerTarget<'a> {
 }
 
 /// Both ends, for the access record.
-pub(super) fn ends(accepted: &Accepted, source: &Arc<Workload>, route: &OutboundRoute) -> ConnectionEnds {
+pub(super) fn ends(accepted: &Accepted, source: &Source, route: &OutboundRoute) -> ConnectionEnds {
     let mut ends = ConnectionEnds::new(Direction::Outbound, accepted.client, route.target);
-    ends.source_workload = Some(Arc::clone(source));
+    ends.source_workload = Some(Arc::clone(&source.workload));
+    if !source.is_told {
+        let store = Arc::clone(&accepted.worker.process.store);
+        ends.untold_source = Some(UntoldSource::new(Arc::clone(&accepted.pod), store));
+    }
     ends.destination_workload.clone_from(&route.workload);
     ends.destination_service.clone_from(&route.service);
     if let Via::Hbone { peer, .. } | Via::Gateway { peer, .. } = &route.via {
@@ -75,11 +79,14 @@ pub(super) async fn open_stream(
     let key =
         TunnelKey { source: source.identity(), expected: expected.to_vec(), peer, netns: pod.netns.id() };
     let dial = || {
-        let (process, pod, expected) = (Arc::clone(&worker.process), Arc::clone(pod), expected.to_vec());
+        let (worker, pod, expected) = (Rc::clone(worker), Arc::clone(pod), expected.to_vec());
+        let process = Arc::clone(&worker.process);
         let identity = key.source.clone();
         async move {
             let credentials = process.certificates.get(&identity).await.map_err(ConnectError::Identity)?;
-            let socket = socket::connect(&pod.netns, peer, None, &pod.socket)
+            let socket = worker
+                .dialler(&pod)
+                .connect(peer, None)
                 .await
                 .map_err(|source| ConnectError::Tcp { peer, source })?;
             let began = Instant::now();

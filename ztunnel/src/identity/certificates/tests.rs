@@ -28,6 +28,8 @@ struct Script {
     panics: AtomicUsize,
     /// An identity that it never signs.
     refused: Mutex<Option<Identity>>,
+    /// How many further requests it refuses, since it does not know the pod.
+    unknown: AtomicUsize,
     takes: Mutex<Duration>,
 }
 
@@ -56,6 +58,12 @@ impl Authority for Scripted {
             let left =
                 script.panics.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
             assert!(left.is_err(), "on purpose");
+            let unknown =
+                script.unknown.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+            if unknown.is_ok() {
+                let status = Arc::new(tonic::Status::permission_denied("no such pod"));
+                return Err(IdentityError::Refused { address: "https://ca".to_owned(), status });
+            }
             if script.broken.load(Ordering::Relaxed) || refused {
                 return Err(IdentityError::TimedOut { address: "https://ca".to_owned() });
             }
@@ -230,7 +238,7 @@ async fn eight_fetches_at_a_time_and_who_waits_comes_first() {
         bench.lease(&one.service_account);
     }
     bench.lease("urgent");
-    bench.certificates.serve(&warm);
+    bench.certificates.serve(&warm, &HashSet::new());
     tokio::time::sleep(Duration::from_millis(100)).await;
     bench.certificates.get(&identity("urgent")).await.unwrap();
     let requested = bench.script.requested.lock().unwrap().clone();
@@ -251,7 +259,7 @@ async fn who_is_forgotten_is_neither_renewed_nor_asked_for_again() {
     drop(connection);
     let gone = bench.certificates.get(&identity("b")).await;
     assert!(matches!(gone, Err(IdentityError::Removed { .. })), "{gone:?}");
-    bench.certificates.serve(&HashSet::from([identity("a"), identity("b")]));
+    bench.certificates.serve(&HashSet::from([identity("a"), identity("b")]), &HashSet::new());
     tokio::time::sleep(HOUR).await;
     let known = bench.certificates.list();
     assert_eq!(known.len(), 1);
@@ -279,7 +287,7 @@ async fn a_trust_domain_that_is_not_told_any_more_is_forgotten() {
     bench.certificates.get(&identity("a")).await.unwrap();
     bench.certificates.get(&identity("b")).await.unwrap();
     let new: Identity = "spiffe://example.org/ns/default/sa/a".parse().unwrap();
-    bench.certificates.serve(&HashSet::from([new.clone()]));
+    bench.certificates.serve(&HashSet::from([new.clone()]), &HashSet::new());
     let known: Vec<_> = bench.certificates.list().into_iter().map(|known| known.identity).collect();
     assert_eq!(known, [identity("b"), new.clone()], "nothing is told of the pods of b");
     bench.certificates.get(&new).await.unwrap();
@@ -344,7 +352,7 @@ async fn after_an_outage_everything_is_fetched_at_once() {
         bench.lease(&one.service_account);
     }
     bench.script.break_it(true);
-    bench.certificates.serve(&all.iter().cloned().collect());
+    bench.certificates.serve(&all.iter().cloned().collect(), &HashSet::new());
     tokio::time::sleep(Duration::from_mins(20)).await;
     bench.script.break_it(false);
     // The delays are at 150 s by now. Somebody asks for one of them.
@@ -364,7 +372,7 @@ async fn a_refused_identity_is_not_asked_for_whenever_another_one_is_signed() {
         bench.lease(&one.service_account);
     }
     all.insert(identity("b"));
-    bench.certificates.serve(&all);
+    bench.certificates.serve(&all, &HashSet::new());
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert!(bench.script.requested() >= 81, "all were asked for");
     let of_b = bench.script.requested.lock().unwrap().iter().filter(|id| **id == identity("b")).count();
@@ -391,7 +399,7 @@ async fn certificates_that_were_fetched_together_are_not_renewed_together() {
     for one in &all {
         bench.lease(&one.service_account);
     }
-    bench.certificates.serve(&all.iter().cloned().collect());
+    bench.certificates.serve(&all.iter().cloned().collect(), &HashSet::new());
     let mut most = 0;
     let mut before = 40;
     tokio::time::sleep(Duration::from_mins(5)).await;
@@ -402,4 +410,62 @@ async fn certificates_that_were_fetched_together_are_not_renewed_together() {
     }
     assert!(before >= 80, "all were renewed: {before}");
     assert!(most <= 25, "{most} of 40 in one minute");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_pod_is_asked_for_until_the_authority_knows_it() {
+    let bench = bench();
+    bench.script.unknown.store(4, Ordering::Relaxed);
+    let (id, began) = (identity("a"), Instant::now());
+    bench.certificates.serve(&HashSet::new(), &HashSet::from([id.clone()]));
+    bench.certificates.get(&id).await.unwrap();
+    let took = began.elapsed();
+    assert!((Duration::from_millis(200)..Duration::from_millis(500)).contains(&took), "{took:?}");
+    assert_eq!(bench.script.requested(), 5);
+
+    // A second one of that account needs no other.
+    bench.certificates.expect_newcomer(&id);
+    bench.certificates.get(&id).await.unwrap();
+    assert_eq!(bench.script.requested(), 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_stays_unknown_fails_and_asking_does_not_hurry_it() {
+    let bench = bench();
+    bench.script.unknown.store(usize::MAX, Ordering::Relaxed);
+    let (id, began) = (identity("a"), Instant::now());
+    bench.certificates.serve(&HashSet::new(), &HashSet::from([id.clone()]));
+    let all = futures_util::future::join_all((0..100).map(|_| bench.certificates.get(&id))).await;
+    assert!(all.iter().all(Result::is_err));
+    assert!((5..7).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
+    let asked = bench.script.requested();
+    assert!(asked < 20, "{asked}");
+
+    // Another pod of it comes: it may be known by now.
+    bench.script.unknown.store(1, Ordering::Relaxed);
+    bench.certificates.expect_newcomer(&id);
+    bench.certificates.get(&id).await.unwrap();
+    assert_eq!(bench.script.requested(), asked + 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_pod_is_asked_for_when_it_is_told_and_an_outage_is_told_at_once() {
+    let bench = bench();
+    bench.script.unknown.store(usize::MAX, Ordering::Relaxed);
+    let (id, told) = (identity("a"), HashSet::from([identity("a")]));
+    bench.certificates.serve(&HashSet::new(), &told);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    bench.script.unknown.store(0, Ordering::Relaxed);
+    let asked = bench.script.requested();
+    let began = Instant::now();
+    bench.certificates.serve(&told, &HashSet::new());
+    bench.certificates.get(&id).await.unwrap();
+    assert!(began.elapsed() < Duration::from_millis(20), "{:?}", began.elapsed());
+    assert_eq!(bench.script.requested(), asked + 1);
+
+    bench.script.break_it(true);
+    let other = identity("b");
+    bench.certificates.serve(&told, &HashSet::from([other.clone()]));
+    bench.certificates.get(&other).await.unwrap_err();
+    assert!(began.elapsed() < Duration::from_millis(20), "{:?}", began.elapsed());
 }

@@ -7,7 +7,7 @@ fn missed(mesh: &Mesh, to: &str) -> Vec<String> {
     let (view, mut rng) = (MeshView::on_demand(mesh), StdRng::seed_from_u64(7));
     let _ = super::super::outbound(
         &view,
-        &workload("client", "10.0.9.9"),
+        &Source::told(workload("client", "10.0.9.9").into()),
         to.parse().unwrap(),
         &Avoid::default(),
         &mut rng,
