@@ -101,7 +101,12 @@ impl ApiServer {
 
     /// One for a single test, which may stop it.
     pub fn start() -> Self {
-        let server = Self::start_at(Ipv4Addr::LOCALHOST, &[]);
+        Self::start_with(&[])
+    }
+
+    /// The same with more options of the API server.
+    pub fn start_with(options: &[&str]) -> Self {
+        let server = Self::start_at(Ipv4Addr::LOCALHOST, options);
         server.namespace("adit-system", &json!({}));
         server.apply(rbac());
         server
