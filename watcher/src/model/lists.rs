@@ -50,19 +50,19 @@ pub struct InboundLists {
 #[must_use]
 pub fn effective(levels: &[&Lists]) -> Exclusions {
     let outbound: Vec<&OutboundLists> = levels.iter().map(|lists| &lists.outbound).collect();
-    let includes = |lists: &OutboundLists| lists.included_ports.is_some() || lists.included_cidrs.is_some();
-    let outbound = up_to(&outbound, includes);
+    let decides = |lists: &OutboundLists| lists.included_ports.is_some() || lists.included_cidrs.is_some();
+    let outbound = up_to(&outbound, decides);
     let outbound_ports = union(outbound.iter().flat_map(|lists| &lists.excluded_ports));
     let ranges: Vec<IpNet> = outbound.iter().flat_map(|lists| &lists.excluded_cidrs).copied().collect();
     let outbound_cidrs = IpNet::aggregate(&ranges);
-    let included = outbound.last().filter(|lists| includes(lists)).map(|lists| Included {
+    let included = outbound.last().filter(|lists| decides(lists)).map(|lists| Included {
         ports: without(lists.included_ports.as_deref().unwrap_or_default(), &outbound_ports),
         cidrs: outside_of(lists.included_cidrs.as_deref().unwrap_or_default(), &outbound_cidrs),
     });
 
     let inbound: Vec<&InboundLists> = levels.iter().map(|lists| &lists.inbound).collect();
-    let includes = |lists: &InboundLists| lists.included_ports.is_some();
-    let inbound = up_to(&inbound, includes);
+    let decides = |lists: &InboundLists| lists.included_ports.is_some();
+    let inbound = up_to(&inbound, decides);
     let inbound_ports = union(inbound.iter().flat_map(|lists| &lists.excluded_ports));
     let inbound_included = inbound
         .last()

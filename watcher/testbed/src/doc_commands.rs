@@ -58,13 +58,12 @@ fn in_page(page: &str, text: &str, program: &str) -> Vec<Named> {
             (Some(kind), None) => fence = Some(kind == "console"),
             (Some(_), Some(_)) => fence = None,
             (None, Some(true)) => {
-                found.extend(line.strip_prefix("# ").or_else(|| line.strip_prefix("$ ")).and_then(|line| {
-                    let words = of_program(line, program)?;
-                    Some(Named { place: page.to_owned(), words, is_whole: true })
-                }))
+                let typed = line.strip_prefix("# ").or_else(|| line.strip_prefix("$ "));
+                let words = typed.and_then(|line| of_program(line, program));
+                found.extend(words.map(|words| Named { place: page.to_owned(), words, is_whole: true }));
             }
             (None, Some(false)) => {}
-            (None, None) => prose += &format!("{line} "),
+            (None, None) => prose.extend([line, " "]),
         }
     }
     found.extend(prose.split('`').skip(1).step_by(2).filter_map(|code| {

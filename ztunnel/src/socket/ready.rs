@@ -51,12 +51,12 @@ impl ReadySockets {
         make: impl Fn() -> io::Result<Socket>,
     ) -> io::Result<Socket> {
         let mut shelves = self.0.borrow_mut();
-        let shelf = shelves.entry(kind).or_default();
-        if let Some(socket) = shelf.sockets.pop() {
+        let place = shelves.entry(kind).or_default();
+        if let Some(socket) = place.sockets.pop() {
             return Ok(socket);
         }
         let now = Instant::now();
-        let last = shelf.visited.replace(now);
+        let last = place.visited.replace(now);
         let spare = if last.is_some_and(|last| now.duration_since(last) < OFTEN) { SPARE } else { 0 };
         let (socket, more) = netns.enter(|| {
             let socket = make()?;

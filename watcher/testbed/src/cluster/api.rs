@@ -68,7 +68,7 @@ impl WayToApi {
         let carrier = way.clone();
         thread::spawn(move || {
             for near in listener.incoming().map_while(Result::ok) {
-                carrier.carry(near, port);
+                carrier.carry(&near, port);
             }
         });
         way
@@ -89,7 +89,7 @@ impl WayToApi {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).works
     }
 
-    fn carry(&self, near: TcpStream, port: u16) {
+    fn carry(&self, near: &TcpStream, port: u16) {
         // Who is away is away through this, too.
         let Ok(far) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) else { return };
         let clone = |end: &TcpStream| end.try_clone().expect("clone");
@@ -98,9 +98,9 @@ impl WayToApi {
             if state.works == Works::Cut {
                 return;
             }
-            state.connections.push([clone(&near), clone(&far)]);
+            state.connections.push([clone(near), clone(&far)]);
         }
-        for (from, to) in [(&near, &far), (&far, &near)] {
+        for (from, to) in [(near, &far), (&far, near)] {
             let (mut from, mut to, way) = (clone(from), clone(to), self.clone());
             thread::spawn(move || {
                 let _ = io::copy(&mut HeldBack(&mut from, &way), &mut to);
