@@ -79,7 +79,7 @@ impl EncodedResponse {
 
 /// Responses as the body of HTTP.
 struct Responses {
-    responses: BoxStream<'static, Result<EncodedResponse, Status>>,
+    next: BoxStream<'static, Result<EncodedResponse, Status>>,
     current: Option<EncodedResponse>,
     is_over: bool,
 }
@@ -99,7 +99,7 @@ impl HttpBody for Responses {
             let ended = match self.current.as_mut().and_then(EncodedResponse::next_piece) {
                 Some(Ok(piece)) => return Poll::Ready(Some(Ok(Frame::data(piece)))),
                 Some(Err(status)) => status,
-                None => match std::task::ready!(Pin::new(&mut self.responses).poll_next(context)) {
+                None => match std::task::ready!(Pin::new(&mut self.next).poll_next(context)) {
                     Some(Ok(response)) => {
                         self.current = Some(response);
                         continue;
@@ -156,8 +156,8 @@ where
             let metadata = MetadataMap::from_headers(parts.headers);
             let request = Request::from_parts(metadata, parts.extensions, requests);
             Ok(match service.stream(request).await {
-                Ok(responses) => {
-                    let body = Responses { responses, current: None, is_over: false };
+                Ok(next) => {
+                    let body = Responses { next, current: None, is_over: false };
                     let mut response = http::Response::new(Body::new(body));
                     response.headers_mut().insert(CONTENT_TYPE, GRPC_CONTENT_TYPE);
                     response
