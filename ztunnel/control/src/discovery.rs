@@ -1,26 +1,31 @@
 //! Tells tunnels of workloads, services and policies: delta xDS.
 //!
+//! * [`wire`]: responses as bytes, and the gRPC service
 //! * `stream`: one tunnel, from its first request to the end
+//! * `beginning`: how many tunnels begin at a time
 //! * `channel`: the half of it that is about one kind
 //! * `subscription`: what it wants of one kind, and what it has; pure
 
+mod beginning;
 mod channel;
 mod stream;
 mod subscription;
+pub mod wire;
 
 use std::{sync::Arc, time::Duration};
 
 use futures_util::stream::BoxStream;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Request, Status, Streaming};
 use tracing::{debug, info, warn};
-use ztunnel_api::discovery::{
-    DeltaDiscoveryRequest, DeltaDiscoveryResponse,
-    aggregated_discovery_service_server::AggregatedDiscoveryService,
-};
+use ztunnel_api::discovery::DeltaDiscoveryRequest;
 
-use self::stream::{Ended, Stream};
+use self::{
+    beginning::Beginnings,
+    stream::{Ended, Stream},
+    wire::EncodedResponse,
+};
 use crate::{callers::Callers, connection::Peer, metrics::Metrics, shares::Shares, source::Snapshots};
 
 /// Limits of what one tunnel may take.
@@ -38,7 +43,7 @@ impl Default for StreamLimits {
     }
 }
 
-/// Responses to whole meshes at a time: after a restart all tunnels come back at once.
+/// Large responses at a time, such as those of a roll-out.
 const LARGE_AT_ONCE: usize = 16;
 /// Streams of one node: a tunnel and its successor have one each, and some that broke are not noticed
 /// yet.
@@ -54,6 +59,7 @@ pub struct DiscoveryService {
     limits: StreamLimits,
     metrics: Arc<Metrics>,
     large: Arc<Semaphore>,
+    beginnings: Beginnings,
     nodes: Shares<String>,
     streams: TaskTracker,
     stop: CancellationToken,
@@ -70,19 +76,15 @@ impl DiscoveryService {
         stop: CancellationToken,
     ) -> Self {
         let (large, streams) = (Arc::new(Semaphore::new(LARGE_AT_ONCE)), TaskTracker::new());
-        let nodes = Shares::default();
-        Self { callers, snapshots, limits, metrics, large, nodes, streams, stop }
+        let (nodes, beginnings) = (Shares::default(), Beginnings::default());
+        Self { callers, snapshots, limits, metrics, large, beginnings, nodes, streams, stop }
     }
-}
 
-#[tonic::async_trait]
-impl AggregatedDiscoveryService for DiscoveryService {
-    type DeltaAggregatedResourcesStream = BoxStream<'static, Result<DeltaDiscoveryResponse, Status>>;
-
-    async fn delta_aggregated_resources(
+    /// A tunnel calls.
+    async fn stream(
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
-    ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
+    ) -> Result<BoxStream<'static, Result<EncodedResponse, Status>>, Status> {
         let caller = match self.callers.review(request.metadata()).await {
             Ok(caller) => caller,
             Err(error) => {
@@ -131,6 +133,6 @@ impl AggregatedDiscoveryService for DiscoveryService {
         let responses = futures_util::stream::unfold(receiver, |mut receiver| async {
             Some((receiver.recv().await?, receiver))
         });
-        Ok(Response::new(Box::pin(responses)))
+        Ok(Box::pin(responses))
     }
 }

@@ -27,16 +27,13 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tracing::{debug, error, warn};
-use ztunnel_api::{
-    ca::istio_certificate_service_server::IstioCertificateServiceServer,
-    discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer,
-};
+use ztunnel_api::ca::istio_certificate_service_server::IstioCertificateServiceServer;
 
 use crate::{
     authority::{Authority, AuthorityError, CurrentAuthority},
     certificates::CertificateService,
     connection::{Connection, Peer},
-    discovery::DiscoveryService,
+    discovery::{DiscoveryService, wire::DiscoveryServer},
     shares::Shares,
 };
 
@@ -56,9 +53,10 @@ const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// Streams of one connection: a tunnel has one for discovery and some for certificates.
 const STREAMS: u32 = 256;
-/// Bytes. A tunnel that comes back tells the version of everything that it has.
-const LARGEST_DISCOVERY_REQUEST: usize = 64 << 20;
+/// Bytes.
 const LARGEST_CERTIFICATE_REQUEST: usize = 64 << 10;
+/// Bytes that a tunnel may send before anybody reads them: those of many wait at a time.
+const WINDOW: u32 = 64 << 10;
 /// How long calls may go on after the stop.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -92,16 +90,14 @@ pub async fn serve(
     let mut accepting = JoinSet::new();
     accepting.spawn(accept(listener, TlsAcceptor::from(Arc::new(config)), sender, stop.clone()));
 
-    let discovery = AggregatedDiscoveryServiceServer::new(services.discovery)
-        .max_decoding_message_size(LARGEST_DISCOVERY_REQUEST)
-        .max_encoding_message_size(usize::MAX);
     let certificates = IstioCertificateServiceServer::new(services.certificates)
         .max_decoding_message_size(LARGEST_CERTIFICATE_REQUEST);
     let serving = Server::builder()
         .http2_keepalive_interval(Some(PING_INTERVAL))
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .max_concurrent_streams(STREAMS)
-        .add_service(discovery)
+        .initial_stream_window_size(WINDOW)
+        .add_service(DiscoveryServer::new(services.discovery))
         .add_service(certificates)
         .serve_with_incoming_shutdown(Accepted(accepted), stop.clone().cancelled_owned());
     let late = async {

@@ -44,8 +44,12 @@ impl ResourceType {
 /// One resource, encoded.
 #[derive(Debug)]
 pub struct Resource {
-    /// As it is sent. Equal content has the same version, in every replica and after every restart.
-    pub sent: discovery::Resource,
+    /// As it is in a response.
+    entry: Box<[u8]>,
+    name: String,
+    aliases: Vec<String>,
+    /// Equal content has the same, in every replica and after every restart.
+    version: String,
     /// Of a pod: when it was created, in seconds since 1970. Else 0.
     created: i64,
     /// Of a workload: whether it is.
@@ -66,8 +70,15 @@ impl Resource {
         let version = format!("{:032x}", u128::from_be_bytes(half));
         let resource = Some(Any { type_url: of.url().to_owned(), value });
         let sent = discovery::Resource { version, resource, name, aliases };
+        let mut entry = Vec::new();
+        // Field 2 of a response.
+        prost::encoding::message::encode(2, &sent, &mut entry);
+        let (entry, discovery::Resource { version, name, aliases, .. }) = (entry.into_boxed_slice(), sent);
         Self {
-            sent,
+            entry,
+            name,
+            aliases,
+            version,
             created: 0,
             healthy: false,
             node: String::new(),
@@ -107,12 +118,17 @@ impl Resource {
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &str {
-        &self.sent.name
+        &self.name
+    }
+
+    /// As it is in a response: an entry of the list of resources, encoded.
+    pub(crate) fn entry(&self) -> &[u8] {
+        &self.entry
     }
 
     /// Everything that it can be asked for by.
     pub(crate) fn names(&self) -> impl Iterator<Item = &String> {
-        std::iter::once(&self.sent.name).chain(&self.sent.aliases)
+        std::iter::once(&self.name).chain(&self.aliases)
     }
 
     /// Of two pods with one address, the greater one owns it: an address is given to another pod before
@@ -139,7 +155,7 @@ impl Resource {
     /// Its version.
     #[must_use]
     pub fn version(&self) -> &str {
-        &self.sent.version
+        &self.version
     }
 }
 

@@ -193,7 +193,9 @@ fn of_two_pods_with_one_address_the_later_one_has_it_for_whoever_comes_when() {
     before.soon("the second one", |mesh| owner(mesh).filter(|name| name == "a-coming"));
 
     let during = Tunnel::start(&control, &unique("node"));
-    during.soon("both", |mesh| pod(mesh, &demo, "a-coming").and(pod(mesh, &demo, "z-going")).map(drop));
+    during.soon("both", |mesh| {
+        pod(mesh, &demo, "a-coming").and_then(|_| pod(mesh, &demo, "z-going")).map(drop)
+    });
     assert_eq!(owner(&during.store.snapshot()).as_deref(), Some("a-coming"));
     // Whatever else is said of the one that goes.
     api.set_status(&demo, "z-going", &json!({"conditions": [{"type": "Ready", "status": "False"}]}));

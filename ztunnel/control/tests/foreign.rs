@@ -69,6 +69,7 @@ fn a_foreign_tunnel_reads_what_istios_control_plane_would_send() {
     workloads::nodes(&mut mesh);
     workloads::pods(&mut mesh);
     services::services(&mut mesh);
+    services::endpoints(&mut mesh);
     policies::policies(&mut mesh);
     api.namespace(NAMESPACE, &json!({}));
     api.service_account(NAMESPACE, "web");

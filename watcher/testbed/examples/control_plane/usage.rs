@@ -28,7 +28,7 @@ impl Usage {
         let ticks =
             fields.split_whitespace().skip(11).take(2).map(|text| text.parse::<u64>().expect("ticks"));
         let all = Duration::from_millis(ticks.sum::<u64>() * 1000 / TICKS);
-        let since = all - self.counted;
+        let since = all.saturating_sub(self.counted);
         self.counted = all;
         since
     }

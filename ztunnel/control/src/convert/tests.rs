@@ -23,6 +23,12 @@ use crate::{
 
 const WEB: &str = "demo/web.demo.svc.cluster.local";
 
+/// As a tunnel reads it.
+fn sent(resource: &Resource) -> ztunnel_api::discovery::Resource {
+    let mut response = ztunnel_api::discovery::DeltaDiscoveryResponse::decode(resource.entry()).unwrap();
+    response.resources.pop().unwrap()
+}
+
 #[derive(Default)]
 struct Namespace {
     objects: NamespaceObjects,
@@ -78,7 +84,7 @@ impl Namespace {
 
     fn address(&self, name: &str) -> Option<Type> {
         let resources = self.resources();
-        let sent = resources.addresses.get(name)?.sent.resource.clone().unwrap();
+        let sent = sent(resources.addresses.get(name)?).resource.unwrap();
         assert_eq!(sent.type_url, ResourceType::Address.url());
         Address::decode(&*sent.value).unwrap().r#type
     }
@@ -127,7 +133,7 @@ fn a_pod_is_a_workload() {
     };
     assert_eq!(demo.workload("web-1"), expected);
     let resource = &demo.resources().addresses["Kubernetes//Pod/demo/web-1"];
-    assert_eq!(resource.sent.aliases, ["/10.0.0.1"]);
+    assert_eq!(sent(resource).aliases, ["/10.0.0.1"]);
 }
 
 #[test]
@@ -168,7 +174,7 @@ fn the_cluster_has_names_of_its_own() {
     let workload = demo.workload("p");
     assert_eq!((&*workload.trust_domain, &*workload.network), ("example.org", "east"));
     let resource = &demo.resources().addresses["Kubernetes//Pod/demo/p"];
-    assert_eq!(resource.sent.aliases, ["east/fd00::1"]);
+    assert_eq!(sent(resource).aliases, ["east/fd00::1"]);
 }
 
 #[test]
@@ -184,7 +190,7 @@ fn a_service_has_addresses_ports_and_families() {
     let ports: Vec<_> = web.ports.iter().map(|port| (port.service_port, port.target_port)).collect();
     assert_eq!(ports, [(80, 8080), (81, 0)]);
     assert_eq!(web.load_balancing, None);
-    assert_eq!(demo.resources().addresses[WEB].sent.aliases, ["/10.96.0.1", "/fd00::1"]);
+    assert_eq!(sent(&demo.resources().addresses[WEB]).aliases, ["/10.96.0.1", "/fd00::1"]);
     // A headless one has its name.
     assert!(Namespace::default().service(json!({"clusterIP": "None"})).web().addresses.is_empty());
 }

@@ -22,8 +22,10 @@ use ztunnel_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
 use super::{
     DiscoveryService, StreamLimits,
+    beginning::Beginnings,
     channel::{Channel, Overdue, Response, next_turn},
     subscription::{Subscription, TooMuch},
+    wire::EncodedResponse,
 };
 use crate::{
     metrics::Metrics,
@@ -43,7 +45,7 @@ pub(super) enum Ended {
     Broken(Box<Status>),
     /// The tunnel did not acknowledge a response in time.
     Unacknowledged { of: ResourceType },
-    /// Too many large responses are under way to others.
+    /// Too many others begin, or are told large things.
     Busy,
     /// The tunnel subscribes to more than one may.
     TooMuch(TooMuch),
@@ -59,7 +61,7 @@ impl fmt::Display for Ended {
             Self::Unacknowledged { of } => {
                 write!(f, "it did not acknowledge a response about {} in time", of.url())
             }
-            Self::Busy => f.write_str("too many large responses are under way to other tunnels"),
+            Self::Busy => f.write_str("too many tunnels begin, or are told much, at this time"),
             Self::TooMuch(error) => error.fmt(f),
             Self::Stopped => f.write_str("this control plane shuts down"),
         }
@@ -81,11 +83,12 @@ impl Ended {
 /// One tunnel.
 pub(super) struct Stream {
     node: String,
-    responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
+    responses: mpsc::Sender<Result<EncodedResponse, Status>>,
     snapshots: Snapshots,
     limits: StreamLimits,
     metrics: Arc<Metrics>,
     large: Arc<Semaphore>,
+    beginnings: Beginnings,
     policies: Channel,
     addresses: Channel,
     /// Policies that are gone, which the tunnel has not been told.
@@ -99,7 +102,7 @@ impl Stream {
     pub(super) fn new(
         service: &DiscoveryService,
         node: String,
-        responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
+        responses: mpsc::Sender<Result<EncodedResponse, Status>>,
     ) -> Self {
         Self {
             node,
@@ -108,6 +111,7 @@ impl Stream {
             limits: service.limits,
             metrics: Arc::clone(&service.metrics),
             large: Arc::clone(&service.large),
+            beginnings: service.beginnings.clone(),
             policies: Channel::new(ResourceType::Authorization),
             addresses: Channel::new(ResourceType::Address),
             gone: BTreeSet::new(),
@@ -118,11 +122,23 @@ impl Stream {
 
     /// Runs until either side ends it.
     pub(super) async fn run(mut self, mut requests: Streaming<DeltaDiscoveryRequest>) -> Ended {
+        let beginning = tokio::select! {
+            beginning = self.beginnings.take(&self.node, self.limits.acknowledge) => beginning,
+            () = self.responses.closed() => return Ended::Closed,
+        };
+        if beginning.is_none() {
+            return Ended::Busy;
+        }
+        // It ends after some time in any case.
+        let mut beginning = beginning.map(|beginning| (beginning, Instant::now() + self.limits.acknowledge));
         loop {
             if let Err(ended) = self.deliver() {
                 return ended;
             }
-            let deadline = self.next_deadline();
+            let has_begun = self.has_begun();
+            beginning = beginning.filter(|(_, until)| !has_begun && *until > Instant::now());
+            let begins_until = beginning.as_ref().map(|(_, until)| *until);
+            let deadline = self.next_deadline().into_iter().chain(begins_until).min();
             tokio::select! {
                 request = requests.message() => match request {
                     Ok(Some(request)) => {
@@ -173,6 +189,11 @@ impl Stream {
             warn!(node = self.node, of = of.url(), error, "a tunnel refused resources");
         }
         Ok(())
+    }
+
+    /// Whether the tunnel has taken everything that it was told first.
+    fn has_begun(&self) -> bool {
+        self.addresses.answered && self.channels().iter().all(|channel| !channel.is_busy())
     }
 
     fn channel(&mut self, of: ResourceType) -> &mut Channel {
@@ -264,13 +285,14 @@ impl Stream {
         changed.sort_by_key(|resource| resource.claim());
         self.nonces += 1;
         let nonce = self.nonces.to_string();
-        let response = DeltaDiscoveryResponse {
+        let rest = DeltaDiscoveryResponse {
             system_version_info: snapshot.number.to_string(),
-            resources: changed.iter().map(|resource| resource.sent.clone()).collect(),
+            resources: Vec::new(),
             type_url: of.url().to_owned(),
             nonce: nonce.clone(),
             removed_resources: difference.removed,
         };
+        let response = EncodedResponse::new(changed, rest);
         self.channel(of).sent(nonce, turn);
         self.metrics.pushed(of, (!first).then_some(snapshot.changed));
         // There is a place for one response of each kind, unless it acknowledges what it has not read.

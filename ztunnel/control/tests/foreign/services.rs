@@ -86,7 +86,12 @@ pub fn services(mesh: &mut Mesh) {
         &web(json!({"clusterIP": null, "type": "ExternalName", "externalName": "example.org"})),
         &Value::Null,
     );
+}
 
+/// What is behind them.
+pub fn endpoints(mesh: &mut Mesh) {
+    let nothing = &json!({});
+    let web = |spec: Value| json!({"spec": spec});
     // Endpoints by selector, and a named port that each pod has another number for.
     mesh.service("selecting", 9, &web(json!({"selector": {"of": "selecting"},
             "ports": [{"name": "web", "port": 80, "targetPort": 8080}, {"name": "named", "port": 81, "targetPort": "http"}]})),

@@ -223,3 +223,46 @@ fn an_access_policy_is_sent_under_a_name_of_its_own() {
     let snapshot = next(&mut cluster).unwrap();
     assert_eq!(names(&snapshot, ResourceType::Authorization), ["demo/access_policy_x", "demo/x"]);
 }
+
+/// 5,000 nodes with 30 pods each. `--nocapture` shows what it costs.
+#[test]
+fn in_a_large_cluster_a_change_costs_as_much_as_its_namespace() {
+    let memory = || {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1000
+    };
+    let mut cluster = cluster();
+    let before = memory();
+    let large = |number: u32| {
+        let name = format!("web-7d9c6b5f4-{number}");
+        let [a, b, c] = [number / 62_500, number / 250 % 250, number % 250];
+        let labels =
+            Labels::from([("app".to_owned(), "web".to_owned()), ("version".to_owned(), "v1".to_owned())]);
+        let node = format!("node-{}", number % 5000);
+        (
+            key(&format!("ns-{}", number % 500), &name),
+            Pod { node, labels, ..pod(&name, &format!("10.{a}.{b}.{c}")) },
+        )
+    };
+    cluster.apply(Change::Pods(listed((0..150_000).map(large).collect())));
+    let began = Instant::now();
+    let first = next(&mut cluster).unwrap();
+    let whole = began.elapsed();
+    let bytes: usize = first.all(ResourceType::Address).map(|resource| resource.entry().len()).sum();
+
+    let (name, mut changed) = large(77);
+    changed.healthy = true;
+    let began = Instant::now();
+    cluster.apply(Change::Pods(Update::One(name, Some(changed))));
+    let second = next(&mut cluster).unwrap();
+    let one = began.elapsed();
+    let began = Instant::now();
+    assert_eq!(second.since(&first, ResourceType::Address).changed.len(), 1);
+    let compared = began.elapsed();
+    println!(
+        "{} MB more, {bytes} bytes for a new tunnel; first snapshot {whole:?}, a change {one:?}, for each tunnel {compared:?}",
+        memory() - before
+    );
+    assert!(one < whole / 20, "{one:?} of {whole:?}");
+}
