@@ -6,6 +6,7 @@
 //! * `startup_taint`: takes a taint off the node when the watcher is ready
 //! * `status_writer`: writes the pods' state back to the API
 //! * `cleanup`: takes what was written back when the watcher is gone
+//! * `pace`: how soon a watch begins again
 //! * `backoff`: how long to wait before the next attempt
 //!
 //! Only complete, successful responses change state. While the server is unreachable, refuses, or
@@ -30,6 +31,7 @@ use crate::model::pod::Update;
 mod backoff;
 pub(crate) mod cache;
 mod cleanup;
+mod pace;
 pub(crate) mod pod;
 mod startup_taint;
 mod status_writer;

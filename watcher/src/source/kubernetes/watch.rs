@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 use tokio::{sync::watch, time::Instant};
 use tracing::debug;
 
-use super::backoff::Backoff;
+use super::{backoff::Backoff, pace::Pace};
 
 /// How long one watch lasts. A connection that died silently is noticed 5 s after that.
 const WATCH_SECS: u32 = 120;
@@ -83,7 +83,7 @@ where
     ) -> Result<Self, kube::Error> {
         let (counter, answers) = watch::channel(0);
         let client = ClientBuilder::try_from(super::answering_within(ANSWER_TIMEOUT, config))?
-            .with_layer(&CountAnswers(Arc::new(counter)))
+            .with_layer(&Watching { counter: Arc::new(counter), pace: Arc::default() })
             .build();
         let config = watcher::Config {
             field_selector: fields,
@@ -214,24 +214,27 @@ fn describe(what: &str, error: &watcher::Error) -> String {
     }
 }
 
-/// Counts successful answers.
+/// Counts successful answers, and delays watches that begin too soon.
 #[derive(Clone)]
-struct CountAnswers(Arc<watch::Sender<u64>>);
+struct Watching {
+    counter: Arc<watch::Sender<u64>>,
+    pace: Arc<Pace>,
+}
 
-impl<S> tower::Layer<S> for CountAnswers {
-    type Service = Counting<S>;
+impl<S> tower::Layer<S> for Watching {
+    type Service = Observed<S>;
 
-    fn layer(&self, inner: S) -> Counting<S> {
-        Counting { inner, counter: Arc::clone(&self.0) }
+    fn layer(&self, inner: S) -> Observed<S> {
+        Observed { inner, watching: self.clone() }
     }
 }
 
-struct Counting<S> {
+struct Observed<S> {
     inner: S,
-    counter: Arc<watch::Sender<u64>>,
+    watching: Watching,
 }
 
-impl<S, B> tower::Service<http::Request<Body>> for Counting<S>
+impl<S, B> tower::Service<http::Request<Body>> for Observed<S>
 where
     S: tower::Service<http::Request<Body>, Response = http::Response<B>>,
     S::Future: Send + 'static,
@@ -245,9 +248,14 @@ where
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let Watching { counter, pace } = self.watching.clone();
+        let turn = pace.turn_of(request.uri());
+        // Nothing is sent before the future is polled.
         let answer = self.inner.call(request);
-        let counter = Arc::clone(&self.counter);
         Box::pin(async move {
+            if let Some(turn) = turn {
+                tokio::time::sleep_until(turn).await;
+            }
             let answer = answer.await?;
             if answer.status().is_success() {
                 counter.send_modify(|count| *count += 1);
