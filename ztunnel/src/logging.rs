@@ -2,7 +2,12 @@
 
 pub(crate) mod line;
 
-use std::{io, sync::Arc, thread, time::Duration};
+use std::{
+    io,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
@@ -25,8 +30,8 @@ pub struct Logging {
 /// Lines that may wait to be written: some megabytes, and 64 MiB if each is as long as it may be.
 const MAX_QUEUED_LINES: usize = 16 << 10;
 
-/// How long lines are collected before they are written together. Waking the writing thread and
-/// writing costs about as much as all else that a line costs.
+/// Lines are written no more often than this, together. Waking the writing thread and writing costs
+/// about as much as all else that a line costs.
 const COLLECT: Duration = Duration::from_millis(5);
 
 /// Writes early when so many bytes are there.
@@ -36,17 +41,19 @@ const BATCH: usize = 64 << 10;
 struct Batches<W> {
     sink: W,
     lines: Vec<u8>,
+    written: Option<Instant>,
 }
 
 impl<W: io::Write> Batches<W> {
     fn new(sink: W) -> Self {
-        Self { sink, lines: Vec::with_capacity(BATCH) }
+        Self { sink, lines: Vec::with_capacity(BATCH), written: None }
     }
 
     fn write_out(&mut self) -> io::Result<()> {
         let written = self.sink.write_all(&self.lines).and_then(|()| self.sink.flush());
         // What a sink did not take is not tried again: it may have taken a part.
         self.lines.clear();
+        self.written = Some(Instant::now());
         written
     }
 }
@@ -60,13 +67,16 @@ impl<W: io::Write> io::Write for Batches<W> {
         Ok(line.len())
     }
 
-    /// Called when no line waits: those of the next moment find this thread awake.
+    /// Called when no line waits. A lone one is written at once; while more come, they find this thread
+    /// awake.
     fn flush(&mut self) -> io::Result<()> {
-        if !self.lines.is_empty() {
-            thread::sleep(COLLECT);
-            self.write_out()?;
+        if self.lines.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        if let Some(written) = self.written {
+            thread::sleep(COLLECT.saturating_sub(written.elapsed()));
+        }
+        self.write_out()
     }
 }
 

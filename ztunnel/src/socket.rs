@@ -12,8 +12,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
     io::Interest,
-    net::{TcpSocket, TcpStream},
-    time::{sleep, timeout},
+    net::TcpStream,
+    time::{Instant, sleep, timeout_at},
 };
 
 use crate::config::Config;
@@ -187,8 +187,9 @@ impl Dialler<'_> {
             setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
             socket.bind(&SocketAddr::new(source, 0).into())?;
         }
-        let connecting = TcpSocket::from_std_stream(socket.into()).connect(to);
-        timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or_else(|_| Err(no_answer()))
+        let connecting = Connecting::begin(socket, to)?;
+        let connected = connecting.done(Instant::now() + CONNECT_TIMEOUT).await;
+        connected.unwrap_or_else(|| Err(no_answer()))
     }
 
     /// A socket in the netns.
@@ -204,6 +205,36 @@ impl Dialler<'_> {
             }
             Ok(socket)
         })
+    }
+}
+
+/// A connect that has begun.
+struct Connecting {
+    stream: TcpStream,
+    is_done: bool,
+}
+
+impl Connecting {
+    /// On one machine the handshake is mostly done when this returns.
+    fn begin(socket: Socket, to: SocketAddr) -> io::Result<Self> {
+        match socket.connect(&to.into()) {
+            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+            _ => {}
+        }
+        // Else there is nobody at the other end yet.
+        let is_done = socket.peer_addr().is_ok();
+        Ok(Self { stream: TcpStream::from_std(socket.into())?, is_done })
+    }
+
+    /// `None`: nobody has answered until then. Sets a timer only if there is something to wait for: it
+    /// would wake the worker.
+    async fn done(self, until: Instant) -> Option<io::Result<TcpStream>> {
+        let Self { stream, is_done } = self;
+        if is_done {
+            return Some(Ok(stream));
+        }
+        let answered = timeout_at(until, stream.writable()).await.ok()?;
+        Some(answered.and_then(|()| stream.take_error()).and_then(|error| error.map_or(Ok(stream), Err)))
     }
 }
 
@@ -327,7 +358,7 @@ pub(crate) fn reset(stream: TcpStream) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::AsyncReadExt;
+    use tokio::{io::AsyncReadExt, time::timeout};
 
     #[tokio::test]
     async fn a_reset_is_seen_as_a_reset() {
@@ -341,7 +372,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_client_that_resets_has_left_and_one_that_closed_its_half_waits_for_a_while() {
-        use tokio::{io::AsyncWriteExt, time::Instant};
+        use tokio::io::AsyncWriteExt;
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let connected = async || {

@@ -3,9 +3,9 @@
 use std::{convert::Infallible, io, sync::Arc, thread::JoinHandle};
 
 use tokio::{
-    runtime::Builder,
+    runtime::{Builder, LocalOptions},
     sync::{mpsc, oneshot},
-    task::{JoinError, JoinSet, LocalSet},
+    task::{JoinError, JoinSet},
 };
 use tracing::error;
 
@@ -38,24 +38,27 @@ impl<T: Send + 'static> PodThread<T> {
         F: Future<Output = ()> + 'static,
     {
         let (orders, pods) = mpsc::unbounded_channel();
-        let runtime = Builder::new_current_thread().enable_all().build()?;
-        metrics.runtimes.add(runtime.metrics());
         let lifeline = supervisor.lifeline(format!("the thread {name}"));
         let serve_all = async move || serve_pods(pods, prepare()).await;
-        let (prepared, home) = std::sync::mpsc::sync_channel(1);
+        let (prepared, runs) = std::sync::mpsc::sync_channel(1);
         let (ending, ended) = oneshot::channel();
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             let _ending = ending;
             // Later there may be no descriptors left, and without a way home it could enter no
             // netns.
-            let home = adit_netns::remember_home();
-            let at_home = home.is_ok();
-            if prepared.send(home).is_ok() && at_home {
-                LocalSet::new().block_on(&runtime, serve_all());
+            let runtime = adit_netns::remember_home().and_then(|()| {
+                Builder::new_current_thread().enable_all().build_local(LocalOptions::default())
+            });
+            let known = match &runtime {
+                Ok(runtime) => prepared.send(Ok(runtime.metrics())),
+                Err(error) => prepared.send(Err(io::Error::new(error.kind(), error.to_string()))),
+            };
+            if let (Ok(()), Ok(runtime)) = (known, runtime) {
+                runtime.block_on(serve_all());
             }
             lifeline.release();
         })?;
-        home.recv().map_err(io::Error::other)??;
+        metrics.runtimes.add(runs.recv().map_err(io::Error::other)??);
         Ok(Self { orders, thread, ended })
     }
 

@@ -75,8 +75,7 @@ fn pods_that_nobody_else_serves_wait_for_no_certificate() {
     assert_eq!(times_added(&client), 0, "the predecessor has it");
     old.signal(Signal::SIGKILL);
     new.wait_ready();
-    // Its log has it a moment later.
-    wait_for("the pod that the other one had", || (times_added(&client) == 1).then_some(()));
+    wait_for("the log to say so", || (times_added(&client) == 1).then_some(()));
     // What needs no certificate is carried.
     assert_carried(&client, &plain, "out of the mesh");
 }

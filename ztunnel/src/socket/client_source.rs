@@ -20,12 +20,9 @@ use std::{
 
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::Socket;
-use tokio::{
-    net::{TcpSocket, TcpStream},
-    time::{Instant, timeout_at},
-};
+use tokio::{net::TcpStream, time::Instant};
 
-use super::{CONNECT_TIMEOUT, Dialler, no_answer};
+use super::{CONNECT_TIMEOUT, Connecting, Dialler, no_answer};
 
 /// By default Linux gives clients the ports from 32768 to 60999, and below them applications
 /// listen.
@@ -63,11 +60,15 @@ pub(super) async fn connect(dialler: &Dialler<'_>, to: SocketAddr, from: IpAddr)
             bound => bound?,
         };
         let until = deadline.min(Instant::now() + wait);
-        match timeout_at(until, TcpSocket::from_std_stream(socket.into()).connect(to)).await {
-            Ok(Err(error)) if is_taken(&error) => tries += 1,
-            Ok(connected) => return connected,
-            Err(_) if until == deadline => return Err(no_answer()),
-            Err(_) => (wait, unanswered) = (wait * 2, unanswered + 1),
+        let connected = match Connecting::begin(socket, to) {
+            Ok(connecting) => connecting.done(until).await,
+            Err(error) => Some(Err(error)),
+        };
+        match connected {
+            Some(Err(error)) if is_taken(&error) => tries += 1,
+            Some(connected) => return connected,
+            None if until == deadline => return Err(no_answer()),
+            None => (wait, unanswered) = (wait * 2, unanswered + 1),
         }
     }
 }
