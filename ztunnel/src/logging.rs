@@ -222,15 +222,15 @@ mod tests {
                 Ok(())
             }
         }
-        let writes = Writes::default();
-        let (mut writer, log_writer) = non_blocking(Batches::new(writes.clone()));
+        let sink = Writes::default();
+        let (mut writer, log_writer) = non_blocking(Batches::new(sink.clone()));
         for line in 0..10_000 {
             io::Write::write_all(&mut writer, format!("{line}\n").as_bytes()).unwrap();
         }
         drop(log_writer);
-        let writes = writes.0.lock().unwrap();
-        assert!(writes.len() < 100, "{} writes", writes.len());
-        let all: Vec<_> = writes.iter().flat_map(|text| text.lines()).collect();
+        let calls = sink.0.lock().unwrap();
+        assert!(calls.len() < 100, "{} writes", calls.len());
+        let all: Vec<_> = calls.iter().flat_map(|text| text.lines()).collect();
         assert!(all.iter().enumerate().all(|(n, line)| *line == n.to_string()) && all.len() == 10_000);
     }
 

@@ -50,20 +50,21 @@ impl ReadySockets {
         kind: Kind,
         make: impl Fn() -> io::Result<Socket>,
     ) -> io::Result<Socket> {
-        let mut shelves = self.0.borrow_mut();
-        let place = shelves.entry(kind).or_default();
-        if let Some(socket) = place.sockets.pop() {
-            return Ok(socket);
-        }
         let now = Instant::now();
-        let last = place.visited.replace(now);
+        let last = {
+            let mut all = self.0.borrow_mut();
+            let waiting = all.entry(kind).or_default();
+            if let Some(socket) = waiting.sockets.pop() {
+                return Ok(socket);
+            }
+            waiting.visited.replace(now)
+        };
         let spare = if last.is_some_and(|last| now.duration_since(last) < OFTEN) { SPARE } else { 0 };
         let (socket, more) = netns.enter(|| {
             let socket = make()?;
             let more: Vec<Socket> = (0..spare).map_while(|_| make().ok()).collect();
             Ok((socket, more))
         })?;
-        drop(shelves);
         if !more.is_empty() {
             self.keep(kind, more);
         }
@@ -105,9 +106,9 @@ mod tests {
         let pod = TestNetns::new(&name);
         pod.run("ip addr add 192.0.2.1/32 dev lo");
         let netns = Netns::new(pod.open()).unwrap();
-        let (ready, made) = (ReadySockets::default(), Cell::new(0));
+        let (ready, count) = (ReadySockets::default(), Cell::new(0));
         let make = || {
-            made.set(made.get() + 1);
+            count.set(count.get() + 1);
             Socket::new(Domain::IPV4, Type::STREAM, None)
         };
         let take = || {
@@ -116,14 +117,14 @@ mod tests {
             socket.bind(&"192.0.2.1:0".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
         };
         take();
-        assert_eq!(made.get(), 1);
-        (0..SPARE + 1).for_each(|_| take());
-        assert_eq!(made.get(), SPARE + 2);
+        assert_eq!(count.get(), 1);
+        (0..=SPARE).for_each(|_| take());
+        assert_eq!(count.get(), SPARE + 2);
         take();
-        assert_eq!(made.get(), 2 * SPARE + 3);
-        ready.0.borrow_mut().get_mut(&kind(&netns)).unwrap().visited = Some(Instant::now() - 2 * OFTEN);
-        (0..SPARE + 1).for_each(|_| take());
-        assert_eq!(made.get(), 2 * SPARE + 4, "it has not dialled for a while");
+        assert_eq!(count.get(), 2 * SPARE + 3);
+        ready.0.borrow_mut().get_mut(&kind(&netns)).unwrap().visited = Instant::now().checked_sub(2 * OFTEN);
+        (0..=SPARE).for_each(|_| take());
+        assert_eq!(count.get(), 2 * SPARE + 4, "it has not dialled for a while");
         take();
         ready.forget(netns.id());
         assert!(ready.0.borrow().is_empty());
