@@ -52,3 +52,16 @@ fn lists_of_a_namespace_and_of_the_mesh_hold_from_the_next_connection_on() {
     wait_excluded(&node, &[26, 6379]);
     assert!(node.source_error().is_none());
 }
+
+/// Not known is not none: what they exclude or include would hold for every pod.
+#[test]
+#[ignore = "needs root: make test"]
+fn lists_that_may_not_be_read_are_named_and_the_watcher_is_not_ready() {
+    let mut node = ApiNode::new(&json!({"istio.io/dataplane-mode": "ambient"}));
+    node.pod("pod", &json!({}));
+    // The chart's role is about one name.
+    node.host.start(&["--lists-config-map", "adit-system/others"]);
+    node.wait_source_error(&["the verb list on configmaps", "forbidden"]);
+    let status = node.host.status();
+    assert_eq!((&status["ready"], &status["source"]["synced"]), (&json!(false), &json!(false)));
+}

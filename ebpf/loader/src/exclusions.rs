@@ -52,7 +52,8 @@ impl ExclusionList {
         self
     }
 
-    /// Adds a range of ports. It must not overlap another one that says otherwise.
+    /// Adds a range of ports. It must not overlap another one that says otherwise, unless that has all
+    /// ports: the narrowest prefix that has a port counts.
     pub fn list_ports(&mut self, direction: u16, ports: RangeInclusive<u16>, listed: Listed) {
         self.ports.extend(port_prefixes(direction, ports).map(|prefix| (prefix, listed)));
     }

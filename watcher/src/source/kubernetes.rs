@@ -15,7 +15,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use k8s_openapi::api::core::v1 as api;
-use kube::{Api, Config, core::PartialObjectMeta};
+use kube::{Api, Config, core::PartialObjectMeta, runtime::watcher::Event};
 use tokio::sync::{mpsc, oneshot};
 use tracing::info;
 
@@ -222,39 +222,18 @@ impl Follower {
     }
 
     fn on_namespace(&mut self, received: Received<PartialObjectMeta<api::Namespace>>) {
-        let [_, problem, _] = &mut self.problems;
-        match received {
-            Received::Event(event) => {
-                clear_on_answer(problem, &event);
-                self.cluster.on_namespace(event);
-            }
-            Received::Failed(error) => *problem = Some(error),
-            Received::Recovered => *problem = None,
-        }
+        let Self { problems: [_, problem, _], cluster, .. } = self;
+        note(problem, received, |event| cluster.on_namespace(event));
     }
 
     fn on_pod(&mut self, received: Received<api::Pod>) {
-        let [problem, ..] = &mut self.problems;
-        match received {
-            Received::Event(event) => {
-                clear_on_answer(problem, &event);
-                self.cluster.on_pod(event);
-            }
-            Received::Failed(error) => *problem = Some(error),
-            Received::Recovered => *problem = None,
-        }
+        let Self { problems: [problem, ..], cluster, .. } = self;
+        note(problem, received, |event| cluster.on_pod(event));
     }
 
     fn on_lists(&mut self, received: Received<api::ConfigMap>) {
-        let [_, _, problem] = &mut self.problems;
-        match received {
-            Received::Event(event) => {
-                clear_on_answer(problem, &event);
-                self.cluster.on_mesh_lists(event);
-            }
-            Received::Failed(error) => *problem = Some(error),
-            Received::Recovered => *problem = None,
-        }
+        let Self { problems: [.., problem], cluster, .. } = self;
+        note(problem, received, |event| cluster.on_mesh_lists(event));
     }
 
     /// Sends the loop what it does not know yet, if anything. Fails when the receiver is gone.
@@ -299,10 +278,18 @@ async fn next_of(watched: &mut Option<Watched<api::ConfigMap>>) -> Received<api:
     }
 }
 
-/// An event shows that the server answers; the start of a list does not.
-fn clear_on_answer<K>(problem: &mut Option<String>, event: &kube::runtime::watcher::Event<K>) {
-    if !matches!(event, kube::runtime::watcher::Event::Init) {
-        *problem = None;
+/// Notes in `problem` whether one kind of object can be watched, and passes its events on. An event
+/// shows that the server answers; the start of a list does not.
+fn note<K>(problem: &mut Option<String>, received: Received<K>, take: impl FnOnce(Event<K>)) {
+    match received {
+        Received::Event(event) => {
+            if !matches!(event, Event::Init) {
+                *problem = None;
+            }
+            take(event);
+        }
+        Received::Failed(error) => *problem = Some(error),
+        Received::Recovered => *problem = None,
     }
 }
 

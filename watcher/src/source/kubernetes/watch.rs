@@ -203,7 +203,7 @@ fn describe(what: &str, error: &watcher::Error) -> String {
     };
     match status(error) {
         Some(status) if status.code == 403 => format!(
-            "{tried} {what}: {}; grant the watcher's service account the verb {tried} on {what}, as its ClusterRole does",
+            "{tried} {what}: {}; grant the watcher's service account the verb {tried} on {what}, as the chart's roles do",
             status.message
         ),
         Some(status) if status.code == 401 => {
