@@ -49,6 +49,8 @@ pub struct Config {
     /// Whether applications see the client's address (`ENABLE_ORIG_SRC`). `None`: if the process
     /// has the capability.
     pub original_source: Option<bool>,
+    /// Whether pods of this node reach each other without a tunnel between them.
+    pub same_node_direct: bool,
     /// Network of this node; empty if there is one network only.
     pub network: Arc<str>,
     /// Name of this node.

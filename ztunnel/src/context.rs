@@ -16,7 +16,7 @@ use crate::{
     memory::MemoryBudget,
     mesh::Store,
     metrics::Metrics,
-    pod::ServedPod,
+    pod::{PodIndex, ServedPod},
     route::FailedEndpoints,
     socket::{self, Dialler, ReadySockets},
     supervision::Supervisor,
@@ -39,6 +39,8 @@ pub struct ProcessContext {
     pub(crate) socket: socket::SocketOptions,
     /// Whether applications are dialled from their clients' addresses.
     pub original_source: bool,
+    /// The pods that are served, which others of this node may want to reach.
+    pub(crate) served: PodIndex,
     /// To whom threads report that they ended.
     pub(crate) supervisor: Supervisor,
     /// File descriptors that all connections share.
@@ -78,6 +80,7 @@ impl ProcessContext {
             demand,
             socket,
             original_source,
+            served: PodIndex::default(),
             supervisor,
             descriptors,
         }

@@ -1,4 +1,8 @@
 //! A pod that is served.
+//!
+//! * `index`: all of them, by name
+
+mod index;
 
 use std::{
     sync::{
@@ -8,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+pub use self::index::PodIndex;
 use adit_netns::Netns;
 use nix::net::if_::{Interface, if_nameindex};
 use tokio_util::sync::CancellationToken;

@@ -146,6 +146,7 @@ impl ServedPods {
         self.pending.remove(uid);
         if let Some(pod) = self.running.remove(uid) {
             info!(pod.uid = uid, pod.name = %pod.info.name, "pod removed");
+            self.process.served.remove(&pod);
             pod.stop.cancel();
             self.process.metrics.pods.stopped.inc();
         }
@@ -219,6 +220,7 @@ impl ServedPods {
         let pod = self.listen(uid, info, Netns::new(netns)?, &listeners::ALL, None)?;
         info!(pod.uid = uid, pod.name = %pod.info.name, pod.namespace = %pod.info.namespace,
             pod.service_account = %pod.info.service_account, "pod added");
+        self.process.served.add(&pod);
         self.running.insert(uid.to_owned(), pod);
         self.prefetch_certificates(None);
         Ok(())

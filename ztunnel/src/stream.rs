@@ -141,7 +141,7 @@ pub(crate) async fn tunnel(
     let result = both(
         socket_to_stream(read, &mut stream.send, &stream.queue, from_socket),
         stream_to_socket(&mut stream.recv, write, &mut stream.memory, to_socket),
-        || counters.totals(),
+        || Some(counters.totals()),
         limits,
         cut,
     )
@@ -157,20 +157,20 @@ pub(crate) async fn tunnel(
 }
 
 /// Copies between two sockets until both end, or until `cut`. On return both are closed, by FIN or
-/// by RST.
+/// by RST. All of `counters` count the same.
 pub(crate) async fn relay(
     client: TcpStream,
     server: TcpStream,
-    counters: &ByteCounters,
+    counters: &[&ByteCounters],
     limits: StreamConfig,
     cut: impl Future<Output = ()>,
 ) -> Result<(), StreamError> {
     let (mut client, mut server) = (Unfinished::accepted(client), Unfinished::dialled(server)?);
     let ((from_client, to_client), (from_server, to_server)) = (client.0.split(), server.0.split());
     both(
-        socket_to_socket(from_client, to_server, |n| counters.sent(n)),
-        socket_to_socket(from_server, to_client, |n| counters.received(n)),
-        || counters.totals(),
+        socket_to_socket(from_client, to_server, |n| counters.iter().for_each(|one| one.sent(n))),
+        socket_to_socket(from_server, to_client, |n| counters.iter().for_each(|one| one.received(n))),
+        || counters.first().map(|one| one.totals()),
         limits,
         cut,
     )
@@ -180,12 +180,15 @@ pub(crate) async fn relay(
     Ok(())
 }
 
+/// Bytes up and down so far, if somebody counts.
+type Moved = Option<(u64, u64)>;
+
 /// Runs both directions to their ends; the first failure ends both. A connection that is idle for
 /// as long as `limits` allow is closed, at the latest after twice that time.
 async fn both(
     up: impl Future<Output = Result<(), StreamError>>,
     down: impl Future<Output = Result<(), StreamError>>,
-    moved: impl Fn() -> (u64, u64),
+    moved: impl Fn() -> Moved,
     limits: StreamConfig,
     cut: impl Future<Output = ()>,
 ) -> Result<(), StreamError> {

@@ -3,7 +3,8 @@
 //! Every variant has a cluster of its own (two nodes, a client, a server); each measurement visits
 //! the variants in turn, several rounds, each second one the other way round, and the median counts,
 //! so that what else the machine does meets all of them alike. With `PEER_BIN=/path/to/another/ztunnel` that binary does the same work
-//! beside ours. `ROUNDS` (3) and `SECONDS` (3) size it.
+//! beside ours. With `SAME_NODE=1` client and server are pods of one node, with one tunnel.
+//! `ROUNDS` (3) and `SECONDS` (3) size it.
 
 #![expect(clippy::disallowed_methods, reason = "options of make bench")]
 
@@ -137,7 +138,8 @@ fn variant(name: &'static str, tunnel: Option<std::path::PathBuf>) -> Variant {
     let mut cluster = Cluster::new();
     let enrol = if tunnel.is_some() { Enrol::Mesh } else { Enrol::Plain };
     let client = cluster.pod("client", 0, enrol);
-    let server = cluster.pod("server", 1, enrol);
+    let same_node = env::var_os("SAME_NODE").is_some_and(|value| value == "1");
+    let server = cluster.pod("server", usize::from(!same_node), enrol);
     cluster.serve_web(&server, "hello");
     // Through the mesh a client's connections end on its own loopback, where Linux reuses ports in
     // TIME_WAIT; the direct ones get the same, or they would measure the wait for a port.

@@ -90,6 +90,7 @@ fn resolve(settings: &RawSettings, in_kubernetes: bool, without_xds: bool) -> Re
         port_reuse: settings.bool("zds.port_reuse")?,
         ipv6,
         original_source: settings.optional_bool("socket.original_source")?,
+        same_node_direct: settings.bool("hbone.same_node_direct")?,
         network: settings.text("node.network"),
         node: settings.text("node.name"),
         cluster_domain: settings.text("node.cluster_domain"),

@@ -24,25 +24,27 @@ use crate::{
 const HEAR_OF_POLICY: Duration = Duration::from_millis(1500);
 
 /// A connection that policy decides about, from its admission to its end.
-pub(super) struct Subject<'a> {
-    process: &'a ProcessContext,
-    pod: &'a ServedPod,
-    connection: InboundConnection<'a>,
+pub(super) struct Subject {
+    process: Arc<ProcessContext>,
+    pod: Arc<ServedPod>,
+    client: IpAddr,
+    identity: Option<Identity>,
+    target: SocketAddr,
     /// Whether the log has a line that a policy on trial would deny it.
     reported: Cell<bool>,
 }
 
-impl<'a> Subject<'a> {
+impl Subject {
     /// `client`, who has proved to be `identity`, wants to reach `target` of `pod`.
     pub(super) fn new(
-        process: &'a ProcessContext,
-        pod: &'a ServedPod,
+        process: &Arc<ProcessContext>,
+        pod: &Arc<ServedPod>,
         client: IpAddr,
-        identity: Option<&'a Identity>,
+        identity: Option<&Identity>,
         target: SocketAddr,
     ) -> Self {
-        let connection = InboundConnection { source_ip: client, source: identity, destination: target };
-        Self { process, pod, connection, reported: Cell::new(false) }
+        let (process, pod, identity) = (Arc::clone(process), Arc::clone(pod), identity.cloned());
+        Self { process, pod, client, identity, target, reported: Cell::new(false) }
     }
 
     /// Whether policy lets it pass, as `mesh` knows it. Where that names a policy of which nothing
@@ -102,11 +104,12 @@ impl<'a> Subject<'a> {
     }
 
     fn check(&self, protection: &Protection) -> Result<(), Denied> {
+        let (source_ip, destination) = (self.client, self.target);
+        let connection = InboundConnection { source_ip, source: self.identity.as_ref(), destination };
         if !self.reported.get()
-            && let Err(denied) = protection.try_out(&self.connection)
+            && let Err(denied) = protection.try_out(&connection)
         {
             self.reported.set(true);
-            let InboundConnection { source_ip, destination, .. } = self.connection;
             if let Some(left_out) = failure_line(source_ip) {
                 info!(
                     pod.name = &*self.pod.info.name, %source_ip, %destination, %denied, left_out = left_out.field(),
@@ -114,6 +117,6 @@ impl<'a> Subject<'a> {
                 );
             }
         }
-        protection.check(&self.connection)
+        protection.check(&connection)
     }
 }

@@ -1,14 +1,19 @@
 //! Follows the connections that come to a served pod through a peer's tunnel, port 15008: is the
 //! peer who it must be, may it, and will the application take it; then copies until it ends.
+//!
+//! * `delivery`: what a request means for the pod
+//! * `source`: which workload the client is, for labels
+//! * `proxy_protocol`: the header for applications that want it
+//! * [`neighbour`]: connections from another pod of this node, which come through no tunnel
 
 mod delivery;
+pub(super) mod neighbour;
 mod proxy_protocol;
 mod source;
 
 use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Instant};
 
 use delivery::{Delivery, Handover, delivery};
-use h2::RecvStream;
 use http::{HeaderMap, HeaderValue, Method, Request};
 use source::{Peer, source};
 use tokio::{io::AsyncWriteExt, net::TcpStream};
@@ -16,6 +21,7 @@ use tracing::debug;
 
 use super::{admission::Subject, application, error::InboundError};
 use crate::{
+    budget::DescriptorLease,
     context::{Accepted, WorkerContext},
     direction::Direction,
     hbone::{
@@ -32,7 +38,7 @@ use crate::{
     workload_lookup::{ensure_known, for_label, own_workload},
 };
 
-/// One tunnel of a peer, as its requests see it.
+/// One tunnel of a peer, or a pod of this node, as its requests see it.
 struct InboundTunnel {
     worker: Rc<WorkerContext>,
     pod: Arc<ServedPod>,
@@ -143,8 +149,8 @@ async fn until_untrusted(credentials: &Credentials, client: Option<&Identity>) {
 }
 
 /// A CONNECT request that passed all checks.
-struct Admitted<'a> {
-    subject: Subject<'a>,
+struct Admitted {
+    subject: Subject,
     workload: Arc<Workload>,
     /// The client, for labels.
     source: Option<Arc<Workload>>,
@@ -173,22 +179,28 @@ async fn request(tunnel: Rc<InboundTunnel>, mut connect: ConnectRequest) {
 
 /// The checks in the order of their answers: 400 for what is malformed, 503 for what leads nowhere,
 /// 401.
-async fn admit<'a>(
-    tunnel: &'a InboundTunnel,
-    request: &Request<RecvStream>,
-) -> Result<Admitted<'a>, InboundError> {
+async fn admit<B>(tunnel: &InboundTunnel, request: &Request<B>) -> Result<Admitted, InboundError> {
     if request.method() != Method::CONNECT {
         return Err(InboundError::Method(request.method().clone()));
     }
     let authority = request.uri().authority().ok_or(InvalidTarget)?;
     let target: ConnectTarget = authority.as_str().parse()?;
+    admit_to(tunnel, &target, request.headers()).await
+}
+
+/// The checks of a request for `target`.
+async fn admit_to(
+    tunnel: &InboundTunnel,
+    target: &ConnectTarget,
+    headers: &HeaderMap,
+) -> Result<Admitted, InboundError> {
     let process = &tunnel.worker.process;
     if let Some(over) = tunnel.is_over() {
         return Err(over);
     }
     let (mesh, workload) = own_workload(process, &tunnel.pod).await?;
     let (mesh, delivery) = ensure_known(process, &tunnel.pod, mesh, |view| {
-        delivery(view, &workload, tunnel.local, &target, process.config.proxy_to)
+        delivery(view, &workload, tunnel.local, target, process.config.proxy_to)
     })
     .await?;
     let mut delivery = delivery?;
@@ -201,12 +213,12 @@ async fn admit<'a>(
     let subject = Subject::new(process, &tunnel.pod, client, identity, delivery.target);
     subject.admit(&mesh, &workload).await?;
     if delivery.service.is_none() {
-        delivery.service = forwarded_service(&mesh, &workload, request.headers());
+        delivery.service = forwarded_service(&mesh, &workload, headers);
     }
     let peer = Peer { ip: tunnel.peer.ip(), identity: tunnel.identity.as_ref() };
     let believed = process.config.response_baggage;
     let source = for_label(process, &tunnel.pod, &mesh, identity.is_some(), |view| {
-        source(view, &workload, peer, request.headers(), believed)
+        source(view, &workload, peer, headers, believed)
     });
     Ok(Admitted { subject, workload, source, delivery })
 }
@@ -218,7 +230,7 @@ fn forwarded_service(mesh: &Mesh, workload: &Workload, headers: &HeaderMap) -> O
     mesh.service_by_hostname(forwarded_host(forwarded)?, &workload.namespace).cloned()
 }
 
-fn ends(tunnel: &InboundTunnel, admitted: &Admitted<'_>) -> ConnectionEnds {
+fn ends(tunnel: &InboundTunnel, admitted: &Admitted) -> ConnectionEnds {
     let mut ends = ConnectionEnds::new(Direction::Inbound, tunnel.peer, tunnel.local);
     ends.source_workload.clone_from(&admitted.source);
     ends.source_identity.clone_from(&tunnel.identity);
@@ -231,18 +243,14 @@ fn ends(tunnel: &InboundTunnel, admitted: &Admitted<'_>) -> ConnectionEnds {
 
 async fn carry(
     tunnel: &InboundTunnel,
-    admitted: &Admitted<'_>,
+    admitted: &Admitted,
     mut connect: ConnectRequest,
     counters: &ByteCounters,
 ) -> Result<(), InboundError> {
     let (process, began) = (&tunnel.worker.process, Instant::now());
-    let Some(_descriptors) = tunnel.pod.budget.descriptors.take(1) else {
-        let error = InboundError::TooManyConnections;
-        connect.refuse(error.status());
-        return Err(error);
-    };
-    let application = match connect.while_wanted(async |_| dial(tunnel, &admitted.delivery).await).await {
-        Ok(application) => application,
+    let dialled = connect.while_wanted(async |_| hand_over(tunnel, &admitted.delivery).await).await;
+    let (application, _descriptors) = match dialled {
+        Ok(dialled) => dialled,
         Err(error) => {
             connect.refuse(error.status());
             return Err(error);
@@ -256,20 +264,30 @@ async fn carry(
         headers.insert(BAGGAGE, value);
     }
     let stream = connect.accept(headers).map_err(InboundError::Http)?;
-    let cut = async {
-        tokio::select! {
-            () = admitted.subject.until_denied() => {}
-            () = process.revocations.until_revoked(tunnel.chain.clone()) => {}
-            () = until_untrusted(&tunnel.credentials, tunnel.identity.as_ref()) => {}
-        }
-    };
-    match stream::tunnel(application, stream, SocketIs::Server, counters, process.config.limits, cut).await {
-        Err(StreamError::Cut) => Err(tunnel.is_over().unwrap_or(InboundError::PolicyChange)),
-        done => Ok(done?),
-    }
+    let cut = tunnel.until_cut(&admitted.subject);
+    let limits = process.config.limits;
+    let done = stream::tunnel(application, stream, SocketIs::Server, counters, limits, cut).await;
+    done.map_err(|error| tunnel.ended(error))
 }
 
 impl InboundTunnel {
+    /// Resolves when a connection that was admitted may go on no longer.
+    async fn until_cut(&self, subject: &Subject) {
+        tokio::select! {
+            () = subject.until_denied() => {}
+            () = self.worker.process.revocations.until_revoked(self.chain.clone()) => {}
+            () = until_untrusted(&self.credentials, self.identity.as_ref()) => {}
+        }
+    }
+
+    /// Why a connection ended early, if it was cut.
+    fn ended(&self, error: StreamError) -> InboundError {
+        match error {
+            StreamError::Cut => self.is_over().unwrap_or(InboundError::PolicyChange),
+            error => error.into(),
+        }
+    }
+
     /// Why no connection may use it any more, if that is so.
     fn is_over(&self) -> Option<InboundError> {
         if self.worker.process.revocations.is_revoked(&self.chain) {
@@ -278,6 +296,15 @@ impl InboundTunnel {
         let untrusted = self.identity.as_ref().filter(|client| !self.credentials.accepts(client));
         untrusted.map(|client| InboundError::Untrusted(client.clone()))
     }
+}
+
+/// Connects to the application, with the descriptor that this takes.
+async fn hand_over(
+    tunnel: &InboundTunnel,
+    delivery: &Delivery,
+) -> Result<(TcpStream, DescriptorLease), InboundError> {
+    let descriptors = tunnel.pod.budget.descriptors.take(1).ok_or(InboundError::TooManyConnections)?;
+    Ok((dial(tunnel, delivery).await?, descriptors))
 }
 
 /// Connects to the application, and sends it a PROXY header if it wants one.

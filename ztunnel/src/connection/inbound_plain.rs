@@ -47,7 +47,7 @@ struct Admitted {
 
 async fn admit(
     accepted: &Accepted,
-    subject: &Subject<'_>,
+    subject: &Subject,
     original: OriginalDst,
 ) -> Result<Admitted, InboundError> {
     let target = original.address;
@@ -73,7 +73,7 @@ async fn admit(
 
 async fn carry(
     accepted: Accepted,
-    subject: &Subject<'_>,
+    subject: &Subject,
     target: SocketAddr,
     counters: &ByteCounters,
 ) -> Result<(), InboundError> {
@@ -88,5 +88,5 @@ async fn carry(
         }
     };
     process.metrics.connected(Direction::Inbound.as_str(), began.elapsed());
-    Ok(stream::relay(stream, application, counters, process.config.limits, subject.until_denied()).await?)
+    Ok(stream::relay(stream, application, &[counters], process.config.limits, subject.until_denied()).await?)
 }

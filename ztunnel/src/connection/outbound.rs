@@ -5,6 +5,7 @@
 //! the time that a connect may take. Nothing that the client said was sent by then.
 
 mod gateway;
+mod neighbour;
 mod server;
 mod tunnel;
 

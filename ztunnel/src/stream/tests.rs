@@ -218,7 +218,8 @@ async fn silent_is_cut_in_the_end_half_closed_or_not_as_the_limits_say() {
             client.shutdown().await.unwrap();
         }
         let (counters, limits) = (ByteCounters::default(), StreamConfig { half_closed, idle });
-        let relayed = relay(near, far, &counters, limits, std::future::pending());
+        let all = [&counters];
+        let relayed = relay(near, far, &all, limits, std::future::pending());
         let result = tokio::time::timeout(3 * day, relayed).await;
         let said = result.ok().map(|result| result.unwrap_err().to_string());
         assert_eq!(said.is_some(), expected.is_some());

@@ -6,7 +6,7 @@ use nix::ifaddrs::{InterfaceAddress, getifaddrs};
 use tokio::net::TcpStream;
 
 use super::{
-    gateway,
+    gateway, neighbour,
     tunnel::{PeerTarget, open_stream, request, revoked_if_cut},
 };
 use crate::{
@@ -22,6 +22,8 @@ use crate::{
 /// A server that was connected.
 pub(super) enum Server {
     Plain(TcpStream),
+    /// An application of this node.
+    Neighbour(Box<neighbour::Connected>, std::net::SocketAddr),
     /// Through a peer's tunnel, which ends when its certificate is revoked.
     Tunnel(HboneStream, StreamLease, std::net::SocketAddr),
     /// Through the gateway of another network.
@@ -43,13 +45,17 @@ pub(super) async fn connect(
         }
         Via::Hbone { peer, authority, expected } => {
             let target = PeerTarget { peer: *peer, authority, expected };
-            let request = request(accepted, source, route, authority, None)?;
-            let (stream, lease) = open_stream(accepted, source, &request, &target).await?;
-            // A tunnel that must end takes connections for a moment still.
-            if process.revocations.is_revoked(lease.chain()) {
-                return Err(Arc::new(ConnectError::Revoked { peer: *peer }).into());
+            if let Some(connected) = neighbour::connect(accepted, source, route, &target).await? {
+                Server::Neighbour(Box::new(connected), *peer)
+            } else {
+                let request = request(accepted, source, route, authority, None)?;
+                let (stream, lease) = open_stream(accepted, source, &request, &target).await?;
+                // A tunnel that must end takes connections for a moment still.
+                if process.revocations.is_revoked(lease.chain()) {
+                    return Err(Arc::new(ConnectError::Revoked { peer: *peer }).into());
+                }
+                Server::Tunnel(stream, lease, *peer)
             }
-            Server::Tunnel(stream, lease, *peer)
         }
         Via::Gateway { peer, authority, expected, inner_expected } => {
             let target = PeerTarget { peer: *peer, authority, expected };
@@ -119,7 +125,13 @@ impl Server {
         let (stream, lease, chain, peer) = match self {
             Self::Plain(server) => {
                 let cut = std::future::pending();
-                return Ok(stream::relay(accepted.stream, server, counters, limits, cut).await?);
+                return Ok(stream::relay(accepted.stream, server, &[counters], limits, cut).await?);
+            }
+            Self::Neighbour(connected, peer) => {
+                let neighbour::Connected { neighbour, chain } = *connected;
+                let revoked = process.revocations.until_revoked(chain);
+                let done = neighbour.carry(accepted.stream, counters, revoked).await;
+                return done.map_err(|error| revoked_if_cut(error, peer));
             }
             Self::Tunnel(stream, lease, peer) => {
                 let chain = lease.chain().clone();

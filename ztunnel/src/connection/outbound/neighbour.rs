@@ -1,0 +1,81 @@
+//! Finds out whether the destination is a pod of this node, which is reached without a tunnel.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use super::tunnel::PeerTarget;
+use crate::{
+    config::ProxyMode,
+    connection::{
+        error::OutboundError,
+        inbound::neighbour::{self, Neighbour, NeighbourRequest},
+    },
+    context::Accepted,
+    hbone::client::ConnectError,
+    identity::{CertificateChain, Credentials},
+    pod::ServedPod,
+    route::{OutboundRoute, Source},
+    socket,
+};
+
+/// The application of a pod of this node, and what its tunnel's certificates would have been.
+pub(super) struct Connected {
+    pub neighbour: Neighbour,
+    pub chain: CertificateChain,
+}
+
+/// Connects to the destination if this process serves it. `None`: it does not, or not everything is
+/// known that a tunnel would prove. Then a tunnel is tried, which says what is wrong.
+pub(super) async fn connect(
+    accepted: &Accepted,
+    source: &Source,
+    route: &OutboundRoute,
+    via: &PeerTarget<'_>,
+) -> Result<Option<Connected>, OutboundError> {
+    let process = &accepted.worker.process;
+    let Some(pod) = served_here(accepted, route, via.peer) else { return Ok(None) };
+    let Some(server) = route.workload.as_ref().map(|workload| workload.identity()) else { return Ok(None) };
+    if !via.expected.contains(&server) {
+        return Ok(None);
+    }
+    // Who they are is proven by the same certificates as it would be through a tunnel.
+    let failed = |error| Arc::new(ConnectError::Identity(error));
+    let client_credentials = process.certificates.get(&source.identity()).await.map_err(failed)?;
+    let Ok(credentials) = process.certificates.get(&server).await else { return Ok(None) };
+    let chain = server_chain(accepted, &credentials);
+    if process.revocations.is_revoked(&chain) {
+        return Err(Arc::new(ConnectError::Revoked { peer: via.peer }).into());
+    }
+    let asked = NeighbourRequest {
+        client: accepted.client,
+        client_credentials: &client_credentials,
+        client_workload: source.is_told.then_some(&source.workload),
+        pod,
+        credentials,
+        peer: via.peer,
+        target: route.target,
+        service: route.service.as_ref(),
+    };
+    let neighbour = neighbour::connect(&accepted.worker, asked).await;
+    let neighbour = neighbour.map_err(|status| Arc::new(ConnectError::Status(status)))?;
+    Ok(Some(Connected { neighbour, chain }))
+}
+
+fn server_chain(accepted: &Accepted, credentials: &Credentials) -> CertificateChain {
+    let tracks = accepted.worker.process.revocations.is_configured();
+    tracks.then(|| CertificateChain::of(Some(credentials.chain()))).unwrap_or_default()
+}
+
+/// The pod at the end of `route`, if no other tunnel is on the way, and if it has that address.
+///
+/// The mesh may be behind: another pod may have the address by now. A tunnel would find out by the
+/// certificate.
+fn served_here(accepted: &Accepted, route: &OutboundRoute, peer: SocketAddr) -> Option<Arc<ServedPod>> {
+    let process = &accepted.worker.process;
+    let config = &process.config;
+    if !config.same_node_direct || config.mode != ProxyMode::Shared || peer.ip() != route.target.ip() {
+        return None;
+    }
+    let workload = route.workload.as_ref()?;
+    let pod = process.served.find(workload, &process.store.snapshot())?;
+    socket::is_local(&pod.netns, route.target).then_some(pod)
+}
