@@ -101,7 +101,9 @@ pub struct WorkerContext {
 impl WorkerContext {
     /// Who connects from inside the netns of `pod`.
     pub(crate) fn dialler<'a>(&'a self, pod: &'a ServedPod) -> Dialler<'a> {
-        Dialler { netns: &pod.netns, options: &pod.socket, ready: &self.ready }
+        // What waits for a pod that has left was closed. Its neighbours may be dialling it still.
+        let ready = (!pod.stop.is_cancelled()).then_some(&self.ready);
+        Dialler { netns: &pod.netns, options: &pod.socket, ready }
     }
 }
 

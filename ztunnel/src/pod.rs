@@ -1,10 +1,13 @@
 //! A pod that is served.
 //!
 //! * `index`: all of them, by name
+//! * `own_address`: whether it has an address
 
 mod index;
+mod own_address;
 
 use std::{
+    net::SocketAddr,
     sync::{
         Arc, Weak,
         atomic::{AtomicBool, Ordering},
@@ -13,6 +16,7 @@ use std::{
 };
 
 pub use self::index::PodIndex;
+pub(crate) use self::own_address::OwnAddress;
 use adit_netns::Netns;
 use nix::net::if_::{Interface, if_nameindex};
 use tokio_util::sync::CancellationToken;
@@ -54,6 +58,7 @@ pub struct ServedPod {
     /// Keeps its certificates as long as a connection of the pod may need them.
     pub(crate) _account: AccountLease,
     pub(crate) netns: Netns,
+    pub(crate) own_address: OwnAddress,
     /// Options for every socket in its netns, except those to the application.
     pub(crate) socket: socket::SocketOptions,
     /// For what its streams have received.
@@ -87,6 +92,11 @@ impl ServedPod {
     pub fn newcomer(&self, mesh: &Mesh) -> Option<Workload> {
         let untold = self.from_agent && !self.was_told.load(Ordering::Relaxed);
         if untold { mesh.newcomer(&self.local) } else { None }
+    }
+
+    /// Whether its netns has the address of `address`, or had it a second ago.
+    pub(crate) fn has(&self, address: SocketAddr) -> bool {
+        self.own_address.is(&self.netns, address)
     }
 
     /// Keeps its protection up to date, until nobody holds the pod.

@@ -34,7 +34,7 @@ use crate::{
     context::ProcessContext,
     dns::{Dns, sockets},
     mesh::LocalPod,
-    pod::{PodInfo, ServedPod},
+    pod::{OwnAddress, PodInfo, ServedPod},
     policy::PodProtection,
     socket,
     worker::{
@@ -289,6 +289,7 @@ impl ServedPods {
             local,
             _account: account,
             netns,
+            own_address: OwnAddress::default(),
             socket,
             memory,
             own_port,

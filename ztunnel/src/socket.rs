@@ -162,8 +162,8 @@ fn new_socket(family_of: SocketAddr, options: &SocketOptions) -> io::Result<Sock
 pub(crate) struct Dialler<'a> {
     pub netns: &'a Netns,
     pub options: &'a SocketOptions,
-    /// Those of the calling worker.
-    pub ready: &'a ReadySockets,
+    /// Those of the calling worker. `None`: nobody would close what is left over.
+    pub ready: Option<&'a ReadySockets>,
 }
 
 impl Dialler<'_> {
@@ -196,7 +196,7 @@ impl Dialler<'_> {
     fn socket(&self, family_of: SocketAddr, mark: u32, is_transparent: bool) -> io::Result<Socket> {
         let is_ipv4 = family_of.is_ipv4();
         let kind = Kind { netns: self.netns.id(), is_ipv4, mark, is_transparent };
-        self.ready.take(self.netns, kind, || {
+        let make = || {
             let socket = new_socket(family_of, &SocketOptions { mark, ..self.options.clone() })?;
             match (is_transparent, is_ipv4) {
                 (true, true) => socket.set_ip_transparent_v4(true)?,
@@ -204,7 +204,11 @@ impl Dialler<'_> {
                 (false, _) => {}
             }
             Ok(socket)
-        })
+        };
+        match self.ready {
+            Some(ready) => ready.take(self.netns, kind, make),
+            None => self.netns.enter(make),
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Threads that serve pods: each has a single-threaded runtime, on which one task serves each pod.
 
-use std::{convert::Infallible, io, sync::Arc, thread::JoinHandle};
+use std::{convert::Infallible, io, sync::Arc, thread::JoinHandle, time::Duration};
 
 use tokio::{
     runtime::{Builder, LocalOptions},
@@ -10,6 +10,10 @@ use tokio::{
 use tracing::error;
 
 use crate::{metrics::Metrics, pod::ServedPod, supervision::Supervisor};
+
+/// A timer that is set before all others costs a system call, which wakes the thread out of its wait.
+/// Since there is always this one, the limits of connections, which are longer, are not.
+const EARLIEST_TIMER: Duration = Duration::from_mins(1);
 
 /// The control runtime's handle on such a thread. `T`: the sockets that are opened for each pod.
 #[derive(Debug)]
@@ -96,8 +100,10 @@ async fn serve_pods<T, F>(
     F: Future<Output = ()> + 'static,
 {
     let mut pods = JoinSet::new();
+    let mut earliest = tokio::time::interval(EARLIEST_TIMER);
     loop {
         tokio::select! {
+            _ = earliest.tick() => {}
             order = orders.recv() => match order {
                 Some((pod, sockets)) => { pods.spawn_local(serve(pod, sockets)); }
                 None => break,

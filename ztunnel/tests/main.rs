@@ -19,6 +19,7 @@ mod operators;
 mod pods;
 mod policy_known;
 mod revocations;
+mod same_node;
 mod scrapers;
 mod supervision;
 mod trust_domains;

@@ -74,6 +74,31 @@ fn serial(node: &TunnelNode, pod: &MeshPod) -> String {
     held["certChain"][0]["serialNumber"].as_str().expect("a number").to_owned()
 }
 
+/// Certificates that are revoked while their pods are connected through one tunnel, which knows the lists.
+fn revoked_on_one_node(whom: &str, direction: &str, reporter: &str) {
+    let mut mesh = TunnelMesh::new();
+    let (client, server) = (mesh.enrolled("a", "client"), mesh.enrolled("a", "server"));
+    server.serve_double_echo(8080);
+    let mut lists = Lists::new(&mesh);
+    let path = lists.path.display().to_string();
+    let node = mesh.node_with("a", &[&client, &server], &[("CRL_PATH", &path)]);
+    let mut open = client.netns.connect(server.at(8080));
+    read_line(&mut open).expect("greeting");
+    let whom = serial(&node, if whom == "client" { &client } else { &server });
+    lists.publish(&[whom]);
+    assert_eq!(open.read_exact(&mut [0]).expect_err("cut").kind(), ErrorKind::ConnectionReset);
+    node.records(1, &[&format!("\"direction\":\"{direction}\""), "\"reason\":\"revoked\"", "revoked"]);
+    assert_eq!(client.netns.refusal(server.at(8080)), ErrorKind::ConnectionReset);
+    let reporter = format!("reporter=\"{reporter}\"");
+    let rejected = || node.metric("istio_crl_policy_rejections_total", &[&reporter]);
+    wait_for("both rejections to be counted", || rejected().is_some_and(|count| count >= 2));
+    lists.publish(&[]);
+    wait_for("the empty list to hold", || {
+        let mut stream = client.netns.try_connect(server.at(8080)).ok()?;
+        read_line(&mut stream).ok()
+    });
+}
+
 /// A client on node a and a server on node b, of whom the one in `with_lists` knows the lists.
 fn connected(with_lists: &str) -> (TunnelMesh, Lists, MeshPod, MeshPod, [TunnelNode; 2]) {
     let mut mesh = TunnelMesh::new();
@@ -132,6 +157,13 @@ fn revoked_and_forgiven(with_lists: &str, direction: &str, reporter: &str) {
 #[ignore = "needs root: make test"]
 fn a_revoked_client_is_refused_and_cut() {
     revoked_and_forgiven("b", "inbound", "destination");
+}
+
+#[test]
+#[ignore = "needs root: make test"]
+fn pods_of_one_node_whose_certificates_are_revoked_are_refused_and_cut() {
+    revoked_on_one_node("client", "inbound", "destination");
+    revoked_on_one_node("server", "outbound", "source");
 }
 
 #[test]

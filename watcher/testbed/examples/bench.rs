@@ -4,7 +4,7 @@
 //! the variants in turn, several rounds, each second one the other way round, and the median counts,
 //! so that what else the machine does meets all of them alike. With `PEER_BIN=/path/to/another/ztunnel` that binary does the same work
 //! beside ours. With `SAME_NODE=1` client and server are pods of one node, with one tunnel.
-//! `ROUNDS` (3) and `SECONDS` (3) size it.
+//! `ROUNDS` (3) and `SECONDS` (3) size it; `ONLY=new` measures what has that in its name.
 
 #![expect(clippy::disallowed_methods, reason = "options of make bench")]
 
@@ -88,7 +88,8 @@ fn main() -> ExitCode {
         print!("{:<44}", variant.name);
     }
     println!();
-    for measurement in MEASUREMENTS {
+    let only = env::var("ONLY").unwrap_or_default();
+    for measurement in MEASUREMENTS.iter().filter(|measurement| measurement.name.contains(&only)) {
         let mut samples: Vec<Vec<Sample>> = variants.iter().map(|_| Vec::new()).collect();
         for round in 0..rounds {
             let mut turns: Vec<_> = variants.iter().zip(&mut samples).collect();

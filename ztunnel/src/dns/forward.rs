@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     pod::ServedPod,
-    socket::{Dialler, ReadySockets},
+    socket::Dialler,
 };
 
 /// Limit for all attempts together. The C library's resolver gives up an attempt after the same
@@ -157,7 +157,7 @@ async fn by_udp(
 }
 
 async fn by_tcp(pod: &ServedPod, to: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
-    let dialler = Dialler { netns: &pod.netns, options: &pod.socket, ready: &ReadySockets::default() };
+    let dialler = Dialler { netns: &pod.netns, options: &pod.socket, ready: None };
     let mut stream = dialler.connect(to, None).await?;
     stream.write_all(&framed(query)?).await?;
     let length = stream.read_u16().await?;

@@ -205,7 +205,7 @@ mod tests {
             let netns = Netns::new(self.pod.open()).unwrap();
             let options = SocketOptions { mark: MARK, ..SocketOptions::default() };
             let ready = ReadySockets::default();
-            let dialler = Dialler { netns: &netns, options: &options, ready: &ready };
+            let dialler = Dialler { netns: &netns, options: &options, ready: Some(&ready) };
             let dial = |_| dialler.connect(SocketAddr::new(to, 8080), Some(client_of(to)));
             let dials = futures_util::future::join_all((0..count).map(dial)).await;
             dials.into_iter().filter_map(Result::ok).collect()

@@ -12,7 +12,7 @@ use super::{Admitted, InboundTunnel, admit_to, ends, hand_over};
 use crate::{
     budget::DescriptorLease,
     connection::error::InboundError,
-    context::WorkerContext,
+    context::{ProcessContext, WorkerContext},
     direction::Direction,
     hbone::ConnectTarget,
     identity::{CertificateChain, Credentials},
@@ -70,6 +70,7 @@ pub(crate) async fn connect(
         let mut ends = ConnectionEnds::new(Direction::Inbound, arrival.peer, arrival.local);
         ends.source_identity.clone_from(&arrival.identity);
         record_early_failure(&process.metrics, &ends, error);
+        count_if_revoked(process, error);
         error.status()
     };
     let target = ConnectTarget::Address(asked.target);
@@ -126,30 +127,54 @@ impl Neighbour {
     ) -> Result<(), StreamError> {
         let Self { arrival, admitted, application, record, _descriptors } = self;
         let limits = arrival.worker.process.config.limits;
-        let ours = async {
-            tokio::select! {
-                () = arrival.until_cut(&admitted.subject) => false,
-                () = cut => true,
-            }
+        let mut cut_by = None;
+        let any = async {
+            cut_by = Some(tokio::select! {
+                () = arrival.until_cut(&admitted.subject) => CutBy::Pod,
+                () = deleted(&arrival.pod) => CutBy::Deletion,
+                () = cut => CutBy::Client,
+            });
         };
-        let mut cut_by_client = false;
-        let both = async { cut_by_client = ours.await };
         let counters = [counters, record.counters()];
-        let done = stream::relay(client, application, &counters, limits, both).await;
-        let (done, seen) = match done {
-            Ok(()) => (Ok(()), Ok(())),
-            Err(StreamError::Cut) if cut_by_client => {
-                // As if the client's tunnel had ended.
-                (Err(StreamError::Reset(Reason::CONNECT_ERROR).into()), Err(StreamError::Cut))
-            }
-            Err(error) => {
+        let done = stream::relay(client, application, &counters, limits, any).await;
+        let reset = || StreamError::Reset(Reason::CONNECT_ERROR);
+        let (done, seen) = match (done, cut_by) {
+            (Ok(()), _) => (Ok(()), Ok(())),
+            // The record says it, as that of any connection of the pod.
+            (Err(StreamError::Cut), Some(CutBy::Deletion)) => return Err(reset()),
+            // As if the client's tunnel had ended.
+            (Err(StreamError::Cut), Some(CutBy::Client)) => (Err(reset().into()), Err(StreamError::Cut)),
+            (Err(error), _) => {
                 let seen = seen_from_afar(&error);
-                (Err(arrival.ended(error)), Err(seen))
+                let ended = arrival.ended(error);
+                count_if_revoked(&arrival.worker.process, &ended);
+                (Err(ended), Err(seen))
             }
         };
         record.close(done.as_ref().copied().map_err(|error| error as _));
         seen
     }
+}
+
+fn count_if_revoked(process: &ProcessContext, error: &InboundError) {
+    if let InboundError::Revoked = error {
+        process.metrics.crl.rejected(Direction::Inbound);
+    }
+}
+
+/// What ends a connection before its ends do.
+#[derive(Clone, Copy, Debug)]
+enum CutBy {
+    /// The pod may not be reached any more.
+    Pod,
+    Deletion,
+    Client,
+}
+
+/// Resolves when the pod was deleted. One that only left the mesh keeps its connections.
+async fn deleted(pod: &ServedPod) {
+    pod.stop.cancelled().await;
+    pod.deleted().await;
 }
 
 /// An end at one side of a tunnel, as its other side sees it.

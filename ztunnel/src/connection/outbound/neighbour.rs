@@ -10,11 +10,11 @@ use crate::{
         inbound::neighbour::{self, Neighbour, NeighbourRequest},
     },
     context::Accepted,
+    direction::Direction,
     hbone::client::ConnectError,
     identity::{CertificateChain, Credentials},
     pod::ServedPod,
     route::{OutboundRoute, Source},
-    socket,
 };
 
 /// The application of a pod of this node, and what its tunnel's certificates would have been.
@@ -43,6 +43,7 @@ pub(super) async fn connect(
     let Ok(credentials) = process.certificates.get(&server).await else { return Ok(None) };
     let chain = server_chain(accepted, &credentials);
     if process.revocations.is_revoked(&chain) {
+        process.metrics.crl.rejected(Direction::Outbound);
         return Err(Arc::new(ConnectError::Revoked { peer: via.peer }).into());
     }
     let asked = NeighbourRequest {
@@ -77,5 +78,5 @@ fn served_here(accepted: &Accepted, route: &OutboundRoute, peer: SocketAddr) -> 
     }
     let workload = route.workload.as_ref()?;
     let pod = process.served.find(workload, &process.store.snapshot())?;
-    socket::is_local(&pod.netns, route.target).then_some(pod)
+    pod.has(route.target).then_some(pod)
 }

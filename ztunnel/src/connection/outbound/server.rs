@@ -16,7 +16,7 @@ use crate::{
     hbone::{client::ConnectError, nested::NestedStream, pool::StreamLease},
     record::{ByteCounters, ConnectionEnds},
     route::{OutboundRoute, Source, Via},
-    stream::{self, HboneStream, SocketIs},
+    stream::{self, HboneStream, SocketIs, StreamError},
 };
 
 /// A server that was connected.
@@ -131,6 +131,9 @@ impl Server {
                 let neighbour::Connected { neighbour, chain } = *connected;
                 let revoked = process.revocations.until_revoked(chain);
                 let done = neighbour.carry(accepted.stream, counters, revoked).await;
+                if let Err(StreamError::Cut) = done {
+                    process.metrics.crl.rejected(Direction::Outbound);
+                }
                 return done.map_err(|error| revoked_if_cut(error, peer));
             }
             Self::Tunnel(stream, lease, peer) => {
