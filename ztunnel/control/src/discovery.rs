@@ -1,6 +1,7 @@
 //! Tells tunnels of workloads, services and policies: delta xDS.
 //!
 //! * [`wire`]: responses as bytes, and the gRPC service
+//! * `requests`: requests as bytes
 //! * `stream`: one tunnel, from its first request to the end
 //! * `beginning`: how many tunnels begin at a time
 //! * `channel`: the half of it that is about one kind
@@ -8,6 +9,7 @@
 
 mod beginning;
 mod channel;
+mod requests;
 mod stream;
 mod subscription;
 pub mod wire;
@@ -17,12 +19,12 @@ use std::{sync::Arc, time::Duration};
 use futures_util::stream::BoxStream;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::{Request, Status, Streaming};
+use tonic::{Request, Status};
 use tracing::{debug, info, warn};
-use ztunnel_api::discovery::DeltaDiscoveryRequest;
 
 use self::{
     beginning::Beginnings,
+    requests::Requests,
     stream::{Ended, Stream},
     wire::EncodedResponse,
 };
@@ -83,7 +85,7 @@ impl DiscoveryService {
     /// A tunnel calls.
     async fn stream(
         &self,
-        request: Request<Streaming<DeltaDiscoveryRequest>>,
+        request: Request<Requests>,
     ) -> Result<BoxStream<'static, Result<EncodedResponse, Status>>, Status> {
         let caller = match self.callers.review(request.metadata()).await {
             Ok(caller) => caller,

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Instant,
 };
 
@@ -218,6 +218,18 @@ pub struct Snapshot {
     pub(crate) namespaces: BTreeMap<String, Arc<NamespaceResources>>,
     /// Made when somebody asks by name.
     index: OnceLock<AddressIndex>,
+    differences: Mutex<Vec<SharedDifference>>,
+}
+
+/// From how many earlier snapshots the differences are kept. Nearly all tunnels have one of the last.
+const DIFFERENCES: usize = 8;
+
+/// What those must be told who hold an earlier snapshot.
+#[derive(Clone, Debug)]
+struct SharedDifference {
+    before: u64,
+    of: ResourceType,
+    is: Arc<OnceLock<Arc<Difference>>>,
 }
 
 /// Workloads and services by whatever they can be asked for.
@@ -229,7 +241,7 @@ struct AddressIndex {
 }
 
 /// The difference between two snapshots.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Difference {
     /// New or changed.
     pub changed: Vec<Arc<Resource>>,
@@ -243,7 +255,7 @@ impl Snapshot {
         changed: Instant,
         namespaces: BTreeMap<String, Arc<NamespaceResources>>,
     ) -> Self {
-        Self { number, changed, namespaces, index: OnceLock::new() }
+        Self { number, changed, namespaces, index: OnceLock::new(), differences: Mutex::default() }
     }
 
     /// All resources of a kind.
@@ -251,9 +263,28 @@ impl Snapshot {
         self.namespaces.values().flat_map(move |namespace| namespace.of(of).values())
     }
 
-    /// What somebody who holds `before` must be told. Namespaces that both share cost nothing.
+    /// What somebody who holds `before` must be told. It is found out once for all that hold it.
     #[must_use]
-    pub fn since(&self, before: &Self, of: ResourceType) -> Difference {
+    pub fn since(&self, before: &Self, of: ResourceType) -> Arc<Difference> {
+        let shared = self.shared(before.number, of);
+        Arc::clone(shared.get_or_init(|| Arc::new(self.compare(before, of))))
+    }
+
+    fn shared(&self, before: u64, of: ResourceType) -> Arc<OnceLock<Arc<Difference>>> {
+        let mut all = self.differences.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = all.iter().find(|known| known.before == before && known.of == of) {
+            return Arc::clone(&known.is);
+        }
+        if all.len() == DIFFERENCES {
+            all.remove(0);
+        }
+        let new = SharedDifference { before, of, is: Arc::default() };
+        all.push(new.clone());
+        new.is
+    }
+
+    /// Namespaces that both share cost nothing.
+    fn compare(&self, before: &Self, of: ResourceType) -> Difference {
         let nothing = NamespaceResources::default();
         let mut difference = Difference::default();
         let names: BTreeSet<&String> = self.namespaces.keys().chain(before.namespaces.keys()).collect();

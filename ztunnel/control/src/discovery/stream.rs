@@ -16,7 +16,7 @@ use tokio::{
     },
     time::Instant,
 };
-use tonic::{Status, Streaming};
+use tonic::Status;
 use tracing::{debug, warn};
 use ztunnel_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
@@ -24,6 +24,7 @@ use super::{
     DiscoveryService, StreamLimits,
     beginning::Beginnings,
     channel::{Channel, Overdue, Response, next_turn},
+    requests::Requests,
     subscription::{Subscription, TooMuch},
     wire::EncodedResponse,
 };
@@ -121,7 +122,7 @@ impl Stream {
     }
 
     /// Runs until either side ends it.
-    pub(super) async fn run(mut self, mut requests: Streaming<DeltaDiscoveryRequest>) -> Ended {
+    pub(super) async fn run(mut self, mut requests: Requests) -> Ended {
         let beginning = tokio::select! {
             beginning = self.beginnings.take(&self.node, self.limits.acknowledge) => beginning,
             () = self.responses.closed() => return Ended::Closed,
@@ -140,7 +141,7 @@ impl Stream {
             let begins_until = beginning.as_ref().map(|(_, until)| *until);
             let deadline = self.next_deadline().into_iter().chain(begins_until).min();
             tokio::select! {
-                request = requests.message() => match request {
+                request = requests.next() => match request {
                     Ok(Some(request)) => {
                         if let Err(error) = self.on_request(request) {
                             return Ended::TooMuch(error);

@@ -146,13 +146,23 @@ impl Subscription {
                 since_versions(&now, versions)
             };
             match std::mem::replace(&mut self.held, Held::Snapshot(Arc::clone(snapshot))) {
-                Held::Snapshot(before) => snapshot.since(&before, self.of),
+                Held::Snapshot(before) => Difference::clone(&snapshot.since(&before, self.of)),
                 Held::Versions(versions) => since(versions),
                 Held::Named(mut named) => since(named.take_versions()),
             }
         } else {
             self.next_named(snapshot)
         };
+        if !self.unanswered.is_empty() {
+            self.answer(snapshot, &mut difference);
+        }
+        let first = !std::mem::replace(&mut self.answered, true);
+        let nothing = difference.changed.is_empty() && difference.removed.is_empty();
+        (first || !nothing).then_some(difference)
+    }
+
+    /// Adds to `difference` what was asked for by name, and was not answered yet.
+    fn answer(&mut self, snapshot: &Arc<Snapshot>, difference: &mut Difference) {
         let mut sent: HashSet<String> =
             difference.changed.iter().map(|resource| resource.name().to_owned()).collect();
         let mut gone: HashSet<String> = difference.removed.iter().cloned().collect();
@@ -167,9 +177,6 @@ impl Subscription {
                 }
             }
         }
-        let first = !std::mem::replace(&mut self.answered, true);
-        let nothing = difference.changed.is_empty() && difference.removed.is_empty();
-        (first || !nothing).then_some(difference)
     }
 
     /// The same of what is wanted by name.
@@ -184,7 +191,7 @@ impl Subscription {
         match std::mem::replace(&mut self.held, Held::Named(named)) {
             Held::Versions(versions) => since_versions(&all, versions),
             Held::Named(mut before) => since_versions(&all, before.take_versions()),
-            Held::Snapshot(before) => snapshot.since(&before, self.of),
+            Held::Snapshot(before) => Difference::clone(&snapshot.since(&before, self.of)),
         }
     }
 

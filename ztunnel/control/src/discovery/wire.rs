@@ -15,25 +15,23 @@ use http::{HeaderMap, header::CONTENT_TYPE};
 use http_body::Frame;
 use prost::Message as _;
 use tonic::{
-    Request, Status, Streaming,
+    Request, Status,
     body::Body,
-    codegen::{Body as HttpBody, Service, StdError},
+    codegen::{Body as HttpBody, Service},
     metadata::{GRPC_CONTENT_TYPE, MetadataMap},
     server::NamedService,
 };
-use tonic_prost::ProstDecoder;
-use ztunnel_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use ztunnel_api::discovery::DeltaDiscoveryResponse;
 
-use super::DiscoveryService;
+use super::{
+    DiscoveryService,
+    requests::{HEAD, Requests},
+};
 use crate::snapshot::Resource;
 
 const PATH: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
-/// Bytes. A tunnel that comes back tells the version of everything that it has.
-const LARGEST_REQUEST: usize = 64 << 20;
 /// Bytes of a piece, or a little more.
 const PIECE: usize = 16 << 10;
-/// Of a message of gRPC: whether it is compressed, and its length.
-const HEAD: usize = 5;
 
 /// A response.
 #[derive(Debug)]
@@ -131,11 +129,7 @@ impl NamedService for DiscoveryServer {
     const NAME: &'static str = "envoy.service.discovery.v3.AggregatedDiscoveryService";
 }
 
-impl<B> Service<http::Request<B>> for DiscoveryServer
-where
-    B: HttpBody + Send + 'static,
-    B::Error: Into<StdError> + Send + 'static,
-{
+impl Service<http::Request<Body>> for DiscoveryServer {
     type Response = http::Response<Body>;
     type Error = Infallible;
     type Future = BoxFuture<'static, Result<http::Response<Body>, Infallible>>;
@@ -144,15 +138,14 @@ where
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         let service = self.0.clone();
         Box::pin(async move {
             let (parts, body) = request.into_parts();
             if parts.uri.path() != PATH {
                 return Ok(Status::unimplemented("there is no such method").into_http());
             }
-            let decoder = ProstDecoder::<DeltaDiscoveryRequest>::default();
-            let requests = Streaming::new_request(decoder, body, None, Some(LARGEST_REQUEST));
+            let requests = Requests::new(body);
             let metadata = MetadataMap::from_headers(parts.headers);
             let request = Request::from_parts(metadata, parts.extensions, requests);
             Ok(match service.stream(request).await {

@@ -52,11 +52,12 @@ impl Named {
         snapshot: &Arc<Snapshot>,
         new: &BTreeSet<String>,
     ) -> Option<Difference> {
-        let Difference { changed, removed } = if Arc::ptr_eq(&self.at, snapshot) {
-            Difference::default()
+        let since = if Arc::ptr_eq(&self.at, snapshot) {
+            Arc::default()
         } else {
             snapshot.since(&self.at, wanted.of)
         };
+        let Difference { changed, removed } = &*since;
         let is_named = |resource: &Resource| resource.names().any(|name| wanted.names.contains(name));
         // With a service its endpoints come and go.
         let comes = changed.iter().filter(|resource| resource.is_service());
@@ -74,14 +75,14 @@ impl Named {
         };
         let mut difference = Difference::default();
         for resource in changed {
-            let wanted = is_wanted(&resource);
+            let wanted = is_wanted(resource);
             if wanted && self.versions.get(resource.name()).is_none_or(|held| held != resource.version()) {
-                difference.changed.push(resource);
+                difference.changed.push(Arc::clone(resource));
             } else if !wanted && self.versions.contains_key(resource.name()) {
                 difference.removed.push(resource.name().to_owned());
             }
         }
-        difference.removed.extend(removed.into_iter().filter(|name| self.versions.contains_key(name)));
+        difference.removed.extend(removed.iter().filter(|name| self.versions.contains_key(*name)).cloned());
         for name in &difference.removed {
             self.versions.remove(name);
         }

@@ -73,7 +73,7 @@ fn a_snapshot_has_everything_and_the_next_one_shares_what_stays() {
     cluster.apply(Change::Pods(Update::One(key("demo", "p"), None)));
     let third = next(&mut cluster).unwrap();
     let difference = third.since(&second, ResourceType::Address);
-    assert_eq!((difference.changed.len(), difference.removed), (0, vec![P.to_owned()]));
+    assert_eq!((difference.changed.len(), &difference.removed), (0, &vec![P.to_owned()]));
     assert!(!third.namespaces.contains_key("demo"));
 }
 
@@ -175,7 +175,7 @@ fn ten_thousand_policies_are_all_told_and_one_that_changes_alone() {
 
     cluster.apply(Change::AuthorizationPolicies(Update::One(of(7), Some(policy(7, Action::Deny)))));
     let second = next(&mut cluster).unwrap();
-    let changed = second.since(&first, ResourceType::Authorization).changed;
+    let changed = &second.since(&first, ResourceType::Authorization).changed;
     assert_eq!(changed.iter().map(|one| one.name()).collect::<Vec<_>>(), ["ns-0/p7"]);
     assert!(second.since(&first, ResourceType::Address).changed.is_empty());
     assert!(Arc::ptr_eq(&first.namespaces["ns-1"], &second.namespaces["ns-1"]));
