@@ -10,6 +10,8 @@
 mod docs;
 mod faults;
 mod install;
+mod istio;
+mod istiod;
 mod lifecycle;
 mod networks;
 mod policies;

@@ -2,8 +2,10 @@
 //! the same ones, field by field. A field that is not named here is not sent.
 //!
 //! * this file: runs `client.py`, which shares no code with ours, and compares
+//! * `istiod`: Istio's control plane, at the same API server
 //! * `mesh`: objects and what is expected of them; `workloads`, `services`, `policies`: which
 
+mod istiod;
 mod mesh;
 mod policies;
 mod services;
@@ -20,27 +22,42 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use testbed::{api_server::ApiServer, process::KillOnDrop, program::cache};
+use testbed::{api_server::ApiServer, istio, process::KillOnDrop, program::cache};
 
-use self::mesh::{Mesh, NAMESPACE};
+use self::{
+    istiod::Istiod,
+    mesh::{Mesh, NAMESPACE},
+};
 use crate::rig::{ADDRESS, AUTHORIZATION, Control, LIMIT, unique};
 
+/// Where the client reads.
+struct Place<'a> {
+    port: u16,
+    root: &'a str,
+    server_name: &'a str,
+    token: String,
+}
+
 /// What the client has, when it is what is expected or the time is over.
-fn read(control: &Control, expected: &BTreeMap<String, Value>) -> BTreeMap<String, Value> {
+fn read(
+    place: &Place<'_>,
+    is_expected: impl Fn(&BTreeMap<String, Value>) -> bool,
+) -> BTreeMap<String, Value> {
     let python = cache().join("grpc/bin/python");
     assert!(python.exists(), "{} is missing: make setup", python.display());
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path().join("root.pem");
-    std::fs::write(&root, &control.root).unwrap();
+    std::fs::write(&root, place.root).unwrap();
     let mut command = Command::new(python);
     command
         .arg(here.join("tests/foreign/client.py"))
-        .arg(format!("localhost:{}", control.grpc.port()))
+        .arg(format!("localhost:{}", place.port))
         .arg(root)
+        .arg(place.server_name)
         .arg(here.join("../../watcher/testbed/src/fakes/fake_control_plane"));
     let mut client = KillOnDrop(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
-    writeln!(client.0.stdin.take().unwrap(), "{}", control.token(&unique("node"))).unwrap();
+    writeln!(client.0.stdin.take().unwrap(), "{}", place.token).unwrap();
     let (sender, lines) = mpsc::channel();
     let output = BufReader::new(client.0.stdout.take().unwrap());
     thread::spawn(move || output.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
@@ -53,18 +70,30 @@ fn read(control: &Control, expected: &BTreeMap<String, Value>) -> BTreeMap<Strin
         has.retain(|name, _| {
             !name.starts_with("default/kubernetes.") && !name.contains("/adit-system/bound-")
         });
-        if has == *expected {
+        if is_expected(&has) {
             break;
         }
     }
     has
 }
 
+/// What differs, for people.
+fn differences(has: &BTreeMap<String, Value>, expected: &BTreeMap<String, Value>) -> Vec<String> {
+    let names: BTreeSet<&String> = has.keys().chain(expected.keys()).collect();
+    names
+        .into_iter()
+        .filter(|name| has.get(*name) != expected.get(*name))
+        .map(|name| format!("{name}:\n  has      {:?}\n  expected {:?}", has.get(name), expected.get(name)))
+        .collect()
+}
+
 #[test]
 #[ignore = "needs an API server: make test"]
-fn a_foreign_tunnel_reads_what_istios_control_plane_would_send() {
+fn a_foreign_tunnel_reads_what_istios_control_plane_sends() {
     let api = Arc::new(ApiServer::start());
-    let control = Control::start_with_istio(Arc::clone(&api), &[]);
+    let kinds = istio::chart("base").join("files/crd-all.gen.yaml");
+    api.apply(&std::fs::read_to_string(kinds).unwrap());
+    let control = Control::start_at(Arc::clone(&api), &[]);
     let mut mesh = Mesh::default();
     workloads::nodes(&mut mesh);
     workloads::pods(&mut mesh);
@@ -83,14 +112,25 @@ fn a_foreign_tunnel_reads_what_istios_control_plane_would_send() {
     for (name, status) in &mesh.pods {
         api.set_status(NAMESPACE, name, status);
     }
-    let has = read(&control, &mesh.expected);
-    let names: BTreeSet<&String> = has.keys().chain(mesh.expected.keys()).collect();
-    let different: Vec<String> = names
-        .into_iter()
-        .filter(|name| has.get(*name) != mesh.expected.get(*name))
-        .map(|name| {
-            format!("{name}:\n  has      {:?}\n  expected {:?}", has.get(name), mesh.expected.get(name))
-        })
-        .collect();
-    assert!(different.is_empty(), "{}", different.join("\n"));
+    let expected = &mesh.expected;
+    let ours = Place {
+        port: control.grpc.port(),
+        root: &control.root,
+        server_name: "localhost",
+        token: control.token(&unique("node")),
+    };
+    let has = read(&ours, |has| has == expected);
+    let different = differences(&has, expected);
+    assert!(different.is_empty(), "ours\n{}", different.join("\n"));
+
+    let istiod = Istiod::start(&api);
+    let theirs = Place {
+        port: istiod.port,
+        root: &istiod.root,
+        server_name: istiod::SERVER_NAME,
+        token: istiod.token.clone(),
+    };
+    let has = read(&theirs, |has| has == expected);
+    let different = differences(&has, expected);
+    assert!(different.is_empty(), "Istio's\n{}\n{}", different.join("\n"), istiod.log());
 }

@@ -4,14 +4,15 @@ It subscribes to everything, acknowledges what it is sent, and prints after each
 JSON object a line, {TYPE URL: {NAME: RESOURCE}}. A RESOURCE is protobuf's JSON, with addresses as they are written,
 and "aliases". What the definitions do not know is an error.
 
-Arguments: HOST:PORT, the root's file, the folder of the definitions. The token is on stdin.
+Arguments: HOST:PORT, the root's file, the name in the server's certificate, the folder of the definitions. The token
+is on stdin.
 """
 import ipaddress, json, os, queue, sys, tempfile
 
 import grpc
 from grpc_tools import protoc
 
-address, root, definitions = sys.argv[1:]
+address, root, server_name, definitions = sys.argv[1:]
 made = tempfile.mkdtemp()
 include = os.path.join(os.path.dirname(sys.modules["grpc_tools"].__file__), "_proto")
 files = [os.path.join(definitions, f"{name}.proto") for name in ("discovery", "istio", "security")]
@@ -50,10 +51,15 @@ def shown(message):
 
 
 requests = queue.Queue()
+# As Istio's tunnel says who it is.
+node = discovery_pb2.Node(id="ztunnel~127.0.0.1~ztunnel-x.adit-system~adit-system.svc.cluster.local")
+node.metadata.update({"NAME": "ztunnel-x", "NAMESPACE": "adit-system", "INSTANCE_IPS": "127.0.0.1",
+                      "CLUSTER_ID": "Kubernetes"})
 for url in TYPES:
-    requests.put(discovery_pb2.DeltaDiscoveryRequest(type_url=url))
+    requests.put(discovery_pb2.DeltaDiscoveryRequest(type_url=url, node=node))
 credentials = grpc.ssl_channel_credentials(open(root, "rb").read())
-channel = grpc.secure_channel(address, credentials, [("grpc.max_receive_message_length", 1 << 28)])
+options = [("grpc.max_receive_message_length", 1 << 28), ("grpc.ssl_target_name_override", server_name)]
+channel = grpc.secure_channel(address, credentials, options)
 stub = discovery_pb2_grpc.AggregatedDiscoveryServiceStub(channel)
 metadata = [("authorization", f"Bearer {sys.stdin.readline().strip()}")]
 has = {url: {} for url in TYPES}
