@@ -67,7 +67,7 @@ for response in stub.DeltaAggregatedResources(iter(requests.get, None), metadata
     held = has[response.type_url]
     for resource in response.resources:
         message = TYPES[response.type_url]()
-        assert resource.resource.type_url == response.type_url and resource.version
+        assert resource.resource.type_url == response.type_url
         message.ParseFromString(resource.resource.value)
         held[resource.name] = {**shown(message), "aliases": sorted(resource.aliases)}
     for name in response.removed_resources:
