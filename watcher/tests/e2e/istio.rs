@@ -3,9 +3,9 @@
 use testbed::capture::Capture;
 
 use crate::{
-    policies,
-    rig::{DEMO, PodSpec, Rig, SERVER},
-    traffic,
+    first, policies,
+    rig::{DEMO, ISTIO, PodSpec, Rig, SERVER},
+    traffic::{self, Load},
 };
 
 #[test]
@@ -45,11 +45,57 @@ fn istios_control_plane_feeds_the_mesh() {
     rig.wait_get(&stranger, &by_address, false);
     rig.wait_get(&client, &by_address, true);
     rig.wait_get(&other, &by_address, true);
+
+    new_pods_are_answered_at_once(&rig);
+
     rig.cluster.apply(policies::CLIENT_ONLY);
     rig.wait_get(&other, &by_address, false);
     rig.wait_get(&client, SERVER, true);
 
+    istiod_is_away(&rig);
+
     rig.uninstall();
     assert!(rig.wait_get(&stranger, &by_address, true).contains(&stranger.ip));
     rig.assert_nothing_left(&[&server, &client, &other]);
+}
+
+/// Beside pods without a mesh, as the machine may be slow.
+fn new_pods_are_answered_at_once(rig: &Rig) {
+    rig.namespace("plain", &[]);
+    rig.pod(PodSpec {
+        namespace: "plain",
+        name: "server",
+        account: "default",
+        node: "node2",
+        role: &["serve", "8080"],
+    });
+    rig.cluster.kubectl(&["-n", "plain", "expose", "pod", "server", "--port=80", "--target-port=8080"]);
+    for at_a_time in [1, 10] {
+        let [plain, mesh] = ["plain", DEMO].map(|namespace| {
+            let address = ["-n", namespace, "get", "service", "server", "-o", "jsonpath={.spec.clusterIP}"];
+            let url = format!("http://{}/", rig.cluster.kubectl(&address));
+            first::times(rig, namespace, &url, at_a_time)
+        });
+        println!(
+            "first connections, {at_a_time} pods at a time: p50 {:?}, max {:?}; without a mesh p50 {:?}, max {:?}",
+            mesh[5], mesh[9], plain[5], plain[9]
+        );
+    }
+}
+
+/// Nothing that runs needs it; what it would have told is told when it is back.
+fn istiod_is_away(rig: &Rig) {
+    let load = Load::start(rig, 1);
+    load.assert_whole(rig, "with istiod");
+    let scale = |replicas: &str| {
+        let replicas = format!("--replicas={replicas}");
+        rig.cluster.kubectl(&["-n", ISTIO, "scale", "deployment/istiod", &replicas]);
+    };
+    scale("0");
+    rig.cluster.wait_gone(ISTIO, "app=istiod");
+    load.assert_whole(rig, "without istiod");
+    scale("1");
+    rig.wait_rolled_out();
+    load.assert_whole(rig, "with istiod again");
+    load.end(rig);
 }

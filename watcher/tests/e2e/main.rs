@@ -9,8 +9,10 @@
 
 mod docs;
 mod faults;
+mod first;
 mod install;
 mod istio;
+mod istio_switch;
 mod istiod;
 mod lifecycle;
 mod networks;
