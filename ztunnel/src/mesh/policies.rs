@@ -24,6 +24,14 @@ pub struct PolicyKey {
     pub name: Arc<str>,
 }
 
+impl PolicyKey {
+    /// Whether it was made from a `PeerAuthentication`, whatever it says: it denies nobody who has
+    /// proven an identity. No object of the API can have such a name.
+    pub(crate) fn is_peer_authentication(&self) -> bool {
+        self.name.starts_with("converted_peer_authentication_")
+    }
+}
+
 impl fmt::Display for PolicyKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.namespace, self.name)
