@@ -5,11 +5,13 @@
 //! * `istiod`: Istio's control plane, at the same API server
 //! * `differences`: where it sends something else
 //! * `mesh`: objects and what is expected of them; `workloads`, `services`, `policies`: which
+//! * `random`: objects at random, of which both make the same
 
 mod differences;
 mod istiod;
 mod mesh;
 mod policies;
+mod random;
 mod services;
 mod workloads;
 
@@ -30,6 +32,7 @@ use self::{
     differences::DIFFERENCES,
     istiod::Istiod,
     mesh::{Mesh, NAMESPACE},
+    random::{NAMESPACES, Random},
 };
 use crate::rig::{ADDRESS, AUTHORIZATION, Control, LIMIT, unique};
 
@@ -143,4 +146,68 @@ fn a_foreign_tunnel_reads_what_istios_control_plane_sends() {
         println!("another one from Istio's: {}: {}", difference.what, difference.reason);
     }
     assert!(wrong.is_empty(), "Istio's\n{}\n{}", wrong.join("\n"), istiod.log());
+}
+
+/// `ADIT_FOREIGN_SEED` repeats one.
+#[test]
+#[ignore = "needs an API server: make test"]
+fn of_objects_at_random_both_control_planes_make_the_same() {
+    let seed = std::env::var("ADIT_FOREIGN_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = seed.unwrap_or_else(rand::random);
+    println!("ADIT_FOREIGN_SEED={seed}");
+    let mut random = Random::new(seed);
+    let api = Arc::new(ApiServer::start());
+    let kinds = istio::chart("base").join("files/crd-all.gen.yaml");
+    api.apply(&std::fs::read_to_string(kinds).unwrap());
+    let control = Control::start_at(Arc::clone(&api), &[]);
+    for namespace in NAMESPACES {
+        api.namespace(namespace, &json!({}));
+    }
+    let mut objects = random.peer_authentications();
+    for number in 1..=40 {
+        let (pod, status) = random.pod(number);
+        api.apply(&pod.to_string());
+        let name = |pointer| pod.pointer(pointer).and_then(Value::as_str).unwrap();
+        api.set_status(name("/metadata/namespace"), name("/metadata/name"), &status);
+        if number <= 20 {
+            objects.extend([random.service(number), random.policy(number)]);
+        }
+    }
+    for object in &objects {
+        api.check(object).unwrap_or_else(|error| panic!("ADIT_FOREIGN_SEED={seed}: {error}\n{object}"));
+        api.apply(&object.to_string());
+    }
+    let istiod = Istiod::start(&api);
+    let ours = Place {
+        port: control.grpc.port(),
+        root: &control.root,
+        server_name: "localhost",
+        token: control.token(&unique("node")),
+    };
+    let theirs = Place {
+        port: istiod.port,
+        root: &istiod.root,
+        server_name: istiod::SERVER_NAME,
+        token: istiod.token.clone(),
+    };
+    let is_whole = |has: &BTreeMap<String, Value>| has.len() > 40;
+    let mut ours = read(&ours, is_whole);
+    differences::without_aliases(&mut ours);
+    differences::without_unnamed(&mut ours);
+    for name in random::forgotten(&objects) {
+        ours.remove(&name);
+    }
+    let plain = |has: &BTreeMap<String, Value>| {
+        let mut has = has.clone();
+        differences::without_repetition(&mut has);
+        differences::without_unnamed(&mut has);
+        has
+    };
+    let theirs = plain(&read(&theirs, |has| plain(has) == ours));
+    let wrong = different(&theirs, &ours);
+    assert!(
+        wrong.is_empty(),
+        "ADIT_FOREIGN_SEED={seed}: Istio's has, ours is expected\n{}",
+        wrong.join("\n")
+    );
 }

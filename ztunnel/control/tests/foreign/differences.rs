@@ -1,6 +1,6 @@
 //! Where Istio's control plane sends something else than ours, and why it stays so.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
@@ -16,7 +16,7 @@ pub const DIFFERENCES: &[Difference] = &[
     Difference {
         what: "aliases, for a tunnel that asks for everything",
         reason: "such a tunnel does not look at them: ours makes each resource once, for both kinds of tunnels",
-        apply: |all| all.values_mut().for_each(|resource| resource["aliases"] = json!([])),
+        apply: without_aliases,
     },
     Difference {
         what: "pods without a label",
@@ -46,6 +46,35 @@ pub const DIFFERENCES: &[Difference] = &[
         },
     },
 ];
+
+/// Below a strict `PeerAuthentication`, one without a mode whose ports are `DISABLE` changes nothing: Istio's
+/// makes a policy of it, which no workload names.
+pub fn without_unnamed(all: &mut BTreeMap<String, Value>) {
+    let named: BTreeSet<String> = all
+        .values()
+        .filter_map(|resource| resource.pointer("/workload/authorization_policies")?.as_array())
+        .flatten()
+        .filter_map(|name| name.as_str().map(str::to_owned))
+        .collect();
+    all.retain(|name, _| !name.contains("/converted_peer_authentication_") || named.contains(name));
+}
+
+/// Where a strict `PeerAuthentication` is below one that is strict, Istio's says twice that whoever has no
+/// identity is denied.
+pub fn without_repetition(all: &mut BTreeMap<String, Value>) {
+    for rule in all.values_mut().filter_map(|policy| policy.get_mut("rules")?.as_array_mut()).flatten() {
+        if let Some(clauses) =
+            rule.get_mut("clauses").and_then(Value::as_array_mut).filter(|clauses| clauses.len() > 1)
+            && clauses.first() == clauses.last()
+        {
+            clauses.pop();
+        }
+    }
+}
+
+pub fn without_aliases(all: &mut BTreeMap<String, Value>) {
+    all.values_mut().for_each(|resource| resource["aliases"] = json!([]));
+}
 
 const WITHOUT_LABEL: &[&str] = &[
     "account",
