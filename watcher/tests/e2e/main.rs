@@ -13,6 +13,7 @@ mod first;
 mod install;
 mod istio;
 mod istio_switch;
+mod istioctl;
 mod istiod;
 mod lifecycle;
 mod networks;
