@@ -134,8 +134,10 @@ async fn the_dump_shows_what_is_known() {
     let dump: serde_json::Value = serde_json::from_str(&body).unwrap();
     assert_eq!(dump["config"]["node"], "node-a");
     assert_eq!(dump["workloads"][0]["name"], "web-1");
-    assert_eq!(dump["services"][0]["service"]["vips"][0], "/10.96.0.1");
-    assert_eq!(dump["services"][0]["endpoints"][0], "uid-web-1");
+    // Under the names by which istioctl reads them.
+    assert_eq!(dump["workloads"][0]["status"], "Healthy");
+    assert_eq!(dump["services"][0]["vips"][0], "/10.96.0.1");
+    assert_eq!(dump["services"][0]["endpoints"]["uid-web-1"]["workloadUid"], "uid-web-1");
     assert_eq!(dump["workloadState"]["uid-1"]["state"], "Up");
     let certificate = &dump["certificates"][0];
     assert_eq!(certificate["identity"], id.to_string());
