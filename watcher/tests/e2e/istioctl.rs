@@ -46,7 +46,7 @@ pub fn assert_reads_tunnels(rig: &Rig, server: &Pod) {
     config("workload", &["server.demo"], &["demo", "server", &server.ip, "node2", "None", "HBONE"]);
     let address = ["-n", "demo", "get", "service", "server", "-o", "jsonpath={.spec.clusterIP}"];
     config("service", &[&tunnel], &["demo", "server", &rig.cluster.kubectl(&address), "None", "1/1"]);
-    config("policy", &[&tunnel], &["demo", "client-only", "ALLOW", "WorkloadSelector"]);
+    config("policy", &[&tunnel], &["demo", "client-only", "Allow", "WorkloadSelector"]);
     let identity = "spiffe://cluster.local/ns/demo/sa/server";
     config("certificate", &[&tunnel], &[identity, "Leaf", "Available", "true"]);
     config("certificate", &[&tunnel], &[identity, "Root", "Available", "true"]);

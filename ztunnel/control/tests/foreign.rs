@@ -47,6 +47,7 @@ struct Place<'a> {
 /// What the client has, when it is what is expected or the time is over.
 fn read(
     place: &Place<'_>,
+    names: &[&str],
     is_expected: impl Fn(&BTreeMap<String, Value>) -> bool,
 ) -> BTreeMap<String, Value> {
     let python = cache().join("grpc/bin/python");
@@ -61,7 +62,8 @@ fn read(
         .arg(format!("localhost:{}", place.port))
         .arg(root)
         .arg(place.server_name)
-        .arg(here.join("../../watcher/testbed/src/fakes/fake_control_plane"));
+        .arg(here.join("../../watcher/testbed/src/fakes/fake_control_plane"))
+        .args(names);
     let mut client = KillOnDrop(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
     writeln!(client.0.stdin.take().unwrap(), "{}", place.token).unwrap();
     let (sender, lines) = mpsc::channel();
@@ -128,7 +130,7 @@ fn a_foreign_tunnel_reads_what_istios_control_plane_sends() {
         server_name: "localhost",
         token: control.token(&unique("node")),
     };
-    let has = read(&ours, |has| has == expected);
+    let has = read(&ours, &[], |has| has == expected);
     let wrong = different(&has, expected);
     assert!(wrong.is_empty(), "ours\n{}", wrong.join("\n"));
 
@@ -140,13 +142,30 @@ fn a_foreign_tunnel_reads_what_istios_control_plane_sends() {
         token: istiod.token.clone(),
     };
     let expected = &differences::of_istio(expected);
-    let has = read(&theirs, |has| has == expected);
+    let has = read(&theirs, &[], |has| has == expected);
     let wrong = different(&has, expected);
     for difference in DIFFERENCES {
         println!("another one from Istio's: {}: {}", difference.what, difference.reason);
     }
     assert!(wrong.is_empty(), "Istio's\n{}\n{}", wrong.join("\n"), istiod.log());
+
+    // The same for a tunnel that asks for what it needs: pods and services, by address and by name.
+    let addresses = |place, is_expected: &dyn Fn(&BTreeMap<String, Value>) -> bool| {
+        let only = |mut has: BTreeMap<String, Value>| {
+            has.retain(|_, resource| resource.get("workload").or(resource.get("service")).is_some());
+            has
+        };
+        only(read(place, ON_DEMAND, |has| is_expected(&only(has.clone()))))
+    };
+    let mine = addresses(&ours, &|has| has.len() >= 7);
+    let theirs = addresses(&theirs, &|has| *has == mine);
+    let wrong = different(&theirs, &mine);
+    assert!(wrong.is_empty(), "on demand: Istio's has, ours is expected\n{}", wrong.join("\n"));
 }
+
+/// A pod, a service with three pods, a headless one, an address outside of the cluster, and one of nobody.
+const ON_DEMAND: &[&str] =
+    &["/10.1.0.16", "/10.96.7.9", "demo/headless.demo.svc.cluster.local", "/192.0.2.1", "/10.9.9.9"];
 
 /// `ADIT_FOREIGN_SEED` repeats one.
 #[test]
@@ -191,7 +210,7 @@ fn of_objects_at_random_both_control_planes_make_the_same() {
         token: istiod.token.clone(),
     };
     let is_whole = |has: &BTreeMap<String, Value>| has.len() > 40;
-    let mut ours = read(&ours, is_whole);
+    let mut ours = read(&ours, &[], is_whole);
     differences::without_aliases(&mut ours);
     differences::without_unnamed(&mut ours);
     for name in random::forgotten(&objects) {
@@ -203,7 +222,7 @@ fn of_objects_at_random_both_control_planes_make_the_same() {
         differences::without_unnamed(&mut has);
         has
     };
-    let theirs = plain(&read(&theirs, |has| plain(has) == ours));
+    let theirs = plain(&read(&theirs, &[], |has| plain(has) == ours));
     let wrong = different(&theirs, &ours);
     assert!(
         wrong.is_empty(),
