@@ -37,6 +37,7 @@ use axum::{
     response::{Html, IntoResponse, Response},
     routing::{get, post},
 };
+use futures_util::StreamExt as _;
 use serde::Deserialize;
 use tokio::{
     net::TcpListener,
@@ -212,7 +213,8 @@ fn whole_body<T: Send + 'static>(bytes: Bytes, held: T) -> Response {
         let piece = bytes.split_to(PIECE.min(bytes.len()));
         (!piece.is_empty()).then_some((Ok::<_, Infallible>(piece), (bytes, held)))
     });
-    let mut response = Response::new(Body::from_stream(pieces));
+    // What compresses it asks again after the end.
+    let mut response = Response::new(Body::from_stream(pieces.fuse()));
     response.headers_mut().insert(header::CONTENT_LENGTH, length);
     response
 }

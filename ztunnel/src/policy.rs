@@ -99,7 +99,8 @@ impl Protection {
     /// First rule that holds wins:
     ///
     /// 1. a deny policy matches: denied
-    /// 2. a policy was never heard of: not allowed, since it may be one that denies
+    /// 2. a policy was never heard of: not allowed, since it may be one that denies. Of those made from
+    ///    a `PeerAuthentication` it is known that they deny nobody with an identity
     /// 3. no allow policy protects the workload: allowed
     /// 4. an allow policy matches: allowed
     /// 5. denied
@@ -185,7 +186,10 @@ fn decide(
         let key = deny.key.clone();
         return Err(if deny.stand_in { Denied::ByStandIn(key) } else { Denied::ByPolicy(key) });
     }
-    if let Some(key) = unheard.first() {
+    // Istio's control plane names some for good that it does not send (converted, with a port that is
+    // strict in a mesh that is strict, of a workload that is not).
+    let may_deny = |key: &&PolicyKey| source.is_none() || !key.is_peer_authentication();
+    if let Some(key) = unheard.iter().find(may_deny) {
         return Err(Denied::Unheard(key.clone()));
     }
     let mut allows = by(Action::Allow).peekable();

@@ -15,6 +15,7 @@ use std::{fs, io, ops::ControlFlow};
 use rtnetlink::{
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
+        route::RouteProtocol,
         rule::{RuleAction, RuleAttribute, RuleMessage},
     },
     sys::protocols::NETLINK_ROUTE,
@@ -176,7 +177,9 @@ fn remove_routing() -> io::Result<()> {
             vec![RuleAttribute::FwMark(MARK), RuleAttribute::FwMask(MASK), RuleAttribute::Table(TABLE)];
         // Others use that table, too, such as whoever redirects by TPROXY.
         if rules_of_table(family).unwrap_or(1) == 1 {
-            let route = local_route(family == AddressFamily::Inet, TABLE, LO);
+            let mut route = local_route(family == AddressFamily::Inet, TABLE, LO);
+            // Whoever set it: the agent says another protocol than we do.
+            route.header.protocol = RouteProtocol::Unspec;
             requests.push(Request::new("Istio's route", RouteNetlinkMessage::DelRoute(route), false));
         }
         requests.push(Request::new("Istio's rule", RouteNetlinkMessage::DelRule(rule), false));
@@ -242,6 +245,24 @@ mod tests {
                 assert!(after.contains(line.trim()), "{kind:?}: {line}\n{after}");
             }
             assert_eq!(run_in(prepared.as_fd(), || Ok(take_out())).unwrap().unwrap(), None, "{kind:?}");
+        }
+    }
+
+    #[test]
+    #[ignore = "makes netns, needs root: make test"]
+    fn the_agents_routes_go_unless_others_use_their_table() {
+        let routes = |netns: &OwnedFd| -> Vec<bool> {
+            let text = listed(netns);
+            ["local default dev lo scope host", "local default dev lo metric 1024"]
+                .iter()
+                .map(|route| text.contains(route))
+                .collect()
+        };
+        for (others, stay) in [("", [false, false]), ("ip rule add fwmark 0x7 lookup 100\n", [true, false])] {
+            let prepared = netns(&format!("{others}{}", script(Kind::IptablesNft)));
+            assert_eq!(routes(&prepared), [true, true]);
+            run_in(prepared.as_fd(), || Ok(take_out())).unwrap().unwrap();
+            assert_eq!(routes(&prepared), stay, "{others:?}");
         }
     }
 

@@ -17,6 +17,7 @@
 //! * [`api_node`]: a node whose watcher follows an API server
 //! * [`real_cluster`]: a real cluster: control plane, kubelets, containerd
 //! * [`image`]: container images of the programs that the tests built
+//! * [`istio`]: Istio's own programs and charts
 //! * [`api_server`]: a real API server with its store
 //! * [`chart`]: the Helm chart, rendered by Helm
 //! * [`watcher_node`]: a node with a watcher and no tunnel
@@ -56,6 +57,7 @@ pub mod fakes;
 pub mod helper;
 pub mod image;
 pub mod interrupt;
+pub mod istio;
 pub mod istio_rules;
 pub mod label_latency;
 pub mod lend;

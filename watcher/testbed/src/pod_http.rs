@@ -52,6 +52,13 @@ pub(crate) fn get(url: &str) -> io::Result<String> {
     }
 }
 
+/// Asks once, as the first thing that it does, and prints after how many microseconds it was answered.
+pub(crate) fn first(url: &str) {
+    let began = Instant::now();
+    let answer = get(url).unwrap_or_else(|error| panic!("{url}: {error}"));
+    say(&format!("answered after {} us: {answer}", began.elapsed().as_micros()));
+}
+
 fn split(url: &str) -> (&str, &str) {
     let rest = url.strip_prefix("http://").expect("a URL of http");
     rest.split_once('/').unwrap_or((rest, ""))

@@ -32,7 +32,7 @@ use tempfile::TempDir;
 pub use self::{
     kubectl::Pod,
     node::RealNode,
-    settings::{Network, PAUSE_IMAGE},
+    settings::{CNI, Network, PAUSE_IMAGE},
 };
 
 use self::{control_plane::ControlPlane, node::Place};

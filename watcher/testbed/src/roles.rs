@@ -39,6 +39,7 @@ pub fn play(words: &[&str]) {
         ["serve", port] => pod_http::serve(port.parse().expect("a port")),
         ["serve-grpc", port] => pod_grpc::serve(port.parse().expect("a port")),
         ["get", url] => println!("{}", pod_http::get(url).unwrap_or_else(|error| panic!("{url}: {error}"))),
+        ["first", url] => pod_http::first(url),
         ["ask", url, period, threads] => pod_http::ask(url, millis(period), number(threads)),
         ["hold", url, period, count] => pod_http::hold(url, millis(period), number(count)),
         _ => panic!("no helper does {words:?}"),

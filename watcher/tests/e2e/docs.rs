@@ -53,15 +53,15 @@ pub fn import(rig: &Rig) {
 }
 
 /// The programs that an operator has, and ours as they are on `node1`.
-fn make_programs(folder: &Path) {
+fn make_programs(folder: &Path, system: &str) {
     fs::create_dir(folder).expect("folder");
     symlink(chart::program(), folder.join("helm")).expect("link");
     symlink(kubernetes("kubectl"), folder.join("kubectl")).expect("link");
     for program in ["watcher", "ztunnel"] {
         let script = format!(
             "#!/bin/sh\n\
-             pod=$(kubectl -n {SYSTEM} get pods -l app=ztunnel --field-selector spec.nodeName=node1 -o name)\n\
-             exec kubectl -n {SYSTEM} exec $pod -c {program} -- {program} \"$@\"\n"
+             pod=$(kubectl -n {system} get pods -l app=ztunnel --field-selector spec.nodeName=node1 -o name)\n\
+             exec kubectl -n {system} exec $pod -c {program} -- {program} \"$@\"\n"
         );
         let file = folder.join(program);
         fs::write(&file, script).expect("a script");
@@ -73,9 +73,11 @@ fn make_programs(folder: &Path) {
 pub fn follow(rig: &Rig, page: &str, section: &str) {
     let folder = rig.cluster.file("bin");
     if !folder.exists() {
-        make_programs(&folder);
+        make_programs(&folder, rig.system);
     }
     for line in commands(page, section) {
+        // As the page says of other namespaces.
+        let line = line.replace(SYSTEM, rig.system);
         let mut command = Command::new("sh");
         command.args(["-ec", &line]).current_dir(chart::folder().join("../.."));
         command.env("PATH", format!("{}:/usr/bin:/bin", folder.display()));
@@ -87,7 +89,7 @@ pub fn follow(rig: &Rig, page: &str, section: &str) {
             rig.wait_rolled_out();
         }
         if line.contains(" delete daemonset/") {
-            rig.cluster.wait_gone(SYSTEM, "app=ztunnel");
+            rig.cluster.wait_gone(rig.system, "app=ztunnel");
         }
     }
 }

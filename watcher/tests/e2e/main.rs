@@ -9,7 +9,12 @@
 
 mod docs;
 mod faults;
+mod first;
 mod install;
+mod istio;
+mod istio_switch;
+mod istioctl;
+mod istiod;
 mod lifecycle;
 mod networks;
 mod policies;

@@ -10,7 +10,9 @@ use testbed::{
     wait::try_wait_slowly,
 };
 
-/// The namespace that Adit is installed in.
+use crate::istiod;
+
+/// The namespace that Adit is installed in, where the control plane is its own.
 pub const SYSTEM: &str = "adit-system";
 /// The namespace whose pods are enrolled.
 pub const DEMO: &str = "demo";
@@ -19,10 +21,15 @@ pub const SERVER: &str = "http://server.demo.svc/";
 /// How long anything may take that pods, kubelets and controllers do.
 pub const LIMIT: std::time::Duration = std::time::Duration::from_mins(2);
 
+/// Where Istio's control plane is, and Adit with it.
+pub const ISTIO: &str = "istio-system";
+
 /// A cluster, and Adit's chart for it.
 #[derive(Debug)]
 pub struct Rig {
     pub cluster: RealCluster,
+    /// The namespace that Adit is installed in.
+    pub system: &'static str,
 }
 
 /// A pod of the tests.
@@ -68,11 +75,23 @@ impl Rig {
 
     /// The same with another network of pods.
     pub fn start_with(network: Network) -> Self {
-        let images = images();
-        let images: Vec<_> = images.iter().map(PathBuf::as_path).collect();
-        let rig = Self { cluster: RealCluster::start(network, &images) };
+        let rig = Self::bare(network, SYSTEM);
         let crds = concat!(env!("CARGO_MANIFEST_DIR"), "/../ztunnel/control/tests/crds.yaml");
         rig.cluster.apply(&fs::read_to_string(crds).expect("the definitions of Istio's policies"));
+        rig
+    }
+
+    /// A cluster that knows nothing but Kubernetes.
+    fn bare(network: Network, system: &'static str) -> Self {
+        let images = images();
+        let images: Vec<_> = images.iter().map(PathBuf::as_path).collect();
+        Self { cluster: RealCluster::start(network, &images), system }
+    }
+
+    /// A cluster with Istio's control plane, and nothing else of Istio's.
+    pub fn start_with_istio() -> Self {
+        let rig = Self::bare(Network::Bridge, ISTIO);
+        istiod::install(&rig);
         rig
     }
 
@@ -118,7 +137,7 @@ impl Rig {
 
     /// The same of the chart in `folder`.
     pub fn install_chart(&self, folder: &str, more: &[&str]) {
-        let words = ["install", "adit", folder, "--namespace", SYSTEM, "--create-namespace"];
+        let words = ["install", "adit", folder, "--namespace", self.system, "--create-namespace"];
         self.cluster
             .helm(&[&words, VALUES, more].concat())
             .unwrap_or_else(|said| panic!("helm install: {said}"));
@@ -131,7 +150,7 @@ impl Rig {
     /// What Helm says when it refuses.
     pub fn upgrade(&self, more: &[&str]) -> Result<String, String> {
         let folder = chart::folder();
-        let words = ["upgrade", "adit", folder.to_str().expect("UTF-8 path"), "--namespace", SYSTEM];
+        let words = ["upgrade", "adit", folder.to_str().expect("UTF-8 path"), "--namespace", self.system];
         self.cluster.helm(&[&words, VALUES, more].concat())
     }
 
@@ -140,7 +159,8 @@ impl Rig {
     /// Not by `kubectl rollout status` alone: of a DaemonSet it waits for old pods to have ended,
     /// too, and those serve the connections that they have.
     pub fn wait_rolled_out(&self) {
-        let control = ["-n", SYSTEM, "rollout", "status", "deployment/ztunnel-control", "--timeout=120s"];
+        let control = if self.system == SYSTEM { "deployment/ztunnel-control" } else { "deployment/istiod" };
+        let control = ["-n", self.system, "rollout", "status", control, "--timeout=120s"];
         let done = self.cluster.try_kubectl(&control);
         assert!(done.status.success(), "the control plane is not rolled out\n{}", self.system_story());
         let done = try_wait_slowly(LIMIT, || self.is_rolled_out());
@@ -151,11 +171,13 @@ impl Rig {
     /// of the last revision.
     fn is_rolled_out(&self) -> bool {
         let json = |kind: &str| -> Value {
-            let list = self.cluster.kubectl(&["-n", SYSTEM, "get", kind, "-l", "app=ztunnel", "-o", "json"]);
+            let list =
+                self.cluster.kubectl(&["-n", self.system, "get", kind, "-l", "app=ztunnel", "-o", "json"]);
             serde_json::from_str(&list).expect("JSON")
         };
         let path = "jsonpath={.metadata.generation} {.status.observedGeneration}";
-        let generations = self.cluster.kubectl(&["-n", SYSTEM, "get", "daemonset", "ztunnel", "-o", path]);
+        let generations =
+            self.cluster.kubectl(&["-n", self.system, "get", "daemonset", "ztunnel", "-o", path]);
         let is_seen = generations.split_once(' ').is_some_and(|(wanted, observed)| wanted == observed);
         let revisions = json("controllerrevisions");
         let last = revisions["items"]
@@ -180,12 +202,12 @@ impl Rig {
 
     /// What the pods of Adit say of themselves.
     pub fn system_story(&self) -> String {
-        let describe = self.cluster.kubectl_text(&["-n", SYSTEM, "describe", "pods"]);
-        let logs = ["watcher", "ztunnel", "ztunnel-control"].map(|container| {
-            let pods = self.cluster.kubectl_text(&["-n", SYSTEM, "get", "pods", "-o", "name"]);
+        let describe = self.cluster.kubectl_text(&["-n", self.system, "describe", "pods"]);
+        let logs = ["watcher", "ztunnel", "ztunnel-control", "discovery"].map(|container| {
+            let pods = self.cluster.kubectl_text(&["-n", self.system, "get", "pods", "-o", "name"]);
             pods.lines()
                 .map(|pod| {
-                    self.cluster.kubectl_text(&["-n", SYSTEM, "logs", pod, "-c", container, "--tail=25"])
+                    self.cluster.kubectl_text(&["-n", self.system, "logs", pod, "-c", container, "--tail=25"])
                 })
                 .collect::<Vec<_>>()
                 .join("\n")
@@ -239,11 +261,11 @@ impl Rig {
 
     /// The pod of Adit on a node.
     pub fn agent(&self, node: &str) -> Pod {
-        let pods = self.cluster.pods(SYSTEM, "app=ztunnel");
+        let pods = self.cluster.pods(self.system, "app=ztunnel");
         let on_node =
             |pod: &&Value| pod["spec"]["nodeName"] == node && pod["metadata"]["deletionTimestamp"].is_null();
         let pod = pods.iter().find(on_node).unwrap_or_else(|| panic!("no tunnel on {node}"));
-        self.cluster.pod(SYSTEM, pod["metadata"]["name"].as_str().expect("a name")).expect("a pod")
+        self.cluster.pod(self.system, pod["metadata"]["name"].as_str().expect("a name")).expect("a pod")
     }
 
     /// Waits for a record of the tunnel of `node` that contains all of `parts`.
@@ -251,7 +273,7 @@ impl Rig {
         let agent = self.agent(node);
         let mut last = String::new();
         let found = try_wait_slowly(LIMIT, || {
-            last = self.cluster.kubectl_text(&["-n", SYSTEM, "logs", &agent.name, "-c", "ztunnel"]);
+            last = self.cluster.kubectl_text(&["-n", self.system, "logs", &agent.name, "-c", "ztunnel"]);
             last.lines().find(|line| parts.iter().all(|part| line.contains(part))).map(str::to_owned)
         });
         found.unwrap_or_else(|| panic!("no record with {parts:?} in\n{last}"))
@@ -289,7 +311,7 @@ impl Rig {
     pub fn restarts(&self, node: &str, container: &str) -> i64 {
         let agent = self.agent(node);
         let path = format!("jsonpath={{.status.containerStatuses[?(@.name==\"{container}\")]}}");
-        let status = self.cluster.kubectl(&["-n", SYSTEM, "get", "pod", &agent.name, "-o", &path]);
+        let status = self.cluster.kubectl(&["-n", self.system, "get", "pod", &agent.name, "-o", &path]);
         let status: Value = serde_json::from_str(&status).expect("JSON");
         if status["ready"] == true { status["restartCount"].as_i64().expect("a count") } else { 0 }
     }
@@ -297,18 +319,18 @@ impl Rig {
     /// Uninstalls as docs/install.md says.
     pub fn uninstall(&self) {
         let folder = chart::folder();
-        let words = ["upgrade", "adit", folder.to_str().expect("UTF-8 path"), "--namespace", SYSTEM];
+        let words = ["upgrade", "adit", folder.to_str().expect("UTF-8 path"), "--namespace", self.system];
         let more = ["--reset-then-reuse-values", "--set", "watcher.detach=true"];
         self.cluster
             .helm(&[&words[..], &more].concat())
             .unwrap_or_else(|said| panic!("helm upgrade: {said}"));
         self.wait_rolled_out();
-        self.cluster.kubectl(&["-n", SYSTEM, "delete", "daemonset/ztunnel"]);
-        self.cluster.wait_gone(SYSTEM, "app=ztunnel");
+        self.cluster.kubectl(&["-n", self.system, "delete", "daemonset/ztunnel"]);
+        self.cluster.wait_gone(self.system, "app=ztunnel");
         self.cluster
-            .helm(&["uninstall", "adit", "--namespace", SYSTEM])
+            .helm(&["uninstall", "adit", "--namespace", self.system])
             .unwrap_or_else(|said| panic!("{said}"));
-        self.cluster.wait_gone(SYSTEM, "app.kubernetes.io/name=adit");
+        self.cluster.wait_gone(self.system, "app.kubernetes.io/name=adit");
     }
 
     /// What is on the nodes and in the netns of `pods` is as if Adit had never been there.
@@ -376,11 +398,17 @@ fn left_in(node: &RealNode, pod: &Pod) -> String {
 /// Where Adit comes from, as the tests have it.
 const VALUES: &[&str] = &["--set", "image=localhost/adit:e2e", "--set", "imagePullPolicy=Never"];
 
+/// Where the archives of images are.
+pub fn image_folder() -> PathBuf {
+    let folder = binary("watcher").with_file_name("e2e-images");
+    fs::create_dir_all(&folder).expect("folder");
+    folder
+}
+
 /// The archives of all images, made anew when a program of theirs has changed.
 fn images() -> Vec<PathBuf> {
     static MAKING: Mutex<()> = Mutex::new(());
     let _alone = MAKING.lock().expect("no panic");
-    let folder = binary("watcher").with_file_name("e2e-images");
-    fs::create_dir_all(&folder).expect("folder");
+    let folder = image_folder();
     vec![image::adit(&folder), image::pod(&folder), image::pause(&folder, PAUSE_IMAGE)]
 }

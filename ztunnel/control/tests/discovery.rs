@@ -97,13 +97,13 @@ fn a_tunnel_learns_of_pods_and_services_and_of_every_change() {
         })
     };
     let first = pod_soon("the pod", &|_| true);
-    assert_eq!(first["healthy"], json!(false), "{first}");
+    assert_eq!(first["status"], "Unhealthy", "{first}");
     assert_eq!((&first["canonicalName"], &first["canonicalRevision"]), (&json!("web"), &json!("v1")));
     assert_eq!(first["locality"]["zone"], "z1", "{first}");
     assert_eq!(first["clusterId"], "Kubernetes");
 
     api.set_status(&demo, "web-1", &ready_at("10.1.0.1"));
-    pod_soon("the pod to be ready", &|pod| pod["healthy"] == json!(true));
+    pod_soon("the pod to be ready", &|pod| pod["status"] == "Healthy");
     let protocol = first["protocol"].clone();
     let redirected = json!({"metadata": {"annotations": {"ambient.istio.io/redirection": "enabled"}}});
     api.patch_pod(&demo, "web-1", &redirected);
@@ -148,7 +148,7 @@ fn policies_reach_whom_they_select_and_unknown_fields_make_them_stricter() {
     let named = |name: &str| {
         tunnel.soon(name, |mesh| {
             let named = pod(mesh, &demo, "web")?.common.policies.iter().any(|key| key.to_string() == *name);
-            let policy = mesh.policies().find(|policy| shown_policy(policy)["key"] == name)?;
+            let policy = mesh.policies().find(|policy| is_named(policy, name))?;
             named.then(|| shown_policy(policy))
         })
     };
@@ -233,7 +233,7 @@ fn namesakes_in_two_namespaces_are_two_of_everything() {
         let policies: Vec<String> = workload.common.policies.iter().map(ToString::to_string).collect();
         let endpoints: Vec<_> =
             mesh.endpoints(&key(demo)).iter().map(|one| one.workload.common.namespace.to_string()).collect();
-        let policy = mesh.policies().find(|policy| shown_policy(policy)["key"] == format!("{demo}/web"))?;
+        let policy = mesh.policies().find(|policy| is_named(policy, &format!("{demo}/web")))?;
         let allows_own = shown_policy(policy).to_string().contains(demo);
         (policies == [format!("{demo}/web")] && endpoints == [demo] && allows_own).then_some(())
     };
@@ -243,6 +243,12 @@ fn namesakes_in_two_namespaces_are_two_of_everything() {
     api.delete_pod(&both[0], "web");
     tunnel.soon("one to be gone", |mesh| mesh.endpoints(&key(&both[0])).is_empty().then_some(()));
     tunnel.soon("the other to be there", |mesh| has_its_own(mesh, &both[1]));
+}
+
+fn is_named(policy: &ztunnel::mesh::Policy, key: &str) -> bool {
+    let shown = shown_policy(policy);
+    key.split_once('/')
+        .is_some_and(|(namespace, name)| shown["namespace"] == namespace && shown["name"] == name)
 }
 
 fn shown_policy(policy: &ztunnel::mesh::Policy) -> Value {

@@ -1,7 +1,7 @@
 //! `/config_dump`: the whole state, under the names of Istio's dump, so that `istioctl
 //! ztunnel-config` can read it.
 
-use std::time::SystemTime;
+use std::{collections::BTreeMap, time::SystemTime};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde::Serialize;
@@ -9,7 +9,11 @@ use serde_json::{Value, json};
 use time::format_description::well_known::Rfc3339;
 
 use super::Admin;
-use crate::{identity::CertificateInfo, metrics::open::ConnectionView};
+use crate::{
+    identity::CertificateInfo,
+    mesh::{Endpoint, Service, ServiceKey},
+    metrics::open::ConnectionView,
+};
 
 /// Number of connections listed; all are counted.
 const CONNECTIONS: usize = 10_000;
@@ -24,9 +28,9 @@ pub(super) fn dump(admin: &Admin) -> serde_json::Result<String> {
     let services: Vec<_> = services
         .into_iter()
         .map(|service| {
-            let endpoints: Vec<_> =
-                mesh.endpoints(&service.key()).iter().map(|end| &end.workload.uid).collect();
-            json!({ "service": service, "endpoints": endpoints })
+            let (key, endpoints) = (service.key(), mesh.endpoints(&service.key()));
+            let endpoints = endpoints.iter().map(|end| (&*end.workload.uid, EndpointDump::new(&key, end)));
+            json!(ServiceDump { service, endpoints: endpoints.collect() })
         })
         .collect();
     let (connections, all) = admin.metrics.open.views(CONNECTIONS);
@@ -42,6 +46,30 @@ pub(super) fn dump(admin: &Admin) -> serde_json::Result<String> {
         "workloadState": with_connections((admin.workload_state)(), &connections),
         "openConnections": { "total": all, "listed": connections.len() },
     }))
+}
+
+#[derive(Serialize)]
+struct ServiceDump<'a> {
+    #[serde(flatten)]
+    service: &'a Service,
+    /// By the uid of the workload.
+    endpoints: BTreeMap<&'a str, EndpointDump<'a>>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct EndpointDump<'a> {
+    workload_uid: &'a str,
+    service: String,
+    /// Target ports that differ from the service's.
+    port: &'a BTreeMap<u16, u16>,
+}
+
+impl<'a> EndpointDump<'a> {
+    fn new(service: &ServiceKey, endpoint: &'a Endpoint) -> Self {
+        let workload = &endpoint.workload;
+        Self { workload_uid: &workload.uid, service: service.to_string(), port: endpoint.own_ports() }
+    }
 }
 
 /// The state of the pods, each with its open connections.

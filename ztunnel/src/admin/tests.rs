@@ -134,8 +134,10 @@ async fn the_dump_shows_what_is_known() {
     let dump: serde_json::Value = serde_json::from_str(&body).unwrap();
     assert_eq!(dump["config"]["node"], "node-a");
     assert_eq!(dump["workloads"][0]["name"], "web-1");
-    assert_eq!(dump["services"][0]["service"]["vips"][0], "/10.96.0.1");
-    assert_eq!(dump["services"][0]["endpoints"][0], "uid-web-1");
+    // Under the names by which istioctl reads them.
+    assert_eq!(dump["workloads"][0]["status"], "Healthy");
+    assert_eq!(dump["services"][0]["vips"][0], "/10.96.0.1");
+    assert_eq!(dump["services"][0]["endpoints"]["uid-web-1"]["workloadUid"], "uid-web-1");
     assert_eq!(dump["workloadState"]["uid-1"]["state"], "Up");
     let certificate = &dump["certificates"][0];
     assert_eq!(certificate["identity"], id.to_string());
@@ -243,20 +245,26 @@ async fn the_status_and_the_page_show_the_same_and_names_cannot_break_out() {
     drop(record);
 }
 
+/// `istioctl` asks for gzip, as every client written in Go does.
 #[tokio::test]
-async fn metrics_are_compressed_as_asked() {
+async fn answers_are_compressed_as_asked() {
     let bench = Bench::start().await;
-    for encoding in ["gzip", "br", "zstd", "deflate"] {
-        let mut stream = TcpStream::connect(bench.addresses[STATS]).await.unwrap();
+    let encodings = ["gzip", "br", "zstd", "deflate"];
+    let pages = [(STATS, "/metrics"), (ADMIN, "/config_dump"), (ADMIN, "/status"), (ADMIN, "/")];
+    for ((server, path), encoding) in pages.iter().flat_map(|page| encodings.map(|encoding| (page, encoding)))
+    {
+        let mut stream = TcpStream::connect(bench.addresses[*server]).await.unwrap();
         let request = format!(
-            "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAccept-Encoding: {encoding}\r\n\r\n"
+            "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAccept-Encoding: {encoding}\r\n\r\n"
         );
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).await.unwrap();
         let head = String::from_utf8_lossy(&answer).to_lowercase();
-        assert!(head.contains(&format!("content-encoding: {encoding}\r\n")), "{head}");
+        assert!(head.contains(&format!("content-encoding: {encoding}\r\n")), "{path} as {encoding}: {head}");
         assert!(!head.contains("istio_build"), "{encoding} left it readable");
+        let is_whole = head.contains("content-length: ") || answer.ends_with(b"\r\n0\r\n\r\n");
+        assert!(is_whole, "{path} as {encoding} has no end: {head}");
     }
 }
 

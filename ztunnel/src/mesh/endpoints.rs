@@ -29,6 +29,11 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
+    /// Its target ports, as far as the control plane says them.
+    pub(crate) fn own_ports(&self) -> &PortMap {
+        &self.ports
+    }
+
     /// The port at which this endpoint serves `port` of its service. `None`: it does not serve it.
     #[must_use]
     pub fn target_port(&self, service: &Service, port: u16) -> Option<u16> {

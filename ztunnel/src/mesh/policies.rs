@@ -10,7 +10,10 @@ use std::{
 };
 
 use ipnet::IpNet;
-use serde::{Serialize, Serializer};
+use serde::{
+    Serialize, Serializer,
+    ser::{SerializeMap as _, SerializeSeq as _},
+};
 
 use super::InvalidKey;
 use crate::identity::{Identity, TrustDomains};
@@ -22,6 +25,14 @@ pub struct PolicyKey {
     pub namespace: Arc<str>,
     /// Name. Never empty.
     pub name: Arc<str>,
+}
+
+impl PolicyKey {
+    /// Whether it was made from a `PeerAuthentication`, whatever it says: it denies nobody who has
+    /// proven an identity. No object of the API can have such a name.
+    pub(crate) fn is_peer_authentication(&self) -> bool {
+        self.name.starts_with("converted_peer_authentication_")
+    }
 }
 
 impl fmt::Display for PolicyKey {
@@ -53,6 +64,8 @@ impl Serialize for PolicyKey {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Policy {
+    /// Shown as its namespace and its name.
+    #[serde(flatten, serialize_with = "namespace_and_name")]
     pub(crate) key: PolicyKey,
     pub(crate) scope: PolicyScope,
     pub(crate) action: Action,
@@ -64,6 +77,13 @@ pub struct Policy {
     /// of it: stricter than it can have been.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub stand_in: bool,
+}
+
+fn namespace_and_name<S: Serializer>(key: &PolicyKey, serializer: S) -> Result<S::Ok, S::Error> {
+    let mut shown = serializer.serialize_map(Some(2))?;
+    shown.serialize_entry("namespace", &key.namespace)?;
+    shown.serialize_entry("name", &key.name)?;
+    shown.end()
 }
 
 /// The workloads that a policy protects.
@@ -124,8 +144,13 @@ pub enum StringMatch {
     Prefix(String),
     /// Ends with.
     Suffix(String),
-    /// Any text that is not empty.
+    /// Any text that is not empty. Shown as an object, as the others are.
+    #[serde(serialize_with = "empty")]
     Presence,
+}
+
+fn empty<S: Serializer>(serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_seq(Some(0))?.end()
 }
 
 impl StringMatch {
@@ -328,6 +353,22 @@ mod tests {
         let key = PolicyKey { namespace: "demo".into(), name: name.into() };
         let (scope, action) = (PolicyScope::Global, Action::Deny);
         Policy { key, scope, action, rules: Vec::new(), dry_run: false, stand_in: false }
+    }
+
+    /// `istioctl` reads no text where it expects an object.
+    #[test]
+    fn a_policy_is_shown_as_istios_tunnel_shows_it() {
+        let identity = vec![StringMatch::Presence, StringMatch::Exact("a".to_owned())];
+        let one = Match { not_principals: identity, ..Match::default() };
+        let shown =
+            serde_json::to_value(Policy { rules: vec![Rule(vec![Clause(vec![one])])], ..policy("p") });
+        let shown = shown.unwrap();
+        assert_eq!(
+            (&shown["namespace"], &shown["name"], &shown["key"]),
+            (&"demo".into(), &"p".into(), &().into())
+        );
+        let identity = &shown["rules"][0][0][0]["notPrincipals"];
+        assert_eq!(*identity, serde_json::json!([{"Presence": []}, {"Exact": "a"}]));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr, num::NonZeroU16, ops::Deref, sync::Arc};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::{GatewayAddress, PolicyKey, ServiceKey, services::PortMap};
 use crate::identity::Identity;
@@ -26,10 +26,17 @@ pub struct Workload {
     /// Its weight among the endpoints of a service.
     pub capacity: u32,
     /// Whether it is ready.
+    #[serde(rename = "status", serialize_with = "status")]
     pub healthy: bool,
     /// What it shares with similar workloads.
     #[serde(flatten)]
     pub common: Arc<Common>,
+}
+
+/// In Istio's words.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn status<S: Serializer>(healthy: &bool, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(if *healthy { "Healthy" } else { "Unhealthy" })
 }
 
 /// The part that similar workloads share. It is stored once for all of them.

@@ -232,6 +232,32 @@ fn a_named_policy_that_was_never_heard_of_allows_nothing_and_a_removed_one_is_no
     assert_eq!(decided(&mesh.with([MeshChange::PutPolicy(arrived)])), Err(Denied::ByPolicy(late)));
 }
 
+/// Istio's control plane names some for good that it never sends.
+#[test]
+fn a_converted_peer_authentication_that_was_never_heard_of_refuses_nobody_with_an_identity() {
+    let mut named = workload("named", "10.0.0.1");
+    let missing: PolicyKey = "default/converted_peer_authentication_ports".parse().unwrap();
+    named.policies = vec![missing.clone()];
+    let source = "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap();
+    let decided = |named: &Workload, source: Option<&Identity>, policies: Vec<Policy>| {
+        let mesh = Mesh::new([named.clone()], [], policies);
+        let connection = InboundConnection {
+            source_ip: ip("10.0.0.9"),
+            source,
+            destination: "10.0.0.1:80".parse().unwrap(),
+        };
+        protection(&mesh, mesh.workload_by_address("", ip("10.0.0.1")).unwrap()).check(&connection)
+    };
+    assert_eq!(decided(&named, Some(&source), vec![]), Ok(()));
+    assert_eq!(decided(&named, None, vec![]), Err(Denied::Unheard(missing)));
+    // Other policies count as ever, those that were never heard of too.
+    let nobody = policy("nobody", PolicyScope::Global, Action::Allow, vec![]);
+    assert_eq!(decided(&named, Some(&source), vec![nobody]), Err(Denied::NotAllowed));
+    let late: PolicyKey = "default/late".parse().unwrap();
+    named.policies.push(late.clone());
+    assert_eq!(decided(&named, Some(&source), vec![]), Err(Denied::Unheard(late)));
+}
+
 #[test]
 fn a_policy_protects_its_scope() {
     let deny = |scope| policy("deny", scope, Action::Deny, vec![vec![]]);

@@ -23,6 +23,8 @@ pub struct About {
     pub architecture: &'static str,
     /// What runs unless a pod says otherwise.
     pub entrypoint: Vec<String>,
+    /// Who runs it unless a pod says otherwise, such as `1337:1337`; empty: root.
+    pub user: String,
     /// The variable `PATH`.
     pub path: String,
     /// Labels (`org.opencontainers.image.…`).
@@ -51,18 +53,22 @@ pub fn archive(contents: &Contents, about: &About) -> anyhow::Result<Vec<u8>> {
     let layer =
         Blob { media_type: "application/vnd.oci.image.layer.v1.tar+gzip", bytes: compressor.finish()? };
     let created = timestamp(about.modified)?;
+    let mut runs = json!({
+        "Entrypoint": about.entrypoint,
+        "Env": [format!("PATH={}", about.path)],
+        "Labels": about.labels,
+        "WorkingDir": "/",
+    });
+    if !about.user.is_empty() {
+        runs["User"] = json!(about.user);
+    }
     let config = Blob {
         media_type: "application/vnd.oci.image.config.v1+json",
         bytes: serde_json::to_vec(&json!({
             "created": created,
             "architecture": about.architecture,
             "os": "linux",
-            "config": {
-                "Entrypoint": about.entrypoint,
-                "Env": [format!("PATH={}", about.path)],
-                "Labels": about.labels,
-                "WorkingDir": "/",
-            },
+            "config": runs,
             "rootfs": {"type": "layers", "diff_ids": [diff_id]},
             "history": [{"created": created, "created_by": "adit-image"}],
         }))?,

@@ -126,6 +126,7 @@ fn write(args: WriteArgs) -> anyhow::Result<()> {
         reference: args.name,
         architecture: architecture.context("no program")?,
         entrypoint: entrypoint.into_iter().collect(),
+        user: String::new(),
         path: PROGRAMS.to_owned(),
         labels: args.labels.into_iter().collect::<BTreeMap<_, _>>(),
         modified: args.modified,

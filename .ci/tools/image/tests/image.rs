@@ -24,6 +24,7 @@ fn about() -> About {
         reference: "localhost:5000/adit:1.2.3".to_owned(),
         architecture: "amd64",
         entrypoint: vec!["/usr/local/bin/watcher".to_owned()],
+        user: String::new(),
         path: "/usr/local/bin".to_owned(),
         labels: BTreeMap::from([("org.opencontainers.image.title".to_owned(), "adit".to_owned())]),
         modified: 1_700_000_000,
@@ -54,6 +55,17 @@ fn the_same_input_gives_the_same_bytes_and_comes_back() {
     assert_eq!(image.config["config"]["Labels"]["org.opencontainers.image.title"], "adit");
     let later = archive(&contents(&files), &About { modified: 0, ..about() }).unwrap();
     assert_ne!(check::read(&later).unwrap().digest, image.digest);
+}
+
+#[test]
+fn who_runs_it_is_said_only_where_it_is_not_root() {
+    let user = |user: &str| {
+        let about = About { user: user.to_owned(), ..about() };
+        check::read(&archive(&contents(&["/bin/a"]), &about).unwrap()).unwrap().config["config"]["User"]
+            .clone()
+    };
+    assert_eq!(user("1337:1337"), "1337:1337");
+    assert_eq!(user(""), Value::Null);
 }
 
 /// What another program makes of it: folders come first, everything is root's and of one time.

@@ -27,6 +27,9 @@ pub(super) fn api_options(network: Network) -> Vec<String> {
         // What kubeadm switches on, and what keeps a kubelet to its own node.
         "--enable-admission-plugins=NodeRestriction".to_owned(),
         "--enable-bootstrap-token-auth=false".to_owned(),
+        // It is on no node, which alone know the addresses of services: webhooks are dialled at their
+        // pods, as where the control plane is somebody else's.
+        "--enable-aggregator-routing=true".to_owned(),
     ];
     if network.has_v6() {
         options.push(format!("--service-cluster-ip-range={}", services(network)));

@@ -17,7 +17,7 @@ use super::{
     cgroups::NodeCgroups,
     container::{contain, in_cgroups},
     programs::{cni, containerd, runc},
-    settings::{self, Network, NodeSettings},
+    settings::{self, CNI, Network, NodeSettings},
 };
 use crate::{
     api_server::ApiServer,
@@ -118,8 +118,12 @@ impl RealNode {
             ca: &place.api.file("ca.crt"),
         };
         let write = |name: &str, text: &str| fs::write(self.dir.join(name), text).expect(name);
-        fs::create_dir_all(self.dir.join("cni")).expect("folder");
-        write("cni/10-pods.conflist", &settings.cni().to_string());
+        write("pods.conflist", &settings.cni().to_string());
+        let list = self.dir.join("pods.conflist");
+        self.run(&format!(
+            "mkdir -p {CNI}/bin {CNI}/net.d && cp {} {CNI}/net.d/10-pods.conflist",
+            list.display()
+        ));
         write("containerd.toml", &settings.containerd(&cni(), &runc()));
         write("kubelet.json", &settings.kubelet().to_string());
         let admin = place.api.admin_kubeconfig();

@@ -28,6 +28,9 @@ pub(super) struct NodeSettings<'a> {
 /// The image of every pod's sandbox.
 pub const PAUSE_IMAGE: &str = "localhost/pause:1";
 
+/// Where a node has the list of its CNI plugins (`net.d`), and those that pods install (`bin`).
+pub const CNI: &str = "/run/cni";
+
 /// How the pods of a node are joined to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Network {
@@ -102,8 +105,8 @@ state = "/run/containerd"
   # Who runs the tests may lack CAP_SYS_RESOURCE.
   restrict_oom_score_adj = true
 [plugins."io.containerd.cri.v1.runtime".cni]
-  bin_dirs = ["{cni_bin}"]
-  conf_dir = "{dir}/cni"
+  bin_dirs = ["{CNI}/bin", "{cni_bin}"]
+  conf_dir = "{CNI}/net.d"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
   runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]

@@ -131,6 +131,9 @@ fn ports(listed: &[api::ServicePort]) -> Vec<ServicePort> {
     listed.iter().filter(|port| !hidden(port)).filter_map(read).collect()
 }
 
+/// Ports whose protocol Istio does not guess at where nothing names it: SMTP, DNS, MySQL, MongoDB.
+const WELL_KNOWN: [i32; 4] = [25, 53, 3306, 27017];
+
 /// The application's protocol, from the field for it or from the first word of the port's name.
 fn app_protocol(port: &api::ServicePort) -> AppProtocol {
     if port.protocol.as_deref() == Some("UDP") {
@@ -144,7 +147,7 @@ fn app_protocol(port: &api::ServicePort) -> AppProtocol {
         _ => {}
     }
     let name = said.or(port.name.as_deref()).unwrap_or_default().to_ascii_lowercase();
-    if name == "grpc-web" || name.starts_with("grpc-web-") {
+    if name.starts_with("grpc-web") {
         return AppProtocol::Unknown;
     }
     match name.split('-').next().unwrap_or_default() {
@@ -153,6 +156,9 @@ fn app_protocol(port: &api::ServicePort) -> AppProtocol {
         "grpc" => AppProtocol::Grpc,
         "tcp" => AppProtocol::Tcp,
         "tls" | "https" => AppProtocol::Tls,
+        // Known to Istio, which has no word for them at layer 4.
+        "udp" | "http_proxy" | "mongo" | "redis" | "mysql" => AppProtocol::Unknown,
+        _ if WELL_KNOWN.contains(&port.port) => AppProtocol::Tcp,
         _ => AppProtocol::Unknown,
     }
 }
@@ -214,6 +220,11 @@ mod tests {
             assert_eq!(protocol(port), expected, "{name} {said:?}");
         }
         assert_eq!(protocol(json!({"name": "http", "port": 80, "protocol": "UDP"})), AppProtocol::Unknown);
+        for (name, expected) in
+            [("dns-tcp", AppProtocol::Tcp), ("http", AppProtocol::Http11), ("mysql", AppProtocol::Unknown)]
+        {
+            assert_eq!(protocol(json!({"name": name, "port": 53})), expected, "{name} on a well-known port");
+        }
     }
 
     #[test]

@@ -1,17 +1,18 @@
 """A tunnel that shares no code with ours: Python's gRPC, and the protobuf definitions of foreign programs.
 
-It subscribes to everything, acknowledges what it is sent, and prints after each response what it has by then: one
+It subscribes to everything, or to the addresses and services that are named alone, acknowledges what it is sent, and prints after each response what it has by then: one
 JSON object a line, {TYPE URL: {NAME: RESOURCE}}. A RESOURCE is protobuf's JSON, with addresses as they are written,
 and "aliases". What the definitions do not know is an error.
 
-Arguments: HOST:PORT, the root's file, the folder of the definitions. The token is on stdin.
+Arguments: HOST:PORT, the root's file, the name in the server's certificate, the folder of the definitions, names.
+The token is on stdin.
 """
 import ipaddress, json, os, queue, sys, tempfile
 
 import grpc
 from grpc_tools import protoc
 
-address, root, definitions = sys.argv[1:]
+address, root, server_name, definitions, *names = sys.argv[1:]
 made = tempfile.mkdtemp()
 include = os.path.join(os.path.dirname(sys.modules["grpc_tools"].__file__), "_proto")
 files = [os.path.join(definitions, f"{name}.proto") for name in ("discovery", "istio", "security")]
@@ -50,10 +51,19 @@ def shown(message):
 
 
 requests = queue.Queue()
+# As Istio's tunnel says who it is.
+node = discovery_pb2.Node(id="ztunnel~127.0.0.1~ztunnel-x.adit-system~adit-system.svc.cluster.local")
+node.metadata.update({"NAME": "ztunnel-x", "NAMESPACE": "adit-system", "INSTANCE_IPS": "127.0.0.1",
+                      "CLUSTER_ID": "Kubernetes"})
 for url in TYPES:
-    requests.put(discovery_pb2.DeltaDiscoveryRequest(type_url=url))
+    some = ["*"] if names and url.endswith("Address") else []
+    requests.put(discovery_pb2.DeltaDiscoveryRequest(
+        type_url=url, node=node, resource_names_subscribe=some, resource_names_unsubscribe=some))
+for name in names:
+    requests.put(discovery_pb2.DeltaDiscoveryRequest(type_url=url, resource_names_subscribe=[name]))
 credentials = grpc.ssl_channel_credentials(open(root, "rb").read())
-channel = grpc.secure_channel(address, credentials, [("grpc.max_receive_message_length", 1 << 28)])
+options = [("grpc.max_receive_message_length", 1 << 28), ("grpc.ssl_target_name_override", server_name)]
+channel = grpc.secure_channel(address, credentials, options)
 stub = discovery_pb2_grpc.AggregatedDiscoveryServiceStub(channel)
 metadata = [("authorization", f"Bearer {sys.stdin.readline().strip()}")]
 has = {url: {} for url in TYPES}
@@ -61,7 +71,7 @@ for response in stub.DeltaAggregatedResources(iter(requests.get, None), metadata
     held = has[response.type_url]
     for resource in response.resources:
         message = TYPES[response.type_url]()
-        assert resource.resource.type_url == response.type_url and resource.version
+        assert resource.resource.type_url == response.type_url
         message.ParseFromString(resource.resource.value)
         held[resource.name] = {**shown(message), "aliases": sorted(resource.aliases)}
     for name in response.removed_resources:

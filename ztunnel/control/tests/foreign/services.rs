@@ -68,7 +68,8 @@ pub fn services(mesh: &mut Mesh) {
         16,
         &web(json!({"ports": [{"name": "dns", "port": 53, "protocol": "UDP", "targetPort": 5353},
             {"name": "dns-tcp", "port": 53, "targetPort": 5354}, {"name": "log", "port": 514, "protocol": "UDP"}]})),
-        &json!({"ports": [{"service_port": 53, "target_port": 5354}, {"service_port": 514, "target_port": 514}]}),
+        &json!({"ports": [{"service_port": 53, "target_port": 5354, "app_protocol": "TCP"},
+            {"service_port": 514, "target_port": 514}]}),
     );
     let protocols =
         [("http", "HTTP11"), ("http2", "HTTP2"), ("grpc", "GRPC"), ("tcp", "TCP"), ("https", "TLS")];
