@@ -9,6 +9,7 @@
 //! * `planning`: from the table of pods to plans and states
 //! * `kept_pods`: pods of tunnels that are not connected
 //! * `reporter`: outcomes to the source, metrics; `commands`: answers to commands
+//! * `reserved_ports`: applications that use the tunnel's ports; `port_uses`: those of one pod
 //! * `boot`: pods that ran before the first watcher did; `audit`: what no pod should have in clear
 //! * `startup`: loading the programs, and taking over what is there
 //! * `node_lock`: one watcher for each node; the next one stands by
@@ -60,8 +61,10 @@ mod observer;
 mod planning;
 mod pod_entry;
 mod pods;
+mod port_uses;
 mod queue;
 mod reporter;
+mod reserved_ports;
 mod startup;
 mod turn;
 
@@ -229,7 +232,11 @@ impl Agent {
 
     /// Reports the states that may have changed.
     fn report(&mut self) {
-        self.reporter.states_gone(self.pods.take_gone_states());
+        let gone = self.pods.take_gone_states();
+        if !gone.is_empty() {
+            self.count_port_uses();
+        }
+        self.reporter.states_gone(gone);
         for uid in self.queue.take_reports() {
             let Some(entry) = self.pods.get_mut(&uid) else {
                 self.reporter.pod_gone(&uid);
@@ -247,6 +254,7 @@ impl Agent {
             self.queue.resync_at(),
             self.applier.next_due(Instant::now()),
             self.pods.next_due(),
+            self.pods.ports_due(),
             kept_until,
             self.kept.next_check(),
         ]

@@ -5,6 +5,7 @@
 //! * [`exclusions`]: ports and address ranges that bypass the tunnel
 //! * [`notes`]: what was ignored of a pod's configuration
 //! * [`state`]: the state of a pod's traffic
+//! * [`reserved_port`]: applications that use the tunnel's ports
 //! * [`reason`]: why a pod is not carried, or a tunnel not used
 
 pub mod exclusions;
@@ -12,4 +13,5 @@ pub mod lists;
 pub mod notes;
 pub mod pod;
 pub mod reason;
+pub mod reserved_port;
 pub mod state;

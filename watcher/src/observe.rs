@@ -9,6 +9,7 @@
 //! * `nftables`: the rules of a netns
 //! * `kubelet`: the kubelet's cgroup
 //! * `listeners`: what listens in a netns
+//! * `reserved_ports`: who uses the tunnel's ports there
 //! * [`connections`]: the connections of a netns, and cutting them
 //! * [`events`]: what changed, as soon as it does
 
@@ -30,6 +31,7 @@ pub(crate) mod netlink;
 pub(crate) mod netns;
 pub(crate) mod nftables;
 pub(crate) mod processes;
+pub(crate) mod reserved_ports;
 
 /// What a pod has on this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -32,6 +32,7 @@ mod labels;
 mod mesh;
 mod neighbours;
 mod preflight;
+mod reserved_ports;
 mod sockets;
 mod trace;
 mod upgrade;

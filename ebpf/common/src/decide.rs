@@ -198,7 +198,7 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     }
     let settings = facts.settings();
     let local = is_loopback(&to.address) || is_unspecified(&to.address);
-    if local && !is_reserved(settings, to.port) {
+    if local && !settings.is_reserved(to.port) {
         return Outbound::Leave(Rule::Loopback);
     }
     let Some(info) = facts.entry() else {
@@ -215,7 +215,7 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     }
     let ready = is_ready(settings, info.flags);
     if local || is_own_address(facts, info, &to.address) {
-        return if ready && is_reserved(settings, to.port) {
+        return if ready && settings.is_reserved(to.port) {
             Outbound::Refuse(Rule::DropReserved)
         } else {
             Outbound::Leave(if local { Rule::Loopback } else { Rule::OwnAddress })
@@ -374,9 +374,4 @@ fn is_captured(settings: &Settings, resolver: &Address) -> bool {
 #[inline(always)]
 fn is_ready(settings: &Settings, flags: u32) -> bool {
     settings.tunnel_up != 0 && flags & flag::READY != 0
-}
-
-#[inline(always)]
-fn is_reserved(settings: &Settings, port: u16) -> bool {
-    port == settings.outbound_port || port == settings.inbound_port || port == settings.hbone_port
 }

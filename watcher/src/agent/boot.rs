@@ -15,12 +15,16 @@ use crate::{
     model::pod::FailMode,
     observe::{
         cgroups::CgroupId,
-        listeners::{Listening, listening},
+        listeners::listeners,
+        reserved_ports::PortSocket,
     },
     plan::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT},
 };
 
 use super::{Agent, pod_entry::UntilFound};
+
+/// Where every tunnel listens.
+const TUNNEL_PORTS: [u16; 3] = [OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT];
 
 /// What a watcher found attached when it started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,16 +79,17 @@ impl Agent {
         let found = self
             .applier
             .visitors()
-            .visit_each(&open, |visitor, (_, _, fd)| visitor.enter(fd.as_fd(), listening));
+            .visit_each(&open, |visitor, (_, _, fd)| visitor.enter(fd.as_fd(), || listeners(&TUNNEL_PORTS)));
         // Only now: the programs record a listener before the kernel lists it.
         let known = match self.applier.kernel.tunnel_netns() {
             Ok(known) => known,
             Err(error) => return warn!(error = %Report::new(&error), "cannot list the tunnels' listeners"),
         };
+        let tunnels = self.applier.tunnel_cgroups();
+        // An application may have the same port.
+        let is_of_tunnel = |socket: &PortSocket| socket.cgroup_id.is_none_or(|id| tunnels.contains(&id));
         for ((uid, cookie, fd), found) in open.into_iter().zip(found) {
-            let is_of_tunnel =
-                |(port, _): &Listening| [OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT].contains(port);
-            if !known.contains(&cookie) && found.is_ok_and(|found| found.iter().any(is_of_tunnel)) {
+            if !known.contains(&cookie) && found.is_ok_and(|found| found.on_ports.iter().any(is_of_tunnel)) {
                 info!(
                     uid,
                     "the tunnel has listened since before the programs were attached; it is to listen anew"

@@ -40,6 +40,7 @@ impl Commands<'_> {
             let cookie = entry.view.eligibility.facts().map(|facts| facts.cookie);
             PodStatus {
                 not_observed: entry.doubt.clone(),
+                reserved_ports: entry.ports.using.clone(),
                 verdicts: cookie.map(|cookie| answers::verdicts(applier, cookie)).unwrap_or_default(),
                 ..pod_status(&entry.view, state, config.fail_mode)
             }

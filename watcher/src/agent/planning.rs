@@ -11,6 +11,7 @@ use crate::{
     model::{
         pod::Pod,
         reason::{Reason, ReasonCode},
+        reserved_port::ReservedPortUse,
         state::State,
     },
     observe::cgroup_path,
@@ -122,6 +123,13 @@ pub(super) fn state_of(entry: &PodEntry, applier: &Applier, config: &AgentConfig
         return (State::Bypassed, Some(Reason::new(ReasonCode::GuestBehindPod, text)));
     }
     let (state, reason) = pod_state(&entry.view, &progress);
+    let is_explained =
+        |reason: &Reason| !matches!(reason.code, ReasonCode::TunnelRefused | ReasonCode::NotAcknowledged);
+    if !entry.ports.using.is_empty() && !reason.as_ref().is_some_and(is_explained) {
+        let uses: Vec<String> = entry.ports.using.iter().map(ReservedPortUse::describe).collect();
+        let text = format!("{}, which the tunnel needs in the pod", uses.join("; "));
+        return (state, Some(Reason::new(ReasonCode::ReservedPort, text)));
+    }
     let leaving = || {
         let text = "its label is off; peers that have not heard of it yet may still connect by HBONE";
         Reason::new(ReasonCode::Leaving, text)

@@ -19,6 +19,8 @@ use crate::{
     plan::{Eligibility, PodPlan, PodView},
 };
 
+use super::port_uses::PortUses;
+
 /// A pod that was in plaintext stays so for at most this long while a tunnel is offered it.
 const GRACE_PERIOD: Duration = Duration::from_secs(5);
 /// An enrolled pod without any process keeps its netns for so long: between two containers there
@@ -94,6 +96,8 @@ pub(super) struct PodEntry {
     pub held_netns: Option<u64>,
     /// What could not be done for it.
     pub problem: Option<Reason>,
+    /// Applications of it that use the tunnel's ports.
+    pub ports: PortUses,
     /// When it was last seen to change.
     changed_at: Instant,
     /// When it is observed again although no event named it.
@@ -132,6 +136,7 @@ impl PodEntry {
             empty_since: None,
             held_netns: None,
             problem: None,
+            ports: PortUses::default(),
             changed_at: now,
             next_observation: None,
             state: None,

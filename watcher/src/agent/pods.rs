@@ -162,6 +162,25 @@ impl PodTable {
         self.by_cgroup.get(&id).and_then(|uid| self.entries.get_mut(uid))
     }
 
+    /// The pod that can be enrolled with the netns of this cookie.
+    pub(super) fn by_netns_mut(&mut self, cookie: u64) -> Option<&mut PodEntry> {
+        let has_it = |entry: &&mut PodEntry| {
+            entry.view.eligibility.facts().is_some_and(|facts| facts.cookie == cookie)
+        };
+        self.entries.values_mut().find(has_it)
+    }
+
+    /// When the first pod is looked at for applications on the tunnel's ports.
+    pub(super) fn ports_due(&self) -> Option<Instant> {
+        self.iter().filter_map(|entry| entry.ports.due()).min()
+    }
+
+    /// The pods that are looked at for that now.
+    pub(super) fn with_ports_due(&self, now: Instant) -> Vec<String> {
+        let due = self.iter().filter(|entry| entry.ports.due().is_some_and(|at| at <= now));
+        due.map(|entry| entry.view.pod.uid.clone()).collect()
+    }
+
     /// Has a cgroup entry compared that belongs to no plan yet.
     pub(super) fn add_stray(&mut self, plan: PodPlan) {
         self.gone.push((String::new(), plan));

@@ -29,6 +29,7 @@ impl Agent {
             self.applier.sweep(Instant::now());
         }
         let now = Instant::now();
+        self.check_reserved_ports(now);
         self.check_kept(now);
         self.check_early_listeners();
         if self.pods.is_synced() && self.kept.end_if_over(now) {

@@ -149,6 +149,7 @@ fn pods_table(pods: &[PodStatus]) -> Table {
             .chain(doubt)
             .map(|reason| format!("{}: {}", reason.code, reason.text))
             .collect();
+        why.extend(pod.reserved_ports.iter().map(ToString::to_string));
         why.extend(pod.notes.iter().cloned());
         table.add_row([
             or_dash(pod.namespace.as_ref()),

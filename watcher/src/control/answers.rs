@@ -62,6 +62,7 @@ pub(crate) fn pod_status(
         not_observed: None,
         cgroups: view.observed.cgroups.clone(),
         notes: pod.notes.to_vec(),
+        reserved_ports: Vec::new(),
         verdicts: Vec::new(),
     }
 }
@@ -90,6 +91,7 @@ pub(crate) fn rejected_status(entry: &BadEntry, reason: &Reason) -> PodStatus {
         not_observed: None,
         cgroups: BTreeMap::new(),
         notes: Vec::new(),
+        reserved_ports: Vec::new(),
         verdicts: Vec::new(),
     }
 }
