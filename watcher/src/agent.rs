@@ -272,9 +272,9 @@ impl Agent {
                 let commands = Commands { config, pods, applier, reporter, ready };
                 answers.give(&Answer::Ok(commands.status()));
             }
-            Request::Explain { pod, destination } => {
+            Request::Explain { pod, destination, caller } => {
                 let commands = Commands { config, pods, applier, reporter, ready };
-                answers.give(&Answer::from(commands.explain(&pod, destination)));
+                answers.give(&Answer::from(commands.explain(&pod, &caller, destination)));
             }
             Request::Trace { pod, port, address, not_addresses } => {
                 let filter = TraceRequest { pod, port, address, not_addresses };

@@ -32,6 +32,18 @@ pub mod explain;
 pub mod status;
 pub mod trace;
 
+/// Which process of a pod connects.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Caller {
+    /// The container that it is in, by name or by the name of the cgroup's directory; `None`: one that
+    /// nobody names.
+    pub container: Option<String>,
+    /// Its user, as the pod numbers it.
+    pub uid: Option<u32>,
+    /// The same of its group.
+    pub gid: Option<u32>,
+}
+
 /// A request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "snake_case", deny_unknown_fields)]
@@ -44,6 +56,9 @@ pub enum Request {
         pod: String,
         /// Where it connects to.
         destination: SocketAddr,
+        /// Which process of the pod.
+        #[serde(default)]
+        caller: Caller,
     },
     /// [`crate::control::trace::TraceLine`]s until the client disconnects.
     Trace {

@@ -11,6 +11,7 @@
 //! * `listeners`: what listens in a netns
 //! * `reserved_ports`: who uses the tunnel's ports there
 //! * [`connections`]: the connections of a netns, and cutting them
+//! * `user_ns`: how a pod numbers users and groups
 //! * [`events`]: what changed, as soon as it does
 
 use std::{collections::BTreeMap, path::PathBuf};
@@ -32,6 +33,7 @@ pub(crate) mod netns;
 pub(crate) mod nftables;
 pub(crate) mod processes;
 pub(crate) mod reserved_ports;
+pub(crate) mod user_ns;
 
 /// What a pod has on this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

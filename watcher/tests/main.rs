@@ -17,6 +17,7 @@ mod counts;
 mod dns;
 mod exclusions;
 mod faults;
+mod guards;
 mod interfaces;
 mod istio_rules;
 mod kernels;

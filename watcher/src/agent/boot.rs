@@ -1,7 +1,7 @@
 //! Pods that ran before the first watcher did: what they have in clear is cut when they are
 //! enrolled. And tunnels that did: nobody has registered their listeners.
 
-use std::{collections::BTreeSet, os::fd::AsFd as _, sync::Arc};
+use std::{collections::BTreeSet, os::fd::AsFd as _};
 
 use error_reporter::Report;
 use tracing::{info, warn};
@@ -13,11 +13,7 @@ use crate::{
         netns,
     },
     model::pod::FailMode,
-    observe::{
-        cgroups::CgroupId,
-        listeners::listeners,
-        reserved_ports::PortSocket,
-    },
+    observe::{cgroups::CgroupId, listeners::listeners, reserved_ports::PortSocket},
     plan::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT},
 };
 
@@ -122,13 +118,7 @@ impl Agent {
             // Until its entries are written, what is cut could be made again.
             let Some((cookie, netns)) = steered.filter(|_| entry.problem.is_none()) else { continue };
             match netns::open_netns(cookie, netns, self.observer.opened()) {
-                Ok(fd) => pods.push(PodSockets {
-                    uid,
-                    cookie,
-                    netns: fd,
-                    exclusions: Arc::clone(&view.pod.exclusions),
-                    cgroups: view.observed.cgroups.values().copied().collect(),
-                }),
+                Ok(fd) => pods.push(entry.sockets(cookie, fd)),
                 Err(error) => warn!(uid, %error, "cannot look for connections that the pod made in clear"),
             }
         }

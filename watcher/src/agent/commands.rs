@@ -3,15 +3,16 @@
 use std::net::SocketAddr;
 
 use adit_ebpf_common::verdicts::ELSEWHERE;
-use error_reporter::Report;
 
 use crate::{
     apply::Applier,
     control::{
+        Caller,
         answers::{self, explanation, pod_status, rejected_status},
         explain::Explanation,
         status::{PodStatus, Status},
     },
+    observe::user_ns::IdMaps,
 };
 
 use super::{config::AgentConfig, planning, pod_entry::PodEntry, pods::PodTable, reporter::Reporter};
@@ -68,10 +69,23 @@ impl Commands<'_> {
     /// For `watcher explain`; `pod` is a uid, name or namespace/name.
     ///
     /// # Errors
-    /// No pod is called so, or several are, or a map cannot be read: a sentence for the user.
-    pub(super) fn explain(&self, pod: &str, destination: SocketAddr) -> Result<Explanation, String> {
+    /// No pod is called so, or several are, it has no such container or user, or a map cannot be read: a
+    /// sentence for the user.
+    pub(super) fn explain(
+        &self,
+        pod: &str,
+        caller: &Caller,
+        destination: SocketAddr,
+    ) -> Result<Explanation, String> {
         let view = answers::find(self.pods.views(), pod)?;
-        explanation(view, self.pods.views(), destination, self.applier)
-            .map_err(|error| Report::new(&error).to_string())
+        let entry = self.pods.get(&view.pod.uid).ok_or("the pod is gone")?;
+        let here = |what: &str, id: Option<u32>, number: fn(&IdMaps, u32) -> Option<u32>| {
+            let Some(id) = id else { return Ok(None) };
+            // Without guards nobody asks how the pod numbers them, nor does the number matter.
+            let Some(maps) = &entry.id_maps else { return Ok(Some(id)) };
+            number(maps, id).map(Some).ok_or_else(|| format!("the pod has no {what} {id}"))
+        };
+        let ids = [here("user", caller.uid, IdMaps::user)?, here("group", caller.gid, IdMaps::group)?];
+        explanation(view, self.pods.views(), caller.container.as_deref(), ids, destination, self.applier)
     }
 }

@@ -2,12 +2,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    os::fd::{AsFd as _, BorrowedFd},
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
 };
 
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::{
     apply::OpenNetns,
@@ -16,6 +17,7 @@ use crate::{
         Observed, budget, cgroup_path, cgroups,
         netns::{self, NetnsId, Visitors},
         processes::{self, PodObservation, Subject},
+        user_ns::{self, IdMaps},
     },
 };
 
@@ -154,16 +156,34 @@ impl Observer {
         for batch in to_visit.chunks(self.most_open) {
             for ((uid, _), found) in batch.iter().zip(self.visit(pods, batch, &enrolled)) {
                 let PodObservation { observed: found, opened, memory, took } = found;
+                let id_maps = opened.as_ref().map(|(_, netns)| self.id_maps(pods, uid, netns.as_fd()));
                 if self.opened.len() < self.most_open {
                     self.opened.extend(opened.map(|(cookie, fd)| (cookie, Arc::new(fd))));
                 }
                 let Some(entry) = pods.get_mut(uid) else { continue };
+                // One that could not be observed now is what it was.
+                entry.id_maps = id_maps.unwrap_or(entry.id_maps.take());
                 entry.memory = memory;
                 entry.spent.add(took, Instant::now());
                 observed.push((uid.clone(), entry.keep_netns_while_empty(found)));
             }
         }
         observed
+    }
+
+    /// How the pod numbers users and groups, if it guards some.
+    fn id_maps(&self, pods: &PodTable, uid: &str, netns: BorrowedFd<'_>) -> Option<IdMaps> {
+        let pod = &pods.get(uid)?.view.pod;
+        let dir = pod.cgroup.as_ref().or_else(|| self.dirs.get(uid))?;
+        if !pod.exclusions.guards.has_ids() {
+            return None;
+        }
+        user_ns::of_netns(netns, dir)
+            .inspect_err(|error| {
+                debug!(uid, %error, "not known how the pod numbers users; it guards none");
+            })
+            .ok()
+            .flatten()
     }
 
     fn visit(

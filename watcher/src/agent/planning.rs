@@ -47,7 +47,7 @@ pub(super) fn plan_pods(
     let mut planned = Planned { plan: Plan::new(), before: pods.take_gone() };
     let closed = &applier.maps.contents().cgroups;
     for uid in uids {
-        let exclusion_id = pods.exclusion_id(uid);
+        let (exclusion_id, exclusions) = pods.exclusions(uid);
         let Some(entry) = pods.get_mut(uid) else { continue };
         let is_closed = entry.view.observed.cgroups.values().any(|id| closed.contains_key(id));
         // How it was treated so far is known only once it was observed.
@@ -77,6 +77,7 @@ pub(super) fn plan_pods(
             spread,
             in_grace: entry.in_grace(now),
             exclusion_id,
+            exclusions,
             steered,
             cgroup_names: cgroup_names(&entry.view.pod, &config.attach),
         };

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    os::fd::OwnedFd,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -9,14 +10,15 @@ use std::{
 use tracing::warn;
 
 use crate::{
+    apply::in_clear::PodSockets,
     model::{
         exclusions::Exclusions,
         pod::{Pod, Selection},
         reason::{Reason, ReasonCode},
         state::State,
     },
-    observe::{Observed, budget::Spent, cgroups, processes::Memory},
-    plan::{Eligibility, PodPlan, PodView},
+    observe::{Observed, budget::Spent, cgroups, processes::Memory, user_ns::IdMaps},
+    plan::{Eligibility, PodPlan, PodView, desired::is_guarded},
 };
 
 use super::port_uses::PortUses;
@@ -96,6 +98,8 @@ pub(super) struct PodEntry {
     pub held_netns: Option<u64>,
     /// What could not be done for it.
     pub problem: Option<Reason>,
+    /// How it numbers users and groups; `None`: that is not known. Only of one that guards some.
+    pub id_maps: Option<IdMaps>,
     /// Applications of it that use the tunnel's ports.
     pub ports: PortUses,
     /// When it was last seen to change.
@@ -136,11 +140,45 @@ impl PodEntry {
             empty_since: None,
             held_netns: None,
             problem: None,
+            id_maps: None,
             ports: PortUses::default(),
             changed_at: now,
             next_observation: None,
             state: None,
             waiting_since: None,
+        }
+    }
+
+    /// Its exclusions, with the node's numbers of users and groups. Whom the pod numbers in a way that
+    /// is not known is not guarded.
+    pub(super) fn exclusions_here(&self) -> Arc<Exclusions> {
+        let exclusions = &self.view.pod.exclusions;
+        if !exclusions.guards.has_ids() {
+            return Arc::clone(exclusions);
+        }
+        let maps = self.id_maps.as_ref();
+        let guards = exclusions
+            .guards
+            .translated(|id| maps.and_then(|maps| maps.user(id)), |id| maps.and_then(|maps| maps.group(id)));
+        Arc::new(Exclusions { guards, ..Exclusions::clone(exclusions) })
+    }
+
+    /// What its connections are judged by, with its netns `cookie` open.
+    pub(super) fn sockets(&self, cookie: u64, netns: Arc<OwnedFd>) -> PodSockets {
+        let PodView { pod, observed, .. } = &self.view;
+        let guarded = observed.cgroups.iter().filter(|(path, _)| {
+            // A container's cgroup, or one below it.
+            path.ancestors()
+                .take_while(|path| Some(*path) != observed.dir.as_deref())
+                .any(|path| is_guarded(pod, path))
+        });
+        PodSockets {
+            uid: pod.uid.clone(),
+            cookie,
+            netns,
+            exclusions: self.exclusions_here(),
+            guarded: guarded.map(|(_, id)| *id).collect(),
+            cgroups: observed.cgroups.values().copied().collect(),
         }
     }
 

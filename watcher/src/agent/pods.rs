@@ -269,13 +269,18 @@ impl PodTable {
         evaluation
     }
 
-    /// Gives the exclusions of a pod an id; 0: it has none. Other exclusions have another id, so
-    /// that the programs see the old list or the new one and nothing between; equal ones share
+    /// The exclusions of a pod, and their id; 0: they take no entries. Other exclusions have another id,
+    /// so that the programs see the old list or the new one and nothing between; equal ones share
     /// theirs.
-    pub(super) fn exclusion_id(&mut self, uid: &str) -> u32 {
+    pub(super) fn exclusions(&mut self, uid: &str) -> (u32, Arc<Exclusions>) {
+        let Some(entry) = self.entries.get_mut(uid) else { return Default::default() };
+        let exclusions = entry.exclusions_here();
+        (self.exclusion_id(uid, &exclusions), exclusions)
+    }
+
+    fn exclusion_id(&mut self, uid: &str, exclusions: &Arc<Exclusions>) -> u32 {
         let Some(entry) = self.entries.get_mut(uid) else { return 0 };
-        let exclusions = &entry.view.pod.exclusions;
-        if exclusions.is_empty() {
+        if !exclusions.takes_entries() {
             entry.exclusions = None;
             return 0;
         }
@@ -511,7 +516,7 @@ mod tests {
             let pod = Pod { uid: uid.to_owned(), exclusions: Arc::new(exclusions), ..Pod::default() };
             let update = vec![(uid.to_owned(), Some(Entry::Pod(Arc::new(pod))))];
             pods.apply_update(Update::Changed(update), now);
-            pods.exclusion_id(uid)
+            pods.exclusions(uid).0
         };
         for (uid, ports, expected) in [
             ("a", &[80][..], 7),
@@ -525,6 +530,6 @@ mod tests {
             assert_eq!(id(uid, ports), expected, "{uid} {ports:?}");
         }
         assert_eq!(id("c", &[82]), 9, "no id is given twice");
-        assert_eq!(pods.exclusion_id("unknown"), 0);
+        assert_eq!(pods.exclusions("unknown").0, 0);
     }
 }

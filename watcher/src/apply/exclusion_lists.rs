@@ -1,13 +1,18 @@
 //! Exclusion lists as the maps hold them, and back.
 
-use std::{net::IpAddr, ops::RangeInclusive};
+use std::{collections::BTreeSet, net::IpAddr, ops::RangeInclusive};
 
-use adit_ebpf_common::exclusions::{CidrPrefix, INBOUND, Listed, MAPPED_BITS, OUTBOUND, PortPrefix};
+use adit_ebpf_common::exclusions::{
+    CidrPrefix, GROUP, INBOUND, Listed, MAPPED_BITS, OUTBOUND, PortPrefix, USER,
+};
 use adit_ebpf_loader::ExclusionList;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
-    model::exclusions::{Exclusions, Included},
+    model::{
+        exclusions::{Exclusions, Included},
+        guards::Guards,
+    },
     plan::address16,
 };
 
@@ -41,7 +46,14 @@ pub(crate) fn entries(exclusions: &Exclusions) -> ExclusionList {
         add_cidrs(&included.cidrs, Listed::INCLUDED);
     }
     add_cidrs(&exclusions.outbound_cidrs, Listed::EXCLUDED);
+    list.ids = ids(&exclusions.guards).collect();
     list
+}
+
+/// The entries of users and groups, which are the node's by now.
+fn ids(guards: &Guards) -> impl Iterator<Item = (u32, u32)> {
+    let users = guards.users.iter().map(|id| (USER, *id));
+    users.chain(guards.groups.iter().map(|id| (GROUP, *id)))
 }
 
 /// The list that takes these entries.
@@ -79,7 +91,17 @@ pub(crate) fn of_entries(list: &ExclusionList) -> Exclusions {
         inbound_ports: ports(INBOUND, Listed::EXCLUDED),
         outbound_included: (has_outside || included != Included::default()).then_some(included),
         inbound_included: has_inbound_outside.then(|| ports(INBOUND, Listed::INCLUDED)),
+        guards: Guards {
+            users: of_kind(&list.ids, USER),
+            groups: of_kind(&list.ids, GROUP),
+            of_node: !list.ids.is_empty(),
+            ..Guards::default()
+        },
     }
+}
+
+fn of_kind(ids: &BTreeSet<(u32, u32)>, wanted: u32) -> BTreeSet<u32> {
+    ids.iter().filter(|(kind, _)| *kind == wanted).map(|(_, id)| *id).collect()
 }
 
 /// `cidr` with its prefix length in IPv6 form: an IPv4 range is 96 bits longer.
@@ -128,6 +150,7 @@ mod tests {
                     excluded_ports: exclusions::ports("", &"81".into(), &mut notes),
                     included_ports: Some(exclusions::ports("", &ports.into(), &mut notes)),
                 },
+                ..Lists::default()
             };
             let wanted = effective(&[&lists]);
             assert!(wanted.outbound_included.is_some() && wanted.inbound_included.is_some());
@@ -156,6 +179,12 @@ mod tests {
                 outbound_ports: exclusions::ports("", &ports.into(), &mut notes),
                 outbound_cidrs: exclusions::cidrs("", &cidrs.into(), &mut notes),
                 inbound_ports: exclusions::ports("", &"15-20".into(), &mut notes),
+                guards: Guards {
+                    users: [0, 1337].into(),
+                    groups: [1337].into(),
+                    of_node: true,
+                    ..Guards::default()
+                },
                 ..Exclusions::default()
             };
             assert_eq!(of_entries(&entries(&list)), list);

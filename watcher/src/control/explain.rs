@@ -27,7 +27,8 @@ pub struct Explanation {
 }
 
 /// Explains a TCP connection of `pod`, whose cgroup is `cgroup` (`None`: it has none yet).
-/// `arrives_in` is the cookie of the netns of the pod of this node that has the destination's
+/// `ids` are the user and the group of its process, as the node numbers them; `None`: some that
+/// nobody names. `arrives_in` is the cookie of the netns of the pod of this node that has the destination's
 /// address.
 ///
 /// # Errors
@@ -36,11 +37,12 @@ pub fn explain(
     kernel: &Kernel,
     pod: String,
     cgroup: Option<CgroupId>,
+    ids: [Option<u32>; 2],
     destination: SocketAddr,
     arrives_in: Option<u64>,
 ) -> Result<Explanation, KernelError> {
     let to = Destination::new(address16(destination.ip().to_canonical()), destination.port());
-    let outbound = kernel.explain_connect(cgroup, None, to)?;
+    let outbound = kernel.explain_connect(cgroup, None, ids, to)?;
     // A pod that dials its own address is not met by the inbound list. From any other netns the
     // rule is the same.
     let inbound = arrives_in

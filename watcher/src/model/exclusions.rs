@@ -15,7 +15,7 @@ use std::{
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde_json::Value;
 
-use super::notes::Notes;
+use super::{guards::Guards, notes::Notes};
 
 /// How many items of a list are read. All annotations of a pod together have 256 KiB.
 const MAX_ITEMS: usize = 65_536;
@@ -43,6 +43,8 @@ pub struct Exclusions {
     pub outbound_included: Option<Included>,
     /// The same of connections to it, by its own ports.
     pub inbound_included: Option<Vec<RangeInclusive<u16>>>,
+    /// Processes whose connections bypass the tunnel, whatever their destination.
+    pub guards: Guards,
 }
 
 /// Connections that go through the tunnel where others do not: those to one of these ports, or to
@@ -62,7 +64,18 @@ impl Exclusions {
         *self == Self::default()
     }
 
-    /// Whether a connection to `to` bypasses the tunnel.
+    /// Whether the kernel's maps have entries for it.
+    #[must_use]
+    pub fn takes_entries(&self) -> bool {
+        !self.outbound_ports.is_empty()
+            || !self.outbound_cidrs.is_empty()
+            || !self.inbound_ports.is_empty()
+            || self.outbound_included.is_some()
+            || self.inbound_included.is_some()
+            || self.guards.has_ids()
+    }
+
+    /// Whether a connection to `to`, of a process that is not guarded, bypasses the tunnel.
     #[must_use]
     pub fn leaves_outside(&self, to: SocketAddr) -> bool {
         let (has_port, has_address) = (has_port(to.port()), has_address(to.ip()));
@@ -166,7 +179,7 @@ fn canonical(cidr: IpNet) -> IpNet {
 }
 
 /// The items of `value` that `parse` takes; the others are noted.
-fn read<T>(
+pub(crate) fn read<T>(
     key: &str,
     value: &Value,
     expected: &str,

@@ -12,7 +12,10 @@ use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
 
-use super::exclusions::{Exclusions, Included, union};
+use super::{
+    exclusions::{Exclusions, Included, union},
+    guards::{GuardList, Guards},
+};
 
 /// The lists of one pod, of one namespace or of the mesh. Ranges are in order, and no two of a list
 /// overlap or touch.
@@ -22,6 +25,8 @@ pub struct Lists {
     pub outbound: OutboundLists,
     /// Own ports, for connections from others.
     pub inbound: InboundLists,
+    /// Processes that are left alone.
+    pub guards: GuardList,
 }
 
 /// Lists of other ends.
@@ -74,6 +79,7 @@ pub fn effective(levels: &[&Lists]) -> Exclusions {
         inbound_ports,
         outbound_included: included,
         inbound_included,
+        guards: Guards::effective(levels.iter().map(|lists| &lists.guards)),
     }
     .in_short()
 }

@@ -1,6 +1,11 @@
 //! A pod as its source describes it.
 
-use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::PathBuf,
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -70,6 +75,9 @@ pub struct Pod {
     /// Traffic that bypasses the tunnel, by the pod's lists and the wider ones. Shared: lists may be
     /// long.
     pub exclusions: Arc<Exclusions>,
+    /// The ids of its containers by name, by which the container runtime names their cgroups; as far as
+    /// they are needed and known.
+    pub containers: BTreeMap<String, String>,
     /// Whether its source says that containers of it run. False: that is not known.
     pub is_running: bool,
     /// Whether its source tells others that it is in the mesh, as far as the source knows.

@@ -50,6 +50,7 @@ fn pod(uid: &str) -> Pod {
         addresses: BTreeSet::new(),
         lists: Arc::default(),
         exclusions: Arc::default(),
+        containers: BTreeMap::new(),
         is_running: false,
         is_announced: false,
         notes: Notes::default(),
@@ -131,6 +132,7 @@ impl Setting {
                 spread: false,
                 in_grace: self.in_grace.contains(uid),
                 steered: self.steered.get(uid).cloned().unwrap_or_default(),
+                exclusions: Arc::clone(&view.pod.exclusions),
                 exclusion_id: self.exclusion_ids.get(uid).copied().unwrap_or(0),
                 cgroup_names: vec![name(uid.as_bytes()).unwrap()],
             };

@@ -19,7 +19,7 @@ use crate::model::{
     pod::{FailMode, Pod},
 };
 
-use super::selection;
+use super::{guards, selection};
 
 /// What the names of our annotations begin with.
 pub(crate) const ANNOTATION_PREFIX: &str = "ambient.adit.dev/";
@@ -93,6 +93,7 @@ pub(crate) const OPTIONS: &[PodOption] = &[
     PodOption { key: "includeOutboundPorts", annotations: &["ambient.adit.dev/include-outbound-ports"], expected: PORTS, example: "80,443", default: "none", about: "of the pod's connections only those to these ports, or to `includeOutboundCidrs`, go through the tunnel. `*`: all", read: |pod, given| { Arc::make_mut(&mut pod.lists).outbound.included_ports = some_of(exclusions::ports(given.key, given.value, &mut pod.notes)); Some(()) } },
     PodOption { key: "includeOutboundCidrs", annotations: &["ambient.adit.dev/include-outbound-cidrs"], expected: "CIDRs and addresses", example: "10.0.0.0/8,fd00::/8", default: "none", about: "of the pod's connections only those to these addresses, or to `includeOutboundPorts`, go through the tunnel. `*`: all", read: |pod, given| { Arc::make_mut(&mut pod.lists).outbound.included_cidrs = some_of(exclusions::cidrs(given.key, given.value, &mut pod.notes)); Some(()) } },
     PodOption { key: "includeInboundPorts", annotations: &["ambient.adit.dev/include-inbound-ports"], expected: PORTS, example: "8080", default: "none", about: "of the connections to the pod only those to these ports go through the tunnel; policy does not apply to the others. `*`: all", read: |pod, given| { Arc::make_mut(&mut pod.lists).inbound.included_ports = some_of(exclusions::ports(given.key, given.value, &mut pod.notes)); Some(()) } },
+    PodOption { key: "guards", annotations: &["ambient.adit.dev/guards"], expected: guards::EXPECTED, example: "istio,uid:5000", default: "none", about: "processes whose connections leave in plaintext: by user, group or container, or by a [profile](#guards). `none`: those of the namespace and of the mesh do not count", read: |pod, given| { Arc::make_mut(&mut pod.lists).guards = guards::read(given.key, given.value, &mut pod.notes); Some(()) } },
     PodOption { key: "bypassInbound", annotations: &["ambient.adit.dev/bypass-inbound-capture", "ambient.istio.io/bypass-inbound-capture"], expected: "true or false", example: "true", default: "`false`", about: "`true`: whatever arrives at the pod reaches the application directly, on every port; policy does not apply. Peers in the mesh still reach it by HBONE", read: bypass_inbound },
     PodOption { key: "rerouteVirtualInterfaces", annotations: &["istio.io/reroute-virtual-interfaces"], expected: "names of interfaces", example: "tap0,net1", default: "none", about: "cannot be obeyed: what arrives by these interfaces, from a virtual machine for example, is forwarded past the tunnel. A note and an Event say so", read: virtual_interfaces },
 ];
