@@ -64,7 +64,7 @@ pub(crate) mod app_listeners;
 pub(crate) mod boot;
 pub(crate) mod clear_audit;
 pub(crate) mod draining;
-mod exclusion_lists;
+pub(crate) mod exclusion_lists;
 pub(crate) mod in_clear;
 pub(crate) mod istio_rules;
 pub mod journal;

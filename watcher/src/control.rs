@@ -5,6 +5,7 @@
 //!
 //! * [`status`]: the types of `watcher status`; `answers`: filling them in
 //! * [`explain`]: which rule decides about a connection
+//! * [`lists`]: what excludes and includes connections, and who wrote that
 //! * [`trace`]: verdicts of the kernel programs, as they are given
 
 use std::{
@@ -29,6 +30,7 @@ use crate::unix_socket::{Bound, Serving};
 
 pub(crate) mod answers;
 pub mod explain;
+pub mod lists;
 pub mod status;
 pub mod trace;
 
@@ -59,6 +61,11 @@ pub enum Request {
         /// Which process of the pod.
         #[serde(default)]
         caller: Caller,
+    },
+    /// A list of [`crate::control::lists::PodLists`].
+    Lists {
+        /// Only of this pod: uid, name or namespace/name.
+        pod: Option<String>,
     },
     /// [`crate::control::trace::TraceLine`]s until the client disconnects.
     Trace {

@@ -11,6 +11,7 @@
 //! * `listeners`: what listens in a netns
 //! * `reserved_ports`: who uses the tunnel's ports there
 //! * [`connections`]: the connections of a netns, and cutting them
+//! * `routes`: what leaves by certain interfaces of a netns
 //! * `user_ns`: how a pod numbers users and groups
 //! * [`events`]: what changed, as soon as it does
 
@@ -33,6 +34,7 @@ pub(crate) mod netns;
 pub(crate) mod nftables;
 pub(crate) mod processes;
 pub(crate) mod reserved_ports;
+pub(crate) mod routes;
 pub(crate) mod user_ns;
 
 /// What a pod has on this node.

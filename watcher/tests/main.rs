@@ -15,6 +15,7 @@ mod clear;
 mod container_nodes;
 mod counts;
 mod dns;
+mod excluded_interfaces;
 mod exclusions;
 mod faults;
 mod guards;

@@ -179,12 +179,12 @@ fn an_application_on_a_port_of_the_tunnel_is_an_event_of_its_pod() {
     node.wait_state("pod", "open", "");
     let _app = app(&dir, &node.host.pods[number], "tcp4", 15006);
     node.wait_state("pod", "open", "reserved_port");
-    let note = wait_for("an Event", || {
+    let said = wait_for("an Event", || {
         let api = kube::Api::<Event>::namespaced(node.api.client(), &node.namespace);
         let events = node.api.block_on(api.list(&kube::api::ListParams::default())).ok()?;
         events.items.into_iter().find(|event| event.reason.as_deref() == Some("ReservedPort"))?.note
     });
-    assert!(note.contains("\"greedy\" listens on TCP port 15006"), "{note}");
+    assert!(said.contains("\"greedy\" listens on TCP port 15006"), "{said}");
 }
 
 /// Neither as it begins to listen, nor when a scan lists its listeners.

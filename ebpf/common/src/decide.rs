@@ -57,6 +57,8 @@ pub trait ConnectFacts: Facts {
     fn address_listed(&self, exclusion_id: u32, address: &Address) -> Listed;
     /// Whether the list `exclusion_id` leaves the user or the group of the calling process alone.
     fn is_guarded_id(&self, exclusion_id: u32) -> bool;
+    /// Whether the list `exclusion_id` excludes the interface that the socket is bound to.
+    fn is_excluded_device(&self, exclusion_id: u32) -> bool;
     /// Whether the tunnel has exactly this listener.
     fn has_tunnel_listener(&self, key: &ListenerKey) -> bool;
     /// The port that the socket is bound to, in host byte order; 0: the kernel is to choose one.
@@ -176,8 +178,8 @@ const fn is_here(info: &CgroupInfo, netns_cookie: u64) -> bool {
 ///    program runs in a netns of its own reaches nobody but by the pod's
 /// 8. to one of the pod's own addresses: leave; but refuse the tunnel's ports
 /// 9. the caller is guarded, by its container, its user or its group: leave
-/// 10. excluded by port or by CIDR: leave; so if there are inclusion lists, and none has its port or
-///     address
+/// 10. excluded by port, by CIDR, or by the interface that the socket is bound to: leave; so if there
+///     are inclusion lists, and none has its port or address
 /// 11. the pod is not ready: by its fail mode
 /// 12. to a link-local address of IPv6: leave. It means nothing without its interface, which a
 ///     redirect would lose
@@ -227,7 +229,7 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     if is_guarded(facts, info) {
         return Outbound::Leave(Rule::Guarded);
     }
-    if let Some(rule) = outside(facts, info.exclusion_id, to) {
+    if let Some(rule) = outside(facts, info, to) {
         return Outbound::Leave(rule);
     }
     if !ready {
@@ -266,7 +268,14 @@ fn is_guarded(facts: &impl ConnectFacts, info: &CgroupInfo) -> bool {
 
 /// The rule by which the lists leave connections to `to` outside the mesh, if they do.
 #[inline(always)]
-fn outside(facts: &impl ConnectFacts, exclusion_id: u32, to: &Destination) -> Option<Rule> {
+fn outside(facts: &impl ConnectFacts, info: &CgroupInfo, to: &Destination) -> Option<Rule> {
+    let exclusion_id = info.exclusion_id;
+    if info.flags & flag::EXCLUDES_DEVICES != 0
+        && facts.device() != 0
+        && facts.is_excluded_device(exclusion_id)
+    {
+        return Some(Rule::ExcludedDevice);
+    }
     let port = facts.port_listed(exclusion_id, to.port, OUTBOUND);
     if port == Listed::EXCLUDED {
         return Some(Rule::ExcludedPort);
@@ -363,10 +372,7 @@ pub fn dns_redirect(facts: &impl ConnectFacts, resolver: &Destination) -> Destin
     {
         return Destination::NOWHERE;
     }
-    if is_guarded(facts, info)
-        || outside(facts, info.exclusion_id, resolver).is_some()
-        || !is_captured(settings, to)
-    {
+    if is_guarded(facts, info) || outside(facts, info, resolver).is_some() || !is_captured(settings, to) {
         return Destination::NOWHERE;
     }
     // The tunnel listens for TCP once it serves UDP too.

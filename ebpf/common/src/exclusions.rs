@@ -76,18 +76,18 @@ pub struct ExcludedCidr {
     pub address: Address,
 }
 
-/// A user or group id whose processes are left alone: their connections stay outside the mesh. Key of
-/// `guarded_ids`, by value 1.
+/// A user or a group whose processes are left alone, or an interface to which sockets are bound that
+/// are: their connections stay outside the mesh. Key of `exclusion_ids`, by value 1.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
-pub struct GuardedId {
+pub struct ExcludedId {
     /// The list that this entry belongs to:
     /// [`CgroupInfo::exclusion_id`](crate::enrolment::CgroupInfo::exclusion_id).
     pub exclusion_id: u32,
-    /// [`USER`] or [`GROUP`].
+    /// [`USER`], [`GROUP`] or [`DEVICE`].
     pub kind: u32,
-    /// As the initial user namespace numbers it.
+    /// A user or a group as the initial user namespace numbers it; an interface as the pod's netns does.
     pub id: u32,
 }
 
@@ -95,8 +95,10 @@ pub struct GuardedId {
 pub const USER: u32 = 0;
 /// The id is a group's.
 pub const GROUP: u32 = 1;
+/// The id is an interface's.
+pub const DEVICE: u32 = 2;
 
-plain_data!(ExcludedPorts, ExcludedCidr, GuardedId);
+plain_data!(ExcludedPorts, ExcludedCidr, ExcludedId);
 
 /// Bits of [`ExcludedPorts`] before the port.
 const PORT_HEAD: u32 = 48;

@@ -4,7 +4,7 @@
 use crate::{
     address::Address,
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
-    exclusions::{ExcludedCidr, ExcludedPorts, GuardedId, Listed},
+    exclusions::{ExcludedCidr, ExcludedId, ExcludedPorts, Listed},
     flows::{Flow, Original, SocketState, TunnelFlow},
     lifecycle::{Name, PathEvent, ProcessEvent, Scope},
     listeners::{AppListenerState, ListenerKey},
@@ -124,9 +124,9 @@ maps! {
     EXCLUSION_CIDRS = "exclusion_cidrs", "LPM trie", Lpm<ExcludedCidr>: "ExcludedCidr", Listed: "Listed",
         written by "watcher", read by "connect, sendmsg programs; watcher", keeps Entries, abi 2, formerly None,
         "Address ranges that pods exclude from the mesh, or include, each of one address family.";
-    GUARDED_IDS = "guarded_ids", "hash", GuardedId: "GuardedId", u8: "1",
+    EXCLUSION_IDS = "exclusion_ids", "hash", ExcludedId: "ExcludedId", u8: "1",
         written by "watcher", read by "connect, sendmsg programs; watcher", keeps Entries, abi 1, formerly None,
-        "Users and groups whose processes pods, namespaces or the mesh leave alone, by the list that they belong to.";
+        "Users and groups whose processes are left alone, and interfaces to which sockets are bound that are, by list.";
     ORIGINAL_DST = "original_dst", "LRU hash", Flow: "Flow", Sealed<Original>: "Sealed<Original>",
         written by "pods' sock_ops program", read by "sk_lookup, tunnel's sock_ops programs",
         keeps Flights, abi 2, formerly None,

@@ -114,6 +114,7 @@ numbered! {
         Kubelet = 25, "pass: the kubelet's own connection, such as a probe";
         NotIncluded = 26, "leave: in no inclusion list";
         Guarded = 27, "leave: caller is guarded";
+        ExcludedDevice = 28, "leave: interface excluded";
     }
 }
 

@@ -10,10 +10,10 @@ use std::{
 use adit_ebpf_common::{
     address::{Address, is_v4},
     exclusions::{
-        CidrPrefix, ExcludedCidr, ExcludedPorts, GuardedId, INBOUND, Listed, MAPPED_BITS, OUTBOUND,
+        CidrPrefix, ExcludedCidr, ExcludedId, ExcludedPorts, INBOUND, Listed, MAPPED_BITS, OUTBOUND,
         PortPrefix, port_prefixes,
     },
-    maps::{EXCLUSION_CIDRS, EXCLUSION_PORTS, GUARDED_IDS},
+    maps::{EXCLUSION_CIDRS, EXCLUSION_IDS, EXCLUSION_PORTS},
 };
 use aya::{
     Pod,
@@ -35,7 +35,7 @@ pub struct ExclusionList {
     pub ports: BTreeMap<PortPrefix, Listed>,
     /// In the map `exclusion_cidrs`.
     pub cidrs: BTreeMap<CidrPrefix, Listed>,
-    /// In the map `guarded_ids`: kinds and numbers.
+    /// In the map `exclusion_ids`: kinds and numbers.
     pub ids: BTreeSet<(u32, u32)>,
 }
 
@@ -140,7 +140,7 @@ impl Kernel {
             added.cidrs.insert(*prefix, *listed);
         }
         for (kind, id) in &list.ids {
-            self.insert(GUARDED_IDS.name, GuardedId { exclusion_id, kind: *kind, id: *id }, &1u8)?;
+            self.insert(EXCLUSION_IDS.name, ExcludedId { exclusion_id, kind: *kind, id: *id }, &1u8)?;
             added.ids.insert((*kind, *id));
         }
         Ok(())
@@ -164,8 +164,8 @@ impl Kernel {
                 .map_err(KernelError::map("write", EXCLUSION_CIDRS.name))?;
         }
         for (kind, id) in &list.ids {
-            let key = GuardedId { exclusion_id, kind: *kind, id: *id };
-            self.take::<GuardedId, u8>(GUARDED_IDS.name, &key)?;
+            let key = ExcludedId { exclusion_id, kind: *kind, id: *id };
+            self.take::<ExcludedId, u8>(EXCLUSION_IDS.name, &key)?;
         }
         Ok(())
     }
@@ -184,15 +184,15 @@ impl Kernel {
             let list = lists.entry(data.exclusion_id()).or_default();
             list.cidrs.insert(CidrPrefix::of_key(bits, &data), listed);
         }
-        for (key, _) in self.list::<GuardedId, u8>(GUARDED_IDS.name)? {
+        for (key, _) in self.list::<ExcludedId, u8>(EXCLUSION_IDS.name)? {
             lists.entry(key.exclusion_id).or_default().ids.insert((key.kind, key.id));
         }
         Ok(lists)
     }
 
-    /// Whether a list leaves this user or group alone.
-    pub(crate) fn is_guarded_id(&self, key: GuardedId) -> Result<bool, KernelError> {
-        Ok(self.get::<GuardedId, u8>(GUARDED_IDS.name, &key)?.is_some())
+    /// Whether a list leaves this user, group or interface alone.
+    pub(crate) fn has_excluded_id(&self, key: ExcludedId) -> Result<bool, KernelError> {
+        Ok(self.get::<ExcludedId, u8>(EXCLUSION_IDS.name, &key)?.is_some())
     }
 
     /// What a list says of `port`, as the map has it; 0: nothing.

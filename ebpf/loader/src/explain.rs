@@ -7,7 +7,7 @@ use adit_ebpf_common::{
     address::{Address, UNSPECIFIED, is_v4},
     decide::{self, Arrival, ArrivalFacts, Connect, ConnectFacts, Facts},
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
-    exclusions::{GROUP, GuardedId, Listed, USER},
+    exclusions::{ExcludedId, GROUP, Listed, USER},
     flows::{Destination, Flow},
     listeners::ListenerKey,
     maps::{APP_LISTENERS, CGROUP_INFO, POD_BY_ADDR, POD_BY_NETNS},
@@ -161,10 +161,15 @@ impl ConnectFacts for MapFacts<'_> {
 
     fn is_guarded_id(&self, exclusion_id: u32) -> bool {
         let has = |(kind, id): (u32, Option<u32>)| {
-            let guarded = |id| self.kernel.is_guarded_id(GuardedId { exclusion_id, kind, id });
+            let guarded = |id| self.kernel.has_excluded_id(ExcludedId { exclusion_id, kind, id });
             id.is_some_and(|id| self.or_default(guarded(id)))
         };
         [USER, GROUP].into_iter().zip(self.ids).any(has)
+    }
+
+    /// The socket is bound to none.
+    fn is_excluded_device(&self, _exclusion_id: u32) -> bool {
+        false
     }
 
     fn has_tunnel_listener(&self, key: &ListenerKey) -> bool {

@@ -44,7 +44,7 @@ struct Case {
     listed_ports: Vec<(u32, PortPrefix, Listed)>,
     listed_cidrs: Vec<(u32, CidrPrefix, Listed)>,
     /// List, kind and number. The application's are 0.
-    guarded_ids: Vec<(u32, u32, u32)>,
+    excluded_ids: Vec<(u32, u32, u32)>,
     resolver: Option<&'static str>,
     app_listeners: Vec<(u16, bool)>,
     complete: Option<bool>,
@@ -129,7 +129,7 @@ fn cases() -> impl Strategy<Value = Case> {
             second,
             listens,
         ) = state;
-        let ((ports, cidrs, guarded_ids), resolver, app_listeners, complete, is_v4, to, arrives_at) = about;
+        let ((ports, cidrs, excluded_ids), resolver, app_listeners, complete, is_v4, to, arrives_at) = about;
         Case {
             flags,
             detected,
@@ -143,7 +143,7 @@ fn cases() -> impl Strategy<Value = Case> {
             listens,
             listed_ports: ports,
             listed_cidrs: cidrs,
-            guarded_ids,
+            excluded_ids,
             resolver,
             app_listeners,
             complete,
@@ -216,7 +216,7 @@ fn install(rig: &mut Rig, case: &Case) -> PlainFacts {
             ports: case.listed_ports.iter().filter(|(id, ..)| of(id)).map(|(_, of, is)| (*of, *is)).collect(),
             cidrs: case.listed_cidrs.iter().filter(|(id, ..)| of(id)).map(|(_, of, is)| (*of, *is)).collect(),
             ids: case
-                .guarded_ids
+                .excluded_ids
                 .iter()
                 .filter(|(id, ..)| of(id))
                 .map(|(_, kind, id)| (*kind, *id))
@@ -226,7 +226,7 @@ fn install(rig: &mut Rig, case: &Case) -> PlainFacts {
     }
     facts.listed_ports.clone_from(&case.listed_ports);
     facts.listed_cidrs.clone_from(&case.listed_cidrs);
-    facts.guarded_ids.extend(&case.guarded_ids);
+    facts.excluded_ids.extend(&case.excluded_ids);
     // As a listener of before is forgotten, its application is gone.
     kernel.unsteer(&[rig.cookie].into()).unwrap();
     rig.steer();

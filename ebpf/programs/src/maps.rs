@@ -14,7 +14,7 @@ use core::ptr::null_mut;
 use adit_ebpf_common::{
     address::Address,
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
-    exclusions::{ExcludedCidr, ExcludedPorts, GROUP, GuardedId, Listed, USER},
+    exclusions::{DEVICE, ExcludedCidr, ExcludedId, ExcludedPorts, GROUP, Listed, USER},
     flows::{Flow, Original, SocketState, TunnelFlow},
     listeners::{AppListenerState, ListenerKey, MAX_APP_LISTENERS},
     sealed::Sealed,
@@ -57,8 +57,8 @@ static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 static EXCLUSION_PORTS: LpmTrie<ExcludedPorts, u8> = LpmTrie::with_max_entries(65536, BPF_F_NO_PREALLOC);
 #[map(name = "exclusion_cidrs")]
 static EXCLUSION_CIDRS: LpmTrie<ExcludedCidr, u8> = LpmTrie::with_max_entries(131_072, BPF_F_NO_PREALLOC);
-#[map(name = "guarded_ids")]
-static GUARDED_IDS: HashMap<GuardedId, u8> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
+#[map(name = "exclusion_ids")]
+static EXCLUSION_IDS: HashMap<ExcludedId, u8> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
 #[map(name = "original_dst")]
 static ORIGINAL_DST: LruHashMap<Flow, Sealed<Original>> = LruHashMap::with_max_entries(65536, 0);
 #[map(name = "tunnel_flows")]
@@ -113,8 +113,13 @@ fn address_listed(exclusion_id: u32, address: &Address) -> Listed {
 #[inline(always)]
 fn is_guarded_id(exclusion_id: u32) -> bool {
     let ids = bpf_get_current_uid_gid();
-    let has = |kind, id| GUARDED_IDS.get_ptr(GuardedId { exclusion_id, kind, id }).is_some();
+    let has = |kind, id| EXCLUSION_IDS.get_ptr(ExcludedId { exclusion_id, kind, id }).is_some();
     has(USER, ids as u32) || has(GROUP, (ids >> 32) as u32)
+}
+
+#[inline(always)]
+fn is_excluded_device(exclusion_id: u32, device: u32) -> bool {
+    EXCLUSION_IDS.get_ptr(ExcludedId { exclusion_id, kind: DEVICE, id: device }).is_some()
 }
 
 /// Registers the listening socket of `ops`. The latest wins, so that a successor takes over by

@@ -1,18 +1,25 @@
 //! Answers to commands that only read.
 
-use std::net::SocketAddr;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+};
 
 use adit_ebpf_common::verdicts::ELSEWHERE;
+use adit_ebpf_loader::KernelError;
+use error_reporter::Report;
 
 use crate::{
-    apply::Applier,
+    apply::{Applier, exclusion_lists::of_entries},
     control::{
         Caller,
         answers::{self, explanation, pod_status, rejected_status},
         explain::Explanation,
+        lists::{self, Here, PodLists},
         status::{PodStatus, Status},
     },
-    observe::user_ns::IdMaps,
+    observe::{routes::Outward, user_ns::IdMaps},
+    plan::PodView,
 };
 
 use super::{config::AgentConfig, planning, pod_entry::PodEntry, pods::PodTable, reporter::Reporter};
@@ -86,6 +93,53 @@ impl Commands<'_> {
             number(maps, id).map(Some).ok_or_else(|| format!("the pod has no {what} {id}"))
         };
         let ids = [here("user", caller.uid, IdMaps::user)?, here("group", caller.gid, IdMaps::group)?];
-        explanation(view, self.pods.views(), caller.container.as_deref(), ids, destination, self.applier)
+        let routes = entry.outward.as_ref().map_or(&[][..], |outward| &outward.ranges);
+        let container = caller.container.as_deref();
+        explanation(view, self.pods.views(), container, ids, routes, destination, self.applier)
+    }
+
+    /// For `watcher status lists`; `pod` as of [`Self::explain`].
+    ///
+    /// # Errors
+    /// No pod is called so, or several are, or a map cannot be read: a sentence for the user.
+    pub(super) fn lists(&self, pod: Option<&str>) -> Result<Vec<PodLists>, String> {
+        let only = pod.map(|pod| answers::find(self.pods.views(), pod)).transpose()?;
+        let kernel = &self.applier.kernel;
+        let failed = |error: KernelError| Report::new(&error).to_string();
+        let maps = kernel.exclusions().map_err(failed)?;
+        let mut all = Vec::new();
+        for entry in self.pods.in_order() {
+            let PodView { pod, observed, .. } = &entry.view;
+            if only.is_some_and(|only| only.pod.uid != pod.uid) {
+                continue;
+            }
+            let cgroup = observed.dir.as_ref().and_then(|dir| observed.cgroups.get(dir));
+            let info = cgroup.map(|id| kernel.cgroup(*id)).transpose().map_err(failed)?.flatten();
+            let exclusion_id = info.map_or(0, |info| info.exclusion_id);
+            let in_maps = maps.get(&exclusion_id).map(of_entries).unwrap_or_default();
+            let outward = entry.outward.clone().unwrap_or_default();
+            let of_pod = |ids: &BTreeSet<u32>, number: fn(&IdMaps, u32) -> Option<u32>| {
+                let here = |id: &u32| Some((number(entry.id_maps.as_ref()?, *id)?, *id));
+                ids.iter().filter_map(here).collect::<BTreeMap<u32, u32>>()
+            };
+            let guards = &pod.exclusions.guards;
+            let (users, groups) =
+                (of_pod(&guards.users, IdMaps::user), of_pod(&guards.groups, IdMaps::group));
+            let Outward { ranges: routes, devices } = &outward;
+            let here = Here { routes, devices, users: &users, groups: &groups };
+            let wanted = entry.exclusions_here();
+            let mut entries = lists::entries(&in_maps, &wanted, &pod.levels, &here);
+            let shown = if only.is_some() { entries.len() } else { entries.len().min(lists::FEW) };
+            let left_out = entries.split_off(shown).len();
+            all.push(PodLists {
+                uid: pod.uid.clone(),
+                name: pod.name.clone(),
+                namespace: pod.namespace.clone(),
+                exclusion_id,
+                entries,
+                left_out,
+            });
+        }
+        Ok(all)
     }
 }

@@ -17,7 +17,7 @@ use crate::{
         reason::{Reason, ReasonCode},
         state::State,
     },
-    observe::{Observed, budget::Spent, cgroups, processes::Memory, user_ns::IdMaps},
+    observe::{Observed, budget::Spent, cgroups, processes::Memory, routes::Outward, user_ns::IdMaps},
     plan::{Eligibility, PodPlan, PodView, desired::is_guarded},
 };
 
@@ -100,6 +100,9 @@ pub(super) struct PodEntry {
     pub problem: Option<Reason>,
     /// How it numbers users and groups; `None`: that is not known. Only of one that guards some.
     pub id_maps: Option<IdMaps>,
+    /// What its routes send out of interfaces that it excludes; `None`: that is not known. Only of one
+    /// that excludes some.
+    pub outward: Option<Outward>,
     /// Applications of it that use the tunnel's ports.
     pub ports: PortUses,
     /// When it was last seen to change.
@@ -141,6 +144,7 @@ impl PodEntry {
             held_netns: None,
             problem: None,
             id_maps: None,
+            outward: None,
             ports: PortUses::default(),
             changed_at: now,
             next_observation: None,
@@ -149,18 +153,23 @@ impl PodEntry {
         }
     }
 
-    /// Its exclusions, with the node's numbers of users and groups. Whom the pod numbers in a way that
-    /// is not known is not guarded.
+    /// Its exclusions, with the node's numbers of users and groups, and with what its routes send out of
+    /// interfaces. Whom the pod numbers in a way that is not known is not guarded, and routes that are
+    /// not known exclude nothing.
     pub(super) fn exclusions_here(&self) -> Arc<Exclusions> {
         let exclusions = &self.view.pod.exclusions;
-        if !exclusions.guards.has_ids() {
+        if !exclusions.guards.has_ids() && exclusions.interfaces.is_empty() {
             return Arc::clone(exclusions);
         }
         let maps = self.id_maps.as_ref();
         let guards = exclusions
             .guards
             .translated(|id| maps.and_then(|maps| maps.user(id)), |id| maps.and_then(|maps| maps.group(id)));
-        Arc::new(Exclusions { guards, ..Exclusions::clone(exclusions) })
+        let mut here = Exclusions { guards, ..Exclusions::clone(exclusions) };
+        if let Some(Outward { ranges, devices }) = &self.outward {
+            here.exclude_also(ranges, devices);
+        }
+        Arc::new(here)
     }
 
     /// What its connections are judged by, with its netns `cookie` open.

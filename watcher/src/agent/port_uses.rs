@@ -42,7 +42,7 @@ impl PortUses {
         found.dedup_by(|later, earlier| later.is_like(earlier));
         for using in &mut found {
             if let Some(before) = self.using.iter().find(|before| before.is_like(using)) {
-                using.process = before.process.clone().or(using.process.take());
+                using.process = before.process.clone().or_else(|| using.process.take());
             }
         }
         let told = |all: &[ReservedPortUse]| all.iter().map(ReservedPortUse::describe).collect::<Vec<_>>();

@@ -51,6 +51,12 @@ impl Agent {
         {
             self.apply(&work, now);
         }
+        let followed = self.routes.set(self.pods.iter(), self.observer.opened());
+        for uid in followed {
+            if let Some(entry) = self.pods.get_mut(&uid) {
+                entry.next_observation = Some(now);
+            }
+        }
         self.observer.close_netns();
         self.applier.do_due(now);
         self.tracer.update(&self.pods.views(), &mut self.applier);

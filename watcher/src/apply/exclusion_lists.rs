@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, net::IpAddr, ops::RangeInclusive};
 
 use adit_ebpf_common::exclusions::{
-    CidrPrefix, GROUP, INBOUND, Listed, MAPPED_BITS, OUTBOUND, PortPrefix, USER,
+    CidrPrefix, DEVICE, GROUP, INBOUND, Listed, MAPPED_BITS, OUTBOUND, PortPrefix, USER,
 };
 use adit_ebpf_loader::ExclusionList;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -46,14 +46,16 @@ pub(crate) fn entries(exclusions: &Exclusions) -> ExclusionList {
         add_cidrs(&included.cidrs, Listed::INCLUDED);
     }
     add_cidrs(&exclusions.outbound_cidrs, Listed::EXCLUDED);
-    list.ids = ids(&exclusions.guards).collect();
+    list.ids = ids(exclusions).collect();
     list
 }
 
-/// The entries of users and groups, which are the node's by now.
-fn ids(guards: &Guards) -> impl Iterator<Item = (u32, u32)> {
+/// The entries of users and groups, which are the node's by now, and of interfaces.
+fn ids(exclusions: &Exclusions) -> impl Iterator<Item = (u32, u32)> {
+    let Exclusions { guards, devices, .. } = exclusions;
     let users = guards.users.iter().map(|id| (USER, *id));
-    users.chain(guards.groups.iter().map(|id| (GROUP, *id)))
+    let groups = guards.groups.iter().map(|id| (GROUP, *id));
+    users.chain(groups).chain(devices.iter().map(|id| (DEVICE, *id)))
 }
 
 /// The list that takes these entries.
@@ -91,11 +93,12 @@ pub(crate) fn of_entries(list: &ExclusionList) -> Exclusions {
         inbound_ports: ports(INBOUND, Listed::EXCLUDED),
         outbound_included: (has_outside || included != Included::default()).then_some(included),
         inbound_included: has_inbound_outside.then(|| ports(INBOUND, Listed::INCLUDED)),
-        guards: Guards {
-            users: of_kind(&list.ids, USER),
-            groups: of_kind(&list.ids, GROUP),
-            of_node: !list.ids.is_empty(),
-            ..Guards::default()
+        interfaces: BTreeSet::new(),
+        devices: of_kind(&list.ids, DEVICE),
+        guards: {
+            let (users, groups) = (of_kind(&list.ids, USER), of_kind(&list.ids, GROUP));
+            let of_node = !users.is_empty() || !groups.is_empty();
+            Guards { users, groups, of_node, ..Guards::default() }
         },
     }
 }
@@ -179,6 +182,7 @@ mod tests {
                 outbound_ports: exclusions::ports("", &ports.into(), &mut notes),
                 outbound_cidrs: exclusions::cidrs("", &cidrs.into(), &mut notes),
                 inbound_ports: exclusions::ports("", &"15-20".into(), &mut notes),
+                devices: [7].into(),
                 guards: Guards {
                     users: [0, 1337].into(),
                     groups: [1337].into(),

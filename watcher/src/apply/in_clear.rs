@@ -61,6 +61,7 @@ pub(super) fn in_clear(
     let guarded = |connection: &Connection| {
         pod.exclusions.guards.users.contains(&connection.uid)
             || connection.cgroup_id.is_some_and(|id| pod.guarded.contains(&id))
+            || pod.exclusions.devices.contains(&connection.device())
     };
     let passes = |connection: &Connection| {
         connections::is_local(connection, &all)

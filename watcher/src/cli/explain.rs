@@ -48,6 +48,9 @@ pub(super) fn run(args: &ExplainArgs) -> anyhow::Result<ExitCode> {
         Output::Json => writeln!(out, "{}", serde_json::to_string(&explanation)?)?,
         Output::Human => {
             writeln!(out, "{} → {}: {}", explanation.pod, explanation.destination, explanation.outbound)?;
+            if let Some(because) = &explanation.because {
+                writeln!(out, "because of {because}")?;
+            }
             if let Some(inbound) = &explanation.inbound {
                 writeln!(out, "where it arrives, from others in clear: {inbound}")?;
             }

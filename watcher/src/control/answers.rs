@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use adit_ebpf_common::{enrolment::CgroupInfo, verdicts::Verdicts};
 use error_reporter::Report;
+use ipnet::IpNet;
 
 use crate::{
     apply::Applier,
@@ -17,6 +18,7 @@ use crate::{
 
 use super::{
     explain::{self, Explanation},
+    lists,
     status::{DrainingStatus, NetnsStatus, PodStatus, TunnelStatus, VerdictStatus},
 };
 
@@ -123,7 +125,8 @@ pub(crate) fn draining(applier: &Applier) -> Vec<DrainingStatus> {
 /// Which rules decide about a connection of `view` to `destination`. `pods` are all pods of this
 /// node.
 ///
-/// `container` and `ids` say which process of the pod it is: the latter as of [`explain::explain`].
+/// `routes` are the ranges that the pod's routes send out of excluded interfaces. `container` and `ids`
+/// say which process of the pod it is: the latter as of [`explain::explain`].
 ///
 /// # Errors
 /// There is no such container, or a map cannot be read: a sentence for the user.
@@ -132,6 +135,7 @@ pub(crate) fn explanation<'a>(
     mut pods: impl Iterator<Item = &'a PodView>,
     container: Option<&str>,
     ids: [Option<u32>; 2],
+    routes: &[IpNet],
     destination: SocketAddr,
     applier: &Applier,
 ) -> Result<Explanation, String> {
@@ -150,7 +154,9 @@ pub(crate) fn explanation<'a>(
         Some(facts.cookie)
     };
     let arrives_in = pods.find_map(has_it);
-    explain::explain(&applier.kernel, view.full_name(), cgroup, ids, destination, arrives_in)
+    let to = SocketAddr::new(address, destination.port());
+    let because = |rule| lists::because(rule, to, &view.pod.levels, routes);
+    explain::explain(&applier.kernel, view.full_name(), cgroup, ids, destination, because, arrives_in)
         .map_err(|error| Report::new(&error).to_string())
 }
 

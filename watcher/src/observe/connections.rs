@@ -57,6 +57,11 @@ impl Connection {
         self.id.cookie
     }
 
+    /// The number of the interface that its socket is bound to; 0: to none.
+    pub(crate) fn device(&self) -> u32 {
+        self.id.interface_id
+    }
+
     /// One that exists nowhere, for tests of rules.
     #[cfg(test)]
     pub(crate) fn between(local: &str, remote: &str, cgroup_id: CgroupId) -> Self {

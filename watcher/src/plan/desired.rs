@@ -207,6 +207,8 @@ fn enroll(
     let spread = if circumstances.spread { flag::SPREAD } else { 0 };
     let guards_ids = exclusion_id != 0 && circumstances.exclusions.guards.has_ids();
     let guards = if guards_ids { flag::GUARDS_IDS } else { 0 };
-    let flags = flags | dns | spread | guards;
+    let excludes_devices = exclusion_id != 0 && !circumstances.exclusions.devices.is_empty();
+    let devices = if excludes_devices { flag::EXCLUDES_DEVICES } else { 0 };
+    let flags = flags | dns | spread | guards | devices;
     CgroupInfo { netns_cookie: facts.cookie, ..cgroup_info(flags, exclusion_id, &facts.addresses) }
 }

@@ -49,6 +49,7 @@ fn pod(uid: &str) -> Pod {
         virtual_interfaces: Vec::new(),
         addresses: BTreeSet::new(),
         lists: Arc::default(),
+        levels: Vec::new(),
         exclusions: Arc::default(),
         containers: BTreeMap::new(),
         is_running: false,

@@ -19,9 +19,10 @@ use crate::model::{
 };
 
 /// The options that are lists, by their keys.
-const KEYS: [&str; 7] = [
+const KEYS: [&str; 8] = [
     "excludeOutboundPorts",
     "excludeOutboundCidrs",
+    "excludeInterfaces",
     "excludeInboundPorts",
     "includeOutboundPorts",
     "includeOutboundCidrs",

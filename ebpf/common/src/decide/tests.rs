@@ -5,9 +5,14 @@ use crate::{
     address::{Address, UNSPECIFIED, mapped},
     enrolment::{
         CgroupInfo, NetnsInfo, PodRecord,
-        flag::{DNS_CAPTURE, FAIL_OPEN, GUARDED, GUARDS_IDS, IN_MESH, READY, SIDECAR, SPREAD, TUNNEL},
+        flag::{
+            DNS_CAPTURE, EXCLUDES_DEVICES, FAIL_OPEN, GUARDED, GUARDS_IDS, IN_MESH, READY, SIDECAR, SPREAD,
+            TUNNEL,
+        },
     },
-    exclusions::{CidrPrefix, GROUP, INBOUND, Listed, MAPPED_BITS, OUTBOUND, PortPrefix, USER},
+    exclusions::{
+        CidrPrefix, DEVICE as INTERFACE, GROUP, INBOUND, Listed, MAPPED_BITS, OUTBOUND, PortPrefix, USER,
+    },
     flows::{Destination, Flow},
     redirect_ports::redirect_port,
     settings::Settings,
@@ -414,7 +419,7 @@ fn a_guarded_process_is_left_alone_but_for_the_tunnels_ports() {
     let ready = IN_MESH | READY | DNS_CAPTURE;
     let to = |flags, caller_ids, address, port| {
         let mut facts = facts(flags);
-        facts.guarded_ids.extend([(3, USER, 1337), (3, GROUP, 2102), (4, USER, 7)]);
+        facts.excluded_ids.extend([(3, USER, 1337), (3, GROUP, 2102), (4, USER, 7)]);
         facts.caller_ids = caller_ids;
         verdict(&facts, address, port).rule()
     };
@@ -442,4 +447,25 @@ fn a_guarded_process_is_left_alone_but_for_the_tunnels_ports() {
         assert_eq!(to(ready | GUARDED, (0, 0), address, port), rule, "{port}");
     }
     assert_eq!(to(ready, (0, 0), RESOLVER, 53), Rule::DnsRedirect);
+}
+
+#[test]
+fn a_socket_that_is_bound_to_an_excluded_interface_is_left_alone() {
+    const DEVICE_TOO: u32 = DEVICE + 7;
+    let to = |flags, device, list| {
+        let mut facts = facts(flags);
+        facts.excluded_ids.extend([(list, INTERFACE, DEVICE_TOO), (3, USER, DEVICE)]);
+        facts.device = device;
+        verdict(&facts, OTHER, 80).rule()
+    };
+    let flags = IN_MESH | READY | EXCLUDES_DEVICES;
+    assert_eq!(to(flags, DEVICE_TOO, 3), Rule::ExcludedDevice);
+    assert_eq!(to(flags, 0, 3), Rule::Redirect);
+    assert_eq!(to(flags, DEVICE, 3), Rule::Redirect);
+    assert_eq!(
+        to(flags, DEVICE_TOO, 4),
+        Rule::NoAddress,
+        "another list, and no address of this family there"
+    );
+    assert_eq!(to(IN_MESH | READY, DEVICE_TOO, 3), Rule::NoAddress);
 }

@@ -46,8 +46,8 @@ pub(crate) struct ReadRules {
     pub labels: EnrolmentLabels,
     /// Containers that carry their pod's traffic themselves.
     pub sidecars: BTreeSet<String>,
-    /// Whether there may be lists of the mesh, which count once they are known.
-    pub has_mesh_lists: bool,
+    /// The ConfigMap of the mesh's lists, which count once they are known; `None`: there are none.
+    pub mesh_lists: Option<String>,
     /// The meshes whose annotations are read.
     pub foreign: BTreeSet<ForeignMesh>,
     /// Its keys are random, so that nobody can write two texts with one hash.
