@@ -9,6 +9,8 @@
 //! * `planning`: from the table of pods to plans and states
 //! * `kept_pods`: pods of tunnels that are not connected
 //! * `reporter`: outcomes to the source, metrics; `commands`: answers to commands
+//! * `reserved_ports`: applications that use the tunnel's ports; `port_uses`: those of one pod
+//! * `route_watch`: follows routes of pods that exclude interfaces
 //! * `boot`: pods that ran before the first watcher did; `audit`: what no pod should have in clear
 //! * `startup`: loading the programs, and taking over what is there
 //! * `node_lock`: one watcher for each node; the next one stands by
@@ -60,8 +62,11 @@ mod observer;
 mod planning;
 mod pod_entry;
 mod pods;
+mod port_uses;
 mod queue;
 mod reporter;
+mod reserved_ports;
+mod route_watch;
 mod startup;
 mod turn;
 
@@ -70,7 +75,7 @@ pub use self::{config::AgentConfig, error::AgentError};
 
 use self::{
     boot::EarlyListeners, boot::Found, commands::Commands, kept_pods::KeptPods, observer::Observer,
-    pods::PodTable, queue::Queue, reporter::Reporter,
+    pods::PodTable, queue::Queue, reporter::Reporter, route_watch::RouteWatch,
 };
 
 /// How long tunnels have to acknowledge that their pods are gone, when everything is undone.
@@ -89,6 +94,7 @@ struct Agent {
     applier: Applier,
     reporter: Reporter,
     tracer: Tracer,
+    routes: RouteWatch,
     /// Where no tunnel may run.
     layout: CgroupLayout,
 }
@@ -144,12 +150,7 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
             source.ready();
         }
         agent.reporter.set_gauges(agent.applier.tunnels.len(), agent.is_ready());
-        if events.wants_dirs() && agent.queue.take_dirs_changed() {
-            match agent.pods.directories(&agent.config.attach) {
-                Ok(dirs) => events.watch(&dirs),
-                Err(error) => warn!(%error, "cannot list the cgroups to be watched; the scan finds changes"),
-            }
-        }
+        agent.watch_dirs(events.as_mut());
         let wake = agent.next_due(next_scan);
         tokio::select! {
             _ = terminate.recv() => break (agent.config.detach, None),
@@ -171,6 +172,7 @@ pub async fn run(config: AgentConfig, mut source: Source) -> Result<(), AgentErr
                     break (true, Some(client));
                 }
             }
+            uid = agent.routes.changed() => agent.queue.observe([uid]),
             () = agent.tracer.ready() => agent.tracer.forward(agent.pods.views()),
             () = tokio::time::sleep_until(wake.into()) => {}
         }
@@ -227,9 +229,24 @@ impl Agent {
             && self.pods.iter().any(|entry| !entry.is_observed() && adopted(&entry.view.pod.uid))
     }
 
+    /// Has a source of events that watches directories watch those of the pods.
+    fn watch_dirs(&mut self, events: &mut dyn events::EventSource) {
+        if !events.wants_dirs() || !self.queue.take_dirs_changed() {
+            return;
+        }
+        match self.pods.directories(&self.config.attach) {
+            Ok(dirs) => events.watch(&dirs),
+            Err(error) => warn!(%error, "cannot list the cgroups to be watched; the scan finds changes"),
+        }
+    }
+
     /// Reports the states that may have changed.
     fn report(&mut self) {
-        self.reporter.states_gone(self.pods.take_gone_states());
+        let gone = self.pods.take_gone_states();
+        if !gone.is_empty() {
+            self.count_port_uses();
+        }
+        self.reporter.states_gone(gone);
         for uid in self.queue.take_reports() {
             let Some(entry) = self.pods.get_mut(&uid) else {
                 self.reporter.pod_gone(&uid);
@@ -247,6 +264,7 @@ impl Agent {
             self.queue.resync_at(),
             self.applier.next_due(Instant::now()),
             self.pods.next_due(),
+            self.pods.ports_due(),
             kept_until,
             self.kept.next_check(),
         ]
@@ -264,9 +282,13 @@ impl Agent {
                 let commands = Commands { config, pods, applier, reporter, ready };
                 answers.give(&Answer::Ok(commands.status()));
             }
-            Request::Explain { pod, destination } => {
+            Request::Explain { pod, destination, caller } => {
                 let commands = Commands { config, pods, applier, reporter, ready };
-                answers.give(&Answer::from(commands.explain(&pod, destination)));
+                answers.give(&Answer::from(commands.explain(&pod, &caller, destination)));
+            }
+            Request::Lists { pod } => {
+                let commands = Commands { config, pods, applier, reporter, ready };
+                answers.give(&Answer::from(commands.lists(pod.as_deref())));
             }
             Request::Trace { pod, port, address, not_addresses } => {
                 let filter = TraceRequest { pod, port, address, not_addresses };

@@ -45,7 +45,7 @@ use crate::{
 };
 
 use self::{
-    app_listeners::AppListeners,
+    app_listeners::{AppListeners, OnReservedPorts},
     clear_audit::ClearAudit,
     draining::DrainingNetns,
     in_clear::PodSockets,
@@ -64,7 +64,7 @@ pub(crate) mod app_listeners;
 pub(crate) mod boot;
 pub(crate) mod clear_audit;
 pub(crate) mod draining;
-mod exclusion_lists;
+pub(crate) mod exclusion_lists;
 pub(crate) mod in_clear;
 pub(crate) mod istio_rules;
 pub mod journal;
@@ -114,6 +114,8 @@ pub struct Applier {
     problems: Vec<String>,
     /// Whether connections were to be cut, and the kernel cannot.
     cannot_cut: bool,
+    /// What listings of listeners have found on the tunnel's ports.
+    on_reserved_ports: OnReservedPorts,
 }
 
 /// What [`Applier::apply`] led to for single pods, by uid.
@@ -158,6 +160,7 @@ impl Applier {
             visitors,
             problems: Vec::new(),
             cannot_cut: false,
+            on_reserved_ports: OnReservedPorts::new(),
         })
     }
 
@@ -318,7 +321,9 @@ impl Applier {
     pub fn do_due(&mut self, now: Instant) {
         let tunnels = &self.tunnels;
         let (kernel, steered) = (&mut self.kernel, self.netns.by_cookie());
-        self.app_listeners.list_new(kernel, &self.visitors, steered, |uid| tunnels.serve(uid), now);
+        let found =
+            self.app_listeners.list_new(kernel, &self.visitors, steered, |uid| tunnels.serve(uid), now);
+        self.on_reserved_ports.extend(found);
         self.draining.settle(kernel, &mut self.journal);
         self.new_pods.settle(kernel, self.maps.contents(), now);
         self.kubelet.check(kernel, now);
@@ -377,6 +382,12 @@ impl Applier {
 
     /// Compares the recorded listening ports with the kernel's list, for the netns in `opened`.
     pub fn scan_app_listeners(&mut self, opened: &OpenNetns) {
-        app_listeners::scan(&mut self.kernel, &self.visitors, self.netns.by_cookie(), opened);
+        let found = app_listeners::scan(&mut self.kernel, &self.visitors, self.netns.by_cookie(), opened);
+        self.on_reserved_ports.extend(found);
+    }
+
+    /// What listens on the tunnel's ports, of the netns whose listeners were listed since the last call.
+    pub(crate) fn take_on_reserved_ports(&mut self) -> OnReservedPorts {
+        std::mem::take(&mut self.on_reserved_ports)
     }
 }

@@ -5,6 +5,7 @@
 //!
 //! * [`status`]: the types of `watcher status`; `answers`: filling them in
 //! * [`explain`]: which rule decides about a connection
+//! * [`lists`]: what excludes and includes connections, and who wrote that
 //! * [`trace`]: verdicts of the kernel programs, as they are given
 
 use std::{
@@ -29,8 +30,21 @@ use crate::unix_socket::{Bound, Serving};
 
 pub(crate) mod answers;
 pub mod explain;
+pub mod lists;
 pub mod status;
 pub mod trace;
+
+/// Which process of a pod connects.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Caller {
+    /// The container that it is in, by name or by the name of the cgroup's directory; `None`: one that
+    /// nobody names.
+    pub container: Option<String>,
+    /// Its user, as the pod numbers it.
+    pub uid: Option<u32>,
+    /// The same of its group.
+    pub gid: Option<u32>,
+}
 
 /// A request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +58,14 @@ pub enum Request {
         pod: String,
         /// Where it connects to.
         destination: SocketAddr,
+        /// Which process of the pod.
+        #[serde(default)]
+        caller: Caller,
+    },
+    /// A list of [`crate::control::lists::PodLists`].
+    Lists {
+        /// Only of this pod: uid, name or namespace/name.
+        pod: Option<String>,
     },
     /// [`crate::control::trace::TraceLine`]s until the client disconnects.
     Trace {

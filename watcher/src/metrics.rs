@@ -89,6 +89,13 @@ const CONNECTIONS_IN_CLEAR: MetricRow = MetricRow {
     labels: "",
     help: "Connections that scans found at pods in fail mode `closed` after they were enrolled, and that no tunnel carries: always 0, unless something is wrong; the log names them",
 };
+const RESERVED_PORT_USES: MetricRow = MetricRow {
+    name: "reserved_port_uses",
+    kind: "gauge",
+    unit: None,
+    labels: "`port`: `outbound`, `inbound`, `hbone`, `dns`",
+    help: "Pods with an application that listens on that port of the tunnel, or tried to; `watcher status` names pod and process",
+};
 const VERDICTS: MetricRow = MetricRow {
     name: "verdicts",
     kind: "counter",
@@ -115,6 +122,7 @@ pub(crate) const METRICS: &[MetricRow] = &[
     CORRECTIONS,
     CONNECTIONS_CUT,
     CONNECTIONS_IN_CLEAR,
+    RESERVED_PORT_USES,
     VERDICTS,
     TUNNELS,
     ENROLMENT_DURATION,
@@ -151,6 +159,19 @@ struct SourceLabel {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PortLabel {
+    port: &'static str,
+}
+
+/// In the order of [`crate::plan::RESERVED_PORTS`].
+const PORT_LABELS: [PortLabel; 4] = [
+    PortLabel { port: "outbound" },
+    PortLabel { port: "inbound" },
+    PortLabel { port: "hbone" },
+    PortLabel { port: "dns" },
+];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RuleLabel {
     rule: &'static str,
 }
@@ -177,6 +198,7 @@ pub(crate) struct Metrics {
     corrections: Counter,
     cut: Counter,
     in_clear: Counter,
+    reserved_ports: Family<PortLabel, Gauge>,
     verdicts: Family<RuleLabel, Counter>,
     /// Where `verdicts` come from, once the programs are loaded.
     counted_by: OnceLock<Arc<VerdictCounts>>,
@@ -201,6 +223,11 @@ impl Metrics {
         let corrections = register(&mut registry, &CORRECTIONS, Counter::<u64, AtomicU64>::default());
         let cut = register(&mut registry, &CONNECTIONS_CUT, Counter::<u64, AtomicU64>::default());
         let in_clear = register(&mut registry, &CONNECTIONS_IN_CLEAR, Counter::<u64, AtomicU64>::default());
+        let reserved_ports = Family::<PortLabel, Gauge>::default();
+        for label in &PORT_LABELS {
+            drop(reserved_ports.get_or_create(label));
+        }
+        let reserved_ports = register(&mut registry, &RESERVED_PORT_USES, reserved_ports);
         let verdicts = register(&mut registry, &VERDICTS, Family::<RuleLabel, Counter>::default());
         let tunnels = register(&mut registry, &TUNNELS, Gauge::<i64, AtomicI64>::default());
         let enrolment = Histogram::new(exponential_buckets(0.0005, 2.0, 16));
@@ -214,6 +241,7 @@ impl Metrics {
             corrections,
             cut,
             in_clear,
+            reserved_ports,
             verdicts,
             counted_by: OnceLock::new(),
             tunnels,
@@ -254,6 +282,13 @@ impl Metrics {
     /// So many connections were found in clear that should not be.
     pub(crate) fn connections_in_clear(&self, count: u64) {
         self.in_clear.inc_by(count);
+    }
+
+    /// So many pods have applications on each of the tunnel's ports.
+    pub(crate) fn set_reserved_port_uses(&self, pods: [usize; 4]) {
+        for (label, count) in PORT_LABELS.iter().zip(pods) {
+            self.reserved_ports.get_or_create(label).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
     }
 
     /// Says who counts verdicts.

@@ -9,7 +9,10 @@
 //! * `nftables`: the rules of a netns
 //! * `kubelet`: the kubelet's cgroup
 //! * `listeners`: what listens in a netns
+//! * `reserved_ports`: who uses the tunnel's ports there
 //! * [`connections`]: the connections of a netns, and cutting them
+//! * `routes`: what leaves by certain interfaces of a netns
+//! * `user_ns`: how a pod numbers users and groups
 //! * [`events`]: what changed, as soon as it does
 
 use std::{collections::BTreeMap, path::PathBuf};
@@ -30,6 +33,9 @@ pub(crate) mod netlink;
 pub(crate) mod netns;
 pub(crate) mod nftables;
 pub(crate) mod processes;
+pub(crate) mod reserved_ports;
+pub(crate) mod routes;
+pub(crate) mod user_ns;
 
 /// What a pod has on this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

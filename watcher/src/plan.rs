@@ -42,6 +42,9 @@ pub(crate) const HBONE_PORT: u16 = 15008;
 /// The port of its DNS listeners, on the loopback of each pod.
 pub(crate) const DNS_PORT: u16 = 15053;
 
+/// All of them: what nobody else may have in an enrolled pod's netns.
+pub(crate) const RESERVED_PORTS: [u16; 4] = [OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT, DNS_PORT];
+
 /// The plans of pods, by uid.
 pub(crate) type Plan = BTreeMap<String, PodPlan>;
 

@@ -5,6 +5,8 @@
 //! * `wide_lists`: what namespaces and the mesh exclude and include
 //! * [`foreign`]: lists that users wrote for sidecars of other meshes
 //! * `options`: what can be set for a pod, as key or annotation
+//! * `guards`: how processes are named that are left alone
+//! * `profiles`: what the sidecars of other meshes are like
 //! * [`selection`]: whether a pod is enrolled
 //!
 //! Every source produces [`Update`]s, and the watcher's loop consumes them without knowing the
@@ -24,8 +26,10 @@ use crate::model::{pod::Update, reason::Reason, state::State};
 
 pub mod file;
 pub mod foreign;
+pub(crate) mod guards;
 pub mod kubernetes;
 pub(crate) mod options;
+pub(crate) mod profiles;
 pub mod selection;
 pub(crate) mod wide_lists;
 

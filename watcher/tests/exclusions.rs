@@ -311,3 +311,57 @@ fn a_pod_whose_entries_find_no_room_is_named_and_comes_in_later() {
     node.kill_watcher();
     drop(taken.join());
 }
+
+/// Who wrote what, beside what the maps have.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn the_lists_in_force_tell_who_wrote_them() {
+    let mut node = WatcherNode::new();
+    let pod = node.pod("a");
+    let own = "  excludeOutboundPorts: [80, 7000-7010]\n  guards: istio\n".to_owned();
+    let wide =
+        "mesh: {excludeOutboundCidrs: 10.1.0.0/16}\nnamespaces: {default: {excludeOutboundPorts: 81}}\n";
+    write(&node, &[own + wide]);
+    node.start(&["--rescan", "600"]);
+    let _told = node.tunnel().take_all();
+    node.wait_state(pod, "open", "");
+    let listed = || -> Vec<String> {
+        let (ok, text) = node.command(&["status", "lists", "--pod", "a", "-o", "json"]);
+        assert!(ok, "{text}");
+        let lists: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let entries = lists["lists"][0]["entries"].as_array().unwrap().iter();
+        let text = |entry: &serde_json::Value| {
+            assert_eq!(entry["in_maps"], true, "{entry}");
+            let from: Vec<&str> =
+                entry["from"].as_array().unwrap().iter().filter_map(|one| one.as_str()).collect();
+            let [list, item] = ["list", "item"].map(|key| entry[key].as_str().unwrap());
+            format!("{list} {item}: {}", from.join("; "))
+        };
+        entries.map(text).collect()
+    };
+    let (entry, namespace) = ("its entry in the pods file", "`namespaces.default` in the pods file");
+    let expected = [
+        format!("excludeOutboundPorts 80-81: {entry}; {namespace}"),
+        format!("excludeOutboundPorts 7000-7010: {entry}"),
+        "excludeOutboundCidrs 10.1.0.0/16: `mesh` in the pods file".to_owned(),
+        format!("guards uid:1337: {entry}"),
+        format!("guards gid:1337: {entry}"),
+    ];
+    assert_eq!(listed(), expected);
+    let because = |to: &str| node.command(&["explain", "a", to]).1;
+    assert!(
+        because("10.1.1.1:443")
+            .contains("because of excludeOutboundCidrs 10.1.0.0/16, `mesh` in the pods file")
+    );
+    assert!(
+        because("10.9.1.1:7001").contains(&format!("because of excludeOutboundPorts 7000-7010, {entry}"))
+    );
+    assert!(!because("10.9.1.1:443").contains("because"));
+    // What somebody else wrote into the maps has no origin.
+    let mut kernel = maps(&node);
+    let id = *kernel.exclusions().unwrap().keys().next().unwrap();
+    kernel.add_exclusions(id, &ExclusionList::default().with_ports(OUTBOUND, 9999..=9999)).unwrap();
+    assert!(listed().contains(&"excludeOutboundPorts 9999: ".to_owned()), "{:?}", listed());
+    let table = node.command(&["status", "lists"]).1;
+    assert!(table.contains("nobody here") && table.contains("7000-7010"), "{table}");
+}

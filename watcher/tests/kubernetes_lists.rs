@@ -48,6 +48,19 @@ fn lists_of_a_namespace_and_of_the_mesh_hold_from_the_next_connection_on() {
     let notes = node.find("pod").expect("the pod")["notes"].to_string();
     assert!(notes.contains(&format!("namespace {}", node.namespace)) && notes.contains("smtp"), "{notes}");
 
+    let (ok, listed) = node.host.command(&["status", "lists", "-o", "json"]);
+    assert!(ok, "{listed}");
+    let listed: serde_json::Value = serde_json::from_str(&listed).expect("JSON");
+    let from = |item: &str| {
+        let entries = listed["lists"][0]["entries"].as_array().expect("entries");
+        let entry =
+            entries.iter().find(|entry| entry["item"] == item).unwrap_or_else(|| panic!("{entries:?}"));
+        entry["from"].clone()
+    };
+    let namespace_says = format!("annotations of namespace {}", node.namespace);
+    assert_eq!(from("25-26"), json!([namespace_says, "ConfigMap adit-system/adit-lists"]));
+    assert_eq!(from("6379"), json!(["annotations of the pod"]));
+
     node.api.block_on(maps.delete("adit-lists", &DeleteParams::default())).expect("deleted");
     wait_excluded(&node, &[26, 6379]);
     assert!(node.source_error().is_none());

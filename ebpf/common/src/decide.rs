@@ -55,6 +55,10 @@ pub trait ConnectFacts: Facts {
     fn has_address(&self, netns_cookie: u64, address: &Address, device: u32) -> bool;
     /// What the list `exclusion_id` says of the narrowest range that `address` is in.
     fn address_listed(&self, exclusion_id: u32, address: &Address) -> Listed;
+    /// Whether the list `exclusion_id` leaves the user or the group of the calling process alone.
+    fn is_guarded_id(&self, exclusion_id: u32) -> bool;
+    /// Whether the list `exclusion_id` excludes the interface that the socket is bound to.
+    fn is_excluded_device(&self, exclusion_id: u32) -> bool;
     /// Whether the tunnel has exactly this listener.
     fn has_tunnel_listener(&self, key: &ListenerKey) -> bool;
     /// The port that the socket is bound to, in host byte order; 0: the kernel is to choose one.
@@ -173,17 +177,18 @@ const fn is_here(info: &CgroupInfo, netns_cookie: u64) -> bool {
 /// 7. the socket is in a netns that is no pod's, and the entry's pod has another one: leave. What a
 ///    program runs in a netns of its own reaches nobody but by the pod's
 /// 8. to one of the pod's own addresses: leave; but refuse the tunnel's ports
-/// 9. excluded by port or by CIDR: leave; so if there are inclusion lists, and none has its port or
-///    address
-/// 10. the pod is not ready: by its fail mode
-/// 11. to a link-local address of IPv6: leave. It means nothing without its interface, which a
+/// 9. the caller is guarded, by its container, its user or its group: leave
+/// 10. excluded by port, by CIDR, or by the interface that the socket is bound to: leave; so if there
+///     are inclusion lists, and none has its port or address
+/// 11. the pod is not ready: by its fail mode
+/// 12. to a link-local address of IPv6: leave. It means nothing without its interface, which a
 ///     redirect would lose
-/// 12. the pod has no address of this family, or the socket is bound to an address that is not known
+/// 13. the pod has no address of this family, or the socket is bound to an address that is not known
 ///     as the pod's, or to an interface that has no such address, so there is nothing to redirect to:
 ///     refuse
-/// 13. the tunnel's listener is gone: by the pod's fail mode
-/// 14. the original destination cannot be recorded, so the tunnel would not learn it: refuse
-/// 15. redirect to the tunnel
+/// 14. the tunnel's listener is gone: by the pod's fail mode
+/// 15. the original destination cannot be recorded, so the tunnel would not learn it: refuse
+/// 16. redirect to the tunnel
 #[inline(always)]
 pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     let to = &call.destination;
@@ -198,7 +203,7 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     }
     let settings = facts.settings();
     let local = is_loopback(&to.address) || is_unspecified(&to.address);
-    if local && !is_reserved(settings, to.port) {
+    if local && !settings.is_reserved(to.port) {
         return Outbound::Leave(Rule::Loopback);
     }
     let Some(info) = facts.entry() else {
@@ -215,13 +220,16 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     }
     let ready = is_ready(settings, info.flags);
     if local || is_own_address(facts, info, &to.address) {
-        return if ready && is_reserved(settings, to.port) {
+        return if ready && settings.is_reserved(to.port) {
             Outbound::Refuse(Rule::DropReserved)
         } else {
             Outbound::Leave(if local { Rule::Loopback } else { Rule::OwnAddress })
         };
     }
-    if let Some(rule) = outside(facts, info.exclusion_id, to) {
+    if is_guarded(facts, info) {
+        return Outbound::Leave(Rule::Guarded);
+    }
+    if let Some(rule) = outside(facts, info, to) {
         return Outbound::Leave(rule);
     }
     if !ready {
@@ -251,9 +259,23 @@ pub fn outbound(facts: &impl ConnectFacts, call: &Connect) -> Outbound {
     Outbound::Redirect(Rule::Redirect, redirect)
 }
 
+/// Whether the calling process is left alone. Without guards this asks for nothing.
+#[inline(always)]
+fn is_guarded(facts: &impl ConnectFacts, info: &CgroupInfo) -> bool {
+    info.flags & flag::GUARDED != 0
+        || info.flags & flag::GUARDS_IDS != 0 && facts.is_guarded_id(info.exclusion_id)
+}
+
 /// The rule by which the lists leave connections to `to` outside the mesh, if they do.
 #[inline(always)]
-fn outside(facts: &impl ConnectFacts, exclusion_id: u32, to: &Destination) -> Option<Rule> {
+fn outside(facts: &impl ConnectFacts, info: &CgroupInfo, to: &Destination) -> Option<Rule> {
+    let exclusion_id = info.exclusion_id;
+    if info.flags & flag::EXCLUDES_DEVICES != 0
+        && facts.device() != 0
+        && facts.is_excluded_device(exclusion_id)
+    {
+        return Some(Rule::ExcludedDevice);
+    }
     let port = facts.port_listed(exclusion_id, to.port, OUTBOUND);
     if port == Listed::EXCLUDED {
         return Some(Rule::ExcludedPort);
@@ -322,11 +344,12 @@ fn is_own_address(facts: &impl ConnectFacts, info: &CgroupInfo, address: &Addres
 ///    name that the tunnel does not, and the connection that follows meets the pod's fail mode
 /// 3. the resolver is the pod's own (loopback, or one of its addresses) or on the link, or the
 ///    socket is bound to a device, from where the loopback is out of reach: nowhere
-/// 4. excluded by port or by CIDR, or not included: nowhere
-/// 5. the settings name resolvers, and this is none of them: nowhere
-/// 6. the tunnel does not serve DNS in this netns: nowhere, for the same reason as 2
-/// 7. the resolver cannot be recorded, so the answer would come from a wrong address: nowhere
-/// 8. to the tunnel's DNS port
+/// 4. the caller is guarded: nowhere
+/// 5. excluded by port or by CIDR, or not included: nowhere
+/// 6. the settings name resolvers, and this is none of them: nowhere
+/// 7. the tunnel does not serve DNS in this netns: nowhere, for the same reason as 2
+/// 8. the resolver cannot be recorded, so the answer would come from a wrong address: nowhere
+/// 9. to the tunnel's DNS port
 #[inline(always)]
 pub fn dns_redirect(facts: &impl ConnectFacts, resolver: &Destination) -> Destination {
     const WANTED: u32 = flag::IN_MESH | flag::DNS_CAPTURE | flag::READY;
@@ -349,7 +372,7 @@ pub fn dns_redirect(facts: &impl ConnectFacts, resolver: &Destination) -> Destin
     {
         return Destination::NOWHERE;
     }
-    if outside(facts, info.exclusion_id, resolver).is_some() || !is_captured(settings, to) {
+    if is_guarded(facts, info) || outside(facts, info, resolver).is_some() || !is_captured(settings, to) {
         return Destination::NOWHERE;
     }
     // The tunnel listens for TCP once it serves UDP too.
@@ -374,9 +397,4 @@ fn is_captured(settings: &Settings, resolver: &Address) -> bool {
 #[inline(always)]
 fn is_ready(settings: &Settings, flags: u32) -> bool {
     settings.tunnel_up != 0 && flags & flag::READY != 0
-}
-
-#[inline(always)]
-fn is_reserved(settings: &Settings, port: u16) -> bool {
-    port == settings.outbound_port || port == settings.inbound_port || port == settings.hbone_port
 }

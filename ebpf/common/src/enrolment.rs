@@ -25,6 +25,12 @@ pub mod flag {
     /// Connections are redirected to [`crate::redirect_ports`], not all to one port: the programs
     /// of the pod's netns and of the tunnels know these.
     pub const SPREAD: u32 = 1 << 9;
+    /// The pod's list has users or groups in `exclusion_ids`.
+    pub const GUARDS_IDS: u32 = 1 << 10;
+    /// The cgroup is that of a container whose processes are left alone.
+    pub const GUARDED: u32 = 1 << 11;
+    /// The pod's list has interfaces in `exclusion_ids`.
+    pub const EXCLUDES_DEVICES: u32 = 1 << 12;
     /// In no entry: user space shows one with a broken seal so, which is then as nobody wants it.
     pub const BROKEN: u32 = 1 << 31;
 }

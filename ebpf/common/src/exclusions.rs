@@ -1,7 +1,7 @@
 //! Which connections of a pod stay outside the mesh: those that a list excludes, and those that it
 //! does not include, where it includes anything.
 //!
-//! Both maps are LPM tries. A key begins with the id of a list and with what must be equal, the
+//! The maps of ports and addresses are LPM tries. A key begins with the id of a list and with what must be equal, the
 //! direction or the address family; then come the bits of the port or of the address, of which an
 //! entry fixes some. So a range of ports takes a few entries, and no range of one address family
 //! has addresses of the other.
@@ -76,7 +76,29 @@ pub struct ExcludedCidr {
     pub address: Address,
 }
 
-plain_data!(ExcludedPorts, ExcludedCidr);
+/// A user or a group whose processes are left alone, or an interface to which sockets are bound that
+/// are: their connections stay outside the mesh. Key of `exclusion_ids`, by value 1.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
+pub struct ExcludedId {
+    /// The list that this entry belongs to:
+    /// [`CgroupInfo::exclusion_id`](crate::enrolment::CgroupInfo::exclusion_id).
+    pub exclusion_id: u32,
+    /// [`USER`], [`GROUP`] or [`DEVICE`].
+    pub kind: u32,
+    /// A user or a group as the initial user namespace numbers it; an interface as the pod's netns does.
+    pub id: u32,
+}
+
+/// The id is a user's.
+pub const USER: u32 = 0;
+/// The id is a group's.
+pub const GROUP: u32 = 1;
+/// The id is an interface's.
+pub const DEVICE: u32 = 2;
+
+plain_data!(ExcludedPorts, ExcludedCidr, ExcludedId);
 
 /// Bits of [`ExcludedPorts`] before the port.
 const PORT_HEAD: u32 = 48;

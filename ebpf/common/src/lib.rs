@@ -11,6 +11,7 @@
 //! * [`enrolment`]: which cgroup is which pod, and what happens to its traffic
 //! * [`listeners`]: who listens where
 //! * [`redirect_ports`]: to which port a connection is redirected
+//! * [`reserved_ports`]: applications that want the tunnel's ports
 //! * [`flows`]: original destinations, and flows that pass untouched
 //! * [`sealed`]: values that show whether they are whole
 //! * [`address`]: one 16-byte form for both address families
@@ -36,6 +37,7 @@ pub mod lifecycle;
 pub mod listeners;
 pub mod maps;
 pub mod redirect_ports;
+pub mod reserved_ports;
 pub mod sealed;
 pub mod settings;
 pub mod trace;

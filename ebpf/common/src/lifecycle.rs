@@ -66,7 +66,7 @@ pub struct PathEvent {
     pub path: [u8; PATH_BYTES],
 }
 
-/// A process executed another program. Not every exec is reported.
+/// A process executed another program, or wants a port of the tunnel. Not every time is reported.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
@@ -75,7 +75,7 @@ pub struct ProcessEvent {
     pub kind: u32,
     /// Always zero.
     pub pad: u32,
-    /// Where it is.
+    /// Where it is; of one that wants a port, the pod's cgroup.
     pub cgroup_id: u64,
 }
 
@@ -95,6 +95,9 @@ pub enum Kind {
     Populated = 4,
     /// A process executed another program.
     Executed = 5,
+    /// A process wants a port that is the tunnel's in its netns: see
+    /// [`ReservedBind`](crate::reserved_ports::ReservedBind).
+    WantsPort = 6,
 }
 
 impl Kind {
@@ -107,6 +110,7 @@ impl Kind {
             3 => Some(Self::Joined),
             4 => Some(Self::Populated),
             5 => Some(Self::Executed),
+            6 => Some(Self::WantsPort),
             _ => None,
         }
     }

@@ -4,10 +4,11 @@
 use crate::{
     address::Address,
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
-    exclusions::{ExcludedCidr, ExcludedPorts, Listed},
+    exclusions::{ExcludedCidr, ExcludedId, ExcludedPorts, Listed},
     flows::{Flow, Original, SocketState, TunnelFlow},
     lifecycle::{Name, PathEvent, ProcessEvent, Scope},
     listeners::{AppListenerState, ListenerKey},
+    reserved_ports::{ReservedBind, ReservedPort},
     sealed::Sealed,
     settings::Settings,
     trace::TraceRecord,
@@ -123,6 +124,9 @@ maps! {
     EXCLUSION_CIDRS = "exclusion_cidrs", "LPM trie", Lpm<ExcludedCidr>: "ExcludedCidr", Listed: "Listed",
         written by "watcher", read by "connect, sendmsg programs; watcher", keeps Entries, abi 2, formerly None,
         "Address ranges that pods exclude from the mesh, or include, each of one address family.";
+    EXCLUSION_IDS = "exclusion_ids", "hash", ExcludedId: "ExcludedId", u8: "1",
+        written by "watcher", read by "connect, sendmsg programs; watcher", keeps Entries, abi 1, formerly None,
+        "Users and groups whose processes are left alone, and interfaces to which sockets are bound that are, by list.";
     ORIGINAL_DST = "original_dst", "LRU hash", Flow: "Flow", Sealed<Original>: "Sealed<Original>",
         written by "pods' sock_ops program", read by "sk_lookup, tunnel's sock_ops programs",
         keeps Flights, abi 2, formerly None,
@@ -172,7 +176,7 @@ maps! {
         written by "watcher", read by "connect, sendmsg, sk_lookup programs", keeps Nothing, abi 1, formerly None,
         "Address ranges that nobody who traces wants to see.";
     LIFECYCLE = "lifecycle", "ring buffer", (): "–", (): "–",
-        written by "tracepoint programs", read by "watcher", keeps Nothing, abi 1, formerly None,
+        written by "tracepoint programs, bind programs", read by "watcher", keeps Nothing, abi 1, formerly None,
         "One `PathEvent` or `ProcessEvent` per event of a cgroup or a process.";
     LIFECYCLE_SCOPE = "lifecycle_scope", "array of 1", u32: "0", Scope: "Scope",
         written by "watcher", read by "tracepoint programs", keeps Nothing, abi 1, formerly None,
@@ -189,6 +193,9 @@ maps! {
     LIFECYCLE_EXECS = "lifecycle_execs", "LRU hash", u64: "cgroup id", u64: "ns since boot",
         written by "exec program", read by "the same", keeps Nothing, abi 1, formerly None,
         "When an exec in a cgroup was last reported.";
+    RESERVED_BINDS = "reserved_binds", "LRU hash", ReservedPort: "ReservedPort", ReservedBind: "ReservedBind",
+        written by "bind programs", read by "watcher", keeps Nothing, abi 1, formerly None,
+        "Which application of a pod last wanted a port that is the tunnel's there.";
     EXPECTED_PODS = "expected_pods", "hash", Name: "Name", Sealed<CgroupInfo>: "Sealed<CgroupInfo>",
         written by "watcher", read by "`cgroup_mkdir` program", keeps Entries, abi 2, formerly None,
         "The entry that a new cgroup of this name gets before `mkdir(2)` returns.";

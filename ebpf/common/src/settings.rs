@@ -33,6 +33,22 @@ pub struct Settings {
     pub trace_filter: u16,
 }
 
+impl Settings {
+    /// Whether `port` is one that the tunnel takes connections at.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_reserved(&self, port: u16) -> bool {
+        port == self.outbound_port || port == self.inbound_port || port == self.hbone_port
+    }
+
+    /// Whether `port` is one where the tunnel answers DNS, of pods that want that.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_of_dns(&self, port: u16) -> bool {
+        port != 0 && port == self.dns_port
+    }
+}
+
 /// Bits of [`Settings::trace_filter`].
 pub mod trace_filter {
     /// Only verdicts about what `trace_watched` has.

@@ -113,6 +113,8 @@ numbered! {
         NoEntry = 24, "refuse: enrolled netns of a pod without an entry";
         Kubelet = 25, "pass: the kubelet's own connection, such as a probe";
         NotIncluded = 26, "leave: in no inclusion list";
+        Guarded = 27, "leave: caller is guarded";
+        ExcludedDevice = 28, "leave: interface excluded";
     }
 }
 

@@ -10,10 +10,10 @@ use std::{
 use adit_ebpf_common::{
     address::{Address, is_v4},
     exclusions::{
-        CidrPrefix, ExcludedCidr, ExcludedPorts, INBOUND, Listed, MAPPED_BITS, OUTBOUND, PortPrefix,
-        port_prefixes,
+        CidrPrefix, ExcludedCidr, ExcludedId, ExcludedPorts, INBOUND, Listed, MAPPED_BITS, OUTBOUND,
+        PortPrefix, port_prefixes,
     },
-    maps::{EXCLUSION_CIDRS, EXCLUSION_PORTS},
+    maps::{EXCLUSION_CIDRS, EXCLUSION_IDS, EXCLUSION_PORTS},
 };
 use aya::{
     Pod,
@@ -35,6 +35,8 @@ pub struct ExclusionList {
     pub ports: BTreeMap<PortPrefix, Listed>,
     /// In the map `exclusion_cidrs`.
     pub cidrs: BTreeMap<CidrPrefix, Listed>,
+    /// In the map `exclusion_ids`: kinds and numbers.
+    pub ids: BTreeSet<(u32, u32)>,
 }
 
 impl ExclusionList {
@@ -69,7 +71,7 @@ impl ExclusionList {
     /// How many entries it takes.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.ports.len() + self.cidrs.len()
+        self.ports.len() + self.cidrs.len() + self.ids.len()
     }
 
     /// Whether it excludes nothing.
@@ -81,13 +83,21 @@ impl ExclusionList {
     /// Its entries that `other` does not have, or that say something else there.
     #[must_use]
     pub fn without(&self, other: &Self) -> Self {
-        Self { ports: differing(&self.ports, &other.ports), cidrs: differing(&self.cidrs, &other.cidrs) }
+        Self {
+            ports: differing(&self.ports, &other.ports),
+            cidrs: differing(&self.cidrs, &other.cidrs),
+            ids: &self.ids - &other.ids,
+        }
     }
 
     /// Its entries for ports and ranges that `other` says nothing of.
     #[must_use]
     pub fn beyond(&self, other: &Self) -> Self {
-        Self { ports: missing(&self.ports, &other.ports), cidrs: missing(&self.cidrs, &other.cidrs) }
+        Self {
+            ports: missing(&self.ports, &other.ports),
+            cidrs: missing(&self.cidrs, &other.cidrs),
+            ids: &self.ids - &other.ids,
+        }
     }
 }
 
@@ -129,6 +139,10 @@ impl Kernel {
                 .map_err(KernelError::map("write", EXCLUSION_CIDRS.name))?;
             added.cidrs.insert(*prefix, *listed);
         }
+        for (kind, id) in &list.ids {
+            self.insert(EXCLUSION_IDS.name, ExcludedId { exclusion_id, kind: *kind, id: *id }, &1u8)?;
+            added.ids.insert((*kind, *id));
+        }
         Ok(())
     }
 
@@ -149,6 +163,10 @@ impl Kernel {
             missing_is_fine(cidrs.remove(&Key::new(bits, key)))
                 .map_err(KernelError::map("write", EXCLUSION_CIDRS.name))?;
         }
+        for (kind, id) in &list.ids {
+            let key = ExcludedId { exclusion_id, kind: *kind, id: *id };
+            self.take::<ExcludedId, u8>(EXCLUSION_IDS.name, &key)?;
+        }
         Ok(())
     }
 
@@ -166,7 +184,15 @@ impl Kernel {
             let list = lists.entry(data.exclusion_id()).or_default();
             list.cidrs.insert(CidrPrefix::of_key(bits, &data), listed);
         }
+        for (key, _) in self.list::<ExcludedId, u8>(EXCLUSION_IDS.name)? {
+            lists.entry(key.exclusion_id).or_default().ids.insert((key.kind, key.id));
+        }
         Ok(lists)
+    }
+
+    /// Whether a list leaves this user, group or interface alone.
+    pub(crate) fn has_excluded_id(&self, key: ExcludedId) -> Result<bool, KernelError> {
+        Ok(self.get::<ExcludedId, u8>(EXCLUSION_IDS.name, &key)?.is_some())
     }
 
     /// What a list says of `port`, as the map has it; 0: nothing.

@@ -7,7 +7,7 @@ use adit_ebpf_common::{
     address::{Address, UNSPECIFIED, is_v4},
     decide::{self, Arrival, ArrivalFacts, Connect, ConnectFacts, Facts},
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
-    exclusions::Listed,
+    exclusions::{ExcludedId, GROUP, Listed, USER},
     flows::{Destination, Flow},
     listeners::ListenerKey,
     maps::{APP_LISTENERS, CGROUP_INFO, POD_BY_ADDR, POD_BY_NETNS},
@@ -21,7 +21,8 @@ use crate::{Kernel, KernelError};
 impl Kernel {
     /// The rule for a TCP connect to `destination` (IPv4 in mapped form) from a process in the
     /// cgroup `cgroup_id` by a socket of the netns `netns_cookie`. `None`: its pod has no cgroup,
-    /// so no entry; the netns of the cgroup's pod. The socket is taken to be bound to nothing,
+    /// so no entry; the netns of the cgroup's pod. The process has these ids of user and group, as the
+    /// node numbers them, or any that nobody names. The socket is taken to be bound to nothing,
     /// and to have room for a state.
     ///
     /// # Errors
@@ -30,9 +31,10 @@ impl Kernel {
         &self,
         cgroup_id: Option<u64>,
         netns_cookie: Option<u64>,
+        ids: [Option<u32>; 2],
         destination: Destination,
     ) -> Result<Rule, KernelError> {
-        let mut facts = self.facts(cgroup_id)?;
+        let mut facts = MapFacts { ids, ..self.facts(cgroup_id)? };
         if let Some(cookie) = netns_cookie.or_else(|| facts.caller.map(|info| info.netns_cookie)) {
             facts.netns_cookie = cookie;
             let netns = self.get_sealed(POD_BY_NETNS.name, &cookie, NetnsInfo::CLOSED)?;
@@ -84,6 +86,7 @@ impl Kernel {
             netns_pod: None,
             netns: None,
             listeners,
+            ids: [None; 2],
             failure: RefCell::default(),
         })
     }
@@ -100,6 +103,8 @@ struct MapFacts<'a> {
     /// What is known of that netns.
     netns: Option<NetnsInfo>,
     listeners: Vec<ListenerKey>,
+    /// The user and the group of the calling process.
+    ids: [Option<u32>; 2],
     /// The first look-up that failed. A fact has no way to say so.
     failure: RefCell<Option<KernelError>>,
 }
@@ -152,6 +157,19 @@ impl ConnectFacts for MapFacts<'_> {
     fn address_listed(&self, exclusion_id: u32, address: &Address) -> Listed {
         let value = || self.or_default(self.kernel.address_listed(exclusion_id, address));
         if exclusion_id == 0 { Listed::NO } else { Listed::of_value(value()) }
+    }
+
+    fn is_guarded_id(&self, exclusion_id: u32) -> bool {
+        let has = |(kind, id): (u32, Option<u32>)| {
+            let guarded = |id| self.kernel.has_excluded_id(ExcludedId { exclusion_id, kind, id });
+            id.is_some_and(|id| self.or_default(guarded(id)))
+        };
+        [USER, GROUP].into_iter().zip(self.ids).any(has)
+    }
+
+    /// The socket is bound to none.
+    fn is_excluded_device(&self, _exclusion_id: u32) -> bool {
+        false
     }
 
     fn has_tunnel_listener(&self, key: &ListenerKey) -> bool {

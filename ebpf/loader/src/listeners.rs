@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use adit_ebpf_common::{
     listeners::{AppListenerState, ListenerKey},
-    maps::{APP_LISTENER_STATE, APP_LISTENERS, TUNNEL_LISTENERS},
+    maps::{APP_LISTENER_STATE, APP_LISTENERS, RESERVED_BINDS, TUNNEL_LISTENERS},
+    reserved_ports::{ReservedBind, ReservedPort},
 };
 use aya::maps::SockHash;
 
@@ -84,6 +85,15 @@ impl Kernel {
             self.remove_app_listener(key)?;
         }
         Ok(())
+    }
+
+    /// Which applications wanted ports of the tunnel, in all netns and in no order: as far back as there
+    /// was room.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn reserved_binds(&self) -> Result<Vec<(ReservedPort, ReservedBind)>, KernelError> {
+        self.list(RESERVED_BINDS.name)
     }
 
     /// The tunnel's listeners that are open, in no order. The kernel shows user space the keys only,

@@ -27,7 +27,9 @@ const fn attachment(program: &'static str, attach_type: bpf_attach_type) -> Atta
 
 /// To the cgroup above all pods. In this order: what answers a redirected application is there from
 /// the first moment on, so connect comes last.
-pub(crate) const PODS: [Attachment; 12] = [
+pub(crate) const PODS: [Attachment; 14] = [
+    attachment("adit_bind4", bpf_attach_type::BPF_CGROUP_INET4_BIND),
+    attachment("adit_bind6", bpf_attach_type::BPF_CGROUP_INET6_BIND),
     attachment("adit_post_bind4", bpf_attach_type::BPF_CGROUP_INET4_POST_BIND),
     attachment("adit_post_bind6", bpf_attach_type::BPF_CGROUP_INET6_POST_BIND),
     attachment("adit_pods_ops", bpf_attach_type::BPF_CGROUP_SOCK_OPS),

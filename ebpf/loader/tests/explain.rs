@@ -20,7 +20,12 @@ fn both(rig: &mut Rig, to: &str, port: u16) -> (Rule, Rule) {
     let connect = rules.iter().find(|(hook, _)| *hook != Hook::SkLookup).expect("a rule");
     let explained = rig
         .kernel
-        .explain_connect(Some(rig.cgroups.id("pods/mesh")), None, Destination::new(address(to), port))
+        .explain_connect(
+            Some(rig.cgroups.id("pods/mesh")),
+            None,
+            [None; 2],
+            Destination::new(address(to), port),
+        )
         .unwrap();
     (connect.1, explained)
 }

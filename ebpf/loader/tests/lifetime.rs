@@ -23,7 +23,7 @@ use testbed::wait::wait_for;
 use crate::rig::{Bpffs, INBOUND, OUTBOUND, Rig, address, agent::How, at, cgroups, empty, repeated, sys};
 
 /// Of the pods' cgroup, of a tunnel's, of a netns.
-const ALL_LINKS: usize = 12 + 5 + 1;
+const ALL_LINKS: usize = 14 + 5 + 1;
 
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
@@ -125,7 +125,7 @@ fn removing_leaves_nothing() {
         .map(|entry| MapInfo::from_pin(entry.unwrap().path()).unwrap().id())
         .collect();
     let removed = Kernel::remove(&rig.bpffs.pins()).unwrap();
-    assert_eq!((removed.links, removed.maps), (ALL_LINKS, 17));
+    assert_eq!((removed.links, removed.maps), (ALL_LINKS, 18));
     assert_eq!(rig.app.dial(How::Udp, at("10.99.0.2", 53)).map(|_| ()), Ok(()));
     rig.world.listen("0.0.0.0:8080");
     rig.app
@@ -195,7 +195,7 @@ fn a_map_of_an_earlier_name_is_adopted() {
     let names: BTreeSet<_> =
         fs::read_dir(&maps).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     assert!(names.contains("app_listeners") && !names.contains("listened"), "{names:?}");
-    assert_eq!(names.len(), 17, "{names:?}");
+    assert_eq!(names.len(), 18, "{names:?}");
 }
 
 #[test]
@@ -209,7 +209,7 @@ fn attaching_elsewhere_detaches_here() {
     let tunnel_id = rig.cgroups.id("tunnel");
     rig.kernel.detach_tunnel(&rig.cgroups.join("tunnel"), tunnel_id).unwrap();
     rig.kernel.detach_tunnel(&rig.cgroups.join("tunnel"), tunnel_id).expect("missing is fine");
-    assert_eq!(pinned(&rig).len(), 12 + 1);
+    assert_eq!(pinned(&rig).len(), 14 + 1);
 }
 
 #[test]

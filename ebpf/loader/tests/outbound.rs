@@ -48,8 +48,10 @@ fn a_link_local_destination_is_left_alone() {
     let end = rig.app.dial(How::Tcp, to).unwrap();
     assert_eq!(end.peer, to);
     let destination = Destination::new(address("fe80::99:2"), 8080);
-    let explained =
-        rig.kernel.explain_connect(Some(rig.cgroups.id("pods/mesh")), Some(rig.cookie), destination).unwrap();
+    let explained = rig
+        .kernel
+        .explain_connect(Some(rig.cgroups.id("pods/mesh")), Some(rig.cookie), [None; 2], destination)
+        .unwrap();
     assert_eq!((rig.rules(8080)[0], explained), ((Hook::Connect6, Rule::LinkLocal), Rule::LinkLocal));
     rig.set(flag::IN_MESH, true);
     assert_eq!(rig.app.dial(How::Tcp, to).map(|_| ()), Err(libc::EPERM), "closed is closed");
@@ -252,7 +254,8 @@ fn a_pod_without_an_entry_follows_its_fail_mode() {
             rig.rules(8080);
             let dialled = rig.app.dial(How::Tcp, to);
             let destination = Destination::new(address(&to.ip().to_string()), 8080);
-            let explained = rig.kernel.explain_connect(Some(pod), Some(rig.cookie), destination).unwrap();
+            let explained =
+                rig.kernel.explain_connect(Some(pod), Some(rig.cookie), [None; 2], destination).unwrap();
             assert_eq!((rig.rules(8080)[0].1, explained), (rule, rule), "{flags} {to}");
             match rule {
                 Rule::NoEntry => assert_eq!(dialled.map(|_| ()), Err(libc::EPERM), "{flags} {to}"),

@@ -43,6 +43,8 @@ struct Case {
     listens: [bool; 4],
     listed_ports: Vec<(u32, PortPrefix, Listed)>,
     listed_cidrs: Vec<(u32, CidrPrefix, Listed)>,
+    /// List, kind and number. The application's are 0.
+    excluded_ids: Vec<(u32, u32, u32)>,
     resolver: Option<&'static str>,
     app_listeners: Vec<(u16, bool)>,
     complete: Option<bool>,
@@ -57,8 +59,9 @@ fn listed() -> impl Strategy<Value = Listed> {
 
 fn cases() -> impl Strategy<Value = Case> {
     let likely = || prop::bool::weighted(0.8);
-    let bits = (likely(), likely(), any::<[bool; 3]>(), prop::bool::weighted(0.1));
-    let flags = bits.prop_map(|(enrolled, ready, [open, dns, spread], sidecar)| {
+    let rarely = || prop::bool::weighted(0.1);
+    let bits = (likely(), likely(), any::<[bool; 4]>(), [rarely(), rarely()]);
+    let flags = bits.prop_map(|(enrolled, ready, [open, dns, spread, guards_ids], [sidecar, guarded])| {
         [
             (enrolled, flag::IN_MESH),
             (ready, flag::READY),
@@ -66,6 +69,8 @@ fn cases() -> impl Strategy<Value = Case> {
             (dns, flag::DNS_CAPTURE),
             (spread, flag::SPREAD),
             (sidecar, flag::SIDECAR),
+            (guards_ids, flag::GUARDS_IDS),
+            (guarded, flag::GUARDED),
         ]
         .into_iter()
         .filter_map(|(set, bit)| set.then_some(bit))
@@ -92,6 +97,7 @@ fn cases() -> impl Strategy<Value = Case> {
     let exclusions = (
         prop::collection::vec((select(EXCLUSIONS.to_vec()), ports, listed()), 0..4),
         prop::collection::vec((select(EXCLUSIONS.to_vec()), cidrs, listed()), 0..4),
+        prop::collection::vec((select(EXCLUSIONS.to_vec()), 0..2u32, select(vec![0, 0, 1337])), 0..2),
     );
     let state = (
         flags,
@@ -123,7 +129,7 @@ fn cases() -> impl Strategy<Value = Case> {
             second,
             listens,
         ) = state;
-        let ((ports, cidrs), resolver, app_listeners, complete, is_v4, to, arrives_at) = about;
+        let ((ports, cidrs, excluded_ids), resolver, app_listeners, complete, is_v4, to, arrives_at) = about;
         Case {
             flags,
             detected,
@@ -137,6 +143,7 @@ fn cases() -> impl Strategy<Value = Case> {
             listens,
             listed_ports: ports,
             listed_cidrs: cidrs,
+            excluded_ids,
             resolver,
             app_listeners,
             complete,
@@ -208,11 +215,18 @@ fn install(rig: &mut Rig, case: &Case) -> PlainFacts {
         let list = ExclusionList {
             ports: case.listed_ports.iter().filter(|(id, ..)| of(id)).map(|(_, of, is)| (*of, *is)).collect(),
             cidrs: case.listed_cidrs.iter().filter(|(id, ..)| of(id)).map(|(_, of, is)| (*of, *is)).collect(),
+            ids: case
+                .excluded_ids
+                .iter()
+                .filter(|(id, ..)| of(id))
+                .map(|(_, kind, id)| (*kind, *id))
+                .collect(),
         };
         kernel.add_exclusions(exclusion_id, &list).unwrap();
     }
     facts.listed_ports.clone_from(&case.listed_ports);
     facts.listed_cidrs.clone_from(&case.listed_cidrs);
+    facts.excluded_ids.extend(&case.excluded_ids);
     // As a listener of before is forgotten, its application is gone.
     kernel.unsteer(&[rig.cookie].into()).unwrap();
     rig.steer();
@@ -275,8 +289,10 @@ fn connects(rig: &mut Rig, case: &Case, facts: &PlainFacts) {
     let (to, port) = (if case.is_v4 { V4[case.to.0] } else { V6[case.to.0] }, case.to.1);
     let destination = Destination::new(address(to), port);
     let expected = outbound(facts, &Connect { is_tcp: true, is_udp: false, destination });
-    let explained =
-        rig.kernel.explain_connect(Some(rig.cgroups.id("pods/mesh")), Some(rig.cookie), destination).unwrap();
+    let explained = rig
+        .kernel
+        .explain_connect(Some(rig.cgroups.id("pods/mesh")), Some(rig.cookie), [Some(0); 2], destination)
+        .unwrap();
     rig.rules(port);
     let dialled = rig.app.begin(at(to, port));
     let rules = rig.rules(port);

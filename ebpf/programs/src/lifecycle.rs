@@ -111,7 +111,13 @@ fn report_exec() {
         return;
     }
     let _ = EXECS.insert(cgroup_id, now, 0);
-    let event = ProcessEvent { kind: Kind::Executed as u32, pad: 0, cgroup_id };
+    report_process(Kind::Executed, cgroup_id);
+}
+
+/// Tells the watcher of a process of this cgroup.
+#[inline(always)]
+pub fn report_process(kind: Kind, cgroup_id: u64) {
+    let event = ProcessEvent { kind: kind as u32, pad: 0, cgroup_id };
     if LIFECYCLE.output::<ProcessEvent>(event, 0).is_err() {
         count_lost();
     }

@@ -1,6 +1,7 @@
 //! The kernel programs.
 //!
 //! * [`connect`]: asks the outbound list when a pod connects, and redirects
+//! * [`reserved_ports`]: tells of applications that want the tunnel's ports
 //! * [`dns`]: redirects DNS queries where a pod wants that, and shows the answers as the resolver's
 //! * [`sk_lookup`]: asks the inbound list when a connection arrives in a pod's netns, and steers
 //! * [`unknown_netns`]: drops what arrives for pods whose netns is not known yet
@@ -15,8 +16,8 @@
 //!
 //! The lists themselves are in `adit_ebpf_common::decide`.
 //!
-//! `unsafe` is allowed in [`context`], [`maps`] and [`lifecycle`], and for two helpers in
-//! [`trace`]. No function is named like the ELF section of its program: the linker takes both for
+//! `unsafe` is allowed in [`context`], [`maps`] and [`lifecycle`], and for helpers in
+//! [`trace`] and [`reserved_ports`]. No function is named like the ELF section of its program: the linker takes both for
 //! one symbol.
 #![no_std]
 #![no_main]
@@ -41,6 +42,7 @@ mod dns;
 mod lifecycle;
 mod maps;
 mod original_dst;
+mod reserved_ports;
 mod sk_lookup;
 mod sock_ops;
 mod trace;

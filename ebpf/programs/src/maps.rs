@@ -14,7 +14,7 @@ use core::ptr::null_mut;
 use adit_ebpf_common::{
     address::Address,
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
-    exclusions::{ExcludedCidr, ExcludedPorts, Listed},
+    exclusions::{DEVICE, ExcludedCidr, ExcludedId, ExcludedPorts, GROUP, Listed, USER},
     flows::{Flow, Original, SocketState, TunnelFlow},
     listeners::{AppListenerState, ListenerKey, MAX_APP_LISTENERS},
     sealed::Sealed,
@@ -25,7 +25,10 @@ use adit_ebpf_common::{
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE},
     btf_maps::SkStorage,
-    helpers::generated::{bpf_sk_storage_get, bpf_sock_hash_update},
+    helpers::{
+        bpf_get_current_uid_gid,
+        generated::{bpf_sk_storage_get, bpf_sock_hash_update},
+    },
     macros::{btf_map, map},
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuHashMap, RingBuf, SockHash, lpm_trie::Key},
 };
@@ -54,6 +57,8 @@ static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 static EXCLUSION_PORTS: LpmTrie<ExcludedPorts, u8> = LpmTrie::with_max_entries(65536, BPF_F_NO_PREALLOC);
 #[map(name = "exclusion_cidrs")]
 static EXCLUSION_CIDRS: LpmTrie<ExcludedCidr, u8> = LpmTrie::with_max_entries(131_072, BPF_F_NO_PREALLOC);
+#[map(name = "exclusion_ids")]
+static EXCLUSION_IDS: HashMap<ExcludedId, u8> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
 #[map(name = "original_dst")]
 static ORIGINAL_DST: LruHashMap<Flow, Sealed<Original>> = LruHashMap::with_max_entries(65536, 0);
 #[map(name = "tunnel_flows")]
@@ -102,6 +107,19 @@ fn address_listed(exclusion_id: u32, address: &Address) -> Listed {
     EXCLUSION_CIDRS
         .get(Key::new(ExcludedCidr::BITS, key))
         .map_or(Listed::NO, |value| Listed::of_value(*value))
+}
+
+/// Whether the list leaves the user or the group of the calling task alone, by its real ids.
+#[inline(always)]
+fn is_guarded_id(exclusion_id: u32) -> bool {
+    let ids = bpf_get_current_uid_gid();
+    let has = |kind, id| EXCLUSION_IDS.get_ptr(ExcludedId { exclusion_id, kind, id }).is_some();
+    has(USER, ids as u32) || has(GROUP, (ids >> 32) as u32)
+}
+
+#[inline(always)]
+fn is_excluded_device(exclusion_id: u32, device: u32) -> bool {
+    EXCLUSION_IDS.get_ptr(ExcludedId { exclusion_id, kind: DEVICE, id: device }).is_some()
 }
 
 /// Registers the listening socket of `ops`. The latest wins, so that a successor takes over by

@@ -1,12 +1,9 @@
 //! Looks at the connections of pods that should have none in clear, a few pods with each scan.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
-    apply::{in_clear::PodSockets, netns},
+    apply::netns,
     model::{pod::FailMode, state::State},
     observe::cgroups::CgroupId,
 };
@@ -20,24 +17,20 @@ impl Agent {
         let config = &self.config;
         let audited = self.pods.iter().filter(|entry| {
             let mode = entry.view.pod.fail_mode.unwrap_or(config.fail_mode);
-            entry.state == Some(State::Open) && mode == FailMode::Closed && !entry.object_gone
+            // Of which group a socket's process is, no list of sockets says.
+            let is_told = entry.view.pod.exclusions.guards.groups.is_empty();
+            entry.state == Some(State::Open) && mode == FailMode::Closed && !entry.object_gone && is_told
         });
-        let views = audited.filter_map(|entry| Some((entry.view.eligibility.facts()?.cookie, &entry.view)));
-        let views: BTreeMap<u64, _> = views.collect();
-        let all: BTreeSet<u64> = views.keys().copied().collect();
+        let audited = audited.filter_map(|entry| Some((entry.view.eligibility.facts()?.cookie, entry)));
+        let audited: BTreeMap<u64, _> = audited.collect();
+        let all: BTreeSet<u64> = audited.keys().copied().collect();
         let mut pods = Vec::new();
         for cookie in self.applier.next_to_audit(&all) {
             let steered = self.applier.netns.by_cookie().get(&cookie);
-            let (Some(view), Some(steered)) = (views.get(&cookie), steered) else { continue };
+            let (Some(entry), Some(steered)) = (audited.get(&cookie), steered) else { continue };
             // One that ends just now has its turn never, and one that cannot be opened the next time.
             let Ok(fd) = netns::open_netns(cookie, steered, self.observer.opened()) else { continue };
-            pods.push(PodSockets {
-                uid: view.pod.uid.clone(),
-                cookie,
-                netns: fd,
-                exclusions: Arc::clone(&view.pod.exclusions),
-                cgroups: view.observed.cgroups.values().copied().collect(),
-            });
+            pods.push(entry.sockets(cookie, fd));
         }
         let tunnels: BTreeSet<CgroupId> =
             self.applier.tunnel_cgroups().union(self.kept.tunnels()).copied().collect();

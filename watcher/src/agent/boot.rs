@@ -1,7 +1,7 @@
 //! Pods that ran before the first watcher did: what they have in clear is cut when they are
 //! enrolled. And tunnels that did: nobody has registered their listeners.
 
-use std::{collections::BTreeSet, os::fd::AsFd as _, sync::Arc};
+use std::{collections::BTreeSet, os::fd::AsFd as _};
 
 use error_reporter::Report;
 use tracing::{info, warn};
@@ -13,14 +13,14 @@ use crate::{
         netns,
     },
     model::pod::FailMode,
-    observe::{
-        cgroups::CgroupId,
-        listeners::{Listening, listening},
-    },
+    observe::{cgroups::CgroupId, listeners::listeners, reserved_ports::PortSocket},
     plan::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT},
 };
 
 use super::{Agent, pod_entry::UntilFound};
+
+/// Where every tunnel listens.
+const TUNNEL_PORTS: [u16; 3] = [OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT];
 
 /// What a watcher found attached when it started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,16 +75,17 @@ impl Agent {
         let found = self
             .applier
             .visitors()
-            .visit_each(&open, |visitor, (_, _, fd)| visitor.enter(fd.as_fd(), listening));
+            .visit_each(&open, |visitor, (_, _, fd)| visitor.enter(fd.as_fd(), || listeners(&TUNNEL_PORTS)));
         // Only now: the programs record a listener before the kernel lists it.
         let known = match self.applier.kernel.tunnel_netns() {
             Ok(known) => known,
             Err(error) => return warn!(error = %Report::new(&error), "cannot list the tunnels' listeners"),
         };
+        let tunnels = self.applier.tunnel_cgroups();
+        // An application may have the same port.
+        let is_of_tunnel = |socket: &PortSocket| socket.cgroup_id.is_none_or(|id| tunnels.contains(&id));
         for ((uid, cookie, fd), found) in open.into_iter().zip(found) {
-            let is_of_tunnel =
-                |(port, _): &Listening| [OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT].contains(port);
-            if !known.contains(&cookie) && found.is_ok_and(|found| found.iter().any(is_of_tunnel)) {
+            if !known.contains(&cookie) && found.is_ok_and(|found| found.on_ports.iter().any(is_of_tunnel)) {
                 info!(
                     uid,
                     "the tunnel has listened since before the programs were attached; it is to listen anew"
@@ -117,13 +118,7 @@ impl Agent {
             // Until its entries are written, what is cut could be made again.
             let Some((cookie, netns)) = steered.filter(|_| entry.problem.is_none()) else { continue };
             match netns::open_netns(cookie, netns, self.observer.opened()) {
-                Ok(fd) => pods.push(PodSockets {
-                    uid,
-                    cookie,
-                    netns: fd,
-                    exclusions: Arc::clone(&view.pod.exclusions),
-                    cgroups: view.observed.cgroups.values().copied().collect(),
-                }),
+                Ok(fd) => pods.push(entry.sockets(cookie, fd)),
                 Err(error) => warn!(uid, %error, "cannot look for connections that the pod made in clear"),
             }
         }

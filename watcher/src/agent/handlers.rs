@@ -93,6 +93,7 @@ impl Agent {
                     self.queue.observe([entry.view.pod.uid.clone()]);
                 }
             }
+            Event::WantsPort { cgroup_id } => self.on_port_wanted(cgroup_id),
             Event::Lost(count) => {
                 self.reporter.events_lost(count);
                 self.queue.scan();
@@ -125,6 +126,12 @@ impl Agent {
                     && let Some(entry) = self.pods.get_mut(&offer.uid)
                 {
                     entry.grace_until = None;
+                    // Often an application has one of the tunnel's ports.
+                    entry.ports.look_soon(Instant::now());
+                } else if let Some(entry) = self.pods.get_mut(&offer.uid)
+                    && !entry.ports.using.is_empty()
+                {
+                    entry.ports.look_soon(Instant::now());
                 }
                 if error.is_none() && self.found == Found::Nothing {
                     self.early.acknowledged(&offer.uid);

@@ -2,12 +2,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    os::fd::{AsFd as _, BorrowedFd},
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
 };
 
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::{
     apply::OpenNetns,
@@ -16,6 +17,8 @@ use crate::{
         Observed, budget, cgroup_path, cgroups,
         netns::{self, NetnsId, Visitors},
         processes::{self, PodObservation, Subject},
+        routes::{self, Outward},
+        user_ns::{self, IdMaps},
     },
 };
 
@@ -154,16 +157,36 @@ impl Observer {
         for batch in to_visit.chunks(self.most_open) {
             for ((uid, _), found) in batch.iter().zip(self.visit(pods, batch, &enrolled)) {
                 let PodObservation { observed: found, opened, memory, took } = found;
+                let outward = opened.as_ref().map(|(_, netns)| outward(pods, uid, netns.as_fd()));
+                let id_maps = opened.as_ref().map(|(_, netns)| self.id_maps(pods, uid, netns.as_fd()));
                 if self.opened.len() < self.most_open {
                     self.opened.extend(opened.map(|(cookie, fd)| (cookie, Arc::new(fd))));
                 }
                 let Some(entry) = pods.get_mut(uid) else { continue };
+                // One that could not be observed now is what it was.
+                entry.id_maps = id_maps.unwrap_or_else(|| entry.id_maps.take());
+                entry.outward = outward.unwrap_or_else(|| entry.outward.take());
                 entry.memory = memory;
                 entry.spent.add(took, Instant::now());
                 observed.push((uid.clone(), entry.keep_netns_while_empty(found)));
             }
         }
         observed
+    }
+
+    /// How the pod numbers users and groups, if it guards some.
+    fn id_maps(&self, pods: &PodTable, uid: &str, netns: BorrowedFd<'_>) -> Option<IdMaps> {
+        let pod = &pods.get(uid)?.view.pod;
+        let dir = pod.cgroup.as_ref().or_else(|| self.dirs.get(uid))?;
+        if !pod.exclusions.guards.has_ids() {
+            return None;
+        }
+        user_ns::of_netns(netns, dir)
+            .inspect_err(|error| {
+                debug!(uid, %error, "not known how the pod numbers users; it guards none");
+            })
+            .ok()
+            .flatten()
     }
 
     fn visit(
@@ -184,4 +207,15 @@ impl Observer {
         self.visitors
             .visit_each(&subjects, |visitor, subject| processes::observe_pod(visitor, *subject, &self.host))
     }
+}
+
+/// What the pod's routes send out of interfaces that it excludes, if it does.
+fn outward(pods: &PodTable, uid: &str, netns: BorrowedFd<'_>) -> Option<Outward> {
+    let patterns = &pods.get(uid)?.view.pod.exclusions.interfaces;
+    if patterns.is_empty() {
+        return None;
+    }
+    netns::run_in(netns, || routes::outward(patterns))
+        .inspect_err(|error| warn!(uid, %error, "the pod's routes are not known; no interface is excluded"))
+        .ok()
 }

@@ -11,6 +11,7 @@ use crate::{
     model::{
         pod::Pod,
         reason::{Reason, ReasonCode},
+        reserved_port::ReservedPortUse,
         state::State,
     },
     observe::cgroup_path,
@@ -46,7 +47,7 @@ pub(super) fn plan_pods(
     let mut planned = Planned { plan: Plan::new(), before: pods.take_gone() };
     let closed = &applier.maps.contents().cgroups;
     for uid in uids {
-        let exclusion_id = pods.exclusion_id(uid);
+        let (exclusion_id, exclusions) = pods.exclusions(uid);
         let Some(entry) = pods.get_mut(uid) else { continue };
         let is_closed = entry.view.observed.cgroups.values().any(|id| closed.contains_key(id));
         // How it was treated so far is known only once it was observed.
@@ -76,6 +77,7 @@ pub(super) fn plan_pods(
             spread,
             in_grace: entry.in_grace(now),
             exclusion_id,
+            exclusions,
             steered,
             cgroup_names: cgroup_names(&entry.view.pod, &config.attach),
         };
@@ -122,6 +124,13 @@ pub(super) fn state_of(entry: &PodEntry, applier: &Applier, config: &AgentConfig
         return (State::Bypassed, Some(Reason::new(ReasonCode::GuestBehindPod, text)));
     }
     let (state, reason) = pod_state(&entry.view, &progress);
+    let is_explained =
+        |reason: &Reason| !matches!(reason.code, ReasonCode::TunnelRefused | ReasonCode::NotAcknowledged);
+    if !entry.ports.using.is_empty() && !reason.as_ref().is_some_and(is_explained) {
+        let uses: Vec<String> = entry.ports.using.iter().map(ReservedPortUse::describe).collect();
+        let text = format!("{}, which the tunnel needs in the pod", uses.join("; "));
+        return (state, Some(Reason::new(ReasonCode::ReservedPort, text)));
+    }
     let leaving = || {
         let text = "its label is off; peers that have not heard of it yet may still connect by HBONE";
         Reason::new(ReasonCode::Leaving, text)

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    os::fd::OwnedFd,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -9,15 +10,18 @@ use std::{
 use tracing::warn;
 
 use crate::{
+    apply::in_clear::PodSockets,
     model::{
         exclusions::Exclusions,
         pod::{Pod, Selection},
         reason::{Reason, ReasonCode},
         state::State,
     },
-    observe::{Observed, budget::Spent, cgroups, processes::Memory},
-    plan::{Eligibility, PodPlan, PodView},
+    observe::{Observed, budget::Spent, cgroups, processes::Memory, routes::Outward, user_ns::IdMaps},
+    plan::{Eligibility, PodPlan, PodView, desired::is_guarded},
 };
+
+use super::port_uses::PortUses;
 
 /// A pod that was in plaintext stays so for at most this long while a tunnel is offered it.
 const GRACE_PERIOD: Duration = Duration::from_secs(5);
@@ -94,6 +98,13 @@ pub(super) struct PodEntry {
     pub held_netns: Option<u64>,
     /// What could not be done for it.
     pub problem: Option<Reason>,
+    /// How it numbers users and groups; `None`: that is not known. Only of one that guards some.
+    pub id_maps: Option<IdMaps>,
+    /// What its routes send out of interfaces that it excludes; `None`: that is not known. Only of one
+    /// that excludes some.
+    pub outward: Option<Outward>,
+    /// Applications of it that use the tunnel's ports.
+    pub ports: PortUses,
     /// When it was last seen to change.
     changed_at: Instant,
     /// When it is observed again although no event named it.
@@ -132,10 +143,51 @@ impl PodEntry {
             empty_since: None,
             held_netns: None,
             problem: None,
+            id_maps: None,
+            outward: None,
+            ports: PortUses::default(),
             changed_at: now,
             next_observation: None,
             state: None,
             waiting_since: None,
+        }
+    }
+
+    /// Its exclusions, with the node's numbers of users and groups, and with what its routes send out of
+    /// interfaces. Whom the pod numbers in a way that is not known is not guarded, and routes that are
+    /// not known exclude nothing.
+    pub(super) fn exclusions_here(&self) -> Arc<Exclusions> {
+        let exclusions = &self.view.pod.exclusions;
+        if !exclusions.guards.has_ids() && exclusions.interfaces.is_empty() {
+            return Arc::clone(exclusions);
+        }
+        let maps = self.id_maps.as_ref();
+        let guards = exclusions
+            .guards
+            .translated(|id| maps.and_then(|maps| maps.user(id)), |id| maps.and_then(|maps| maps.group(id)));
+        let mut here = Exclusions { guards, ..Exclusions::clone(exclusions) };
+        if let Some(Outward { ranges, devices }) = &self.outward {
+            here.exclude_also(ranges, devices);
+        }
+        Arc::new(here)
+    }
+
+    /// What its connections are judged by, with its netns `cookie` open.
+    pub(super) fn sockets(&self, cookie: u64, netns: Arc<OwnedFd>) -> PodSockets {
+        let PodView { pod, observed, .. } = &self.view;
+        let guarded = observed.cgroups.iter().filter(|(path, _)| {
+            // A container's cgroup, or one below it.
+            path.ancestors()
+                .take_while(|path| Some(*path) != observed.dir.as_deref())
+                .any(|path| is_guarded(pod, path))
+        });
+        PodSockets {
+            uid: pod.uid.clone(),
+            cookie,
+            netns,
+            exclusions: self.exclusions_here(),
+            guarded: guarded.map(|(_, id)| *id).collect(),
+            cgroups: observed.cgroups.values().copied().collect(),
         }
     }
 

@@ -162,6 +162,25 @@ impl PodTable {
         self.by_cgroup.get(&id).and_then(|uid| self.entries.get_mut(uid))
     }
 
+    /// The pod that can be enrolled with the netns of this cookie.
+    pub(super) fn by_netns_mut(&mut self, cookie: u64) -> Option<&mut PodEntry> {
+        let has_it = |entry: &&mut PodEntry| {
+            entry.view.eligibility.facts().is_some_and(|facts| facts.cookie == cookie)
+        };
+        self.entries.values_mut().find(has_it)
+    }
+
+    /// When the first pod is looked at for applications on the tunnel's ports.
+    pub(super) fn ports_due(&self) -> Option<Instant> {
+        self.iter().filter_map(|entry| entry.ports.due()).min()
+    }
+
+    /// The pods that are looked at for that now.
+    pub(super) fn with_ports_due(&self, now: Instant) -> Vec<String> {
+        let due = self.iter().filter(|entry| entry.ports.due().is_some_and(|at| at <= now));
+        due.map(|entry| entry.view.pod.uid.clone()).collect()
+    }
+
     /// Has a cgroup entry compared that belongs to no plan yet.
     pub(super) fn add_stray(&mut self, plan: PodPlan) {
         self.gone.push((String::new(), plan));
@@ -250,13 +269,18 @@ impl PodTable {
         evaluation
     }
 
-    /// Gives the exclusions of a pod an id; 0: it has none. Other exclusions have another id, so
-    /// that the programs see the old list or the new one and nothing between; equal ones share
+    /// The exclusions of a pod, and their id; 0: they take no entries. Other exclusions have another id,
+    /// so that the programs see the old list or the new one and nothing between; equal ones share
     /// theirs.
-    pub(super) fn exclusion_id(&mut self, uid: &str) -> u32 {
+    pub(super) fn exclusions(&mut self, uid: &str) -> (u32, Arc<Exclusions>) {
+        let Some(entry) = self.entries.get_mut(uid) else { return Default::default() };
+        let exclusions = entry.exclusions_here();
+        (self.exclusion_id(uid, &exclusions), exclusions)
+    }
+
+    fn exclusion_id(&mut self, uid: &str, exclusions: &Arc<Exclusions>) -> u32 {
         let Some(entry) = self.entries.get_mut(uid) else { return 0 };
-        let exclusions = &entry.view.pod.exclusions;
-        if exclusions.is_empty() {
+        if !exclusions.takes_entries() {
             entry.exclusions = None;
             return 0;
         }
@@ -492,7 +516,7 @@ mod tests {
             let pod = Pod { uid: uid.to_owned(), exclusions: Arc::new(exclusions), ..Pod::default() };
             let update = vec![(uid.to_owned(), Some(Entry::Pod(Arc::new(pod))))];
             pods.apply_update(Update::Changed(update), now);
-            pods.exclusion_id(uid)
+            pods.exclusions(uid).0
         };
         for (uid, ports, expected) in [
             ("a", &[80][..], 7),
@@ -506,6 +530,6 @@ mod tests {
             assert_eq!(id(uid, ports), expected, "{uid} {ports:?}");
         }
         assert_eq!(id("c", &[82]), 9, "no id is given twice");
-        assert_eq!(pods.exclusion_id("unknown"), 0);
+        assert_eq!(pods.exclusions("unknown").0, 0);
     }
 }

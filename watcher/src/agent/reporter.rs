@@ -114,6 +114,11 @@ impl Reporter {
         self.metrics.connections_in_clear(count as u64);
     }
 
+    /// So many pods have applications on each of the tunnel's ports.
+    pub(super) fn reserved_port_uses(&self, pods: [usize; 4]) {
+        self.metrics.set_reserved_port_uses(pods);
+    }
+
     /// The numbers that metrics show as they are.
     pub(super) fn set_gauges(&self, tunnels: usize, ready: bool) {
         self.metrics.set_tunnels(tunnels);

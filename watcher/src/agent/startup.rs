@@ -77,6 +77,7 @@ pub(super) fn start(
         early: EarlyListeners::default(),
         reporter: Reporter::new(source, events.kind(), metrics),
         tracer: Tracer::default(),
+        routes: super::route_watch::RouteWatch::default(),
         layout: layout(&config),
         applier,
         config,

@@ -29,6 +29,7 @@ impl Agent {
             self.applier.sweep(Instant::now());
         }
         let now = Instant::now();
+        self.check_reserved_ports(now);
         self.check_kept(now);
         self.check_early_listeners();
         if self.pods.is_synced() && self.kept.end_if_over(now) {
@@ -49,6 +50,12 @@ impl Agent {
             && let Some(work) = self.queue.take_work(now)
         {
             self.apply(&work, now);
+        }
+        let followed = self.routes.set(self.pods.iter(), self.observer.opened());
+        for uid in followed {
+            if let Some(entry) = self.pods.get_mut(&uid) {
+                entry.next_observation = Some(now);
+            }
         }
         self.observer.close_netns();
         self.applier.do_due(now);

@@ -23,13 +23,17 @@ use tracing::{debug, warn};
 
 use crate::{
     observe::{
-        listeners::{Listening, listening},
+        listeners::{Listeners, Listening, listeners},
         netns::Visitors,
+        reserved_ports::PortSocket,
     },
-    plan::PodNetns,
+    plan::{PodNetns, RESERVED_PORTS},
 };
 
 use super::OpenNetns;
+
+/// Sockets on the tunnel's ports that a look at listeners found, by the cookie of their netns.
+pub(crate) type OnReservedPorts = Vec<(u64, Vec<PortSocket>)>;
 
 /// A netns by its cookie, open.
 type Open = (u64, Arc<OwnedFd>);
@@ -62,7 +66,7 @@ impl AppListeners {
     }
 
     /// Lists the sockets of new pods once a tunnel serves all of them. `is_served` takes a pod's
-    /// uid.
+    /// uid. What it found on the tunnel's ports.
     pub(crate) fn list_new(
         &mut self,
         kernel: &mut Kernel,
@@ -70,13 +74,13 @@ impl AppListeners {
         steered: &BTreeMap<u64, PodNetns>,
         is_served: impl Fn(&str) -> bool,
         now: Instant,
-    ) {
-        let Some(due) = self.due else { return };
+    ) -> OnReservedPorts {
+        let Some(due) = self.due else { return Vec::new() };
         // A pod that left again meanwhile has nothing recorded.
         self.unlisted.retain(|cookie, _| steered.contains_key(cookie));
         let served = |cookie| steered.get(cookie).is_some_and(|netns| is_served(&netns.uid));
         if due > now && !self.unlisted.keys().all(served) {
-            return;
+            return Vec::new();
         }
         self.due = None;
         let netns: Vec<Open> = std::mem::take(&mut self.unlisted).into_iter().collect();
@@ -84,22 +88,29 @@ impl AppListeners {
         for ((cookie, _), found) in netns.iter().zip(&found) {
             complete(kernel, *cookie, found);
         }
+        on_ports(&netns, &found)
     }
 }
 
-/// Brings what is recorded up to date for every netns that is steered, as far as `opened` has it.
+fn on_ports(netns: &[Open], found: &[io::Result<Listeners>]) -> OnReservedPorts {
+    let all = netns.iter().zip(found);
+    all.filter_map(|((cookie, _), found)| Some((*cookie, found.as_ref().ok()?.on_ports.clone()))).collect()
+}
+
+/// Brings what is recorded up to date for every netns that is steered, as far as `opened` has it. What
+/// it found on the tunnel's ports.
 pub(crate) fn scan(
     kernel: &mut Kernel,
     visitors: &Visitors,
     steered: &BTreeMap<u64, PodNetns>,
     opened: &OpenNetns,
-) {
+) -> OnReservedPorts {
     let netns: Vec<Open> = opened
         .iter()
         .filter(|(cookie, _)| steered.contains_key(cookie))
         .map(|(cookie, fd)| (*cookie, Arc::clone(fd)))
         .collect();
-    scan_open(kernel, visitors, &netns);
+    let on_ports = scan_open(kernel, visitors, &netns);
     // Of netns whose pods left before they were steered. Their state first, so that the programs
     // record no more.
     for cookie in kernel.app_listener_netns().unwrap_or_default() {
@@ -107,13 +118,14 @@ pub(crate) fn scan(
             let _ = kernel.remove_app_listener_state(cookie);
         }
     }
-    let Ok(recorded) = kernel.app_listeners() else { return };
+    let Ok(recorded) = kernel.app_listeners() else { return on_ports };
     for key in recorded.iter().filter(|key| !steered.contains_key(&key.netns_cookie)) {
         let _ = kernel.remove_app_listener(key);
     }
+    on_ports
 }
 
-fn scan_open(kernel: &mut Kernel, visitors: &Visitors, netns: &[Open]) {
+fn scan_open(kernel: &mut Kernel, visitors: &Visitors, netns: &[Open]) -> OnReservedPorts {
     for (cookie, _) in netns {
         begin(kernel, *cookie);
     }
@@ -121,15 +133,20 @@ fn scan_open(kernel: &mut Kernel, visitors: &Visitors, netns: &[Open]) {
     for ((cookie, _), found) in netns.iter().zip(&found) {
         complete(kernel, *cookie, found);
     }
+    let on_ports = on_ports(netns, &found);
     let recorded = match kernel.app_listeners() {
         Ok(recorded) => recorded,
-        Err(error) => return warn!(error = %Report::new(&error), "cannot read the recorded listening ports"),
+        Err(error) => {
+            warn!(error = %Report::new(&error), "cannot read the recorded listening ports");
+            return on_ports;
+        }
     };
     let mut again: Vec<Open> = Vec::new();
     for ((cookie, fd), found) in netns.iter().zip(found) {
         let Ok(found) = found else { continue };
         let ended = recorded.iter().filter(|key| {
-            let listens = u16::try_from(key.port).is_ok_and(|port| found.contains(&(port, key.family)));
+            let listens =
+                u16::try_from(key.port).is_ok_and(|port| found.dialled.contains(&(port, key.family)));
             key.netns_cookie == *cookie && !listens
         });
         let mut removed = false;
@@ -144,6 +161,7 @@ fn scan_open(kernel: &mut Kernel, visitors: &Visitors, netns: &[Open]) {
     for ((cookie, _), found) in again.iter().zip(&found) {
         complete(kernel, *cookie, found);
     }
+    on_ports
 }
 
 /// From here on the programs record what begins to listen in the netns. Called before the kernel's
@@ -161,14 +179,14 @@ fn begin(kernel: &mut Kernel, cookie: u64) {
 }
 
 /// Records the kernel's list for a netns: it is complete then.
-fn complete(kernel: &mut Kernel, cookie: u64, found: &io::Result<BTreeSet<Listening>>) {
+fn complete(kernel: &mut Kernel, cookie: u64, found: &io::Result<Listeners>) {
     const NOT_REFUSED: &str = "connections to closed ports are not refused early";
     let recorded = match found {
-        Ok(found) if found.len() <= MAX_APP_LISTENERS as usize => {
-            add(kernel, cookie, found).and_then(|()| set_complete(kernel, cookie, true))
+        Ok(Listeners { dialled, .. }) if dialled.len() <= MAX_APP_LISTENERS as usize => {
+            add(kernel, cookie, dialled).and_then(|()| set_complete(kernel, cookie, true))
         }
-        Ok(found) => {
-            debug!(cookie, listeners = found.len(), "too many listening ports to record; {NOT_REFUSED}");
+        Ok(Listeners { dialled, .. }) => {
+            debug!(cookie, listeners = dialled.len(), "too many listening ports to record; {NOT_REFUSED}");
             set_complete(kernel, cookie, false)
         }
         Err(error) => {
@@ -194,6 +212,6 @@ fn add(kernel: &mut Kernel, cookie: u64, found: &BTreeSet<Listening>) -> Result<
     })
 }
 
-fn list(visitors: &Visitors, netns: &[Open]) -> Vec<io::Result<BTreeSet<Listening>>> {
-    visitors.visit_each(netns, |visitor, (_, fd)| visitor.enter(fd.as_fd(), listening))
+fn list(visitors: &Visitors, netns: &[Open]) -> Vec<io::Result<Listeners>> {
+    visitors.visit_each(netns, |visitor, (_, fd)| visitor.enter(fd.as_fd(), || listeners(&RESERVED_PORTS)))
 }

@@ -142,6 +142,7 @@ mod tests {
             cookie: 5,
             netns: Arc::new(File::open("/proc/self/ns/net").unwrap().into()),
             exclusions: Arc::default(),
+            guarded: BTreeSet::new(),
             cgroups: [1].into(),
         };
         let connection =

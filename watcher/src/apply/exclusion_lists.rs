@@ -1,13 +1,18 @@
 //! Exclusion lists as the maps hold them, and back.
 
-use std::{net::IpAddr, ops::RangeInclusive};
+use std::{collections::BTreeSet, net::IpAddr, ops::RangeInclusive};
 
-use adit_ebpf_common::exclusions::{CidrPrefix, INBOUND, Listed, MAPPED_BITS, OUTBOUND, PortPrefix};
+use adit_ebpf_common::exclusions::{
+    CidrPrefix, DEVICE, GROUP, INBOUND, Listed, MAPPED_BITS, OUTBOUND, PortPrefix, USER,
+};
 use adit_ebpf_loader::ExclusionList;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
-    model::exclusions::{Exclusions, Included},
+    model::{
+        exclusions::{Exclusions, Included},
+        guards::Guards,
+    },
     plan::address16,
 };
 
@@ -41,7 +46,16 @@ pub(crate) fn entries(exclusions: &Exclusions) -> ExclusionList {
         add_cidrs(&included.cidrs, Listed::INCLUDED);
     }
     add_cidrs(&exclusions.outbound_cidrs, Listed::EXCLUDED);
+    list.ids = ids(exclusions).collect();
     list
+}
+
+/// The entries of users and groups, which are the node's by now, and of interfaces.
+fn ids(exclusions: &Exclusions) -> impl Iterator<Item = (u32, u32)> {
+    let Exclusions { guards, devices, .. } = exclusions;
+    let users = guards.users.iter().map(|id| (USER, *id));
+    let groups = guards.groups.iter().map(|id| (GROUP, *id));
+    users.chain(groups).chain(devices.iter().map(|id| (DEVICE, *id)))
 }
 
 /// The list that takes these entries.
@@ -79,7 +93,18 @@ pub(crate) fn of_entries(list: &ExclusionList) -> Exclusions {
         inbound_ports: ports(INBOUND, Listed::EXCLUDED),
         outbound_included: (has_outside || included != Included::default()).then_some(included),
         inbound_included: has_inbound_outside.then(|| ports(INBOUND, Listed::INCLUDED)),
+        interfaces: BTreeSet::new(),
+        devices: of_kind(&list.ids, DEVICE),
+        guards: {
+            let (users, groups) = (of_kind(&list.ids, USER), of_kind(&list.ids, GROUP));
+            let of_node = !users.is_empty() || !groups.is_empty();
+            Guards { users, groups, of_node, ..Guards::default() }
+        },
     }
+}
+
+fn of_kind(ids: &BTreeSet<(u32, u32)>, wanted: u32) -> BTreeSet<u32> {
+    ids.iter().filter(|(kind, _)| *kind == wanted).map(|(_, id)| *id).collect()
 }
 
 /// `cidr` with its prefix length in IPv6 form: an IPv4 range is 96 bits longer.
@@ -128,6 +153,7 @@ mod tests {
                     excluded_ports: exclusions::ports("", &"81".into(), &mut notes),
                     included_ports: Some(exclusions::ports("", &ports.into(), &mut notes)),
                 },
+                ..Lists::default()
             };
             let wanted = effective(&[&lists]);
             assert!(wanted.outbound_included.is_some() && wanted.inbound_included.is_some());
@@ -156,6 +182,13 @@ mod tests {
                 outbound_ports: exclusions::ports("", &ports.into(), &mut notes),
                 outbound_cidrs: exclusions::cidrs("", &cidrs.into(), &mut notes),
                 inbound_ports: exclusions::ports("", &"15-20".into(), &mut notes),
+                devices: [7].into(),
+                guards: Guards {
+                    users: [0, 1337].into(),
+                    groups: [1337].into(),
+                    of_node: true,
+                    ..Guards::default()
+                },
                 ..Exclusions::default()
             };
             assert_eq!(of_entries(&entries(&list)), list);

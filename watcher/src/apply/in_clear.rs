@@ -23,6 +23,8 @@ pub(crate) struct PodSockets {
     pub netns: Arc<OwnedFd>,
     /// What may pass in clear.
     pub exclusions: Arc<Exclusions>,
+    /// Those of its cgroups whose processes are left alone.
+    pub guarded: BTreeSet<CgroupId>,
     /// Its cgroups.
     pub cgroups: BTreeSet<CgroupId>,
 }
@@ -32,6 +34,7 @@ pub(crate) struct PodSockets {
 ///
 /// * those that stay in the netns, as the application's end of what a tunnel carries
 /// * a tunnel's own
+/// * those of processes that the pod guards, as far as a list of sockets tells
 /// * what the pod excludes from the mesh, and what it opened to a link-local address of IPv6
 pub(super) fn in_clear(
     found: Vec<Connection>,
@@ -55,8 +58,16 @@ pub(super) fn in_clear(
         pod.exclusions.leaves_outside(remote)
             || matches!(remote.ip(), IpAddr::V6(v6) if v6.is_unicast_link_local())
     };
+    let guarded = |connection: &Connection| {
+        pod.exclusions.guards.users.contains(&connection.uid)
+            || connection.cgroup_id.is_some_and(|id| pod.guarded.contains(&id))
+            || pod.exclusions.devices.contains(&connection.device())
+    };
     let passes = |connection: &Connection| {
-        connections::is_local(connection, &all) || of_tunnel(connection) || excluded(connection)
+        connections::is_local(connection, &all)
+            || of_tunnel(connection)
+            || guarded(connection)
+            || excluded(connection)
     };
     let mut found = found;
     found.retain(|connection| !passes(connection));
@@ -83,6 +94,7 @@ mod tests {
             cookie: 1,
             netns: Arc::new(File::open("/proc/self/ns/net").unwrap().into()),
             exclusions: Arc::new(exclusions),
+            guarded: BTreeSet::new(),
             cgroups: [pod_cgroup].into(),
         };
         let listeners = [(8080, 6), (9000, 4)].into();

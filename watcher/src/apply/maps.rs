@@ -200,9 +200,10 @@ impl AppliedMaps {
                 Ok(())
             }
             Err(error) => {
-                let (ports, cidrs) = (wanted.ports.len(), wanted.cidrs.len());
+                let (ports, cidrs, ids) = (wanted.ports.len(), wanted.cidrs.len(), wanted.ids.len());
+                let guards = if ids == 0 { String::new() } else { format!(", and {ids} of guards") };
                 let why = format!(
-                    "no room for the exclusion list, which takes {ports} entries of ports and {cidrs} of addresses: {}",
+                    "no room for the exclusion list, which takes {ports} entries of ports and {cidrs} of addresses{guards}: {}",
                     Report::new(&error)
                 );
                 self.refused.insert(id, why.clone());

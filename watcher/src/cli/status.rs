@@ -14,6 +14,7 @@ use serde_json::json;
 use watcher::{
     control::{
         Request,
+        lists::{ListEntry, PodLists},
         status::{PodStatus, Status, VerdictStatus},
     },
     observe::events::SourceKind,
@@ -31,12 +32,16 @@ Examples:
   watcher status
   watcher status pods -o json | jq '.pods[] | select(.state != \"open\")'
   watcher status verdicts
+  watcher status lists --pod demo/client
   watcher status cgroups"
 )]
 pub(super) struct StatusArgs {
     /// Only this part
     #[arg(value_enum)]
     part: Option<Part>,
+    /// With `lists`: only of this pod, by uid, name or namespace/name
+    #[arg(long, value_name = "POD")]
+    pod: Option<String>,
     #[command(flatten)]
     node: NodeArgs,
     #[arg(short, long, value_enum, default_value = "human")]
@@ -49,24 +54,31 @@ enum Part {
     Pods,
     /// How often each rule decided about connections of each pod
     Verdicts,
+    /// What excludes and includes connections, as the kernel's maps have it, and who wrote it
+    Lists,
     /// Every cgroup of every pod
     Cgroups,
 }
 
 pub(super) fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
+    if args.part == Some(Part::Lists) {
+        return print_lists(args);
+    }
+    anyhow::ensure!(args.pod.is_none(), "--pod goes with `watcher status lists`");
     let status: Status = ask_once(&args.node, &Request::Status)?;
     let mut out = io::stdout().lock();
     match (args.output, args.part) {
         (Output::Json, None) => writeln!(out, "{}", serde_json::to_string(&status)?)?,
         (Output::Json, Some(Part::Pods)) => writeln!(out, "{}", json!({"pods": status.pods}))?,
         (Output::Json, Some(Part::Verdicts)) => writeln!(out, "{}", verdicts_json(&status))?,
+        (Output::Json, Some(Part::Lists)) => {}
         (Output::Json, Some(Part::Cgroups)) => writeln!(out, "{}", cgroups_json(&status.pods))?,
         (Output::Human, part) => {
             if part.is_none() {
                 print_node(&mut out, &status)?;
             }
             let table = match part {
-                None | Some(Part::Pods) => pods_table(&status.pods),
+                None | Some(Part::Pods | Part::Lists) => pods_table(&status.pods),
                 Some(Part::Verdicts) => verdicts_table(&status),
                 Some(Part::Cgroups) => cgroups_table(&status.pods),
             };
@@ -74,6 +86,36 @@ pub(super) fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn print_lists(args: &StatusArgs) -> anyhow::Result<ExitCode> {
+    let lists: Vec<PodLists> = ask_once(&args.node, &Request::Lists { pod: args.pod.clone() })?;
+    let mut out = io::stdout().lock();
+    match args.output {
+        Output::Json => writeln!(out, "{}", json!({"lists": lists}))?,
+        Output::Human => writeln!(out, "{}", lists_table(&lists))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn lists_table(lists: &[PodLists]) -> Table {
+    let mut table = Table::new();
+    table.load_style(TableStyle::new()).set_header(["NAMESPACE", "POD", "LIST", "ENTRY", "FROM"]);
+    for pod in lists {
+        for ListEntry { list, item, from, in_maps } in &pod.entries {
+            let from = match (from.as_slice(), in_maps) {
+                ([], _) => "nobody here".to_owned(),
+                (from, true) => from.join("; "),
+                (from, false) => format!("{} (not in force)", from.join("; ")),
+            };
+            table.add_row([pod.namespace.clone(), pod.name.clone(), list.clone(), item.clone(), from]);
+        }
+        if pod.left_out > 0 {
+            let more = format!("{} more: name the pod by --pod", pod.left_out);
+            table.add_row([pod.namespace.clone(), pod.name.clone(), "…".to_owned(), more, String::new()]);
+        }
+    }
+    table
 }
 
 fn print_node(out: &mut dyn Write, status: &Status) -> io::Result<()> {
@@ -149,6 +191,7 @@ fn pods_table(pods: &[PodStatus]) -> Table {
             .chain(doubt)
             .map(|reason| format!("{}: {}", reason.code, reason.text))
             .collect();
+        why.extend(pod.reserved_ports.iter().map(ToString::to_string));
         why.extend(pod.notes.iter().cloned());
         table.add_row([
             or_dash(pod.namespace.as_ref()),

@@ -1,9 +1,10 @@
 //! Answers to commands, from what the watcher knows and what is applied.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use adit_ebpf_common::{enrolment::CgroupInfo, verdicts::Verdicts};
-use adit_ebpf_loader::KernelError;
+use error_reporter::Report;
+use ipnet::IpNet;
 
 use crate::{
     apply::Applier,
@@ -17,6 +18,7 @@ use crate::{
 
 use super::{
     explain::{self, Explanation},
+    lists,
     status::{DrainingStatus, NetnsStatus, PodStatus, TunnelStatus, VerdictStatus},
 };
 
@@ -62,6 +64,7 @@ pub(crate) fn pod_status(
         not_observed: None,
         cgroups: view.observed.cgroups.clone(),
         notes: pod.notes.to_vec(),
+        reserved_ports: Vec::new(),
         verdicts: Vec::new(),
     }
 }
@@ -90,6 +93,7 @@ pub(crate) fn rejected_status(entry: &BadEntry, reason: &Reason) -> PodStatus {
         not_observed: None,
         cgroups: BTreeMap::new(),
         notes: Vec::new(),
+        reserved_ports: Vec::new(),
         verdicts: Vec::new(),
     }
 }
@@ -121,20 +125,46 @@ pub(crate) fn draining(applier: &Applier) -> Vec<DrainingStatus> {
 /// Which rules decide about a connection of `view` to `destination`. `pods` are all pods of this
 /// node.
 ///
+/// `routes` are the ranges that the pod's routes send out of excluded interfaces. `container` and `ids`
+/// say which process of the pod it is: the latter as of [`explain::explain`].
+///
 /// # Errors
-/// A map cannot be read.
+/// There is no such container, or a map cannot be read: a sentence for the user.
 pub(crate) fn explanation<'a>(
     view: &PodView,
     mut pods: impl Iterator<Item = &'a PodView>,
+    container: Option<&str>,
+    ids: [Option<u32>; 2],
+    routes: &[IpNet],
     destination: SocketAddr,
     applier: &Applier,
-) -> Result<Explanation, KernelError> {
-    let cgroup = view.observed.dir.as_ref().and_then(|dir| view.observed.cgroups.get(dir)).copied();
+) -> Result<Explanation, String> {
+    let own = view.observed.dir.as_ref().and_then(|dir| view.observed.cgroups.get(dir)).copied();
+    let cgroup = match container {
+        None => own,
+        Some(name) => {
+            let found = container_cgroup(view, name).ok_or_else(|| format!("no container \"{name}\""))?;
+            // Without an entry of its own, that of the pod decides.
+            Some(found).filter(|id| applier.maps.contents().cgroups.contains_key(id)).or(own)
+        }
+    };
     let address = destination.ip().to_canonical();
     let has_it = |other: &PodView| {
         let facts = other.eligibility.facts().filter(|facts| facts.addresses.contains(&address))?;
         Some(facts.cookie)
     };
     let arrives_in = pods.find_map(has_it);
-    explain::explain(&applier.kernel, view.full_name(), cgroup, destination, arrives_in)
+    let to = SocketAddr::new(address, destination.port());
+    let because = |rule| lists::because(rule, to, &view.pod.levels, routes);
+    explain::explain(&applier.kernel, view.full_name(), cgroup, ids, destination, because, arrives_in)
+        .map_err(|error| Report::new(&error).to_string())
+}
+
+/// The cgroup of a container, by its name or its directory's.
+fn container_cgroup(view: &PodView, name: &str) -> Option<u64> {
+    let id = view.pod.containers.get(name).map_or(name, String::as_str);
+    let is_it = |path: &PathBuf| path.file_name().is_some_and(|found| found.to_string_lossy().contains(id));
+    let mut below =
+        view.observed.cgroups.iter().filter(|(path, _)| path.parent() == view.observed.dir.as_deref());
+    below.find(|(path, _)| is_it(path)).map(|(_, id)| *id)
 }

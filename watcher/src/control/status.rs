@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    model::{pod::FailMode, reason::Reason, state::State},
+    model::{pod::FailMode, reason::Reason, reserved_port::ReservedPortUse, state::State},
     observe::events::SourceKind,
 };
 
@@ -109,6 +109,9 @@ pub struct PodStatus {
     pub cgroups: BTreeMap<PathBuf, u64>,
     /// What in its entry is wrong and was ignored.
     pub notes: Vec<String>,
+    /// Its applications that use ports of the tunnel.
+    #[serde(default)]
+    pub reserved_ports: Vec<ReservedPortUse>,
     /// How often rules decided about its connections, since it is steered.
     #[serde(default)]
     pub verdicts: Vec<VerdictStatus>,

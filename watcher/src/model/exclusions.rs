@@ -8,6 +8,7 @@
 //! messages has limits.
 
 use std::{
+    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     ops::{ControlFlow, RangeInclusive},
 };
@@ -15,7 +16,7 @@ use std::{
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde_json::Value;
 
-use super::notes::Notes;
+use super::{guards::Guards, notes::Notes};
 
 /// How many items of a list are read. All annotations of a pod together have 256 KiB.
 const MAX_ITEMS: usize = 65_536;
@@ -24,6 +25,10 @@ const MAX_ITEMS: usize = 65_536;
 const MAX_PORT_RANGES: usize = 512;
 /// How many ranges of addresses, merged, a list may have: an eighth of the kernel's map.
 const MAX_CIDRS: usize = 16_384;
+/// How many names or patterns of interfaces a list may have.
+const MAX_INTERFACES: usize = 16;
+/// As the kernel limits them, without the ending zero.
+const MAX_INTERFACE_NAME: usize = 15;
 /// How many invalid items of a list are noted one by one.
 const MAX_INVALID: usize = 4;
 /// How much of an invalid item a note shows, in characters.
@@ -43,6 +48,12 @@ pub struct Exclusions {
     pub outbound_included: Option<Included>,
     /// The same of connections to it, by its own ports.
     pub inbound_included: Option<Vec<RangeInclusive<u16>>>,
+    /// Interfaces, as patterns: what leaves by them bypasses the tunnel.
+    pub interfaces: BTreeSet<String>,
+    /// The numbers of those in the pod's netns; what they are the way to is among `outbound_cidrs`.
+    pub devices: BTreeSet<u32>,
+    /// Processes whose connections bypass the tunnel, whatever their destination.
+    pub guards: Guards,
 }
 
 /// Connections that go through the tunnel where others do not: those to one of these ports, or to
@@ -62,7 +73,19 @@ impl Exclusions {
         *self == Self::default()
     }
 
-    /// Whether a connection to `to` bypasses the tunnel.
+    /// Whether the kernel's maps have entries for it.
+    #[must_use]
+    pub fn takes_entries(&self) -> bool {
+        !self.outbound_ports.is_empty()
+            || !self.outbound_cidrs.is_empty()
+            || !self.inbound_ports.is_empty()
+            || self.outbound_included.is_some()
+            || self.inbound_included.is_some()
+            || !self.devices.is_empty()
+            || self.guards.has_ids()
+    }
+
+    /// Whether a connection to `to`, of a process that is not guarded, bypasses the tunnel.
     #[must_use]
     pub fn leaves_outside(&self, to: SocketAddr) -> bool {
         let (has_port, has_address) = (has_port(to.port()), has_address(to.ip()));
@@ -80,6 +103,16 @@ impl Exclusions {
         let has_port = has_port(port);
         has_port(&self.inbound_ports)
             || self.inbound_included.as_deref().is_some_and(|ports| !has_port(ports))
+    }
+
+    /// Excludes these addresses and interfaces besides.
+    pub fn exclude_also(&mut self, ranges: &[IpNet], devices: &BTreeSet<u32>) {
+        let all: Vec<IpNet> = self.outbound_cidrs.iter().chain(ranges).copied().collect();
+        self.outbound_cidrs = IpNet::aggregate(&all);
+        self.devices.extend(devices);
+        if let Some(included) = &mut self.outbound_included {
+            included.cidrs.retain(|cidr| !self.outbound_cidrs.iter().any(|other| other.contains(cidr)));
+        }
     }
 
     /// The same without inclusion lists that decide nothing, since they have everything or everything
@@ -155,6 +188,20 @@ pub fn cidrs(key: &str, value: &Value, notes: &mut Notes) -> Vec<IpNet> {
     merged
 }
 
+/// Reads names of interfaces (`net1`), with `*` for anything and `?` for one character; invalid items go
+/// to `notes`, named by `key`.
+pub fn interfaces(key: &str, value: &Value, notes: &mut Notes) -> BTreeSet<String> {
+    let expected = "the name of an interface such as net1, or a pattern such as net*";
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:@*?".contains(&byte);
+    let names = read(key, value, expected, notes, |item| {
+        let is_name = (1..=MAX_INTERFACE_NAME).contains(&item.len()) && item.bytes().all(fits);
+        (is_name && item.trim_matches('*') != "lo").then(|| item.to_owned())
+    });
+    let mut names: Vec<String> = names.into_iter().collect::<BTreeSet<_>>().into_iter().collect();
+    limit(key, "interfaces", &mut names, MAX_INTERFACES, notes);
+    names.into_iter().collect()
+}
+
 /// A range within `::ffff:0:0/96` as the range of IPv4 that it stands for.
 fn canonical(cidr: IpNet) -> IpNet {
     let mapped = || {
@@ -166,7 +213,7 @@ fn canonical(cidr: IpNet) -> IpNet {
 }
 
 /// The items of `value` that `parse` takes; the others are noted.
-fn read<T>(
+pub(crate) fn read<T>(
     key: &str,
     value: &Value,
     expected: &str,

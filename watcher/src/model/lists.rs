@@ -8,11 +8,14 @@
 //! of the mesh. Of one of them exclusion comes before inclusion. So inclusion lists decide about
 //! everything, and what is wider than they are says nothing any more; exclusion lists add up.
 
-use std::ops::RangeInclusive;
+use std::{collections::BTreeSet, ops::RangeInclusive};
 
 use ipnet::IpNet;
 
-use super::exclusions::{Exclusions, Included, union};
+use super::{
+    exclusions::{Exclusions, Included, union},
+    guards::{GuardList, Guards},
+};
 
 /// The lists of one pod, of one namespace or of the mesh. Ranges are in order, and no two of a list
 /// overlap or touch.
@@ -22,6 +25,8 @@ pub struct Lists {
     pub outbound: OutboundLists,
     /// Own ports, for connections from others.
     pub inbound: InboundLists,
+    /// Processes that are left alone.
+    pub guards: GuardList,
 }
 
 /// Lists of other ends.
@@ -31,6 +36,8 @@ pub struct OutboundLists {
     pub excluded_ports: Vec<RangeInclusive<u16>>,
     /// Addresses that stay outside.
     pub excluded_cidrs: Vec<IpNet>,
+    /// Interfaces, as patterns: what leaves by them stays outside.
+    pub excluded_interfaces: BTreeSet<String>,
     /// Ports that are in; `None`: there is no such list.
     pub included_ports: Option<Vec<RangeInclusive<u16>>>,
     /// Addresses that are in; `None`: there is no such list.
@@ -60,6 +67,7 @@ pub fn effective(levels: &[&Lists]) -> Exclusions {
         cidrs: outside_of(lists.included_cidrs.as_deref().unwrap_or_default(), &outbound_cidrs),
     });
 
+    let interfaces = outbound.iter().flat_map(|lists| &lists.excluded_interfaces).cloned().collect();
     let inbound: Vec<&InboundLists> = levels.iter().map(|lists| &lists.inbound).collect();
     let decides = |lists: &InboundLists| lists.included_ports.is_some();
     let inbound = up_to(&inbound, decides);
@@ -74,6 +82,9 @@ pub fn effective(levels: &[&Lists]) -> Exclusions {
         inbound_ports,
         outbound_included: included,
         inbound_included,
+        interfaces,
+        devices: BTreeSet::new(),
+        guards: Guards::effective(levels.iter().map(|lists| &lists.guards)),
     }
     .in_short()
 }
@@ -144,6 +155,7 @@ mod tests {
             outbound: OutboundLists {
                 excluded_ports: ports(excluded[0]),
                 excluded_cidrs: cidrs(excluded[1]),
+                excluded_interfaces: BTreeSet::new(),
                 included_ports: included[0].map(ports),
                 included_cidrs: included[1].map(cidrs),
             },

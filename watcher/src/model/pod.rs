@@ -1,6 +1,11 @@
 //! A pod as its source describes it.
 
-use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::PathBuf,
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -67,15 +72,39 @@ pub struct Pod {
     pub virtual_interfaces: Vec<String>,
     /// What the pod itself excludes and includes.
     pub lists: Arc<Lists>,
+    /// Who says what, from the narrowest to the widest: those that say anything.
+    pub levels: Vec<Level>,
     /// Traffic that bypasses the tunnel, by the pod's lists and the wider ones. Shared: lists may be
     /// long.
     pub exclusions: Arc<Exclusions>,
+    /// The ids of its containers by name, by which the container runtime names their cgroups; as far as
+    /// they are needed and known.
+    pub containers: BTreeMap<String, String>,
     /// Whether its source says that containers of it run. False: that is not known.
     pub is_running: bool,
     /// Whether its source tells others that it is in the mesh, as far as the source knows.
     pub is_announced: bool,
     /// Invalid values that were ignored.
     pub notes: Notes,
+}
+
+/// What a pod, its namespace or the mesh excludes and includes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Level {
+    /// Where it is written, such as `annotations of namespace demo`.
+    pub origin: String,
+    /// The lists.
+    pub lists: Arc<Lists>,
+}
+
+impl Level {
+    /// Those of `all` that say anything.
+    #[must_use]
+    pub fn of(all: [(String, &Arc<Lists>); 3]) -> Vec<Self> {
+        let says = |(_, lists): &(String, &Arc<Lists>)| ***lists != Lists::default();
+        let levels = all.into_iter().filter(says);
+        levels.map(|(origin, lists)| Self { origin, lists: Arc::clone(lists) }).collect()
+    }
 }
 
 /// Who an enrolled pod is, and how it is treated: enough to keep it in the mesh without its source.

@@ -224,7 +224,11 @@ reasons! {
         "Wait a moment; if it lasts, read the tunnel's log.";
     TunnelRefused "tunnel_refused", Change, FailMode,
         "the tunnel refused the pod",
-        "Read the message; often the pod itself uses one of the tunnel's ports.";
+        "Read the message.";
+
+    ReservedPort "reserved_port", Change, Unchanged,
+        "an application of the pod listens on a port that is the tunnel's there, or tried to; if it came first, the tunnel cannot serve the pod, which then follows its fail mode; if the tunnel came first, the application's bind fails",
+        "Have the application listen on another port (`docs/architecture.md#ports` lists the tunnel's), or take the pod out of the mesh.";
 
     TunnelCgroupUnknown "tunnel_cgroup_unknown", Change, Unchanged,
         "a tunnel connected whose cgroup cannot be found; it is not used",

@@ -29,6 +29,8 @@ pub(crate) struct Connection {
     pub remote: SocketAddr,
     /// The cgroup that its socket was made in; `None`: the kernel does not say.
     pub cgroup_id: Option<CgroupId>,
+    /// Who made its socket, as this process numbers users.
+    pub uid: u32,
     /// Whether both ends have agreed on it, and neither has closed it.
     pub is_established: bool,
     family: u8,
@@ -43,6 +45,7 @@ impl Connection {
             local: SocketAddr::new(id.source_address.to_canonical(), id.source_port),
             remote: SocketAddr::new(id.destination_address.to_canonical(), id.destination_port),
             cgroup_id,
+            uid: response.header.uid,
             is_established: response.header.state == TCP_ESTABLISHED,
             family: response.header.family,
             id,
@@ -54,12 +57,17 @@ impl Connection {
         self.id.cookie
     }
 
+    /// The number of the interface that its socket is bound to; 0: to none.
+    pub(crate) fn device(&self) -> u32 {
+        self.id.interface_id
+    }
+
     /// One that exists nowhere, for tests of rules.
     #[cfg(test)]
     pub(crate) fn between(local: &str, remote: &str, cgroup_id: CgroupId) -> Self {
         let (local, remote) = (local.parse().expect("an address"), remote.parse().expect("an address"));
         let id = SocketId::new_v4();
-        Self { local, remote, cgroup_id: Some(cgroup_id), is_established: true, family: AF_INET, id }
+        Self { local, remote, cgroup_id: Some(cgroup_id), uid: 0, is_established: true, family: AF_INET, id }
     }
 
     /// The same with another socket.
@@ -150,6 +158,7 @@ pub fn can_cut() -> io::Result<()> {
         local: SocketAddr::from(([127, 0, 0, 1], 0)),
         remote: SocketAddr::from(([127, 0, 0, 1], 0)),
         cgroup_id: None,
+        uid: 0,
         is_established: false,
         family: AF_INET,
         id: SocketId { cookie: [0xff; 8], ..SocketId::new_v4() },

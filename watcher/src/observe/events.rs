@@ -135,6 +135,11 @@ pub enum Event {
         /// The cgroup's id.
         cgroup_id: u64,
     },
+    /// A process of this pod wants a port that is the tunnel's in the pod's netns.
+    WantsPort {
+        /// The id of the pod's cgroup.
+        cgroup_id: u64,
+    },
     /// So many events were lost: everything must be observed again.
     Lost(u64),
 }

@@ -8,7 +8,7 @@ use netlink_packet_sock_diag::{
 };
 use rtnetlink::sys::protocols::NETLINK_SOCK_DIAG;
 
-use super::{cgroups::CgroupId, connections, netlink};
+use super::{cgroups::CgroupId, connections, netlink, reserved_ports::PortSocket};
 
 /// A port that others can dial, and 4 or 6: the family of the socket. An IPv6 socket may serve IPv4
 /// too.
@@ -20,8 +20,32 @@ pub(crate) type Listening = (u16, u32);
 /// # Errors
 /// The kernel refuses the dump, or the socket cannot be created.
 pub(crate) fn listening() -> io::Result<BTreeSet<Listening>> {
-    let mut found = BTreeSet::new();
-    each_listener(|response| found.extend(dialled_from_outside(response)))?;
+    listeners(&[]).map(|listeners| listeners.dialled)
+}
+
+/// The listeners of a netns.
+#[derive(Debug, Default)]
+pub(crate) struct Listeners {
+    /// Those that others can dial, as of [`listening`].
+    pub dialled: BTreeSet<Listening>,
+    /// Those on certain ports, on loopback too.
+    pub on_ports: Vec<PortSocket>,
+}
+
+/// The listeners of the calling thread's netns, and which of them are on `ports`.
+///
+/// # Errors
+/// As of [`listening`].
+pub(crate) fn listeners(ports: &[u16]) -> io::Result<Listeners> {
+    let mut found = Listeners::default();
+    each_listener(|response| {
+        found.dialled.extend(dialled_from_outside(response));
+        let port = response.header.socket_id.source_port;
+        if ports.contains(&port) {
+            let (inode, cgroup_id) = (response.header.inode, connections::cgroup_of(response));
+            found.on_ports.push(PortSocket { port, is_udp: false, inode, cgroup_id });
+        }
+    })?;
     Ok(found)
 }
 
@@ -83,6 +107,8 @@ mod tests {
         let found = listening().unwrap();
         assert!(found.contains(&(port(&any), 4)) && found.contains(&(port(&any6), 6)), "{found:?}");
         assert!(!found.contains(&(port(&loopback), 4)), "{found:?}");
+        let on_ports = listeners(&[port(&any), port(&loopback)]).unwrap().on_ports;
+        assert!(on_ports.len() == 2 && on_ports.iter().all(|found| found.inode != 0), "{on_ports:?}");
         let own = cgroups_listening(port(&any)).unwrap();
         assert!(own.len() == 1 && own == cgroups_listening(port(&any6)).unwrap(), "{own:?}");
         let gone = port(&any);

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
@@ -13,7 +13,10 @@ use adit_ebpf_common::{
 };
 
 use crate::{
-    model::pod::{FailMode, Pod, PodIdentity, Selection},
+    model::{
+        exclusions::Exclusions,
+        pod::{FailMode, Pod, PodIdentity, Selection},
+    },
     observe::{
         Observed,
         cgroups::CgroupId,
@@ -40,7 +43,9 @@ pub(crate) struct Circumstances {
     pub in_grace: bool,
     /// Whether its HBONE listener is served although no label enrols it any more.
     pub leaving: bool,
-    /// The id of the pod's exclusions; 0: it has none.
+    /// The pod's exclusions, with the node's numbers of users and groups.
+    pub exclusions: Arc<Exclusions>,
+    /// The id of those; 0: they take no entries.
     pub exclusion_id: u32,
     /// Netns that are steered for the pod, by cookie.
     pub steered: BTreeMap<u64, PodNetns>,
@@ -76,7 +81,12 @@ pub(crate) fn pod_plan(view: &PodView, circumstances: &Circumstances) -> PodPlan
             enroll(&mut plan, view, facts, flags, circumstances)
         }
     };
-    plan.cgroups = entered(observed).map(|id| (id, info)).collect();
+    let has_guards = matches!(eligibility, Eligibility::Eligible(_));
+    let guarded = |path: &Path| {
+        let flags = if has_guards && is_guarded(pod, path) { flag::GUARDED } else { 0 };
+        CgroupInfo { flags: info.flags | flags, ..info }
+    };
+    plan.cgroups = entered(observed).map(|(path, id)| (*id, guarded(path))).collect();
     plan
 }
 
@@ -143,12 +153,22 @@ fn arrivals(view: &PodView, flags: u32, exclusion_id: u32) -> NetnsInfo {
 /// The cgroups of a pod that have entries: its own, and those right below it, which are its
 /// containers. The programs find the entry of any other one by walking up, and what a pod makes
 /// below may not fill the map. An entry of a container's own spares an event for each exec in it.
-fn entered(observed: &Observed) -> impl Iterator<Item = CgroupId> {
+fn entered(observed: &Observed) -> impl Iterator<Item = (&PathBuf, &CgroupId)> {
     const CONTAINERS: usize = 32;
     let dir = observed.dir.as_deref();
-    let own = dir.and_then(|dir| observed.cgroups.get(dir));
+    let own = dir.and_then(|dir| observed.cgroups.get_key_value(dir));
     let below = observed.cgroups.iter().filter(move |(path, _)| path.parent() == dir);
-    own.into_iter().chain(below.map(|(_, id)| id).take(CONTAINERS)).copied()
+    own.into_iter().chain(below.take(CONTAINERS))
+}
+
+/// Whether the cgroup at `path` is that of a container whose processes are left alone. Container
+/// runtimes name it by the container's id, with something before and behind it.
+#[must_use]
+pub(crate) fn is_guarded(pod: &Pod, path: &Path) -> bool {
+    let Some(directory) = path.file_name().and_then(|name| name.to_str()) else { return false };
+    pod.exclusions.guards.containers.iter().any(|name| {
+        name == directory || pod.containers.get(name).is_some_and(|id| directory.contains(id.as_str()))
+    })
 }
 
 /// Fills in what only an eligible pod has; returns the entry of its cgroups.
@@ -162,7 +182,7 @@ fn enroll(
     let PodView { pod, observed, .. } = view;
     let exclusion_id = circumstances.exclusion_id;
     if exclusion_id != 0 {
-        plan.exclusions = Some((exclusion_id, Arc::clone(&pod.exclusions)));
+        plan.exclusions = Some((exclusion_id, Arc::clone(&circumstances.exclusions)));
     }
     let record = |address: &IpAddr| {
         let device = facts.devices.get(address).copied().unwrap_or(0);
@@ -185,6 +205,10 @@ fn enroll(
     let captures_dns = pod.dns_capture.unwrap_or(circumstances.dns_capture);
     let dns = if captures_dns { flag::DNS_CAPTURE } else { 0 };
     let spread = if circumstances.spread { flag::SPREAD } else { 0 };
-    let flags = flags | dns | spread;
+    let guards_ids = exclusion_id != 0 && circumstances.exclusions.guards.has_ids();
+    let guards = if guards_ids { flag::GUARDS_IDS } else { 0 };
+    let excludes_devices = exclusion_id != 0 && !circumstances.exclusions.devices.is_empty();
+    let devices = if excludes_devices { flag::EXCLUDES_DEVICES } else { 0 };
+    let flags = flags | dns | spread | guards | devices;
     CgroupInfo { netns_cookie: facts.cookie, ..cgroup_info(flags, exclusion_id, &facts.addresses) }
 }

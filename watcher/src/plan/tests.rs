@@ -49,7 +49,9 @@ fn pod(uid: &str) -> Pod {
         virtual_interfaces: Vec::new(),
         addresses: BTreeSet::new(),
         lists: Arc::default(),
+        levels: Vec::new(),
         exclusions: Arc::default(),
+        containers: BTreeMap::new(),
         is_running: false,
         is_announced: false,
         notes: Notes::default(),
@@ -131,6 +133,7 @@ impl Setting {
                 spread: false,
                 in_grace: self.in_grace.contains(uid),
                 steered: self.steered.get(uid).cloned().unwrap_or_default(),
+                exclusions: Arc::clone(&view.pod.exclusions),
                 exclusion_id: self.exclusion_ids.get(uid).copied().unwrap_or(0),
                 cgroup_names: vec![name(uid.as_bytes()).unwrap()],
             };

@@ -58,6 +58,7 @@ const fn including(mesh: ForeignMesh, annotation: &'static str, key: &'static st
 pub(crate) const FOREIGN: &[ForeignList] = &[
     list(ForeignMesh::Istio, "traffic.sidecar.istio.io/excludeOutboundPorts", "excludeOutboundPorts"),
     list(ForeignMesh::Istio, "traffic.sidecar.istio.io/excludeOutboundIPRanges", "excludeOutboundCidrs"),
+    list(ForeignMesh::Istio, "traffic.sidecar.istio.io/excludeInterfaces", "excludeInterfaces"),
     list(ForeignMesh::Istio, "traffic.sidecar.istio.io/excludeInboundPorts", "excludeInboundPorts"),
     including(ForeignMesh::Istio, "traffic.sidecar.istio.io/includeOutboundIPRanges", "includeOutboundCidrs"),
     list(ForeignMesh::Istio, INCLUDED_PORTS, "includeOutboundPorts"),

@@ -110,7 +110,7 @@ pub fn start(config: &Config, options: KubernetesConfig) -> Result<Source, Kuber
     let (changes, change_receiver) = mpsc::unbounded_channel();
     let (when_wanted, wanted) = oneshot::channel();
     let fields = format!("spec.nodeName={}", options.node);
-    let has_lists = options.lists.is_some();
+    let mesh_lists = options.lists.as_ref().map(|(namespace, name)| format!("{namespace}/{name}"));
     let lists = options.lists.map(|(namespace, name)| {
         let api = move |client| Api::namespaced(client, &namespace);
         Watched::new("configmaps", config, api, Some(format!("metadata.name={name}")))
@@ -122,7 +122,7 @@ pub fn start(config: &Config, options: KubernetesConfig) -> Result<Source, Kuber
         cluster: ClusterCache::new(ReadRules {
             labels: options.labels,
             sidecars: options.sidecars,
-            has_mesh_lists: has_lists,
+            mesh_lists,
             foreign: options.foreign,
             ..ReadRules::default()
         }),

@@ -19,13 +19,15 @@ use crate::model::{
 };
 
 /// The options that are lists, by their keys.
-const KEYS: [&str; 6] = [
+const KEYS: [&str; 8] = [
     "excludeOutboundPorts",
     "excludeOutboundCidrs",
+    "excludeInterfaces",
     "excludeInboundPorts",
     "includeOutboundPorts",
     "includeOutboundCidrs",
     "includeInboundPorts",
+    "guards",
 ];
 /// How many combinations are remembered: more than a node has namespaces with lists.
 const MAX_COMBINED: usize = 256;

@@ -9,7 +9,7 @@ use super::{ArrivalFacts, ConnectFacts, Facts, entry};
 use crate::{
     address::{Address, UNSPECIFIED},
     enrolment::{CgroupInfo, NetnsInfo, PodRecord},
-    exclusions::{CidrPrefix, Listed, PortPrefix},
+    exclusions::{CidrPrefix, DEVICE, GROUP, Listed, PortPrefix, USER},
     flows::{Destination, Flow},
     listeners::ListenerKey,
     settings::Settings,
@@ -34,6 +34,10 @@ pub struct PlainFacts {
     pub listed_ports: Vec<(u32, PortPrefix, Listed)>,
     /// The same.
     pub listed_cidrs: Vec<(u32, CidrPrefix, Listed)>,
+    /// Users, groups and interfaces that lists leave alone: list, kind and id.
+    pub excluded_ids: BTreeSet<(u32, u32, u32)>,
+    /// The user and the group of the calling process.
+    pub caller_ids: (u32, u32),
     /// Netns cookie, port and family of the tunnel's listeners.
     pub tunnel_listeners: BTreeSet<(u64, u32, u32)>,
     /// The same of applications.
@@ -69,6 +73,8 @@ impl PlainFacts {
             netns: None,
             listed_ports: Vec::new(),
             listed_cidrs: Vec::new(),
+            excluded_ids: BTreeSet::new(),
+            caller_ids: (0, 0),
             tunnel_listeners: BTreeSet::new(),
             app_listeners: BTreeSet::new(),
             complete: BTreeSet::new(),
@@ -128,6 +134,16 @@ impl ConnectFacts for PlainFacts {
             (*id == exclusion_id && cidr.contains(address)).then_some((cidr.length, *listed))
         };
         narrowest(exclusion_id, self.listed_cidrs.iter().filter_map(of))
+    }
+
+    fn is_guarded_id(&self, exclusion_id: u32) -> bool {
+        let (user, group) = self.caller_ids;
+        let has = |kind, id| self.excluded_ids.contains(&(exclusion_id, kind, id));
+        has(USER, user) || has(GROUP, group)
+    }
+
+    fn is_excluded_device(&self, exclusion_id: u32) -> bool {
+        self.excluded_ids.contains(&(exclusion_id, DEVICE, self.device))
     }
 
     fn has_tunnel_listener(&self, key: &ListenerKey) -> bool {

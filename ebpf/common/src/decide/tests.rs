@@ -5,9 +5,14 @@ use crate::{
     address::{Address, UNSPECIFIED, mapped},
     enrolment::{
         CgroupInfo, NetnsInfo, PodRecord,
-        flag::{DNS_CAPTURE, FAIL_OPEN, IN_MESH, READY, SIDECAR, SPREAD, TUNNEL},
+        flag::{
+            DNS_CAPTURE, EXCLUDES_DEVICES, FAIL_OPEN, GUARDED, GUARDS_IDS, IN_MESH, READY, SIDECAR, SPREAD,
+            TUNNEL,
+        },
     },
-    exclusions::{CidrPrefix, INBOUND, Listed, MAPPED_BITS, OUTBOUND, PortPrefix},
+    exclusions::{
+        CidrPrefix, DEVICE as INTERFACE, GROUP, INBOUND, Listed, MAPPED_BITS, OUTBOUND, PortPrefix, USER,
+    },
     flows::{Destination, Flow},
     redirect_ports::redirect_port,
     settings::Settings,
@@ -407,4 +412,60 @@ fn arrives(facts: &PlainFacts, from: Address, to: Address, port: u16) -> Inbound
 
 const fn flow(from: Address, to: Address, port: u16) -> Flow {
     Flow { local: from, remote: to, local_port: 40000, remote_port: port }
+}
+
+#[test]
+fn a_guarded_process_is_left_alone_but_for_the_tunnels_ports() {
+    let ready = IN_MESH | READY | DNS_CAPTURE;
+    let to = |flags, caller_ids, address, port| {
+        let mut facts = facts(flags);
+        facts.excluded_ids.extend([(3, USER, 1337), (3, GROUP, 2102), (4, USER, 7)]);
+        facts.caller_ids = caller_ids;
+        verdict(&facts, address, port).rule()
+    };
+    for (flags, caller_ids, rule) in [
+        (ready, (1337, 2102), Rule::Redirect),
+        (ready | GUARDS_IDS, (0, 0), Rule::Redirect),
+        (ready | GUARDS_IDS, (1337, 0), Rule::Guarded),
+        (ready | GUARDS_IDS, (0, 2102), Rule::Guarded),
+        // A user's number is no group's, and another list is another pod's.
+        (ready | GUARDS_IDS, (2102, 1337), Rule::Redirect),
+        (ready | GUARDS_IDS, (7, 0), Rule::Redirect),
+        (ready | GUARDED, (0, 0), Rule::Guarded),
+        // The tunnel need not be there.
+        (IN_MESH | GUARDED, (0, 0), Rule::Guarded),
+        (GUARDED, (0, 0), Rule::NotEnrolled),
+    ] {
+        assert_eq!(to(flags, caller_ids, OTHER, 80), rule, "{flags:b} {caller_ids:?}");
+    }
+    for (address, port, rule) in [
+        (OWN, 15008, Rule::DropReserved),
+        (LOOPBACK, 15001, Rule::DropReserved),
+        (LOOPBACK, 80, Rule::Loopback),
+        (RESOLVER, 53, Rule::Guarded),
+    ] {
+        assert_eq!(to(ready | GUARDED, (0, 0), address, port), rule, "{port}");
+    }
+    assert_eq!(to(ready, (0, 0), RESOLVER, 53), Rule::DnsRedirect);
+}
+
+#[test]
+fn a_socket_that_is_bound_to_an_excluded_interface_is_left_alone() {
+    const DEVICE_TOO: u32 = DEVICE + 7;
+    let to = |flags, device, list| {
+        let mut facts = facts(flags);
+        facts.excluded_ids.extend([(list, INTERFACE, DEVICE_TOO), (3, USER, DEVICE)]);
+        facts.device = device;
+        verdict(&facts, OTHER, 80).rule()
+    };
+    let flags = IN_MESH | READY | EXCLUDES_DEVICES;
+    assert_eq!(to(flags, DEVICE_TOO, 3), Rule::ExcludedDevice);
+    assert_eq!(to(flags, 0, 3), Rule::Redirect);
+    assert_eq!(to(flags, DEVICE, 3), Rule::Redirect);
+    assert_eq!(
+        to(flags, DEVICE_TOO, 4),
+        Rule::NoAddress,
+        "another list, and no address of this family there"
+    );
+    assert_eq!(to(IN_MESH | READY, DEVICE_TOO, 3), Rule::NoAddress);
 }

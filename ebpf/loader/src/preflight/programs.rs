@@ -26,7 +26,7 @@ const NET: &str = "run with the capabilities above; a kernel needs CONFIG_BPF_ST
 const KINDS: [Kind; 6] = [
     Kind {
         name: "cgroup/sock_addr",
-        needed: "programs of connect, sendmsg, recvmsg and getpeername",
+        needed: "programs of connect, bind, sendmsg, recvmsg and getpeername",
         advice: CGROUP_BPF,
         is_it: |program| matches!(program, Program::CgroupSockAddr(_)),
     },

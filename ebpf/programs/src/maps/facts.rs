@@ -15,6 +15,7 @@ use aya_ebpf::helpers::{bpf_sk_release, generated::bpf_map_lookup_elem};
 use super::{
     APP_LISTENER_STATE, APP_LISTENERS, ORIGINAL_DST, TUNNEL_LISTENERS, address_listed,
     flows::{is_kubelet_flow, tunnel_flow},
+    is_excluded_device, is_guarded_id,
     pods::{CLOSED, Entry, has_address, netns, pod_in},
     port_listed, state_or_new,
     whole::in_memory,
@@ -98,6 +99,16 @@ impl ConnectFacts for Caller {
     #[inline(always)]
     fn address_listed(&self, exclusion_id: u32, address: &Address) -> Listed {
         address_listed(exclusion_id, address)
+    }
+
+    #[inline(always)]
+    fn is_guarded_id(&self, exclusion_id: u32) -> bool {
+        is_guarded_id(exclusion_id)
+    }
+
+    #[inline(always)]
+    fn is_excluded_device(&self, exclusion_id: u32) -> bool {
+        is_excluded_device(exclusion_id, self.socket.device())
     }
 
     /// The kernel removes the entry with the socket, however the tunnel ended.

@@ -5,6 +5,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
+use adit_ebpf_common::lifecycle::Kind;
 use adit_ebpf_loader::{Lifecycle, LifecycleEvent};
 use tokio::io::unix::AsyncFd;
 
@@ -52,6 +53,9 @@ impl EventSource for LifecycleSource {
             match self.lifecycle.next() {
                 Some(LifecycleEvent::Cgroup { path, closed, .. }) => {
                     return Poll::Ready(Event::Cgroup { path, closed });
+                }
+                Some(LifecycleEvent::Process { cgroup_id, kind: Kind::WantsPort }) => {
+                    return Poll::Ready(Event::WantsPort { cgroup_id });
                 }
                 Some(LifecycleEvent::Process { cgroup_id, .. }) => {
                     return Poll::Ready(Event::Process { cgroup_id });

@@ -32,7 +32,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::{
-    model::pod::{BadEntry, Entry, Pod},
+    model::pod::{BadEntry, Entry, Level, Pod},
     source::{
         MAX_NAMES,
         options::{self, InvalidOption, OPTIONS},
@@ -133,7 +133,15 @@ impl Wide {
     fn complete(&mut self, pod: &mut Pod) {
         let none = WideLists::default();
         let namespace = self.namespaces.get(&pod.namespace).unwrap_or(&none);
-        pod.exclusions = self.combined.of([&pod.lists, &namespace.lists, &self.mesh.lists]);
+        let levels = [&pod.lists, &namespace.lists, &self.mesh.lists];
+        pod.exclusions = self.combined.of(levels);
+        let origins = [
+            "its entry in the pods file".to_owned(),
+            format!("`namespaces.{}` in the pods file", pod.namespace),
+            "`mesh` in the pods file".to_owned(),
+        ];
+        let mut origins = origins.into_iter();
+        pod.levels = Level::of(levels.map(|lists| (origins.next().unwrap_or_default(), lists)));
         let noted =
             [(format!("namespace {}: ", pod.namespace), namespace), ("mesh: ".to_owned(), &self.mesh)];
         for (whose, WideLists { notes, .. }) in noted {

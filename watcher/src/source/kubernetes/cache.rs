@@ -13,7 +13,7 @@ use serde_json::Value;
 use tracing::warn;
 
 use crate::{
-    model::pod::{BadEntry, Entry, Pod},
+    model::pod::{BadEntry, Entry, Level, Pod},
     source::{
         selection::LabelDecision,
         wide_lists::{Combined, WideLists},
@@ -71,7 +71,7 @@ impl ClusterCache {
     /// Empty, until all kinds are listed.
     pub(crate) fn new(rules: ReadRules) -> Self {
         Self {
-            mesh_listed: !rules.has_mesh_lists,
+            mesh_listed: rules.mesh_lists.is_none(),
             rules,
             namespaces: BTreeMap::new(),
             mesh: WideLists::default(),
@@ -250,7 +250,15 @@ impl ClusterCache {
         let wide = namespace.map_or(&none, |facts| &facts.wide);
         let levels = [&api_pod.pod.lists, &wide.lists, &self.mesh.lists];
         let exclusions = self.combined.of(levels);
+        let origins = [
+            "annotations of the pod".to_owned(),
+            format!("annotations of namespace {}", api_pod.pod.namespace),
+            format!("ConfigMap {}", self.rules.mesh_lists.as_deref().unwrap_or_default()),
+        ];
+        let mut origins = origins.into_iter();
+        let levels = Level::of(levels.map(|lists| (origins.next().unwrap_or_default(), lists)));
         let mut pod = api_pod.decided(namespace.map(|facts| facts.decision), exclusions)?;
+        pod.levels = levels;
         for note in wide.notes.iter() {
             pod.notes.push(format!("namespace {}: {note}", pod.namespace));
         }
@@ -334,7 +342,8 @@ mod tests {
 
     #[test]
     fn lists_of_namespaces_and_of_the_mesh_hold_for_all_their_pods() {
-        let rules = ReadRules { has_mesh_lists: true, ..ReadRules::default() };
+        let rules =
+            ReadRules { mesh_lists: Some("adit-system/adit-lists".to_owned()), ..ReadRules::default() };
         let mut cluster = ClusterCache::new(rules);
         list_namespaces(&mut cluster, &[("demo", Some("ambient")), ("other", None)]);
         let annotated =

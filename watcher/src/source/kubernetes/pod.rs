@@ -46,8 +46,8 @@ pub(crate) struct ReadRules {
     pub labels: EnrolmentLabels,
     /// Containers that carry their pod's traffic themselves.
     pub sidecars: BTreeSet<String>,
-    /// Whether there may be lists of the mesh, which count once they are known.
-    pub has_mesh_lists: bool,
+    /// The ConfigMap of the mesh's lists, which count once they are known; `None`: there are none.
+    pub mesh_lists: Option<String>,
     /// The meshes whose annotations are read.
     pub foreign: BTreeSet<ForeignMesh>,
     /// Its keys are random, so that nobody can write two texts with one hash.
@@ -83,6 +83,8 @@ pub(crate) struct ApiPod {
     pub pod: Pod,
     /// What its annotations set.
     pub options: Arc<ReadOptions>,
+    /// The ids of its containers by name, as far as the kubelet has told them.
+    pub containers: BTreeMap<String, String>,
 }
 
 /// Reads `given`. `None`: it has ended, or lacks a uid or a name. `before` is the same pod as it
@@ -134,6 +136,7 @@ pub(crate) fn read(
         marked,
         pod,
         options,
+        containers: containers(given),
     }))
 }
 
@@ -147,7 +150,10 @@ impl ApiPod {
     ) -> Option<Pod> {
         let selection = selection::combine(self.decision, namespace)?;
         let selection = selection::except(selection, self.host_network, self.sidecar.as_deref());
-        Some(Pod { selection, exclusions, ..self.pod.clone() })
+        // Only where they matter: they change with every start of a container.
+        let is_guarded = !exclusions.guards.containers.is_empty();
+        let containers = if is_guarded { self.containers.clone() } else { BTreeMap::new() };
+        Some(Pod { selection, exclusions, containers, ..self.pod.clone() })
     }
 }
 
@@ -168,13 +174,30 @@ fn is_uid(uid: &str) -> bool {
     !uid.is_empty() && uid.len() <= 64 && uid.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }
 
-/// Whether a container of any kind runs, by the word of the kubelet.
+/// What the kubelet says of containers of any kind.
+fn statuses(given: &api::Pod) -> impl Iterator<Item = &api::ContainerStatus> {
+    given.status.iter().flat_map(|status| {
+        [&status.container_statuses, &status.init_container_statuses, &status.ephemeral_container_statuses]
+            .into_iter()
+            .flatten()
+            .flatten()
+    })
+}
+
+/// Whether a container runs, by the word of the kubelet.
 fn is_running(given: &api::Pod) -> bool {
-    let Some(status) = &given.status else { return false };
-    let kinds =
-        [&status.container_statuses, &status.init_container_statuses, &status.ephemeral_container_statuses];
-    let mut containers = kinds.into_iter().flatten().flatten();
-    containers.any(|container| container.state.as_ref().is_some_and(|state| state.running.is_some()))
+    statuses(given).any(|container| container.state.as_ref().is_some_and(|state| state.running.is_some()))
+}
+
+/// The ids of containers by name: `containerd://0123…`. One that is not long could be part of another
+/// cgroup's name.
+fn containers(given: &api::Pod) -> BTreeMap<String, String> {
+    statuses(given)
+        .filter_map(|container| {
+            let (_, id) = container.container_id.as_ref()?.split_once("://")?;
+            (id.len() >= 32).then(|| (container.name.clone(), id.to_owned()))
+        })
+        .collect()
 }
 
 fn addresses(given: &api::Pod, notes: &mut Notes) -> BTreeSet<IpAddr> {

@@ -1,0 +1,86 @@
+//! What is known of one pod's applications and the tunnel's ports, and when it is looked at next.
+
+use std::time::{Duration, Instant};
+
+use crate::model::reserved_port::ReservedPortUse;
+
+/// From bind(2) to the listen(2) that follows it.
+const SETTLED_AFTER: Duration = Duration::from_millis(200);
+/// One pod is looked at as often as this.
+const PAUSE: Duration = Duration::from_secs(1);
+/// What is known of a pod's applications and the tunnel's ports.
+#[derive(Debug, Default)]
+pub(super) struct PortUses {
+    /// Those that use one.
+    pub using: Vec<ReservedPortUse>,
+    /// When its netns is looked at.
+    due: Option<Instant>,
+    looked_at: Option<Instant>,
+}
+
+impl PortUses {
+    /// Has the netns looked at soon.
+    pub(super) fn look_soon(&mut self, now: Instant) {
+        let at = self.looked_at.map_or(now, |last| last + PAUSE).max(now + SETTLED_AFTER);
+        self.due.get_or_insert(at);
+    }
+
+    /// When it is looked at.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// It is looked at now.
+    pub(super) fn looked(&mut self, now: Instant) {
+        (self.due, self.looked_at) = (None, Some(now));
+    }
+
+    /// Replaces what is known by `found`. A use that lasts keeps the name that it had first: what an
+    /// application calls itself would otherwise be news each time. Whether anything is new.
+    pub(super) fn set(&mut self, mut found: Vec<ReservedPortUse>) -> bool {
+        found.sort_by_key(|using| (using.port, using.is_udp, !using.listens));
+        found.dedup_by(|later, earlier| later.is_like(earlier));
+        for using in &mut found {
+            if let Some(before) = self.using.iter().find(|before| before.is_like(using)) {
+                using.process = before.process.clone().or_else(|| using.process.take());
+            }
+        }
+        let told = |all: &[ReservedPortUse]| all.iter().map(ReservedPortUse::describe).collect::<Vec<_>>();
+        let is_new = told(&found) != told(&self.using);
+        self.using = found;
+        is_new
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_use_that_lasts_is_told_once_whatever_its_process_is_called() {
+        let mut uses = PortUses::default();
+        let named = |name: &str, pid| ReservedPortUse {
+            port: 15001,
+            is_udp: false,
+            listens: false,
+            process: Some(name.to_owned()),
+            pid: Some(pid),
+        };
+        assert!(uses.set(vec![named("a", 1), named("b", 2)]));
+        assert!(!uses.set(vec![named("c", 3)]));
+        assert_eq!(uses.using, [named("a", 3)]);
+        assert!(uses.set(vec![ReservedPortUse { listens: true, ..named("c", 3) }]));
+        assert!(uses.set(Vec::new()) && !uses.set(Vec::new()));
+    }
+
+    #[test]
+    fn a_pod_that_tries_again_and_again_is_looked_at_once_a_second() {
+        let (now, mut uses) = (Instant::now(), PortUses::default());
+        uses.look_soon(now);
+        uses.look_soon(now + SETTLED_AFTER / 2);
+        assert_eq!(uses.due(), Some(now + SETTLED_AFTER));
+        uses.looked(now);
+        uses.look_soon(now);
+        assert_eq!(uses.due(), Some(now + PAUSE));
+    }
+}
