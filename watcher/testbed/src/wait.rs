@@ -5,9 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long [`wait_for`] waits. Long enough for a loaded machine and for an emulated one; a test
-/// that passes never waits that long.
+/// How long [`wait_for`] waits. Long enough for a loaded machine; a test that passes never waits that
+/// long.
 pub const LIMIT: Duration = Duration::from_secs(30);
+/// Times that in an emulated machine, which may wait for a processor of the loaded one.
+const EMULATED: u32 = 4;
 
 /// The pause between two attempts.
 const PAUSE: Duration = Duration::from_millis(5);
@@ -42,9 +44,11 @@ impl<T> Condition for Option<T> {
 /// Calls `look` until it returns `true` or `Some` value.
 ///
 /// # Panics
-/// When it has not within [`LIMIT`]; the message contains `what`.
+/// When it has not within [`LIMIT`], or some times that in an emulated machine; the message contains
+/// `what`.
 pub fn wait_for<C: Condition>(what: &str, look: impl FnMut() -> C) -> C::Value {
-    wait_at_most(LIMIT, what, look)
+    let limit = if adit_vm::is_inside() { EMULATED * LIMIT } else { LIMIT };
+    wait_at_most(limit, what, look)
 }
 
 /// The same with a limit of the caller's, for a condition that must hold soon.
