@@ -225,10 +225,17 @@ impl Mesh {
     }
 
     /// The workload with address `ip`. Never one on the host's network.
+    ///
+    /// Entries may name the address of a pod: it stays the pod's, with its identity, and HBONE. Of
+    /// other workloads one that speaks HBONE comes first, as with Istio's tunnel.
     #[must_use]
     pub fn workload_by_address(&self, network: &str, ip: IpAddr) -> Option<&Arc<Workload>> {
         let key = (network, ip.to_canonical());
-        self.by_address.all(key).max_by_key(|entry| entry.since).map(|entry| &entry.workload)
+        let rank = |entry: &&ByAddress| {
+            let ByAddress { workload, since, .. } = entry;
+            (workload.is_pod(), workload.is_pod() || workload.protocol == Protocol::Hbone, *since)
+        };
+        self.by_address.all(key).max_by_key(rank).map(|entry| &entry.workload)
     }
 
     /// The workload of a pod of this node. `None` also while only namesakes of it are known.

@@ -57,7 +57,7 @@ fn istios_control_plane_feeds_the_mesh() {
     istiod_is_away(&rig, &load);
     load.end(&rig);
 
-    services_of_istios_kinds_are_reached(&rig, &client, &server);
+    services_of_istios_kinds_are_reached(&rig, &client, &stranger, &server);
     strict_ports_are_strict_and_others_are_not(&rig, &client, &stranger, &server);
 
     rig.uninstall();
@@ -107,8 +107,8 @@ fn istiod_is_away(rig: &Rig, load: &Load) {
 
 /// Headless services, and entries for what is outside of the cluster, by their names: the tunnel answers
 /// the pods' DNS.
-fn services_of_istios_kinds_are_reached(rig: &Rig, client: &Pod, server: &Pod) {
-    rig.cluster.apply(&SERVICES.replace("SERVER", &server.ip));
+fn services_of_istios_kinds_are_reached(rig: &Rig, client: &Pod, stranger: &Pod, server: &Pod) {
+    rig.cluster.apply(&SERVICES.replace("SERVER", &server.ip).replace("STRANGER", &stranger.ip));
     for url in [
         // Its pods, and one of them by its own name.
         "http://headless.demo.svc.cluster.local:8080/",
@@ -116,17 +116,17 @@ fn services_of_istios_kinds_are_reached(rig: &Rig, client: &Pod, server: &Pod) {
         // By another port than that of the pod.
         "http://several.demo.svc.cluster.local:81/",
         "http://several.demo.svc.cluster.local:82/",
-        "http://fixed.example/",
         "http://named.example/",
         "http://alias.demo.svc.cluster.local/",
     ] {
         let body = rig.wait_get(client, url, true);
         assert!(body.contains("hello from server"), "{url}: {body}");
     }
+    assert!(rig.wait_get(client, "http://fixed.example/", true).contains("hello from stranger"));
     rig.wait_record("node1", &["outbound", "dst.service=\"fixed.example\""]);
 }
 
-/// What `SERVICES` says of the pod `server`. The last one is CoreDNS's alone.
+/// With the addresses of pods. The last one is CoreDNS's alone.
 const SERVICES: &str = "
 apiVersion: v1
 kind: Service
@@ -144,6 +144,16 @@ metadata: {name: fixed, namespace: demo}
 spec:
   hosts: [fixed.example]
   addresses: [240.240.0.1]
+  ports: [{number: 80, name: http, protocol: HTTP, targetPort: 8080}]
+  resolution: STATIC
+  endpoints: [{address: STRANGER}]
+---
+# It takes nothing from the pod that has the address.
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: claiming, namespace: demo}
+spec:
+  hosts: [claiming.example]
   ports: [{number: 80, name: http, protocol: HTTP, targetPort: 8080}]
   resolution: STATIC
   endpoints: [{address: SERVER}]

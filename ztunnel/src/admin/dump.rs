@@ -143,7 +143,8 @@ impl OneCertificate {
         pem.push_str("-----END CERTIFICATE-----\n");
         Some(Self {
             pem: BASE64_STANDARD.encode(pem),
-            serial_number: parsed.raw_serial_as_string().replace(':', ""),
+            // In decimal, as Istio's tunnel has it.
+            serial_number: parsed.tbs_certificate.serial.to_string(),
             valid_from: parsed.validity().not_before.to_datetime().format(&Rfc3339).ok()?,
             expiration_time: parsed.validity().not_after.to_datetime().format(&Rfc3339).ok()?,
         })

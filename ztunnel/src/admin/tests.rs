@@ -142,6 +142,8 @@ async fn the_dump_shows_what_is_known() {
     let certificate = &dump["certificates"][0];
     assert_eq!(certificate["identity"], id.to_string());
     assert_eq!(certificate["state"], "Available");
+    let serial = certificate["certChain"][0]["serialNumber"].as_str().unwrap();
+    assert!(serial.len() > 10 && serial.bytes().all(|digit| digit.is_ascii_digit()), "{serial}");
     let pem = BASE64_STANDARD.decode(certificate["certChain"][0]["pem"].as_str().unwrap()).unwrap();
     let pem = String::from_utf8(pem).unwrap();
     assert!(pem.starts_with("-----BEGIN CERTIFICATE-----\n"), "{pem}");

@@ -29,7 +29,7 @@ impl LocalPod {
     pub(super) fn fit(&self, workload: &Workload) -> Option<impl Ord + use<>> {
         let ours = workload.cluster_id == self.cluster_id && workload.service_account == self.service_account;
         let on_this_node = !self.node.is_empty() && workload.node == self.node;
-        let is_pod = workload.uid.contains("//Pod/");
+        let is_pod = workload.is_pod();
         // The uid only makes the choice the same every time.
         ours.then(|| (on_this_node, is_pod, Reverse(Arc::clone(&workload.uid))))
     }

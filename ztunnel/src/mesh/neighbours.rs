@@ -54,9 +54,7 @@ impl Neighbours {
     /// A pod: machines that were registered by hand say what they like of where they are.
     fn has(&self, workload: &Workload) -> bool {
         self.node.as_ref().is_some_and(|node| {
-            workload.node == node.name
-                && workload.cluster_id == node.cluster_id
-                && workload.uid.contains("//Pod/")
+            workload.node == node.name && workload.cluster_id == node.cluster_id && workload.is_pod()
         })
     }
 

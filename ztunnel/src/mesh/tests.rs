@@ -98,6 +98,27 @@ fn host_network_workloads_are_never_found_by_address() {
     assert!(mesh.workload_of(&local_pod("a")).is_some());
 }
 
+/// An entry may name the address of a pod, or of a machine that has another entry.
+#[test]
+fn an_address_is_a_pods_before_it_is_an_entrys_and_one_in_the_mesh_comes_before_others() {
+    let of = |uid: &str, protocol| {
+        let mut workload = but(workload(uid, "10.0.0.1"), |common| common.protocol = protocol);
+        workload.uid = uid.into();
+        workload
+    };
+    let pod = of("Kubernetes//Pod/default/web-1", Protocol::Tcp);
+    let entry = of("Kubernetes/networking.istio.io/ServiceEntry/default/e/10.0.0.1", Protocol::Tcp);
+    let machine = of("Kubernetes/networking.istio.io/WorkloadEntry/default/m", Protocol::Hbone);
+    let found = |known: [&Workload; 2]| {
+        let mesh = Mesh::new([known[0].clone()], [], []).with([MeshChange::PutWorkload(known[1].clone())]);
+        mesh.workload_by_address("", ip("10.0.0.1")).unwrap().uid.clone()
+    };
+    for (first, second) in [(&pod, &entry), (&pod, &machine), (&machine, &entry)] {
+        assert_eq!(found([first, second]), first.uid, "{} told last", second.uid);
+        assert_eq!(found([second, first]), first.uid, "{} told first", second.uid);
+    }
+}
+
 #[test]
 fn a_pod_is_found_by_name_only_with_its_service_account() {
     let mesh = Mesh::new([workload("web-1", "10.0.0.1")], [], []);

@@ -145,6 +145,11 @@ pub struct Locality {
 }
 
 impl Workload {
+    /// Whether it is a pod, and not what an entry of the control plane's says.
+    pub(crate) fn is_pod(&self) -> bool {
+        self.uid.contains("//Pod/")
+    }
+
     /// Its SPIFFE id.
     #[must_use]
     pub fn identity(&self) -> Identity {
