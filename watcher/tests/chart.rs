@@ -72,9 +72,12 @@ watcher:
   dnsResolvers: [10.96.0.10, 'fd00::a']
   dataplaneLabels: [istio.io/dataplane-mode=ambient, example.org/mesh]
   sidecarContainers: [linkerd-proxy]
+  detectSidecars: true
   lists:
     excludeOutboundPorts: [6379, 7000-7010]
     excludeOutboundCidrs: [192.168.0.0/16, 'fd00::/8']
+    excludeInterfaces: ['net*']
+    guards: [istio, 'uid:5000', 'container:proxy']
     excludeInboundPorts: [9090]
     includeOutboundPorts: ['*']
     includeOutboundCidrs: ['::/0']

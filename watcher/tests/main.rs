@@ -35,6 +35,7 @@ mod mesh;
 mod neighbours;
 mod preflight;
 mod reserved_ports;
+mod sidecars;
 mod sockets;
 mod trace;
 mod upgrade;

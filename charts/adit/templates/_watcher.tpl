@@ -28,6 +28,9 @@
   {{- range $watcher.sidecarContainers }}
   - --sidecar-container={{ . }}
   {{- end }}
+  {{- if $watcher.detectSidecars }}
+  - --detect-sidecars
+  {{- end }}
   - --lists-config-map={{ .Release.Namespace }}/adit-lists
   {{- range $watcher.annotationsOf }}
   - --annotations-of={{ . }}

@@ -34,7 +34,7 @@ fn is_closed(packet: &Packet) -> bool {
     let mut copy = pods::CLOSED;
     entry.read(&mut copy);
     let info = copy.unchecked();
-    let is_unknown = info.netns_cookie == 0 && info.flags & DECIDES == CLOSED;
+    let is_unknown = info.netns_cookie == 0 && (info.flags | info.detected) & DECIDES == CLOSED;
     // A pod that talks to itself is no matter of the mesh.
     is_unknown && !packet.is_from_itself()
 }

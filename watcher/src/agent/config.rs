@@ -48,6 +48,8 @@ pub struct AgentConfig {
     pub leave_grace: Duration,
     /// The port of the node's kubelet, whose connections pass to pods; `None`: nobody's do.
     pub kubelet_port: Option<u16>,
+    /// Whether a pod is left alone whose listeners look like those of a known sidecar.
+    pub detect_sidecars: bool,
     /// Undo everything at the end.
     pub detach: bool,
 }

@@ -5,21 +5,26 @@ use std::{
     os::fd::{AsFd as _, BorrowedFd},
     path::{Path, PathBuf},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     apply::OpenNetns,
-    model::reason::{Reason, ReasonCode},
+    model::{
+        reason::{Reason, ReasonCode},
+        state::State,
+    },
     observe::{
         Observed, budget, cgroup_path, cgroups,
+        listeners::listeners,
         netns::{self, NetnsId, Visitors},
         processes::{self, PodObservation, Subject},
         routes::{self, Outward},
         user_ns::{self, IdMaps},
     },
+    source::profiles,
 };
 
 use super::pods::{Evaluation, PodTable};
@@ -36,6 +41,8 @@ pub(super) struct Observer {
     dirs: BTreeMap<String, PathBuf>,
     /// Why these may not be all.
     dirs_unknown: Option<Reason>,
+    /// Whether sidecars are looked for.
+    finds_sidecars: bool,
     /// How many netns may be kept open.
     most_open: usize,
     /// Netns that were opened by the last observations, until their pods are compared.
@@ -44,13 +51,14 @@ pub(super) struct Observer {
 
 impl Observer {
     /// For pods below the cgroup `base`.
-    pub(super) fn new(base: PathBuf, visitors: Arc<Visitors>) -> Self {
+    pub(super) fn new(base: PathBuf, visitors: Arc<Visitors>, finds_sidecars: bool) -> Self {
         Self {
             base,
             host: netns::host(),
             visitors,
             dirs: BTreeMap::new(),
             dirs_unknown: None,
+            finds_sidecars,
             most_open: budget::open_netns(),
             opened: OpenNetns::new(),
         }
@@ -157,6 +165,7 @@ impl Observer {
         for batch in to_visit.chunks(self.most_open) {
             for ((uid, _), found) in batch.iter().zip(self.visit(pods, batch, &enrolled)) {
                 let PodObservation { observed: found, opened, memory, took } = found;
+                let sidecar = opened.as_ref().and_then(|(_, netns)| self.sidecar(pods, uid, netns.as_fd()));
                 let outward = opened.as_ref().map(|(_, netns)| outward(pods, uid, netns.as_fd()));
                 let id_maps = opened.as_ref().map(|(_, netns)| self.id_maps(pods, uid, netns.as_fd()));
                 if self.opened.len() < self.most_open {
@@ -166,12 +175,44 @@ impl Observer {
                 // One that could not be observed now is what it was.
                 entry.id_maps = id_maps.unwrap_or_else(|| entry.id_maps.take());
                 entry.outward = outward.unwrap_or_else(|| entry.outward.take());
+                if sidecar.is_some() {
+                    entry.sidecar = sidecar;
+                } else if entry.sidecar.is_some() && entry.has_ended() {
+                    entry.sidecar = None;
+                }
                 entry.memory = memory;
                 entry.spent.add(took, Instant::now());
                 observed.push((uid.clone(), entry.keep_netns_while_empty(found)));
             }
         }
         observed
+    }
+
+    /// The mesh whose sidecar runs in the pod, as its listeners show it; `None`: none is found, or it is
+    /// not time to look. A pod that a tunnel serves has the tunnel's ports taken, so it is looked at
+    /// more rarely; one that has a sidecar keeps it until it ends, or the tunnel would take its ports
+    /// when the sidecar starts anew.
+    fn sidecar(&self, pods: &mut PodTable, uid: &str, netns: BorrowedFd<'_>) -> Option<&'static str> {
+        const SELDOM: Duration = Duration::from_secs(20);
+        let now = Instant::now();
+        let entry = pods.get_mut(uid).filter(|entry| self.finds_sidecars && entry.sidecar.is_none())?;
+        let is_early = |at: Instant| entry.state == Some(State::Open) && now < at + SELDOM;
+        if entry.sidecar_looked_for.is_some_and(is_early) {
+            return None;
+        }
+        entry.sidecar_looked_for = Some(now);
+        let found = netns::run_in(netns, || listeners(&profiles::ports()))
+            .inspect_err(|error| debug!(uid, %error, "cannot look for a sidecar"));
+        let listeners: Vec<(u16, u32)> =
+            found.ok()?.on_ports.iter().map(|socket| (socket.port, socket.uid)).collect();
+        if listeners.is_empty() {
+            return None;
+        }
+        let dir = entry.view.pod.cgroup.as_ref().or_else(|| self.dirs.get(uid))?;
+        let maps = user_ns::of_netns(netns, dir).ok().flatten()?;
+        let about = profiles::of_listeners(&listeners, |user| maps.user(user))?;
+        info!(uid, mesh = about, "the pod has a sidecar; it is left alone");
+        Some(about)
     }
 
     /// How the pod numbers users and groups, if it guards some.

@@ -71,6 +71,7 @@ pub(super) fn plan_pods(
         let leaving = entry.leave(is_served, config.leave_grace, now);
         let circumstances = Circumstances {
             leaving,
+            has_sidecar: entry.sidecar.is_some(),
             fail_mode: config.fail_mode,
             dns_capture: config.dns_capture,
             ready,
@@ -122,6 +123,10 @@ pub(super) fn state_of(entry: &PodEntry, applier: &Applier, config: &AgentConfig
     if let Some(guest) = entry.view.eligibility.facts().and_then(|facts| facts.guest.as_ref()) {
         let text = format!("its netns has a guest ({guest}), whose traffic passes by the tunnel");
         return (State::Bypassed, Some(Reason::new(ReasonCode::GuestBehindPod, text)));
+    }
+    if let (Some(about), Some(_)) = (entry.sidecar, entry.view.eligibility.facts()) {
+        let text = format!("a sidecar of {about} listens in it, which carries its traffic");
+        return (State::Plain, Some(Reason::new(ReasonCode::Sidecar, text)));
     }
     let (state, reason) = pod_state(&entry.view, &progress);
     let is_explained =

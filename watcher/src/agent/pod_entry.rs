@@ -103,6 +103,10 @@ pub(super) struct PodEntry {
     /// What its routes send out of interfaces that it excludes; `None`: that is not known. Only of one
     /// that excludes some.
     pub outward: Option<Outward>,
+    /// The mesh whose sidecar was found in it, which carries its traffic.
+    pub sidecar: Option<&'static str>,
+    /// When one was last looked for.
+    pub sidecar_looked_for: Option<Instant>,
     /// Applications of it that use the tunnel's ports.
     pub ports: PortUses,
     /// When it was last seen to change.
@@ -145,6 +149,8 @@ impl PodEntry {
             problem: None,
             id_maps: None,
             outward: None,
+            sidecar: None,
+            sidecar_looked_for: None,
             ports: PortUses::default(),
             changed_at: now,
             next_observation: None,

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::model::reserved_port::ReservedPortUse;
 
 /// From bind(2) to the listen(2) that follows it.
-const SETTLED_AFTER: Duration = Duration::from_millis(200);
+pub(super) const SETTLED_AFTER: Duration = Duration::from_millis(200);
 /// One pod is looked at as often as this.
 const PAUSE: Duration = Duration::from_secs(1);
 /// What is known of a pod's applications and the tunnel's ports.

@@ -30,7 +30,7 @@ use crate::{
     plan::{DNS_PORT, RESERVED_PORTS},
 };
 
-use super::{Agent, pod_entry::PodEntry};
+use super::{Agent, pod_entry::PodEntry, port_uses::SETTLED_AFTER};
 
 /// An attempt is told for so long: a container that fails by it starts again at least every five
 /// minutes.
@@ -40,7 +40,13 @@ impl Agent {
     /// A process of the pod with this cgroup wants a port of the tunnel.
     pub(super) fn on_port_wanted(&mut self, cgroup_id: CgroupId) {
         if let Some(entry) = self.pods.by_cgroup_mut(cgroup_id) {
-            entry.ports.look_soon(Instant::now());
+            let now = Instant::now();
+            entry.ports.look_soon(now);
+            if self.config.detect_sidecars && entry.sidecar.is_none() {
+                // It may be one, which has more ports to listen on.
+                let soon = now + SETTLED_AFTER;
+                entry.next_observation = Some(entry.next_observation.map_or(soon, |next| next.min(soon)));
+            }
         }
     }
 
@@ -107,6 +113,10 @@ impl Agent {
                 if !using.iter().any(|other| (other.port, other.is_udp) == (attempt.port, attempt.is_udp)) {
                     using.push(attempt);
                 }
+            }
+            if entry.sidecar.is_some() {
+                // No tunnel wants them there.
+                using.clear();
             }
             if entry.ports.set(using) {
                 let uid = &entry.view.pod.uid;

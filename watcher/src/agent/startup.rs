@@ -71,7 +71,7 @@ pub(super) fn start(
     let mut agent = Agent {
         queue: Queue::default(),
         pods: PodTable::new(applier.maps.last_exclusion_id()),
-        observer: Observer::new(config.attach.clone(), visitors),
+        observer: Observer::new(config.attach.clone(), visitors, config.detect_sidecars),
         kept,
         found,
         early: EarlyListeners::default(),

@@ -75,6 +75,7 @@ impl NewPods {
 
 /// Whether the programs drop what arrives for a cgroup with this entry.
 fn is_unknown(info: &CgroupInfo) -> bool {
-    let closed = info.flags & (flag::IN_MESH | flag::FAIL_OPEN) == flag::IN_MESH;
+    const DECIDES: u32 = flag::IN_MESH | flag::FAIL_OPEN | flag::SIDECAR;
+    let closed = (info.flags | info.detected) & DECIDES == flag::IN_MESH;
     closed && info.netns_cookie == 0
 }

@@ -85,6 +85,10 @@ pub(super) struct RunArgs {
     /// whatever the policies and the tunnel do; 0: nobody's do. With --kubernetes only
     #[arg(long, value_name = "PORT", default_value = "10250")]
     kubelet_port: u16,
+    /// Leave a pod alone in which a known sidecar is found: listeners on all its ports, by its user. Any
+    /// pod that can become that user leaves the mesh so
+    #[arg(long)]
+    detect_sidecars: bool,
     /// Remove everything on SIGTERM and SIGINT
     #[arg(long)]
     detach: bool,
@@ -140,6 +144,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         leave_grace: Duration::from_secs(args.leave_grace),
         kubelet_port: Some(args.kubelet_port)
             .filter(|port| *port != 0 && matches!(wanted, Wanted::Kubernetes(_))),
+        detect_sidecars: args.detect_sidecars,
         detach: args.detach,
     };
     // This thread runs the loop that owns all state. A second one serves tunnels, the source and

@@ -43,7 +43,8 @@ pub(crate) fn listeners(ports: &[u16]) -> io::Result<Listeners> {
         let port = response.header.socket_id.source_port;
         if ports.contains(&port) {
             let (inode, cgroup_id) = (response.header.inode, connections::cgroup_of(response));
-            found.on_ports.push(PortSocket { port, is_udp: false, inode, cgroup_id });
+            let uid = response.header.uid;
+            found.on_ports.push(PortSocket { port, is_udp: false, uid, inode, cgroup_id });
         }
     })?;
     Ok(found)

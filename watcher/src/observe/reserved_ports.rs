@@ -30,6 +30,8 @@ pub(crate) struct PortSocket {
     pub port: u16,
     /// Whether it is of UDP.
     pub is_udp: bool,
+    /// Who made it, as this process numbers users.
+    pub uid: u32,
     /// As `/proc/PID/fd` names it.
     pub inode: u32,
     /// The cgroup that it was made in; `None`: the kernel does not say.
@@ -56,7 +58,8 @@ pub(crate) fn bound_udp(port: u16) -> io::Result<Vec<PortSocket>> {
                 && response.header.socket_id.source_port == port
             {
                 let (inode, cgroup_id) = (response.header.inode, connections::cgroup_of(&response));
-                found.push(PortSocket { port, is_udp: true, inode, cgroup_id });
+                let uid = response.header.uid;
+                found.push(PortSocket { port, is_udp: true, uid, inode, cgroup_id });
             }
             ControlFlow::Continue(())
         })?;

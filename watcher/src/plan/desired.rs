@@ -41,6 +41,8 @@ pub(crate) struct Circumstances {
     /// Whether the pod ran in plaintext until now. It continues to do so until a tunnel serves it,
     /// since a label put on a running pod must not fail a single connection.
     pub in_grace: bool,
+    /// Whether a sidecar was found in it, which carries its traffic.
+    pub has_sidecar: bool,
     /// Whether its HBONE listener is served although no label enrols it any more.
     pub leaving: bool,
     /// The pod's exclusions, with the node's numbers of users and groups.
@@ -72,6 +74,9 @@ pub(crate) fn pod_plan(view: &PodView, circumstances: &Circumstances) -> PodPlan
         Eligibility::Plain(_) | Eligibility::Refused { keeps_closed: false, .. } => return plan,
         Eligibility::Waiting(_) | Eligibility::Refused { keeps_closed: true, .. } => {
             close(&mut plan, view, closed, &circumstances.steered)
+        }
+        Eligibility::Eligible(_) if circumstances.has_sidecar => {
+            CgroupInfo { detected: flag::SIDECAR, ..cgroup_info(closed, 0, &[]) }
         }
         Eligibility::Eligible(facts) => {
             let in_grace = circumstances.in_grace && !circumstances.ready;

@@ -127,6 +127,7 @@ impl Setting {
             let uid = &view.pod.uid;
             let circumstances = Circumstances {
                 leaving: false,
+                has_sidecar: false,
                 fail_mode: self.fail_mode,
                 dns_capture: self.dns_capture,
                 ready: self.ready.contains(uid),

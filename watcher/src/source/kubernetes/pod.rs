@@ -23,6 +23,7 @@ use crate::{
         MAX_NAMES,
         foreign::{self, ForeignMesh},
         options::{self, ANNOTATION_PREFIX, OPTIONS, own_annotations},
+        profiles,
         selection::{self, EnrolmentLabels, LabelDecision},
     },
 };
@@ -32,8 +33,6 @@ pub(crate) const REDIRECTION: &str = "ambient.istio.io/redirection";
 /// Its value.
 pub(crate) const REDIRECTION_ENABLED: &str = "enabled";
 
-/// Set by Istio's injector on every pod that it gave a sidecar.
-const SIDECAR_STATUS: &str = "sidecar.istio.io/status";
 /// A static pod is shown by the API as its mirror, with an uid of its own. The kubelet names its
 /// cgroup by this hash of its manifest.
 const CONFIG_MIRROR: &str = "kubernetes.io/config.mirror";
@@ -217,8 +216,9 @@ fn addresses(given: &api::Pod, notes: &mut Notes) -> BTreeSet<IpAddr> {
 
 /// Init containers that are restarted always are sidecars too (Kubernetes 1.29).
 fn sidecar(given: &api::Pod, annotations: &BTreeMap<String, String>, rules: &ReadRules) -> Option<String> {
-    if annotations.contains_key(SIDECAR_STATUS) {
-        return Some(format!("it has a sidecar ({SIDECAR_STATUS})"));
+    let labels = given.metadata.labels.as_ref();
+    if let Some(mark) = profiles::mark(annotations, labels) {
+        return Some(format!("it has a sidecar ({mark})"));
     }
     let spec = given.spec.as_ref()?;
     let lasting = spec
@@ -229,7 +229,9 @@ fn sidecar(given: &api::Pod, annotations: &BTreeMap<String, String>, rules: &Rea
     spec.containers
         .iter()
         .chain(lasting)
-        .find(|container| rules.sidecars.contains(&container.name))
+        .find(|container| {
+            rules.sidecars.contains(&container.name) || profiles::has_container(&container.name)
+        })
         .map(|container| format!("it has the container {}", container.name))
 }
 
