@@ -19,6 +19,11 @@ impl Mount {
         Self::new("tmpfs", at, None)
     }
 
+    /// The kernel's tracefs, which is the same wherever it is mounted.
+    pub fn tracefs(at: &Path) -> Self {
+        Self::new("tracefs", at, None)
+    }
+
     /// A file system in memory that has room for so many `bytes`.
     pub fn small_tmpfs(at: &Path, bytes: usize) -> Self {
         Self::new("tmpfs", at, Some(&format!("size={bytes}")))
