@@ -102,7 +102,7 @@ impl WorkerContext {
     /// Who connects from inside the netns of `pod`.
     pub(crate) fn dialler<'a>(&'a self, pod: &'a ServedPod) -> Dialler<'a> {
         // What waits for a pod that has left was closed. Its neighbours may be dialling it still.
-        let ready = (!pod.stop.is_cancelled()).then_some(&self.ready);
+        let ready = Some((&self.ready, &pod.stop));
         Dialler { netns: &pod.netns, options: &pod.socket, ready }
     }
 }

@@ -19,6 +19,7 @@ pub use self::index::PodIndex;
 pub(crate) use self::own_address::OwnAddress;
 use adit_netns::Netns;
 use nix::net::if_::{Interface, if_nameindex};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -44,6 +45,19 @@ pub struct PodInfo {
     pub service_account: Arc<str>,
 }
 
+/// Whether a pod was deleted.
+#[derive(Debug)]
+pub(crate) struct Deletion {
+    seen: CancellationToken,
+    looks: Semaphore,
+}
+
+impl Default for Deletion {
+    fn default() -> Self {
+        Self { seen: CancellationToken::new(), looks: Semaphore::new(1) }
+    }
+}
+
 /// A pod that is served.
 #[derive(Debug)]
 pub struct ServedPod {
@@ -59,6 +73,7 @@ pub struct ServedPod {
     pub(crate) _account: AccountLease,
     pub(crate) netns: Netns,
     pub(crate) own_address: OwnAddress,
+    pub(crate) deletion: Deletion,
     /// Options for every socket in its netns, except those to the application.
     pub(crate) socket: socket::SocketOptions,
     /// For what its streams have received.
@@ -114,11 +129,19 @@ impl ServedPod {
     /// Resolves when the pod was deleted, not only taken out of the mesh. Every CNI plugin removes
     /// the links of a deleted pod's netns; our own sockets keep the netns itself.
     pub async fn deleted(&self) {
-        loop {
-            tokio::time::sleep(LOOK_FOR_LINKS_EVERY).await;
-            if self.netns.enter(|| Ok(if_nameindex()?.iter().all(is_loopback))).unwrap_or(false) {
-                return;
+        let look = async {
+            // One of all that wait looks, and when it has gone, the next one.
+            let _turn = self.deletion.looks.acquire().await;
+            loop {
+                tokio::time::sleep(LOOK_FOR_LINKS_EVERY).await;
+                if self.netns.enter(|| Ok(if_nameindex()?.iter().all(is_loopback))).unwrap_or(false) {
+                    return self.deletion.seen.cancel();
+                }
             }
+        };
+        tokio::select! {
+            () = self.deletion.seen.cancelled() => {}
+            () = look => {}
         }
     }
 }

@@ -34,7 +34,7 @@ use crate::{
     context::ProcessContext,
     dns::{Dns, sockets},
     mesh::LocalPod,
-    pod::{OwnAddress, PodInfo, ServedPod},
+    pod::{Deletion, OwnAddress, PodInfo, ServedPod},
     policy::PodProtection,
     socket,
     worker::{
@@ -290,6 +290,7 @@ impl ServedPods {
             _account: account,
             netns,
             own_address: OwnAddress::default(),
+            deletion: Deletion::default(),
             socket,
             memory,
             own_port,

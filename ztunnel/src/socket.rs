@@ -16,6 +16,8 @@ use tokio::{
     time::{Instant, sleep, timeout_at},
 };
 
+use tokio_util::sync::CancellationToken;
+
 use crate::config::Config;
 
 mod client_source;
@@ -162,8 +164,8 @@ fn new_socket(family_of: SocketAddr, options: &SocketOptions) -> io::Result<Sock
 pub(crate) struct Dialler<'a> {
     pub netns: &'a Netns,
     pub options: &'a SocketOptions,
-    /// Those of the calling worker. `None`: nobody would close what is left over.
-    pub ready: Option<&'a ReadySockets>,
+    /// Those of the calling worker, until what is left over was closed. `None`: nobody would close it.
+    pub ready: Option<(&'a ReadySockets, &'a CancellationToken)>,
 }
 
 impl Dialler<'_> {
@@ -206,8 +208,8 @@ impl Dialler<'_> {
             Ok(socket)
         };
         match self.ready {
-            Some(ready) => ready.take(self.netns, kind, make),
-            None => self.netns.enter(make),
+            Some((ready, closed)) if !closed.is_cancelled() => ready.take(self.netns, kind, make),
+            _ => self.netns.enter(make),
         }
     }
 }

@@ -63,7 +63,7 @@ fn bytes(hex: &str) -> Vec<u8> {
     (0..hex.len()).step_by(2).map(|i| u8::from_str_radix(&hex[i..i + 2], 16).expect("hex")).collect()
 }
 
-/// The serial number of the certificate that `node` holds for `pod`.
+/// The serial number of the certificate that `node` holds for `pod`, in hexadecimal.
 fn serial(node: &TunnelNode, pod: &MeshPod) -> String {
     let answer = node.netns.http("GET", ([127, 0, 0, 1], 15000), "/config_dump").expect("dump");
     let dump: serde_json::Value =
@@ -71,7 +71,9 @@ fn serial(node: &TunnelNode, pod: &MeshPod) -> String {
     let identity = format!("spiffe://cluster.local/ns/demo/sa/{}", pod.name);
     let certificates = dump["certificates"].as_array().expect("certificates");
     let held = certificates.iter().find(|held| held["identity"] == identity.as_str()).expect("held");
-    held["certChain"][0]["serialNumber"].as_str().expect("a number").to_owned()
+    let decimal = held["certChain"][0]["serialNumber"].as_str().expect("a number");
+    let hex = format!("{:x}", decimal.parse::<u128>().expect("16 bytes"));
+    format!("{:0>1$}", hex, hex.len().next_multiple_of(2))
 }
 
 /// Certificates that are revoked while their pods are connected through one tunnel, which knows the lists.

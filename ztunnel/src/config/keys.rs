@@ -174,7 +174,7 @@ pub(crate) const KEYS: &[ConfigKey] = &[
     key("hbone.response_baggage", "ENABLE_RESPONSE_BAGGAGE", Bool, Is("true"), "describe the server's workload in CONNECT responses, and use what peers send there for metric labels"),
     key("hbone.application_tunnel_loopback", "LOCALHOST_APP_TUNNEL", Bool, Is("true"), "connect to applications that accept the PROXY protocol on loopback, else on the pod's address"),
 
-    key("hbone.same_node_direct", "SAME_NODE_DIRECT", Bool, Is("true"), "connect the pods of this node to each other without HBONE: the tunnel is at both ends, so it asks both policies itself, writes both records, and connects the application. `false`: through mutual TLS, as between nodes"),
+    key("hbone.same_node_direct", "SAME_NODE_DIRECT", Bool, Is("true"), "connect the pods of this node to each other without HBONE: the tunnel is at both ends, so it asks both policies itself, writes both records, and connects the application, for as long as a handshake over HBONE between the two succeeds. `false`: through mutual TLS, as between nodes"),
     key("hbone.answer_limit", "CONNECT_ANSWER_LIMIT", Lasts { min: Duration::from_secs(1) }, Is("15s"), "how long a peer may take to answer a CONNECT request; it answers when it has connected to the application"),
 
     key("budget.pod_descriptors", "POD_DESCRIPTORS", Number { min: 16, max: u32::MAX }, Depends("as many as are free, so that a pod alone gets half of all"), "file descriptors that the connections of one pod may hold. A connection takes two at most. Beyond it, new ones are refused"),

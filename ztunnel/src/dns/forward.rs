@@ -20,10 +20,7 @@ use super::{
     message::{self, Transport},
     sockets,
 };
-use crate::{
-    pod::ServedPod,
-    socket::Dialler,
-};
+use crate::{pod::ServedPod, socket::Dialler};
 
 /// Limit for all attempts together. The C library's resolver gives up an attempt after the same
 /// time.

@@ -1,8 +1,8 @@
 //! Detects a dead peer. A peer is alive if any data arrived recently, or if it answers a ping.
 //!
 //! All data counts, not only the answer to the ping: on a slow link the ping waits behind data that
-//! is in flight. A busy tunnel sends no pings, and neither does one without streams: that it is dead
-//! is found when it is used again.
+//! is in flight. A busy tunnel sends no pings, and neither does one without streams that nobody relies
+//! on: that it is dead is found when it is used again.
 
 use std::{cell::Cell, future::poll_fn, rc::Rc, time::Duration};
 
@@ -41,17 +41,18 @@ impl LastActivity {
         self.0.get() > earlier
     }
 
-    /// Resolves when the peer is dead and a stream of `tunnel` is open. After a silence, the first
-    /// stream is a reason to ask at once.
+    /// Resolves when the peer is dead and a stream of `tunnel` is open, or somebody relies on it. After
+    /// a silence, the first stream is a reason to ask at once.
     pub(super) async fn until_dead(self, pings: Option<PingPong>, tunnel: TunnelMemory) {
         let Some(mut pings) = pings else { return std::future::pending().await };
         loop {
             tunnel.used().await;
             let before = self.0.get();
             sleep_until(before + SILENCE).await;
-            if self.since(before) || tunnel.streams() == 0 {
+            if self.since(before) || (tunnel.streams() == 0 && !tunnel.was_relied_on()) {
                 continue;
             }
+            tunnel.was_relied_on();
             if pings.send_ping(Ping::opaque()).is_err() {
                 return;
             }

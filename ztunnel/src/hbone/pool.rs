@@ -103,6 +103,18 @@ impl TunnelPool {
         }
     }
 
+    /// Makes sure that there is a tunnel of `key`, which then stays for as long as an unused one does.
+    pub(crate) async fn reach<F>(
+        &self,
+        key: &TunnelKey,
+        dial: impl Fn() -> F,
+    ) -> Result<StreamLease, Arc<ConnectError>>
+    where
+        F: Future<Output = Result<PeerTunnel, ConnectError>> + 'static,
+    {
+        self.lease(key, &dial).await
+    }
+
     /// Releases all tunnels from `netns`, so that it can be deleted. Open streams finish.
     pub(crate) fn forget(&self, netns: NetnsId) {
         self.0.groups.borrow_mut().retain(|key, _| key.netns != netns);

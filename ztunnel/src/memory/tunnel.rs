@@ -61,6 +61,8 @@ pub(super) struct Tunnel {
     announced: Cell<u32>,
     /// How much each open stream holds.
     streams: RefCell<Slab<usize>>,
+    /// Whether somebody relies on it without a stream.
+    relied_on: Cell<bool>,
     /// How much streams hold beyond the window: it was larger when they received it.
     beyond: Cell<usize>,
     /// What is promised in the budget.
@@ -97,6 +99,7 @@ impl TunnelMemory {
             window: Cell::new(window),
             announced: Cell::new(window),
             streams: RefCell::default(),
+            relied_on: Cell::default(),
             beyond: Cell::new(0),
             promised: Cell::new(0),
             queued: Cell::new(0),
@@ -146,10 +149,22 @@ impl TunnelMemory {
         self.0.leaving.get() != Leaving::No
     }
 
-    /// Resolves when a stream is open.
+    /// Somebody relies on the tunnel, and opens no stream in it.
+    pub(crate) fn rely(&self) {
+        if !self.0.relied_on.replace(true) {
+            self.0.wake_driver();
+        }
+    }
+
+    /// Whether that was so since this was asked last.
+    pub(crate) fn was_relied_on(&self) -> bool {
+        self.0.relied_on.take()
+    }
+
+    /// Resolves when a stream is open, or somebody relies on the tunnel without one.
     pub(crate) async fn used(&self) {
         poll_fn(|cx| {
-            if self.streams() > 0 {
+            if self.streams() > 0 || self.0.relied_on.get() {
                 return Poll::Ready(());
             }
             self.0.driven_by(cx);

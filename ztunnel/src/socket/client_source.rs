@@ -107,6 +107,7 @@ mod tests {
     use adit_netns::Netns;
     use socket2::{Domain, Type};
     use testbed::{command::run, netns::TestNetns};
+    use tokio_util::sync::CancellationToken;
 
     use super::*;
     use crate::socket::{ReadySockets, SocketOptions};
@@ -204,8 +205,8 @@ mod tests {
         async fn dials(&self, to: IpAddr, count: usize) -> Vec<TcpStream> {
             let netns = Netns::new(self.pod.open()).unwrap();
             let options = SocketOptions { mark: MARK, ..SocketOptions::default() };
-            let ready = ReadySockets::default();
-            let dialler = Dialler { netns: &netns, options: &options, ready: Some(&ready) };
+            let (ready, closed) = (ReadySockets::default(), CancellationToken::new());
+            let dialler = Dialler { netns: &netns, options: &options, ready: Some((&ready, &closed)) };
             let dial = |_| dialler.connect(SocketAddr::new(to, 8080), Some(client_of(to)));
             let dials = futures_util::future::join_all((0..count).map(dial)).await;
             dials.into_iter().filter_map(Result::ok).collect()

@@ -1,8 +1,12 @@
 //! Finds out whether the destination is a pod of this node, which is reached without a tunnel.
+//!
+//! There is a tunnel between the two all the same, which carries nothing: as long as it can be opened
+//! and is kept, whoever decides about packets between them, such as a CNI plugin by a NetworkPolicy, lets
+//! the pods talk over HBONE, and both have proven who they are.
 
 use std::{net::SocketAddr, sync::Arc};
 
-use super::tunnel::PeerTarget;
+use super::tunnel::{PeerTarget, reach};
 use crate::{
     config::ProxyMode,
     connection::{
@@ -12,7 +16,7 @@ use crate::{
     context::Accepted,
     direction::Direction,
     hbone::client::ConnectError,
-    identity::{CertificateChain, Credentials},
+    identity::CertificateChain,
     pod::ServedPod,
     route::{OutboundRoute, Source},
 };
@@ -32,7 +36,7 @@ pub(super) async fn connect(
     via: &PeerTarget<'_>,
 ) -> Result<Option<Connected>, OutboundError> {
     let process = &accepted.worker.process;
-    let Some(pod) = served_here(accepted, route, via.peer) else { return Ok(None) };
+    let Some(pod) = served_here(accepted, source, route, via.peer) else { return Ok(None) };
     let Some(server) = route.workload.as_ref().map(|workload| workload.identity()) else { return Ok(None) };
     if !via.expected.contains(&server) {
         return Ok(None);
@@ -41,7 +45,7 @@ pub(super) async fn connect(
     let failed = |error| Arc::new(ConnectError::Identity(error));
     let client_credentials = process.certificates.get(&source.identity()).await.map_err(failed)?;
     let Ok(credentials) = process.certificates.get(&server).await else { return Ok(None) };
-    let chain = server_chain(accepted, &credentials);
+    let chain = reach(accepted, source, via).await?;
     if process.revocations.is_revoked(&chain) {
         process.metrics.crl.rejected(Direction::Outbound);
         return Err(Arc::new(ConnectError::Revoked { peer: via.peer }).into());
@@ -61,22 +65,29 @@ pub(super) async fn connect(
     Ok(Some(Connected { neighbour, chain }))
 }
 
-fn server_chain(accepted: &Accepted, credentials: &Credentials) -> CertificateChain {
-    let tracks = accepted.worker.process.revocations.is_configured();
-    tracks.then(|| CertificateChain::of(Some(credentials.chain()))).unwrap_or_default()
-}
-
 /// The pod at the end of `route`, if no other tunnel is on the way, and if it has that address.
 ///
 /// The mesh may be behind: another pod may have the address by now. A tunnel would find out by the
-/// certificate.
-fn served_here(accepted: &Accepted, route: &OutboundRoute, peer: SocketAddr) -> Option<Arc<ServedPod>> {
+/// certificate. And a client may have chosen an address that the mesh does not know as its own, for which
+/// policies and applications would take it; a tunnel comes from one that the kernel chose.
+fn served_here(
+    accepted: &Accepted,
+    source: &Source,
+    route: &OutboundRoute,
+    peer: SocketAddr,
+) -> Option<Arc<ServedPod>> {
     let process = &accepted.worker.process;
     let config = &process.config;
-    if !config.same_node_direct || config.mode != ProxyMode::Shared || peer.ip() != route.target.ip() {
+    let client = accepted.client.ip();
+    if !config.same_node_direct
+        || config.mode != ProxyMode::Shared
+        || peer.ip() != route.target.ip()
+        || client.is_ipv4() != peer.is_ipv4()
+        || !source.is_told
+        || !source.addresses.contains(&client)
+    {
         return None;
     }
     let workload = route.workload.as_ref()?;
-    let pod = process.served.find(workload, &process.store.snapshot())?;
-    pod.has(route.target).then_some(pod)
+    process.served.find(workload, &process.store.snapshot(), route.target)
 }

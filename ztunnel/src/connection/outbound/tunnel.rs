@@ -16,7 +16,7 @@ use crate::{
         client::{self, ConnectError, PeerTunnel},
         pool::{StreamLease, TunnelKey},
     },
-    identity::Identity,
+    identity::{CertificateChain, Identity},
     mesh::{Workload, baggage},
     record::{ConnectionEnds, UntoldSource},
     route::{OutboundRoute, Source, Via},
@@ -74,42 +74,57 @@ pub(super) async fn open_stream(
     request: &http::Request<()>,
     target: &PeerTarget<'_>,
 ) -> Result<(HboneStream, StreamLease), OutboundError> {
-    let Accepted { pod, worker, .. } = accepted;
-    let PeerTarget { peer, expected, .. } = *target;
-    let key =
-        TunnelKey { source: source.identity(), expected: expected.to_vec(), peer, netns: pod.netns.id() };
-    let dial = || {
-        let (worker, pod, expected) = (Rc::clone(worker), Arc::clone(pod), expected.to_vec());
-        let process = Arc::clone(&worker.process);
-        let identity = key.source.clone();
-        async move {
-            let credentials = process.certificates.get(&identity).await.map_err(ConnectError::Identity)?;
-            let socket = worker
-                .dialler(&pod)
-                .connect(peer, None)
-                .await
-                .map_err(|source| ConnectError::Tcp { peer, source })?;
-            let began = Instant::now();
-            let tunnel = client::handshake(
-                socket,
-                peer,
-                credentials.client(&expected),
-                &process.config.h2,
-                &pod.memory,
-            )
-            .await;
-            process.metrics.tls_handshake(Direction::Outbound.as_str(), began.elapsed());
-            if let Err(ConnectError::Expired { .. }) = tunnel {
-                credentials.forget_sessions(&expected);
-            }
-            let mut tunnel = tunnel?;
-            let own = credentials.not_after;
-            tunnel.end = Some(tunnel.end.map_or(own, |end| end.min(own)));
-            end_when_revoked(process, peer, tunnel)
-        }
-    };
-    let (_response, stream, lease) = worker.pool.open(&key, request, dial).await?;
+    let key = key(accepted, source, target);
+    let dial = || dial(accepted, &key);
+    let (_response, stream, lease) = accepted.worker.pool.open(&key, request, dial).await?;
     Ok((stream, lease))
+}
+
+/// Opens such a tunnel, if there is none. Returns the certificates of its peer.
+pub(super) async fn reach(
+    accepted: &Accepted,
+    source: &Workload,
+    target: &PeerTarget<'_>,
+) -> Result<CertificateChain, OutboundError> {
+    let key = key(accepted, source, target);
+    let lease = accepted.worker.pool.reach(&key, || dial(accepted, &key)).await?;
+    lease.rely();
+    Ok(lease.chain().clone())
+}
+
+fn key(accepted: &Accepted, source: &Workload, target: &PeerTarget<'_>) -> TunnelKey {
+    let PeerTarget { peer, expected, .. } = *target;
+    TunnelKey { source: source.identity(), expected: expected.to_vec(), peer, netns: accepted.pod.netns.id() }
+}
+
+/// Opens a tunnel of `key`.
+fn dial(
+    accepted: &Accepted,
+    key: &TunnelKey,
+) -> impl Future<Output = Result<PeerTunnel, ConnectError>> + use<> {
+    let (worker, pod) = (Rc::clone(&accepted.worker), Arc::clone(&accepted.pod));
+    let TunnelKey { source, expected, peer, .. } = key.clone();
+    async move {
+        let process = Arc::clone(&worker.process);
+        let credentials = process.certificates.get(&source).await.map_err(ConnectError::Identity)?;
+        let socket = worker
+            .dialler(&pod)
+            .connect(peer, None)
+            .await
+            .map_err(|source| ConnectError::Tcp { peer, source })?;
+        let began = Instant::now();
+        let tunnel =
+            client::handshake(socket, peer, credentials.client(&expected), &process.config.h2, &pod.memory)
+                .await;
+        process.metrics.tls_handshake(Direction::Outbound.as_str(), began.elapsed());
+        if let Err(ConnectError::Expired { .. }) = tunnel {
+            credentials.forget_sessions(&expected);
+        }
+        let mut tunnel = tunnel?;
+        let own = credentials.not_after;
+        tunnel.end = Some(tunnel.end.map_or(own, |end| end.min(own)));
+        end_when_revoked(process, peer, tunnel)
+    }
 }
 
 /// How long the streams of a revoked tunnel may take to end by themselves.

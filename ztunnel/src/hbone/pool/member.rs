@@ -95,6 +95,11 @@ impl StreamLease {
         &self.0.chain
     }
 
+    /// Has it asked whether the peer is there, although no stream is opened.
+    pub(crate) fn rely(&self) {
+        self.0.memory.rely();
+    }
+
     pub(super) fn member(&self) -> &Rc<Member> {
         &self.0
     }
