@@ -152,7 +152,7 @@ fn a_foreign_tunnel_reads_what_istios_control_plane_sends() {
     // The same for a tunnel that asks for what it needs: pods and services, by address and by name.
     let addresses = |place, is_expected: &dyn Fn(&BTreeMap<String, Value>) -> bool| {
         let only = |mut has: BTreeMap<String, Value>| {
-            has.retain(|_, resource| resource.get("workload").or(resource.get("service")).is_some());
+            has.retain(|_, resource| resource.get("workload").or_else(|| resource.get("service")).is_some());
             has
         };
         only(read(place, ON_DEMAND, |has| is_expected(&only(has.clone()))))

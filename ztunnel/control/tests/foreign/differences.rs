@@ -73,7 +73,9 @@ pub fn without_repetition(all: &mut BTreeMap<String, Value>) {
 }
 
 pub fn without_aliases(all: &mut BTreeMap<String, Value>) {
-    all.values_mut().for_each(|resource| resource["aliases"] = json!([]));
+    for resource in all.values_mut() {
+        resource["aliases"] = json!([]);
+    }
 }
 
 const WITHOUT_LABEL: &[&str] = &[
