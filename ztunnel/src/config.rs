@@ -49,8 +49,8 @@ pub struct Config {
     /// Whether applications see the client's address (`ENABLE_ORIG_SRC`). `None`: if the process
     /// has the capability.
     pub original_source: Option<bool>,
-    /// Whether pods of this node reach each other without a tunnel between them.
-    pub same_node_direct: bool,
+    /// How pods of this node reach each other.
+    pub same_node: SameNode,
     /// Network of this node; empty if there is one network only.
     pub network: Arc<str>,
     /// Name of this node.
@@ -119,6 +119,15 @@ pub struct Config {
     /// Every key with its effective value and its origin, for `config print` and `/config_dump`.
     #[serde(skip)]
     pub effective: Arc<[Effective]>,
+}
+
+/// How pods of one node reach each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum SameNode {
+    /// The tunnel connects the application.
+    Direct,
+    /// Through mutual TLS, as between nodes.
+    Hbone,
 }
 
 /// Files of the control plane about trust domains. One that does not exist says nothing.

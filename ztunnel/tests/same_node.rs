@@ -40,7 +40,7 @@ impl Rig {
         let direct = ("SAME_NODE_DIRECT", if direct { "true" } else { "false" });
         let variables = [&[direct], variables].concat();
         let node = mesh.node_with("a", &[&client, &other, &server], &variables);
-        Self { mesh, client, other, server, node }
+        Self { node, client, other, server, mesh }
     }
 
     fn connect(&self) -> std::net::TcpStream {

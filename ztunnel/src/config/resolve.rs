@@ -15,7 +15,7 @@ use ztunnel_api::names::is_trust_domain;
 use super::{
     BudgetConfig, CaConfig, Config, ConfigError, ControlPlaneAddress, ControlPlaneConfig, DnsConfig,
     H2Config, Headers, KeepaliveConfig, LocalState, LogFormat, MemoryConfig, OwnPod, PoolConfig, PortsConfig,
-    ProxyMode, ProxyTo, RootSource, StreamConfig, TlsConfig, Token, TrustFiles, XdsConfig,
+    ProxyMode, ProxyTo, RootSource, SameNode, StreamConfig, TlsConfig, Token, TrustFiles, XdsConfig,
     available_memory::available_memory, settings::RawSettings, value,
 };
 
@@ -90,7 +90,7 @@ fn resolve(settings: &RawSettings, in_kubernetes: bool, without_xds: bool) -> Re
         port_reuse: settings.bool("zds.port_reuse")?,
         ipv6,
         original_source: settings.optional_bool("socket.original_source")?,
-        same_node_direct: settings.bool("hbone.same_node_direct")?,
+        same_node: if settings.bool("hbone.same_node_direct")? { SameNode::Direct } else { SameNode::Hbone },
         network: settings.text("node.network"),
         node: settings.text("node.name"),
         cluster_domain: settings.text("node.cluster_domain"),

@@ -87,9 +87,9 @@ pub(crate) async fn connect(
     let connected = hand_over(&arrival, &admitted.delivery).await;
     let Some(record) = opening.end() else { return Err(StatusCode::SERVICE_UNAVAILABLE) };
     match connected {
-        Ok((application, _descriptors)) => {
+        Ok((application, descriptors)) => {
             process.metrics.connected(Direction::Inbound.as_str(), began.elapsed());
-            Ok(Neighbour { arrival, admitted, application, record, _descriptors })
+            Ok(Neighbour { arrival, admitted, application, record, _descriptors: descriptors })
         }
         Err(error) => {
             let status = error.status();

@@ -8,7 +8,7 @@ use std::{net::SocketAddr, sync::Arc};
 
 use super::tunnel::{PeerTarget, reach};
 use crate::{
-    config::ProxyMode,
+    config::{ProxyMode, SameNode},
     connection::{
         error::OutboundError,
         inbound::neighbour::{self, Neighbour, NeighbourRequest},
@@ -79,7 +79,7 @@ fn served_here(
     let process = &accepted.worker.process;
     let config = &process.config;
     let client = accepted.client.ip();
-    if !config.same_node_direct
+    if config.same_node != SameNode::Direct
         || config.mode != ProxyMode::Shared
         || peer.ip() != route.target.ip()
         || client.is_ipv4() != peer.is_ipv4()
