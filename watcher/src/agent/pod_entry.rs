@@ -201,10 +201,9 @@ impl PodEntry {
     pub(super) fn sockets(&self, cookie: u64, netns: Arc<OwnedFd>) -> PodSockets {
         let PodView { pod, observed, .. } = &self.view;
         let guarded = observed.cgroups.iter().filter(|(path, _)| {
-            // A container's cgroup, or one below it.
-            path.ancestors()
-                .take_while(|path| Some(*path) != observed.dir.as_deref())
-                .any(|path| is_guarded(pod, path))
+            // A container's cgroup, which is right below the pod's, or one below it.
+            let below = path.ancestors().take_while(|path| Some(*path) != observed.dir.as_deref());
+            below.last().is_some_and(|container| is_guarded(pod, container))
         });
         PodSockets {
             uid: pod.uid.clone(),
