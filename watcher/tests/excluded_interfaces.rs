@@ -80,6 +80,9 @@ fn what_routes_send_out_of_an_excluded_interface_is_left_alone() {
     // Bound to the interface, whatever the route; and to another one.
     assert_eq!(dial(&node, a, &["192.0.2.1", "net1"]), ALONE);
     assert_eq!(dial(&node, a, &["192.0.2.1", "e0"]), CAPTURED);
+    assert_eq!(dial(&node, a, &["10.77.0.9", "net1"]), ALONE);
+    // It does not take the route that excludes the range.
+    assert_eq!(dial(&node, a, &["10.77.0.9", "e0"]), CAPTURED);
     assert_eq!(dial(&node, b, &["10.77.1.9"]), CAPTURED, "another pod's");
     let explained = node.command(&["explain", "a", "10.77.0.9:80"]).1;
     assert!(explained.contains("because of excludeInterfaces net* (routes: 10.77.0.0/24)"), "{explained}");

@@ -143,6 +143,10 @@ fn a_container_is_left_alone_and_the_pods_others_are_not() {
     node.wait_state(a, "open", "");
     wait_explained(&node, "a", &["--container", "cri-proxy.scope"], GUARDED);
     wait_explained(&node, "a", &["--container", "container"], CLOSED);
+    // No part of a name is taken for one.
+    let said = node.prepared(&["explain", "a", "192.0.2.1:80", "--container", "c"]).output().unwrap();
+    let said = String::from_utf8_lossy(&said.stderr).into_owned();
+    assert!(said.contains("no container \"c\""), "{said}");
     for (container, expected) in [
         ("cri-proxy.scope", ALONE),
         ("cri-proxy.scope/below", ALONE),

@@ -179,7 +179,8 @@ const fn is_here(info: &CgroupInfo, netns_cookie: u64) -> bool {
 /// 8. to one of the pod's own addresses: leave; but refuse the tunnel's ports
 /// 9. the caller is guarded, by its container, its user or its group: leave
 /// 10. excluded by port, by CIDR, or by the interface that the socket is bound to: leave; so if there
-///     are inclusion lists, and none has its port or address
+///     are inclusion lists, and none has its port or address. A range that only a route excludes
+///     counts if the socket is bound to no interface: another one would not take the route
 /// 11. the pod is not ready: by its fail mode
 /// 12. to a link-local address of IPv6: leave. It means nothing without its interface, which a
 ///     redirect would lose
@@ -281,7 +282,8 @@ fn outside(facts: &impl ConnectFacts, info: &CgroupInfo, to: &Destination) -> Op
         return Some(Rule::ExcludedPort);
     }
     let address = facts.address_listed(exclusion_id, &to.address);
-    if address == Listed::EXCLUDED {
+    // One that is bound to an excluded interface was left alone above.
+    if address == Listed::EXCLUDED || address == Listed::BY_ROUTE && facts.device() == 0 {
         return Some(Rule::ExcludedCidr);
     }
     if address == Listed::OUTSIDE && port != Listed::INCLUDED { Some(Rule::NotIncluded) } else { None }

@@ -28,12 +28,16 @@ impl Listed {
     pub const OUTSIDE: Self = Self(2);
     /// It is in the mesh, unless something else excludes it.
     pub const INCLUDED: Self = Self(3);
+    /// Of an address: the pod's routes send it out of an interface that is excluded, so it stays outside
+    /// the mesh. A socket that is bound to another interface does not take that route: for it this
+    /// excludes nothing, and it is in the mesh.
+    pub const BY_ROUTE: Self = Self(4);
 
     /// That with this value. What no version has written counts as nothing.
     #[inline(always)]
     #[must_use]
     pub const fn of_value(value: u8) -> Self {
-        if value > Self::INCLUDED.0 { Self::NO } else { Self(value) }
+        if value > Self::BY_ROUTE.0 { Self::NO } else { Self(value) }
     }
 
     /// As the maps have it.

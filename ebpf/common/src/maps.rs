@@ -122,7 +122,7 @@ maps! {
         written by "watcher", read by "connect, sendmsg, sk_lookup programs; watcher", keeps Entries, abi 2, formerly None,
         "Ports that pods exclude from the mesh, or include. Lists have ids, and pods with equal lists share one.";
     EXCLUSION_CIDRS = "exclusion_cidrs", "LPM trie", Lpm<ExcludedCidr>: "ExcludedCidr", Listed: "Listed",
-        written by "watcher", read by "connect, sendmsg programs; watcher", keeps Entries, abi 2, formerly None,
+        written by "watcher", read by "connect, sendmsg programs; watcher", keeps Entries, abi 3, formerly None,
         "Address ranges that pods exclude from the mesh, or include, each of one address family.";
     EXCLUSION_IDS = "exclusion_ids", "hash", ExcludedId: "ExcludedId", u8: "1",
         written by "watcher", read by "connect, sendmsg programs; watcher", keeps Entries, abi 1, formerly None,

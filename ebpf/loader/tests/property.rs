@@ -54,7 +54,12 @@ struct Case {
 }
 
 fn listed() -> impl Strategy<Value = Listed> {
-    prop_oneof![4 => Just(Listed::EXCLUDED), 1 => Just(Listed::OUTSIDE), 1 => Just(Listed::INCLUDED)]
+    prop_oneof![
+        4 => Just(Listed::EXCLUDED),
+        1 => Just(Listed::OUTSIDE),
+        1 => Just(Listed::INCLUDED),
+        1 => Just(Listed::BY_ROUTE),
+    ]
 }
 
 fn cases() -> impl Strategy<Value = Case> {

@@ -13,13 +13,14 @@ use tracing::{debug, info, warn};
 use crate::{
     apply::OpenNetns,
     model::{
+        pod::Pod,
         reason::{Reason, ReasonCode},
         state::State,
     },
     observe::{
         Observed, budget, cgroup_path, cgroups,
         listeners::listeners,
-        netns::{self, NetnsId, Visitors},
+        netns::{self, NetnsId, Visitor, Visitors},
         processes::{self, PodObservation, Subject},
         routes::{self, Outward},
         user_ns::{self, IdMaps},
@@ -163,18 +164,16 @@ impl Observer {
         }
         // Some at a time, since each comes back with its netns open.
         for batch in to_visit.chunks(self.most_open) {
-            for ((uid, _), found) in batch.iter().zip(self.visit(pods, batch, &enrolled)) {
-                let PodObservation { observed: found, opened, memory, took } = found;
+            for ((uid, _), visit) in batch.iter().zip(self.visit(pods, batch, &enrolled)) {
+                let Visit { found, outward, id_maps, took } = visit;
+                let PodObservation { observed: found, opened, memory, .. } = found;
                 let sidecar = opened.as_ref().and_then(|(_, netns)| self.sidecar(pods, uid, netns.as_fd()));
-                let outward = opened.as_ref().map(|(_, netns)| outward(pods, uid, netns.as_fd()));
-                let id_maps = opened.as_ref().map(|(_, netns)| self.id_maps(pods, uid, netns.as_fd()));
+                let cookie = opened.as_ref().map(|(cookie, _)| *cookie);
                 if self.opened.len() < self.most_open {
                     self.opened.extend(opened.map(|(cookie, fd)| (cookie, Arc::new(fd))));
                 }
                 let Some(entry) = pods.get_mut(uid) else { continue };
-                // One that could not be observed now is what it was.
-                entry.id_maps = id_maps.unwrap_or_else(|| entry.id_maps.take());
-                entry.outward = outward.unwrap_or_else(|| entry.outward.take());
+                entry.take_in(cookie, outward, id_maps);
                 if sidecar.is_some() {
                     entry.sidecar = sidecar;
                 } else if entry.sidecar.is_some() && entry.has_ended() {
@@ -215,48 +214,68 @@ impl Observer {
         Some(about)
     }
 
-    /// How the pod numbers users and groups, if it guards some.
-    fn id_maps(&self, pods: &PodTable, uid: &str, netns: BorrowedFd<'_>) -> Option<IdMaps> {
-        let pod = &pods.get(uid)?.view.pod;
-        let dir = pod.cgroup.as_ref().or_else(|| self.dirs.get(uid))?;
-        if !pod.exclusions.guards.has_ids() {
-            return None;
-        }
-        user_ns::of_netns(netns, dir)
-            .inspect_err(|error| {
-                debug!(uid, %error, "not known how the pod numbers users; it guards none");
-            })
-            .ok()
-            .flatten()
-    }
-
     fn visit(
         &self,
         pods: &PodTable,
         to_visit: &[(String, PathBuf)],
         enrolled: impl Fn(&str) -> Option<u64>,
-    ) -> Vec<PodObservation> {
-        let subjects: Vec<Subject<'_>> = to_visit
+    ) -> Vec<Visit> {
+        let subjects: Vec<(Subject<'_>, &Pod)> = to_visit
             .iter()
             .filter_map(|(uid, dir)| {
                 let entry = pods.get(uid)?;
                 let (addresses, memory) = (&entry.view.pod.addresses, &entry.memory);
                 let current = enrolled(uid).or(entry.held_netns);
-                Some(Subject { dir, addresses, current, memory })
+                Some((Subject { dir, addresses, current, memory }, &*entry.view.pod))
             })
             .collect();
-        self.visitors
-            .visit_each(&subjects, |visitor, subject| processes::observe_pod(visitor, *subject, &self.host))
+        self.visitors.visit_each(&subjects, |visitor, (subject, pod)| {
+            let began = Instant::now();
+            let found = processes::observe_pod(visitor, *subject, &self.host);
+            let netns = found.opened.as_ref().map(|(_, netns)| netns.as_fd());
+            Visit {
+                outward: netns.and_then(|netns| outward(visitor, pod, netns)),
+                id_maps: netns.and_then(|netns| id_maps(pod, subject.dir, netns)),
+                found,
+                took: began.elapsed(),
+            }
+        })
     }
 }
 
+/// What one visit of a pod found.
+struct Visit {
+    found: PodObservation,
+    /// `None`: it was not asked for, or not found out. So are the others.
+    outward: Option<Outward>,
+    id_maps: Option<IdMaps>,
+    /// How long all of it took.
+    took: Duration,
+}
+
 /// What the pod's routes send out of interfaces that it excludes, if it does.
-fn outward(pods: &PodTable, uid: &str, netns: BorrowedFd<'_>) -> Option<Outward> {
-    let patterns = &pods.get(uid)?.view.pod.exclusions.interfaces;
+fn outward(visitor: &Visitor, pod: &Pod, netns: BorrowedFd<'_>) -> Option<Outward> {
+    let patterns = &pod.exclusions.interfaces;
     if patterns.is_empty() {
         return None;
     }
-    netns::run_in(netns, || routes::outward(patterns))
-        .inspect_err(|error| warn!(uid, %error, "the pod's routes are not known; no interface is excluded"))
+    visitor
+        .enter(netns, || routes::outward(patterns))
+        .inspect_err(
+            |error| warn!(uid = pod.uid, %error, "cannot read the pod's routes; what is known of them holds"),
+        )
         .ok()
+}
+
+/// How the pod numbers users and groups, if it guards some.
+fn id_maps(pod: &Pod, dir: &Path, netns: BorrowedFd<'_>) -> Option<IdMaps> {
+    if !pod.exclusions.guards.has_ids() {
+        return None;
+    }
+    user_ns::of_netns(netns, dir)
+        .inspect_err(|error| {
+            debug!(uid = pod.uid, %error, "cannot read how the pod numbers users; what is known of it holds");
+        })
+        .ok()
+        .flatten()
 }

@@ -103,6 +103,8 @@ pub(super) struct PodEntry {
     /// What its routes send out of interfaces that it excludes; `None`: that is not known. Only of one
     /// that excludes some.
     pub outward: Option<Outward>,
+    /// The cookie of the netns that `id_maps` and `outward` are of.
+    read_in: Option<u64>,
     /// The mesh whose sidecar was found in it, which carries its traffic.
     pub sidecar: Option<&'static str>,
     /// When one was last looked for.
@@ -149,6 +151,7 @@ impl PodEntry {
             problem: None,
             id_maps: None,
             outward: None,
+            read_in: None,
             sidecar: None,
             sidecar_looked_for: None,
             ports: PortUses::default(),
@@ -178,14 +181,29 @@ impl PodEntry {
         Arc::new(here)
     }
 
+    /// Takes in what was read in its netns; `netns`: its cookie, if it was found. What could not be read
+    /// is what it was: not known is not gone. Of another netns it says nothing.
+    pub(super) fn take_in(&mut self, netns: Option<u64>, outward: Option<Outward>, id_maps: Option<IdMaps>) {
+        let exclusions = &self.view.pod.exclusions;
+        let is_other = netns.is_some() && netns != self.read_in;
+        if is_other || exclusions.interfaces.is_empty() {
+            self.outward = None;
+        }
+        if is_other || !exclusions.guards.has_ids() {
+            self.id_maps = None;
+        }
+        self.read_in = netns.or(self.read_in);
+        self.outward = outward.or_else(|| self.outward.take());
+        self.id_maps = id_maps.or_else(|| self.id_maps.take());
+    }
+
     /// What its connections are judged by, with its netns `cookie` open.
     pub(super) fn sockets(&self, cookie: u64, netns: Arc<OwnedFd>) -> PodSockets {
         let PodView { pod, observed, .. } = &self.view;
         let guarded = observed.cgroups.iter().filter(|(path, _)| {
-            // A container's cgroup, or one below it.
-            path.ancestors()
-                .take_while(|path| Some(*path) != observed.dir.as_deref())
-                .any(|path| is_guarded(pod, path))
+            // A container's cgroup, which is right below the pod's, or one below it.
+            let below = path.ancestors().take_while(|path| Some(*path) != observed.dir.as_deref());
+            below.last().is_some_and(|container| is_guarded(pod, container))
         });
         PodSockets {
             uid: pod.uid.clone(),
@@ -379,6 +397,28 @@ impl PodEntry {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_cannot_be_read_now_is_what_it_was() {
+        let exclusions = Exclusions { interfaces: ["net1".to_owned()].into(), ..Exclusions::default() };
+        let pod = Pod { exclusions: Arc::new(exclusions), ..Pod::default() };
+        let mut entry = PodEntry::new(Arc::new(pod), 0, Instant::now());
+        let routes = Outward { devices: [7].into(), ..Outward::default() };
+        for (netns, read, known) in [
+            (Some(1), None, None),
+            (Some(1), Some(routes.clone()), Some(&routes)),
+            (Some(1), None, Some(&routes)),
+            (None, None, Some(&routes)),
+            (Some(2), None, None),
+            (Some(2), Some(Outward::default()), Some(&Outward::default())),
+        ] {
+            entry.take_in(netns, read, None);
+            assert_eq!(entry.outward.as_ref(), known, "{netns:?}");
+        }
+        entry.view.pod = Arc::new(Pod::default());
+        entry.take_in(None, None, None);
+        assert_eq!(entry.outward, None);
+    }
 
     #[test]
     fn a_pod_is_observed_ever_more_rarely() {

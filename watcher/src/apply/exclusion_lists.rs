@@ -45,6 +45,7 @@ pub(crate) fn entries(exclusions: &Exclusions) -> ExclusionList {
         add_cidrs(&[Ipv4Net::default().into(), Ipv6Net::default().into()], Listed::OUTSIDE);
         add_cidrs(&included.cidrs, Listed::INCLUDED);
     }
+    add_cidrs(&exclusions.by_route, Listed::BY_ROUTE);
     add_cidrs(&exclusions.outbound_cidrs, Listed::EXCLUDED);
     list.ids = ids(exclusions).collect();
     list
@@ -94,6 +95,7 @@ pub(crate) fn of_entries(list: &ExclusionList) -> Exclusions {
         outbound_included: (has_outside || included != Included::default()).then_some(included),
         inbound_included: has_inbound_outside.then(|| ports(INBOUND, Listed::INCLUDED)),
         interfaces: BTreeSet::new(),
+        by_route: cidrs(Listed::BY_ROUTE),
         devices: of_kind(&list.ids, DEVICE),
         guards: {
             let (users, groups) = (of_kind(&list.ids, USER), of_kind(&list.ids, GROUP));
@@ -182,6 +184,7 @@ mod tests {
                 outbound_ports: exclusions::ports("", &ports.into(), &mut notes),
                 outbound_cidrs: exclusions::cidrs("", &cidrs.into(), &mut notes),
                 inbound_ports: exclusions::ports("", &"15-20".into(), &mut notes),
+                by_route: exclusions::cidrs("", &"172.16.0.0/12,fe00::/9".into(), &mut notes),
                 devices: [7].into(),
                 guards: Guards {
                     users: [0, 1337].into(),

@@ -55,7 +55,7 @@ pub(super) fn in_clear(
         if listeners.iter().any(|(port, _)| *port == local) {
             return pod.exclusions.leaves_outside_at(local);
         }
-        pod.exclusions.leaves_outside(remote)
+        pod.exclusions.leaves_outside(remote, connection.device() != 0)
             || matches!(remote.ip(), IpAddr::V6(v6) if v6.is_unicast_link_local())
     };
     let guarded = |connection: &Connection| {

@@ -160,10 +160,15 @@ pub(crate) fn explanation<'a>(
         .map_err(|error| Report::new(&error).to_string())
 }
 
-/// The cgroup of a container, by its name or its directory's.
+/// The cgroup of a container, by its name, if its id is known, or by that of its directory.
 fn container_cgroup(view: &PodView, name: &str) -> Option<u64> {
-    let id = view.pod.containers.get(name).map_or(name, String::as_str);
-    let is_it = |path: &PathBuf| path.file_name().is_some_and(|found| found.to_string_lossy().contains(id));
+    let is_it = |path: &PathBuf| {
+        let directory = path.file_name().and_then(|directory| directory.to_str());
+        directory.is_some_and(|directory| match view.pod.containers.get(name) {
+            Some(id) => directory.contains(id.as_str()),
+            None => directory == name,
+        })
+    };
     let mut below =
         view.observed.cgroups.iter().filter(|(path, _)| path.parent() == view.observed.dir.as_deref());
     below.find(|(path, _)| is_it(path)).map(|(_, id)| *id)

@@ -104,7 +104,7 @@ fn rows(found: &Exclusions, levels: &[Level], here: &Here<'_>) -> Vec<Row> {
     ports("includeInboundPorts", found.inbound_included.as_deref().unwrap_or_default(), |lists| {
         lists.inbound.included_ports.as_deref().unwrap_or_default()
     });
-    for range in &found.outbound_cidrs {
+    for range in found.outbound_cidrs.iter().chain(&found.by_route) {
         let mut origins = from(&|lists| meet(range, &lists.outbound.excluded_cidrs));
         if meet(range, here.routes) {
             origins.extend(

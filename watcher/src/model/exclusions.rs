@@ -50,7 +50,10 @@ pub struct Exclusions {
     pub inbound_included: Option<Vec<RangeInclusive<u16>>>,
     /// Interfaces, as patterns: what leaves by them bypasses the tunnel.
     pub interfaces: BTreeSet<String>,
-    /// The numbers of those in the pod's netns; what they are the way to is among `outbound_cidrs`.
+    /// Where the pod's routes send by these. It bypasses the tunnel, but for sockets that are bound to
+    /// another interface. No range lies within one of `outbound_cidrs`.
+    pub by_route: Vec<IpNet>,
+    /// The numbers of those in the pod's netns.
     pub devices: BTreeSet<u32>,
     /// Processes whose connections bypass the tunnel, whatever their destination.
     pub guards: Guards,
@@ -78,6 +81,7 @@ impl Exclusions {
     pub fn takes_entries(&self) -> bool {
         !self.outbound_ports.is_empty()
             || !self.outbound_cidrs.is_empty()
+            || !self.by_route.is_empty()
             || !self.inbound_ports.is_empty()
             || self.outbound_included.is_some()
             || self.inbound_included.is_some()
@@ -85,16 +89,20 @@ impl Exclusions {
             || self.guards.has_ids()
     }
 
-    /// Whether a connection to `to`, of a process that is not guarded, bypasses the tunnel.
+    /// Whether a connection to `to`, of a process that is not guarded, bypasses the tunnel. `is_bound`:
+    /// to an interface, which is none of those that are excluded.
     #[must_use]
-    pub fn leaves_outside(&self, to: SocketAddr) -> bool {
+    pub fn leaves_outside(&self, to: SocketAddr, is_bound: bool) -> bool {
         let (has_port, has_address) = (has_port(to.port()), has_address(to.ip()));
-        has_port(&self.outbound_ports)
-            || has_address(&self.outbound_cidrs)
-            || self
-                .outbound_included
-                .as_ref()
-                .is_some_and(|Included { ports, cidrs }| !has_port(ports) && !has_address(cidrs))
+        if has_port(&self.outbound_ports) || has_address(&self.outbound_cidrs) {
+            return true;
+        }
+        if has_address(&self.by_route) {
+            return !is_bound;
+        }
+        self.outbound_included
+            .as_ref()
+            .is_some_and(|Included { ports, cidrs }| !has_port(ports) && !has_address(cidrs))
     }
 
     /// Whether a connection from somebody else to its own `port` bypasses the tunnel.
@@ -105,13 +113,13 @@ impl Exclusions {
             || self.inbound_included.as_deref().is_some_and(|ports| !has_port(ports))
     }
 
-    /// Excludes these addresses and interfaces besides.
+    /// Excludes these interfaces besides, and the addresses that routes send by them.
     pub fn exclude_also(&mut self, ranges: &[IpNet], devices: &BTreeSet<u32>) {
-        let all: Vec<IpNet> = self.outbound_cidrs.iter().chain(ranges).copied().collect();
-        self.outbound_cidrs = IpNet::aggregate(&all);
+        // The narrower range would count: it must not undo the wider one.
+        self.by_route = outside_of(&IpNet::aggregate(&ranges.to_vec()), &self.outbound_cidrs);
         self.devices.extend(devices);
         if let Some(included) = &mut self.outbound_included {
-            included.cidrs.retain(|cidr| !self.outbound_cidrs.iter().any(|other| other.contains(cidr)));
+            included.cidrs = outside_of(&included.cidrs, &self.by_route);
         }
     }
 
@@ -160,6 +168,23 @@ pub(super) fn union<'a>(ranges: impl Iterator<Item = &'a RangeInclusive<u16>>) -
         }
     }
     merged.into_iter().map(|(first, last)| first..=last).collect()
+}
+
+/// Those of `ranges` that are not within one of `others`, merged. `others` is merged and in order.
+/// What of a range another one excludes stays within it: the narrowest range counts.
+pub(super) fn outside_of(ranges: &[IpNet], others: &[IpNet]) -> Vec<IpNet> {
+    let is_within = |range: &&IpNet| {
+        // Ranges nest or are apart: only the last one that begins before it can have it.
+        let after = others.partition_point(|other| begin(other) <= begin(range));
+        after.checked_sub(1).is_some_and(|at| others[at].contains(*range))
+    };
+    let left: Vec<IpNet> = ranges.iter().filter(|range| !is_within(range)).copied().collect();
+    IpNet::aggregate(&left)
+}
+
+/// IPv4 before IPv6, as [`IpNet::aggregate`] orders them.
+fn begin(range: &IpNet) -> (bool, IpAddr) {
+    (matches!(range, IpNet::V6(_)), range.network())
 }
 
 /// `*` is every port.
@@ -271,6 +296,28 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn what_routes_exclude_counts_for_sockets_that_take_them() {
+        let list = |text: &str| cidrs("", &text.into(), &mut Notes::default());
+        let mut here = Exclusions {
+            outbound_cidrs: list("10.9.0.0/16"),
+            outbound_included: Some(Included { ports: Vec::new(), cidrs: list("10.6.0.0/16,10.7.1.0/24") }),
+            ..Exclusions::default()
+        };
+        here.exclude_also(&list("10.7.0.0/16,10.9.8.0/24"), &[7].into());
+        assert_eq!(here.by_route, list("10.7.0.0/16"));
+        assert_eq!(here.outbound_included.as_ref().unwrap().cidrs, list("10.6.0.0/16"));
+        for (to, free, bound) in [
+            ("10.7.1.1:80", true, false),
+            ("10.9.8.1:80", true, true),
+            ("10.6.1.1:80", false, false),
+            ("192.0.2.1:80", true, true),
+        ] {
+            let leaves = [false, true].map(|is_bound| here.leaves_outside(to.parse().unwrap(), is_bound));
+            assert_eq!(leaves, [free, bound], "{to}");
+        }
+    }
 
     fn read_ports(value: &Value) -> (Vec<RangeInclusive<u16>>, usize) {
         let mut notes = Notes::default();

@@ -13,7 +13,7 @@ use std::{collections::BTreeSet, ops::RangeInclusive};
 use ipnet::IpNet;
 
 use super::{
-    exclusions::{Exclusions, Included, union},
+    exclusions::{Exclusions, Included, outside_of, union},
     guards::{GuardList, Guards},
 };
 
@@ -83,6 +83,7 @@ pub fn effective(levels: &[&Lists]) -> Exclusions {
         outbound_included: included,
         inbound_included,
         interfaces,
+        by_route: Vec::new(),
         devices: BTreeSet::new(),
         guards: Guards::effective(levels.iter().map(|lists| &lists.guards)),
     }
@@ -114,23 +115,6 @@ fn without(ranges: &[RangeInclusive<u16>], others: &[RangeInclusive<u16>]) -> Ve
 fn ports(first: u32, last: Option<u32>) -> Option<RangeInclusive<u16>> {
     let (first, last) = (u16::try_from(first).ok()?, u16::try_from(last?).ok()?);
     (first <= last).then_some(first..=last)
-}
-
-/// Those of `ranges` that are not within one of `others`, merged. `others` is merged and in order.
-/// What of a range another one excludes stays within it: the narrowest range counts.
-fn outside_of(ranges: &[IpNet], others: &[IpNet]) -> Vec<IpNet> {
-    let is_within = |range: &&IpNet| {
-        // Ranges nest or are apart: only the last one that begins before it can have it.
-        let after = others.partition_point(|other| begin(other) <= begin(range));
-        after.checked_sub(1).is_some_and(|at| others[at].contains(*range))
-    };
-    let left: Vec<IpNet> = ranges.iter().filter(|range| !is_within(range)).copied().collect();
-    IpNet::aggregate(&left)
-}
-
-/// IPv4 before IPv6, as [`IpNet::aggregate`] orders them.
-fn begin(range: &IpNet) -> (bool, std::net::IpAddr) {
-    (matches!(range, IpNet::V6(_)), range.network())
 }
 
 #[cfg(test)]
@@ -241,7 +225,7 @@ mod tests {
             let together = effective(&levels.iter().collect::<Vec<_>>());
             for to in ["10.1.2.3:80", "10.1.2.4:443", "10.2.0.1:81", "8.8.8.8:80", "8.8.8.8:443", "[fd00::1]:80", "[2001:db8::1]:79"] {
                 let to: SocketAddr = to.parse().unwrap();
-                prop_assert_eq!(together.leaves_outside(to), is_outside(&levels, to), "{} of {:?}", to, levels);
+                prop_assert_eq!(together.leaves_outside(to, false), is_outside(&levels, to), "{} of {:?}", to, levels);
             }
         }
     }

@@ -8,7 +8,11 @@ use netlink_packet_sock_diag::{
 };
 use rtnetlink::sys::protocols::NETLINK_SOCK_DIAG;
 
-use super::{cgroups::CgroupId, connections, netlink, reserved_ports::PortSocket};
+use super::{
+    cgroups::CgroupId,
+    connections, netlink,
+    reserved_ports::{PortSocket, PortSockets},
+};
 
 /// A port that others can dial, and 4 or 6: the family of the socket. An IPv6 socket may serve IPv4
 /// too.
@@ -28,7 +32,7 @@ pub(crate) fn listening() -> io::Result<BTreeSet<Listening>> {
 pub(crate) struct Listeners {
     /// Those that others can dial, as of [`listening`].
     pub dialled: BTreeSet<Listening>,
-    /// Those on certain ports, on loopback too.
+    /// Those on certain ports, on loopback too: one of each port, cgroup and user, and a few of each port.
     pub on_ports: Vec<PortSocket>,
 }
 
@@ -37,17 +41,14 @@ pub(crate) struct Listeners {
 /// # Errors
 /// As of [`listening`].
 pub(crate) fn listeners(ports: &[u16]) -> io::Result<Listeners> {
-    let mut found = Listeners::default();
+    let (mut dialled, mut on_ports) = (BTreeSet::new(), PortSockets::default());
     each_listener(|response| {
-        found.dialled.extend(dialled_from_outside(response));
-        let port = response.header.socket_id.source_port;
-        if ports.contains(&port) {
-            let (inode, cgroup_id) = (response.header.inode, connections::cgroup_of(response));
-            let uid = response.header.uid;
-            found.on_ports.push(PortSocket { port, is_udp: false, uid, inode, cgroup_id });
+        dialled.extend(dialled_from_outside(response));
+        if ports.contains(&response.header.socket_id.source_port) {
+            on_ports.add(PortSocket::of(response, false));
         }
     })?;
-    Ok(found)
+    Ok(Listeners { dialled, on_ports: on_ports.into_vec() })
 }
 
 /// The ids of the cgroups in which the listeners on `port` were made that others can dial. Before

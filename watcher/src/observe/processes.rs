@@ -81,8 +81,6 @@ pub(crate) struct PodObservation {
     pub opened: Option<(u64, OwnedFd)>,
     /// For the next observation.
     pub memory: Memory,
-    /// How long it took.
-    pub took: Duration,
 }
 
 /// Observes a pod. `host` are the netns of the node itself. Each netns is entered every time: its
@@ -92,7 +90,6 @@ pub(crate) fn observe_pod(
     subject: Subject<'_>,
     host: &BTreeSet<NetnsId>,
 ) -> PodObservation {
-    let began = Instant::now();
     let mut search = Search {
         visitor,
         subject,
@@ -118,7 +115,7 @@ pub(crate) fn observe_pod(
         }
     };
     let opened = opened.filter(|_| observed.netns.len() == 1);
-    PodObservation { observed, opened, memory, took: began.elapsed() }
+    PodObservation { observed, opened, memory }
 }
 
 /// Why a search ends early.

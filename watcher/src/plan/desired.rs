@@ -88,7 +88,9 @@ pub(crate) fn pod_plan(view: &PodView, circumstances: &Circumstances) -> PodPlan
     };
     let has_guards = matches!(eligibility, Eligibility::Eligible(_));
     let guarded = |path: &Path| {
-        let flags = if has_guards && is_guarded(pod, path) { flag::GUARDED } else { 0 };
+        // The pod's own directory is no container's, whatever it is called.
+        let is_container = observed.dir.as_deref() != Some(path);
+        let flags = if has_guards && is_container && is_guarded(pod, path) { flag::GUARDED } else { 0 };
         CgroupInfo { flags: info.flags | flags, ..info }
     };
     plan.cgroups = entered(observed).map(|(path, id)| (*id, guarded(path))).collect();

@@ -168,7 +168,7 @@ mod tests {
     fn istios_inclusion_lists_mean_what_they_mean_there() {
         let outside = |annotations: Value, to: &str| {
             let pod = read(&[ForeignMesh::Istio], &annotations);
-            effective(&[&pod.lists]).leaves_outside(to.parse().unwrap())
+            effective(&[&pod.lists]).leaves_outside(to.parse().unwrap(), false)
         };
         let ports = "traffic.sidecar.istio.io/includeOutboundPorts";
         let ranges = "traffic.sidecar.istio.io/includeOutboundIPRanges";

@@ -323,6 +323,23 @@ fn inclusion_lists_leave_the_rest_outside_and_exclusion_beats_them() {
     }
 }
 
+/// A socket that is bound to an interface does not take a route out of another one.
+#[test]
+fn a_range_by_route_is_excluded_for_sockets_that_take_the_route() {
+    let mut facts = facts(IN_MESH | READY | EXCLUDES_DEVICES);
+    let net = CidrPrefix { is_v4: true, first: mapped([10, 7, 0, 0]), length: MAPPED_BITS + 16 };
+    facts.listed_cidrs.push((3, net, Listed::BY_ROUTE));
+    facts.excluded_ids.insert((3, INTERFACE, DEVICE + 1));
+    for (device, rule) in
+        [(0, Rule::ExcludedCidr), (DEVICE + 1, Rule::ExcludedDevice), (DEVICE, Rule::Redirect)]
+    {
+        facts.device = device;
+        assert_eq!(verdict(&facts, mapped([10, 7, 1, 1]), 80).rule(), rule, "{device}");
+    }
+    assert_eq!(Listed::of_value(Listed::BY_ROUTE.value()), Listed::BY_ROUTE);
+    assert_eq!(Listed::of_value(Listed::BY_ROUTE.value() + 1), Listed::NO);
+}
+
 #[test]
 fn the_first_inbound_rule_that_applies_wins() {
     let ready = IN_MESH | READY;
