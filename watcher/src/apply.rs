@@ -46,7 +46,7 @@ use crate::{
 
 use self::{
     app_listeners::{AppListeners, OnReservedPorts},
-    clear_audit::ClearAudit,
+    clear_audit::{Audited, ClearAudit},
     draining::DrainingNetns,
     in_clear::PodSockets,
     journal::Journal,
@@ -357,7 +357,7 @@ impl Applier {
     }
 
     /// How many connections `pods` have made since the last look that no tunnel carries.
-    pub(crate) fn audit(&mut self, pods: &[PodSockets], tunnels: &BTreeSet<CgroupId>) -> usize {
+    pub(crate) fn audit(&mut self, pods: &[PodSockets], tunnels: &BTreeSet<CgroupId>) -> Audited {
         let kernel = &self.kernel;
         let is_kubelets = |connection: &Connection| {
             // As its opener sees it.

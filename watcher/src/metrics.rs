@@ -89,6 +89,13 @@ const CONNECTIONS_IN_CLEAR: MetricRow = MetricRow {
     labels: "",
     help: "Connections that scans found at pods in fail mode `closed` after they were enrolled, and that no tunnel carries: always 0, unless something is wrong; the log names them",
 };
+const CONNECTIONS_NOT_AUDITED: MetricRow = MetricRow {
+    name: "connections_not_audited",
+    kind: "counter",
+    unit: None,
+    labels: "",
+    help: "Connections that scans found the same way at pods that guard a group, and whose process was not found: a guard may leave them alone",
+};
 const RESERVED_PORT_USES: MetricRow = MetricRow {
     name: "reserved_port_uses",
     kind: "gauge",
@@ -122,6 +129,7 @@ pub(crate) const METRICS: &[MetricRow] = &[
     CORRECTIONS,
     CONNECTIONS_CUT,
     CONNECTIONS_IN_CLEAR,
+    CONNECTIONS_NOT_AUDITED,
     RESERVED_PORT_USES,
     VERDICTS,
     TUNNELS,
@@ -198,6 +206,7 @@ pub(crate) struct Metrics {
     corrections: Counter,
     cut: Counter,
     in_clear: Counter,
+    not_audited: Counter,
     reserved_ports: Family<PortLabel, Gauge>,
     verdicts: Family<RuleLabel, Counter>,
     /// Where `verdicts` come from, once the programs are loaded.
@@ -223,6 +232,8 @@ impl Metrics {
         let corrections = register(&mut registry, &CORRECTIONS, Counter::<u64, AtomicU64>::default());
         let cut = register(&mut registry, &CONNECTIONS_CUT, Counter::<u64, AtomicU64>::default());
         let in_clear = register(&mut registry, &CONNECTIONS_IN_CLEAR, Counter::<u64, AtomicU64>::default());
+        let not_audited =
+            register(&mut registry, &CONNECTIONS_NOT_AUDITED, Counter::<u64, AtomicU64>::default());
         let reserved_ports = Family::<PortLabel, Gauge>::default();
         for label in &PORT_LABELS {
             drop(reserved_ports.get_or_create(label));
@@ -241,6 +252,7 @@ impl Metrics {
             corrections,
             cut,
             in_clear,
+            not_audited,
             reserved_ports,
             verdicts,
             counted_by: OnceLock::new(),
@@ -280,8 +292,9 @@ impl Metrics {
     }
 
     /// So many connections were found in clear that should not be.
-    pub(crate) fn connections_in_clear(&self, count: u64) {
+    pub(crate) fn connections_in_clear(&self, count: u64, not_audited: u64) {
         self.in_clear.inc_by(count);
+        self.not_audited.inc_by(not_audited);
     }
 
     /// So many pods have applications on each of the tunnel's ports.

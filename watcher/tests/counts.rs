@@ -23,6 +23,7 @@ while True:
 ";
 
 const METRICS: &str = "127.0.0.1:15099";
+const FOUND: &str = "adit_watcher_connections_in_clear_total";
 
 /// A client in the mesh of node 0 and a server outside it on node 1.
 fn client_and_server() -> (Cluster, ClusterPod, ClusterPod) {
@@ -81,31 +82,68 @@ fn verdicts_are_counted_by_rule_and_pod() {
     assert_eq!(metric(&cluster, redirect), 3);
 }
 
+/// What all pods of node 0 guard.
+fn guard(cluster: &Cluster, guards: &str) {
+    let path = cluster.nodes[0].pods_file();
+    let text = fs::read_to_string(&path).unwrap();
+    let pods: String =
+        text.lines().filter(|line| !line.starts_with("mesh:")).flat_map(|line| [line, "\n"]).collect();
+    let next = path.with_extension("guards");
+    fs::write(&next, format!("{pods}mesh: {{guards: '{guards}'}}\n")).unwrap();
+    fs::rename(next, path).unwrap();
+}
+
+/// No list of sockets tells a group: what a guarded one has in clear is right, and what others have is
+/// found all the same.
+#[test]
+#[ignore = "loads eBPF, needs root: make test"]
+fn pods_that_guard_a_group_are_audited_too() {
+    let (cluster, client, server) = client_and_server();
+    guard(&cluster, "gid:0");
+    let _kept = keep(&cluster, &client, &server);
+    let guarded = || metric(&cluster, r#"adit_watcher_verdicts_total{rule="leave: caller is guarded"}"#);
+    wait_for("guarded connections, and scans meanwhile", || (guarded() >= 5).then_some(()));
+    assert_eq!(metric(&cluster, FOUND), 0, "{}", cluster.nodes[0].watcher_log());
+    guard(&cluster, "gid:4242");
+    let opened = || metric(&cluster, r#"adit_watcher_verdicts_total{rule="redirect to the tunnel"}"#);
+    wait_for("connections by the tunnel, and scans meanwhile", || (opened() >= 4).then_some(()));
+    assert_eq!(metric(&cluster, FOUND), 0, "{}", cluster.nodes[0].watcher_log());
+    wait_for("a connection in clear to be counted", || {
+        unlink(&cluster);
+        (metric(&cluster, FOUND) > 0).then_some(())
+    });
+    assert_eq!(metric(&cluster, "adit_watcher_connections_not_audited_total"), 0);
+}
+
+fn links(cluster: &Cluster) -> Vec<fs::DirEntry> {
+    let folder = cluster.bpffs().join("adit").join(&cluster.nodes[0].pins_name).join("links");
+    let all = fs::read_dir(folder).unwrap().flatten();
+    all.filter(|link| link.file_name().to_string_lossy().contains("connect")).collect()
+}
+
+/// A scan makes them again.
+fn unlink(cluster: &Cluster) {
+    for link in links(cluster) {
+        let _ = fs::remove_file(link.path());
+    }
+}
+
 /// Somebody removes a link of the programs: what passes meanwhile is found, with the pod and both ends.
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn connections_that_passed_the_programs_are_counted_and_named() {
-    const FOUND: &str = "adit_watcher_connections_in_clear_total";
     let (cluster, client, server) = client_and_server();
     let _kept = keep(&cluster, &client, &server);
     let opened = || metric(&cluster, r#"adit_watcher_verdicts_total{rule="redirect to the tunnel"}"#);
     wait_for("connections by the tunnel, and scans meanwhile", || (opened() >= 4).then_some(()));
     assert_eq!(metric(&cluster, FOUND), 0, "{}", cluster.nodes[0].watcher_log());
 
-    let links = || {
-        let folder = cluster.bpffs().join("adit").join(&cluster.nodes[0].pins_name).join("links");
-        let all = fs::read_dir(folder).unwrap().flatten();
-        all.filter(|link| link.file_name().to_string_lossy().contains("connect")).collect::<Vec<_>>()
-    };
-    let links_before = links().len();
+    let links_before = links(&cluster).len();
     wait_for("a connection in clear to be counted", || {
-        // A scan makes them again.
-        for link in links() {
-            let _ = fs::remove_file(link.path());
-        }
+        unlink(&cluster);
         (metric(&cluster, FOUND) > 0).then_some(())
     });
-    wait_for("the links to be made again", || (links().len() == links_before).then_some(()));
+    wait_for("the links to be made again", || (links(&cluster).len() == links_before).then_some(()));
     assert!(cluster.nodes[0].watcher_log().contains("removed links of ours"));
     let log = cluster.nodes[0].watcher_log();
     let line = log.lines().find(|line| line.contains("no tunnel carries")).unwrap_or_else(|| panic!("{log}"));

@@ -17,9 +17,7 @@ impl Agent {
         let config = &self.config;
         let audited = self.pods.iter().filter(|entry| {
             let mode = entry.view.pod.fail_mode.unwrap_or(config.fail_mode);
-            // Of which group a socket's process is, no list of sockets says.
-            let is_told = entry.view.pod.exclusions.guards.groups.is_empty();
-            entry.state == Some(State::Open) && mode == FailMode::Closed && !entry.object_gone && is_told
+            entry.state == Some(State::Open) && mode == FailMode::Closed && !entry.object_gone
         });
         let audited = audited.filter_map(|entry| Some((entry.view.eligibility.facts()?.cookie, entry)));
         let audited: BTreeMap<u64, _> = audited.collect();

@@ -212,6 +212,7 @@ impl PodEntry {
             exclusions: self.exclusions_here(),
             guarded: guarded.map(|(_, id)| *id).collect(),
             cgroups: observed.cgroups.values().copied().collect(),
+            dirs: observed.cgroups.clone(),
         }
     }
 

@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use crate::{
+    apply::clear_audit::Audited,
     control::status::{EventsStatus, SourceStatus},
     metrics::Metrics,
     model::{pod::Update, reason::Reason, state::State},
@@ -109,9 +110,10 @@ impl Reporter {
         self.metrics.connections_cut(count as u64);
     }
 
-    /// So many connections were found that no tunnel carries, and one should.
-    pub(super) fn connections_in_clear(&self, count: usize) {
-        self.metrics.connections_in_clear(count as u64);
+    /// So many connections were found that no tunnel carries, and one should; and so many that a guard
+    /// may leave alone.
+    pub(super) fn connections_in_clear(&self, found: Audited) {
+        self.metrics.connections_in_clear(found.in_clear as u64, found.not_audited as u64);
     }
 
     /// So many pods have applications on each of the tunnel's ports.

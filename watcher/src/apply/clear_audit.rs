@@ -21,6 +21,7 @@ use crate::observe::{
     connections::{self, Connection},
     listeners::listening,
     netns::Visitors,
+    reserved_ports::{Holders, dir_of},
 };
 
 use super::in_clear::{PodSockets, in_clear};
@@ -67,20 +68,24 @@ impl ClearAudit {
         pods: &[PodSockets],
         tunnels: &BTreeSet<CgroupId>,
         is_kubelets: impl Fn(&Connection) -> bool,
-    ) -> usize {
-        let results = visitors
-            .visit_each(pods, |visitor, pod| visitor.enter(pod.netns.as_fd(), || now_in_clear(pod, tunnels)));
-        let mut count = 0;
+    ) -> Audited {
+        let known = &self.known;
+        let results = visitors.visit_each(pods, |visitor, pod| {
+            let known = known.get(&pod.cookie);
+            visitor.enter(pod.netns.as_fd(), || now_in_clear(pod, tunnels, known))
+        });
+        let mut audited = Audited::default();
         for (pod, found) in pods.iter().zip(results) {
             match found {
                 Ok(mut found) => {
                     found.lasting.retain(|connection| !is_kubelets(connection));
-                    count += self.compare(pod, &found);
+                    audited.in_clear += self.compare(pod, &found);
+                    audited.not_audited += found.not_audited;
                 }
                 Err(error) => debug!(uid = pod.uid, %error, "cannot list the connections of a pod"),
             }
         }
-        count
+        audited
     }
 
     fn compare(&mut self, pod: &PodSockets, found: &InClear) -> usize {
@@ -94,6 +99,15 @@ impl ClearAudit {
     }
 }
 
+/// How many connections a look found.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Audited {
+    /// No tunnel carries them, and one should.
+    pub in_clear: usize,
+    /// No tunnel carries them, and a guard of a group may leave them alone: their process was not found.
+    pub not_audited: usize,
+}
+
 /// What a netns has in clear.
 #[derive(Debug)]
 struct InClear {
@@ -102,10 +116,16 @@ struct InClear {
     /// What was established, and is so a moment later. The kernel's list is not one moment's: an end
     /// that closes meanwhile may be missing in it.
     lasting: Vec<Connection>,
+    /// As of [`Audited`], of those that are new.
+    not_audited: usize,
 }
 
 /// What the pod's netns, in which this thread is, has in clear.
-fn now_in_clear(pod: &PodSockets, tunnels: &BTreeSet<CgroupId>) -> io::Result<InClear> {
+fn now_in_clear(
+    pod: &PodSockets,
+    tunnels: &BTreeSet<CgroupId>,
+    known: Option<&BTreeSet<SocketCookie>>,
+) -> io::Result<InClear> {
     let look = || Ok::<_, io::Error>(in_clear(connections::connections()?, &listening()?, pod, tunnels));
     let mut lasting = look()?;
     let mut all: BTreeSet<SocketCookie> = lasting.iter().map(Connection::cookie).collect();
@@ -114,7 +134,24 @@ fn now_in_clear(pod: &PodSockets, tunnels: &BTreeSet<CgroupId>) -> io::Result<In
         lasting.retain(|connection| connection.is_established && again.contains(&connection.cookie()));
         all.extend(again);
     }
-    Ok(InClear { all, lasting })
+    let mut not_audited = 0;
+    if let Some(known) = known.filter(|_| !pod.exclusions.guards.groups.is_empty()) {
+        let mut holders = Holders::new();
+        lasting.retain(|connection| {
+            if known.contains(&connection.cookie()) {
+                return false;
+            }
+            let group = group_of(&mut holders, pod, connection);
+            not_audited += usize::from(group.is_none());
+            group.is_some_and(|group| !pod.exclusions.guards.groups.contains(&group))
+        });
+    }
+    Ok(InClear { all, lasting, not_audited })
+}
+
+/// The group of the process that has a connection of the pod, which no list of sockets tells.
+fn group_of(holders: &mut Holders, pod: &PodSockets, connection: &Connection) -> Option<u32> {
+    holders.group(dir_of(&pod.dirs, connection.cgroup_id?)?, connection.inode)
 }
 
 #[cfg(test)]
@@ -144,11 +181,13 @@ mod tests {
             exclusions: Arc::default(),
             guarded: BTreeSet::new(),
             cgroups: [1].into(),
+            dirs: BTreeMap::new(),
         };
         let connection =
             |number| Connection::between("10.0.0.2:40000", "10.0.1.1:80", 1).with_cookie([number; 8]);
         // Those that were still being made, and those that are established.
         let found = |begun: &[u8], lasting: &[u8]| InClear {
+            not_audited: 0,
             all: begun.iter().chain(lasting).map(|number| [*number; 8]).collect(),
             lasting: lasting.iter().copied().map(connection).collect(),
         };

@@ -1,6 +1,12 @@
 //! Which connections of an enrolled pod no tunnel carries, though one should.
 
-use std::{collections::BTreeSet, net::IpAddr, os::fd::OwnedFd, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::Arc,
+};
 
 use crate::{
     model::exclusions::Exclusions,
@@ -27,6 +33,8 @@ pub(crate) struct PodSockets {
     pub guarded: BTreeSet<CgroupId>,
     /// Its cgroups.
     pub cgroups: BTreeSet<CgroupId>,
+    /// Their directories.
+    pub dirs: BTreeMap<PathBuf, CgroupId>,
 }
 
 /// Those of `found`, all connections of the pod's netns, that left the pod, or came to it, in
@@ -96,6 +104,7 @@ mod tests {
             exclusions: Arc::new(exclusions),
             guarded: BTreeSet::new(),
             cgroups: [pod_cgroup].into(),
+            dirs: BTreeMap::new(),
         };
         let listeners = [(8080, 6), (9000, 4)].into();
         let cut = [

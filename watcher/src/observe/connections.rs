@@ -33,6 +33,8 @@ pub(crate) struct Connection {
     pub uid: u32,
     /// Whether both ends have agreed on it, and neither has closed it.
     pub is_established: bool,
+    /// As `/proc/PID/fd` names its socket.
+    pub inode: u32,
     family: u8,
     id: SocketId,
 }
@@ -47,6 +49,7 @@ impl Connection {
             cgroup_id,
             uid: response.header.uid,
             is_established: response.header.state == TCP_ESTABLISHED,
+            inode: response.header.inode,
             family: response.header.family,
             id,
         }
@@ -67,7 +70,16 @@ impl Connection {
     pub(crate) fn between(local: &str, remote: &str, cgroup_id: CgroupId) -> Self {
         let (local, remote) = (local.parse().expect("an address"), remote.parse().expect("an address"));
         let id = SocketId::new_v4();
-        Self { local, remote, cgroup_id: Some(cgroup_id), uid: 0, is_established: true, family: AF_INET, id }
+        Self {
+            local,
+            remote,
+            cgroup_id: Some(cgroup_id),
+            uid: 0,
+            is_established: true,
+            inode: 0,
+            family: AF_INET,
+            id,
+        }
     }
 
     /// The same with another socket.
@@ -160,6 +172,7 @@ pub fn can_cut() -> io::Result<()> {
         cgroup_id: None,
         uid: 0,
         is_established: false,
+        inode: 0,
         family: AF_INET,
         id: SocketId { cookie: [0xff; 8], ..SocketId::new_v4() },
     };

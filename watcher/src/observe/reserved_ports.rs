@@ -140,6 +140,12 @@ impl Holders {
         })
     }
 
+    /// The real group of a process of the cgroup `dir` that has the socket `inode`; `None`: none is found.
+    pub(crate) fn group(&mut self, dir: &Path, inode: u32) -> Option<u32> {
+        let (pid, _) = self.find(dir, None, inode)?;
+        Some(Process::new(pid).ok()?.status().ok()?.rgid)
+    }
+
     fn has(&mut self, pid: i32, inode: u32) -> Option<(i32, String)> {
         if self.left == 0 {
             return None;
@@ -186,6 +192,7 @@ mod tests {
         if cgroups::has_process(&dir, own, PROCESSES).unwrap() {
             assert_eq!(find(&dir, None), Some(own));
         }
+        assert_eq!(Holders::new().group(Path::new("/nowhere"), only.inode), None);
         let mut spent = Holders { left: 1 };
         assert_eq!(spent.find(&dir, Some(own), only.inode), None);
         assert_eq!(spent.left, 0);
