@@ -28,8 +28,12 @@ pub fn times(rig: &Rig, namespace: &str, url: &str, at_a_time: u8) -> Vec<Durati
     });
     assert!(ended.is_some(), "{}\n{}", logs(), rig.system_story());
     let micros = |line: &str| line.strip_prefix("answered after ")?.split(' ').next()?.parse().ok();
-    let mut times: Vec<Duration> = logs().lines().filter_map(micros).map(Duration::from_micros).collect();
-    assert_eq!(times.len(), 10, "{}", logs());
+    // A kubelet may not find the log of a container that has just ended.
+    let all = try_wait_slowly(LIMIT, || {
+        let times: Vec<Duration> = logs().lines().filter_map(micros).map(Duration::from_micros).collect();
+        (times.len() == 10).then_some(times)
+    });
+    let mut times = all.unwrap_or_else(|| panic!("not ten: {}", logs()));
     times.sort_unstable();
     times
 }
