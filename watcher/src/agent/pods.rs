@@ -1,6 +1,8 @@
 //! The table of pods: those that the source named, and what is known of each.
 //!
 //! * `update`: takes in what the source sends
+//! * `schedule`: when something is to be done for which pod
+//! * `lists`: the exclusion lists of pods, and their ids
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -20,7 +22,7 @@ use crate::{
         state::State,
     },
     observe::{
-        Observed, budget,
+        Observed,
         cgroups::{self, CgroupId},
     },
     plan::{Eligibility, PodPlan, PodView, claims::Claims, eligibility},
@@ -28,6 +30,8 @@ use crate::{
 
 use super::pod_entry::{PodEntry, RETRY_PAUSE, UntilFound};
 
+mod lists;
+mod schedule;
 mod update;
 
 /// An entry of the source that is not used, and why.
@@ -170,17 +174,6 @@ impl PodTable {
         self.entries.values_mut().find(has_it)
     }
 
-    /// When the first pod is looked at for applications on the tunnel's ports.
-    pub(super) fn ports_due(&self) -> Option<Instant> {
-        self.iter().filter_map(|entry| entry.ports.due()).min()
-    }
-
-    /// The pods that are looked at for that now.
-    pub(super) fn with_ports_due(&self, now: Instant) -> Vec<String> {
-        let due = self.iter().filter(|entry| entry.ports.due().is_some_and(|at| at <= now));
-        due.map(|entry| entry.view.pod.uid.clone()).collect()
-    }
-
     /// Has a cgroup entry compared that belongs to no plan yet.
     pub(super) fn add_stray(&mut self, plan: PodPlan) {
         self.gone.push((String::new(), plan));
@@ -269,73 +262,11 @@ impl PodTable {
         evaluation
     }
 
-    /// The exclusions of a pod, and their id; 0: they take no entries. Other exclusions have another id,
-    /// so that the programs see the old list or the new one and nothing between; equal ones share
-    /// theirs.
-    pub(super) fn exclusions(&mut self, uid: &str) -> (u32, Arc<Exclusions>) {
-        let Some(entry) = self.entries.get_mut(uid) else { return Default::default() };
-        let exclusions = entry.exclusions_here();
-        (self.exclusion_id(uid, &exclusions), exclusions)
-    }
-
-    fn exclusion_id(&mut self, uid: &str, exclusions: &Arc<Exclusions>) -> u32 {
-        let Some(entry) = self.entries.get_mut(uid) else { return 0 };
-        if !exclusions.takes_entries() {
-            entry.exclusions = None;
-            return 0;
-        }
-        if let Some((id, before)) = &entry.exclusions
-            && before == exclusions
-        {
-            return *id;
-        }
-        let exclusions = Arc::clone(exclusions);
-        let id = self.exclusion_ids.get(&exclusions).copied().unwrap_or_else(|| {
-            self.last_exclusion_id = self.last_exclusion_id.wrapping_add(1).max(1);
-            self.last_exclusion_id
-        });
-        entry.exclusions = Some((id, Arc::clone(&exclusions)));
-        // Of lists that no pod has any more, nothing is remembered.
-        let known: BTreeSet<u32> =
-            self.iter().filter_map(|entry| Some(entry.exclusions.as_ref()?.0)).collect();
-        self.exclusion_ids.retain(|_, id| known.contains(id));
-        self.exclusion_ids.insert(exclusions, id);
-        id
-    }
-
-    /// The ids of the exclusion lists that the pods' last plans name.
-    pub(super) fn planned_lists(&self) -> BTreeSet<u32> {
-        self.iter().filter_map(|entry| Some(entry.plan.exclusions.as_ref()?.0)).collect()
-    }
-
-    /// The pods whose HBONE listeners are served no longer, as their labels are off.
-    pub(super) fn left(&self, now: Instant) -> Vec<String> {
-        let over = |entry: &PodEntry| entry.leaves_at().is_some_and(|at| at <= now);
-        self.iter().filter(|entry| over(entry)).map(|entry| entry.view.pod.uid.clone()).collect()
-    }
-
-    /// Ends the grace periods that are over; the pods' uids.
-    pub(super) fn end_grace_periods(&mut self, now: Instant) -> Vec<String> {
-        let over = self.entries.iter_mut().filter(|(_, entry)| entry.grace_until.is_some_and(|at| at <= now));
-        over.map(|(uid, entry)| {
-            entry.grace_until = None;
-            uid.clone()
-        })
-        .collect()
-    }
-
     /// Records how the pods that are known by now, and are to be enrolled, should have been treated.
     pub(super) fn set_until_found(&mut self, until_found: UntilFound) {
         let enrolled = |entry: &&mut PodEntry| entry.view.pod.selection == Selection::Enrolled;
         for entry in self.entries.values_mut().filter(enrolled) {
             entry.until_found = until_found;
-        }
-    }
-
-    /// Ends every grace period.
-    pub(super) fn end_all_grace_periods(&mut self) {
-        for entry in self.entries.values_mut() {
-            entry.grace_until = None;
         }
     }
 
@@ -367,53 +298,6 @@ impl PodTable {
         }
     }
 
-    /// The pods to be observed by now.
-    pub(super) fn due(&self, now: Instant) -> Vec<String> {
-        let due = self.entries.iter().filter(|(_, entry)| entry.next_observation.is_some_and(|at| at <= now));
-        due.map(|(uid, _)| uid.clone()).collect()
-    }
-
-    /// Of `uids` those that are to be observed at `now`. A pod that took more than its share of
-    /// time is due later, and of those that do so again and again only some are observed, the
-    /// longest ago first.
-    pub(super) fn within_budget(&mut self, uids: BTreeSet<String>, now: Instant) -> BTreeSet<String> {
-        let (mut within, mut heavy) = (BTreeSet::new(), Vec::new());
-        for uid in uids {
-            let is_read = |entry: &&mut PodEntry| entry.view.pod.selection.is_wanted();
-            match self.entries.get_mut(&uid).filter(is_read) {
-                Some(entry) => match entry.spent.wait_until(now) {
-                    Some(until) => entry.next_observation = Some(until),
-                    None if entry.spent.is_heavy(now) => heavy.push((entry.spent.at(), uid)),
-                    None => drop(within.insert(uid)),
-                },
-                // Nothing of it is read.
-                None => drop(within.insert(uid)),
-            }
-        }
-        heavy.sort_unstable();
-        let free = self.heavy_until.is_none_or(|until| until <= now);
-        let take = if free { budget::HEAVY_AT_ONCE } else { 0 };
-        let later = heavy.split_off(take.min(heavy.len()));
-        if !heavy.is_empty() {
-            self.heavy_until = Some(now + budget::HEAVY_PAUSE);
-        }
-        within.extend(heavy.into_iter().map(|(_, uid)| uid));
-        for (_, uid) in later {
-            if let Some(entry) = self.entries.get_mut(&uid) {
-                entry.next_observation = self.heavy_until;
-            }
-        }
-        within
-    }
-
-    /// When a pod is to be observed, its grace period ends, or it leaves, next.
-    pub(super) fn next_due(&self) -> Option<Instant> {
-        self.iter()
-            .flat_map(|entry| [entry.next_observation, entry.grace_until, entry.leaves_at()])
-            .flatten()
-            .min()
-    }
-
     /// The directories whose changes matter when inotify is the only source of cgroup events: every
     /// cgroup of the pods, and the directories where pods' cgroups are made, below `attached`.
     ///
@@ -438,8 +322,6 @@ impl PodTable {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use crate::model::pod::{Entry, Pod, Update};
 
     use super::*;
@@ -474,62 +356,5 @@ mod tests {
         let left = vec![Entry::Bad(bad)];
         assert_eq!(pods.apply_update(Update::All(left), now), ["c".to_owned()].into());
         assert_eq!((names(&pods), pods.rejected().len()), (vec!["2"], 1));
-    }
-
-    #[test]
-    fn pods_that_take_much_time_are_observed_in_turn_and_the_others_at_once() {
-        let (mut pods, now) = (PodTable::default(), Instant::now());
-        let uids: Vec<String> = (0..6).map(|n| format!("p{n}")).collect();
-        let enrolled = |uid: &String| {
-            let (uid, selection) = (uid.clone(), Selection::Enrolled);
-            Entry::Pod(Arc::new(Pod { uid, selection, ..Pod::default() }))
-        };
-        pods.apply_update(Update::All(uids.iter().map(enrolled).collect()), now);
-        for (heavy, uid) in uids.iter().take(4).enumerate() {
-            let ended = now + budget::HEAVY_PAUSE * u32::try_from(heavy).unwrap() / 1000;
-            pods.get_mut(uid).unwrap().spent.add(Duration::from_millis(190), ended);
-        }
-        let all = || pods_set(&uids);
-        let at = |rounds: u32| now + budget::HEAVY_PAUSE * rounds + Duration::from_millis(10);
-        let first = pods.within_budget(all(), at(0));
-        assert_eq!(first, pods_set(&["p0", "p1", "p4", "p5"]));
-        assert_eq!(pods.within_budget(all(), at(0)), pods_set(&["p4", "p5"]), "not before the pause is over");
-        assert_eq!(pods.get("p3").unwrap().next_observation, Some(at(1)));
-        // Far over its share, it waits by itself.
-        pods.get_mut("p0").unwrap().spent.add(Duration::from_secs(1), at(0));
-        assert_eq!(pods.within_budget(pods_set(&["p0"]), at(1)), BTreeSet::new());
-        assert!(pods.get("p0").unwrap().next_observation > Some(at(10)));
-    }
-
-    fn pods_set(uids: &[impl ToString]) -> BTreeSet<String> {
-        uids.iter().map(ToString::to_string).collect()
-    }
-
-    #[test]
-    fn equal_exclusions_share_an_id_and_others_get_another() {
-        let (mut pods, now) = (PodTable::new(6), Instant::now());
-        let mut id = |uid: &str, ports: &[u16]| {
-            let exclusions = Exclusions {
-                outbound_ports: ports.iter().map(|port| *port..=*port).collect(),
-                ..Exclusions::default()
-            };
-            let pod = Pod { uid: uid.to_owned(), exclusions: Arc::new(exclusions), ..Pod::default() };
-            let update = vec![(uid.to_owned(), Some(Entry::Pod(Arc::new(pod))))];
-            pods.apply_update(Update::Changed(update), now);
-            pods.exclusions(uid).0
-        };
-        for (uid, ports, expected) in [
-            ("a", &[80][..], 7),
-            ("a", &[80], 7),
-            ("b", &[80], 7),
-            ("a", &[81], 8),
-            ("a", &[80], 7),
-            ("b", &[], 0),
-            ("a", &[], 0),
-        ] {
-            assert_eq!(id(uid, ports), expected, "{uid} {ports:?}");
-        }
-        assert_eq!(id("c", &[82]), 9, "no id is given twice");
-        assert_eq!(pods.exclusions("unknown").0, 0);
     }
 }
