@@ -26,8 +26,7 @@ use crate::{
 pub(crate) struct NeighbourRequest<'a> {
     pub client: SocketAddr,
     pub client_credentials: &'a Credentials,
-    /// `None` while the control plane has not told of it.
-    pub client_workload: Option<&'a Arc<Workload>>,
+    pub client_workload: &'a Arc<Workload>,
     /// Whom the client asks for.
     pub pod: Arc<ServedPod>,
     pub credentials: Arc<Credentials>,
@@ -76,9 +75,7 @@ pub(crate) async fn connect(
     let target = ConnectTarget::Address(asked.target);
     let mut admitted =
         admit_to(&arrival, &target, &HeaderMap::new()).await.map_err(|error| refused(&error))?;
-    if let Some(client) = asked.client_workload {
-        admitted.source = Some(Arc::clone(client));
-    }
+    admitted.source = Some(Arc::clone(asked.client_workload));
     if admitted.delivery.service.is_none() {
         admitted.delivery.service = asked.service.cloned();
     }

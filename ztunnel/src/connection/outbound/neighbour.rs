@@ -53,7 +53,7 @@ pub(super) async fn connect(
     let asked = NeighbourRequest {
         client: accepted.client,
         client_credentials: &client_credentials,
-        client_workload: source.is_told.then_some(&source.workload),
+        client_workload: &source.workload,
         pod,
         credentials,
         peer: via.peer,
