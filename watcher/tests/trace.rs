@@ -61,16 +61,22 @@ for port in PORTS:
     assert!(placed.command(&["python3", "-c", &script]).status().expect("python3").success());
 }
 
+/// A node whose two pods may not connect, as there is no tunnel.
+fn two_closed_pods() -> (WatcherNode, [usize; 2]) {
+    let mut node = WatcherNode::new();
+    let pods = [node.pod("a"), node.pod("b")];
+    node.write_pods(&[true, true], "");
+    node.start(&[]);
+    for pod in pods {
+        node.wait_state(pod, "closed", "no_tunnel");
+    }
+    (node, pods)
+}
+
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn each_of_several_traces_tells_what_it_was_asked_for() {
-    let mut node = WatcherNode::new();
-    let (a, b) = (node.pod("a"), node.pod("b"));
-    node.write_pods(&[true, true], "");
-    node.start(&[]);
-    for pod in [a, b] {
-        node.wait_state(pod, "closed", "no_tunnel");
-    }
+    let (node, [a, b]) = two_closed_pods();
     let far = |numbers: &[usize], ports: &[u16]| -> BTreeSet<String> {
         let of = |number: &usize| {
             let number = *number;
@@ -121,13 +127,7 @@ fn piped(pipe: &mut File, ports: &[u16]) -> String {
 #[test]
 #[ignore = "loads eBPF, needs root: make test"]
 fn trace_pipe_has_a_readable_line_for_what_the_trace_asks_for_and_nothing_else() {
-    let mut node = WatcherNode::new();
-    let (a, b) = (node.pod("a"), node.pod("b"));
-    node.write_pods(&[true, true], "");
-    node.start(&[]);
-    for pod in [a, b] {
-        node.wait_state(pod, "closed", "no_tunnel");
-    }
+    let (node, [a, b]) = two_closed_pods();
     let at = node.dir.path().join("tracefs");
     fs::create_dir(&at).expect("folder");
     let tracefs = Mount::tracefs(&at);

@@ -48,7 +48,7 @@ fn assert_meshed(source: &TunnelNode, destination: &TunnelNode, greeting: u64) {
 
 #[test]
 #[ignore = "needs root: make test"]
-fn captured_client_reaches_captured_server_of_its_node_over_hbone() {
+fn captured_client_reaches_captured_server_of_its_node() {
     let mut mesh = TunnelMesh::new();
     let (client, server) = (mesh.enrolled("a", "client"), mesh.enrolled("a", "server"));
     server.serve_double_echo(8080);

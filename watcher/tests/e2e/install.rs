@@ -4,7 +4,7 @@ use testbed::capture::Capture;
 
 use crate::{
     docs, policies,
-    rig::{DEMO, PodSpec, Rig, SERVER, SYSTEM},
+    rig::{DEMO, Rig, SERVER, SYSTEM},
     traffic,
 };
 
@@ -12,18 +12,7 @@ use crate::{
 #[ignore = "starts a cluster, needs root: make e2e"]
 fn an_operator_installs_enrols_and_uninstalls_while_pods_run() {
     let rig = Rig::start();
-    rig.namespace(DEMO, &["client", "server", "other"]);
-    rig.namespace("outside", &[]);
-    let server = rig.server();
-    let client = rig.serving("client", "client", "node1");
-    let other = rig.serving("other", "other", "node2");
-    let stranger = rig.pod(PodSpec {
-        namespace: "outside",
-        name: "stranger",
-        account: "default",
-        node: "node1",
-        role: &["serve", "8080"],
-    });
+    let [server, client, other, stranger] = rig.demo_and_a_stranger();
     let (by_address, by_name) = (format!("http://{}:8080/", server.ip), SERVER);
     for url in [by_address.as_str(), by_name] {
         let body = rig.wait_get(&client, url, true);

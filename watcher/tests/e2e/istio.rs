@@ -12,18 +12,7 @@ use crate::{
 #[ignore = "starts a cluster, needs root: make e2e"]
 fn istios_control_plane_feeds_the_mesh() {
     let rig = Rig::start_with_istio();
-    rig.namespace(DEMO, &["client", "server", "other"]);
-    rig.namespace("outside", &[]);
-    let server = rig.server();
-    let client = rig.serving("client", "client", "node1");
-    let other = rig.serving("other", "other", "node2");
-    let stranger = rig.pod(PodSpec {
-        namespace: "outside",
-        name: "stranger",
-        account: "default",
-        node: "node1",
-        role: &["serve", "8080"],
-    });
+    let [server, client, other, stranger] = rig.demo_and_a_stranger();
     rig.install(&["--set", "profile=istio"]);
     rig.label(DEMO, "ambient");
     for pod in [&server, &client, &other] {

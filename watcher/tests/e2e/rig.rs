@@ -121,6 +121,25 @@ impl Rig {
         pod
     }
 
+    /// The pods `server`, `client` and `other` of `demo`, and one of a namespace that is never labelled.
+    pub fn demo_and_a_stranger(&self) -> [Pod; 4] {
+        self.namespace(DEMO, &["client", "server", "other"]);
+        self.namespace("outside", &[]);
+        let stranger = PodSpec {
+            namespace: "outside",
+            name: "stranger",
+            account: "default",
+            node: "node1",
+            role: &["serve", "8080"],
+        };
+        [
+            self.server(),
+            self.serving("client", "client", "node1"),
+            self.serving("other", "other", "node2"),
+            self.pod(stranger),
+        ]
+    }
+
     /// Installs, with `more` values, and has the server of `demo` enrolled.
     pub fn install_enrolled(&self, more: &[&str]) {
         self.namespace(DEMO, &["client", "server"]);
